@@ -1,0 +1,13 @@
+"""Constrained alignment of language models: roll out, score, pair, update, descend the dual."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+_expected = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
+_spec = find_spec("kernels")
+_found = Path(_spec.origin).resolve() if _spec is not None and _spec.origin else None
+if _found is None or _found.parent.parent != _expected.parent.parent:
+    raise ImportError(
+        f"dualign needs its own package 'kernels' at {_expected.parent}, but python finds {_found}. "
+        "Cure: pip uninstall kernels, then pip install dualign again."
+    )

@@ -1,0 +1,44 @@
+"""Write a run's last iterate as a merged Hugging Face folder: `python -m engine.export RUN FOLDER`."""
+
+import sys
+from pathlib import Path
+
+from engine import model
+from engine.checkpoint import Run
+from engine.errors import UserError
+from engine.lora import load_peft
+from engine.stages import model_folder
+
+
+def export(run: str | Path, folder: str | Path) -> None:
+    """Merge the run's last adapter into its base model and write `folder`, which transformers and vLLM load.
+
+    Raises: UserError when the run has no adapter yet, its model is another one now, or the folder exists.
+    """
+    run, folder = Path(run), Path(folder)
+    _, config = Run.read_config(run)
+    numbered = {int(p.name.rpartition("-")[2]): p for p in (run / "adapters").glob("iteration-*")}
+    if not numbered:
+        raise UserError(f"{run} has no adapter yet; finish the run with python -m engine.train --resume {run}.")
+    base = model_folder(config["model"])
+    network = model.load(base, dtype="float32")
+    model.save(network, folder, adapter=load_peft(numbered[max(numbered)], network), tokenizer_from=base)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 2 or argv[0] in ("-h", "--help"):
+        print("usage: python -m engine.export RUN FOLDER", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        export(*argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {argv[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on every linear of a range of layers; import and export in PEFT's file format.
+
+An adapter is never merged in place: it is passed to each call of the model, and leaving it out gives the reference.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engine.errors import UserError
+
+# Fused matrix -> the Hugging Face linears stacked in it, in order.
+PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_PREFIX = "base_model.model.model.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What an adapter needs to know of its model: sizes, and the layers it sits on."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    first_layer: int
+    last_layer: int  # exclusive
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(out, in) features of a Hugging Face linear."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (q, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, q),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }[name]
+
+
+class Adapter(nn.Module):
+    """A and B of every adapted linear, float32 unless the model is float64; output += (alpha / rank) B A x."""
+
+    def __init__(self, shape: Shape, *, rank: int, alpha: float, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        super().__init__()
+        self.shape, self.rank, self.alpha = shape, rank, alpha
+        self.compute_dtype = dtype
+        master = torch.float64 if dtype == torch.float64 else torch.float32
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for layer in range(shape.first_layer, shape.last_layer):
+            for number, name in enumerate(n for names in PARTS.values() for n in names):
+                out, inside = shape.linear(name)
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) * 101 + number)
+                start = (torch.rand(rank, inside, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(inside)
+                self.down[_key(layer, name)] = nn.Parameter(start.to(device, master))
+                self.up[_key(layer, name)] = nn.Parameter(torch.zeros(out, rank, dtype=master, device=device))
+
+    @staticmethod
+    def on(model, *, rank: int, alpha: float, share: float, seed: int) -> "Adapter":
+        """A fresh adapter (B = 0) on the layers of `model` from `share` of its depth on."""
+        c = model.config
+        shape = Shape(
+            hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+            first_layer=int(c.num_layers * share), last_layer=c.num_layers,
+        )  # fmt: skip
+        return Adapter(shape, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=seed)
+
+    @property
+    def first_layer(self) -> int:
+        """The first adapted layer; everything below it equals the reference."""
+        return self.shape.first_layer
+
+    def fused(self, start: int, stop: int) -> dict[int, dict[str, tuple[Tensor, Tensor]]]:
+        """Layer -> fused matrix -> (A [parts * rank, in], scaled block-diagonal B [out, parts * rank]) for layers start..stop-1."""
+        scale, result = self.alpha / self.rank, {}
+        for layer in range(max(start, self.shape.first_layer), min(stop, self.shape.last_layer)):
+            result[layer] = {}
+            for matrix, names in PARTS.items():
+                down = torch.cat([self.down[_key(layer, n)] for n in names])
+                up = torch.block_diag(*(self.up[_key(layer, n)] for n in names)) * scale
+                result[layer][matrix] = (down.to(self.compute_dtype), up.to(self.compute_dtype))
+        return result
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Detached copies of all parameters, by name."""
+        return {name: value.detach().clone() for name, value in self.named_parameters()}
+
+    @torch.no_grad()
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` of an equal adapter returned."""
+        for name, value in self.named_parameters():
+            value.copy_(tensors[name])
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, Tensor]:
+        """Hugging Face weight name -> (alpha / rank) B A, for merging."""
+        scale, result = self.alpha / self.rank, {}
+        for key in self.down:
+            layer, name = _unkey(key)
+            result[f"model.layers.{layer}.{name}.weight"] = scale * self.up[key] @ self.down[key]
+        return result
+
+
+def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as peft reads them. `base_model`: folder or id of the base model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for key in adapter.down:
+        layer, name = _unkey(key)
+        tensors[f"{_PREFIX}{layer}.{name}.lora_A.weight"] = adapter.down[key].detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{layer}.{name}.lora_B.weight"] = adapter.up[key].detach().cpu().contiguous()
+    config = {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": "layers",
+        "layers_to_transform": list(range(adapter.shape.first_layer, adapter.shape.last_layer)),
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "target_modules": sorted({n.split(".")[-1] for names in PARTS.values() for n in names}),
+        "task_type": "CAUSAL_LM",
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_peft(folder: Path, model) -> Adapter:
+    """The adapter of a PEFT folder for `model`. Raises UserError when it does not fit this kind of adapter or this model."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a PEFT adapter folder ({error}).") from error
+    layers = config.get("layers_to_transform") or list(range(model.config.num_layers))
+    adapter = Adapter.on(model, rank=config["r"], alpha=config["lora_alpha"], share=min(layers) / model.config.num_layers, seed=0)
+    wanted = {}
+    for key in adapter.down:
+        layer, name = _unkey(key)
+        wanted[f"{_PREFIX}{layer}.{name}.lora_A.weight"] = adapter.down[key]
+        wanted[f"{_PREFIX}{layer}.{name}.lora_B.weight"] = adapter.up[key]
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in wanted.items()}:
+        raise UserError(f"{folder}: this adapter does not fit the model; give the model it was trained on.")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            wanted[name].copy_(value)
+    return adapter
+
+
+def _key(layer: int, name: str) -> str:
+    return f"{layer}|{name.replace('.', '|')}"
+
+
+def _unkey(key: str) -> tuple[int, str]:
+    layer, *name = key.split("|")
+    return int(layer), ".".join(name)

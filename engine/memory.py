@@ -1,0 +1,85 @@
+"""Predicted time and memory of a run, printed before it starts; too little memory stops it there."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import CaidConfig, RunConfig
+from engine.errors import UserError
+from engine.model import ModelConfig
+
+# Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
+EFFICIENCY = 0.45
+ANSWER_SHARE = 0.75  # of max_new_tokens, until measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is predicted to need: bytes at the peak, bytes available, and seconds."""
+
+    needed_bytes: int
+    available_bytes: int
+    seconds: float
+
+    @staticmethod
+    def of(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, longest_prompt: int) -> "Plan":
+        """Count weights, KV slab, loss head and activations; time a matrix product for the rate."""
+        size, c = dtype.itemsize, shape
+        weights = c.parameter_count() * size
+        context = longest_prompt + config.max_new_tokens
+        rows = min(config.rollout_rows, max(config.n_prompts, config.eval_prompts) * config.n_responses)
+        cache = rows * context * 2 * c.num_kv_heads * c.head_dim * c.num_layers * size
+        logits = rows * c.vocab_size * 4 * 3
+        group = longest_prompt + config.responses_per_prompt * config.max_new_tokens
+        per_token = size * (10 * c.hidden_size + 4 * c.intermediate_size) * c.num_layers * (1 - config.lora_from)
+        training = config.prompts_per_step * group * per_token + config.memory_budget_mb * 2**20
+        kept = config.n_prompts * (longest_prompt + config.n_responses * config.max_new_tokens) * c.hidden_size * size
+        needed = int(1.15 * (weights + max(cache + logits, training + kept))) + 600 * 2**20
+
+        answer = ANSWER_SHARE * config.max_new_tokens
+        reference, heldout = config.n_prompts * config.n_responses, config.eval_prompts * config.eval_responses
+        slack = config.iterations * config.slack_prompts * config.slack_responses if isinstance(config, CaidConfig) else 0
+        # A sampled token passes the model once; scoring passes it again (held-out reference samples only the lower half).
+        forward = answer * (2 * reference + 1.5 * heldout + 2 * heldout + 2 * slack) * 2 * c.parameter_count()
+        steps = config.steps * (config.iterations if isinstance(config, CaidConfig) else 1)
+        upper = c.parameter_count() * (1 - config.lora_from) + c.hidden_size * c.vocab_size
+        train = steps * config.prompts_per_step * (longest_prompt / 2 + config.responses_per_prompt * answer) * 4 * upper
+        return Plan(needed, available_memory(device), (forward + train) / (EFFICIENCY * _matmul_rate(dtype, device)))
+
+    def check(self) -> None:
+        """Raises: UserError when the memory that is free is less than what is needed."""
+        if self.needed_bytes > self.available_bytes:
+            raise UserError(
+                f"this run needs about {self.needed_bytes / 1e9:.1f} GB of memory and {self.available_bytes / 1e9:.1f} GB are free; "
+                "lower --rollout-rows, --prompts-per-step or --max-new-tokens, or use --dtype bfloat16."
+            )
+
+    def sentence(self) -> str:
+        """One line for the user."""
+        return (
+            f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of memory "
+            f"({self.available_bytes / 1e9:.1f} GB free)"
+        )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free on the GPU, or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Flop per second of a product of the engine's usual shape, best of three."""
+    a, b = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 4096, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 256 * 1024 * 4096 / best

@@ -1,0 +1,43 @@
+"""r + lambda . g -> the pseudo-preference pairs of one policy step (arXiv 2505.19387, Algorithm 2, the set D-dagger)."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from engine.data import subset
+from engine.records import Pairs, Prompts, Scores
+
+
+def lagrangian_score(scores: Scores, lam_J: Tensor) -> Tensor:
+    """s = r + lambda . g, float64 [P, G], of scores in the run's units. A constant per prompt cancels in every pair."""
+    return scores.reward_PG + scores.utility_PGJ @ lam_J
+
+
+def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: int) -> list[list[int]]:
+    """The prompts of each step: seeded shuffles of all of them, one after another; depends on (seed, purpose) and prompt keys alone."""
+    order: list[int] = []
+    epoch = 0
+    while len(order) < per_step * steps:
+        order += subset(prompts, len(prompts), seed, f"{purpose}/epoch-{epoch}")
+        epoch += 1
+    return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]
+
+
+def informative(score_PG: Tensor, prompts: list[int], per_prompt: int) -> Pairs:
+    """The `per_prompt` responses of each prompt at both ends of the score, and all pairs of them within the prompt.
+
+    score: s [P, G]; prompts: the P's to use. Pairs far apart in s carry the most about the tilt, and a prompt's M sequences serve
+    M (M - 1) / 2 pairs, so that the forward passes are used several times. A prompt drawn twice in one step counts once.
+    """
+    prompt, row, pairs = [], [], []
+    n = score_PG.shape[1]
+    for p in dict.fromkeys(prompts):
+        order = score_PG[p].argsort(stable=True).tolist()
+        low = per_prompt // 2
+        chosen = sorted(order[:low] + order[n - (per_prompt - low) :])
+        base = len(row)
+        prompt += [p] * len(chosen)
+        row += [p * n + i for i in chosen]
+        pairs += [(base + a, base + b) for a, b in itertools.combinations(range(len(chosen)), 2)]
+    return Pairs(prompt=prompt, row=row, pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2))

@@ -1,0 +1,190 @@
+"""The policy update: steps of the Lagrangian preference loss on an adapter, against the fixed reference (Algorithm 2, step 4).
+
+The layers below the adapter equal the reference, so their states are computed once per sample and kept for all iterations.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine import packing
+from engine.checkpoint import Run, Stage, save
+from engine.config import RunConfig
+from engine.errors import NonFiniteError
+from engine.lora import Adapter
+from engine.model import Decoder
+from engine.pairs import informative, lagrangian_score, schedule
+from engine.records import Pairs, Prompts, Rollouts, Scores
+from kernels import lagrangian_preference_loss
+from kernels.sampling import combine, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """An iterate: the adapter's tensors by name, and the mean loss of the steps that led to it (nats per pair)."""
+
+    adapter: dict[str, Tensor]
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyPartial:
+    """The state inside an update, after `step` steps."""
+
+    step: int
+    adapter: dict[str, Tensor]
+    first_moment: dict[str, Tensor]
+    second_moment: dict[str, Tensor]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class LowerStates:
+    """Residual stream of the reference below the adapter, per prompt group, made when first asked for."""
+
+    model: Decoder
+    groups: list[packing.Group]  # one per prompt, all responses
+    layer: int
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, prompt: int, rows: list[int]) -> Tensor:
+        """States [tokens, D] of the prompt and of its responses at `rows`, in that order."""
+        group = self.groups[prompt]
+        if prompt not in self.kept:
+            packed = packing.pack([group], self.model.device)
+            with torch.no_grad():
+                self.kept[prompt] = self.model.run(self.model.embed_tokens(packed.tokens), packed.layout, 0, self.layer)
+        states = self.kept[prompt]
+        parts = states.split([len(group.prompt), *map(len, group.responses)])
+        return torch.cat([parts[0], *(parts[1 + group.rows.index(r)] for r in rows)])
+
+
+def update(
+    stage: Stage,
+    run: Run,
+    config: RunConfig,
+    model: Decoder,
+    lower: LowerStates,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    scores: Scores,
+    lam_J: Tensor,
+    adapter: Adapter,
+    *,
+    train_on: list[int],
+    iteration: int,
+) -> Policy:
+    """`config.steps` steps on pairs of reference samples, starting from and changing `adapter`.
+
+    prompts, rollouts, scores (in the run's units): the reference's. train_on: the prompts whose pairs may be used. Labels are drawn
+    afresh in every step from s = r + lambda . g. Raises: NonFiniteError with the batch saved in the run folder.
+    """
+    names, parameters = zip(*adapter.named_parameters(), strict=True)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    done, losses = _restore(stage.partial(PolicyPartial), adapter, optimizer, names, parameters)
+    score_PG = lagrangian_score(scores, lam_J)
+    pool = prompts.select(train_on)
+    plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
+    with stage.progress(config.steps, "steps", f"policy {iteration}") as progress:
+        progress.advance(done)
+        for step in range(done, config.steps):
+            pairs = informative(score_PG, [train_on[i] for i in plan[step]], config.responses_per_prompt)
+            rate = config.learning_rate * learning_rate_factor(step, config.steps, config.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            result = _loss(config, model, lower, prompts, rollouts, scores, lam_J, adapter, pairs, iteration * 1_000_003 + step)
+            optimizer.zero_grad(set_to_none=True)
+            result.loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            if not (math.isfinite(float(result.loss)) and math.isfinite(float(norm))):
+                _stop_non_finite(run, stage, pairs, adapter, float(result.loss), float(norm))
+            optimizer.step()
+            losses.append(float(result.loss))
+            stage.row(
+                "step", iteration=iteration, step=step + 1, loss=losses[-1], accuracy=float(result.accuracy), grad_norm=float(norm),
+                learning_rate=rate, margin=float(result.margin.abs().mean()), pairs=len(pairs.pairs),
+            )  # fmt: skip
+            progress.advance(1)
+            if stage.stopping or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
+                stage.save_partial(_partial(step + 1, adapter, optimizer, names, parameters, losses))
+                stage.check_stop()
+    return Policy(adapter=adapter.tensors(), loss=sum(losses) / len(losses))
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak rate at `step` (from 0): a linear rise over `warmup` steps, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _loss(
+    config: RunConfig, model: Decoder, lower: LowerStates, prompts: Prompts, rollouts: Rollouts, scores: Scores, lam_J: Tensor,
+    adapter: Adapter, pairs: Pairs, draw: int,
+):  # fmt: skip
+    """The Lagrangian preference loss of one batch of pairs."""
+    by_prompt: dict[int, list[int]] = {}
+    for p, r in zip(pairs.prompt, pairs.row, strict=True):
+        by_prompt.setdefault(p, []).append(r)
+    batch = [
+        packing.Group(prompts.token_ids[p], [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in rows], rows)
+        for p, rows in by_prompt.items()
+    ]
+    packed = packing.pack(batch, model.device)
+    hidden = torch.cat([lower(p, rows) for p, rows in by_prompt.items()])
+    hidden = model.final_norm(model.run(hidden, packed.layout, lower.layer, model.config.num_layers, adapter))
+    index, j = torch.tensor(pairs.row), scores.utility_PGJ.shape[2]
+    key = combine(config.seed, draw, pairs.pairs[:, 0] * 65_537 + pairs.pairs[:, 1])
+    return lagrangian_preference_loss(
+        # index_select, not indexing: its backward adds rows in a fixed order.
+        hidden.index_select(0, packed.predict_T),
+        model.head_weight,
+        packed.target_T,
+        packed.cu_seqlens,
+        pairs.pairs,
+        scores.reward_PG.reshape(-1)[index].to(model.device),
+        scores.utility_PGJ.reshape(-1, j)[index].to(model.device),
+        lam_J.to(model.device),
+        scores.ref_logprob_PG.reshape(-1)[index].to(model.device),
+        beta=config.beta,
+        labels=config.labels,
+        uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
+        temperature=config.temperature,
+        memory_budget_bytes=config.memory_budget_mb * 2**20,
+    )
+
+
+def _partial(step: int, adapter: Adapter, optimizer, names, parameters, losses: list[float]) -> PolicyPartial:
+    state = [optimizer.state[p] for p in parameters]
+    return PolicyPartial(
+        step=step,
+        adapter=adapter.tensors(),
+        first_moment={n: s["exp_avg"] for n, s in zip(names, state, strict=True)},
+        second_moment={n: s["exp_avg_sq"] for n, s in zip(names, state, strict=True)},
+        losses=losses,
+    )
+
+
+def _restore(partial: PolicyPartial | None, adapter: Adapter, optimizer, names, parameters) -> tuple[int, list[float]]:
+    """(steps done, their losses) of a partial whose state is put back, or of a fresh start."""
+    if partial is None:
+        return 0, []
+    adapter.set_tensors(partial.adapter)
+    for name, p in zip(names, parameters, strict=True):
+        optimizer.state[p] = {
+            "step": torch.tensor(float(partial.step)),
+            "exp_avg": partial.first_moment[name].to(p.device),
+            "exp_avg_sq": partial.second_moment[name].to(p.device),
+        }
+    return partial.step, list(partial.losses)
+
+
+def _stop_non_finite(run: Run, stage: Stage, pairs: Pairs, adapter: Adapter, loss: float, norm: float) -> None:
+    path = run.folder / "nonfinite.safetensors"
+    save(path, {"row": torch.tensor(pairs.row), "pairs": pairs.pairs, **adapter.tensors()}, stage=stage.name)
+    raise NonFiniteError(
+        f"{stage.name}: loss {loss}, gradient norm {norm}; the batch and the adapter are in {path}; "
+        "lower --learning-rate, or use --dtype float32."
+    )

@@ -1,0 +1,99 @@
+"""The data that flows between stages.
+
+Shape legend: P prompts, G responses per prompt, R = P * G rows, N sequences, K pairs, T completion tokens (packed), V vocabulary,
+D hidden, J constraints. A name carries its shape: `reward_PG` is [P, G]. Scores obey one sign everywhere: larger is better
+(`engine.score` is the only place where a cost is negated).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts ready for the model.
+
+    >>> Prompts(text=["Hi"], kind=["everyday"], token_ids=[[1, 9]], key_P=torch.tensor([7])).key_P.tolist()
+    [7]
+    """
+
+    text: list[str]  # the last user message, for people and for text scorers
+    kind: list[str]  # a free label such as "everyday" or "delicate"; "" where the data has none
+    token_ids: list[list[int]]  # the chat template applied once, special tokens included
+    key_P: Tensor  # int64 [P]: hash of the token ids; all random numbers of a prompt derive from it
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def select(self, index: list[int]) -> "Prompts":
+        """The prompts at `index`, in that order."""
+        return Prompts(
+            text=[self.text[i] for i in index],
+            kind=[self.kind[i] for i in index],
+            token_ids=[self.token_ids[i] for i in index],
+            key_P=self.key_P[torch.as_tensor(index, dtype=torch.int64)],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """Sampled responses, prompt-major: row p * n + i is response i of prompt p (shapes with R = P * n).
+
+    Token log-probs are natural logarithms, 0 in the padding.
+    """
+
+    n: int  # responses per prompt
+    tokens: Tensor  # int64 [R, max_new_tokens], padded
+    length: Tensor  # int64 [R]: tokens sampled, a stop token included
+    finished: Tensor  # bool [R]: ended by a stop token, not by the limit
+    logprob: Tensor  # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
+    model_logprob: Tensor  # float32 [R, max_new_tokens]: under the model at that temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the scorers say of P * G responses, in the scorers' own units; larger is better (a cost is already negated)."""
+
+    reward_PG: Tensor  # float64 [P, G]
+    utility_PGJ: Tensor  # float64 [P, G, J]
+    audit_PGA: Tensor  # float64 [P, G, A]: utilities of scorers that are never optimised
+    ref_logprob_PG: Tensor  # float64 [P, G]: log-prob of each response under the reference at the sampling temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The reference's pooled within-prompt standard deviations: one unit of reward, utility and audit in this run."""
+
+    reward: float
+    utility_J: list[float]
+    audit_A: list[float]
+
+    def apply(self, scores: Scores) -> Scores:
+        """The same scores in these units."""
+        return Scores(
+            reward_PG=scores.reward_PG / self.reward,
+            utility_PGJ=scores.utility_PGJ / torch.tensor(self.utility_J, dtype=torch.float64),
+            audit_PGA=scores.audit_PGA / torch.tensor(self.audit_A, dtype=torch.float64),
+            ref_logprob_PG=scores.ref_logprob_PG,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """One policy step's pseudo-preference pairs: N distinct sequences and K pairs (a, b) of them."""
+
+    prompt: list[int]  # [N] index into the prompts that the rollouts answer
+    row: list[int]  # [N] row of the rollouts
+    pairs: Tensor  # int64 [K, 2]: indices into these N sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualState:
+    """The multipliers and what they were decided from. Row t: lambda used, the policy trained at it, that policy's slack."""
+
+    lam_J: Tensor  # float64 [J]
+    slack_J: Tensor | None = None  # float64 [J]: measured improvement - aimed threshold, at the policy trained with lam_J
+    slack_se_J: Tensor | None = None  # float64 [J]: its standard error, clustered by prompt
+    history: list[dict] = field(default_factory=list)  # earlier rows as {"lam": [...], "slack": [...], "slack_se": [...]}

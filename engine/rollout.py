@@ -1,0 +1,101 @@
+"""Prompts -> Rollouts: batched sampling with keyed random numbers. A prompt is prefilled once for its n responses."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.data import prompt_key as hash_tokens
+from engine.errors import UserError
+from engine.lora import Adapter
+from engine.model import Cache, Decoder
+from engine.records import Rollouts
+from kernels.sampling import combine, sample
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    prompts: list[list[int]],
+    *,
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_new_tokens: int = 0,
+    stop_token_ids: tuple[int, ...] = (),
+    seed: int,
+    prompt_key: Tensor | None = None,
+    adapter: Adapter | None = None,
+    max_rows: int = 256,
+    on_step: Callable[[int], None] | None = None,
+) -> Rollouts:
+    """n responses to each prompt (lists of token ids), prompt-major: row p * n + i.
+
+    Random numbers depend only on (seed, prompt_key, sample, step), never on batch size or order; prompt_key int64 [P] defaults to a
+    hash of the prompt's token ids. `max_rows` rows are decoded side by side; rows that finish are dropped from the batch.
+    `on_step(tokens)` is called after each step with the number of tokens made; it may raise to stop.
+
+    Raises: UserError for an empty prompt, an unknown token id, or a prompt that leaves no room in the model's context.
+    """
+    context, vocabulary = model.config.max_positions, model.config.vocab_size
+    for p, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {p} is empty; give at least one token.")
+        if len(prompt) + max_new_tokens > context:
+            raise UserError(f"prompt {p}: {len(prompt)} tokens + {max_new_tokens} new ones pass the model's context of {context}.")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise UserError(f"prompt {p} holds a token id outside 0..{vocabulary - 1}; use the model's own tokenizer.")
+    if prompt_key is None:
+        prompt_key = torch.tensor([hash_tokens(p) for p in prompts], dtype=torch.int64)
+    rows = len(prompts) * n
+    out = Rollouts(
+        n=n,
+        tokens=torch.zeros(rows, max_new_tokens, dtype=torch.int64),
+        length=torch.zeros(rows, dtype=torch.int64),
+        finished=torch.zeros(rows, dtype=torch.bool),
+        logprob=torch.zeros(rows, max_new_tokens),
+        model_logprob=torch.zeros(rows, max_new_tokens),
+    )
+    key = combine(seed, prompt_key[:, None], torch.arange(n)).reshape(-1)
+    stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64, device=model.device)
+    fused = None if adapter is None else adapter.fused(0, model.config.num_layers)
+    per_batch = max(1, max_rows // n)
+    for start in range(0, len(prompts), per_batch):
+        batch = prompts[start : start + per_batch]
+        cu = torch.tensor([0, *map(len, batch)]).cumsum(0)
+        hidden, kept = model.prefill(torch.tensor([t for p in batch for t in p]), cu, adapter)
+        length = torch.tensor([len(p) for p in batch], device=model.device).repeat_interleave(n)
+        cache = Cache([tuple(x.repeat_interleave(n, dim=0) for x in pair) for pair in kept], length, max_new_tokens)
+        del kept
+        hidden, position = hidden.repeat_interleave(n, dim=0), length
+        row = torch.arange(start * n, start * n + len(batch) * n)
+        alive = torch.ones(len(row), dtype=torch.bool, device=model.device)
+        for step in range(max_new_tokens):
+            logits = hidden @ model.head_weight.t()
+            if step < min_new_tokens and len(stop):
+                logits[:, stop] = -torch.inf
+            token, logprob, model_logprob = sample(
+                logits, key=key[row].to(model.device), step=step, temperature=temperature, top_p=top_p, top_k=top_k
+            )
+            ended = torch.isin(token, stop) if len(stop) else torch.zeros_like(alive)
+            live, live_row = alive.cpu(), row[alive.cpu()]
+            out.tokens[live_row, step] = token.cpu()[live]
+            out.logprob[live_row, step] = logprob.cpu()[live]
+            out.model_logprob[live_row, step] = model_logprob.cpu()[live]
+            out.length[live_row] += 1
+            out.finished[live_row] = ended.cpu()[live]
+            if on_step is not None:
+                on_step(len(live_row))
+            alive &= ~ended
+            count = int(alive.sum())
+            if count == 0 or step + 1 == max_new_tokens:
+                break
+            if count <= 0.85 * len(alive):
+                keep = alive.nonzero()[:, 0]
+                cache.keep(keep)
+                token, position, row, alive = token[keep], position[keep], row[keep.cpu()], alive[keep]
+            hidden = model.decode(token, position, cache, fused)
+            position = position + 1
+    return out

@@ -1,0 +1,302 @@
+"""Scorers: rewards and costs of responses. This file is the only place where a sign changes: a cost becomes a utility by negation.
+
+A scorer is a head on the trunk's hidden states (shipped ones, or made by `python -m engine.train head`), a Hugging Face
+sequence-classification model, or a Python function `(prompts, responses) -> floats`. One frozen forward of the trunk gives the scores
+of all heads that sit on it and the reference log-probs together.
+"""
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine import packing
+from engine.errors import UserError
+from engine.model import Decoder, load
+from engine.packing import Group
+from engine.records import Prompts, Rollouts, Scores
+from kernels import sequence_logprob
+
+TOKENS_PER_FORWARD = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A linear score of a response: weight . mean(states of the response's tokens after `layer` decoder layers) + bias."""
+
+    name: str
+    layer: int
+    weight_D: Tensor  # float64 [D]
+    bias: float
+    trunk: str  # fingerprint of the checkpoint whose states it reads
+
+    def __call__(self, pooled_ND: Tensor) -> Tensor:
+        """Scores float64 [N] of pooled states [N, D]."""
+        return pooled_ND.double() @ self.weight_D.to(pooled_ND.device) + self.bias
+
+    def save(self, folder: Path) -> None:
+        """Write FOLDER/head.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = json.dumps({"name": self.name, "layer": self.layer, "bias": self.bias, "trunk": self.trunk}, sort_keys=True)
+        save_file({"weight": self.weight_D.contiguous()}, folder / "head.safetensors", metadata={"head": meta})
+
+    @staticmethod
+    def load(folder: Path) -> "Head":
+        """Read what `save` wrote. Raises UserError when it is no such file."""
+        file = folder / "head.safetensors"
+        try:
+            with safe_open(file, framework="pt") as stored:
+                meta, weight = json.loads(stored.metadata()["head"]), stored.get_tensor("weight")
+        except Exception as error:
+            raise UserError(f"{file}: not a score head ({type(error).__name__}); make one with python -m engine.train head.") from error
+        return Head(weight_D=weight.double(), **meta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScorer:
+    """A scorer of texts: a Python function, or a sequence-classification model."""
+
+    name: str
+    function: Callable[[list[str], list[str]], Sequence[float]]
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """Scores float64 [N]. Raises UserError when the scorer fails or returns the wrong count."""
+        try:
+            scores = [float(x) for x in self.function(prompts, responses)]
+        except Exception as error:
+            raise UserError(
+                f"scorer {self.name} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        if len(scores) != len(responses):
+            raise UserError(f"scorer {self.name} returned {len(scores)} scores for {len(responses)} responses; return one per response.")
+        return torch.tensor(scores, dtype=torch.float64)
+
+
+Scorer = Head | TextScorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorers:
+    """The run's scorers, and the trunks of heads that sit on another model than the policy."""
+
+    reward: Scorer
+    costs: tuple[Scorer, ...]
+    audits: tuple[Scorer, ...]
+
+    @property
+    def all(self) -> tuple[Scorer, ...]:
+        """Reward, costs, audits, in this order."""
+        return (self.reward, *self.costs, *self.audits)
+
+
+def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, trunk: str, device: torch.device) -> Scorers:
+    """The scorers that the names stand for (see `load_scorer`). `trunk`: fingerprint of the policy's checkpoint.
+
+    Raises: UserError also when two costs have one name.
+    """
+    scorers = Scorers(
+        reward=load_scorer(reward, trunk=trunk, device=device),
+        costs=tuple(load_scorer(c, trunk=trunk, device=device) for c in costs),
+        audits=tuple(load_scorer(c, trunk=trunk, device=device) for c in audits),
+    )
+    names = [s.name for s in (*scorers.costs, *scorers.audits)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--cost and --audit: two scorers are named {name}; give each its own name.")
+    return scorers
+
+
+def load_scorer(spec: str, *, trunk: str, device: torch.device) -> Scorer:
+    """A shipped head's name, a head folder, module:function, or a sequence-classification model's folder or hub id[#label].
+
+    Raises: UserError naming the value and the forms accepted.
+    """
+    shipped = Path(str(files("engine"))) / "assets" / "heads" / spec
+    folder = shipped if "/" not in spec and (shipped / "head.safetensors").is_file() else Path(spec)
+    if (folder / "head.safetensors").is_file():
+        head = Head.load(folder)
+        return head if head.trunk == trunk else _on_its_own_trunk(head, device)
+    if ":" in spec and not Path(spec).exists():
+        return _python_function(spec)
+    if Path(spec.partition("#")[0]).is_dir() or spec.count("/") == 1:
+        return _classifier(spec, device)
+    names = sorted(p.name for p in shipped.parent.iterdir()) if shipped.parent.is_dir() else []
+    raise UserError(
+        f"scorer {spec}: not found; give a shipped head ({', '.join(names)}), a head folder, a model folder or hub id, or module:function."
+    )
+
+
+def score(
+    model: Decoder,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    texts: Sequence[str],
+    scorers: Scorers,
+    *,
+    temperature: float,
+    memory_budget_bytes: int,
+    reference: bool = True,
+    on_tokens: Callable[[int], None] = lambda n: None,
+) -> Scores:
+    """Score P * n responses; `texts` are the decoded responses, prompt-major. Without `reference` the log-probs are left out (0).
+
+    Raises: UserError when a scorer fails, returns the wrong count, or a value that is not finite.
+    """
+    heads = [s for s in scorers.all if isinstance(s, Head)]
+    pooled, ref_logprob = frozen_forward(
+        model, packing.groups(prompts, rollouts), sorted({h.layer for h in heads}), temperature=temperature if reference else None,
+        memory_budget_bytes=memory_budget_bytes, on_tokens=on_tokens,
+    )  # fmt: skip
+    repeated = [text for text in prompts.text for _ in range(rollouts.n)]
+    columns = []
+    for scorer in scorers.all:
+        column = scorer(pooled[scorer.layer]) if isinstance(scorer, Head) else scorer(repeated, list(texts))
+        bad = (~column.isfinite()).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise UserError(
+                f"scorer {scorer.name} gave {column[row].item()} for response {row % rollouts.n} to prompt {row // rollouts.n} "
+                f"({repeated[row][:60]!r}); scores must be finite."
+            )
+        columns.append(column.view(len(prompts), rollouts.n))
+    j = 1 + len(scorers.costs)
+    shape = (len(prompts), rollouts.n, 0)
+    return Scores(
+        reward_PG=columns[0],
+        utility_PGJ=-torch.stack(columns[1:j], dim=2),
+        audit_PGA=-torch.stack(columns[j:], dim=2) if columns[j:] else torch.zeros(shape, dtype=torch.float64),
+        ref_logprob_PG=ref_logprob.view(len(prompts), rollouts.n),
+    )
+
+
+@torch.inference_mode()
+def frozen_forward(
+    model: Decoder,
+    all_groups: list[Group],
+    layers: list[int],
+    *,
+    temperature: float | None,
+    memory_budget_bytes: int,
+    on_tokens: Callable[[int], None] = lambda n: None,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """One forward of the reference over all groups: layer -> mean states of each response [N, D], and log-probs float64 [N].
+
+    The log-probs are those at `temperature`; with None the layers above the highest one asked for are skipped and they are 0.
+    Sequences stand in the order of groups and their responses.
+    """
+    for layer in layers:
+        if not 0 <= layer <= model.config.num_layers:
+            raise UserError(f"a head reads layer {layer}, the model has {model.config.num_layers}; use a head made for this model.")
+    pooled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    logprobs = []
+    for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
+        packed = packing.pack(batch, model.device)
+        hidden, done = model.embed_tokens(packed.tokens), 0
+        for layer in layers:
+            hidden, done = model.run(hidden, packed.layout, done, layer), layer
+            pooled[layer].append(mean_states(hidden, packed))
+        if temperature is None:
+            logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))
+        else:
+            hidden = model.final_norm(model.run(hidden, packed.layout, done, model.config.num_layers))
+            logprobs.append(
+                sequence_logprob(
+                    hidden[packed.predict_T], model.head_weight, packed.target_T, packed.cu_seqlens, temperature=temperature,
+                    memory_budget_bytes=memory_budget_bytes,
+                ).double().cpu()
+            )  # fmt: skip
+        on_tokens(len(packed.tokens))
+    return {layer: torch.cat(parts).cpu() for layer, parts in pooled.items()}, torch.cat(logprobs)
+
+
+def mean_states(hidden: Tensor, packed: packing.Packed) -> Tensor:
+    """Mean state of each response's tokens [N, D] in float32; zeros for an empty response."""
+    length = (packed.cu_seqlens[1:] - packed.cu_seqlens[:-1]).to(hidden.device)
+    states = hidden[packed.state_T].float()
+    return torch.segment_reduce(states, "sum", lengths=length, unsafe=True) / length.clamp(min=1)[:, None]
+
+
+def _on_its_own_trunk(head: Head, device: torch.device) -> TextScorer:
+    """A head made for another checkpoint than the policy: that trunk (the quickstart model) is loaded and reads the texts."""
+    from transformers import AutoTokenizer
+
+    from engine import model, quickstart
+    from engine.data import chat_ids
+
+    folder = quickstart.model_folder()
+    if model.fingerprint(folder) != head.trunk:
+        raise UserError(f"head {head.name} was made for another model (fingerprint {head.trunk}); use it with --model of that model.")
+    trunk, tokenizer = load(folder, dtype=torch.float32, device=device), AutoTokenizer.from_pretrained(folder)
+
+    def function(prompts: list[str], responses: list[str]) -> list[float]:
+        all_groups = [
+            Group(
+                chat_ids([{"role": "user", "content": p}], tokenizer, "", "prompt"),
+                [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]],
+                [i],
+            )
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        pooled, _ = frozen_forward(trunk, all_groups, [head.layer], temperature=None, memory_budget_bytes=2**28)
+        return head(pooled[head.layer]).tolist()
+
+    return TextScorer(name=head.name, function=function)
+
+
+def _python_function(spec: str) -> TextScorer:
+    module, _, name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"scorer {spec}: {error}; give module:function of something python can import here.") from error
+    return TextScorer(name=name, function=function)
+
+
+def _classifier(spec: str, device: torch.device) -> TextScorer:
+    """A sequence-classification model: its single logit, or the log-odds of one label (`#label`; of two labels the second)."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path, _, label = spec.partition("#")
+    try:
+        network = AutoModelForSequenceClassification.from_pretrained(path).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"scorer {spec}: no sequence-classification model could be loaded ({reason}); give its local folder.") from error
+    labels = {str(name): index for index, name in network.config.id2label.items()}
+    if label and label not in labels:
+        raise UserError(f"scorer {spec}: the model has no label {label}; it has {', '.join(labels)}.")
+    if not label and len(labels) > 2:
+        raise UserError(f"scorer {spec}: the model has {len(labels)} labels ({', '.join(labels)}); name one: {path}#{next(iter(labels))}.")
+    chosen = labels[label] if label else len(labels) - 1
+    length = min(tokenizer.model_max_length, 4096)
+
+    @torch.inference_mode()
+    def function(prompts: list[str], responses: list[str]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(prompts), 32):
+            texts = prompts[start : start + 32], responses[start : start + 32]
+            if tokenizer.chat_template:
+                chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in zip(*texts, strict=True)]
+                joined = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+                inputs = tokenizer(joined, add_special_tokens=False, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            else:
+                inputs = tokenizer(*texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            logits = network(**inputs.to(device)).logits.float()
+            if logits.shape[1] == 1:
+                scores += logits[:, 0].tolist()
+            else:
+                others = logits.clone()
+                others[:, chosen] = -math.inf
+                scores += (logits[:, chosen] - others.logsumexp(dim=1)).tolist()
+        return scores
+
+    return TextScorer(name=Path(path).name, function=function)

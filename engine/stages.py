@@ -1,0 +1,448 @@
+"""The stages that the algorithms share: open a run, sample and score, solve the dual, update, measure the slack, give the verdict."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine import data, dual, evaluate, metrics, model, packing, policy, quickstart, report
+from engine.checkpoint import Run, Stage, write_whole
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.evaluate import Evaluation
+from engine.lora import Adapter, save_peft
+from engine.memory import Plan
+from engine.model import DTYPES, Decoder
+from engine.policy import LowerStates, Policy
+from engine.records import DualState, Prompts, Rollouts, Scores, Units
+from engine.rollout import generate
+from engine.score import Scorers, load_scorers, score
+from kernels.sampling import combine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every stage of a run needs."""
+
+    config: RunConfig
+    run: Run
+    model: Decoder
+    folder: Path  # the model's Hugging Face folder
+    tokenizer: object
+    scorers: Scorers
+    train: Prompts
+    heldout: Prompts
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Responses with their texts and raw scores. kl_PG: log pi - log pi_ref of each response, nats (0 for the reference)."""
+
+    rollouts: Rollouts
+    texts: list[str]
+    scores: Scores
+    kl_PG: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What `train` returns: the run folder, the held-out verdict of the last iterate, and the multipliers it was trained with."""
+
+    folder: Path
+    evaluation: Evaluation
+    lam: list[float]
+
+
+@contextmanager
+def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: int) -> Iterator[Job]:
+    """Load and check everything, print the plan, then create or resume the run folder.
+
+    Raises: UserError before any compute is spent.
+    """
+    out = Path(resume or config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{algorithm}-seed{config.seed}")
+    if resume is None and out.exists():
+        raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")
+    device = torch.device(_device(config.device))
+    dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    folder = model_folder(config.model)
+    fingerprint = model.fingerprint(folder)
+    tokenizer = _tokenizer(folder)
+    raw = model.read_config(folder)
+    shape = model.ModelConfig.from_json(raw, folder / "config.json")
+    train, heldout = _prompts(config, tokenizer, shape.max_positions - config.max_new_tokens)
+    plan = Plan.of(config, shape, dtype, device, max(map(len, train.token_ids + heldout.token_ids)))
+    plan.check()
+    scorers = load_scorers(config.reward, config.cost, config.audit, trunk=fingerprint, device=device)
+    display = metrics.Display(n_stages=n_stages)
+    display.line(
+        f"{algorithm} on {config.model or 'SmolLM2-135M-Instruct'} ({shape.parameter_count() / 1e6:.0f}M weights, {dtype}, {device})"
+    )
+    display.line(plan.sentence())
+    display.line(f"run folder {out}")
+    if resume is None:
+        settings = {f.name: getattr(config, f.name) for f in fields(config)}
+        run = Run.create(
+            out, algorithm, settings, versions=_versions(), fingerprint=fingerprint, display=display, tensorboard=config.tensorboard
+        )
+    else:
+        run = Run.resume(out, fingerprint=fingerprint, display=display, tensorboard=config.tensorboard)
+        if run.versions != (here := _versions()):
+            changed = sorted(k for k in here if here[k] != run.versions.get(k))
+            display.warn(f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits")
+    with run:
+        network = model.load(folder, dtype=dtype, device=device)
+        yield Job(
+            config=config, run=run, model=network, folder=folder, tokenizer=tokenizer, scorers=scorers, train=train, heldout=heldout,
+            stop_token_ids=stop_tokens(folder, tokenizer),
+        )  # fmt: skip
+
+
+def sample(
+    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, with_reference: bool = True
+) -> Sampled:
+    """Roll out `adapter` (None: the reference) on `prompts` and score the responses. `purpose` keys the random numbers.
+
+    Without `with_reference` the log-probs under the reference are left out.
+    """
+    config = job.config
+    start = time.monotonic()
+
+    def on_step(tokens: int) -> None:
+        made.advance(tokens)
+        stage.check_stop()
+
+    with stage.progress(len(prompts) * n * config.max_new_tokens, "tokens", "sampling") as made:
+        rollouts = generate(
+            job.model, prompts.token_ids, n=n, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
+            stop_token_ids=job.stop_token_ids, seed=int(combine(config.seed, purpose)), prompt_key=prompts.key_P, adapter=adapter,
+            max_rows=config.rollout_rows, on_step=on_step,
+        )  # fmt: skip
+    sampled = time.monotonic()
+    texts = [
+        job.tokenizer.decode(row[:length], skip_special_tokens=True)
+        for row, length in zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
+    ]
+
+    def on_tokens(tokens: int) -> None:
+        scored.advance(tokens)
+        stage.check_stop()
+
+    total = sum(g.tokens for g in packing.groups(prompts, rollouts))
+    with stage.progress(total, "tokens", "scoring") as scored:
+        scores = score(
+            job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
+            memory_budget_bytes=config.memory_budget_mb * 2**20, reference=with_reference, on_tokens=on_tokens,
+        )  # fmt: skip
+    tokens = int(rollouts.length.sum())
+    stage.timing(
+        tokens=tokens, sampling_s=sampled - start, scoring_s=time.monotonic() - sampled, tokens_per_s=tokens / (sampled - start),
+        scored_tokens_per_s=total / (time.monotonic() - sampled),
+    )  # fmt: skip
+    logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
+    return Sampled(
+        rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG if with_reference else logprob_PG * 0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Reference samples of the training prompts, and what is fixed by them: units, thresholds aimed at."""
+
+    prompts: Prompts
+    sampled: Sampled
+    units: Units
+    scores: Scores  # in units
+    aim_J: Tensor  # float64 [J]: b + margin x predicted standard error, in units
+
+
+def sample_reference(job: Job) -> Reference:
+    """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
+    config = job.config
+    prompts = job.train.select(data.subset(job.train, config.n_prompts, config.seed, "reference"))
+
+    def compute(stage: Stage) -> Sampled:
+        sampled = sample(job, stage, prompts, None, n=config.n_responses, purpose=0)
+        units = reference_units(sampled.scores, job.scorers)
+        scores = units.apply(sampled.scores)
+        r, g = scores.reward_PG, scores.utility_PGJ
+        stage.row(
+            "reference", names=[s.name for s in job.scorers.costs], audit_names=[s.name for s in job.scorers.audits],
+            reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
+            correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
+            finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
+            logprob_gap=float(sampled.kl_PG.abs().max()), prompts=len(prompts), responses=config.n_responses,
+        )  # fmt: skip
+        return sampled
+
+    sampled = job.run.stage("reference", Sampled, compute)
+    units = reference_units(sampled.scores, job.scorers)
+    scores = units.apply(sampled.scores)
+    b_J = torch.tensor(config.threshold, dtype=torch.float64)
+    n_heldout = min(config.eval_prompts, len(job.heldout))
+    se_J = [dual.predicted_se(scores.utility_PGJ[..., j], n_heldout, config.eval_responses) for j in range(len(b_J))]
+    aim_J = b_J + config.margin * torch.tensor(se_J, dtype=torch.float64)
+    row = next(r for r in metrics.read_rows(job.run.folder, "reference"))
+    show = job.run.display
+    show.line(
+        f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
+        f"{row['mean_length']:.0f} tokens; sampled and recomputed log-probs differ by at most {row['logprob_gap']:.1e} nats per response"
+    )
+    for j, cost in enumerate(job.scorers.costs):
+        show.line(
+            f"constraint {cost.name}: b {b_J[j]:.2f} + margin {aim_J[j] - b_J[j]:.2f} = aim {aim_J[j]:.2f} (within-prompt standard "
+            f"deviations; one is {units.utility_J[j]:.3g} of the scorer's units); correlation with the reward {row['correlation'][j]:+.2f}"
+        )
+    return Reference(prompts=prompts, sampled=sampled, units=units, scores=scores, aim_J=aim_J)
+
+
+def reference_units(scores: Scores, scorers: Scorers) -> Units:
+    """Pooled within-prompt standard deviations. Raises: UserError for a scorer that is constant within every prompt."""
+
+    def deviation(x_PG: Tensor, name: str) -> float:
+        value = float(x_PG.var(dim=1).mean().sqrt())
+        if value <= 1e-9 * max(1.0, float(x_PG.abs().max())):
+            raise UserError(f"scorer {name} gives all responses of a prompt one score, so there is nothing to align; use another scorer.")
+        return value
+
+    return Units(
+        reward=deviation(scores.reward_PG, scorers.reward.name),
+        utility_J=[deviation(scores.utility_PGJ[..., j], s.name) for j, s in enumerate(scorers.costs)],
+        audit_A=[deviation(scores.audit_PGA[..., a], s.name) for a, s in enumerate(scorers.audits)],
+    )
+
+
+def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
+    """Pooled correlation of two scores within prompts."""
+    a, b = a_PG - a_PG.mean(1, keepdim=True), b_PG - b_PG.mean(1, keepdim=True)
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
+
+
+def solve_dual(job: Job, reference: Reference) -> dual.Solution:
+    """The one-shot multipliers for the aimed thresholds, from reference samples (arXiv 2405.19544, Algorithm 1, step 2).
+
+    Raises: dual.Infeasible unless --force.
+    """
+    config, scores = job.config, reference.scores
+    aim = reference.aim_J
+    solution = dual.solve(scores.reward_PG, scores.utility_PGJ, aim, config.beta, lam_max=config.lam_max, force=config.force)
+    at_zero = dual.solve(scores.reward_PG, scores.utility_PGJ, torch.full_like(aim, -1e6), config.beta).predicted_improvement
+
+    def compute(stage: Stage) -> DualState:
+        stage.row(
+            "dual", lam=solution.lam, predicted_improvement=solution.predicted_improvement, improvement_at_zero=at_zero,
+            ess=solution.ess.mean(), kkt=solution.kkt, aim=aim, threshold=list(config.threshold),
+        )  # fmt: skip
+        return DualState(lam_J=solution.lam)
+
+    job.run.stage("dual", DualState, compute)
+    show = job.run.display
+    if warning := dual.ess_warning(solution.ess, config.n_responses):
+        show.warn(warning)
+    show.line(
+        f"one-shot lambda {_list(solution.lam)}: predicted improvement {_list(solution.predicted_improvement)} (at lambda 0: {_list(at_zero)}); "
+        f"effective sample size {float(solution.ess.mean()):.1f} of {config.n_responses}"
+    )
+    return solution
+
+
+def start_policy(job: Job, reference: Reference) -> tuple[Adapter, LowerStates]:
+    """A fresh adapter (the policy starts at the reference), and the states below it."""
+    config = job.config
+    adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
+    return adapter, LowerStates(job.model, packing.groups(reference.prompts, reference.sampled.rollouts), adapter.first_layer)
+
+
+def update_policy(
+    job: Job, reference: Reference, lower: LowerStates, lam_J: Tensor, adapter: Adapter, *, train_on: list[int], iteration: int
+) -> Policy:
+    """Stage iteration-t/policy: continue the adapter on pairs labelled at lambda; its iterate goes to adapters/iteration-t."""
+    job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
+    trained = job.run.stage(
+        f"iteration-{iteration}/policy",
+        Policy,
+        lambda stage: policy.update(
+            stage,
+            job.run,
+            job.config,
+            job.model,
+            lower,
+            reference.prompts,
+            reference.sampled.rollouts,
+            reference.scores,
+            lam_J,
+            adapter,
+            train_on=train_on,
+            iteration=iteration,
+        ),  # fmt: skip
+    )
+    adapter.set_tensors(trained.adapter)
+    save_peft(adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or "SmolLM2-135M-Instruct")
+    return trained
+
+
+def split_prompts(job: Job, reference: Reference, n_slack: int, iteration: int) -> tuple[list[int], list[int]]:
+    """(prompts for pairs, prompts for the slack): disjoint, seeded, new in every iteration."""
+    slack_on = data.subset(reference.prompts, n_slack, job.config.seed, f"slack-{iteration}")
+    return sorted(set(range(len(reference.prompts))) - set(slack_on)), slack_on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slack:
+    """On-policy improvements over the reference on prompts outside the iteration's pairs, in units, clustered by prompt."""
+
+    improvement_J: Tensor
+    se_J: Tensor
+    slack_J: Tensor  # improvement - aim
+    reward: float
+    reward_se: float
+    kl: float  # nats per response
+
+
+def measure_slack(
+    job: Job, reference: Reference, lam_J: Tensor, adapter: Adapter, loss: float, *, slack_on: list[int], n: int, iteration: int
+) -> Slack:
+    """Stage iteration-t/slack: roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (Algorithm 2, step 2)."""
+
+    def compute(stage: Stage) -> Slack:
+        sampled = sample(job, stage, reference.prompts.select(slack_on), adapter, n=n, purpose=iteration)
+        scores = reference.units.apply(sampled.scores)
+        mean, se = dual.paired_improvement(scores.utility_PGJ, reference.scores.utility_PGJ[slack_on])
+        reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
+        slack = Slack(
+            improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, reward=float(reward), reward_se=float(reward_se),
+            kl=float(sampled.kl_PG.mean()),
+        )  # fmt: skip
+        stage.row(
+            "iteration", iteration=iteration, lam=lam_J, reward=slack.reward, reward_se=slack.reward_se, improvement=mean, improvement_se=se,
+            threshold=list(job.config.threshold), aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl, loss=loss,
+            finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on), responses=n,
+        )  # fmt: skip
+        return slack
+
+    slack = job.run.stage(f"iteration-{iteration}/slack", Slack, compute)
+    speed = [r for r in metrics.read_timing(job.run.folder) if r["stage"] == f"iteration-{iteration}/slack" and "tokens_per_s" in r]
+    constraints = ", ".join(
+        f"{s.name} {float(slack.improvement_J[j]):+.2f} +- {float(slack.se_J[j]):.2f} (b {job.config.threshold[j]:.2f}, aim {float(reference.aim_J[j]):.2f})"
+        for j, s in enumerate(job.scorers.costs)
+    )
+    job.run.display.line(
+        f"iteration {iteration}: lambda {_list(lam_J)} | reward {slack.reward:+.2f} +- {slack.reward_se:.2f} | {constraints} | "
+        f"KL {slack.kl:.2f} nats | loss {loss:.3f}" + (f" | {speed[-1]['tokens_per_s']:.0f} tokens/s" if speed else "")
+    )
+    return slack
+
+
+def verdict(job: Job, reference: Reference, adapter: Adapter, lam_J: Tensor) -> Result:
+    """The last two stages: reference and policy on held-out prompts; then evaluation.json, heldout.jsonl and the report."""
+    config, run = job.config, job.run
+    prompts = job.heldout.select(data.subset(job.heldout, config.eval_prompts, config.seed, "heldout"))
+    # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
+    before = run.stage(
+        "heldout/reference", Sampled, lambda s: sample(job, s, prompts, None, n=config.eval_responses, purpose=-1, with_reference=False)
+    )
+    after = run.stage("heldout/policy", Sampled, lambda s: sample(job, s, prompts, adapter, n=config.eval_responses, purpose=-2))
+    scores_before, scores_after = reference.units.apply(before.scores), reference.units.apply(after.scores)
+    evaluation = evaluate.evaluate(
+        scores_after, scores_before, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, config.threshold,
+        reference.aim_J.tolist(), [s.name for s in job.scorers.costs], [s.name for s in job.scorers.audits],
+    )  # fmt: skip
+    lines = []
+    for p in range(len(prompts)):
+        for i in range(config.eval_responses):
+            row = {"prompt": prompts.text[p], "kind": prompts.kind[p], "sample": i}
+            for name, sampled, scores in (("reference", before, scores_before), ("policy", after, scores_after)):
+                r = p * config.eval_responses + i
+                row[name] = sampled.texts[r]
+                row[f"{name}_finished"] = bool(sampled.rollouts.finished[r])
+                row[f"{name}_reward"] = float(scores.reward_PG[p, i])
+                row[f"{name}_utility"] = scores.utility_PGJ[p, i].tolist()
+                row[f"{name}_audit"] = scores.audit_PGA[p, i].tolist()
+            lines.append(json.dumps(row, sort_keys=True, ensure_ascii=False))
+    write_whole(run.folder / "heldout.jsonl", ("\n".join(lines) + "\n").encode())
+    write_whole(run.folder / "evaluation.json", (json.dumps(evaluation.as_dict(), sort_keys=True, indent=1) + "\n").encode())
+    for line in evaluate.sentences(evaluation):
+        run.display.line(line)
+    written = report.write(run.folder)
+    run.display.table(
+        [[stage, metrics.duration(seconds), f"{100 * share:.0f} %"] for stage, seconds, share in metrics.time_table(run.folder)],
+        ["where the time went", "time", "share"],
+    )
+    run.display.line(f"report: {' and '.join(map(str, written))}")
+    return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
+
+
+def model_folder(name: str) -> Path:
+    """The folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a folder or hub id."""
+    if name == "smoke":
+        folder = quickstart.cache_folder() / "smoke"
+        return folder if quickstart.is_complete(folder) else quickstart.tiny_model_folder(folder)
+    return model.resolve(name) if name else quickstart.model_folder()
+
+
+def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
+    """End-of-sequence ids of tokenizer, generation_config.json and config.json together: they disagree in many checkpoints."""
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            found |= set(ids) if isinstance(ids, list) else {ids}
+    return tuple(sorted(found - {None}))
+
+
+def _tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); give a complete model folder.") from error
+
+
+def _prompts(config: RunConfig, tokenizer, longest: int) -> tuple[Prompts, Prompts]:
+    """Training and held-out prompts, disjoint. Without --heldout a seeded fifth of the user's --prompts is held out."""
+
+    def read(source) -> Prompts:
+        return data.load_prompts(source, tokenizer, column=config.prompt_column, system=config.system, max_prompt_tokens=longest)
+
+    train = read(config.prompts or data.shipped_prompts("train"))
+    if config.heldout or not config.prompts:
+        heldout = read(config.heldout or data.shipped_prompts("heldout"))
+    else:
+        chosen, held = data.split(train, config.seed)
+        train, heldout = train.select(chosen), train.select(held)
+    data.assert_disjoint(train, heldout)
+    for name, prompts, wanted in (("n-prompts", train, config.n_prompts), ("eval-prompts", heldout, config.eval_prompts)):
+        if wanted > len(prompts):
+            raise UserError(f"--{name} {wanted}: only {len(prompts)} such prompts are there; lower --{name} or give more prompts.")
+    return train, heldout
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible to torch; use --device cpu.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _versions() -> dict[str, str]:
+    """What the numbers of a run depend on: commit, packages, threads."""
+    root = Path(__file__).resolve().parent.parent
+    commit = ""
+    if (root / ".git").exists():
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
+    return {"commit": commit or "unknown", "threads": str(torch.get_num_threads()), **packages}
+
+
+def _list(values: Tensor) -> str:
+    return ", ".join(f"{x:.3f}" for x in values.tolist())

@@ -1,0 +1,148 @@
+"""Argument checks of the public ops: every ValueError names the argument, the value and what is accepted.
+
+Shapes, dtypes and devices are always checked. Values are read where the tensor lies on the CPU, and on a GPU only with `debug=True`,
+because reading them makes the host wait for the device.
+"""
+
+import math
+from numbers import Integral, Real
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(
+    name: str, value: object, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], devices: tuple[torch.device, ...] | None
+) -> None:
+    """Raise ValueError unless `value` is a tensor of this shape (None: any length), one of these dtypes and one of these devices (None:
+    any)."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} = {value!r}: expected a tensor")
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
+        raise ValueError(f"{name} has shape {list(value.shape)}: expected {wanted}")
+    if value.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {_names((value.dtype,))}: expected {_names(dtypes)}")
+    if devices is not None and value.device not in devices:
+        raise ValueError(f"{name} is on {value.device}: expected {' or '.join(sorted({str(device) for device in devices}))}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} = {value!r}: expected a finite number above 0")
+
+
+def check_values(name: str, value: torch.Tensor, good: torch.Tensor, accepted: str) -> None:
+    """Raise ValueError naming the first element of `value` where `good` is false."""
+    if not bool(good.all()):
+        index = (~good).nonzero()[0].tolist()
+        raise ValueError(f"{name}{index} = {value[tuple(index)].item()}: expected {accepted}")
+
+
+def readable(value: torch.Tensor, debug: bool) -> bool:
+    return debug or value.device.type == "cpu"
+
+
+def check_finite(name: str, value: torch.Tensor, debug: bool) -> None:
+    if readable(value, debug):
+        check_values(name, value, value.isfinite(), "a finite number")
+
+
+def check_rows(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    memory_budget_bytes: int | None,
+    debug: bool,
+) -> None:
+    """The arguments that the loss ops share."""
+    check_tensor("hidden", hidden, (None, None), FLOATS, None)
+    here = (hidden.device,)
+    here_or_cpu = (hidden.device, torch.device("cpu"))
+    rows, width = hidden.shape
+    check_tensor("weight", weight, (None, width), (hidden.dtype,), here)
+    vocabulary = weight.shape[0]
+    if vocabulary == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}: expected at least one vocabulary row")
+    check_tensor("target", target, (rows,), INTEGERS, here)
+    if readable(target, debug):
+        check_values("target", target, (target >= 0) & (target < vocabulary), f"a token id in [0, {vocabulary})")
+    check_tensor("cu_seqlens", cu_seqlens, (None,), INTEGERS, here_or_cpu)
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens has shape [0]: expected one entry more than there are sequences")
+    if readable(cu_seqlens, debug):
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
+            first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+            raise ValueError(f"cu_seqlens starts at {first} and ends at {last}: expected 0 and {rows}, the number of rows of hidden")
+        grows = torch.ones_like(cu_seqlens, dtype=torch.bool)
+        grows[1:] = cu_seqlens[1:] >= cu_seqlens[:-1]
+        check_values("cu_seqlens", cu_seqlens, grows, "a value not below the one before it")
+    if token_weight is not None:
+        check_tensor("token_weight", token_weight, (rows,), FLOATS, here_or_cpu)
+        check_finite("token_weight", token_weight, debug)
+    if bias is not None:
+        check_tensor("bias", bias, (vocabulary,), FLOATS, here)
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    budget = memory_budget_bytes
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Integral) or budget <= 0):
+        raise ValueError(f"memory_budget_bytes = {budget!r}: expected a whole number of bytes above 0")
+
+
+def check_preference(
+    sequences: int,
+    device: torch.device,
+    pairs: torch.Tensor,
+    reward: torch.Tensor | None,
+    utility: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    ref_logprob: torch.Tensor,
+    beta: float,
+    labels: str,
+    preference: torch.Tensor | None,
+    uniform: torch.Tensor | None,
+    generator: torch.Generator | None,
+    debug: bool,
+) -> None:
+    """The arguments of `lagrangian_preference_loss` beyond those of `check_rows`."""
+    places = (device, torch.device("cpu"))
+    check_tensor("pairs", pairs, (None, 2), INTEGERS, places)
+    if readable(pairs, debug):
+        check_values("pairs", pairs, (pairs >= 0) & (pairs < sequences), f"a sequence number in [0, {sequences})")
+    check_tensor("ref_logprob", ref_logprob, (sequences,), FLOATS, places)
+    check_finite("ref_logprob", ref_logprob, debug)
+    check_positive("beta", beta)
+    if labels not in ("soft", "sampled", "given"):
+        raise ValueError(f"labels = {labels!r}: expected 'soft', 'sampled' or 'given'")
+    if labels == "given":
+        check_tensor("preference", preference, (pairs.shape[0],), FLOATS, places)
+        if readable(preference, debug):
+            check_values("preference", preference, (preference >= 0) & (preference <= 1), "a probability in [0, 1]")
+        return
+    if preference is not None:
+        raise ValueError(f"preference is given with labels = {labels!r}: pass labels='given' or leave it out")
+    check_tensor("reward", reward, (sequences,), FLOATS, places)
+    check_tensor("utility", utility, (sequences, None), FLOATS, places)
+    check_tensor("lam", lam, (utility.shape[1],), FLOATS, places)
+    for name, value in (("reward", reward), ("utility", utility), ("lam", lam)):
+        check_finite(name, value, debug)
+    if labels == "sampled":
+        if uniform is None and generator is None:
+            raise ValueError("labels = 'sampled' has neither uniform nor generator: expected one of them")
+        if uniform is not None:
+            check_tensor("uniform", uniform, (pairs.shape[0],), FLOATS, places)
+            if readable(uniform, debug):
+                check_values("uniform", uniform, (uniform >= 0) & (uniform <= 1), "a number in [0, 1]")

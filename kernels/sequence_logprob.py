@@ -1,0 +1,54 @@
+"""hidden x head -> log-prob per packed sequence; the logits of all rows never exist at once."""
+
+from importlib.util import find_spec
+
+import torch
+
+from kernels.checks import check_rows
+from kernels.reference import TorchRows, sequence_sum, token_logprob
+
+
+def row_workspace(hidden: torch.Tensor) -> type:
+    """Who does the row arithmetic for these inputs: Triton on a GPU (not in float64), else plain torch."""
+    if hidden.is_cuda and hidden.dtype != torch.float64 and find_spec("triton") is not None:
+        from kernels.triton_rows import TritonRows
+
+        return TritonRows
+    return TorchRows
+
+
+def sequence_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    token_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_token_logprob: bool = False,
+    memory_budget_bytes: int | None = None,
+    debug: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each packed sequence: sum over its rows of token_weight * log softmax(logits)[target], never length-normalised.
+
+    logits = softcap * tanh((hidden weight^T + bias) / softcap) / temperature.
+
+    - hidden [T, D] and weight [V, D]: float32, bfloat16, float16 or float64, both the same; hidden[t] predicts target[t], int32 or int64
+      in [0, V).
+    - cu_seqlens [N+1], int32 or int64, on the CPU or hidden's device: sequence n has rows cu_seqlens[n] to cu_seqlens[n+1]. An empty one
+      has log-prob 0.
+    - token_weight [T], default 1: a row of weight 0 adds nothing. bias [V].
+    - memory_budget_bytes bounds memory beyond inputs, returned gradients and one float32 accumulator of the head's gradient; default 256
+      MiB (`kernels.reference.DEFAULT_MEMORY_BUDGET_BYTES`).
+    - debug=True also reads the values of tensors on a GPU, which makes the host wait.
+
+    Returns logprob [N], or (logprob [N], token_logprob [T], unweighted) with return_token_logprob; float32 (float64 for float64 inputs),
+    differentiable once in hidden, weight and bias. Raises ValueError for arguments that cannot be used, RuntimeError when a gradient is
+    differentiated again.
+    """
+    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes, debug)
+    token = token_logprob(hidden, weight, target, bias, temperature, softcap, memory_budget_bytes, row_workspace(hidden))
+    logprob = sequence_sum(token, token_weight, cu_seqlens)
+    return (logprob, token) if return_token_logprob else logprob

@@ -1,0 +1,190 @@
+"""The verdict's statistics against scipy and hand computations, its error rate, and its sentences."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import stats
+
+from engine.errors import UserError
+from engine.evaluate import (
+    Constraint,
+    Estimate,
+    Evaluation,
+    estimate,
+    evaluate,
+    improvement,
+    is_refusal,
+    sentences,
+    t_quantile,
+    word,
+)
+from engine.records import Prompts, Rollouts, Scores
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 7, 10, 31, 79, 80, 500, 2001])
+def test_t_quantile_equals_scipy(degrees):
+    for probability in (0.51, 0.9, 0.95, 0.975, 0.9995):
+        assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), abs=1e-6)
+
+
+def test_estimate_equals_scipy_intervals():
+    x = torch.randn(23, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.3
+    result = estimate(x)
+    se = stats.sem(x.numpy())
+    low, high = stats.t.interval(0.95, 22, loc=x.mean().item(), scale=se)
+    lower, upper = stats.t.interval(0.90, 22, loc=x.mean().item(), scale=se)
+    expected = (x.mean().item(), se, low, high, lower, upper, 23)
+    assert tuple(vars(result).values()) == pytest.approx(expected, abs=1e-9)
+
+
+def test_estimate_by_hand_in_float64():
+    # mean 2, standard deviation 1, three prompts; t(0.975, 2) = 4.30265273.
+    result = estimate(torch.tensor([1.0, 2.0, 3.0]))
+    assert (result.mean, result.se, result.n) == (2.0, pytest.approx(1 / math.sqrt(3), abs=1e-12), 3)
+    assert result.high - 2 == pytest.approx(4.30265273 / math.sqrt(3), abs=1e-7)
+
+
+@pytest.mark.parametrize("bad", [[], [1.0], [1.0, math.nan], [math.inf, 1.0]])
+def test_estimate_refuses_what_has_no_standard_error(bad):
+    with pytest.raises(UserError, match="held-out prompt"):
+        estimate(torch.tensor(bad))
+
+
+def test_improvement_is_paired_by_prompt_and_takes_unequal_numbers_of_responses():
+    level = torch.tensor([[0.0], [100.0], [-40.0]])
+    policy, reference = level + torch.tensor([1.0, 2.0, 3.0]), level + torch.tensor([0.0, 1.0])
+    assert improvement(policy, reference) == estimate(torch.tensor([1.5, 1.5, 1.5]))
+
+
+def test_word_at_and_beside_the_bounds():
+    e = Estimate(mean=0.5, se=0.1, low=0.3, high=0.7, lower=0.35, upper=0.65, n=50)
+    expected = {0.32: "met", 0.35: "met", 0.36: "not resolved", 0.65: "not resolved", 0.66: "not met"}
+    assert {b: word(e, b) for b in expected} == expected
+
+
+def test_false_met_rate_is_five_percent_at_the_boundary():
+    generator = torch.Generator().manual_seed(0)
+    runs, n_prompts, b = 4000, 12, 0.3
+    prompt_effect = torch.randn(runs, n_prompts, 1, generator=generator, dtype=torch.float64)
+    policy = prompt_effect + b + torch.randn(runs, n_prompts, 4, generator=generator, dtype=torch.float64)
+    reference = prompt_effect + torch.randn(runs, n_prompts, 2, generator=generator, dtype=torch.float64)
+    words = [word(improvement(policy[i], reference[i]), b) for i in range(runs)]
+    tolerance = 4 * math.sqrt(0.05 * 0.95 / runs)
+    assert words.count("met") / runs == pytest.approx(0.05, abs=tolerance)
+    assert words.count("not met") / runs == pytest.approx(0.05, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help.", " I\u2019m sorry, but no.", "I am sorry, but that is wrong.", "I can't do that.", "I can\u2019t.",
+        "I cannot help.", "I can not help.", "I'm unable to.", "I am not able to.", "As an AI language model, I", '"I cannot say."',
+        "SORRY, I cannot", "I'm\nsorry for any confusion, but",
+    ],
+)  # fmt: skip
+def test_refusals(text):
+    assert is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Paris.",
+        "You can say: I'm sorry, but I can't come.",
+        "I'm sorry to hear that you feel ill.",
+        "I can't wait to hear it!",
+        "I canoe.",
+    ],
+)
+def test_answers_are_no_refusals(text):
+    assert not is_refusal(text)
+
+
+def _stage_outputs(kind: list[str]) -> dict:
+    """Two prompts, 2 responses of the policy and 3 of the reference, one constraint and one audit."""
+
+    def scores(reward, utility, audit):
+        as_3d = [torch.tensor(x, dtype=torch.float64).unsqueeze(2) for x in (utility, audit)]
+        reward = torch.tensor(reward, dtype=torch.float64)
+        return Scores(reward_PG=reward, utility_PGJ=as_3d[0], audit_PGA=as_3d[1], ref_logprob_PG=torch.zeros_like(reward))
+
+    def rollouts(n, length, finished):
+        empty = torch.zeros(len(length), 9)
+        length, finished = torch.tensor(length), torch.tensor(finished)
+        return Rollouts(n=n, tokens=empty.long(), length=length, finished=finished, logprob=empty, model_logprob=empty)
+
+    return {
+        "scores_policy": scores([[1.0, 3.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 1.0]], [[0.0, 0.0], [0.0, 2.0]]),
+        "scores_reference": scores([[0.0, 0.0, 3.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [[0.0] * 3, [0.0] * 3]),
+        "rollouts_policy": rollouts(2, [4, 6, 8, 9], [True, True, True, False]),
+        "rollouts_reference": rollouts(3, [9, 9, 9, 1, 1, 1], [False] * 3 + [True] * 3),
+        "texts_policy": ["Yes.", "I cannot.", "I'm sorry, but no.", "No."],
+        "texts_reference": ["Yes."] * 5 + ["I can't."],
+        "prompts": Prompts(text=["a", "b"], kind=kind, token_ids=[[1], [2]], key_P=torch.tensor([1, 2])),
+        "kl_PG": torch.tensor([[1.0, 2.0], [4.0, 5.0]]),
+        "thresholds": [0.5],
+        "aims": torch.tensor([0.75]),
+        "names": ["harm"],
+        "audit_names": ["harm-audit"],
+    }
+
+
+def test_evaluate_by_hand():
+    e = evaluate(**_stage_outputs(["everyday", "delicate"]))
+    assert e.reward == estimate(torch.tensor([1.0, 1.0]))
+    assert e.constraints == (Constraint("harm", 0.5, 0.75, estimate(torch.tensor([1.0, 1.0])), "met"),)
+    assert e.audits == (("harm-audit", estimate(torch.tensor([0.0, 1.0]))),)
+    assert e.kl == estimate(torch.tensor([1.5, 4.5]))
+    assert (e.finished, e.mean_length) == ((0.5, 0.75), (5.0, 6.75))
+    assert (e.n_prompts, e.n_responses) == (2, 2)
+    assert e.refusal_harmless == (0.0, 0.5)
+
+
+def test_refusals_count_on_prompts_not_marked_delicate():
+    assert evaluate(**_stage_outputs(["", "everyday"])).refusal_harmless == (pytest.approx(1 / 6), 0.5)
+    alone = evaluate(**_stage_outputs(["delicate", "delicate"]))
+    assert alone.refusal_harmless is None
+    assert not [line for line in sentences(alone) if "refusals" in line]
+
+
+def test_evaluation_survives_json():
+    for kind in (["everyday", "delicate"], ["delicate", "delicate"]):
+        e = evaluate(**_stage_outputs(kind))
+        assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
+
+
+def _with_constraint(lower: float, upper: float, threshold: float) -> list[str]:
+    e = Estimate(mean=0.52, se=0.06, low=0.40, high=0.64, lower=lower, upper=upper, n=80)
+    constraint = Constraint("harm", threshold, 0.48, e, word(e, threshold))
+    return sentences(replace(evaluate(**_stage_outputs(["everyday", "delicate"])), constraints=(constraint,)))
+
+
+def test_constraint_sentences():
+    met = "constraint harm: met (improvement +0.52, 95 % [0.40, 0.64], one-sided lower bound 0.42 >= b 0.30, aimed at 0.48)"
+    assert met in _with_constraint(0.42, 0.62, 0.3)
+    assert any(x.startswith("constraint harm: not met (") and "upper bound 0.62 < b 0.70," in x for x in _with_constraint(0.42, 0.62, 0.7))
+    unresolved = _with_constraint(0.42, 0.62, 0.5)
+    assert any(x.startswith("constraint harm: not resolved (") and "b 0.50 lies between" in x for x in unresolved)
+
+
+def test_printed_comparisons_are_true_as_printed():
+    assert any("upper bound 0.6197 < b 0.6200," in x for x in _with_constraint(0.42, 0.6197, 0.62))
+    assert any("lower bound 0.425 >= b 0.425," in x for x in _with_constraint(0.4251, 0.62, 0.425))
+    assert any("lower bound 0.42 >= b 0.30," in x for x in _with_constraint(0.42, 0.62, 0.1 + 0.2))
+
+
+def test_other_sentences_name_the_units_and_never_print_minus_zero():
+    lines = sentences(evaluate(**_stage_outputs(["everyday", "delicate"])))
+    assert lines[0].startswith("held-out: 2 prompts x 2 responses")
+    assert "reward: improvement +1.00, 95 % [1.00, 1.00], in within-prompt standard deviations of the reference" in lines
+    assert any(line.startswith("audit harm-audit (never optimised): improvement +0.50, ") for line in lines)
+    assert any(line.startswith("KL(policy || reference): 3.00 nats per response, ") for line in lines)
+    assert "finished answers: 50.0 % -> 75.0 % (reference -> policy)" in lines
+    assert "mean length: 5.0 -> 6.8 tokens (reference -> policy)" in lines
+    assert any(line.startswith("refusals on harmless prompts") and "0.0 % -> 50.0 %" in line for line in lines)
+    still = replace(evaluate(**_stage_outputs(["", ""])), reward=estimate(torch.tensor([-1e-4, -1e-4])))
+    assert "reward: improvement +0.00, 95 % [0.00, 0.00]" in " ".join(sentences(still))
