@@ -6,9 +6,10 @@ original model; labels are drawn afresh in every step; the improvement is measur
 step is the inverse Hessian at the warm start with a cap on the change; the last iterate is the result, and no dual step follows it.
 """
 
+import torch
+
 from engine import dual, stages
 from engine.config import CaidConfig
-from engine.records import DualState
 
 
 def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
@@ -17,24 +18,18 @@ def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
     Raises: UserError, NonFiniteError, Interrupted.
     """
     with stages.open_job("caid", config, resume, n_stages=4 + 2 * config.iterations) as job:
-        reference = stages.sample_reference(job)
-        warm = stages.solve_dual(job, reference)
-        adapter, lower = stages.start_policy(job, reference)
-        state = DualState(lam_J=warm.lam)
-        for t in range(1, config.iterations + 1):
-            train_on, slack_on = stages.split_prompts(job, reference, config.slack_prompts, t)
-            before = adapter.tensors()
-            trained = stages.update_policy(job, reference, lower, state.lam_J, adapter, train_on=train_on, iteration=t)
-            u = stages.measure_slack(
-                job, reference, state.lam_J, adapter, trained.loss, slack_on=slack_on, n=config.slack_responses, iteration=t
-            )
-            if u.kl > config.max_kl:
-                job.run.display.warn(f"KL {u.kl:.2f} nats passes --max-kl {config.max_kl}: stopped, the iterate before {t} is kept")
-                adapter.set_tensors(before)
-                break
-            state = DualState(lam_J=state.lam_J, slack_J=u.slack_J, slack_se_J=u.se_J)
-            if t < config.iterations:
-                eta = config.dual_step or warm.hessian
-                lam = dual.step(state.lam_J, u.slack_J, eta, max_change=config.lam_max_change, lam_max=config.lam_max)
-                state = DualState(lam_J=lam)
-        return stages.verdict(job, reference, adapter, state.lam_J)
+        world = stages.World(job)
+        return world.verdict(loop(world, config))
+
+
+def loop(world: stages.World, config: CaidConfig) -> torch.Tensor:
+    """Algorithm 2 in any world: returns the multipliers of the last policy, float64 [J]."""
+    warm = world.solve_dual()
+    lam_J = warm.lam
+    for t in range(1, config.iterations + 1):
+        world.update_policy(lam_J, t, config.slack_prompts)
+        u = world.measure_slack(lam_J, t)
+        if world.passes_max_kl(u, t) or t == config.iterations:
+            break
+        lam_J = dual.step(lam_J, u.slack_J, config.dual_step or warm.hessian, max_change=config.lam_max_change, lam_max=config.lam_max)
+    return lam_J

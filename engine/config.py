@@ -125,7 +125,7 @@ class MocanConfig(RunConfig):
 
 SMOKE = {
     "n_prompts": 12, "n_responses": 4, "max_new_tokens": 8, "rollout_rows": 32, "steps": 3, "prompts_per_step": 2,
-    "responses_per_prompt": 3, "warmup_steps": 1, "checkpoint_every": 1, "eval_prompts": 8, "eval_responses": 2,
+    "responses_per_prompt": 3, "warmup_steps": 1, "margin": 0.0, "checkpoint_every": 1, "eval_prompts": 8, "eval_responses": 2,
 }  # fmt: skip
 
 

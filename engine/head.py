@@ -28,6 +28,7 @@ from engine.score import Head, frozen_forward
 
 NEUTRAL_PROMPT = "Answer the request."
 HELDOUT_SHARE = 0.2
+GROUP_SIZE = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,18 +177,20 @@ def unique_texts(rows: Iterable[Row]) -> list[Text]:
 
 
 def encode(texts: Sequence[Text], tokenizer, config: HeadConfig, context: int) -> list[Group]:
-    """One group per chat; `rows` are indices into `texts`. A response keeps its end-of-turn token where it ended and that token fits."""
-    groups: dict[str, Group] = {}
+    """Groups of one chat and some of its responses each; `rows` are indices into `texts`."""
+    of_chat: dict[str, list[int]] = {}
     for i, text in enumerate(texts):
-        if text.chat not in groups:
-            prompt = data.chat_ids(json.loads(text.chat), tokenizer, config.system, "--data")
-            if len(prompt) + config.max_new_tokens > context:
-                raise UserError(f"--data: the prompt {text.chat[:60]!r} has {len(prompt)} tokens, too many for the model's {context}.")
-            groups[text.chat] = Group(prompt, [], [])
-        group = groups[text.chat]
-        group.responses.append(response_ids(text, tokenizer, config.max_new_tokens))
-        group.rows.append(i)
-    return list(groups.values())
+        of_chat.setdefault(text.chat, []).append(i)
+    groups = []
+    for chat, rows in of_chat.items():
+        prompt = data.chat_ids(json.loads(chat), tokenizer, config.system, "--data")
+        if len(prompt) + config.max_new_tokens > context:
+            raise UserError(f"--data: the prompt {chat[:60]!r} has {len(prompt)} tokens, too many for the model's {context}.")
+        responses = [response_ids(texts[i], tokenizer, config.max_new_tokens) for i in rows]
+        # Groups of like size: attention costs the square of the longest group of a batch.
+        for k in range(0, len(rows), GROUP_SIZE):
+            groups.append(Group(prompt, responses[k : k + GROUP_SIZE], rows[k : k + GROUP_SIZE]))
+    return groups
 
 
 def response_ids(text: Text, tokenizer, max_new_tokens: int) -> list[int]:

@@ -1,5 +1,7 @@
 """MoCAN (arXiv 2405.19544, Algorithm 1): solve the smooth dual once from reference samples, then align once at that lambda."""
 
+import torch
+
 from engine import stages
 from engine.config import MocanConfig
 
@@ -10,9 +12,12 @@ def train(config: MocanConfig, *, resume: str | None = None) -> stages.Result:
     Raises: UserError, NonFiniteError, Interrupted.
     """
     with stages.open_job("mocan", config, resume, n_stages=5) as job:
-        reference = stages.sample_reference(job)
-        lam_J = stages.solve_dual(job, reference).lam
-        adapter, lower = stages.start_policy(job, reference)
-        everything = list(range(len(reference.prompts)))
-        stages.update_policy(job, reference, lower, lam_J, adapter, train_on=everything, iteration=1)
-        return stages.verdict(job, reference, adapter, lam_J)
+        world = stages.World(job)
+        return world.verdict(loop(world))
+
+
+def loop(world: stages.World) -> torch.Tensor:
+    """Algorithm 1 in any world: returns the multipliers, float64 [J]."""
+    lam_J = world.solve_dual().lam
+    world.update_policy(lam_J, 1)
+    return lam_J

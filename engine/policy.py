@@ -97,13 +97,14 @@ def update(
             result = _loss(config, model, lower, prompts, rollouts, scores, lam_J, adapter, pairs, iteration * 1_000_003 + step)
             optimizer.zero_grad(set_to_none=True)
             result.loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-            if not (math.isfinite(float(result.loss)) and math.isfinite(float(norm))):
-                _stop_non_finite(run, stage, pairs, adapter, float(result.loss), float(norm))
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm))
+            loss = float(result.loss.detach())
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                _stop_non_finite(run, stage, pairs, adapter, loss, norm)
             optimizer.step()
-            losses.append(float(result.loss))
+            losses.append(loss)
             stage.row(
-                "step", iteration=iteration, step=step + 1, loss=losses[-1], accuracy=float(result.accuracy), grad_norm=float(norm),
+                "step", iteration=iteration, step=step + 1, loss=loss, accuracy=float(result.accuracy), grad_norm=norm,
                 learning_rate=rate, margin=float(result.margin.abs().mean()), pairs=len(pairs.pairs),
             )  # fmt: skip
             progress.advance(1)

@@ -97,15 +97,15 @@ class Scorers:
         return (self.reward, *self.costs, *self.audits)
 
 
-def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, trunk: str, device: torch.device) -> Scorers:
-    """The scorers that the names stand for (see `load_scorer`). `trunk`: fingerprint of the policy's checkpoint.
+def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, folder: Path, trunk: str, device: torch.device) -> Scorers:
+    """The scorers that the names stand for (see `load_scorer`). folder, trunk: the policy's checkpoint and its fingerprint.
 
     Raises: UserError also when two costs have one name.
     """
     scorers = Scorers(
-        reward=load_scorer(reward, trunk=trunk, device=device),
-        costs=tuple(load_scorer(c, trunk=trunk, device=device) for c in costs),
-        audits=tuple(load_scorer(c, trunk=trunk, device=device) for c in audits),
+        reward=load_scorer(reward, folder=folder, trunk=trunk, device=device),
+        costs=tuple(load_scorer(c, folder=folder, trunk=trunk, device=device) for c in costs),
+        audits=tuple(load_scorer(c, folder=folder, trunk=trunk, device=device) for c in audits),
     )
     names = [s.name for s in (*scorers.costs, *scorers.audits)]
     for name in names:
@@ -114,21 +114,22 @@ def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, tr
     return scorers
 
 
-def load_scorer(spec: str, *, trunk: str, device: torch.device) -> Scorer:
-    """A shipped head's name, a head folder, module:function, or a sequence-classification model's folder or hub id[#label].
+def load_scorer(spec: str, *, folder: Path, trunk: str, device: torch.device) -> Scorer:
+    """The scorer of one --reward, --cost or --audit value: a head's name (in the policy's folder under heads/, or shipped), a head
+    folder, module:function, or a sequence-classification model's folder or hub id, with #label where it has several labels.
 
     Raises: UserError naming the value and the forms accepted.
     """
-    shipped = Path(str(files("engine"))) / "assets" / "heads" / spec
-    folder = shipped if "/" not in spec and (shipped / "head.safetensors").is_file() else Path(spec)
-    if (folder / "head.safetensors").is_file():
-        head = Head.load(folder)
-        return head if head.trunk == trunk else _on_its_own_trunk(head, device)
+    shipped = Path(str(files("engine"))) / "assets" / "heads"
+    for place in (folder / "heads" / spec, shipped / spec, Path(spec)):
+        if (place / "head.safetensors").is_file():
+            head = Head.load(place)
+            return head if head.trunk == trunk else _on_its_own_trunk(head, device)
     if ":" in spec and not Path(spec).exists():
         return _python_function(spec)
     if Path(spec.partition("#")[0]).is_dir() or spec.count("/") == 1:
         return _classifier(spec, device)
-    names = sorted(p.name for p in shipped.parent.iterdir()) if shipped.parent.is_dir() else []
+    names = sorted(p.parent.name for p in shipped.glob("*/head.safetensors"))
     raise UserError(
         f"scorer {spec}: not found; give a shipped head ({', '.join(names)}), a head folder, a model folder or hub id, or module:function."
     )

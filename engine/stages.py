@@ -26,6 +26,7 @@ from engine.policy import LowerStates, Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Units
 from engine.rollout import generate
 from engine.score import Scorers, load_scorers, score
+from engine.smoke import smoke_folder
 from kernels.sampling import combine
 
 
@@ -83,7 +84,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     train, heldout = _prompts(config, tokenizer, shape.max_positions - config.max_new_tokens)
     plan = Plan.of(config, shape, dtype, device, max(map(len, train.token_ids + heldout.token_ids)))
     plan.check()
-    scorers = load_scorers(config.reward, config.cost, config.audit, trunk=fingerprint, device=device)
+    scorers = load_scorers(config.reward, config.cost, config.audit, folder=folder, trunk=fingerprint, device=device)
     display = metrics.Display(n_stages=n_stages)
     display.line(
         f"{algorithm} on {config.model or 'SmolLM2-135M-Instruct'} ({shape.parameter_count() / 1e6:.0f}M weights, {dtype}, {device})"
@@ -235,7 +236,16 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     """
     config, scores = job.config, reference.scores
     aim = reference.aim_J
-    solution = dual.solve(scores.reward_PG, scores.utility_PGJ, aim, config.beta, lam_max=config.lam_max, force=config.force)
+    try:
+        solution = dual.solve(scores.reward_PG, scores.utility_PGJ, aim, config.beta, lam_max=config.lam_max, force=config.force)
+    except dual.Infeasible as error:
+        margin = aim - torch.tensor(config.threshold, dtype=torch.float64)
+        raise UserError(
+            f"--threshold {' '.join(map(str, config.threshold))} (with its margin the dual aims at {_list(aim)}) is beyond what the "
+            f"{config.n_responses} samples of each prompt show, which is no proof that it cannot be met; alone, they support b up to "
+            f"{_list(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; lower --threshold or --margin, "
+            "raise --n-responses, or go on with --force."
+        ) from error
     at_zero = dual.solve(scores.reward_PG, scores.utility_PGJ, torch.full_like(aim, -1e6), config.beta).predicted_improvement
 
     def compute(stage: Stage) -> DualState:
@@ -256,41 +266,6 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     return solution
 
 
-def start_policy(job: Job, reference: Reference) -> tuple[Adapter, LowerStates]:
-    """A fresh adapter (the policy starts at the reference), and the states below it."""
-    config = job.config
-    adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
-    return adapter, LowerStates(job.model, packing.groups(reference.prompts, reference.sampled.rollouts), adapter.first_layer)
-
-
-def update_policy(
-    job: Job, reference: Reference, lower: LowerStates, lam_J: Tensor, adapter: Adapter, *, train_on: list[int], iteration: int
-) -> Policy:
-    """Stage iteration-t/policy: continue the adapter on pairs labelled at lambda; its iterate goes to adapters/iteration-t."""
-    job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
-    trained = job.run.stage(
-        f"iteration-{iteration}/policy",
-        Policy,
-        lambda stage: policy.update(
-            stage,
-            job.run,
-            job.config,
-            job.model,
-            lower,
-            reference.prompts,
-            reference.sampled.rollouts,
-            reference.scores,
-            lam_J,
-            adapter,
-            train_on=train_on,
-            iteration=iteration,
-        ),  # fmt: skip
-    )
-    adapter.set_tensors(trained.adapter)
-    save_peft(adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or "SmolLM2-135M-Instruct")
-    return trained
-
-
 def split_prompts(job: Job, reference: Reference, n_slack: int, iteration: int) -> tuple[list[int], list[int]]:
     """(prompts for pairs, prompts for the slack): disjoint, seeded, new in every iteration."""
     slack_on = data.subset(reference.prompts, n_slack, job.config.seed, f"slack-{iteration}")
@@ -309,38 +284,99 @@ class Slack:
     kl: float  # nats per response
 
 
-def measure_slack(
-    job: Job, reference: Reference, lam_J: Tensor, adapter: Adapter, loss: float, *, slack_on: list[int], n: int, iteration: int
-) -> Slack:
-    """Stage iteration-t/slack: roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (Algorithm 2, step 2)."""
+class World:
+    """The stages as the algorithms call them, on a real model: the policy is an adapter that is continued from call to call.
 
-    def compute(stage: Stage) -> Slack:
-        sampled = sample(job, stage, reference.prompts.select(slack_on), adapter, n=n, purpose=iteration)
-        scores = reference.units.apply(sampled.scores)
-        mean, se = dual.paired_improvement(scores.utility_PGJ, reference.scores.utility_PGJ[slack_on])
-        reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
-        slack = Slack(
-            improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, reward=float(reward), reward_se=float(reward_se),
-            kl=float(sampled.kl_PG.mean()),
-        )  # fmt: skip
-        stage.row(
-            "iteration", iteration=iteration, lam=lam_J, reward=slack.reward, reward_se=slack.reward_se, improvement=mean, improvement_se=se,
-            threshold=list(job.config.threshold), aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl, loss=loss,
-            finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on), responses=n,
-        )  # fmt: skip
+    The algorithms' loops know nothing else of the world, so a test can put an enumerated one in its place.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.reference = sample_reference(job)
+        config = job.config
+        self.adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
+        groups = packing.groups(self.reference.prompts, self.reference.sampled.rollouts)
+        self.lower = LowerStates(job.model, groups, self.adapter.first_layer)
+        self.before = self.adapter.tensors()
+        self.loss = float("nan")
+
+    def solve_dual(self) -> dual.Solution:
+        """See `solve_dual`."""
+        return solve_dual(self.job, self.reference)
+
+    def update_policy(self, lam_J: Tensor, iteration: int, n_slack: int = 0) -> None:
+        """Stage iteration-t/policy: continue the adapter on pairs labelled at lambda, `n_slack` prompts left out; its iterate goes to
+        adapters/iteration-t."""
+        job, reference, adapter = self.job, self.reference, self.adapter
+        job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
+        self.before = adapter.tensors()
+        train_on = split_prompts(job, reference, n_slack, iteration)[0]
+
+        def compute(stage: Stage) -> Policy:
+            return policy.update(
+                stage, job.run, job.config, job.model, self.lower, reference.prompts, reference.sampled.rollouts, reference.scores, lam_J,
+                adapter, train_on=train_on, iteration=iteration,
+            )  # fmt: skip
+
+        trained = job.run.stage(f"iteration-{iteration}/policy", Policy, compute)
+        adapter.set_tensors(trained.adapter)
+        self.loss = trained.loss
+        save_peft(adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or "SmolLM2-135M-Instruct")
+
+    def measure_slack(self, lam_J: Tensor, iteration: int) -> Slack:
+        """Stage iteration-t/slack: roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (Algorithm 2, step 2)."""
+        job, reference = self.job, self.reference
+        config = job.config
+        slack_on = split_prompts(job, reference, config.slack_prompts, iteration)[1]
+
+        def compute(stage: Stage) -> Slack:
+            sampled = sample(job, stage, reference.prompts.select(slack_on), self.adapter, n=config.slack_responses, purpose=iteration)
+            scores = reference.units.apply(sampled.scores)
+            mean, se = dual.paired_improvement(scores.utility_PGJ, reference.scores.utility_PGJ[slack_on])
+            reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
+            slack = Slack(
+                improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, reward=float(reward), reward_se=float(reward_se),
+                kl=float(sampled.kl_PG.mean()),
+            )  # fmt: skip
+            stage.row(
+                "iteration", iteration=iteration, lam=lam_J, reward=slack.reward, reward_se=slack.reward_se, improvement=mean,
+                improvement_se=se, threshold=list(config.threshold), aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl,
+                loss=self.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
+                responses=config.slack_responses,
+            )  # fmt: skip
+            return slack
+
+        slack = job.run.stage(f"iteration-{iteration}/slack", Slack, compute)
+        job.run.display.line(_iteration_line(job, reference, lam_J, slack, self.loss, iteration))
         return slack
 
-    slack = job.run.stage(f"iteration-{iteration}/slack", Slack, compute)
-    speed = [r for r in metrics.read_timing(job.run.folder) if r["stage"] == f"iteration-{iteration}/slack" and "tokens_per_s" in r]
-    constraints = ", ".join(
-        f"{s.name} {float(slack.improvement_J[j]):+.2f} +- {float(slack.se_J[j]):.2f} (b {job.config.threshold[j]:.2f}, aim {float(reference.aim_J[j]):.2f})"
+    def passes_max_kl(self, slack: Slack, iteration: int) -> bool:
+        """Whether the policy is too far from the reference; then it is put back to the iterate before."""
+        if slack.kl <= self.job.config.max_kl:
+            return False
+        self.adapter.set_tensors(self.before)
+        self.job.run.display.warn(
+            f"iteration {iteration}: KL {slack.kl:.2f} nats passes --max-kl {self.job.config.max_kl}; stopped, the iterate before it is kept"
+        )
+        return True
+
+    def verdict(self, lam_J: Tensor) -> Result:
+        """See `verdict`."""
+        return verdict(self.job, self.reference, self.adapter, lam_J)
+
+
+def _iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int) -> str:
+    stage = f"iteration-{iteration}/slack"
+    speed = [row["tokens_per_s"] for row in metrics.read_timing(job.run.folder) if row["stage"] == stage and "tokens_per_s" in row]
+    constraints = [
+        f"{s.name} {slack.improvement_J[j]:+.2f} +- {slack.se_J[j]:.2f} (b {job.config.threshold[j]:.2f}, aim {reference.aim_J[j]:.2f})"
         for j, s in enumerate(job.scorers.costs)
-    )
-    job.run.display.line(
-        f"iteration {iteration}: lambda {_list(lam_J)} | reward {slack.reward:+.2f} +- {slack.reward_se:.2f} | {constraints} | "
-        f"KL {slack.kl:.2f} nats | loss {loss:.3f}" + (f" | {speed[-1]['tokens_per_s']:.0f} tokens/s" if speed else "")
-    )
-    return slack
+    ]
+    parts = [
+        f"iteration {iteration}: lambda {_list(lam_J)}", f"reward {slack.reward:+.2f} +- {slack.reward_se:.2f}", *constraints,
+        f"KL {slack.kl:.2f} nats", f"loss {loss:.3f}", *(f"{x:.0f} tokens/s" for x in speed[-1:]),
+    ]  # fmt: skip
+    return " | ".join(parts)
 
 
 def verdict(job: Job, reference: Reference, adapter: Adapter, lam_J: Tensor) -> Result:
@@ -385,8 +421,7 @@ def verdict(job: Job, reference: Reference, adapter: Adapter, lam_J: Tensor) -> 
 def model_folder(name: str) -> Path:
     """The folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a folder or hub id."""
     if name == "smoke":
-        folder = quickstart.cache_folder() / "smoke"
-        return folder if quickstart.is_complete(folder) else quickstart.tiny_model_folder(folder)
+        return smoke_folder()
     return model.resolve(name) if name else quickstart.model_folder()
 
 

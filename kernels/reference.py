@@ -142,12 +142,11 @@ class _TokenLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, plan: Plan) -> torch.Tensor:
         logprob = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
         product = torch.empty_like(hidden) if plan.keep_product else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            work = plan.workspace(hidden, weight, bias, plan, plan.keep_product)
-            for rows in _chunks(hidden.shape[0], plan.rows):
-                logprob[rows] = work.logprob(hidden[rows], target[rows], plan.keep_product)
-                if product is not None:
-                    work.times_weight(product[rows])
+        work = plan.workspace(hidden, weight, bias, plan, plan.keep_product)
+        for rows in _chunks(hidden.shape[0], plan.rows):
+            logprob[rows] = work.logprob(hidden[rows], target[rows], plan.keep_product)
+            if product is not None:
+                work.times_weight(product[rows])
         ctx.plan = plan
         ctx.save_for_backward(hidden, weight, bias, target, product)
         return logprob
@@ -158,13 +157,13 @@ class _TokenLogprob(torch.autograd.Function):
         hidden, weight, bias, target, product = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = statistics_dtype(hidden.dtype)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad():
             coefficient = gradient.neg()[:, None]
             d_hidden = torch.empty_like(hidden) if needs_hidden else None
             d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
             d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-            # float16 would lose small coefficients: they enter dW relative to the largest one.
-            unit = coefficient.abs().amax().clamp_min(1e-30) if needs_weight and hidden.dtype == torch.float16 and len(hidden) else None
+            # float16 would lose small coefficients: they enter the head's gradient relative to the largest one.
+            unit = coefficient.abs().amax().clamp_min(1e-30) if hidden.dtype == torch.float16 and len(hidden) else None
             work = None if product is not None else plan.workspace(hidden, weight, bias, plan, True)
             for rows in _chunks(hidden.shape[0], plan.rows):
                 a = coefficient[rows]
@@ -177,12 +176,15 @@ class _TokenLogprob(torch.autograd.Function):
                 if needs_hidden:
                     work.times_weight(d_hidden[rows])
                     d_hidden[rows].mul_(a)
+                relative = a if unit is None else a / unit
                 if needs_weight:
-                    work.add_weight_gradient(d_weight, h * (a if unit is None else a / unit))
+                    work.add_weight_gradient(d_weight, h * relative)
                 if needs_bias:
-                    work.add_bias_gradient(d_bias, a[:, 0])
+                    work.add_bias_gradient(d_bias, relative[:, 0])
             if unit is not None:
-                d_weight.mul_(unit)
+                for total in (d_weight, d_bias):
+                    if total is not None:
+                        total.mul_(unit)
             gradients = [
                 d_hidden,
                 None if d_weight is None else d_weight.to(weight.dtype),

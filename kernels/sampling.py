@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels import native
+
 _BLOCK = 128
 
 
@@ -29,6 +31,9 @@ def sample(
     if temperature == 0:
         token = z.argmax(dim=1)
         return token, torch.zeros_like(z[:, 0]), _gather(z.log_softmax(dim=1), token)
+    if top_k == 0 and top_p == 1 and native.serves(z):
+        token, logprob = native.sample_rows(z, uniform(key, step), temperature)
+        return token, logprob, logprob.clone()
     z = z / temperature
     z = z - z.amax(dim=1, keepdim=True)
     mass = z.exp()

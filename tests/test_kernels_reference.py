@@ -251,11 +251,16 @@ def test_backward_twice_and_no_grad():
     assert not silent.requires_grad and torch.equal(silent, logprob.detach())
 
 
-def test_autocast_does_not_round_the_logits():
-    data = make()
-    want = sequence_logprob(**data)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sequence_logprob(**data), want)
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
+def test_autocast_does_not_round(needs):
+    def run(enabled):
+        leaves = [make()[name].requires_grad_() for name in needs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logprob = sequence_logprob(**make() | dict(zip(needs, leaves, strict=True)))
+            return [logprob, *torch.autograd.grad(logprob.sum(), leaves)]
+
+    for got, want in zip(run(True), run(False), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")], ids=["forward", "frozen", "full"])

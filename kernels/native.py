@@ -1,0 +1,49 @@
+"""The compiled row arithmetic (csrc/rows.cpp) for float32 rows on the CPU; where it is missing, plain torch does the same work."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+try:
+    from kernels import _native
+except ImportError:
+    _native = None
+
+# Instruction sets that this processor runs, fastest first.
+instructions: tuple[str, ...] = () if _native is None else _native.instructions
+available = bool(instructions)
+_told = False
+
+
+def serves(rows: Tensor) -> bool:
+    """Whether the compiled path takes these rows [R, V]. Where only the module is missing, a log line says so once."""
+    global _told
+    if rows.is_cuda or rows.dtype != torch.float32 or not rows.numel():
+        return False
+    if not available and not _told:
+        _told = True
+        logging.getLogger(__name__).warning("the compiled CPU kernels are not there: slower torch code runs instead (see README.md)")
+    return available
+
+
+def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Token int64 [R] and its log-prob float32 [R] under softmax(logits / temperature), by inversion of the cumulative mass at u.
+
+    logits: float32 [R, V] on the CPU; u: float64 [R] in (0, 1). Mass below exp(-87.3) of the largest is 0, and a token without mass is
+    never drawn. A row with NaN or without a finite maximum gives token 0 and log-prob NaN.
+    """
+    token, logprob = torch.empty(len(u), dtype=torch.int64), torch.empty(len(u), dtype=torch.float32)
+    _native.sample_rows(logits.detach().contiguous(), u, 1 / temperature, token, logprob, torch.get_num_threads(), instructions[0])
+    return token, logprob
+
+
+def rows_logprob(logits: Tensor, target: Tensor, temperature: float, gradient: bool) -> Tensor:
+    """log softmax(logits / temperature)[target], float32 [R]; with `gradient` the logits then hold (softmax - onehot) / temperature.
+
+    logits: float32 [R, V] on the CPU, contiguous; target: int64 [R]. The target's own gradient is the negative
+    sum of the others' mass, so it keeps its digits where the target is almost certain. Raises IndexError for a target outside [0, V).
+    """
+    logprob = torch.empty(len(target), dtype=torch.float32)
+    _native.rows_logprob(logits, target, 1 / temperature, gradient, logprob, torch.get_num_threads(), instructions[0])
+    return logprob

@@ -1,0 +1,210 @@
+"""The compiled row arithmetic against float64 and against the torch twin."""
+
+import pytest
+import torch
+
+from kernels import native, sample
+from kernels.sampling import _invert, uniform
+
+# -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
+SIZES = [7, 127, 128, 129, 32001, 49152]
+needs_native = pytest.mark.skipif(not native.available, reason="kernels._native is not built")
+
+
+def logits_of(rows: int, columns: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)) * scale
+
+
+def exact_logprob(logits: torch.Tensor, token: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log p from the sum of the others' mass, float64: exact also where p is close to 1."""
+    shifted = (logits.double() - logits.double().gather(1, token[:, None])) / temperature
+    others = shifted.scatter(1, token[:, None], -torch.inf).logsumexp(1)
+    return -torch.nn.functional.softplus(others, threshold=1e9)
+
+
+def exact_gradient(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    p = (logits.double() / temperature).softmax(1)
+    others = p.scatter(1, target[:, None], 0.0)
+    return others.scatter(1, target[:, None], -others.sum(1, keepdim=True)) / temperature
+
+
+def edge_distance(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Distance of u from the nearest edge of the cumulative distribution, float64 [R]."""
+    edges = logits.double().softmax(1).cumsum(1)
+    return (edges - u[:, None]).abs().amin(1)
+
+
+def all_paths(call) -> list[tuple[torch.Tensor, ...]]:
+    """call(instructions, threads) for every instruction set that this processor runs, with 1 and 2 threads."""
+    return [call(instructions, threads) for instructions in native.instructions for threads in (1, 2)]
+
+
+def assert_same_bits(results: list[tuple[torch.Tensor, ...]]) -> None:
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize("columns", SIZES)
+def test_tokens_are_the_twin_s(columns):
+    logits, u = logits_of(64, columns), uniform(torch.arange(64), 3)
+    token, logprob = native.sample_rows(logits, u, 1.0)
+    shifted = logits - logits.amax(1, keepdim=True)
+    differs = token != _invert(shifted.exp(), u)
+    assert bool((edge_distance(logits, u)[differs] < 1e-6).all())
+    assert int(differs.sum()) <= 2
+    torch.testing.assert_close(logprob.double(), exact_logprob(logits, token), rtol=1e-6, atol=0)
+
+
+@needs_native
+def test_every_token_of_a_short_row_is_reached_at_its_edges():
+    logits = logits_of(1, 7)
+    edges = logits.double().softmax(1).cumsum(1)[0]
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), edges[:-1]])
+    for u in (below + 1e-6, edges - 1e-6):
+        token, _ = native.sample_rows(logits.expand(7, 7), u, 1.0)
+        assert token.tolist() == list(range(7))
+
+
+@needs_native
+@pytest.mark.parametrize("columns", [129, 32001])
+def test_temperature(columns):
+    logits, u = logits_of(16, columns), uniform(torch.arange(16), 0)
+    token, logprob = native.sample_rows(logits, u, 0.6)
+    torch.testing.assert_close(logprob.double(), exact_logprob(logits, token, 0.6), rtol=1e-6, atol=0)
+    differs = token != native.sample_rows(logits / 0.6, u, 1.0)[0]
+    assert bool((edge_distance(logits.double() / 0.6, u)[differs] < 1e-5).all())
+
+
+@needs_native
+@pytest.mark.parametrize("u", [2.0**-54, 0.5, 1.0])
+def test_a_token_without_mass_is_never_drawn(u):
+    for columns in (200, 256, 4000):
+        logits = torch.full((columns, columns), -torch.inf).fill_diagonal_(-3.0)
+        # Far below the largest: this mass is 0 in float32.
+        logits[:, 5] = torch.where(torch.arange(columns) == 5, -3.0, -200.0)
+        token, logprob = native.sample_rows(logits, torch.full((columns,), u, dtype=torch.float64), 1.0)
+        assert torch.equal(token, torch.arange(columns))
+        assert bool((logprob == 0).all())
+
+
+@needs_native
+def test_offset_of_2_to_the_24_changes_nothing():
+    # Multiples of 2 stay exact under this offset.
+    logits = (logits_of(16, 1000).round() * 2).clamp(-20, 20)
+    u = uniform(torch.arange(16), 1)
+    assert_same_bits([native.sample_rows(logits, u, 1.0), native.sample_rows(logits + 2.0**24, u, 1.0)])
+
+
+@needs_native
+def test_peaked_rows_keep_the_digits_of_small_log_probs():
+    logits = logits_of(32, 32001, 1.0)
+    target = torch.arange(32) * 997
+    logits[torch.arange(32), target] = torch.linspace(20, 60, 32)
+    token, logprob = native.sample_rows(logits, torch.full((32,), 0.5, dtype=torch.float64), 1.0)
+    assert torch.equal(token, target)
+    torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
+    rows = logits.clone()
+    logprob = native.rows_logprob(rows, target, 1.0, True)
+    torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows.double(), exact_gradient(logits, target, 1.0), rtol=1e-5, atol=1e-37)
+
+
+@needs_native
+@pytest.mark.parametrize("columns", SIZES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_and_gradient_rows(columns, temperature):
+    logits = logits_of(16, columns)
+    logits[3, columns // 2] = -torch.inf
+    target = (torch.arange(16) * 7919) % columns
+    rows = logits.clone()
+    logprob = native.rows_logprob(rows, target, temperature, False)
+    assert torch.equal(rows, logits)
+    torch.testing.assert_close(logprob.double(), exact_logprob(logits, target, temperature), rtol=1e-6, atol=0)
+    assert torch.equal(native.rows_logprob(rows, target, temperature, True), logprob)
+    torch.testing.assert_close(rows.double(), exact_gradient(logits, target, temperature), rtol=1e-5, atol=1e-37)
+
+
+@needs_native
+def test_target_without_mass():
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]])
+    logprob = native.rows_logprob(logits, torch.tensor([1]), 0.5, True)
+    assert logprob.item() == -torch.inf
+    assert logits[0, 1].item() == -2
+
+
+@needs_native
+def test_same_bits_for_every_thread_count_and_instruction_set():
+    logits, u, target = logits_of(37, 5001), uniform(torch.arange(37), 2), torch.arange(37) * 131
+
+    def sampled(instructions: str, threads: int) -> tuple[torch.Tensor, ...]:
+        token, logprob = torch.empty(37, dtype=torch.int64), torch.empty(37)
+        native._native.sample_rows(logits, u, 1 / 0.9, token, logprob, threads, instructions)
+        return token, logprob
+
+    def normalised(instructions: str, threads: int) -> tuple[torch.Tensor, ...]:
+        rows, logprob = logits.clone(), torch.empty(37)
+        native._native.rows_logprob(rows, target, 1 / 0.9, True, logprob, threads, instructions)
+        return rows, logprob
+
+    assert_same_bits(all_paths(sampled))
+    assert_same_bits(all_paths(normalised))
+
+
+@needs_native
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 130, 256])
+def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
+    logits = logits_of(3, 257)
+    logits[1, place] = bad
+    token, logprob = native.sample_rows(logits, uniform(torch.arange(3), 0), 1.0)
+    assert logprob.isnan().tolist() == [False, True, False]
+    assert 0 <= token[1] < 257
+    rows = logits.clone()
+    # The target of the middle row is the bad place itself for place = 256.
+    logprob = native.rows_logprob(rows, torch.full((3,), 256), 1.0, True)
+    assert logprob.isnan().tolist() == [False, True, False]
+    assert rows.isnan().all(1).tolist() == [False, True, False]
+    assert rows.isnan().any(1).tolist() == [False, True, False]
+
+
+@needs_native
+def test_row_without_finite_logits_is_nan():
+    logits = torch.full((1, 130), -torch.inf)
+    assert native.sample_rows(logits, torch.tensor([0.5], dtype=torch.float64), 1.0)[1].isnan().all()
+    assert native.rows_logprob(logits, torch.tensor([0]), 1.0, False).isnan().all()
+
+
+@needs_native
+def test_target_outside_the_vocabulary_is_an_error():
+    for target in (-1, 5):
+        with pytest.raises(IndexError, match=f"target {target}"):
+            native.rows_logprob(torch.zeros(1, 5), torch.tensor([target]), 1.0, False)
+
+
+@needs_native
+def test_public_sample_agrees_with_the_torch_twin(monkeypatch):
+    logits, key = logits_of(64, 1000), torch.arange(64)
+    token, logprob, model_logprob = sample(logits.requires_grad_(), key=key, step=5, temperature=0.8)
+    assert logprob.data_ptr() != model_logprob.data_ptr()
+    monkeypatch.setattr(native, "available", False)
+    expected = sample(logits.detach(), key=key, step=5, temperature=0.8)
+    same = token == expected[0]
+    assert int(same.sum()) >= 62
+    for value, twin in zip((logprob, model_logprob), expected[1:], strict=True):
+        torch.testing.assert_close(value[same], twin[same], rtol=1e-5, atol=1e-6)
+
+
+def test_missing_module_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(native, "available", False)
+    monkeypatch.setattr(native, "_told", False)
+    for _ in range(2):
+        assert not native.serves(torch.zeros(1, 5))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "\n" not in caplog.text.strip()
+
+
+def test_other_rows_are_left_to_torch():
+    assert not native.serves(torch.zeros(1, 5, dtype=torch.float64))
+    assert not native.serves(torch.zeros(0, 5))

@@ -1,0 +1,108 @@
+"""The package's metadata, its guard against another package named kernels, and the README's own layout and blocks."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from readme_blocks import marked_blocks, suite_command
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not there")
+
+
+def requirement_name(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower()
+
+
+def run_with_other_kernels(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Python with another package `kernels` first on its path; -S keeps an editable install's import hook out of the way."""
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    return subprocess.run([sys.executable, "-S", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def check_message(message: str, folder: Path) -> None:
+    assert str(folder / "kernels") in message
+    assert str(ROOT / "kernels") in message
+    assert "pip uninstall kernels" in message
+
+
+def test_no_dependency_is_named_kernels():
+    project = PROJECT["project"]
+    requirements = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    names = {requirement_name(r) for r in requirements}
+    assert "torch" in names and "kernels" not in names
+    # An extra such as transformers[kernels] would bring it in.
+    assert not [r for r in requirements if "[" in r]
+
+
+def test_installed_dependencies_do_not_require_kernels():
+    for requirement in PROJECT["project"]["dependencies"]:
+        name = requirement_name(requirement)
+        if name == "triton" and sys.platform != "linux":
+            continue
+        required = [r for r in distribution(name).requires or [] if "extra ==" not in r]
+        assert "kernels" not in {requirement_name(r) for r in required}, name
+
+
+def test_extras():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(extras) == {"test", "bench", "flash", "tensorboard"}
+    assert any(re.fullmatch(r"ruff==[\d.]+", r) for r in extras["test"])
+
+
+def test_wheel_holds_the_two_packages_and_their_data_is_there():
+    assert PROJECT["tool"]["scikit-build"]["wheel"]["packages"] == ["kernels", "engine"]
+    assert list((ROOT / "engine" / "assets" / "prompts").glob("*.jsonl"))
+    ignored = subprocess.run(["git", "check-ignore", *map(str, data_files())], cwd=ROOT, capture_output=True, text=True)
+    # The wheel leaves out what git ignores.
+    assert ignored.stdout == ""
+
+
+def data_files() -> list[Path]:
+    return [path for path in (ROOT / "engine" / "assets").rglob("*") if path.is_file()]
+
+
+def test_import_with_another_kernels_says_what_and_how_to_cure(tmp_path):
+    result = run_with_other_kernels(tmp_path, "-c", "import engine")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ImportError: ")
+    check_message(result.stderr.splitlines()[-1], tmp_path)
+
+
+def test_command_with_another_kernels_prints_one_line_and_exits_2(tmp_path):
+    result = run_with_other_kernels(tmp_path, "-m", "engine.train", "--preset", "smoke")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    check_message(result.stderr, tmp_path)
+
+
+def test_blocks_are_found_in_order():
+    tests = "## Tests\n\nText.\n```bash\na && b\n```\n## More\n"
+    text = tests + "<!-- ci: run -->\n```python\nx = 1\n```\n```bash\nskip\n```\n<!-- ci: run -->\n```bash\ny\n```\n"
+    assert marked_blocks(text) == [("python", "x = 1\n"), ("bash", "y\n")]
+    assert suite_command(text) == "a && b"
+    with pytest.raises(ValueError, match="Tests"):
+        suite_command("## Tests\n## Other\n```bash\na\n```\n")
+
+
+@needs_readme
+def test_readme_test_command():
+    assert suite_command(README.read_text(encoding="utf-8")) == 'pip install -e ".[test]" && python -m pytest'
+
+
+@needs_readme
+def test_readme_tree_names_folders_that_exist():
+    tree = re.search(r"^```(?:text)?\n((?:.*\n)*?[├└ ]*kernels/.*\n(?:.*\n)*?)```$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert tree is not None
+    named = set(re.findall(r"^(?:[├└]── )?([.\w-]+)/", tree[1], re.MULTILINE))
+    assert {"kernels", "engine"} <= named
+    assert [name for name in sorted(named) if not (ROOT / name).is_dir()] == []

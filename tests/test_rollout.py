@@ -1,0 +1,135 @@
+"""Sampling: greedy equals transformers, log-probs equal the training forward's, random numbers are keyed, distributions are right."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine import model as M
+from engine.errors import UserError
+from engine.lora import Adapter
+from engine.rollout import generate
+from kernels import sample, sequence_logprob
+from kernels.sampling import combine, uniform
+
+PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return M.load(tiny_folder)
+
+
+def test_greedy_equals_transformers(tiny, tiny_folder):
+    network = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    out = generate(tiny, PROMPTS, n=1, max_new_tokens=20, temperature=0, seed=0)
+    for p, prompt in enumerate(PROMPTS):
+        oracle = network.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert out.tokens[p].tolist() == oracle[0, len(prompt) :].tolist()
+
+
+def test_sampled_log_probs_equal_the_training_forward(tiny):
+    adapter = Adapter.on(tiny, rank=2, alpha=4.0, share=0.5, seed=0)
+    with torch.no_grad():
+        for value in adapter.up.values():
+            value.normal_(generator=torch.Generator().manual_seed(0))
+    out = generate(tiny, PROMPTS, n=5, max_new_tokens=16, temperature=0.7, seed=1, stop_token_ids=(2, 40), adapter=adapter)
+    for r in range(15):
+        prompt, response = PROMPTS[r // 5], out.tokens[r, : out.length[r]].tolist()
+        ids = torch.tensor(prompt + response)
+        hidden = tiny(ids, torch.tensor([0, len(ids)]), adapter=adapter)[len(prompt) - 1 : -1]
+        total, token = sequence_logprob(
+            hidden.detach(),
+            tiny.head_weight,
+            ids[len(prompt) :],
+            torch.tensor([0, len(response)]),
+            temperature=0.7,
+            return_token_logprob=True,
+        )
+        assert (out.model_logprob[r, : len(response)] - token).abs().max() < 1e-4
+        assert torch.all(out.model_logprob[r, len(response) :] == 0)
+        assert out.model_logprob[r].sum() == pytest.approx(float(total), abs=1e-3)
+
+
+def test_samples_do_not_depend_on_batch_or_order(tiny):
+    options = dict(n=4, max_new_tokens=12, temperature=0.9, seed=5, stop_token_ids=(2, 50, 60))
+    whole = generate(tiny, PROMPTS, max_rows=64, **options)
+    small = generate(tiny, PROMPTS, max_rows=4, **options)
+    turned = generate(tiny, PROMPTS[::-1], **options)
+    assert torch.equal(whole.tokens, small.tokens) and torch.equal(whole.length, small.length)
+    assert torch.equal(whole.tokens.view(3, 4, -1), turned.tokens.view(3, 4, -1).flip(0))
+    other = generate(tiny, PROMPTS, **{**options, "seed": 6})
+    assert not torch.equal(whole.tokens, other.tokens)
+    again = generate(tiny, PROMPTS, max_rows=64, **options)
+    assert torch.equal(whole.logprob, again.logprob)
+
+
+def test_stop_token_ends_a_row_and_counts(tiny):
+    stops = tuple(range(20, 200))
+    out = generate(tiny, PROMPTS, n=3, max_new_tokens=10, seed=0, stop_token_ids=stops, min_new_tokens=3)
+    for r in range(9):
+        row = out.tokens[r, : out.length[r]].tolist()
+        assert len(row) >= 4 or not out.finished[r]
+        assert (row[-1] in stops) == bool(out.finished[r]) and not set(row[:-1]) & set(stops)
+        assert torch.all(out.tokens[r, out.length[r] :] == 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "empty"), ([1, 10**6], "token id"), ([1] * 3000, "context")], ids=["empty", "unknown id", "too long"]
+)
+def test_prompts_that_cannot_be_used(tiny, prompt, message):
+    with pytest.raises(UserError, match=message):
+        generate(tiny, [prompt], n=1, max_new_tokens=4, seed=0)
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    used = expected > 0
+    assert counts[~used].sum() == 0
+    return float(((counts[used] - expected[used]) ** 2 / expected[used]).sum()), int(used.sum()) - 1
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.3, 1.0, 4), (0.8, 0.9, 7)])
+def test_distribution_and_log_probs(temperature, top_p, top_k):
+    rows, vocabulary = 40_000, 200
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(2)) * 2
+    key = combine(7, torch.arange(rows))
+    token, logprob, model_logprob = sample(logits.expand(rows, -1), key=key, step=3, temperature=temperature, top_p=top_p, top_k=top_k)
+    p = torch.softmax(logits.double() / temperature, 0)
+    order = p.argsort(descending=True)
+    kept = torch.zeros_like(p)
+    for rank, v in enumerate(order.tolist()):
+        mass = float(kept.sum()) if not top_k else float(kept.sum() / p[order[:top_k]].sum())
+        if (not top_k or rank < top_k) and mass < top_p:
+            kept[v] = p[v]
+    q = kept / kept.sum()
+    statistic, degrees = chi_square(torch.bincount(token, minlength=vocabulary).double(), q)
+    assert statistic < degrees + 5 * math.sqrt(2 * degrees)
+    assert (logprob - q[token].log()).abs().max() < 1e-5
+    assert (model_logprob - p[token].log()).abs().max() < 1e-5
+
+
+def test_greedy_sampling_and_infinite_logits():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [-math.inf, -math.inf, 5.0]])
+    token, logprob, model_logprob = sample(logits, key=torch.tensor([1, 2]), step=0, temperature=0)
+    assert token.tolist() == [1, 2] and logprob.tolist() == [0, 0]
+    assert (model_logprob - logits.log_softmax(1)[[0, 1], [1, 2]]).abs().max() < 1e-6
+    token, _, _ = sample(logits[1:].expand(1000, -1), key=torch.arange(1000), step=0)
+    assert torch.all(token == 2)
+
+
+def test_uniform_numbers_are_uniform_and_keyed():
+    u = uniform(combine(3, torch.arange(20_000)), 11)
+    assert 0 < float(u.min()) and float(u.max()) < 1
+    statistic, degrees = chi_square(torch.histc(u, 50, 0, 1), torch.full((50,), 0.02, dtype=torch.float64))
+    assert statistic < degrees + 5 * math.sqrt(2 * degrees)
+    assert torch.equal(u, uniform(combine(3, torch.arange(20_000)), 11))
+    assert abs(float(torch.corrcoef(torch.stack([u, uniform(combine(3, torch.arange(20_000)), 12)]))[0, 1])) < 0.03
+    assert abs(float(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1])) < 0.03
+
+
+@pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"key": torch.zeros(3)}])
+def test_sample_refuses_bad_values(change):
+    with pytest.raises(ValueError):
+        sample(torch.zeros(3, 5), **{"key": torch.zeros(3, dtype=torch.int64), "step": 0, **change})

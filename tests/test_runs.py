@@ -1,0 +1,216 @@
+"""Whole smoke runs through the command line: equal runs are bitwise equal, killed ones too, bad input ends before any compute."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import caid, export, train
+from engine.checkpoint import Run
+from engine.config import CaidConfig, MocanConfig, smoke
+from engine.errors import UserError
+from engine.metrics import read_rows
+
+SMOKE = ["--preset", "smoke", "--threads", "1"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock and its times."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "timing.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    assert train.main([*SMOKE, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_equal_runs_are_bitwise_equal(finished, tmp_path):
+    assert train.main([*SMOKE, "--out", str(tmp_path / "b")]) == 0
+    first, second = files(finished), files(tmp_path / "b")
+    assert first.keys() == second.keys() and len(first) > 15
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_another_seed_gives_another_run(finished, tmp_path):
+    assert train.main([*SMOKE, "--seed", "1", "--out", str(tmp_path / "b")]) == 0
+    assert files(finished)["metrics.jsonl"] != files(tmp_path / "b")["metrics.jsonl"]
+
+
+def test_a_run_killed_in_every_stage_ends_bitwise_equal(tmp_path):
+    program = Path(__file__).with_name("killed_run.py")
+    done = subprocess.run([sys.executable, str(program), str(tmp_path), "5"], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = [line.split() for line in done.stdout.splitlines()]
+    assert len(killed) >= 10 and {kind for _, kind in killed} == {"progress", "write"}
+    whole, resumed = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if whole[name] != resumed[name]] == []
+
+
+def test_what_a_run_writes(finished):
+    rows = read_rows(finished)
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("reference") == 1 and kinds.count("dual") == 1 and kinds.count("iteration") == 3
+    steps = [(row["iteration"], row["step"]) for row in rows if row["kind"] == "step"]
+    assert steps == [(t, s) for t in (1, 2, 3) for s in (1, 2, 3)]
+    iterations = read_rows(finished, "iteration")
+    for row in iterations:
+        assert row["slack"][0] == pytest.approx(row["improvement"][0] - row["aim"][0])
+    config = json.loads((finished / "config.json").read_text())
+    assert config["algorithm"] == "caid" and config["config"]["seed"] == 0 and "commit" in config["versions"]
+    assert len((finished / "heldout.jsonl").read_text().splitlines()) == 8 * 2
+    assert {p.name for p in (finished / "adapters").iterdir()} == {"iteration-1", "iteration-2", "iteration-3"}
+    assert (finished / "report.png").stat().st_size > 10_000 and "constraint harm:" in (finished / "report.html").read_text()
+
+
+def test_the_lambda_of_each_row_follows_from_the_row_before(finished):
+    from engine.dual import step
+
+    config = smoke(CaidConfig())
+    dual = read_rows(finished, "dual")[0]
+    iterations = read_rows(finished, "iteration")
+    assert iterations[0]["lam"] == dual["lam"]
+    for row, following in zip(iterations, iterations[1:], strict=False):
+        change = torch.tensor(following["lam"]) / torch.tensor(row["lam"])
+        assert torch.all((change <= config.lam_max_change + 1e-9) & (change >= 1 / config.lam_max_change - 1e-9))
+        assert (following["lam"][0] - row["lam"][0]) * row["slack"][0] <= 0
+        assert step(torch.tensor(row["lam"]), torch.tensor(row["slack"]), 0.0).tolist() == pytest.approx(row["lam"])
+
+
+def test_mocan_runs_on_the_same_stages(tmp_path):
+    assert train.main(["mocan", *SMOKE, "--out", str(tmp_path / "m")]) == 0
+    assert [r["iteration"] for r in read_rows(tmp_path / "m", "step")] == [1, 1, 1]
+    assert json.loads((tmp_path / "m" / "evaluation.json").read_text())["n_prompts"] == 8
+    assert smoke(MocanConfig()).steps == 3
+
+
+def test_from_python_and_max_kl_keeps_the_iterate_before(tmp_path):
+    config = smoke(CaidConfig(out=str(tmp_path / "k"), max_kl=1e-9, learning_rate=0.05, threads=1))
+    result = caid.train(config)
+    assert len(read_rows(result.folder, "iteration")) == 1
+    assert result.evaluation.kl.mean == pytest.approx(0, abs=1e-4), "the kept iterate is the reference"
+
+
+def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
+    assert export.main([str(finished), str(tmp_path / "merged")]) == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from engine import model
+    from engine.lora import load_peft
+    from engine.rollout import generate
+    from engine.smoke import smoke_folder
+
+    base = model.load(smoke_folder())
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "merged").encode("hello")
+    ours = generate(base, [prompt], n=1, max_new_tokens=10, temperature=0, seed=0, adapter=load_peft(finished / "adapters" / "iteration-3", base))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    theirs = merged.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert ours.tokens[0].tolist() == theirs[0, len(prompt) :].tolist()
+    assert export.main([str(finished), str(tmp_path / "merged")]) == 2
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def scorer_nan(prompts, responses):
+    return [float("nan")] * len(responses)
+
+
+def scorer_short(prompts, responses):
+    return [0.0]
+
+
+def scorer_raises(prompts, responses):
+    raise RuntimeError("the judge is away")
+
+
+def scorer_length(prompts, responses):
+    return [float(len(set(r))) for r in responses]
+
+
+def scorer_constant(prompts, responses):
+    return [1.0] * len(responses)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward", "test_runs:scorer_nan"], "scorer_nan gave nan"),
+        (["--reward", "test_runs:scorer_short"], "returned 1 scores for"),
+        (["--reward", "test_runs:scorer_raises"], "the judge is away"),
+        (["--reward", "test_runs:scorer_constant"], "one score"),
+        (["--reward", "nothing-like-this"], "not found"),
+        (["--reward", "test_runs:missing"], "missing"),
+        (["--threshold", "9"], "support b up to"),
+        (["--cost", "harm", "--audit", "harm"], "named harm"),
+        (["--cost", "harm", "harm-audit"], "one threshold per cost"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--n-prompts", "100000"], "--n-prompts 100000"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--device", "cuda"], "cuda"),
+        (["--rollout-rows", "100000000", "--n-prompts", "260", "--n-responses", "200000"], "memory"),
+        (["--temperature", "0"], "--temperature"),
+        (["--learning-rat", "1"], "--learning-rate"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message):
+    if flags[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):
+    prompts = write(tmp_path / "p.jsonl", [{"question": f"What is {i} + {i}?"} for i in range(40)])
+    flags = [
+        "--prompts", prompts, "--prompt-column", "question", "--reward", "test_runs:scorer_length", "--cost", "harm", "harm-audit", "--audit",
+        "--threshold", "0.1", "0.1", "--force",
+    ]  # fmt: skip
+    assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 0
+    evaluation = json.loads((tmp_path / "r" / "evaluation.json").read_text())
+    assert [c["name"] for c in evaluation["constraints"]] == ["harm", "harm-audit"] and evaluation["audits"] == []
+
+
+def test_an_existing_folder_and_another_model_are_refused(finished, capsys):
+    assert train.main([*SMOKE, "--out", str(finished)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    with pytest.raises(UserError, match="another model"):
+        Run.resume(finished, fingerprint="0" * 16)
+
+
+def test_a_non_finite_loss_stops_with_the_batch_saved(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("engine.policy.learning_rate_factor", lambda *a: float("inf"))
+    assert train.main([*SMOKE, "--out", str(tmp_path / "r")]) == 3
+    assert "nonfinite.safetensors" in capsys.readouterr().err
+    assert (tmp_path / "r" / "nonfinite.safetensors").is_file()
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_resume(tmp_path, finished, capsys, monkeypatch):
+    from engine.checkpoint import Stage
+
+    row = Stage.row
+
+    def press(self, kind, **values):
+        row(self, kind, **values)
+        if kind == "step" and values["iteration"] == 2 and values["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Stage, "row", press)
+    assert train.main([*SMOKE, "--out", str(tmp_path / "r")]) == 130
+    assert f"--resume {tmp_path / 'r'}" in capsys.readouterr().err
+    assert read_rows(tmp_path / "r", "step")[-1]["step"] == 2
+    monkeypatch.undo()
+    assert train.main(["--resume", str(tmp_path / "r")]) == 0
+    # The resumed command has no --threads flag of its own: it comes from the run's config.
+    assert files(tmp_path / "r")["metrics.jsonl"] == files(finished)["metrics.jsonl"]
