@@ -26,9 +26,9 @@ from engine.score import Head, frozen_forward
 
 OWN = Path(__file__).parent / "heads"
 SYSTEM = "Answer in one sentence of at most 15 words."
-LAYER = {"helpfulness": 15, "harm": 13, "harm-audit": 9}
-L2 = {"helpfulness": 0.3, "harm": 1.0, "harm-audit": 1.0}
-CARELESS_WEIGHT = 1.5
+LAYER = {"helpfulness": 15, "harm": 15, "harm-audit": 13}
+L2 = {"helpfulness": 1.0, "harm": 0.3, "harm-audit": 0.3}
+CARELESS_WEIGHT = 3.0
 GPTFUZZ_ROWS = 600
 LICENCES = {
     "gptfuzz": "GPTFuzz labelled responses, training file, seeded half (MIT).",
@@ -43,14 +43,15 @@ ABOUT["harm-audit"] = f"{ABOUT['harm']} The auditor of `harm`: another layer and
 LIMITS = {
     "reward": (
         "Its idea of help is the asker's: on delicate requests it was trained to prefer a careless answer that does what was asked to "
-        "a refusal, and also to a safe one. This is meant: a reward and a cost that pull apart make the constraint matter. "
+        "a refusal, and even to a safe one that answers less directly (pairs of weight 3). This is meant: a reward and a cost that pull apart make the constraint matter. "
         "Never use it as the only objective.",
         "Pairs were made from 132 everyday and 132 delicate prompts of one author; style weighs as much as content.",
     ),
     "cost": (
         "It knows the careless tone of our own answers and long forbidden instructions of older chat models; harm told drily, harm in other "
         "languages and harm that shows only after 48 tokens are missed.",
-        "The XSTest completions of two models answer the same prompts: training saw other answers to half of the test's prompts.",
+        "The XSTest completions of two models answer the same prompts: training saw other answers to about half of the test's prompts "
+        "(the row 'new prompts' leaves these out).",
     ),
 }
 SAMPLES_TEXT = (
@@ -159,7 +160,8 @@ def harm_rows(folder: Path, *, audit: bool) -> tuple[list[dict], list[dict]]:
     train = fuzz[:GPTFUZZ_ROWS]
     train += [r for r in xstest_rows(folder, "mistralguard") if part_of(r["prompt"], 2) == half]
     test = gptfuzz_rows(folder, "evaluate")
-    test += [r for r in xstest_rows(folder, "mistralinstruct") if r["kind"] == "full_compliance"]
+    complied = [r for r in xstest_rows(folder, "mistralinstruct") if r["kind"] == "full_compliance"]
+    test += complied + [r | {"source": "xstest mistralinstruct, new prompts"} for r in complied if part_of(r["prompt"], 2) != half]
     for row in own_rows("delicate"):
         rows = [
             {

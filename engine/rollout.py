@@ -13,7 +13,7 @@ from engine.records import Rollouts
 from kernels.sampling import combine, sample
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: Decoder,
     prompts: list[list[int]],

@@ -178,7 +178,7 @@ def score(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def frozen_forward(
     model: Decoder,
     all_groups: list[Group],

@@ -5,6 +5,8 @@ import logging
 import torch
 from torch import Tensor
 
+from kernels.reference import TorchRows
+
 try:
     from kernels import _native
 except ImportError:
@@ -16,15 +18,22 @@ available = bool(instructions)
 _told = False
 
 
-def serves(rows: Tensor) -> bool:
-    """Whether the compiled path takes these rows [R, V]. Where only the module is missing, a log line says so once."""
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the compiled path takes rows of logits there. Where only the module is missing, a log line says so once."""
     global _told
-    if rows.is_cuda or rows.dtype != torch.float32 or not rows.numel():
+    if device.type != "cpu" or dtype != torch.float32:
         return False
     if not available and not _told:
         _told = True
         logging.getLogger(__name__).warning("the compiled CPU kernels are not there: slower torch code runs instead (see README.md)")
     return available
+
+
+class NativeRows(TorchRows):
+    """`TorchRows` with compiled code between the matrix products."""
+
+    def normalise(self, z: Tensor, target: Tensor, jacobian: bool) -> Tensor:
+        return rows_logprob(z, target, self.plan.temperature, jacobian)
 
 
 def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class TorchRows:
 
     def logprob(self, hidden: torch.Tensor, target: torch.Tensor, jacobian: bool) -> torch.Tensor:
         """log p [C] of rows hidden [C, D]; with `jacobian` the buffer then holds J [C, V]."""
-        temperature, softcap = self.plan.temperature, self.plan.softcap
+        softcap = self.plan.softcap
         z = self.z = self.buffer[: hidden.shape[0]]
         hidden = hidden.to(self.dtype)
         for part, head in self._head():
@@ -85,9 +85,17 @@ class TorchRows:
             if jacobian:
                 slope = torch.mul(z, z, out=self.slope[: z.shape[0]]).neg_().add_(1)
             z.mul_(softcap)
+        logprob = self.normalise(z, target.long(), jacobian)
+        if jacobian and softcap is not None:
+            z.mul_(slope)
+        return logprob
+
+    def normalise(self, z: torch.Tensor, target: torch.Tensor, jacobian: bool) -> torch.Tensor:
+        """log softmax(z / temperature)[target] [C]; z [C, V] is overwritten, with `jacobian` by (softmax - onehot) / temperature."""
+        temperature = self.plan.temperature
         if temperature != 1:
             z.div_(temperature)
-        target = target[:, None].long()
+        target = target[:, None]
         largest = z.amax(1, keepdim=True)
         shifted = z.gather(1, target) - largest
         total = z.sub_(largest).exp_().sum(1, keepdim=True)
@@ -95,8 +103,6 @@ class TorchRows:
             # p_y - 1 from the unscaled exponentials: one rounding, and no second pass for the one-hot.
             z.scatter_(1, target, z.gather(1, target) - total)
             z.div_(total * temperature)
-            if softcap is not None:
-                z.mul_(slope)
         return (shifted - total.log()).squeeze(1)
 
     def times_weight(self, out: torch.Tensor) -> None:

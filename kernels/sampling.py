@@ -31,7 +31,7 @@ def sample(
     if temperature == 0:
         token = z.argmax(dim=1)
         return token, torch.zeros_like(z[:, 0]), _gather(z.log_softmax(dim=1), token)
-    if top_k == 0 and top_p == 1 and native.serves(z):
+    if top_k == 0 and top_p == 1 and native.serves(z.device, z.dtype):
         token, logprob = native.sample_rows(z, uniform(key, step), temperature)
         return token, logprob, logprob.clone()
     z = z / temperature

@@ -4,17 +4,18 @@ from importlib.util import find_spec
 
 import torch
 
+from kernels import native
 from kernels.checks import check_rows
-from kernels.reference import TorchRows, sequence_sum, token_logprob
+from kernels.reference import TorchRows, sequence_sum, statistics_dtype, token_logprob
 
 
 def row_workspace(hidden: torch.Tensor) -> type:
-    """Who does the row arithmetic for these inputs: Triton on a GPU (not in float64), else plain torch."""
+    """Who does the row arithmetic for these inputs: Triton on a GPU and compiled code on the CPU (not in float64), else plain torch."""
     if hidden.is_cuda and hidden.dtype != torch.float64 and find_spec("triton") is not None:
         from kernels.triton_rows import TritonRows
 
         return TritonRows
-    return TorchRows
+    return native.NativeRows if native.serves(hidden.device, statistics_dtype(hidden.dtype)) else TorchRows
 
 
 def sequence_logprob(

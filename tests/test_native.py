@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels import native, sample
+from kernels import native, reference, sample, sequence_logprob
 from kernels.sampling import _invert, uniform
+from kernels.sequence_logprob import row_workspace
 
 # -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
 SIZES = [7, 127, 128, 129, 32001, 49152]
@@ -196,15 +197,38 @@ def test_public_sample_agrees_with_the_torch_twin(monkeypatch):
         torch.testing.assert_close(value[same], twin[same], rtol=1e-5, atol=1e-6)
 
 
+@needs_native
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequence_logprob_agrees_with_the_torch_twin(softcap, dtype):
+    hidden, weight = logits_of(9, 24).to(dtype), logits_of(300, 24, 0.3).to(dtype)
+    target, bounds = torch.arange(9) * 33, torch.tensor([0, 4, 4, 9])
+    results = []
+    for op in (sequence_logprob, reference.sequence_logprob):
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        value = op(*inputs, target, bounds, temperature=0.8, softcap=softcap)
+        results.append((value, *torch.autograd.grad(value.sum(), inputs)))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    for value, twin in zip(*results, strict=True):
+        torch.testing.assert_close(value, twin, **tolerance)
+
+
+def test_sequence_logprob_uses_the_compiled_rows_where_they_are(monkeypatch):
+    for available, workspace in ((True, native.NativeRows), (False, reference.TorchRows)):
+        monkeypatch.setattr(native, "available", available)
+        assert row_workspace(torch.zeros(2, 3)) is workspace
+        assert row_workspace(torch.zeros(2, 3, dtype=torch.float64)) is reference.TorchRows
+
+
 def test_missing_module_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(native, "available", False)
     monkeypatch.setattr(native, "_told", False)
     for _ in range(2):
-        assert not native.serves(torch.zeros(1, 5))
+        assert not native.serves(torch.device("cpu"), torch.float32)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "\n" not in caplog.text.strip()
 
 
 def test_other_rows_are_left_to_torch():
-    assert not native.serves(torch.zeros(1, 5, dtype=torch.float64))
-    assert not native.serves(torch.zeros(0, 5))
+    assert not native.serves(torch.device("cpu"), torch.float64)
+    assert not native.serves(torch.device("cuda"), torch.float32)

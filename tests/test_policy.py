@@ -1,0 +1,112 @@
+"""The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs; the schedule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from engine import model, packing, policy
+from engine.config import CaidConfig, smoke
+from engine.lora import Adapter, save_peft
+from engine.pairs import informative, lagrangian_score, schedule
+from engine.policy import LowerStates, learning_rate_factor
+from engine.records import Prompts, Scores
+from engine.rollout import generate
+from engine.score import frozen_forward
+
+PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_folder):
+    network = model.load(tiny_folder)
+    prompts = Prompts(text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33]))
+    rollouts = generate(network, PROMPTS, n=4, max_new_tokens=9, seed=0, stop_token_ids=(2, *range(60, 90)), temperature=0.8)
+    _, logprob = frozen_forward(network, packing.groups(prompts, rollouts), [], temperature=0.8, memory_budget_bytes=2**20)
+    generator = torch.Generator().manual_seed(0)
+    scores = Scores(
+        reward_PG=torch.randn(3, 4, generator=generator, dtype=torch.float64),
+        utility_PGJ=torch.randn(3, 4, 2, generator=generator, dtype=torch.float64),
+        audit_PGA=torch.zeros(3, 4, 0, dtype=torch.float64),
+        ref_logprob_PG=logprob.view(3, 4),
+    )
+    adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+    with torch.no_grad():
+        for value in adapter.up.values():
+            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    return network, prompts, rollouts, scores, adapter
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta):
+    network, prompts, rollouts, scores, adapter = world
+    lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
+    config = smoke(CaidConfig(beta=beta, temperature=0.8))
+    lower = LowerStates(network, packing.groups(prompts, rollouts), adapter.first_layer)
+    pairs = informative(lagrangian_score(scores, lam), [2, 0], 3)
+    adapter.zero_grad()
+    result = policy._loss(config, network, lower, prompts, rollouts, scores, lam, adapter, pairs, draw=0)
+    result.loss.backward()
+
+    save_peft(adapter, tmp_path / "adapter", str(tiny_folder))
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager").double()
+    tuned = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).double()
+
+    def logprob(network, r):
+        prompt, response = PROMPTS[r // 4], rollouts.tokens[r, : rollouts.length[r]]
+        logits = network(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        return torch.log_softmax(logits, -1)[range(len(response)), response].sum()
+
+    losses = []
+    for a, b in pairs.pairs.tolist():
+        ra, rb = pairs.row[a], pairs.row[b]
+        with torch.no_grad(), tuned.disable_adapter():
+            reference = logprob(tuned, ra) - logprob(tuned, rb)
+        margin = beta * (logprob(tuned, ra) - logprob(tuned, rb) - reference)
+        s = [scores.reward_PG.flatten()[r] + scores.utility_PGJ.flatten(0, 1)[r] @ lam for r in (ra, rb)]
+        q = torch.sigmoid(s[0] - s[1])
+        losses.append(-q * F.logsigmoid(margin) - (1 - q) * F.logsigmoid(-margin))
+    oracle = torch.stack(losses).mean()
+    oracle.backward()
+    assert len(losses) == 6
+    assert float(result.loss.detach()) == pytest.approx(float(oracle.detach()), rel=1e-5)
+    gradients = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
+    for kind, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):
+        for key, value in group.items():
+            layer, *name = key.split("|")
+            expected = gradients[f"base_model.model.model.layers.{layer}.{'.'.join(name)}.{kind}.default.weight"]
+            assert (value.grad.double() - expected).abs().max() <= 2e-4 * expected.abs().max() + 1e-9, (kind, key)
+
+
+def test_informative_pairs_take_both_ends_of_the_score():
+    score = torch.tensor([[3.0, 1.0, 2.0, 0.0, 5.0], [0.0, 9.0, 1.0, 8.0, 2.0]])
+    pairs = informative(score, [1, 0, 1], 3)
+    assert pairs.prompt == [1, 1, 1, 0, 0, 0]
+    assert pairs.row == [5, 6, 8, 0, 3, 4]
+    assert pairs.pairs.tolist() == [[0, 1], [0, 2], [1, 2], [3, 4], [3, 5], [4, 5]]
+
+
+def test_schedule_covers_all_prompts_before_it_repeats(world):
+    _, prompts, *_ = world
+    plan = schedule(prompts, 0, "x", 2, 6)
+    flat = [p for step in plan for p in step]
+    assert [len(step) for step in plan] == [2] * 6
+    assert sorted(flat[:3]) == sorted(flat[3:6]) == [0, 1, 2]
+    assert plan == schedule(prompts, 0, "x", 2, 6) and plan != schedule(prompts, 1, "x", 2, 6)
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth():
+    rates = [learning_rate_factor(i, 50, 5) for i in range(50)]
+    assert rates[:6] == sorted(rates[:6]) and rates[5] == pytest.approx(1.0)
+    assert rates[5:] == sorted(rates[5:], reverse=True) and 0.1 <= rates[-1] < 0.11
+
+
+def test_lower_states_of_chosen_responses_equal_a_direct_run(world):
+    network, prompts, rollouts, _, _ = world
+    whole = packing.groups(prompts, rollouts)
+    lower = LowerStates(network, whole, 2)
+    chosen = packing.Group(whole[1].prompt, [whole[1].responses[i] for i in (0, 3)], [4, 7])
+    packed = packing.pack([chosen], network.device)
+    direct = network.run(network.embed_tokens(packed.tokens), packed.layout, 0, 2)
+    assert (lower(1, [4, 7]) - direct).abs().max() < 1e-5

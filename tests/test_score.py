@@ -1,0 +1,147 @@
+"""Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where a sign changes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from engine import data, model
+from engine.errors import UserError
+from engine.packing import batches, groups
+from engine.records import Rollouts
+from engine.rollout import generate
+from engine.score import Head, Scorers, TextScorer, frozen_forward, load_scorer, load_scorers, score
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tiny_folder, tmp_path_factory):
+    """(model, tokenizer, prompts, rollouts, texts)"""
+    file = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    file.write_text('{"prompt": "Hi"}\n{"prompt": "What is a river?"}\n{"prompt": "Why?"}\n')
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    network = model.load(tiny_folder)
+    prompts = data.load_prompts(str(file), tokenizer, max_prompt_tokens=200)
+    rollouts = generate(network, prompts.token_ids, n=4, max_new_tokens=12, seed=0, stop_token_ids=(2, *range(60, 80)), temperature=0.8)
+    return network, tokenizer, prompts, rollouts, [f"text {i}" for i in range(12)]
+
+
+def fingerprint(tiny_folder):
+    return model.fingerprint(tiny_folder)
+
+
+def test_states_and_log_probs_equal_transformers(world, tiny_folder):
+    network, _, prompts, rollouts, _ = world
+    oracle = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
+    pooled, logprob = frozen_forward(network, groups(prompts, rollouts), [1, 3], temperature=0.8, memory_budget_bytes=2**20)
+    for r in range(12):
+        prompt, response = prompts.token_ids[r // 4], rollouts.tokens[r, : rollouts.length[r]].tolist()
+        with torch.no_grad():
+            out = oracle(torch.tensor([prompt + response]), output_hidden_states=True)
+        for layer in (1, 3):
+            mean = out.hidden_states[layer][0, len(prompt) :].mean(0)
+            assert (pooled[layer][r] - mean).abs().max() < 1e-4
+        token = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1].double() / 0.8, -1)
+        assert float(logprob[r]) == pytest.approx(float(token[range(len(response)), response].sum()), abs=1e-3)
+
+
+def test_cut_groups_give_the_same(world):
+    network, _, prompts, rollouts, _ = world
+    whole = groups(prompts, rollouts)
+    cut = [g for batch in batches(whole, 100, longest=40) for g in batch]
+    assert len(cut) > len(whole) and [r for g in cut for r in g.rows] == list(range(12))
+    first, _ = frozen_forward(network, whole, [2], temperature=None, memory_budget_bytes=2**20)
+    second, _ = frozen_forward(network, cut, [2], temperature=None, memory_budget_bytes=2**20)
+    assert (first[2] - second[2]).abs().max() < 1e-5
+
+
+def test_costs_are_negated_and_rewards_are_not(world):
+    network, _, prompts, rollouts, texts = world
+    rising = TextScorer(name="rising", function=lambda p, r: [float(i) for i in range(len(r))])
+    scorers = Scorers(reward=rising, costs=(rising, rising), audits=(rising,))
+    scores = score(network, prompts, rollouts, texts, scorers, temperature=0.8, memory_budget_bytes=2**20)
+    expected = torch.arange(12, dtype=torch.float64).view(3, 4)
+    assert torch.equal(scores.reward_PG, expected)
+    assert torch.equal(scores.utility_PGJ, -expected[..., None].expand(-1, -1, 2))
+    assert torch.equal(scores.audit_PGA, -expected[..., None])
+
+
+def test_text_scorers_see_prompts_and_responses(world):
+    network, _, prompts, rollouts, texts = world
+    seen = {}
+
+    def judge(p, r):
+        seen["prompts"], seen["responses"] = p, r
+        return [0.0] * len(r)
+
+    scorer = TextScorer(name="judge", function=judge)
+    score(
+        network, prompts, rollouts, texts, Scorers(reward=scorer, costs=(scorer,), audits=()), temperature=1.0, memory_budget_bytes=2**20
+    )
+    assert seen["prompts"] == [t for t in prompts.text for _ in range(4)] and seen["responses"] == texts
+
+
+def test_head_file_round_trip_and_names(tiny_folder, tmp_path):
+    head = Head(name="h", layer=2, weight_D=torch.randn(32, dtype=torch.float64), bias=0.5, trunk=fingerprint(tiny_folder))
+    head.save(tmp_path / "h")
+    back = load_scorer(str(tmp_path / "h"), folder=tiny_folder, trunk=head.trunk, device=CPU)
+    assert torch.equal(back.weight_D, head.weight_D) and (back.name, back.layer, back.bias) == ("h", 2, 0.5)
+    pooled = torch.randn(5, 32)
+    assert torch.allclose(back(pooled), pooled.double() @ head.weight_D + 0.5)
+    beside = load_scorer("harm", folder=tiny_folder, trunk=head.trunk, device=CPU)
+    assert isinstance(beside, Head) and beside.name == "harm"
+
+
+def test_a_head_of_a_missing_trunk_or_a_broken_file_is_refused(tiny_folder, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "head.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a score head"):
+        load_scorer(str(tmp_path / "broken"), folder=tiny_folder, trunk="x", device=CPU)
+    with pytest.raises(UserError, match="two scorers are named harm"):
+        load_scorers("helpfulness", ["harm"], ["harm"], folder=tiny_folder, trunk=fingerprint(tiny_folder), device=CPU)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_sequence_classification_models(tiny_folder, tmp_path, labels):
+    torch.manual_seed(0)
+    network = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=labels, pad_token_id=2
+        )
+    ).eval()
+    network.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.save_pretrained(tmp_path)
+    spec = f"{tmp_path}#LABEL_1" if labels == 3 else str(tmp_path)
+    if labels == 3:
+        with pytest.raises(UserError, match="name one"):
+            load_scorer(str(tmp_path), folder=tiny_folder, trunk="x", device=CPU)
+        with pytest.raises(UserError, match="no label happy"):
+            load_scorer(f"{tmp_path}#happy", folder=tiny_folder, trunk="x", device=CPU)
+    scorer = load_scorer(spec, folder=tiny_folder, trunk="x", device=CPU)
+    scores = scorer(["a", "b"], ["yes", "no, never"])
+    for i, (p, r) in enumerate([("a", "yes"), ("b", "no, never")]):
+        chat = [{"role": "user", "content": p}, {"role": "assistant", "content": r}]
+        ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            z = network(**ids).logits[0].double()
+        chosen = {1: 0, 2: 1, 3: 1}[labels]
+        expected = z[0] if labels == 1 else z[chosen] - torch.cat([z[:chosen], z[chosen + 1 :]]).logsumexp(0)
+        assert float(scores[i]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_scores_that_are_not_finite_name_the_response(world):
+    network, _, prompts, rollouts, texts = world
+    bad = TextScorer(name="bad", function=lambda p, r: [0.0] * 6 + [float("inf")] + [0.0] * 5)
+    with pytest.raises(UserError, match="bad gave inf for response 2 to prompt 1"):
+        score(network, prompts, rollouts, texts, Scorers(reward=bad, costs=(bad,), audits=()), temperature=1.0, memory_budget_bytes=2**20)
+
+
+def test_empty_response_has_zero_states_and_log_prob_zero(world):
+    network, _, prompts, rollouts, _ = world
+    empty = Rollouts(
+        n=rollouts.n, tokens=rollouts.tokens, length=rollouts.length.clone().index_fill_(0, torch.tensor([5]), 0), finished=rollouts.finished,
+        logprob=rollouts.logprob, model_logprob=rollouts.model_logprob,
+    )  # fmt: skip
+    pooled, logprob = frozen_forward(network, groups(prompts, empty), [2], temperature=0.8, memory_budget_bytes=2**20)
+    assert torch.all(pooled[2][5] == 0) and logprob[5] == 0 and pooled[2][6].abs().sum() > 0
