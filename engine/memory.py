@@ -1,5 +1,6 @@
 """Predicted time and memory of a run, printed before it starts; too little memory stops it there."""
 
+import ctypes
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,3 +84,15 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
         (a @ b)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * 256 * 1024 * 4096 / best
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks of any size instead of giving them back: fresh pages for every large tensor cost more than the
+    arithmetic on it. Does nothing where the C library is another one."""
+    mmap_max, trim_threshold = -4, -1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)

@@ -25,7 +25,7 @@ from engine.packing import Group
 from engine.records import Prompts, Rollouts, Scores
 from kernels import sequence_logprob
 
-TOKENS_PER_FORWARD = 4096
+TOKENS_PER_FORWARD = 2048
 
 
 @dataclass(frozen=True, kw_only=True)

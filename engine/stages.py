@@ -20,7 +20,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.lora import Adapter, save_peft
-from engine.memory import Plan
+from engine.memory import Plan, keep_freed_memory
 from engine.model import DTYPES, Decoder
 from engine.policy import LowerStates, Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Units
@@ -76,6 +76,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     device = torch.device(_device(config.device))
     dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    keep_freed_memory()
     folder = model_folder(config.model)
     fingerprint = model.fingerprint(folder)
     tokenizer = _tokenizer(folder)

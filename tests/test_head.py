@@ -76,8 +76,8 @@ def random_problem(seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(24, 6, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 1.0, 2.0, 1.0]) + 3
     texts = [Text("chat", str(i), True) for i in range(24)]
-    rows = [Row(texts[i], texts[i + 1], 1, "pairs", "", str(i), 1.0 + i % 3, "") for i in range(0, 12, 2)]
-    rows += [Row(texts[i], None, i % 2, "labels", "", str(i), 1.0, "") for i in range(12, 24)]
+    rows = [Row(texts[i], texts[i + 1], 1, "pairs", "", str(i), 1.0 + i % 3) for i in range(0, 12, 2)]
+    rows += [Row(texts[i], None, i % 2, "labels", "", str(i), 1.0) for i in range(12, 24)]
     return rows, pooled, {text: i for i, text in enumerate(texts)}
 
 
