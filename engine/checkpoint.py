@@ -134,7 +134,7 @@ def _writing(path: Path, n_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        run = path.parent.parent if path.parent.name == "stages" else path.parent
+        run = next((folder for folder in path.parents if (folder / "stages").is_dir()), path.parent)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
             raise UserError(

@@ -8,10 +8,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from engine.checkpoint import write_whole
 from engine.errors import UserError
 
 # Fused matrix -> the Hugging Face linears stacked in it, in order.
@@ -114,8 +116,10 @@ class Adapter(nn.Module):
 
 
 def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft reads them. `base_model`: folder or id of the base model."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write adapter_config.json and adapter_model.safetensors as peft reads them, each whole or not at all.
+
+    base_model: folder or id of the base model. Raises: UserError on a full or closed disk.
+    """
     tensors = {}
     for key in adapter.down:
         layer, name = _unkey(key)
@@ -137,12 +141,14 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
         "target_modules": sorted({n.split(".")[-1] for names in PARTS.values() for n in names}),
         "task_type": "CAUSAL_LM",
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_whole(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def load_peft(folder: Path, model) -> Adapter:
+def load_peft(folder: str | Path, model) -> Adapter:
     """The adapter of a PEFT folder for `model`. Raises UserError when it does not fit this kind of adapter or this model."""
+    folder = Path(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import packing
+from engine.checkpoint import write_whole
 from engine.errors import UserError
 from engine.model import Decoder, load
 from engine.packing import Group
@@ -46,7 +47,7 @@ class Head:
         """Write FOLDER/head.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         meta = json.dumps({"name": self.name, "layer": self.layer, "bias": self.bias, "trunk": self.trunk}, sort_keys=True)
-        save_file({"weight": self.weight_D.contiguous()}, folder / "head.safetensors", metadata={"head": meta})
+        write_whole(folder / "head.safetensors", safetensors.torch.save({"weight": self.weight_D.contiguous()}, metadata={"head": meta}))
 
     @staticmethod
     def load(folder: Path) -> "Head":

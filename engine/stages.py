@@ -244,8 +244,8 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
         raise UserError(
             f"--threshold {' '.join(map(str, config.threshold))} (with its margin the dual aims at {_list(aim)}) is beyond what the "
             f"{config.n_responses} samples of each prompt show, which is no proof that it cannot be met; alone, they support b up to "
-            f"{_list(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; lower --threshold or --margin, "
-            "raise --n-responses, or go on with --force."
+            f"{_list(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; lower --threshold or "
+            "--margin, raise --n-responses, or go on with --force."
         ) from error
     at_zero = dual.solve(scores.reward_PG, scores.utility_PGJ, torch.full_like(aim, -1e6), config.beta).predicted_improvement
 
@@ -261,8 +261,8 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     if warning := dual.ess_warning(solution.ess, config.n_responses):
         show.warn(warning)
     show.line(
-        f"one-shot lambda {_list(solution.lam)}: predicted improvement {_list(solution.predicted_improvement)} (at lambda 0: {_list(at_zero)}); "
-        f"effective sample size {float(solution.ess.mean()):.1f} of {config.n_responses}"
+        f"one-shot lambda {_list(solution.lam)}: predicted improvement {_list(solution.predicted_improvement)} (at lambda 0: "
+        f"{_list(at_zero)}); effective sample size {float(solution.ess.mean()):.1f} of {config.n_responses}"
     )
     return solution
 
@@ -357,7 +357,8 @@ class World:
             return False
         self.adapter.set_tensors(self.before)
         self.job.run.display.warn(
-            f"iteration {iteration}: KL {slack.kl:.2f} nats passes --max-kl {self.job.config.max_kl}; stopped, the iterate before it is kept"
+            f"iteration {iteration}: KL {slack.kl:.2f} nats passes --max-kl {self.job.config.max_kl}; stopped, and the iterate "
+            "before it is kept"
         )
         return True
 

@@ -21,7 +21,8 @@ SMOKE = ["--preset", "smoke", "--threads", "1"]
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every file of a run but its lock and its times."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "timing.jsonl")}
+    kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "timing.jsonl")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,8 @@ def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
 
     base = model.load(smoke_folder())
     prompt = AutoTokenizer.from_pretrained(tmp_path / "merged").encode("hello")
-    ours = generate(base, [prompt], n=1, max_new_tokens=10, temperature=0, seed=0, adapter=load_peft(finished / "adapters" / "iteration-3", base))
+    adapter = load_peft(finished / "adapters" / "iteration-3", base)
+    ours = generate(base, [prompt], n=1, max_new_tokens=10, temperature=0, seed=0, adapter=adapter)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     theirs = merged.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert ours.tokens[0].tolist() == theirs[0, len(prompt) :].tolist()
@@ -173,10 +175,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message)
 
 def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):
     prompts = write(tmp_path / "p.jsonl", [{"question": f"What is {i} + {i}?"} for i in range(40)])
-    flags = [
-        "--prompts", prompts, "--prompt-column", "question", "--reward", "test_runs:scorer_length", "--cost", "harm", "harm-audit", "--audit",
-        "--threshold", "0.1", "0.1", "--force",
-    ]  # fmt: skip
+    flags = ["--prompts", prompts, "--prompt-column", "question", "--reward", "test_runs:scorer_length", "--force"]
+    flags += ["--cost", "harm", "harm-audit", "--audit", "--threshold", "0.1", "0.1"]
     assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 0
     evaluation = json.loads((tmp_path / "r" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "harm-audit"] and evaluation["audits"] == []

@@ -1,5 +1,7 @@
 """Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where a sign changes."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
@@ -7,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from engine import data, model
 from engine.errors import UserError
 from engine.packing import batches, groups
-from engine.records import Rollouts
 from engine.rollout import generate
 from engine.score import Head, Scorers, TextScorer, frozen_forward, load_scorer, load_scorers, score
 
@@ -75,9 +76,8 @@ def test_text_scorers_see_prompts_and_responses(world):
         return [0.0] * len(r)
 
     scorer = TextScorer(name="judge", function=judge)
-    score(
-        network, prompts, rollouts, texts, Scorers(reward=scorer, costs=(scorer,), audits=()), temperature=1.0, memory_budget_bytes=2**20
-    )
+    scorers = Scorers(reward=scorer, costs=(scorer,), audits=())
+    score(network, prompts, rollouts, texts, scorers, temperature=1.0, memory_budget_bytes=2**20)
     assert seen["prompts"] == [t for t in prompts.text for _ in range(4)] and seen["responses"] == texts
 
 
@@ -106,7 +106,13 @@ def test_sequence_classification_models(tiny_folder, tmp_path, labels):
     torch.manual_seed(0)
     network = LlamaForSequenceClassification(
         LlamaConfig(
-            vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=labels, pad_token_id=2
+            vocab_size=384,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=labels,
+            pad_token_id=2,
         )
     ).eval()
     network.save_pretrained(tmp_path)
@@ -134,14 +140,14 @@ def test_scores_that_are_not_finite_name_the_response(world):
     network, _, prompts, rollouts, texts = world
     bad = TextScorer(name="bad", function=lambda p, r: [0.0] * 6 + [float("inf")] + [0.0] * 5)
     with pytest.raises(UserError, match="bad gave inf for response 2 to prompt 1"):
-        score(network, prompts, rollouts, texts, Scorers(reward=bad, costs=(bad,), audits=()), temperature=1.0, memory_budget_bytes=2**20)
+        scorers = Scorers(reward=bad, costs=(bad,), audits=())
+        score(network, prompts, rollouts, texts, scorers, temperature=1.0, memory_budget_bytes=2**20)
 
 
 def test_empty_response_has_zero_states_and_log_prob_zero(world):
     network, _, prompts, rollouts, _ = world
-    empty = Rollouts(
-        n=rollouts.n, tokens=rollouts.tokens, length=rollouts.length.clone().index_fill_(0, torch.tensor([5]), 0), finished=rollouts.finished,
-        logprob=rollouts.logprob, model_logprob=rollouts.model_logprob,
-    )  # fmt: skip
+    length = rollouts.length.clone()
+    length[5] = 0
+    empty = dataclasses.replace(rollouts, length=length)
     pooled, logprob = frozen_forward(network, groups(prompts, empty), [2], temperature=0.8, memory_budget_bytes=2**20)
     assert torch.all(pooled[2][5] == 0) and logprob[5] == 0 and pooled[2][6].abs().sum() > 0
