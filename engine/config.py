@@ -42,7 +42,7 @@ class RunConfig:
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer without a template."""
 
-    n_prompts: int = 96
+    n_prompts: int = 240
     """Training prompts sampled from the reference (a seeded subset)."""
     n_responses: int = 8
     """Responses per prompt (G)."""
@@ -52,7 +52,7 @@ class RunConfig:
     """Sampling temperature; it defines the policy, so log-probs use it too."""
     top_p: float = 1.0
     """Nucleus mass; 1 is off."""
-    rollout_rows: int = 128
+    rollout_rows: int = 384
     """Responses decoded side by side."""
 
     threshold: tuple[float, ...] = (0.3,)
@@ -64,17 +64,17 @@ class RunConfig:
     lam_max: float = 20.0
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = 24
+    steps: int = 5
     """Policy steps per iteration."""
-    prompts_per_step: int = 6
+    prompts_per_step: int = 16
     """Prompts in one policy step."""
-    responses_per_prompt: int = 4
+    responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
     labels: str = "soft"
     """soft (expected Bradley-Terry label) or sampled (a random draw, as in the papers)."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate of AdamW on the adapter."""
-    warmup_steps: int = 4
+    warmup_steps: int = 1
     """Linear warm-up at the start of each iteration, in steps; a cosine to a tenth follows."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
@@ -90,10 +90,10 @@ class RunConfig:
     """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below it."""
     memory_budget_mb: int = 256
     """Bound on the loss head's working memory, in MiB."""
-    checkpoint_every: int = 8
+    checkpoint_every: int = 4
     """Policy steps between checkpoints inside an iteration."""
 
-    eval_prompts: int = 80
+    eval_prompts: int = 96
     """Held-out prompts in the verdict."""
     eval_responses: int = 8
     """Responses per held-out prompt."""
@@ -119,7 +119,7 @@ class CaidConfig(RunConfig):
 class MocanConfig(RunConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
-    steps: int = 72
+    steps: int = 15
     """Policy steps in all."""
 
 

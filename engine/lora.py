@@ -75,7 +75,7 @@ class Adapter(nn.Module):
         c = model.config
         shape = Shape(
             hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-            first_layer=int(c.num_layers * share), last_layer=c.num_layers,
+            first_layer=first_layer(c.num_layers, share), last_layer=c.num_layers,
         )  # fmt: skip
         return Adapter(shape, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=seed)
 
@@ -113,6 +113,11 @@ class Adapter(nn.Module):
             layer, name = _unkey(key)
             result[f"model.layers.{layer}.{name}.weight"] = scale * self.up[key] @ self.down[key]
         return result
+
+
+def first_layer(num_layers: int, share: float) -> int:
+    """The first adapted layer of an adapter on the layers from `share` of the depth on."""
+    return int(num_layers * share)
 
 
 def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:

@@ -13,7 +13,9 @@ from engine.model import ModelConfig
 
 # Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
 EFFICIENCY = 0.45
-ANSWER_SHARE = 0.75  # of max_new_tokens, until measured
+ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
+# States of reference samples below the adapter are kept up to this size; above it they are computed in every step.
+KEPT_STATES_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Plan:
     seconds: float
 
     @staticmethod
-    def of(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, longest_prompt: int) -> "Plan":
-        """Count weights, KV slab, loss head and activations; time a matrix product for the rate."""
+    def of(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, prompt_lengths: list[int]) -> "Plan":
+        """Count weights, KV slab, loss head and activations, and the products of every pass; time a matrix product for the rate."""
+        longest_prompt, mean_prompt = max(prompt_lengths), sum(prompt_lengths) / len(prompt_lengths)
         size, c = dtype.itemsize, shape
         weights = c.parameter_count() * size
         context = longest_prompt + config.max_new_tokens
@@ -37,17 +40,31 @@ class Plan:
         per_token = size * (10 * c.hidden_size + 4 * c.intermediate_size) * c.num_layers * (1 - config.lora_from)
         training = config.prompts_per_step * group * per_token + config.memory_budget_mb * 2**20
         kept = config.n_prompts * (longest_prompt + config.n_responses * config.max_new_tokens) * c.hidden_size * size
+        kept = 0 if kept > KEPT_STATES_BYTES else kept
         needed = int(1.15 * (weights + max(cache + logits, training + kept))) + 600 * 2**20
 
         answer = ANSWER_SHARE * config.max_new_tokens
-        reference, heldout = config.n_prompts * config.n_responses, config.eval_prompts * config.eval_responses
-        slack = config.iterations * config.slack_prompts * config.slack_responses if isinstance(config, CaidConfig) else 0
-        # A sampled token passes the model once; scoring passes it again (held-out reference samples only the lower half).
-        forward = answer * (2 * reference + 1.5 * heldout + 2 * heldout + 2 * slack) * 2 * c.parameter_count()
-        steps = config.steps * (config.iterations if isinstance(config, CaidConfig) else 1)
-        upper = c.parameter_count() * (1 - config.lora_from) + c.hidden_size * c.vocab_size
-        train = steps * config.prompts_per_step * (longest_prompt / 2 + config.responses_per_prompt * answer) * 4 * upper
-        return Plan(needed, available_memory(device), (forward + train) / (EFFICIENCY * _matmul_rate(dtype, device)))
+        head = c.hidden_size * c.vocab_size
+        body = c.parameter_count() - head * (1 if c.tied else 2)
+
+        def sampled(prompts: int, n: int) -> float:
+            return prompts * (mean_prompt * body + n * answer * (body + head))
+
+        def scored(prompts: int, n: int, full: bool) -> float:
+            return prompts * (mean_prompt + n * answer) * (body + head if full else body * config.lora_from)
+
+        full = dtype != torch.float32  # of the reference's own samples, see stages.sample
+        products = sampled(config.n_prompts, config.n_responses) + scored(config.n_prompts, config.n_responses, full)
+        products += 2 * sampled(config.eval_prompts, config.eval_responses) + scored(config.eval_prompts, config.eval_responses, full)
+        products += scored(config.eval_prompts, config.eval_responses, True)
+        iterations = 1
+        if isinstance(config, CaidConfig):
+            iterations = config.iterations
+            slack = config.slack_prompts, config.slack_responses
+            products += iterations * (sampled(*slack) + scored(*slack, True))
+        tokens = config.prompts_per_step * (mean_prompt + config.responses_per_prompt * answer)
+        products += iterations * config.steps * tokens * 2 * (body * (1 - config.lora_from) + head)
+        return Plan(needed, available_memory(device), 2 * products / (EFFICIENCY * _matmul_rate(dtype, device)))
 
     def check(self) -> None:
         """Raises: UserError when the memory that is free is less than what is needed."""

@@ -1,7 +1,7 @@
 """Prompts with their responses as one packed batch: each prompt stands once, its responses follow and see it, not each other."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -87,3 +87,25 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (tokens, state, predict, target)]
     return Packed(index[0], layout.to(device), *index[1:], cu_seqlens)
+
+
+@dataclass(frozen=True)
+class LowerStates:
+    """The reference's residual stream before `layer`, kept per prompt and response while they are scored, so that the layers below an
+    adapter run once per sample for scores and all policy steps."""
+
+    layer: int
+    prompt: dict[int, Tensor] = field(default_factory=dict)  # row -> states of its prompt [tokens, D]
+    response: dict[int, Tensor] = field(default_factory=dict)  # row -> states [tokens, D]
+
+    def keep(self, batch: list[Group], hidden: Tensor) -> None:
+        """Take over the states [M, D] of a packed batch."""
+        parts = iter(hidden.split([n for g in batch for n in (len(g.prompt), *map(len, g.responses))]))
+        for group in batch:
+            prompt = next(parts)
+            for row in group.rows:
+                self.prompt[row], self.response[row] = prompt, next(parts)
+
+    def of(self, batch: list[Group]) -> Tensor:
+        """The states [M, D] of a batch of kept groups or parts of them, as `pack` orders the tokens."""
+        return torch.cat([x for g in batch for x in (self.prompt[g.rows[0]], *(self.response[r] for r in g.rows))])

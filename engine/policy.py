@@ -1,10 +1,10 @@
 """The policy update: steps of the Lagrangian preference loss on an adapter, against the fixed reference (Algorithm 2, step 4).
 
-The layers below the adapter equal the reference, so their states are computed once per sample and kept for all iterations.
+The layers below the adapter equal the reference, so their states are computed once per sample and kept for all iterations (`LowerStates`).
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from engine.config import RunConfig
 from engine.errors import NonFiniteError
 from engine.lora import Adapter
 from engine.model import Decoder
+from engine.packing import LowerStates
 from engine.pairs import informative, lagrangian_score, schedule
 from engine.records import Pairs, Prompts, Rollouts, Scores
 from kernels import lagrangian_preference_loss
@@ -40,33 +41,12 @@ class PolicyPartial:
     losses: list[float]
 
 
-@dataclass(frozen=True)
-class LowerStates:
-    """Residual stream of the reference below the adapter, per prompt group, made when first asked for."""
-
-    model: Decoder
-    groups: list[packing.Group]  # one per prompt, all responses
-    layer: int
-    kept: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(self, prompt: int, rows: list[int]) -> Tensor:
-        """States [tokens, D] of the prompt and of its responses at `rows`, in that order."""
-        group = self.groups[prompt]
-        if prompt not in self.kept:
-            packed = packing.pack([group], self.model.device)
-            with torch.no_grad():
-                self.kept[prompt] = self.model.run(self.model.embed_tokens(packed.tokens), packed.layout, 0, self.layer)
-        states = self.kept[prompt]
-        parts = states.split([len(group.prompt), *map(len, group.responses)])
-        return torch.cat([parts[0], *(parts[1 + group.rows.index(r)] for r in rows)])
-
-
 def update(
     stage: Stage,
     run: Run,
     config: RunConfig,
     model: Decoder,
-    lower: LowerStates,
+    lower: LowerStates | None,
     prompts: Prompts,
     rollouts: Rollouts,
     scores: Scores,
@@ -78,8 +58,10 @@ def update(
 ) -> Policy:
     """`config.steps` steps on pairs of reference samples, starting from and changing `adapter`.
 
-    prompts, rollouts, scores (in the run's units): the reference's. train_on: the prompts whose pairs may be used. Labels are drawn
-    afresh in every step from s = r + lambda . g. Raises: NonFiniteError with the batch saved in the run folder.
+    prompts, rollouts, scores (in the run's units): the reference's; lower: its kept states, or None to compute them in each step.
+    train_on: the prompts whose pairs may be used. Labels are drawn afresh in every step from s = r + lambda . g.
+
+    Raises: NonFiniteError with the batch saved in the run folder.
     """
     names, parameters = zip(*adapter.named_parameters(), strict=True)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
@@ -122,7 +104,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
 
 
 def _loss(
-    config: RunConfig, model: Decoder, lower: LowerStates, prompts: Prompts, rollouts: Rollouts, scores: Scores, lam_J: Tensor,
+    config: RunConfig, model: Decoder, lower: LowerStates | None, prompts: Prompts, rollouts: Rollouts, scores: Scores, lam_J: Tensor,
     adapter: Adapter, pairs: Pairs, draw: int,
 ):  # fmt: skip
     """The Lagrangian preference loss of one batch of pairs."""
@@ -134,8 +116,12 @@ def _loss(
         for p, rows in by_prompt.items()
     ]
     packed = packing.pack(batch, model.device)
-    hidden = torch.cat([lower(p, rows) for p, rows in by_prompt.items()])
-    hidden = model.final_norm(model.run(hidden, packed.layout, lower.layer, model.config.num_layers, adapter))
+    if lower is not None:
+        hidden = lower.of(batch)
+    else:
+        with torch.no_grad():
+            hidden = model.run(model.embed_tokens(packed.tokens), packed.layout, 0, adapter.first_layer)
+    hidden = model.final_norm(model.run(hidden, packed.layout, adapter.first_layer, model.config.num_layers, adapter))
     index, j = torch.tensor(pairs.row), scores.utility_PGJ.shape[2]
     key = combine(config.seed, draw, pairs.pairs[:, 0] * 65_537 + pairs.pairs[:, 1])
     return lagrangian_preference_loss(

@@ -22,7 +22,7 @@ from engine import packing
 from engine.checkpoint import write_whole
 from engine.errors import UserError
 from engine.model import Decoder, load
-from engine.packing import Group
+from engine.packing import Group, LowerStates
 from engine.records import Prompts, Rollouts, Scores
 from kernels import sequence_logprob
 
@@ -97,6 +97,11 @@ class Scorers:
         """Reward, costs, audits, in this order."""
         return (self.reward, *self.costs, *self.audits)
 
+    @property
+    def layers(self) -> list[int]:
+        """The trunk's layers that heads read, ascending."""
+        return sorted({s.layer for s in self.all if isinstance(s, Head)})
+
 
 def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, folder: Path, trunk: str, device: torch.device) -> Scorers:
     """The scorers that the names stand for (see `load_scorer`). folder, trunk: the policy's checkpoint and its fingerprint.
@@ -146,16 +151,17 @@ def score(
     temperature: float,
     memory_budget_bytes: int,
     reference: bool = True,
+    lower: LowerStates | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> Scores:
     """Score P * n responses; `texts` are the decoded responses, prompt-major. Without `reference` the log-probs are left out (0).
+    `lower` keeps the states below its layer.
 
     Raises: UserError when a scorer fails, returns the wrong count, or a value that is not finite.
     """
-    heads = [s for s in scorers.all if isinstance(s, Head)]
     pooled, ref_logprob = frozen_forward(
-        model, packing.groups(prompts, rollouts), sorted({h.layer for h in heads}), temperature=temperature if reference else None,
-        memory_budget_bytes=memory_budget_bytes, on_tokens=on_tokens,
+        model, packing.groups(prompts, rollouts), scorers.layers, temperature=temperature if reference else None,
+        memory_budget_bytes=memory_budget_bytes, lower=lower, on_tokens=on_tokens,
     )  # fmt: skip
     repeated = [text for text in prompts.text for _ in range(rollouts.n)]
     columns = []
@@ -187,12 +193,13 @@ def frozen_forward(
     *,
     temperature: float | None,
     memory_budget_bytes: int,
+    lower: LowerStates | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """One forward of the reference over all groups: layer -> mean states of each response [N, D], and log-probs float64 [N].
 
     The log-probs are those at `temperature`; with None the layers above the highest one asked for are skipped and they are 0.
-    Sequences stand in the order of groups and their responses.
+    `lower` keeps the states below its layer. Sequences stand in the order of groups and their responses.
     """
     for layer in layers:
         if not 0 <= layer <= model.config.num_layers:
@@ -202,9 +209,12 @@ def frozen_forward(
     for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
         packed = packing.pack(batch, model.device)
         hidden, done = model.embed_tokens(packed.tokens), 0
-        for layer in layers:
+        for layer in sorted({*layers, *([lower.layer] if lower else [])}):
             hidden, done = model.run(hidden, packed.layout, done, layer), layer
-            pooled[layer].append(mean_states(hidden, packed))
+            if layer in pooled:
+                pooled[layer].append(mean_states(hidden, packed))
+            if lower and layer == lower.layer:
+                lower.keep(batch, hidden)
         if temperature is None:
             logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))
         else:

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,18 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import data, dual, evaluate, metrics, model, packing, policy, quickstart, report
+from engine import data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
 from engine.checkpoint import Run, Stage, write_whole
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.evaluate import Evaluation
-from engine.lora import Adapter, save_peft
-from engine.memory import Plan, keep_freed_memory
+from engine.lora import Adapter, first_layer, save_peft
+from engine.memory import KEPT_STATES_BYTES, Plan, keep_freed_memory
 from engine.model import DTYPES, Decoder
-from engine.policy import LowerStates, Policy
+from engine.packing import LowerStates
+from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Units
 from engine.rollout import generate
-from engine.score import Scorers, load_scorers, score
+from engine.score import Scorers, frozen_forward, load_scorers, score
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
 
@@ -83,7 +84,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     raw = model.read_config(folder)
     shape = model.ModelConfig.from_json(raw, folder / "config.json")
     train, heldout = _prompts(config, tokenizer, shape.max_positions - config.max_new_tokens)
-    plan = Plan.of(config, shape, dtype, device, max(map(len, train.token_ids + heldout.token_ids)))
+    plan = Plan.of(config, shape, dtype, device, [len(ids) for ids in train.token_ids + heldout.token_ids])
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=folder, trunk=fingerprint, device=device)
     display = metrics.Display(n_stages=n_stages)
@@ -111,11 +112,12 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 
 
 def sample(
-    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, with_reference: bool = True
+    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, lower: LowerStates | None = None
 ) -> Sampled:
     """Roll out `adapter` (None: the reference) on `prompts` and score the responses. `purpose` keys the random numbers.
 
-    Without `with_reference` the log-probs under the reference are left out.
+    The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the sampler are
+    the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
     """
     config = job.config
     start = time.monotonic()
@@ -140,11 +142,12 @@ def sample(
         scored.advance(tokens)
         stage.check_stop()
 
+    own = adapter is None and job.model.dtype == torch.float32
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
     with stage.progress(total, "tokens", "scoring") as scored:
         scores = score(
             job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_mb * 2**20, reference=with_reference, on_tokens=on_tokens,
+            memory_budget_bytes=config.memory_budget_mb * 2**20, reference=not own, lower=lower, on_tokens=on_tokens,
         )  # fmt: skip
     tokens = int(rollouts.length.sum())
     stage.timing(
@@ -152,9 +155,9 @@ def sample(
         scored_tokens_per_s=total / (time.monotonic() - sampled),
     )  # fmt: skip
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
-    return Sampled(
-        rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG if with_reference else logprob_PG * 0
-    )
+    if own:
+        scores = replace(scores, ref_logprob_PG=logprob_PG)
+    return Sampled(rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +169,19 @@ class Reference:
     units: Units
     scores: Scores  # in units
     aim_J: Tensor  # float64 [J]: b + margin x predicted standard error, in units
+    lower: LowerStates | None  # states below the adapter, unless they are too large to keep
 
 
 def sample_reference(job: Job) -> Reference:
     """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
     config = job.config
     prompts = job.train.select(data.subset(job.train, config.n_prompts, config.seed, "reference"))
+    tokens = sum(map(len, prompts.token_ids)) + len(prompts) * config.n_responses * config.max_new_tokens
+    kept = tokens * job.model.config.hidden_size * job.model.dtype.itemsize <= KEPT_STATES_BYTES
+    lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from)) if kept else None
 
     def compute(stage: Stage) -> Sampled:
-        sampled = sample(job, stage, prompts, None, n=config.n_responses, purpose=0)
+        sampled = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, lower=lower)
         units = reference_units(sampled.scores, job.scorers)
         scores = units.apply(sampled.scores)
         r, g = scores.reward_PG, scores.utility_PGJ
@@ -183,11 +190,16 @@ def sample_reference(job: Job) -> Reference:
             reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
             correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
             finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            logprob_gap=float(sampled.kl_PG.abs().max()), prompts=len(prompts), responses=config.n_responses,
+            logprob_gap=logprob_gap(job, prompts, sampled), prompts=len(prompts), responses=config.n_responses,
         )  # fmt: skip
         return sampled
 
     sampled = job.run.stage("reference", Sampled, compute)
+    if lower and not lower.response:
+        # A resumed run: the same batches again, so that the states are bitwise the same.
+        frozen_forward(
+            job.model, packing.groups(prompts, sampled.rollouts), job.scorers.layers, temperature=None, memory_budget_bytes=0, lower=lower
+        )
     units = reference_units(sampled.scores, job.scorers)
     scores = units.apply(sampled.scores)
     b_J = torch.tensor(config.threshold, dtype=torch.float64)
@@ -205,7 +217,16 @@ def sample_reference(job: Job) -> Reference:
             f"constraint {cost.name}: b {b_J[j]:.2f} + margin {aim_J[j] - b_J[j]:.2f} = aim {aim_J[j]:.2f} (within-prompt standard "
             f"deviations; one is {units.utility_J[j]:.3g} of the scorer's units); correlation with the reward {row['correlation'][j]:+.2f}"
         )
-    return Reference(prompts=prompts, sampled=sampled, units=units, scores=scores, aim_J=aim_J)
+    return Reference(prompts=prompts, sampled=sampled, units=units, scores=scores, aim_J=aim_J, lower=lower)
+
+
+def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4) -> float:
+    """Largest difference of the sampler's log-probs from those of a forward over whole responses, nats, on the first few prompts."""
+    groups = packing.groups(prompts, sampled.rollouts)[:n_prompts]
+    again = frozen_forward(
+        job.model, groups, [], temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_mb * 2**20
+    )[1]
+    return float((sampled.rollouts.model_logprob[: len(again)].double().sum(dim=1) - again).abs().max())
 
 
 def reference_units(scores: Scores, scorers: Scorers) -> Units:
@@ -267,12 +288,6 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     return solution
 
 
-def split_prompts(job: Job, reference: Reference, n_slack: int, iteration: int) -> tuple[list[int], list[int]]:
-    """(prompts for pairs, prompts for the slack): disjoint, seeded, new in every iteration."""
-    slack_on = data.subset(reference.prompts, n_slack, job.config.seed, f"slack-{iteration}")
-    return sorted(set(range(len(reference.prompts))) - set(slack_on)), slack_on
-
-
 @dataclass(frozen=True, kw_only=True)
 class Slack:
     """On-policy improvements over the reference on prompts outside the iteration's pairs, in units, clustered by prompt."""
@@ -296,8 +311,6 @@ class World:
         self.reference = sample_reference(job)
         config = job.config
         self.adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
-        groups = packing.groups(self.reference.prompts, self.reference.sampled.rollouts)
-        self.lower = LowerStates(job.model, groups, self.adapter.first_layer)
         self.before = self.adapter.tensors()
         self.loss = float("nan")
 
@@ -305,18 +318,23 @@ class World:
         """See `solve_dual`."""
         return solve_dual(self.job, self.reference)
 
+    def deal(self, iteration: int, n_slack: int) -> tuple[list[int], list[int]]:
+        """Prompts for the pairs and for the slack of an iteration, see `pairs.deal`."""
+        config = self.job.config
+        return pairs.deal(self.reference.prompts, config.seed, iteration, config.steps * config.prompts_per_step, n_slack)
+
     def update_policy(self, lam_J: Tensor, iteration: int, n_slack: int = 0) -> None:
         """Stage iteration-t/policy: continue the adapter on pairs labelled at lambda, `n_slack` prompts left out; its iterate goes to
         adapters/iteration-t."""
         job, reference, adapter = self.job, self.reference, self.adapter
         job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
         self.before = adapter.tensors()
-        train_on = split_prompts(job, reference, n_slack, iteration)[0]
+        train_on = self.deal(iteration, n_slack)[0]
 
         def compute(stage: Stage) -> Policy:
             return policy.update(
-                stage, job.run, job.config, job.model, self.lower, reference.prompts, reference.sampled.rollouts, reference.scores, lam_J,
-                adapter, train_on=train_on, iteration=iteration,
+                stage, job.run, job.config, job.model, reference.lower, reference.prompts, reference.sampled.rollouts, reference.scores,
+                lam_J, adapter, train_on=train_on, iteration=iteration,
             )  # fmt: skip
 
         trained = job.run.stage(f"iteration-{iteration}/policy", Policy, compute)
@@ -328,7 +346,7 @@ class World:
         """Stage iteration-t/slack: roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (Algorithm 2, step 2)."""
         job, reference = self.job, self.reference
         config = job.config
-        slack_on = split_prompts(job, reference, config.slack_prompts, iteration)[1]
+        slack_on = self.deal(iteration, config.slack_prompts)[1]
 
         def compute(stage: Stage) -> Slack:
             sampled = sample(job, stage, reference.prompts.select(slack_on), self.adapter, n=config.slack_responses, purpose=iteration)
@@ -386,9 +404,7 @@ def verdict(job: Job, reference: Reference, adapter: Adapter, lam_J: Tensor) -> 
     config, run = job.config, job.run
     prompts = job.heldout.select(data.subset(job.heldout, config.eval_prompts, config.seed, "heldout"))
     # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
-    before = run.stage(
-        "heldout/reference", Sampled, lambda s: sample(job, s, prompts, None, n=config.eval_responses, purpose=-1, with_reference=False)
-    )
+    before = run.stage("heldout/reference", Sampled, lambda s: sample(job, s, prompts, None, n=config.eval_responses, purpose=-1))
     after = run.stage("heldout/policy", Sampled, lambda s: sample(job, s, prompts, adapter, n=config.eval_responses, purpose=-2))
     scores_before, scores_after = reference.units.apply(before.scores), reference.units.apply(after.scores)
     evaluation = evaluate.evaluate(

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from engine import model, packing, policy
 from engine.config import CaidConfig, smoke
 from engine.lora import Adapter, save_peft
-from engine.pairs import informative, lagrangian_score, schedule
-from engine.policy import LowerStates, learning_rate_factor
+from engine.packing import LowerStates
+from engine.pairs import deal, informative, lagrangian_score, schedule
+from engine.policy import learning_rate_factor
 from engine.records import Prompts, Scores
 from engine.rollout import generate
 from engine.score import frozen_forward
@@ -38,12 +39,18 @@ def world(tiny_folder):
     return network, prompts, rollouts, scores, adapter
 
 
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta):
+def kept_states(network, prompts, rollouts, layer):
+    lower = LowerStates(layer)
+    frozen_forward(network, packing.groups(prompts, rollouts), [1], temperature=None, memory_budget_bytes=0, lower=lower)
+    return lower
+
+
+@pytest.mark.parametrize("beta, kept", [(0.1, True), (1.0, True), (1.0, False)])
+def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, kept):
     network, prompts, rollouts, scores, adapter = world
     lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
     config = smoke(CaidConfig(beta=beta, temperature=0.8))
-    lower = LowerStates(network, packing.groups(prompts, rollouts), adapter.first_layer)
+    lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
     pairs = informative(lagrangian_score(scores, lam), [2, 0], 3)
     adapter.zero_grad()
     result = policy._loss(config, network, lower, prompts, rollouts, scores, lam, adapter, pairs, draw=0)
@@ -105,8 +112,28 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
 def test_lower_states_of_chosen_responses_equal_a_direct_run(world):
     network, prompts, rollouts, _, _ = world
     whole = packing.groups(prompts, rollouts)
-    lower = LowerStates(network, whole, 2)
+    lower = kept_states(network, prompts, rollouts, 2)
     chosen = packing.Group(whole[1].prompt, [whole[1].responses[i] for i in (0, 3)], [4, 7])
-    packed = packing.pack([chosen], network.device)
+    packed = packing.pack([chosen, whole[0]], network.device)
     direct = network.run(network.embed_tokens(packed.tokens), packed.layout, 0, 2)
-    assert (lower(1, [4, 7]) - direct).abs().max() < 1e-5
+    assert (lower.of([chosen, whole[0]]) - direct).abs().max() < 1e-5
+
+
+def test_iterations_use_fresh_prompts_until_all_are_used():
+    prompts = Prompts(text=["x"] * 20, kind=[""] * 20, token_ids=[[1]] * 20, key_P=torch.arange(20))
+    dealt = [deal(prompts, 0, t, n_pairs=6, n_slack=4) for t in (1, 2, 3, 4)]
+    for pairs, slack in dealt:
+        assert len(pairs) == len(set(pairs)) == 6 and len(slack) == len(set(slack)) == 4
+        assert not set(pairs) & set(slack)
+    assert len({p for pairs, _ in dealt[:3] for p in pairs}) == 18
+    assert dealt[0][1] == dealt[1][0][:4]
+    assert set(dealt[3][0]) == {p for p in range(20)} - {p for pairs, _ in dealt[:3] for p in pairs} | set(dealt[0][0][:4])
+    assert dealt == [deal(prompts, 0, t, n_pairs=6, n_slack=4) for t in (1, 2, 3, 4)] != [deal(prompts, 1, t, 6, 4) for t in (1, 2, 3, 4)]
+
+
+def test_all_prompts_but_the_slack_serve_when_more_pairs_are_asked_for():
+    prompts = Prompts(text=["x"] * 20, kind=[""] * 20, token_ids=[[1]] * 20, key_P=torch.arange(20))
+    for t in range(1, 5):
+        pairs, slack = deal(prompts, 3, t, n_pairs=1000, n_slack=4)
+        assert sorted(pairs + slack) == list(range(20))
+    assert sorted(deal(prompts, 3, 1, n_pairs=1000, n_slack=0)[0]) == list(range(20))
