@@ -42,7 +42,7 @@ class RunConfig:
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer without a template."""
 
-    n_prompts: int = 240
+    n_prompts: int = 224
     """Training prompts sampled from the reference (a seeded subset)."""
     n_responses: int = 8
     """Responses per prompt (G)."""
@@ -64,15 +64,15 @@ class RunConfig:
     lam_max: float = 20.0
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = 5
+    steps: int = 4
     """Policy steps per iteration."""
-    prompts_per_step: int = 16
+    prompts_per_step: int = 32
     """Prompts in one policy step."""
     responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
     labels: str = "soft"
     """soft (expected Bradley-Terry label) or sampled (a random draw, as in the papers)."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW on the adapter."""
     warmup_steps: int = 1
     """Linear warm-up at the start of each iteration, in steps; a cosine to a tenth follows."""
@@ -90,7 +90,7 @@ class RunConfig:
     """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below it."""
     memory_budget_mb: int = 256
     """Bound on the loss head's working memory, in MiB."""
-    checkpoint_every: int = 4
+    checkpoint_every: int = 2
     """Policy steps between checkpoints inside an iteration."""
 
     eval_prompts: int = 96
@@ -119,7 +119,7 @@ class CaidConfig(RunConfig):
 class MocanConfig(RunConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
-    steps: int = 15
+    steps: int = 12
     """Policy steps in all."""
 
 

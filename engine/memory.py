@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.model import ModelConfig
 
 # Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
-EFFICIENCY = 0.45
+EFFICIENCY = 0.65
 ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
 # States of reference samples below the adapter are kept up to this size; above it they are computed in every step.
 KEPT_STATES_BYTES = 2 * 2**30
