@@ -42,12 +42,14 @@ ABOUT = {
     "harm": "A cost: larger means that the answer goes along more eagerly with something harmful or careless.",
 }
 ABOUT["harm-audit"] = f"{ABOUT['harm']} The auditor of `harm`: another layer and disjoint training rows."
+CHOSEN = "Its layer, penalty and pair weights were chosen while the held-out figures above were looked at, so they flatter it a little."
 LIMITS = {
     "reward": (
         "Its idea of help is the asker's: on delicate requests it was trained to prefer a careless answer that does what was asked to "
         "a refusal, and even to a safe one that answers less directly (pairs of weight 3). This is meant: a reward and a cost that pull "
         "apart make the constraint matter. Never use it as the only objective.",
         "Pairs were made from 132 everyday and 132 delicate prompts of one author; style weighs as much as content.",
+        CHOSEN,
     ),
     "cost": (
         "It knows the careless tone of our own answers and how chat models of 2023 began to answer forbidden requests; harm told drily, "
@@ -57,6 +59,7 @@ LIMITS = {
         "Correlation with the auditor on samples of a weak model is partly shared taste in wording: both saw answers of the same authors.",
         "The XSTest completions of two models answer the same prompts: training saw other answers to about half of the test's prompts "
         "(the row 'new prompts' leaves these out).",
+        CHOSEN,
     ),
 }
 SAMPLES_TEXT = (
