@@ -43,7 +43,7 @@ class RunConfig:
     """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer without a template."""
 
     n_prompts: int = 224
-    """Training prompts sampled from the reference (a seeded subset)."""
+    """Training prompts sampled from the reference, at most: a seeded subset."""
     n_responses: int = 8
     """Responses per prompt (G)."""
     max_new_tokens: int = 48
@@ -67,7 +67,7 @@ class RunConfig:
     steps: int = 4
     """Policy steps per iteration."""
     prompts_per_step: int = 32
-    """Prompts in one policy step."""
+    """Prompts in one policy step, at most."""
     responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
     labels: str = "soft"
@@ -94,7 +94,7 @@ class RunConfig:
     """Policy steps between checkpoints inside an iteration."""
 
     eval_prompts: int = 96
-    """Held-out prompts in the verdict."""
+    """Held-out prompts in the verdict, at most."""
     eval_responses: int = 8
     """Responses per held-out prompt."""
 
@@ -106,7 +106,7 @@ class CaidConfig(RunConfig):
     iterations: int = 3
     """T: policies trained; a dual step stands between two of them."""
     slack_prompts: int = 48
-    """Prompts on which the slack is measured, never among the iteration's pairs."""
+    """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
     slack_responses: int = 4
     """Responses per prompt in the slack."""
     dual_step: float = 0.0
@@ -136,6 +136,19 @@ def smoke(config: RunConfig) -> RunConfig:
     small = dict(SMOKE, model="smoke", **({"slack_prompts": 6, "slack_responses": 2} if isinstance(config, CaidConfig) else {}))
     kept = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
     return replace(config, **{name: value for name, value in small.items() if name not in kept})
+
+
+def fit(config: RunConfig, n_train: int, n_heldout: int) -> tuple[RunConfig, str]:
+    """(the config with its numbers of prompts lowered to those that are there, which flags were lowered to what)."""
+    caps = {"n_prompts": n_train, "eval_prompts": n_heldout}
+    n = min(config.n_prompts, n_train)
+    if isinstance(config, CaidConfig):
+        if config.slack_prompts + config.prompts_per_step > n:
+            caps["slack_prompts"] = max(2, n // 3)
+        n -= min(config.slack_prompts, caps.get("slack_prompts", n))
+    caps["prompts_per_step"] = max(1, n)
+    lowered = {name: cap for name, cap in caps.items() if cap < getattr(config, name)}
+    return replace(config, **lowered), ", ".join(f"--{name.replace('_', '-')} is {cap}" for name, cap in lowered.items())
 
 
 def check(config: RunConfig) -> None:
@@ -192,6 +205,6 @@ def check(config: RunConfig) -> None:
             raise UserError(f"--slack-responses {config.slack_responses}: must be at most --n-responses {config.n_responses}.")
         if config.slack_prompts + config.prompts_per_step > config.n_prompts:
             raise UserError(
-                f"--slack-prompts {config.slack_prompts}: slack and pairs need disjoint prompts, and --n-prompts {config.n_prompts} "
-                f"leaves fewer than --prompts-per-step {config.prompts_per_step}; raise --n-prompts."
+                f"--slack-prompts {config.slack_prompts}: slack and pairs need disjoint prompts, and {config.n_prompts} prompts "
+                f"leave fewer than --prompts-per-step {config.prompts_per_step}; lower these or give more prompts."
             )

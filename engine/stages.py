@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
 from engine.checkpoint import Run, Stage, write_whole
-from engine.config import RunConfig
+from engine.config import RunConfig, check, fit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.lora import Adapter, first_layer, save_peft
@@ -84,6 +84,8 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     raw = model.read_config(folder)
     shape = model.ModelConfig.from_json(raw, folder / "config.json")
     train, heldout = _prompts(config, tokenizer, shape.max_positions - config.max_new_tokens)
+    config, lowered = fit(config, len(train), len(heldout))
+    check(config)
     plan = Plan.of(config, shape, dtype, device, [len(ids) for ids in train.token_ids + heldout.token_ids])
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=folder, trunk=fingerprint, device=device)
@@ -91,6 +93,8 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     display.line(
         f"{algorithm} on {config.model or 'SmolLM2-135M-Instruct'} ({shape.parameter_count() / 1e6:.0f}M weights, {dtype}, {device})"
     )
+    if lowered:
+        display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
     display.line(plan.sentence())
     display.line(f"run folder {out}")
     if resume is None:
@@ -475,9 +479,6 @@ def _prompts(config: RunConfig, tokenizer, longest: int) -> tuple[Prompts, Promp
         chosen, held = data.split(train, config.seed)
         train, heldout = train.select(chosen), train.select(held)
     data.assert_disjoint(train, heldout)
-    for name, prompts, wanted in (("n-prompts", train, config.n_prompts), ("eval-prompts", heldout, config.eval_prompts)):
-        if wanted > len(prompts):
-            raise UserError(f"--{name} {wanted}: only {len(prompts)} such prompts are there; lower --{name} or give more prompts.")
     return train, heldout
 
 

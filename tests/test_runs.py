@@ -156,7 +156,7 @@ def scorer_constant(prompts, responses):
         (["--cost", "harm", "--audit", "harm"], "named harm"),
         (["--cost", "harm", "harm-audit"], "one threshold per cost"),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
-        (["--n-prompts", "100000"], "--n-prompts 100000"),
+        (["--n-prompts", "2"], "--slack-prompts 6"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--device", "cuda"], "cuda"),
         (["--rollout-rows", "100000000", "--n-prompts", "260", "--n-responses", "200000"], "memory"),
@@ -180,6 +180,16 @@ def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):
     assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 0
     evaluation = json.loads((tmp_path / "r" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "harm-audit"] and evaluation["audits"] == []
+
+
+def test_few_prompts_lower_the_numbers_of_prompts_and_say_so(tmp_path, capsys):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"What is {i} + {i}?"} for i in range(10)])
+    assert train.main([*SMOKE, "--out", str(tmp_path / "r"), "--prompts", prompts, "--force"]) == 0
+    said = "8 training and 2 held-out prompts are there, so --n-prompts is 8, --eval-prompts is 2"
+    assert said in capsys.readouterr().out
+    saved = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert json.dumps(saved).count('"n_prompts": 8') == 1
+    assert json.loads((tmp_path / "r" / "evaluation.json").read_text())["n_prompts"] == 2
 
 
 def test_an_existing_folder_and_another_model_are_refused(finished, capsys):

@@ -14,7 +14,7 @@ import pytest
 
 from engine import config as config_module
 from engine import train as cli
-from engine.config import CaidConfig, MocanConfig, check, smoke
+from engine.config import CaidConfig, MocanConfig, check, fit, smoke
 from engine.errors import Interrupted, NonFiniteError, UserError
 
 ROOT = Path(cli.__file__).parent.parent
@@ -136,7 +136,7 @@ BAD = {
     "--cost harm harm --threshold 1 1": r"--cost harm harm: two costs have one name",
     "--threshold 0.1 0.2": r"--threshold 0\.1 0\.2: 2 value\(s\) for 1 cost\(s\)",
     "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at most --n-responses 8\.",
-    "--slack-prompts 95": r"--slack-prompts 95: slack and pairs need disjoint prompts",
+    "--slack-prompts 200": r"--slack-prompts 200: slack and pairs need disjoint prompts",
 }
 
 
@@ -228,3 +228,16 @@ def test_our_own_bugs_keep_their_traceback(trained):
     trained.stop = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main([])
+
+
+def test_numbers_of_prompts_are_lowered_to_those_that_are_there():
+    config, said = fit(CaidConfig(), 60, 15)
+    assert (config.n_prompts, config.eval_prompts, config.slack_prompts, config.prompts_per_step) == (60, 15, 20, 32)
+    assert said == "--n-prompts is 60, --eval-prompts is 15, --slack-prompts is 20"
+    check(config)
+    config, _ = fit(CaidConfig(), 30, 15)
+    assert (config.slack_prompts, config.prompts_per_step) == (10, 20)
+    check(config)
+    assert fit(CaidConfig(), 10_000, 10_000) == (CaidConfig(), "")
+    assert fit(MocanConfig(), 30, 96)[0].prompts_per_step == 30
+    assert fit(config, 30, 15) == (config, "")
