@@ -72,10 +72,10 @@ class RunConfig:
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
     labels: str = "soft"
     """soft (expected Bradley-Terry label) or sampled (a random draw, as in the papers)."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate of AdamW on the adapter."""
     warmup_steps: int = 1
-    """Linear warm-up at the start of each iteration, in steps; a cosine to a tenth follows."""
+    """Linear warm-up at the start of the run, in steps; the rate is constant after it."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     clip_norm: float = 1.0

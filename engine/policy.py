@@ -24,21 +24,18 @@ from kernels.sampling import combine, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """An iterate: the adapter's tensors by name, and the mean loss of the steps that led to it (nats per pair)."""
+    """An iterate with the optimizer that led to it: tensors by name, steps taken in all, and the losses of this update's steps."""
 
-    adapter: dict[str, Tensor]
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyPartial:
-    """The state inside an update, after `step` steps."""
-
-    step: int
     adapter: dict[str, Tensor]
     first_moment: dict[str, Tensor]
     second_moment: dict[str, Tensor]
-    losses: list[float]
+    steps: int
+    losses: list[float]  # nats per pair
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the update, nats per pair."""
+        return sum(self.losses) / len(self.losses)
 
 
 def update(
@@ -53,10 +50,11 @@ def update(
     lam_J: Tensor,
     adapter: Adapter,
     *,
+    before: Policy | None,
     train_on: list[int],
     iteration: int,
 ) -> Policy:
-    """`config.steps` steps on pairs of reference samples, starting from and changing `adapter`.
+    """`config.steps` steps on pairs of reference samples, going on from `before` (None: from `adapter` as it is) and changing `adapter`.
 
     prompts, rollouts, scores (in the run's units): the reference's; lower: its kept states, or None to compute them in each step.
     train_on: the prompts whose pairs may be used. Labels are drawn afresh in every step from s = r + lambda . g.
@@ -65,7 +63,11 @@ def update(
     """
     names, parameters = zip(*adapter.named_parameters(), strict=True)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-    done, losses = _restore(stage.partial(PolicyPartial), adapter, optimizer, names, parameters)
+    partial = stage.partial(Policy)
+    losses = list(partial.losses) if partial else []
+    done, taken = len(losses), before.steps if before else 0
+    if start := partial or before:
+        _restore(start, adapter, optimizer, names, parameters)
     score_PG = lagrangian_score(scores, lam_J)
     pool = prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
@@ -73,7 +75,7 @@ def update(
         progress.advance(done)
         for step in range(done, config.steps):
             pairs = informative(score_PG, [train_on[i] for i in plan[step]], config.responses_per_prompt)
-            rate = config.learning_rate * learning_rate_factor(step, config.steps, config.warmup_steps)
+            rate = config.learning_rate * learning_rate_factor(taken + step, config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             result = _loss(config, model, lower, prompts, rollouts, scores, lam_J, adapter, pairs, iteration * 1_000_003 + step)
@@ -91,16 +93,14 @@ def update(
             )  # fmt: skip
             progress.advance(1)
             if stage.stopping or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
-                stage.save_partial(_partial(step + 1, adapter, optimizer, names, parameters, losses))
+                stage.save_partial(_policy(taken + step + 1, adapter, optimizer, names, parameters, losses))
                 stage.check_stop()
-    return Policy(adapter=adapter.tensors(), loss=sum(losses) / len(losses))
+    return _policy(taken + config.steps, adapter, optimizer, names, parameters, losses)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak rate at `step` (from 0): a linear rise over `warmup` steps, then a cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def learning_rate_factor(step: int, warmup: int) -> float:
+    """Share of the peak rate at `step` of the run (from 0): a linear rise over `warmup` steps, then constant, as lambda still moves."""
+    return min(1.0, (step + 1) / (warmup + 1))
 
 
 def _loss(
@@ -143,29 +143,27 @@ def _loss(
     )
 
 
-def _partial(step: int, adapter: Adapter, optimizer, names, parameters, losses: list[float]) -> PolicyPartial:
+def _policy(steps: int, adapter: Adapter, optimizer, names, parameters, losses: list[float]) -> Policy:
     state = [optimizer.state[p] for p in parameters]
-    return PolicyPartial(
-        step=step,
+    return Policy(
         adapter=adapter.tensors(),
         first_moment={n: s["exp_avg"] for n, s in zip(names, state, strict=True)},
         second_moment={n: s["exp_avg_sq"] for n, s in zip(names, state, strict=True)},
+        steps=steps,
         losses=losses,
     )
 
 
-def _restore(partial: PolicyPartial | None, adapter: Adapter, optimizer, names, parameters) -> tuple[int, list[float]]:
-    """(steps done, their losses) of a partial whose state is put back, or of a fresh start."""
-    if partial is None:
-        return 0, []
-    adapter.set_tensors(partial.adapter)
+def _restore(policy: Policy, adapter: Adapter, optimizer, names, parameters) -> None:
+    """Put adapter and optimizer back to where `policy` was."""
+    adapter.set_tensors(policy.adapter)
     for name, p in zip(names, parameters, strict=True):
         optimizer.state[p] = {
-            "step": torch.tensor(float(partial.step)),
-            "exp_avg": partial.first_moment[name].to(p.device),
-            "exp_avg_sq": partial.second_moment[name].to(p.device),
+            "step": torch.tensor(float(policy.steps)),
+            # Copies: the optimizer changes them in place.
+            "exp_avg": policy.first_moment[name].to(p.device, copy=True),
+            "exp_avg_sq": policy.second_moment[name].to(p.device, copy=True),
         }
-    return partial.step, list(partial.losses)
 
 
 def _stop_non_finite(run: Run, stage: Stage, pairs: Pairs, adapter: Adapter, loss: float, norm: float) -> None:

@@ -316,7 +316,7 @@ class World:
         config = job.config
         self.adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
         self.before = self.adapter.tensors()
-        self.loss = float("nan")
+        self.trained: Policy | None = None
 
     def solve_dual(self) -> dual.Solution:
         """See `solve_dual`."""
@@ -338,12 +338,11 @@ class World:
         def compute(stage: Stage) -> Policy:
             return policy.update(
                 stage, job.run, job.config, job.model, reference.lower, reference.prompts, reference.sampled.rollouts, reference.scores,
-                lam_J, adapter, train_on=train_on, iteration=iteration,
+                lam_J, adapter, before=self.trained, train_on=train_on, iteration=iteration,
             )  # fmt: skip
 
-        trained = job.run.stage(f"iteration-{iteration}/policy", Policy, compute)
-        adapter.set_tensors(trained.adapter)
-        self.loss = trained.loss
+        self.trained = job.run.stage(f"iteration-{iteration}/policy", Policy, compute)
+        adapter.set_tensors(self.trained.adapter)
         save_peft(adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or "SmolLM2-135M-Instruct")
 
     def measure_slack(self, lam_J: Tensor, iteration: int) -> Slack:
@@ -364,13 +363,13 @@ class World:
             stage.row(
                 "iteration", iteration=iteration, lam=lam_J, reward=slack.reward, reward_se=slack.reward_se, improvement=mean,
                 improvement_se=se, threshold=list(config.threshold), aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl,
-                loss=self.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
+                loss=self.trained.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
                 responses=config.slack_responses,
             )  # fmt: skip
             return slack
 
         slack = job.run.stage(f"iteration-{iteration}/slack", Slack, compute)
-        job.run.display.line(_iteration_line(job, reference, lam_J, slack, self.loss, iteration))
+        job.run.display.line(_iteration_line(job, reference, lam_J, slack, self.trained.loss, iteration))
         return slack
 
     def passes_max_kl(self, slack: Slack, iteration: int) -> bool:
