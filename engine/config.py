@@ -55,7 +55,7 @@ class RunConfig:
     rollout_rows: int = 384
     """Responses decoded side by side."""
 
-    threshold: tuple[float, ...] = (0.3,)
+    threshold: tuple[float, ...] = (0.25,)
     """b: required improvement of each utility over the reference, in its within-prompt standard deviations."""
     beta: float = 1.0
     """Weight of KL(policy || reference), in units of the scaled reward."""
@@ -64,7 +64,7 @@ class RunConfig:
     lam_max: float = 20.0
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = 4
+    steps: int = 5
     """Policy steps per iteration."""
     prompts_per_step: int = 32
     """Prompts in one policy step, at most."""
@@ -95,7 +95,7 @@ class RunConfig:
 
     eval_prompts: int = 96
     """Held-out prompts in the verdict, at most."""
-    eval_responses: int = 8
+    eval_responses: int = 6
     """Responses per held-out prompt."""
 
 
@@ -105,12 +105,12 @@ class CaidConfig(RunConfig):
 
     iterations: int = 3
     """T: policies trained; a dual step stands between two of them."""
-    slack_prompts: int = 48
+    slack_prompts: int = 64
     """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
     slack_responses: int = 4
     """Responses per prompt in the slack."""
     dual_step: float = 0.0
-    """Step size of the dual descent; 0 takes the inverse Hessian at the warm start."""
+    """Step size of the dual descent; 0 takes the inverse Hessian at the warm start over the share of its prediction that was realised."""
     lam_max_change: float = 2.0
     """Largest factor by which a multiplier may change in one dual step."""
 
@@ -119,7 +119,7 @@ class CaidConfig(RunConfig):
 class MocanConfig(RunConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
-    steps: int = 12
+    steps: int = 15
     """Policy steps in all."""
 
 

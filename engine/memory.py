@@ -93,10 +93,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Flop per second of a product of the engine's usual shape, best of three."""
+    """Flop per second of a product of the engine's usual shape, best of ten."""
     a, b = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 4096, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(10):
         start = time.perf_counter()
         (a @ b)[0, 0].item()
         best = min(best, time.perf_counter() - start)
