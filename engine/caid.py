@@ -2,9 +2,8 @@
 
 Where the paper is silent, this is decided: the multipliers start at the one-shot optimum, so the literal step at t = 0 is left out;
 one adapter and its optimizer go on through all iterations; the reference stays the original model; labels are drawn afresh in every step;
-the improvement is measured against each prompt's own reference samples; the dual step is the inverse Hessian at the warm start, divided by
-the share of the tilt's improvement that the policy has realised (`realised_share`), with a cap on the change; the last iterate is the
-result, and no dual step follows it.
+the improvement is measured against each prompt's own reference samples; the dual step is the inverse Hessian at the warm start with a cap
+on the change; the last iterate is the result, and no dual step follows it.
 """
 
 import torch
@@ -32,15 +31,5 @@ def loop(world: stages.World, config: CaidConfig) -> torch.Tensor:
         u = world.measure_slack(lam_J, t)
         if world.passes_max_kl(u, t) or t == config.iterations:
             break
-        eta = config.dual_step or warm.hessian * realised_share(lam_J, u.improvement_J, world.predict(lam_J))
-        lam_J = dual.step(lam_J, u.slack_J, eta, max_change=config.lam_max_change, lam_max=config.lam_max)
+        lam_J = dual.step(lam_J, u.slack_J, config.dual_step or warm.hessian, max_change=config.lam_max_change, lam_max=config.lam_max)
     return lam_J
-
-
-def realised_share(lam_J: torch.Tensor, improvement_J: torch.Tensor, predicted_J: torch.Tensor, least: float = 0.5) -> float:
-    """Share of the tilted reference's lambda . g that the policy trained at lambda has realised, between `least` and 1.
-
-    The Hessian is the tilt's response to lambda; a policy trained for some steps responds less. With nothing predicted it is 1.
-    """
-    predicted = float(lam_J @ predicted_J)
-    return min(1.0, max(least, float(lam_J @ improvement_J) / predicted)) if predicted > 0 else 1.0

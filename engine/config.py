@@ -64,7 +64,7 @@ class RunConfig:
     lam_max: float = 20.0
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = 5
+    steps: int = 7
     """Policy steps per iteration."""
     prompts_per_step: int = 32
     """Prompts in one policy step, at most."""
@@ -105,12 +105,12 @@ class CaidConfig(RunConfig):
 
     iterations: int = 3
     """T: policies trained; a dual step stands between two of them."""
-    slack_prompts: int = 64
+    slack_prompts: int = 48
     """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
     slack_responses: int = 4
     """Responses per prompt in the slack."""
     dual_step: float = 0.0
-    """Step size of the dual descent; 0 takes the inverse Hessian at the warm start over the share of its prediction that was realised."""
+    """Step size of the dual descent; 0 takes the inverse Hessian at the warm start."""
     lam_max_change: float = 2.0
     """Largest factor by which a multiplier may change in one dual step."""
 
@@ -119,7 +119,7 @@ class CaidConfig(RunConfig):
 class MocanConfig(RunConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
-    steps: int = 15
+    steps: int = 21
     """Policy steps in all."""
 
 

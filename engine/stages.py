@@ -28,7 +28,6 @@ from engine.records import DualState, Prompts, Rollouts, Scores, Units
 from engine.rollout import generate
 from engine.score import Scorers, frozen_forward, load_scorers, score
 from engine.smoke import smoke_folder
-from kernels import dual_moments
 from kernels.sampling import combine
 
 
@@ -322,11 +321,6 @@ class World:
     def solve_dual(self) -> dual.Solution:
         """See `solve_dual`."""
         return solve_dual(self.job, self.reference)
-
-    def predict(self, lam_J: Tensor) -> Tensor:
-        """Improvements of the reference tilted by r + lambda . g, from its samples, in units. float64 [J]."""
-        scores = self.reference.scores
-        return dual_moments(scores.reward_PG, scores.utility_PGJ, lam_J, self.job.config.beta).gradient
 
     def deal(self, iteration: int, n_slack: int) -> tuple[list[int], list[int]]:
         """Prompts for the pairs and for the slack of an iteration, see `pairs.deal`."""

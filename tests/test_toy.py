@@ -69,13 +69,6 @@ def test_infeasible_thresholds_are_reported_before_training():
     assert (caught.value.largest_improvement - largest).abs().max() < 1e-9
 
 
-def test_the_dual_step_grows_where_the_policy_follows_lambda_less_than_the_tilt():
-    one = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    assert caid.realised_share(one, torch.tensor([0.3, 0.1], dtype=torch.float64), torch.tensor([0.3, 0.4], dtype=torch.float64)) == 0.7
-    assert caid.realised_share(one, one * -1, one) == 0.5
-    assert caid.realised_share(one, one * 3, one) == caid.realised_share(one * 0, one, one) == 1.0
-
-
 def test_default_configs_pass_their_own_check():
     check(CaidConfig())
     check(MocanConfig())

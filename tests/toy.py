@@ -9,7 +9,7 @@ import torch
 
 from engine import dual
 from engine.stages import Slack
-from kernels import dual_moments, lagrangian_preference_loss
+from kernels import lagrangian_preference_loss
 
 
 class EnumeratedWorld:
@@ -50,9 +50,6 @@ class EnumeratedWorld:
 
         optimizer.step(closure)
         self.table_YP = table.detach()
-
-    def predict(self, lam_J):
-        return dual_moments(self.reward_PY, self.utility_PYJ, lam_J, self.beta).gradient
 
     def policy_PY(self):
         return torch.softmax(self.table_YP.t(), dim=1)
