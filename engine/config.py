@@ -42,7 +42,7 @@ class RunConfig:
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer without a template."""
 
-    n_prompts: int = 224
+    n_prompts: int = 240
     """Training prompts sampled from the reference, at most: a seeded subset."""
     n_responses: int = 8
     """Responses per prompt (G)."""
@@ -55,7 +55,7 @@ class RunConfig:
     rollout_rows: int = 384
     """Responses decoded side by side."""
 
-    threshold: tuple[float, ...] = (0.25,)
+    threshold: tuple[float, ...] = (0.2,)
     """b: required improvement of each utility over the reference, in its within-prompt standard deviations."""
     beta: float = 1.0
     """Weight of KL(policy || reference), in units of the scaled reward."""
@@ -64,7 +64,7 @@ class RunConfig:
     lam_max: float = 20.0
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = 7
+    steps: int = 6
     """Policy steps per iteration."""
     prompts_per_step: int = 32
     """Prompts in one policy step, at most."""
@@ -95,7 +95,7 @@ class RunConfig:
 
     eval_prompts: int = 96
     """Held-out prompts in the verdict, at most."""
-    eval_responses: int = 6
+    eval_responses: int = 8
     """Responses per held-out prompt."""
 
 
@@ -119,7 +119,7 @@ class CaidConfig(RunConfig):
 class MocanConfig(RunConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
-    steps: int = 21
+    steps: int = 18
     """Policy steps in all."""
 
 
