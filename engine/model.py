@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.lora import Adapter
 
+# What sees the residual stream before a layer: (layer, states [tokens, D]).
+Tap = Callable[[int, Tensor], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -186,8 +189,13 @@ class Decoder(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, adapter: Adapter | None) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Hidden state of each sequence's last token [N, D], and per layer the keys and values [N, Hkv, T, d], right-aligned in T."""
+    def prefill(
+        self, tokens: Tensor, cu_seqlens: Tensor, adapter: Adapter | None, tap: Tap | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Hidden state of each sequence's last token [N, D], and per layer the keys and values [N, Hkv, T, d], right-aligned in T.
+
+        tap(layer, states [M, D]) sees the residual stream before each layer.
+        """
         layout = Layout.packed(cu_seqlens).to(self.device)
         n, longest = layout.shape
         length = (cu_seqlens[1:] - cu_seqlens[:-1]).to(self.device, torch.int64)
@@ -196,17 +204,28 @@ class Decoder(nn.Module):
         fused = None if adapter is None else adapter.fused(0, self.config.num_layers)
         kept = []
         for index, layer in enumerate(self.layers):
+            if tap is not None:
+                tap(index, hidden)
             hidden, key, value = layer.attend(hidden, *cos_sin, layout, None if fused is None else fused.get(index))
             grid = [key.new_zeros(n * longest, *key.shape[1:]).index_copy_(0, right, x) for x in (key, value)]
             kept.append(tuple(x.view(n, longest, *key.shape[1:]).transpose(1, 2) for x in grid))
         return self.final_norm(hidden[cu_seqlens[1:].to(self.device, torch.int64) - 1]), kept
 
-    def decode(self, tokens: Tensor, position: Tensor, cache: "Cache", fused: dict | None) -> Tensor:
-        """One decoding step: hidden states [R, D] after the final norm of one new token per row; the cache grows by it."""
+    def decode(
+        self, tokens: Tensor, position: Tensor, cache: "Cache", fused: dict | None, tap: Tap | None = None, stop: int | None = None
+    ) -> Tensor:
+        """One decoding step: hidden states [R, D] after the final norm of one new token per row; the cache grows by it.
+
+        tap(layer, states [R, D]) sees the residual stream before each layer; with `stop` the layers from there on are left out.
+        """
         hidden, (cos, sin) = F.embedding(tokens, self.embed), self.rotary(position)
         mask = cache.mask()
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers[:stop]):
+            if tap is not None:
+                tap(index, hidden)
             hidden = layer.decode(hidden, cos, sin, cache, index, mask, None if fused is None else fused.get(index))
+        if tap is not None and stop is not None:
+            tap(stop, hidden)
         cache.used += 1
         return self.final_norm(hidden)
 

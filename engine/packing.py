@@ -91,8 +91,8 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
 
 @dataclass(frozen=True)
 class LowerStates:
-    """The reference's residual stream before `layer`, kept per prompt and response while they are scored, so that the layers below an
-    adapter run once per sample for scores and all policy steps."""
+    """The reference's residual stream before `layer`, kept per prompt and response while they are sampled, so that the layers below an
+    adapter run once per sample for sampling, scores, reference log-probs and all policy steps."""
 
     layer: int
     prompt: dict[int, Tensor] = field(default_factory=dict)  # row -> states of its prompt [tokens, D]

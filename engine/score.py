@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.model import Decoder, load
 from engine.packing import Group, LowerStates
 from engine.records import Prompts, Rollouts, Scores
+from engine.rollout import States
 from kernels import sequence_logprob
 
 TOKENS_PER_FORWARD = 2048
@@ -151,18 +152,24 @@ def score(
     temperature: float,
     memory_budget_bytes: int,
     reference: bool = True,
-    lower: LowerStates | None = None,
+    states: States | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> Scores:
     """Score P * n responses; `texts` are the decoded responses, prompt-major. Without `reference` the log-probs are left out (0).
-    `lower` keeps the states below its layer.
+    `states`, where the rollout took them, spare the layers below.
 
     Raises: UserError when a scorer fails, returns the wrong count, or a value that is not finite.
     """
-    pooled, ref_logprob = frozen_forward(
-        model, packing.groups(prompts, rollouts), scorers.layers, temperature=temperature if reference else None,
-        memory_budget_bytes=memory_budget_bytes, lower=lower, on_tokens=on_tokens,
-    )  # fmt: skip
+    if states is None or reference:
+        pooled, ref_logprob = frozen_forward(
+            model, packing.groups(prompts, rollouts), scorers.layers if states is None else [],
+            temperature=temperature if reference else None, memory_budget_bytes=memory_budget_bytes,
+            lower=states.lower if states else None, on_tokens=on_tokens,
+        )  # fmt: skip
+    if states is not None:
+        pooled = states.pooled
+    if not reference:
+        ref_logprob = torch.zeros(len(prompts) * rollouts.n, dtype=torch.float64)
     repeated = [text for text in prompts.text for _ in range(rollouts.n)]
     columns = []
     for scorer in scorers.all:
@@ -199,7 +206,8 @@ def frozen_forward(
     """One forward of the reference over all groups: layer -> mean states of each response [N, D], and log-probs float64 [N].
 
     The log-probs are those at `temperature`; with None the layers above the highest one asked for are skipped and they are 0.
-    `lower` keeps the states below its layer. Sequences stand in the order of groups and their responses.
+    `lower` holds the states of these groups already, so that only the layers above them run. Sequences stand in the order of groups
+    and their responses.
     """
     for layer in layers:
         if not 0 <= layer <= model.config.num_layers:
@@ -208,13 +216,10 @@ def frozen_forward(
     logprobs = []
     for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
         packed = packing.pack(batch, model.device)
-        hidden, done = model.embed_tokens(packed.tokens), 0
-        for layer in sorted({*layers, *([lower.layer] if lower else [])}):
+        hidden, done = (lower.of(batch), lower.layer) if lower else (model.embed_tokens(packed.tokens), 0)
+        for layer in layers:
             hidden, done = model.run(hidden, packed.layout, done, layer), layer
-            if layer in pooled:
-                pooled[layer].append(mean_states(hidden, packed))
-            if lower and layer == lower.layer:
-                lower.keep(batch, hidden)
+            pooled[layer].append(mean_states(hidden, packed))
         if temperature is None:
             logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))
         else:

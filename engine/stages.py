@@ -25,7 +25,7 @@ from engine.model import DTYPES, Decoder
 from engine.packing import LowerStates
 from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Units
-from engine.rollout import generate
+from engine.rollout import States, generate
 from engine.score import Scorers, frozen_forward, load_scorers, score
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
@@ -116,15 +116,22 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 
 
 def sample(
-    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, lower: LowerStates | None = None
-) -> Sampled:
+    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int
+) -> tuple[Sampled, LowerStates | None]:
     """Roll out `adapter` (None: the reference) on `prompts` and score the responses. `purpose` keys the random numbers.
 
-    The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the sampler are
-    the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
+    The second value holds the states below the adapter, where heads read no higher and the states are not too large. The reference's
+    own samples are not run through the model again for log-probs under the reference: in float32 those of the sampler are the same to
+    rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
     """
     config = job.config
     start = time.monotonic()
+    below = first_layer(job.model.config.num_layers, config.lora_from)
+    tokens = sum(map(len, prompts.token_ids)) + len(prompts) * n * config.max_new_tokens
+    small = tokens * job.model.config.hidden_size * job.model.dtype.itemsize <= KEPT_STATES_BYTES
+    lower = LowerStates(below) if small else None
+    layers = job.scorers.layers
+    states = States(layers, lower) if max(layers, default=0) <= below and (layers or lower) else None
 
     def on_step(tokens: int) -> None:
         made.advance(tokens)
@@ -134,7 +141,7 @@ def sample(
         rollouts = generate(
             job.model, prompts.token_ids, n=n, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
             stop_token_ids=job.stop_token_ids, seed=int(combine(config.seed, purpose)), prompt_key=prompts.key_P, adapter=adapter,
-            max_rows=config.rollout_rows, on_step=on_step,
+            max_rows=config.rollout_rows, on_step=on_step, states=states,
         )  # fmt: skip
     sampled = time.monotonic()
     texts = [
@@ -151,7 +158,7 @@ def sample(
     with stage.progress(total, "tokens", "scoring") as scored:
         scores = score(
             job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_mb * 2**20, reference=not own, lower=lower, on_tokens=on_tokens,
+            memory_budget_bytes=config.memory_budget_mb * 2**20, reference=not own, states=states, on_tokens=on_tokens,
         )  # fmt: skip
     tokens = int(rollouts.length.sum())
     stage.timing(
@@ -161,7 +168,16 @@ def sample(
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
-    return Sampled(rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG)
+    sampled = Sampled(rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG)
+    return sampled, states.lower if states else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSamples:
+    """What stage 1 leaves: the samples, and the states below the adapter in the order of their packed groups."""
+
+    sampled: Sampled
+    lower_MD: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +196,9 @@ def sample_reference(job: Job) -> Reference:
     """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
     config = job.config
     prompts = job.train.select(data.subset(job.train, config.n_prompts, config.seed, "reference"))
-    tokens = sum(map(len, prompts.token_ids)) + len(prompts) * config.n_responses * config.max_new_tokens
-    kept = tokens * job.model.config.hidden_size * job.model.dtype.itemsize <= KEPT_STATES_BYTES
-    lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from)) if kept else None
 
-    def compute(stage: Stage) -> Sampled:
-        sampled = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, lower=lower)
+    def compute(stage: Stage) -> ReferenceSamples:
+        sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0)
         units = reference_units(sampled.scores, job.scorers)
         scores = units.apply(sampled.scores)
         r, g = scores.reward_PG, scores.utility_PGJ
@@ -196,14 +209,14 @@ def sample_reference(job: Job) -> Reference:
             finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
             logprob_gap=logprob_gap(job, prompts, sampled), prompts=len(prompts), responses=config.n_responses,
         )  # fmt: skip
-        return sampled
+        groups = packing.groups(prompts, sampled.rollouts)
+        return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
 
-    sampled = job.run.stage("reference", Sampled, compute)
-    if lower and not lower.response:
-        # A resumed run: the same batches again, so that the states are bitwise the same.
-        frozen_forward(
-            job.model, packing.groups(prompts, sampled.rollouts), job.scorers.layers, temperature=None, memory_budget_bytes=0, lower=lower
-        )
+    made = job.run.stage("reference", ReferenceSamples, compute)
+    sampled, lower = made.sampled, None
+    if made.lower_MD is not None:
+        lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
+        lower.keep(packing.groups(prompts, sampled.rollouts), made.lower_MD.to(job.model.device))
     units = reference_units(sampled.scores, job.scorers)
     scores = units.apply(sampled.scores)
     b_J = torch.tensor(config.threshold, dtype=torch.float64)
@@ -352,7 +365,8 @@ class World:
         slack_on = self.deal(iteration, config.slack_prompts)[1]
 
         def compute(stage: Stage) -> Slack:
-            sampled = sample(job, stage, reference.prompts.select(slack_on), self.adapter, n=config.slack_responses, purpose=iteration)
+            chosen = reference.prompts.select(slack_on)
+            sampled, _ = sample(job, stage, chosen, self.adapter, n=config.slack_responses, purpose=iteration)
             scores = reference.units.apply(sampled.scores)
             mean, se = dual.paired_improvement(scores.utility_PGJ, reference.scores.utility_PGJ[slack_on])
             reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
@@ -407,8 +421,8 @@ def verdict(job: Job, reference: Reference, adapter: Adapter, lam_J: Tensor) -> 
     config, run = job.config, job.run
     prompts = job.heldout.select(data.subset(job.heldout, config.eval_prompts, config.seed, "heldout"))
     # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
-    before = run.stage("heldout/reference", Sampled, lambda s: sample(job, s, prompts, None, n=config.eval_responses, purpose=-1))
-    after = run.stage("heldout/policy", Sampled, lambda s: sample(job, s, prompts, adapter, n=config.eval_responses, purpose=-2))
+    before = run.stage("heldout/reference", Sampled, lambda s: sample(job, s, prompts, None, n=config.eval_responses, purpose=-1)[0])
+    after = run.stage("heldout/policy", Sampled, lambda s: sample(job, s, prompts, adapter, n=config.eval_responses, purpose=-2)[0])
     scores_before, scores_after = reference.units.apply(before.scores), reference.units.apply(after.scores)
     evaluation = evaluate.evaluate(
         scores_after, scores_before, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, config.threshold,

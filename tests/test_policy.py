@@ -40,8 +40,10 @@ def world(tiny_folder):
 
 
 def kept_states(network, prompts, rollouts, layer):
+    whole = packing.groups(prompts, rollouts)
+    packed = packing.pack(whole, network.device)
     lower = LowerStates(layer)
-    frozen_forward(network, packing.groups(prompts, rollouts), [1], temperature=None, memory_budget_bytes=0, lower=lower)
+    lower.keep(whole, network.run(network.embed_tokens(packed.tokens), packed.layout, 0, layer))
     return lower
 
 

@@ -7,9 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine import model as M
+from engine import packing
 from engine.errors import UserError
 from engine.lora import Adapter
-from engine.rollout import generate
+from engine.packing import LowerStates
+from engine.records import Prompts
+from engine.rollout import States, generate
+from engine.score import frozen_forward
 from kernels import sample, sequence_logprob
 from kernels.sampling import combine, uniform
 
@@ -50,6 +54,35 @@ def test_sampled_log_probs_equal_the_training_forward(tiny):
         assert (out.model_logprob[r, : len(response)] - token).abs().max() < 1e-4
         assert torch.all(out.model_logprob[r, len(response) :] == 0)
         assert out.model_logprob[r].sum() == pytest.approx(float(total), abs=1e-3)
+
+
+@pytest.mark.parametrize("max_rows", [64, 5])
+@pytest.mark.parametrize("length", [16, 1])
+def test_states_taken_while_sampling_equal_those_of_the_reference_over_whole_responses(tiny, max_rows, length):
+    adapter = Adapter.on(tiny, rank=2, alpha=4.0, share=0.5, seed=0)
+    with torch.no_grad():
+        for value in adapter.up.values():
+            value.normal_(generator=torch.Generator().manual_seed(0))
+    options = dict(
+        n=5, max_new_tokens=length, temperature=0.9, seed=1, stop_token_ids=(2, *range(60, 90)), max_rows=max_rows, adapter=adapter
+    )
+    states = States([0, 1, 2], LowerStates(2))
+    out = generate(tiny, PROMPTS, states=states, **options)
+    plain = generate(tiny, PROMPTS, **options)
+    assert torch.equal(out.tokens, plain.tokens) and torch.equal(out.length, plain.length)
+    assert length == 1 or out.length.unique().numel() > 3, "rows must end at different steps"
+    prompts = Prompts(text=["", "", ""], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.arange(3))
+    whole = packing.groups(prompts, out)
+    pooled, _ = frozen_forward(tiny, whole, [0, 1, 2], temperature=None, memory_budget_bytes=0)
+    for layer in (0, 1, 2):
+        assert states.pooled[layer].shape == pooled[layer].shape
+        assert (states.pooled[layer] - pooled[layer]).abs().max() < 1e-5
+    packed = packing.pack(whole, tiny.device)
+    direct = tiny.run(tiny.embed_tokens(packed.tokens), packed.layout, 0, 2)
+    assert (states.lower.of(whole) - direct).abs().max() < 1e-5
+    _, expected = frozen_forward(tiny, whole, [], temperature=0.9, memory_budget_bytes=2**20)
+    _, logprob = frozen_forward(tiny, whole, [], temperature=0.9, memory_budget_bytes=2**20, lower=states.lower)
+    assert (logprob - expected).abs().max() < 1e-4
 
 
 def test_samples_do_not_depend_on_batch_or_order(tiny):
