@@ -63,12 +63,10 @@ def test_states_taken_while_sampling_equal_those_of_the_reference_over_whole_res
     with torch.no_grad():
         for value in adapter.up.values():
             value.normal_(generator=torch.Generator().manual_seed(0))
-    options = dict(
-        n=5, max_new_tokens=length, temperature=0.9, seed=1, stop_token_ids=(2, *range(60, 90)), max_rows=max_rows, adapter=adapter
-    )
+    options = dict(n=5, max_new_tokens=length, temperature=0.9, seed=1, stop_token_ids=(2, *range(60, 90)), adapter=adapter)
     states = States([0, 1, 2], LowerStates(2))
-    out = generate(tiny, PROMPTS, states=states, **options)
-    plain = generate(tiny, PROMPTS, **options)
+    out = generate(tiny, PROMPTS, states=states, max_rows=max_rows, **options)
+    plain = generate(tiny, PROMPTS, max_rows=max_rows, **options)
     assert torch.equal(out.tokens, plain.tokens) and torch.equal(out.length, plain.length)
     assert length == 1 or out.length.unique().numel() > 3, "rows must end at different steps"
     prompts = Prompts(text=["", "", ""], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.arange(3))
