@@ -50,18 +50,19 @@ class Plan:
         def sampled(prompts: int, n: int) -> float:
             return prompts * (mean_prompt * body + n * answer * (body + head))
 
-        def scored(prompts: int, n: int, full: bool) -> float:
-            return prompts * (mean_prompt + n * answer) * (body + head if full else body * config.lora_from)
+        def scored(prompts: int, n: int) -> float:
+            """The reference's log-probs: the layers above those that sampling has passed already."""
+            return prompts * (mean_prompt + n * answer) * (body * (1 - config.lora_from) + head)
 
-        full = dtype != torch.float32  # of the reference's own samples, see stages.sample
-        products = sampled(config.n_prompts, config.n_responses) + scored(config.n_prompts, config.n_responses, full)
-        products += 2 * sampled(config.eval_prompts, config.eval_responses) + scored(config.eval_prompts, config.eval_responses, full)
-        products += scored(config.eval_prompts, config.eval_responses, True)
+        reference, heldout = (config.n_prompts, config.n_responses), (config.eval_prompts, config.eval_responses)
+        products = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
+        if dtype != torch.float32:  # see stages.sample
+            products += scored(*reference) + scored(*heldout)
         iterations = 1
         if isinstance(config, CaidConfig):
             iterations = config.iterations
             slack = config.slack_prompts, config.slack_responses
-            products += iterations * (sampled(*slack) + scored(*slack, True))
+            products += iterations * (sampled(*slack) + scored(*slack))
         tokens = config.prompts_per_step * (mean_prompt + config.responses_per_prompt * answer)
         products += iterations * config.steps * tokens * 2 * (body * (1 - config.lora_from) + head)
         return Plan(needed, available_memory(device), 2 * products / (EFFICIENCY * _matmul_rate(dtype, device)))
