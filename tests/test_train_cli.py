@@ -136,7 +136,7 @@ BAD = {
     "--cost harm harm --threshold 1 1": r"--cost harm harm: two costs have one name",
     "--threshold 0.1 0.2": r"--threshold 0\.1 0\.2: 2 value\(s\) for 1 cost\(s\)",
     "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at most --n-responses 8\.",
-    "--slack-prompts 200": r"--slack-prompts 200: slack and pairs need disjoint prompts",
+    "--slack-prompts 9999": r"--slack-prompts 9999: slack and pairs need disjoint prompts",
 }
 
 
