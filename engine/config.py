@@ -64,9 +64,9 @@ class RunConfig:
     lam_max: float = 20.0
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = 6
+    steps: int = 5
     """Policy steps per iteration."""
-    prompts_per_step: int = 32
+    prompts_per_step: int = 16
     """Prompts in one policy step, at most."""
     responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
@@ -119,7 +119,7 @@ class CaidConfig(RunConfig):
 class MocanConfig(RunConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
-    steps: int = 18
+    steps: int = 15
     """Policy steps in all."""
 
 

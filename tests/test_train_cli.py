@@ -232,12 +232,12 @@ def test_our_own_bugs_keep_their_traceback(trained):
 
 def test_numbers_of_prompts_are_lowered_to_those_that_are_there():
     config, said = fit(CaidConfig(), 60, 15)
-    assert (config.n_prompts, config.eval_prompts, config.slack_prompts, config.prompts_per_step) == (60, 15, 20, 32)
+    assert (config.n_prompts, config.eval_prompts, config.slack_prompts, config.prompts_per_step) == (60, 15, 20, 16)
     assert said == "--n-prompts is 60, --eval-prompts is 15, --slack-prompts is 20"
     check(config)
     config, _ = fit(CaidConfig(), 30, 15)
-    assert (config.slack_prompts, config.prompts_per_step) == (10, 20)
+    assert (config.slack_prompts, config.prompts_per_step) == (10, 16)
     check(config)
     assert fit(CaidConfig(), 10_000, 10_000) == (CaidConfig(), "")
-    assert fit(MocanConfig(), 30, 96)[0].prompts_per_step == 30
+    assert fit(MocanConfig(), 10, 96)[0].prompts_per_step == 10
     assert fit(config, 30, 15) == (config, "")
