@@ -163,7 +163,7 @@ def sample(
     tokens = int(rollouts.length.sum())
     stage.timing(
         tokens=tokens, sampling_s=sampled - start, scoring_s=time.monotonic() - sampled, tokens_per_s=tokens / (sampled - start),
-        scored_tokens_per_s=total / (time.monotonic() - sampled),
+        scored_tokens_per_s=scored.done / (time.monotonic() - sampled),
     )  # fmt: skip
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
     if own:
