@@ -6,69 +6,19 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "vectors.h"
+
 namespace nb = nanobind;
+
+void bind_attention(nb::module_& m);
 
 namespace {
 
-// Partial sums of a block: float lanes are added in this order whatever the vector width W is.
-constexpr int kLanes = 16;
 constexpr int64_t kBlock = 128;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-template <int W>
-struct Vectors {
-    typedef float Floats __attribute__((vector_size(4 * W)));
-    typedef int32_t Ints __attribute__((vector_size(4 * W)));
-};
-template <int W>
-using Floats = typename Vectors<W>::Floats;
-
-#define INLINE static inline __attribute__((always_inline))
-
-template <int W>
-INLINE Floats<W> load(const float* from) {
-    Floats<W> x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-template <int W>
-INLINE void store(float* to, const Floats<W>& x) {
-    std::memcpy(to, &x, sizeof x);
-}
-
-template <int W>
-INLINE Floats<W> spread(float x) {
-    return x - Floats<W>{};
-}
-
-// exp(x) for x <= 0 to 2 units in the last place; exactly 0 below exp(-87.3), NaN for NaN. x = k ln 2 + r with |r| <= ln(2) / 2, and
-// exp(r) = 1 + r + r^2 q(r), q the least-error polynomial of degree 4 (relative error 3e-9).
-template <int W>
-INLINE Floats<W> exp_negative(const Floats<W>& x) {
-    using Ints = typename Vectors<W>::Ints;
-    constexpr float smallest = -87.3f, round = 12582912.0f;
-    const Floats<W> clamped = x < smallest ? spread<W>(smallest) : x;
-    const Floats<W> shifted = clamped * 1.44269504f + round;
-    const Floats<W> k = shifted - round;
-    // ln 2 in two parts; k times the first is exact.
-    const Floats<W> r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
-    Floats<W> q = r * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
-    q = q * r + 0x1.5558f2p-5f;
-    q = q * r + 0x1.555492p-3f;
-    q = q * r + 0x1.fffffcp-2f;
-    const Floats<W> mantissa = (q * (r * r) + r) + 1.0f;
-    const Ints exponent = ((Ints)shifted - (Ints)spread<W>(round) + 127) << 23;
-    return x < smallest ? Floats<W>{} : mantissa * (Floats<W>)exponent;
-}
 
 // The 128 logits of block b; past the row's end -inf, by a copy into `padded`.
 INLINE const float* block_of(const float* row, int64_t columns, int64_t b, float* padded) {
@@ -76,25 +26,6 @@ INLINE const float* block_of(const float* row, int64_t columns, int64_t b, float
     if (left >= kBlock) return row + b * kBlock;
     for (int64_t i = 0; i < kBlock; ++i) padded[i] = i < left ? row[b * kBlock + i] : -kInfinity;
     return padded;
-}
-
-template <int W>
-INLINE float row_max(const float* row, int64_t columns) {
-    constexpr int chains = 4;
-    Floats<W> m[chains];
-    for (int j = 0; j < chains; ++j) m[j] = spread<W>(-kInfinity);
-    int64_t i = 0;
-    for (; i + chains * W <= columns; i += chains * W) {
-        for (int j = 0; j < chains; ++j) {
-            const Floats<W> x = load<W>(row + i + j * W);
-            m[j] = m[j] > x ? m[j] : x;
-        }
-    }
-    float result = -kInfinity;
-    for (int j = 0; j < chains; ++j)
-        for (int lane = 0; lane < W; ++lane) result = m[j][lane] > result ? m[j][lane] : result;
-    for (; i < columns; ++i) result = row[i] > result ? row[i] : result;
-    return result;
 }
 
 // Sum of exp((z - m) inverse) over 128 logits; the terms go to `out` where it is not null.
@@ -111,8 +42,7 @@ INLINE float block_mass(const float* z, float m, float inverse, float* out) {
     }
     float lanes[kLanes];
     for (int j = 0; j < vectors; ++j) store<W>(lanes + j * W, sums[j] + sums[j + vectors]);
-    const Floats<4> four = (load<4>(lanes) + load<4>(lanes + 8)) + (load<4>(lanes + 4) + load<4>(lanes + 12));
-    return (four[0] + four[2]) + (four[1] + four[3]);
+    return lane_sum(lanes);
 }
 
 // log p of an outcome that has mass `own` = exp(shifted) where all the others have `others`. The others are summed apart from it, so
@@ -204,9 +134,6 @@ struct Rows {
 };
 
 #if defined(__x86_64__) || defined(__i386__)
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
-#define AVX2 __attribute__((target("avx2,fma")))
 
 AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, double u, double inverse, float* sums) {
     return sample_row<16>(row, columns, u, inverse, sums);
@@ -311,4 +238,5 @@ NB_MODULE(_native, m) {
           nb::arg("logprob"), nb::arg("threads"), nb::arg("instructions"));
     m.def("rows_logprob", &rows_logprob, nb::arg("logits"), nb::arg("target"), nb::arg("inverse_temperature"), nb::arg("gradient"),
           nb::arg("logprob"), nb::arg("threads"), nb::arg("instructions"));
+    bind_attention(m);
 }

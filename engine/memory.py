@@ -14,7 +14,6 @@ from engine.model import ModelConfig
 # Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
 EFFICIENCY = 0.65
 ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
-# States of reference samples below the adapter are kept up to this size; above it they are computed in every step.
 KEPT_STATES_BYTES = 2 * 2**30
 
 
@@ -27,9 +26,11 @@ class Plan:
     seconds: float
 
     @staticmethod
-    def of(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, prompt_lengths: list[int]) -> "Plan":
-        """Count weights, KV slab, loss head and activations, and the products of every pass; time a matrix product for the rate."""
-        longest_prompt, mean_prompt = max(prompt_lengths), sum(prompt_lengths) / len(prompt_lengths)
+    def of(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, train: list[int], heldout: list[int]) -> "Plan":
+        """Count weights, KV slab, loss head and activations, and the products of every pass; time a matrix product for the rate.
+        `train` and `heldout` are the lengths in tokens of the prompts that will be sampled."""
+        lengths = train + heldout
+        longest_prompt, mean_prompt = max(lengths), sum(lengths) / len(lengths)
         size, c = dtype.itemsize, shape
         weights = c.parameter_count() * size
         context = longest_prompt + config.max_new_tokens
@@ -39,8 +40,7 @@ class Plan:
         group = longest_prompt + config.responses_per_prompt * config.max_new_tokens
         per_token = size * (10 * c.hidden_size + 4 * c.intermediate_size) * c.num_layers * (1 - config.lora_from)
         training = config.prompts_per_step * group * per_token + config.memory_budget_mb * 2**20
-        kept = config.n_prompts * (longest_prompt + config.n_responses * config.max_new_tokens) * c.hidden_size * size
-        kept = 0 if kept > KEPT_STATES_BYTES else kept
+        kept = kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
         needed = int(1.15 * (weights + max(cache + logits, training + kept))) + 600 * 2**20
 
         answer = ANSWER_SHARE * config.max_new_tokens
@@ -83,6 +83,13 @@ class Plan:
         )
 
 
+def kept_states_bytes(prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes of the states below the adapter of prompts with `new_tokens` response tokens each, at most; 0 when they pass
+    KEPT_STATES_BYTES, as then they are not kept but computed in every step."""
+    size = (sum(prompt_lengths) + len(prompt_lengths) * new_tokens) * hidden_size * dtype.itemsize
+    return size if size <= KEPT_STATES_BYTES else 0
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes free on the GPU, or in main memory."""
     if device.type == "cuda":
@@ -94,10 +101,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Flop per second of a product of the engine's usual shape, best of ten."""
+    """Flop per second of a product of the engine's usual shape: the best within half a second, as an idle machine starts slowly."""
     a, b = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 4096, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(10):
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < 0.5:
         start = time.perf_counter()
         (a @ b)[0, 0].item()
         best = min(best, time.perf_counter() - start)

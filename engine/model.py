@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.cache import Cache, SharedCache
 from engine.errors import UserError
 from engine.lora import Adapter
 
@@ -192,14 +193,11 @@ class Decoder(nn.Module):
     def prefill(
         self, tokens: Tensor, cu_seqlens: Tensor, adapter: Adapter | None, tap: Tap | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Hidden state of each sequence's last token [N, D], and per layer the keys and values [N, Hkv, T, d], right-aligned in T.
+        """Hidden state of each sequence's last token [N, D], and per layer the rotated keys and the values [M, Hkv, d], packed.
 
         tap(layer, states [M, D]) sees the residual stream before each layer.
         """
         layout = Layout.packed(cu_seqlens).to(self.device)
-        n, longest = layout.shape
-        length = (cu_seqlens[1:] - cu_seqlens[:-1]).to(self.device, torch.int64)
-        right = layout.slot + torch.repeat_interleave(longest - length, length)
         hidden, cos_sin = self.embed_tokens(tokens), self.rotary(layout.position)
         fused = None if adapter is None else adapter.fused(0, self.config.num_layers)
         kept = []
@@ -207,26 +205,24 @@ class Decoder(nn.Module):
             if tap is not None:
                 tap(index, hidden)
             hidden, key, value = layer.attend(hidden, *cos_sin, layout, None if fused is None else fused.get(index))
-            grid = [key.new_zeros(n * longest, *key.shape[1:]).index_copy_(0, right, x) for x in (key, value)]
-            kept.append(tuple(x.view(n, longest, *key.shape[1:]).transpose(1, 2) for x in grid))
+            kept.append((key, value))
         return self.final_norm(hidden[cu_seqlens[1:].to(self.device, torch.int64) - 1]), kept
 
     def decode(
-        self, tokens: Tensor, position: Tensor, cache: "Cache", fused: dict | None, tap: Tap | None = None, stop: int | None = None
+        self, tokens: Tensor, position: Tensor, cache: Cache | SharedCache, fused: dict | None, tap: Tap | None = None, stop: int | None = None
     ) -> Tensor:
         """One decoding step: hidden states [R, D] after the final norm of one new token per row; the cache grows by it.
 
         tap(layer, states [R, D]) sees the residual stream before each layer; with `stop` the layers from there on are left out.
         """
         hidden, (cos, sin) = F.embedding(tokens, self.embed), self.rotary(position)
-        mask = cache.mask()
         for index, layer in enumerate(self.layers[:stop]):
             if tap is not None:
                 tap(index, hidden)
-            hidden = layer.decode(hidden, cos, sin, cache, index, mask, None if fused is None else fused.get(index))
+            hidden = layer.decode(hidden, cos, sin, cache, index, None if fused is None else fused.get(index))
         if tap is not None and stop is not None:
             tap(stop, hidden)
-        cache.used += 1
+        cache.advance()
         return self.final_norm(hidden)
 
 
@@ -259,13 +255,11 @@ class Layer(nn.Module):
             mixed = mixed.index_select(0, layout.slot)
         return self._finish(hidden, mixed, lora), k, v
 
-    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: "Cache", index: int, mask: Tensor, lora: dict | None) -> Tensor:
-        """The layer on one new token per row [R, D]: heads that share keys stand side by side as queries."""
-        q, k, v = self._project(hidden, cos, sin, lora)
-        keys, values = cache.append(index, k, v)
-        grouped = q.view(q.shape[0], self.heads[1], self.heads[0] // self.heads[1], self.heads[2])
-        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return self._finish(hidden, mixed.reshape(hidden.shape[0], -1), lora)
+    def decode(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Cache | SharedCache, index: int, lora: dict | None
+    ) -> Tensor:
+        """The layer on one new token per row [R, D]."""
+        return self._finish(hidden, cache.attend(index, *self._project(hidden, cos, sin, lora)), lora)
 
     def _project(self, hidden: Tensor, cos: Tensor, sin: Tensor, lora: dict | None) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads, d = self.heads
@@ -288,40 +282,6 @@ class Layer(nn.Module):
         if rows * longest != x.shape[0]:
             x = x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, layout.slot, x)
         return x.view(rows, longest, *x.shape[1:]).transpose(1, 2)
-
-
-class Cache:
-    """Keys and values of R rows: a fixed slab whose prompts are right-aligned, so that every row appends at the same slot."""
-
-    def __init__(self, prompt: list[tuple[Tensor, Tensor]], prompt_length: Tensor, room: int) -> None:
-        rows, kv_heads, self.used, d = prompt[0][0].shape
-        self.first = self.used - prompt_length  # int64 [R]: first visible slot
-        self.slabs = []
-        for pair in prompt:
-            slab = [x.new_empty(rows, kv_heads, self.used + room, d) for x in pair]
-            for target, x in zip(slab, pair, strict=True):
-                target[:, :, : self.used] = x
-            self.slabs.append(slab)
-
-    def mask(self) -> Tensor:
-        """Additive [R, 1, 1, used + 1]: 0 where a key is visible, -inf in front of the prompt."""
-        slot = torch.arange(self.used + 1, device=self.first.device)
-        hidden = slot < self.first[:, None]
-        dtype = self.slabs[0][0].dtype
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)[:, None, None]
-
-    def append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token's key and value [R, Hkv, d] in layer `index`; all keys and values so far."""
-        stop = self.used + 1
-        for slab, x in zip(self.slabs[index], (key, value), strict=True):
-            slab[:, :, self.used] = x
-        keys, values = self.slabs[index]
-        return keys[:, :, :stop], values[:, :, :stop]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows` (int64)."""
-        self.first = self.first[rows]
-        self.slabs = [[x.index_select(0, rows) for x in slab] for slab in self.slabs]
 
 
 def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu") -> Decoder:

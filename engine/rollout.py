@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.cache import new_cache
 from engine.data import prompt_key as hash_tokens
 from engine.errors import UserError
 from engine.lora import Adapter
-from engine.model import Cache, Decoder
+from engine.model import Decoder
 from engine.packing import LowerStates
 from engine.records import Rollouts
 from kernels.sampling import combine, sample
@@ -128,7 +129,7 @@ def generate(
         collector = None if states is None else _Collector(states, start * n, batch, n, max_new_tokens, model)
         hidden, kept = model.prefill(torch.tensor([t for p in batch for t in p]), cu, adapter, collector and collector.take_prompts)
         length = torch.tensor([len(p) for p in batch], device=model.device).repeat_interleave(n)
-        cache = Cache([tuple(x.repeat_interleave(n, dim=0) for x in pair) for pair in kept], length, max_new_tokens)
+        cache = new_cache(kept, cu, n, max_new_tokens)
         del kept
         hidden, position = hidden.repeat_interleave(n, dim=0), length
         row = torch.arange(start * n, start * n + len(batch) * n)

@@ -20,7 +20,7 @@ from engine.config import RunConfig, check, fit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.lora import Adapter, first_layer, save_peft
-from engine.memory import KEPT_STATES_BYTES, Plan, keep_freed_memory
+from engine.memory import Plan, keep_freed_memory, kept_states_bytes
 from engine.model import DTYPES, Decoder
 from engine.packing import LowerStates
 from engine.policy import Policy
@@ -86,7 +86,8 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     train, heldout = _prompts(config, tokenizer, shape.max_positions - config.max_new_tokens)
     config, lowered = fit(config, len(train), len(heldout))
     check(config)
-    plan = Plan.of(config, shape, dtype, device, [len(ids) for ids in train.token_ids + heldout.token_ids])
+    used = reference_prompts(config, train), heldout_prompts(config, heldout)
+    plan = Plan.of(config, shape, dtype, device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=folder, trunk=fingerprint, device=device)
     display = metrics.Display(n_stages=n_stages)
@@ -116,20 +117,22 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 
 
 def sample(
-    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int
+    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
     """Roll out `adapter` (None: the reference) on `prompts` and score the responses. `purpose` keys the random numbers.
 
-    The second value holds the states below the adapter, where heads read no higher and the states are not too large. The reference's
-    own samples are not run through the model again for log-probs under the reference: in float32 those of the sampler are the same to
+    The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
+    large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the sampler are the same to
     rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
     """
     config = job.config
     start = time.monotonic()
     below = first_layer(job.model.config.num_layers, config.lora_from)
-    tokens = sum(map(len, prompts.token_ids)) + len(prompts) * n * config.max_new_tokens
-    small = tokens * job.model.config.hidden_size * job.model.dtype.itemsize <= KEPT_STATES_BYTES
-    lower = LowerStates(below) if small else None
+    own = adapter is None and job.model.dtype == torch.float32
+    small = kept_states_bytes(
+        [len(ids) for ids in prompts.token_ids], n * config.max_new_tokens, job.model.config.hidden_size, job.model.dtype
+    )
+    lower = LowerStates(below) if small and (keep or not own) else None
     layers = job.scorers.layers
     states = States(layers, lower) if max(layers, default=0) <= below and (layers or lower) else None
 
@@ -153,7 +156,6 @@ def sample(
         scored.advance(tokens)
         stage.check_stop()
 
-    own = adapter is None and job.model.dtype == torch.float32
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
     with stage.progress(total, "tokens", "scoring") as scored:
         scores = score(
@@ -169,7 +171,7 @@ def sample(
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
     sampled = Sampled(rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG)
-    return sampled, states.lower if states else None
+    return sampled, states.lower if states and keep else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,13 +194,23 @@ class Reference:
     lower: LowerStates | None  # states below the adapter, unless they are too large to keep
 
 
+def reference_prompts(config: RunConfig, train: Prompts) -> Prompts:
+    """The training prompts of a run, a seeded subset."""
+    return train.select(data.subset(train, config.n_prompts, config.seed, "reference"))
+
+
+def heldout_prompts(config: RunConfig, heldout: Prompts) -> Prompts:
+    """The prompts of the verdict, a seeded subset."""
+    return heldout.select(data.subset(heldout, config.eval_prompts, config.seed, "heldout"))
+
+
 def sample_reference(job: Job) -> Reference:
     """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
     config = job.config
-    prompts = job.train.select(data.subset(job.train, config.n_prompts, config.seed, "reference"))
+    prompts = reference_prompts(config, job.train)
 
     def compute(stage: Stage) -> ReferenceSamples:
-        sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0)
+        sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
         units = reference_units(sampled.scores, job.scorers)
         scores = units.apply(sampled.scores)
         r, g = scores.reward_PG, scores.utility_PGJ
@@ -419,7 +431,7 @@ def _iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack,
 def verdict(job: Job, reference: Reference, adapter: Adapter, lam_J: Tensor) -> Result:
     """The last two stages: reference and policy on held-out prompts; then evaluation.json, heldout.jsonl and the report."""
     config, run = job.config, job.run
-    prompts = job.heldout.select(data.subset(job.heldout, config.eval_prompts, config.seed, "heldout"))
+    prompts = heldout_prompts(config, job.heldout)
     # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
     before = run.stage("heldout/reference", Sampled, lambda s: sample(job, s, prompts, None, n=config.eval_responses, purpose=-1)[0])
     after = run.stage("heldout/policy", Sampled, lambda s: sample(job, s, prompts, adapter, n=config.eval_responses, purpose=-2)[0])

@@ -56,3 +56,21 @@ def rows_logprob(logits: Tensor, target: Tensor, temperature: float, gradient: b
     logprob = torch.empty(len(target), dtype=torch.float32)
     _native.rows_logprob(logits, target, 1 / temperature, gradient, logprob, torch.get_num_threads(), instructions[0])
     return logprob
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, prompt_keys: Tensor, prompt_values: Tensor, prompt_length: Tensor, owner: Tensor,
+    own_keys: Tensor, own_values: Tensor, used: int,
+) -> Tensor:  # fmt: skip
+    """Attention of one new token per row, [R, H d]: to the keys of the row's prompt, to its own `used` tokens so far, and to itself.
+
+    query [R, H, d]; key, value [R, Hkv, d], stored as the row's token `used`. Prompts stand once: prompt_keys [P, Hkv, blocks, d, 16],
+    prompt_values [P, Hkv, T, d], prompt_length int64 [P]; owner int64 [R]: the row's prompt. own_keys [R, Hkv, blocks, d, 16], own_values
+    [R, Hkv, room, d]. All float32 on the CPU. Raises ValueError where shapes do not agree or the cache is full.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _native.decode_attention(
+        query.contiguous(), key.contiguous(), value.contiguous(), prompt_keys, prompt_values, prompt_length, owner, own_keys, own_values,
+        used, query.shape[2] ** -0.5, out, torch.get_num_threads(), instructions[0],
+    )  # fmt: skip
+    return out.flatten(1)

@@ -1,0 +1,178 @@
+// Attention of one new token per row over a cache: rows that answer the same prompt share its keys and values.
+//
+// Keys lie in blocks of 16 tokens, [blocks, d, 16], so that 16 scores are made side by side; values lie as [tokens, d]. One thread does
+// one row, in an order that depends on the row alone: results are bit for bit the same for any number of threads and rows, and for AVX2
+// and AVX-512.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "vectors.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Keys and values of one head that a row sees, one after the other.
+struct Segment {
+    const float* keys;
+    const float* values;
+    int64_t tokens;
+    int64_t padded() const { return (tokens + kLanes - 1) / kLanes * kLanes; }
+};
+
+// Q queries q [Q, d] of one key head against both segments; out [Q, d]; scores is room for Q times all padded tokens.
+template <int W, int Q>
+INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
+    constexpr int vectors = kLanes / W;
+    const int64_t total = segments[0].padded() + segments[1].padded();
+    float* to = scores;
+    for (const Segment& segment : segments) {
+        for (int64_t t = 0; t < segment.tokens; t += kLanes, to += kLanes) {
+            const float* keys = segment.keys + t * d;
+            Floats<W> sums[Q][vectors] = {};
+            for (int64_t i = 0; i < d; ++i) {
+                for (int v = 0; v < vectors; ++v) {
+                    const Floats<W> key = load<W>(keys + i * kLanes + v * W);
+                    for (int j = 0; j < Q; ++j) sums[j][v] += key * q[j * d + i];
+                }
+            }
+            for (int j = 0; j < Q; ++j) {
+                for (int v = 0; v < vectors; ++v) store<W>(to + j * total + v * W, sums[j][v] * scale);
+                for (int64_t lane = segment.tokens - t; lane < kLanes; ++lane) to[j * total + lane] = -kInfinity;
+            }
+        }
+    }
+    float factor[Q];
+    for (int j = 0; j < Q; ++j) {
+        float* row = scores + j * total;
+        const float m = row_max<W>(row, total);
+        float lanes[kLanes] = {};
+        for (int64_t t = 0; t < total; t += W) {
+            const Floats<W> mass = exp_negative<W>(load<W>(row + t) - m);
+            store<W>(row + t, mass);
+            store<W>(lanes + t % kLanes, load<W>(lanes + t % kLanes) + mass);
+        }
+        factor[j] = 1 / lane_sum(lanes);
+    }
+    int64_t i = 0;
+    for (; i + W <= d; i += W) {
+        Floats<W> sums[Q] = {};
+        const float* mass = scores;
+        for (const Segment& segment : segments) {
+            for (int64_t t = 0; t < segment.tokens; ++t) {
+                const Floats<W> value = load<W>(segment.values + t * d + i);
+                for (int j = 0; j < Q; ++j) sums[j] += value * mass[j * total + t];
+            }
+            mass += segment.padded();
+        }
+        for (int j = 0; j < Q; ++j) store<W>(out + j * d + i, sums[j] * factor[j]);
+    }
+    for (; i < d; ++i) {
+        for (int j = 0; j < Q; ++j) {
+            float sum = 0;
+            const float* mass = scores + j * total;
+            for (const Segment& segment : segments) {
+                for (int64_t t = 0; t < segment.tokens; ++t) sum = std::fma(segment.values[t * d + i], mass[t], sum);
+                mass += segment.padded();
+            }
+            out[j * d + i] = sum * factor[j];
+        }
+    }
+}
+
+template <int W>
+INLINE void attend_head(const float* q, int64_t queries, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
+    for (; queries >= 4; queries -= 4, q += 4 * d, out += 4 * d) attend<W, 4>(q, d, segments, scale, scores, out);
+    if (queries == 3) attend<W, 3>(q, d, segments, scale, scores, out);
+    if (queries == 2) attend<W, 2>(q, d, segments, scale, scores, out);
+    if (queries == 1) attend<W, 1>(q, d, segments, scale, scores, out);
+}
+
+using AttendHead = void (*)(const float*, int64_t, int64_t, const Segment (&)[2], float, float*, float*);
+
+#if defined(__x86_64__) || defined(__i386__)
+AVX512 void attend_avx512(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
+    attend_head<16>(q, n, d, segments, scale, scores, out);
+}
+AVX2 void attend_avx2(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
+    attend_head<8>(q, n, d, segments, scale, scores, out);
+}
+AttendHead attend_of(const std::string& instructions) {
+    return instructions == "avx512" ? attend_avx512 : instructions == "avx2" ? attend_avx2 : nullptr;
+}
+#else
+void attend_generic(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
+    attend_head<4>(q, n, d, segments, scale, scores, out);
+}
+AttendHead attend_of(const std::string& instructions) { return instructions == "generic" ? attend_generic : nullptr; }
+#endif
+
+using Blocks = nb::ndarray<float, nb::shape<-1, -1, -1, -1, kLanes>, nb::device::cpu, nb::c_contig>;
+using Values = nb::ndarray<float, nb::shape<-1, -1, -1, -1>, nb::device::cpu, nb::c_contig>;
+using Rows = nb::ndarray<float, nb::shape<-1, -1, -1>, nb::device::cpu, nb::c_contig>;
+using Numbers = nb::ndarray<int64_t, nb::shape<-1>, nb::device::cpu, nb::c_contig>;
+
+void check(bool good, const char* what) {
+    if (!good) throw std::invalid_argument(what);
+}
+
+void decode_attention(const Rows& q, const Rows& key, const Rows& value, const Blocks& prompt_keys, const Values& prompt_values,
+                      const Numbers& prompt_tokens, const Numbers& owner, const Blocks& own_keys, const Values& own_values, int64_t used,
+                      float scale, const Rows& out, int threads, const char* instructions) {
+    const size_t rows = q.shape(0), heads = q.shape(1), d = q.shape(2), kv_heads = key.shape(1), prompts = prompt_keys.shape(0);
+    const int64_t prompt_room = prompt_values.shape(2), own_room = own_values.shape(2);
+    const int64_t prompt_blocks = prompt_keys.shape(2), own_blocks = own_keys.shape(2);
+    const size_t sizes[][2] = {
+        {key.shape(0), rows}, {value.shape(0), rows}, {out.shape(0), rows}, {owner.shape(0), rows},
+        {own_keys.shape(0), rows}, {own_values.shape(0), rows}, {out.shape(1), heads}, {value.shape(1), kv_heads},
+        {prompt_keys.shape(1), kv_heads}, {prompt_values.shape(1), kv_heads}, {own_keys.shape(1), kv_heads},
+        {own_values.shape(1), kv_heads}, {key.shape(2), d}, {value.shape(2), d}, {out.shape(2), d},
+        {prompt_keys.shape(3), d}, {prompt_values.shape(3), d}, {own_keys.shape(3), d},
+        {own_values.shape(3), d}, {prompt_values.shape(0), prompts}, {prompt_tokens.shape(0), prompts}};
+    for (const auto& pair : sizes) check(pair[0] == pair[1], "shapes do not agree");
+    check(kv_heads > 0 && heads % kv_heads == 0, "query heads must be a multiple of key heads");
+    check(prompt_blocks * kLanes >= prompt_room && own_blocks * kLanes >= own_room, "too few key blocks");
+    check(used >= 0 && used < own_room, "the cache is full");
+    const int64_t *tokens = prompt_tokens.data(), *of = owner.data();
+    for (size_t p = 0; p < prompts; ++p) check(tokens[p] >= 0 && tokens[p] <= prompt_room, "a prompt is longer than its room");
+    for (size_t r = 0; r < rows; ++r) check(of[r] >= 0 && of[r] < int64_t(prompts), "a row has no prompt");
+    const AttendHead attend_row = attend_of(instructions);
+    check(attend_row != nullptr, "this processor does not run these instructions");
+    const int64_t group = heads / kv_heads, queries = group < 4 ? group : 4, width = d, key_heads = kv_heads, all_rows = rows;
+    const float *qs = q.data(), *ks = key.data(), *vs = value.data(), *pk = prompt_keys.data(), *pv = prompt_values.data();
+    float *ok = own_keys.data(), *ov = own_values.data(), *outs = out.data();
+    nb::gil_scoped_release release;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(queries * (prompt_blocks + own_blocks) * kLanes);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < all_rows; ++r) {
+            for (int64_t h = 0; h < key_heads; ++h) {
+                const int64_t at = r * key_heads + h, from = of[r] * key_heads + h;
+                float* keys = ok + at * own_blocks * kLanes * width;
+                float* block = keys + used / kLanes * kLanes * width + used % kLanes;
+                for (int64_t i = 0; i < width; ++i) block[i * kLanes] = ks[at * width + i];
+                float* values = ov + at * own_room * width;
+                std::memcpy(values + used * width, vs + at * width, width * sizeof(float));
+                const Segment segments[2] = {{pk + from * prompt_blocks * kLanes * width, pv + from * prompt_room * width, tokens[of[r]]},
+                                             {keys, values, used + 1}};
+                const int64_t head = (r * key_heads * group + h * group) * width;
+                attend_row(qs + head, group, width, segments, scale, scores.data(), outs + head);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+    m.def("decode_attention", &decode_attention, nb::arg("q"), nb::arg("key"), nb::arg("value"), nb::arg("prompt_keys"),
+          nb::arg("prompt_values"), nb::arg("prompt_tokens"), nb::arg("owner"), nb::arg("own_keys"), nb::arg("own_values"),
+          nb::arg("used"), nb::arg("scale"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
+}

@@ -1,0 +1,93 @@
+// Vectors of W floats for GCC and Clang, and what the kernels share. Included by one file for each kernel; no names leave it.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+// Partial sums are kept in this many lanes and added in one order, whatever the vector width W is.
+constexpr int kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <int W>
+struct Vectors {
+    typedef float Floats __attribute__((vector_size(4 * W)));
+    typedef int32_t Ints __attribute__((vector_size(4 * W)));
+};
+template <int W>
+using Floats = typename Vectors<W>::Floats;
+
+#define INLINE static inline __attribute__((always_inline))
+
+template <int W>
+INLINE Floats<W> load(const float* from) {
+    Floats<W> x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+template <int W>
+INLINE void store(float* to, const Floats<W>& x) {
+    std::memcpy(to, &x, sizeof x);
+}
+
+template <int W>
+INLINE Floats<W> spread(float x) {
+    return x - Floats<W>{};
+}
+
+// exp(x) for x <= 0 to 2 units in the last place; exactly 0 below exp(-87.3), NaN for NaN. x = k ln 2 + r with |r| <= ln(2) / 2, and
+// exp(r) = 1 + r + r^2 q(r), q the least-error polynomial of degree 4 (relative error 3e-9).
+template <int W>
+INLINE Floats<W> exp_negative(const Floats<W>& x) {
+    using Ints = typename Vectors<W>::Ints;
+    constexpr float smallest = -87.3f, round = 12582912.0f;
+    const Floats<W> clamped = x < smallest ? spread<W>(smallest) : x;
+    const Floats<W> shifted = clamped * 1.44269504f + round;
+    const Floats<W> k = shifted - round;
+    // ln 2 in two parts; k times the first is exact.
+    const Floats<W> r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+    Floats<W> q = r * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
+    q = q * r + 0x1.5558f2p-5f;
+    q = q * r + 0x1.555492p-3f;
+    q = q * r + 0x1.fffffcp-2f;
+    const Floats<W> mantissa = (q * (r * r) + r) + 1.0f;
+    const Ints exponent = ((Ints)shifted - (Ints)spread<W>(round) + 127) << 23;
+    return x < smallest ? Floats<W>{} : mantissa * (Floats<W>)exponent;
+}
+
+template <int W>
+INLINE float row_max(const float* row, int64_t columns) {
+    constexpr int chains = 4;
+    Floats<W> m[chains];
+    for (int j = 0; j < chains; ++j) m[j] = spread<W>(-kInfinity);
+    int64_t i = 0;
+    for (; i + chains * W <= columns; i += chains * W) {
+        for (int j = 0; j < chains; ++j) {
+            const Floats<W> x = load<W>(row + i + j * W);
+            m[j] = m[j] > x ? m[j] : x;
+        }
+    }
+    float result = -kInfinity;
+    for (int j = 0; j < chains; ++j)
+        for (int lane = 0; lane < W; ++lane) result = m[j][lane] > result ? m[j][lane] : result;
+    for (; i < columns; ++i) result = row[i] > result ? row[i] : result;
+    return result;
+}
+
+// Sum of kLanes floats, in one order for every W.
+INLINE float lane_sum(const float* lanes) {
+    const Floats<4> four = (load<4>(lanes) + load<4>(lanes + 8)) + (load<4>(lanes + 4) + load<4>(lanes + 12));
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+#if defined(__x86_64__) || defined(__i386__)
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define AVX2 __attribute__((target("avx2,fma")))
+#endif
+
+}  // namespace

@@ -1,0 +1,112 @@
+"""Keys and values of the rows that are decoded side by side."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import native
+
+
+def new_cache(kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> "Cache | SharedCache":
+    """A cache for n rows per prompt, prompt-major, with room for `room` new tokens each.
+
+    kept: per layer the prompts' rotated keys and values, packed [M, Hkv, d] by cu_seqlens [P+1].
+    """
+    key = kept[0][0]
+    return (SharedCache if native.serves(key.device, key.dtype) else Cache)(kept, cu_seqlens, n, room)
+
+
+class Cache:
+    """A fixed slab per row whose prompts are right-aligned, so that every row appends at the same slot; attention by torch."""
+
+    def __init__(self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> None:
+        key = kept[0][0]
+        length = cu_seqlens.diff().to(key.device, torch.int64)
+        prompts, longest = len(length), int(cu_seqlens.diff().max())
+        self.used = longest
+        self.first = (longest - length).repeat_interleave(n)  # int64 [R]: first visible slot
+        # Where the packed tokens stand in the right-aligned grid.
+        begins = cu_seqlens[:-1].to(key.device, torch.int64)
+        row = torch.repeat_interleave(torch.arange(prompts, device=key.device), length)
+        slot = torch.arange(len(key), device=key.device) - begins[row] + (longest - length)[row] + row * longest
+        self.slabs = []
+        for pair in kept:
+            slab = [x.new_empty(prompts * n, x.shape[1], longest + room, x.shape[2]) for x in pair]
+            for target, x in zip(slab, pair, strict=True):
+                grid = x.new_zeros(prompts * longest, *x.shape[1:]).index_copy_(0, slot, x)
+                grid = grid.view(prompts, longest, *x.shape[1:]).transpose(1, 2)
+                target[:, :, :longest] = grid.repeat_interleave(n, dim=0)
+            self.slabs.append(slab)
+        self._mask = self._new_mask()
+
+    def _new_mask(self) -> Tensor:
+        """Additive [R, 1, 1, used + 1]: 0 where a key is visible, -inf in front of the prompt."""
+        slot = torch.arange(self.used + 1, device=self.first.device)
+        hidden = slot < self.first[:, None]
+        dtype = self.slabs[0][0].dtype
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)[:, None, None]
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store one token's key and value [R, Hkv, d] in layer `index` and attend to all so far: query [R, H, d] -> [R, H d]."""
+        stop = self.used + 1
+        for slab, x in zip(self.slabs[index], (key, value), strict=True):
+            slab[:, :, self.used] = x
+        keys, values = (slab[:, :, :stop] for slab in self.slabs[index])
+        # Heads that share keys stand side by side as queries.
+        grouped = query.reshape(len(query), key.shape[1], -1, key.shape[2])
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask).reshape(len(query), -1)
+
+    def advance(self) -> None:
+        """All layers hold the token: go to the next."""
+        self.used += 1
+        self._mask = self._new_mask()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but `rows` (int64)."""
+        self.first = self.first[rows]
+        self.slabs = [[x.index_select(0, rows) for x in slab] for slab in self.slabs]
+        self._mask = self._new_mask()
+
+
+class SharedCache:
+    """Float32 on the CPU: a prompt's keys and values stand once for all its rows, keys in blocks of 16 tokens; compiled attention."""
+
+    BLOCK = 16
+
+    def __init__(self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> None:
+        self.length = cu_seqlens.diff().to(torch.int64)
+        prompts, longest = len(self.length), int(self.length.max())
+        self.owner = torch.arange(prompts).repeat_interleave(n)
+        self.used = 0
+        row = torch.repeat_interleave(torch.arange(prompts), self.length)
+        slot = torch.arange(int(self.length.sum())) - cu_seqlens[:-1].to(torch.int64)[row] + row * longest
+        self.prompts, self.rows = [], []
+        for key, value in kept:
+            heads, d = key.shape[1:]
+            grid = [x.new_zeros(prompts * longest, heads, d).index_copy_(0, slot, x).view(prompts, longest, heads, d) for x in (key, value)]
+            self.prompts.append((self._blocks(grid[0]), grid[1].transpose(1, 2).contiguous()))
+            blocks = -(-room // self.BLOCK)
+            self.rows.append([
+                key.new_empty(prompts * n, heads, blocks, d, self.BLOCK), key.new_empty(prompts * n, heads, room, d)
+            ])  # fmt: skip
+
+    def _blocks(self, keys: Tensor) -> Tensor:
+        """[P, T, Hkv, d] -> [P, Hkv, blocks, d, 16]."""
+        prompts, longest, heads, d = keys.shape
+        padded = F.pad(keys, (0, 0, 0, 0, 0, -longest % self.BLOCK))
+        return padded.view(prompts, -1, self.BLOCK, heads, d).permute(0, 3, 1, 4, 2).contiguous()
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Cache.attend`."""
+        return native.decode_attention(query, key, value, *self.prompts[index], self.length, self.owner, *self.rows[index], self.used)
+
+    def advance(self) -> None:
+        """See `Cache.advance`."""
+        self.used += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Cache.keep`."""
+        self.owner = self.owner[rows]
+        self.rows = [[x.index_select(0, rows) for x in slab] for slab in self.rows]
