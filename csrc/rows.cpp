@@ -95,14 +95,20 @@ INLINE Sampled sample_row(const float* row, int64_t columns, double u, double in
     return {token, log_share((static_cast<double>(row[token]) - m) * inverse, mass[within], others)};
 }
 
-// log p of the target. With `gradient` the row is overwritten by (softmax - onehot) * inverse, else it is left as it was.
+struct Normalised {
+    float logprob;
+    float scale;
+};
+
+// log p of the target. With `gradient` the row is overwritten by (softmax - onehot) * inverse / scale, so that it is passed over once after
+// the maximum is known; else it is left as it was. A row with NaN or without a finite maximum becomes 0 with scale NaN.
 template <int W>
-INLINE float logprob_row(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
+INLINE Normalised logprob_row(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
     const float m = row_max<W>(row, columns), scale = static_cast<float>(inverse);
     const float z = row[target];
     float padded[kBlock], mass[kBlock];
     const double own = exp_negative<W>((spread<W>(z) - m) * scale)[0];
-    // NaN stays: it must reach the log-prob and the gradient.
+    // NaN stays: it must reach the log-prob and the scale.
     if (z == z) row[target] = -kInfinity;
     double others = 0;
     const int64_t whole = columns / kBlock;
@@ -113,19 +119,16 @@ INLINE float logprob_row(float* row, int64_t columns, int64_t target, double inv
     }
     const double total = own + others;
     if (gradient) {
-        const float factor = static_cast<float>(inverse / total);
-        int64_t i = 0;
-        for (; i + W <= columns; i += W) store<W>(row + i, load<W>(row + i) * factor);
-        for (; i < columns; ++i) row[i] *= factor;
-        row[target] = static_cast<float>(-others / total * inverse);
+        row[target] = static_cast<float>(-others);
+        if (!(total == total)) std::memset(row, 0, columns * sizeof(float));
     } else {
         row[target] = z;
     }
-    return log_share((static_cast<double>(z) - m) * inverse, own, others);
+    return {log_share((static_cast<double>(z) - m) * inverse, own, others), static_cast<float>(inverse / total)};
 }
 
 using SampleRow = Sampled (*)(const float*, int64_t, double, double, float*);
-using LogprobRow = float (*)(float*, int64_t, int64_t, double, bool);
+using LogprobRow = Normalised (*)(float*, int64_t, int64_t, double, bool);
 
 struct Rows {
     const char* name;
@@ -138,13 +141,13 @@ struct Rows {
 AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, double u, double inverse, float* sums) {
     return sample_row<16>(row, columns, u, inverse, sums);
 }
-AVX512 float logprob_row_avx512(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
+AVX512 Normalised logprob_row_avx512(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
     return logprob_row<16>(row, columns, target, inverse, gradient);
 }
 AVX2 Sampled sample_row_avx2(const float* row, int64_t columns, double u, double inverse, float* sums) {
     return sample_row<8>(row, columns, u, inverse, sums);
 }
-AVX2 float logprob_row_avx2(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
+AVX2 Normalised logprob_row_avx2(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
     return logprob_row<8>(row, columns, target, inverse, gradient);
 }
 
@@ -163,7 +166,7 @@ std::vector<Rows> supported() {
 Sampled sample_row_generic(const float* row, int64_t columns, double u, double inverse, float* sums) {
     return sample_row<4>(row, columns, u, inverse, sums);
 }
-float logprob_row_generic(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
+Normalised logprob_row_generic(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
     return logprob_row<4>(row, columns, target, inverse, gradient);
 }
 
@@ -212,18 +215,24 @@ void sample_rows(const Matrix& logits, const Vector<double>& u, double inverse, 
 }
 
 void rows_logprob(const Matrix& logits, const Vector<int64_t>& target, double inverse, bool gradient, const Vector<float>& logprob,
-                  int threads, const char* instructions) {
+                  const Vector<float>& scale, int threads, const char* instructions) {
     check_rows(logits, target.shape(0), logprob.shape(0));
+    check_rows(logits, target.shape(0), scale.shape(0));
     const LogprobRow one = rows_of(instructions).logprob;
     const int64_t rows = logits.shape(0), columns = logits.shape(1);
     float* z = logits.data();
     const int64_t* y = target.data();
     float* log = logprob.data();
+    float* factor = scale.data();
     for (int64_t r = 0; r < rows; ++r)
         if (y[r] < 0 || y[r] >= columns) throw std::out_of_range("target " + std::to_string(y[r]) + " does not lie in [0, V)");
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) log[r] = one(z + r * columns, columns, y[r], inverse, gradient);
+    for (int64_t r = 0; r < rows; ++r) {
+        const Normalised normalised = one(z + r * columns, columns, y[r], inverse, gradient);
+        log[r] = normalised.logprob;
+        factor[r] = normalised.scale;
+    }
 }
 
 }  // namespace
@@ -237,6 +246,6 @@ NB_MODULE(_native, m) {
     m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("u"), nb::arg("inverse_temperature"), nb::arg("token"),
           nb::arg("logprob"), nb::arg("threads"), nb::arg("instructions"));
     m.def("rows_logprob", &rows_logprob, nb::arg("logits"), nb::arg("target"), nb::arg("inverse_temperature"), nb::arg("gradient"),
-          nb::arg("logprob"), nb::arg("threads"), nb::arg("instructions"));
+          nb::arg("logprob"), nb::arg("scale"), nb::arg("threads"), nb::arg("instructions"));
     bind_attention(m);
 }

@@ -65,9 +65,8 @@ def check_rows(
     temperature: float,
     softcap: float | None,
     memory_budget_bytes: int | None,
-    debug: bool,
 ) -> None:
-    """The arguments that the loss ops share."""
+    """The arguments that the loss ops share, but for the values of tensors."""
     check_tensor("hidden", hidden, (None, None), FLOATS, None)
     here = (hidden.device,)
     here_or_cpu = (hidden.device, torch.device("cpu"))
@@ -77,21 +76,11 @@ def check_rows(
     if vocabulary == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}: expected at least one vocabulary row")
     check_tensor("target", target, (rows,), INTEGERS, here)
-    if readable(target, debug):
-        check_values("target", target, (target >= 0) & (target < vocabulary), f"a token id in [0, {vocabulary})")
     check_tensor("cu_seqlens", cu_seqlens, (None,), INTEGERS, here_or_cpu)
     if cu_seqlens.numel() == 0:
         raise ValueError("cu_seqlens has shape [0]: expected one entry more than there are sequences")
-    if readable(cu_seqlens, debug):
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
-            first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-            raise ValueError(f"cu_seqlens starts at {first} and ends at {last}: expected 0 and {rows}, the number of rows of hidden")
-        grows = torch.ones_like(cu_seqlens, dtype=torch.bool)
-        grows[1:] = cu_seqlens[1:] >= cu_seqlens[:-1]
-        check_values("cu_seqlens", cu_seqlens, grows, "a value not below the one before it")
     if token_weight is not None:
         check_tensor("token_weight", token_weight, (rows,), FLOATS, here_or_cpu)
-        check_finite("token_weight", token_weight, debug)
     if bias is not None:
         check_tensor("bias", bias, (vocabulary,), FLOATS, here)
     check_positive("temperature", temperature)
@@ -100,6 +89,29 @@ def check_rows(
     budget = memory_budget_bytes
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Integral) or budget <= 0):
         raise ValueError(f"memory_budget_bytes = {budget!r}: expected a whole number of bytes above 0")
+
+
+def check_row_values(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    debug: bool,
+) -> None:
+    """The values that `check_rows` leaves, where they may be read."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    if readable(target, debug):
+        check_values("target", target, (target >= 0) & (target < vocabulary), f"a token id in [0, {vocabulary})")
+    if readable(cu_seqlens, debug):
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
+            first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+            raise ValueError(f"cu_seqlens starts at {first} and ends at {last}: expected 0 and {rows}, the number of rows of hidden")
+        grows = torch.ones_like(cu_seqlens, dtype=torch.bool)
+        grows[1:] = cu_seqlens[1:] >= cu_seqlens[:-1]
+        check_values("cu_seqlens", cu_seqlens, grows, "a value not below the one before it")
+    if token_weight is not None:
+        check_finite("token_weight", token_weight, debug)
 
 
 def check_preference(
@@ -115,34 +127,111 @@ def check_preference(
     preference: torch.Tensor | None,
     uniform: torch.Tensor | None,
     generator: torch.Generator | None,
-    debug: bool,
 ) -> None:
-    """The arguments of `lagrangian_preference_loss` beyond those of `check_rows`."""
+    """The arguments of `lagrangian_preference_loss` beyond those of `check_rows`, but for the values of tensors."""
     places = (device, torch.device("cpu"))
     check_tensor("pairs", pairs, (None, 2), INTEGERS, places)
-    if readable(pairs, debug):
-        check_values("pairs", pairs, (pairs >= 0) & (pairs < sequences), f"a sequence number in [0, {sequences})")
     check_tensor("ref_logprob", ref_logprob, (sequences,), FLOATS, places)
-    check_finite("ref_logprob", ref_logprob, debug)
     check_positive("beta", beta)
     if labels not in ("soft", "sampled", "given"):
         raise ValueError(f"labels = {labels!r}: expected 'soft', 'sampled' or 'given'")
     if labels == "given":
         check_tensor("preference", preference, (pairs.shape[0],), FLOATS, places)
-        if readable(preference, debug):
-            check_values("preference", preference, (preference >= 0) & (preference <= 1), "a probability in [0, 1]")
         return
     if preference is not None:
         raise ValueError(f"preference is given with labels = {labels!r}: pass labels='given' or leave it out")
     check_tensor("reward", reward, (sequences,), FLOATS, places)
     check_tensor("utility", utility, (sequences, None), FLOATS, places)
     check_tensor("lam", lam, (utility.shape[1],), FLOATS, places)
-    for name, value in (("reward", reward), ("utility", utility), ("lam", lam)):
-        check_finite(name, value, debug)
     if labels == "sampled":
         if uniform is None and generator is None:
             raise ValueError("labels = 'sampled' has neither uniform nor generator: expected one of them")
         if uniform is not None:
             check_tensor("uniform", uniform, (pairs.shape[0],), FLOATS, places)
-            if readable(uniform, debug):
-                check_values("uniform", uniform, (uniform >= 0) & (uniform <= 1), "a number in [0, 1]")
+
+
+def check_preference_values(
+    sequences: int,
+    pairs: torch.Tensor,
+    reward: torch.Tensor | None,
+    utility: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    ref_logprob: torch.Tensor,
+    preference: torch.Tensor | None,
+    uniform: torch.Tensor | None,
+    debug: bool,
+) -> None:
+    """The values that `check_preference` leaves, where they may be read."""
+    if readable(pairs, debug):
+        check_values("pairs", pairs, (pairs >= 0) & (pairs < sequences), f"a sequence number in [0, {sequences})")
+    check_finite("ref_logprob", ref_logprob, debug)
+    if preference is not None:
+        if readable(preference, debug):
+            check_values("preference", preference, (preference >= 0) & (preference <= 1), "a probability in [0, 1]")
+        return
+    for name, value in (("reward", reward), ("utility", utility), ("lam", lam)):
+        check_finite(name, value, debug)
+    if uniform is not None and readable(uniform, debug):
+        check_values("uniform", uniform, (uniform >= 0) & (uniform <= 1), "a number in [0, 1]")
+
+
+def check_policy(
+    sequences: int,
+    hidden: torch.Tensor,
+    group: torch.Tensor,
+    reward: torch.Tensor,
+    utility: torch.Tensor,
+    lam: torch.Tensor,
+    old_logprob: torch.Tensor | None,
+    ref_logprob: torch.Tensor | None,
+    clip: tuple[float, float] | None,
+    kl_coef: float,
+    kl: str,
+    advantage: str,
+    normalize: str,
+) -> None:
+    """The arguments of `lagrangian_policy_loss` beyond those of `check_rows`, but for the values of tensors."""
+    places = (hidden.device, torch.device("cpu"))
+    check_tensor("group", group, (sequences,), INTEGERS, places)
+    check_tensor("reward", reward, (sequences,), FLOATS, places)
+    check_tensor("utility", utility, (sequences, None), FLOATS, places)
+    check_tensor("lam", lam, (utility.shape[1],), FLOATS, places)
+    for name, value in (("old_logprob", old_logprob), ("ref_logprob", ref_logprob)):
+        if value is not None:
+            check_tensor(name, value, (hidden.shape[0],), FLOATS, places)
+    for name, value, accepted in (
+        ("kl", kl, ("k2", "k3")),
+        ("advantage", advantage, ("rloo", "group_norm")),
+        ("normalize", normalize, ("token", "sequence")),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name} = {value!r}: expected {' or '.join(map(repr, accepted))}")
+    if not isinstance(kl_coef, Real) or isinstance(kl_coef, bool) or not 0 <= kl_coef < math.inf:
+        raise ValueError(f"kl_coef = {kl_coef!r}: expected a finite number of at least 0")
+    if kl_coef and ref_logprob is None:
+        raise ValueError(f"kl_coef = {kl_coef} with ref_logprob = None: pass the reference's log-probs [T], or kl_coef = 0")
+    if clip is not None:
+        numbers = isinstance(clip, tuple) and len(clip) == 2 and all(isinstance(x, Real) and not isinstance(x, bool) for x in clip)
+        if not numbers or not (0 <= clip[0] <= 1 and 0 <= clip[1] < math.inf):
+            raise ValueError(f"clip = {clip!r}: expected (low, high) with low in [0, 1] and high at least 0")
+
+
+def check_policy_values(
+    group: torch.Tensor,
+    reward: torch.Tensor,
+    utility: torch.Tensor,
+    lam: torch.Tensor,
+    old_logprob: torch.Tensor | None,
+    ref_logprob: torch.Tensor | None,
+    debug: bool,
+) -> None:
+    """The values that `check_policy` leaves, where they may be read. A group may be any integer."""
+    for name, value in (
+        ("reward", reward),
+        ("utility", utility),
+        ("lam", lam),
+        ("old_logprob", old_logprob),
+        ("ref_logprob", ref_logprob),
+    ):
+        if value is not None:
+            check_finite(name, value, debug)

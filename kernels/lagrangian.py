@@ -1,10 +1,20 @@
-"""Sequence log-probs and the Lagrangian preference loss on them in one op."""
+"""The Lagrangian losses on sequence log-probs: the preference form and the policy-gradient form."""
 
 import torch
 
-from kernels.checks import check_preference, check_rows
-from kernels.reference import PreferenceLoss, preference_loss, sequence_sum, token_logprob
-from kernels.sequence_logprob import row_workspace
+from kernels.checks import check_policy, check_preference, check_rows
+from kernels.loss_head import (
+    group_advantage_op,
+    plan,
+    policy_pass_op,
+    preference_labels_op,
+    preference_pass_op,
+    preference_terms_op,
+    row_workspace,
+    sequence_logprob_op,
+)
+from kernels.reference import PolicyLoss, PreferenceLoss, budget_or_default, draw_uniform
+from kernels.sequence_logprob import needs_gradient
 
 
 def lagrangian_preference_loss(
@@ -46,8 +56,78 @@ def lagrangian_preference_loss(
     [K] (q) and `.accuracy`: the share of pairs with (margin > 0) == (q > 1/2), ties counting 1/2, NaN without pairs. Raises ValueError
     for arguments that cannot be used.
     """
-    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes, debug)
-    labelling = (reward, utility, lam, ref_logprob, beta, labels, preference, uniform, generator)
-    check_preference(len(cu_seqlens) - 1, hidden.device, pairs, *labelling, debug)
-    token = token_logprob(hidden, weight, target, bias, temperature, softcap, memory_budget_bytes, row_workspace(hidden))
-    return preference_loss(sequence_sum(token, token_weight, cu_seqlens), pairs, *labelling)
+    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
+    sequences, budget, temperature = cu_seqlens.shape[0] - 1, budget_or_default(memory_budget_bytes), float(temperature)
+    check_preference(sequences, hidden.device, pairs, reward, utility, lam, ref_logprob, beta, labels, preference, uniform, generator)
+    uniform = draw_uniform(labels, uniform, generator, pairs)
+    with torch.no_grad():
+        q = preference_labels_op(hidden, pairs, reward, utility, lam, ref_logprob, labels, preference, uniform, debug)
+    rows = (hidden, weight, bias, target, token_weight, cu_seqlens)
+    needs = needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias)
+    needs_head = needs[1] or needs[2]
+    kept = plan(row_workspace(hidden), hidden, weight, bias, softcap, budget, needs[0], needs_head).kept
+    if needs_head and kept < hidden.shape[0] and cu_seqlens.device.type == pairs.device.type == "cpu":
+        loss, logprob, margin, accuracy, *_ = preference_pass_op(
+            *rows, pairs, q, ref_logprob, float(beta), temperature, softcap, budget, *needs, debug
+        )
+    else:
+        logprob, *_ = sequence_logprob_op(*rows, temperature, softcap, budget, needs[0], needs_head, debug)
+        loss, margin, accuracy, _ = preference_terms_op(logprob, pairs, q, ref_logprob, float(beta))
+    return PreferenceLoss(loss, logprob.detach(), margin, q, accuracy)
+
+
+def lagrangian_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    group: torch.Tensor,
+    reward: torch.Tensor,
+    utility: torch.Tensor,
+    lam: torch.Tensor,
+    *,
+    old_logprob: torch.Tensor | None = None,
+    ref_logprob: torch.Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k2",
+    advantage: str = "rloo",
+    normalize: str = "token",
+    token_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget_bytes: int | None = None,
+    debug: bool = False,
+) -> PolicyLoss:
+    """Policy-gradient loss of sampled sequences whose advantages come from the Lagrangian score s = reward + utility @ lam.
+
+    loss = -mean min(rho A, clip(rho, 1 - low, 1 + high) A) + kl_coef * mean KL term, per token, A that of its sequence,
+    rho = exp(log p - old_logprob).
+
+    - hidden, weight, target, cu_seqlens, bias, temperature, softcap, memory_budget_bytes, debug: as in `sequence_logprob`.
+    - group, int32 or int64 [N]: sequences of one prompt have one number. reward [N], utility [N, J], lam [J]: no gradients.
+    - old_logprob [T]: log-probs under the policy that sampled; None takes the present ones (rho = 1). clip = (low, high) or None.
+    - ref_logprob [T]: with d = ref_logprob - log p the KL term is d^2 / 2 (kl="k2") or exp(d) - d - 1 ("k3"); needed with kl_coef > 0.
+    - advantage "rloo": A_n = s_n - mean of the others in its group (Ahmadian et al. 2024). "group_norm": A_n = Z(reward) + sum_j lam_j
+      Z(utility_j), Z = (x - group mean) / population standard deviation of the group, 0 where that is 0 (Shao et al. 2024, each part
+      standardised first). A group of one gives 0.
+    - normalize "token": mean over all tokens; "sequence": mean over sequences of per-sequence means, an empty one counting 0. Means are
+      weighted by token_weight.
+
+    Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N] (as `sequence_logprob`),
+    `.token_logprob` [T], `.advantage` [N] (float64), `.kl` (mean KL term in nats, NaN without ref_logprob) and `.clip_fraction` (share of
+    tokens that the clip cuts off). Raises ValueError for arguments that cannot be used.
+    """
+    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
+    scores = (group, reward, utility, lam)
+    check_policy(cu_seqlens.shape[0] - 1, hidden, *scores, old_logprob, ref_logprob, clip, kl_coef, kl, advantage, normalize)
+    with torch.no_grad():
+        advantage_N = group_advantage_op(hidden, *scores, old_logprob, ref_logprob, advantage, debug)
+    low, high = (None, None) if clip is None else map(float, clip)
+    loss, logprob, token, divergence, clipped, *_ = policy_pass_op(
+        hidden, weight, bias, target, token_weight, cu_seqlens, advantage_N, old_logprob, ref_logprob, low, high, float(kl_coef), kl,
+        normalize, float(temperature), softcap, budget_or_default(memory_budget_bytes), needs_gradient(hidden), needs_gradient(weight),
+        needs_gradient(bias), debug,
+    )  # fmt: skip
+    return PolicyLoss(loss, logprob, token, advantage_N, divergence, clipped)

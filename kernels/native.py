@@ -32,8 +32,8 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 class NativeRows(TorchRows):
     """`TorchRows` with compiled code between the matrix products."""
 
-    def normalise(self, z: Tensor, target: Tensor, jacobian: bool) -> Tensor:
-        return rows_logprob(z, target, self.plan.temperature, jacobian)
+    def normalise(self, z: Tensor, target: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
+        return rows_logprob(z, target, self.temperature, jacobian)
 
 
 def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -47,15 +47,17 @@ def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, 
     return token, logprob
 
 
-def rows_logprob(logits: Tensor, target: Tensor, temperature: float, gradient: bool) -> Tensor:
-    """log softmax(logits / temperature)[target], float32 [R]; with `gradient` the logits then hold (softmax - onehot) / temperature.
+def rows_logprob(logits: Tensor, target: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
+    """(log softmax(logits / temperature)[target], scale), float32 [R]; with `gradient` the logits then hold (softmax - onehot) /
+    temperature / scale.
 
     logits: float32 [R, V] on the CPU, contiguous; target: int64 [R]. The target's own gradient is the negative
-    sum of the others' mass, so it keeps its digits where the target is almost certain. Raises IndexError for a target outside [0, V).
+    sum of the others' mass, so it keeps its digits where the target is almost certain. A row without a log-prob becomes 0 with scale
+    NaN. Raises IndexError for a target outside [0, V).
     """
-    logprob = torch.empty(len(target), dtype=torch.float32)
-    _native.rows_logprob(logits, target, 1 / temperature, gradient, logprob, torch.get_num_threads(), instructions[0])
-    return logprob
+    logprob, scale = torch.empty(len(target), dtype=torch.float32), torch.empty(len(target), dtype=torch.float32)
+    _native.rows_logprob(logits, target, 1 / temperature, gradient, logprob, scale, torch.get_num_threads(), instructions[0])
+    return logprob, scale
 
 
 def decode_attention(

@@ -1,4 +1,4 @@
-"""Every op in plain torch: the specification, the CPU path and the float64 oracle of the GPU kernels.
+"""Every op in plain torch: the specification, and the float64 oracle of the kernels.
 
 Logits exist for one chunk of rows at a time, in one buffer that all steps overwrite. With z_y the target's logit and J = d(-log
 p)/d(logits before the softcap),
@@ -7,8 +7,7 @@ p)/d(logits before the softcap),
     J     = (softmax(z) - onehot(y)) (1 - tanh(u / softcap)^2) / temperature,  u = h W^T + bias
     dH_t  = -a_t J_t W,  dW = -sum_t a_t J_t^T H_t,  dbias = -sum_t a_t J_t,  a_t = d loss / d log p_t
 
-a_t is a factor of the whole row, so a frozen head needs two matrix products in all: the forward pass also forms J W and the backward pass
-only scales its rows. Otherwise the backward pass computes the logits again.
+The backward pass computes the logits again; `kernels.loss_head` has the schemes that do not.
 """
 
 from collections.abc import Iterator
@@ -17,11 +16,22 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.checks import FLOATS, check_finite, check_positive, check_preference, check_rows, check_tensor
+from kernels.checks import (
+    FLOATS,
+    check_finite,
+    check_policy,
+    check_policy_values,
+    check_positive,
+    check_preference,
+    check_preference_values,
+    check_row_values,
+    check_rows,
+    check_tensor,
+)
 
 DEFAULT_MEMORY_BUDGET_BYTES = 256 * 2**20
 # Vectors of one number a row: log-probs, their float64 copies, weights, gradients, targets.
-_VECTOR_BYTES_PER_ROW = 64
+VECTOR_BYTES_PER_ROW = 64
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,103 +39,123 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Plan(NamedTuple):
-    """The non-tensor arguments of one call."""
-
-    workspace: type
-    temperature: float
-    softcap: float | None
-    rows: int  # rows of hidden a chunk
-    columns: int  # rows of the head converted at a time, where its dtype is not that of the logits
-    keep_product: bool  # the forward pass forms J W (frozen head)
-
-
 class TorchRows:
-    """The row arithmetic of one call in plain torch; owns the one logits buffer [rows, V] (two with a softcap and gradients)."""
+    """The row arithmetic of one call in plain torch: logits z of a chunk of rows, their log-probs, and J, which takes the place of z.
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: Plan, jacobian: bool) -> None:
-        self.weight, self.plan, self.dtype = weight, plan, statistics_dtype(hidden.dtype)
+    weight [V, D], bias [V] or None; `columns` rows of the head are converted at a time where its dtype is not that of the logits; `rows`
+    is the largest chunk. J is kept without a factor of its row: J = scale[:, None] * z, so that the normalisation costs no pass.
+    A row without a log-prob (NaN) has z = 0 and scale NaN: it spoils what it enters unless its coefficient is 0.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        columns: int,
+        rows: int,
+        jacobian: bool,
+    ) -> None:
+        self.weight, self.temperature, self.softcap, self.columns = weight, temperature, softcap, columns
+        self.dtype = statistics_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
-        shape = (plan.rows, weight.shape[0])
-        self.buffer = hidden.new_empty(shape, dtype=self.dtype)
-        self.slope = hidden.new_empty(shape, dtype=self.dtype) if jacobian and plan.softcap is not None else None
+        self.slope = weight.new_empty(rows, len(weight), dtype=self.dtype) if jacobian and softcap is not None else None
 
     @staticmethod
-    def fixed_bytes(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, columns: int) -> int:
-        size = statistics_dtype(hidden.dtype).itemsize
-        converted = hidden.dtype.itemsize != size
+    def fixed_bytes(weight: torch.Tensor, bias: torch.Tensor | None, columns: int) -> int:
+        """Bytes that do not grow with the rows."""
+        size = statistics_dtype(weight.dtype).itemsize
+        converted = weight.dtype.itemsize != size
         # Two parts: the next one is made before the last one is dropped.
         return size * (2 * columns * weight.shape[1] * converted + (0 if bias is None or bias.dtype.itemsize == size else weight.shape[0]))
 
     @staticmethod
-    def row_bytes(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, jacobian: bool) -> int:
-        buffers = 2 if jacobian and softcap is not None else 1
-        return statistics_dtype(hidden.dtype).itemsize * (buffers * weight.shape[0] + 3 * weight.shape[1])
+    def row_bytes(weight: torch.Tensor, jacobian: bool) -> int:
+        """Bytes of one row of z and of the vectors beside it: hidden, hidden scaled, J W."""
+        return statistics_dtype(weight.dtype).itemsize * (weight.shape[0] + 3 * weight.shape[1])
+
+    @staticmethod
+    def scratch_row_bytes(weight: torch.Tensor, softcap: float | None, jacobian: bool) -> int:
+        """Bytes that one row of a chunk needs beyond `row_bytes`."""
+        return statistics_dtype(weight.dtype).itemsize * weight.shape[0] * (jacobian and softcap is not None)
+
+    @staticmethod
+    def new_z(weight: torch.Tensor, rows: int, jacobian: bool) -> torch.Tensor:
+        """Uninitialised z [rows, V or more]."""
+        return weight.new_empty(rows, weight.shape[0], dtype=statistics_dtype(weight.dtype))
 
     def _head(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns of the logits, those rows of the head in the dtype of the logits)."""
         if self.weight.dtype == self.dtype:
             yield slice(None), self.weight
             return
-        for start in range(0, self.weight.shape[0], self.plan.columns):
-            part = slice(start, start + self.plan.columns)
+        for start in range(0, self.weight.shape[0], self.columns):
+            part = slice(start, start + self.columns)
             yield part, self.weight[part].to(self.dtype)
 
-    def logprob(self, hidden: torch.Tensor, target: torch.Tensor, jacobian: bool) -> torch.Tensor:
-        """log p [C] of rows hidden [C, D]; with `jacobian` the buffer then holds J [C, V]."""
-        softcap = self.plan.softcap
-        z = self.z = self.buffer[: hidden.shape[0]]
+    def logprob(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p [C], scale [C]) of rows hidden [C, D]; z [C, V] is overwritten, with `jacobian` by J / scale."""
         hidden = hidden.to(self.dtype)
         for part, head in self._head():
             torch.mm(hidden, head.t(), out=z[:, part])
         if self.bias is not None:
             z.add_(self.bias)
-        if softcap is not None:
-            z.div_(softcap).tanh_()
+        slope = None
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_()
             if jacobian:
-                slope = torch.mul(z, z, out=self.slope[: z.shape[0]]).neg_().add_(1)
-            z.mul_(softcap)
-        logprob = self.normalise(z, target.long(), jacobian)
-        if jacobian and softcap is not None:
+                slope = torch.mul(z, z, out=self.slope[: len(z)]).neg_().add_(1)
+            z.mul_(self.softcap)
+        logprob, scale = self.normalise(z, target.long(), jacobian)
+        if slope is not None:
             z.mul_(slope)
-        return logprob
+        return logprob, scale
 
-    def normalise(self, z: torch.Tensor, target: torch.Tensor, jacobian: bool) -> torch.Tensor:
-        """log softmax(z / temperature)[target] [C]; z [C, V] is overwritten, with `jacobian` by (softmax - onehot) / temperature."""
-        temperature = self.plan.temperature
-        if temperature != 1:
-            z.div_(temperature)
+    def normalise(self, z: torch.Tensor, target: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log softmax(z / temperature)[target] [C], scale [C]); z [C, V] is overwritten, with `jacobian` by (softmax - onehot) /
+        temperature / scale."""
+        if self.temperature != 1:
+            z.div_(self.temperature)
         target = target[:, None]
         largest = z.amax(1, keepdim=True)
         shifted = z.gather(1, target) - largest
         total = z.sub_(largest).exp_().sum(1, keepdim=True)
+        logprob = (shifted - total.log()).squeeze(1)
+        scale = 1 / (total * self.temperature).squeeze(1)
         if jacobian:
             # p_y - 1 from the unscaled exponentials: one rounding, and no second pass for the one-hot.
             z.scatter_(1, target, z.gather(1, target) - total)
-            z.div_(total * temperature)
-        return (shifted - total.log()).squeeze(1)
+            lost = logprob.isnan()
+            # On a GPU the host does not look.
+            if z.device.type != "cpu" or bool(lost.any()):
+                z.masked_fill_(lost[:, None], 0)
+        return logprob, scale
 
-    def times_weight(self, out: torch.Tensor) -> None:
-        """out [C, D] = J W."""
-        if out.dtype == self.dtype:
-            torch.mm(self.z, self.weight, out=out)
-            return
-        product = torch.zeros_like(out, dtype=self.dtype)
-        for part, head in self._head():
-            product.addmm_(self.z[:, part], head)
-        out.copy_(product)
+    def times_weight(self, z: torch.Tensor, row_factor: torch.Tensor, out: torch.Tensor) -> None:
+        """out [C, D] = row_factor[:, None] * (z W), rounded to out's dtype once; rows with row_factor 0 are 0."""
+        product = out if out.dtype == self.dtype else torch.empty_like(out, dtype=self.dtype)
+        for i, (part, head) in enumerate(self._head()):
+            torch.addmm(product, z[:, part], head, beta=min(i, 1), out=product)
+        product.mul_(row_factor[:, None])
+        if product is not out:
+            out.copy_(product)
 
-    def add_weight_gradient(self, total: torch.Tensor, scaled_hidden: torch.Tensor) -> None:
-        """total [V, D] += J^T scaled_hidden."""
-        total.addmm_(self.z.t(), scaled_hidden)
+    def add_weight_gradient(self, total: torch.Tensor, z: torch.Tensor, scaled_hidden: torch.Tensor, first: bool) -> None:
+        """total [V, D] += z^T scaled_hidden, or = where it is the `first`."""
+        if first:
+            torch.mm(z.t(), scaled_hidden.to(self.dtype), out=total)
+        else:
+            total.addmm_(z.t(), scaled_hidden.to(self.dtype))
 
-    def add_bias_gradient(self, total: torch.Tensor, coefficient: torch.Tensor) -> None:
-        """total [V] += J^T coefficient."""
-        total.addmv_(self.z.t(), coefficient)
+    def add_bias_gradient(self, total: torch.Tensor, z: torch.Tensor, coefficient: torch.Tensor) -> None:
+        """total [V] += z^T coefficient."""
+        total.addmv_(z.t(), coefficient)
 
 
-def _chunks(rows: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Slices of `size` rows from start to stop."""
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -143,62 +173,75 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
+def first_order_only(gradients: list[torch.Tensor | None], *sources: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The gradients, made an error to differentiate again where a graph of them is being recorded."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return [None if g is None else _FirstOrderOnly.apply(g, *sources) for g in gradients]
+
+
 class _TokenLogprob(torch.autograd.Function):
+    """log p of every row; the backward pass computes the logits again."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, plan: Plan) -> torch.Tensor:
+    def forward(ctx, hidden, weight, bias, target, temperature: float, softcap: float | None, columns: int, rows: int) -> torch.Tensor:
         logprob = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
-        product = torch.empty_like(hidden) if plan.keep_product else None
-        work = plan.workspace(hidden, weight, bias, plan, plan.keep_product)
-        for rows in _chunks(hidden.shape[0], plan.rows):
-            logprob[rows] = work.logprob(hidden[rows], target[rows], plan.keep_product)
-            if product is not None:
-                work.times_weight(product[rows])
-        ctx.plan = plan
-        ctx.save_for_backward(hidden, weight, bias, target, product)
+        work = TorchRows(weight, bias, temperature, softcap, columns, rows, False)
+        z = work.new_z(weight, rows, False)
+        for part in chunks(0, len(hidden), rows):
+            logprob[part] = work.logprob(hidden[part], target[part], z[: part.stop - part.start], False)[0]
+        ctx.plan = temperature, softcap, columns, rows
+        ctx.save_for_backward(hidden, weight, bias, target)
         return logprob
 
     @staticmethod
     def backward(ctx, gradient):
-        plan: Plan = ctx.plan
-        hidden, weight, bias, target, product = ctx.saved_tensors
+        temperature, softcap, columns, rows = ctx.plan
+        hidden, weight, bias, target = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = statistics_dtype(hidden.dtype)
         with torch.no_grad():
-            coefficient = gradient.neg()[:, None]
+            coefficient = gradient.neg()
             d_hidden = torch.empty_like(hidden) if needs_hidden else None
             d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
             d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-            # float16 would lose small coefficients: they enter the head's gradient relative to the largest one.
-            unit = coefficient.abs().amax().clamp_min(1e-30) if hidden.dtype == torch.float16 and len(hidden) else None
-            work = None if product is not None else plan.workspace(hidden, weight, bias, plan, True)
-            for rows in _chunks(hidden.shape[0], plan.rows):
-                a = coefficient[rows]
-                if product is not None:
-                    # A row of coefficient 0 adds nothing, even where it is not finite.
-                    d_hidden[rows] = torch.where(a == 0, 0, product[rows] * a)
-                    continue
-                h = torch.where(a == 0, 0, hidden[rows])
-                work.logprob(h, target[rows], True)
+            work = TorchRows(weight, bias, temperature, softcap, columns, rows, True)
+            buffer = work.new_z(weight, rows, True)
+            for part in chunks(0, len(hidden), rows):
+                z, h = buffer[: part.stop - part.start], hidden[part]
+                _, scale = work.logprob(h, target[part], z, True)
+                # A row of coefficient 0 adds nothing, even where it is not finite.
+                unused = coefficient[part] == 0
+                a = torch.where(unused, 0, coefficient[part] * scale)
                 if needs_hidden:
-                    work.times_weight(d_hidden[rows])
-                    d_hidden[rows].mul_(a)
-                relative = a if unit is None else a / unit
+                    work.times_weight(z, a, d_hidden[part])
                 if needs_weight:
-                    work.add_weight_gradient(d_weight, h * relative)
+                    work.add_weight_gradient(d_weight, z, torch.where(unused[:, None], 0, h.to(dtype)) * a[:, None], False)
                 if needs_bias:
-                    work.add_bias_gradient(d_bias, relative[:, 0])
-            if unit is not None:
-                for total in (d_weight, d_bias):
-                    if total is not None:
-                        total.mul_(unit)
+                    work.add_bias_gradient(d_bias, z, a)
             gradients = [
                 d_hidden,
                 None if d_weight is None else d_weight.to(weight.dtype),
                 None if d_bias is None else d_bias.to(bias.dtype),
             ]
-        if torch.is_grad_enabled():
-            gradients = [None if g is None else _FirstOrderOnly.apply(g, gradient, hidden, weight, bias) for g in gradients]
-        return *gradients, None, None
+        return *first_order_only(gradients, gradient, hidden, weight, bias), None, None, None, None, None
+
+
+def budget_or_default(memory_budget_bytes: int | None) -> int:
+    """Bytes."""
+    return DEFAULT_MEMORY_BUDGET_BYTES if memory_budget_bytes is None else int(memory_budget_bytes)
+
+
+def head_columns(weight: torch.Tensor, budget: int) -> int:
+    """Rows of the head that are converted at a time: an eighth of the budget."""
+    return max(1, min(weight.shape[0], budget // 16 // (4 * max(1, weight.shape[1]))))
+
+
+def rows_that_fit(budget: int, fixed: int, per_row: int, rows: int) -> int:
+    """Rows of a chunk, at most `rows`. Raises: ValueError where not even one row fits."""
+    if fixed + per_row > budget:
+        raise ValueError(f"memory_budget_bytes = {budget}: expected at least {fixed + per_row}, what one row of logits needs here")
+    return max(1, min((budget - fixed) // per_row, rows))
 
 
 def token_logprob(
@@ -209,28 +252,16 @@ def token_logprob(
     temperature: float,
     softcap: float | None,
     memory_budget_bytes: int | None,
-    workspace: type = TorchRows,
 ) -> torch.Tensor:
     """log p [T] of every row, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias. Arguments are checked
-    already.
-
-    `workspace` does the row arithmetic: `TorchRows`, or the Triton one. Raises ValueError where one row does not fit the budget.
-    """
-    budget = DEFAULT_MEMORY_BUDGET_BYTES if memory_budget_bytes is None else int(memory_budget_bytes)
-    differentiable = torch.is_grad_enabled()
-    needs_head = differentiable and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    needs_any = needs_head or (differentiable and hidden.requires_grad)
-    # An eighth of the budget is for converted parts of the head.
-    columns = max(1, min(weight.shape[0], budget // 16 // (4 * max(1, weight.shape[1]))))
-    fixed = workspace.fixed_bytes(hidden, weight, bias, columns) + _VECTOR_BYTES_PER_ROW * hidden.shape[0]
-    per_row = workspace.row_bytes(hidden, weight, softcap, needs_any)
-    if fixed + per_row > budget:
-        raise ValueError(f"memory_budget_bytes = {budget}: expected at least {fixed + per_row}, what one row of logits needs here")
-    product = hidden.numel() * hidden.element_size()
-    keep_product = needs_any and not needs_head and product <= budget // 2 and fixed + product + per_row <= budget
-    rows = (budget - fixed - product * keep_product) // per_row
-    plan = Plan(workspace, float(temperature), softcap, max(1, min(rows, hidden.shape[0])), columns, keep_product)
-    return _TokenLogprob.apply(hidden, weight, bias, target, plan)
+    already. Raises ValueError where one row does not fit the budget."""
+    budget = budget_or_default(memory_budget_bytes)
+    needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    columns = head_columns(weight, budget)
+    fixed = TorchRows.fixed_bytes(weight, bias, columns) + VECTOR_BYTES_PER_ROW * hidden.shape[0]
+    per_row = TorchRows.row_bytes(weight, needs) + TorchRows.scratch_row_bytes(weight, softcap, needs)
+    rows = rows_that_fit(budget, fixed, per_row, len(hidden))
+    return _TokenLogprob.apply(hidden, weight, bias, target, float(temperature), softcap, columns, rows)
 
 
 def sequence_sum(token_logprob: torch.Tensor, token_weight: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -261,7 +292,8 @@ def sequence_logprob(
     debug: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`kernels.sequence_logprob` in plain torch on any device, with the same arguments."""
-    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes, debug)
+    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
+    check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
     token = token_logprob(hidden, weight, target, bias, temperature, softcap, memory_budget_bytes)
     logprob = sequence_sum(token, token_weight, cu_seqlens)
     return (logprob, token) if return_token_logprob else logprob
@@ -277,40 +309,38 @@ class PreferenceLoss(NamedTuple):
     accuracy: torch.Tensor  # scalar
 
 
-def preference_loss(
-    logprob: torch.Tensor,
+def preference_labels(
     pairs: torch.Tensor,
     reward: torch.Tensor | None,
     utility: torch.Tensor | None,
     lam: torch.Tensor | None,
-    ref_logprob: torch.Tensor,
-    beta: float,
     labels: str,
     preference: torch.Tensor | None,
     uniform: torch.Tensor | None,
-    generator: torch.Generator | None,
-) -> PreferenceLoss:
-    """The pair arithmetic of `lagrangian_preference_loss` on logprob [N]; arguments are checked already.
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """q [K] of `lagrangian_preference_loss` on `device`, in `dtype`, from scores s = reward + utility @ lam in float64."""
+
+    def here(value: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return value.detach().to(device, dtype, non_blocking=True)
+
+    if labels == "given":
+        return here(preference, dtype)
+    first, second = here(pairs, torch.int64).unbind(1)
+    score = here(reward) + here(utility) @ here(lam)
+    q = torch.sigmoid(score[first] - score[second])
+    return (q if labels == "soft" else (here(uniform) < q).double()).to(dtype)
+
+
+def preference_loss(logprob: torch.Tensor, pairs: torch.Tensor, q: torch.Tensor, ref_logprob: torch.Tensor, beta: float) -> PreferenceLoss:
+    """The pair arithmetic of `lagrangian_preference_loss` on logprob [N], differentiable in it; arguments are checked already.
 
     With x = beta ((L_a - ref_a) - (L_b - ref_b)): loss = mean of -q log sigmoid(x) - (1 - q) log sigmoid(-x), the DPO objective (Rafailov
     et al. 2023, eq. 7) with labels from the modified reward r + lam . g.
     """
-
-    def here(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return value.detach().to(logprob.device, dtype, non_blocking=True)
-
-    first, second = here(pairs, torch.int64).unbind(1)
-    if labels == "given":
-        q = here(preference, logprob.dtype)
-    else:
-        score = here(reward, torch.float64) + here(utility, torch.float64) @ here(lam, torch.float64)
-        q = torch.sigmoid(score[first] - score[second])
-        if labels == "sampled":
-            if uniform is None:
-                uniform = torch.rand(len(pairs), generator=generator, device=generator.device, dtype=torch.float64)
-            q = (here(uniform, torch.float64) < q).double()
-        q = q.to(logprob.dtype)
-    ratio = logprob - here(ref_logprob, logprob.dtype)
+    first, second = pairs.to(logprob.device, torch.int64, non_blocking=True).unbind(1)
+    ratio = logprob - ref_logprob.detach().to(logprob.device, logprob.dtype, non_blocking=True)
     margin = beta * (ratio[first] - ratio[second])
     entropy = -q * F.logsigmoid(margin) - (1 - q) * F.logsigmoid(-margin)
     loss = entropy.sum() / max(1, len(pairs))
@@ -318,6 +348,15 @@ def preference_loss(
     tie = (margin == 0) | (q == 0.5)
     accuracy = torch.where(tie, 0.5, ((margin > 0) == (q > 0.5)).to(logprob.dtype)).mean()
     return PreferenceLoss(loss, logprob.detach(), margin, q, accuracy)
+
+
+def draw_uniform(
+    labels: str, uniform: torch.Tensor | None, generator: torch.Generator | None, pairs: torch.Tensor
+) -> torch.Tensor | None:
+    """The uniform numbers [K] of sampled labels."""
+    if labels != "sampled" or uniform is not None:
+        return uniform
+    return torch.rand(len(pairs), generator=generator, device=generator.device, dtype=torch.float64)
 
 
 def lagrangian_preference_loss(
@@ -344,12 +383,174 @@ def lagrangian_preference_loss(
     debug: bool = False,
 ) -> PreferenceLoss:
     """`kernels.lagrangian_preference_loss` in plain torch on any device, with the same arguments."""
-    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes, debug)
-    sequences = len(cu_seqlens) - 1
-    labelling = (reward, utility, lam, ref_logprob, beta, labels, preference, uniform, generator)
-    check_preference(sequences, hidden.device, pairs, *labelling, debug)
+    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
+    check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
+    check_preference(
+        len(cu_seqlens) - 1, hidden.device, pairs, reward, utility, lam, ref_logprob, beta, labels, preference, uniform, generator
+    )
+    uniform = draw_uniform(labels, uniform, generator, pairs)
+    check_preference_values(len(cu_seqlens) - 1, pairs, reward, utility, lam, ref_logprob, preference, uniform, debug)
+    dtype = statistics_dtype(hidden.dtype)
+    q = preference_labels(pairs, reward, utility, lam, labels, preference, uniform, hidden.device, dtype)
     token = token_logprob(hidden, weight, target, bias, temperature, softcap, memory_budget_bytes)
-    return preference_loss(sequence_sum(token, token_weight, cu_seqlens), pairs, *labelling)
+    return preference_loss(sequence_sum(token, token_weight, cu_seqlens), pairs, q, ref_logprob, beta)
+
+
+class PolicyLoss(NamedTuple):
+    """Result of `lagrangian_policy_loss`; all but `loss` carry no gradient."""
+
+    loss: torch.Tensor  # scalar
+    logprob: torch.Tensor  # [N]
+    token_logprob: torch.Tensor  # [T]
+    advantage: torch.Tensor  # [N], float64
+    kl: torch.Tensor  # scalar: mean of the KL term, nats per token; NaN without ref_logprob
+    clip_fraction: torch.Tensor  # scalar: share of tokens whose ratio the clip cuts off
+
+
+def group_advantage(
+    group: torch.Tensor, reward: torch.Tensor, utility: torch.Tensor, lam: torch.Tensor, advantage: str, device: torch.device
+) -> torch.Tensor:
+    """Advantage of each sequence within its group, float64 [N]; arguments are checked already.
+
+    "rloo": A_n = s_n - mean of the others' s, s = reward + utility @ lam. "group_norm": A_n = Z(reward) + sum_j lam_j Z(utility_j) with Z
+    = (x - group mean) / group's population standard deviation, 0 where all of a group are equal. A group of one gives 0.
+    """
+    reward, utility, lam = (x.detach().to(device, torch.float64, non_blocking=True) for x in (reward, utility, lam))
+    value, order = group.to(device, non_blocking=True).sort(stable=True)
+    # first[i], stop[i]: where the group of the sorted entry i begins and ends. Segment i holds the group where i is its first entry.
+    first, stop = torch.searchsorted(value, value), torch.searchsorted(value, value, right=True)
+    place = torch.arange(len(value), device=device)
+    offsets = torch.cat([torch.where(first == place, place, stop), torch.full_like(place[:1], len(value))]) if len(value) else place.new_zeros(1)
+
+    def over_group(x: torch.Tensor, kind: str) -> torch.Tensor:
+        return torch.segment_reduce(x, kind, offsets=offsets, unsafe=True, initial=0.0 if kind == "sum" else None)[first]
+
+    size = (stop - first).double()
+    if advantage == "rloo":
+        s = (reward + utility @ lam)[order]
+        # From differences to one member, so that equal scores give exactly 0.
+        s = s - s[first]
+        result = (s - over_group(s, "sum") / size) * size / (size - 1).clamp_min(1)
+    else:
+        result = torch.zeros_like(reward)
+        for x, factor in [(reward, 1.0), *((utility[:, j], lam[j]) for j in range(utility.shape[1]))]:
+            x = x[order]
+            x = x - x[first]
+            x = x - over_group(x, "sum") / size
+            deviation = (over_group(x.square(), "sum") / size).sqrt()
+            result = result + factor * torch.where(deviation > 0, x / deviation, 0)
+    return torch.empty_like(result).index_copy_(0, order, result)
+
+
+def row_shares(cu_seqlens: torch.Tensor, token_weight: torch.Tensor | None, normalize: str, rows: int, device: torch.device) -> torch.Tensor:
+    """Share of each row in the mean of a policy loss, float64 [T]: over all rows ("token"), or over sequences of the means over their
+    rows ("sequence", an empty one counts as 0), weighted by token_weight."""
+    lengths = cu_seqlens.to(device, non_blocking=True).diff()
+    weight = torch.ones(rows, device=device, dtype=torch.float64)
+    if token_weight is not None:
+        weight = token_weight.detach().to(device, torch.float64, non_blocking=True)
+    if normalize == "token":
+        total = weight.sum()
+    else:
+        per_sequence = torch.segment_reduce(weight, "sum", lengths=lengths, unsafe=True)
+        total = torch.repeat_interleave(per_sequence, lengths, output_size=rows) * max(1, len(lengths))
+    return torch.where(weight == 0, 0, weight / total)
+
+
+class PolicyTerms(NamedTuple):
+    """What `policy_terms` gives for some rows: sums over these rows, and the loss's derivative in each row's log-prob."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    clipped: torch.Tensor
+    coefficient: torch.Tensor
+
+
+def policy_terms(
+    logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    share: torch.Tensor,
+    old_logprob: torch.Tensor | None,
+    ref_logprob: torch.Tensor | None,
+    clip: tuple[float, float] | None,
+    kl_coef: float,
+    kl: str,
+) -> PolicyTerms:
+    """The token arithmetic of `lagrangian_policy_loss`, float64 [C], all arguments per row. Differentiable in logprob; `coefficient` is
+    that derivative in closed form (PPO: Schulman et al. 2017, eq. 7; k2 and k3: Schulman 2020)."""
+    logprob = logprob.double()
+    old = logprob.detach() if old_logprob is None else old_logprob.detach().to(logprob.device, torch.float64, non_blocking=True)
+    ratio = (logprob - old).exp()
+    gain = ratio * advantage
+    slope, clipped = gain.detach(), torch.zeros_like(gain, dtype=torch.bool)
+    if clip is not None:
+        bounded = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage
+        clipped = bounded < gain
+        gain, slope = torch.minimum(gain, bounded), torch.where(clipped, 0, slope)
+    divergence = None
+    loss, coefficient = -gain, -slope
+    if ref_logprob is not None:
+        d = ref_logprob.detach().to(logprob.device, torch.float64, non_blocking=True) - logprob
+        divergence = d.square() / 2 if kl == "k2" else d.exp() - d - 1
+        if kl_coef:
+            loss = loss + kl_coef * divergence
+            coefficient = coefficient - kl_coef * (d if kl == "k2" else d.exp() - 1).detach()
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(share == 0, 0, share * x).sum()
+
+    nats = logprob.new_tensor(torch.nan) if divergence is None else total(divergence.detach())
+    return PolicyTerms(total(loss), nats, total(clipped.double()), torch.where(share == 0, 0, share * coefficient))
+
+
+def lagrangian_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    group: torch.Tensor,
+    reward: torch.Tensor,
+    utility: torch.Tensor,
+    lam: torch.Tensor,
+    *,
+    old_logprob: torch.Tensor | None = None,
+    ref_logprob: torch.Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k2",
+    advantage: str = "rloo",
+    normalize: str = "token",
+    token_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget_bytes: int | None = None,
+    debug: bool = False,
+) -> PolicyLoss:
+    """`kernels.lagrangian_policy_loss` in plain torch on any device, with the same arguments."""
+    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
+    scores = (group, reward, utility, lam)
+    check_policy(len(cu_seqlens) - 1, hidden, *scores, old_logprob, ref_logprob, clip, kl_coef, kl, advantage, normalize)
+    check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
+    check_policy_values(*scores, old_logprob, ref_logprob, debug)
+    token = token_logprob(hidden, weight, target, bias, temperature, softcap, memory_budget_bytes)
+    device, rows = hidden.device, len(target)
+    advantage_N = group_advantage(*scores, advantage, device)
+    lengths = cu_seqlens.to(device, non_blocking=True).diff()
+    terms = policy_terms(
+        token,
+        torch.repeat_interleave(advantage_N, lengths, output_size=rows),
+        row_shares(cu_seqlens, token_weight, normalize, rows, device),
+        old_logprob,
+        ref_logprob,
+        clip,
+        kl_coef,
+        kl,
+    )
+    loss, divergence, clipped = (x.to(token.dtype) for x in terms[:3])
+    return PolicyLoss(
+        loss, sequence_sum(token.detach(), token_weight, cu_seqlens), token.detach(), advantage_N, divergence.detach(), clipped.detach()
+    )
 
 
 class DualMoments(NamedTuple):

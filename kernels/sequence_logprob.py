@@ -1,21 +1,15 @@
 """hidden x head -> log-prob per packed sequence; the logits of all rows never exist at once."""
 
-from importlib.util import find_spec
-
 import torch
 
-from kernels import native
 from kernels.checks import check_rows
-from kernels.reference import TorchRows, sequence_sum, statistics_dtype, token_logprob
+from kernels.loss_head import sequence_logprob_op
+from kernels.reference import budget_or_default
 
 
-def row_workspace(hidden: torch.Tensor) -> type:
-    """Who does the row arithmetic for these inputs: Triton on a GPU and compiled code on the CPU (not in float64), else plain torch."""
-    if hidden.is_cuda and hidden.dtype != torch.float64 and find_spec("triton") is not None:
-        from kernels.triton_rows import TritonRows
-
-        return TritonRows
-    return native.NativeRows if native.serves(hidden.device, statistics_dtype(hidden.dtype)) else TorchRows
+def needs_gradient(*values: torch.Tensor | None) -> bool:
+    """Whether a gradient in any of these will be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in values)
 
 
 def sequence_logprob(
@@ -49,7 +43,9 @@ def sequence_logprob(
     differentiable once in hidden, weight and bias. Raises ValueError for arguments that cannot be used, RuntimeError when a gradient is
     differentiated again.
     """
-    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes, debug)
-    token = token_logprob(hidden, weight, target, bias, temperature, softcap, memory_budget_bytes, row_workspace(hidden))
-    logprob = sequence_sum(token, token_weight, cu_seqlens)
+    check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
+    logprob, token, *_ = sequence_logprob_op(
+        hidden, weight, bias, target, token_weight, cu_seqlens, float(temperature), softcap, budget_or_default(memory_budget_bytes),
+        needs_gradient(hidden), needs_gradient(weight, bias), debug,
+    )  # fmt: skip
     return (logprob, token) if return_token_logprob else logprob

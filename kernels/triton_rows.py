@@ -39,6 +39,7 @@ def row_kernel(
     p_bias,  # [V]
     p_target,  # [C]
     p_logprob,  # [C] float32
+    p_scale,  # [C] float32: 1, or NaN for a row without a log-prob, whose J is 0
     vocabulary,
     logits_stride,
     jacobian_stride,
@@ -73,7 +74,11 @@ def row_kernel(
     if HAS_BIAS:
         raw_y += tl.load(p_bias + target).to(tl.float32)
     z_y, _ = _logit(raw_y, softcap, temperature, HAS_SOFTCAP)
-    tl.store(p_logprob + i_row, (z_y - m) - tl.log(total))
+    logprob = (z_y - m) - tl.log(total)
+    # NaN only where no sum exists: a target of mass 0 has log-prob -inf.
+    lost = total != total
+    tl.store(p_logprob + i_row, tl.where(lost, float("nan"), logprob))
+    tl.store(p_scale + i_row, tl.where(lost, float("nan"), 1.0))
 
     if JACOBIAN:
         # The target's logit is read above by all threads, before any of them overwrites it.
@@ -88,42 +93,61 @@ def row_kernel(
             z, slope = _logit(raw, softcap, temperature, HAS_SOFTCAP)
             p = tl.exp(z - m) / total
             # p - 1 in float32, rounded to the stored dtype once.
-            g = tl.where(o_v == target, p - 1, p) * slope
+            g = tl.where(lost, 0.0, tl.where(o_v == target, p - 1, p) * slope)
             tl.store(p_jacobian + o_v, g.to(p_jacobian.dtype.element_ty), mask=inside)
 
 
 class TritonRows:
-    """The row arithmetic of one call on a GPU; same interface as `kernels.reference.TorchRows`. Not for float64."""
+    """The row arithmetic of one call on a GPU; same interface as `kernels.reference.TorchRows`. Not for float64.
+
+    J is kept in the dtype of the inputs, whole (scale 1), in rows that start at multiples of 16 elements also where V is odd, so that
+    loads stay wide.
+    """
 
     MAX_BLOCK = 4096
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: Plan, jacobian: bool) -> None:
-        self.weight, self.bias, self.plan = weight, bias, plan
-        shape = (plan.rows, self._stride(weight))
-        self.logits = hidden.new_empty(shape, dtype=torch.float32)[:, : weight.shape[0]]
-        self.buffer = self.logits
-        if jacobian and hidden.dtype != torch.float32:
-            self.buffer = hidden.new_empty(shape)[:, : weight.shape[0]]
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        columns: int,
+        rows: int,
+        jacobian: bool,
+    ) -> None:
+        self.weight, self.bias, self.temperature, self.softcap = weight, bias, temperature, softcap
+        own = jacobian and weight.dtype != torch.float32
+        self.logits = weight.new_empty(rows, self._stride(weight), dtype=torch.float32) if own else None
 
     @staticmethod
     def _stride(weight: torch.Tensor) -> int:
-        # Rows start at multiples of 16 elements, also where V is odd, so that loads stay wide.
         return -(-weight.shape[0] // 16) * 16
 
     @staticmethod
-    def fixed_bytes(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, columns: int) -> int:
+    def fixed_bytes(weight: torch.Tensor, bias: torch.Tensor | None, columns: int) -> int:
+        """Bytes that do not grow with the rows."""
         return 0
 
     @staticmethod
-    def row_bytes(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, jacobian: bool) -> int:
-        logits = 4 + (hidden.element_size() if jacobian and hidden.dtype != torch.float32 else 0)
-        return TritonRows._stride(weight) * logits + 4 * 3 * weight.shape[1]
+    def row_bytes(weight: torch.Tensor, jacobian: bool) -> int:
+        """Bytes of one row of J, or of float32 logits where there is no J, and of the vectors beside it."""
+        return TritonRows._stride(weight) * (weight.dtype.itemsize if jacobian else 4) + 4 * 4 * weight.shape[1]
 
-    def logprob(self, hidden: torch.Tensor, target: torch.Tensor, jacobian: bool) -> torch.Tensor:
-        """log p [C] of rows hidden [C, D]; with `jacobian` J [C, V] is left in the dtype of hidden."""
+    @staticmethod
+    def scratch_row_bytes(weight: torch.Tensor, softcap: float | None, jacobian: bool) -> int:
+        """Bytes that one row of a chunk needs beyond `row_bytes`."""
+        return 4 * TritonRows._stride(weight) * (jacobian and weight.dtype != torch.float32)
+
+    @staticmethod
+    def new_z(weight: torch.Tensor, rows: int, jacobian: bool) -> torch.Tensor:
+        """Uninitialised J, or logits where there is no J: [rows, V or more]."""
+        return weight.new_empty(rows, TritonRows._stride(weight), dtype=weight.dtype if jacobian else torch.float32)
+
+    def logprob(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p [C], scale [C]) of rows hidden [C, D]; with `jacobian` z then holds J."""
         rows, vocabulary = hidden.shape[0], self.weight.shape[0]
-        logits = self.logits[:rows]
-        self.jacobian = self.buffer[:rows]
+        logits = (z if self.logits is None else self.logits[:rows])[:, :vocabulary]
         if hidden.dtype == torch.float32:
             torch.mm(hidden, self.weight.t(), out=logits)
         elif hidden.is_cuda:
@@ -131,41 +155,50 @@ class TritonRows:
         else:
             # Triton's interpreter on a CPU, where torch has no 16-bit product with float32 output.
             torch.mm(hidden.float(), self.weight.t().float(), out=logits)
-        logprob = hidden.new_empty(rows, dtype=torch.float32)
+        logprob, scale = hidden.new_empty(2, rows, dtype=torch.float32)
         block = min(self.MAX_BLOCK, triton.next_power_of_2(vocabulary))
         with torch.cuda.device_of(hidden):
             row_kernel[(rows,)](
                 logits,
-                self.jacobian,
+                z,
                 logits if self.bias is None else self.bias,
                 target,
                 logprob,
+                scale,
                 vocabulary,
                 logits.stride(0),
-                self.jacobian.stride(0),
-                self.plan.temperature,
-                1.0 if self.plan.softcap is None else float(self.plan.softcap),
+                z.stride(0),
+                self.temperature,
+                1.0 if self.softcap is None else float(self.softcap),
                 HAS_BIAS=self.bias is not None,
-                HAS_SOFTCAP=self.plan.softcap is not None,
+                HAS_SOFTCAP=self.softcap is not None,
                 JACOBIAN=jacobian,
                 BLOCK_V=block,
                 num_warps=8 if block >= 2048 else 4,
             )
-        return logprob
+        return logprob, scale
 
-    def times_weight(self, out: torch.Tensor) -> None:
-        """out [C, D] = J W."""
-        torch.mm(self.jacobian, self.weight, out=out)
-
-    def add_weight_gradient(self, total: torch.Tensor, scaled_hidden: torch.Tensor) -> None:
-        """total [V, D] += J^T scaled_hidden, summed over chunks in float32."""
-        scaled = scaled_hidden.to(self.jacobian.dtype)
-        if self.jacobian.is_cuda and self.jacobian.dtype != torch.float32:
-            torch.addmm(total, self.jacobian.t(), scaled, out_dtype=torch.float32, out=total)
+    def times_weight(self, z: torch.Tensor, row_factor: torch.Tensor, out: torch.Tensor) -> None:
+        """out [C, D] = row_factor[:, None] * (J W); rows with row_factor 0 are 0."""
+        jacobian = z[:, : self.weight.shape[0]]
+        if out.dtype == torch.float32:
+            torch.mm(jacobian, self.weight, out=out)
+            out.mul_(row_factor[:, None])
+        elif out.is_cuda:
+            out.copy_(torch.mm(jacobian, self.weight, out_dtype=torch.float32).mul_(row_factor[:, None]))
         else:
-            total.addmm_(self.jacobian.t().float(), scaled.float())
+            out.copy_((jacobian.float() @ self.weight.float()).mul_(row_factor[:, None]))
 
-    def add_bias_gradient(self, total: torch.Tensor, coefficient: torch.Tensor) -> None:
+    def add_weight_gradient(self, total: torch.Tensor, z: torch.Tensor, scaled_hidden: torch.Tensor, first: bool) -> None:
+        """total [V, D] += J^T scaled_hidden, or = where it is the `first`; summed over chunks in float32."""
+        jacobian, scaled = z[:, : self.weight.shape[0]], scaled_hidden.to(z.dtype)
+        if not jacobian.is_cuda or jacobian.dtype == torch.float32:
+            total.addmm_(jacobian.t().float(), scaled.float(), beta=0 if first else 1)
+        elif first:
+            torch.mm(jacobian.t(), scaled, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, jacobian.t(), scaled, out_dtype=torch.float32, out=total)
+
+    def add_bias_gradient(self, total: torch.Tensor, z: torch.Tensor, coefficient: torch.Tensor) -> None:
         """total [V] += J^T coefficient."""
-        column = coefficient.to(self.jacobian.dtype)[:, None]
-        self.add_weight_gradient(total[:, None], column)
+        self.add_weight_gradient(total[:, None], z, coefficient[:, None], False)

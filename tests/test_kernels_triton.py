@@ -13,11 +13,27 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.reference import sequence_sum, token_logprob  # noqa: E402
+from kernels import lagrangian, loss_head, sequence_logprob  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
 compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter cannot")
+
+
+@pytest.fixture(autouse=True)
+def triton_rows(monkeypatch):
+    """The ops do their rows with Triton, on the CPU."""
+    from kernels.triton_rows import TritonRows
+
+    for module in (loss_head, lagrangian):
+        monkeypatch.setattr(module, "row_workspace", lambda hidden: TritonRows)
+
+
+def token_logprob(hidden, weight, target, bias=None, temperature=1.0, softcap=None, budget=None):
+    """log p of every row."""
+    cu_seqlens = torch.tensor([0, len(target)])
+    options = {"temperature": temperature, "softcap": softcap, "memory_budget_bytes": budget}
+    return sequence_logprob(hidden, weight, target, cu_seqlens, bias=bias, return_token_logprob=True, **options)[1]
 
 
 @compiled
@@ -43,6 +59,7 @@ def test_compiles_for_sm_90_without_spills(tmp_path, jacobian, has_bias, has_sof
         "p_bias": jacobian,
         "p_target": "*i64",
         "p_logprob": "*fp32",
+        "p_scale": "*fp32",
         "vocabulary": "i32",
         "logits_stride": "i32",
         "jacobian_stride": "i32",
@@ -93,8 +110,6 @@ def run(function, leaves, needs, coefficient):
 
 def check(data, needs, temperature=1.0, softcap=None, budget=None):
     """Triton's rows in the interpreter against dense float64, by the error rule of test_kernels_reference."""
-    from kernels.triton_rows import TritonRows
-
     data = {"bias": None} | data
     coefficient = torch.linspace(-1, 1.5, len(data["target"]))
     needs = [name for name in needs if data[name] is not None]
@@ -103,7 +118,7 @@ def check(data, needs, temperature=1.0, softcap=None, budget=None):
         return {k: v.detach().clone().to(dtype) if v is not None and v.is_floating_point() else v for k, v in data.items()}
 
     def fused(hidden, weight, target, bias):
-        return token_logprob(hidden, weight, target, bias, temperature, softcap, budget, TritonRows)
+        return token_logprob(hidden, weight, target, bias, temperature, softcap, budget)
 
     def plain(hidden, weight, target, bias):
         return dense(hidden.float(), weight.float(), target, None if bias is None else bias.float(), temperature, softcap)
@@ -187,25 +202,21 @@ def test_minus_infinity(monkeypatch):
     data["target"] = data["target"].clamp(min=16)
     got = check(data, ("hidden", "weight", "bias"))
     assert all(x.isfinite().all() for x in got.values())
-    token = token_logprob(data["hidden"], data["weight"], torch.zeros(9, dtype=torch.int64), data["bias"], 1.0, None, None, TritonRows)
+    token = token_logprob(data["hidden"], data["weight"], torch.zeros(9, dtype=torch.int64), data["bias"])
     assert (token == -math.inf).all()
 
 
 @interpreted
 def test_nan_spreads_and_int32_targets():
-    from kernels.triton_rows import TritonRows
-
     data = make()
     data["hidden"][4, 0] = math.nan
-    token = token_logprob(data["hidden"], data["weight"], data["target"].int(), None, 1.0, None, None, TritonRows)
+    token = token_logprob(data["hidden"], data["weight"], data["target"].int(), None)
     assert token.isnan().tolist() == [i == 4 for i in range(9)]
 
 
 @interpreted
 @NEEDS
 def test_sequences_and_token_weights(needs):
-    from kernels.triton_rows import TritonRows
-
     data = make(bias=True)
     cu_seqlens = torch.tensor([0, 3, 3, 9])
     token_weight = torch.tensor([1, 0, 2, 0.5, 1, 0, 1, 1, 3.0])
@@ -215,8 +226,7 @@ def test_sequences_and_token_weights(needs):
         for name in needs:
             leaves[name].requires_grad_()
         if dtype == torch.float32:
-            token = token_logprob(leaves["hidden"], leaves["weight"], leaves["target"], leaves["bias"], 1.0, None, None, TritonRows)
-            total = sequence_sum(token, token_weight, cu_seqlens)
+            total = sequence_logprob(**leaves, cu_seqlens=cu_seqlens, token_weight=token_weight)
         else:
             token = dense(**leaves, temperature=1.0, softcap=None) * token_weight
             total = torch.stack([token[:3].sum(), token[:0].sum(), token[3:].sum()])
@@ -230,23 +240,19 @@ def test_sequences_and_token_weights(needs):
 @interpreted
 def test_float16_keeps_small_coefficients():
     """1e-9 rounds to 0 in float16; relative to the largest coefficient it does not. The bias is float32 to show it."""
-    from kernels.triton_rows import TritonRows
-
     data = make(dtype=torch.float16)
     grads = []
     for scale in (1.0, 1e-9):
         bias = torch.zeros(33, requires_grad=True)
-        token = token_logprob(data["hidden"], data["weight"], data["target"], bias, 1.0, None, None, TritonRows)
+        token = token_logprob(data["hidden"], data["weight"], data["target"], bias)
         grads.append(torch.autograd.grad(token.sum() * scale, bias)[0])
     torch.testing.assert_close(grads[1] * 1e9, grads[0], rtol=1e-5, atol=1e-6)
 
 
 @interpreted
 def test_empty_batch():
-    from kernels.triton_rows import TritonRows
-
     data = make(rows=1)
     hidden = data["hidden"][:0].requires_grad_()
-    token = token_logprob(hidden, data["weight"], data["target"][:0], None, 1.0, None, None, TritonRows)
+    token = token_logprob(hidden, data["weight"], data["target"][:0], None)
     token.sum().backward()
     assert token.shape == (0,) and hidden.grad.shape == (0, 8)

@@ -5,7 +5,7 @@ import torch
 
 from kernels import native, reference, sample, sequence_logprob
 from kernels.sampling import _invert, uniform
-from kernels.sequence_logprob import row_workspace
+from kernels.loss_head import row_workspace
 
 # -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
 SIZES = [7, 127, 128, 129, 32001, 49152]
@@ -107,9 +107,9 @@ def test_peaked_rows_keep_the_digits_of_small_log_probs():
     assert torch.equal(token, target)
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
     rows = logits.clone()
-    logprob = native.rows_logprob(rows, target, 1.0, True)
+    logprob, scale = native.rows_logprob(rows, target, 1.0, True)
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
-    torch.testing.assert_close(rows.double(), exact_gradient(logits, target, 1.0), rtol=1e-5, atol=1e-37)
+    torch.testing.assert_close(rows.double() * scale.double()[:, None], exact_gradient(logits, target, 1.0), rtol=1e-5, atol=1e-37)
 
 
 @needs_native
@@ -120,19 +120,20 @@ def test_log_probs_and_gradient_rows(columns, temperature):
     logits[3, columns // 2] = -torch.inf
     target = (torch.arange(16) * 7919) % columns
     rows = logits.clone()
-    logprob = native.rows_logprob(rows, target, temperature, False)
+    logprob, _ = native.rows_logprob(rows, target, temperature, False)
     assert torch.equal(rows, logits)
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, target, temperature), rtol=1e-6, atol=0)
-    assert torch.equal(native.rows_logprob(rows, target, temperature, True), logprob)
-    torch.testing.assert_close(rows.double(), exact_gradient(logits, target, temperature), rtol=1e-5, atol=1e-37)
+    again, scale = native.rows_logprob(rows, target, temperature, True)
+    assert torch.equal(again, logprob)
+    torch.testing.assert_close(rows.double() * scale.double()[:, None], exact_gradient(logits, target, temperature), rtol=1e-5, atol=1e-37)
 
 
 @needs_native
 def test_target_without_mass():
     logits = torch.tensor([[0.0, -torch.inf, 1.0]])
-    logprob = native.rows_logprob(logits, torch.tensor([1]), 0.5, True)
+    logprob, scale = native.rows_logprob(logits, torch.tensor([1]), 0.5, True)
     assert logprob.item() == -torch.inf
-    assert logits[0, 1].item() == -2
+    assert (logits[0, 1] * scale).item() == -2
 
 
 @needs_native
@@ -145,9 +146,9 @@ def test_same_bits_for_every_thread_count_and_instruction_set():
         return token, logprob
 
     def normalised(instructions: str, threads: int) -> tuple[torch.Tensor, ...]:
-        rows, logprob = logits.clone(), torch.empty(37)
-        native._native.rows_logprob(rows, target, 1 / 0.9, True, logprob, threads, instructions)
-        return rows, logprob
+        rows, logprob, scale = logits.clone(), torch.empty(37), torch.empty(37)
+        native._native.rows_logprob(rows, target, 1 / 0.9, True, logprob, scale, threads, instructions)
+        return rows, logprob, scale
 
     assert_same_bits(all_paths(sampled))
     assert_same_bits(all_paths(normalised))
@@ -164,17 +165,16 @@ def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
     assert 0 <= token[1] < 257
     rows = logits.clone()
     # The target of the middle row is the bad place itself for place = 256.
-    logprob = native.rows_logprob(rows, torch.full((3,), 256), 1.0, True)
-    assert logprob.isnan().tolist() == [False, True, False]
-    assert rows.isnan().all(1).tolist() == [False, True, False]
-    assert rows.isnan().any(1).tolist() == [False, True, False]
+    logprob, scale = native.rows_logprob(rows, torch.full((3,), 256), 1.0, True)
+    assert logprob.isnan().tolist() == scale.isnan().tolist() == [False, True, False]
+    assert not rows[1].any() and rows.isfinite().all()
 
 
 @needs_native
 def test_row_without_finite_logits_is_nan():
     logits = torch.full((1, 130), -torch.inf)
     assert native.sample_rows(logits, torch.tensor([0.5], dtype=torch.float64), 1.0)[1].isnan().all()
-    assert native.rows_logprob(logits, torch.tensor([0]), 1.0, False).isnan().all()
+    assert native.rows_logprob(logits, torch.tensor([0]), 1.0, False)[0].isnan().all()
 
 
 @needs_native

@@ -1,0 +1,491 @@
+"""The schemes of the loss head against dense float64 autograd, by the error rule of test_kernels_reference; and its torch.library ops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels_reference import assert_close, dense_dpo, dense_logprob, make, preference_gradients, reordered
+
+from kernels import lagrangian_policy_loss, lagrangian_preference_loss, loss_head, reference, sequence_logprob
+from kernels.loss_head import Plan, plan, row_workspace
+
+# A few pairs in a row, a sequence in several pairs, one in none, an empty one, one with itself.
+LENGTHS = (5, 7, 0, 4, 6, 3, 9, 2, 5, 1)
+PAIRS = torch.tensor([[0, 1], [3, 2], [4, 3], [6, 8], [9, 9], [8, 6]])
+
+
+def problem(dtype=torch.float32, lengths=LENGTHS, pairs=PAIRS, vocabulary=211, width=8, seed=3, **shape):
+    g = torch.Generator().manual_seed(seed)
+    data = make(sum(lengths), width, vocabulary, lengths, dtype, seed, **shape)
+    n = len(lengths)
+    logprob = dense_logprob(**{k: data[k] for k in ("hidden", "weight", "target", "cu_seqlens")})[0]
+    labels = {
+        "pairs": pairs,
+        "reward": torch.randn(n, generator=g),
+        "utility": torch.randn(n, 2, generator=g),
+        "lam": torch.tensor([0.5, 2.0]),
+        "ref_logprob": logprob.float() + torch.randn(n, generator=g),
+    }
+    return data, labels
+
+
+def budget_of(data, rows, softcap=None):
+    """Bytes in which a chunk of `rows` rows of the preference pass fits."""
+    workspace, weight, hidden = row_workspace(data["hidden"]), data["weight"], data["hidden"]
+    per_row = workspace.row_bytes(weight, True) + workspace.scratch_row_bytes(weight, softcap, True)
+    per_row += hidden.element_size() * hidden.shape[1]
+    # The converted parts of the head grow with the budget.
+    budget = 0
+    for _ in range(20):
+        fixed = workspace.fixed_bytes(weight, data.get("bias"), reference.head_columns(weight, budget))
+        budget = fixed + reference.VECTOR_BYTES_PER_ROW * len(hidden) + rows * per_row
+    return budget
+
+
+def check(data, labels, needs=("hidden", "weight", "bias"), budget=None, options=None, beta=0.4):
+    options = options or {}
+
+    def fused(leaves):
+        result = lagrangian_preference_loss(**leaves, **labels, beta=beta, memory_budget_bytes=budget, **options)
+        return result.loss, result.margin, result.preference
+
+    got = preference_gradients(fused, data, needs=needs)
+    plain = reordered(lambda moved: preference_gradients(lambda d: dense_dpo(d, options, labels, beta), moved, needs=needs), data)
+    exact = preference_gradients(lambda d: dense_dpo(d, options, labels, beta), data, torch.float64, needs)
+    assert_close(got, plain, exact)
+    return got
+
+
+class Spy:
+    """Counts the rows of matrix products with the head, by kind."""
+
+    def __init__(self, monkeypatch):
+        self.forward = self.hidden = self.weight = 0
+        for cls in {reference.TorchRows, loss_head.native.NativeRows}:
+            if "logprob" not in vars(cls):
+                continue
+            for name in ("logprob", "times_weight", "add_weight_gradient"):
+                monkeypatch.setattr(cls, name, self.counted(getattr(cls, name), name))
+
+    def counted(self, original, name):
+        def call(work, *arguments):
+            if name == "logprob":
+                self.forward += len(arguments[0])
+            elif name == "times_weight":
+                self.hidden += len(arguments[0])
+            else:
+                self.weight += len(arguments[1])
+            return original(work, *arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rows,options", [(12, {}), (26, {}), (40, {}), (12, {"softcap": 3.0, "temperature": 0.7}), (16, {"softcap": 3.0})], ids=str
+)
+def test_whole_pairs_in_a_chunk(dtype, rows, options, monkeypatch):
+    """Scheme D, and E for the two sequences of 14 rows where a chunk holds 12: three products of every row that stands in a pair."""
+    data, labels = problem(dtype, bias=True, weighted=True)
+    spy, softcap = Spy(monkeypatch), options.get("softcap")
+    budget = budget_of(data, rows, softcap)
+    assert plan(row_workspace(data["hidden"]), data["hidden"], data["weight"], data["bias"], softcap, budget, True, True).kept < 42
+    check(data, labels, budget=budget, options=options)
+    unpaired = LENGTHS[5] + LENGTHS[7]
+    assert (spy.forward, spy.hidden, spy.weight) == (42, 42 - unpaired, 42 - unpaired)
+
+
+@pytest.mark.parametrize("needs", [("hidden", "weight"), ("weight",), ("bias",), ("hidden", "bias")])
+def test_subsets_of_gradients_in_chunks(needs):
+    data, labels = problem(bias=True)
+    check(data, labels, needs, budget_of(data, 12))
+
+
+def test_two_sequences_longer_than_a_chunk(monkeypatch):
+    """Scheme E: one unknown scale for the difference of two sums, over many chunks; three products."""
+    data, labels = problem(lengths=(50, 3, 41), pairs=torch.tensor([[2, 0], [0, 2]]), bias=True, weighted=True)
+    # A negative weight must not be taken for the second sequence's sign.
+    data["token_weight"][[1, 60]] = -0.5
+    spy = Spy(monkeypatch)
+    check(data, labels, budget=budget_of(data, 16))
+    assert (spy.forward, spy.weight) == (94, 91)
+
+
+def test_more_than_one_long_pair(monkeypatch):
+    """The second pair needs an accumulator of its own within the budget, and is computed twice without it."""
+    lengths, pairs = (30, 31, 29, 33), torch.tensor([[0, 1], [2, 3]])
+    data, labels = problem(lengths=lengths, pairs=pairs)
+    for rows, forward in ((24, 123), (10, 123 + 62)):
+        with monkeypatch.context() as patch:
+            spy = Spy(patch)
+            check(data, labels, budget=budget_of(data, rows))
+            assert spy.forward == forward
+
+
+def test_a_component_longer_than_a_chunk_is_computed_twice(monkeypatch):
+    pairs = torch.tensor([[0, 1], [1, 2]])
+    data, labels = problem(lengths=(10, 11, 12, 5), pairs=pairs)
+    spy = Spy(monkeypatch)
+    check(data, labels, budget=budget_of(data, 16))
+    assert (spy.forward, spy.weight) == (33 * 2 + 5, 33)
+
+
+def test_pairs_far_apart_share_a_chunk():
+    """Rows that do not follow each other are gathered."""
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(5))
+    data, labels = problem(lengths=tuple(range(1, 25)), pairs=order.view(12, 2))
+    check(data, labels, budget=budget_of(data, 60))
+
+
+def test_row_of_weight_zero_adds_nothing_even_nan_in_every_scheme():
+    for budget_rows in (12, 30, None):
+        results = []
+        for value in (0.3, math.nan):
+            data, labels = problem(torch.float64)
+            data["token_weight"] = torch.ones(42)
+            data["token_weight"][[2, 14, 30]] = 0
+            budget = None if budget_rows is None else budget_of(data, budget_rows)
+            data["hidden"][[2, 14, 30]] = value
+            leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+            loss = lagrangian_preference_loss(**data, **labels, beta=0.5, memory_budget_bytes=budget).loss
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        for clean, spoiled in zip(*results, strict=True):
+            torch.testing.assert_close(clean, spoiled, rtol=1e-12, atol=1e-12)
+
+
+def test_nan_in_a_row_with_weight_reaches_the_gradients():
+    data, labels = problem()
+    data["hidden"][30, 0] = math.nan
+    for budget in (None, budget_of(data, 12)):
+        leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+        loss = lagrangian_preference_loss(**data, **labels, beta=0.5, memory_budget_bytes=budget).loss
+        d_hidden, d_weight = torch.autograd.grad(loss, leaves)
+        assert loss.isnan() and d_hidden[30].isnan().all() and d_weight.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_part_of_the_rows_kept(dtype, monkeypatch):
+    """Scheme B with fewer rows than there are: the kept ones are not computed again."""
+    data = make(rows=100, vocabulary=509, lengths=(60, 40), bias=True, weighted=True, dtype=dtype)
+    whole = budget_of(data, 100)
+    counts = []
+    for share in (1.5, 0.8, 0.3):
+        with monkeypatch.context() as patch:
+            spy = Spy(patch)
+            leaves = [data[name].detach().requires_grad_() for name in ("hidden", "weight", "bias")]
+            keywords = data | dict(zip(("hidden", "weight", "bias"), leaves, strict=True))
+            torch.autograd.grad(sequence_logprob(**keywords, memory_budget_bytes=int(whole * share)).sum(), leaves)
+            counts.append(spy.forward)
+    assert counts[0] == 100 < counts[1] < 150 and counts[2] == 200
+
+
+@pytest.mark.parametrize("budget", [None, 60_000])
+def test_two_runs_are_bitwise_equal(budget):
+    results = []
+    for _ in range(2):
+        data, labels = problem(bias=True)
+        leaves = [data[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+        loss = lagrangian_preference_loss(**data, **labels, beta=0.3, memory_budget_bytes=budget).loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["preference", "policy"])
+def test_memory_stays_within_the_budget(op, needs, dtype):
+    """Peak of all allocations beyond inputs, minus the returned gradients and one float32 accumulator."""
+    lengths = (40, 60, 20, 20, 80, 80)
+    data, labels = problem(dtype, lengths=lengths, pairs=torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=4099, width=16)
+    for name in needs:
+        data[name].requires_grad_()
+    budget = 900_000
+
+    def step():
+        if op == "preference":
+            loss = lagrangian_preference_loss(**data, **labels, beta=0.1, memory_budget_bytes=budget).loss
+        else:
+            loss = policy(data, labels, memory_budget_bytes=budget).loss
+        loss.backward()
+
+    from bench.measure import peak_bytes
+
+    peak = peak_bytes(step, torch.device("cpu"))
+    allowed = sum(2 * data[name].nbytes for name in needs) + (4 * data["weight"].numel() if "weight" in needs else 0)
+    assert 0.1 * budget < peak <= budget + allowed
+    assert budget < 300 * 4099 * 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=7),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=8),
+    st.integers(1, 40),
+    st.integers(3, 30),
+    st.integers(0, 999),
+)
+def test_any_pairs_agree_with_dense(lengths, pairs, vocabulary, rows, seed):
+    pairs = torch.tensor([(a % len(lengths), b % len(lengths)) for a, b in pairs], dtype=torch.int64).view(-1, 2)
+    data, labels = problem(torch.float64, tuple(lengths), pairs, vocabulary, seed=seed, weighted=True)
+    if not len(pairs):
+        data["hidden"].requires_grad_()
+        loss = lagrangian_preference_loss(**data, **labels, beta=0.4, memory_budget_bytes=budget_of(data, rows)).loss
+        assert loss == 0 and not torch.autograd.grad(loss, data["hidden"])[0].any()
+        return
+    check(data, labels, ("hidden", "weight"), budget_of(data, rows))
+
+
+def test_plan_prefers_three_products_then_memory():
+    data = make(rows=64, vocabulary=4096, lengths=(64,))
+    hidden, weight = data["hidden"], data["weight"]
+
+    def made(budget, *needs):
+        return plan(reference.TorchRows, hidden, weight, None, None, budget, *needs)
+
+    assert made(1 << 30, True, True) == Plan(64, 2**12, 64, False)
+    assert made(1 << 30, True, False).product and made(1 << 30, False, False) == Plan(64, 2**12, 0, False)
+    assert 0 < made(900_000, True, True).kept < 64
+    assert made(200_000, True, True).kept == 0
+    with pytest.raises(ValueError, match="memory_budget_bytes = 1000: expected at least"):
+        made(1000, True, True)
+
+
+# The policy loss.
+
+
+def policy(data, labels, group=None, **options):
+    n = len(data["cu_seqlens"]) - 1
+    group = torch.arange(n) % 3 if group is None else group
+    return lagrangian_policy_loss(**data, group=group, reward=labels["reward"], utility=labels["utility"], lam=labels["lam"], **options)
+
+
+def dense_advantage(group, reward, utility, lam, kind):
+    """By loops over groups, float64."""
+    result = torch.zeros(len(group), dtype=torch.float64)
+    reward, utility, lam = reward.double(), utility.double(), lam.double()
+    for value in group.unique():
+        here = (group == value).nonzero()[:, 0]
+        if len(here) == 1:
+            continue
+        if kind == "rloo":
+            s = reward[here] + utility[here] @ lam
+            result[here] = s - (s.sum() - s) / (len(s) - 1)
+        else:
+            for x, factor in [(reward, 1.0), *((utility[:, j], lam[j]) for j in range(len(lam)))]:
+                deviation = x[here].std(correction=0)
+                if deviation > 1e-12:
+                    result[here] += factor * (x[here] - x[here].mean()) / deviation
+    return result
+
+
+def dense_policy(data, advantage, options, old, ref, clip, kl_coef, kl, normalize, temperature=1.0, softcap=None):
+    token = dense_logprob(**data, temperature=temperature, softcap=softcap)[1].double()
+    ratio = torch.exp(token - (token.detach() if old is None else old.double()))
+    lengths = data["cu_seqlens"].diff()
+    a = advantage.repeat_interleave(lengths)
+    gain = ratio * a
+    if clip is not None:
+        gain = torch.minimum(gain, ratio.clamp(1 - clip[0], 1 + clip[1]) * a)
+    term = -gain
+    if kl_coef:
+        d = ref.double() - token
+        term = term + kl_coef * (d**2 / 2 if kl == "k2" else d.exp() - d - 1)
+    w = data["token_weight"].double() if "token_weight" in data else torch.ones_like(term)
+    if normalize == "token":
+        return (w * term).sum() / w.sum()
+    total, bounds = 0, data["cu_seqlens"].tolist()
+    for i, j in zip(bounds[:-1], bounds[1:], strict=True):
+        if w[i:j].sum() > 0:
+            total = total + (w[i:j] * term[i:j]).sum() / w[i:j].sum()
+    return total / len(lengths)
+
+
+@pytest.mark.parametrize("op", [lagrangian_policy_loss, reference.lagrangian_policy_loss])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
+@pytest.mark.parametrize("advantage,normalize", [("rloo", "token"), ("group_norm", "sequence")])
+@pytest.mark.parametrize("clip,kl_coef,kl", [(None, 0.0, "k2"), ((0.2, 0.3), 0.1, "k2"), ((0.1, 0.1), 0.5, "k3")])
+def test_policy_loss_against_autograd(op, dtype, needs, advantage, normalize, clip, kl_coef, kl):
+    data, labels = problem(dtype, bias=True, weighted=clip is not None)
+    group = torch.tensor([7, -1, 7, 7, -1, -1, 2**40, 3, 3, 7])
+    g = torch.Generator().manual_seed(8)
+    token = dense_logprob(**{k: v for k, v in data.items() if k != "token_weight"})[1].double()
+    old = (token + 0.3 * torch.randn(42, generator=g)).float() if clip else None
+    ref = (token + torch.randn(42, generator=g)).float() if kl_coef else None
+    options = {"old_logprob": old, "ref_logprob": ref, "clip": clip, "kl_coef": kl_coef, "kl": kl, "normalize": normalize}
+    exact_advantage = dense_advantage(group, labels["reward"], labels["utility"], labels["lam"], advantage)
+
+    def fused(leaves):
+        scores = {k: labels[k] for k in ("reward", "utility", "lam")}
+        result = op(**leaves, group=group, **scores, advantage=advantage, **options, memory_budget_bytes=None if dtype.itemsize == 2 else 40_000)
+        torch.testing.assert_close(result.advantage, exact_advantage, rtol=1e-12, atol=1e-12)
+        assert not any(x.requires_grad for x in result[1:])
+        return result.loss, result.logprob, result.token_logprob
+
+    def dense(leaves):
+        loss = dense_policy(leaves, exact_advantage, None, old, ref, clip, kl_coef, kl, normalize)
+        values = dense_logprob(**leaves)
+        return loss.to(values[1].dtype), values[0].detach(), values[1].detach()
+
+    got = preference_gradients(fused, data, needs=needs)
+    plain = reordered(lambda moved: preference_gradients(dense, moved, needs=needs), data)
+    assert_close(got, plain, preference_gradients(dense, data, torch.float64, needs))
+
+
+def test_policy_statistics():
+    data, labels = problem(torch.float64)
+    token = sequence_logprob(**data, return_token_logprob=True)[1]
+    shift = torch.zeros(42, dtype=torch.float64)
+    shift[:5] = -1.0  # the ratio is e in the first sequence, whose advantage is positive
+    labels["reward"], labels["utility"] = torch.tensor([1.0, 0] * 5), torch.zeros(10, 2)
+    group = torch.arange(10) // 2
+    result = policy(data, labels, group, old_logprob=token + shift, ref_logprob=token - 0.5, clip=(0.2, 0.2))
+    assert result.clip_fraction.item() == pytest.approx(5 / 42)
+    assert result.kl.item() == pytest.approx(0.125)
+    assert result.advantage.tolist() == [1, -1] * 5
+    assert policy(data, labels, group).kl.isnan()
+
+
+def test_equal_scores_have_advantage_exactly_zero():
+    data, labels = problem()
+    labels["reward"], labels["utility"] = torch.full((10,), 0.1), torch.full((10, 2), 0.7)
+    for kind in ("rloo", "group_norm"):
+        assert policy(data, labels, torch.zeros(10, dtype=torch.int32), advantage=kind).advantage.eq(0).all()
+
+
+def test_policy_of_nothing():
+    data, labels = problem(lengths=(0,) * 10)
+    data["hidden"].requires_grad_()
+    result = policy(data, labels)
+    result.loss.backward()
+    assert result.loss == 0 and data["hidden"].grad.shape == (0, 8)
+
+
+def test_policy_gradcheck():
+    data, labels = problem(torch.float64, vocabulary=5, width=3)
+    old = sequence_logprob(**data, return_token_logprob=True)[1] + 0.05
+    leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+
+    def call(hidden, weight):
+        return policy(data | {"hidden": hidden, "weight": weight}, labels, old_logprob=old, ref_logprob=old - 0.3, kl_coef=0.2).loss
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("op", ["preference", "policy"])
+def test_double_backward_is_a_clear_error(op):
+    data, labels = problem()
+    leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+    budget = budget_of(data, 12)
+    if op == "preference":
+        loss = lagrangian_preference_loss(**data, **labels, beta=1.0, memory_budget_bytes=budget).loss
+    else:
+        loss = policy(data, labels, memory_budget_bytes=budget).loss
+    gradient = torch.autograd.grad(loss, leaves, create_graph=True)[1]
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"kl_coef": 0.1}, "kl_coef = 0.1 with ref_logprob = None"),
+        ({"kl_coef": -1.0}, "kl_coef = -1.0: expected a finite number"),
+        ({"clip": 0.2}, "clip = 0.2: expected"),
+        ({"clip": (1.5, 0.2)}, r"clip = \(1.5, 0.2\)"),
+        ({"kl": "k1"}, "kl = 'k1': expected 'k2' or 'k3'"),
+        ({"advantage": "gae"}, "advantage = 'gae'"),
+        ({"normalize": "batch"}, "normalize = 'batch'"),
+        ({"old_logprob": torch.zeros(3)}, r"old_logprob has shape \[3\]: expected \[42\]"),
+        ({"ref_logprob": torch.full((42,), math.nan)}, r"ref_logprob\[0\] = nan"),
+        ({"group": torch.zeros(9, dtype=torch.int64)}, r"group has shape \[9\]"),
+        ({"group": torch.zeros(10)}, "group has dtype float32"),
+    ],
+)
+def test_bad_policy_arguments(options, message):
+    data, labels = problem()
+    for op in (lagrangian_policy_loss, reference.lagrangian_policy_loss):
+        scores = {"group": torch.zeros(10, dtype=torch.int64), **{k: labels[k] for k in ("reward", "utility", "lam")}}
+        with pytest.raises(ValueError, match=message):
+            op(**data, **scores | options)
+
+
+# torch.library.
+
+
+def op_calls():
+    """(op, arguments) of each op, small."""
+    data, labels = problem(bias=True, weighted=True)
+    rows = [data[k] for k in ("hidden", "weight", "bias", "target", "token_weight", "cu_seqlens")]
+    leaves = [x.requires_grad_() for x in rows[:3]] + rows[3:]
+    frozen = [rows[0].detach().requires_grad_(), *(x.detach() for x in rows[1:3]), *rows[3:]]
+    q = torch.full((6,), 0.7)
+    budget = budget_of(data, 12)
+    advantage = torch.linspace(-1, 1, 10, dtype=torch.float64)
+    scores = [labels[k] for k in ("reward", "utility", "lam")]
+    return {
+        "full": (loss_head.sequence_logprob_op, (*leaves, 0.8, 3.0, 1 << 28, True, True, False)),
+        "frozen": (loss_head.sequence_logprob_op, (*frozen, 0.8, 3.0, 1 << 28, True, False, False)),
+        "recomputed": (loss_head.sequence_logprob_op, (*leaves, 0.8, None, budget, True, True, False)),
+        "labels": (loss_head.preference_labels_op, (rows[0], PAIRS, *scores, labels["ref_logprob"], "soft", None, None, False)),
+        "terms": (loss_head.preference_terms_op, (torch.randn(10).requires_grad_(), PAIRS, q, labels["ref_logprob"], 0.3)),
+        "pass": (
+            loss_head.preference_pass_op,
+            (*leaves, PAIRS, q, labels["ref_logprob"], 0.3, 0.8, 3.0, budget_of(data, 12, 3.0), True, True, True, False),
+        ),
+        "advantage": (loss_head.group_advantage_op, (rows[0], torch.arange(10) % 3, *scores, None, None, "rloo", False)),
+        "policy": (
+            loss_head.policy_pass_op,
+            (*leaves, advantage, None, None, 0.2, 0.3, 0.0, "k2", "token", 0.8, 3.0, budget_of(data, 12, 3.0), True, True, True, False),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["full", "frozen", "recomputed", "labels", "terms", "pass", "advantage", "policy"])
+def test_opcheck(name):
+    torch._dynamo.reset()
+    op, arguments = op_calls()[name]
+    # Gradients of random inputs are compared between eager and traced; random bits of empty rests are not.
+    checked = torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
+def test_fullgraph_compile_of_a_caller(small, needs):
+    """No graph break: nothing in the public ops asks the host for a value."""
+    torch._dynamo.reset()
+    data, labels = problem()
+    budget = budget_of(data, 12) if small else None
+
+    def caller(hidden, weight, lam):
+        rest = {k: data[k] for k in ("target", "cu_seqlens")}
+        loss = lagrangian_preference_loss(
+            hidden * 2, weight, **rest, **labels | {"lam": lam}, beta=0.3, memory_budget_bytes=budget
+        ).loss
+        group = torch.arange(10) % 3
+        scores = {"reward": labels["reward"], "utility": labels["utility"], "lam": lam}
+        return loss + lagrangian_policy_loss(hidden, weight, **rest, group=group, **scores, memory_budget_bytes=budget).loss
+
+    def gradients(function):
+        leaves = {k: data[k].detach().requires_grad_(k in needs) for k in ("hidden", "weight")}
+        loss = function(leaves["hidden"], leaves["weight"], labels["lam"])
+        return [loss.detach(), *torch.autograd.grad(loss, [leaves[k] for k in needs])]
+
+    for got, want in zip(gradients(torch.compile(caller, fullgraph=True, backend="aot_eager")), gradients(caller), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_fake_tensors_need_no_values():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = problem()
+    with FakeTensorMode() as mode:
+        data, labels = ({k: mode.from_tensor(v) for k, v in values.items()} for values in real)
+        data["hidden"].requires_grad_()
+        result = lagrangian_preference_loss(**data, **labels, beta=0.2)
+        assert result.loss.shape == () and result.margin.shape == (6,)
+        (gradient,) = torch.autograd.grad(result.loss, data["hidden"])
+        assert gradient.shape == (42, 8)
