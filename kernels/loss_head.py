@@ -198,6 +198,8 @@ def _sequence_logprob(
     p = plan(workspace, hidden, weight, bias, softcap, budget, needs_hidden, needs_head)
     rows, jacobian = len(hidden), bool(p.kept or p.product)
     token, z, product, scale = _empty_values(workspace, hidden, weight, p)
+    if not (needs_hidden or needs_head) and workspace.forward_only(hidden, weight, bias, target, temperature, softcap, token):
+        return sequence_sum(token, token_weight, cu_seqlens), token, z, scale, product
     work = workspace(weight, bias, temperature, softcap, p.columns, p.rows, jacobian)
     # Without scratch the kept rows are one product.
     size = p.rows if workspace.scratch_row_bytes(weight, softcap, jacobian) else max(1, p.kept)

@@ -85,6 +85,19 @@ class TorchRows:
         """Uninitialised z [rows, V or more]."""
         return weight.new_empty(rows, weight.shape[0], dtype=statistics_dtype(weight.dtype))
 
+    @staticmethod
+    def forward_only(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        temperature: float,
+        softcap: float | None,
+        out: torch.Tensor,
+    ) -> bool:
+        """Write all log-probs to `out` [T] without storing logits, where that is faster; whether it was done."""
+        return False
+
     def _head(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns of the logits, those rows of the head in the dtype of the logits)."""
         if self.weight.dtype == self.dtype:

@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.reference import Plan
-
 
 @triton.jit
 def _tanh(x):
@@ -143,6 +141,24 @@ class TritonRows:
     def new_z(weight: torch.Tensor, rows: int, jacobian: bool) -> torch.Tensor:
         """Uninitialised J, or logits where there is no J: [rows, V or more]."""
         return weight.new_empty(rows, TritonRows._stride(weight), dtype=weight.dtype if jacobian else torch.float32)
+
+    @staticmethod
+    def forward_only(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        temperature: float,
+        softcap: float | None,
+        out: torch.Tensor,
+    ) -> bool:
+        """Write all log-probs to `out` [T] without storing logits, where the table of `kernels.triton_forward` says so."""
+        from kernels import triton_forward
+
+        blocks = triton_forward.blocks_for(weight.shape[1], weight.dtype)
+        if blocks is not None:
+            triton_forward.token_logprob(hidden, weight, bias, target, temperature, softcap, blocks, out)
+        return blocks is not None
 
     def logprob(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(log p [C], scale [C]) of rows hidden [C, D]; with `jacobian` z then holds J."""

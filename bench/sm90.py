@@ -1,0 +1,125 @@
+"""Compile every Triton kernel that a table can choose for an H100 (sm_90), without a GPU, and check what the compiler made of it:
+`python -m bench.sm90`. Prints a table of registers, stack, shared memory and wgmma instructions; exits 1 where a gate fails.
+
+Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0; another version only reports it.
+"""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import triton_forward, triton_rows
+
+GATED = "3.6.0"
+SHARED_LIMIT = 232448
+TYPES = {"p_hidden": None, "p_weight": None, "p_bias": None, "p_jacobian": None, "p_target": "*i64"}
+SIZES = {"vocabulary", "rows", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "tiles_per_part"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in one configuration."""
+
+    name: str
+    function: object
+    dtype: str  # of inputs and gradients
+    constants: dict[str, int | bool]
+    warps: int
+    stages: int
+    wgmma: bool  # whether it must use the tensor cores' warp-group products
+
+
+def kernels() -> list[Kernel]:
+    """Every configuration that the engine can launch on a GPU."""
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for extra in (False, True):
+            constants = {"HAS_BIAS": extra, "HAS_SOFTCAP": extra, "JACOBIAN": True, "BLOCK_V": triton_rows.TritonRows.MAX_BLOCK}
+            name = f"rows{', bias, softcap' if extra else ''}"
+            found.append(Kernel(name, triton_rows.row_kernel, dtype, constants, 8, 3, False))
+    for _, blocks in triton_forward.TABLE:
+        for dtype in ("bf16", "fp16"):
+            for extra in (False, True):
+                constants = {
+                    "HAS_BIAS": extra, "HAS_SOFTCAP": extra, "UPCAST": False, "BLOCK_M": blocks.m, "BLOCK_V": blocks.v, "BLOCK_D": blocks.d
+                }  # fmt: skip
+                name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{', bias, softcap' if extra else ''}"
+                found.append(Kernel(name, triton_forward.part_kernel, dtype, constants, blocks.warps, blocks.stages, True))
+    join = {"PARTS": triton_forward.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
+    found.append(Kernel("join parts", triton_forward.join_kernel, "fp32", join, 4, 3, False))
+    return found
+
+
+def compiled(kernel: Kernel) -> dict[str, int]:
+    """Registers a thread, stack bytes (spills), shared bytes and wgmma instructions."""
+    names = kernel.function.arg_names
+    signature, attrs = {}, {}
+    for i, name in enumerate(names):
+        if name in kernel.constants:
+            signature[name] = "constexpr"
+        elif name in TYPES:
+            signature[name] = TYPES[name] or f"*{kernel.dtype}"
+        elif name.startswith("p_"):
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "i32" if name in SIZES else "fp32"
+        if name.startswith("p_") or name in SIZES - {"rows", "tiles_per_part"}:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    constants = {(names.index(name),): value for name, value in kernel.constants.items()}
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        dump = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = dict(part.split(":", 1) for part in dump.split() if ":" in part)
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "shared": binary.metadata.shared,
+        "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+def failures(kernel: Kernel, figures: dict[str, int]) -> list[str]:
+    """What is wrong with it."""
+    found = []
+    if figures["registers"] > 255:
+        found.append(f"{figures['registers']} registers")
+    if figures["stack"] and triton.__version__ == GATED:
+        found.append(f"{figures['stack']} bytes of stack")
+    if figures["shared"] > SHARED_LIMIT:
+        found.append(f"{figures['shared']} bytes of shared memory")
+    if kernel.wgmma and not figures["wgmma"]:
+        found.append("no wgmma")
+    return found
+
+
+def main() -> int:
+    """Returns the exit code."""
+    gate = "all gates" if triton.__version__ == GATED else f"the stack gate needs triton {GATED}"
+    table = Table(
+        "kernel", "dtype", "warps", "stages", "registers", "stack", "shared", "wgmma", "", title=f"sm_90, triton {triton.__version__} ({gate})"
+    )
+    bad = 0
+    for kernel in kernels():
+        figures = compiled(kernel)
+        wrong = failures(kernel, figures)
+        bad += bool(wrong)
+        table.add_row(kernel.name, kernel.dtype, str(kernel.warps), str(kernel.stages), *map(str, figures.values()), "; ".join(wrong))
+    Console().print(table)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
