@@ -58,7 +58,13 @@ def make(shape: str, rows: int, frozen: bool, dtype: torch.dtype, device: torch.
     # About what the policy itself gives, so that margins are neither 0 nor saturated.
     reference = torch.full((n,), -length * 12.0) + torch.randn(n, generator=g)
     return Inputs(
-        hidden.requires_grad_(), weight.requires_grad_(not frozen), target, torch.arange(n + 1) * length, pairs, reference.to(device), frozen
+        hidden.requires_grad_(),
+        weight.requires_grad_(not frozen),
+        target,
+        torch.arange(n + 1) * length,
+        pairs,
+        reference.to(device),
+        frozen,
     )
 
 
@@ -140,7 +146,13 @@ def exact(x: Inputs, reference: bool = True) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients in float64, without a cached reference for rivals that have none."""
     hidden, weight = x.hidden.detach().double().requires_grad_(), x.weight.detach().double().requires_grad_(not x.frozen)
     moved = Inputs(
-        hidden, weight, x.target, x.cu_seqlens, x.pairs, x.ref_logprob.double() if reference else torch.zeros_like(x.ref_logprob).double(), x.frozen
+        hidden,
+        weight,
+        x.target,
+        x.cu_seqlens,
+        x.pairs,
+        x.ref_logprob.double() if reference else torch.zeros_like(x.ref_logprob).double(),
+        x.frozen,
     )
     return eager(moved)()
 

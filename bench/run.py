@@ -81,10 +81,10 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
     rows = []
     ours = next(c["median_s"] for c in line["candidates"] if c["name"] == "dualign")
     for c in line["candidates"]:
-        rows.append([
-            c["name"], f"{1000 * c['median_s']:.1f}", f"{1000 * c['p20_s']:.1f} to {1000 * c['p80_s']:.1f}", f"{100 * c['floor_share']:.1f} %",
-            f"{c['median_s'] / ours:.2f}", f"{c['extra_bytes'] / 1e6:.0f}", f"{max(c['errors'].values()):.0e}",
-        ])  # fmt: skip
+        spread = f"{1000 * c['p20_s']:.1f} to {1000 * c['p80_s']:.1f}"
+        error = f"{max(c['errors'].values()):.0e}"
+        share, ratio, memory = f"{100 * c['floor_share']:.1f} %", f"{c['median_s'] / ours:.2f}", f"{c['extra_bytes'] / 1e6:.0f}"
+        rows.append([c["name"], f"{1000 * c['median_s']:.1f}", spread, share, ratio, memory, error])
     return title, ["", "ms, median", "p20 to p80", "of the floor", "time / ours", "extra memory, MB", "largest relative error"], rows
 
 

@@ -109,7 +109,16 @@ def main() -> int:
     """Returns the exit code."""
     gate = "all gates" if triton.__version__ == GATED else f"the stack gate needs triton {GATED}"
     table = Table(
-        "kernel", "dtype", "warps", "stages", "registers", "stack", "shared", "wgmma", "", title=f"sm_90, triton {triton.__version__} ({gate})"
+        "kernel",
+        "dtype",
+        "warps",
+        "stages",
+        "registers",
+        "stack",
+        "shared",
+        "wgmma",
+        "",
+        title=f"sm_90, triton {triton.__version__} ({gate})",
     )
     bad = 0
     for kernel in kernels():

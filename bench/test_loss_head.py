@@ -1,4 +1,4 @@
-"""The cases of bench/loss_head.py under pytest-benchmark: `python -m pytest bench`. Small shapes; `python -m bench.run` is the measurement."""
+"""The cases of bench/loss_head.py under pytest-benchmark: `python -m pytest bench`. Small shapes; `python -m bench.run` measures."""
 
 import pytest
 import torch

@@ -209,7 +209,13 @@ class Decoder(nn.Module):
         return self.final_norm(hidden[cu_seqlens[1:].to(self.device, torch.int64) - 1]), kept
 
     def decode(
-        self, tokens: Tensor, position: Tensor, cache: Cache | SharedCache, fused: dict | None, tap: Tap | None = None, stop: int | None = None
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        cache: Cache | SharedCache,
+        fused: dict | None,
+        tap: Tap | None = None,
+        stop: int | None = None,
     ) -> Tensor:
         """One decoding step: hidden states [R, D] after the final norm of one new token per row; the cache grows by it.
 
@@ -255,9 +261,7 @@ class Layer(nn.Module):
             mixed = mixed.index_select(0, layout.slot)
         return self._finish(hidden, mixed, lora), k, v
 
-    def decode(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Cache | SharedCache, index: int, lora: dict | None
-    ) -> Tensor:
+    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Cache | SharedCache, index: int, lora: dict | None) -> Tensor:
         """The layer on one new token per row [R, D]."""
         return self._finish(hidden, cache.attend(index, *self._project(hidden, cos, sin, lora)), lora)
 

@@ -122,8 +122,9 @@ def sample(
     """Roll out `adapter` (None: the reference) on `prompts` and score the responses. `purpose` keys the random numbers.
 
     The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
-    large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the sampler are the same to
-    rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
+    large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
+    sampler are the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios
+    start at 1.
     """
     config = job.config
     start = time.monotonic()

@@ -105,9 +105,7 @@ class _Gradients:
     `unit`: in float16 small factors would be lost, so that the head's gradient is added up relative to this size of them.
     """
 
-    def __init__(
-        self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], unit: Tensor | float
-    ) -> None:
+    def __init__(self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], unit: Tensor | float) -> None:
         dtype = statistics_dtype(hidden.dtype)
         self.work, self.hidden, self.dtype, self.needs = work, hidden, dtype, needs
         self.unit = unit if hidden.dtype == torch.float16 else 1.0
@@ -528,7 +526,9 @@ def _policy_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqlens, 
 sequence_logprob_op = _register("sequence_logprob", _sequence_logprob, _sequence_logprob_shapes)
 _backward_op = _register("sequence_logprob_backward", _sequence_logprob_backward, _sequence_logprob_backward_shapes)
 preference_labels_op = _register(
-    "preference_labels", _preference_labels, lambda hidden, pairs, *rest: hidden.new_empty(pairs.shape[0], dtype=statistics_dtype(hidden.dtype))
+    "preference_labels",
+    _preference_labels,
+    lambda hidden, pairs, *rest: hidden.new_empty(pairs.shape[0], dtype=statistics_dtype(hidden.dtype)),
 )
 preference_terms_op = _register("preference_terms", _preference_terms, _preference_terms_shapes)
 preference_pass_op = _register("preference_pass", _preference_pass, _preference_pass_shapes)

@@ -363,9 +363,7 @@ def preference_loss(logprob: torch.Tensor, pairs: torch.Tensor, q: torch.Tensor,
     return PreferenceLoss(loss, logprob.detach(), margin, q, accuracy)
 
 
-def draw_uniform(
-    labels: str, uniform: torch.Tensor | None, generator: torch.Generator | None, pairs: torch.Tensor
-) -> torch.Tensor | None:
+def draw_uniform(labels: str, uniform: torch.Tensor | None, generator: torch.Generator | None, pairs: torch.Tensor) -> torch.Tensor | None:
     """The uniform numbers [K] of sampled labels."""
     if labels != "sampled" or uniform is not None:
         return uniform
@@ -433,7 +431,9 @@ def group_advantage(
     # first[i], stop[i]: where the group of the sorted entry i begins and ends. Segment i holds the group where i is its first entry.
     first, stop = torch.searchsorted(value, value), torch.searchsorted(value, value, right=True)
     place = torch.arange(len(value), device=device)
-    offsets = torch.cat([torch.where(first == place, place, stop), torch.full_like(place[:1], len(value))]) if len(value) else place.new_zeros(1)
+    offsets = (
+        torch.cat([torch.where(first == place, place, stop), torch.full_like(place[:1], len(value))]) if len(value) else place.new_zeros(1)
+    )
 
     def over_group(x: torch.Tensor, kind: str) -> torch.Tensor:
         return torch.segment_reduce(x, kind, offsets=offsets, unsafe=True, initial=0.0 if kind == "sum" else None)[first]
@@ -455,7 +455,9 @@ def group_advantage(
     return torch.empty_like(result).index_copy_(0, order, result)
 
 
-def row_shares(cu_seqlens: torch.Tensor, token_weight: torch.Tensor | None, normalize: str, rows: int, device: torch.device) -> torch.Tensor:
+def row_shares(
+    cu_seqlens: torch.Tensor, token_weight: torch.Tensor | None, normalize: str, rows: int, device: torch.device
+) -> torch.Tensor:
     """Share of each row in the mean of a policy loss, float64 [T]: over all rows ("token"), or over sequences of the means over their
     rows ("sequence", an empty one counts as 0), weighted by token_weight."""
     lengths = cu_seqlens.to(device, non_blocking=True).diff()

@@ -1,7 +1,7 @@
 """Log-probs without stored logits: a Triton matrix kernel that keeps only the running maximum and sum of each row. Forward passes alone.
 
-A program takes BLOCK_M rows and one of `splits` parts of the vocabulary, whose (max, sum, target logit) it leaves; a second kernel joins the
-parts of a row in their order. All shapes of blocks are in `TABLE`; nothing is tuned at run time.
+A program takes BLOCK_M rows and one part of the vocabulary, whose (max, sum, target logit) it leaves; a second kernel joins the parts of a
+row in their order. All shapes of blocks are in `TABLE`; nothing is tuned at run time.
 """
 
 from typing import NamedTuple
@@ -44,9 +44,9 @@ def part_kernel(
     p_weight,  # [V, D]
     p_bias,  # [V]
     p_target,  # [T]
-    p_max,  # [splits, T] float32
-    p_sum,  # [splits, T] float32
-    p_target_logit,  # [splits, T] float32, -inf where the target is in another part
+    p_max,  # [parts, T] float32
+    p_sum,  # [parts, T] float32
+    p_target_logit,  # [parts, T] float32, -inf where the target is in another part
     rows,
     vocabulary,
     width,

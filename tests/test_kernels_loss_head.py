@@ -319,7 +319,9 @@ def test_policy_loss_against_autograd(op, dtype, needs, advantage, normalize, cl
 
     def fused(leaves):
         scores = {k: labels[k] for k in ("reward", "utility", "lam")}
-        result = op(**leaves, group=group, **scores, advantage=advantage, **options, memory_budget_bytes=None if dtype.itemsize == 2 else 40_000)
+        result = op(
+            **leaves, group=group, **scores, advantage=advantage, **options, memory_budget_bytes=None if dtype.itemsize == 2 else 40_000
+        )
         torch.testing.assert_close(result.advantage, exact_advantage, rtol=1e-12, atol=1e-12)
         assert not any(x.requires_grad for x in result[1:])
         return result.loss, result.logprob, result.token_logprob
@@ -462,9 +464,7 @@ def test_fullgraph_compile_of_a_caller(small, needs):
 
     def caller(hidden, weight, lam):
         rest = {k: data[k] for k in ("target", "cu_seqlens")}
-        loss = lagrangian_preference_loss(
-            hidden * 2, weight, **rest, **labels | {"lam": lam}, beta=0.3, memory_budget_bytes=budget
-        ).loss
+        loss = lagrangian_preference_loss(hidden * 2, weight, **rest, **labels | {"lam": lam}, beta=0.3, memory_budget_bytes=budget).loss
         group = torch.arange(10) % 3
         scores = {"reward": labels["reward"], "utility": labels["utility"], "lam": lam}
         return loss + lagrangian_policy_loss(hidden, weight, **rest, group=group, **scores, memory_budget_bytes=budget).loss

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels import native, reference, sample, sequence_logprob
-from kernels.sampling import _invert, uniform
 from kernels.loss_head import row_workspace
+from kernels.sampling import _invert, uniform
 
 # -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
 SIZES = [7, 127, 128, 129, 32001, 49152]
