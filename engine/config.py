@@ -42,7 +42,7 @@ class RunConfig:
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer without a template."""
 
-    n_prompts: int = 240
+    n_prompts: int = 400
     """Training prompts sampled from the reference, at most: a seeded subset."""
     n_responses: int = 8
     """Responses per prompt (G)."""
@@ -95,7 +95,7 @@ class RunConfig:
 
     eval_prompts: int = 96
     """Held-out prompts in the verdict, at most."""
-    eval_responses: int = 8
+    eval_responses: int = 6
     """Responses per held-out prompt."""
 
 
@@ -103,11 +103,11 @@ class RunConfig:
 class CaidConfig(RunConfig):
     """CAID: alternate policy updates with dual descent (arXiv 2505.19387, Algorithm 2)."""
 
-    iterations: int = 3
+    iterations: int = 5
     """T: policies trained; a dual step stands between two of them."""
-    slack_prompts: int = 48
+    slack_prompts: int = 64
     """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
-    slack_responses: int = 4
+    slack_responses: int = 3
     """Responses per prompt in the slack."""
     dual_step: float = 0.0
     """Step size of the dual descent; 0 takes the inverse Hessian at the warm start."""
@@ -119,7 +119,7 @@ class CaidConfig(RunConfig):
 class MocanConfig(RunConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
-    steps: int = 15
+    steps: int = 25
     """Policy steps in all."""
 
 
