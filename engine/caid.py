@@ -31,5 +31,5 @@ def loop(world: stages.World, config: CaidConfig) -> torch.Tensor:
         u = world.measure_slack(lam_J, t)
         if world.passes_max_kl(u, t) or t == config.iterations:
             break
-        lam_J = dual.step(lam_J, u.slack_J, config.dual_step or warm.hessian, max_change=config.lam_max_change, lam_max=config.lam_max)
+        lam_J = dual.step(lam_J, u.slack_J, warm.hessian / config.dual_step, max_change=config.lam_max_change, lam_max=config.lam_max)
     return lam_J

@@ -109,8 +109,9 @@ class CaidConfig(RunConfig):
     """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
     slack_responses: int = 3
     """Responses per prompt in the slack."""
-    dual_step: float = 0.0
-    """Step size of the dual descent; 0 takes the inverse Hessian at the warm start."""
+    dual_step: float = 0.5
+    """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
+    few steps lags behind lambda."""
     lam_max_change: float = 2.0
     """Largest factor by which a multiplier may change in one dual step."""
 
@@ -158,7 +159,7 @@ def check(config: RunConfig) -> None:
     """
     positive = (
         "n_prompts max_new_tokens rollout_rows steps prompts_per_step learning_rate clip_norm lora_rank lora_alpha beta lam_max "
-        "memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses"
+        "memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses dual_step"
     ).split()
     for name in positive:
         value = getattr(config, name, 1)

@@ -38,7 +38,7 @@ def optimum(world):
 @pytest.mark.parametrize(("J", "b", "start"), [(1, [0.4], None), (1, [0.4], [0.05]), (1, [0.4], [3.0]), (2, [0.3, 0.2], [0.1, 2.0])])
 def test_caid_reaches_the_constrained_optimum(J, b, start):
     world = EnumeratedWorld(P=4, Y=5, J=J, b=b, beta=0.7, seed=1, lam_init=start)
-    lam = caid.loop(world, CaidConfig(iterations=16, lam_max_change=2.0))
+    lam = caid.loop(world, CaidConfig(iterations=16, dual_step=1.0))
     expected_lam, expected_policy = optimum(world)
     assert (lam - expected_lam).abs().max() < 1e-6
     assert (world.policy_PY() - expected_policy).abs().max() < 1e-6
