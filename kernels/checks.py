@@ -235,3 +235,49 @@ def check_policy_values(
     ):
         if value is not None:
             check_finite(name, value, debug)
+
+
+def check_dual(
+    reward_PG: torch.Tensor,
+    utility_PGJ: torch.Tensor,
+    lam_J: torch.Tensor,
+    beta: float,
+    utility_mean: torch.Tensor | float | None,
+    threshold: torch.Tensor | float | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The arguments of `dual_moments` but for the values of tensors; returns utility_mean and threshold as tensors."""
+    check_tensor("reward_PG", reward_PG, (None, None), FLOATS, None)
+    prompts, responses = reward_PG.shape
+    if prompts == 0 or responses == 0:
+        raise ValueError(f"reward_PG has shape {list(reward_PG.shape)}: expected at least one prompt and one response")
+    places = (reward_PG.device, torch.device("cpu"))
+    check_tensor("utility_PGJ", utility_PGJ, (prompts, responses, None), FLOATS, (reward_PG.device,))
+    constraints = utility_PGJ.shape[2]
+    check_tensor("lam_J", lam_J, (constraints,), FLOATS, places)
+    check_positive("beta", beta)
+    levels = []
+    for name, value in (("utility_mean", utility_mean), ("threshold", threshold)):
+        if value is not None:
+            value = torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float64)
+            check_tensor(name, value, (constraints,) if value.dim() else (), FLOATS, places)
+        levels.append(value)
+    return tuple(levels)
+
+
+def check_dual_values(
+    reward_PG: torch.Tensor,
+    utility_PGJ: torch.Tensor,
+    lam_J: torch.Tensor,
+    utility_mean: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+) -> None:
+    """The values that `check_dual` leaves, where they may be read."""
+    for name, value in (
+        ("reward_PG", reward_PG),
+        ("utility_PGJ", utility_PGJ),
+        ("lam_J", lam_J),
+        ("utility_mean", utility_mean),
+        ("threshold", threshold),
+    ):
+        if value is not None:
+            check_finite(name, value, False)

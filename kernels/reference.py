@@ -17,16 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from kernels.checks import (
-    FLOATS,
-    check_finite,
+    check_dual,
+    check_dual_values,
     check_policy,
     check_policy_values,
-    check_positive,
     check_preference,
     check_preference_values,
     check_row_values,
     check_rows,
-    check_tensor,
 )
 
 DEFAULT_MEMORY_BUDGET_BYTES = 256 * 2**20
@@ -587,36 +585,35 @@ def dual_moments(
     utility_mean: torch.Tensor | float | None = None,
     threshold: torch.Tensor | float | None = None,
 ) -> DualMoments:
-    """`kernels.dual_moments` in plain torch on any device, with the same arguments.
+    """`kernels.dual_moments` in plain torch on any device, with the same arguments."""
+    levels = check_dual(reward_PG, utility_PGJ, lam_J, beta, utility_mean, threshold)
+    check_dual_values(reward_PG, utility_PGJ, lam_J, *levels)
+    return tilted_moments(reward_PG, utility_PGJ, lam_J, beta, *levels)
+
+
+def tilted_moments(
+    reward_PG: torch.Tensor,
+    utility_PGJ: torch.Tensor,
+    lam_J: torch.Tensor,
+    beta: float,
+    utility_mean: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+) -> DualMoments:
+    """The arithmetic of `dual_moments`; arguments are checked already.
 
     With g' = g - utility_mean - threshold and the tilted weights w = softmax_i((r + lam . g') / beta):
     value = (beta / P) sum_p [logsumexp_i((r + lam . g') / beta) - ln G], gradient = mean_p E_w[g'], hessian = mean_p Cov_w[g'] / beta,
     ess = 1 / sum_i w_i^2.
     """
-    check_tensor("reward_PG", reward_PG, (None, None), FLOATS, None)
     prompts, responses = reward_PG.shape
-    if prompts == 0 or responses == 0:
-        raise ValueError(f"reward_PG has shape {list(reward_PG.shape)}: expected at least one prompt and one response")
-    places = (reward_PG.device, torch.device("cpu"))
-    check_tensor("utility_PGJ", utility_PGJ, (prompts, responses, None), FLOATS, (reward_PG.device,))
-    constraints = utility_PGJ.shape[2]
-    check_tensor("lam_J", lam_J, (constraints,), FLOATS, places)
-    check_positive("beta", beta)
-    for name, value in (("reward_PG", reward_PG), ("utility_PGJ", utility_PGJ), ("lam_J", lam_J)):
-        check_finite(name, value, False)
 
-    def level(name: str, value: torch.Tensor | float) -> torch.Tensor:
-        value = torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float64)
-        check_tensor(name, value, (constraints,) if value.dim() else (), FLOATS, places)
-        check_finite(name, value, False)
+    def here(value: torch.Tensor) -> torch.Tensor:
         return value.to(reward_PG.device, torch.float64, non_blocking=True)
 
-    reward, utility = reward_PG.double(), utility_PGJ.double()
-    lam = lam_J.to(reward_PG.device, torch.float64, non_blocking=True)
-    centre = utility.mean((0, 1)) if utility_mean is None else level("utility_mean", utility_mean)
-    utility = utility - centre
+    reward, utility, lam = reward_PG.double(), utility_PGJ.double(), here(lam_J)
+    utility = utility - (utility.mean((0, 1)) if utility_mean is None else here(utility_mean))
     if threshold is not None:
-        utility = utility - level("threshold", threshold)
+        utility = utility - here(threshold)
     tilted = (reward + utility @ lam) / beta
     value = beta * (tilted.logsumexp(1).mean() - torch.tensor(responses, dtype=torch.float64).log())
     w = tilted.softmax(1)

@@ -96,3 +96,18 @@ def test_bad_arguments(change, message):
     reward, utility, lam = scores()
     with pytest.raises(ValueError, match=message):
         dual_moments(**{"reward_PG": reward, "utility_PGJ": utility, "lam_J": lam, "beta": 1.0} | change)
+
+
+def test_opcheck_and_fullgraph_compile():
+    from kernels.dual_moments import dual_moments_op
+
+    torch._dynamo.reset()
+    r, g, lam = torch.randn(3, 4), torch.randn(3, 4, 2), torch.tensor([0.5, 0.1])
+    arguments = r, g, lam, 0.7, None, torch.tensor(0.2)
+    checked = torch.library.opcheck(dual_moments_op, arguments)
+    assert set(checked.values()) == {"SUCCESS"}
+
+    def caller(r, g, lam):
+        return lam - 0.1 * dual_moments(r * 2, g, lam, 0.7, threshold=0.2).gradient
+
+    torch.testing.assert_close(torch.compile(caller, fullgraph=True, backend="aot_eager")(r, g, lam), caller(r, g, lam))

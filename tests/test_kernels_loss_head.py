@@ -237,6 +237,57 @@ def test_any_pairs_agree_with_dense(lengths, pairs, vocabulary, rows, seed):
     check(data, labels, ("hidden", "weight"), budget_of(data, rows))
 
 
+@pytest.mark.parametrize("budget", [None, 60_000])
+def test_tied_embeddings_accumulation_and_repeated_sequences(budget):
+    """The head is also the embedding that made the states; two losses add up in .grad; the same sequence in many pairs."""
+    data, labels = problem(torch.float64, pairs=torch.tensor([[0, 1], [0, 1], [1, 0], [0, 3], [6, 6]]))
+    tokens = torch.arange(42) % 211
+    grads = []
+    for fused in (True, False):
+        weight = data["weight"].clone().requires_grad_()
+        for beta in (0.3, 0.7):
+            leaves = data | {"hidden": torch.tanh(weight[tokens]) * 3, "weight": weight}
+            if fused:
+                loss = lagrangian_preference_loss(**leaves, **labels, beta=beta, memory_budget_bytes=budget).loss
+            else:
+                loss = dense_dpo(leaves, {}, labels, beta)[0]
+            (loss * 2.5).backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
+
+
+def test_loss_falls_along_the_gradient_and_scales_with_kappa():
+    data, labels = problem(torch.float64)
+    leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+    loss = lagrangian_preference_loss(**data, **labels, beta=0.5).loss
+    gradients = torch.autograd.grad(loss, leaves)
+    moved = {name: (x - 1e-3 * g).detach() for name, x, g in zip(("hidden", "weight"), leaves, gradients, strict=True)}
+    assert lagrangian_preference_loss(**data | moved, **labels, beta=0.5).loss < loss
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
+def test_rows_in_any_order_of_sequences(needs):
+    """A permutation of the sequences permutes results and gradients."""
+    data, labels = problem(torch.float64, weighted=True)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    bounds = data["cu_seqlens"]
+    rows = torch.cat([torch.arange(bounds[n], bounds[n + 1]) for n in order])
+    moved = {k: data[k][rows] for k in ("hidden", "target", "token_weight")} | {"weight": data["weight"]}
+    moved["cu_seqlens"] = torch.tensor([0, *(LENGTHS[n] for n in order)]).cumsum(0)
+    back = order.argsort()
+    moved_labels = {k: v[order] if len(v) == 10 else v for k, v in labels.items()} | {"pairs": back[PAIRS]}
+    results = []
+    for d, chosen in ((data, labels), (moved, moved_labels)):
+        leaves = [d[name].detach().requires_grad_() for name in needs]
+        loss = lagrangian_preference_loss(
+            **d | dict(zip(needs, leaves, strict=True)), **chosen, beta=0.5, memory_budget_bytes=budget_of(data, 12)
+        ).loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    results[0][1] = results[0][1][rows]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 def test_plan_prefers_three_products_then_memory():
     data = make(rows=64, vocabulary=4096, lengths=(64,))
     hidden, weight = data["hidden"], data["weight"]

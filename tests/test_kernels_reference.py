@@ -141,7 +141,9 @@ def test_chunks_do_not_change_the_result(needs, dtype, monkeypatch):
     assert max(sizes) < 16 and len(sizes) > 9
 
 
-@pytest.mark.parametrize("vocabulary,width", [(49152, 64), (50257, 576)])
+@pytest.mark.parametrize(
+    "vocabulary,width", [(7, 8192), (32001, 896), (49152, 64), (50257, 576), (128256, 128), (151936, 64), (262144, 64), (2000, 4096)]
+)
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
 def test_real_vocabulary(vocabulary, width, needs):
     check_against_dense(sequence_logprob, make(rows=6, width=width, vocabulary=vocabulary, lengths=(2, 4)), needs)
