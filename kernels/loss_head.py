@@ -108,7 +108,7 @@ class _Gradients:
     def __init__(self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], unit: Tensor | float) -> None:
         dtype = statistics_dtype(hidden.dtype)
         self.work, self.hidden, self.dtype, self.needs = work, hidden, dtype, needs
-        self.unit = unit if hidden.dtype == torch.float16 else 1.0
+        self.unit = unit if hidden.dtype == torch.float16 else None
         self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
         self.d_weight = work.weight.new_empty(work.weight.shape, dtype=dtype) if needs[1] else hidden.new_empty(0)
         self.d_bias = torch.zeros_like(bias, dtype=dtype) if needs[2] else hidden.new_empty(0)
@@ -119,7 +119,7 @@ class _Gradients:
         """Add the rows at `part`, whose z and scale these are."""
         row_factor = row_factor.to(self.dtype)
         self.add_hidden(part, z, scale, row_factor)
-        relative = row_factor if self.unit == 1.0 else row_factor / self.unit
+        relative = row_factor if self.unit is None else row_factor / self.unit
         if self.needs[1]:
             self.add_weight(self.d_weight, part, z, scale, relative, not self.started)
             self.started = True
@@ -143,7 +143,7 @@ class _Gradients:
         """Scheme E: both sequences are added; `row_factor` [2] is -a of each."""
         for part, factor in zip(parts if self.needs[0] else [], row_factor, strict=False):
             self.d_hidden[part] = (self.d_hidden[part] * factor).to(self.d_hidden.dtype)
-        factor = row_factor[0] if self.unit == 1.0 else row_factor[0] / self.unit
+        factor = row_factor[0] if self.unit is None else row_factor[0] / self.unit
         for mine, own in ((self.d_weight, self.open[0]), (self.d_bias, self.open[1])):
             own.mul_(factor)
             if own is not mine:
@@ -173,7 +173,7 @@ class _Gradients:
         """In the dtypes of the inputs; empty where not needed."""
         if self.needs[1] and not self.started:
             self.d_weight.zero_()
-        if self.hidden.dtype == torch.float16:
+        if self.unit is not None:
             self.d_weight.mul_(self.unit)
             self.d_bias.mul_(self.unit)
         return self.d_hidden, self.d_weight.to(weight.dtype), self.d_bias if bias is None else self.d_bias.to(bias.dtype)
@@ -263,8 +263,7 @@ class _Part(NamedTuple):
 
 
 def _parts(pairs: list[list[int]], lengths: list[int], chunk: int) -> list[_Part]:
-    """Connected sequences packed into parts of at most `chunk` rows; one that is larger stands alone. In the order of the first
-    sequence of each."""
+    """Connected sequences packed into parts of at most `chunk` rows; what is larger stands alone, pairs of two first."""
     root = list(range(len(lengths)))
 
     def find(n: int) -> int:
@@ -299,7 +298,7 @@ def _parts(pairs: list[list[int]], lengths: list[int], chunk: int) -> list[_Part
     return sorted(parts, key=lambda part: not (part.opposite and sum(lengths[n] for n in part.sequences) > chunk))
 
 
-def _rows_of(sequences: list[int], starts: list[int], lengths: list[int], device: torch.device) -> list[slice | Tensor]:
+def _rows_of(sequences: list[int], starts: list[int], lengths: list[int], device: torch.device) -> slice | Tensor:
     """The rows of these sequences: one slice where they follow each other, else their indices."""
     filled = [n for n in sequences if lengths[n]]
     if not filled:
