@@ -170,3 +170,27 @@ def test_save_refuses_a_folder_in_use(tmp_path):
     llama(tmp_path / "a")
     with pytest.raises(UserError, match="not empty"):
         M.save(M.load(tmp_path / "a"), tmp_path / "a")
+
+
+def test_hub_id_and_missing_folder(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    network, asked = llama(tmp_path / "snapshot"), []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = M.load("someone/tiny-llama")
+    assert asked[0][0] == "someone/tiny-llama" and "*.safetensors" in asked[0][1] and not any("bin" in p for p in asked[0][1])
+    assert torch.equal(loaded.embed, network.model.embed_tokens.weight)
+
+    def offline(name, allow_patterns):
+        raise OSError("no route\nto the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"someone/tiny-llama: not a local folder, and the hub did not give it \(no route\); give a local"):
+        M.load("someone/tiny-llama")
+    with pytest.raises(UserError, match="no such folder, and not a hub id"):
+        M.load(tmp_path / "nowhere")
