@@ -134,7 +134,9 @@ def smoke(config: RunConfig) -> RunConfig:
     """The whole loop on a tiny random model in under 30 seconds: `python -m engine.train --preset smoke`. Fields that the
     user set to something else than the default stay as they are."""
     default = type(config)()
-    small = dict(SMOKE, model="smoke", **({"slack_prompts": 6, "slack_responses": 2} if isinstance(config, CaidConfig) else {}))
+    small = dict(
+        SMOKE, model="smoke", **({"iterations": 3, "slack_prompts": 6, "slack_responses": 2} if isinstance(config, CaidConfig) else {})
+    )
     kept = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
     return replace(config, **{name: value for name, value in small.items() if name not in kept})
 
