@@ -5,10 +5,16 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "vectors.h"
 
@@ -95,45 +101,76 @@ INLINE Sampled sample_row(const float* row, int64_t columns, double u, double in
     return {token, log_share((static_cast<double>(row[token]) - m) * inverse, mass[within], others)};
 }
 
-struct Normalised {
-    float logprob;
-    float scale;
+// What is known of a row of logits while its columns come in parts; the target's own logit is kept apart from the others, so that nothing
+// is lost where its probability is close to 1.
+struct Running {
+    float* largest;   // [R] of the others so far; -inf before the first
+    double* others;   // [R] sum of exp((z - largest) inverse) over the others so far
+    float* own;       // [R] the target's logit, once its column was seen
 };
 
-// log p of the target. With `gradient` the row is overwritten by (softmax - onehot) * inverse / scale, so that it is passed over once after
-// the maximum is known; else it is left as it was. A row with NaN or without a finite maximum becomes 0 with scale NaN.
+// Take in one part of a row. With `product` (width floats) z is overwritten by exp((z - largest) inverse), the target's by 0, and `product`,
+// a sum of such terms of earlier parts, is brought to the present `largest`.
 template <int W>
-INLINE Normalised logprob_row(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
-    const float m = row_max<W>(row, columns), scale = static_cast<float>(inverse);
-    const float z = row[target];
+INLINE void accumulate_part(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
+                            int64_t width) {
+    const bool mine = target >= 0 && target < columns;
+    const float own = mine ? z[target] : 0.0f;
+    if (mine) {
+        running.own[r] = own;
+        z[target] = -kInfinity;
+    }
+    float m = running.largest[r];
+    const float top = row_max<W>(z, columns);
+    double& others = running.others[r];
+    if (top > m) {
+        if (others != 0) {
+            const float shrink = exp_negative<W>((spread<W>(m) - top) * inverse)[0];
+            others *= shrink;
+            if (product != nullptr)
+                for (int64_t d = 0; d < width; ++d) product[d] *= shrink;
+        }
+        running.largest[r] = m = top;
+    }
+    // Only -inf so far, or NaN, which the row's maximum passes over but its sum must not.
+    const float shift = m == -kInfinity ? 0.0f : m;
     float padded[kBlock], mass[kBlock];
-    const double own = exp_negative<W>((spread<W>(z) - m) * scale)[0];
-    // NaN stays: it must reach the log-prob and the scale.
-    if (z == z) row[target] = -kInfinity;
-    double others = 0;
     const int64_t whole = columns / kBlock;
-    for (int64_t b = 0; b < whole; ++b) others += block_mass<W>(row + b * kBlock, m, scale, gradient ? row + b * kBlock : nullptr);
+    for (int64_t b = 0; b < whole; ++b) others += block_mass<W>(z + b * kBlock, shift, inverse, product ? z + b * kBlock : nullptr);
     if (const int64_t rest = columns - whole * kBlock) {
-        others += block_mass<W>(block_of(row, columns, whole, padded), m, scale, mass);
-        if (gradient) std::memcpy(row + whole * kBlock, mass, rest * sizeof(float));
+        others += block_mass<W>(block_of(z, columns, whole, padded), shift, inverse, product ? mass : nullptr);
+        if (product != nullptr) std::memcpy(z + whole * kBlock, mass, rest * sizeof(float));
     }
-    const double total = own + others;
-    if (gradient) {
-        row[target] = static_cast<float>(-others);
-        if (!(total == total)) std::memset(row, 0, columns * sizeof(float));
-    } else {
-        row[target] = z;
+    if (mine) z[target] = product ? 0.0f : own;
+}
+
+// One part of a row of J times `factor`: exp((z - shift) inverse) factor, and `own` at the target. All 0 where factor is.
+template <int W>
+INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
+    if (factor == 0) {
+        std::memset(out, 0, columns * sizeof(float));
+        return;
     }
-    return {log_share((static_cast<double>(z) - m) * inverse, own, others), static_cast<float>(inverse / total)};
+    int64_t i = 0;
+    for (; i + W <= columns; i += W) store<W>(out + i, exp_negative<W>((load<W>(z + i) - shift) * inverse) * factor);
+    if (i < columns) {
+        float padded[W];
+        for (int j = 0; j < W; ++j) padded[j] = i + j < columns ? z[i + j] : -kInfinity;
+        store<W>(padded, exp_negative<W>((load<W>(padded) - shift) * inverse) * factor);
+        std::memcpy(out + i, padded, (columns - i) * sizeof(float));
+    }
+    if (target >= 0 && target < columns) out[target] = own;
 }
 
 using SampleRow = Sampled (*)(const float*, int64_t, double, double, float*);
-using LogprobRow = Normalised (*)(float*, int64_t, int64_t, double, bool);
+using AccumulatePart = void (*)(float*, int64_t, int64_t, float, int64_t, const Running&, float*, int64_t);
+using JacobianPart = void (*)(const float*, int64_t, int64_t, float, float, float, float, float*);
 
 struct Rows {
     const char* name;
     SampleRow sample;
-    LogprobRow logprob;
+    AccumulatePart accumulate;
+    JacobianPart jacobian;
 };
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -141,14 +178,22 @@ struct Rows {
 AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, double u, double inverse, float* sums) {
     return sample_row<16>(row, columns, u, inverse, sums);
 }
-AVX512 Normalised logprob_row_avx512(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
-    return logprob_row<16>(row, columns, target, inverse, gradient);
+AVX512 void accumulate_avx512(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
+    int64_t width) {
+    accumulate_part<16>(z, columns, target, inverse, r, running, product, width);
+}
+AVX512 void jacobian_avx512(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
+    jacobian_part<16>(z, columns, target, inverse, shift, factor, own, out);
 }
 AVX2 Sampled sample_row_avx2(const float* row, int64_t columns, double u, double inverse, float* sums) {
     return sample_row<8>(row, columns, u, inverse, sums);
 }
-AVX2 Normalised logprob_row_avx2(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
-    return logprob_row<8>(row, columns, target, inverse, gradient);
+AVX2 void accumulate_avx2(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
+    int64_t width) {
+    accumulate_part<8>(z, columns, target, inverse, r, running, product, width);
+}
+AVX2 void jacobian_avx2(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
+    jacobian_part<8>(z, columns, target, inverse, shift, factor, own, out);
 }
 
 std::vector<Rows> supported() {
@@ -156,8 +201,8 @@ std::vector<Rows> supported() {
     std::vector<Rows> found;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        found.push_back({"avx512", sample_row_avx512, logprob_row_avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", sample_row_avx2, logprob_row_avx2});
+        found.push_back({"avx512", sample_row_avx512, accumulate_avx512, jacobian_avx512});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", sample_row_avx2, accumulate_avx2, jacobian_avx2});
     return found;
 }
 
@@ -166,11 +211,15 @@ std::vector<Rows> supported() {
 Sampled sample_row_generic(const float* row, int64_t columns, double u, double inverse, float* sums) {
     return sample_row<4>(row, columns, u, inverse, sums);
 }
-Normalised logprob_row_generic(float* row, int64_t columns, int64_t target, double inverse, bool gradient) {
-    return logprob_row<4>(row, columns, target, inverse, gradient);
+void accumulate_generic(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
+    int64_t width) {
+    accumulate_part<4>(z, columns, target, inverse, r, running, product, width);
+}
+void jacobian_generic(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
+    jacobian_part<4>(z, columns, target, inverse, shift, factor, own, out);
 }
 
-std::vector<Rows> supported() { return {{"generic", sample_row_generic, logprob_row_generic}}; }
+std::vector<Rows> supported() { return {{"generic", sample_row_generic, accumulate_generic, jacobian_generic}}; }
 
 #endif
 
@@ -214,25 +263,84 @@ void sample_rows(const Matrix& logits, const Vector<double>& u, double inverse, 
     }
 }
 
-void rows_logprob(const Matrix& logits, const Vector<int64_t>& target, double inverse, bool gradient, const Vector<float>& logprob,
-                  const Vector<float>& scale, int threads, const char* instructions) {
-    check_rows(logits, target.shape(0), logprob.shape(0));
-    check_rows(logits, target.shape(0), scale.shape(0));
-    const LogprobRow one = rows_of(instructions).logprob;
-    const int64_t rows = logits.shape(0), columns = logits.shape(1);
+// A part [R, B] of the columns of logits: rows may lie further apart than B.
+using Part = nb::ndarray<float, nb::shape<-1, -1>, nb::device::cpu>;
+
+void check_part(const Part& part, size_t rows) {
+    if (part.shape(0) != rows || (part.shape(1) != 1 && part.stride(1) != 1)) throw std::invalid_argument("a part [R, B] with dense columns is wanted");
+}
+
+void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse, const Vector<float>& largest,
+                const Vector<double>& others, const Vector<float>& own, std::optional<Matrix> product, int threads,
+                const char* instructions) {
+    const int64_t rows = logits.shape(0), columns = logits.shape(1), stride = logits.stride(0);
+    check_part(logits, target.shape(0));
+    if (largest.shape(0) != target.shape(0) || others.shape(0) != target.shape(0) || own.shape(0) != target.shape(0) ||
+        (product && product->shape(0) != target.shape(0)))
+        throw std::invalid_argument("vectors and product of R rows are wanted");
+    const AccumulatePart one = rows_of(instructions).accumulate;
+    const Running running{largest.data(), others.data(), own.data()};
     float* z = logits.data();
     const int64_t* y = target.data();
-    float* log = logprob.data();
-    float* factor = scale.data();
+    float* sums = product ? product->data() : nullptr;
+    const int64_t width = product ? product->shape(1) : 0;
+    nb::gil_scoped_release release;
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r)
-        if (y[r] < 0 || y[r] >= columns) throw std::out_of_range("target " + std::to_string(y[r]) + " does not lie in [0, V)");
+        one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), r, running, sums ? sums + r * width : nullptr, width);
+}
+
+// Log-probs once all columns were taken in, and what J is made of: J = exp((z - shift) inverse) scale, own at the target. `product_scale`
+// is to `largest` what scale is to shift. A row without a log-prob has NaN in all of them.
+void finish(double inverse, double slope, const Vector<float>& largest, const Vector<double>& others, const Vector<float>& own,
+            const Vector<float>& logprob, const Matrix& state, const Vector<float>& product_scale) {
+    const int64_t rows = logprob.shape(0);
+    float* out = state.data();
+    for (int64_t r = 0; r < rows; ++r) {
+        const float z = own.data()[r], m = largest.data()[r];
+        const double shift = z > m || z != z ? z : m;
+        const double shrink = m == shift ? 1 : std::exp((m - shift) * inverse), rest = others.data()[r] * shrink;
+        const double mine = z == shift ? 1 : std::exp((z - shift) * inverse);
+        const double total = std::isfinite(shift) ? mine + rest : std::numeric_limits<double>::quiet_NaN();
+        logprob.data()[r] = total == total ? log_share((z - shift) * inverse, mine, rest) : static_cast<float>(total);
+        out[3 * r] = static_cast<float>(shift);
+        out[3 * r + 1] = static_cast<float>(slope / total);
+        out[3 * r + 2] = static_cast<float>(-slope * (rest / total));
+        product_scale.data()[r] = static_cast<float>(slope / total * shrink);
+    }
+}
+
+void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse, const Matrix& state,
+              const Vector<float>& factor, const Matrix& out, int threads, const char* instructions) {
+    const int64_t rows = logits.shape(0), columns = logits.shape(1), stride = logits.stride(0);
+    check_part(logits, target.shape(0));
+    if (state.shape(0) != target.shape(0) || state.shape(1) != 3 || factor.shape(0) != target.shape(0) ||
+        out.shape(0) != target.shape(0) || out.shape(1) != logits.shape(1))
+        throw std::invalid_argument("state [R, 3], factor [R] and out [R, B] are wanted");
+    const JacobianPart one = rows_of(instructions).jacobian;
+    const float* z = logits.data();
+    const int64_t* y = target.data();
+    const float* known = state.data();
+    const float* a = factor.data();
+    float* to = out.data();
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-        const Normalised normalised = one(z + r * columns, columns, y[r], inverse, gradient);
-        log[r] = normalised.logprob;
-        factor[r] = normalised.scale;
+        const float* row = known + 3 * r;
+        // 0 times NaN: a row of factor 0 is 0, whatever it holds.
+        const float scale = a[r] == 0 ? 0.0f : row[1] * a[r];
+        one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), row[0], scale, row[2] * a[r], to + r * columns);
     }
+}
+
+// Ask for large pages behind [address, address + bytes); where the system has none, nothing changes.
+void huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t page = 4096;
+    constexpr size_t least = 4 << 20;
+    const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+    if (bytes >= least) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace
@@ -245,7 +353,12 @@ NB_MODULE(_native, m) {
     m.attr("instructions") = nb::tuple(names);
     m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("u"), nb::arg("inverse_temperature"), nb::arg("token"),
           nb::arg("logprob"), nb::arg("threads"), nb::arg("instructions"));
-    m.def("rows_logprob", &rows_logprob, nb::arg("logits"), nb::arg("target"), nb::arg("inverse_temperature"), nb::arg("gradient"),
-          nb::arg("logprob"), nb::arg("scale"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("accumulate", &accumulate, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("largest"),
+          nb::arg("others"), nb::arg("own"), nb::arg("product").none(), nb::arg("threads"), nb::arg("instructions"));
+    m.def("finish", &finish, nb::arg("inverse"), nb::arg("slope"), nb::arg("largest"), nb::arg("others"), nb::arg("own"),
+          nb::arg("logprob"), nb::arg("state"), nb::arg("product_scale"));
+    m.def("jacobian", &jacobian, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("state"),
+          nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("huge_pages", &huge_pages, nb::arg("address"), nb::arg("bytes"));
     bind_attention(m);
 }

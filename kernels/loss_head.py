@@ -13,9 +13,9 @@ The matrix products are the cost: 2 T D V flop each, T rows. A row's coefficient
 - policy loss (F): a row's coefficient follows from its own log-prob. 3 products, 2 with a frozen head, in any chunks.
 
 Memory beyond inputs, returned gradients and one float32 (float64) accumulator of the head's gradient is at most `memory_budget_bytes`. Each
-op counts: 64 bytes a row of hidden, parts of the head that are converted (16-bit heads on the CPU), and per row of a chunk or kept row what
-`row_bytes` and `scratch_row_bytes` of its workspace say, in float32 4 (V + 3 D) bytes, 4 V more with a softcap. Everything is summed in
-an order that depends on shapes alone.
+op counts 64 bytes a row of hidden and what `sizes` of its workspace says. Compiled code on the CPU keeps tiles of at most 4 MiB, and
+4 (V + 3 D + 12) bytes for each row of which logits are kept: those of a chunk, or all in scheme B; none for a forward pass and a frozen
+head. Everything is summed in an order that depends on shapes alone.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from kernels import native
 from kernels.checks import check_policy_values, check_preference_values, check_row_values
 from kernels.reference import (
     VECTOR_BYTES_PER_ROW,
+    Sizes,
     TorchRows,
     chunks,
     first_order_only,
     group_advantage,
-    head_columns,
     policy_terms,
     preference_labels,
     preference_loss,
@@ -55,10 +55,10 @@ def row_workspace(hidden: Tensor) -> type:
 class Plan(NamedTuple):
     """How one call is done."""
 
+    kind: str  # what is asked of the workspace, see `kernels.reference.TorchRows`
+    sizes: Sizes
     rows: int  # rows of hidden in a chunk
-    columns: int  # rows of the head converted at a time, where its dtype is not that of the logits
-    kept: int  # rows whose J the forward pass keeps
-    product: bool  # the forward pass forms J W
+    kept: int  # rows whose z the forward pass keeps
 
 
 def plan(
@@ -66,26 +66,34 @@ def plan(
     needs_head: bool,
 ) -> Plan:  # fmt: skip
     """The scheme of `sequence_logprob` from shapes and the budget in bytes. Raises: ValueError where one row of logits does not fit."""
-    rows, columns = hidden.shape[0], head_columns(weight, budget)
-    fixed = workspace.fixed_bytes(weight, bias, columns) + VECTOR_BYTES_PER_ROW * rows
-    jacobian = needs_hidden or needs_head
-    per_row, scratch = workspace.row_bytes(weight, jacobian), workspace.scratch_row_bytes(weight, softcap, jacobian)
-    chunk = rows_that_fit(budget, fixed, per_row + scratch, rows)
+    rows = hidden.shape[0]
+
+    def sized(kind: str) -> tuple[Sizes, int, int]:
+        """(sizes, bytes whatever the chunk, bytes of a chunk's row)."""
+        sizes = workspace.sizes(weight, bias, softcap, rows, budget, kind)
+        return sizes, sizes.fixed + VECTOR_BYTES_PER_ROW * rows, sizes.row + sizes.scratch
+
     if needs_head:
-        left = budget - fixed - rows * per_row
-        chunk_of_all = min(rows, left // scratch) if scratch else rows
+        sizes, fixed, per_row = sized("kept")
+        left = budget - fixed - rows * sizes.row
+        chunk_of_all = min(rows, left // sizes.scratch) if sizes.scratch else rows
         if left >= 0 and 16 * chunk_of_all >= rows:
-            return Plan(max(1, chunk_of_all), columns, rows, False)
+            return Plan("kept", sizes, max(1, chunk_of_all), rows)
         # A quarter for the chunks; keeping less than half of the rows would cost more in small chunks than it saves.
-        small = (budget - fixed) // 4 // (per_row + scratch)
-        kept = (budget - fixed - small * (per_row + scratch)) // per_row
+        small = (budget - fixed) // 4 // per_row
+        kept = (budget - fixed - small * per_row) // sizes.row
         if small > 0 and rows <= 2 * kept:
-            return Plan(min(small, rows), columns, min(kept, rows), False)
+            return Plan("kept", sizes, min(small, rows), min(kept, rows))
     elif needs_hidden:
+        sizes, fixed, per_row = sized("product")
         product = hidden.numel() * hidden.element_size()
-        if product <= budget // 2 and fixed + product + per_row + scratch <= budget:
-            return Plan(rows_that_fit(budget - product, fixed, per_row + scratch, rows), columns, 0, True)
-    return Plan(chunk, columns, 0, False)
+        if product <= budget // 2 and fixed + product + per_row <= budget:
+            return Plan("product", sizes, rows_that_fit(budget - product, fixed, per_row, rows), 0)
+    if needs_head or needs_hidden:
+        # The backward pass must fit too.
+        rows_that_fit(budget, *sized("kept")[1:], rows)
+    sizes, fixed, per_row = sized("values")
+    return Plan("values", sizes, rows_that_fit(budget, fixed, per_row, rows), 0)
 
 
 def _row_coefficients(per_sequence: Tensor, cu_seqlens: Tensor, token_weight: Tensor | None, rows: int) -> Tensor:
@@ -107,81 +115,63 @@ class _Gradients:
 
     def __init__(self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], unit: Tensor | float) -> None:
         dtype = statistics_dtype(hidden.dtype)
-        self.work, self.hidden, self.dtype, self.needs = work, hidden, dtype, needs
-        self.unit = unit if hidden.dtype == torch.float16 else None
-        self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
-        self.d_weight = work.weight.new_empty(work.weight.shape, dtype=dtype) if needs[1] else hidden.new_empty(0)
-        self.d_bias = torch.zeros_like(bias, dtype=dtype) if needs[2] else hidden.new_empty(0)
+        self.work, self.hidden, self.dtype = work, hidden, dtype
+        self.unit = torch.as_tensor(unit) if hidden.dtype == torch.float16 else None
+        self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.d_weight = native.huge_pages(work.weight.new_empty(work.weight.shape, dtype=dtype)) if needs[1] else None
+        self.d_bias = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
         self.started = False  # whether d_weight holds anything
-        self.open: tuple[Tensor, Tensor, list[bool]] | None = None
+        self.open: tuple[Tensor | None, Tensor | None, list[bool]] | None = None
 
-    def add(self, part: slice | Tensor, z: Tensor, scale: Tensor, row_factor: Tensor) -> None:
-        """Add the rows at `part`, whose z and scale these are."""
-        row_factor = row_factor.to(self.dtype)
-        self.add_hidden(part, z, scale, row_factor)
-        relative = row_factor if self.unit is None else row_factor / self.unit
-        if self.needs[1]:
-            self.add_weight(self.d_weight, part, z, scale, relative, not self.started)
-            self.started = True
-        if self.needs[2]:
-            self.work.add_bias_gradient(self.d_bias, z, _masked(relative, scale))
+    def add(self, part: slice | Tensor, z: Tensor, state: Tensor, target: Tensor, row_factor: Tensor) -> None:
+        """Add the rows at `part`, of which the workspace has kept z and state."""
+        self._add(part, z, state, target, row_factor.to(self.dtype), self.unit, self.d_weight, not self.started, self.d_bias)
+        self.started = True
 
-    def add_opposite(self, part: slice, z: Tensor, scale: Tensor, row_weight: Tensor, sign: int) -> None:
-        """Scheme E: add rows of two sequences whose -a is not known yet, the second with sign -1."""
-        row_factor = sign * row_weight
+    def add_opposite(self, part: slice, z: Tensor, state: Tensor, target: Tensor, row_factor: Tensor) -> None:
+        """Scheme E: add rows of two sequences whose -a is not known yet, but that the second one's is the negative of the first one's."""
         if self.open is None:
-            own = torch.empty_like(self.d_weight) if self.started else self.d_weight
-            self.open = own, torch.zeros_like(self.d_bias), [True]
+            own = torch.empty_like(self.d_weight) if self.started and self.d_weight is not None else self.d_weight
+            self.open = own, None if self.d_bias is None else torch.zeros_like(self.d_bias), [True]
         d_weight, d_bias, fresh = self.open
-        self.add_hidden(part, z, scale, row_weight)
-        if self.needs[1]:
-            self.add_weight(d_weight, part, z, scale, row_factor, fresh.pop() if fresh else False)
-        if self.needs[2]:
-            self.work.add_bias_gradient(d_bias, z, _masked(row_factor, scale))
+        self._add(part, z, state, target, row_factor, None, d_weight, fresh.pop() if fresh else False, d_bias)
 
-    def end_opposite(self, parts: list[slice], row_factor: Tensor) -> None:
-        """Scheme E: both sequences are added; `row_factor` [2] is -a of each."""
-        for part, factor in zip(parts if self.needs[0] else [], row_factor, strict=False):
+    def end_opposite(self, parts: list[slice], factor: Tensor) -> None:
+        """Scheme E: both sequences are added; `factor` is the first one's -a."""
+        for part in parts if self.d_hidden is not None else []:
             self.d_hidden[part] = (self.d_hidden[part] * factor).to(self.d_hidden.dtype)
-        factor = row_factor[0] if self.unit is None else row_factor[0] / self.unit
+        relative = factor if self.unit is None else factor / self.unit
         for mine, own in ((self.d_weight, self.open[0]), (self.d_bias, self.open[1])):
-            own.mul_(factor)
+            if own is not None:
+                own.mul_(relative)
             if own is not mine:
                 mine.add_(own)
         self.started, self.open = True, None
 
-    def add_hidden(self, part: slice | Tensor, z: Tensor, scale: Tensor, row_factor: Tensor) -> None:
-        """d_hidden at `part`."""
-        if not self.needs[0]:
-            return
-        a = _masked(row_factor, scale)
-        if isinstance(part, slice):
-            self.work.times_weight(z, a, self.d_hidden[part])
-        else:
-            product = self.hidden.new_empty(len(part), self.hidden.shape[1])
-            self.work.times_weight(z, a, product)
-            self.d_hidden.index_copy_(0, part, product)
-
-    def add_weight(self, total: Tensor, part: slice | Tensor, z: Tensor, scale: Tensor, row_factor: Tensor, first: bool) -> None:
-        """total [V, D] += the rows at `part`, or = where they are the `first`."""
-        scaled = self.hidden[part].to(self.dtype) * _masked(row_factor, scale)[:, None]
-        # NaN x 0: a row that adds nothing may hold anything.
-        scaled.masked_fill_((row_factor == 0)[:, None], 0)
-        self.work.add_weight_gradient(total, z, scaled, first)
+    def _add(self, part, z, state, target, row_factor, unit, d_weight, first: bool, d_bias) -> None:
+        hidden = self.hidden[part]
+        into = None
+        if self.d_hidden is not None:
+            into = self.d_hidden[part] if isinstance(part, slice) else torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        self.work.add_gradients(z, state, target, hidden, row_factor, unit, into, d_weight, first, d_bias)
+        if into is not None and not isinstance(part, slice):
+            self.d_hidden.index_copy_(0, part, into)
 
     def result(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """In the dtypes of the inputs; empty where not needed."""
-        if self.needs[1] and not self.started:
+        none = self.hidden.new_empty(0), self.hidden.new_empty(0), self.hidden.new_empty(0)
+        if self.d_weight is not None and not self.started:
             self.d_weight.zero_()
         if self.unit is not None:
-            self.d_weight.mul_(self.unit)
-            self.d_bias.mul_(self.unit)
-        return self.d_hidden, self.d_weight.to(weight.dtype), self.d_bias if bias is None else self.d_bias.to(bias.dtype)
-
-
-def _masked(row_factor: Tensor, scale: Tensor) -> Tensor:
-    """row_factor * scale, 0 where row_factor is."""
-    return torch.where(row_factor == 0, 0, row_factor * scale)
+            for total in (self.d_weight, self.d_bias):
+                if total is not None:
+                    total.mul_(self.unit)
+        found = (
+            self.d_hidden,
+            None if self.d_weight is None else self.d_weight.to(weight.dtype),
+            None if self.d_bias is None else self.d_bias.to(bias.dtype),
+        )
+        return tuple(empty if x is None else x for x, empty in zip(found, none, strict=True))
 
 
 # sequence_logprob: values, then gradients for coefficients that come later.
@@ -194,35 +184,33 @@ def _sequence_logprob(
     check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
     workspace = row_workspace(hidden)
     p = plan(workspace, hidden, weight, bias, softcap, budget, needs_hidden, needs_head)
-    rows, jacobian = len(hidden), bool(p.kept or p.product)
-    token, z, product, scale = _empty_values(workspace, hidden, weight, p)
-    if not (needs_hidden or needs_head) and workspace.forward_only(hidden, weight, bias, target, temperature, softcap, token):
-        return sequence_sum(token, token_weight, cu_seqlens), token, z, scale, product
-    work = workspace(weight, bias, temperature, softcap, p.columns, p.rows, jacobian)
+    token, z, product, state = _empty_values(workspace, hidden, weight, p)
+    work = workspace(weight, bias, temperature, softcap, p.sizes, p.rows, p.kind)
     # Without scratch the kept rows are one product.
-    size = p.rows if workspace.scratch_row_bytes(weight, softcap, jacobian) else max(1, p.kept)
-    for part in chunks(0, p.kept, size):
-        token[part], scale[part] = work.logprob(hidden[part], target[part], z[part], True)
-    if p.kept < rows:
-        buffer = work.new_z(weight, p.rows, jacobian)
-        for part in chunks(p.kept, rows, p.rows):
-            own = buffer[: part.stop - part.start]
-            token[part], factor = work.logprob(hidden[part], target[part], own, p.product)
-            if p.product:
-                work.times_weight(own, factor, product[part])
-    return sequence_sum(token, token_weight, cu_seqlens), token, z, scale, product
+    for part in chunks(0, p.kept, p.rows if p.sizes.scratch else max(1, p.kept)):
+        token[part], state[part] = work.keep(hidden[part], target[part], z[part])
+    if p.kept < len(hidden):
+        buffer = work.new_z(weight, p.rows if p.kind == "kept" else 0)
+        for part in chunks(p.kept, len(hidden), p.rows):
+            if p.kind == "product":
+                token[part] = work.product(hidden[part], target[part], product[part])
+            elif p.kind == "values":
+                token[part] = work.values(hidden[part], target[part])
+            else:
+                token[part], _ = work.keep(hidden[part], target[part], buffer[: part.stop - part.start])
+    return sequence_sum(token, token_weight, cu_seqlens), token, z, state, product
 
 
 def _empty_values(workspace: type, hidden: Tensor, weight: Tensor, p: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_logprob [T], kept J [kept, V], J W [T, D], scale [kept]), uninitialised."""
+    """(token_logprob [T], kept z [kept, V], J W [T, D], state [kept, STATE]), uninitialised."""
     token = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
-    product = torch.empty_like(hidden, memory_format=torch.contiguous_format) if p.product else hidden.new_empty(0)
-    return token, workspace.new_z(weight, p.kept, True), product, token.new_empty(p.kept)
+    product = torch.empty_like(hidden, memory_format=torch.contiguous_format) if p.kind == "product" else hidden.new_empty(0)
+    return token, workspace.new_z(weight, p.kept), product, token.new_empty(p.kept, workspace.STATE)
 
 
 def _sequence_logprob_backward(
     d_logprob: Tensor, d_token: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    token_weight: Tensor | None, cu_seqlens: Tensor, kept: Tensor, scale: Tensor, product: Tensor, temperature: float,
+    token_weight: Tensor | None, cu_seqlens: Tensor, kept: Tensor, state: Tensor, product: Tensor, temperature: float,
     softcap: float | None, budget: int, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = len(hidden)
@@ -235,19 +223,23 @@ def _sequence_logprob_backward(
             a = factor[part][:, None]
             scaled[part] = torch.where(a == 0, 0, product[part] * a)
         return scaled, hidden.new_empty(0), hidden.new_empty(0)
-    workspace = row_workspace(hidden)
-    p = plan(workspace, hidden, weight, bias, softcap, budget, needs_hidden, needs_weight or needs_bias)._replace(kept=len(kept))
-    work = workspace(weight, bias, temperature, softcap, p.columns, p.rows, len(kept) < rows)
+    workspace, n_kept = row_workspace(hidden), len(kept)
+    sizes = workspace.sizes(weight, bias, softcap, rows, budget, "kept")
+    # What is kept is part of the budget.
+    fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * rows + n_kept * sizes.row
+    size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch, rows - n_kept) if n_kept < rows else 0
+    work = workspace(weight, bias, temperature, softcap, sizes, size, "kept")
     unit = factor.abs().amax().clamp_min(1e-30) if rows else 1.0
     total = _Gradients(work, hidden, bias, (needs_hidden, needs_weight, needs_bias), unit)
-    if p.kept:
-        total.add(slice(0, p.kept), kept, scale, factor[: p.kept])
-    if p.kept < rows:
-        buffer = work.new_z(weight, p.rows, True)
-        for part in chunks(p.kept, rows, p.rows):
+    if n_kept:
+        part = slice(0, n_kept)
+        total.add(part, kept, state, target[part], factor[part])
+    if n_kept < rows:
+        buffer = work.new_z(weight, size)
+        for part in chunks(n_kept, rows, size):
             z = buffer[: part.stop - part.start]
-            _, own = work.logprob(hidden[part], target[part], z, True)
-            total.add(part, z, own, factor[part])
+            _, own = work.keep(hidden[part], target[part], z)
+            total.add(part, z, own, target[part], factor[part])
     return total.result(weight, bias)
 
 
@@ -344,11 +336,10 @@ def _preference_pass(
     device, dtype, workspace = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden)
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    columns = head_columns(weight, budget)
-    fixed = workspace.fixed_bytes(weight, bias, columns) + VECTOR_BYTES_PER_ROW * len(hidden)
-    per_row = workspace.row_bytes(weight, True) + workspace.scratch_row_bytes(weight, softcap, True)
+    sizes = workspace.sizes(weight, bias, softcap, len(hidden), budget, "kept")
+    fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * len(hidden)
     # Rows that do not follow each other are gathered first.
-    per_row += hidden.element_size() * hidden.shape[1]
+    per_row = sizes.row + sizes.scratch + hidden.element_size() * hidden.shape[1]
     chunk = rows_that_fit(budget, fixed, per_row, len(hidden))
     parts = _parts(pairs.tolist(), lengths, chunk)
     accumulator = dtype.itemsize * weight.numel()
@@ -357,8 +348,8 @@ def _preference_pass(
         chunk = rows_that_fit(budget - accumulator, fixed, per_row, len(hidden))
         parts = _parts(pairs.tolist(), lengths, chunk)
         several = False
-    work = workspace(weight, bias, temperature, softcap, columns, chunk, True)
-    buffer = work.new_z(weight, chunk, True)
+    work = workspace(weight, bias, temperature, softcap, sizes, chunk, "kept")
+    buffer = work.new_z(weight, chunk)
     total = _Gradients(work, hidden, bias, (needs_hidden, needs_weight, needs_bias), beta / max(1, len(pairs)))
     token = torch.empty(len(hidden), dtype=dtype, device=device)
     logprob = torch.zeros(len(lengths), dtype=dtype, device=device)
@@ -368,12 +359,11 @@ def _preference_pass(
     pairs = pairs.to(device, torch.int64, non_blocking=True)
     ends, ref, q = _by_sequence(pairs, len(lengths)), ref_logprob.to(device, dtype, non_blocking=True), q.to(dtype)
 
-    def forward(rows: slice | Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
-        h = hidden[rows]
+    def forward(rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, y = hidden[rows], target[rows]
         z = buffer[: len(h)]
-        values, scale = work.logprob(h, target[rows], z, jacobian)
-        token[rows] = values
-        return z, scale
+        token[rows], state = work.keep(h, y, z)
+        return z, state, y
 
     def coefficients(part: _Part, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """(-a of the part's sequences, the same of its rows times their weights), once their log-probs are known."""
@@ -388,18 +378,17 @@ def _preference_pass(
         size = sum(lengths[n] for n in part.sequences)
         pieces = list(chunks(0, size, chunk))
         if part.used and size <= chunk:
-            z, scale = forward(rows, True)
-            total.add(rows, z, scale, coefficients(part, rows)[1])
+            kept = forward(rows)
+            total.add(rows, *kept, coefficients(part, rows)[1])
         elif part.opposite and not (several and total.started):
             for n, sign in zip(part.sequences, (1, -1), strict=True):
                 for piece in chunks(starts[n], starts[n + 1], chunk):
-                    z, scale = forward(piece, True)
-                    total.add_opposite(piece, z, scale, row_weight[piece], sign)
+                    total.add_opposite(piece, *forward(piece), sign * row_weight[piece])
             a = coefficients(part, rows)[0]
-            total.end_opposite([slice(starts[n], starts[n + 1]) for n in part.sequences], a)
+            total.end_opposite([slice(starts[n], starts[n + 1]) for n in part.sequences], a[0])
         else:
             for piece in pieces:
-                forward(_piece(rows, piece), False)
+                forward(_piece(rows, piece))
             factor = coefficients(part, rows)[1]
             if not part.used:
                 if needs_hidden:
@@ -407,7 +396,7 @@ def _preference_pass(
                 continue
             for piece in pieces:
                 some = _piece(rows, piece)
-                total.add(some, *forward(some, True), factor[piece])
+                total.add(some, *forward(some), factor[piece])
     loss, margin, accuracy, _ = _preference_terms(logprob, pairs, q, ref, beta)
     return loss, logprob, margin, accuracy, *total.result(weight, bias)
 
@@ -429,13 +418,13 @@ def _policy_pass(
     check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
     device, dtype, workspace, rows = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden), len(hidden)
     needs = needs_hidden, needs_weight, needs_bias
-    columns = head_columns(weight, budget)
+    kind = "kept" if needs_weight or needs_bias else "product" if needs_hidden else "values"
+    sizes = workspace.sizes(weight, bias, softcap, rows, budget, kind)
     # Advantages, shares, coefficients and their parts, all float64.
-    fixed = workspace.fixed_bytes(weight, bias, columns) + 2 * VECTOR_BYTES_PER_ROW * rows
-    per_row = workspace.row_bytes(weight, any(needs)) + workspace.scratch_row_bytes(weight, softcap, any(needs)) + VECTOR_BYTES_PER_ROW
-    size = rows_that_fit(budget, fixed, per_row, rows)
-    work = workspace(weight, bias, temperature, softcap, columns, size, any(needs))
-    buffer = work.new_z(weight, size, any(needs))
+    fixed = sizes.fixed + 2 * VECTOR_BYTES_PER_ROW * rows
+    size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch + VECTOR_BYTES_PER_ROW, rows)
+    work = workspace(weight, bias, temperature, softcap, sizes, size, kind)
+    buffer = work.new_z(weight, size if kind == "kept" else 0)
     share = row_shares(cu_seqlens, token_weight, normalize, rows, device)
     lengths = cu_seqlens.to(device, non_blocking=True).diff()
     advantage = torch.repeat_interleave(advantage.to(device, non_blocking=True), lengths, output_size=rows)
@@ -444,14 +433,24 @@ def _policy_pass(
     token = torch.empty(rows, dtype=dtype, device=device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for part in chunks(0, rows, size):
-        z = buffer[: part.stop - part.start]
-        token[part], scale = work.logprob(hidden[part], target[part], z, any(needs))
+        h, y = hidden[part], target[part]
+        if kind == "kept":
+            z = buffer[: len(h)]
+            token[part], state = work.keep(h, y, z)
+        elif kind == "product":
+            product = torch.empty_like(h, dtype=dtype, memory_format=torch.contiguous_format)
+            token[part] = work.product(h, y, product)
+        else:
+            token[part] = work.values(h, y)
         old, ref = (None if x is None else x[part] for x in (old_logprob, ref_logprob))
         clip = None if clip_low is None else (clip_low, clip_high)
         terms = policy_terms(token[part], advantage[part], share[part], old, ref, clip, kl_coef, kl)
         sums += torch.stack(terms[:3])
-        if any(needs):
-            total.add(part, z, scale, -terms.coefficient)
+        if kind == "kept":
+            total.add(part, z, state, y, -terms.coefficient)
+        elif kind == "product":
+            unused = (terms.coefficient == 0)[:, None]
+            total.d_hidden[part] = product.mul_(-terms.coefficient.to(dtype)[:, None]).masked_fill_(unused, 0)
     if rows == 0 and ref_logprob is None:
         sums[1] = torch.nan
     loss, divergence, clipped = (x.clone() for x in sums.to(dtype))
@@ -496,8 +495,8 @@ def _sequence_logprob_shapes(
 ):
     workspace = row_workspace(hidden)
     p = plan(workspace, hidden, weight, bias, softcap, budget, needs_hidden, needs_head)
-    token, z, product, scale = _empty_values(workspace, hidden, weight, p)
-    return token.new_empty(cu_seqlens.shape[0] - 1), token, z, scale, product
+    token, z, product, state = _empty_values(workspace, hidden, weight, p)
+    return token.new_empty(cu_seqlens.shape[0] - 1), token, z, state, product
 
 
 def _sequence_logprob_backward_shapes(d_logprob, d_token, hidden, weight, bias, *rest):
@@ -572,8 +571,11 @@ def _scale_gradients(ctx, d_loss, *rest):
     hidden, weight, bias, *gradients = ctx.saved_tensors
     if d_loss is None:
         return (None,) * ctx.n_inputs
-    with torch.no_grad():
-        gradients = [x * d_loss if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
+    # On a GPU the host does not look.
+    if d_loss.device.type != "cpu" or float(d_loss) != 1:
+        with torch.no_grad():
+            gradients = [x * d_loss for x in gradients]
+    gradients = [x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
     return *first_order_only(gradients, d_loss, hidden, weight, bias), *(None,) * (ctx.n_inputs - 3)
 
 

@@ -1,11 +1,13 @@
 """The compiled row arithmetic (csrc/rows.cpp) for float32 rows on the CPU; where it is missing, plain torch does the same work."""
 
 import logging
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from kernels.reference import TorchRows
+from kernels.reference import Sizes, TorchRows, chunks, head_columns
 
 try:
     from kernels import _native
@@ -30,10 +32,162 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class NativeRows(TorchRows):
-    """`TorchRows` with compiled code between the matrix products."""
+    """`kernels.reference.TorchRows` in which logits are worked on a tile at a time, between its product and the next, while it is in cache.
 
-    def normalise(self, z: Tensor, target: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
-        return rows_logprob(z, target, self.temperature, jacobian)
+    - Values and J W take the logits in as they are made, with a running maximum, and keep none of them.
+    - For gradients z keeps the logits (before the temperature, their tanh where there is a softcap), column part by column part. J is
+      formed from them a tile at a time, times the factor of its row, and enters dH and dW at once.
+    """
+
+    STATE = 3
+    TILE_ROWS = 1024
+    TILE_BYTES = 2**22
+
+    @classmethod
+    def sizes(cls, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int, budget: int, kind: str) -> Sizes:
+        vocabulary, width = weight.shape
+        tiles = 2 if softcap is not None and kind != "values" else 1
+        elements = max(1, min(cls.TILE_BYTES, budget // 8) // 4 // tiles)
+        tile_rows = max(1, min(_even(rows, cls.TILE_ROWS), elements // 64))
+        columns = max(1, min(vocabulary, elements // tile_rows))
+        converted = weight.dtype != torch.float32
+        if converted:
+            columns = min(columns, head_columns(weight, budget))
+        # An odd number of cache lines: rows a power of two apart would share few places of the cache.
+        columns = max(columns // 32 * 32 - 16, columns % 32 if columns < 32 else 16)
+        fixed = 4 * (tiles * tile_rows * columns + 2 * columns * width * converted)
+        fixed += 0 if bias is None or bias.dtype == torch.float32 else 4 * vocabulary
+        return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind == "kept" else 0), 0)
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, sizes: Sizes, rows: int, kind: str
+    ) -> None:
+        super().__init__(weight, bias, temperature, softcap, sizes, 0, kind)
+        self.tile_rows = sizes.tile_rows
+        self.tiles = weight.new_empty(
+            2 if softcap is not None and kind != "values" else 1, sizes.tile_rows * sizes.columns, dtype=torch.float32
+        )
+        self.inverse = (1 if softcap is None else softcap) / temperature
+
+    @staticmethod
+    def new_z(weight: Tensor, rows: int) -> Tensor:
+        return huge_pages(weight.new_empty(rows, weight.shape[0], dtype=torch.float32))
+
+    def values(self, hidden: Tensor, target: Tensor) -> Tensor:
+        return self._forward(hidden, target, None, None)[0]
+
+    def product(self, hidden: Tensor, target: Tensor, out: Tensor) -> Tensor:
+        sums = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        logprob, state, scale = self._forward(hidden, target, None, sums)
+        own = state[:, 2]
+        if self.softcap is not None:
+            own = own * self.own_slope
+        # The target's share of J W apart from the others', so that it keeps its digits where the target is almost certain.
+        for tile in self._row_tiles(len(hidden)):
+            mine = self.weight[target[tile].long()].to(torch.float32).mul_(own[tile][:, None])
+            torch.addcmul(mine, sums[tile], scale[tile][:, None], out=sums[tile])
+        if sums is not out:
+            out.copy_(sums)
+        return logprob
+
+    def keep(self, hidden: Tensor, target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        logprob, state, _ = self._forward(hidden, target, z, None)
+        return logprob, state
+
+    def add_gradients(
+        self, z: Tensor, state: Tensor, target: Tensor, hidden: Tensor, row_factor: Tensor, unit: Tensor | None, d_hidden: Tensor | None,
+        d_weight: Tensor | None, first: bool, d_bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        factor = (row_factor if unit is None else row_factor / unit).float().contiguous()
+        target, hidden = target.long().contiguous(), hidden.to(torch.float32)
+        unused = factor == 0
+        if d_weight is not None and bool(unused.any()):
+            # NaN x 0: a row that adds nothing may hold anything.
+            hidden = hidden.masked_fill(unused[:, None], 0)
+        sums = d_hidden
+        if d_hidden is not None and (d_hidden.dtype != torch.float32 or not d_hidden.is_contiguous()):
+            sums = torch.empty_like(d_hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for part, head in self._head():
+            for i, tile in enumerate(self._row_tiles(len(z))):
+                logits = _part(z, part)[tile]
+                jacobian = self._tile(0, logits.shape)
+                _native.jacobian(
+                    logits, target[tile], part.start, self.inverse, state[tile], factor[tile], jacobian, torch.get_num_threads(),
+                    instructions[0],
+                )  # fmt: skip
+                if self.softcap is not None:
+                    jacobian.mul_(torch.mul(logits, logits, out=self._tile(1, logits.shape)).neg_().add_(1))
+                if sums is not None:
+                    sums[tile].addmm_(jacobian, head, beta=0 if part.start == 0 else 1)
+                if d_weight is not None:
+                    d_weight[part].addmm_(jacobian.t(), hidden[tile], beta=0 if first and i == 0 else 1)
+                if d_bias is not None:
+                    d_bias[part].add_(jacobian.sum(0))
+        if sums is None:
+            return
+        if unit is not None:
+            sums.mul_(unit)
+        if sums is not d_hidden:
+            d_hidden.copy_(sums)
+
+    def _head(self) -> Iterator[tuple[slice, Tensor]]:
+        for part in chunks(0, len(self.weight), self.columns):
+            yield part, self.weight[part].to(torch.float32)
+
+    def _row_tiles(self, rows: int) -> Iterator[slice]:
+        return chunks(0, rows, _even(rows, self.tile_rows))
+
+    def _tile(self, i: int, shape: tuple[int, int]) -> Tensor:
+        return self.tiles[i, : shape[0] * shape[1]].view(shape)
+
+    def _forward(self, hidden: Tensor, target: Tensor, z: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(log p [C], state [C, 3], what to multiply `sums` with [C]); `z` takes all logits, `sums` [C, D] the others' part of J W."""
+        rows = len(hidden)
+        hidden, target = hidden.to(torch.float32), target.long().contiguous()
+        largest, own, logprob, scale = hidden.new_full((4, rows), -math.inf).unbind()
+        others = torch.zeros(rows, dtype=torch.float64)
+        for part, head in self._head():
+            for tile in self._row_tiles(rows):
+                logits = self._tile(0, (tile.stop - tile.start, len(head))) if z is None else _part(z, part)[tile]
+                torch.mm(hidden[tile], head.t(), out=logits)
+                if self.bias is not None:
+                    logits.add_(self.bias[part])
+                slope = None
+                if self.softcap is not None:
+                    logits.div_(self.softcap).tanh_()
+                    if sums is not None:
+                        slope = torch.mul(logits, logits, out=self._tile(1, logits.shape)).neg_().add_(1)
+                into = None if sums is None else sums[tile]
+                _native.accumulate(
+                    logits, target[tile], part.start, self.inverse, largest[tile], others[tile], own[tile], into, torch.get_num_threads(),
+                    instructions[0],
+                )  # fmt: skip
+                if into is not None:
+                    into.addmm_(logits if slope is None else logits.mul_(slope), head, beta=0 if part.start == 0 else 1)
+        state = hidden.new_empty(rows, 3)
+        _native.finish(self.inverse, 1 / self.temperature, largest, others, own, logprob, state, scale)
+        if self.softcap is not None:
+            self.own_slope = 1 - own * own
+        return logprob, state, scale
+
+
+def _part(z: Tensor, part: slice) -> Tensor:
+    """The columns `part` of z [C, V], which stand together."""
+    rows, columns = len(z), min(part.stop, z.shape[1]) - part.start
+    return z.view(-1)[rows * part.start : rows * (part.start + columns)].view(rows, columns)
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows of a part where `rows` are dealt to as few parts of at most `most` as there can be, all about equal."""
+    return -(-rows // max(1, -(-rows // max(1, most))))
+
+
+def huge_pages(fresh: Tensor) -> Tensor:
+    """The same tensor, whose memory the system is asked to back by large pages, where it offers them: for memory that was not yet written,
+    as first writing it costs more than a pass over it otherwise."""
+    if _native is not None and fresh.device.type == "cpu":
+        _native.huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
 
 
 def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -45,19 +199,6 @@ def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, 
     token, logprob = torch.empty(len(u), dtype=torch.int64), torch.empty(len(u), dtype=torch.float32)
     _native.sample_rows(logits.detach().contiguous(), u, 1 / temperature, token, logprob, torch.get_num_threads(), instructions[0])
     return token, logprob
-
-
-def rows_logprob(logits: Tensor, target: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
-    """(log softmax(logits / temperature)[target], scale), float32 [R]; with `gradient` the logits then hold (softmax - onehot) /
-    temperature / scale.
-
-    logits: float32 [R, V] on the CPU, contiguous; target: int64 [R]. The target's own gradient is the negative
-    sum of the others' mass, so it keeps its digits where the target is almost certain. A row without a log-prob becomes 0 with scale
-    NaN. Raises IndexError for a target outside [0, V).
-    """
-    logprob, scale = torch.empty(len(target), dtype=torch.float32), torch.empty(len(target), dtype=torch.float32)
-    _native.rows_logprob(logits, target, 1 / temperature, gradient, logprob, scale, torch.get_num_threads(), instructions[0])
-    return logprob, scale
 
 
 def decode_attention(

@@ -37,77 +37,106 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class TorchRows:
-    """The row arithmetic of one call in plain torch: logits z of a chunk of rows, their log-probs, and J, which takes the place of z.
+class Sizes(NamedTuple):
+    """How a workspace splits its work, and the bytes that this takes."""
 
-    weight [V, D], bias [V] or None; `columns` rows of the head are converted at a time where its dtype is not that of the logits; `rows`
-    is the largest chunk. J is kept without a factor of its row: J = scale[:, None] * z, so that the normalisation costs no pass.
-    A row without a log-prob (NaN) has z = 0 and scale NaN: it spoils what it enters unless its coefficient is 0.
+    columns: int  # columns of the logits, and so rows of the head, that are done at a time
+    tile_rows: int  # rows that are done at a time within them; 0: all
+    fixed: int  # bytes whatever the number of rows
+    row: int  # bytes of a row of a chunk, or of a row that is kept, and of the vectors beside it
+    scratch: int  # bytes that a row of a chunk takes beyond that
+
+
+class TorchRows:
+    """The arithmetic of one call in plain torch, a chunk of rows at a time: log-probs, J W and gradients.
+
+    weight [V, D], bias [V] or None; `rows` is the largest chunk; kind "values", "product" or "kept" (`keep`, `add_gradients`) is what
+    the caller asks for. z [C, V] keeps J without a factor of its row, J = state * z, so that the normalisation costs no pass. A row
+    without a log-prob (NaN) spoils what it enters unless its coefficient is 0.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        columns: int,
-        rows: int,
-        jacobian: bool,
-    ) -> None:
-        self.weight, self.temperature, self.softcap, self.columns = weight, temperature, softcap, columns
-        self.dtype = statistics_dtype(weight.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
-        self.slope = weight.new_empty(rows, len(weight), dtype=self.dtype) if jacobian and softcap is not None else None
+    STATE = 1  # numbers a row that stand beside z
 
-    @staticmethod
-    def fixed_bytes(weight: torch.Tensor, bias: torch.Tensor | None, columns: int) -> int:
-        """Bytes that do not grow with the rows."""
+    @classmethod
+    def sizes(cls, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, rows: int, budget: int, kind: str) -> Sizes:
+        """The split for `rows` rows within `budget` bytes."""
+        vocabulary, width = weight.shape
         size = statistics_dtype(weight.dtype).itemsize
         converted = weight.dtype.itemsize != size
-        # Two parts: the next one is made before the last one is dropped.
-        return size * (2 * columns * weight.shape[1] * converted + (0 if bias is None or bias.dtype.itemsize == size else weight.shape[0]))
+        columns = head_columns(weight, budget) if converted else vocabulary
+        # Two parts of the head: the next one is made before the last one is dropped.
+        fixed = size * 2 * columns * width * converted + (0 if bias is None or bias.dtype.itemsize == size else size * vocabulary)
+        # z, hidden, hidden scaled, J W.
+        row = size * (vocabulary + 3 * width)
+        return Sizes(columns, 0, fixed, row, size * vocabulary * (kind != "values" and softcap is not None))
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float | None, sizes: Sizes, rows: int, kind: str
+    ) -> None:
+        self.weight, self.temperature, self.softcap, self.columns = weight, temperature, softcap, sizes.columns
+        self.dtype = statistics_dtype(weight.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.slope = weight.new_empty(rows, len(weight), dtype=self.dtype) if sizes.scratch else None
+        self.own_z = weight.new_empty(0 if kind == "kept" else rows, len(weight), dtype=self.dtype)
 
     @staticmethod
-    def row_bytes(weight: torch.Tensor, jacobian: bool) -> int:
-        """Bytes of one row of z and of the vectors beside it: hidden, hidden scaled, J W."""
-        return statistics_dtype(weight.dtype).itemsize * (weight.shape[0] + 3 * weight.shape[1])
-
-    @staticmethod
-    def scratch_row_bytes(weight: torch.Tensor, softcap: float | None, jacobian: bool) -> int:
-        """Bytes that one row of a chunk needs beyond `row_bytes`."""
-        return statistics_dtype(weight.dtype).itemsize * weight.shape[0] * (jacobian and softcap is not None)
-
-    @staticmethod
-    def new_z(weight: torch.Tensor, rows: int, jacobian: bool) -> torch.Tensor:
+    def new_z(weight: torch.Tensor, rows: int) -> torch.Tensor:
         """Uninitialised z [rows, V or more]."""
         return weight.new_empty(rows, weight.shape[0], dtype=statistics_dtype(weight.dtype))
 
-    @staticmethod
-    def forward_only(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+    def values(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """log p [C] of rows hidden [C, D]."""
+        return self._logprob(hidden, target, self.own_z[: len(hidden)], False)[0]
+
+    def product(self, hidden: torch.Tensor, target: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """log p [C]; out [C, D] becomes J W, rounded to its dtype once."""
+        z = self.own_z[: len(hidden)]
+        logprob, state = self._logprob(hidden, target, z, True)
+        self._times_weight(z, state[:, 0], out)
+        return logprob
+
+    def keep(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p [C], state [C, STATE]); z [C, V] is overwritten with what `add_gradients` needs beside the state."""
+        return self._logprob(hidden, target, z, True)
+
+    def add_gradients(
+        self,
+        z: torch.Tensor,
+        state: torch.Tensor,
         target: torch.Tensor,
-        temperature: float,
-        softcap: float | None,
-        out: torch.Tensor,
-    ) -> bool:
-        """Write all log-probs to `out` [T] without storing logits, where that is faster; whether it was done."""
-        return False
+        hidden: torch.Tensor,
+        row_factor: torch.Tensor,
+        unit: torch.Tensor | None,
+        d_hidden: torch.Tensor | None,
+        d_weight: torch.Tensor | None,
+        first: bool,
+        d_bias: torch.Tensor | None,
+    ) -> None:
+        """With F = row_factor[:, None] * J of a chunk: d_hidden [C, D] = F W; d_weight [V, D] += F^T hidden / unit, or = where it is the
+        `first`; d_bias [V] += F^T 1 / unit. None: not wanted. A row of factor 0 adds nothing, even where it is not finite."""
+        unused, scale = row_factor == 0, state[:, 0]
+        factor = torch.where(unused, 0, row_factor * scale)
+        if d_hidden is not None:
+            self._times_weight(z, factor, d_hidden)
+        if unit is not None:
+            factor = torch.where(unused, 0, row_factor / unit * scale)
+        if d_weight is not None:
+            scaled = (hidden.to(self.dtype) * factor[:, None]).masked_fill_(unused[:, None], 0)
+            self._add_weight_gradient(d_weight, z, scaled, first)
+        if d_bias is not None:
+            self._add_weight_gradient(d_bias[:, None], z, factor[:, None], False)
 
     def _head(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns of the logits, those rows of the head in the dtype of the logits)."""
         if self.weight.dtype == self.dtype:
             yield slice(None), self.weight
             return
-        for start in range(0, self.weight.shape[0], self.columns):
-            part = slice(start, start + self.columns)
+        for part in chunks(0, len(self.weight), self.columns):
             yield part, self.weight[part].to(self.dtype)
 
-    def logprob(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log p [C], scale [C]) of rows hidden [C, D]; z [C, V] is overwritten, with `jacobian` by J / scale."""
-        hidden = hidden.to(self.dtype)
+    def _logprob(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p [C], scale [C, 1]); z [C, V] is overwritten, with `jacobian` by J / scale."""
+        hidden, target = hidden.to(self.dtype), target.long()[:, None]
         for part, head in self._head():
             torch.mm(hidden, head.t(), out=z[:, part])
         if self.bias is not None:
@@ -118,22 +147,12 @@ class TorchRows:
             if jacobian:
                 slope = torch.mul(z, z, out=self.slope[: len(z)]).neg_().add_(1)
             z.mul_(self.softcap)
-        logprob, scale = self.normalise(z, target.long(), jacobian)
-        if slope is not None:
-            z.mul_(slope)
-        return logprob, scale
-
-    def normalise(self, z: torch.Tensor, target: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log softmax(z / temperature)[target] [C], scale [C]); z [C, V] is overwritten, with `jacobian` by (softmax - onehot) /
-        temperature / scale."""
         if self.temperature != 1:
             z.div_(self.temperature)
-        target = target[:, None]
         largest = z.amax(1, keepdim=True)
         shifted = z.gather(1, target) - largest
         total = z.sub_(largest).exp_().sum(1, keepdim=True)
         logprob = (shifted - total.log()).squeeze(1)
-        scale = 1 / (total * self.temperature).squeeze(1)
         if jacobian:
             # p_y - 1 from the unscaled exponentials: one rounding, and no second pass for the one-hot.
             z.scatter_(1, target, z.gather(1, target) - total)
@@ -141,10 +160,12 @@ class TorchRows:
             # On a GPU the host does not look.
             if z.device.type != "cpu" or bool(lost.any()):
                 z.masked_fill_(lost[:, None], 0)
-        return logprob, scale
+            if slope is not None:
+                z.mul_(slope)
+        return logprob, 1 / (total * self.temperature)
 
-    def times_weight(self, z: torch.Tensor, row_factor: torch.Tensor, out: torch.Tensor) -> None:
-        """out [C, D] = row_factor[:, None] * (z W), rounded to out's dtype once; rows with row_factor 0 are 0."""
+    def _times_weight(self, z: torch.Tensor, row_factor: torch.Tensor, out: torch.Tensor) -> None:
+        """out [C, D] = row_factor[:, None] * (z W), rounded to out's dtype once."""
         product = out if out.dtype == self.dtype else torch.empty_like(out, dtype=self.dtype)
         for i, (part, head) in enumerate(self._head()):
             torch.addmm(product, z[:, part], head, beta=min(i, 1), out=product)
@@ -152,16 +173,9 @@ class TorchRows:
         if product is not out:
             out.copy_(product)
 
-    def add_weight_gradient(self, total: torch.Tensor, z: torch.Tensor, scaled_hidden: torch.Tensor, first: bool) -> None:
+    def _add_weight_gradient(self, total: torch.Tensor, z: torch.Tensor, scaled_hidden: torch.Tensor, first: bool) -> None:
         """total [V, D] += z^T scaled_hidden, or = where it is the `first`."""
-        if first:
-            torch.mm(z.t(), scaled_hidden.to(self.dtype), out=total)
-        else:
-            total.addmm_(z.t(), scaled_hidden.to(self.dtype))
-
-    def add_bias_gradient(self, total: torch.Tensor, z: torch.Tensor, coefficient: torch.Tensor) -> None:
-        """total [V] += z^T coefficient."""
-        total.addmv_(z.t(), coefficient)
+        total.addmm_(z.t(), scaled_hidden, beta=0 if first else 1)
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -195,41 +209,32 @@ class _TokenLogprob(torch.autograd.Function):
     """log p of every row; the backward pass computes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, temperature: float, softcap: float | None, columns: int, rows: int) -> torch.Tensor:
+    def forward(ctx, hidden, weight, bias, target, temperature: float, softcap: float | None, sizes: Sizes, rows: int) -> torch.Tensor:
         logprob = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
-        work = TorchRows(weight, bias, temperature, softcap, columns, rows, False)
-        z = work.new_z(weight, rows, False)
+        work = TorchRows(weight, bias, temperature, softcap, sizes, rows, "values")
         for part in chunks(0, len(hidden), rows):
-            logprob[part] = work.logprob(hidden[part], target[part], z[: part.stop - part.start], False)[0]
-        ctx.plan = temperature, softcap, columns, rows
+            logprob[part] = work.values(hidden[part], target[part])
+        ctx.plan = temperature, softcap, sizes, rows
         ctx.save_for_backward(hidden, weight, bias, target)
         return logprob
 
     @staticmethod
     def backward(ctx, gradient):
-        temperature, softcap, columns, rows = ctx.plan
+        temperature, softcap, sizes, rows = ctx.plan
         hidden, weight, bias, target = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = statistics_dtype(hidden.dtype)
         with torch.no_grad():
-            coefficient = gradient.neg()
-            d_hidden = torch.empty_like(hidden) if needs_hidden else None
+            d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
             d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
             d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-            work = TorchRows(weight, bias, temperature, softcap, columns, rows, True)
-            buffer = work.new_z(weight, rows, True)
+            work = TorchRows(weight, bias, temperature, softcap, sizes, rows, "kept")
+            buffer = work.new_z(weight, rows)
             for part in chunks(0, len(hidden), rows):
-                z, h = buffer[: part.stop - part.start], hidden[part]
-                _, scale = work.logprob(h, target[part], z, True)
-                # A row of coefficient 0 adds nothing, even where it is not finite.
-                unused = coefficient[part] == 0
-                a = torch.where(unused, 0, coefficient[part] * scale)
-                if needs_hidden:
-                    work.times_weight(z, a, d_hidden[part])
-                if needs_weight:
-                    work.add_weight_gradient(d_weight, z, torch.where(unused[:, None], 0, h.to(dtype)) * a[:, None], False)
-                if needs_bias:
-                    work.add_bias_gradient(d_bias, z, a)
+                z, h, y = buffer[: part.stop - part.start], hidden[part], target[part]
+                _, state = work.keep(h, y, z)
+                into = None if d_hidden is None else d_hidden[part]
+                work.add_gradients(z, state, y, h, -gradient[part], None, into, d_weight, False, d_bias)
             gradients = [
                 d_hidden,
                 None if d_weight is None else d_weight.to(weight.dtype),
@@ -268,11 +273,9 @@ def token_logprob(
     already. Raises ValueError where one row does not fit the budget."""
     budget = budget_or_default(memory_budget_bytes)
     needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-    columns = head_columns(weight, budget)
-    fixed = TorchRows.fixed_bytes(weight, bias, columns) + VECTOR_BYTES_PER_ROW * hidden.shape[0]
-    per_row = TorchRows.row_bytes(weight, needs) + TorchRows.scratch_row_bytes(weight, softcap, needs)
-    rows = rows_that_fit(budget, fixed, per_row, len(hidden))
-    return _TokenLogprob.apply(hidden, weight, bias, target, float(temperature), softcap, columns, rows)
+    sizes = TorchRows.sizes(weight, bias, softcap, len(hidden), budget, "kept" if needs else "values")
+    rows = rows_that_fit(budget, sizes.fixed + VECTOR_BYTES_PER_ROW * len(hidden), sizes.row + sizes.scratch, len(hidden))
+    return _TokenLogprob.apply(hidden, weight, bias, target, float(temperature), softcap, sizes, rows)
 
 
 def sequence_sum(token_logprob: torch.Tensor, token_weight: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:

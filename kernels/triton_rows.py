@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.reference import Sizes, TorchRows
+
 
 @triton.jit
 def _tanh(x):
@@ -95,73 +97,57 @@ def row_kernel(
             tl.store(p_jacobian + o_v, g.to(p_jacobian.dtype.element_ty), mask=inside)
 
 
-class TritonRows:
-    """The row arithmetic of one call on a GPU; same interface as `kernels.reference.TorchRows`. Not for float64.
+class TritonRows(TorchRows):
+    """`kernels.reference.TorchRows` on a GPU, not for float64. Beside a cuBLAS product of float32 logits stands one Triton program a row.
 
-    J is kept in the dtype of the inputs, whole (scale 1), in rows that start at multiples of 16 elements also where V is odd, so that
-    loads stay wide.
+    J is kept in the dtype of the inputs, whole (state 1), in rows that start at multiples of 16 elements also where V is odd, so that loads
+    stay wide.
     """
 
     MAX_BLOCK = 4096
 
+    @classmethod
+    def sizes(cls, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, rows: int, budget: int, kind: str) -> Sizes:
+        (vocabulary, width), stride = weight.shape, cls._stride(weight)
+        if kind == "values":
+            return Sizes(vocabulary, 0, 0, 4 if cls._blocks(weight) else 4 * stride, 0)
+        own_logits = weight.dtype != torch.float32
+        return Sizes(vocabulary, 0, 0, stride * weight.dtype.itemsize + 4 * 4 * width, 4 * stride * own_logits)
+
     def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        columns: int,
-        rows: int,
-        jacobian: bool,
+        self, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float | None, sizes: Sizes, rows: int, kind: str
     ) -> None:
         self.weight, self.bias, self.temperature, self.softcap = weight, bias, temperature, softcap
-        own = jacobian and weight.dtype != torch.float32
-        self.logits = weight.new_empty(rows, self._stride(weight), dtype=torch.float32) if own else None
+        self.dtype, self.blocks = torch.float32, self._blocks(weight) if kind == "values" else None
+        own_logits = sizes.scratch > 0 or (kind == "values" and self.blocks is None)
+        self.logits = weight.new_empty(rows, self._stride(weight), dtype=torch.float32) if own_logits else None
+        self.own_z = self.new_z(weight, rows) if kind == "product" else self.logits
+
+    @staticmethod
+    def _blocks(weight: torch.Tensor):
+        """How the kernel that stores no logits goes through a head of this shape; None where the product of a library is faster."""
+        from kernels import triton_forward
+
+        return triton_forward.blocks_for(weight.shape[1], weight.dtype)
 
     @staticmethod
     def _stride(weight: torch.Tensor) -> int:
         return -(-weight.shape[0] // 16) * 16
 
     @staticmethod
-    def fixed_bytes(weight: torch.Tensor, bias: torch.Tensor | None, columns: int) -> int:
-        """Bytes that do not grow with the rows."""
-        return 0
+    def new_z(weight: torch.Tensor, rows: int) -> torch.Tensor:
+        return weight.new_empty(rows, TritonRows._stride(weight))
 
-    @staticmethod
-    def row_bytes(weight: torch.Tensor, jacobian: bool) -> int:
-        """Bytes of one row of J, or of float32 logits where there is no J, and of the vectors beside it."""
-        return TritonRows._stride(weight) * (weight.dtype.itemsize if jacobian else 4) + 4 * 4 * weight.shape[1]
-
-    @staticmethod
-    def scratch_row_bytes(weight: torch.Tensor, softcap: float | None, jacobian: bool) -> int:
-        """Bytes that one row of a chunk needs beyond `row_bytes`."""
-        return 4 * TritonRows._stride(weight) * (jacobian and weight.dtype != torch.float32)
-
-    @staticmethod
-    def new_z(weight: torch.Tensor, rows: int, jacobian: bool) -> torch.Tensor:
-        """Uninitialised J, or logits where there is no J: [rows, V or more]."""
-        return weight.new_empty(rows, TritonRows._stride(weight), dtype=weight.dtype if jacobian else torch.float32)
-
-    @staticmethod
-    def forward_only(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        temperature: float,
-        softcap: float | None,
-        out: torch.Tensor,
-    ) -> bool:
-        """Write all log-probs to `out` [T] without storing logits, where the table of `kernels.triton_forward` says so."""
+    def values(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.blocks is None:
+            return super().values(hidden, target)
         from kernels import triton_forward
 
-        blocks = triton_forward.blocks_for(weight.shape[1], weight.dtype)
-        if blocks is not None:
-            triton_forward.token_logprob(hidden, weight, bias, target, temperature, softcap, blocks, out)
-        return blocks is not None
+        out = hidden.new_empty(len(hidden), dtype=torch.float32)
+        triton_forward.token_logprob(hidden, self.weight, self.bias, target, self.temperature, self.softcap, self.blocks, out)
+        return out
 
-    def logprob(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log p [C], scale [C]) of rows hidden [C, D]; with `jacobian` z then holds J."""
+    def _logprob(self, hidden: torch.Tensor, target: torch.Tensor, z: torch.Tensor, jacobian: bool) -> tuple[torch.Tensor, torch.Tensor]:
         rows, vocabulary = hidden.shape[0], self.weight.shape[0]
         logits = (z if self.logits is None else self.logits[:rows])[:, :vocabulary]
         if hidden.dtype == torch.float32:
@@ -192,12 +178,11 @@ class TritonRows:
                 BLOCK_V=block,
                 num_warps=8 if block >= 2048 else 4,
             )
-        return logprob, scale
+        return logprob, scale[:, None]
 
-    def times_weight(self, z: torch.Tensor, row_factor: torch.Tensor, out: torch.Tensor) -> None:
-        """out [C, D] = row_factor[:, None] * (J W); rows with row_factor 0 are 0."""
+    def _times_weight(self, z: torch.Tensor, row_factor: torch.Tensor, out: torch.Tensor) -> None:
         jacobian = z[:, : self.weight.shape[0]]
-        if out.dtype == torch.float32:
+        if out.dtype == torch.float32 == z.dtype:
             torch.mm(jacobian, self.weight, out=out)
             out.mul_(row_factor[:, None])
         elif out.is_cuda:
@@ -205,8 +190,7 @@ class TritonRows:
         else:
             out.copy_((jacobian.float() @ self.weight.float()).mul_(row_factor[:, None]))
 
-    def add_weight_gradient(self, total: torch.Tensor, z: torch.Tensor, scaled_hidden: torch.Tensor, first: bool) -> None:
-        """total [V, D] += J^T scaled_hidden, or = where it is the `first`; summed over chunks in float32."""
+    def _add_weight_gradient(self, total: torch.Tensor, z: torch.Tensor, scaled_hidden: torch.Tensor, first: bool) -> None:
         jacobian, scaled = z[:, : self.weight.shape[0]], scaled_hidden.to(z.dtype)
         if not jacobian.is_cuda or jacobian.dtype == torch.float32:
             total.addmm_(jacobian.t().float(), scaled.float(), beta=0 if first else 1)
@@ -214,7 +198,3 @@ class TritonRows:
             torch.mm(jacobian.t(), scaled, out_dtype=torch.float32, out=total)
         else:
             torch.addmm(total, jacobian.t(), scaled, out_dtype=torch.float32, out=total)
-
-    def add_bias_gradient(self, total: torch.Tensor, z: torch.Tensor, coefficient: torch.Tensor) -> None:
-        """total [V] += J^T coefficient."""
-        self.add_weight_gradient(total[:, None], z, coefficient[:, None], False)

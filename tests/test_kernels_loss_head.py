@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_kernels_reference import assert_close, dense_dpo, dense_logprob, make, preference_gradients, reordered
 
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, loss_head, reference, sequence_logprob
-from kernels.loss_head import Plan, plan, row_workspace
+from kernels.loss_head import plan, row_workspace
 
 # A few pairs in a row, a sequence in several pairs, one in none, an empty one, one with itself.
 LENGTHS = (5, 7, 0, 4, 6, 3, 9, 2, 5, 1)
@@ -34,13 +34,12 @@ def problem(dtype=torch.float32, lengths=LENGTHS, pairs=PAIRS, vocabulary=211, w
 def budget_of(data, rows, softcap=None):
     """Bytes in which a chunk of `rows` rows of the preference pass fits."""
     workspace, weight, hidden = row_workspace(data["hidden"]), data["weight"], data["hidden"]
-    per_row = workspace.row_bytes(weight, True) + workspace.scratch_row_bytes(weight, softcap, True)
-    per_row += hidden.element_size() * hidden.shape[1]
-    # The converted parts of the head grow with the budget.
+    # Tiles and the converted parts of the head grow with the budget.
     budget = 0
-    for _ in range(20):
-        fixed = workspace.fixed_bytes(weight, data.get("bias"), reference.head_columns(weight, budget))
-        budget = fixed + reference.VECTOR_BYTES_PER_ROW * len(hidden) + rows * per_row
+    for _ in range(60):
+        sizes = workspace.sizes(weight, data.get("bias"), softcap, len(hidden), budget, "kept")
+        per_row = sizes.row + sizes.scratch + hidden.element_size() * hidden.shape[1]
+        budget = sizes.fixed + reference.VECTOR_BYTES_PER_ROW * len(hidden) + rows * per_row
     return budget
 
 
@@ -63,20 +62,19 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.forward = self.hidden = self.weight = 0
-        for cls in {reference.TorchRows, loss_head.native.NativeRows}:
-            if "logprob" not in vars(cls):
-                continue
-            for name in ("logprob", "times_weight", "add_weight_gradient"):
-                monkeypatch.setattr(cls, name, self.counted(getattr(cls, name), name))
+        for cls in (reference.TorchRows, loss_head.native.NativeRows):
+            for name in ("values", "product", "keep", "add_gradients"):
+                monkeypatch.setattr(cls, name, self.counted(vars(cls)[name], name))
 
     def counted(self, original, name):
         def call(work, *arguments):
-            if name == "logprob":
-                self.forward += len(arguments[0])
-            elif name == "times_weight":
-                self.hidden += len(arguments[0])
+            rows = len(arguments[0])
+            if name != "add_gradients":
+                self.forward += rows
+                self.hidden += rows * (name == "product")
             else:
-                self.weight += len(arguments[1])
+                self.hidden += rows * (arguments[6] is not None)
+                self.weight += rows * (arguments[7] is not None)
             return original(work, *arguments)
 
         return call
@@ -295,8 +293,9 @@ def test_plan_prefers_three_products_then_memory():
     def made(budget, *needs):
         return plan(reference.TorchRows, hidden, weight, None, None, budget, *needs)
 
-    assert made(1 << 30, True, True) == Plan(64, 2**12, 64, False)
-    assert made(1 << 30, True, False).product and made(1 << 30, False, False) == Plan(64, 2**12, 0, False)
+    whole = made(1 << 30, True, True)
+    assert (whole.kind, whole.rows, whole.kept) == ("kept", 64, 64)
+    assert made(1 << 30, True, False).kind == "product" and made(1 << 30, False, False).kind == "values"
     assert 0 < made(900_000, True, True).kept < 64
     assert made(200_000, True, True).kept == 0
     with pytest.raises(ValueError, match="memory_budget_bytes = 1000: expected at least"):

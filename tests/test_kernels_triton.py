@@ -266,6 +266,6 @@ def test_forward_passes_of_small_heads_store_no_logits(monkeypatch):
     stored = token_logprob(**data | {"hidden": data["hidden"].requires_grad_()}).detach()
     data["hidden"] = data["hidden"].detach()
     monkeypatch.setattr(triton_forward, "TABLE", ((640, triton_forward.INTERPRETED),))
-    monkeypatch.setattr(TritonRows, "logprob", None)
+    monkeypatch.setattr(TritonRows, "_logprob", None)
     torch.testing.assert_close(token_logprob(**data), stored, rtol=1e-6, atol=1e-6)
     assert triton_forward.blocks_for(4096, torch.bfloat16) is None and triton_forward.blocks_for(576, torch.float32) is None

@@ -29,6 +29,25 @@ def exact_gradient(logits: torch.Tensor, target: torch.Tensor, temperature: floa
     return others.scatter(1, target[:, None], -others.sum(1, keepdim=True)) / temperature
 
 
+def rows_in_parts(logits, target, temperature, width=None, instructions=None, threads=2):
+    """(log p [R], J [R, V]) of the compiled rows, `width` columns at a time."""
+    instructions, width = instructions or native.instructions[0], width or logits.shape[1]
+    rows, columns = logits.shape
+    largest, own, logprob, scale = torch.full((4, rows), -torch.inf).unbind()
+    others, state, jacobian = torch.zeros(rows, dtype=torch.float64), torch.empty(rows, 3), torch.empty_like(logits)
+    parts = [slice(first, min(first + width, columns)) for first in range(0, columns, width)]
+    kept = logits.clone()
+    for part in parts:
+        native._native.accumulate(kept[:, part], target, part.start, 1 / temperature, largest, others, own, None, threads, instructions)
+    assert torch.equal(kept.nan_to_num(7), logits.nan_to_num(7))
+    native._native.finish(1 / temperature, 1 / temperature, largest, others, own, logprob, state, scale)
+    for part in parts:
+        out = torch.empty(rows, part.stop - part.start)
+        native._native.jacobian(kept[:, part], target, part.start, 1 / temperature, state, torch.ones(rows), out, threads, instructions)
+        jacobian[:, part] = out
+    return logprob, jacobian
+
+
 def edge_distance(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Distance of u from the nearest edge of the cumulative distribution, float64 [R]."""
     edges = logits.double().softmax(1).cumsum(1)
@@ -106,34 +125,52 @@ def test_peaked_rows_keep_the_digits_of_small_log_probs():
     token, logprob = native.sample_rows(logits, torch.full((32,), 0.5, dtype=torch.float64), 1.0)
     assert torch.equal(token, target)
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
-    rows = logits.clone()
-    logprob, scale = native.rows_logprob(rows, target, 1.0, True)
-    torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
-    torch.testing.assert_close(rows.double() * scale.double()[:, None], exact_gradient(logits, target, 1.0), rtol=1e-5, atol=1e-37)
+    for width in (None, 1000):
+        logprob, jacobian = rows_in_parts(logits, target, 1.0, width)
+        torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
+        torch.testing.assert_close(jacobian.double(), exact_gradient(logits, target, 1.0), rtol=1e-5, atol=1e-37)
 
 
 @needs_native
 @pytest.mark.parametrize("columns", SIZES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_and_gradient_rows(columns, temperature):
+@pytest.mark.parametrize("temperature,width", [(1.0, None), (0.7, None), (1.0, 128), (0.7, 51)])
+def test_log_probs_and_gradient_rows(columns, temperature, width):
     logits = logits_of(16, columns)
     logits[3, columns // 2] = -torch.inf
+    # The first part of a row holds nothing.
+    logits[5, : columns // 2] = -torch.inf
     target = (torch.arange(16) * 7919) % columns
-    rows = logits.clone()
-    logprob, _ = native.rows_logprob(rows, target, temperature, False)
-    assert torch.equal(rows, logits)
+    target[5] = columns - 1
+    logprob, jacobian = rows_in_parts(logits, target, temperature, width)
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, target, temperature), rtol=1e-6, atol=0)
-    again, scale = native.rows_logprob(rows, target, temperature, True)
-    assert torch.equal(again, logprob)
-    torch.testing.assert_close(rows.double() * scale.double()[:, None], exact_gradient(logits, target, temperature), rtol=1e-5, atol=1e-37)
+    torch.testing.assert_close(jacobian.double(), exact_gradient(logits, target, temperature), rtol=1e-5, atol=1e-37)
 
 
 @needs_native
 def test_target_without_mass():
-    logits = torch.tensor([[0.0, -torch.inf, 1.0]])
-    logprob, scale = native.rows_logprob(logits, torch.tensor([1]), 0.5, True)
-    assert logprob.item() == -torch.inf
-    assert (logits[0, 1] * scale).item() == -2
+    logprob, jacobian = rows_in_parts(torch.tensor([[0.0, -torch.inf, 1.0]]), torch.tensor([1]), 0.5)
+    assert logprob.item() == -torch.inf and jacobian[0, 1].item() == -2
+
+
+@needs_native
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("budget", [1 << 30, 40_000])
+def test_product_with_the_head_of_rows_whose_largest_logit_grows(softcap, budget):
+    """J W with a running maximum that rises in many tiles; peaked rows keep their digits."""
+    hidden, weight = logits_of(9, 24, 1.0), logits_of(1000, 24, 1.0) * torch.linspace(0.1, 3, 1000)[:, None]
+    target = torch.arange(9) * 111
+    weight[222] = hidden[2] * 2
+    sizes = native.NativeRows.sizes(weight, None, softcap, 9, budget, "product")
+    assert (sizes.columns < 300) == (budget < 1 << 30)
+    work, out = native.NativeRows(weight, None, 0.8, softcap, sizes, 9, "product"), torch.empty(9, 24)
+    logprob = work.product(hidden, target, out)
+    leaf = hidden.double().requires_grad_()
+    logits = leaf @ weight.double().t()
+    exact = exact_logprob(logits if softcap is None else softcap * torch.tanh(logits / softcap), target, 0.8)
+    (gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    torch.testing.assert_close(logprob.double(), exact.detach(), rtol=2e-5, atol=1e-30)
+    # Of each row's own largest element: the smallest rows are 1e-7 of the largest.
+    assert ((-out.double() - gradient).abs().amax(1) <= 1e-4 * gradient.abs().amax(1)).all()
 
 
 @needs_native
@@ -146,9 +183,7 @@ def test_same_bits_for_every_thread_count_and_instruction_set():
         return token, logprob
 
     def normalised(instructions: str, threads: int) -> tuple[torch.Tensor, ...]:
-        rows, logprob, scale = logits.clone(), torch.empty(37), torch.empty(37)
-        native._native.rows_logprob(rows, target, 1 / 0.9, True, logprob, scale, threads, instructions)
-        return rows, logprob, scale
+        return rows_in_parts(logits, target, 0.9, 1024, instructions, threads)
 
     assert_same_bits(all_paths(sampled))
     assert_same_bits(all_paths(normalised))
@@ -163,25 +198,16 @@ def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
     token, logprob = native.sample_rows(logits, uniform(torch.arange(3), 0), 1.0)
     assert logprob.isnan().tolist() == [False, True, False]
     assert 0 <= token[1] < 257
-    rows = logits.clone()
     # The target of the middle row is the bad place itself for place = 256.
-    logprob, scale = native.rows_logprob(rows, torch.full((3,), 256), 1.0, True)
-    assert logprob.isnan().tolist() == scale.isnan().tolist() == [False, True, False]
-    assert not rows[1].any() and rows.isfinite().all()
+    logprob, jacobian = rows_in_parts(logits, torch.full((3,), 256), 1.0, 128)
+    assert logprob.isnan().tolist() == jacobian.isnan().any(1).tolist() == [False, True, False]
 
 
 @needs_native
 def test_row_without_finite_logits_is_nan():
     logits = torch.full((1, 130), -torch.inf)
     assert native.sample_rows(logits, torch.tensor([0.5], dtype=torch.float64), 1.0)[1].isnan().all()
-    assert native.rows_logprob(logits, torch.tensor([0]), 1.0, False)[0].isnan().all()
-
-
-@needs_native
-def test_target_outside_the_vocabulary_is_an_error():
-    for target in (-1, 5):
-        with pytest.raises(IndexError, match=f"target {target}"):
-            native.rows_logprob(torch.zeros(1, 5), torch.tensor([target]), 1.0, False)
+    assert rows_in_parts(logits, torch.tensor([0]), 1.0)[0].isnan().all()
 
 
 @needs_native
