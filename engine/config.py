@@ -55,7 +55,7 @@ class RunConfig:
     rollout_rows: int = 384
     """Responses decoded side by side."""
 
-    threshold: tuple[float, ...] = (0.2,)
+    threshold: tuple[float, ...] = (0.3,)
     """b: required improvement of each utility over the reference, in its within-prompt standard deviations."""
     beta: float = 1.0
     """Weight of KL(policy || reference), in units of the scaled reward."""

@@ -571,8 +571,8 @@ def _scale_gradients(ctx, d_loss, *rest):
     hidden, weight, bias, *gradients = ctx.saved_tensors
     if d_loss is None:
         return (None,) * ctx.n_inputs
-    # On a GPU the host does not look.
-    if d_loss.device.type != "cpu" or float(d_loss) != 1:
+    # Mostly it is 1, and the gradients are large; but on a GPU the host does not look, and a traced number has no value.
+    if type(d_loss) is not Tensor or d_loss.device.type != "cpu" or float(d_loss) != 1:
         with torch.no_grad():
             gradients = [x * d_loss for x in gradients]
     gradients = [x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)]

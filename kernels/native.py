@@ -185,7 +185,8 @@ def _even(rows: int, most: int) -> int:
 def huge_pages(fresh: Tensor) -> Tensor:
     """The same tensor, whose memory the system is asked to back by large pages, where it offers them: for memory that was not yet written,
     as first writing it costs more than a pass over it otherwise."""
-    if _native is not None and fresh.device.type == "cpu":
+    # A tensor that stands for its shape alone (torch.compile) has no memory.
+    if _native is not None and type(fresh) is Tensor and fresh.device.type == "cpu":
         _native.huge_pages(fresh.data_ptr(), fresh.nbytes)
     return fresh
 

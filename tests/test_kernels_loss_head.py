@@ -235,6 +235,23 @@ def test_any_pairs_agree_with_dense(lengths, pairs, vocabulary, rows, seed):
     check(data, labels, ("hidden", "weight"), budget_of(data, rows))
 
 
+def test_gradients_that_were_formed_in_the_forward_pass_survive_a_second_backward_pass():
+    data, labels = problem(torch.float64)
+    leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+    loss = lagrangian_preference_loss(**data, **labels, beta=0.5, memory_budget_bytes=budget_of(data, 16)).loss
+    first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    loss.backward(retain_graph=True)
+    for leaf in leaves:
+        leaf.grad.mul_(3)
+    (2 * loss).backward(retain_graph=True)
+    for leaf, gradient in zip(leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, 5 * gradient, rtol=1e-12, atol=0)
+    spoiled = torch.autograd.grad(loss, leaves, retain_graph=True)[1]
+    spoiled.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("budget", [None, 60_000])
 def test_tied_embeddings_accumulation_and_repeated_sequences(budget):
     """The head is also the embedding that made the states; two losses add up in .grad; the same sequence in many pairs."""

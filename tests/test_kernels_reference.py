@@ -141,7 +141,7 @@ def test_chunks_do_not_change_the_result(needs, dtype, monkeypatch):
         monkeypatch.setattr(cls, name, lambda self, h, *rest, original=original: sizes.append(len(h)) or original(self, h, *rest))
     data = make(rows=130, vocabulary=257, lengths=(50, 0, 79, 1), bias=True, weighted=True, dtype=dtype)
     check_against_dense(sequence_logprob, data, needs, softcap=4.0, memory_budget_bytes=14_000 if needs == ("hidden",) else 22_000)
-    assert max(sizes) < 60 and len(sizes) > 2
+    assert max(sizes) < 100 and len(sizes) > 2
 
 
 @pytest.mark.parametrize(
