@@ -6,10 +6,9 @@ the improvement is measured against each prompt's own reference samples; the dua
 cap on the change, as a policy of few steps lags behind lambda; the last iterate is the result, and no dual step follows it.
 """
 
-import torch
-
 from engine import dual, stages
 from engine.config import CaidConfig
+from engine.records import Target
 
 
 def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
@@ -19,17 +18,19 @@ def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
     """
     with stages.open_job("caid", config, resume, n_stages=4 + 2 * config.iterations) as job:
         world = stages.World(job)
-        return world.verdict(loop(world, config))
+        return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: CaidConfig) -> torch.Tensor:
-    """Algorithm 2 in any world: returns the multipliers of the last policy, float64 [J]."""
+def loop(world: stages.World, config: CaidConfig):
+    """Algorithm 2 in any world: returns the last policy and its multipliers, float64 [J]."""
     warm = world.solve_dual()
-    lam_J = warm.lam
+    policy, lam_J = None, warm.lam
     for t in range(1, config.iterations + 1):
-        world.update_policy(lam_J, t, config.slack_prompts)
-        u = world.measure_slack(lam_J, t)
-        if world.passes_max_kl(u, t) or t == config.iterations:
-            break
-        lam_J = dual.step(lam_J, u.slack_J, warm.hessian / config.dual_step, max_change=config.lam_max_change, lam_max=config.lam_max)
-    return lam_J
+        score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
+        before, policy = policy, world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta, start=policy), t)
+        u = world.measure_slack(policy, lam_J, t)
+        if world.passes_max_kl(u, t):
+            return before, lam_J
+        if t < config.iterations:
+            lam_J = dual.step(lam_J, u.slack_J, warm.hessian / config.dual_step, max_change=config.lam_max_change, lam_max=config.lam_max)
+    return policy, lam_J

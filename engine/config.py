@@ -100,8 +100,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaidConfig(RunConfig):
-    """CAID: alternate policy updates with dual descent (arXiv 2505.19387, Algorithm 2)."""
+class IterativeConfig(RunConfig):
+    """What algorithms need that measure the slack of their policies and descend the dual."""
 
     iterations: int = 5
     """T: policies trained; a dual step stands between two of them."""
@@ -109,11 +109,17 @@ class CaidConfig(RunConfig):
     """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
     slack_responses: int = 3
     """Responses per prompt in the slack."""
+    lam_max_change: float = 2.0
+    """Largest factor by which a multiplier may change in one dual step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaidConfig(IterativeConfig):
+    """CAID: alternate policy updates with dual descent (arXiv 2505.19387, Algorithm 2)."""
+
     dual_step: float = 0.5
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
-    lam_max_change: float = 2.0
-    """Largest factor by which a multiplier may change in one dual step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,92 @@ class MocanConfig(RunConfig):
 
     steps: int = 25
     """Policy steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(RunConfig):
+    """Plain DPO on one score, without a constraint (arXiv 2305.18290): the two ends of every trade-off."""
+
+    objective: str = "reward"
+    """reward, or safety: the sum of the utilities."""
+    steps: int = 25
+    """Policy steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SacpoConfig(RunConfig):
+    """SACPO: align to the reward, then to safety with the first policy as the reference (arXiv 2404.11049)."""
+
+    lam: tuple[float, ...] = (1.0,)
+    """Fixed multiplier of each utility; the second stage's coefficient is beta / lambda. The paper tries several, none is solved for."""
+    steps: int = 12
+    """Policy steps of each of the two stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeDpoConfig(RunConfig):
+    """SafeDPO: DPO in which a safe response always wins over an unsafe one (arXiv 2505.20065)."""
+
+    offset: float = 10.0
+    """Margin by which a safe response has to lead an unsafe one, nats x beta."""
+    unsafe_above: float = 0.0
+    """A response is unsafe where one of the costs lies above this, in the scorer's own units."""
+    steps: int = 25
+    """Policy steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CdpoConfig(IterativeConfig):
+    """Our reading of C-DPO (arXiv 2403.02475): DPO anew at each multiplier, then a step of dual descent of constant size."""
+
+    lam_init: float = 1.0
+    """First value of every multiplier."""
+    dual_rate: float = 1.0
+    """Step of the dual descent: change of lambda per unit of slack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PdDpoConfig(IterativeConfig):
+    """Our reading of PD-DPO (arXiv 2510.05703): DPO on the reward once, then DPO on safety from it at each multiplier."""
+
+    lam_init: float = 1.0
+    """First value of every multiplier."""
+    dual_rate: float = 1.0
+    """Step of the dual descent: change of lambda per unit of slack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpdConfig(IterativeConfig):
+    """Our reading of OPD (arXiv 2602.22146): optimistic (predictive) proximal steps of policy and multipliers, last iterate."""
+
+    lam_init: float = 1.0
+    """First value of every multiplier."""
+    dual_rate: float = 0.5
+    """Step of the dual descent: change of lambda per unit of slack."""
+    proximity: float = 1.0
+    """Weight of KL(policy || last policy) in a proximal step, in units of the scaled reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrimalDualConfig(IterativeConfig):
+    """Primal-dual policy gradient on fresh samples, as PPO-Lagrangian without a critic (arXiv 2310.12773)."""
+
+    advantage: str = "rloo"
+    """rloo: score minus the mean of the others of its prompt. group_norm: reward and utilities standardised per prompt, then combined,
+    which changes the objective and the meaning of lambda."""
+    ascent_prompts: int = 32
+    """Prompts whose responses are sampled afresh for the policy steps of an iteration."""
+    clip: float = 0.2
+    """PPO's clip of the probability ratio."""
+    lam_init: float = 1.0
+    """First value of every multiplier."""
+    dual_rate: float = 0.5
+    """Step of the dual descent on ln lambda: change per unit of lambda x slack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepoConfig(PrimalDualConfig):
+    """Our reading of RePO (arXiv 2410.19933): every prompt has its own constraint, and only those that miss it are penalised."""
 
 
 SMOKE = {
@@ -134,18 +226,26 @@ def smoke(config: RunConfig) -> RunConfig:
     """The whole loop on a tiny random model in under 30 seconds: `python -m engine.train --preset smoke`. Fields that the
     user set to something else than the default stay as they are."""
     default = type(config)()
-    small = dict(
-        SMOKE, model="smoke", **({"iterations": 3, "slack_prompts": 6, "slack_responses": 2} if isinstance(config, CaidConfig) else {})
-    )
+    iterative = {"iterations": 3, "slack_prompts": 6, "slack_responses": 2} if isinstance(config, IterativeConfig) else {}
+    ascent = {"ascent_prompts": 4} if isinstance(config, PrimalDualConfig) else {}
+    small = dict(SMOKE, model="smoke", **iterative, **ascent)
     kept = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
     return replace(config, **{name: value for name, value in small.items() if name not in kept})
+
+
+def policy_updates(config: RunConfig) -> int:
+    """How often an algorithm takes `config.steps` policy steps."""
+    iterations = config.iterations if isinstance(config, IterativeConfig) else 1
+    if isinstance(config, OpdConfig):
+        return 2 * iterations
+    return iterations + isinstance(config, PdDpoConfig | SacpoConfig)
 
 
 def fit(config: RunConfig, n_train: int, n_heldout: int) -> tuple[RunConfig, str]:
     """(the config with its numbers of prompts lowered to those that are there, which flags were lowered to what)."""
     caps = {"n_prompts": n_train, "eval_prompts": n_heldout}
     n = min(config.n_prompts, n_train)
-    if isinstance(config, CaidConfig):
+    if isinstance(config, IterativeConfig):
         if config.slack_prompts + config.prompts_per_step > n:
             caps["slack_prompts"] = max(2, n // 3)
         n -= min(config.slack_prompts, caps.get("slack_prompts", n))
@@ -161,7 +261,8 @@ def check(config: RunConfig) -> None:
     """
     positive = (
         "n_prompts max_new_tokens rollout_rows steps prompts_per_step learning_rate clip_norm lora_rank lora_alpha beta lam_max "
-        "memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses dual_step"
+        "memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses dual_step "
+        "dual_rate proximity clip ascent_prompts"
     ).split()
     for name in positive:
         value = getattr(config, name, 1)
@@ -174,8 +275,10 @@ def check(config: RunConfig) -> None:
         "margin": 0,
         "weight_decay": 0,
         "threads": 0,
+        "lam_init": 0,
+        "offset": 0,
     }.items():
-        if not getattr(config, name) >= least:
+        if not getattr(config, name, least) >= least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}.")
     if config.responses_per_prompt > config.n_responses:
         raise UserError(f"--responses-per-prompt {config.responses_per_prompt}: must be at most --n-responses {config.n_responses}.")
@@ -187,10 +290,12 @@ def check(config: RunConfig) -> None:
         raise UserError(f"--lora-from {config.lora_from}: must lie in [0, 1).")
     for name, accepted in {
         "labels": ("soft", "sampled"),
+        "objective": ("reward", "safety"),
+        "advantage": ("rloo", "group_norm"),
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
     }.items():
-        if getattr(config, name) not in accepted:
+        if getattr(config, name, accepted[0]) not in accepted:
             raise UserError(f"--{name} {getattr(config, name)}: must be one of {', '.join(accepted)}.")
     if not config.cost:
         raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
@@ -201,7 +306,9 @@ def check(config: RunConfig) -> None:
             f"--threshold {' '.join(map(str, config.threshold))}: {len(config.threshold)} value(s) for {len(config.cost)} cost(s); "
             "give one threshold per cost."
         )
-    if isinstance(config, CaidConfig):
+    if isinstance(config, SacpoConfig) and not (len(config.lam) == len(config.cost) and min(config.lam) > 0):
+        raise UserError(f"--lam {' '.join(map(str, config.lam))}: give one value above 0 for each of the {len(config.cost)} cost(s).")
+    if isinstance(config, IterativeConfig):
         if not config.lam_max_change > 1:
             raise UserError(f"--lam-max-change {config.lam_max_change}: must be above 1.")
         if config.slack_responses > config.n_responses:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import CaidConfig, RunConfig
+from engine.config import IterativeConfig, PrimalDualConfig, RunConfig, policy_updates
 from engine.errors import UserError
 from engine.model import ModelConfig
 
@@ -58,13 +58,14 @@ class Plan:
         products = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
         if dtype != torch.float32:  # see stages.sample
             products += scored(*reference) + scored(*heldout)
-        iterations = 1
-        if isinstance(config, CaidConfig):
-            iterations = config.iterations
+        if isinstance(config, IterativeConfig):
             slack = config.slack_prompts, config.slack_responses
-            products += iterations * (sampled(*slack) + scored(*slack))
+            products += config.iterations * (sampled(*slack) + scored(*slack))
+        if isinstance(config, PrimalDualConfig):
+            fresh = config.ascent_prompts, config.n_responses
+            products += config.iterations * (sampled(*fresh) + scored(*fresh))
         tokens = config.prompts_per_step * (mean_prompt + config.responses_per_prompt * answer)
-        products += iterations * config.steps * tokens * 2 * (body * (1 - config.lora_from) + head)
+        products += policy_updates(config) * config.steps * tokens * 2 * (body * (1 - config.lora_from) + head)
         return Plan(needed, available_memory(device), 2 * products / (EFFICIENCY * _matmul_rate(dtype, device)))
 
     def check(self) -> None:

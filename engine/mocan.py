@@ -1,9 +1,8 @@
 """MoCAN (arXiv 2405.19544, Algorithm 1): solve the smooth dual once from reference samples, then align once at that lambda."""
 
-import torch
-
 from engine import stages
 from engine.config import MocanConfig
+from engine.records import Target
 
 
 def train(config: MocanConfig, *, resume: str | None = None) -> stages.Result:
@@ -13,11 +12,11 @@ def train(config: MocanConfig, *, resume: str | None = None) -> stages.Result:
     """
     with stages.open_job("mocan", config, resume, n_stages=5) as job:
         world = stages.World(job)
-        return world.verdict(loop(world))
+        return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World) -> torch.Tensor:
-    """Algorithm 1 in any world: returns the multipliers, float64 [J]."""
+def loop(world: stages.World, config: MocanConfig):
+    """Algorithm 1 in any world: returns the policy and the multipliers, float64 [J]."""
     lam_J = world.solve_dual().lam
-    world.update_policy(lam_J, 1)
-    return lam_J
+    score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
+    return world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta), 1), lam_J

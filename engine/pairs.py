@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.data import subset
-from engine.records import Pairs, Prompts, Scores
-
-
-def lagrangian_score(scores: Scores, lam_J: Tensor) -> Tensor:
-    """s = r + lambda . g, float64 [P, G], of scores in the run's units. A constant per prompt cancels in every pair."""
-    return scores.reward_PG + scores.utility_PGJ @ lam_J
+from engine.records import Pairs, Prompts
 
 
 def deal(prompts: Prompts, seed: int, iteration: int, n_pairs: int, n_slack: int) -> tuple[list[int], list[int]]:
@@ -37,11 +32,12 @@ def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: in
     return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]
 
 
-def informative(score_PG: Tensor, prompts: list[int], per_prompt: int) -> Pairs:
+def informative(score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_PG: Tensor | None = None) -> Pairs:
     """The `per_prompt` responses of each prompt at both ends of the score, and all pairs of them within the prompt.
 
     score: s [P, G]; prompts: the P's to use. Pairs far apart in s carry the most about the tilt, and a prompt's M sequences serve
-    M (M - 1) / 2 pairs, so that the forward passes are used several times. A prompt drawn twice in one step counts once.
+    M (M - 1) / 2 pairs, so that the forward passes are used several times. A prompt drawn twice in one step counts once. Pairs of two
+    responses that are both `dropped_PG` [P, G] are left out, and so are prompts without a pair.
     """
     prompt, row, pairs = [], [], []
     n = score_PG.shape[1]
@@ -49,8 +45,10 @@ def informative(score_PG: Tensor, prompts: list[int], per_prompt: int) -> Pairs:
         order = score_PG[p].argsort(stable=True).tolist()
         low = per_prompt // 2
         chosen = sorted(order[:low] + order[n - (per_prompt - low) :])
-        base = len(row)
-        prompt += [p] * len(chosen)
-        row += [p * n + i for i in chosen]
-        pairs += [(base + a, base + b) for a, b in itertools.combinations(range(len(chosen)), 2)]
+        base, dropped = len(row), [dropped_PG is not None and bool(dropped_PG[p, i]) for i in chosen]
+        own = [(base + a, base + b) for a, b in itertools.combinations(range(len(chosen)), 2) if not (dropped[a] and dropped[b])]
+        if own:
+            prompt += [p] * len(chosen)
+            row += [p * n + i for i in chosen]
+            pairs += own
     return Pairs(prompt=prompt, row=row, pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2))

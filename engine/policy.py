@@ -1,9 +1,11 @@
-"""The policy update: steps of the Lagrangian preference loss on an adapter, against the fixed reference (Algorithm 2, step 4).
+"""The policy updates, steps on an adapter: the preference loss on reference samples (arXiv 2505.19387, Algorithm 2, step 4), or the policy
+gradient on the policy's own samples.
 
 The layers below the adapter equal the reference, so their states are computed once per sample and kept for all iterations (`LowerStates`).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +13,14 @@ from torch import Tensor
 
 from engine import packing
 from engine.checkpoint import Run, Stage, save
-from engine.config import RunConfig
-from engine.errors import NonFiniteError
+from engine.config import PrimalDualConfig, RunConfig
+from engine.errors import NonFiniteError, UserError
 from engine.lora import Adapter
 from engine.model import Decoder
 from engine.packing import LowerStates
-from engine.pairs import informative, lagrangian_score, schedule
-from engine.records import Pairs, Prompts, Rollouts, Scores
-from kernels import lagrangian_preference_loss
+from engine.pairs import informative, schedule
+from engine.records import Pairs, Prompts, Rollouts, Scores, Target
+from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
 from kernels.sampling import combine, uniform
 
 
@@ -38,59 +40,107 @@ class Policy:
         return sum(self.losses) / len(self.losses)
 
 
-def update(
-    stage: Stage,
-    run: Run,
-    config: RunConfig,
-    model: Decoder,
-    lower: LowerStates | None,
-    prompts: Prompts,
-    rollouts: Rollouts,
-    scores: Scores,
-    lam_J: Tensor,
-    adapter: Adapter,
-    *,
-    before: Policy | None,
-    train_on: list[int],
-    iteration: int,
-) -> Policy:
-    """`config.steps` steps on pairs of reference samples, going on from `before` (None: from `adapter` as it is) and changing `adapter`.
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Scored responses that an update learns from, in the run's units; `lower`: kept states below the adapter, or None."""
 
-    prompts, rollouts, scores (in the run's units): the reference's; lower: its kept states, or None to compute them in each step.
-    train_on: the prompts whose pairs may be used. Labels are drawn afresh in every step from s = r + lambda . g.
+    prompts: Prompts
+    rollouts: Rollouts
+    scores: Scores
+    lower: LowerStates | None
+
+
+def fit(
+    stage: Stage, run: Run, config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Adapter, anchor: Adapter | None,
+    *, train_on: list[int], iteration: int,
+) -> Policy:  # fmt: skip
+    """`config.steps` steps of the preference loss on pairs of the reference's samples, going on from `target.start` (None: from
+    `adapter` as it is) and changing `adapter`.
+
+    anchor: the adapter of `target.anchor`, None for the reference. train_on: the prompts whose pairs may be used. Labels are drawn afresh
+    in every step from target.score_PG.
+
+    Raises: NonFiniteError with the batch saved in the run folder; UserError where a step has no pair left.
+    """
+    pool = samples.prompts.select(train_on)
+    plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
+        pairs = informative(target.score_PG, [train_on[i] for i in plan[step]], config.responses_per_prompt, target.dropped_PG)
+        if not len(pairs.pairs):
+            raise UserError(
+                f"policy update {iteration}: no pair of the {config.prompts_per_step} prompts of step {step + 1} has a safe response; "
+                "raise --prompts-per-step, --responses-per-prompt or --unsafe-above."
+            )
+        result = _preference_loss(config, model, samples, target, adapter, anchor, pairs, iteration * 1_000_003 + step)
+        figures = {
+            "accuracy": float(result.accuracy), "margin": float(result.margin.abs().mean()), "pairs": len(pairs.pairs),
+        }  # fmt: skip
+        return result.loss, figures, {"row": torch.tensor(pairs.row), "pairs": pairs.pairs}
+
+    return _take_steps(stage, run, config, adapter, target.start, iteration, loss_of)
+
+
+def ascend(
+    stage: Stage, run: Run, config: PrimalDualConfig, model: Decoder, samples: Samples, score_PG: Tensor, adapter: Adapter,
+    *, start: Policy | None, iteration: int,
+) -> Policy:  # fmt: skip
+    """`config.steps` clipped policy-gradient steps on samples of the policy itself; changes `adapter`. The advantage of a response is its
+    score minus the mean score of its prompt's other ones.
 
     Raises: NonFiniteError with the batch saved in the run folder.
     """
+    plan = schedule(samples.prompts, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
+    n = samples.rollouts.n
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
+        rows = {p: list(range(p * n, (p + 1) * n)) for p in dict.fromkeys(plan[step])}
+        batch, packed = _packed(samples, rows, model)
+        row = torch.tensor([r for g in batch for r in g.rows])
+        score = score_PG.reshape(-1)[row].to(model.device)
+        logprob, length = samples.rollouts.model_logprob, samples.rollouts.length
+        result = lagrangian_policy_loss(
+            _hidden(model, samples.lower, batch, packed, adapter), model.head_weight, packed.target_T, packed.cu_seqlens,
+            (row // n).to(model.device), score, score.new_zeros(len(row), 0), score.new_zeros(0),
+            old_logprob=torch.cat([logprob[r, : int(length[r])] for r in row.tolist()]).to(model.device),
+            clip=(config.clip, config.clip), temperature=config.temperature, memory_budget_bytes=config.memory_budget_mb * 2**20,
+        )  # fmt: skip
+        figures = {
+            "clip_fraction": float(result.clip_fraction), "advantage": float(result.advantage.abs().mean()), "responses": len(row),
+        }  # fmt: skip
+        return result.loss, figures, {"row": row}
+
+    return _take_steps(stage, run, config, adapter, start, iteration, loss_of)
+
+
+def _take_steps(
+    stage: Stage, run: Run, config: RunConfig, adapter: Adapter, start: Policy | None, iteration: int,
+    loss_of: Callable[[int], tuple[Tensor, dict[str, float], dict[str, Tensor]]],
+) -> Policy:  # fmt: skip
+    """AdamW on the adapter. loss_of(step) -> (loss, what the metrics row says of it, the batch to save where it is not finite)."""
     names, parameters = zip(*adapter.named_parameters(), strict=True)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     partial = stage.partial(Policy)
     losses = list(partial.losses) if partial else []
-    done, taken = len(losses), before.steps if before else 0
-    if start := partial or before:
-        _restore(start, adapter, optimizer, names, parameters)
-    score_PG = lagrangian_score(scores, lam_J)
-    pool = prompts.select(train_on)
-    plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
+    done, taken = len(losses), start.steps if start else 0
+    if known := partial or start:
+        _restore(known, adapter, optimizer, names, parameters)
     with stage.progress(config.steps, "steps", f"policy {iteration}") as progress:
         progress.advance(done)
         for step in range(done, config.steps):
-            pairs = informative(score_PG, [train_on[i] for i in plan[step]], config.responses_per_prompt)
             rate = config.learning_rate * learning_rate_factor(taken + step, config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            result = _loss(config, model, lower, prompts, rollouts, scores, lam_J, adapter, pairs, iteration * 1_000_003 + step)
+            value, figures, batch = loss_of(step)
             optimizer.zero_grad(set_to_none=True)
-            result.loss.backward()
+            value.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm))
-            loss = float(result.loss.detach())
+            loss = float(value.detach())
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                _stop_non_finite(run, stage, pairs, adapter, loss, norm)
+                _stop_non_finite(run, stage, batch, adapter, loss, norm)
             optimizer.step()
             losses.append(loss)
-            stage.row(
-                "step", iteration=iteration, step=step + 1, loss=loss, accuracy=float(result.accuracy), grad_norm=norm,
-                learning_rate=rate, margin=float(result.margin.abs().mean()), pairs=len(pairs.pairs),
-            )  # fmt: skip
+            stage.row("step", iteration=iteration, step=step + 1, loss=loss, grad_norm=norm, learning_rate=rate, **figures)
             progress.advance(1)
             if stage.stopping or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
                 stage.save_partial(_policy(taken + step + 1, adapter, optimizer, names, parameters, losses))
@@ -103,43 +153,61 @@ def learning_rate_factor(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1))
 
 
-def _loss(
-    config: RunConfig, model: Decoder, lower: LowerStates | None, prompts: Prompts, rollouts: Rollouts, scores: Scores, lam_J: Tensor,
-    adapter: Adapter, pairs: Pairs, draw: int,
-):  # fmt: skip
-    """The Lagrangian preference loss of one batch of pairs."""
-    by_prompt: dict[int, list[int]] = {}
-    for p, r in zip(pairs.prompt, pairs.row, strict=True):
-        by_prompt.setdefault(p, []).append(r)
+def _packed(samples: Samples, rows: dict[int, list[int]], model: Decoder) -> tuple[list[packing.Group], packing.Packed]:
+    """The responses at `rows` of each prompt, with the prompt once."""
+    tokens, length = samples.rollouts.tokens, samples.rollouts.length
     batch = [
-        packing.Group(prompts.token_ids[p], [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in rows], rows)
-        for p, rows in by_prompt.items()
+        packing.Group(samples.prompts.token_ids[p], [tokens[r, : int(length[r])].tolist() for r in chosen], chosen)
+        for p, chosen in rows.items()
     ]
-    packed = packing.pack(batch, model.device)
+    return batch, packing.pack(batch, model.device)
+
+
+def _hidden(model: Decoder, lower: LowerStates | None, batch: list[packing.Group], packed: packing.Packed, adapter: Adapter) -> Tensor:
+    """The states [T, D] that predict the batch's response tokens."""
     if lower is not None:
         hidden = lower.of(batch)
     else:
         with torch.no_grad():
             hidden = model.run(model.embed_tokens(packed.tokens), packed.layout, 0, adapter.first_layer)
     hidden = model.final_norm(model.run(hidden, packed.layout, adapter.first_layer, model.config.num_layers, adapter))
-    index, j = torch.tensor(pairs.row), scores.utility_PGJ.shape[2]
+    # index_select, not indexing: its backward adds rows in a fixed order.
+    return hidden.index_select(0, packed.predict_T)
+
+
+def _preference_loss(
+    config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Adapter, anchor: Adapter | None, pairs: Pairs, draw: int
+):
+    """The Lagrangian preference loss of one batch of pairs."""
+    by_prompt: dict[int, list[int]] = {}
+    for p, r in zip(pairs.prompt, pairs.row, strict=True):
+        by_prompt.setdefault(p, []).append(r)
+    batch, packed = _packed(samples, by_prompt, model)
+    index, budget = torch.tensor(pairs.row), config.memory_budget_mb * 2**20
+    reference = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
+    head = model.head_weight, packed.target_T, packed.cu_seqlens
+    if anchor is not None and target.anchor_share > 0:
+        with torch.no_grad():
+            states = _hidden(model, samples.lower, batch, packed, anchor)
+            own = sequence_logprob(states, *head, temperature=config.temperature, memory_budget_bytes=budget)
+        reference = torch.lerp(reference, own.double(), target.anchor_share)
+    if target.shift_PG is not None:
+        reference = reference + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
+    score = target.score_PG.reshape(-1)[index].to(model.device)
     key = combine(config.seed, draw, pairs.pairs[:, 0] * 65_537 + pairs.pairs[:, 1])
     return lagrangian_preference_loss(
-        # index_select, not indexing: its backward adds rows in a fixed order.
-        hidden.index_select(0, packed.predict_T),
-        model.head_weight,
-        packed.target_T,
-        packed.cu_seqlens,
+        _hidden(model, samples.lower, batch, packed, adapter),
+        *head,
         pairs.pairs,
-        scores.reward_PG.reshape(-1)[index].to(model.device),
-        scores.utility_PGJ.reshape(-1, j)[index].to(model.device),
-        lam_J.to(model.device),
-        scores.ref_logprob_PG.reshape(-1)[index].to(model.device),
-        beta=config.beta,
+        score,
+        score.new_zeros(len(score), 0),
+        score.new_zeros(0),
+        reference,
+        beta=target.coefficient,
         labels=config.labels,
         uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
         temperature=config.temperature,
-        memory_budget_bytes=config.memory_budget_mb * 2**20,
+        memory_budget_bytes=budget,
     )
 
 
@@ -166,9 +234,9 @@ def _restore(policy: Policy, adapter: Adapter, optimizer, names, parameters) -> 
         }
 
 
-def _stop_non_finite(run: Run, stage: Stage, pairs: Pairs, adapter: Adapter, loss: float, norm: float) -> None:
+def _stop_non_finite(run: Run, stage: Stage, batch: dict[str, Tensor], adapter: Adapter, loss: float, norm: float) -> None:
     path = run.folder / "nonfinite.safetensors"
-    save(path, {"row": torch.tensor(pairs.row), "pairs": pairs.pairs, **adapter.tensors()}, stage=stage.name)
+    save(path, {**batch, **adapter.tensors()}, stage=stage.name)
     raise NonFiniteError(
         f"{stage.name}: loss {loss}, gradient norm {norm}; the batch and the adapter are in {path}; "
         "lower --learning-rate, or use --dtype float32."

@@ -81,6 +81,24 @@ class Units:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Target:
+    """What one policy update fits: log pi = log anchor + (score - shift) / coefficient + a constant per prompt.
+
+    The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share) log(reference). An iterate is whatever
+    the world's updates return; None is the reference.
+    """
+
+    lam_J: Tensor  # float64 [J]: multipliers of the scores, for the log
+    score_PG: Tensor  # float64 [P, G]: labels and pairs come from it
+    coefficient: float  # of KL(pi || anchor), in units of the score
+    start: object = None  # the iterate whose parameters the update goes on from
+    anchor: object = None  # an iterate
+    anchor_share: float = 1.0
+    shift_PG: Tensor | None = None  # float64 [P, G]: subtracted from coefficient x log-ratio in the margin, not from the labels
+    dropped_PG: Tensor | None = None  # bool [P, G]: pairs of two such responses are left out
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pairs:
     """One policy step's pseudo-preference pairs: N distinct sequences and K pairs (a, b) of them."""
 

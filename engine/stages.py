@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
 from engine.checkpoint import Run, Stage, write_whole
-from engine.config import RunConfig, check, fit
+from engine.config import IterativeConfig, RunConfig, check, fit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.lora import Adapter, first_layer, save_peft
@@ -24,11 +24,14 @@ from engine.memory import Plan, keep_freed_memory, kept_states_bytes
 from engine.model import DTYPES, Decoder
 from engine.packing import LowerStates
 from engine.policy import Policy
-from engine.records import DualState, Prompts, Rollouts, Scores, Units
+from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units
 from engine.rollout import States, generate
 from engine.score import Scorers, frozen_forward, load_scorers, score
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
+
+# The numbers of iterations key the samples of the slack; those of policy-gradient steps start here.
+ASCENT_PURPOSE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,13 +328,14 @@ class Slack:
     improvement_J: Tensor
     se_J: Tensor
     slack_J: Tensor  # improvement - aim
+    violation_J: Tensor  # mean over prompts of what each misses of the aim, 0 where it does not
     reward: float
     reward_se: float
     kl: float  # nats per response
 
 
 class World:
-    """The stages as the algorithms call them, on a real model: the policy is an adapter that is continued from call to call.
+    """The stages as the algorithms call them, on a real model: an iterate is an adapter with its optimizer, None the reference.
 
     The algorithms' loops know nothing else of the world, so a test can put an enumerated one in its place.
     """
@@ -341,78 +345,138 @@ class World:
         self.reference = sample_reference(job)
         config = job.config
         self.adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
-        self.before = self.adapter.tensors()
-        self.trained: Policy | None = None
+        self.untrained = self.adapter.tensors()
 
     def solve_dual(self) -> dual.Solution:
         """See `solve_dual`."""
         return solve_dual(self.job, self.reference)
 
-    def deal(self, iteration: int, n_slack: int) -> tuple[list[int], list[int]]:
+    @property
+    def scores(self) -> Scores:
+        """The reference samples' scores in the run's units."""
+        return self.reference.scores
+
+    def unsafe(self, above: float) -> Tensor:
+        """bool [P, G]: reference samples of which a cost lies above this, in the scorer's own units."""
+        return (self.reference.sampled.scores.utility_PGJ < -above).any(dim=2)
+
+    def deal(self, iteration: int) -> tuple[list[int], list[int]]:
         """Prompts for the pairs and for the slack of an iteration, see `pairs.deal`."""
         config = self.job.config
-        return pairs.deal(self.reference.prompts, config.seed, iteration, config.steps * config.prompts_per_step, n_slack)
+        n_slack = config.slack_prompts if isinstance(config, IterativeConfig) else 0
+        return pairs.deal(self.reference.prompts, config.seed, max(1, iteration), config.steps * config.prompts_per_step, n_slack)
 
-    def update_policy(self, lam_J: Tensor, iteration: int, n_slack: int = 0) -> None:
-        """Stage iteration-t/policy: continue the adapter on pairs labelled at lambda, `n_slack` prompts left out; its iterate goes to
-        adapters/iteration-t."""
-        job, reference, adapter = self.job, self.reference, self.adapter
-        job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
-        self.before = adapter.tensors()
-        train_on = self.deal(iteration, n_slack)[0]
+    def fit(self, target: Target, iteration: int) -> Policy:
+        """Stage iteration-t/policy: fit the target on pairs of reference samples; the iterate goes to adapters/iteration-t."""
+        job, reference = self.job, self.reference
+        self._begin(target.lam_J, target.start, iteration)
+        anchor = None
+        if target.anchor is not None:
+            anchor = Adapter(
+                self.adapter.shape, rank=self.adapter.rank, alpha=self.adapter.alpha, dtype=job.model.dtype, device=job.model.device, seed=0
+            )
+            anchor.set_tensors(target.anchor.adapter)
+        samples = policy.Samples(
+            prompts=reference.prompts, rollouts=reference.sampled.rollouts, scores=reference.scores, lower=reference.lower
+        )
 
         def compute(stage: Stage) -> Policy:
-            return policy.update(
-                stage, job.run, job.config, job.model, reference.lower, reference.prompts, reference.sampled.rollouts, reference.scores,
-                lam_J, adapter, before=self.trained, train_on=train_on, iteration=iteration,
+            return policy.fit(
+                stage, job.run, job.config, job.model, samples, target, self.adapter, anchor, train_on=self.deal(iteration)[0],
+                iteration=iteration,
             )  # fmt: skip
 
-        self.trained = job.run.stage(f"iteration-{iteration}/policy", Policy, compute)
-        adapter.set_tensors(self.trained.adapter)
-        save_peft(adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or "SmolLM2-135M-Instruct")
+        return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
 
-    def measure_slack(self, lam_J: Tensor, iteration: int) -> Slack:
+    def ascend(self, start: Policy | None, lam_J: Tensor, iteration: int, *, rectified: bool = False) -> Policy:
+        """Stage iteration-t/policy: policy-gradient steps on fresh samples of the policy, scored by r + lambda . g - beta x log-ratio.
+
+        `rectified`: lambda counts only on prompts whose samples miss the aim on average.
+        """
+        job, reference, config = self.job, self.reference, self.job.config
+        self._begin(lam_J, start, iteration)
+        chosen = self.deal(iteration)[0][: config.ascent_prompts]
+
+        def compute(stage: Stage) -> Policy:
+            prompts = reference.prompts.select(chosen)
+            sampled, lower = sample(job, stage, prompts, self.adapter, n=config.n_responses, purpose=ASCENT_PURPOSE + iteration, keep=True)
+            scores = reference.units.apply(sampled.scores)
+            r, g = scores.reward_PG, scores.utility_PGJ
+            if rectified:
+                missed = g.mean(1) - reference.scores.utility_PGJ[chosen].mean(1) < reference.aim_J
+                lam = lam_J * missed[:, None]
+            else:
+                lam = lam_J.expand_as(g)
+            if config.advantage == "group_norm":
+                r, g = _standardised(r), _standardised(g)
+            score_PG = r + (lam * g).sum(2) - config.beta * sampled.kl_PG
+            samples = policy.Samples(prompts=prompts, rollouts=sampled.rollouts, scores=scores, lower=lower)
+            return policy.ascend(stage, job.run, config, job.model, samples, score_PG, self.adapter, start=start, iteration=iteration)
+
+        return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
+
+    def _begin(self, lam_J: Tensor, start: Policy | None, iteration: int) -> None:
+        self.job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
+        self.adapter.set_tensors(self.untrained if start is None else start.adapter)
+
+    def _end(self, trained: Policy, iteration: int) -> Policy:
+        self.adapter.set_tensors(trained.adapter)
+        job = self.job
+        save_peft(self.adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or "SmolLM2-135M-Instruct")
+        return trained
+
+    def measure_slack(self, policy: Policy, lam_J: Tensor, iteration: int) -> Slack:
         """Stage iteration-t/slack: roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (Algorithm 2, step 2)."""
         job, reference = self.job, self.reference
         config = job.config
-        slack_on = self.deal(iteration, config.slack_prompts)[1]
+        slack_on = self.deal(iteration)[1]
+        self.adapter.set_tensors(policy.adapter)
 
         def compute(stage: Stage) -> Slack:
             chosen = reference.prompts.select(slack_on)
             sampled, _ = sample(job, stage, chosen, self.adapter, n=config.slack_responses, purpose=iteration)
             scores = reference.units.apply(sampled.scores)
-            mean, se = dual.paired_improvement(scores.utility_PGJ, reference.scores.utility_PGJ[slack_on])
+            before = reference.scores.utility_PGJ[slack_on]
+            mean, se = dual.paired_improvement(scores.utility_PGJ, before)
             reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
+            missing_PJ = reference.aim_J - (scores.utility_PGJ.mean(1) - before.mean(1))
             slack = Slack(
-                improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, reward=float(reward), reward_se=float(reward_se),
-                kl=float(sampled.kl_PG.mean()),
+                improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, violation_J=missing_PJ.clamp(min=0).mean(0),
+                reward=float(reward), reward_se=float(reward_se), kl=float(sampled.kl_PG.mean()),
             )  # fmt: skip
             stage.row(
                 "iteration", iteration=iteration, lam=lam_J, reward=slack.reward, reward_se=slack.reward_se, improvement=mean,
                 improvement_se=se, threshold=list(config.threshold), aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl,
-                loss=self.trained.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
+                loss=policy.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
                 responses=config.slack_responses,
             )  # fmt: skip
             return slack
 
         slack = job.run.stage(f"iteration-{iteration}/slack", Slack, compute)
-        job.run.display.line(_iteration_line(job, reference, lam_J, slack, self.trained.loss, iteration))
+        job.run.display.line(_iteration_line(job, reference, lam_J, slack, policy.loss, iteration))
         return slack
 
     def passes_max_kl(self, slack: Slack, iteration: int) -> bool:
-        """Whether the policy is too far from the reference; then it is put back to the iterate before."""
+        """Whether the policy is too far from the reference; the loop then returns the iterate before it."""
         if slack.kl <= self.job.config.max_kl:
             return False
-        self.adapter.set_tensors(self.before)
         self.job.run.display.warn(
             f"iteration {iteration}: KL {slack.kl:.2f} nats passes --max-kl {self.job.config.max_kl}; stopped, and the iterate "
             "before it is kept"
         )
         return True
 
-    def verdict(self, lam_J: Tensor) -> Result:
-        """See `verdict`."""
+    def verdict(self, policy: Policy | None, lam_J: Tensor) -> Result:
+        """See `verdict`; None stands for the reference."""
+        self.adapter.set_tensors(self.untrained if policy is None else policy.adapter)
         return verdict(self.job, self.reference, self.adapter, lam_J)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Zero mean and unit population standard deviation over the responses of each prompt; 0 where all are equal."""
+    x = x - x.mean(1, keepdim=True)
+    deviation = x.square().mean(1, keepdim=True).sqrt()
+    return torch.where(deviation > 0, x / deviation, 0)
 
 
 def _iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int) -> str:

@@ -1,4 +1,4 @@
-"""Train a policy: `python -m engine.train [caid|mocan|head] [flags]`.
+"""Train a policy: `python -m engine.train [ALGORITHM] [flags]`.
 
 The command line becomes one config dataclass, then the algorithm's file does the rest. All flags are checked before anything heavy is
 imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 user's error, 3 non-finite stop, 130 Ctrl-C.
@@ -10,20 +10,29 @@ from dataclasses import fields
 from importlib import import_module
 from typing import get_type_hints
 
-from engine.config import CaidConfig, MocanConfig, RunConfig, check, smoke
+from engine import config as configs
+from engine.config import RunConfig, check, smoke
 from engine.errors import NonFiniteError, UserError
 
-ALGORITHMS = {
-    "caid": "alternate policy updates with dual descent (the default)",
-    "mocan": "solve the dual once, then align once",
-    "head": "train a reward or cost head on labelled texts",
+ALGORITHMS = {  # name: (config class in engine.config, help)
+    "caid": ("CaidConfig", "alternate policy updates with dual descent (the default)"),
+    "mocan": ("MocanConfig", "solve the dual once, then align once"),
+    "primal_dual": ("PrimalDualConfig", "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)"),
+    "repo": ("RepoConfig", "baseline, our reading of RePO: one constraint per prompt"),
+    "opd": ("OpdConfig", "baseline, our reading of OPD: optimistic primal-dual steps"),
+    "cdpo": ("CdpoConfig", "baseline, our reading of C-DPO: DPO anew at each multiplier"),
+    "pd_dpo": ("PdDpoConfig", "baseline, our reading of PD-DPO: DPO on safety from the reward's policy"),
+    "sacpo": ("SacpoConfig", "baseline: DPO on the reward, then on safety, at a given multiplier"),
+    "safe_dpo": ("SafeDpoConfig", "baseline: DPO in which safe responses always win"),
+    "dpo": ("DpoConfig", "baseline: plain DPO on the reward or on safety"),
+    "head": ("HeadConfig", "train a reward or cost head on labelled texts"),
 }
-USAGE = """usage: python -m engine.train [caid|mocan|head] [--preset smoke] [--resume FOLDER] [flags]
+USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--resume FOLDER] [flags]
 
 algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 {algorithms}
 
---preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win (caid and mocan)
+--preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win (not for head)
 --resume FOLDER   go on with the interrupted run in FOLDER, with its own settings: takes no other flags
 """
 
@@ -71,11 +80,11 @@ def parse(algorithm: str, flags: list[str]):
     default = config_class()
     if preset is not None:
         if preset != "smoke" or not issubclass(config_class, RunConfig):
-            raise UserError(f"--preset {preset}: the only preset is smoke, for caid and mocan.")
+            raise UserError(f"--preset {preset}: the only preset is smoke, and head has none.")
         default = smoke(default)
     help_wanted = "--help" in flags or "-h" in flags
     if help_wanted:
-        print(USAGE.format(algorithms="\n".join(f"  {name:<8}{text}" for name, text in ALGORITHMS.items())))
+        print(USAGE.format(algorithms="\n".join(f"  {name:<12}{text}" for name, (_, text) in ALGORITHMS.items())))
         flags = ["--help"]
     else:
         _check_flags(flags, config_class)
@@ -100,10 +109,8 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _config_class(algorithm: str) -> type:
-    if algorithm == "head":
-        # Lazy: engine.head needs torch.
-        return import_module("engine.head").HeadConfig
-    return {"caid": CaidConfig, "mocan": MocanConfig}[algorithm]
+    # Lazy: engine.head needs torch.
+    return getattr(import_module("engine.head") if algorithm == "head" else configs, ALGORITHMS[algorithm][0])
 
 
 def _take(flags: list[str], name: str) -> tuple[list[str], str | None]:

@@ -10,9 +10,9 @@ from engine import model, packing, policy
 from engine.config import CaidConfig, smoke
 from engine.lora import Adapter, save_peft
 from engine.packing import LowerStates
-from engine.pairs import deal, informative, lagrangian_score, schedule
+from engine.pairs import deal, informative, schedule
 from engine.policy import learning_rate_factor
-from engine.records import Prompts, Scores
+from engine.records import Prompts, Scores, Target
 from engine.rollout import generate
 from engine.score import frozen_forward
 
@@ -53,9 +53,11 @@ def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, 
     lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
     config = smoke(CaidConfig(beta=beta, temperature=0.8))
     lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
-    pairs = informative(lagrangian_score(scores, lam), [2, 0], 3)
+    target = Target(lam_J=lam, score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
+    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=lower)
+    pairs = informative(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
-    result = policy._loss(config, network, lower, prompts, rollouts, scores, lam, adapter, pairs, draw=0)
+    result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
 
     save_peft(adapter, tmp_path / "adapter", str(tiny_folder))
