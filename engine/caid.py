@@ -1,4 +1,4 @@
-"""CAID (arXiv 2505.19387, Algorithm 2): alternate a policy update that maximises the Lagrangian with dual descent.
+"""CAID (arXiv 2505.19387, Algorithms 2 and 3): alternate a policy update that maximises the Lagrangian with dual descent.
 
 Where the paper is silent, this is decided: the multipliers start at the one-shot optimum, so the literal step at t = 0 is left out;
 one adapter and its optimizer go on through all iterations; the reference stays the original model; labels are drawn afresh in every step;
@@ -8,6 +8,7 @@ cap on the change, as a policy of few steps lags behind lambda; the last iterate
 
 from engine import dual, stages
 from engine.config import CaidConfig
+from engine.preference import PreferenceWorld
 from engine.records import Target
 
 
@@ -16,8 +17,9 @@ def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("caid", config, resume, n_stages=4 + 2 * config.iterations) as job:
-        world = stages.World(job)
+    aligned = 2 + len(config.cost) if config.scores == "preference" else 0
+    with stages.open_job("caid", config, resume, n_stages=4 + aligned + 2 * config.iterations) as job:
+        world = PreferenceWorld(job) if aligned else stages.World(job)
         return world.verdict(*loop(world, config))
 
 

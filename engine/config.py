@@ -117,6 +117,14 @@ class IterativeConfig(RunConfig):
 class CaidConfig(IterativeConfig):
     """CAID: alternate policy updates with dual descent (arXiv 2505.19387, Algorithm 2)."""
 
+    scores: str = "model"
+    """model: reward and utilities are what the scorers say (MoCAID). preference: they are log-ratios of policies aligned to preferences
+    (PeCAID, Algorithm 3)."""
+    preferences: str = ""
+    """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1,
+    the response that is better in it. Default: labels drawn from the scorers on reference samples."""
+    preference_steps: int = 10
+    """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     dual_step: float = 0.5
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
@@ -128,6 +136,17 @@ class MocanConfig(RunConfig):
 
     steps: int = 25
     """Policy steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PecanConfig(MocanConfig):
+    """PeCAN: MoCAN on log-ratios of policies aligned to preferences (arXiv 2405.19544, Algorithm 2)."""
+
+    preferences: str = ""
+    """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1, the response that is better
+    in it. Default: labels drawn from the scorers on reference samples."""
+    preference_steps: int = 10
+    """DPO steps of each policy that is aligned to preferences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +246,8 @@ def smoke(config: RunConfig) -> RunConfig:
     user set to something else than the default stay as they are."""
     default = type(config)()
     iterative = {"iterations": 3, "slack_prompts": 6, "slack_responses": 2} if isinstance(config, IterativeConfig) else {}
-    ascent = {"ascent_prompts": 4} if isinstance(config, PrimalDualConfig) else {}
-    small = dict(SMOKE, model="smoke", **iterative, **ascent)
+    others = {name: value for name, value in {"ascent_prompts": 4, "preference_steps": 3}.items() if hasattr(config, name)}
+    small = dict(SMOKE, model="smoke", **iterative, **others)
     kept = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
     return replace(config, **{name: value for name, value in small.items() if name not in kept})
 
@@ -262,7 +281,7 @@ def check(config: RunConfig) -> None:
     positive = (
         "n_prompts max_new_tokens rollout_rows steps prompts_per_step learning_rate clip_norm lora_rank lora_alpha beta lam_max "
         "memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses dual_step "
-        "dual_rate proximity clip ascent_prompts"
+        "dual_rate proximity clip ascent_prompts preference_steps"
     ).split()
     for name in positive:
         value = getattr(config, name, 1)
@@ -291,6 +310,7 @@ def check(config: RunConfig) -> None:
     for name, accepted in {
         "labels": ("soft", "sampled"),
         "objective": ("reward", "safety"),
+        "scores": ("model", "preference"),
         "advantage": ("rloo", "group_norm"),
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),

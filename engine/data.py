@@ -30,7 +30,7 @@ def load_prompts(source: str | list[str], tokenizer, *, column: str = "prompt", 
     text, kind, token_ids = [], [], []
     place_of: dict[int, str] = {}
     for name in [source] if isinstance(source, str | Path) else source:
-        rows = _read(str(name))
+        rows = read_rows(str(name))
         if not rows:
             raise UserError(f"{name}: no prompts in it; give at least one row with the column {column!r}.")
         for place, row in rows:
@@ -99,7 +99,7 @@ def shipped_prompts(split: Literal["train", "heldout"]) -> list[str]:
     return [str(folder / f"{kind}_{split}.jsonl") for kind in ("everyday", "delicate")]
 
 
-def _read(source: str) -> list[tuple[str, dict]]:
+def read_rows(source: str) -> list[tuple[str, dict]]:
     """(place, row) of every row; the place is what error messages name."""
     path = Path(source)
     if path.suffix not in SUFFIXES:

@@ -235,10 +235,7 @@ def sample_reference(job: Job) -> Reference:
         lower.keep(packing.groups(prompts, sampled.rollouts), made.lower_MD.to(job.model.device))
     units = reference_units(sampled.scores, job.scorers)
     scores = units.apply(sampled.scores)
-    b_J = torch.tensor(config.threshold, dtype=torch.float64)
-    n_heldout = min(config.eval_prompts, len(job.heldout))
-    se_J = [dual.predicted_se(scores.utility_PGJ[..., j], n_heldout, config.eval_responses) for j in range(len(b_J))]
-    aim_J = b_J + config.margin * torch.tensor(se_J, dtype=torch.float64)
+    b_J, aim_J = config.threshold, aim(job, scores)
     row = next(r for r in metrics.read_rows(job.run.folder, "reference"))
     show = job.run.display
     show.line(
@@ -251,6 +248,14 @@ def sample_reference(job: Job) -> Reference:
             f"deviations; one is {units.utility_J[j]:.3g} of the scorer's units); correlation with the reward {row['correlation'][j]:+.2f}"
         )
     return Reference(prompts=prompts, sampled=sampled, units=units, scores=scores, aim_J=aim_J, lower=lower)
+
+
+def aim(job: Job, scores: Scores) -> Tensor:
+    """b + margin x the standard error predicted for the held-out set from reference samples, in units, float64 [J]."""
+    config = job.config
+    n_heldout = min(config.eval_prompts, len(job.heldout))
+    se_J = [dual.predicted_se(scores.utility_PGJ[..., j], n_heldout, config.eval_responses) for j in range(len(config.threshold))]
+    return torch.tensor(config.threshold, dtype=torch.float64) + config.margin * torch.tensor(se_J, dtype=torch.float64)
 
 
 def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4) -> float:
@@ -346,6 +351,7 @@ class World:
         config = job.config
         self.adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
         self.untrained = self.adapter.tensors()
+        self.audit_names = [s.name for s in job.scorers.audits]
 
     def solve_dual(self) -> dual.Solution:
         """See `solve_dual`."""
@@ -355,6 +361,10 @@ class World:
     def scores(self) -> Scores:
         """The reference samples' scores in the run's units."""
         return self.reference.scores
+
+    def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        """Scores of any policy's responses, in the run's units."""
+        return self.reference.units.apply(sampled.scores)
 
     def unsafe(self, above: float) -> Tensor:
         """bool [P, G]: reference samples of which a cost lies above this, in the scorer's own units."""
@@ -400,7 +410,7 @@ class World:
         def compute(stage: Stage) -> Policy:
             prompts = reference.prompts.select(chosen)
             sampled, lower = sample(job, stage, prompts, self.adapter, n=config.n_responses, purpose=ASCENT_PURPOSE + iteration, keep=True)
-            scores = reference.units.apply(sampled.scores)
+            scores = self.rescore(stage, prompts, sampled)
             r, g = scores.reward_PG, scores.utility_PGJ
             if rectified:
                 missed = g.mean(1) - reference.scores.utility_PGJ[chosen].mean(1) < reference.aim_J
@@ -435,7 +445,7 @@ class World:
         def compute(stage: Stage) -> Slack:
             chosen = reference.prompts.select(slack_on)
             sampled, _ = sample(job, stage, chosen, self.adapter, n=config.slack_responses, purpose=iteration)
-            scores = reference.units.apply(sampled.scores)
+            scores = self.rescore(stage, chosen, sampled)
             before = reference.scores.utility_PGJ[slack_on]
             mean, se = dual.paired_improvement(scores.utility_PGJ, before)
             reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
@@ -467,9 +477,19 @@ class World:
         return True
 
     def verdict(self, policy: Policy | None, lam_J: Tensor) -> Result:
-        """See `verdict`; None stands for the reference."""
+        """The last two stages, reference and policy (None: the reference again) on held-out prompts, and the report; see `verdict`."""
+        job, config = self.job, self.job.config
         self.adapter.set_tensors(self.untrained if policy is None else policy.adapter)
-        return verdict(self.job, self.reference, self.adapter, lam_J)
+        prompts = heldout_prompts(config, job.heldout)
+
+        def compute(stage: Stage, adapter: Adapter | None, purpose: int) -> Sampled:
+            sampled = sample(job, stage, prompts, adapter, n=config.eval_responses, purpose=purpose)[0]
+            return replace(sampled, scores=self.rescore(stage, prompts, sampled))
+
+        # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
+        before = job.run.stage("heldout/reference", Sampled, lambda s: compute(s, None, -1))
+        after = job.run.stage("heldout/policy", Sampled, lambda s: compute(s, self.adapter, -2))
+        return verdict(job, self.reference, prompts, before, after, self.audit_names, lam_J)
 
 
 def _standardised(x: Tensor) -> Tensor:
@@ -493,17 +513,15 @@ def _iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack,
     return " | ".join(parts)
 
 
-def verdict(job: Job, reference: Reference, adapter: Adapter, lam_J: Tensor) -> Result:
-    """The last two stages: reference and policy on held-out prompts; then evaluation.json, heldout.jsonl and the report."""
+def verdict(
+    job: Job, reference: Reference, prompts: Prompts, before: Sampled, after: Sampled, audit_names: list[str], lam_J: Tensor
+) -> Result:
+    """Judge the policy's held-out responses (`after`, scores in units) against the reference's; evaluation.json, heldout.jsonl, report."""
     config, run = job.config, job.run
-    prompts = heldout_prompts(config, job.heldout)
-    # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
-    before = run.stage("heldout/reference", Sampled, lambda s: sample(job, s, prompts, None, n=config.eval_responses, purpose=-1)[0])
-    after = run.stage("heldout/policy", Sampled, lambda s: sample(job, s, prompts, adapter, n=config.eval_responses, purpose=-2)[0])
-    scores_before, scores_after = reference.units.apply(before.scores), reference.units.apply(after.scores)
+    scores_before, scores_after = before.scores, after.scores
     evaluation = evaluate.evaluate(
         scores_after, scores_before, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, config.threshold,
-        reference.aim_J.tolist(), [s.name for s in job.scorers.costs], [s.name for s in job.scorers.audits],
+        reference.aim_J.tolist(), [s.name for s in job.scorers.costs], audit_names,
     )  # fmt: skip
     lines = []
     for p in range(len(prompts)):

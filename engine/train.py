@@ -17,6 +17,7 @@ from engine.errors import NonFiniteError, UserError
 ALGORITHMS = {  # name: (config class in engine.config, help)
     "caid": ("CaidConfig", "alternate policy updates with dual descent (the default)"),
     "mocan": ("MocanConfig", "solve the dual once, then align once"),
+    "pecan": ("PecanConfig", "one-shot on log-ratios of policies aligned to preferences"),
     "primal_dual": ("PrimalDualConfig", "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)"),
     "repo": ("RepoConfig", "baseline, our reading of RePO: one constraint per prompt"),
     "opd": ("OpdConfig", "baseline, our reading of OPD: optimistic primal-dual steps"),

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from engine import model, packing, policy
-from engine.config import CaidConfig, smoke
+from engine.config import CaidConfig, PrimalDualConfig, smoke
 from engine.lora import Adapter, save_peft
 from engine.packing import LowerStates
 from engine.pairs import deal, informative, schedule
@@ -47,6 +47,94 @@ def kept_states(network, prompts, rollouts, layer):
     return lower
 
 
+def same_gradients(adapter, tuned, tolerance=2e-4):
+    """The adapter's gradients are those of peft's copy of it."""
+    gradients = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
+    for kind, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):
+        for key, value in group.items():
+            layer, *name = key.split("|")
+            expected = gradients[f"base_model.model.model.layers.{layer}.{'.'.join(name)}.{kind}.default.weight"]
+            assert (value.grad.double() - expected).abs().max() <= tolerance * expected.abs().max() + 1e-9, (kind, key)
+
+
+def in_peft(adapter, tiny_folder, folder):
+    """Transformers' model in float64 with the adapter in peft, and response log-probs under it."""
+    save_peft(adapter, folder, str(tiny_folder))
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager").double()
+    tuned = PeftModel.from_pretrained(base, folder, is_trainable=True).double()
+
+    def token_logprob(rollouts, r):
+        prompt, response = PROMPTS[r // 4], rollouts.tokens[r, : rollouts.length[r]]
+        logits = tuned(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        return torch.log_softmax(logits, -1)[range(len(response)), response]
+
+    return tuned, token_logprob
+
+
+def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, tiny_folder, tmp_path):
+    """The margin is coefficient x (log pi - log of the mixture of reference and anchor) - differences of the shift."""
+    network, prompts, rollouts, scores, adapter = world
+    generator = torch.Generator().manual_seed(5)
+    anchor = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=3)
+    with torch.no_grad():
+        for value in anchor.up.values():
+            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    shift = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    dropped = torch.tensor([[True, False, True, False], [True, True, True, False], [False, False, False, True]])
+    target = Target(
+        lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3, shift_PG=shift, dropped_PG=dropped
+    )
+    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    pairs = informative(target.score_PG, [2, 1, 0], 4, dropped)
+    kept = [(pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()]
+    assert len(kept) == 3 * 6 - 1 - 3 and not any(dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept)
+    adapter.zero_grad()
+    config = smoke(CaidConfig(temperature=0.8))
+    result = policy._preference_loss(config, network, samples, target, adapter, anchor, pairs, draw=0)
+    result.loss.backward()
+    with torch.no_grad():
+        tuned, token_logprob = in_peft(anchor, tiny_folder, tmp_path / "anchor")
+        at_anchor = {r: token_logprob(rollouts, r).sum() for r in range(12)}
+        with tuned.disable_adapter():
+            at_reference = {r: token_logprob(rollouts, r).sum() for r in range(12)}
+    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
+    own = {r: token_logprob(rollouts, r).sum() for r in range(12)}
+    ratio = {r: own[r] - 0.3 * at_anchor[r] - 0.7 * at_reference[r] for r in range(12)}
+    s, moved = scores.reward_PG.flatten(), shift.flatten()
+    losses = []
+    for a, b in kept:
+        margin, q = 0.4 * (ratio[a] - ratio[b]) - (moved[a] - moved[b]), torch.sigmoid(s[a] - s[b])
+        losses.append(-q * F.logsigmoid(margin) - (1 - q) * F.logsigmoid(-margin))
+    oracle = torch.stack(losses).mean()
+    oracle.backward()
+    assert float(result.loss.detach()) == pytest.approx(float(oracle.detach()), rel=1e-5)
+    same_gradients(adapter, tuned)
+
+
+def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(world, tiny_folder, tmp_path, monkeypatch):
+    network, prompts, rollouts, scores, adapter = world
+    config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1e6))
+    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    seen = []
+    monkeypatch.setattr(policy, "_take_steps", lambda *rest: seen.append(rest[-1]))
+    policy.ascend(None, None, config, network, samples, scores.reward_PG, adapter, start=None, iteration=1)
+    adapter.zero_grad()
+    loss, figures, _ = seen[0](0)
+    loss.backward()
+    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
+    old, total, count = rollouts.model_logprob, 0.0, 0
+    for r in range(12):
+        p, i = divmod(r, 4)
+        others = [scores.reward_PG[p, k] for k in range(4) if k != i]
+        now = token_logprob(rollouts, r)
+        total = total - ((now - old[r, : len(now)]).exp() * (scores.reward_PG[p, i] - sum(others) / 3)).sum()
+        count += len(now)
+    (total / count).backward()
+    assert float(loss.detach()) == pytest.approx(float(total.detach()) / count, rel=1e-4)
+    assert figures["responses"] == 12
+    same_gradients(adapter, tuned)
+
+
 @pytest.mark.parametrize("beta, kept", [(0.1, True), (1.0, True), (1.0, False)])
 def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, kept):
     network, prompts, rollouts, scores, adapter = world
@@ -60,21 +148,13 @@ def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, 
     result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
 
-    save_peft(adapter, tmp_path / "adapter", str(tiny_folder))
-    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager").double()
-    tuned = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).double()
-
-    def logprob(network, r):
-        prompt, response = PROMPTS[r // 4], rollouts.tokens[r, : rollouts.length[r]]
-        logits = network(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
-        return torch.log_softmax(logits, -1)[range(len(response)), response].sum()
-
+    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
     losses = []
     for a, b in pairs.pairs.tolist():
         ra, rb = pairs.row[a], pairs.row[b]
         with torch.no_grad(), tuned.disable_adapter():
-            reference = logprob(tuned, ra) - logprob(tuned, rb)
-        margin = beta * (logprob(tuned, ra) - logprob(tuned, rb) - reference)
+            reference = token_logprob(rollouts, ra).sum() - token_logprob(rollouts, rb).sum()
+        margin = beta * (token_logprob(rollouts, ra).sum() - token_logprob(rollouts, rb).sum() - reference)
         s = [scores.reward_PG.flatten()[r] + scores.utility_PGJ.flatten(0, 1)[r] @ lam for r in (ra, rb)]
         q = torch.sigmoid(s[0] - s[1])
         losses.append(-q * F.logsigmoid(margin) - (1 - q) * F.logsigmoid(-margin))
@@ -82,12 +162,7 @@ def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, 
     oracle.backward()
     assert len(losses) == 6
     assert float(result.loss.detach()) == pytest.approx(float(oracle.detach()), rel=1e-5)
-    gradients = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
-    for kind, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):
-        for key, value in group.items():
-            layer, *name = key.split("|")
-            expected = gradients[f"base_model.model.model.layers.{layer}.{'.'.join(name)}.{kind}.default.weight"]
-            assert (value.grad.double() - expected).abs().max() <= 2e-4 * expected.abs().max() + 1e-9, (kind, key)
+    same_gradients(adapter, tuned)
 
 
 def test_informative_pairs_take_both_ends_of_the_score():

@@ -1,0 +1,15 @@
+"""PeCAN (arXiv 2405.19544, Algorithm 2): MoCAN on log-ratios of policies that were aligned to preferences (`engine.preference`)."""
+
+from engine import mocan, stages
+from engine.config import PecanConfig
+from engine.preference import PreferenceWorld
+
+
+def train(config: PecanConfig, *, resume: str | None = None) -> stages.Result:
+    """Run PeCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a run to go on with.
+
+    Raises: UserError, NonFiniteError, Interrupted.
+    """
+    with stages.open_job("pecan", config, resume, n_stages=7 + len(config.cost)) as job:
+        world = PreferenceWorld(job)
+        return world.verdict(*mocan.loop(world, config))

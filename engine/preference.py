@@ -1,0 +1,162 @@
+"""Scores from preferences (arXiv 2405.19544, Algorithm 2; 2505.19387, Algorithm 3).
+
+One policy is aligned by DPO to the preferences of each kind, and ln(policy / reference) of a response is its score. The papers'
+constraint E[beta ln(policy_g / reference)] + beta KL(reference || policy_g) >= b is an improvement over the reference's mean, as for scores
+from models; so everything after the scores is the same. Decided here: log-ratios are divided by their pooled within-prompt standard
+deviation, as other scores are, so that beta drops out of them and b and lambda are in that unit.
+
+Without a file of preferences the labels are Bradley-Terry draws from the run's scorers on reference samples, in place of people; the
+verdict then also shows what these scorers say of the policy.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine import data, packing, policy, stages
+from engine.checkpoint import Stage
+from engine.errors import UserError
+from engine.lora import Adapter
+from engine.policy import Policy
+from engine.records import Prompts, Rollouts, Scores, Target, Units
+from engine.score import frozen_forward
+from engine.stages import Job, Sampled
+
+# A label of a file: sigmoid of twice this is 1.
+SURE = 1e3
+
+
+class PreferenceWorld(stages.World):
+    """`engine.stages.World` whose scores are log-ratios of aligned policies; what the run's scorers say is audited."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        by_scorers = self.reference
+        names = ["reward", *(s.name for s in job.scorers.costs)]
+        file = job.config.preferences
+        samples, labels_PGO = _from_file(job, file, names) if file else _from_scorers(self)
+        self.aligned = [self._align(name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
+
+        def compute(stage: Stage) -> Scores:
+            scores = self._log_ratios(stage, by_scorers.prompts, by_scorers.sampled)
+            units = stages.reference_units(scores, job.scorers)
+            stage.row(
+                "preference", names=names, log_ratio_sd=[units.reward, *units.utility_J], agreement=_agreement(scores, by_scorers.scores)
+            )
+            return scores
+
+        raw = job.run.stage("preference/scores", Scores, compute)
+        units = stages.reference_units(raw, job.scorers)
+        # Audits have the scorers' units already.
+        self.units = Units(reward=units.reward, utility_J=units.utility_J, audit_A=[1.0] * raw.audit_PGA.shape[2])
+        scores = self.units.apply(raw)
+        self.reference = replace(by_scorers, scores=scores, aim_J=stages.aim(job, scores))
+        self.audit_names = [
+            f"{job.scorers.reward.name} (its scorer)", *(f"{s.name} (its scorer)" for s in job.scorers.costs), *self.audit_names
+        ]  # fmt: skip
+        self.by_scorers = by_scorers.units
+
+    def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        return self.units.apply(self._log_ratios(stage, prompts, sampled))
+
+    def _align(self, name: str, samples: policy.Samples, label_PG: Tensor) -> Adapter:
+        """Stage preference/NAME: plain DPO on the preferences of one kind."""
+        job, config = self.job, self.job.config
+        shape = self.adapter.shape
+        adapter = Adapter(
+            shape, rank=config.lora_rank, alpha=config.lora_alpha, dtype=job.model.dtype, device=job.model.device, seed=config.seed
+        )
+        settings = replace(config, steps=config.preference_steps, labels="sampled")
+        target = Target(lam_J=torch.zeros(0, dtype=torch.float64), score_PG=label_PG, coefficient=config.beta)
+
+        def compute(stage: Stage) -> Policy:
+            return policy.fit(
+                stage, job.run, settings, job.model, samples, target, adapter, None, train_on=list(range(len(samples.prompts))), iteration=0
+            )
+
+        adapter.set_tensors(job.run.stage(f"preference/{name}", Policy, compute).adapter)
+        return adapter
+
+    def _log_ratios(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        """Log-ratios of the aligned policies, nats; as audits what the scorers say, in their units."""
+        job, scores = self.job, sampled.scores
+        groups, n = packing.groups(prompts, sampled.rollouts), sampled.rollouts.n
+        ratios = []
+        with stage.progress(len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios") as progress:
+            for adapter in self.aligned:
+                logprob = frozen_forward(
+                    job.model, groups, [], temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_mb * 2**20,
+                    adapter=adapter, on_tokens=progress.advance,
+                )[1]  # fmt: skip
+                ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
+                stage.check_stop()
+        own = self.by_scorers.apply(scores)
+        return Scores(
+            reward_PG=ratios[0],
+            utility_PGJ=torch.stack(ratios[1:], dim=2),
+            audit_PGA=torch.cat([own.reward_PG[..., None], own.utility_PGJ, own.audit_PGA], dim=2),
+            ref_logprob_PG=scores.ref_logprob_PG,
+        )
+
+
+def _from_scorers(world: stages.World) -> tuple[policy.Samples, Tensor]:
+    """Reference samples, and the scores [P, G, 1 + J] from which labels are drawn."""
+    reference = world.reference
+    samples = policy.Samples(prompts=reference.prompts, rollouts=reference.sampled.rollouts, scores=reference.scores, lower=reference.lower)
+    return samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
+
+
+def _from_file(job: Job, source: str, names: list[str]) -> tuple[policy.Samples, Tensor]:
+    """The pairs of a file as two responses a prompt, and scores [P, 2, 1 + J] that give its labels.
+
+    Raises: UserError naming the row and the column.
+    """
+    config, tokenizer = job.config, job.tokenizer
+    limit = job.model.config.max_positions - config.max_new_tokens
+    text, token_ids, tokens, labels = [], [], [], []
+    for place, row in data.read_rows(source):
+        missing = [c for c in ("prompt", "response_0", "response_1", *names) if c not in row]
+        if missing:
+            raise UserError(f"{place}: no column {missing[0]!r}; preferences need prompt, response_0, response_1, {', '.join(names)}.")
+        bad = [name for name in names if str(row[name]) not in ("0", "1")]
+        if bad:
+            raise UserError(f"{place}: {bad[0]} is {row[bad[0]]!r}; give 0 or 1, the response that is better in it.")
+        ids = data.chat_ids([{"role": "user", "content": str(row["prompt"])}], tokenizer, config.system, place)
+        if len(ids) > limit:
+            raise UserError(f"{place}: the prompt has {len(ids)} tokens, the limit is {limit}; shorten or remove it.")
+        text.append(str(row["prompt"]))
+        token_ids.append(ids)
+        for i in (0, 1):
+            answer = tokenizer(str(row[f"response_{i}"]), add_special_tokens=False)["input_ids"]
+            tokens.append((answer + [tokenizer.eos_token_id])[: config.max_new_tokens])
+        labels.append([[SURE if int(row[name]) == i else -SURE for name in names] for i in (0, 1)])
+    if not text:
+        raise UserError(f"{source}: no preferences in it; give at least one row.")
+    # The key of a row is its place: a prompt may stand in several rows.
+    prompts = Prompts(text=text, kind=[""] * len(text), token_ids=token_ids, key_P=torch.arange(len(text)))
+    length = torch.tensor([len(x) for x in tokens])
+    padded = torch.zeros(len(tokens), config.max_new_tokens, dtype=torch.int64)
+    for i, answer in enumerate(tokens):
+        padded[i, : len(answer)] = torch.tensor(answer)
+    none = torch.zeros(padded.shape)
+    rollouts = Rollouts(n=2, tokens=padded, length=length, finished=length < config.max_new_tokens, logprob=none, model_logprob=none)
+    reference = frozen_forward(
+        job.model,
+        packing.groups(prompts, rollouts),
+        [],
+        temperature=config.temperature,
+        memory_budget_bytes=config.memory_budget_mb * 2**20,
+    )[1]
+    label_PGO = torch.tensor(labels, dtype=torch.float64)
+    scores = Scores(
+        reward_PG=label_PGO[..., 0], utility_PGJ=label_PGO[..., 1:], audit_PGA=label_PGO[..., :0], ref_logprob_PG=reference.view(-1, 2)
+    )
+    return policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None), label_PGO
+
+
+def _agreement(ratios: Scores, scores: Scores) -> list[float]:
+    """Pooled within-prompt correlation of each log-ratio with the scorer of its kind."""
+    pairs = [(ratios.reward_PG, scores.reward_PG)]
+    pairs += [(ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])]
+    return [stages.within_correlation(a, b) for a, b in pairs]
