@@ -109,7 +109,7 @@ class CaidConfig(RunConfig):
     """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
     slack_responses: int = 3
     """Responses per prompt in the slack."""
-    dual_step: float = 0.5
+    dual_step: float = 0.2
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
     lam_max_change: float = 2.0
