@@ -33,6 +33,7 @@ class PreferenceWorld(stages.World):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         by_scorers = self.reference
+        self.scorer_units = by_scorers.units
         names = ["reward", *(s.name for s in job.scorers.costs)]
         file = job.config.preferences
         samples, labels_PGO = _from_file(job, file, names) if file else _from_scorers(self)
@@ -55,7 +56,6 @@ class PreferenceWorld(stages.World):
         self.audit_names = [
             f"{job.scorers.reward.name} (its scorer)", *(f"{s.name} (its scorer)" for s in job.scorers.costs), *self.audit_names
         ]  # fmt: skip
-        self.by_scorers = by_scorers.units
 
     def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
         return self.units.apply(self._log_ratios(stage, prompts, sampled))
@@ -91,7 +91,7 @@ class PreferenceWorld(stages.World):
                 )[1]  # fmt: skip
                 ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
                 stage.check_stop()
-        own = self.by_scorers.apply(scores)
+        own = self.scorer_units.apply(scores)
         return Scores(
             reward_PG=ratios[0],
             utility_PGJ=torch.stack(ratios[1:], dim=2),
