@@ -32,6 +32,8 @@ class LossHead:
     """float32 or bfloat16."""
     device: str = "cpu"
     """cpu or cuda."""
+    keep_pages: bool = False
+    """Freed memory stays with the process, for all candidates, as engine.train arranges it on a CPU; else as the allocator comes."""
     repeats: int = 15
     """Rounds; every candidate runs once in each."""
     save: bool = True
@@ -41,7 +43,8 @@ class LossHead:
 def run_loss_head(config: LossHead) -> dict:
     """Measure one shape; returns the line of results.jsonl."""
     device = torch.device(config.device)
-    keep_freed_memory()
+    if config.keep_pages:
+        keep_freed_memory()
     x = loss_head.make(config.shape, config.rows, config.frozen, getattr(torch, config.dtype), device)
     returned = sum(leaf.nbytes for leaf in x.leaves)
     eager_extra = peak_bytes(loss_head.eager(x), device) - returned
@@ -65,14 +68,14 @@ def run_loss_head(config: LossHead) -> dict:
     ]
     return {
         "case": "loss_head", "shape": config.shape, "rows": config.rows, "width": width, "vocabulary": vocabulary, "dtype": config.dtype,
-        "frozen": config.frozen, "repeats": config.repeats, "floor_s": floor_s, "floor_layouts": fastest,
+        "frozen": config.frozen, "keep_pages": config.keep_pages, "repeats": config.repeats, "floor_s": floor_s, "floor_layouts": fastest,
         "flops": len(products) * 2 * config.rows * width * vocabulary, "candidates": rows, **origin(device),
     }  # fmt: skip
 
 
 def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
     """(title, header, rows) of one line of results."""
-    head = "frozen head" if line["frozen"] else "full fine-tuning"
+    head = ("frozen head" if line["frozen"] else "full fine-tuning") + (", freed memory kept" if line["keep_pages"] else "")
     products = len(line["floor_layouts"])
     title = (
         f"{line['case']}: {line['shape']}, {line['rows']} rows x {line['width']} x {line['vocabulary']}, {line['dtype']}, {head}; floor "
@@ -90,7 +93,7 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
 
 def write_results(lines: list[dict]) -> None:
     """bench/RESULTS.md from all lines, the latest of each case and shape."""
-    latest = {(x["case"], x["shape"], x["rows"], x["dtype"], x["frozen"], x["device"]): x for x in lines}
+    latest = {tuple(x[k] for k in ("case", "shape", "rows", "dtype", "frozen", "keep_pages", "device")): x for x in lines}
     text = ["# Results", "", "Written by `python -m bench.run`; do not edit. Only figures of one table are comparable.", ""]
     for line in latest.values():
         title, header, rows = table_of(line)
