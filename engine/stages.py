@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -467,9 +468,12 @@ class World:
         return slack
 
     def passes_max_kl(self, slack: Slack, iteration: int) -> bool:
-        """Whether the policy is too far from the reference; the loop then returns the iterate before it."""
+        """Whether the policy is too far from the reference; the loop then returns the iterate before it. Its adapter is put aside."""
         if slack.kl <= self.job.config.max_kl:
             return False
+        adapters = self.job.run.folder / "adapters"
+        shutil.rmtree(adapters / f"rejected-{iteration}", ignore_errors=True)
+        (adapters / f"iteration-{iteration}").rename(adapters / f"rejected-{iteration}")
         self.job.run.display.warn(
             f"iteration {iteration}: KL {slack.kl:.2f} nats passes --max-kl {self.job.config.max_kl}; stopped, and the iterate "
             "before it is kept"

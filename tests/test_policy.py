@@ -113,7 +113,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, tiny_folder,
 
 def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(world, tiny_folder, tmp_path, monkeypatch):
     network, prompts, rollouts, scores, adapter = world
-    config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1e6))
+    config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
     samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
     seen = []
     monkeypatch.setattr(policy, "_take_steps", lambda *rest: seen.append(rest[-1]))

@@ -92,10 +92,46 @@ def test_mocan_runs_on_the_same_stages(tmp_path):
     assert smoke(MocanConfig()).steps == 3
 
 
+@pytest.mark.parametrize(
+    "algorithm, iterates, slacks",
+    [
+        ("pecan", [1], []), ("dpo", [1], []), ("sacpo", [1, 2], []), ("safe_dpo", [1], []), ("cdpo", [1, 2], [1, 2]),
+        ("pd_dpo", [0, 1, 2], [1, 2]), ("opd", [1, 2, 3, 4], [1, 3]), ("primal_dual", [1, 2], [1, 2]), ("repo", [1, 2], [1, 2]),
+    ],
+)  # fmt: skip
+def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks):
+    flags = ["--iterations", "2"] if slacks else []
+    assert train.main([algorithm, *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [f"iteration-{i}" for i in iterates]
+    assert [row["iteration"] for row in read_rows(tmp_path / "run", "iteration")] == slacks
+    assert len({row["iteration"] for row in read_rows(tmp_path / "run", "step")} - {0}) == len(set(iterates) - {0})
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
+    assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
+
+
+def test_preferences_of_a_file_are_learned(tmp_path, capsys):
+    """The policy aligned to a file's reward labels prefers the file's better answers, and PeCAID runs on such scores."""
+    rows = [
+        {"prompt": f"Say {i}.", "response_0": "aaaa", "response_1": "bbbb", "reward": i % 2, "harm": 1} for i in range(8)
+    ]  # fmt: skip
+    file = write(tmp_path / "preferences.jsonl", rows)
+    flags = ["--scores", "preference", "--preferences", file, "--preference-steps", "4", "--iterations", "1"]
+    assert train.main(["caid", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    row = read_rows(tmp_path / "run", "preference")[0]
+    assert row["names"] == ["reward", "harm"] and all(sd > 0 for sd in row["log_ratio_sd"])
+    steps = [r for r in read_rows(tmp_path / "run", "step") if r["stage"] == "preference/harm"]
+    assert len(steps) == 4 and steps[-1]["loss"] < steps[0]["loss"]
+    for change, message in (({"harm": 2}, "harm is 2; give 0 or 1"), ({"reward": None}, "reward is None")):
+        file = write(tmp_path / "bad.jsonl", [rows[0] | change])
+        assert train.main(["pecan", *SMOKE, "--preferences", file, "--out", str(tmp_path / message[:4])]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_from_python_and_max_kl_keeps_the_iterate_before(tmp_path):
     config = smoke(CaidConfig(out=str(tmp_path / "k"), max_kl=1e-9, learning_rate=0.05, threads=1))
     result = caid.train(config)
     assert len(read_rows(result.folder, "iteration")) == 1
+    assert [p.name for p in (result.folder / "adapters").iterdir()] == ["rejected-1"]
     assert result.evaluation.kl.mean == pytest.approx(0, abs=1e-4), "the kept iterate is the reference"
 
 
