@@ -9,7 +9,7 @@ Without a file of preferences the labels are Bradley-Terry draws from the run's 
 verdict then also shows what these scorers say of the policy.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,12 +31,13 @@ class PreferenceWorld(stages.World):
     """`engine.stages.World` whose scores are log-ratios of aligned policies; what the run's scorers say is audited."""
 
     def __init__(self, job: Job) -> None:
+        names = ["reward", *(s.name for s in job.scorers.costs)]
+        # Read, and refused, before anything is sampled.
+        own = _read(job, names) if job.config.preferences else None
         super().__init__(job)
         by_scorers = self.reference
         self.scorer_units = by_scorers.units
-        names = ["reward", *(s.name for s in job.scorers.costs)]
-        file = job.config.preferences
-        samples, labels_PGO = _from_file(job, file, names) if file else _from_scorers(self)
+        samples, labels_PGO = _from_scorers(self) if own is None else own.scored(job)
         self.aligned = [self._align(name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
 
         def compute(stage: Stage) -> Scores:
@@ -107,12 +108,28 @@ def _from_scorers(world: stages.World) -> tuple[policy.Samples, Tensor]:
     return samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
 
 
-def _from_file(job: Job, source: str, names: list[str]) -> tuple[policy.Samples, Tensor]:
-    """The pairs of a file as two responses a prompt, and scores [P, 2, 1 + J] that give its labels.
+@dataclass(frozen=True)
+class _Preferences:
+    """The pairs of a file as two responses a prompt."""
 
-    Raises: UserError naming the row and the column.
-    """
-    config, tokenizer = job.config, job.tokenizer
+    prompts: Prompts
+    rollouts: Rollouts
+    label_PGO: Tensor  # float64 [P, 2, 1 + J]: scores that give the labels
+
+    def scored(self, job: Job) -> tuple[policy.Samples, Tensor]:
+        """With their log-probs under the reference."""
+        config, label = job.config, self.label_PGO
+        reference = frozen_forward(
+            job.model, packing.groups(self.prompts, self.rollouts), [], temperature=config.temperature,
+            memory_budget_bytes=config.memory_budget_mb * 2**20,
+        )[1]  # fmt: skip
+        scores = Scores(reward_PG=label[..., 0], utility_PGJ=label[..., 1:], audit_PGA=label[..., :0], ref_logprob_PG=reference.view(-1, 2))
+        return policy.Samples(prompts=self.prompts, rollouts=self.rollouts, scores=scores, lower=None), label
+
+
+def _read(job: Job, names: list[str]) -> _Preferences:
+    """The file of --preferences. Raises: UserError naming the row and the column."""
+    config, tokenizer, source = job.config, job.tokenizer, job.config.preferences
     limit = job.model.config.max_positions - config.max_new_tokens
     text, token_ids, tokens, labels = [], [], [], []
     for place, row in data.read_rows(source):
@@ -141,18 +158,7 @@ def _from_file(job: Job, source: str, names: list[str]) -> tuple[policy.Samples,
         padded[i, : len(answer)] = torch.tensor(answer)
     none = torch.zeros(padded.shape)
     rollouts = Rollouts(n=2, tokens=padded, length=length, finished=length < config.max_new_tokens, logprob=none, model_logprob=none)
-    reference = frozen_forward(
-        job.model,
-        packing.groups(prompts, rollouts),
-        [],
-        temperature=config.temperature,
-        memory_budget_bytes=config.memory_budget_mb * 2**20,
-    )[1]
-    label_PGO = torch.tensor(labels, dtype=torch.float64)
-    scores = Scores(
-        reward_PG=label_PGO[..., 0], utility_PGJ=label_PGO[..., 1:], audit_PGA=label_PGO[..., :0], ref_logprob_PG=reference.view(-1, 2)
-    )
-    return policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None), label_PGO
+    return _Preferences(prompts, rollouts, torch.tensor(labels, dtype=torch.float64))
 
 
 def _agreement(ratios: Scores, scores: Scores) -> list[float]:
