@@ -21,6 +21,7 @@ from torch import Tensor
 from engine import packing
 from engine.checkpoint import write_whole
 from engine.errors import UserError
+from engine.lora import Adapter
 from engine.model import Decoder, load
 from engine.packing import Group, LowerStates
 from engine.records import Prompts, Rollouts, Scores
@@ -201,9 +202,11 @@ def frozen_forward(
     temperature: float | None,
     memory_budget_bytes: int,
     lower: LowerStates | None = None,
+    adapter: Adapter | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """One forward of the reference over all groups: layer -> mean states of each response [N, D], and log-probs float64 [N].
+    """One forward of the reference, or of the policy `adapter`, over all groups: layer -> mean states of each response [N, D], and
+    log-probs float64 [N].
 
     The log-probs are those at `temperature`; with None the layers above the highest one asked for are skipped and they are 0.
     `lower` holds the states of these groups already, so that only the layers above them run. Sequences stand in the order of groups
@@ -218,12 +221,12 @@ def frozen_forward(
         packed = packing.pack(batch, model.device)
         hidden, done = (lower.of(batch), lower.layer) if lower else (model.embed_tokens(packed.tokens), 0)
         for layer in layers:
-            hidden, done = model.run(hidden, packed.layout, done, layer), layer
+            hidden, done = model.run(hidden, packed.layout, done, layer, adapter), layer
             pooled[layer].append(mean_states(hidden, packed))
         if temperature is None:
             logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))
         else:
-            hidden = model.final_norm(model.run(hidden, packed.layout, done, model.config.num_layers))
+            hidden = model.final_norm(model.run(hidden, packed.layout, done, model.config.num_layers, adapter))
             logprobs.append(
                 sequence_logprob(
                     hidden[packed.predict_T], model.head_weight, packed.target_T, packed.cu_seqlens, temperature=temperature,
