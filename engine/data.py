@@ -106,10 +106,10 @@ def lookalike_prompts() -> str:
 
 
 def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
-    """Indices of the prompts that are training prompts too: whole conversations, compared without case, kind of letter form and spaces."""
+    """Indices of the prompts that are training prompts too: whole conversations, compared without case, white space and ligatures."""
 
     def normal(token_ids: list[int]) -> str:
-        return " ".join(unicodedata.normalize("NFKC", tokenizer.decode(token_ids)).casefold().split())
+        return "".join(unicodedata.normalize("NFKC", tokenizer.decode(token_ids)).casefold().split())
 
     seen = {normal(ids) for ids in train.token_ids}
     return [i for i, ids in enumerate(prompts.token_ids) if normal(ids) in seen]

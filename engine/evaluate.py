@@ -198,8 +198,8 @@ def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95)
     beta (log pi - log pi_ref) is larger for the response with the larger s = r + lambda . g (the margin of arXiv 2505.19387, Algorithm 2).
 
     log_ratio_PG: log pi(y|x) - log pi_ref(y|x), nats; any beta > 0 orders alike. score_PG: s. Pairs of equal s are left out, those of
-    equal log-ratio count one half. The mean is over prompts, of each prompt's share; prompts without a pair are left out and not in n.
-    None where fewer than two prompts are left.
+    equal log-ratio count one half. The mean is over prompts, of each prompt's share, and its bounds end at 0 and 1; prompts without a
+    pair are left out and not in n. None where fewer than two prompts are left.
     Raises: UserError for a log-ratio that is not finite.
     """
     assert log_ratio_PG.shape == score_PG.shape, (log_ratio_PG.shape, score_PG.shape)
@@ -211,7 +211,10 @@ def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95)
     agrees_PGG = pair_PGG * (difference_PGG.sign().double() + 1) / 2
     pairs_P = pair_PGG.sum((1, 2))
     share_P = agrees_PGG.sum((1, 2))[pairs_P > 0] / pairs_P[pairs_P > 0]
-    return estimate(share_P, confidence) if len(share_P) > 1 else None
+    if len(share_P) < 2:
+        return None
+    e = estimate(share_P, confidence)
+    return replace(e, low=max(0.0, e.low), high=min(1.0, e.high), lower=max(0.0, e.lower), upper=min(1.0, e.upper))
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -151,6 +151,8 @@ def test_pair_order_at_its_ends():
     assert pair_order(7 * score, score).mean == 1.0
     assert pair_order(-score, score).mean == 0.0
     assert pair_order(torch.zeros_like(score), score).mean == 0.5
+    wide = pair_order(torch.stack([score[0], -score[1]]), score[:2])
+    assert (wide.mean, wide.low, wide.high, wide.lower, wide.upper, wide.n) == (0.5, 0.0, 1.0, 0.0, 1.0, 2)
     assert pair_order(score, torch.ones_like(score)) is None
     assert pair_order(score[:1], score[:1]) is None
     with pytest.raises(UserError, match="not finite"):
@@ -238,6 +240,17 @@ def test_evaluation_survives_json():
     for kind in (["everyday", "delicate"], ["delicate", "delicate"]):
         e = evaluate(**_stage_outputs(kind))
         assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
+
+
+def test_the_confidence_reaches_every_estimate():
+    e = evaluate(**_stage_outputs(["", ""]), confidence=0.8)
+    assert e.reward == estimate(torch.tensor([1.0, 1.0]), 0.8)
+    assert e.audits[0][1] == estimate(torch.tensor([0.0, 1.0]), 0.8)
+    assert e.kl == estimate(torch.tensor([1.5, 4.5]), 0.8)
+    assert e.constraints[0].estimate == estimate(torch.tensor([1.0, 1.0]), 0.8)
+    uneven = _stage_outputs(["", ""])
+    uneven["scores_policy"] = replace(uneven["scores_policy"], utility_PGJ=torch.tensor([[1.0, 1.0], [3.0, 5.0]])[..., None].double())
+    assert [evaluate(**uneven, confidence=c).constraints[0].word for c in (0.6, 0.95)] == ["met", "not resolved"]
 
 
 def test_evaluation_without_a_confidence_is_one_at_95_percent():

@@ -124,15 +124,16 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
     asked = []
     pair_order = evaluate.pair_order
     monkeypatch.setattr(evaluate, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
-    logprobs = []
+    moved = []
     policy_logprob = evaluate_command.policy_logprob
 
     def both(subject, phase, prompts, sampled, adapter):
-        logprobs.append(policy_logprob(subject, phase, prompts, sampled, adapter))
+        logprob = policy_logprob(subject, phase, prompts, sampled, adapter)
+        moved.append(logprob - sampled.scores.ref_logprob_PG)
         # The reference is the policy with no adapter: its samples' own log-probs must come back.
         unmoved = policy_logprob(subject, phase, prompts, sampled, None)
         torch.testing.assert_close(unmoved, sampled.scores.ref_logprob_PG, rtol=0, atol=1e-4)
-        return logprobs[-1]
+        return logprob
 
     monkeypatch.setattr(evaluate_command, "policy_logprob", both)
     assert main([str(finished), "--iterate", "2", "--confidence", "0.8", "--out", str(tmp_path / "o")]) == 0
@@ -143,6 +144,7 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
         s = by_prompt(tmp_path / "o", f"{name}_reward", 2) + lam[0] * by_prompt(tmp_path / "o", f"{name}_utility", 2)[..., 0]
         torch.testing.assert_close(score, s)
         assert log_ratio.abs().max() > 1e-3, "the policy has moved"
+    torch.testing.assert_close(asked[0][0], moved[0])
     assert asked[1][0].mean().item() == pytest.approx(result["kl"]["mean"])
     assert result["pair_order"] == [asdict(pair_order(*a)) for a in asked]
     assert result["confidence"] == 0.8
@@ -329,6 +331,7 @@ def test_a_changed_model_is_refused(finished, capsys, monkeypatch):
     one_error(capsys, [str(finished)], "was trained from another model .sha [0-9a-f]{12}, here sha 000000000000.; put the original back")
 
 
+@pytest.mark.filterwarnings("ignore:'engine.evaluate' found in sys.modules")
 def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["engine.evaluate", "--help"])
     monkeypatch.setenv("COLUMNS", "160")
