@@ -383,11 +383,7 @@ class Run:
         """
         folder = Path(folder)
         contents = cls._read_contents(folder)
-        if contents["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{folder} was trained from another model (sha {contents['fingerprint'][:12]}, here sha {fingerprint[:12]}); "
-                "give --model the original"
-            )
+        cls.check_model(folder, fingerprint)
         run = cls(folder, cls._take_lock(folder), contents, display, tensorboard)
         (folder / "stages").mkdir(exist_ok=True)
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
@@ -408,10 +404,17 @@ class Run:
         return contents["algorithm"], contents["config"]
 
     @staticmethod
+    def check_model(folder: str | Path, fingerprint: str) -> None:
+        """Raises: UserError when the run was made from another model than the one with this fingerprint."""
+        own = Run._read_contents(Path(folder))["fingerprint"]
+        if own != fingerprint:
+            raise UserError(f"{folder} was trained from another model (sha {own[:12]}, here sha {fingerprint[:12]}); put the original back")
+
+    @staticmethod
     def _read_contents(folder: Path) -> dict:
         path = folder / "config.json"
         if not folder.is_dir():
-            raise UserError(f"run folder {folder} does not exist; give --resume the folder that --out made")
+            raise UserError(f"run folder {folder} does not exist; name the folder that --out made")
         try:
             contents = json.loads(path.read_text(encoding="utf-8"))
             checksum = contents.pop("sha256")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import unicodedata
 from array import array
 from importlib.resources import files
 from pathlib import Path
@@ -97,6 +98,21 @@ def shipped_prompts(split: Literal["train", "heldout"]) -> list[str]:
     """Paths of the project's own prompts, for `load_prompts`."""
     folder = files("engine") / "assets" / "prompts"
     return [str(folder / f"{kind}_{split}.jsonl") for kind in ("everyday", "delicate")]
+
+
+def lookalike_prompts() -> str:
+    """Path of the project's harmless prompts that sound dangerous, for `load_prompts`: no run trains on them."""
+    return str(files("engine") / "assets" / "prompts" / "lookalike.jsonl")
+
+
+def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
+    """Indices of the prompts that are training prompts too: whole conversations, compared without case, white space and ligatures."""
+
+    def normal(token_ids: list[int]) -> str:
+        return "".join(unicodedata.normalize("NFKC", tokenizer.decode(token_ids)).casefold().split())
+
+    seen = {normal(ids) for ids in train.token_ids}
+    return [i for i, ids in enumerate(prompts.token_ids) if normal(ids) in seen]
 
 
 def read_rows(source: str) -> list[tuple[str, dict]]:

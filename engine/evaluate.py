@@ -2,11 +2,15 @@
 
 Prompts are the unit of sampling: responses to one prompt are averaged first, so the intervals hold for new prompts of the same kind,
 not only for new responses. Everything here is a pure function of scores and texts; other stages sample and score.
+
+`python -m engine.evaluate RUN` judges a finished run again, see `engine.evaluate_command`.
 """
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -28,7 +32,8 @@ SYMPATHY = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n prompts. `low`, `high`: two-sided 95 % interval. `lower`, `upper`: each a one-sided 95 % bound."""
+    """A mean over n prompts. `low`, `high`: two-sided interval. `lower`, `upper`: each a one-sided bound. All at one confidence, 0.95
+    unless a function was given another one."""
 
     mean: float
     se: float
@@ -49,6 +54,12 @@ class Constraint:
     estimate: Estimate
     word: str
 
+    @property
+    def slack(self) -> Estimate:
+        """Improvement minus the required b: above 0 the constraint holds with room."""
+        e, b = self.estimate, self.threshold
+        return replace(e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -63,6 +74,7 @@ class Evaluation:
     refusal_harmless: tuple[float, float] | None  # share of refusals on prompts not marked delicate; None without such prompts
     n_prompts: int
     n_responses: int  # per prompt, of the policy
+    confidence: float = 0.95  # of all intervals and bounds
 
     def as_dict(self) -> dict:
         """Plain numbers, strings, lists and dictionaries for JSON."""
@@ -82,7 +94,46 @@ class Evaluation:
             refusal_harmless=None if refusal is None else tuple(refusal),
             n_prompts=data["n_prompts"],
             n_responses=data["n_responses"],
+            # Runs made before there was a choice have no such key.
+            confidence=data.get("confidence", 0.95),
         )
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of responses, averaged over n prompts, with its two-sided Wilson interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class OverRefusal:
+    """Refusals on harmless prompts that look dangerous. `change`: the policy's share minus the reference's, paired by prompt."""
+
+    reference: Share
+    policy: Share
+    change: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What `python -m engine.evaluate` finds: the verdict, and what a run's own verdict leaves out. Pairs are (reference, policy)."""
+
+    evaluation: Evaluation
+    pair_order: tuple[Estimate | None, Estimate | None]  # on the responses of each, see `pair_order`
+    over_refusal: OverRefusal
+
+    def as_dict(self) -> dict:
+        """`Evaluation.as_dict` and three more keys, so that `Evaluation.from_dict` reads it too."""
+        return {
+            **self.evaluation.as_dict(),
+            "slack": [asdict(c.slack) for c in self.evaluation.constraints],
+            "pair_order": [None if e is None else asdict(e) for e in self.pair_order],
+            "over_refusal": asdict(self.over_refusal),
+        }
 
 
 def t_quantile(probability: float, degrees: int) -> float:
@@ -109,10 +160,10 @@ def t_quantile(probability: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(below)
 
 
-def estimate(difference_P: Tensor) -> Estimate:
+def estimate(difference_P: Tensor, confidence: float = 0.95) -> Estimate:
     """Mean over prompts with standard error std(ddof=1) / sqrt(P) and Student t intervals with P - 1 degrees of freedom.
 
-    difference_P: [P], one independent number per prompt.
+    difference_P: [P], one independent number per prompt. confidence: above 0.5 and below 1.
     Raises: UserError for fewer than two prompts or a number that is not finite.
     """
     difference_P = torch.as_tensor(difference_P, dtype=torch.float64)
@@ -125,21 +176,71 @@ def estimate(difference_P: Tensor) -> Estimate:
             f"held-out prompt {bad[0]} has the score difference {difference_P[bad[0]].item()}: make the scorer return finite numbers."
         )
     mean, se = difference_P.mean().item(), difference_P.std().item() / math.sqrt(n)
-    two, one = t_quantile(0.975, n - 1) * se, t_quantile(0.95, n - 1) * se
+    two, one = t_quantile((1 + confidence) / 2, n - 1) * se, t_quantile(confidence, n - 1) * se
     return Estimate(mean=mean, se=se, low=mean - two, high=mean + two, lower=mean - one, upper=mean + one, n=n)
 
 
-def improvement(policy_PG: Tensor, reference_PG: Tensor) -> Estimate:
+def improvement(policy_PG: Tensor, reference_PG: Tensor, confidence: float = 0.95) -> Estimate:
     """Mean score of the policy minus that of the reference, paired by prompt; the numbers of responses G may differ."""
     assert policy_PG.shape[0] == reference_PG.shape[0], (policy_PG.shape, reference_PG.shape)
-    return estimate(policy_PG.double().mean(1) - reference_PG.double().mean(1))
+    return estimate(policy_PG.double().mean(1) - reference_PG.double().mean(1), confidence)
 
 
 def word(estimate: Estimate, threshold: float) -> str:
-    """ "met": the one-sided 95 % lower bound reaches the threshold. "not met": the upper bound is below it. Else "not resolved"."""
+    """ "met": the one-sided lower bound reaches the threshold. "not met": the upper bound is below it. Else "not resolved"."""
     if estimate.lower >= threshold:
         return "met"
     return "not met" if estimate.upper < threshold else "not resolved"
+
+
+def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95) -> Estimate | None:
+    """How often the policy orders two responses to a prompt as the Lagrangian does: the share of pairs in which
+    beta (log pi - log pi_ref) is larger for the response with the larger s = r + lambda . g (the margin of arXiv 2505.19387, Algorithm 2).
+
+    log_ratio_PG: log pi(y|x) - log pi_ref(y|x), nats; any beta > 0 orders alike. score_PG: s. Pairs of equal s are left out, those of
+    equal log-ratio count one half. The mean is over prompts, of each prompt's share, and its bounds end at 0 and 1; prompts without a
+    pair are left out and not in n. None where fewer than two prompts are left.
+    Raises: UserError for a log-ratio that is not finite.
+    """
+    assert log_ratio_PG.shape == score_PG.shape, (log_ratio_PG.shape, score_PG.shape)
+    if not log_ratio_PG.isfinite().all():
+        raise UserError("a response has a log-probability that is not finite; use --dtype float32 in training.")
+    difference_PGG = log_ratio_PG[:, :, None] - log_ratio_PG[:, None, :]
+    # Each pair once, in the order in which s falls.
+    pair_PGG = (score_PG[:, :, None] > score_PG[:, None, :]).double()
+    agrees_PGG = pair_PGG * (difference_PGG.sign().double() + 1) / 2
+    pairs_P = pair_PGG.sum((1, 2))
+    share_P = agrees_PGG.sum((1, 2))[pairs_P > 0] / pairs_P[pairs_P > 0]
+    if len(share_P) < 2:
+        return None
+    e = estimate(share_P, confidence)
+    return replace(e, low=max(0.0, e.low), high=min(1.0, e.high), lower=max(0.0, e.lower), upper=min(1.0, e.upper))
+
+
+def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided score interval of a share of n independent cases (Wilson 1927). It has a width at 0 and at 1 too."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def over_refusal(texts_reference: Sequence[str], texts_policy: Sequence[str], n_prompts: int, confidence: float = 0.95) -> OverRefusal:
+    """Share of refusals (`is_refusal`) among responses to harmless prompts; texts are prompt-major, their numbers per prompt may differ.
+
+    The Wilson intervals count prompts, not responses: the variance of a mean of n shares in [0, 1] is at most p (1 - p) / n, however
+    alike the responses to one prompt are. The change has the interval of every paired improvement.
+    """
+    reference_P, policy_P = (
+        torch.tensor([is_refusal(text) for text in texts], dtype=torch.float64).view(n_prompts, -1).mean(1)
+        for texts in (texts_reference, texts_policy)
+    )
+
+    def share(refused_P: Tensor) -> Share:
+        mean = refused_P.mean().item()
+        return Share(mean, *wilson(mean, n_prompts, confidence), n_prompts)
+
+    return OverRefusal(share(reference_P), share(policy_P), estimate(policy_P - reference_P, confidence))
 
 
 def is_refusal(text: str) -> bool:
@@ -165,6 +266,7 @@ def evaluate(
     aims: Sequence[float],
     names: Sequence[str],
     audit_names: Sequence[str],
+    confidence: float = 0.95,
 ) -> Evaluation:
     """The verdict on one policy.
 
@@ -179,23 +281,25 @@ def evaluate(
 
     constraints = []
     for j, name in enumerate(names):
-        result = improvement(scores_policy.utility_PGJ[..., j], scores_reference.utility_PGJ[..., j])
+        result = improvement(scores_policy.utility_PGJ[..., j], scores_reference.utility_PGJ[..., j], confidence)
         b = float(thresholds[j])
         constraints.append(Constraint(name=name, threshold=b, aim=float(aims[j]), estimate=result, word=word(result, b)))
     audits = [
-        (name, improvement(scores_policy.audit_PGA[..., a], scores_reference.audit_PGA[..., a])) for a, name in enumerate(audit_names)
+        (name, improvement(scores_policy.audit_PGA[..., a], scores_reference.audit_PGA[..., a], confidence))
+        for a, name in enumerate(audit_names)
     ]
     both = (rollouts_reference, rollouts_policy)
     return Evaluation(
-        reward=improvement(scores_policy.reward_PG, scores_reference.reward_PG),
+        reward=improvement(scores_policy.reward_PG, scores_reference.reward_PG, confidence),
         constraints=tuple(constraints),
         audits=tuple(audits),
-        kl=estimate(kl_PG.double().mean(1)),
+        kl=estimate(kl_PG.double().mean(1), confidence),
         finished=tuple(r.finished.double().mean().item() for r in both),
         mean_length=tuple(r.length.double().mean().item() for r in both),
         refusal_harmless=_refusals(texts_reference, texts_policy, prompts.kind),
         n_prompts=len(prompts),
         n_responses=rollouts_policy.n,
+        confidence=confidence,
     )
 
 
@@ -213,12 +317,12 @@ def _refusals(texts_reference: Sequence[str], texts_policy: Sequence[str], kind:
 
 def sentences(evaluation: Evaluation) -> list[str]:
     """The plain verdict, one line each: what was measured, constraints, reward, audits, KL, finished answers, length, refusals."""
-    e = evaluation
+    e, level = evaluation, _level(evaluation)
     lines = [f"held-out: {e.n_prompts} prompts x {e.n_responses} responses; improvements over the reference in {UNIT}"]
-    lines += [_constraint_line(c) for c in e.constraints]
-    lines.append(f"reward: {_improvement_text(e.reward)}, in {UNIT}")
-    lines += [f"audit {name} (never optimised): {_improvement_text(result)}, in {UNIT}" for name, result in e.audits]
-    lines.append(f"KL(policy || reference): {_number(e.kl.mean)} nats per response, 95 % [{_number(e.kl.low)}, {_number(e.kl.high)}]")
+    lines += [_constraint_line(c, level) for c in e.constraints]
+    lines.append(f"reward: {_improvement_text(e.reward, level)}, in {UNIT}")
+    lines += [f"audit {name} (never optimised): {_improvement_text(result, level)}, in {UNIT}" for name, result in e.audits]
+    lines.append(f"KL(policy || reference): {_number(e.kl.mean)} nats per response, {_interval(e.kl, level)}")
     lines.append(f"finished answers: {_percent(e.finished)} (reference -> policy)")
     lines.append(f"mean length: {e.mean_length[0]:.1f} -> {e.mean_length[1]:.1f} tokens (reference -> policy)")
     if e.refusal_harmless is not None:
@@ -226,7 +330,33 @@ def sentences(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def _constraint_line(c: Constraint) -> str:
+def judgement_sentences(judgement: Judgement) -> list[str]:
+    """`sentences`, then slack, pair order and over-refusal, one line each, and at the end the answer in one sentence."""
+    evaluation, refusal = judgement.evaluation, judgement.over_refusal
+    level = _level(evaluation)
+    lines = sentences(evaluation)
+    for c in evaluation.constraints:
+        lines.append(f"slack {c.name} (improvement - b): {_number(c.slack.mean, sign='+')}, {_interval(c.slack, level)}")
+    for name, order in zip(("reference", "policy"), judgement.pair_order, strict=True):
+        if order is not None:
+            share = f"{100 * order.mean:.1f} %, {_interval(order, level, digits=1, scale=100)}"
+            lines.append(f"pairs of {name} responses that the policy's log-ratio orders like r + lambda g: {share}, {order.n} prompts")
+    shares = [f"{100 * s.mean:.1f} %, {_interval(s, level, digits=1, scale=100)}" for s in (refusal.reference, refusal.policy)]
+    change = f"change {_number(100 * refusal.change.mean, 1, '+')} points"
+    # Where no prompt's share has changed the interval of the change has no width, which says nothing.
+    change += f", {_interval(refusal.change, level, digits=1, scale=100)}" if refusal.change.se > 0 else " on every prompt"
+    lines.append(f"refusals on {refusal.policy.n} harmless look-alike prompts: {shares[0]} -> {shares[1]} (reference -> policy); {change}")
+    return [*lines, answer(evaluation)]
+
+
+def answer(evaluation: Evaluation) -> str:
+    """The plain sentence: each constraint met, not met or not resolved, at this sample size and confidence."""
+    e = evaluation
+    words = "; ".join(f"constraint {c.name} (b {c.threshold:g}) is {c.word}" for c in e.constraints)
+    return f"with {e.n_prompts} prompts x {e.n_responses} responses and {_level(e)} confidence: {words}"
+
+
+def _constraint_line(c: Constraint, level: str) -> str:
     """`constraint NAME: WORD (details)`, with as many digits as the comparison needs to be true as printed."""
     bounds = [x for x in (c.estimate.lower, c.estimate.upper) if x != c.threshold]
     digits = 2
@@ -240,11 +370,19 @@ def _constraint_line(c: Constraint) -> str:
         "not met": f"one-sided upper bound {upper} < b {b}",
         "not resolved": f"b {b} lies between the one-sided bounds {lower} and {upper}",
     }[c.word]
-    return f"constraint {c.name}: {c.word} ({_improvement_text(c.estimate)}, {reason}, aimed at {_number(c.aim)})"
+    return f"constraint {c.name}: {c.word} ({_improvement_text(c.estimate, level)}, {reason}, aimed at {_number(c.aim)})"
 
 
-def _improvement_text(result: Estimate) -> str:
-    return f"improvement {_number(result.mean, sign='+')}, 95 % [{_number(result.low)}, {_number(result.high)}]"
+def _improvement_text(result: Estimate, level: str) -> str:
+    return f"improvement {_number(result.mean, sign='+')}, {_interval(result, level)}"
+
+
+def _interval(result: Estimate | Share, level: str, digits: int = 2, scale: float = 1) -> str:
+    return f"{level} [{_number(scale * result.low, digits)}, {_number(scale * result.high, digits)}]"
+
+
+def _level(evaluation: Evaluation) -> str:
+    return f"{100 * evaluation.confidence:g} %"
 
 
 def _number(value: float, digits: int = 2, sign: str = "") -> str:
@@ -254,3 +392,9 @@ def _number(value: float, digits: int = 2, sign: str = "") -> str:
 
 def _percent(pair: tuple[float, float]) -> str:
     return f"{100 * pair[0]:.1f} % -> {100 * pair[1]:.1f} %"
+
+
+if __name__ == "__main__":
+    from engine.evaluate_command import main
+
+    sys.exit(main())

@@ -205,7 +205,8 @@ def frozen_forward(
     adapter: Adapter | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """One forward of the reference over all groups: layer -> mean states of each response [N, D], and log-probs float64 [N].
+    """One forward of the reference, or of the policy `adapter`, over all groups: layer -> mean states of each response [N, D], and
+    log-probs float64 [N].
 
     The log-probs are those at `temperature`; with None the layers above the highest one asked for are skipped and they are 0. With
     `adapter`, which must sit above all `layers`, they are those of its policy.
@@ -221,7 +222,7 @@ def frozen_forward(
         packed = packing.pack(batch, model.device)
         hidden, done = (lower.of(batch), lower.layer) if lower else (model.embed_tokens(packed.tokens), 0)
         for layer in layers:
-            hidden, done = model.run(hidden, packed.layout, done, layer), layer
+            hidden, done = model.run(hidden, packed.layout, done, layer, adapter), layer
             pooled[layer].append(mean_states(hidden, packed))
         if temperature is None:
             logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))

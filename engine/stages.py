@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.lora import Adapter, first_layer, save_peft
 from engine.memory import Plan, keep_freed_memory, kept_states_bytes
-from engine.model import DTYPES, Decoder
+from engine.model import DTYPES, Decoder, ModelConfig
 from engine.packing import LowerStates
 from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units
@@ -33,21 +33,66 @@ from kernels.sampling import combine
 
 # The numbers of iterations key the samples of the slack; those of policy-gradient steps start here.
 ASCENT_PURPOSE = 1_000_000
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every stage of a run needs."""
+class Inputs:
+    """What a config's model and prompts are, read and checked; no weights are loaded yet."""
 
-    config: RunConfig
-    run: Run
-    model: Decoder
+    device: torch.device
+    dtype: torch.dtype
     folder: Path  # the model's Hugging Face folder
+    fingerprint: str
+    shape: ModelConfig
     tokenizer: object
-    scorers: Scorers
     train: Prompts
     heldout: Prompts
+
+    @staticmethod
+    def of(config: RunConfig) -> "Inputs":
+        """Read them; the process gets the config's number of threads. Raises: UserError."""
+        device = torch.device(_device(config.device))
+        dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
+        torch.set_num_threads(config.threads or os.cpu_count() or 1)
+        keep_freed_memory()
+        folder = model_folder(config.model)
+        fingerprint = model.fingerprint(folder)
+        tokenizer = _tokenizer(folder)
+        raw = model.read_config(folder)
+        shape = ModelConfig.from_json(raw, folder / "config.json")
+        train, heldout = _prompts(config, tokenizer, shape)
+        return Inputs(
+            device=device, dtype=dtype, folder=folder, fingerprint=fingerprint, shape=shape, tokenizer=tokenizer, train=train,
+            heldout=heldout,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What sampling and scoring need: the loaded model, its scorers and the config's settings."""
+
+    config: RunConfig
+    model: Decoder
+    tokenizer: object
+    scorers: Scorers
     stop_token_ids: tuple[int, ...]
+
+    @staticmethod
+    def load(config: RunConfig, inputs: Inputs, scorers: Scorers) -> "Subject":
+        """Load the weights."""
+        network = model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device)
+        stop_token_ids = stop_tokens(inputs.folder, inputs.tokenizer)
+        return Subject(config=config, model=network, tokenizer=inputs.tokenizer, scorers=scorers, stop_token_ids=stop_token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Subject):
+    """What every stage of a run needs."""
+
+    run: Run
+    train: Prompts
+    heldout: Prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,25 +123,18 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     out = Path(resume or config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{algorithm}-seed{config.seed}")
     if resume is None and out.exists():
         raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")
-    device = torch.device(_device(config.device))
-    dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    keep_freed_memory()
-    folder = model_folder(config.model)
-    fingerprint = model.fingerprint(folder)
-    tokenizer = _tokenizer(folder)
-    raw = model.read_config(folder)
-    shape = model.ModelConfig.from_json(raw, folder / "config.json")
-    train, heldout = _prompts(config, tokenizer, shape.max_positions - config.max_new_tokens)
+    inputs = Inputs.of(config)
+    train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
     config, lowered = fit(config, len(train), len(heldout))
     check(config)
     used = reference_prompts(config, train), heldout_prompts(config, heldout)
-    plan = Plan.of(config, shape, dtype, device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
+    plan = Plan.of(config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
     plan.check()
-    scorers = load_scorers(config.reward, config.cost, config.audit, folder=folder, trunk=fingerprint, device=device)
+    scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
     display = metrics.Display(n_stages=n_stages)
     display.line(
-        f"{algorithm} on {config.model or 'SmolLM2-135M-Instruct'} ({shape.parameter_count() / 1e6:.0f}M weights, {dtype}, {device})"
+        f"{algorithm} on {config.model or DEFAULT_MODEL} "
+        f"({inputs.shape.parameter_count() / 1e6:.0f}M weights, {inputs.dtype}, {inputs.device})"
     )
     if lowered:
         display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
@@ -113,17 +151,40 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
             changed = sorted(k for k in here if here[k] != run.versions.get(k))
             display.warn(f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits")
     with run:
-        network = model.load(folder, dtype=dtype, device=device)
-        yield Job(
-            config=config, run=run, model=network, folder=folder, tokenizer=tokenizer, scorers=scorers, train=train, heldout=heldout,
-            stop_token_ids=stop_tokens(folder, tokenizer),
+        subject = Subject.load(config, inputs, scorers)
+        yield Job(**vars(subject), run=run, train=train, heldout=heldout)
+
+
+def respond(
+    job: Subject, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, states: States | None = None
+) -> tuple[Rollouts, list[str]]:
+    """n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
+
+    stage: of a run, or anything else with `progress` and `check_stop`.
+    """
+    config = job.config
+
+    def on_step(tokens: int) -> None:
+        made.advance(tokens)
+        stage.check_stop()
+
+    with stage.progress(len(prompts) * n * config.max_new_tokens, "tokens", "sampling") as made:
+        rollouts = generate(
+            job.model, prompts.token_ids, n=n, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
+            stop_token_ids=job.stop_token_ids, seed=int(combine(config.seed, purpose)), prompt_key=prompts.key_P, adapter=adapter,
+            max_rows=config.rollout_rows, on_step=on_step, states=states,
         )  # fmt: skip
+    texts = [
+        job.tokenizer.decode(row[:length], skip_special_tokens=True)
+        for row, length in zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
+    ]
+    return rollouts, texts
 
 
 def sample(
-    job: Job, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, keep: bool = False
+    job: Subject, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
-    """Roll out `adapter` (None: the reference) on `prompts` and score the responses. `purpose` keys the random numbers.
+    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop` and `timing`.
 
     The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
     large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
@@ -141,21 +202,8 @@ def sample(
     layers = job.scorers.layers
     states = States(layers, lower) if max(layers, default=0) <= below and (layers or lower) else None
 
-    def on_step(tokens: int) -> None:
-        made.advance(tokens)
-        stage.check_stop()
-
-    with stage.progress(len(prompts) * n * config.max_new_tokens, "tokens", "sampling") as made:
-        rollouts = generate(
-            job.model, prompts.token_ids, n=n, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            stop_token_ids=job.stop_token_ids, seed=int(combine(config.seed, purpose)), prompt_key=prompts.key_P, adapter=adapter,
-            max_rows=config.rollout_rows, on_step=on_step, states=states,
-        )  # fmt: skip
+    rollouts, texts = respond(job, stage, prompts, adapter, n=n, purpose=purpose, states=states)
     sampled = time.monotonic()
-    texts = [
-        job.tokenizer.decode(row[:length], skip_special_tokens=True)
-        for row, length in zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
-    ]
 
     def on_tokens(tokens: int) -> None:
         scored.advance(tokens)
@@ -224,7 +272,7 @@ def sample_reference(job: Job) -> Reference:
             reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
             correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
             finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            logprob_gap=logprob_gap(job, prompts, sampled), prompts=len(prompts), responses=config.n_responses,
+            logprob_gap=logprob_gap(job, prompts, sampled), prompts=len(prompts), responses=config.n_responses, aim=aim(job, scores),
         )  # fmt: skip
         groups = packing.groups(prompts, sampled.rollouts)
         return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
@@ -269,19 +317,20 @@ def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4
 
 
 def reference_units(scores: Scores, scorers: Scorers) -> Units:
-    """Pooled within-prompt standard deviations. Raises: UserError for a scorer that is constant within every prompt."""
-
-    def deviation(x_PG: Tensor, name: str) -> float:
-        value = float(x_PG.var(dim=1).mean().sqrt())
-        if value <= 1e-9 * max(1.0, float(x_PG.abs().max())):
-            raise UserError(f"scorer {name} gives all responses of a prompt one score, so there is nothing to align; use another scorer.")
-        return value
-
+    """See `within_deviation`."""
     return Units(
-        reward=deviation(scores.reward_PG, scorers.reward.name),
-        utility_J=[deviation(scores.utility_PGJ[..., j], s.name) for j, s in enumerate(scorers.costs)],
-        audit_A=[deviation(scores.audit_PGA[..., a], s.name) for a, s in enumerate(scorers.audits)],
+        reward=within_deviation(scores.reward_PG, scorers.reward.name),
+        utility_J=[within_deviation(scores.utility_PGJ[..., j], s.name) for j, s in enumerate(scorers.costs)],
+        audit_A=[within_deviation(scores.audit_PGA[..., a], s.name) for a, s in enumerate(scorers.audits)],
     )
+
+
+def within_deviation(x_PG: Tensor, name: str) -> float:
+    """Pooled within-prompt standard deviation. Raises: UserError for a scorer that is constant within every prompt."""
+    value = float(x_PG.var(dim=1).mean().sqrt())
+    if value <= 1e-9 * max(1.0, float(x_PG.abs().max())):
+        raise UserError(f"scorer {name} gives all responses of a prompt one score, so there is nothing to align; use another scorer.")
+    return value
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
@@ -392,10 +441,12 @@ class World:
         )
 
         def compute(stage: Stage) -> Policy:
-            return policy.fit(
+            trained = policy.fit(
                 stage, job.run, job.config, job.model, samples, target, self.adapter, anchor, train_on=self.deal(iteration)[0],
                 iteration=iteration,
             )  # fmt: skip
+            stage.row("policy", iteration=iteration, lam=target.lam_J, loss=trained.loss)
+            return trained
 
         return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
 
@@ -422,7 +473,9 @@ class World:
                 r, g = _standardised(r), _standardised(g)
             score_PG = r + (lam * g).sum(2) - config.beta * sampled.kl_PG
             samples = policy.Samples(prompts=prompts, rollouts=sampled.rollouts, scores=scores, lower=lower)
-            return policy.ascend(stage, job.run, config, job.model, samples, score_PG, self.adapter, start=start, iteration=iteration)
+            trained = policy.ascend(stage, job.run, config, job.model, samples, score_PG, self.adapter, start=start, iteration=iteration)
+            stage.row("policy", iteration=iteration, lam=lam_J, loss=trained.loss)
+            return trained
 
         return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
 
@@ -433,7 +486,7 @@ class World:
     def _end(self, trained: Policy, iteration: int) -> Policy:
         self.adapter.set_tensors(trained.adapter)
         job = self.job
-        save_peft(self.adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or "SmolLM2-135M-Instruct")
+        save_peft(self.adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or DEFAULT_MODEL)
         return trained
 
     def measure_slack(self, policy: Policy, lam_J: Tensor, iteration: int) -> Slack:
@@ -522,25 +575,10 @@ def verdict(
 ) -> Result:
     """Judge the policy's held-out responses (`after`, scores in units) against the reference's; evaluation.json, heldout.jsonl, report."""
     config, run = job.config, job.run
-    scores_before, scores_after = before.scores, after.scores
-    evaluation = evaluate.evaluate(
-        scores_after, scores_before, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, config.threshold,
-        reference.aim_J.tolist(), [s.name for s in job.scorers.costs], audit_names,
-    )  # fmt: skip
-    lines = []
-    for p in range(len(prompts)):
-        for i in range(config.eval_responses):
-            row = {"prompt": prompts.text[p], "kind": prompts.kind[p], "sample": i}
-            for name, sampled, scores in (("reference", before, scores_before), ("policy", after, scores_after)):
-                r = p * config.eval_responses + i
-                row[name] = sampled.texts[r]
-                row[f"{name}_finished"] = bool(sampled.rollouts.finished[r])
-                row[f"{name}_reward"] = float(scores.reward_PG[p, i])
-                row[f"{name}_utility"] = scores.utility_PGJ[p, i].tolist()
-                row[f"{name}_audit"] = scores.audit_PGA[p, i].tolist()
-            lines.append(json.dumps(row, sort_keys=True, ensure_ascii=False))
-    write_whole(run.folder / "heldout.jsonl", ("\n".join(lines) + "\n").encode())
-    write_whole(run.folder / "evaluation.json", (json.dumps(evaluation.as_dict(), sort_keys=True, indent=1) + "\n").encode())
+    costs = [s.name for s in job.scorers.costs]
+    evaluation = judge(prompts, before, after, config.threshold, reference.aim_J.tolist(), costs, audit_names)
+    write_heldout(run.folder, prompts, before, after)
+    write_json(run.folder / "evaluation.json", evaluation.as_dict())
     for line in evaluate.sentences(evaluation):
         run.display.line(line)
     written = report.write(run.folder)
@@ -550,6 +588,45 @@ def verdict(
     )
     run.display.line(f"report: {' and '.join(map(str, written))}")
     return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
+
+
+def in_units(sampled: Sampled, units: Units) -> Sampled:
+    """The same samples with their scores in units."""
+    return replace(sampled, scores=units.apply(sampled.scores))
+
+
+def judge(
+    prompts: Prompts, before: Sampled, after: Sampled, thresholds: Sequence[float], aims: Sequence[float],
+    cost_names: list[str], audit_names: list[str], confidence: float = 0.95,
+) -> Evaluation:  # fmt: skip
+    """The verdict on samples of the reference and of a policy, with scores in units."""
+    return evaluate.evaluate(
+        after.scores, before.scores, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, thresholds,
+        aims, cost_names, audit_names, confidence,
+    )  # fmt: skip
+
+
+def write_heldout(folder: Path, prompts: Prompts, before: Sampled, after: Sampled) -> None:
+    """Write heldout.jsonl: a line per prompt and response of either side, with their scores in units."""
+    n = before.rollouts.n
+    lines = []
+    for p in range(len(prompts)):
+        for i in range(n):
+            row = {"prompt": prompts.text[p], "kind": prompts.kind[p], "sample": i}
+            for name, sampled in (("reference", before), ("policy", after)):
+                r = p * n + i
+                row[name] = sampled.texts[r]
+                row[f"{name}_finished"] = bool(sampled.rollouts.finished[r])
+                row[f"{name}_reward"] = float(sampled.scores.reward_PG[p, i])
+                row[f"{name}_utility"] = sampled.scores.utility_PGJ[p, i].tolist()
+                row[f"{name}_audit"] = sampled.scores.audit_PGA[p, i].tolist()
+            lines.append(json.dumps(row, sort_keys=True, ensure_ascii=False))
+    write_whole(folder / "heldout.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def write_json(path: Path, contents: dict) -> None:
+    """Write a JSON file, whole or not at all; equal contents give equal bytes."""
+    write_whole(path, (json.dumps(contents, sort_keys=True, indent=1) + "\n").encode())
 
 
 def model_folder(name: str) -> Path:
@@ -578,15 +655,17 @@ def _tokenizer(folder: Path):
         raise UserError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); give a complete model folder.") from error
 
 
-def _prompts(config: RunConfig, tokenizer, longest: int) -> tuple[Prompts, Prompts]:
+def read_prompts(source: str | list[str], config: RunConfig, tokenizer, shape: ModelConfig) -> Prompts:
+    """Prompts as the run's own are read: its column, system line and longest response."""
+    longest = shape.max_positions - config.max_new_tokens
+    return data.load_prompts(source, tokenizer, column=config.prompt_column, system=config.system, max_prompt_tokens=longest)
+
+
+def _prompts(config: RunConfig, tokenizer, shape: ModelConfig) -> tuple[Prompts, Prompts]:
     """Training and held-out prompts, disjoint. Without --heldout a seeded fifth of the user's --prompts is held out."""
-
-    def read(source) -> Prompts:
-        return data.load_prompts(source, tokenizer, column=config.prompt_column, system=config.system, max_prompt_tokens=longest)
-
-    train = read(config.prompts or data.shipped_prompts("train"))
+    train = read_prompts(config.prompts or data.shipped_prompts("train"), config, tokenizer, shape)
     if config.heldout or not config.prompts:
-        heldout = read(config.heldout or data.shipped_prompts("heldout"))
+        heldout = read_prompts(config.heldout or data.shipped_prompts("heldout"), config, tokenizer, shape)
     else:
         chosen, held = data.split(train, config.seed)
         train, heldout = train.select(chosen), train.select(held)

@@ -6,6 +6,7 @@ imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 u
 
 import difflib
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import get_type_hints
@@ -88,7 +89,7 @@ def parse(algorithm: str, flags: list[str]):
         print(USAGE.format(algorithms="\n".join(f"  {name:<12}{text}" for name, (_, text) in ALGORITHMS.items())))
         flags = ["--help"]
     else:
-        _check_flags(flags, config_class)
+        check_flags(flags, config_class, first="the algorithm", others=("--preset", "--resume"))
 
     import tyro
 
@@ -130,8 +131,12 @@ def _take(flags: list[str], name: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def _check_flags(flags: list[str], config_class: type) -> None:
-    """Name the first flag or value that cannot be used, in one line and with a suggestion."""
+def check_flags(flags: list[str], config_class: type, *, first: str, others: Sequence[str] = ()) -> None:
+    """Name the first flag or value that cannot be used, in one line and with a suggestion. `first` is what stands before the flags,
+    `others` are flags besides the config's fields.
+
+    Raises: UserError.
+    """
     types = get_type_hints(config_class)
     accepted = {f"--{name.replace('_', '-')}": kind for name, kind in types.items()}
     switches = {switch for flag, kind in accepted.items() if kind is bool for switch in (flag, f"--no-{flag[2:]}")}
@@ -142,10 +147,10 @@ def _check_flags(flags: list[str], config_class: type) -> None:
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-")
             if flag not in accepted and flag not in switches:
-                raise UserError(f"unknown flag {flag}.{_suggest(flag, [*accepted, *sorted(switches), '--preset', '--resume'])} See --help.")
+                raise UserError(f"unknown flag {flag}.{_suggest(flag, [*accepted, *sorted(switches), *others])} See --help.")
             given.append((flag, [value] if equals else []))
         elif not given:
-            raise UserError(f"unexpected word {word!r}; the algorithm comes first, then flags; see --help.")
+            raise UserError(f"unexpected word {word!r}; {first} comes first, then flags; see --help.")
         else:
             given[-1][1].append(word)
     for flag, values in given:

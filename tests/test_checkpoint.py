@@ -580,9 +580,7 @@ def test_resume_refuses(tmp_path: Path) -> None:
         Run.resume(folder, fingerprint="f")
     folder.rmdir()
     Run.create(folder, "caid", {"seed": 1}, versions={}, fingerprint="a" * 64).close()
-    with pytest.raises(
-        UserError, match=f"{folder} was trained from another model .sha aaaaaaaaaaaa, here sha b.*give --model the original"
-    ):
+    with pytest.raises(UserError, match=f"{folder} was trained from another model .sha aaaaaaaaaaaa, here sha b.*put the original back"):
         Run.resume(folder, fingerprint="b" * 64)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"seed": 1', '"seed": 2'))

@@ -13,12 +13,20 @@ from engine.evaluate import (
     Constraint,
     Estimate,
     Evaluation,
+    Judgement,
+    OverRefusal,
+    Share,
+    answer,
     estimate,
     evaluate,
     improvement,
     is_refusal,
+    judgement_sentences,
+    over_refusal,
+    pair_order,
     sentences,
     t_quantile,
+    wilson,
     word,
 )
 from engine.records import Prompts, Rollouts, Scores
@@ -38,6 +46,17 @@ def test_estimate_equals_scipy_intervals():
     lower, upper = stats.t.interval(0.90, 22, loc=x.mean().item(), scale=se)
     expected = (x.mean().item(), se, low, high, lower, upper, 23)
     assert tuple(vars(result).values()) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("confidence", [0.6, 0.9, 0.99])
+def test_intervals_at_another_confidence_equal_scipy(confidence):
+    x = torch.randn(17, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    y = torch.randn(17, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for result, values in ((estimate(x, confidence), x), (improvement(x[:, None], y, confidence), x - y.mean(1))):
+        mean, se = values.mean().item(), stats.sem(values.numpy())
+        low, high = stats.t.interval(confidence, 16, loc=mean, scale=se)
+        lower, upper = stats.t.interval(2 * confidence - 1, 16, loc=mean, scale=se)
+        assert tuple(vars(result).values()) == pytest.approx((mean, se, low, high, lower, upper, 17), abs=1e-9)
 
 
 def test_estimate_by_hand_in_float64():
@@ -104,6 +123,72 @@ def test_answers_are_no_refusals(text):
     assert not is_refusal(text)
 
 
+def test_pair_order_equals_counting():
+    generator = torch.Generator().manual_seed(4)
+    # Whole numbers, so that there are ties of either kind; two prompts have no pair.
+    log_ratio, score = (torch.randint(4, (9, 5), generator=generator).double() for _ in range(2))
+    score[3], score[7] = 1.0, 2.0
+    shares = []
+    for p in range(9):
+        agreed = []
+        for a in range(5):
+            for b in range(a):
+                if score[p, a] != score[p, b]:
+                    by_policy, by_score = log_ratio[p, a] - log_ratio[p, b], score[p, a] - score[p, b]
+                    agreed.append(0.5 if by_policy == 0 else float((by_policy > 0) == (by_score > 0)))
+        if agreed:
+            shares.append(sum(agreed) / len(agreed))
+    expected = torch.tensor(shares, dtype=torch.float64)
+    assert len(shares) == 7
+    for beta in (1.0, 0.01):
+        result = pair_order(beta * log_ratio, score)
+        assert tuple(vars(result).values()) == pytest.approx(tuple(vars(estimate(expected)).values()), abs=1e-12)
+    assert pair_order(log_ratio, score, 0.8).high < pair_order(log_ratio, score).high
+
+
+def test_pair_order_at_its_ends():
+    score = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert pair_order(7 * score, score).mean == 1.0
+    assert pair_order(-score, score).mean == 0.0
+    assert pair_order(torch.zeros_like(score), score).mean == 0.5
+    wide = pair_order(torch.stack([score[0], -score[1]]), score[:2])
+    assert (wide.mean, wide.low, wide.high, wide.lower, wide.upper, wide.n) == (0.5, 0.0, 1.0, 0.0, 1.0, 2)
+    assert pair_order(score, torch.ones_like(score)) is None
+    assert pair_order(score[:1], score[:1]) is None
+    with pytest.raises(UserError, match="not finite"):
+        pair_order(score.log().fill_(-math.inf), score)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 60), (1, 7), (30, 76), (76, 76)])
+def test_wilson_equals_scipy(k, n):
+    for confidence in (0.8, 0.95):
+        expected = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+        assert wilson(k / n, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_over_refusal_counts_prompts_not_responses():
+    no, yes = "Take a pan.", "I'm sorry, but I can't."
+    before, after = [no, no, yes, no, no, no], [yes, yes, yes, no, yes, no, no, no, no]
+    result = over_refusal(before, after, 3, 0.9)
+    assert (result.reference.mean, result.policy.mean) == (pytest.approx(1 / 6), pytest.approx(4 / 9))
+    assert (result.policy.low, result.policy.high, result.policy.n) == (*wilson(4 / 9, 3, 0.9), 3)
+    assert result.change == estimate(torch.tensor([1.0, 1 / 3 - 1 / 2, 0.0], dtype=torch.float64), 0.9)
+    # Equal responses to each prompt carry no more than one.
+    assert over_refusal([no, yes, no], [no, yes, yes], 3) == over_refusal([no, no, yes, yes, no, no], [no, no, yes, yes, yes, yes], 3)
+
+
+def test_the_wilson_interval_covers_however_responses_are_clustered():
+    generator = torch.Generator().manual_seed(6)
+    runs, n_prompts, p = 2000, 60, 0.15
+    for alike in (0.0, 0.5, 1.0):
+        common = torch.rand(runs, n_prompts, 1, generator=generator) < p
+        own = torch.rand(runs, n_prompts, 4, generator=generator) < p
+        copied = torch.rand(runs, n_prompts, 4, generator=generator) < alike
+        shares = torch.where(copied, common, own).double().mean((1, 2)).tolist()
+        covered = sum(low <= p <= high for low, high in (wilson(share, n_prompts) for share in shares)) / runs
+        assert covered > 0.95 - 4 * math.sqrt(0.05 * 0.95 / runs), (alike, covered)
+
+
 def _stage_outputs(kind: list[str]) -> dict:
     """Two prompts, 2 responses of the policy and 3 of the reference, one constraint and one audit."""
 
@@ -155,6 +240,73 @@ def test_evaluation_survives_json():
     for kind in (["everyday", "delicate"], ["delicate", "delicate"]):
         e = evaluate(**_stage_outputs(kind))
         assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
+
+
+def test_the_confidence_reaches_every_estimate():
+    e = evaluate(**_stage_outputs(["", ""]), confidence=0.8)
+    assert e.reward == estimate(torch.tensor([1.0, 1.0]), 0.8)
+    assert e.audits[0][1] == estimate(torch.tensor([0.0, 1.0]), 0.8)
+    assert e.kl == estimate(torch.tensor([1.5, 4.5]), 0.8)
+    assert e.constraints[0].estimate == estimate(torch.tensor([1.0, 1.0]), 0.8)
+    uneven = _stage_outputs(["", ""])
+    uneven["scores_policy"] = replace(uneven["scores_policy"], utility_PGJ=torch.tensor([[1.0, 1.0], [3.0, 5.0]])[..., None].double())
+    assert [evaluate(**uneven, confidence=c).constraints[0].word for c in (0.6, 0.95)] == ["met", "not resolved"]
+
+
+def test_evaluation_without_a_confidence_is_one_at_95_percent():
+    e = evaluate(**_stage_outputs(["", ""]), confidence=0.8)
+    data = e.as_dict()
+    assert data.pop("confidence") == 0.8
+    assert Evaluation.from_dict(data) == replace(e, confidence=0.95)
+
+
+def test_slack_is_the_interval_of_what_is_above_b():
+    gain = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    slack = Constraint("harm", 0.25, 0.5, estimate(gain), "met").slack
+    assert tuple(vars(slack).values()) == pytest.approx(tuple(vars(estimate(gain - 0.25)).values()), abs=1e-12)
+
+
+def _judgement(confidence: float = 0.95, **changes) -> Judgement:
+    refusal = over_refusal(["Yes.", "I can't."], ["I can't.", "I can't."], 2, confidence)
+    e = evaluate(**_stage_outputs(["", ""]), confidence=confidence)
+    order = estimate(torch.tensor([0.5, 0.75]), confidence)
+    return replace(Judgement(evaluation=e, pair_order=(None, order), over_refusal=refusal), **changes)
+
+
+def test_judgement_as_json_holds_the_evaluation_too():
+    judgement = _judgement(0.8)
+    data = json.loads(json.dumps(judgement.as_dict()))
+    assert Evaluation.from_dict(data) == judgement.evaluation
+    assert Estimate(**data["slack"][0]) == judgement.evaluation.constraints[0].slack
+    assert data["pair_order"][0] is None and Estimate(**data["pair_order"][1]) == judgement.pair_order[1]
+    refusal = data["over_refusal"]
+    found = OverRefusal(Share(**refusal["reference"]), Share(**refusal["policy"]), Estimate(**refusal["change"]))
+    assert found == judgement.over_refusal
+
+
+def test_judgement_sentences_end_with_the_answer():
+    judgement = _judgement()
+    lines = judgement_sentences(judgement)
+    assert lines[: len(sentences(judgement.evaluation))] == sentences(judgement.evaluation)
+    rest = lines[len(sentences(judgement.evaluation)) :]
+    assert rest[0] == "slack harm (improvement - b): +0.50, 95 % [0.50, 0.50]"
+    assert rest[1].startswith("pairs of policy responses that the policy's log-ratio orders like r + lambda g: 62.5 %, 95 % [")
+    assert rest[2].startswith("refusals on 2 harmless look-alike prompts: 50.0 %, 95 % [9.5, 90.5] -> 100.0 %, 95 % [34.2, 100.0] (")
+    assert "change +50.0 points, 95 % [" in rest[2]
+    assert rest[3:] == ["with 2 prompts x 2 responses and 95 % confidence: constraint harm (b 0.5) is met"]
+    still = over_refusal(["Yes.", "No."], ["Yes.", "No."], 2)
+    assert judgement_sentences(_judgement(over_refusal=still))[-2].endswith("; change +0.0 points on every prompt")
+
+
+def test_sentences_name_the_confidence():
+    lines = judgement_sentences(_judgement(0.8))
+    assert [line for line in lines if "95 %" in line] == []
+    assert sum("80 %" in line for line in lines) == 8
+    e = _judgement(0.975).evaluation
+    two = replace(e, constraints=(e.constraints[0], replace(e.constraints[0], name="other", threshold=1.25, word="not resolved")))
+    assert answer(two) == (
+        "with 2 prompts x 2 responses and 97.5 % confidence: constraint harm (b 0.5) is met; constraint other (b 1.25) is not resolved"
+    )
 
 
 def _with_constraint(lower: float, upper: float, threshold: float) -> list[str]:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from engine import data, model
 from engine.errors import UserError
+from engine.lora import Adapter
 from engine.packing import batches, groups
 from engine.rollout import generate
 from engine.score import Head, Scorers, TextScorer, frozen_forward, load_scorer, load_scorers, score
@@ -44,6 +45,22 @@ def test_states_and_log_probs_equal_transformers(world, tiny_folder):
             assert (pooled[layer][r] - mean).abs().max() < 1e-4
         token = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1].double() / 0.8, -1)
         assert float(logprob[r]) == pytest.approx(float(token[range(len(response)), response].sum()), abs=1e-3)
+
+
+def test_log_probs_under_an_adapter_are_those_of_the_merged_model(world, tmp_path):
+    network, _, prompts, rollouts, _ = world
+    adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=1)
+    with torch.no_grad():
+        for up in adapter.up.values():
+            up.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    model.save(network, tmp_path / "merged", adapter=adapter)
+    options = {"temperature": 0.8, "memory_budget_bytes": 2**20}
+    pooled, logprob = frozen_forward(network, groups(prompts, rollouts), [1, 3], adapter=adapter, **options)
+    expected = frozen_forward(model.load(tmp_path / "merged"), groups(prompts, rollouts), [1, 3], **options)
+    assert (logprob - expected[1]).abs().max() < 1e-3
+    assert all((pooled[layer] - expected[0][layer]).abs().max() < 1e-3 for layer in (1, 3))
+    reference = frozen_forward(network, groups(prompts, rollouts), [3], **options)
+    assert (logprob - reference[1]).abs().min() > 1e-2 and (pooled[3] - reference[0][3]).abs().max() > 1e-2
 
 
 def test_cut_groups_give_the_same(world):

@@ -1,0 +1,279 @@
+"""`python -m engine.evaluate RUN [flags]`: judge an iterate of a run on held-out prompts, with fresh responses.
+
+Reference and policy answer the same prompts with the run's own sampling settings; units and thresholds are those that the run fixed. To
+the run's verdict this adds the slack, scorers that the run did not know, how often the policy orders pairs as the Lagrangian does, and
+refusals on harmless prompts that look dangerous. Nothing is saved on the way: the folder of the results appears whole at the end.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine import data, evaluate, metrics, packing, stages
+from engine.checkpoint import Run
+from engine.config import EvaluateConfig, RunConfig, check_evaluate
+from engine.errors import UserError
+from engine.evaluate import Judgement
+from engine.lora import Adapter, load_peft
+from engine.metrics import Display, Progress
+from engine.records import Prompts, Units
+from engine.score import Scorers, frozen_forward, load_scorers
+from engine.stages import Inputs, Sampled, Subject
+from engine.train import check_flags
+
+USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
+
+
+class Phase:
+    """What sampling asks of a stage (`engine.checkpoint.Stage`), where nothing is saved: progress. Ctrl-C stops at once."""
+
+    def __init__(self, display: Display, number: int, name: str) -> None:
+        self._display = display
+        display.stage(number, name)
+
+    def progress(self, total: int, unit: str, what: str) -> Progress:
+        """A progress bar; `unit` is a plural such as "tokens"."""
+        return self._display.progress(total, unit, what)
+
+    def timing(self, **values: float) -> None:
+        """Speeds are seen while they last, and not kept."""
+
+    def check_stop(self) -> None:
+        """Ctrl-C is not held back, so there is nothing to ask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be judged, read and checked; no weights are loaded yet."""
+
+    run: Path
+    algorithm: str
+    config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
+    iterate: int
+    lam: list[float]  # the multipliers that the iterate was trained at
+    units: Units  # of the run; further audits have none yet
+    aim: list[float]
+    inputs: Inputs
+    scorers: Scorers
+    prompts: Prompts
+    pool: int  # prompts that these are a subset of
+    shared: str  # says which prompts are training prompts too; "" where none is
+    lookalikes: Prompts
+
+
+def ask(run: str | Path, flags: EvaluateConfig) -> Question:
+    """Read the run and check everything that can be checked without compute.
+
+    Raises: UserError.
+    """
+    check_evaluate(flags)
+    run = Path(run)
+    algorithm, values = Run.read_config(run)
+    if algorithm == "pecan" or values.get("scores") == "preference":
+        raise UserError(f"{run}: its scores are log-ratios of policies that the run aligned, and only its own verdict has them.")
+    config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
+    iterate, lam = _iterate(run, flags.iterate, config)
+    config = replace(
+        config, device=flags.device or config.device, threads=flags.threads or config.threads, audit=(*config.audit, *flags.audit),
+        eval_responses=flags.n_responses or config.eval_responses,
+    )  # fmt: skip
+    if config.eval_responses < 2:
+        raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
+    inputs = Inputs.of(config)
+    Run.check_model(run, inputs.fingerprint)
+    pool = stages.read_prompts(flags.prompts, config, inputs.tokenizer, inputs.shape) if flags.prompts else inputs.heldout
+    n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
+    if n < 2:
+        raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
+    prompts = stages.heldout_prompts(replace(config, eval_prompts=n), pool)
+    common, shared = data.overlap(prompts, inputs.train, inputs.tokenizer), ""
+    if common:
+        shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
+        if not flags.allow_overlap:
+            raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
+    lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
+    scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
+    (reference,) = metrics.read_rows(run, "reference")
+    units = Units(reward=reference["reward_sd"], utility_J=reference["utility_sd"], audit_A=reference["audit_sd"])
+    return Question(
+        run=run, algorithm=algorithm, config=config, iterate=iterate, lam=lam, units=units, aim=reference["aim"], inputs=inputs,
+        scorers=scorers, prompts=prompts, pool=len(pool), shared=shared, lookalikes=lookalikes,
+    )  # fmt: skip
+
+
+def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, Path]:
+    """Judge an iterate of `run` and write evaluation.json and heldout.jsonl; returns what was found, and their folder.
+
+    Raises: UserError, before any compute unless a scorer fails.
+    """
+    out = Path(flags.out) if flags.out else _next_folder(Path(run))
+    if out.exists():
+        raise UserError(f"--out {out} exists; name a folder that does not.")
+    q = ask(run, flags)
+    config, prompts, n = q.config, q.prompts, q.config.eval_responses
+    display = Display(n_stages=4)
+    for line in _opening(q, flags):
+        display.line(line)
+    if q.shared:
+        display.warn(f"{q.shared}: what follows may be better than on new prompts")
+    with whole_folder(out) as folder, display:
+        subject = Subject.load(replace(config, seed=flags.seed), q.inputs, q.scorers)
+        adapter = load_peft(q.run / "adapters" / f"iteration-{q.iterate}", subject.model)
+        # The purposes of the run's own verdict, so that its seed gives its responses.
+        before, _ = stages.sample(subject, Phase(display, 1, "heldout/reference"), prompts, None, n=n, purpose=-1)
+        units = _with_new_audits(q, before, display)
+        phase = Phase(display, 2, "heldout/policy")
+        after, _ = stages.sample(subject, phase, prompts, adapter, n=n, purpose=-2)
+        moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
+        _, texts_before = stages.respond(subject, Phase(display, 3, "lookalike/reference"), q.lookalikes, None, n=n, purpose=-3)
+        _, texts_after = stages.respond(subject, Phase(display, 4, "lookalike/policy"), q.lookalikes, adapter, n=n, purpose=-4)
+
+        before, after = stages.in_units(before, units), stages.in_units(after, units)
+        lam_J = torch.tensor(q.lam, dtype=torch.float64)
+        log_ratios = ((before, moved_PG), (after, after.kl_PG))
+        judgement = Judgement(
+            evaluation=stages.judge(prompts, before, after, config.threshold, q.aim, *_names(q.scorers), flags.confidence),
+            pair_order=tuple(
+                evaluate.pair_order(x_PG, s.scores.reward_PG + s.scores.utility_PGJ @ lam_J, flags.confidence) for s, x_PG in log_ratios
+            ),
+            over_refusal=evaluate.over_refusal(texts_before, texts_after, len(q.lookalikes), flags.confidence),
+        )
+        stages.write_heldout(folder, prompts, before, after)
+        settings = {f: getattr(config, f) for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")}
+        settings |= {"iterate": q.iterate, "lam": q.lam, "seed": flags.seed, "units": asdict(units), "overlap": q.shared}
+        stages.write_json(folder / "evaluation.json", {**judgement.as_dict(), "settings": settings})
+        for line in evaluate.judgement_sentences(judgement):
+            display.line(line)
+    display.line(f"written: {out / 'evaluation.json'} and {out / 'heldout.jsonl'}")
+    return judgement, out
+
+
+def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Adapter) -> Tensor:
+    """log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
+    groups = packing.groups(prompts, sampled.rollouts)
+    with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
+        _, logprob = frozen_forward(
+            subject.model, groups, [], temperature=subject.config.temperature,
+            memory_budget_bytes=subject.config.memory_budget_mb * 2**20, adapter=adapter, on_tokens=made.advance,
+        )  # fmt: skip
+    return logprob.view(len(prompts), -1)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end; after an error or Ctrl-C it is gone.
+
+    Raises: UserError where it cannot be made, or `out` has come into being meanwhile.
+    """
+    partial = out.with_name(f".{out.name}-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
+    try:
+        yield partial
+        try:
+            partial.rename(out)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _names(scorers: Scorers) -> tuple[list[str], list[str]]:
+    return [s.name for s in scorers.costs], [s.name for s in scorers.audits]
+
+
+def _next_folder(run: Path) -> Path:
+    number = 1
+    while (run / f"evaluation-{number}").exists():
+        number += 1
+    return run / f"evaluation-{number}"
+
+
+def _iterate(run: Path, wanted: int, config: RunConfig) -> tuple[int, list[float]]:
+    """The iterate to judge and the multipliers it was trained at; one that a kill left without a measured slack does not count.
+
+    Raises: UserError when there is none, or not the wanted one.
+    """
+    saved = {int(p.parent.name.rpartition("-")[2]) for p in run.glob("adapters/iteration-*/adapter_config.json")}
+    rows = metrics.read_rows(run) if saved else []
+    lam_of = {row["iteration"]: row["lam"] for row in rows if row["kind"] == "policy"}
+    # The run itself went back from an iterate past --max-kl.
+    too_far = {row["iteration"] for row in rows if row["kind"] == "iteration" and row["kl"] is not None and row["kl"] > config.max_kl}
+    there = sorted(saved & lam_of.keys())
+    if not there:
+        raise UserError(f"{run} has no iterate yet; go on with python -m engine.train --resume {run}.")
+    kept = [t for t in there if t not in too_far]
+    if wanted and wanted not in there:
+        raise UserError(f"--iterate {wanted}: {run} has {', '.join(map(str, there))}; give one of these.")
+    if not wanted and not kept:
+        raise UserError(f"{run} kept no iterate, as all pass its --max-kl {config.max_kl}; name one with --iterate ({there[0]}).")
+    chosen = wanted or kept[-1]
+    return chosen, lam_of[chosen]
+
+
+def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
+    """What is judged, and how the responses are drawn."""
+    config, inputs = q.config, q.inputs
+    lam = ", ".join(f"{x:.3f}" for x in q.lam)
+    own = "so the random numbers are those of its verdict" if flags.seed == config.seed else "so no response was seen before"
+    return [
+        f"iterate {q.iterate} of {q.run}: {q.algorithm} on {config.model or stages.DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
+        f"trained at lambda {lam}",
+        f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
+        f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
+        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most {config.max_new_tokens} new tokens, "
+        f"seed {flags.seed} (the run's is {config.seed}, {own})",
+    ]
+
+
+def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
+    """The run's units, and those of audits that the run did not know, measured on the reference's responses."""
+    measured = []
+    for a in range(len(q.units.audit_A), len(q.scorers.audits)):
+        name = q.scorers.audits[a].name
+        measured.append(stages.within_deviation(before.scores.audit_PGA[..., a], name))
+        display.line(
+            f"audit {name}: the run fixed no unit for it; the within-prompt standard deviation of the reference's responses here is "
+            f"{measured[-1]:.3g} of the scorer's units"
+        )
+    return replace(q.units, audit_A=[*q.units.audit_A, *measured])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if "--help" in argv or "-h" in argv:
+            print(USAGE)
+            run, argv = "", ["--help"]
+        elif not argv or argv[0].startswith("-"):
+            raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
+        else:
+            run, argv = argv[0], argv[1:]
+            check_flags(argv, EvaluateConfig, first="the run folder")
+
+        import tyro
+
+        try:
+            flags = tyro.cli(EvaluateConfig, prog="python -m engine.evaluate RUN", args=argv)
+        except SystemExit as stop:
+            if not run and not stop.code:
+                return 0
+            raise
+        run_evaluation(run, flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
