@@ -262,16 +262,10 @@ def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4
 def reference_units(scores: Scores, scorers: Scorers) -> Units:
     """Pooled within-prompt standard deviations. Raises: UserError for a scorer that is constant within every prompt."""
 
-    def deviation(x_PG: Tensor, name: str) -> float:
-        value = float(x_PG.var(dim=1).mean().sqrt())
-        if value <= 1e-9 * max(1.0, float(x_PG.abs().max())):
-            raise UserError(f"scorer {name} gives all responses of a prompt one score, so there is nothing to align; use another scorer.")
-        return value
-
     return Units(
-        reward=deviation(scores.reward_PG, scorers.reward.name),
-        utility_J=[deviation(scores.utility_PGJ[..., j], s.name) for j, s in enumerate(scorers.costs)],
-        audit_A=[deviation(scores.audit_PGA[..., a], s.name) for a, s in enumerate(scorers.audits)],
+        reward=dual.within_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
+        utility_J=[dual.within_deviation(scores.utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
+        audit_A=[dual.within_deviation(scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
     )
 
 
