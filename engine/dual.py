@@ -238,8 +238,8 @@ def bootstrap(
 def percentiles(draws, level: float = 0.95) -> tuple[Tensor, Tensor]:
     """(low, high): the central `level` of draws along the first dimension; inf counts as largest. No interpolation, outward."""
     ordered = _float64(draws).sort(dim=0).values
-    cut = (1 - level) / 2 * (len(ordered) - 1)
-    return ordered[math.floor(cut)], ordered[len(ordered) - 1 - math.floor(cut)]
+    cut = math.floor((1 - level) / 2 * (len(ordered) - 1) + 1e-9)
+    return ordered[cut], ordered[len(ordered) - 1 - cut]
 
 
 def step(
@@ -426,7 +426,8 @@ def ess_warning(ess_P: Tensor, G: int) -> str | None:
 
 
 def _float64(values) -> Tensor:
-    return torch.as_tensor(values).detach().to("cpu", torch.float64)
+    # With the dtype from the start: a list would be rounded to float32 on the way.
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
 def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, force: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -473,7 +474,8 @@ def _solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
     largest."""
     eigenvalue, basis = torch.linalg.eigh(matrix)
     smallest = (1e-12 * eigenvalue.max()).clamp(min=1e-100) if len(right) else 0.0
-    return basis @ ((basis.T @ right).T / eigenvalue.clamp(min=smallest)).T
+    eigenvalue = eigenvalue.clamp(min=smallest)
+    return basis @ ((basis.T @ right) / (eigenvalue if right.ndim == 1 else eigenvalue[:, None]))
 
 
 def _support(g_PGJ: Tensor, direction_J: Tensor) -> float:

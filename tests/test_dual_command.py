@@ -79,7 +79,7 @@ def test_one_cost_in_standard_deviations(here, capsys):
     assert lam[0] == pytest.approx(0, abs=1e-6) and (np.diff(lam) > 0).all()
     assert np.interp(0.3, found["curve"]["x"], lam) == pytest.approx(only["lam"], rel=1e-9)
     height, width = matplotlib.image.imread(here / "scores-dual" / "dual.png").shape[:2]
-    assert (width, height) == (1430, 598)
+    assert (width, height) == (1430, 650)
 
 
 def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
@@ -95,7 +95,7 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
         assert raw["constraints"][0][key] == pytest.approx(scaled["constraints"][0][key] * sd_r / sd_g, rel=1e-6)
     level, out = result(capsys, file, "--cost", "harm", f"--threshold={-harm.mean() + 0.3 * sd_g}", "--absolute", *raw_flags)
     assert level["constraints"][0]["lam"] == pytest.approx(raw["constraints"][0]["lam"], rel=1e-6)
-    assert level["constraints"][0]["b"] == pytest.approx(0.3 * sd_g) and "largest level" in out
+    assert level["constraints"][0]["b"] == pytest.approx(0.3 * sd_g) and "largest supported level" in out
     assert level["curve"]["x"][0] == pytest.approx(raw["curve"]["x"][0] - harm.mean())
 
 
@@ -197,7 +197,7 @@ def all_to(column: str, value):
 
 
 FILES = {
-    "missing column": (lambda rows: rows[4].pop("harm"), r"scores\.jsonl:5: no column 'harm'; columns found: prompt, response, reward, wit"),
+    "missing column": (lambda rows: rows[4].pop("harm"), r"scores\.jsonl:5: no column 'harm'; columns found: prompt, response, reward"),
     "no reward": (lambda rows: [row.pop("reward") for row in rows], r"scores\.jsonl:1: no column 'reward'"),
     "no prompt": (lambda rows: rows[2].pop("prompt"), r"scores\.jsonl:3: no column 'prompt'"),
     "nan": (set_to(7, "reward", float("nan")), r"scores\.jsonl:7: column 'reward' is nan; it must be finite"),
