@@ -116,12 +116,19 @@ def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
 
 
 def read_rows(source: str) -> list[tuple[str, dict]]:
-    """(place, row) of every row; the place is what error messages name."""
+    """(place, row) of every row of a file or a dataset."""
     path = Path(source)
-    if path.suffix not in SUFFIXES:
-        if path.is_file():
-            raise UserError(f"{source}: not one of {', '.join(SUFFIXES)}; convert it or rename it.")
-        return _read_dataset(source)
+    return read_file(source) if path.suffix in SUFFIXES or path.is_file() else _read_dataset(source)
+
+
+def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, dict]]:
+    """(place, row) of every row of a file; the place is what error messages name. A csv's cells are texts.
+
+    Raises: UserError for a file that is missing, of another kind or malformed.
+    """
+    path = Path(source)
+    if path.suffix not in suffixes:
+        raise UserError(f"{source}: not one of {', '.join(suffixes)}; convert it or rename it.")
     if not path.exists():
         raise UserError(f"{source}: no such file; check the path.")
     try:

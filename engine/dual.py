@@ -7,18 +7,24 @@ Distribution-space dual (arXiv 2405.19544, and 2505.19387 section 2), g the util
 Its minimiser over lambda >= 0 needs samples of the reference only. A positive gradient is slack: that constraint holds with room.
 
     solve(reward_PG, utility_PGJ, [0.3], beta=1.0).lam
+
+The same without Python, on a file of scores (engine/dual_command.py): python -m engine.dual SCORES.jsonl --cost harm --threshold 0.3
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.evaluate import t_quantile
 from kernels import dual_moments
+from kernels.dual_moments import DualMoments
 
 TOLERANCE = 1e-10  # KKT residual, in standard deviations of the utility
+ACCEPTED = 100 * TOLERANCE  # where rounding stops the solver before
 
 
 class Infeasible(UserError):
@@ -61,35 +67,39 @@ def solve(
     enumerated: bool = False,
     lam_max: float = math.inf,
     force: bool = False,
+    method: str = "newton",
+    start_J=None,
 ) -> Solution:
     """Minimise the plug-in dual over 0 <= lambda <= lam_max (arXiv 2405.19544, appendix E, and its Hessian).
 
     reward [P, G], utility [P, G, J], threshold [J] (or a number): numpy, torch or lists, any float type. The threshold is the
     required improvement over the mean of the utility, or a level with `absolute`. `enumerated` says that the G responses are all
     there are, equally likely, so that infeasibility is proven. `force` goes on with unsupported thresholds; it needs a finite lam_max,
-    where such multipliers end.
+    where such multipliers end. `start_J` is a guess of lambda, by default 0.
+
+    `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps, of length 1 / (largest eigenvalue of
+    the Hessian) in units of each utility's standard deviation, and needs more of them. Both stop by the same rule, so their optima agree.
 
     A constant added to one prompt's reward or utility changes neither the multipliers nor the policies.
 
-    Raises: Infeasible; UserError for shapes, values that are not finite, beta <= 0, a utility that never varies within a prompt.
+    Raises: Infeasible; UserError for shapes, values that are not finite, beta <= 0, a utility that never varies within a prompt, and
+    where rounding keeps the solver from the optimum.
     """
     reward, utility, threshold = _check(reward_PG, utility_PGJ, threshold_J, beta, lam_max, force)
+    if method not in STEPS:
+        raise UserError(f"method {method!r}: must be one of {', '.join(STEPS)}.")
     mean = utility.mean((0, 1))
     if absolute:
         threshold = threshold - mean
-    scale = _within_std(utility)
-
-    # Per-prompt constants cancel, so both are centred and then made dimensionless: the solver below has one scale.
-    r = (reward - reward.mean(1, keepdim=True)) / beta
-    g = (utility - utility.mean(1, keepdim=True)) / scale
-    b = threshold / scale
+    r, g, scale = _dimensionless(reward, utility, beta)
+    b, start = threshold / scale, _start(start_J, scale / beta)
     unsupported = None if force else _single_direction(g, b)
     if unsupported is None:
-        x, moments, kkt, iterations, unsupported = _newton(r, g, b, lam_max * scale / beta, certify=not force)
+        x, moments, kkt, iterations, unsupported = _descend(r, g, b, lam_max * scale / beta, start, method=method, certify=not force)
     if unsupported is not None:
         raise _infeasible(g, b, unsupported, scale, mean if absolute else None, enumerated)
-    if kkt > 100 * TOLERANCE:
-        raise ArithmeticError(
+    if kkt > ACCEPTED:
+        raise UserError(
             f"the dual solver stopped at KKT residual {kkt:.2g} after {iterations} iterations; raise beta {beta} or lower the threshold."
         )
 
@@ -110,6 +120,126 @@ def largest_threshold(utility_PGJ) -> Tensor:
     """Largest improvement each constraint alone supports: mean over prompts of the best response, minus the mean. float64 [J]."""
     utility = _float64(utility_PGJ)
     return utility.amax(1).mean(0) - utility.mean((0, 1))
+
+
+def largest_multiple(utility_PGJ, threshold_J, *, absolute: bool = False) -> float:
+    """Improvements up to this multiple of b are supported together, to 0.1 %; inf where no b is above 0. With `absolute`, b is the
+    threshold minus the mean of the utility.
+
+    Raises: UserError as `solve`.
+    """
+    utility = _float64(utility_PGJ)
+    reward, utility, threshold = _check(utility[..., 0], utility, threshold_J, 1.0, math.inf, False)
+    _, g, scale = _dimensionless(reward, utility, 1.0)
+    b = (threshold - utility.mean((0, 1)) if absolute else threshold) / scale
+    alone = torch.where(b > 0, g.amax(1).mean(0) / b, math.inf)
+    if alone.min() == math.inf:
+        return math.inf
+    return _largest_multiple(g, b, torch.eye(len(b), dtype=torch.float64)[alone.argmin()])[0]
+
+
+def within_deviation(x_PG, name: str) -> float:
+    """Pooled within-prompt standard deviation (ddof 1) of a score [P, G], G >= 2: one unit of it in a run.
+
+    Raises: UserError where `name` is constant within every prompt.
+    """
+    x = _float64(x_PG)
+    value = float(x.var(dim=1).mean().sqrt())
+    if value <= 1e-9 * max(1.0, float(x.abs().max())):
+        raise UserError(f"{name} gives all responses of a prompt one score, so there is nothing to align; use another one.")
+    return value
+
+
+def tilted_improvement(reward_PG, utility_PGJ, lam_J, beta: float) -> tuple[Tensor, Tensor]:
+    """Predicted improvement of each prompt's mean reward [P] and utility [P, J] when its responses are re-weighted by
+    exp((reward + lambda . utility) / beta). float64; the mean over prompts of the second, minus b, is the dual's gradient."""
+    reward, utility, lam = _float64(reward_PG), _float64(utility_PGJ), _float64(lam_J)
+    change_PG = ((reward + utility @ lam) / beta).softmax(1) - 1 / reward.shape[1]
+    return (change_PG * reward).sum(1), torch.einsum("pg,pgj->pj", change_PG, utility)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A two-sided interval for each multiplier, float64 [J]."""
+
+    low: Tensor
+    high: Tensor
+    se: Tensor  # standard error
+
+
+def lam_interval(
+    reward_PG, utility_PGJ, threshold_J, beta: float, solution: Solution, *, absolute: bool = False, level: float = 0.95
+) -> Interval:
+    """Interval of `solve`'s multipliers by the delta method, clustered by prompt.
+
+    lambda solves mean_p u_p(lambda) = 0 on the constraints above 0, with prompt p's part of the gradient
+
+        u_p = sum_i w_pi g_pi - mean_i g_pi - b,    or sum_i w_pi g_pi - level with `absolute`:
+
+    the mean that an improvement is measured from comes from the same samples, and as all prompts have G responses it is a mean over
+    prompts as well. So Var(lambda) = H^-1 Cov_p(u_p) / P H^-1 with the dual's Hessian H. Quantiles are Student's with P - 1 degrees
+    of freedom. Not in it: the bias of G responses (see `ess_warning`), and that units were estimated.
+
+    A constraint at 0 with room is treated as if it alone were let go below 0: its Newton step ends at a value below 0 with a standard
+    error, and the interval is [0, max(0, value + t se)]. It is [0, 0] where the room is clear, and passes continuously into that of an
+    active constraint.
+
+    Raises: UserError where the solution is not of these scores, or is held by lam_max; below 2 prompts.
+    """
+    reward, utility, threshold = _check(reward_PG, utility_PGJ, threshold_J, beta, math.inf, False)
+    P, lam, gradient = len(reward), solution.lam, solution.gradient
+    if P < 2:
+        raise UserError(f"{P} prompt(s): an interval over prompts needs at least 2.")
+    scale = _within_std(utility)
+    u_PJ = tilted_improvement(reward, utility, lam, beta)[1] - threshold + (utility.mean(1) if absolute else 0.0)
+    if ((u_PJ.mean(0) - gradient).abs() > 1e-6 * scale).any():
+        raise UserError(f"lambda {_show(lam)}: solved from other scores, thresholds or beta than these; give the same to both.")
+    if ((lam > 0) & (gradient < -1e-6 * scale)).any():
+        raise UserError(f"lambda {_show(lam)}: stopped by lam_max, where it has no interval; raise lam_max.")
+    covariance = torch.cov(u_PJ.T).reshape(len(lam), len(lam)) / P
+    centre, se = torch.zeros_like(lam), torch.zeros_like(lam)
+    for j in range(len(lam)):
+        free = lam > 0
+        free[j] = True
+        unit = torch.eye(len(lam), dtype=torch.float64)[j, free]
+        row = _solve_psd(solution.hessian[free][:, free], unit)
+        centre[j] = lam[j] - row @ gradient[free]
+        se[j] = (row @ covariance[free][:, free] @ row).clamp(min=0).sqrt()
+    reach = t_quantile((1 + level) / 2, P - 1) * se
+    return Interval(low=torch.where(lam > 0, centre - reach, 0.0).clamp(min=0), high=(centre + reach).clamp(min=0), se=se)
+
+
+def bootstrap(
+    reward_PG, utility_PGJ, threshold_J, beta: float, *, absolute: bool = False, draws: int = 400, seed: int = 0, start_J=None
+) -> Tensor:
+    """Multipliers of `draws` samples of P prompts drawn with replacement, with all their responses: float64 [draws, J].
+
+    `start_J`, such as the solution's lambda, is where each solve starts. A draw whose thresholds are not supported, or so nearly that
+    lambda has no accurate value, is inf throughout.
+
+    Raises: UserError as `solve`.
+    """
+    reward, utility, threshold = _check(reward_PG, utility_PGJ, threshold_J, beta, math.inf, False)
+    r, g, scale = _dimensionless(reward, utility, beta)
+    level_PJ = utility.mean(1)
+    start, unbounded = _start(start_J, scale / beta), torch.full_like(scale, math.inf)
+    generator = torch.Generator().manual_seed(seed)
+    lam = torch.full((draws, len(scale)), math.inf, dtype=torch.float64)
+    for d in range(draws):
+        rows = torch.randint(len(r), (len(r),), generator=generator)
+        b = (threshold - level_PJ[rows].mean(0) if absolute else threshold) / scale
+        if _single_direction(g[rows], b) is None:
+            x, _, kkt, _, unsupported = _descend(r[rows], g[rows], b, unbounded, start, certify=True)
+            if unsupported is None and kkt <= ACCEPTED:
+                lam[d] = x * beta / scale
+    return lam
+
+
+def percentiles(draws, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """(low, high): the central `level` of draws along the first dimension; inf counts as largest. No interpolation, outward."""
+    ordered = _float64(draws).sort(dim=0).values
+    cut = math.floor((1 - level) / 2 * (len(ordered) - 1) + 1e-9)
+    return ordered[cut], ordered[len(ordered) - 1 - cut]
 
 
 def step(
@@ -134,15 +264,117 @@ def step(
     eta = _float64(eta)
     if not (lam.isfinite().all() and slack.isfinite().all() and eta.isfinite().all()):
         raise UserError(f"dual step: lambda {lam.tolist()}, slack {slack.tolist()}, step {eta.tolist()} must be finite.")
-    if eta.ndim == 0:
-        change = -eta * slack
-    else:
-        change = torch.zeros_like(lam)
-        free = ~((lam <= 0) & (slack > 0))
-        change[free] = -_solve_psd(eta[free][:, free], slack[free])
+    change = -eta * slack if eta.ndim == 0 else _newton_change(lam, slack, eta)
+    return _limited(lam, lam + change, max_change, lam_max, floor)
+
+
+def optimistic_step(
+    lam_J: Tensor,
+    slack_J: Tensor,
+    previous_slack_J: Tensor | None,
+    eta: float | Tensor,
+    *,
+    max_change: float = 2.0,
+    lam_max: float = math.inf,
+    floor: float = 0.05,
+) -> Tensor:
+    """`step` on a forecast of the slack: lambda <- [lambda - eta (2 u_t - u_{t-1})]_+ (arXiv 2602.22146, dual side). float64 [J].
+
+    Against a policy that follows lambda slowly, plain descent circles; the forecast damps it, so that the last iterate converges.
+    previous_slack: None in the first step, which is then the plain one.
+
+    Raises: UserError as `step`.
+    """
+    slack = _float64(slack_J)
+    previous = slack if previous_slack_J is None else _float64(previous_slack_J)
+    return step(lam_J, 2 * slack - previous, eta, max_change=max_change, lam_max=lam_max, floor=floor)
+
+
+def secant_step(
+    history: Sequence[tuple[Tensor, Tensor, Tensor]],
+    hessian_JJ: Tensor,
+    *,
+    max_change: float = 2.0,
+    lam_max: float = math.inf,
+    floor: float = 0.05,
+) -> Tensor:
+    """A quasi-Newton step from the last of `history`, rows (lambda, slack measured there, its standard errors), oldest first. float64 [J].
+
+    The slack is the dual's gradient, so its differences measure the curvature. Starting from `hessian_JJ`, the model H is corrected by each
+    measured pair dlambda, du with Powell's damped BFGS update, which keeps it positive semi-definite. With one row this is `step`.
+
+    Noise: with n the standard error of dlambda . du and d the larger of |dlambda . du| and dlambda . H dlambda, the measured du counts with
+    weight 1 - (2 n / d)^2 and the model's own H dlambda with the rest. Below two standard errors the model does not change at all, and the
+    older end of the pair is kept, until the multipliers have moved far enough to tell.
+
+    Trust region: a point where the slack is further from 0 than at the best point so far, by more than the noise, and asks for the way
+    back, has passed the optimum. The next multipliers then lie within half that distance of the best point; each good step doubles the
+    radius. Distances are in the metric of `hessian_JJ`. The bounds of `step` on each change hold as well.
+
+    Raises: UserError if a value is not finite or history is empty.
+    """
+    points = [tuple(_float64(x) for x in row) for row in history]
+    metric = model = _float64(hessian_JJ)
+    if not points or not all(x.isfinite().all() for x in (model, *(x for point in points for x in point))):
+        raise UserError(f"dual step: history {points} and Hessian {model.tolist()} must be finite, and history not empty.")
+    anchor = best = points[0]
+    radius = math.inf
+    for point in points[1:]:
+        model, anchor = _learned(model, anchor, point)
+        way = point[0] - best[0]
+        noise = float(_solve_psd(metric, torch.diag(point[2] ** 2 + best[2] ** 2)).trace()) ** 0.5
+        if float(way @ point[1]) > 0 and _distance_from_0(metric, point) > _distance_from_0(metric, best) + noise:
+            radius = float(way @ metric @ way) ** 0.5 / 2
+        else:
+            best, radius = point, 2 * radius
+    lam, slack, _ = points[-1]
+    target = (lam + _newton_change(lam, slack, model)).clamp(min=0)
+    way = target - best[0]
+    length = float(way @ metric @ way) ** 0.5
+    if length > radius:
+        target = best[0] + way * (radius / length)
+    return _limited(lam, target, max_change, lam_max, floor)
+
+
+def _learned(model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The model corrected by the pair (old, new), and the older end of the next pair; see `secant_step`."""
+    way, change = new[0] - old[0], new[1] - old[1]
+    expected = model @ way
+    curvature = float(way @ expected)
+    if curvature <= 0:  # the multipliers did not move
+        return model, old
+    noise = float(way**2 @ (new[2] ** 2 + old[2] ** 2))
+    weight = 1 - 4 * noise / max(curvature, abs(float(way @ change))) ** 2
+    if weight <= 0:
+        return model, old
+    change = expected + weight * (change - expected)
+    measured = float(way @ change)
+    if measured < 0.2 * curvature:
+        change = expected + 0.8 * curvature / (curvature - measured) * (change - expected)
+        measured = 0.2 * curvature
+    return model - torch.outer(expected, expected) / curvature + torch.outer(change, change) / measured, new
+
+
+def _distance_from_0(hessian: Tensor, point: tuple[Tensor, ...]) -> float:
+    """Length of the slack that is still to be worked off, in the metric of the inverse Hessian."""
+    lam, slack, _ = point
+    open_slack = torch.where(lam > 0, slack, slack.clamp(max=0))
+    return float(open_slack @ _solve_psd(hessian, open_slack)) ** 0.5
+
+
+def _newton_change(lam: Tensor, slack: Tensor, hessian: Tensor) -> Tensor:
+    """-H^-1 slack over the constraints that are not at 0 with room, 0 elsewhere."""
+    change = torch.zeros_like(lam)
+    free = ~((lam <= 0) & (slack > 0))
+    change[free] = -_solve_psd(hessian[free][:, free], slack[free])
+    return change
+
+
+def _limited(lam: Tensor, target: Tensor, max_change: float, lam_max: float, floor: float) -> Tensor:
+    """`target` within the bounds on one step's change from lambda, see `step`."""
     lower = torch.where(lam > floor, lam / max_change, 0.0)
     upper = lam.clamp(min=floor) * max_change
-    return (lam + change).clamp(min=lower, max=upper).clamp(0.0, lam_max)
+    return target.clamp(min=lower, max=upper).clamp(0.0, lam_max)
 
 
 def standard_error(values_P) -> Tensor:
@@ -183,7 +415,10 @@ def predicted_se(utility_PG, n_prompts: int, n_responses: int) -> float:
 
 
 def ess_warning(ess_P: Tensor, G: int) -> str | None:
-    """One line if the mean effective number of responses is below G / 4, where lambda depends on G; else None."""
+    """One line if the mean effective number of responses is below G / 4, where lambda depends on G; else None.
+
+    Few responses over-estimate lambda: in one case 8 responses a prompt, of an effective size of 1.4, gave 0.39, and 4 of them 0.57.
+    """
     ess = float(_float64(ess_P).mean())
     if ess >= G / 4:
         return None
@@ -191,7 +426,8 @@ def ess_warning(ess_P: Tensor, G: int) -> str | None:
 
 
 def _float64(values) -> Tensor:
-    return torch.as_tensor(values).detach().to("cpu", torch.float64)
+    # With the dtype from the start: a list would be rounded to float32 on the way.
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
 def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, force: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,11 +458,24 @@ def _within_std(utility_PGJ: Tensor) -> Tensor:
     return utility_PGJ.var(1, correction=0).mean(0).sqrt()
 
 
-def _solve_psd(matrix: Tensor, vector: Tensor) -> Tensor:
-    """matrix^-1 vector for a positive semi-definite matrix whose smallest eigenvalues are raised to 1e-12 of the largest."""
+def _dimensionless(reward: Tensor, utility: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, g, scale): per-prompt constants cancel, so both are centred and then divided, r by beta and g by its standard deviation [J]: the
+    solver has one scale. Its x is lambda * scale / beta."""
+    scale = _within_std(utility)
+    return (reward - reward.mean(1, keepdim=True)) / beta, (utility - utility.mean(1, keepdim=True)) / scale, scale
+
+
+def _start(lam_J, per_x: Tensor) -> Tensor:
+    return torch.zeros_like(per_x) if lam_J is None else (_float64(lam_J) * per_x).clamp(min=0)
+
+
+def _solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix^-1 right (a vector or a matrix) for a positive semi-definite matrix whose smallest eigenvalues are raised to 1e-12 of the
+    largest."""
     eigenvalue, basis = torch.linalg.eigh(matrix)
-    smallest = (1e-12 * eigenvalue.max()).clamp(min=1e-100) if len(vector) else 0.0
-    return basis @ ((basis.T @ vector) / eigenvalue.clamp(min=smallest))
+    smallest = (1e-12 * eigenvalue.max()).clamp(min=1e-100) if len(right) else 0.0
+    eigenvalue = eigenvalue.clamp(min=smallest)
+    return basis @ ((basis.T @ right) / (eigenvalue if right.ndim == 1 else eigenvalue[:, None]))
 
 
 def _support(g_PGJ: Tensor, direction_J: Tensor) -> float:
@@ -242,8 +491,28 @@ def _single_direction(g_PGJ: Tensor, b_J: Tensor) -> Tensor | None:
     return torch.eye(len(b_J), dtype=torch.float64)[room.argmin()]
 
 
-def _newton(r, g, b, cap, *, certify: bool):
-    """Projected Newton with an active set and Armijo backtracking (Bertsekas 1982) on 0 <= x <= cap, from x = 0.
+def _newton_trial(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
+    """Projected Newton with an active set (Bertsekas 1982): the change of x."""
+    gradient = moments.gradient
+    near = min(1e-3, float((x - (x - gradient).clamp(min=0).minimum(cap)).abs().max()))
+    to_zero, to_cap = (x <= near) & (gradient > 0), (x >= cap - near) & (gradient < 0)
+    free = ~(to_zero | to_cap)
+    change = torch.where(to_zero, -x, torch.where(to_cap, cap - x, 0.0))
+    change[free] = -_solve_psd(moments.hessian[free][:, free], gradient[free])
+    return change
+
+
+def _gradient_trial(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
+    """Projected gradient with step 1 / (largest eigenvalue of the Hessian) (arXiv 2405.19544, Theorem 2): the change of x."""
+    step = 1 / torch.linalg.eigvalsh(moments.hessian)[-1].clamp(min=1e-100)
+    return (x - step * moments.gradient).clamp(min=0).minimum(cap) - x
+
+
+STEPS = {"newton": (_newton_trial, 500), "pgd": (_gradient_trial, 50_000)}  # (change, most iterations)
+
+
+def _descend(r, g, b, cap, start, *, method: str = "newton", certify: bool):
+    """Minimise the dual over 0 <= x <= cap with Armijo backtracking along the projected change of `method`.
 
     If the thresholds cannot be met together the dual is unbounded below and the iterates go to infinity; since
     D(x) >= mean_p max_i x . h + mean_p min_i r - ln G, their own direction certifies it after finitely many steps. Where it
@@ -252,14 +521,15 @@ def _newton(r, g, b, cap, *, certify: bool):
     Returns: x, moments, KKT residual, iterations, certified direction or None.
     """
     zero = torch.zeros_like(b)
+    trial_change, most = STEPS[method]
 
     def moments_at(x):
         return dual_moments(r, g, x, 1.0, utility_mean=zero, threshold=b)
 
     noise = 1e-14 * (1 + float(r.abs().max()))  # below this, differences of the value are rounding
-    x = zero
+    x = start.minimum(cap)
     moments = moments_at(x)
-    for iteration in range(500):
+    for iteration in range(most):
         gradient = moments.gradient
         # x - clip(x - gradient) is the size of the projected gradient; the sharper residual counts |gradient| off the bounds.
         residual = torch.where(x <= 0, -gradient, torch.where(x >= cap, gradient, gradient.abs())).clamp(min=0).max().item()
@@ -269,11 +539,7 @@ def _newton(r, g, b, cap, *, certify: bool):
             direction = x / x.sum()
             if _support(g, direction) - float(direction @ b) < -1e-12:
                 return x, moments, residual, iteration, direction
-        near = min(1e-3, float((x - (x - gradient).clamp(min=0).minimum(cap)).abs().max()))
-        to_zero, to_cap = (x <= near) & (gradient > 0), (x >= cap - near) & (gradient < 0)
-        free = ~(to_zero | to_cap)
-        change = torch.where(to_zero, -x, torch.where(to_cap, cap - x, 0.0))
-        change[free] = -_solve_psd(moments.hessian[free][:, free], gradient[free])
+        change = trial_change(x, moments, cap)
         change *= min(1.0, 10 * max(1.0, float(x.max())) / max(float(change.abs().max()), 1e-300))
         slope = float(gradient @ change)
         for halving in range(60):
@@ -288,18 +554,24 @@ def _newton(r, g, b, cap, *, certify: bool):
     return x, moments, residual, iteration, None
 
 
-def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
-    """The error with its certificate, in the caller's units (g, b, direction are in standard deviations)."""
+def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, Tensor]:
+    """Multiples of b up to this one are supported, to 0.1 %, and the direction that shows it, given one with direction . b > 0."""
     multiple = _support(g, direction) / float(direction @ b)
     # Each round either finds the next lower multiple or shows 0.999 of this one to be supported (Dinkelbach's iteration).
     for _ in range(40 if len(b) > 1 else 0):
         target = 0.999 * multiple * b
         better = _single_direction(g, target)
         if better is None:
-            better = _newton(torch.zeros_like(g[..., 0]), g, target, torch.full_like(b, math.inf), certify=True)[-1]
+            better = _descend(torch.zeros_like(g[..., 0]), g, target, torch.full_like(b, math.inf), torch.zeros_like(b), certify=True)[-1]
         if better is None:
             break
         direction, multiple = better, _support(g, better) / float(better @ b)
+    return multiple, direction
+
+
+def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
+    """The error with its certificate, in the caller's units (g, b, direction are in standard deviations)."""
+    multiple, direction = _largest_multiple(g, b, direction)
     best = g.amax(1).mean(0) * scale
     v = direction / scale
     shown = "level" if mean is not None else "b"
@@ -316,3 +588,9 @@ def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
 
 def _show(values: Tensor) -> str:
     return "[" + ", ".join(f"{value:.4g}" for value in values.tolist()) + "]"
+
+
+if __name__ == "__main__":
+    from engine.dual_command import main
+
+    raise SystemExit(main())

@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import data, evaluate, metrics, packing, stages
+from engine import data, dual, evaluate, metrics, packing, stages
 from engine.checkpoint import Run
 from engine.config import EvaluateConfig, RunConfig, check_evaluate
 from engine.errors import UserError
 from engine.evaluate import Judgement
+from engine.flags import parse_flags
 from engine.lora import Adapter, load_peft
 from engine.metrics import Display, Progress
 from engine.records import Prompts, Units
 from engine.score import Scorers, frozen_forward, load_scorers
 from engine.stages import Inputs, Sampled, Subject
-from engine.train import check_flags
 
 USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
 
@@ -240,7 +240,7 @@ def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name
-        measured.append(stages.within_deviation(before.scores.audit_PGA[..., a], name))
+        measured.append(dual.within_deviation(before.scores.audit_PGA[..., a], f"scorer {name}"))
         display.line(
             f"audit {name}: the run fixed no unit for it; the within-prompt standard deviation of the reference's responses here is "
             f"{measured[-1]:.3g} of the scorer's units"
@@ -252,23 +252,16 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if "--help" in argv or "-h" in argv:
-            print(USAGE)
-            run, argv = "", ["--help"]
-        elif not argv or argv[0].startswith("-"):
-            raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
-        else:
+        run = ""
+        if not ("--help" in argv or "-h" in argv):
+            if not argv or argv[0].startswith("-"):
+                raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
             run, argv = argv[0], argv[1:]
-            check_flags(argv, EvaluateConfig, first="the run folder")
-
-        import tyro
-
-        try:
-            flags = tyro.cli(EvaluateConfig, prog="python -m engine.evaluate RUN", args=argv)
-        except SystemExit as stop:
-            if not run and not stop.code:
-                return 0
-            raise
+        flags = parse_flags(
+            EvaluateConfig, argv, prog="python -m engine.evaluate RUN", usage=USAGE, first="run folder", default=EvaluateConfig()
+        )
+        if flags is None:
+            return 0
         run_evaluation(run, flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

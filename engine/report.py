@@ -127,7 +127,7 @@ def _picture(run: _Run) -> bytes:
         titles += [_histogram_panel(axis, run.heldout, *score) for axis, score in zip(axes[3:], scores, strict=False)]
         titles.append(_loss_panel(axes[n_panels - 1], run.step))
         for i, (axis, title) in enumerate(zip(axes, titles, strict=False)):
-            _frame(axis, f"({chr(97 + i)}) {title}")
+            frame(axis, f"({chr(97 + i)}) {title}")
         for axis in axes[n_panels:]:
             axis.set_axis_off()
         buffer = io.BytesIO()
@@ -135,7 +135,7 @@ def _picture(run: _Run) -> bytes:
     return buffer.getvalue()
 
 
-def _frame(axis: Axes, title: str) -> None:
+def frame(axis: Axes, title: str) -> None:
     """Title and, between title and axes where it covers no data, the legend; a note where there is nothing to draw."""
     axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axis.get_legend_handles_labels()

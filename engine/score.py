@@ -105,6 +105,11 @@ class Scorers:
         return sorted({s.layer for s in self.all if isinstance(s, Head)})
 
 
+def utility_of_cost(cost: Tensor) -> Tensor:
+    """The utility that a cost stands for: larger is better."""
+    return -cost
+
+
 def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, folder: Path, trunk: str, device: torch.device) -> Scorers:
     """The scorers that the names stand for (see `load_scorer`). folder, trunk: the policy's checkpoint and its fingerprint.
 
@@ -187,8 +192,8 @@ def score(
     shape = (len(prompts), rollouts.n, 0)
     return Scores(
         reward_PG=columns[0],
-        utility_PGJ=-torch.stack(columns[1:j], dim=2),
-        audit_PGA=-torch.stack(columns[j:], dim=2) if columns[j:] else torch.zeros(shape, dtype=torch.float64),
+        utility_PGJ=utility_of_cost(torch.stack(columns[1:j], dim=2)),
+        audit_PGA=utility_of_cost(torch.stack(columns[j:], dim=2)) if columns[j:] else torch.zeros(shape, dtype=torch.float64),
         ref_logprob_PG=ref_logprob.view(len(prompts), rollouts.n),
     )
 

@@ -317,20 +317,12 @@ def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4
 
 
 def reference_units(scores: Scores, scorers: Scorers) -> Units:
-    """See `within_deviation`."""
+    """Pooled within-prompt standard deviations. Raises: UserError for a scorer that is constant within every prompt."""
     return Units(
-        reward=within_deviation(scores.reward_PG, scorers.reward.name),
-        utility_J=[within_deviation(scores.utility_PGJ[..., j], s.name) for j, s in enumerate(scorers.costs)],
-        audit_A=[within_deviation(scores.audit_PGA[..., a], s.name) for a, s in enumerate(scorers.audits)],
+        reward=dual.within_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
+        utility_J=[dual.within_deviation(scores.utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
+        audit_A=[dual.within_deviation(scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
     )
-
-
-def within_deviation(x_PG: Tensor, name: str) -> float:
-    """Pooled within-prompt standard deviation. Raises: UserError for a scorer that is constant within every prompt."""
-    value = float(x_PG.var(dim=1).mean().sqrt())
-    if value <= 1e-9 * max(1.0, float(x_PG.abs().max())):
-        raise UserError(f"scorer {name} gives all responses of a prompt one score, so there is nothing to align; use another scorer.")
-    return value
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:

@@ -4,16 +4,14 @@ The command line becomes one config dataclass, then the algorithm's file does th
 imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 user's error, 3 non-finite stop, 130 Ctrl-C.
 """
 
-import difflib
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from importlib import import_module
-from typing import get_type_hints
 
 from engine import config as configs
 from engine.config import RunConfig, check, smoke
 from engine.errors import NonFiniteError, UserError
+from engine.flags import parse_flags, suggest, take
 
 ALGORITHMS = {  # name: (config class in engine.config, help)
     "caid": ("CaidConfig", "alternate policy updates with dual descent (the default)"),
@@ -45,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = ""
     try:
         algorithm, flags = _algorithm(argv)
-        flags, resume = _take(flags, "--resume")
+        flags, resume = take(flags, "--resume")
         if resume is None:
             config = parse(algorithm, flags)
             if config is None:
@@ -77,28 +75,18 @@ def parse(algorithm: str, flags: list[str]):
 
     Raises: UserError for an unknown preset or flag, a stray word, or a value of the wrong type.
     """
-    flags, preset = _take(flags, "--preset")
+    flags, preset = take(flags, "--preset")
     config_class = _config_class(algorithm)
     default = config_class()
     if preset is not None:
         if preset != "smoke" or not issubclass(config_class, RunConfig):
             raise UserError(f"--preset {preset}: the only preset is smoke, and head has none.")
         default = smoke(default)
-    help_wanted = "--help" in flags or "-h" in flags
-    if help_wanted:
-        print(USAGE.format(algorithms="\n".join(f"  {name:<12}{text}" for name, (_, text) in ALGORITHMS.items())))
-        flags = ["--help"]
-    else:
-        check_flags(flags, config_class, first="the algorithm", others=("--preset", "--resume"))
-
-    import tyro
-
-    try:
-        return tyro.cli(config_class, prog=f"python -m engine.train {algorithm}", args=flags, default=default)
-    except SystemExit as stop:
-        if help_wanted and not stop.code:
-            return None
-        raise
+    usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{text}" for name, (_, text) in ALGORITHMS.items()))
+    return parse_flags(
+        config_class, flags, prog=f"python -m engine.train {algorithm}", usage=usage, first="algorithm", default=default,
+        others=("--preset", "--resume"),
+    )  # fmt: skip
 
 
 def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
@@ -106,63 +94,13 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
     if not argv or argv[0].startswith("-"):
         return "caid", argv
     if argv[0] not in ALGORITHMS:
-        raise UserError(f"unknown algorithm {argv[0]!r}.{_suggest(argv[0], list(ALGORITHMS))} Choose from {', '.join(ALGORITHMS)}.")
+        raise UserError(f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from {', '.join(ALGORITHMS)}.")
     return argv[0], argv[1:]
 
 
 def _config_class(algorithm: str) -> type:
     # Lazy: engine.head needs torch.
     return getattr(import_module("engine.head") if algorithm == "head" else configs, ALGORITHMS[algorithm][0])
-
-
-def _take(flags: list[str], name: str) -> tuple[list[str], str | None]:
-    """`flags` without `name VALUE` or `name=VALUE`, and the value; None where the flag is absent."""
-    rest, value, words = [], None, iter(flags)
-    for word in words:
-        if word.startswith(f"{name}="):
-            value = word.partition("=")[2]
-        elif word == name:
-            value = next(words, "")
-        else:
-            rest.append(word)
-            continue
-        if not value or value.startswith("--"):
-            raise UserError(f"{name}: a value is missing; see --help.")
-    return rest, value
-
-
-def check_flags(flags: list[str], config_class: type, *, first: str, others: Sequence[str] = ()) -> None:
-    """Name the first flag or value that cannot be used, in one line and with a suggestion. `first` is what stands before the flags,
-    `others` are flags besides the config's fields.
-
-    Raises: UserError.
-    """
-    types = get_type_hints(config_class)
-    accepted = {f"--{name.replace('_', '-')}": kind for name, kind in types.items()}
-    switches = {switch for flag, kind in accepted.items() if kind is bool for switch in (flag, f"--no-{flag[2:]}")}
-    given: list[tuple[str, list[str]]] = []
-    for word in flags:
-        # A single dash starts a negative number, not a flag.
-        if word.startswith("--") or (word.startswith("-") and not _is(float, word)):
-            flag, equals, value = word.partition("=")
-            flag = flag.replace("_", "-")
-            if flag not in accepted and flag not in switches:
-                raise UserError(f"unknown flag {flag}.{_suggest(flag, [*accepted, *sorted(switches), *others])} See --help.")
-            given.append((flag, [value] if equals else []))
-        elif not given:
-            raise UserError(f"unexpected word {word!r}; {first} comes first, then flags; see --help.")
-        else:
-            given[-1][1].append(word)
-    for flag, values in given:
-        kind = accepted.get(flag, bool)
-        if kind is bool and values:
-            raise UserError(f"{flag} {' '.join(values)}: takes no value; write {flag} alone.")
-        if kind in (int, float, str) and len(values) != 1:
-            raise UserError(f"{flag} {' '.join(values) or 'without a value'}: takes one value; see --help.")
-        element = kind.__args__[0] if getattr(kind, "__origin__", None) is tuple else kind
-        for value in values:
-            if element in (int, float) and not _is(element, value):
-                raise UserError(f"{flag} {value}: must be {'a whole number' if element is int else 'a number'}.")
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:
@@ -182,19 +120,6 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
     if unknown := sorted(set(values) - known):
         raise UserError(f"--resume {folder}: its config has the unknown field {unknown[0]!r}; resume with the version that started it.")
     return algorithm, config_class(**values)
-
-
-def _suggest(word: str, accepted: list[str]) -> str:
-    near = difflib.get_close_matches(word, accepted, 1)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
-def _is(kind: type, text: str) -> bool:
-    try:
-        kind(text)
-    except ValueError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

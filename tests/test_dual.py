@@ -123,6 +123,7 @@ def test_absolute_levels_and_torch_inputs_agree_with_improvements_and_numpy():
     np.testing.assert_allclose(level.lam.numpy(), one.lam.numpy(), rtol=1e-9)
     np.testing.assert_allclose(level.predicted_improvement.numpy(), b, atol=1e-8)
     assert torch.equal(tensors.lam, one.lam)
+    assert torch.equal(dual.solve(reward.tolist(), utility.tolist(), b.tolist(), 0.5).lam, one.lam)
     single = dual.solve(torch.tensor(reward).float(), torch.tensor(utility).float(), b, 0.5)
     np.testing.assert_allclose(single.lam.numpy(), one.lam.numpy(), rtol=1e-4)
 
@@ -288,3 +289,318 @@ def test_ess_warning_below_a_quarter_of_the_responses():
     assert dual.ess_warning(torch.full((5,), 2.0), 8) is None
     warning = dual.ess_warning(torch.full((5,), 1.9), 8)
     assert "1.9 of 8" in warning and "\n" not in warning
+
+
+def test_projected_gradient_finds_newtons_optimum():
+    for seed, J in ((0, 1), (1, 2), (2, 3)):
+        reward, utility = scores(seed, J=J)
+        b = np.array([0.4, 0.7, -0.2])[:J]
+        newton, pgd = (dual.solve(reward, utility, b, 0.8, method=method) for method in ("newton", "pgd"))
+        assert pgd.kkt <= 1e-10 and (pgd.iterations > newton.iterations or J == 1)
+        torch.testing.assert_close(pgd.lam, newton.lam, rtol=1e-8, atol=1e-9)
+        assert pgd.value == pytest.approx(newton.value, abs=1e-12)
+    with pytest.raises(dual.Infeasible, match="best of 12"):
+        dual.solve(reward, utility, 1.01 * dual.largest_threshold(utility), 0.8, method="pgd")
+    with pytest.raises(UserError, match="'sgd': must be one of newton, pgd"):
+        dual.solve(reward, utility, b, 0.8, method="sgd")
+
+
+def test_a_start_near_the_optimum_saves_iterations_and_changes_nothing():
+    reward, utility = scores(1, J=3)
+    cold = dual.solve(reward, utility, [0.4, 0.7, -0.2], 0.8)
+    warm = dual.solve(reward, utility, [0.4, 0.7, -0.2], 0.8, start_J=1.02 * cold.lam)
+    assert warm.iterations < cold.iterations
+    torch.testing.assert_close(warm.lam, cold.lam, rtol=0, atol=1e-9)
+    with pytest.raises(dual.Infeasible):
+        dual.solve(reward, utility, 1.01 * dual.largest_threshold(utility), 0.8, start_J=[50.0, 0.0, 3.0])
+
+
+def test_largest_multiple_is_where_support_ends():
+    rng = np.random.default_rng(8)
+    reward, first = rng.normal(size=(2, 15, 10))
+    utility = np.stack([first, 3 * (0.3 * rng.normal(size=(15, 10)) - first)], -1)  # opposed
+    b = 0.05 * dual.largest_threshold(utility).numpy()
+    multiple = dual.largest_multiple(utility, b)
+    with pytest.raises(dual.Infeasible) as caught:
+        dual.solve(reward, utility, 10 * b, 0.5)
+    assert multiple == pytest.approx(10 * caught.value.largest_multiple, rel=2e-3) and 1 < multiple < 5
+    assert dual.largest_multiple(utility, utility.mean((0, 1)) + b, absolute=True) == pytest.approx(multiple, rel=1e-9)
+    dual.solve(reward, utility, 0.998 * multiple * b, 0.5)
+    with pytest.raises(dual.Infeasible):
+        dual.solve(reward, utility, 1.001 * multiple * b, 0.5)
+    assert dual.largest_multiple(utility[..., :1], b[:1]) == pytest.approx(20)
+    assert dual.largest_multiple(utility, [-0.1, 0.0]) == math.inf
+
+
+def test_tilted_improvement_is_the_gradient_prompt_by_prompt():
+    reward, utility = scores(3, J=2)
+    lam = np.array([0.7, 0.2])
+    gain_P, improvement_PJ = dual.tilted_improvement(reward, utility, lam, 0.8)
+    assert gain_P.shape == (20,) and improvement_PJ.shape == (20, 2)
+    np.testing.assert_allclose(improvement_PJ.mean(0), tilted_mean(reward, utility, 0.8, lam) - utility.mean((0, 1)), atol=1e-12)
+    own = np.concatenate([utility, reward[..., None]], -1)
+    tilted_reward = tilted_mean(reward, own, 0.8, np.append(lam, 0.0))[2]
+    assert gain_P.mean().item() == pytest.approx(tilted_reward - reward.mean(), abs=1e-12)
+
+
+def test_within_deviation_is_pooled_and_refuses_constants():
+    reward, _ = scores(0)
+    assert dual.within_deviation(reward, "x") == pytest.approx(np.sqrt(reward.var(1, ddof=1).mean()))
+    with pytest.raises(UserError, match="scorer y gives all responses of a prompt one score"):
+        dual.within_deviation(np.repeat(reward[:, :1], 5, 1), "scorer y")
+
+
+# Coverage: many independent data sets, prompts of unequal kinds, few responses. The truth is the multiplier of very many prompts with as
+# many responses, as the bias of few responses is not the intervals' business. The third constraint has clear room, the second has
+# hardly any: its true multiplier is 0 exactly where its threshold is the improvement that comes by itself.
+WORLD = dict(G=6, beta=1.5)
+
+
+def data_set(rng, P):
+    level, spread = rng.normal(size=(P, 1)), 0.5 + rng.random(size=(P, 1))
+    reward = level + spread * rng.normal(size=(P, WORLD["G"]))
+    utility = rng.normal(size=(P, WORLD["G"], 3)) * spread[..., None] - 0.5 * reward[..., None] * [1, 0, 0] + level[..., None]
+    return reward, utility
+
+
+@pytest.fixture(scope="module")
+def many_prompts():
+    """(thresholds, levels, true multipliers) in the limit of many prompts."""
+    reward, utility = data_set(np.random.default_rng(0), 100_000)
+    lam = dual.solve(reward, utility, [0.2, -9.0, -9.0], WORLD["beta"]).lam
+    improvement = dual.tilted_improvement(reward, utility, lam, WORLD["beta"])[1].mean(0).numpy()
+    b = np.array([0.2, improvement[1], -1.0])
+    return b, utility.mean((0, 1)) + b, np.array([lam[0], 0.0, 0.0])
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_delta_intervals_cover_the_truth(many_prompts, absolute):
+    b, level, truth = many_prompts
+    rng = np.random.default_rng(1)
+    hits, errors, lam = [], [], []
+    for _ in range(400):
+        reward, utility = data_set(rng, 60)
+        threshold = level if absolute else b
+        solution = dual.solve(reward, utility, threshold, WORLD["beta"], absolute=absolute)
+        interval = dual.lam_interval(reward, utility, threshold, WORLD["beta"], solution, absolute=absolute)
+        hits.append(((interval.low <= solution.lam) & (solution.lam <= interval.high)).all())
+        lam.append(solution.lam.numpy())
+        errors.append([interval.low.numpy() <= truth, truth <= interval.high.numpy(), interval.se.numpy()])
+    assert all(hits)
+    low, high, se = (np.array([row[i] for row in errors]) for i in range(3))
+    # Two-sided 95 % of an active constraint: 400 data sets have a Monte-Carlo error of 1.1 %.
+    assert 0.92 <= (low & high)[:, 0].mean() <= 0.98
+    assert np.median(se[:, 0]) == pytest.approx(np.std([row[0] for row in lam]), rel=0.12)
+    # A multiplier whose truth is 0 is never missed from above; with clear room the interval is the point 0.
+    assert low[:, 1:].mean() >= 0.96 and high.all(0)[1:].all()
+    assert not np.array(lam)[:, 2].any()
+
+
+def test_an_absolute_level_is_less_certain_than_an_improvement(many_prompts):
+    """Prompts differ in level, and only an improvement is measured within prompts."""
+    b, level, _ = many_prompts
+    reward, utility = data_set(np.random.default_rng(2), 100)
+    se = []
+    for absolute, threshold in ((False, b), (True, utility.mean((0, 1)) + b)):
+        solution = dual.solve(reward, utility, threshold, WORLD["beta"], absolute=absolute)
+        se.append(dual.lam_interval(reward, utility, threshold, WORLD["beta"], solution, absolute=absolute).se[0].item())
+    assert se[1] > 1.5 * se[0]
+
+
+def test_interval_of_a_constraint_at_zero_is_continuous():
+    reward, utility = scores(2, P=100, J=1)
+    zero = dual.tilted_improvement(reward, utility, [0.0], 1.0)[1].mean().item()
+    found = []
+    for b in (zero - 1e-7, zero + 1e-7, zero - 5.0):
+        solution = dual.solve(reward, utility, [b], 1.0)
+        found.append((solution.lam.item(), dual.lam_interval(reward, utility, [b], 1.0, solution)))
+    (below, inactive), (above, active), (_, far) = found
+    assert below == 0.0 < above < 1e-5
+    assert inactive.low.item() == active.low.item() == 0.0
+    assert inactive.high.item() == pytest.approx(active.high.item(), abs=1e-5) and inactive.high.item() > 0.05
+    assert (far.low.item(), far.high.item()) == (0.0, 0.0)
+
+
+def test_interval_refuses_what_it_is_not_of():
+    reward, utility = scores(2)
+    solution = dual.solve(reward, utility, [0.5, 0.5], 1.0)
+    with pytest.raises(UserError, match="other scores"):
+        dual.lam_interval(reward, utility, [0.5, 0.6], 1.0, solution)
+    capped = dual.solve(reward, utility, [0.8, 0.8], 1.0, lam_max=0.05)
+    with pytest.raises(UserError, match="lam_max"):
+        dual.lam_interval(reward, utility, [0.8, 0.8], 1.0, capped)
+    one = dual.solve(reward[:1], utility[:1], [0.1, 0.1], 1.0)
+    with pytest.raises(UserError, match="at least 2"):
+        dual.lam_interval(reward[:1], utility[:1], [0.1, 0.1], 1.0, one)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_bootstrap_intervals_cover_the_truth(many_prompts, absolute):
+    b, level, truth = many_prompts
+    rng = np.random.default_rng(3)
+    covered, ratio, clear = [], [], []
+    for _ in range(40):
+        reward, utility = data_set(rng, 60)
+        threshold = level if absolute else b
+        solution = dual.solve(reward, utility, threshold, WORLD["beta"], absolute=absolute)
+        draws = dual.bootstrap(reward, utility, threshold, WORLD["beta"], absolute=absolute, draws=40, start_J=solution.lam)
+        low, high = dual.percentiles(draws)
+        covered.append(low[0] <= truth[0] <= high[0])
+        clear.append((low[2] == 0) & (high[2] == 0) & (low[1] <= truth[1]))
+        se = dual.lam_interval(reward, utility, threshold, WORLD["beta"], solution, absolute=absolute).se
+        ratio.append((draws[:, 0].std() / se[0]).item())
+    assert np.mean(covered) >= 0.85  # 40 data sets: 0.95 has a Monte-Carlo error of 0.035
+    assert np.mean(clear) >= 0.9
+    assert np.median(ratio) == pytest.approx(1.0, abs=0.12)
+
+
+def test_bootstrap_is_seeded_resamples_whole_prompts_and_marks_what_is_unsupported():
+    reward, utility = scores(4, P=12, G=5, J=1)
+    top = dual.largest_threshold(utility).item()
+    first, second, other = (dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    warm = dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, start_J=[0.5])
+    torch.testing.assert_close(first, warm, rtol=0, atol=1e-8)
+    # By hand: the same rows, solved one by one.
+    generator = torch.Generator().manual_seed(0)
+    for d in range(3):
+        rows = torch.randint(12, (12,), generator=generator).numpy()
+        assert dual.solve(reward[rows], utility[rows], [0.3 * top], 1.0).lam.item() == pytest.approx(first[d, 0].item(), abs=1e-8)
+    near = dual.bootstrap(reward, utility, [0.97 * top], 1.0, draws=40)
+    lost = near[:, 0].isinf()
+    assert 0 < lost.sum() < 40
+    low, high = dual.percentiles(near)
+    assert low.isfinite().all() and high.isinf().all()
+
+
+def test_percentiles_keep_the_central_share():
+    draws = torch.arange(1001.0)[torch.randperm(1001, generator=torch.Generator().manual_seed(0))][:, None]
+    low, high = dual.percentiles(draws, level=0.9)
+    assert (low.item(), high.item()) == (50.0, 950.0)
+
+
+def descend(reward, utility, b, start, propose, most=200):
+    """(steps until the open slack is below 1e-4, multipliers): propose(history) -> the next multipliers, slack measured exactly."""
+    lam, history, zero = start.clone(), [], torch.zeros(len(b), dtype=torch.float64)
+    for t in range(most):
+        slack = torch.tensor(tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b)
+        if torch.where(lam > 0, slack, slack.clamp(max=0)).abs().max() < 1e-4:
+            return t, lam
+        history.append((lam, slack, zero))
+        lam = propose(history)
+    return most, lam
+
+
+@pytest.mark.parametrize("J", [1, 2, 3])
+@pytest.mark.parametrize("seed", [20, 21, 22])
+@pytest.mark.parametrize("start", [0.0, 3.0])
+def test_secant_reaches_the_optimum_in_few_steps_whatever_the_first_curvature(J, seed, start):
+    reward, utility = scores(seed, J=J)
+    b = np.array([0.7, 0.5, 0.6])[:J]
+    target = dual.solve(reward, utility, b, 1.0)
+    for misjudged, slower in ((1.0, 1), (3.0, 24), (1 / 3, 200)):
+        hessian = misjudged * target.hessian
+        steps, lam = descend(reward, utility, b, start * target.lam, lambda history, h=hessian: dual.secant_step(history, h))
+        assert steps <= 11
+        torch.testing.assert_close(lam, target.lam, rtol=2e-2, atol=2e-3)
+        plain, _ = descend(reward, utility, b, start * target.lam, lambda history, h=hessian: dual.step(*history[-1][:2], h))
+        assert plain >= slower
+
+
+def test_secant_leaves_a_constraint_with_room_at_zero():
+    reward, utility = scores(23, J=2)
+    b = np.array([0.7, -5.0])
+    target = dual.solve(reward, utility, b, 1.0)
+    steps, lam = descend(
+        reward, utility, b, torch.tensor([0.1, 1.0], dtype=torch.float64), lambda h: dual.secant_step(h, 2 * target.hessian)
+    )
+    assert steps <= 14 and lam[1].item() == 0.0
+    assert lam[0].item() == pytest.approx(target.lam[0].item(), rel=1e-3)
+
+
+def test_first_secant_step_is_the_newton_step_with_its_bounds():
+    hessian = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    for lam, slack in (([1.0, 0.5], [0.3, -0.2]), ([0.0, 0.4], [-9.0, 9.0]), ([0.0, 1.0], [0.4, 0.1])):
+        lam, slack = torch.tensor(lam), torch.tensor(slack)
+        torch.testing.assert_close(dual.secant_step([(lam, slack, 0 * lam)], hessian), dual.step(lam, slack, hessian))
+    assert dual.secant_step([(torch.ones(1), torch.tensor([-90.0]), torch.zeros(1))], torch.eye(1), lam_max=1.5).item() == 1.5
+    with pytest.raises(UserError, match="finite"):
+        dual.secant_step([(torch.ones(1), torch.tensor([math.nan]), torch.zeros(1))], torch.eye(1))
+    with pytest.raises(UserError, match="not empty"):
+        dual.secant_step([], torch.eye(1))
+
+
+def test_secant_takes_the_measured_curvature_by_hand():
+    one = torch.ones(1, dtype=torch.float64)
+    history = [(0.5 * one, -0.6 * one, 0 * one), (0.8 * one, -0.15 * one, 0 * one)]  # curvature 1.5, so 0.1 is missing
+    assert dual.secant_step(history, one[None]).item() == pytest.approx(0.9)
+    # An error of 0.3 in each slack hides the difference of 0.45, and the first model stays: 0.15 is missing.
+    noisy = [(lam, slack, 0.3 * one) for lam, slack, _ in history]
+    assert dual.secant_step(noisy, one[None]).item() == pytest.approx(0.95)
+    # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 - 0.3).
+    some = [(lam, slack, 0.1 * one) for lam, slack, _ in history]
+    curvature = (0.3 + (1 - 0.08 / 0.45**2) * 0.15) / 0.3
+    assert dual.secant_step(some, one[None]).item() == pytest.approx(0.8 + 0.15 / curvature)
+    # Gone too far and worse: the next value lies within half the way from the better one.
+    over = [(one, -0.1 * one, 0 * one), (1.6 * one, 0.11 * one, 0 * one)]
+    assert dual.secant_step(over, 0.1 * one[None]).item() == pytest.approx(1 + 0.6 * 0.1 / 0.21)
+    drifted = [(one, -0.1 * one, 0 * one), (1.6 * one, 0.6 * one, 0 * one), (1.3 * one, 0.7 * one, 0 * one)]
+    assert abs(dual.secant_step(drifted, one[None]).item() - 1) <= 0.15 + 1e-12
+
+
+@pytest.mark.parametrize("misjudged", [1.0, 3.0, 1 / 3])
+def test_secant_is_not_moved_by_noise_it_cannot_resolve(misjudged):
+    """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of Newton's step."""
+    reward, utility = scores(20, J=2)
+    b, se = np.array([0.7, 0.5]), 0.1
+    target = dual.solve(reward, utility, b, 1.0)
+    hessian, rng, seen = misjudged * target.hessian, np.random.default_rng(5), []
+    for _ in range(25):
+        lam, history = target.lam, []
+        for t in range(12):
+            slack = tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b + se * rng.normal(size=2)
+            history.append((lam, torch.tensor(slack), torch.full((2,), se)))
+            lam = dual.secant_step(history, hessian)
+            if t >= 4:
+                seen.append(lam.numpy())
+    seen = np.array(seen)
+    newton = se * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
+    assert np.abs(seen.mean(0) - target.lam.numpy()).max() < 0.5 * newton.max()
+    if misjudged < 1:  # the plain step with this curvature is thrown about
+        assert (seen.std(0) < 2 * newton).all() and plain_spread(reward, utility, b, target, hessian, se) > 2.5
+    else:
+        assert (seen.std(0) < 1.3 * newton).all()
+
+
+def plain_spread(reward, utility, b, target, hessian, se):
+    rng, lam, seen = np.random.default_rng(5), target.lam, []
+    for _ in range(200):
+        slack = tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b + se * rng.normal(size=2)
+        lam = dual.step(lam, torch.tensor(slack), hessian)
+        seen.append(lam.numpy())
+    newton = se * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
+    return (np.std(seen, axis=0) / newton).max()
+
+
+def test_optimistic_step_ends_the_circle_of_plain_descent_and_ascent():
+    """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained one does."""
+
+    def distance(dual_step, eta=0.2, rounds=400):
+        lam, x, previous, furthest = torch.tensor([1.8]), torch.tensor([2.5]), None, []
+        for _ in range(rounds):
+            x = x + eta * (lam - 1)
+            lam, previous = dual_step(lam, x - 2, previous, eta), x - 2
+            furthest.append(math.hypot(lam.item() - 1, x.item() - 2))
+        return max(furthest[-60:])
+
+    wide = dict(max_change=math.inf)
+    assert distance(lambda lam, u, previous, eta: dual.step(lam, u, eta, **wide)) > 0.5
+    assert distance(lambda lam, u, previous, eta: dual.optimistic_step(lam, u, previous, eta, **wide)) < 1e-3
+
+
+def test_optimistic_step_is_the_formula_with_the_bounds_of_step():
+    lam, u, before = torch.tensor([1.0, 0.5]), torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.4])
+    moved = dual.optimistic_step(lam, u, before, 0.5)
+    torch.testing.assert_close(moved, torch.tensor([0.95, 0.9], dtype=torch.float64))
+    assert torch.equal(dual.optimistic_step(lam, u, None, 0.5), dual.step(lam, u, 0.5))
+    assert dual.optimistic_step(lam, u, before, 50.0).tolist() == [0.5, 1.0]
