@@ -2,8 +2,8 @@
 
 Where the paper is silent, this is decided: the multipliers start at the one-shot optimum, so the literal step at t = 0 is left out;
 one adapter and its optimizer go on through all iterations; the reference stays the original model; labels are drawn afresh in every step;
-the improvement is measured against each prompt's own reference samples; the dual step is a fifth of the inverse Hessian at the warm start,
-with a cap on the change, as a policy of few steps lags behind lambda; the last iterate is the result, and no dual step follows it.
+the improvement is measured against each prompt's own reference samples; the dual step is half the inverse Hessian at the warm start, with a
+cap on the change, as a policy of few steps lags behind lambda; the last iterate is the result, and no dual step follows it.
 """
 
 from engine import dual, stages

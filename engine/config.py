@@ -126,7 +126,7 @@ class CaidConfig(IterativeConfig):
     the response that is better in it. Default: labels drawn from the scorers on reference samples."""
     preference_steps: int = 10
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
-    dual_step: float = 0.2
+    dual_step: float = 0.5
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
 
