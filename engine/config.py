@@ -241,7 +241,7 @@ class EvaluateConfig:
     """Judge an iterate of a run on held-out prompts, with fresh responses of reference and policy."""
 
     iterate: int = 0
-    """Iterate to judge; 0 takes the last one, or the last within the run's --max-kl."""
+    """Iterate to judge; 0 takes the last one."""
     prompts: str = ""
     """Prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the run's held-out prompts."""
     n_prompts: int = 0

@@ -79,7 +79,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if algorithm == "pecan" or values.get("scores") == "preference":
         raise UserError(f"{run}: its scores are log-ratios of policies that the run aligned, and only its own verdict has them.")
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
-    iterate, lam = _iterate(run, flags.iterate, config)
+    iterate, lam = _iterate(run, flags.iterate)
     config = replace(
         config, device=flags.device or config.device, threads=flags.threads or config.threads, audit=(*config.audit, *flags.audit),
         eval_responses=flags.n_responses or config.eval_responses,
@@ -198,25 +198,19 @@ def _next_folder(run: Path) -> Path:
     return run / f"evaluation-{number}"
 
 
-def _iterate(run: Path, wanted: int, config: RunConfig) -> tuple[int, list[float]]:
-    """The iterate to judge and the multipliers it was trained at; one that a kill left without a measured slack does not count.
+def _iterate(run: Path, wanted: int) -> tuple[int, list[float]]:
+    """The iterate to judge (0: the last one) and the multipliers it was trained at. Those past --max-kl were put aside by the run.
 
     Raises: UserError when there is none, or not the wanted one.
     """
     saved = {int(p.parent.name.rpartition("-")[2]) for p in run.glob("adapters/iteration-*/adapter_config.json")}
-    rows = metrics.read_rows(run) if saved else []
-    lam_of = {row["iteration"]: row["lam"] for row in rows if row["kind"] == "policy"}
-    # The run itself went back from an iterate past --max-kl.
-    too_far = {row["iteration"] for row in rows if row["kind"] == "iteration" and row["kl"] is not None and row["kl"] > config.max_kl}
+    lam_of = {row["iteration"]: row["lam"] for row in metrics.read_rows(run, "policy")} if saved else {}
     there = sorted(saved & lam_of.keys())
     if not there:
         raise UserError(f"{run} has no iterate yet; go on with python -m engine.train --resume {run}.")
-    kept = [t for t in there if t not in too_far]
     if wanted and wanted not in there:
         raise UserError(f"--iterate {wanted}: {run} has {', '.join(map(str, there))}; give one of these.")
-    if not wanted and not kept:
-        raise UserError(f"{run} kept no iterate, as all pass its --max-kl {config.max_kl}; name one with --iterate ({there[0]}).")
-    chosen = wanted or kept[-1]
+    chosen = wanted or there[-1]
     return chosen, lam_of[chosen]
 
 

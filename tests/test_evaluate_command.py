@@ -203,12 +203,11 @@ def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_pat
     assert all(data.overlap(lookalikes, load(data.shipped_prompts(part)), tokenizer) == [] for part in ("train", "heldout"))
 
 
-def stopped_run(folder: Path, config, *, iterates: list[int], iterations: dict[int, float], fingerprint: str = "f") -> Path:
-    """A run folder with adapter folders `iterates` and iteration rows (number -> KL), and nothing else."""
+def stopped_run(folder: Path, config, *, iterates: list[int], trained: list[int], fingerprint: str = "f") -> Path:
+    """A run folder with adapter folders `iterates` and rows of the policies `trained`, and nothing else."""
     algorithm = "caid" if isinstance(config, CaidConfig) else "mocan"
     Run.create(folder, algorithm, asdict(config), versions={}, fingerprint=fingerprint).close()
-    logged = [{"kind": "reference"}, {"kind": "dual", "lam": [1.0]}]
-    logged += [{"kind": "iteration", "iteration": t, "lam": [float(t)], "kl": kl} for t, kl in iterations.items()]
+    logged = [{"kind": "reference"}, *({"kind": "policy", "iteration": t, "lam": [float(t)]} for t in trained)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
     for t in iterates:
         (folder / "adapters" / f"iteration-{t}").mkdir(parents=True)
@@ -217,27 +216,22 @@ def stopped_run(folder: Path, config, *, iterates: list[int], iterations: dict[i
 
 
 @pytest.mark.parametrize(
-    ("iterates", "iterations", "wanted", "chosen"),
+    ("iterates", "trained", "wanted", "chosen"),
     [
-        ([1, 2, 10], {1: 0.1, 2: 0.2, 10: 0.3}, 0, (10, [10.0])),
-        ([1, 2, 3], {1: 0.1, 2: 0.2}, 0, (2, [2.0])),  # killed before the slack of 3
-        ([1], {}, 0, (1, [1.0])),  # killed before the slack of 1, whose lambda is the one-shot one
-        ([1, 2], {1: 0.1, 2: 9.0}, 0, (1, [1.0])),  # 2 passed --max-kl, so the run kept 1
-        ([1, 2], {1: 0.1, 2: 9.0}, 2, (2, [2.0])),
-        ([1, 2], {1: 0.1, 2: None}, 0, (2, [2.0])),
-        ([1, 2], {1: 0.1, 2: 0.2}, 3, "--iterate 3: .* has 1, 2; give one of these"),
-        ([1], {1: 9.0}, 0, "kept no iterate, as all pass its --max-kl 1.0; name one with --iterate"),
-        ([], {}, 0, "has no iterate yet; go on with python -m engine.train --resume"),
+        ([1, 2, 10], [1, 2, 10], 0, (10, [10.0])),
+        ([1, 2, 10], [1, 2, 10], 2, (2, [2.0])),
+        ([1, 2], [1, 2, 3], 0, (2, [2.0])),  # the run put 3 aside
+        ([1, 2], [1, 2], 3, "--iterate 3: .* has 1, 2; give one of these"),
+        ([], [1], 0, "has no iterate yet; go on with python -m engine.train --resume"),
     ],
 )
-def test_which_iterate_is_judged(tmp_path, iterates, iterations, wanted, chosen):
-    config = smoke(CaidConfig(max_kl=1.0))
-    run = stopped_run(tmp_path / "r", config, iterates=iterates, iterations=iterations)
+def test_which_iterate_is_judged(tmp_path, iterates, trained, wanted, chosen):
+    run = stopped_run(tmp_path / "r", smoke(CaidConfig()), iterates=iterates, trained=trained)
     if isinstance(chosen, tuple):
-        assert evaluate_command._iterate(run, wanted, config) == chosen
+        assert evaluate_command._iterate(run, wanted) == chosen
     else:
         with pytest.raises(evaluate_command.UserError, match=chosen):
-            evaluate_command._iterate(run, wanted, config)
+            evaluate_command._iterate(run, wanted)
 
 
 def one_error(capsys, argv: list[str], message: str) -> str:
@@ -252,12 +246,12 @@ def test_a_run_that_cannot_be_judged_is_one_line_and_exit_code_2(finished, tmp_p
     one_error(capsys, [str(tmp_path / "nowhere")], f"{tmp_path}/nowhere does not exist")
     (tmp_path / "empty").mkdir()
     one_error(capsys, [str(tmp_path / "empty")], "has no config.json")
-    new = stopped_run(tmp_path / "new", smoke(MocanConfig()), iterates=[], iterations={})
+    new = stopped_run(tmp_path / "new", smoke(MocanConfig()), iterates=[], trained=[])
     (new / "metrics.jsonl").unlink()
     one_error(capsys, [str(new)], "has no iterate yet")
-    gone = stopped_run(tmp_path / "gone", smoke(MocanConfig(model="/nowhere/at/all")), iterates=[1], iterations={})
+    gone = stopped_run(tmp_path / "gone", smoke(MocanConfig(model="/nowhere/at/all")), iterates=[1], trained=[1])
     one_error(capsys, [str(gone)], "model /nowhere/at/all: no such folder")
-    other = stopped_run(tmp_path / "other", smoke(MocanConfig()), iterates=[1], iterations={})
+    other = stopped_run(tmp_path / "other", smoke(MocanConfig()), iterates=[1], trained=[1])
     one_error(capsys, [str(other)], f"{other} was trained from another model")
     assert not list(tmp_path.glob("*/*evaluation*"))
 
@@ -291,7 +285,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(finished, capsys, flags, message
 def test_too_few_prompts_or_responses(finished, tmp_path, capsys):
     one = prompts_file(tmp_path / "one.jsonl", ["Why is moss soft?"])
     one_error(capsys, [str(finished), "--prompts", one], r"1 prompt\(s\): a standard error needs at least 2")
-    run = stopped_run(tmp_path / "r", smoke(MocanConfig(eval_responses=1)), iterates=[1], iterations={})
+    run = stopped_run(tmp_path / "r", smoke(MocanConfig(eval_responses=1)), iterates=[1], trained=[1])
     one_error(capsys, [str(run)], "the run's verdict has 1 response per prompt.*give --n-responses")
 
 
