@@ -119,7 +119,7 @@ def train(name: str, folder: Path, out: Path, scratch: Path) -> Head:
 
 def own_rows(kind: str) -> list[dict]:
     """The rows of bench/heads/KIND.jsonl."""
-    return [row for _, row in data._read(str(OWN / f"{kind}.jsonl"))]
+    return [row for _, row in data.read_rows(str(OWN / f"{kind}.jsonl"))]
 
 
 def part_of(text: str, parts: int) -> int:

@@ -140,7 +140,7 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
 
 def read_rows(files: Sequence[str], config: HeadConfig) -> list[Row]:
     """The rows of all files. Raises: UserError naming file:line."""
-    return [_row(row, place, Path(file).stem, config) for file in files for place, row in data._read(str(file))]
+    return [_row(row, place, Path(file).stem, config) for file in files for place, row in data.read_rows(str(file))]
 
 
 def split(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:
