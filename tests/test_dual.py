@@ -541,6 +541,9 @@ def test_secant_takes_the_measured_curvature_by_hand():
     some = [(lam, slack, 0.1 * one) for lam, slack, _ in history]
     curvature = (0.3 + (1 - 0.08 / 0.45**2) * 0.15) / 0.3
     assert dual.secant_step(some, one[None]).item() == pytest.approx(0.8 + 0.15 / curvature)
+    # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no further.
+    fallen = [(one, -0.1 * one, 0 * one), (1.3 * one, -0.11 * one, 0 * one)]
+    assert dual.secant_step(fallen, one[None]).item() == pytest.approx(1.3 + 0.11 / 0.2)
     # Gone too far and worse: the next value lies within half the way from the better one.
     over = [(one, -0.1 * one, 0 * one), (1.6 * one, 0.11 * one, 0 * one)]
     assert dual.secant_step(over, 0.1 * one[None]).item() == pytest.approx(1 + 0.6 * 0.1 / 0.21)
