@@ -23,12 +23,14 @@ def train(config: CdpoConfig, *, resume: str | None = None) -> stages.Result:
 def loop(world: stages.World, config: CdpoConfig):
     """C-DPO in any world: returns the last policy and its multipliers, float64 [J]."""
     lam_J, policy = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64), None
+    used_J = lam_J
     for t in range(1, config.iterations + 1):
         score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
-        before, policy = policy, world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta), t)
+        before = policy, used_J
+        policy, used_J = world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta), t), lam_J
         u = world.measure_slack(policy, lam_J, t)
         if world.passes_max_kl(u, t):
-            return before, lam_J
+            return before
         if t < config.iterations:
             lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
     return policy, lam_J

@@ -374,6 +374,8 @@ def check(config: RunConfig) -> None:
         )
     if isinstance(config, SacpoConfig) and not (len(config.lam) == len(config.cost) and min(config.lam) > 0):
         raise UserError(f"--lam {' '.join(map(str, config.lam))}: give one value above 0 for each of the {len(config.cost)} cost(s).")
+    if isinstance(config, PrimalDualConfig) and not config.lam_init > 0:
+        raise UserError(f"--lam-init {config.lam_init}: must be above 0 here, as steps on ln lambda never leave 0.")
     if isinstance(config, IterativeConfig):
         if not config.lam_max_change > 1:
             raise UserError(f"--lam-max-change {config.lam_max_change}: must be above 1.")

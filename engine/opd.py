@@ -41,13 +41,14 @@ def loop(world: stages.World, config: OpdConfig):
 
     lam_J = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64)
     policy, predicted_lam_J, slack_J = None, lam_J, torch.zeros_like(lam_J)
+    used_J = lam_J
     for t in range(1, config.iterations + 1):
         prediction = prox(policy, predicted_lam_J, 2 * t - 1)
-        predicted_lam_J = descend(lam_J, slack_J)
         u = world.measure_slack(prediction, predicted_lam_J, 2 * t - 1)
+        predicted_lam_J = descend(lam_J, slack_J)
         slack_J = u.slack_J
         if world.passes_max_kl(u, 2 * t - 1):
             break
-        policy = prox(policy, predicted_lam_J, 2 * t)
+        policy, used_J = prox(policy, predicted_lam_J, 2 * t), predicted_lam_J
         lam_J = descend(lam_J, slack_J)
-    return policy, predicted_lam_J
+    return policy, used_J

@@ -27,15 +27,16 @@ def loop(world: stages.World, config: PdDpoConfig):
     scores = world.scores
     lam_J = torch.full((scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64)
     helpful = world.fit(Target(lam_J=torch.zeros_like(lam_J), score_PG=scores.reward_PG, coefficient=config.beta), 0)
-    policy = helpful
+    policy, used_J = helpful, torch.zeros_like(lam_J)
     for t in range(1, config.iterations + 1):
-        before, policy, total = policy, helpful, float(lam_J.sum())
+        before, total = (policy, used_J), float(lam_J.sum())
+        policy, used_J = helpful, lam_J
         if total > 0:
             safety_PG = scores.utility_PGJ @ (lam_J / total)
             policy = world.fit(Target(lam_J=lam_J, score_PG=safety_PG, coefficient=config.beta / total, start=helpful, anchor=helpful), t)
         u = world.measure_slack(policy, lam_J, t)
         if world.passes_max_kl(u, t):
-            return before, lam_J
+            return before
         if t < config.iterations:
             lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
     return policy, lam_J

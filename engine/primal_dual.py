@@ -26,11 +26,13 @@ def train(config: PrimalDualConfig, *, resume: str | None = None) -> stages.Resu
 def loop(world: stages.World, config: PrimalDualConfig):
     """The alternation in any world: returns the last policy and its multipliers, float64 [J]."""
     lam_J, policy = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64), None
+    used_J = lam_J
     for t in range(1, config.iterations + 1):
-        before, policy = policy, world.ascend(policy, lam_J, t)
+        before = policy, used_J
+        policy, used_J = world.ascend(policy, lam_J, t), lam_J
         u = world.measure_slack(policy, lam_J, t)
         if world.passes_max_kl(u, t):
-            return before, lam_J
+            return before
         if t < config.iterations:
             lam_J = descend(lam_J, u.slack_J, config)
     return policy, lam_J
