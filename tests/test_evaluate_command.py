@@ -309,7 +309,12 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, mo
 
     monkeypatch.setattr(evaluate_command.Phase, "__init__", opened)
     monkeypatch.setattr(metrics.Progress, "advance", press)
-    assert main([str(finished), "--out", str(tmp_path / "o")]) == 130
+    # A shell that puts tests in the background makes them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([str(finished), "--out", str(tmp_path / "o")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert list(tmp_path.iterdir()) == [] and current[-1] == stage
 
