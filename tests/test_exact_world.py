@@ -387,6 +387,9 @@ def test_quick_command_writes_page_pictures_and_ratios(tmp_path, capsys):
     assert "<!--" not in page and "pairwise regression" in page
     for name in ("convergence", "bounds", "oscillation", "labels"):
         assert f"theory-{name}.png" in page and (tmp_path / f"theory-{name}.png").stat().st_size > 10_000
-    lines = json.loads((tmp_path / "theory.json").read_text())
-    assert {(x["J"], x["eps"]) for x in lines} == {(1, 0.0), (1, 0.3), (2, 0.0), (2, 0.3)}
-    assert all(b["holds"] for x in lines for b in x["bounds"])
+    written = json.loads((tmp_path / "theory.json").read_text())
+    assert {(x["J"], x["eps"]) for x in written["problems"]} == {(1, 0.0), (1, 0.3), (2, 0.0), (2, 0.3)}
+    sharp = [i for i, (_, form) in enumerate(written["statements"]) if form == "sharp"]
+    assert len(sharp) > 10
+    for x in written["problems"]:
+        assert all(left <= right + 1e-5 for left, right in (x["sides"][i] for i in sharp if x["sides"][i]))
