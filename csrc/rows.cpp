@@ -12,10 +12,6 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -333,16 +329,6 @@ void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, 
     }
 }
 
-// Ask for large pages behind [address, address + bytes); where the system has none, nothing changes.
-void huge_pages(uintptr_t address, size_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t page = 4096;
-    constexpr size_t least = 4 << 20;
-    const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
-    if (bytes >= least) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -359,6 +345,5 @@ NB_MODULE(_native, m) {
           nb::arg("logprob"), nb::arg("state"), nb::arg("product_scale"));
     m.def("jacobian", &jacobian, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("state"),
           nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
-    m.def("huge_pages", &huge_pages, nb::arg("address"), nb::arg("bytes"));
     bind_attention(m);
 }

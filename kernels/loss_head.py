@@ -118,7 +118,7 @@ class _Gradients:
         self.work, self.hidden, self.dtype = work, hidden, dtype
         self.unit = torch.as_tensor(unit) if hidden.dtype == torch.float16 else None
         self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.d_weight = native.huge_pages(work.weight.new_empty(work.weight.shape, dtype=dtype)) if needs[1] else None
+        self.d_weight = work.weight.new_empty(work.weight.shape, dtype=dtype) if needs[1] else None
         self.d_bias = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
         self.started = False  # whether d_weight holds anything
         self.open: tuple[Tensor | None, Tensor | None, list[bool]] | None = None

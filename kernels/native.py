@@ -69,10 +69,6 @@ class NativeRows(TorchRows):
         )
         self.inverse = (1 if softcap is None else softcap) / temperature
 
-    @staticmethod
-    def new_z(weight: Tensor, rows: int) -> Tensor:
-        return huge_pages(weight.new_empty(rows, weight.shape[0], dtype=torch.float32))
-
     def values(self, hidden: Tensor, target: Tensor) -> Tensor:
         return self._forward(hidden, target, None, None)[0]
 
@@ -180,15 +176,6 @@ def _part(z: Tensor, part: slice) -> Tensor:
 def _even(rows: int, most: int) -> int:
     """Rows of a part where `rows` are dealt to as few parts of at most `most` as there can be, all about equal."""
     return -(-rows // max(1, -(-rows // max(1, most))))
-
-
-def huge_pages(fresh: Tensor) -> Tensor:
-    """The same tensor, whose memory the system is asked to back by large pages, where it offers them: for memory that was not yet written,
-    as first writing it costs more than a pass over it otherwise."""
-    # A tensor that stands for its shape alone (torch.compile) has no memory.
-    if _native is not None and type(fresh) is Tensor and fresh.device.type == "cpu":
-        _native.huge_pages(fresh.data_ptr(), fresh.nbytes)
-    return fresh
 
 
 def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
