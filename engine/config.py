@@ -72,7 +72,8 @@ class RunConfig:
     responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
     labels: str = "soft"
-    """soft (expected Bradley-Terry label) or sampled (a random draw, as in the papers)."""
+    """soft (expected Bradley-Terry label), sampled (a random draw, as in the papers), regression (least squares of margins on score
+    differences), listwise (cross-entropy over a prompt's responses) or single (least squares of each response, DRO)."""
     learning_rate: float = 1.5e-3
     """Peak learning rate of AdamW on the adapter."""
     warmup_steps: int = 1
@@ -354,7 +355,7 @@ def check(config: RunConfig) -> None:
     if not 0 <= config.lora_from < 1:
         raise UserError(f"--lora-from {config.lora_from}: must lie in [0, 1).")
     for name, accepted in {
-        "labels": ("soft", "sampled"),
+        "labels": ("soft", "sampled", "regression", "listwise", "single"),
         "objective": ("reward", "safety"),
         "scores": ("model", "preference"),
         "advantage": ("rloo", "group_norm"),

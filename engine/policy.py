@@ -175,10 +175,19 @@ def _hidden(model: Decoder, lower: LowerStates | None, batch: list[packing.Group
     return hidden.index_select(0, packed.predict_T)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Loss:
+    """A batch's loss, and what the metrics say of its margins."""
+
+    loss: Tensor
+    accuracy: Tensor
+    margin: Tensor
+
+
 def _preference_loss(
     config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Adapter, anchor: Adapter | None, pairs: Pairs, draw: int
-):
-    """The Lagrangian preference loss of one batch of pairs."""
+) -> _Loss:
+    """The loss of one batch of pairs in the label form `config.labels`."""
     by_prompt: dict[int, list[int]] = {}
     for p, r in zip(pairs.prompt, pairs.row, strict=True):
         by_prompt.setdefault(p, []).append(r)
@@ -194,21 +203,51 @@ def _preference_loss(
     if target.shift_PG is not None:
         reference = reference + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
     score = target.score_PG.reshape(-1)[index].to(model.device)
-    key = combine(config.seed, draw, pairs.pairs[:, 0] * 65_537 + pairs.pairs[:, 1])
-    return lagrangian_preference_loss(
-        _hidden(model, samples.lower, batch, packed, adapter),
-        *head,
-        pairs.pairs,
-        score,
-        score.new_zeros(len(score), 0),
-        score.new_zeros(0),
-        reference,
-        beta=target.coefficient,
-        labels=config.labels,
-        uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
-        temperature=config.temperature,
-        memory_budget_bytes=budget,
-    )
+    hidden = _hidden(model, samples.lower, batch, packed, adapter)
+    if config.labels in ("soft", "sampled"):
+        key = combine(config.seed, draw, pairs.pairs[:, 0] * 65_537 + pairs.pairs[:, 1])
+        result = lagrangian_preference_loss(
+            hidden, *head, pairs.pairs, score, score.new_zeros(len(score), 0), score.new_zeros(0), reference, beta=target.coefficient,
+            labels=config.labels, uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
+            temperature=config.temperature, memory_budget_bytes=budget,
+        )  # fmt: skip
+        return _Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin)
+    logprob = sequence_logprob(hidden, *head, temperature=config.temperature, memory_budget_bytes=budget)
+    moved_N = target.coefficient * (logprob - reference)
+    prompt_N = torch.tensor(pairs.prompt, device=model.device)
+    if config.labels == "single":
+        c = target.coefficient
+        # The group's value stands for V(x): c ln E_ref exp(score / c).
+        value_P = c * ((target.score_PG / c).logsumexp(1) - math.log(target.score_PG.shape[1]))
+        loss = single(moved_N, score - value_P.to(model.device)[prompt_N])
+    elif config.labels == "listwise":
+        loss = listwise(moved_N / target.coefficient, score / target.coefficient, prompt_N)
+    else:
+        loss = regression(moved_N, score, pairs.pairs.to(model.device))
+    a, b = pairs.pairs.to(model.device).unbind(1)
+    margin = (moved_N[a] - moved_N[b]).detach()
+    accuracy = (((margin * (score[a] - score[b])).sign() + 1) / 2).mean()
+    return _Loss(loss=loss, accuracy=accuracy, margin=margin)
+
+
+def regression(moved_N: Tensor, score_N: Tensor, pairs_K2: Tensor) -> Tensor:
+    """Half the mean square, over pairs, of the difference of beta x log-ratio minus that of the score: its minimiser is the tilt by score."""
+    a, b = pairs_K2.unbind(1)
+    return (moved_N[a] - moved_N[b] - (score_N[a] - score_N[b])).square().mean() / 2
+
+
+def single(moved_N: Tensor, advantage_N: Tensor) -> Tensor:
+    """Half the mean square of beta x log-ratio minus (score - V) (DRO, arXiv 2405.19107)."""
+    return (moved_N - advantage_N).square().mean() / 2
+
+
+def listwise(log_ratio_N: Tensor, score_N: Tensor, prompt_N: Tensor) -> Tensor:
+    """Cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of a prompt, mean over prompts. score: over beta."""
+    losses = []
+    for p in prompt_N.unique().tolist():
+        own = prompt_N == p
+        losses.append(-(score_N[own].softmax(0) * log_ratio_N[own].log_softmax(0)).sum())
+    return torch.stack(losses).mean()
 
 
 def _policy(steps: int, adapter: Adapter, optimizer, names, parameters, losses: list[float]) -> Policy:
