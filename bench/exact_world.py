@@ -14,7 +14,7 @@ with `draws`, over that many responses drawn from the reference for each prompt.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,9 +171,9 @@ class ExactWorld:
         )  # fmt: skip
         return solution if self.lam_init is None else replace(solution, lam=self.lam_init)
 
-    def unsafe(self, above: float) -> Tensor:
-        """bool [P, G]: responses of which a cost, the negated utility, lies above this."""
-        return (self.scores.utility_PGJ < -above).any(dim=2)
+    def unsafe(self, above: Sequence[float]) -> Tensor:
+        """bool [P, G]: responses of which a cost, the negated utility, lies above its number here."""
+        return (self.scores.utility_PGJ < -torch.tensor(above, dtype=torch.float64)).any(dim=2)
 
     def fit(self, target: Target, iteration: int) -> Tensor:
         """theta by `update`."""

@@ -6,6 +6,8 @@ the improvement is measured against each prompt's own reference samples; the dua
 cap on the change, as a policy of few steps lags behind lambda; the last iterate is the result, and no dual step follows it.
 """
 
+from torch import Tensor
+
 from engine import dual, stages
 from engine.config import CaidConfig
 from engine.preference import PreferenceWorld
@@ -26,7 +28,7 @@ def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
 def loop(world: stages.World, config: CaidConfig):
     """Algorithm 2 in any world: returns the last policy and its multipliers, float64 [J]."""
     warm = world.solve_dual()
-    policy, lam_J = None, warm.lam
+    policy, lam_J, history = None, warm.lam, []
     used_J = lam_J
     for t in range(1, config.iterations + 1):
         score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
@@ -35,6 +37,18 @@ def loop(world: stages.World, config: CaidConfig):
         u = world.measure_slack(policy, lam_J, t)
         if world.passes_max_kl(u, t):
             return before
+        history.append((lam_J, u.slack_J, u.se_J))
         if t < config.iterations:
-            lam_J = dual.step(lam_J, u.slack_J, warm.hessian / config.dual_step, max_change=config.lam_max_change, lam_max=config.lam_max)
+            lam_J = descend(history, warm.hessian / config.dual_step, config)
     return policy, lam_J
+
+
+def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, config: CaidConfig) -> Tensor:
+    """The next multipliers from the rows (lambda, slack, standard error) so far, by the step that the config names; see `engine.dual`."""
+    bounds = {"max_change": config.lam_max_change, "lam_max": config.lam_max}
+    lam_J, slack_J, _ = history[-1]
+    if config.dual_rule == "secant":
+        return dual.secant_step(history, hessian_JJ, **bounds)
+    if config.dual_rule == "optimistic":
+        return dual.optimistic_step(lam_J, slack_J, history[-2][1] if len(history) > 1 else None, hessian_JJ, **bounds)
+    return dual.step(lam_J, slack_J, hessian_JJ, **bounds)

@@ -1,6 +1,7 @@
 """One flat frozen dataclass per algorithm, and one for `engine.evaluate`. Every field is a command-line flag: its docstring is the help
 text, with the unit."""
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from engine.errors import UserError
@@ -28,9 +29,10 @@ class RunConfig:
     model: str = ""
     """Local Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""
     reward: str = "helpfulness"
-    """Reward: a shipped head (helpfulness), a head folder, a sequence-classification model, or module:function."""
+    """Reward: a shipped head (helpfulness), a head folder, a sequence-classification model, or module:function; NAME=, NAME=- as --cost."""
     cost: tuple[str, ...] = ("harm",)
-    """Costs, smaller is better: shipped head (harm), head folder, sequence-classification model, or module:function."""
+    """Costs, smaller is better: shipped head (harm), head folder, sequence-classification model, or module:function. NAME=COST gives a
+    name, and NAME=-COST takes the negative of a score of which larger is better."""
     audit: tuple[str, ...] = ("harm-audit",)
     """Costs that are reported and never optimised. Same forms as --cost."""
 
@@ -43,6 +45,8 @@ class RunConfig:
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer without a template."""
 
+    samples_of: str = ""
+    """Take the reference's samples, for training and for the verdict, from this run with equal settings instead of drawing them again."""
     n_prompts: int = 400
     """Training prompts sampled from the reference, at most: a seeded subset."""
     n_responses: int = 8
@@ -58,6 +62,15 @@ class RunConfig:
 
     threshold: tuple[float, ...] = (0.3,)
     """b: required improvement of each utility over the reference, in its within-prompt standard deviations."""
+    cost_mean: tuple[float, ...] = ()
+    """Largest mean of each cost, in the scorer's own units, instead of --threshold; inf for a cost that keeps --threshold."""
+    cost_rate: tuple[float, ...] = ()
+    """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold; 1 for a cost that keeps --threshold."""
+    unsafe_above: tuple[float, ...] = (0.0,)
+    """A response is unsafe where a cost lies above this, in the scorer's own units: one value, or one per cost."""
+    cost_on: tuple[str, ...] = ()
+    """Kind of prompts (the column kind) that each constraint is about, such as delicate: its mean runs over these. all, the default, is
+    every prompt."""
     beta: float = 1.0
     """Weight of KL(policy || reference), in units of the scaled reward."""
     margin: float = 3.3
@@ -127,6 +140,9 @@ class CaidConfig(IterativeConfig):
     the response that is better in it. Default: labels drawn from the scorers on reference samples."""
     preference_steps: int = 10
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
+    dual_rule: str = "newton"
+    """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they tell more than noise. optimistic:
+    it, on a forecast of the slack."""
     dual_step: float = 0.5
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
@@ -177,8 +193,6 @@ class SafeDpoConfig(RunConfig):
 
     offset: float = 10.0
     """Margin by which a safe response has to lead an unsafe one, nats x beta."""
-    unsafe_above: float = 0.0
-    """A response is unsafe where one of the costs lies above this, in the scorer's own units."""
     steps: int = 25
     """Policy steps in all."""
 
@@ -265,6 +279,13 @@ class EvaluateConfig:
     """CPU threads; 0 takes as many as the run asked for."""
 
 
+# The settings that determine the reference's samples, their scores and the kept states.
+SAMPLING = (
+    "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout", "prompt_column", "system", "n_prompts",
+    "n_responses", "max_new_tokens", "temperature", "top_p", "rollout_rows", "lora_from", "memory_budget_mb", "eval_prompts",
+    "eval_responses",
+)  # fmt: skip
+
 SMOKE = {
     "n_prompts": 12, "n_responses": 4, "max_new_tokens": 8, "rollout_rows": 32, "steps": 3, "prompts_per_step": 2,
     "responses_per_prompt": 3, "warmup_steps": 1, "margin": 0.0, "checkpoint_every": 1, "eval_prompts": 8, "eval_responses": 2,
@@ -320,6 +341,29 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError(f"--device {config.device}: must be one of auto, cpu, cuda.")
 
 
+def _check_limits(config: RunConfig) -> None:
+    """What each constraint asks for."""
+    J = len(config.cost)
+    for name in ("cost_mean", "cost_rate", "cost_on", "unsafe_above"):
+        values = getattr(config, name)
+        if len(values) not in {"unsafe_above": (1, J)}.get(name, (0, J)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} value(s) for {J} cost(s); one per cost."
+            )
+    for rate in config.cost_rate:
+        if not 0 < rate <= 1:
+            raise UserError(f"--cost-rate {rate}: must lie above 0 and not above 1, such as 0.02; no sample can confirm a rate of 0.")
+    for mean in config.cost_mean:
+        if not mean > -math.inf:
+            raise UserError(f"--cost-mean {mean}: must be a number, or inf for a cost that keeps --threshold.")
+    both = [c for c, mean, rate in zip(config.cost, config.cost_mean, config.cost_rate, strict=False) if mean < math.inf and rate < 1]
+    if both:
+        raise UserError(f"--cost-mean and --cost-rate both limit {both[0]}; give inf or 1 for one of the two.")
+    preference = isinstance(config, PecanConfig) or getattr(config, "scores", "model") == "preference"
+    if preference and (min(config.cost_mean, default=math.inf) < math.inf or min(config.cost_rate, default=1) < 1):
+        raise UserError("--cost-mean, --cost-rate: log-ratios of policies have no level of their own; use --threshold.")
+
+
 def check(config: RunConfig) -> None:
     """Refuse values that no run can use.
 
@@ -359,6 +403,7 @@ def check(config: RunConfig) -> None:
         "objective": ("reward", "safety"),
         "scores": ("model", "preference"),
         "advantage": ("rloo", "group_norm"),
+        "dual_rule": ("newton", "secant", "optimistic"),
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
     }.items():
@@ -373,6 +418,11 @@ def check(config: RunConfig) -> None:
             f"--threshold {' '.join(map(str, config.threshold))}: {len(config.threshold)} value(s) for {len(config.cost)} cost(s); "
             "give one threshold per cost."
         )
+    _check_limits(config)
+    if config.labels not in ("soft", "sampled") and isinstance(config, SafeDpoConfig):
+        raise UserError(f"--labels {config.labels}: safe responses win by labels here; use soft or sampled.")
+    if config.labels == "single" and isinstance(config, SacpoConfig | PdDpoConfig | OpdConfig):
+        raise UserError("--labels single: its value is that of the reference, and here a policy is aligned to another one; use regression.")
     if isinstance(config, SacpoConfig) and not (len(config.lam) == len(config.cost) and min(config.lam) > 0):
         raise UserError(f"--lam {' '.join(map(str, config.lam))}: give one value above 0 for each of the {len(config.cost)} cost(s).")
     if isinstance(config, PrimalDualConfig) and not config.lam_init > 0:

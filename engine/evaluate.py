@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 
 import torch
+from scipy.special import betaincinv, stdtrit
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.records import Prompts, Rollouts, Scores
+from engine.records import Limit, Prompts, Rollouts, Scores
 
 UNIT = "within-prompt standard deviations of the reference"
 
@@ -46,18 +47,31 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Constraint:
-    """One constraint's result: `threshold` is the required improvement b, `aim` what the dual aimed at, `word` the verdict."""
+    """One constraint's result: `threshold` is what it asks for and `aim` what the dual aimed at, in its own measure (see `Limit`),
+    `estimate` the improvement over the reference in units, `word` the verdict."""
 
     name: str
     threshold: float
     aim: float
     estimate: Estimate
     word: str
+    kind: str = "improvement"
+    on: str = ""
+    measured: Estimate | None = None  # mean cost in the scorer's units, or rate, of the policy; None for an improvement
+    reference: float | None = None  # the same of the reference
+    unit: float = 1.0  # one unit of the improvement, in the scorer's units
+
+    @property
+    def required(self) -> float:
+        """The improvement over the held-out reference, in units, at which the constraint just holds."""
+        return self.threshold if self.measured is None else (self.reference - self.threshold) / self.unit
 
     @property
     def slack(self) -> Estimate:
-        """Improvement minus the required b: above 0 the constraint holds with room."""
+        """What is left to what the constraint asks for, in its own measure: above 0 it holds with room."""
         e, b = self.estimate, self.threshold
+        if self.measured is not None:
+            e, b = negated(self.measured), -b
         return replace(e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b)
 
 
@@ -86,7 +100,10 @@ class Evaluation:
         refusal = data["refusal_harmless"]
         return cls(
             reward=Estimate(**data["reward"]),
-            constraints=tuple(Constraint(**{**item, "estimate": Estimate(**item["estimate"])}) for item in data["constraints"]),
+            constraints=tuple(
+                Constraint(**{**item, **{k: Estimate(**item[k]) for k in ("estimate", "measured") if item.get(k)}})
+                for item in data["constraints"]
+            ),
             audits=tuple((name, Estimate(**item)) for name, item in data["audits"]),
             kl=Estimate(**data["kl"]),
             finished=tuple(data["finished"]),
@@ -137,27 +154,8 @@ class Judgement:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The Student t quantile for 0.5 < probability < 1 and an integer number of degrees of freedom >= 1.
-
-    Bisection on theta = atan(t / sqrt(degrees)), in which P(|T| < t) is a finite sum (Abramowitz and Stegun 26.7.3, 26.7.4).
-    """
-    assert 0.5 < probability < 1 and degrees >= 1
-    odd = degrees % 2
-
-    def central(theta: float) -> float:
-        """P(|T| < sqrt(degrees) tan theta)."""
-        cos = math.cos(theta)
-        term, total = (cos, 0.0) if odd else (1.0, 0.0)
-        for i in range(odd, degrees - 1, 2):
-            total += term
-            term *= cos * cos * (i + 1) / (i + 2)
-        return (theta + math.sin(theta) * total) * 2 / math.pi if odd else math.sin(theta) * total
-
-    below, above = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (below + above) / 2
-        below, above = (middle, above) if central(middle) < 2 * probability - 1 else (below, middle)
-    return math.sqrt(degrees) * math.tan(below)
+    """The Student t quantile."""
+    return float(stdtrit(degrees, probability))
 
 
 def estimate(difference_P: Tensor, confidence: float = 0.95) -> Estimate:
@@ -184,6 +182,43 @@ def improvement(policy_PG: Tensor, reference_PG: Tensor, confidence: float = 0.9
     """Mean score of the policy minus that of the reference, paired by prompt; the numbers of responses G may differ."""
     assert policy_PG.shape[0] == reference_PG.shape[0], (policy_PG.shape, reference_PG.shape)
     return estimate(policy_PG.double().mean(1) - reference_PG.double().mean(1), confidence)
+
+
+def negated(e: Estimate) -> Estimate:
+    """The estimate of minus the mean."""
+    return replace(e, mean=-e.mean, low=-e.high, high=-e.low, lower=-e.upper, upper=-e.lower)
+
+
+def rate(unsafe_PG: Tensor, confidence: float = 0.95) -> Estimate:
+    """A share of responses [P, G] (values 0 and 1) with exact binomial bounds at an effective number of responses, clustered by prompt
+    (Korn and Graubard 1998, Clopper and Pearson 1934): they have a width at 0 and 1, and keep their confidence for rare events.
+
+    The effective number is p (1 - p) / (squared standard error over prompts), corrected for that error's degrees of freedom: as many as
+    there are prompts with an unsafe response (or with a safe one, if fewer), minus 1. With P - 1 of them, as for common events, a limit on
+    a rare one is called met falsely in 13 of 100 cases instead of 5. It is at least P, as the variance of a mean of P shares is at most
+    p (1 - p) / P, and at most P G. Where all responses are alike it is P: how alike those to one prompt are cannot be seen then.
+    Raises: UserError for fewer than two prompts.
+    """
+    unsafe_PG = unsafe_PG.double()
+    share_P = unsafe_PG.mean(1)
+    e = estimate(share_P, confidence)
+    P, n, p = e.n, unsafe_PG.numel(), e.mean
+    effective = float(P)
+    if e.se > 0:
+        telling = max(2, min(int((share_P > 0).sum()), int((share_P < 1).sum())))
+        q = (1 + confidence) / 2
+        known = p * (1 - p) / e.se**2 * (t_quantile(q, n - 1) / t_quantile(q, telling - 1)) ** 2
+        effective = min(float(n), max(float(P), known))
+    k = p * effective
+
+    def below(alpha: float) -> float:
+        return float(betaincinv(k, effective - k + 1, alpha)) if k > 0 else 0.0
+
+    def above(alpha: float) -> float:
+        return float(betaincinv(k + 1, effective - k, 1 - alpha)) if k < effective else 1.0
+
+    two, one = (1 - confidence) / 2, 1 - confidence
+    return replace(e, low=below(two), high=above(two), lower=below(one), upper=above(one))
 
 
 def word(estimate: Estimate, threshold: float) -> str:
@@ -262,28 +297,40 @@ def evaluate(
     texts_reference: Sequence[str],
     prompts: Prompts,
     kl_PG: Tensor,
-    thresholds: Sequence[float],
+    limits: Sequence[Limit],
     aims: Sequence[float],
-    names: Sequence[str],
+    unit_J: Sequence[float],
     audit_names: Sequence[str],
     confidence: float = 0.95,
 ) -> Evaluation:
     """The verdict on one policy.
 
-    Scores and thresholds are in the run's units (`Units.apply`). Texts are the R decoded responses, prompt-major. kl_PG [P, G] holds
-    log pi(y|x) - log pi_ref(y|x) of the policy's own responses in nats: its mean is KL(policy || reference).
-    Raises: UserError for fewer than two prompts or scores that are not finite.
+    Scores are in the run's units (`Units.apply`), of which one is `unit_J` of the scorers' own; aims are in each limit's own measure. Texts
+    are the R decoded responses, prompt-major. kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's own
+    responses in nats: its mean is KL(policy || reference).
+    Raises: UserError for fewer than two prompts, or for a constraint, or scores that are not finite.
     """
     for rollouts, texts in ((rollouts_policy, texts_policy), (rollouts_reference, texts_reference)):
         assert len(texts) == len(prompts) * rollouts.n == rollouts.length.numel(), (len(texts), len(prompts), rollouts.n)
-    assert len(names) == len(thresholds) == len(aims) == scores_policy.utility_PGJ.shape[2], (names, thresholds, aims)
+    assert len(limits) == len(unit_J) == len(aims) == scores_policy.utility_PGJ.shape[2], (limits, unit_J, aims)
     assert len(audit_names) == scores_policy.audit_PGA.shape[2], audit_names
 
     constraints = []
-    for j, name in enumerate(names):
-        result = improvement(scores_policy.utility_PGJ[..., j], scores_reference.utility_PGJ[..., j], confidence)
-        b = float(thresholds[j])
-        constraints.append(Constraint(name=name, threshold=b, aim=float(aims[j]), estimate=result, word=word(result, b)))
+    for j, limit in enumerate(limits):
+        own = limit.rows(prompts)
+        policy_PG, reference_PG = scores_policy.utility_PGJ[own, :, j], scores_reference.utility_PGJ[own, :, j]
+        result = improvement(policy_PG, reference_PG, confidence)
+        constraint = Constraint(
+            name=limit.name, threshold=limit.value, aim=float(aims[j]), estimate=result, word=word(result, limit.value), kind=limit.kind,
+            on=limit.on, unit=unit_J[j],
+        )  # fmt: skip
+        if limit.kind != "improvement":
+            cost_PG = -policy_PG * unit_J[j]
+            # A rate's costs are 0 or 1 up to rounding of the unit.
+            measured = rate(cost_PG.round(), confidence) if limit.kind == "rate" else estimate(cost_PG.mean(1), confidence)
+            reference = float(-reference_PG.mean()) * unit_J[j]
+            constraint = replace(constraint, measured=measured, reference=reference, word=word(negated(measured), -limit.value))
+        constraints.append(constraint)
     audits = [
         (name, improvement(scores_policy.audit_PGA[..., a], scores_reference.audit_PGA[..., a], confidence))
         for a, name in enumerate(audit_names)
@@ -336,7 +383,10 @@ def judgement_sentences(judgement: Judgement) -> list[str]:
     level = _level(evaluation)
     lines = sentences(evaluation)
     for c in evaluation.constraints:
-        lines.append(f"slack {c.name} (improvement - b): {_number(c.slack.mean, sign='+')}, {_interval(c.slack, level)}")
+        what = {"improvement": "improvement - b", "mean": "limit - mean cost", "rate": "limit - rate, %"}[c.kind]
+        scale = 100 if c.kind == "rate" else 1
+        slack = f"{_number(scale * c.slack.mean, sign='+')}, {_interval(c.slack, level, scale=scale)}"
+        lines.append(f"slack {c.name} ({what}): {slack}")
     for name, order in zip(("reference", "policy"), judgement.pair_order, strict=True):
         if order is not None:
             share = f"{100 * order.mean:.1f} %, {_interval(order, level, digits=1, scale=100)}"
@@ -352,25 +402,42 @@ def judgement_sentences(judgement: Judgement) -> list[str]:
 def answer(evaluation: Evaluation) -> str:
     """The plain sentence: each constraint met, not met or not resolved, at this sample size and confidence."""
     e = evaluation
-    words = "; ".join(f"constraint {c.name} (b {c.threshold:g}) is {c.word}" for c in e.constraints)
+    asked = {"improvement": "b {:g}", "mean": "mean cost at most {:g}", "rate": "rate at most {:g} %"}
+    words = "; ".join(
+        f"constraint {c.name} ({asked[c.kind].format(c.threshold * (100 if c.kind == 'rate' else 1))}"
+        f"{f', on {c.on} prompts' if c.on else ''}) is {c.word}"
+        for c in e.constraints
+    )
     return f"with {e.n_prompts} prompts x {e.n_responses} responses and {_level(e)} confidence: {words}"
 
 
 def _constraint_line(c: Constraint, level: str) -> str:
     """`constraint NAME: WORD (details)`, with as many digits as the comparison needs to be true as printed."""
-    bounds = [x for x in (c.estimate.lower, c.estimate.upper) if x != c.threshold]
+    scale, percent, shown = (100, " %", c.measured) if c.kind == "rate" else (1, "", c.measured or c.estimate)
+    threshold, ends = scale * c.threshold, [scale * x for x in (shown.lower, shown.upper)]
     digits = 2
-    while digits < 8 and any((round(x, digits) < round(c.threshold, digits)) != (x < c.threshold) for x in bounds):
+    while digits < 8 and any((round(x, digits) < round(threshold, digits)) != (x < threshold) for x in ends if x != threshold):
         digits += 1
-    while digits < 8 and abs(round(c.threshold, digits) - c.threshold) > 1e-9:
+    while digits < 8 and abs(round(threshold, digits) - threshold) > 1e-9:
         digits += 1
-    lower, upper, b = (_number(x, digits) for x in (c.estimate.lower, c.estimate.upper, c.threshold))
+    lower, upper, b = (_number(x, digits) for x in (*ends, threshold))
+    on = f"on {c.estimate.n} {c.on} prompts: " if c.on else ""
+    between = f"lies between the one-sided bounds {lower} and {upper}"
+    if c.measured is None:
+        reason = {
+            "met": f"one-sided lower bound {lower} >= b {b}", "not met": f"one-sided upper bound {upper} < b {b}",
+            "not resolved": f"b {b} {between}",
+        }[c.word]  # fmt: skip
+        return f"constraint {c.name}: {c.word} ({on}{_improvement_text(c.estimate, level)}, {reason}, aimed at {_number(c.aim)})"
     reason = {
-        "met": f"one-sided lower bound {lower} >= b {b}",
-        "not met": f"one-sided upper bound {upper} < b {b}",
-        "not resolved": f"b {b} lies between the one-sided bounds {lower} and {upper}",
-    }[c.word]
-    return f"constraint {c.name}: {c.word} ({_improvement_text(c.estimate, level)}, {reason}, aimed at {_number(c.aim)})"
+        "met": f"one-sided upper bound {upper} <= {b}{percent}", "not met": f"one-sided lower bound {lower} > {b}{percent}",
+        "not resolved": f"the limit {b}{percent} {between}",
+    }[c.word]  # fmt: skip
+    values = f"{_number(scale * shown.mean)}{percent}, {_interval(shown, level, scale=scale)}"
+    return (
+        f"constraint {c.name}: {c.word} ({on}{'rate' if c.kind == 'rate' else 'mean cost'} {values}, {reason}, aimed at "
+        f"{_number(scale * c.aim)}{percent}, reference {_number(scale * c.reference)}{percent}; {_improvement_text(c.estimate, level)})"
+    )
 
 
 def _improvement_text(result: Estimate, level: str) -> str:

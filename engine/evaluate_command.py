@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import data, dual, evaluate, metrics, packing, stages
+from engine import constraints, data, dual, evaluate, metrics, packing, stages
 from engine.checkpoint import Run
 from engine.config import EvaluateConfig, RunConfig, check_evaluate
 from engine.errors import UserError
@@ -24,7 +24,7 @@ from engine.evaluate import Judgement
 from engine.flags import parse_flags
 from engine.lora import Adapter, load_peft
 from engine.metrics import Display, Progress
-from engine.records import Prompts, Units
+from engine.records import Limit, Prompts, Units
 from engine.score import Scorers, frozen_forward, load_scorers
 from engine.stages import Inputs, Sampled, Subject
 
@@ -59,7 +59,9 @@ class Question:
     iterate: int
     lam: list[float]  # the multipliers that the iterate was trained at
     units: Units  # of the run; further audits have none yet
-    aim: list[float]
+    limits: list[Limit]
+    aimed: list[float]  # in each constraint's own measure
+    trained_on: Prompts
     inputs: Inputs
     scorers: Scorers
     prompts: Prompts
@@ -101,9 +103,15 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
     (reference,) = metrics.read_rows(run, "reference")
-    units = Units(reward=reference["reward_sd"], utility_J=reference["utility_sd"], audit_A=reference["audit_sd"])
+    limits = constraints.limits(config, [s.name for s in scorers.costs])
+    constraints.check_prompts(limits, {"prompts": prompts})
+    units = Units(
+        reward=reference["reward_sd"], utility_J=reference["utility_sd"], audit_A=reference["audit_sd"],
+        unsafe_above_J=[limit.unsafe_above if limit.kind == "rate" else None for limit in limits],
+    )  # fmt: skip
     return Question(
-        run=run, algorithm=algorithm, config=config, iterate=iterate, lam=lam, units=units, aim=reference["aim"], inputs=inputs,
+        run=run, algorithm=algorithm, config=config, iterate=iterate, lam=lam, units=units, limits=limits,
+        aimed=reference.get("aimed", reference["aim"]), inputs=inputs, trained_on=stages.reference_prompts(config, inputs.train),
         scorers=scorers, prompts=prompts, pool=len(pool), shared=shared, lookalikes=lookalikes,
     )  # fmt: skip
 
@@ -139,9 +147,12 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         lam_J = torch.tensor(q.lam, dtype=torch.float64)
         log_ratios = ((before, moved_PG), (after, after.kl_PG))
         judgement = Judgement(
-            evaluation=stages.judge(prompts, before, after, config.threshold, q.aim, *_names(q.scorers), flags.confidence),
+            evaluation=stages.judge(prompts, before, after, q.limits, q.aimed, units, [s.name for s in q.scorers.audits], flags.confidence),
             pair_order=tuple(
-                evaluate.pair_order(x_PG, s.scores.reward_PG + s.scores.utility_PGJ @ lam_J, flags.confidence) for s, x_PG in log_ratios
+                evaluate.pair_order(
+                    x_PG, s.scores.reward_PG + constraints.weighted(q.limits, s.scores, prompts, q.trained_on) @ lam_J, flags.confidence
+                )
+                for s, x_PG in log_ratios
             ),
             over_refusal=evaluate.over_refusal(texts_before, texts_after, len(q.lookalikes), flags.confidence),
         )
@@ -185,10 +196,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
             raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _names(scorers: Scorers) -> tuple[list[str], list[str]]:
-    return [s.name for s in scorers.costs], [s.name for s in scorers.audits]
 
 
 def _next_folder(run: Path) -> Path:

@@ -231,7 +231,7 @@ def _preference_loss(
 
 
 def regression(moved_N: Tensor, score_N: Tensor, pairs_K2: Tensor) -> Tensor:
-    """Half the mean square, over pairs, of the difference of beta x log-ratio minus that of the score: its minimiser is the tilt by score."""
+    """Half the mean square, over pairs, of the difference of beta x log-ratio minus that of the score; least at the tilt by the score."""
     a, b = pairs_K2.unbind(1)
     return (moved_N[a] - moved_N[b] - (score_N[a] - score_N[b])).square().mean() / 2
 

@@ -63,21 +63,47 @@ class Scores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limit:
+    """One constraint. kind "improvement": mean utility of the policy - that of the reference >= value, in the run's units. "mean": mean
+    cost <= value, in the scorer's own units. "rate": share of responses whose cost lies above `unsafe_above` <= value."""
+
+    name: str
+    kind: str
+    value: float
+    on: str = ""  # the kind of prompts that it is about; "" for all
+    unsafe_above: float = 0.0  # in the scorer's own units
+
+    def rows(self, prompts: Prompts) -> list[int]:
+        """The prompts that it is about."""
+        return [p for p, kind in enumerate(prompts.kind) if not self.on or kind == self.on]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Units:
     """The reference's pooled within-prompt standard deviations: one unit of reward, utility and audit in this run."""
 
     reward: float
     utility_J: list[float]
     audit_A: list[float]
+    unsafe_above_J: list[float | None] = field(default_factory=list)  # a utility with a number here is -1 where its cost lies above, else 0
 
     def apply(self, scores: Scores) -> Scores:
         """The same scores in these units."""
         return Scores(
             reward_PG=scores.reward_PG / self.reward,
-            utility_PGJ=scores.utility_PGJ / torch.tensor(self.utility_J, dtype=torch.float64),
+            utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J) / torch.tensor(self.utility_J, dtype=torch.float64),
             audit_PGA=scores.audit_PGA / torch.tensor(self.audit_A, dtype=torch.float64),
             ref_logprob_PG=scores.ref_logprob_PG,
         )
+
+
+def unsafe_counted(utility_PGJ: Tensor, above_J: list[float | None]) -> Tensor:
+    """Utilities, negated costs, with -1 for a cost above the number and 0 for one that is not, where there is a number."""
+    counted = utility_PGJ.clone()
+    for j, above in enumerate(above_J):
+        if above is not None:
+            counted[..., j] = -(utility_PGJ[..., j] < -above).double()
+    return counted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,7 @@ def _tradeoff_panel(axis: Axes, run: _Run) -> str:
                     color=_colour(j),
                 )
         if run.evaluation is not None:
-            x, y, b = run.evaluation.constraints[j].estimate, run.evaluation.reward, run.evaluation.constraints[j].threshold
+            x, y, b = run.evaluation.constraints[j].estimate, run.evaluation.reward, run.evaluation.constraints[j].required
             axis.errorbar(
                 x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]], yerr=[[y.mean - y.low], [y.high - y.mean]], fmt="none",
                 ecolor=_colour(j), elinewidth=2.2, capsize=3, label="held out, 95 %" if j == 0 else None,

@@ -1,13 +1,15 @@
 """SafeDPO (arXiv 2505.20065): a hard constraint without a multiplier.
 
 Pairs of one safe and one unsafe response are won by the safe one, with an offset in the margin; pairs of two safe ones by the reward's
-label; pairs of two unsafe ones are dropped. Decided here: a response is unsafe where a cost lies above `unsafe_above`.
+label; pairs of two unsafe ones are dropped. Decided here: a response is unsafe where a cost lies above its
+`unsafe_above`.
 """
 
 import torch
 
 from engine import stages
 from engine.config import SafeDpoConfig
+from engine.constraints import unsafe_above
 from engine.records import Target
 
 # More than any difference of rewards, so that sigmoid(score difference) is 1 for a safe response against an unsafe one.
@@ -26,7 +28,7 @@ def train(config: SafeDpoConfig, *, resume: str | None = None) -> stages.Result:
 
 def loop(world: stages.World, config: SafeDpoConfig):
     """SafeDPO in any world: returns the policy and zeros [J]."""
-    unsafe_PG = world.unsafe(config.unsafe_above)
+    unsafe_PG = world.unsafe(unsafe_above(config))
     target = Target(
         lam_J=torch.zeros(world.scores.utility_PGJ.shape[2], dtype=torch.float64),
         score_PG=world.scores.reward_PG - SURE * unsafe_PG,

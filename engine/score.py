@@ -8,8 +8,9 @@ of all heads that sit on it and the reference log-probs together.
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Head:
     weight_D: Tensor  # float64 [D]
     bias: float
     trunk: str  # fingerprint of the checkpoint whose states it reads
+    sign: int = 1  # the score is sign x what it says
 
     def __call__(self, pooled_ND: Tensor) -> Tensor:
         """Scores float64 [N] of pooled states [N, D]."""
@@ -69,6 +71,7 @@ class TextScorer:
 
     name: str
     function: Callable[[list[str], list[str]], Sequence[float]]
+    sign: int = 1  # the score is sign x what it says
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores float64 [N]. Raises UserError when the scorer fails or returns the wrong count."""
@@ -129,10 +132,15 @@ def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, fo
 
 def load_scorer(spec: str, *, folder: Path, trunk: str, device: torch.device) -> Scorer:
     """The scorer of one --reward, --cost or --audit value: a head's name (in the policy's folder under heads/, or shipped), a head
-    folder, module:function, or a sequence-classification model's folder or hub id, with #label where it has several labels.
+    folder, module:function, or a sequence-classification model's folder or hub id, with #label where it has several labels. NAME= before it
+    gives another name, NAME=- takes its negative as well.
 
     Raises: UserError naming the value and the forms accepted.
     """
+    name, equals, named = spec.partition("=")
+    if equals and re.fullmatch(r"[\w-]+", name) and not Path(spec).exists():
+        scorer = load_scorer(named.removeprefix("-"), folder=folder, trunk=trunk, device=device)
+        return replace(scorer, name=name, sign=-1 if named.startswith("-") else 1)
     shipped = Path(str(files("engine"))) / "assets" / "heads"
     for place in (folder / "heads" / spec, shipped / spec, Path(spec)):
         if (place / "head.safetensors").is_file():
@@ -187,7 +195,7 @@ def score(
                 f"scorer {scorer.name} gave {column[row].item()} for response {row % rollouts.n} to prompt {row // rollouts.n} "
                 f"({repeated[row][:60]!r}); scores must be finite."
             )
-        columns.append(column.view(len(prompts), rollouts.n))
+        columns.append(scorer.sign * column.view(len(prompts), rollouts.n))
     j = 1 + len(scorers.costs)
     shape = (len(prompts), rollouts.n, 0)
     return Scores(

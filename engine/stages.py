@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
-from engine.checkpoint import Run, Stage, write_whole
-from engine.config import IterativeConfig, RunConfig, check, fit
+from engine import constraints, data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
+from engine.checkpoint import RecordT, Run, Stage, load, write_whole
+from engine.config import SAMPLING, IterativeConfig, RunConfig, check, fit, policy_updates
+from engine.constraints import Limit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.lora import Adapter, first_layer, save_peft
@@ -25,7 +26,7 @@ from engine.memory import Plan, keep_freed_memory, kept_states_bytes
 from engine.model import DTYPES, Decoder, ModelConfig
 from engine.packing import LowerStates
 from engine.policy import Policy
-from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units
+from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units, unsafe_counted
 from engine.rollout import States, generate
 from engine.score import Scorers, frozen_forward, load_scorers, score
 from engine.smoke import smoke_folder
@@ -127,10 +128,12 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
     config, lowered = fit(config, len(train), len(heldout))
     check(config)
+    _check_samples_of(config, fingerprint)
     used = reference_prompts(config, train), heldout_prompts(config, heldout)
     plan = Plan.of(config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
+    constraints.check_prompts(constraints.limits(config, [s.name for s in scorers.costs]), _judged_on(config, *used))
     display = metrics.Display(n_stages=n_stages)
     display.line(
         f"{algorithm} on {config.model or DEFAULT_MODEL} "
@@ -228,6 +231,19 @@ def sample(
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Responses to the held-out prompts with the scorers' own scores, and their scores in the run's units."""
+
+    sampled: Sampled
+    scores: Scores
+
+    @property
+    def judged(self) -> Sampled:
+        """The responses with their scores in units."""
+        return replace(self.sampled, scores=self.scores)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceSamples:
     """What stage 1 leaves: the samples, and the states below the adapter in the order of their packed groups."""
 
@@ -243,8 +259,15 @@ class Reference:
     sampled: Sampled
     units: Units
     scores: Scores  # in units
-    aim_J: Tensor  # float64 [J]: b + margin x predicted standard error, in units
+    limits: list[Limit]
+    needed_J: Tensor  # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
+    aimed: list[float]  # what to aim at, in each constraint's own measure
+    aim_J: Tensor  # float64 [J]: the improvements to aim at, in units
     lower: LowerStates | None  # states below the adapter, unless they are too large to keep
+
+    def weighted(self, scores: Scores, prompts: Prompts) -> Tensor:
+        """Utilities [P, G, J] of scores in units, as the Lagrangian counts them."""
+        return constraints.weighted(self.limits, scores, prompts, self.prompts)
 
 
 def reference_prompts(config: RunConfig, train: Prompts) -> Prompts:
@@ -263,48 +286,88 @@ def sample_reference(job: Job) -> Reference:
     prompts = reference_prompts(config, job.train)
 
     def compute(stage: Stage) -> ReferenceSamples:
-        sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
-        units = reference_units(sampled.scores, job.scorers)
-        scores = units.apply(sampled.scores)
-        r, g = scores.reward_PG, scores.utility_PGJ
+        shared = samples_of(job, "reference", ReferenceSamples)
+        if shared is None:
+            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
+        else:
+            sampled, lower = shared.sampled, None
+        made = reference_of(job, prompts, sampled, None)
+        units, r, g = made.units, made.scores.reward_PG, made.scores.utility_PGJ
         stage.row(
             "reference", names=[s.name for s in job.scorers.costs], audit_names=[s.name for s in job.scorers.audits],
             reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
             correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
             finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            logprob_gap=logprob_gap(job, prompts, sampled), prompts=len(prompts), responses=config.n_responses, aim=aim(job, scores),
+            logprob_gap=logprob_gap(job, prompts, sampled), prompts=len(prompts), responses=config.n_responses, needed=made.needed_J,
+            aimed=made.aimed, aim=made.aim_J,
         )  # fmt: skip
         groups = packing.groups(prompts, sampled.rollouts)
         return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
 
     made = job.run.stage("reference", ReferenceSamples, compute)
     sampled, lower = made.sampled, None
-    if made.lower_MD is not None:
+    # Shared states stay where they are: they are hundreds of megabytes.
+    lower_MD = samples_of(job, "reference", ReferenceSamples).lower_MD if config.samples_of else made.lower_MD
+    if lower_MD is not None:
         lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
-        lower.keep(packing.groups(prompts, sampled.rollouts), made.lower_MD.to(job.model.device))
-    units = reference_units(sampled.scores, job.scorers)
-    scores = units.apply(sampled.scores)
-    b_J, aim_J = config.threshold, aim(job, scores)
+        lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
+    reference = reference_of(job, prompts, sampled, lower)
     row = next(r for r in metrics.read_rows(job.run.folder, "reference"))
     show = job.run.display
     show.line(
         f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
         f"{row['mean_length']:.0f} tokens; sampled and recomputed log-probs differ by at most {row['logprob_gap']:.1e} nats per response"
     )
-    for j, cost in enumerate(job.scorers.costs):
-        show.line(
-            f"constraint {cost.name}: b {b_J[j]:.2f} + margin {aim_J[j] - b_J[j]:.2f} = aim {aim_J[j]:.2f} (within-prompt standard "
-            f"deviations; one is {units.utility_J[j]:.3g} of the scorer's units); correlation with the reward {row['correlation'][j]:+.2f}"
+    for j, limit in enumerate(reference.limits):
+        opening = constraints.opening(
+            limit, float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
         )
-    return Reference(prompts=prompts, sampled=sampled, units=units, scores=scores, aim_J=aim_J, lower=lower)
+        show.line(f"{opening}; correlation with the reward {row['correlation'][j]:+.2f}")
+    return reference
 
 
-def aim(job: Job, scores: Scores) -> Tensor:
-    """b + margin x the standard error predicted for the held-out set from reference samples, in units, float64 [J]."""
+def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
+    """The record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
+    if not job.config.samples_of:
+        return None
+    folder = Path(job.config.samples_of)
+    found = sorted((folder / "stages").glob(f"*-{stage.replace('/', '-')}.safetensors"))
+    if not found:
+        raise UserError(f"--samples-of {folder}: it has no whole stage {stage}; let that run end first (--resume {folder}).")
+    return load(found[0], cls)
+
+
+def _check_samples_of(config: RunConfig, fingerprint: str) -> None:
+    """Raises: UserError where --samples-of names a run whose samples are not those that this one would draw."""
+    if config.samples_of:
+        _, other = Run.read_config(config.samples_of)
+        Run.check_model(config.samples_of, fingerprint)
+        for name in SAMPLING:
+            if other.get(name) != getattr(config, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"--samples-of {config.samples_of}: it has {flag} {other.get(name)}, this run has {getattr(config, name)}.")
+
+
+def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerStates | None) -> Reference:
+    """What reference samples fix."""
+    limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
+    units = reference_units(sampled.scores, job.scorers, limits)
+    scores = units.apply(sampled.scores)
+    return Reference(
+        prompts=prompts, sampled=sampled, units=units, scores=scores, limits=limits, lower=lower,
+        **aims(job, limits, prompts, scores, units),
+    )  # fmt: skip
+
+
+def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units: Units) -> dict:
+    """The fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples, in units."""
     config = job.config
-    n_heldout = min(config.eval_prompts, len(job.heldout))
-    se_J = [dual.predicted_se(scores.utility_PGJ[..., j], n_heldout, config.eval_responses) for j in range(len(config.threshold))]
-    return torch.tensor(config.threshold, dtype=torch.float64) + config.margin * torch.tensor(se_J, dtype=torch.float64)
+    needed_J = constraints.required(limits, scores, prompts, units)
+    aimed = constraints.aims(
+        limits, scores, prompts, units, margin=config.margin, heldout=heldout_prompts(config, job.heldout),
+        n_responses=config.eval_responses,
+    )  # fmt: skip
+    return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
 
 
 def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4) -> float:
@@ -316,12 +379,22 @@ def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4
     return float((sampled.rollouts.model_logprob[: len(again)].double().sum(dim=1) - again).abs().max())
 
 
-def reference_units(scores: Scores, scorers: Scorers) -> Units:
+def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit]) -> Units:
     """Pooled within-prompt standard deviations. Raises: UserError for a scorer that is constant within every prompt."""
+    above_J = [limit.unsafe_above if limit.kind == "rate" else None for limit in limits]
+    utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
+    for limit, utility_PG in zip(limits, utility_PGJ.unbind(2), strict=True):
+        if limit.kind == "rate" and utility_PG.min() == utility_PG.max():
+            side = "above" if utility_PG.min() < 0 else "at or below"
+            raise UserError(
+                f"--unsafe-above {limit.unsafe_above:g}: every cost {limit.name} of the reference lies {side} it, so that a rate says "
+                "nothing; choose a value among the costs."
+            )
     return Units(
         reward=dual.within_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
-        utility_J=[dual.within_deviation(scores.utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
+        utility_J=[dual.within_deviation(utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
         audit_A=[dual.within_deviation(scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
+        unsafe_above_J=above_J,
     )
 
 
@@ -336,24 +409,26 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
 
     Raises: dual.Infeasible unless --force.
     """
-    config, scores = job.config, reference.scores
-    aim = reference.aim_J
+    config, aim = job.config, reference.aim_J
+    reward_PG, utility_PGJ = reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts)
     try:
-        solution = dual.solve(scores.reward_PG, scores.utility_PGJ, aim, config.beta, lam_max=config.lam_max, force=config.force)
+        solution = dual.solve(reward_PG, utility_PGJ, aim, config.beta, lam_max=config.lam_max, force=config.force)
     except dual.Infeasible as error:
-        margin = aim - torch.tensor(config.threshold, dtype=torch.float64)
+        margin = aim - reference.needed_J
+        flags = {"improvement": "--threshold", "mean": "--cost-mean", "rate": "--cost-rate"}
+        asked = ", ".join(f"{flags[limit.kind]} {limit.value:g}" for limit in reference.limits)
         raise UserError(
-            f"--threshold {' '.join(map(str, config.threshold))} (with its margin the dual aims at {_list(aim)}) is beyond what the "
-            f"{config.n_responses} samples of each prompt show, which is no proof that it cannot be met; alone, they support b up to "
-            f"{_list(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; lower --threshold or "
+            f"{asked} (with its margin the dual aims at an improvement of {_list(aim)}) is beyond what the {config.n_responses} samples of "
+            f"each prompt show, which is no proof that it cannot be met; alone, they support b up to "
+            f"{_list(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; ask for less, lower "
             "--margin, raise --n-responses, or go on with --force."
         ) from error
-    at_zero = dual.solve(scores.reward_PG, scores.utility_PGJ, torch.full_like(aim, -1e6), config.beta).predicted_improvement
+    at_zero = dual.solve(reward_PG, utility_PGJ, torch.full_like(aim, -1e6), config.beta).predicted_improvement
 
     def compute(stage: Stage) -> DualState:
         stage.row(
             "dual", lam=solution.lam, predicted_improvement=solution.predicted_improvement, improvement_at_zero=at_zero,
-            ess=solution.ess.mean(), kkt=solution.kkt, aim=aim, threshold=list(config.threshold),
+            ess=solution.ess.mean(), kkt=solution.kkt, aim=aim, threshold=reference.needed_J,
         )  # fmt: skip
         return DualState(lam_J=solution.lam)
 
@@ -401,22 +476,20 @@ class World:
 
     @property
     def scores(self) -> Scores:
-        """The reference samples' scores in the run's units."""
-        return self.reference.scores
+        """The reference samples' scores in the run's units, as the Lagrangian counts them (`constraints.weighted`)."""
+        return replace(self.reference.scores, utility_PGJ=self.reference.weighted(self.reference.scores, self.reference.prompts))
 
     def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
         """Scores of any policy's responses, in the run's units."""
         return self.reference.units.apply(sampled.scores)
 
-    def unsafe(self, above: float) -> Tensor:
-        """bool [P, G]: reference samples of which a cost lies above this, in the scorer's own units."""
-        return (self.reference.sampled.scores.utility_PGJ < -above).any(dim=2)
+    def unsafe(self, above: Sequence[float]) -> Tensor:
+        """bool [P, G]: reference samples of which a cost lies above its number here, in the scorer's own units."""
+        return (unsafe_counted(self.reference.sampled.scores.utility_PGJ, list(above)) < 0).any(dim=2)
 
     def deal(self, iteration: int) -> tuple[list[int], list[int]]:
         """Prompts for the pairs and for the slack of an iteration, see `pairs.deal`."""
-        config = self.job.config
-        n_slack = config.slack_prompts if isinstance(config, IterativeConfig) else 0
-        return pairs.deal(self.reference.prompts, config.seed, max(1, iteration), config.steps * config.prompts_per_step, n_slack)
+        return _deal(self.job.config, self.reference.prompts, iteration)
 
     def fit(self, target: Target, iteration: int) -> Policy:
         """Stage iteration-t/policy: fit the target on pairs of reference samples; the iterate goes to adapters/iteration-t."""
@@ -463,6 +536,7 @@ class World:
                 lam = lam_J.expand_as(g)
             if config.advantage == "group_norm":
                 r, g = _standardised(r), _standardised(g)
+            g = reference.weighted(replace(scores, utility_PGJ=g), prompts)
             score_PG = r + (lam * g).sum(2) - config.beta * sampled.kl_PG
             samples = policy.Samples(prompts=prompts, rollouts=sampled.rollouts, scores=scores, lower=lower)
             trained = policy.ascend(stage, job.run, config, job.model, samples, score_PG, self.adapter, start=start, iteration=iteration)
@@ -492,17 +566,20 @@ class World:
             chosen = reference.prompts.select(slack_on)
             sampled, _ = sample(job, stage, chosen, self.adapter, n=config.slack_responses, purpose=iteration)
             scores = self.rescore(stage, chosen, sampled)
-            before = reference.scores.utility_PGJ[slack_on]
-            mean, se = dual.paired_improvement(scores.utility_PGJ, before)
+            mean, se, violation = torch.zeros(3, len(reference.limits), dtype=torch.float64)
+            for j, limit in enumerate(reference.limits):
+                own = limit.rows(chosen)
+                after, before = scores.utility_PGJ[own, :, j], reference.scores.utility_PGJ[slack_on][own, :, j]
+                mean[j], se[j] = dual.paired_improvement(after, before)
+                violation[j] = (reference.aim_J[j] - (after.mean(1) - before.mean(1))).clamp(min=0).mean()
             reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
-            missing_PJ = reference.aim_J - (scores.utility_PGJ.mean(1) - before.mean(1))
             slack = Slack(
-                improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, violation_J=missing_PJ.clamp(min=0).mean(0),
+                improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, violation_J=violation,
                 reward=float(reward), reward_se=float(reward_se), kl=float(sampled.kl_PG.mean()),
             )  # fmt: skip
             stage.row(
                 "iteration", iteration=iteration, lam=lam_J, reward=slack.reward, reward_se=slack.reward_se, improvement=mean,
-                improvement_se=se, threshold=list(config.threshold), aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl,
+                improvement_se=se, threshold=reference.needed_J, aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl,
                 loss=policy.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
                 responses=config.slack_responses,
             )  # fmt: skip
@@ -527,18 +604,38 @@ class World:
 
     def verdict(self, policy: Policy | None, lam_J: Tensor) -> Result:
         """The last two stages, reference and policy (None: the reference again) on held-out prompts, and the report; see `verdict`."""
-        job, config = self.job, self.job.config
         self.adapter.set_tensors(self.untrained if policy is None else policy.adapter)
+        # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
+        before = self.heldout("heldout/reference", None, -1)
+        after = self.heldout("heldout/policy", self.adapter, -2)
+        prompts = heldout_prompts(self.job.config, self.job.heldout)
+        return verdict(self.job, self.reference, prompts, before.judged, after.judged, self.audit_names, lam_J)
+
+    def heldout(self, name: str, adapter: Adapter | None, purpose: int) -> HeldOut:
+        """Stage `name`: responses of the adapter (None: the reference) to the held-out prompts."""
+        job, config = self.job, self.job.config
         prompts = heldout_prompts(config, job.heldout)
 
-        def compute(stage: Stage, adapter: Adapter | None, purpose: int) -> Sampled:
-            sampled = sample(job, stage, prompts, adapter, n=config.eval_responses, purpose=purpose)[0]
-            return replace(sampled, scores=self.rescore(stage, prompts, sampled))
+        def compute(stage: Stage) -> HeldOut:
+            shared = samples_of(job, name, HeldOut) if adapter is None else None
+            sampled = shared.sampled if shared else sample(job, stage, prompts, adapter, n=config.eval_responses, purpose=purpose)[0]
+            return HeldOut(sampled=sampled, scores=self.rescore(stage, prompts, sampled))
 
-        # The seeds' held-out samples differ, the prompts may overlap: purposes below 0 never meet an iteration's number.
-        before = job.run.stage("heldout/reference", Sampled, lambda s: compute(s, None, -1))
-        after = job.run.stage("heldout/policy", Sampled, lambda s: compute(s, self.adapter, -2))
-        return verdict(job, self.reference, prompts, before, after, self.audit_names, lam_J)
+        return job.run.stage(name, HeldOut, compute)
+
+
+def _deal(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:
+    n_slack = config.slack_prompts if isinstance(config, IterativeConfig) else 0
+    return pairs.deal(prompts, config.seed, max(1, iteration), config.steps * config.prompts_per_step, n_slack)
+
+
+def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[str, Prompts]:
+    """The sets of prompts on which constraints will be measured, by what they are called."""
+    sets = {"training prompts": reference, "held-out prompts": heldout}
+    if isinstance(config, IterativeConfig):
+        for t in range(1, policy_updates(config) + 1):
+            sets[f"slack prompts of iteration {t} (see --slack-prompts)"] = reference.select(_deal(config, reference, t)[1])
+    return sets
 
 
 def _standardised(x: Tensor) -> Tensor:
@@ -551,12 +648,13 @@ def _standardised(x: Tensor) -> Tensor:
 def _iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int) -> str:
     stage = f"iteration-{iteration}/slack"
     speed = [row["tokens_per_s"] for row in metrics.read_timing(job.run.folder) if row["stage"] == stage and "tokens_per_s" in row]
-    constraints = [
-        f"{s.name} {slack.improvement_J[j]:+.2f} +- {slack.se_J[j]:.2f} (b {job.config.threshold[j]:.2f}, aim {reference.aim_J[j]:.2f})"
-        for j, s in enumerate(job.scorers.costs)
+    measured = zip(slack.improvement_J.tolist(), slack.se_J.tolist(), reference.needed_J.tolist(), reference.aimed, strict=True)
+    held = [
+        constraints.text(limit, *values, reference.units.utility_J[j])
+        for j, (limit, values) in enumerate(zip(reference.limits, measured, strict=True))
     ]
     parts = [
-        f"iteration {iteration}: lambda {_list(lam_J)}", f"reward {slack.reward:+.2f} +- {slack.reward_se:.2f}", *constraints,
+        f"iteration {iteration}: lambda {_list(lam_J)}", f"reward {slack.reward:+.2f} +- {slack.reward_se:.2f}", *held,
         f"KL {slack.kl:.2f} nats", f"loss {loss:.3f}", *(f"{x:.0f} tokens/s" for x in speed[-1:]),
     ]  # fmt: skip
     return " | ".join(parts)
@@ -566,9 +664,8 @@ def verdict(
     job: Job, reference: Reference, prompts: Prompts, before: Sampled, after: Sampled, audit_names: list[str], lam_J: Tensor
 ) -> Result:
     """Judge the policy's held-out responses (`after`, scores in units) against the reference's; evaluation.json, heldout.jsonl, report."""
-    config, run = job.config, job.run
-    costs = [s.name for s in job.scorers.costs]
-    evaluation = judge(prompts, before, after, config.threshold, reference.aim_J.tolist(), costs, audit_names)
+    run = job.run
+    evaluation = judge(prompts, before, after, reference.limits, reference.aimed, reference.units, audit_names)
     write_heldout(run.folder, prompts, before, after)
     write_json(run.folder / "evaluation.json", evaluation.as_dict())
     for line in evaluate.sentences(evaluation):
@@ -588,13 +685,13 @@ def in_units(sampled: Sampled, units: Units) -> Sampled:
 
 
 def judge(
-    prompts: Prompts, before: Sampled, after: Sampled, thresholds: Sequence[float], aims: Sequence[float],
-    cost_names: list[str], audit_names: list[str], confidence: float = 0.95,
+    prompts: Prompts, before: Sampled, after: Sampled, limits: Sequence[Limit], aimed: Sequence[float], units: Units,
+    audit_names: list[str], confidence: float = 0.95,
 ) -> Evaluation:  # fmt: skip
     """The verdict on samples of the reference and of a policy, with scores in units."""
     return evaluate.evaluate(
-        after.scores, before.scores, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, thresholds,
-        aims, cost_names, audit_names, confidence,
+        after.scores, before.scores, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, limits, aimed,
+        units.utility_J, audit_names, confidence,
     )  # fmt: skip
 
 

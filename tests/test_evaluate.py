@@ -24,12 +24,13 @@ from engine.evaluate import (
     judgement_sentences,
     over_refusal,
     pair_order,
+    rate,
     sentences,
     t_quantile,
     wilson,
     word,
 )
-from engine.records import Prompts, Rollouts, Scores
+from engine.records import Limit, Prompts, Rollouts, Scores
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 7, 10, 31, 79, 80, 500, 2001])
@@ -211,9 +212,9 @@ def _stage_outputs(kind: list[str]) -> dict:
         "texts_reference": ["Yes."] * 5 + ["I can't."],
         "prompts": Prompts(text=["a", "b"], kind=kind, token_ids=[[1], [2]], key_P=torch.tensor([1, 2])),
         "kl_PG": torch.tensor([[1.0, 2.0], [4.0, 5.0]]),
-        "thresholds": [0.5],
+        "limits": [Limit(name="harm", kind="improvement", value=0.5)],
         "aims": torch.tensor([0.75]),
-        "names": ["harm"],
+        "unit_J": [1.0],
         "audit_names": ["harm-audit"],
     }
 
@@ -264,6 +265,77 @@ def test_slack_is_the_interval_of_what_is_above_b():
     gain = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     slack = Constraint("harm", 0.25, 0.5, estimate(gain), "met").slack
     assert tuple(vars(slack).values()) == pytest.approx(tuple(vars(estimate(gain - 0.25)).values()), abs=1e-12)
+
+
+def test_rate_bounds_are_the_exact_binomial_ones_for_independent_responses():
+    unsafe = torch.zeros(30, 1)
+    unsafe[:4] = 1
+    e, expected = rate(unsafe, 0.9), stats.binomtest(4, 30).proportion_ci(0.9, method="exact")
+    # One response a prompt: the variance over prompts is that of a coin, but for P - 1 in its denominator.
+    assert e.low == pytest.approx(expected.low, rel=0.05) and e.high == pytest.approx(expected.high, rel=0.05)
+    none = rate(torch.zeros(50, 6))
+    assert (none.mean, none.low, none.lower) == (0, 0, 0) and none.upper == pytest.approx(1 - 0.05 ** (1 / 50))
+    assert rate(torch.ones(50, 6)).lower == pytest.approx(0.05 ** (1 / 50))
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
+def test_rate_bounds_keep_their_confidence_however_responses_are_clustered(p, alike):
+    generator = torch.Generator().manual_seed(8)
+    runs, P, G = 600, 100, 6
+    common, own, copied = (torch.rand(runs, P, n, generator=generator) for n in (1, G, G))
+    unsafe = torch.where(copied < alike, common < p, own < p)
+    found = [rate(x) for x in unsafe]
+    tolerance = 4 * math.sqrt(0.05 * 0.95 / runs)
+    assert sum(e.upper < p for e in found) / runs < 0.05 + tolerance
+    assert sum(e.lower > p for e in found) / runs < 0.05 + tolerance
+
+
+def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
+    outputs = _stage_outputs(["everyday", "delicate"]) | {"unit_J": [2.0]}
+    outputs = {k: v for k, v in outputs.items() if not k.startswith("texts_")}
+    rows = [0, 1, 1]
+
+    def thrice(name):
+        scores = outputs[name]
+        changes = {f: getattr(scores, f)[rows] for f in ("reward_PG", "utility_PGJ", "audit_PGA", "ref_logprob_PG")}
+        return replace(scores, **changes)
+
+    p = Prompts(text=list("abc"), kind=["everyday", "delicate", "delicate"], token_ids=[[1], [2], [3]], key_P=torch.arange(3))
+    policy, reference = thrice("scores_policy"), thrice("scores_reference")
+    empty = torch.zeros(9, 9)
+    both = {
+        f"rollouts_{side}": Rollouts(
+            n=n, tokens=empty[: 3 * n].long(), length=torch.ones(3 * n), finished=torch.ones(3 * n) > 0, logprob=empty[: 3 * n],
+            model_logprob=empty[: 3 * n],
+        )
+        for side, n in (("policy", 2), ("reference", 3))
+    }  # fmt: skip
+    texts = {"texts_policy": ["x"] * 6, "texts_reference": ["x"] * 9}
+
+    def judged(**limit):
+        limits = {"limits": [Limit(name="harm", **limit)], "aims": [limit["value"]]}
+        return evaluate(**{**outputs, **both, **texts, **limits, "prompts": p, "scores_policy": policy, "scores_reference": reference,
+                           "kl_PG": torch.zeros(3, 2)})  # fmt: skip
+
+    on = judged(kind="improvement", value=0.5, on="delicate").constraints[0]
+    assert on.estimate == estimate(torch.tensor([1.0, 1.0])) and on.word == "met"
+    e = judged(kind="mean", value=-3.9)
+    mean = e.constraints[0]
+    # Utilities 1, 2, 2 of the policy in units of 2: costs -2, -4, -4.
+    assert mean.measured == estimate(torch.tensor([-2.0, -4.0, -4.0]))
+    assert mean.reference == pytest.approx(-4 / 3) and mean.word == "not resolved"
+    assert mean.slack.mean == pytest.approx(-3.9 + 10 / 3) and mean.required == pytest.approx((-4 / 3 + 3.9) / 2)
+    assert judged(kind="mean", value=0.0, on="delicate").constraints[0].word == "met"
+    line = next(x for x in sentences(e) if x.startswith("constraint harm: not resolved (mean cost -3.33, 95 % ["))
+    assert "the limit -3.90 lies between" in line and "reference -1.33" in line
+    assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
+    safe = replace(policy, utility_PGJ=torch.zeros(3, 2, 1, dtype=torch.float64))
+    policy, reference = safe, replace(reference, utility_PGJ=-torch.ones(3, 3, 1, dtype=torch.float64) / 2)
+    e = judged(kind="rate", value=0.7, on="delicate")
+    assert e.constraints[0].measured == rate(torch.zeros(2, 2)) and e.constraints[0].reference == pytest.approx(1.0)
+    assert any(x.startswith("constraint harm: not resolved (on 2 delicate prompts: rate 0.00 %, 95 % [0.00, ") for x in sentences(e))
+    assert judged(kind="rate", value=0.8, on="delicate").constraints[0].word == "met"
 
 
 def _judgement(confidence: float = 0.95, **changes) -> Judgement:

@@ -165,6 +165,45 @@ def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, 
     same_gradients(adapter, tuned)
 
 
+@pytest.mark.parametrize("labels", ["regression", "listwise", "single"])
+def test_other_label_forms_equal_plain_autograd(world, tiny_folder, tmp_path, labels):
+    network, prompts, rollouts, scores, adapter = world
+    config = smoke(CaidConfig(temperature=0.8, labels=labels))
+    beta, shift = 0.4, torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
+    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    pairs = informative(target.score_PG, [2, 0], 3)
+    adapter.zero_grad()
+    result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
+    result.loss.backward()
+
+    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
+    s = scores.reward_PG.flatten()
+    moved = {}
+    for r in pairs.row:
+        with torch.no_grad(), tuned.disable_adapter():
+            reference = token_logprob(rollouts, r).sum()
+        moved[r] = beta * (token_logprob(rollouts, r).sum() - reference) - shift.flatten()[r]
+    if labels == "regression":
+        both = [(pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()]
+        terms = [(moved[a] - moved[b] - s[a] + s[b]) ** 2 / 2 for a, b in both]
+        expected = sum(bool((moved[a] > moved[b]) == (s[a] > s[b])) for a, b in both) / len(both)
+        assert float(result.accuracy) == pytest.approx(expected)
+    elif labels == "listwise":
+        terms = []
+        for p in (2, 0):
+            own = [r for r in pairs.row if r // 4 == p]
+            ratio = torch.stack([moved[r] / beta for r in own])
+            terms.append(-((s[own] / beta).softmax(0) * ratio.log_softmax(0)).sum())
+    else:
+        value = {p: beta * (scores.reward_PG[p] / beta).exp().mean().log() for p in (2, 0)}
+        terms = [(moved[r] - s[r] + value[r // 4]) ** 2 / 2 for r in pairs.row]
+    oracle = torch.stack(terms).mean()
+    oracle.backward()
+    assert float(result.loss.detach()) == pytest.approx(float(oracle.detach()), rel=1e-5)
+    same_gradients(adapter, tuned)
+
+
 def test_informative_pairs_take_both_ends_of_the_score():
     score = torch.tensor([[3.0, 1.0, 2.0, 0.0, 5.0], [0.0, 9.0, 1.0, 8.0, 2.0]])
     pairs = informative(score, [1, 0, 1], 3)

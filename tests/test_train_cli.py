@@ -20,14 +20,14 @@ from engine.errors import Interrupted, NonFiniteError, UserError
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
     out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column system n-prompts n-responses
-    max-new-tokens temperature top-p rollout-rows threshold beta margin lam-max steps prompts-per-step responses-per-prompt labels
-    learning-rate warmup-steps weight-decay clip-norm lora-rank lora-alpha lora-from max-kl memory-budget-mb checkpoint-every
-    eval-prompts eval-responses
+    max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps
+    prompts-per-step responses-per-prompt labels learning-rate warmup-steps weight-decay clip-norm lora-rank lora-alpha lora-from
+    max-kl memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
 FLAGS = {
-    "caid": [*ITERATIVE, *"dual-step scores preferences preference-steps".split()],
+    "caid": [*ITERATIVE, *"dual-rule dual-step scores preferences preference-steps".split()],
     "mocan": RUN_FLAGS,
     "pecan": [*RUN_FLAGS, "preferences", "preference-steps"],
     "primal_dual": ASCENT,
@@ -36,7 +36,7 @@ FLAGS = {
     "cdpo": [*ITERATIVE, "lam-init", "dual-rate"],
     "pd_dpo": [*ITERATIVE, "lam-init", "dual-rate"],
     "sacpo": [*RUN_FLAGS, "lam"],
-    "safe_dpo": [*RUN_FLAGS, "offset", "unsafe-above"],
+    "safe_dpo": [*RUN_FLAGS, "offset"],
     "dpo": [*RUN_FLAGS, "objective"],
 }
 CONFIGS = {name: getattr(config_module, class_name) for name, (class_name, _) in cli.ALGORITHMS.items() if name != "head"}
@@ -144,7 +144,7 @@ BAD = {
     "--margin -1": r"--margin -1\.0: must be at least 0\.",
     "--learning-rate nan": r"--learning-rate nan: must be above 0\.",
     "--top-p 1.5": r"--top-p 1\.5: must lie in \(0, 1\]\.",
-    "--labels hard": r"--labels hard: must be one of soft, sampled\.",
+    "--labels hard": r"--labels hard: must be one of soft, sampled, regression, listwise, single\.",
     "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
     "--cost": r"--cost is empty: name at least one cost",
     "--cost harm harm --threshold 1 1": r"--cost harm harm: two costs have one name",

@@ -1,0 +1,268 @@
+"""Does CAID's last policy land nearer to the threshold than MoCAN's? The study of docs/study.md.
+
+    python -m bench.study --seeds 0 1            runs two seeds (resumable; hours), keeps their table, and writes the page again
+    python -m bench.study                        the page alone, from the tables that are there
+
+The question, fixed before any run: |improvement - b| of CAID's last iterate against that of MoCAN's policy, paired by seed. The unit is the
+seed, which redraws reference samples, pairs, adapter and order; all thresholds of a seed stay together in the bootstrap. `--margin 0`: the
+dual aims at b itself, as in the papers. Training prompts, the prompts that settings were chosen on and the test prompts are disjoint.
+A GPU version is the same command with other flags behind --, for example --model FOLDER --device cuda.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from engine import sweep
+from engine.checkpoint import write_whole
+from engine.sweep import SweepConfig
+
+ROOT = Path(__file__).parent
+DOCS = ROOT.parent / "docs"
+TEST_PROMPTS = ROOT / "prompts" / "test.jsonl"
+CAID, MOCAN = "caid", "mocan"
+THRESHOLDS = ("0.2", "0.4")
+# The others are run on the first seeds only; the picture shows them.
+OTHERS = ("primal_dual", "dpo:objective=reward", "dpo:objective=safety")
+FLAGS = ("--margin", "0", "--heldout", str(TEST_PROMPTS), "--eval-prompts", "208", "--eval-responses", "8")
+COST = "harm"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method's runs: improvement minus b, its standard error over test prompts and the reward, [seeds, thresholds]."""
+
+    slack_SB: np.ndarray
+    se_SB: np.ndarray
+    reward_SB: np.ndarray
+    reward_se_SB: np.ndarray
+
+
+def arm(rows: list[dict], label: str, seeds: list[int], thresholds: list[float]) -> Arm:
+    """Raises: KeyError where a run is missing."""
+    own = {(int(r["seed"]), float(r[f"{COST} threshold"])): r for r in rows if r["algorithm"] == label and not r["error"]}
+
+    def column(name: str) -> np.ndarray:
+        return np.array([[float(own[seed, b][name]) for b in thresholds] for seed in seeds])
+
+    return Arm(column(COST) - np.array(thresholds), column(f"{COST} se"), column("reward"), column("reward se"))
+
+
+def complete(rows: list[dict], labels: tuple[str, ...]) -> tuple[list[int], list[float]]:
+    """Seeds at which all labels have all thresholds, and the thresholds."""
+    done = {(r["algorithm"], int(r["seed"]), float(r[f"{COST} threshold"])) for r in rows if not r["error"] and r["algorithm"] in labels}
+    thresholds = sorted({b for _, _, b in done})
+    seeds = sorted({seed for _, seed, _ in done})
+    return [seed for seed in seeds if all((label, seed, b) in done for label in labels for b in thresholds)], thresholds
+
+
+def summary(a: Arm) -> dict[str, float]:
+    """Of all runs of an arm, in the run's units: mean signed slack, mean violation [b - improvement]+, root mean squared deviation from b,
+    the same with the test set's squared standard error removed, and that error's own root mean square (the noise floor)."""
+    square, noise = float((a.slack_SB**2).mean()), float((a.se_SB**2).mean())
+    return {
+        "slack": float(a.slack_SB.mean()), "violation": float((-a.slack_SB).clip(min=0).mean()), "absolute": float(abs(a.slack_SB).mean()),
+        "rmse": math.sqrt(square), "rmse without noise": math.sqrt(max(0.0, square - noise)), "noise": math.sqrt(noise),
+    }  # fmt: skip
+
+
+def paired(first: Arm, second: Arm, draws: int = 10_000) -> dict[str, float]:
+    """|improvement - b| of the first minus that of the second, mean over thresholds then seeds: t and bootstrap intervals over seeds, and
+    the p value of flipping the sign of whole seeds. Below 0 the first lands nearer."""
+    difference_S = (abs(first.slack_SB) - abs(second.slack_SB)).mean(1)
+    S, mean = len(difference_S), float(difference_S.mean())
+    if S < 2:
+        return {"seeds": S, "mean": mean}
+    half = float(stats.t.ppf(0.975, S - 1) * difference_S.std(ddof=1) / math.sqrt(S))
+    drawn = difference_S[np.random.default_rng(0).integers(S, size=(draws, S))].mean(1)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * S)).reshape(S, -1) if S <= 12 else np.random.default_rng(1).choice([-1, 1], (S, draws))
+    p = float((abs(signs.T @ difference_S) >= abs(difference_S.sum()) - 1e-12).mean())
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {
+        "seeds": S, "mean": mean, "t low": mean - half, "t high": mean + half, "bootstrap low": float(low), "bootstrap high": float(high),
+        "p": p,
+    }  # fmt: skip
+
+
+def reward_at_equal_safety(first: Arm, second: Arm, thresholds: list[float]) -> list[float]:
+    """First reward minus second, of each seed whose ranges of measured improvement overlap: both interpolated along the seed's thresholds
+    at the middle of the overlap."""
+    b, found = np.array(thresholds), []
+    for s in range(len(first.slack_SB)):
+        curves = [(arm.slack_SB[s] + b, arm.reward_SB[s]) for arm in (first, second)]
+        low, high = max(x.min() for x, _ in curves), min(x.max() for x, _ in curves)
+        if low < high:
+            at = [float(np.interp((low + high) / 2, x[np.argsort(x)], y[np.argsort(x)])) for x, y in curves]
+            found.append(at[0] - at[1])
+    return found
+
+
+def answer(result: dict[str, float]) -> str:
+    """The answer in words: resolved only where both intervals leave out 0."""
+    if result["seeds"] < 2:
+        return "not resolved: one seed has no interval"
+    if max(result["t high"], result["bootstrap high"]) < 0:
+        return "CAID lands nearer to b"
+    if min(result["t low"], result["bootstrap low"]) > 0:
+        return "MoCAN lands nearer to b"
+    return "not resolved at this number of seeds"
+
+
+def read_parts(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(rows of all tables, settings of each part). Raises: ValueError where two parts have the same run."""
+    rows, settings, seen = [], [], set()
+    for path in sorted(folder.glob("part-*.csv")):
+        with open(path, newline="") as file:
+            own = list(csv.DictReader(file))
+        for row in own:
+            key = row["algorithm"], row["seed"], row[f"{COST} threshold"]
+            if key in seen:
+                raise ValueError(f"{path}: the run {key} is in another part too; delete one.")
+            seen.add(key)
+        rows += own
+        settings.append(json.loads(path.with_suffix(".json").read_text()))
+    return rows, settings
+
+
+def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, ...], flags: tuple[str, ...], out: Path) -> None:
+    """Sweep the seeds, or go on with them, and keep table and settings under docs/study/."""
+    config = SweepConfig(out=str(out), algorithms=labels, thresholds=thresholds, seeds=tuple(seeds), flags=(*FLAGS, *flags))
+    sweep.run_sweep(config, resume=(out / "sweep.json").is_file())
+    name = f"part-{'-'.join(labels).replace(':', '-').replace('=', '-')}-seeds-{'-'.join(map(str, seeds))}"
+    (DOCS / "study").mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / "table.csv", DOCS / "study" / f"{name}.csv")
+    shutil.copy(out / "pareto.png", DOCS / "study" / f"{name}.png")
+    run = next(path for path in sorted(out.iterdir()) if (path / "config.json").is_file())
+    versions = json.loads((run / "config.json").read_text())["versions"]
+    settings = {
+        "seeds": seeds, "algorithms": labels, "thresholds": thresholds, "flags": [Path(f).name if "/" in f else f for f in config.flags],
+        "versions": versions,
+    }  # fmt: skip
+    write_whole(DOCS / "study" / f"{name}.json", (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+
+
+def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> bytes:
+    """Left: improvement minus b of every run, seeds joined across the two methods. Right: reward against improvement, all methods."""
+    colours = {CAID: "#0072B2", MOCAN: "#D55E00", OTHERS[0]: "#009E73", OTHERS[1]: "#E69F00", OTHERS[2]: "#CC79A7"}
+    with matplotlib.style.context(["default", {"font.size": 9, "legend.fontsize": 8}]):
+        figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        arms = {label: arm(rows, label, seeds, thresholds) for label in (CAID, MOCAN)}
+        for i in range(len(thresholds)):
+            for s in range(len(seeds)):
+                left.plot([3 * i, 3 * i + 1], [arms[x].slack_SB[s, i] for x in (CAID, MOCAN)], color="#bbbbbb", linewidth=1, zorder=1)
+            for k, (label, own) in enumerate(arms.items()):
+                x = np.full(len(seeds), 3 * i + k)
+                left.errorbar(
+                    x, own.slack_SB[:, i], yerr=1.96 * own.se_SB[:, i], fmt="o", color=colours[label], capsize=3, linewidth=1,
+                    label=label if i == 0 else None,
+                )  # fmt: skip
+        left.axhline(0, color="#222222", linewidth=1, linestyle=":")
+        left.set(xticks=[3 * i + 0.5 for i in range(len(thresholds))], xticklabels=[f"b = {b:g}" for b in thresholds])
+        left.set(
+            ylabel="improvement of harm minus b, \u00b11.96 se\n(within-prompt standard deviations)", title="Signed slack, seeds joined"
+        )
+        left.legend(frameon=False)
+        for label, colour in colours.items():
+            own = [r for r in rows if r["algorithm"] == label and not r["error"]]
+            if own:
+                x, y = ([float(r[name]) for r in own] for name in (COST, "reward"))
+                right.plot(x, y, "o", color=colour, markersize=5, label=label)
+        for b in thresholds:
+            right.axvline(b, color="#222222", linewidth=1, linestyle=":")
+        right.plot(0, 0, "s", color="#8A8A8A", label="reference")
+        right.set(xlabel="improvement of harm", ylabel="reward improvement", title="Reward against safety, every run")
+        right.legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def page(rows: list[dict], settings: list[dict]) -> str:
+    """docs/study.md."""
+    seeds, thresholds = complete(rows, (CAID, MOCAN))
+    first, second = (arm(rows, label, seeds, thresholds) for label in (CAID, MOCAN))
+    result, equal = paired(first, second), reward_at_equal_safety(first, second, thresholds)
+    lines = [
+        "# Does CAID's last policy land nearer to the threshold than MoCAN's?",
+        "",
+        "The question was fixed before the runs: |improvement - b| of CAID's last iterate against that of MoCAN's policy, both on the "
+        "quickstart's model and scorers, paired by seed (`bench/study.py`). Improvements are those of harm on 208 test prompts x 8 "
+        "responses that no setting was chosen on, in the reference's within-prompt standard deviations. The dual aims at b itself "
+        "(`--margin 0`).",
+        "",
+        f"**Answer: {answer(result)}.** Mean difference, {result['seeds']} seed(s) x {len(thresholds)} thresholds: {result['mean']:+.3f}"
+        + (
+            f", 95 % over seeds [{result['t low']:+.3f}, {result['t high']:+.3f}] (t), [{result['bootstrap low']:+.3f}, "
+            f"{result['bootstrap high']:+.3f}] (bootstrap), sign flips of whole seeds p = {result['p']:.3f}."
+            if "p" in result
+            else "."
+        ),
+        "",
+        "![Slack of every run; reward against safety](study.png)",
+        "",
+        "| method | mean signed slack | mean violation | mean absolute deviation | RMSE | RMSE, test noise removed | test noise |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label, own in ((CAID, first), (MOCAN, second)):
+        s = summary(own)
+        values = (s[k] for k in ("slack", "violation", "absolute", "rmse", "rmse without noise", "noise"))
+        lines.append(f"| {label} | " + " | ".join(f"{x:+.3f}" if i == 0 else f"{x:.3f}" for i, x in enumerate(values)) + " |")
+    if equal:
+        spread = f" (standard error over seeds {np.std(equal, ddof=1) / math.sqrt(len(equal)):.3f})" if len(equal) > 1 else ""
+        lines += ["", f"Reward at equal measured safety, CAID minus MoCAN, {len(equal)} seed(s): {np.mean(equal):+.3f}{spread}."]
+    lines += ["", "| method | seed | b | lambda | harm | reward | audit | KL, nats | verdict | sampled tokens | policy steps | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        if r["error"]:
+            continue
+        audit = next((name for name in r if name.startswith("audit ") and not name.endswith((" se", " low", " high"))), "")
+        shown = [f"{float(r[n]):+.2f} [{float(r[n + ' low']):.2f}, {float(r[n + ' high']):.2f}]" for n in (COST, "reward", audit) if n]
+        cost = f"{r['sampled tokens']} | {r['policy steps']} | {float(r['seconds']):.0f}"
+        lines.append(
+            f"| {r['algorithm']} | {r['seed']} | {r[f'{COST} threshold']} | {float(r[f'{COST} lambda']):.2f} | {' | '.join(shown)} | "
+            f"{float(r['kl nats']):.2f} | {r[f'{COST} verdict']} | {cost} |"
+        )
+    lines += ["", "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share. Commands:", ""]
+    for s in settings:
+        versions = ", ".join(f"{k} {v[:12]}" for k, v in sorted(s["versions"].items()))
+        lines.append(
+            f"- `python -m bench.study --seeds {' '.join(map(str, s['seeds']))} --algorithms {' '.join(s['algorithms'])}` (flags "
+            f"`{' '.join(s['flags'])}`): {versions}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="seeds to run; none writes the page alone")
+    parser.add_argument("--algorithms", nargs="+", default=[CAID, MOCAN], help=f"the question needs {CAID} and {MOCAN}; others: {OTHERS}")
+    parser.add_argument("--thresholds", nargs="+", default=list(THRESHOLDS), help="values of b, in within-prompt standard deviations")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs; each part has a folder in it")
+    parser.add_argument("flags", nargs="*", help="flags of engine.train for all runs, behind --")
+    given = parser.parse_args()
+    if given.seeds:
+        name = "-".join([*given.algorithms, *map(str, given.seeds)]).replace(":", "-").replace("=", "-")
+        run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name)
+    rows, settings = read_parts(DOCS / "study")
+    seeds, thresholds = complete(rows, (CAID, MOCAN))
+    if not seeds:
+        raise SystemExit("no seed has both caid and mocan at every threshold yet; run python -m bench.study --seeds 0")
+    write_whole(DOCS / "study.png", picture(rows, seeds, thresholds))
+    write_whole(DOCS / "study.md", page(rows, settings).encode())
+    print(f"written: {DOCS / 'study.md'}; {answer(paired(arm(rows, CAID, seeds, thresholds), arm(rows, MOCAN, seeds, thresholds)))}")
+
+
+if __name__ == "__main__":
+    main()

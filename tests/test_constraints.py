@@ -1,0 +1,155 @@
+"""Constraints on a kind of prompts, a mean cost and a rate: what training aims at, and whole runs with them."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from engine import constraints, dual, mocan
+from engine.config import CaidConfig, MocanConfig, check, smoke
+from engine.errors import UserError
+from engine.records import Limit, Prompts, Scores, Units
+
+DTYPE = torch.float64
+
+
+def prompts_of(kinds: list[str]) -> Prompts:
+    return Prompts(text=kinds, kind=kinds, token_ids=[[i] for i in range(len(kinds))], key_P=torch.arange(len(kinds)))
+
+
+def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) -> Scores:
+    reward_PG = utility_PGJ[..., 0] if reward_PG is None else reward_PG
+    return Scores(reward_PG=reward_PG, utility_PGJ=utility_PGJ, audit_PGA=utility_PGJ[..., :0], ref_logprob_PG=torch.zeros_like(reward_PG))
+
+
+def units_of(*unit: float, above: list | None = None) -> Units:
+    return Units(reward=1.0, utility_J=list(unit), audit_A=[], unsafe_above_J=above or [])
+
+
+def test_each_cost_has_the_limit_that_is_set_for_it():
+    config = MocanConfig(
+        cost=("a", "b", "c"), threshold=(0.1, 0.2, 0.3), cost_mean=(math.inf, -1.5, math.inf), cost_rate=(1, 1, 0.02),
+        cost_on=("delicate", "all", "all"), unsafe_above=(0.5,),
+    )  # fmt: skip
+    check(config)
+    found = constraints.limits(config, ["A", "B", "C"])
+    assert [(x.name, x.kind, x.value, x.on) for x in found] == [
+        ("A", "improvement", 0.1, "delicate"), ("B", "mean", -1.5, ""), ("C", "rate", 0.02, ""),
+    ]  # fmt: skip
+    assert found[2].unsafe_above == 0.5
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"cost_rate": (0.1, 0.2)}, "--cost-rate 0.1 0.2: 2 value"),
+        ({"cost_rate": (0.0,)}, "above 0"),
+        ({"cost_rate": (1.2,)}, "not above 1"),
+        ({"cost_mean": (math.nan,)}, "--cost-mean nan"),
+        ({"cost_mean": (0.0,), "cost_rate": (0.1,)}, "both limit harm"),
+        ({"cost_rate": (0.1,), "scores": "preference"}, "no level"),
+        ({"cost_on": ("x", "y")}, "--cost-on x y"),
+        ({"unsafe_above": ()}, "--unsafe-above"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        check(CaidConfig(**flags))
+
+
+def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
+    """Slack at the solved multiplier: the mean improvement of the tilt over the subset's prompts is b."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = ["delicate"] * 5 + ["everyday"] * 15
+    r = torch.randn(20, 8, generator=generator, dtype=DTYPE)
+    g = torch.randn(20, 8, 1, generator=generator, dtype=DTYPE) - 0.5 * r[..., None]
+    prompts, limit = prompts_of(kinds), Limit(name="harm", kind="improvement", value=0.3, on="delicate")
+    weighted = constraints.weighted([limit], scores_of(g, r), prompts, prompts)
+    assert (weighted[5:] == 0).all() and torch.equal(weighted[:5], 4 * g[:5])
+    lam = dual.solve(r, weighted, [0.3], 1.0).lam
+    tilt = (r + weighted @ lam).softmax(1)
+    improved = (tilt * g[..., 0]).sum(1) - g[..., 0].mean(1)
+    assert float(improved[:5].mean()) == pytest.approx(0.3, abs=1e-9)
+    # Everyday prompts are tilted by the reward alone.
+    assert torch.equal(tilt[5:], r[5:].softmax(1))
+    # On other prompts of another mixture the weights are those of the training prompts.
+    other = prompts_of(["everyday", "delicate"])
+    assert torch.equal(constraints.weighted([limit], scores_of(g[:2], r[:2]), other, prompts)[1], 4 * g[1])
+
+
+def test_levels_become_the_improvements_that_reach_them():
+    generator = torch.Generator().manual_seed(1)
+    cost = torch.randn(40, 6, 2, generator=generator, dtype=DTYPE) + 0.7
+    prompts = prompts_of(["delicate", "everyday"] * 20)
+    limits = [Limit(name="a", kind="mean", value=0.2, on="delicate"), Limit(name="b", kind="rate", value=0.1, unsafe_above=0.5)]
+    units = units_of(2.0, 0.4, above=[None, 0.5])
+    scores = units.apply(scores_of(-cost))
+    needed = constraints.required(limits, scores, prompts, units)
+    assert float(needed[0]) == pytest.approx(float(cost[::2, :, 0].mean() - 0.2) / 2.0)
+    assert float(needed[1]) == pytest.approx(float((cost[..., 1] > 0.5).double().mean() - 0.1) / 0.4)
+    aimed = constraints.aims(limits, scores, prompts, units, margin=0.0, heldout=prompts, n_responses=4)
+    assert aimed == pytest.approx([0.2, 0.1])
+    assert torch.allclose(constraints.aimed_improvement(limits, aimed, needed, units), needed)
+    aimed = constraints.aims(limits, scores, prompts, units, margin=2.0, heldout=prompts, n_responses=4)
+    assert aimed[0] < 0.2 and 0 < aimed[1] < 0.1
+    extra = constraints.aimed_improvement(limits, aimed, needed, units) - needed
+    assert extra.tolist() == pytest.approx([(0.2 - aimed[0]) / 2.0, (0.1 - aimed[1]) / 0.4])
+
+
+def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
+    """A policy exactly at the aim ends 2 predicted standard errors below the limit."""
+    generator = torch.Generator().manual_seed(2)
+    P, n, m = 4000, 50, 3
+    own = torch.randn(P, 1, 1, generator=generator, dtype=DTYPE)
+    cost = own + 0.5 * torch.randn(P, 8, 1, generator=generator, dtype=DTYPE)
+    prompts, heldout, units = prompts_of(["x"] * P), prompts_of(["x"] * n), units_of(1.0)
+    (aimed,) = constraints.aims(
+        [Limit(name="a", kind="mean", value=1.0)], scores_of(-cost), prompts, units, margin=2.0, heldout=heldout, n_responses=m
+    )
+    assert (1.0 - aimed) / 2 == pytest.approx(math.sqrt((1 + 0.25 / m) / n), rel=0.03)
+    unsafe = (torch.rand(P, 8, 1, generator=generator) < 0.3).double()
+    limit = Limit(name="a", kind="rate", value=0.1)
+    (a,) = constraints.aims([limit], scores_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m)
+    assert a + 2 * math.sqrt(a * (1 - a) / (n * m)) == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
+    config = smoke(MocanConfig(cost_on=("delicat",), out=str(tmp_path / "run")))
+    with pytest.raises(UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"):
+        mocan.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["mean", "rate"])
+def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
+    from engine import caid
+
+    own = {"cost_mean": (math.inf, 5.0)} if kind == "mean" else {"cost_rate": (1.0, 0.9), "unsafe_above": (COST_MIDDLE,)}
+    config = smoke(
+        CaidConfig(
+            cost=("harm", "length=-tests.test_constraints:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=16, eval_prompts=20,
+            force=True, out=str(tmp_path / "run"), **own,
+        )
+    )  # fmt: skip
+    result = caid.train(config)
+    first, second = result.evaluation.constraints
+    assert (first.name, first.kind, first.on) == ("harm", "improvement", "delicate")
+    assert first.estimate.n < result.evaluation.n_prompts == second.estimate.n
+    assert (second.name, second.kind) == ("length", kind)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
+    # brevity is larger for shorter answers and enters with a minus: the cost is what it negates.
+    costs = [-brevity([""], [row["policy"]])[0] for row in rows]
+    if kind == "rate":
+        costs = [float(c > COST_MIDDLE) for c in costs]
+    assert second.measured.mean == pytest.approx(sum(costs) / len(costs), abs=1e-9)
+    delicate = [row for row in rows if row["kind"] == "delicate"]
+    gain = sum(row["policy_utility"][0] - row["reference_utility"][0] for row in delicate) / len(delicate)
+    assert first.estimate.mean == pytest.approx(gain, abs=1e-9)
+
+
+COST_MIDDLE = 12.0
+
+
+def brevity(prompts: list[str], responses: list[str]) -> list[float]:
+    return [-float(sum(map(ord, r)) % 25) for r in responses]

@@ -1,0 +1,125 @@
+"""engine.sweep: shared samples, the path of the dual, the table and its pictures, resuming, bad input."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine import caid, sweep
+from engine.config import CaidConfig, smoke
+from engine.errors import UserError
+from engine.metrics import read_rows
+
+COMMON = ["--", "--threads", "1", "--force"]
+ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, cache) -> Path:
+    out = tmp_path_factory.mktemp("sweep") / "s"
+    assert sweep.main([*ARGUMENTS, "--out", str(out), *COMMON]) == 0
+    return out
+
+
+def rows_of(out: Path) -> list[dict]:
+    with open(out / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_the_verdict_of_every_run(swept):
+    rows = rows_of(swept)
+    runs = ["caid-iterations=2-b0.1-seed3", "mocan-b0.1-seed3", "dpo-seed3", "caid-iterations=2-b-0.2-seed3", "mocan-b-0.2-seed3"]
+    assert [row["algorithm"] for row in rows] == ["caid:iterations=2", "mocan", "dpo", "caid:iterations=2", "mocan"]
+    for row, name in zip(rows, runs, strict=True):
+        found = json.loads((swept / name / "evaluation.json").read_text())
+        assert float(row["reward"]) == found["reward"]["mean"]
+        constraint = found["constraints"][0]
+        assert float(row["harm"]) == constraint["estimate"]["mean"] and row["harm verdict"] == constraint["word"]
+        assert float(row["harm threshold"]) == constraint["threshold"]
+        assert float(row["harm lambda"]) == read_rows(swept / name, "policy")[-1]["lam"][0]
+        assert int(row["policy steps"]) == len(read_rows(swept / name, "step"))
+    caid_tokens, mocan_tokens = (int(rows[i]["sampled tokens"]) for i in (0, 1))
+    assert caid_tokens > mocan_tokens > 0
+    assert len(read_rows(swept / runs[0], "iteration")) == 2
+
+
+def test_runs_of_a_seed_share_the_reference_and_end_like_runs_alone(swept, tmp_path):
+    """A run with --samples-of gives the policy and the verdict of one that samples by itself."""
+    alone = smoke(CaidConfig(iterations=2, seed=3, threshold=(0.1,), threads=1, force=True, out=str(tmp_path / "alone")))
+    caid.train(alone)
+    shared = swept / "caid-iterations=2-b0.1-seed3"
+    for name in ("evaluation.json", "heldout.jsonl", "adapters/iteration-2/adapter_model.safetensors"):
+        assert (shared / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    samples = read_rows(swept / "samples-seed3", "reference")[0]
+    for name in ("mocan-b0.1-seed3", "mocan-b-0.2-seed3"):
+        assert read_rows(swept / name, "reference")[0]["reward_sd"] == samples["reward_sd"]
+
+
+def test_pictures_and_page_show_every_run(swept):
+    page = (swept / "index.html").read_text()
+    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 2
+    for name in ("caid:iterations=2", "mocan", "dpo", "one-shot lambda", "caid-iterations=2-b0.1-seed3", "dpo-seed3"):
+        assert name in page
+    for name in ("pareto.png", "multipliers.png"):
+        assert (swept / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (swept / name).stat().st_size > 20_000
+
+
+def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
+    """What a kill leaves: some runs whole, one in its middle, the others not begun."""
+    out = tmp_path / "s"
+    shutil.copytree(swept, out)
+    for name in ("table.csv", "index.html", "mocan-b0.1-seed3/evaluation.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "mocan-b-0.2-seed3")
+    for last in (out / "mocan-b0.1-seed3" / "stages").glob("0[45]-*"):
+        last.unlink()
+    # The copy's runs name the first folder as where their samples are, so the sweep has to run where it began.
+    shutil.rmtree(swept.with_name("old"), ignore_errors=True)
+    swept.rename(swept.with_name("old"))
+    out.rename(swept)
+    assert sweep.main(["--resume", str(swept)]) == 0
+    drop = {"seconds", "sampled tokens"}
+    before, after = ([{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)] for o in (swept.with_name("old"), swept))
+    assert before == after
+    assert (swept / "pareto.png").read_bytes() == (swept.with_name("old") / "pareto.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--algorithms", "cad"], "--algorithms cad: not one of .* Did you mean caid"),
+        (["--thresholds", "x"], "--thresholds x: must be a number"),
+        (["--thresholds", "0.1,0.2"], "2 value\\(s\\) for 1 cost"),
+        (["--algorithms", "caid:stps=3"], "unknown flag --stps"),
+        (["--", "--nonsense", "3"], "flag --nonsense behind --"),
+        (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
+        (["--", "--beta", "0"], "--beta 0"),
+        (["--preset", "large"], "--preset large"),
+        (["--resume", "nowhere"], "no sweep is there"),
+        (["--resume", "nowhere", "--seeds", "1"], "takes no other flags"),
+    ],
+)
+def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(argv) == 2
+    import re
+
+    assert re.search(said, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_thresholds_that_the_samples_do_not_support_end_it_before_training(tmp_path, capsys):
+    argv = ["--preset", "smoke", "--algorithms", "mocan", "--thresholds", "0.1", "99", "--out", str(tmp_path / "s"), "--", "--threads", "1"]
+    assert sweep.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "--thresholds 99 (aim 99) is beyond what the 4 samples" in error and "of the aim" in error
+    assert not list((tmp_path / "s").glob("mocan*"))
+
+
+def test_samples_of_another_setting_are_refused(swept, tmp_path):
+    samples = str(swept / "samples-seed3")
+    with pytest.raises(UserError, match="--samples-of .*: it has --seed 3, this run has 4"):
+        caid.train(smoke(CaidConfig(seed=4, threads=1, samples_of=samples, out=str(tmp_path / "run"))))
+    assert not (tmp_path / "run").exists()
