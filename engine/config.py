@@ -84,9 +84,9 @@ class RunConfig:
     """Prompts in one policy step, at most."""
     responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
-    labels: str = "soft"
-    """soft (expected Bradley-Terry label), sampled (a random draw, as in the papers), regression (least squares of margins on score
-    differences), listwise (cross-entropy over a prompt's responses) or single (least squares of each response, DRO)."""
+    labels: str = "regression"
+    """regression (least squares of margins on score differences), soft (expected Bradley-Terry label), sampled (a random draw of it, as in
+    the papers), listwise (cross-entropy over a prompt's responses) or single (least squares of each response, DRO)."""
     learning_rate: float = 1.5e-3
     """Peak learning rate of AdamW on the adapter."""
     warmup_steps: int = 1
@@ -173,6 +173,7 @@ class DpoConfig(RunConfig):
 
     objective: str = "reward"
     """reward, or safety: the sum of the utilities."""
+    labels: str = "soft"
     steps: int = 25
     """Policy steps in all."""
 
@@ -185,6 +186,7 @@ class SacpoConfig(RunConfig):
     """Fixed multiplier of each utility; the second stage's coefficient is beta / lambda. The paper tries several, none is solved for."""
     steps: int = 12
     """Policy steps of each of the two stages."""
+    labels: str = "soft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +195,7 @@ class SafeDpoConfig(RunConfig):
 
     offset: float = 10.0
     """Margin by which a safe response has to lead an unsafe one, nats x beta."""
+    labels: str = "soft"
     steps: int = 25
     """Policy steps in all."""
 
@@ -201,6 +204,7 @@ class SafeDpoConfig(RunConfig):
 class CdpoConfig(IterativeConfig):
     """Our reading of C-DPO (arXiv 2403.02475): DPO anew at each multiplier, then a step of dual descent of constant size."""
 
+    labels: str = "soft"
     lam_init: float = 1.0
     """First value of every multiplier."""
     dual_rate: float = 1.0
@@ -211,6 +215,7 @@ class CdpoConfig(IterativeConfig):
 class PdDpoConfig(IterativeConfig):
     """Our reading of PD-DPO (arXiv 2510.05703): DPO on the reward once, then DPO on safety from it at each multiplier."""
 
+    labels: str = "soft"
     lam_init: float = 1.0
     """First value of every multiplier."""
     dual_rate: float = 1.0

@@ -32,11 +32,11 @@ class Policy:
     first_moment: dict[str, Tensor]
     second_moment: dict[str, Tensor]
     steps: int
-    losses: list[float]  # nats per pair
+    losses: list[float]  # of the label form, see `engine.config`
 
     @property
     def loss(self) -> float:
-        """Mean loss of the update, nats per pair."""
+        """Mean loss of the update."""
         return sum(self.losses) / len(self.losses)
 
 

@@ -25,6 +25,11 @@ from engine.evaluate import Evaluation, sentences
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE, POLICY, INK = "#8A8A8A", "#0072B2", "#222222"
 UNIT = "reference within-prompt sd"
+# By label form; a policy gradient's loss has no unit of its own.
+LOSSES = {
+    "soft": "cross-entropy per pair (nats)", "sampled": "cross-entropy per pair (nats)", "listwise": "cross-entropy per prompt (nats)",
+    "regression": "half squared error per pair", "single": "half squared error per response",
+}  # fmt: skip
 FILES = ("config.json", "metrics.jsonl", "evaluation.json", "heldout.jsonl")
 
 
@@ -125,7 +130,7 @@ def _picture(run: _Run) -> bytes:
         axes = figure.subplots(rows, 3, squeeze=False).flatten()
         titles = [_lambda_panel(axes[0], run), _improvement_panel(axes[1], run), _tradeoff_panel(axes[2], run)]
         titles += [_histogram_panel(axis, run.heldout, *score) for axis, score in zip(axes[3:], scores, strict=False)]
-        titles.append(_loss_panel(axes[n_panels - 1], run.step))
+        titles.append(_loss_panel(axes[n_panels - 1], run))
         for i, (axis, title) in enumerate(zip(axes, titles, strict=False)):
             frame(axis, f"({chr(97 + i)}) {title}")
         for axis in axes[n_panels:]:
@@ -243,8 +248,9 @@ def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: i
     return f"Held-out {label}"
 
 
-def _loss_panel(axis: Axes, steps: list[dict]) -> str:
+def _loss_panel(axis: Axes, run: _Run) -> str:
     """Training loss of each policy step, iterations one after another."""
+    steps = run.step
     if steps:
         x = np.arange(1, len(steps) + 1)
         axis.plot(x, _column(steps, "loss"), color=POLICY, linewidth=1.2, marker="o" if len(steps) < 2 else None, label="loss")
@@ -253,7 +259,7 @@ def _loss_panel(axis: Axes, steps: list[dict]) -> str:
             axis.axvline(i + 0.5, color=REFERENCE, linewidth=1, linestyle=":", label="next iteration" if i == starts[0] else None)
         axis.margins(y=0.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="policy step, all iterations", ylabel="cross-entropy per pair (nats)")
+    axis.set(xlabel="policy step, all iterations", ylabel=LOSSES.get(run.config.get("config", {}).get("labels"), "loss"))
     return "Training loss"
 
 
