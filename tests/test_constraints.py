@@ -128,7 +128,8 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     own = {"cost_mean": (math.inf, 5.0)} if kind == "mean" else {"cost_rate": (1.0, 0.9), "unsafe_above": (COST_MIDDLE,)}
     config = smoke(
         CaidConfig(
-            cost=("harm", "length=-tests.test_constraints:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24, slack_prompts=12, eval_prompts=20,
+            cost=("harm", "length=-tests.test_constraints:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
+            slack_prompts=12, eval_prompts=20,
             force=True, out=str(tmp_path / "run"), **own,
         )
     )  # fmt: skip

@@ -107,6 +107,14 @@ def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks
     assert len({row["iteration"] for row in read_rows(tmp_path / "run", "step")} - {0}) == len(set(iterates) - {0})
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
     assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
+    # What a kill after half of the stages leaves is enough to end equal.
+    whole = files(tmp_path / "run")
+    stages = sorted((tmp_path / "run" / "stages").iterdir())
+    for path in [*stages[len(stages) // 2 :], tmp_path / "run" / "evaluation.json", tmp_path / "run" / "heldout.jsonl"]:
+        path.unlink()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    again = files(tmp_path / "run")
+    assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
