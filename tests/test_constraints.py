@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from engine import constraints, dual, mocan
-from engine.config import CaidConfig, MocanConfig, check, smoke
+from engine.config import CaidConfig, EvaluateConfig, MocanConfig, check, smoke
 from engine.errors import UserError
+from engine.evaluate import judgement_sentences
+from engine.evaluate_command import run_evaluation
 from engine.records import Limit, Prompts, Scores, Units
 
 DTYPE = torch.float64
@@ -147,6 +149,10 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     delicate = [row for row in rows if row["kind"] == "delicate"]
     gain = sum(row["policy_utility"][0] - row["reference_utility"][0] for row in delicate) / len(delicate)
     assert first.estimate.mean == pytest.approx(gain, abs=1e-9)
+    # Judged again with the run's own seed: the same constraints, measures and words.
+    again, _ = run_evaluation(tmp_path / "run", EvaluateConfig(seed=config.seed))
+    assert again.evaluation.constraints == result.evaluation.constraints
+    assert any(line.startswith("slack length (limit - ") for line in judgement_sentences(again))
 
 
 COST_MIDDLE = 12.0
