@@ -262,6 +262,9 @@ class EvaluateConfig:
 
     iterate: int = 0
     """Iterate to judge; 0 takes the last one."""
+    best_feasible: bool = False
+    """First choose the iterate on the run's held-out prompts: the one with the most reward of those that meet every constraint there (none:
+    the one that misses least). Then judge it on --prompts, which must be others."""
     prompts: str = ""
     """Prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the run's held-out prompts."""
     n_prompts: int = 0
@@ -342,6 +345,10 @@ def check_evaluate(config: EvaluateConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} 1: must be at least 2, as one has no spread; 0 takes the default.")
     if not 0.5 < config.confidence < 1:
         raise UserError(f"--confidence {config.confidence}: must lie above 0.5 and below 1; 0.95 is usual.")
+    if config.best_feasible and (config.iterate or not config.prompts):
+        raise UserError(
+            "--best-feasible: chooses the iterate on the run's held-out prompts, so leave --iterate out and give other --prompts."
+        )
     if config.device not in ("", "auto", "cpu", "cuda"):
         raise UserError(f"--device {config.device}: must be one of auto, cpu, cuda.")
 

@@ -86,12 +86,12 @@ def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], l
     return order[n_heldout:], order[:n_heldout]
 
 
-def assert_disjoint(train: Prompts, heldout: Prompts) -> None:
-    """Raises: UserError naming the first held-out prompt that is also a training prompt."""
+def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:
+    """Raises: UserError naming the first held-out prompt that is also one of `train`, each of them a `use`."""
     train_keys = set(train.key_P.tolist())
     for key, text in zip(heldout.key_P.tolist(), heldout.text, strict=True):
         if key in train_keys:
-            raise UserError(f"the held-out prompt {text[:60]!r} is also a training prompt; remove it from one of the two.")
+            raise UserError(f"the held-out prompt {text[:60]!r} is also a {use}; remove it from one of the two.")
 
 
 def shipped_prompts(split: Literal["train", "heldout"]) -> list[str]:

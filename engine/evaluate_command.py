@@ -56,8 +56,8 @@ class Question:
     run: Path
     algorithm: str
     config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
-    iterate: int
-    lam: list[float]  # the multipliers that the iterate was trained at
+    iterates: dict[int, list[float]]  # those to choose from, with the multipliers that each was trained at; one unless --best-feasible
+    selection: Prompts | None  # what they are chosen on
     units: Units  # of the run; further audits have none yet
     limits: list[Limit]
     aimed: list[float]  # in each constraint's own measure
@@ -81,7 +81,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if algorithm == "pecan" or values.get("scores") == "preference":
         raise UserError(f"{run}: its scores are log-ratios of policies that the run aligned, and only its own verdict has them.")
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
-    iterate, lam = _iterate(run, flags.iterate)
+    iterates = _iterates(run, flags.iterate, every=flags.best_feasible)
     config = replace(
         config, device=flags.device or config.device, threads=flags.threads or config.threads, audit=(*config.audit, *flags.audit),
         eval_responses=flags.n_responses or config.eval_responses,
@@ -100,19 +100,23 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
+    selection = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
+    if flags.best_feasible:
+        data.assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
     lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
     (reference,) = metrics.read_rows(run, "reference")
     limits = constraints.limits(config, [s.name for s in scorers.costs])
-    constraints.check_prompts(limits, {"prompts": prompts})
+    constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if flags.best_feasible else {}))
     units = Units(
         reward=reference["reward_sd"], utility_J=reference["utility_sd"], audit_A=reference["audit_sd"],
         unsafe_above_J=[limit.unsafe_above if limit.kind == "rate" else None for limit in limits],
     )  # fmt: skip
     return Question(
-        run=run, algorithm=algorithm, config=config, iterate=iterate, lam=lam, units=units, limits=limits,
-        aimed=reference.get("aimed", reference["aim"]), inputs=inputs, trained_on=stages.reference_prompts(config, inputs.train),
-        scorers=scorers, prompts=prompts, pool=len(pool), shared=shared, lookalikes=lookalikes,
+        run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection if flags.best_feasible else None,
+        units=units, limits=limits, aimed=reference.get("aimed", reference["aim"]), inputs=inputs,
+        trained_on=stages.reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
+        lookalikes=lookalikes,
     )  # fmt: skip
 
 
@@ -126,25 +130,28 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         raise UserError(f"--out {out} exists; name a folder that does not.")
     q = ask(run, flags)
     config, prompts, n = q.config, q.prompts, q.config.eval_responses
-    display = Display(n_stages=4)
+    first = 1 + len(q.iterates) if q.selection else 0
+    display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
     with whole_folder(out) as folder, display:
         subject = Subject.load(replace(config, seed=flags.seed), q.inputs, q.scorers)
-        adapter = load_peft(q.run / "adapters" / f"iteration-{q.iterate}", subject.model)
+        tried = _try_all(q, subject, display) if q.selection else []
+        iterate = best_feasible(tried) if tried else next(iter(q.iterates))
+        adapter = load_peft(q.run / "adapters" / f"iteration-{iterate}", subject.model)
         # The purposes of the run's own verdict, so that its seed gives its responses.
-        before, _ = stages.sample(subject, Phase(display, 1, "heldout/reference"), prompts, None, n=n, purpose=-1)
+        before, _ = stages.sample(subject, Phase(display, first + 1, "heldout/reference"), prompts, None, n=n, purpose=-1)
         units = _with_new_audits(q, before, display)
-        phase = Phase(display, 2, "heldout/policy")
+        phase = Phase(display, first + 2, "heldout/policy")
         after, _ = stages.sample(subject, phase, prompts, adapter, n=n, purpose=-2)
         moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
-        _, texts_before = stages.respond(subject, Phase(display, 3, "lookalike/reference"), q.lookalikes, None, n=n, purpose=-3)
-        _, texts_after = stages.respond(subject, Phase(display, 4, "lookalike/policy"), q.lookalikes, adapter, n=n, purpose=-4)
+        _, texts_before = stages.respond(subject, Phase(display, first + 3, "lookalike/reference"), q.lookalikes, None, n=n, purpose=-3)
+        _, texts_after = stages.respond(subject, Phase(display, first + 4, "lookalike/policy"), q.lookalikes, adapter, n=n, purpose=-4)
 
         before, after = stages.in_units(before, units), stages.in_units(after, units)
-        lam_J = torch.tensor(q.lam, dtype=torch.float64)
+        lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
         log_ratios = ((before, moved_PG), (after, after.kl_PG))
         judgement = Judgement(
             evaluation=stages.judge(prompts, before, after, q.limits, q.aimed, units, [s.name for s in q.scorers.audits], flags.confidence),
@@ -158,12 +165,53 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         )
         stages.write_heldout(folder, prompts, before, after)
         settings = {f: getattr(config, f) for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")}
-        settings |= {"iterate": q.iterate, "lam": q.lam, "seed": flags.seed, "units": asdict(units), "overlap": q.shared}
+        settings |= {
+            "iterate": iterate,
+            "lam": q.iterates[iterate],
+            "selection": tried,
+            "seed": flags.seed,
+            "units": asdict(units),
+            "overlap": q.shared,
+        }
         stages.write_json(folder / "evaluation.json", {**judgement.as_dict(), "settings": settings})
         for line in evaluate.judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {out / 'evaluation.json'} and {out / 'heldout.jsonl'}")
     return judgement, out
+
+
+def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
+    """Every iterate on the selection prompts: rows of iterate, lam, reward and room (improvement - what is required) of each constraint."""
+    n, audits, rows = q.config.eval_responses, [s.name for s in q.scorers.audits], []
+    # Further audits have no unit here, and are not needed to choose.
+    known = replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * (len(audits) - len(q.units.audit_A))])
+    before, _ = stages.sample(subject, Phase(display, 1, "selection/reference"), q.selection, None, n=n, purpose=-5)
+    for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
+        adapter = load_peft(q.run / "adapters" / f"iteration-{iterate}", subject.model)
+        after, _ = stages.sample(subject, Phase(display, number, f"selection/{iterate}"), q.selection, adapter, n=n, purpose=-5 - number)
+        sides = (stages.in_units(side, known) for side in (before, after))
+        e = stages.judge(q.selection, *sides, q.limits, q.aimed, known, audits)
+        room = [c.estimate.mean - c.required for c in e.constraints]
+        rows.append({"iterate": iterate, "lam": lam, "reward": e.reward.mean, "room": room})
+        display.line(
+            f"iterate {iterate}: reward {e.reward.mean:+.2f}, "
+            + ", ".join(f"{c.name} {x:+.2f} beyond what is required" for c, x in zip(e.constraints, room, strict=True))
+        )
+    chosen = best_feasible(rows)
+    met = sum(min(row["room"]) >= 0 for row in rows)
+    display.line(
+        f"iterate {chosen} is judged: "
+        + (f"the most reward of the {met} that meet every constraint" if met else "none meets every constraint, and it misses least")
+        + f" on {len(q.selection)} held-out prompts; what follows is on others"
+    )
+    return rows
+
+
+def best_feasible(rows: list[dict]) -> int:
+    """The iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
+    feasible = [row for row in rows if min(row["room"]) >= 0]
+    best = max(feasible, key=lambda row: row["reward"]) if feasible else max(rows, key=lambda row: min(row["room"]))
+    return best["iterate"]
 
 
 def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Adapter) -> Tensor:
@@ -205,8 +253,9 @@ def _next_folder(run: Path) -> Path:
     return run / f"evaluation-{number}"
 
 
-def _iterate(run: Path, wanted: int) -> tuple[int, list[float]]:
-    """The iterate to judge (0: the last one) and the multipliers it was trained at. Those past --max-kl were put aside by the run.
+def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
+    """The iterate to judge (0: the last one), or every one, with the multipliers it was trained at. Those past --max-kl were put aside by
+    the run.
 
     Raises: UserError when there is none, or not the wanted one.
     """
@@ -217,18 +266,18 @@ def _iterate(run: Path, wanted: int) -> tuple[int, list[float]]:
         raise UserError(f"{run} has no iterate yet; go on with python -m engine.train --resume {run}.")
     if wanted and wanted not in there:
         raise UserError(f"--iterate {wanted}: {run} has {', '.join(map(str, there))}; give one of these.")
-    chosen = wanted or there[-1]
-    return chosen, lam_of[chosen]
+    return {iterate: lam_of[iterate] for iterate in (there if every else [wanted or there[-1]])}
 
 
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     """What is judged, and how the responses are drawn."""
     config, inputs = q.config, q.inputs
-    lam = ", ".join(f"{x:.3f}" for x in q.lam)
+    lam = ", ".join(f"{x:.3f}" for x in list(q.iterates.values())[-1])
+    which = f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
     own = "so the random numbers are those of its verdict" if flags.seed == config.seed else "so no response was seen before"
     return [
-        f"iterate {q.iterate} of {q.run}: {q.algorithm} on {config.model or stages.DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
-        f"trained at lambda {lam}",
+        f"{which} of {q.run}: {q.algorithm} on {config.model or stages.DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
+        f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
         f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most {config.max_new_tokens} new tokens, "

@@ -349,3 +349,33 @@ def test_questions_take_the_runs_settings(finished):
     assert (q.config.threads, q.config.eval_responses, q.config.seed, q.config.eval_prompts) == (2, 3, 0, 8)
     assert q.config.temperature == 0.7 and len(q.prompts) == 8 and q.pool == 96
     torch.set_num_threads(1)
+
+
+def test_the_best_feasible_iterate_is_chosen_on_other_prompts(finished, tmp_path, capsys):
+    test = prompts_file(tmp_path / "test.jsonl", [f"What is {i} plus one?" for i in range(6)])
+    assert main([str(finished), "--best-feasible", "--prompts", test, "--out", str(tmp_path / "o")]) == 0
+    settings, printed = found(tmp_path / "o")["settings"], capsys.readouterr().out
+    tried = settings["selection"]
+    assert [row["iterate"] for row in tried] == [1, 2, 3]
+    assert settings["iterate"] == evaluate_command.best_feasible(tried)
+    assert settings["lam"] == next(row["lam"] for row in tried if row["iterate"] == settings["iterate"])
+    assert f"iterate {settings['iterate']} is judged: " in printed and "what follows is on others" in printed
+    # The policy judged is the one chosen: with --iterate the same figures come out.
+    again = [str(finished), "--iterate", str(settings["iterate"]), "--prompts", test, "--out", str(tmp_path / "p")]
+    assert main(again) == 0
+    assert (tmp_path / "o" / "heldout.jsonl").read_bytes() == (tmp_path / "p" / "heldout.jsonl").read_bytes()
+
+
+def test_best_feasible_prefers_reward_among_those_that_meet_all():
+    def chosen(*rows):
+        return evaluate_command.best_feasible([{"iterate": i, "reward": r, "room": list(room)} for i, (r, *room) in enumerate(rows, 1)])
+
+    assert chosen((0.9, -0.1, 0.5), (0.3, 0.0, 0.1), (0.4, 0.2, 0.2)) == 3
+    assert chosen((0.9, -0.3, 0.5), (0.3, -0.1, 0.1), (0.4, 0.2, -0.2)) == 2
+
+
+def test_best_feasible_needs_other_prompts(finished, tmp_path, capsys):
+    assert main([str(finished), "--best-feasible"]) == 2 and "give other --prompts" in capsys.readouterr().err
+    own = prompts_file(tmp_path / "own.jsonl", [rows(finished)[0]["prompt"], "And one more?"])
+    assert main([str(finished), "--best-feasible", "--prompts", own]) == 2
+    assert "is also a prompt on which the iterate is chosen" in capsys.readouterr().err
