@@ -11,6 +11,8 @@ import csv
 import io
 import json
 import math
+import re
+import shutil
 import sys
 from dataclasses import dataclass, field, fields, replace
 from html import escape
@@ -91,41 +93,49 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
 
     Raises: UserError for a flag, a threshold or an algorithm that cannot be.
     """
-    from engine.train import ALGORITHMS
-
-    thresholds = [_threshold(text) for text in sweep.thresholds]
-    unknown = set(_flag_names(sweep.flags))
-    names = [name for name in ALGORITHMS if name != "head"]
-    plans, seen = [], set()
-    for seed in sweep.seeds:
-        for threshold in thresholds:
-            for label in sweep.algorithms:
-                name, _, own = label.partition(":")
-                if name not in names:
-                    raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
-                config_class = getattr(configs, ALGORITHMS[name][0])
-                known = {f.name for f in fields(config_class)}
-                unknown -= known
-                config = config_class() if preset is None else smoke(config_class())
-                flags = [*_known_flags(sweep.flags, known), *(f"--{part.replace('_', '-')}" for part in own.split(",") if part)]
-                config = parse_flags(config_class, flags, prog="engine.sweep", usage="", first="algorithm", default=config)
-                values = threshold * len(config.cost) if len(threshold) == 1 else threshold
-                at = "" if issubclass(config_class, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
-                folder = Path(sweep.out) / f"{label.replace(':', '-').replace(',', '-').replace('/', '-')}{at}-seed{seed}"
-                if folder in seen:
-                    continue
-                seen.add(folder)
-                config = replace(
-                    config, seed=seed, threshold=values, out=str(folder), samples_of=str(Path(sweep.out) / f"samples-seed{seed}")
-                )
-                check(config)
-                plans.append(Plan(label=label, algorithm=name, threshold=values, config=config, folder=folder))
-    if unknown:
-        raise UserError(f"flag --{sorted(unknown)[0].replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it.")
     for name in ("seed", "threshold", "out", "samples_of"):
         if name in _flag_names(sweep.flags):
             raise UserError(f"--{name.replace('_', '-')} behind --: the sweep sets it; see --help.")
-    return plans
+    plans: dict[Path, Plan] = {}
+    for seed in sweep.seeds:
+        for threshold in [_threshold(text) for text in sweep.thresholds]:
+            for label in sweep.algorithms:
+                plan = _plan(sweep, preset, label, threshold, seed)
+                plans.setdefault(plan.folder, plan)
+    known = {f.name for plan in plans.values() for f in fields(plan.config)}
+    for name in _flag_names(sweep.flags):
+        if name not in known:
+            raise UserError(f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it.")
+    return list(plans.values())
+
+
+def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+    from engine.train import ALGORITHMS
+
+    names = [name for name in ALGORITHMS if name != "head"]
+    name, _, own = label.partition(":")
+    if name not in names:
+        raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
+    config_class = getattr(configs, ALGORITHMS[name][0])
+    default = config_class() if preset is None else smoke(config_class())
+    flags = _known_flags(sweep.flags, {f.name for f in fields(config_class)})
+    flags += [f"--{part.replace('_', '-')}" for part in own.split(",") if part]
+    config = parse_flags(config_class, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
+    values = threshold * len(config.cost) if len(threshold) == 1 else threshold
+    at = "" if issubclass(config_class, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
+    out = Path(sweep.out)
+    folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
+    config = replace(config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}"))
+    check(config)
+    return Plan(label=label, algorithm=name, threshold=values, config=config, folder=folder)
+
+
+def _begun(folder: Path) -> str | None:
+    """The folder where a run in it can go on; what a run left that was killed before it began is removed."""
+    if (folder / "config.json").is_file():
+        return str(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> Path:
@@ -163,10 +173,8 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
 
     # Settings of iterative algorithms also say which prompts measure a slack; the samples do not depend on them.
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
-    folder = Path(config.out)
-    resume = str(folder) if (folder / "config.json").is_file() else None
     rows, guess = [], None
-    with stages.open_job("samples", config, resume, n_stages=2) as job:
+    with stages.open_job("samples", config, _begun(Path(config.out)), n_stages=2) as job:
         world = stages.World(job)
         world.heldout("heldout/reference", None, -1)
         reference, names = world.reference, [s.name for s in job.scorers.costs]
@@ -202,7 +210,7 @@ def _do(plan: Plan) -> Outcome:
     if not (plan.folder / "evaluation.json").is_file():
         train = import_module(f"engine.{plan.algorithm}").train
         try:
-            train(plan.config, resume=str(plan.folder) if (plan.folder / "config.json").is_file() else None)
+            train(plan.config, resume=_begun(plan.folder))
         except NonFiniteError as stop:
             error = str(stop)
             print(f"error: {error}", file=sys.stderr)
