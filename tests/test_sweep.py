@@ -105,8 +105,6 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
 def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.chdir(tmp_path)
     assert sweep.main(argv) == 2
-    import re
-
     assert re.search(said, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
