@@ -218,20 +218,22 @@ def stopped_run(folder: Path, config, *, iterates: list[int], trained: list[int]
 @pytest.mark.parametrize(
     ("iterates", "trained", "wanted", "chosen"),
     [
-        ([1, 2, 10], [1, 2, 10], 0, (10, [10.0])),
-        ([1, 2, 10], [1, 2, 10], 2, (2, [2.0])),
-        ([1, 2], [1, 2, 3], 0, (2, [2.0])),  # the run put 3 aside
+        ([1, 2, 10], [1, 2, 10], 0, {10: [10.0]}),
+        ([1, 2, 10], [1, 2, 10], 2, {2: [2.0]}),
+        ([1, 2], [1, 2, 3], 0, {2: [2.0]}),  # the run put 3 aside
         ([1, 2], [1, 2], 3, "--iterate 3: .* has 1, 2; give one of these"),
         ([], [1], 0, "has no iterate yet; go on with python -m engine.train --resume"),
     ],
 )
 def test_which_iterate_is_judged(tmp_path, iterates, trained, wanted, chosen):
     run = stopped_run(tmp_path / "r", smoke(CaidConfig()), iterates=iterates, trained=trained)
-    if isinstance(chosen, tuple):
-        assert evaluate_command._iterate(run, wanted) == chosen
+    if isinstance(chosen, dict):
+        assert evaluate_command._iterates(run, wanted, every=False) == chosen
+        kept = {i: [float(i)] for i in iterates}
+        assert evaluate_command._iterates(run, 0, every=True) == kept
     else:
         with pytest.raises(evaluate_command.UserError, match=chosen):
-            evaluate_command._iterate(run, wanted)
+            evaluate_command._iterates(run, wanted, every=False)
 
 
 def one_error(capsys, argv: list[str], message: str) -> str:
@@ -339,7 +341,7 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
-    flags = "iterate prompts n-prompts n-responses seed audit confidence allow-overlap out device threads".split()
+    flags = "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap out device threads".split()
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
     assert all(f"--{flag} " in printed.replace(",", " ") for flag in flags)
 

@@ -89,7 +89,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, tiny_folder,
     kept = [(pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()]
     assert len(kept) == 3 * 6 - 1 - 3 and not any(dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept)
     adapter.zero_grad()
-    config = smoke(CaidConfig(temperature=0.8))
+    config = smoke(CaidConfig(temperature=0.8, labels="soft"))
     result = policy._preference_loss(config, network, samples, target, adapter, anchor, pairs, draw=0)
     result.loss.backward()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
 def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, kept):
     network, prompts, rollouts, scores, adapter = world
     lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
-    config = smoke(CaidConfig(beta=beta, temperature=0.8))
+    config = smoke(CaidConfig(beta=beta, temperature=0.8, labels="soft"))
     lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
     target = Target(lam_J=lam, score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
     samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=lower)

@@ -60,7 +60,7 @@ def test_the_seed_is_the_unit():
     d = np.array([-0.3, -0.2, -0.1])
     low, high = stats.t.interval(0.95, 2, loc=d.mean(), scale=stats.sem(d))
     assert (result["mean"], result["t low"], result["t high"]) == pytest.approx((-0.2, low, high))
-    assert -0.3 <= result["bootstrap low"] < -0.2 < result["bootstrap high"] <= -0.1
+    assert -0.301 < result["bootstrap low"] < -0.2 < result["bootstrap high"] < -0.099
     assert result["p"] == pytest.approx(2 / 8)
     assert paired(first, made([[-0.4], [0.5], [0.3]]).__class__(*(x[:, :1].repeat(2, 1) for x in vars(second).values()))) == result
     assert "not resolved" in answer(result) and "one seed" in answer(paired(made([[0.1]]), made([[0.2]])))
