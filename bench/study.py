@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, .
     """Sweep the seeds, or go on with them, and keep table and settings under docs/study/."""
     config = SweepConfig(out=str(out), algorithms=labels, thresholds=thresholds, seeds=tuple(seeds), flags=(*FLAGS, *flags))
     sweep.run_sweep(config, resume=(out / "sweep.json").is_file())
-    name = f"part-{'-'.join(labels).replace(':', '-').replace('=', '-')}-seeds-{'-'.join(map(str, seeds))}"
+    name = f"part-{out.name}"
     (DOCS / "study").mkdir(parents=True, exist_ok=True)
     shutil.copy(out / "table.csv", DOCS / "study" / f"{name}.csv")
     shutil.copy(out / "pareto.png", DOCS / "study" / f"{name}.png")
@@ -237,7 +238,8 @@ def page(rows: list[dict], settings: list[dict]) -> str:
     for s in settings:
         versions = ", ".join(f"{k} {v[:12]}" for k, v in sorted(s["versions"].items()))
         lines.append(
-            f"- `python -m bench.study --seeds {' '.join(map(str, s['seeds']))} --algorithms {' '.join(s['algorithms'])}` (flags "
+            f"- `python -m bench.study --seeds {' '.join(map(str, s['seeds']))} --algorithms {' '.join(s['algorithms'])} --thresholds "
+            f"{' '.join(s['thresholds'])}` (flags "
             f"`{' '.join(s['flags'])}`): {versions}"
         )
     return "\n".join(lines) + "\n"
@@ -253,7 +255,8 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="flags of engine.train for all runs, behind --")
     given = parser.parse_args()
     if given.seeds:
-        name = "-".join([*given.algorithms, *map(str, given.seeds)]).replace(":", "-").replace("=", "-")
+        parts = (given.algorithms, ["b", *given.thresholds], ["seeds", *map(str, given.seeds)])
+        name = re.sub("[:=]", "-", "-".join(word for part in parts for word in part))
         run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name)
     rows, settings = read_parts(DOCS / "study")
     seeds, thresholds = complete(rows, (CAID, MOCAN))
