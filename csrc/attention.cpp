@@ -18,17 +18,31 @@ namespace nb = nanobind;
 
 namespace {
 
-// Keys and values of one head that a row sees, one after the other.
+// Keys and values of one head, one after the other; a row sees those at skip, ..., tokens - 1.
 struct Segment {
     const float* keys;
     const float* values;
+    int64_t skip;  // less than kLanes
     int64_t tokens;
     int64_t padded() const { return (tokens + kLanes - 1) / kLanes * kLanes; }
 };
 
+// The tokens first, ..., tokens - 1 of keys [blocks, d, kLanes] and values [tokens, d], from the block that holds the first.
+Segment segment_from(const float* keys, const float* values, int64_t first, int64_t tokens, int64_t d) {
+    if (first >= tokens) return {keys, values, 0, 0};
+    const int64_t skip = first > 0 ? first % kLanes : 0, begin = first > 0 ? first - skip : 0;
+    return {keys + begin * d, values + begin * d, skip, tokens - begin};
+}
+
+// What is made of the product of a query and a key.
+struct Score {
+    float scale;
+    float softcap;  // 0 for none
+};
+
 // Q queries q [Q, d] of one key head against both segments; out [Q, d]; scores is room for Q times all padded tokens.
 template <int W, int Q>
-INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
+INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], const Score& score, float* scores, float* out) {
     constexpr int vectors = kLanes / W;
     const int64_t total = segments[0].padded() + segments[1].padded();
     float* to = scores;
@@ -43,7 +57,12 @@ INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], floa
                 }
             }
             for (int j = 0; j < Q; ++j) {
-                for (int v = 0; v < vectors; ++v) store<W>(to + j * total + v * W, sums[j][v] * scale);
+                for (int v = 0; v < vectors; ++v) {
+                    Floats<W> value = sums[j][v] * score.scale;
+                    if (score.softcap > 0) value = tanh_of<W>(value / score.softcap) * score.softcap;
+                    store<W>(to + j * total + v * W, value);
+                }
+                for (int64_t lane = 0; t == 0 && lane < segment.skip; ++lane) to[j * total + lane] = -kInfinity;
                 for (int64_t lane = segment.tokens - t; lane < kLanes; ++lane) to[j * total + lane] = -kInfinity;
             }
         }
@@ -65,7 +84,7 @@ INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], floa
         Floats<W> sums[Q] = {};
         const float* mass = scores;
         for (const Segment& segment : segments) {
-            for (int64_t t = 0; t < segment.tokens; ++t) {
+            for (int64_t t = segment.skip; t < segment.tokens; ++t) {
                 const Floats<W> value = load<W>(segment.values + t * d + i);
                 for (int j = 0; j < Q; ++j) sums[j] += value * mass[j * total + t];
             }
@@ -78,7 +97,7 @@ INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], floa
             float sum = 0;
             const float* mass = scores + j * total;
             for (const Segment& segment : segments) {
-                for (int64_t t = 0; t < segment.tokens; ++t) sum = std::fma(segment.values[t * d + i], mass[t], sum);
+                for (int64_t t = segment.skip; t < segment.tokens; ++t) sum = std::fma(segment.values[t * d + i], mass[t], sum);
                 mass += segment.padded();
             }
             out[j * d + i] = sum * factor[j];
@@ -87,28 +106,30 @@ INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], floa
 }
 
 template <int W>
-INLINE void attend_head(const float* q, int64_t queries, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
-    for (; queries >= 4; queries -= 4, q += 4 * d, out += 4 * d) attend<W, 4>(q, d, segments, scale, scores, out);
-    if (queries == 3) attend<W, 3>(q, d, segments, scale, scores, out);
-    if (queries == 2) attend<W, 2>(q, d, segments, scale, scores, out);
-    if (queries == 1) attend<W, 1>(q, d, segments, scale, scores, out);
+INLINE void attend_head(const float* q, int64_t queries, int64_t d, const Segment (&segments)[2], const Score& score, float* scores,
+                        float* out) {
+    for (; queries >= 4; queries -= 4, q += 4 * d, out += 4 * d) attend<W, 4>(q, d, segments, score, scores, out);
+    if (queries == 3) attend<W, 3>(q, d, segments, score, scores, out);
+    if (queries == 2) attend<W, 2>(q, d, segments, score, scores, out);
+    if (queries == 1) attend<W, 1>(q, d, segments, score, scores, out);
 }
 
-using AttendHead = void (*)(const float*, int64_t, int64_t, const Segment (&)[2], float, float*, float*);
+using AttendHead = void (*)(const float*, int64_t, int64_t, const Segment (&)[2], const Score&, float*, float*);
 
 #if defined(__x86_64__) || defined(__i386__)
-AVX512 void attend_avx512(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
-    attend_head<16>(q, n, d, segments, scale, scores, out);
+AVX512 void attend_avx512(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], const Score& score, float* scores,
+                          float* out) {
+    attend_head<16>(q, n, d, segments, score, scores, out);
 }
-AVX2 void attend_avx2(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
-    attend_head<8>(q, n, d, segments, scale, scores, out);
+AVX2 void attend_avx2(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], const Score& score, float* scores, float* out) {
+    attend_head<8>(q, n, d, segments, score, scores, out);
 }
 AttendHead attend_of(const std::string& instructions) {
     return instructions == "avx512" ? attend_avx512 : instructions == "avx2" ? attend_avx2 : nullptr;
 }
 #else
-void attend_generic(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], float scale, float* scores, float* out) {
-    attend_head<4>(q, n, d, segments, scale, scores, out);
+void attend_generic(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], const Score& score, float* scores, float* out) {
+    attend_head<4>(q, n, d, segments, score, scores, out);
 }
 AttendHead attend_of(const std::string& instructions) { return instructions == "generic" ? attend_generic : nullptr; }
 #endif
@@ -124,7 +145,7 @@ void check(bool good, const char* what) {
 
 void decode_attention(const Rows& q, const Rows& key, const Rows& value, const Blocks& prompt_keys, const Values& prompt_values,
                       const Numbers& prompt_tokens, const Numbers& owner, const Blocks& own_keys, const Values& own_values, int64_t used,
-                      float scale, const Rows& out, int threads, const char* instructions) {
+                      float scale, float softcap, int64_t window, const Rows& out, int threads, const char* instructions) {
     const size_t rows = q.shape(0), heads = q.shape(1), d = q.shape(2), kv_heads = key.shape(1), prompts = prompt_keys.shape(0);
     const int64_t prompt_room = prompt_values.shape(2), own_room = own_values.shape(2);
     const int64_t prompt_blocks = prompt_keys.shape(2), own_blocks = own_keys.shape(2);
@@ -139,6 +160,7 @@ void decode_attention(const Rows& q, const Rows& key, const Rows& value, const B
     check(kv_heads > 0 && heads % kv_heads == 0, "query heads must be a multiple of key heads");
     check(prompt_blocks * kLanes >= prompt_room && own_blocks * kLanes >= own_room, "too few key blocks");
     check(used >= 0 && used < own_room, "the cache is full");
+    check(window > 0, "the window is empty");
     const int64_t *tokens = prompt_tokens.data(), *of = owner.data();
     for (size_t p = 0; p < prompts; ++p) check(tokens[p] >= 0 && tokens[p] <= prompt_room, "a prompt is longer than its room");
     for (size_t r = 0; r < rows; ++r) check(of[r] >= 0 && of[r] < int64_t(prompts), "a row has no prompt");
@@ -146,6 +168,7 @@ void decode_attention(const Rows& q, const Rows& key, const Rows& value, const B
     check(attend_row != nullptr, "this processor does not run these instructions");
     const int64_t group = heads / kv_heads, queries = group < 4 ? group : 4, width = d, key_heads = kv_heads, all_rows = rows;
     const float *qs = q.data(), *ks = key.data(), *vs = value.data(), *pk = prompt_keys.data(), *pv = prompt_values.data();
+    const Score score = {scale, softcap};
     float *ok = own_keys.data(), *ov = own_values.data(), *outs = out.data();
     nb::gil_scoped_release release;
 #pragma omp parallel num_threads(threads)
@@ -160,10 +183,13 @@ void decode_attention(const Rows& q, const Rows& key, const Rows& value, const B
                 for (int64_t i = 0; i < width; ++i) block[i * kLanes] = ks[at * width + i];
                 float* values = ov + at * own_room * width;
                 std::memcpy(values + used * width, vs + at * width, width * sizeof(float));
-                const Segment segments[2] = {{pk + from * prompt_blocks * kLanes * width, pv + from * prompt_room * width, tokens[of[r]]},
-                                             {keys, values, used + 1}};
+                // The first position in the window, counted from the prompt's first token.
+                const int64_t length = tokens[of[r]], first = length + used + 1 - window;
+                const Segment segments[2] = {
+                    segment_from(pk + from * prompt_blocks * kLanes * width, pv + from * prompt_room * width, first, length, width),
+                    segment_from(keys, values, first - length, used + 1, width)};
                 const int64_t head = (r * key_heads * group + h * group) * width;
-                attend_row(qs + head, group, width, segments, scale, scores.data(), outs + head);
+                attend_row(qs + head, group, width, segments, score, scores.data(), outs + head);
             }
         }
     }
@@ -174,5 +200,6 @@ void decode_attention(const Rows& q, const Rows& key, const Rows& value, const B
 void bind_attention(nb::module_& m) {
     m.def("decode_attention", &decode_attention, nb::arg("q"), nb::arg("key"), nb::arg("value"), nb::arg("prompt_keys"),
           nb::arg("prompt_values"), nb::arg("prompt_tokens"), nb::arg("owner"), nb::arg("own_keys"), nb::arg("own_values"),
-          nb::arg("used"), nb::arg("scale"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
+          nb::arg("used"), nb::arg("scale"), nb::arg("softcap"), nb::arg("window"), nb::arg("out"), nb::arg("threads"),
+          nb::arg("instructions"));
 }

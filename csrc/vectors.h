@@ -40,24 +40,44 @@ INLINE Floats<W> spread(float x) {
     return x - Floats<W>{};
 }
 
-// exp(x) for x <= 0 to 2 units in the last place; exactly 0 below exp(-87.3), NaN for NaN. x = k ln 2 + r with |r| <= ln(2) / 2, and
-// exp(r) = 1 + r + r^2 q(r), q the least-error polynomial of degree 4 (relative error 3e-9).
+// exp(x) = (1 + rest) * power for -87.3 <= x <= 0: x = k ln 2 + r with |r| <= ln(2) / 2, power = 2^k, and
+// 1 + rest = exp(r) = 1 + r + r^2 q(r), q the least-error polynomial of degree 4 (relative error 3e-9).
 template <int W>
-INLINE Floats<W> exp_negative(const Floats<W>& x) {
+INLINE void split_exp(const Floats<W>& x, Floats<W>& rest, Floats<W>& power) {
     using Ints = typename Vectors<W>::Ints;
-    constexpr float smallest = -87.3f, round = 12582912.0f;
-    const Floats<W> clamped = x < smallest ? spread<W>(smallest) : x;
-    const Floats<W> shifted = clamped * 1.44269504f + round;
+    constexpr float round = 12582912.0f;
+    const Floats<W> shifted = x * 1.44269504f + round;
     const Floats<W> k = shifted - round;
     // ln 2 in two parts; k times the first is exact.
-    const Floats<W> r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+    const Floats<W> r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     Floats<W> q = r * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
     q = q * r + 0x1.5558f2p-5f;
     q = q * r + 0x1.555492p-3f;
     q = q * r + 0x1.fffffcp-2f;
-    const Floats<W> mantissa = (q * (r * r) + r) + 1.0f;
+    rest = q * (r * r) + r;
     const Ints exponent = ((Ints)shifted - (Ints)spread<W>(round) + 127) << 23;
-    return x < smallest ? Floats<W>{} : mantissa * (Floats<W>)exponent;
+    power = (Floats<W>)exponent;
+}
+
+constexpr float kSmallestExp = -87.3f;
+
+// exp(x) for x <= 0 to 2 units in the last place; exactly 0 below exp(-87.3), NaN for NaN.
+template <int W>
+INLINE Floats<W> exp_negative(const Floats<W>& x) {
+    Floats<W> rest, power;
+    split_exp<W>(x < kSmallestExp ? spread<W>(kSmallestExp) : x, rest, power);
+    return x < kSmallestExp ? Floats<W>{} : (rest + 1.0f) * power;
+}
+
+// tanh(x) to a few units in the last place, NaN for NaN: with m = exp(-2 |x|) - 1, |tanh x| = -m / (m + 2).
+template <int W>
+INLINE Floats<W> tanh_of(const Floats<W>& x) {
+    const Floats<W> twice = x < 0.0f ? x * 2.0f : x * -2.0f;
+    Floats<W> rest, power;
+    split_exp<W>(twice < kSmallestExp ? spread<W>(kSmallestExp) : twice, rest, power);
+    const Floats<W> m = rest * power + (power - 1.0f);
+    const Floats<W> size = m / (m + 2.0f);
+    return x < 0.0f ? size : -size;
 }
 
 template <int W>

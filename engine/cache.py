@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention import attend
 from kernels import native
 
 
@@ -48,15 +49,20 @@ class Cache:
         dtype = self.slabs[0][0].dtype
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)[:, None, None]
 
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store one token's key and value [R, Hkv, d] in layer `index` and attend to all so far: query [R, H, d] -> [R, H d]."""
+    def attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, *,
+        scale: float | None = None, softcap: float | None = None, window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Store one token's key and value [R, Hkv, d] in layer `index` and attend to all so far, or to the last `window` with itself:
+        query [R, H, d] -> [R, H d]. scale, softcap: see `engine.attention.attend`."""
         stop = self.used + 1
+        start = 0 if window is None else max(0, stop - window)
         for slab, x in zip(self.slabs[index], (key, value), strict=True):
             slab[:, :, self.used] = x
-        keys, values = (slab[:, :, :stop] for slab in self.slabs[index])
+        keys, values = (slab[:, :, start:stop] for slab in self.slabs[index])
         # Heads that share keys stand side by side as queries.
         grouped = query.reshape(len(query), key.shape[1], -1, key.shape[2])
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask).reshape(len(query), -1)
+        return attend(grouped, keys, values, self._mask[..., start:], scale, softcap).reshape(len(query), -1)
 
     def advance(self) -> None:
         """All layers hold the token: go to the next."""
@@ -98,9 +104,15 @@ class SharedCache:
         padded = F.pad(keys, (0, 0, 0, 0, 0, -longest % self.BLOCK))
         return padded.view(prompts, -1, self.BLOCK, heads, d).permute(0, 3, 1, 4, 2).contiguous()
 
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, *,
+        scale: float | None = None, softcap: float | None = None, window: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `Cache.attend`."""
-        return native.decode_attention(query, key, value, *self.prompts[index], self.length, self.owner, *self.rows[index], self.used)
+        return native.decode_attention(
+            query, key, value, *self.prompts[index], self.length, self.owner, *self.rows[index], self.used,
+            scale=scale, softcap=softcap, window=window,
+        )  # fmt: skip
 
     def advance(self) -> None:
         """See `Cache.advance`."""

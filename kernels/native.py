@@ -17,6 +17,7 @@ except ImportError:
 # Instruction sets that this processor runs, fastest first.
 instructions: tuple[str, ...] = () if _native is None else _native.instructions
 available = bool(instructions)
+NO_WINDOW = 2**62
 _told = False
 
 
@@ -191,17 +192,19 @@ def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, 
 
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, prompt_keys: Tensor, prompt_values: Tensor, prompt_length: Tensor, owner: Tensor,
-    own_keys: Tensor, own_values: Tensor, used: int,
+    own_keys: Tensor, own_values: Tensor, used: int, *, scale: float | None = None, softcap: float | None = None, window: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of one new token per row, [R, H d]: to the keys of the row's prompt, to its own `used` tokens so far, and to itself.
+    """Attention of one new token per row, [R, H d]: to the keys of the row's prompt, to its own `used` tokens so far, and to itself; with
+    a window to the last `window` of these. Scores are softcap * tanh(scale * q.k / softcap); scale None is d ** -0.5, softcap None is off.
 
     query [R, H, d]; key, value [R, Hkv, d], stored as the row's token `used`. Prompts stand once: prompt_keys [P, Hkv, blocks, d, 16],
     prompt_values [P, Hkv, T, d], prompt_length int64 [P]; owner int64 [R]: the row's prompt. own_keys [R, Hkv, blocks, d, 16], own_values
-    [R, Hkv, room, d]. All float32 on the CPU. Raises ValueError where shapes do not agree or the cache is full.
+    [R, Hkv, room, d]. All float32 on the CPU. Raises ValueError where shapes do not agree, the cache is full or the window is empty.
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _native.decode_attention(
         query.contiguous(), key.contiguous(), value.contiguous(), prompt_keys, prompt_values, prompt_length, owner, own_keys, own_values,
-        used, query.shape[2] ** -0.5, out, torch.get_num_threads(), instructions[0],
+        used, query.shape[2] ** -0.5 if scale is None else scale, softcap or 0.0, NO_WINDOW if window is None else window, out,
+        torch.get_num_threads(), instructions[0],
     )  # fmt: skip
     return out.flatten(1)
