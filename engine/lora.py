@@ -23,6 +23,11 @@ PARTS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+# Switches of adapter_config.json that would change what an adapter computes.
+UNSUPPORTED = (
+    "use_dora", "use_rslora", "use_qalora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out",
+    "layer_replication", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
 _PREFIX = "base_model.model.model.layers."
 
 
@@ -37,6 +42,14 @@ class Shape:
     head_dim: int
     first_layer: int
     last_layer: int  # exclusive
+    linears: tuple[str, ...] = tuple(n for names in PARTS.values() for n in names)  # those of each layer that are adapted
+
+    @staticmethod
+    def of(model, first_layer: int, **changes) -> "Shape":
+        """That of an adapter on the layers of `model` from `first_layer` on."""
+        c = model.config
+        sizes = dict(hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads, kv_heads=c.num_kv_heads)
+        return Shape(**{**sizes, "head_dim": c.head_dim, "first_layer": first_layer, "last_layer": c.num_layers, **changes})
 
     def linear(self, name: str) -> tuple[int, int]:
         """(out, in) features of a Hugging Face linear."""
@@ -63,6 +76,8 @@ class Adapter(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for layer in range(shape.first_layer, shape.last_layer):
             for number, name in enumerate(n for names in PARTS.values() for n in names):
+                if name not in shape.linears:
+                    continue
                 out, inside = shape.linear(name)
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) * 101 + number)
                 start = (torch.rand(rank, inside, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(inside)
@@ -72,11 +87,7 @@ class Adapter(nn.Module):
     @staticmethod
     def on(model, *, rank: int, alpha: float, share: float, seed: int) -> "Adapter":
         """A fresh adapter (B = 0) on the layers of `model` from `share` of its depth on."""
-        c = model.config
-        shape = Shape(
-            hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-            first_layer=first_layer(c.num_layers, share), last_layer=c.num_layers,
-        )  # fmt: skip
+        shape = Shape.of(model, first_layer(model.config.num_layers, share))
         return Adapter(shape, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=seed)
 
     @property
@@ -90,8 +101,14 @@ class Adapter(nn.Module):
         for layer in range(max(start, self.shape.first_layer), min(stop, self.shape.last_layer)):
             result[layer] = {}
             for matrix, names in PARTS.items():
-                down = torch.cat([self.down[_key(layer, n)] for n in names])
-                up = torch.block_diag(*(self.up[_key(layer, n)] for n in names)) * scale
+                adapted = [n for n in names if n in self.shape.linears]
+                if not adapted:
+                    continue
+                down = torch.cat([self.down[_key(layer, n)] for n in adapted])
+                # A linear that is not adapted is a block without columns.
+                up = torch.block_diag(*(
+                    self.up[_key(layer, n)] if n in adapted else down.new_zeros(self.shape.linear(n)[0], 0) for n in names
+                )) * scale  # fmt: skip
                 result[layer][matrix] = (down.to(self.compute_dtype), up.to(self.compute_dtype))
         return result
 
@@ -143,7 +160,7 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": adapter.rank,
-        "target_modules": sorted({n.split(".")[-1] for names in PARTS.values() for n in names}),
+        "target_modules": sorted({n.split(".")[-1] for n in adapter.shape.linears}),
         "task_type": "CAUSAL_LM",
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,15 +169,28 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
 
 
 def load_peft(folder: str | Path, model) -> Adapter:
-    """The adapter of a PEFT folder for `model`. Raises UserError when it does not fit this kind of adapter or this model."""
+    """The adapter of a PEFT folder for `model`, on any linears of consecutive layers.
+
+    Raises: UserError naming the switch that is not supported, or when the adapter does not fit the model.
+    """
     folder = Path(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a PEFT adapter folder ({error}).") from error
-    layers = config.get("layers_to_transform") or list(range(model.config.num_layers))
-    adapter = Adapter.on(model, rank=config["r"], alpha=config["lora_alpha"], share=min(layers) / model.config.num_layers, seed=0)
+    for switch in UNSUPPORTED:
+        if config.get(switch):
+            raise UserError(f"{folder}: {switch} of adapter_config.json is not supported; use a plain LoRA adapter.")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: only LoRA adapters without biases are supported; peft_type and bias say otherwise.")
+    parts = [name.removeprefix(_PREFIX).removesuffix(".weight").split(".") for name in tensors]
+    layers = sorted({int(layer) for layer, *_ in parts if layer.isdigit()}) or [0]
+    linears = {".".join(name[:-1]) for _, *name in parts}
+    shape = Shape.of(model, layers[0], last_layer=layers[-1] + 1, linears=tuple(n for n in Shape.linears if n in linears))
+    if shape.last_layer > model.config.num_layers:
+        raise UserError(f"{folder}: this adapter does not fit the model; give the model it was trained on.")
+    adapter = Adapter(shape, rank=config["r"], alpha=config["lora_alpha"], dtype=model.dtype, device=model.device, seed=0)
     wanted = {}
     for key in adapter.down:
         layer, name = _unkey(key)
