@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from engine.architecture import ModelConfig
 from engine.config import IterativeConfig, PrimalDualConfig, RunConfig, policy_updates
 from engine.errors import UserError
-from engine.model import ModelConfig
 
 # Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
 EFFICIENCY = 0.65
@@ -40,6 +40,8 @@ class Plan:
         group = longest_prompt + config.responses_per_prompt * config.max_new_tokens
         per_token = size * (10 * c.hidden_size + 4 * c.intermediate_size) * c.num_layers * (1 - config.lora_from)
         training = config.prompts_per_step * group * per_token + config.memory_budget_mb * 2**20
+        if c.attention_softcap is not None:  # all scores are stored: before and after the cap, masked, and as weights
+            training += int(config.prompts_per_step * 4 * group**2 * c.num_heads * c.num_layers * (1 - config.lora_from)) * size
         kept = kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
         needed = int(1.15 * (weights + max(cache + logits, training + kept))) + 600 * 2**20
 

@@ -1,4 +1,5 @@
-"""One decoder for rollout, scoring and training (Llama family: SmolLM2, Llama 2/3), read from and written to Hugging Face folders.
+"""One decoder for rollout, scoring and training (Llama 2/3, SmolLM2, Qwen2/2.5, Qwen3, Mistral, Gemma 2, Gemma 3 text), read from and
+written to Hugging Face folders.
 
 The same norms, rotary positions, attention and MLP code runs packed (training, scoring) and step by step (decoding), so the
 log-probs that are sampled are the ones that are trained. Base weights are frozen; an `engine.lora.Adapter` passed to a call is added
@@ -10,7 +11,8 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,68 +21,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.architecture import ModelConfig, Rope
+from engine.attention import attend
 from engine.cache import Cache, SharedCache
 from engine.errors import UserError
 from engine.lora import Adapter
 
 # What sees the residual stream before a layer: (layer, states [tokens, D]).
 Tap = Callable[[int, Tensor], None]
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Sizes and switches of a Llama-family decoder, from a Hugging Face config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    rms_eps: float
-    tied: bool
-    rope_theta: float
-    rope_scaling: dict | None  # None, or {"rope_type": "linear" | "llama3", ...}
-
-    @staticmethod
-    def from_json(raw: dict, file: Path) -> "ModelConfig":
-        """Read a config.json. Raises UserError naming an unsupported architecture or switch."""
-        architecture = (raw.get("architectures") or [raw.get("model_type", "unknown")])[0]
-        if architecture != "LlamaForCausalLM":
-            raise UserError(f"{file}: architecture {architecture} is not supported; use a LlamaForCausalLM checkpoint.")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{file}: hidden_act {raw['hidden_act']} is not supported; only silu is.")
-        for switch in ("attention_bias", "mlp_bias"):
-            if raw.get(switch):
-                raise UserError(f"{file}: {switch} true is not supported; use a checkpoint without biases.")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "linear", "llama3"):
-            raise UserError(f"{file}: rope type {rope_type} is not supported; default, linear and llama3 are.")
-        heads = raw["num_attention_heads"]
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_positions=raw.get("max_position_embeddings", 2048),
-            rms_eps=raw.get("rms_norm_eps", 1e-6),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling=None if rope_type == "default" else {**rope, "rope_type": rope_type},
-        )
-
-    def parameter_count(self) -> int:
-        """Number of weights, the head counted once when it is tied."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        return self.num_layers * layer + self.hidden_size + self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)
@@ -126,6 +76,17 @@ class Layout:
         mask = causal & (same | (segment == 0)[:, None, :])
         return Layout(torch.cat(positions), torch.cat(slots), (len(totals), longest), mask[:, None])
 
+    def windowed(self, window: int | None) -> "Layout":
+        """The same layout where a query sees only the keys less than `window` positions before it."""
+        rows, longest = self.shape
+        if window is None or longest <= window:
+            return self
+        position = self.position.new_zeros(rows * longest).index_copy(0, self.slot, self.position).view(rows, 1, longest)
+        mask = self.mask
+        if mask is None:
+            mask = torch.ones(longest, longest, dtype=torch.bool, device=position.device).tril()
+        return replace(self, mask=mask & (position[..., None] - position[..., None, :] < window))
+
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on `device`."""
         return Layout(self.position.to(device), self.slot.to(device), self.shape, None if self.mask is None else self.mask.to(device))
@@ -141,8 +102,12 @@ class Decoder(nn.Module):
         self.embed = _frozen(c.vocab_size, c.hidden_size, **options)
         self.head = None if c.tied else _frozen(c.vocab_size, c.hidden_size, **options)
         self.norm = _frozen(c.hidden_size, **options)
-        self.layers = nn.ModuleList(Layer(c, **options) for _ in range(c.num_layers))
-        self.register_buffer("inverse_frequency", _inverse_frequency(c).to(device), persistent=False)
+        self.layers = nn.ModuleList(Layer(c, index, **options) for index in range(c.num_layers))
+        # In the weights' dtype, as transformers rounds it.
+        self.embed_scale = float(torch.tensor(c.hidden_size**0.5, dtype=dtype)) if c.gemma else None
+        ropes = [rope for rope in (c.rope, c.local_rope) if rope is not None]
+        frequency = torch.stack([_inverse_frequency(rope, c.head_dim) for rope in ropes])
+        self.register_buffer("inverse_frequency", frequency.to(device), persistent=False)  # float32 [1 or 2, d / 2]
 
     @property
     def head_weight(self) -> Tensor:
@@ -170,25 +135,39 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Input embeddings [M, D] of tokens [M]."""
-        return F.embedding(tokens.to(self.device), self.embed)
+        hidden = F.embedding(tokens.to(self.device), self.embed)
+        return hidden if self.embed_scale is None else hidden * self.embed_scale
 
     def run(self, hidden: Tensor, layout: Layout, start: int, stop: int, adapter: Adapter | None = None) -> Tensor:
         """The residual stream [M, D] after layer `stop - 1`, given the stream before layer `start`."""
-        cos, sin = self.rotary(layout.position)
+        rotary, layouts = self.rotary(layout.position), self.layouts(layout)
         fused = None if adapter is None else adapter.fused(start, stop)
         for index in range(start, stop):
-            hidden = self.layers[index](hidden, cos, sin, layout, None if fused is None else fused.get(index))
+            layer = self.layers[index]
+            hidden = layer(hidden, *rotary[layer.rope], layouts[layer.window], None if fused is None else fused.get(index))
         return hidden
+
+    def layouts(self, layout: Layout) -> dict[int | None, Layout]:
+        """Window of a layer (None for none) -> the layout that it attends on."""
+        return {window: layout.windowed(window) for window in (None, self.config.window)}
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head."""
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.norm, self.config.rms_eps)
+        return _norm(hidden, self.norm, self.config)
 
-    def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [..., head_dim] of rotary positions, in the model's dtype."""
-        angle = position.to(torch.float32)[..., None] * self.inverse_frequency
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of hidden states [..., D] after the final norm."""
+        logits, softcap = hidden @ self.head_weight.t(), self.config.logit_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def rotary(self, position: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cosine and sine [..., head_dim] of rotary positions, in the model's dtype; a layer uses those at `layer.rope`."""
+        pairs = []
+        for inverse_frequency in self.inverse_frequency:
+            angle = position.to(torch.float32)[..., None] * inverse_frequency
+            angle = torch.cat((angle, angle), dim=-1)
+            pairs.append((angle.cos().to(self.dtype), angle.sin().to(self.dtype)))
+        return pairs
 
     def prefill(
         self, tokens: Tensor, cu_seqlens: Tensor, adapter: Adapter | None, tap: Tap | None = None
@@ -198,13 +177,14 @@ class Decoder(nn.Module):
         tap(layer, states [M, D]) sees the residual stream before each layer.
         """
         layout = Layout.packed(cu_seqlens).to(self.device)
-        hidden, cos_sin = self.embed_tokens(tokens), self.rotary(layout.position)
+        hidden, rotary, layouts = self.embed_tokens(tokens), self.rotary(layout.position), self.layouts(layout)
         fused = None if adapter is None else adapter.fused(0, self.config.num_layers)
         kept = []
         for index, layer in enumerate(self.layers):
             if tap is not None:
                 tap(index, hidden)
-            hidden, key, value = layer.attend(hidden, *cos_sin, layout, None if fused is None else fused.get(index))
+            lora = None if fused is None else fused.get(index)
+            hidden, key, value = layer.attend(hidden, *rotary[layer.rope], layouts[layer.window], lora)
             kept.append((key, value))
         return self.final_norm(hidden[cu_seqlens[1:].to(self.device, torch.int64) - 1]), kept
 
@@ -221,11 +201,11 @@ class Decoder(nn.Module):
 
         tap(layer, states [R, D]) sees the residual stream before each layer; with `stop` the layers from there on are left out.
         """
-        hidden, (cos, sin) = F.embedding(tokens, self.embed), self.rotary(position)
+        hidden, rotary = self.embed_tokens(tokens), self.rotary(position)
         for index, layer in enumerate(self.layers[:stop]):
             if tap is not None:
                 tap(index, hidden)
-            hidden = layer.decode(hidden, cos, sin, cache, index, None if fused is None else fused.get(index))
+            hidden = layer.decode(hidden, *rotary[layer.rope], cache, index, None if fused is None else fused.get(index))
         if tap is not None and stop is not None:
             tap(stop, hidden)
         cache.advance()
@@ -235,16 +215,26 @@ class Decoder(nn.Module):
 class Layer(nn.Module):
     """One decoder layer. q, k, v are one matrix and gate, up are one matrix; the split is undone on saving."""
 
-    def __init__(self, c: ModelConfig, **options) -> None:
+    def __init__(self, c: ModelConfig, index: int, **options) -> None:
         super().__init__()
+        self.config = c
         self.heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-        self.eps = c.rms_eps
-        self.qkv = _frozen((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.hidden_size, **options)
+        self.window = c.window_of(index)
+        self.rope = 0 if self.window is None or c.local_rope is None else 1
+        self.activation = ACTIVATIONS[c.activation]
+        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        self.qkv = _frozen(qkv, c.hidden_size, **options)
         self.o = _frozen(c.hidden_size, c.num_heads * c.head_dim, **options)
         self.gate_up = _frozen(2 * c.intermediate_size, c.hidden_size, **options)
         self.down = _frozen(c.hidden_size, c.intermediate_size, **options)
+        self.qkv_bias = _frozen(qkv, **options) if c.qkv_bias else None
+        self.o_bias = _frozen(c.hidden_size, **options) if c.o_bias else None
+        self.gate_up_bias = _frozen(2 * c.intermediate_size, **options) if c.mlp_bias else None
+        self.down_bias = _frozen(c.hidden_size, **options) if c.mlp_bias else None
         self.norm1 = _frozen(c.hidden_size, **options)
         self.norm2 = _frozen(c.hidden_size, **options)
+        self.q_norm, self.k_norm = (_frozen(c.head_dim, **options) if c.qk_norm else None for _ in range(2))
+        self.after_attention, self.after_mlp = (_frozen(c.hidden_size, **options) if c.gemma else None for _ in range(2))
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout, lora: dict | None) -> Tensor:
         return self.attend(hidden, cos, sin, layout, lora)[0]
@@ -253,9 +243,7 @@ class Layer(nn.Module):
         """The layer on packed tokens [M, D]; also its rotated keys and its values [M, Hkv, d]."""
         q, k, v = self._project(hidden, cos, sin, lora)
         grid = [self._to_grid(x, layout) for x in (q, k, v)]
-        mixed = F.scaled_dot_product_attention(
-            *grid, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=self.heads[0] != self.heads[1]
-        )
+        mixed = attend(*grid, layout.mask, self.config.attention_scale, self.config.attention_softcap)
         mixed = mixed.transpose(1, 2).reshape(-1, self.heads[0] * self.heads[2])
         if mixed.shape[0] != hidden.shape[0]:
             mixed = mixed.index_select(0, layout.slot)
@@ -263,23 +251,29 @@ class Layer(nn.Module):
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Cache | SharedCache, index: int, lora: dict | None) -> Tensor:
         """The layer on one new token per row [R, D]."""
-        return self._finish(hidden, cache.attend(index, *self._project(hidden, cos, sin, lora)), lora)
+        c, qkv = self.config, self._project(hidden, cos, sin, lora)
+        mixed = cache.attend(index, *qkv, scale=c.attention_scale, softcap=c.attention_softcap, window=self.window)
+        return self._finish(hidden, mixed, lora)
 
     def _project(self, hidden: Tensor, cos: Tensor, sin: Tensor, lora: dict | None) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads, d = self.heads
-        normed = F.rms_norm(hidden, (hidden.shape[-1],), self.norm1, self.eps)
-        qkv = _linear(normed, self.qkv, lora, "qkv").view(hidden.shape[0], -1, d)
+        normed = _norm(hidden, self.norm1, self.config)
+        qkv = _linear(normed, self.qkv, self.qkv_bias, lora, "qkv").view(hidden.shape[0], -1, d)
         q_k, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.q_norm is not None:
+            q_k = torch.cat((_norm(q_k[:, :heads], self.q_norm, self.config), _norm(q_k[:, heads:], self.k_norm, self.config)), dim=1)
         half = d // 2
         turned = torch.cat((-q_k[..., half:], q_k[..., :half]), dim=-1)
         q_k = q_k * cos[:, None] + turned * sin[:, None]
         return q_k[:, :heads], q_k[:, heads:], v
 
     def _finish(self, hidden: Tensor, mixed: Tensor, lora: dict | None) -> Tensor:
-        hidden = hidden + _linear(mixed, self.o, lora, "o")
-        normed = F.rms_norm(hidden, (hidden.shape[-1],), self.norm2, self.eps)
-        gate, up = _linear(normed, self.gate_up, lora, "gate_up").chunk(2, dim=-1)
-        return hidden + _linear(F.silu(gate) * up, self.down, lora, "down")
+        out = _linear(mixed, self.o, self.o_bias, lora, "o")
+        hidden = hidden + (out if self.after_attention is None else _norm(out, self.after_attention, self.config))
+        normed = _norm(hidden, self.norm2, self.config)
+        gate, up = _linear(normed, self.gate_up, self.gate_up_bias, lora, "gate_up").chunk(2, dim=-1)
+        out = _linear(self.activation(gate) * up, self.down, self.down_bias, lora, "down")
+        return hidden + (out if self.after_mlp is None else _norm(out, self.after_mlp, self.config))
 
     def _to_grid(self, x: Tensor, layout: Layout) -> Tensor:
         rows, longest = layout.shape
@@ -306,7 +300,7 @@ def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, de
     missing, extra = sorted(set(targets) - set(where)), sorted(set(where) - set(targets))
     if missing or extra:
         kind, names = ("lacks", missing) if missing else ("has unknown", extra)
-        raise UserError(f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); use a complete Llama checkpoint.")
+        raise UserError(f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); use a complete checkpoint.")
     for file in sorted(set(where.values())):
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(n for n, f in where.items() if f == file):
@@ -400,17 +394,26 @@ def _frozen(*shape: int, **options) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, **options), requires_grad=False)
 
 
-def _linear(x: Tensor, weight: Tensor, lora: dict | None, name: str) -> Tensor:
-    out = F.linear(x, weight)
+def _norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
+    """RMS norm of the last dimension; Gemma's multiplies by 1 + weight, in float32 before it rounds."""
+    if not c.gemma:
+        return F.rms_norm(x, (x.shape[-1],), weight, c.rms_eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + weight.to(wide), c.rms_eps).to(x.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: dict | None, name: str) -> Tensor:
+    out = F.linear(x, weight, bias)
     if lora is None or name not in lora:
         return out
     down, up = lora[name]
     return torch.addmm(out, F.linear(x, down), up.t())
 
 
-def _inverse_frequency(c: ModelConfig) -> Tensor:
-    inverse = 1.0 / (c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim))
-    scaling = c.rope_scaling
+def _inverse_frequency(rope: Rope, head_dim: int) -> Tensor:
+    """float32 [head_dim / 2]."""
+    inverse = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    scaling = rope.scaling
     if scaling is None:
         return inverse
     if scaling["rope_type"] == "linear":
@@ -430,15 +433,25 @@ def _named_targets(model: Decoder) -> dict[str, Tensor]:
         named["lm_head.weight"] = model.head.data
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     for i, layer in enumerate(model.layers):
-        prefix = f"model.layers.{i}."
-        for name, part in zip("qkv", layer.qkv.data.split([q, kv, kv]), strict=True):
-            named[f"{prefix}self_attn.{name}_proj.weight"] = part
-        for name, part in zip(("gate", "up"), layer.gate_up.data.chunk(2), strict=True):
-            named[f"{prefix}mlp.{name}_proj.weight"] = part
-        named[f"{prefix}self_attn.o_proj.weight"] = layer.o.data
-        named[f"{prefix}mlp.down_proj.weight"] = layer.down.data
-        named[f"{prefix}input_layernorm.weight"] = layer.norm1.data
-        named[f"{prefix}post_attention_layernorm.weight"] = layer.norm2.data
+        prefix, own = f"model.layers.{i}.", {}
+        for kind, qkv, gate_up, o, down in (
+            ("weight", layer.qkv, layer.gate_up, layer.o, layer.down),
+            ("bias", layer.qkv_bias, layer.gate_up_bias, layer.o_bias, layer.down_bias),
+        ):
+            q_part, k_part, v_part = (None,) * 3 if qkv is None else qkv.split([q, kv, kv])
+            gate, up = (None,) * 2 if gate_up is None else gate_up.chunk(2)
+            own |= {f"self_attn.q_proj.{kind}": q_part, f"self_attn.k_proj.{kind}": k_part, f"self_attn.v_proj.{kind}": v_part}
+            own |= {f"self_attn.o_proj.{kind}": o, f"mlp.gate_proj.{kind}": gate, f"mlp.up_proj.{kind}": up, f"mlp.down_proj.{kind}": down}
+        own |= {"self_attn.q_norm.weight": layer.q_norm, "self_attn.k_norm.weight": layer.k_norm, "input_layernorm.weight": layer.norm1}
+        if c.gemma:
+            own |= {
+                "post_attention_layernorm.weight": layer.after_attention,
+                "pre_feedforward_layernorm.weight": layer.norm2,
+                "post_feedforward_layernorm.weight": layer.after_mlp,
+            }
+        else:
+            own["post_attention_layernorm.weight"] = layer.norm2
+        named |= {prefix + name: weight.data for name, weight in own.items() if weight is not None}
     return named
 
 
@@ -446,7 +459,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it. Raises UserError for missing, truncated or pickle-only checkpoints."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        named = {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        missing = sorted({file.name for file in named.values() if not file.is_file()})
+        if missing:
+            raise UserError(f"{folder}: {missing[0]} is missing, {index.name} names it; fetch it again.")
+        return named
     file = folder / "model.safetensors"
     if not file.is_file():
         pickles = sorted(p.name for p in folder.glob("*.bin"))

@@ -103,7 +103,8 @@ def ascend(
             _hidden(model, samples.lower, batch, packed, adapter), model.head_weight, packed.target_T, packed.cu_seqlens,
             (row // n).to(model.device), score, score.new_zeros(len(row), 0), score.new_zeros(0),
             old_logprob=torch.cat([logprob[r, : int(length[r])] for r in row.tolist()]).to(model.device),
-            clip=(config.clip, config.clip), temperature=config.temperature, memory_budget_bytes=config.memory_budget_mb * 2**20,
+            clip=(config.clip, config.clip), temperature=config.temperature, softcap=model.config.logit_softcap,
+            memory_budget_bytes=config.memory_budget_mb * 2**20,
         )  # fmt: skip
         figures = {
             "clip_fraction": float(result.clip_fraction), "advantage": float(result.advantage.abs().mean()), "responses": len(row),
@@ -195,10 +196,11 @@ def _preference_loss(
     index, budget = torch.tensor(pairs.row), config.memory_budget_mb * 2**20
     reference = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
     head = model.head_weight, packed.target_T, packed.cu_seqlens
+    options = {"temperature": config.temperature, "softcap": model.config.logit_softcap, "memory_budget_bytes": budget}
     if anchor is not None and target.anchor_share > 0:
         with torch.no_grad():
             states = _hidden(model, samples.lower, batch, packed, anchor)
-            own = sequence_logprob(states, *head, temperature=config.temperature, memory_budget_bytes=budget)
+            own = sequence_logprob(states, *head, **options)
         reference = torch.lerp(reference, own.double(), target.anchor_share)
     if target.shift_PG is not None:
         reference = reference + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
@@ -209,10 +211,10 @@ def _preference_loss(
         result = lagrangian_preference_loss(
             hidden, *head, pairs.pairs, score, score.new_zeros(len(score), 0), score.new_zeros(0), reference, beta=target.coefficient,
             labels=config.labels, uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
-            temperature=config.temperature, memory_budget_bytes=budget,
+            **options,
         )  # fmt: skip
         return _Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin)
-    logprob = sequence_logprob(hidden, *head, temperature=config.temperature, memory_budget_bytes=budget)
+    logprob = sequence_logprob(hidden, *head, **options)
     moved_N = target.coefficient * (logprob - reference)
     prompt_N = torch.tensor(pairs.prompt, device=model.device)
     if config.labels == "single":

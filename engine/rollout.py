@@ -135,7 +135,7 @@ def generate(
         row = torch.arange(start * n, start * n + len(batch) * n)
         alive = torch.ones(len(row), dtype=torch.bool, device=model.device)
         for step in range(max_new_tokens):
-            logits = hidden @ model.head_weight.t()
+            logits = model.logits(hidden)
             if step < min_new_tokens and len(stop):
                 logits[:, stop] = -torch.inf
             token, logprob, model_logprob = sample(

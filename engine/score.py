@@ -244,7 +244,7 @@ def frozen_forward(
             logprobs.append(
                 sequence_logprob(
                     hidden[packed.predict_T], model.head_weight, packed.target_T, packed.cu_seqlens, temperature=temperature,
-                    memory_budget_bytes=memory_budget_bytes,
+                    softcap=model.config.logit_softcap, memory_budget_bytes=memory_budget_bytes,
                 ).double().cpu()
             )  # fmt: skip
         on_tokens(len(packed.tokens))

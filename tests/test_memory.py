@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from engine import memory
+from engine.architecture import ModelConfig, Rope
 from engine.config import CaidConfig
 from engine.errors import UserError
 from engine.memory import KEPT_STATES_BYTES, Plan, kept_states_bytes
-from engine.model import ModelConfig
 
 SHAPE = ModelConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, max_positions=256,
-    rms_eps=1e-6, tied=True, rope_theta=1e4, rope_scaling=None,
+    rms_eps=1e-6, tied=True, rope=Rope(theta=1e4),
 )  # fmt: skip
 
 

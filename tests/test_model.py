@@ -1,10 +1,11 @@
-"""transformers is the oracle: logits, gradients, greedy decoding, saved folders, PEFT adapters."""
+"""transformers is the oracle: logits, gradients, saved folders, PEFT adapters."""
 
 import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from architectures import VARIANTS, VOCABULARY, write_model
+from transformers import AutoModelForCausalLM
 
 from engine import model as M
 from engine.errors import UserError
@@ -12,60 +13,75 @@ from engine.lora import Adapter, load_peft, save_peft
 from engine.model import Layout
 
 
-def llama(folder, **changes):
-    """A random Llama in the published format; returns transformers' model."""
-    torch.manual_seed(3)
-    config = dict(
-        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True, attn_implementation="eager",
-    )  # fmt: skip
-    network = LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
-    network.save_pretrained(folder)
-    return network
-
-
-VARIANTS = {
-    "grouped queries, tied head": {},
-    "one head per query, own head": {"num_key_value_heads": 4, "tie_word_embeddings": False},
-    "head size of its own": {"head_dim": 10},
-    "linear rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
-    "llama 3 rope": {
-        "rope_parameters": {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32, "rope_theta": 500.0,
-        }
-    },
-}  # fmt: skip
-
-
-def ragged(lengths, vocabulary=97, seed=0):
+def ragged(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randint(vocabulary, (n,), generator=generator) for n in lengths]
+    parts = [torch.randint(VOCABULARY, (n,), generator=generator) for n in lengths]
     return parts, torch.cat(parts), torch.tensor([0, *lengths]).cumsum(0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_transformers_on_ragged_batches(tmp_path, name):
-    network = llama(tmp_path, **VARIANTS[name])
+    network = write_model(tmp_path, name)
     ours = M.load(tmp_path)
     parts, tokens, cu = ragged([5, 1, 17, 60])
     with torch.no_grad():
-        logits = ours(tokens, cu) @ ours.head_weight.t()
+        logits = ours.logits(ours(tokens, cu))
         oracle = torch.cat([network(p[None]).logits[0] for p in parts])
+    assert oracle.std() > 0.2, "logits too small to tell anything"
     assert (logits - oracle).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_of_every_weight_equal_transformers(tmp_path, name):
+    network = write_model(tmp_path, name)
+    ours = M.load(tmp_path).requires_grad_(True)
+    parts, tokens, cu = ragged([5, 1, 31])
+    ours.logits(ours(tokens, cu)).square().sum().backward()
+    sum(network(p[None]).logits.square().sum() for p in parts).backward()
+    # The names that stand for views of our weights now stand for views of their gradients.
+    for weight in ours.parameters():
+        weight.data = weight.grad
+    gradients, oracle = M._named_targets(ours), {n: p.grad for n, p in network.named_parameters()}
+    assert gradients.keys() == oracle.keys()
+    for key, expected in oracle.items():
+        assert (gradients[key] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-5, key
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_saved_folder_loads_in_transformers_with_equal_weights(tmp_path, name):
-    network = llama(tmp_path / "a", **VARIANTS[name])
+    network = write_model(tmp_path / "a", name)
     M.save(M.load(tmp_path / "a"), tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert type(again) is type(network)
     for (n1, w1), (n2, w2) in zip(network.state_dict().items(), again.state_dict().items(), strict=True):
         assert n1 == n2 and torch.equal(w1, w2)
+    assert M.load(tmp_path / "a").config.parameter_count() == sum(w.numel() for w in network.parameters())
 
 
-def test_shared_prompt_layout_equals_separate_sequences(tmp_path):
-    llama(tmp_path)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_read_into_the_wanted_dtype(tmp_path, stored, wanted):
+    network = write_model(tmp_path, "qwen 2").to(stored)
+    network.save_pretrained(tmp_path)
+    for name, weight in M._named_targets(M.load(tmp_path, dtype=wanted)).items():
+        assert weight.dtype == wanted and torch.equal(weight, network.get_parameter(name).to(wanted)), name
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen 3", "gemma 2", "gemma 3"])
+def test_bfloat16_is_as_near_to_float32_as_transformers(tmp_path, name):
+    exact = write_model(tmp_path, name)
+    tokens, cu = ragged([40])[1:]
+    with torch.no_grad():
+        wanted = exact(tokens[None]).logits[0]
+        rounded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")(tokens[None]).logits[0]
+        ours = M.load(tmp_path, dtype=torch.bfloat16)
+        logits = ours.logits(ours(tokens, cu))
+    assert (logits - wanted).square().mean() < 1.5 * (rounded - wanted).square().mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma 2", "gemma 3"])
+def test_shared_prompt_layout_equals_separate_sequences(tmp_path, name):
+    write_model(tmp_path, name)
     ours = M.load(tmp_path)
     (p1, a, b, p2, c), _, _ = ragged([6, 4, 9, 3, 5])
     layout = Layout.shared_prompt([6, 3], [[4, 9], [5]])
@@ -79,9 +95,10 @@ def test_shared_prompt_layout_equals_separate_sequences(tmp_path):
     assert (together - expected).abs().max() < 1e-5
 
 
-def test_adapter_starts_at_the_reference_and_matches_peft(tmp_path):
+@pytest.mark.parametrize("name", ["llama", "qwen 2", "gemma 2"])
+def test_adapter_starts_at_the_reference_and_matches_peft(tmp_path, name):
     peft = pytest.importorskip("peft")
-    network = llama(tmp_path / "base")
+    network = write_model(tmp_path / "base", name)
     ours = M.load(tmp_path / "base")
     adapter = Adapter.on(ours, rank=3, alpha=6.0, share=0.4, seed=0)
     assert adapter.first_layer == 1
@@ -90,7 +107,7 @@ def test_adapter_starts_at_the_reference_and_matches_peft(tmp_path):
         assert torch.equal(ours(tokens, cu, adapter=adapter), ours(tokens, cu))
         for value in adapter.up.values():
             value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
-        changed = ours(tokens, cu, adapter=adapter) @ ours.head_weight.t()
+        changed = ours.logits(ours(tokens, cu, adapter=adapter))
     save_peft(adapter, tmp_path / "adapter", str(tmp_path / "base"))
     wrapped = peft.PeftModel.from_pretrained(network, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -104,9 +121,10 @@ def test_adapter_starts_at_the_reference_and_matches_peft(tmp_path):
         assert (merged(tokens[None, :7]).logits[0] - changed[:7]).abs().max() < 1e-4
 
 
-def test_adapter_gradients_equal_peft(tmp_path):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapter_gradients_equal_peft(tmp_path, name):
     peft = pytest.importorskip("peft")
-    network = llama(tmp_path / "base")
+    network = write_model(tmp_path / "base", name)
     ours = M.load(tmp_path / "base")
     adapter = Adapter.on(ours, rank=2, alpha=4.0, share=0.0, seed=0)
     with torch.no_grad():
@@ -115,7 +133,7 @@ def test_adapter_gradients_equal_peft(tmp_path):
     save_peft(adapter, tmp_path / "adapter", str(tmp_path / "base"))
     wrapped = peft.PeftModel.from_pretrained(network, tmp_path / "adapter", is_trainable=True)
     _, tokens, cu = ragged([9])
-    (ours(tokens, cu, adapter=adapter) @ ours.head_weight.t()).square().mean().backward()
+    ours.logits(ours(tokens, cu, adapter=adapter)).square().mean().backward()
     wrapped(tokens[None]).logits.square().mean().backward()
     oracle = {n: p.grad for n, p in wrapped.named_parameters() if p.grad is not None}
     for kind, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):
@@ -125,12 +143,75 @@ def test_adapter_gradients_equal_peft(tmp_path):
             assert (value.grad - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, (kind, key)
 
 
+@pytest.mark.parametrize("linears", [["q_proj", "v_proj"], ["k_proj", "down_proj"], ["o_proj", "up_proj"]])
+def test_adapters_of_peft_on_some_linears_and_layers(tmp_path, linears):
+    peft = pytest.importorskip("peft")
+    network = write_model(tmp_path / "base", "qwen 2")
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(
+        network, peft.LoraConfig(r=3, lora_alpha=7, target_modules=linears, layers_to_transform=[1], init_lora_weights=False)
+    ).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ours = M.load(tmp_path / "base")
+    adapter = load_peft(tmp_path / "adapter", ours)
+    assert adapter.first_layer == 1 and len(adapter.down) == 2
+    _, tokens, cu = ragged([11])
+    with torch.no_grad():
+        assert (ours.logits(ours(tokens, cu, adapter=adapter)) - wrapped(tokens[None]).logits[0]).abs().max() < 1e-4
+        assert (ours.logits(ours(tokens, cu)) - wrapped(tokens[None]).logits[0]).abs().max() > 0.1
+    save_peft(adapter, tmp_path / "again", str(tmp_path / "base"))
+    back = load_peft(tmp_path / "again", ours).tensors()
+    assert all(torch.equal(value, back[name]) for name, value in adapter.tensors().items()) and len(back) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "peft_type"),
+    ],
+)
+def test_adapters_that_compute_something_else_are_refused_by_name(tmp_path, change, message):
+    write_model(tmp_path / "base", "llama")
+    ours = M.load(tmp_path / "base")
+    save_peft(Adapter.on(ours, rank=2, alpha=4.0, share=0.0, seed=0), tmp_path / "adapter", "")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        load_peft(tmp_path / "adapter", ours)
+
+
+def test_adapters_of_another_model_are_refused(tmp_path):
+    write_model(tmp_path / "deep", "llama", num_hidden_layers=4)
+    write_model(tmp_path / "flat", "llama")
+    write_model(tmp_path / "wide", "llama", intermediate_size=50)
+    save_peft(Adapter.on(M.load(tmp_path / "deep"), rank=2, alpha=4.0, share=0.0, seed=0), tmp_path / "adapter", "")
+    with pytest.raises(UserError, match="does not fit"):
+        load_peft(tmp_path / "adapter", M.load(tmp_path / "flat"))
+    save_peft(Adapter.on(M.load(tmp_path / "flat"), rank=2, alpha=4.0, share=0.0, seed=0), tmp_path / "other", "")
+    with pytest.raises(UserError, match="does not fit"):
+        load_peft(tmp_path / "other", M.load(tmp_path / "wide"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
+        ({"clip_qkv": 8}, "clip_qkv 8"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"sliding_window": 8}, "sliding_window 8"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"num_key_value_heads": 3}, "3 key heads"),
+        ({"head_dim": 7}, "size 7"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "attention_factor": 3.0}}, "attention_factor"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"hidden_size": 32}, "shape"),
         ({"num_hidden_layers": 4}, "lacks"),
@@ -138,15 +219,67 @@ def test_adapter_gradients_equal_peft(tmp_path):
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, change, message):
-    llama(tmp_path)
+    write_model(tmp_path, "llama")
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         M.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma 3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma 3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma 3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters rope_theta"),
+        ("gemma 3", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        ("gemma 2", {"sliding_window": None}, "sliding_window"),
+        ("gemma 2", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("gemma 2", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar is missing"),
+        ("qwen 3", {"head_dim": None}, "head_dim is missing"),
+        ("qwen 2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+        ("qwen 2", {"mlp_bias": True}, "mlp_bias"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    ],
+)
+def test_switches_of_one_architecture_are_refused_by_name(tmp_path, name, change, message):
+    write_model(tmp_path, name)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        M.load(tmp_path)
+
+
+# What the published config.json files say, as written for older versions of transformers.
+PUBLISHED = {
+    "llama": {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 3.0}, "rope_interleaved": False, "pretraining_tp": 1},
+    "qwen 2": {"rope_theta": 50.0, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 1},
+    "qwen 3": {"rope_theta": 50.0, "rope_scaling": None, "attention_bias": False},
+    "mistral": {"rope_theta": 50.0, "sliding_window": 4, "attention_dropout": 0.0},
+    "gemma 2": {"rope_theta": 50.0, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window": 4},
+    "gemma 3": {
+        "rope_theta": 50.0, "rope_local_base_freq": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 4,
+        "sliding_window_pattern": 2, "attn_logit_softcapping": None, "cache_implementation": "hybrid", "use_cache": True,
+    },
+}  # fmt: skip
+NEWER = ("rope_parameters", "layer_types", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_older_config_files_mean_the_same_here_and_in_transformers(tmp_path, name):
+    # With its class's default for the head, as some published files leave that out.
+    write_model(tmp_path, name, tie_word_embeddings=name.startswith("gemma"))
+    file = tmp_path / "config.json"
+    raw = {key: value for key, value in json.loads(file.read_text()).items() if key not in NEWER}
+    file.write_text(json.dumps({**raw, **PUBLISHED[name]}))
+    ours, network = M.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    _, tokens, cu = ragged([30])
+    with torch.no_grad():
+        assert (ours.logits(ours(tokens, cu)) - network(tokens[None]).logits[0]).abs().max() < 1e-4
+
+
 def test_truncated_pickle_and_missing_folders_are_refused(tmp_path):
-    llama(tmp_path / "a")
+    write_model(tmp_path / "a", "llama")
     file = tmp_path / "a" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="model.safetensors"):
@@ -158,8 +291,16 @@ def test_truncated_pickle_and_missing_folders_are_refused(tmp_path):
         M.load(tmp_path / "nowhere")
 
 
+def test_a_missing_shard_is_refused_by_name(tmp_path):
+    write_model(tmp_path, "llama").save_pretrained(tmp_path / "b", max_shard_size="10KB")
+    gone = sorted((tmp_path / "b").glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=gone.name):
+        M.load(tmp_path / "b")
+
+
 def test_sharded_checkpoint_loads(tmp_path):
-    network = llama(tmp_path / "a")
+    network = write_model(tmp_path / "a", "llama")
     network.save_pretrained(tmp_path / "b", max_shard_size="10KB")
     assert (tmp_path / "b" / "model.safetensors.index.json").is_file()
     first, second = M.load(tmp_path / "a"), M.load(tmp_path / "b")
@@ -167,7 +308,7 @@ def test_sharded_checkpoint_loads(tmp_path):
 
 
 def test_save_refuses_a_folder_in_use(tmp_path):
-    llama(tmp_path / "a")
+    write_model(tmp_path / "a", "llama")
     with pytest.raises(UserError, match="not empty"):
         M.save(M.load(tmp_path / "a"), tmp_path / "a")
 
@@ -175,7 +316,7 @@ def test_save_refuses_a_folder_in_use(tmp_path):
 def test_hub_id_and_missing_folder(tmp_path, monkeypatch):
     import huggingface_hub
 
-    network, asked = llama(tmp_path / "snapshot"), []
+    network, asked = write_model(tmp_path / "snapshot", "llama"), []
 
     def snapshot_download(name, allow_patterns):
         asked.append((name, allow_patterns))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import write_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -19,9 +20,19 @@ from engine.score import frozen_forward
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
 
 
+@pytest.fixture(scope="module", params=["tiny", "gemma 2"])
+def folder(request, tiny_folder, tmp_path_factory):
+    """Also a model with a window, and caps on attention scores and logits."""
+    if request.param == "tiny":
+        return tiny_folder
+    other = tmp_path_factory.mktemp("gemma")
+    write_model(other, request.param)
+    return other
+
+
 @pytest.fixture(scope="module")
-def world(tiny_folder):
-    network = model.load(tiny_folder)
+def world(folder):
+    network = model.load(folder)
     prompts = Prompts(text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33]))
     rollouts = generate(network, PROMPTS, n=4, max_new_tokens=9, seed=0, stop_token_ids=(2, *range(60, 90)), temperature=0.8)
     _, logprob = frozen_forward(network, packing.groups(prompts, rollouts), [], temperature=0.8, memory_budget_bytes=2**20)
@@ -57,10 +68,10 @@ def same_gradients(adapter, tuned, tolerance=2e-4):
             assert (value.grad.double() - expected).abs().max() <= tolerance * expected.abs().max() + 1e-9, (kind, key)
 
 
-def in_peft(adapter, tiny_folder, folder):
+def in_peft(adapter, base_folder, folder):
     """Transformers' model in float64 with the adapter in peft, and response log-probs under it."""
-    save_peft(adapter, folder, str(tiny_folder))
-    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager").double()
+    save_peft(adapter, folder, str(base_folder))
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="eager").double()
     tuned = PeftModel.from_pretrained(base, folder, is_trainable=True).double()
 
     def token_logprob(rollouts, r):
@@ -71,7 +82,7 @@ def in_peft(adapter, tiny_folder, folder):
     return tuned, token_logprob
 
 
-def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, tiny_folder, tmp_path):
+def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_path):
     """The margin is coefficient x (log pi - log of the mixture of reference and anchor) - differences of the shift."""
     network, prompts, rollouts, scores, adapter = world
     generator = torch.Generator().manual_seed(5)
@@ -93,11 +104,11 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, tiny_folder,
     result = policy._preference_loss(config, network, samples, target, adapter, anchor, pairs, draw=0)
     result.loss.backward()
     with torch.no_grad():
-        tuned, token_logprob = in_peft(anchor, tiny_folder, tmp_path / "anchor")
+        tuned, token_logprob = in_peft(anchor, folder, tmp_path / "anchor")
         at_anchor = {r: token_logprob(rollouts, r).sum() for r in range(12)}
         with tuned.disable_adapter():
             at_reference = {r: token_logprob(rollouts, r).sum() for r in range(12)}
-    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
+    tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     own = {r: token_logprob(rollouts, r).sum() for r in range(12)}
     ratio = {r: own[r] - 0.3 * at_anchor[r] - 0.7 * at_reference[r] for r in range(12)}
     s, moved = scores.reward_PG.flatten(), shift.flatten()
@@ -111,7 +122,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, tiny_folder,
     same_gradients(adapter, tuned)
 
 
-def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(world, tiny_folder, tmp_path, monkeypatch):
+def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(world, folder, tmp_path, monkeypatch):
     network, prompts, rollouts, scores, adapter = world
     config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
     samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
@@ -121,7 +132,7 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
     adapter.zero_grad()
     loss, figures, _ = seen[0](0)
     loss.backward()
-    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
+    tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     old, total, count = rollouts.model_logprob, 0.0, 0
     for r in range(12):
         p, i = divmod(r, 4)
@@ -136,7 +147,7 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
 
 
 @pytest.mark.parametrize("beta, kept", [(0.1, True), (1.0, True), (1.0, False)])
-def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, kept):
+def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept):
     network, prompts, rollouts, scores, adapter = world
     lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
     config = smoke(CaidConfig(beta=beta, temperature=0.8, labels="soft"))
@@ -148,7 +159,7 @@ def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, 
     result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
 
-    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
+    tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     losses = []
     for a, b in pairs.pairs.tolist():
         ra, rb = pairs.row[a], pairs.row[b]
@@ -166,7 +177,7 @@ def test_loss_and_gradients_equal_plain_dpo(world, tiny_folder, tmp_path, beta, 
 
 
 @pytest.mark.parametrize("labels", ["regression", "listwise", "single"])
-def test_other_label_forms_equal_plain_autograd(world, tiny_folder, tmp_path, labels):
+def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels):
     network, prompts, rollouts, scores, adapter = world
     config = smoke(CaidConfig(temperature=0.8, labels=labels))
     beta, shift = 0.4, torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
@@ -177,7 +188,7 @@ def test_other_label_forms_equal_plain_autograd(world, tiny_folder, tmp_path, la
     result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
 
-    tuned, token_logprob = in_peft(adapter, tiny_folder, tmp_path / "adapter")
+    tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     s = scores.reward_PG.flatten()
     moved = {}
     for r in pairs.row:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from architectures import VARIANTS, write_model
 from transformers import AutoModelForCausalLM
 
 from engine import model as M
@@ -14,7 +15,7 @@ from engine.packing import LowerStates
 from engine.records import Prompts
 from engine.rollout import States, generate
 from engine.score import frozen_forward
-from kernels import sample, sequence_logprob
+from kernels import native, sample, sequence_logprob
 from kernels.sampling import combine, uniform
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
@@ -31,6 +32,54 @@ def test_greedy_equals_transformers(tiny, tiny_folder):
     for p, prompt in enumerate(PROMPTS):
         oracle = network.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert out.tokens[p].tolist() == oracle[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def random_folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "model"
+    write_model(folder, request.param)
+    return folder
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def either_cache(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "serves", lambda device, dtype: False)
+
+
+# Two are longer than every window, one token or more passes it while decoding, and the responses pass it by themselves.
+LONG = [[1, 70, 75, 80], [90], list(range(20, 40)), [3, 9, 27, 81, 5, 15, 45]]
+
+
+def test_greedy_decoding_of_every_architecture_equals_transformers(random_folder, either_cache):
+    network = AutoModelForCausalLM.from_pretrained(random_folder, dtype=torch.float32, attn_implementation="eager")
+    out = generate(M.load(random_folder), LONG, n=2, max_new_tokens=24, temperature=0, seed=0)
+    for p, prompt in enumerate(LONG):
+        oracle = network.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+        for i in range(2):
+            assert out.tokens[2 * p + i].tolist() == oracle[0, len(prompt) :].tolist()
+
+
+def test_log_probs_of_every_architecture_are_those_of_the_packed_forward_and_of_transformers(random_folder, either_cache):
+    ours = M.load(random_folder)
+    adapter = Adapter.on(ours, rank=2, alpha=4.0, share=0.4, seed=0)
+    with torch.no_grad():
+        for value in adapter.up.values():
+            value.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    prompts = Prompts(text=[""] * 4, kind=[""] * 4, token_ids=LONG, key_P=torch.arange(4))
+    network = AutoModelForCausalLM.from_pretrained(random_folder, dtype=torch.float32, attn_implementation="eager")
+    for policy in (None, adapter):
+        out = generate(ours, LONG, n=3, max_new_tokens=18, temperature=0.7, seed=1, stop_token_ids=(2, 40), adapter=policy)
+        sampled = out.model_logprob.double().sum(1)
+        _, packed = frozen_forward(ours, packing.groups(prompts, out), [], temperature=0.7, memory_budget_bytes=2**20, adapter=policy)
+        assert (sampled - packed).abs().max() < 2e-4
+        for r in range(12) if policy is None else ():
+            prompt, response = LONG[r // 3], out.tokens[r, : out.length[r]]
+            with torch.no_grad():
+                logits = network(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1]
+            assert float((logits.double() / 0.7).log_softmax(1)[range(len(response)), response].sum()) == pytest.approx(
+                float(packed[r]), abs=2e-4
+            )
 
 
 def test_sampled_log_probs_equal_the_training_forward(tiny):
