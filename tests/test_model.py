@@ -31,6 +31,14 @@ def test_logits_equal_transformers_on_ragged_batches(tmp_path, name):
     assert (logits - oracle).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("length", [5, 6, 7, 8])
+def test_texts_about_as_long_as_the_window(tmp_path, length):
+    network = write_model(tmp_path, "mistral")
+    ours, (_, tokens, cu) = M.load(tmp_path), ragged([length])
+    with torch.no_grad():
+        assert (ours.logits(ours(tokens, cu)) - network(tokens[None]).logits[0]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_of_every_weight_equal_transformers(tmp_path, name):
     network = write_model(tmp_path, name)
@@ -254,7 +262,7 @@ def test_switches_of_one_architecture_are_refused_by_name(tmp_path, name, change
 PUBLISHED = {
     "llama": {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 3.0}, "rope_interleaved": False, "pretraining_tp": 1},
     "qwen 2": {"rope_theta": 50.0, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 1},
-    "qwen 3": {"rope_theta": 50.0, "rope_scaling": None, "attention_bias": False},
+    "qwen 3": {"rope_theta": 50.0, "rope_scaling": None, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "mistral": {"rope_theta": 50.0, "sliding_window": 4, "attention_dropout": 0.0},
     "gemma 2": {"rope_theta": 50.0, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window": 4},
     "gemma 3": {
