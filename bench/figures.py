@@ -10,24 +10,22 @@ the RUNs are trained on these samples, or on others with equal settings. Writes 
 """
 
 import argparse
-import io
 import json
 import math
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from engine import dual
+from engine import dual, stages
 from engine.checkpoint import Run, load, write_whole
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.metrics import read_rows
-from engine.records import Units
+from engine.report import png
 from engine.stages import ReferenceSamples
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -41,9 +39,13 @@ def scores_of(folder: Path) -> tuple[Tensor, Tensor, Tensor, float]:
     (path,) = (folder / "stages").glob("01-reference.safetensors")
     scores = load(path, ReferenceSamples).sampled.scores
     (row,) = read_rows(folder, "reference")
-    units = Units(reward=row["reward_sd"], utility_J=row["utility_sd"], audit_A=row["audit_sd"])
-    scores = units.apply(scores)
-    return scores.reward_PG, scores.utility_PGJ, torch.tensor(row["aim"], dtype=torch.float64), Run.read_config(folder)[1]["beta"]
+    _, config = Run.read_config(folder)
+    if set(config["cost_on"]) - {"all"} or min(config["cost_rate"], default=1) < 1:
+        raise UserError(
+            f"{folder}: it has a constraint on one kind of prompts or a rate, which these figures do not show; give another run."
+        )
+    scores = stages.units_of(row, []).apply(scores)
+    return scores.reward_PG, scores.utility_PGJ, torch.tensor(row["aim"], dtype=torch.float64), config["beta"]
 
 
 def subsets(reward_PG: Tensor, utility_PGJ: Tensor, aim_J: Tensor, beta: float, draws: int = DRAWS) -> dict[str, list[dict]]:
@@ -216,13 +218,11 @@ def main() -> None:
     reward_PG, utility_PGJ, aim_J, beta = scores_of(given.samples)
     found = subsets(reward_PG, utility_PGJ, aim_J, beta)
     rows = [row for run in given.runs for row in realised(run, reward_PG, utility_PGJ, beta)]
-    with matplotlib.style.context(["default", {"font.size": 9, "legend.fontsize": 8}]):
-        for name, figure in (("subsets", draw_subsets(found)), *([("realised", draw_realised(rows))] if rows else [])):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", metadata={"Software": None})
-            write_whole(DOCS / f"figures-{name}.png", buffer.getvalue())
+    write_whole(DOCS / "figures-subsets.png", png(lambda: draw_subsets(found)))
+    if rows:
+        write_whole(DOCS / "figures-realised.png", png(lambda: draw_realised(rows)))
     write_whole(DOCS / "figures.md", page(given.samples, tuple(reward_PG.shape), found, rows).encode())
-    write_whole(DOCS / "figures.json", (json.dumps({"subsets": found, "realised": rows}, indent=1, sort_keys=True) + "\n").encode())
+    stages.write_json(DOCS / "figures.json", {"subsets": found, "realised": rows})
     print(f"written: {DOCS / 'figures.md'}")
 
 

@@ -11,7 +11,6 @@ A GPU version is the same command with other flags behind --, for example --mode
 
 import argparse
 import csv
-import io
 import json
 import math
 import re
@@ -19,13 +18,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
 from engine import sweep
 from engine.checkpoint import write_whole
+from engine.report import png
+from engine.stages import write_json
 from engine.sweep import SweepConfig
 
 ROOT = Path(__file__).parent
@@ -149,13 +149,14 @@ def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, .
         "seeds": seeds, "algorithms": labels, "thresholds": thresholds, "flags": [Path(f).name if "/" in f else f for f in config.flags],
         "versions": versions,
     }  # fmt: skip
-    write_whole(DOCS / "study" / f"{name}.json", (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+    write_json(DOCS / "study" / f"{name}.json", settings)
 
 
 def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> bytes:
     """Left: improvement minus b of every run, seeds joined across the two methods. Right: reward against improvement, all methods."""
     colours = {CAID: "#0072B2", MOCAN: "#D55E00", OTHERS[0]: "#009E73", OTHERS[1]: "#E69F00", OTHERS[2]: "#CC79A7"}
-    with matplotlib.style.context(["default", {"font.size": 9, "legend.fontsize": 8}]):
+
+    def draw() -> Figure:
         figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
         left, right = figure.subplots(1, 2)
         arms = {label: arm(rows, label, seeds, thresholds) for label in (CAID, MOCAN)}
@@ -184,9 +185,9 @@ def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> byte
         right.plot(0, 0, "s", color="#8A8A8A", label="reference")
         right.set(xlabel="improvement of harm", ylabel="reward improvement", title="Reward against safety, every run")
         right.legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return figure
+
+    return png(draw)
 
 
 def page(rows: list[dict], settings: list[dict]) -> str:

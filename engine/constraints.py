@@ -33,11 +33,16 @@ def unsafe_above(config: RunConfig) -> tuple[float, ...]:
     return config.unsafe_above * len(config.cost) if len(config.unsafe_above) == 1 else config.unsafe_above
 
 
+def counted_above(limits: Sequence[Limit]) -> list[float | None]:
+    """For `Units.unsafe_above_J`: a rate's responses are counted above a cost, other utilities stay as they are."""
+    return [limit.unsafe_above if limit.kind == "rate" else None for limit in limits]
+
+
 def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
     """Raises: UserError where one of the sets of prompts has fewer than two that a constraint is about."""
     for limit in limits:
         for name, prompts in sets.items():
-            if (n := len(limit.rows(prompts))) < 2:
+            if limit.on and (n := len(limit.rows(prompts))) < 2:
                 kinds = ", ".join(sorted({kind or "(none)" for kind in prompts.kind}))
                 raise UserError(
                     f"--cost-on {limit.on}: {n} of the {len(prompts)} {name} are of that kind, and constraint {limit.name} needs at "

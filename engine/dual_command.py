@@ -4,7 +4,6 @@ SCORES is jsonl or parquet with one row per response: `prompt` (text or a whole 
 and `response` where pairs are exported. All prompts have the same number of responses; their rows need not stand together.
 """
 
-import io
 import json
 import math
 import sys
@@ -12,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -24,7 +22,7 @@ from engine.checkpoint import write_whole
 from engine.errors import UserError
 from engine.flags import parse_flags
 from engine.metrics import Display
-from engine.report import COLOURS, INK, POLICY, REFERENCE, frame
+from engine.report import COLOURS, INK, POLICY, REFERENCE, frame, png
 from engine.score import utility_of_cost
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -462,8 +460,8 @@ def _band(found: Analysis, x_K: np.ndarray, lam_max: float) -> tuple[np.ndarray,
 
 def picture(found: Analysis, curve: Curve) -> bytes:
     """The PNG: multipliers and the predicted improvement of the reward along the thresholds, the chosen ones marked."""
-    # The user's own matplotlibrc must not change the bytes, and a dollar sign in a name is no formula.
-    with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]):
+
+    def draw() -> Figure:
         figure = Figure(figsize=(11, 5), dpi=130, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         left, right = figure.subplots(1, 2)
@@ -473,9 +471,9 @@ def picture(found: Analysis, curve: Curve) -> bytes:
         figure.suptitle(f"Dual of {Path(found.file).name[-60:]}: {P} prompts x {G} responses, beta {found.config.beta:g}", color=INK)
         frame(left, "Multipliers")
         frame(right, "Price in reward")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return figure
+
+    return png(draw)
 
 
 def _chosen(found: Analysis) -> float:

@@ -100,20 +100,18 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    selection = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
+    selection = None
     if flags.best_feasible:
+        selection = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
         data.assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
     lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
     (reference,) = metrics.read_rows(run, "reference")
     limits = constraints.limits(config, [s.name for s in scorers.costs])
-    constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if flags.best_feasible else {}))
-    units = Units(
-        reward=reference["reward_sd"], utility_J=reference["utility_sd"], audit_A=reference["audit_sd"],
-        unsafe_above_J=[limit.unsafe_above if limit.kind == "rate" else None for limit in limits],
-    )  # fmt: skip
+    constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {}))
+    units = stages.units_of(reference, limits)
     return Question(
-        run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection if flags.best_feasible else None,
+        run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection,
         units=units, limits=limits, aimed=reference.get("aimed", reference["aim"]), inputs=inputs,
         trained_on=stages.reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
         lookalikes=lookalikes,

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -119,8 +120,8 @@ def _json_lines(path: Path) -> list[dict]:
 
 def _picture(run: _Run) -> bytes:
     """The PNG: lambda, improvement and trade-off per iteration, score histograms before and after, training loss; three panels a row."""
-    # The user's own matplotlibrc must not change the bytes, and a dollar sign in a name is no formula.
-    with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]):
+
+    def draw() -> Figure:
         scores = [("reward", "reward", None)] + [(f"utility {_short(name, 16)}", "utility", j) for j, name in enumerate(run.names)]
         n_panels = 4 + len(scores)
         rows = math.ceil(n_panels / 3)
@@ -135,8 +136,17 @@ def _picture(run: _Run) -> bytes:
             frame(axis, f"({chr(97 + i)}) {title}")
         for axis in axes[n_panels:]:
             axis.set_axis_off()
+        return figure
+
+    return png(draw)
+
+
+def png(draw: Callable[[], Figure]) -> bytes:
+    """The PNG of the figure that `draw` makes; equal data give equal bytes."""
+    # The user's own matplotlibrc must not change the bytes, and a dollar sign in a name is no formula.
+    with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        draw().savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -285,8 +285,9 @@ def sample_reference(job: Job) -> Reference:
     config = job.config
     prompts = reference_prompts(config, job.train)
 
+    shared = samples_of(job, "reference", ReferenceSamples)
+
     def compute(stage: Stage) -> ReferenceSamples:
-        shared = samples_of(job, "reference", ReferenceSamples)
         if shared is None:
             sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
         else:
@@ -307,7 +308,7 @@ def sample_reference(job: Job) -> Reference:
     made = job.run.stage("reference", ReferenceSamples, compute)
     sampled, lower = made.sampled, None
     # Shared states stay where they are: they are hundreds of megabytes.
-    lower_MD = samples_of(job, "reference", ReferenceSamples).lower_MD if config.samples_of else made.lower_MD
+    lower_MD = made.lower_MD if shared is None else shared.lower_MD
     if lower_MD is not None:
         lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
         lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
@@ -381,7 +382,7 @@ def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4
 
 def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit]) -> Units:
     """Pooled within-prompt standard deviations. Raises: UserError for a scorer that is constant within every prompt."""
-    above_J = [limit.unsafe_above if limit.kind == "rate" else None for limit in limits]
+    above_J = constraints.counted_above(limits)
     utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
     for limit, utility_PG in zip(limits, utility_PGJ.unbind(2), strict=True):
         if limit.kind == "rate" and utility_PG.min() == utility_PG.max():
@@ -395,6 +396,13 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit]) -
         utility_J=[dual.within_deviation(utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
         audit_A=[dual.within_deviation(scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
         unsafe_above_J=above_J,
+    )
+
+
+def units_of(row: dict, limits: Sequence[Limit]) -> Units:
+    """Those of a run, from its metrics row of kind "reference"."""
+    return Units(
+        reward=row["reward_sd"], utility_J=row["utility_sd"], audit_A=row["audit_sd"], unsafe_above_J=constraints.counted_above(limits)
     )
 
 

@@ -19,20 +19,20 @@ from html import escape
 from importlib import import_module
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine import config as configs
+from engine import constraints, dual, stages
 from engine.checkpoint import write_whole
 from engine.config import DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, smoke
 from engine.errors import NonFiniteError, UserError
 from engine.evaluate import Evaluation
 from engine.flags import parse_flags, suggest, take
 from engine.metrics import read_rows, read_timing
-from engine.report import INK, REFERENCE, STYLE, UNIT, frame
+from engine.report import INK, REFERENCE, STYLE, UNIT, frame, png
 
 USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engine.train for all runs]
 
@@ -150,7 +150,7 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
         out.mkdir(parents=True)
         settings = {"preset": preset, **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}}
-        write_whole(out / "sweep.json", (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+        stages.write_json(out / "sweep.json", settings)
     paths = {}
     for seed in sweep.seeds:
         own = [plan for plan in plans if plan.config.seed == seed]
@@ -169,8 +169,6 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
 
     Raises: UserError for thresholds beyond what the samples support, before anything is trained.
     """
-    from engine import constraints, dual, stages
-
     # Settings of iterative algorithms also say which prompts measure a slack; the samples do not depend on them.
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
     rows, guess = [], None
@@ -237,8 +235,8 @@ def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> N
     writer.writerows(rows)
     write_whole(out / "table.csv", text.getvalue().encode())
     pictures = {"pareto.png": pareto(outcomes), "multipliers.png": multipliers(outcomes)}
-    for name, png in pictures.items():
-        write_whole(out / name, png)
+    for name, picture in pictures.items():
+        write_whole(out / name, picture)
     write_whole(out / "index.html", page(outcomes, rows, paths, pictures).encode("utf-8", "replace"))
 
 
@@ -281,13 +279,9 @@ def _groups(outcomes: list[Outcome]) -> dict[str, dict[tuple, list[Outcome]]]:
     return {label: groups[label] for label in order if label in groups}
 
 
-def _styled(draw) -> bytes:
-    """The PNG of what `draw` puts on a figure; equal outcomes give equal bytes."""
-    with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]):
-        figure = draw()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def _names(outcomes: list[Outcome]) -> list[str]:
+    """The constraints."""
+    return list(dict.fromkeys(c.name for o in outcomes if o.evaluation for c in o.evaluation.constraints)) or [""]
 
 
 def pareto(outcomes: list[Outcome]) -> bytes:
@@ -295,15 +289,13 @@ def pareto(outcomes: list[Outcome]) -> bytes:
 
     def draw() -> Figure:
         groups = _groups(outcomes)
-        names = [c.name for o in outcomes if o.evaluation for c in o.evaluation.constraints]
-        names = list(dict.fromkeys(names)) or [""]
+        names = _names(outcomes)
         figure = Figure(figsize=(6.5 * len(names), 5.6), dpi=130, layout="constrained")
         axes = figure.subplots(1, len(names), squeeze=False)[0]
         for j, (axis, name) in enumerate(zip(axes, names, strict=True)):
-            needed = sorted({o.evaluation.constraints[j].required for by_b in groups.values() for own in by_b.values() for o in own})
-            if any(
-                c.kind != "improvement" for by_b in groups.values() for own in by_b.values() for c in [own[0].evaluation.constraints[j]]
-            ):
+            judged = [o.evaluation.constraints[j] for o in outcomes if o.evaluation is not None]
+            needed = sorted({c.required for c in judged})
+            if any(c.kind != "improvement" for c in judged):
                 needed = [float(np.mean(needed))]
             for i, b in enumerate(needed):
                 axis.axvline(b, color=INK, linewidth=1, linestyle=":", label="required" if i == 0 else None)
@@ -325,7 +317,7 @@ def pareto(outcomes: list[Outcome]) -> bytes:
             frame(axis, "Means over seeds; runs with 95 % intervals" if _seeds(outcomes) > 1 else "Runs with 95 % intervals")
         return figure
 
-    return _styled(draw)
+    return png(draw)
 
 
 def multipliers(outcomes: list[Outcome]) -> bytes:
@@ -333,7 +325,7 @@ def multipliers(outcomes: list[Outcome]) -> bytes:
 
     def draw() -> Figure:
         groups = _groups(outcomes)
-        names = list(dict.fromkeys(c.name for o in outcomes if o.evaluation for c in o.evaluation.constraints)) or [""]
+        names = _names(outcomes)
         figure = Figure(figsize=(11, 4.6 * len(names)), dpi=130, layout="constrained")
         axes = figure.subplots(len(names), 2, squeeze=False)
         thresholds = sorted({o.plan.threshold for o in outcomes})
@@ -368,7 +360,7 @@ def multipliers(outcomes: list[Outcome]) -> bytes:
             frame(right, "Measured slack (improvement - aim)")
         return figure
 
-    return _styled(draw)
+    return png(draw)
 
 
 def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]], pictures: dict[str, bytes]) -> str:
