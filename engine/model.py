@@ -26,6 +26,7 @@ from engine.attention import attend
 from engine.cache import Cache, SharedCache
 from engine.errors import UserError
 from engine.lora import Adapter
+from kernels.products import linear
 
 # What sees the residual stream before a layer: (layer, states [tokens, D]).
 Tap = Callable[[int, Tensor], None]
@@ -157,7 +158,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., D] after the final norm."""
-        logits, softcap = hidden @ self.head_weight.t(), self.config.logit_softcap
+        logits, softcap = linear(hidden, self.head_weight), self.config.logit_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def rotary(self, position: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -403,7 +404,7 @@ def _norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: dict | None, name: str) -> Tensor:
-    out = F.linear(x, weight, bias)
+    out = linear(x, weight, bias)
     if lora is None or name not in lora:
         return out
     down, up = lora[name]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.products import times_transposed
 from kernels.reference import Sizes, TorchRows, chunks, head_columns
 
 try:
@@ -56,7 +57,8 @@ class NativeRows(TorchRows):
             columns = min(columns, head_columns(weight, budget))
         # An odd number of cache lines: rows a power of two apart would share few places of the cache.
         columns = max(columns // 32 * 32 - 16, columns % 32 if columns < 32 else 16)
-        fixed = 4 * (tiles * tile_rows * columns + 2 * columns * width * converted)
+        # A tile's share of J W, too, before it is added.
+        fixed = 4 * (tile_rows * (tiles * columns + width) + 2 * columns * width * converted)
         fixed += 0 if bias is None or bias.dtype == torch.float32 else 4 * vocabulary
         return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind == "kept" else 0), 0)
 
@@ -65,9 +67,6 @@ class NativeRows(TorchRows):
     ) -> None:
         super().__init__(weight, bias, temperature, softcap, sizes, 0, kind)
         self.tile_rows = sizes.tile_rows
-        self.tiles = weight.new_empty(
-            2 if softcap is not None and kind != "values" else 1, sizes.tile_rows * sizes.columns, dtype=torch.float32
-        )
         self.inverse = (1 if softcap is None else softcap) / temperature
 
     def values(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -104,18 +103,19 @@ class NativeRows(TorchRows):
         sums = d_hidden
         if d_hidden is not None and (d_hidden.dtype != torch.float32 or not d_hidden.is_contiguous()):
             sums = torch.empty_like(d_hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
+        buffers = hidden.new_empty(1 if self.softcap is None else 2, min(len(z), self.tile_rows) * self.columns)
         for part, head in self._head():
             for i, tile in enumerate(self._row_tiles(len(z))):
                 logits = _part(z, part)[tile]
-                jacobian = self._tile(0, logits.shape)
+                jacobian = _shaped(buffers[0], logits.shape)
                 _native.jacobian(
                     logits, target[tile], part.start, self.inverse, state[tile], factor[tile], jacobian, torch.get_num_threads(),
                     instructions[0],
                 )  # fmt: skip
                 if self.softcap is not None:
-                    jacobian.mul_(torch.mul(logits, logits, out=self._tile(1, logits.shape)).neg_().add_(1))
+                    jacobian.mul_(torch.mul(logits, logits, out=_shaped(buffers[1], logits.shape)).neg_().add_(1))
                 if sums is not None:
-                    sums[tile].addmm_(jacobian, head, beta=0 if part.start == 0 else 1)
+                    _add(sums[tile], times_transposed(jacobian, head.t()), part.start == 0)
                 if d_weight is not None:
                     d_weight[part].addmm_(jacobian.t(), hidden[tile], beta=0 if first and i == 0 else 1)
                 if d_bias is not None:
@@ -134,9 +134,6 @@ class NativeRows(TorchRows):
     def _row_tiles(self, rows: int) -> Iterator[slice]:
         return chunks(0, rows, _even(rows, self.tile_rows))
 
-    def _tile(self, i: int, shape: tuple[int, int]) -> Tensor:
-        return self.tiles[i, : shape[0] * shape[1]].view(shape)
-
     def _forward(self, hidden: Tensor, target: Tensor, z: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(log p [C], state [C, 3], what to multiply `sums` with [C]); `z` takes all logits, `sums` [C, D] the others' part of J W."""
         rows = len(hidden)
@@ -145,27 +142,40 @@ class NativeRows(TorchRows):
         others = torch.zeros(rows, dtype=torch.float64)
         for part, head in self._head():
             for tile in self._row_tiles(rows):
-                logits = self._tile(0, (tile.stop - tile.start, len(head))) if z is None else _part(z, part)[tile]
-                torch.mm(hidden[tile], head.t(), out=logits)
+                logits = times_transposed(hidden[tile], head)
+                if z is not None:
+                    logits = _part(z, part)[tile].copy_(logits)
                 if self.bias is not None:
                     logits.add_(self.bias[part])
                 slope = None
                 if self.softcap is not None:
                     logits.div_(self.softcap).tanh_()
                     if sums is not None:
-                        slope = torch.mul(logits, logits, out=self._tile(1, logits.shape)).neg_().add_(1)
+                        slope = torch.mul(logits, logits).neg_().add_(1)
                 into = None if sums is None else sums[tile]
                 _native.accumulate(
                     logits, target[tile], part.start, self.inverse, largest[tile], others[tile], own[tile], into, torch.get_num_threads(),
                     instructions[0],
                 )  # fmt: skip
                 if into is not None:
-                    into.addmm_(logits if slope is None else logits.mul_(slope), head, beta=0 if part.start == 0 else 1)
+                    _add(into, times_transposed(logits if slope is None else logits.mul_(slope), head.t()), part.start == 0)
+                # Before the next tile is made.
+                del logits, slope
         state = hidden.new_empty(rows, 3)
         _native.finish(self.inverse, 1 / self.temperature, largest, others, own, logprob, state, scale)
         if self.softcap is not None:
             self.own_slope = 1 - own * own
         return logprob, state, scale
+
+
+def _add(total: Tensor, share: Tensor, first: bool) -> None:
+    """total += share, or = where it is the `first`."""
+    total.copy_(share) if first else total.add_(share)
+
+
+def _shaped(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The first elements of a flat buffer, as a matrix."""
+    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def _part(z: Tensor, part: slice) -> Tensor:
