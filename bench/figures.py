@@ -1,4 +1,5 @@
-"""`python -m bench.figures SAMPLES [RUN ...]`: what one-shot multipliers depend on, and whether their predictions come true.
+"""`python -m bench.figures SAMPLES [RUN ...] [--preference RUN]`: what one-shot multipliers depend on, whether their predictions come
+true, and how well scores are calibrated as preferences.
 
 From stored scores alone; nothing is sampled. SAMPLES is a run folder with reference samples (any run, or a sweep's samples-seedSEED);
 the RUNs are trained on these samples, or on others with equal settings. Writes docs/figures.md, figures.json and two pictures.
@@ -7,6 +8,8 @@ the RUNs are trained on these samples, or on others with equal settings. Writes 
    (arXiv 2405.19544 has no interval), and the bias of few responses.
 2. Predicted improvement at lambda, by re-weighting reference samples, against the improvement measured on samples of the policy that was
    trained at it (arXiv 2405.19544, Table 4).
+3. Of a run on preference scores (`pecan`, or `caid --scores preference`): the probability that one response is preferred to another
+   according to log-ratios of aligned policies and to model scores, against the probability of the labels (arXiv 2405.19544, Figure 6).
 """
 
 import argparse
@@ -25,6 +28,7 @@ from engine.checkpoint import Run, load, write_whole
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.metrics import read_rows
+from engine.records import Scores
 from engine.report import png
 from engine.stages import ReferenceSamples
 
@@ -32,6 +36,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 DRAWS = 60
 PROMPTS = (25, 50, 100, 200, 400)
 RESPONSES = (2, 3, 4, 5, 6, 7, 8)
+BINS = 10
 
 
 def scores_of(folder: Path) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -109,6 +114,74 @@ def realised(folder: Path, reward_PG: Tensor, utility_PGJ: Tensor, beta: float) 
     return rows
 
 
+def reliability(predicted_N: Tensor, truth_N: Tensor, bins: int = BINS) -> dict:
+    """Probabilities that the first response of a pair is preferred, in bins of equally many pairs: mean predicted and mean true ones, their
+    mean distance (the expected calibration error), and how often both prefer the same response."""
+    order = predicted_N.argsort()
+    parts = [order[i * len(order) // bins : (i + 1) * len(order) // bins] for i in range(bins)]
+    predicted, true = ([float(x[part].mean()) for part in parts] for x in (predicted_N, truth_N))
+    sizes = [len(part) / len(order) for part in parts]
+    return {
+        "predicted": predicted, "true": true,
+        "error": sum(n * abs(a - b) for n, a, b in zip(sizes, predicted, true, strict=True)),
+        "agreement": float(((predicted_N > 0.5) == (truth_N > 0.5)).double().mean()),
+    }  # fmt: skip
+
+
+def pair_differences(score_PG: Tensor) -> Tensor:
+    """Score of one response minus that of another, of all pairs of a prompt in both orders: [P G (G - 1)]."""
+    G = score_PG.shape[1]
+    return (score_PG[:, :, None] - score_PG[:, None, :])[:, ~torch.eye(G, dtype=torch.bool)].flatten().double()
+
+
+def calibration(folder: Path) -> list[dict]:
+    """Scores of a run on preference scores as predictions of preferences. The labels of its alignment were drawn from its scorers, which
+    are the truth for the log-ratios; an audit with the name of a cost is an annotator that neither the scorer nor the policy has seen."""
+    found = sorted((folder / "stages").glob("*-preference-scores.safetensors"))
+    if not found:
+        raise UserError(f"--preference {folder}: it has no log-ratio scores; give a run of pecan, or of caid --scores preference.")
+    scores = load(found[0], Scores)
+    _, config = Run.read_config(folder)
+    names = ["reward", *config["cost"]]
+    ratio = [scores.reward_PG, *scores.utility_PGJ.unbind(2)]
+    own, audits = scores.audit_PGA.unbind(2)[: len(names)], scores.audit_PGA.unbind(2)[len(names) :]
+    rows = []
+    for i, name in enumerate(names):
+        log_ratio, model = pair_differences(ratio[i]), pair_differences(own[i])
+        annotators = {f"{name}: the labels": model}
+        annotators |= {f"{name}: {a}": pair_differences(x) for a, x in zip(config["audit"], audits, strict=True) if a.startswith(name)}
+        for truth, difference in annotators.items():
+            predictions = {
+                "log-ratio, beta as trained": config["beta"] * log_ratio,
+                "log-ratio, standardised": log_ratio / _scale(ratio[i]),
+            }
+            if difference is not model:
+                predictions["model score"] = model
+            for what, value in predictions.items():
+                rows.append({"truth": truth, "what": what, **reliability(torch.sigmoid(value), torch.sigmoid(difference))})
+    return rows
+
+
+def _scale(score_PG: Tensor) -> float:
+    """Pooled within-prompt standard deviation."""
+    return float(score_PG.double().var(1).mean().sqrt())
+
+
+def draw_calibration(rows: list[dict]) -> Figure:
+    """A panel for each truth: mean true probability against mean predicted one."""
+    truths = list(dict.fromkeys(row["truth"] for row in rows))
+    figure = Figure(figsize=(4.6 * len(truths), 4.6), dpi=130, layout="constrained")
+    for axis, truth in zip(figure.subplots(1, len(truths), squeeze=False)[0], truths, strict=True):
+        axis.plot([0, 1], [0, 1], color="#222222", linewidth=1, linestyle=":", label="calibrated")
+        for row in rows:
+            if row["truth"] == truth:
+                axis.plot(row["predicted"], row["true"], "o-", markersize=4, label=row["what"])
+        axis.set(xlabel="predicted probability of a preference", ylabel="probability of the labels", xlim=(0, 1), ylim=(0, 1))
+        axis.set_title(truth, loc="left")
+        _legend(axis)
+    return figure
+
+
 def draw_subsets(found: dict) -> Figure:
     """lambda* against the numbers of prompts and responses."""
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
@@ -162,7 +235,7 @@ def _legend(axis: Axes) -> None:
     axis.legend(frameon=False)
 
 
-def page(samples: Path, shape: tuple[int, int], found: dict, rows: list[dict]) -> str:
+def page(samples: Path, shape: tuple[int, int], found: dict, rows: list[dict], calibrated: list[dict]) -> str:
     """docs/figures.md."""
     lines = [
         "# What one-shot multipliers depend on, and whether their predictions come true",
@@ -206,6 +279,21 @@ def page(samples: Path, shape: tuple[int, int], found: dict, rows: list[dict]) -
             "and its class do. Policies measured in an iteration are judged on training prompts outside its pairs, the last one on "
             "held-out ones.",
         ]
+    if calibrated:
+        lines += [
+            "",
+            "![Calibration of scores as preferences](figures-calibration.png)",
+            "",
+            "| truth | prediction | mean distance from calibration | same preference |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {r['truth']} | {r['what']} | {r['error']:.3f} | {100 * r['agreement']:.0f} % |" for r in calibrated]
+        lines += [
+            "",
+            f"All pairs of a prompt's responses, in {BINS} bins of equally many. The labels are Bradley-Terry draws from the run's "
+            "scorers, of one pair of each prompt that the alignment saw; the truth is their probability. Where an audit judges, neither "
+            "score was fitted to it.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -214,15 +302,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__.split("\n")[0])
     parser.add_argument("samples", type=Path, help="run folder with reference samples")
     parser.add_argument("runs", type=Path, nargs="*", help="run folders whose policies are compared with the predictions")
+    parser.add_argument("--preference", type=Path, help="run folder on preference scores, whose calibration is shown")
     given = parser.parse_args()
+    calibrated = [] if given.preference is None else calibration(given.preference)
     reward_PG, utility_PGJ, aim_J, beta = scores_of(given.samples)
     found = subsets(reward_PG, utility_PGJ, aim_J, beta)
     rows = [row for run in given.runs for row in realised(run, reward_PG, utility_PGJ, beta)]
     write_whole(DOCS / "figures-subsets.png", png(lambda: draw_subsets(found)))
     if rows:
         write_whole(DOCS / "figures-realised.png", png(lambda: draw_realised(rows)))
-    write_whole(DOCS / "figures.md", page(given.samples, tuple(reward_PG.shape), found, rows).encode())
-    stages.write_json(DOCS / "figures.json", {"subsets": found, "realised": rows})
+    write_whole(DOCS / "figures.md", page(given.samples, tuple(reward_PG.shape), found, rows, calibrated).encode())
+    if calibrated:
+        write_whole(DOCS / "figures-calibration.png", png(lambda: draw_calibration(calibrated)))
+    stages.write_json(DOCS / "figures.json", {"subsets": found, "realised": rows, "calibration": calibrated})
     print(f"written: {DOCS / 'figures.md'}")
 
 

@@ -7,10 +7,19 @@ The question, fixed before any run: |improvement - b| of CAID's last iterate aga
 seed, which redraws reference samples, pairs, adapter and order; all thresholds of a seed stay together in the bootstrap. `--margin 0`: the
 dual aims at b itself, as in the papers. Training prompts, the prompts that settings were chosen on and the test prompts are disjoint.
 A GPU version is the same command with other flags behind --, for example --model FOLDER --device cuda.
+
+Controls, at one threshold, are parts of their own and stand in the page under the name that they were asked for with:
+
+    --algorithms caid:dual_rule=bisection        lambda by bisection, everything else as CAID
+    --algorithms mocan -- --n-responses 10       MoCAN with as many sampled tokens as CAID takes in all
+
+MoCAN takes as many policy steps as CAID as it is, every step on fresh prompts, and the regression form draws no labels. A part with two
+costs (`-- --cost harm harm-audit`, thresholds like 0.2,0.4) has a table of its own.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import re
@@ -26,7 +35,7 @@ from engine import sweep
 from engine.checkpoint import write_whole
 from engine.report import png
 from engine.stages import write_json
-from engine.sweep import SweepConfig
+from engine.sweep import COLOURS, SweepConfig
 
 ROOT = Path(__file__).parent
 DOCS = ROOT.parent / "docs"
@@ -57,6 +66,19 @@ def arm(rows: list[dict], label: str, seeds: list[int], thresholds: list[float])
         return np.array([[float(own[seed, b][name]) for b in thresholds] for seed in seeds])
 
     return Arm(column(COST) - np.array(thresholds), column(f"{COST} se"), column("reward"), column("reward se"))
+
+
+def costs_of(row: dict) -> list[str]:
+    """Names of the constraints of a run."""
+    return [name.removesuffix(" threshold") for name, value in row.items() if name.endswith(" threshold") and value != ""]
+
+
+def runs_of(rows: list[dict], label: str) -> Arm:
+    """All runs of a method, whatever their seeds and thresholds, as [runs, 1]."""
+    own = [r for r in rows if r["algorithm"] == label and not r["error"]]
+    columns = ([float(r[name]) for r in own] for name in (COST, f"{COST} threshold", f"{COST} se", "reward", "reward se"))
+    value, b, se, reward, reward_se = (np.array(x)[:, None] for x in columns)
+    return Arm(value - b, se, reward, reward_se)
 
 
 def complete(rows: list[dict], labels: tuple[str, ...]) -> tuple[list[int], list[float]]:
@@ -120,18 +142,23 @@ def answer(result: dict[str, float]) -> str:
 
 
 def read_parts(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(rows of all tables, settings of each part). Raises: ValueError where two parts have the same run."""
+    """(rows of all tables, settings of each part); flags of a part's own are added to the names of its algorithms.
+
+    Raises: ValueError where two parts have the same run.
+    """
     rows, settings, seen = [], [], set()
     for path in sorted(folder.glob("part-*.csv")):
+        settings.append(json.loads(path.with_suffix(".json").read_text()))
+        extra = settings[-1]["flags"][len(FLAGS) :]
         with open(path, newline="") as file:
             own = list(csv.DictReader(file))
         for row in own:
-            key = row["algorithm"], row["seed"], row[f"{COST} threshold"]
+            row["algorithm"] = " ".join([row["algorithm"], *extra])
+            key = row["algorithm"], row["seed"], *(row[f"{name} threshold"] for name in costs_of(row))
             if key in seen:
                 raise ValueError(f"{path}: the run {key} is in another part too; delete one.")
             seen.add(key)
         rows += own
-        settings.append(json.loads(path.with_suffix(".json").read_text()))
     return rows, settings
 
 
@@ -154,7 +181,8 @@ def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, .
 
 def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> bytes:
     """Left: improvement minus b of every run, seeds joined across the two methods. Right: reward against improvement, all methods."""
-    colours = {CAID: "#0072B2", MOCAN: "#D55E00", OTHERS[0]: "#009E73", OTHERS[1]: "#E69F00", OTHERS[2]: "#CC79A7"}
+    labels = dict.fromkeys((CAID, MOCAN, *OTHERS, *(r["algorithm"] for r in rows)))
+    colours = dict(zip(labels, itertools.cycle(COLOURS)))
 
     def draw() -> Figure:
         figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
@@ -192,6 +220,8 @@ def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> byte
 
 def page(rows: list[dict], settings: list[dict]) -> str:
     """docs/study.md."""
+    single, several = ([r for r in rows if (len(costs_of(r)) > 1) == many] for many in (False, True))
+    rows = single
     seeds, thresholds = complete(rows, (CAID, MOCAN))
     first, second = (arm(rows, label, seeds, thresholds) for label in (CAID, MOCAN))
     result, equal = paired(first, second), reward_at_equal_safety(first, second, thresholds)
@@ -213,13 +243,20 @@ def page(rows: list[dict], settings: list[dict]) -> str:
         "",
         "![Slack of every run; reward against safety](study.png)",
         "",
-        "| method | mean signed slack | mean violation | mean absolute deviation | RMSE | RMSE, test noise removed | test noise |",
-        "|---|---|---|---|---|---|---|",
+        "| method | runs | mean signed slack | mean violation | mean absolute deviation | RMSE | RMSE, test noise removed | test noise | "
+        "mean reward |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for label, own in ((CAID, first), (MOCAN, second)):
+    others = [x for x in dict.fromkeys(r["algorithm"] for r in rows if not r["error"]) if x not in (CAID, MOCAN)]
+    for label, own in [(CAID, first), (MOCAN, second), *((x, runs_of(rows, x)) for x in others)]:
         s = summary(own)
         values = (s[k] for k in ("slack", "violation", "absolute", "rmse", "rmse without noise", "noise"))
-        lines.append(f"| {label} | " + " | ".join(f"{x:+.3f}" if i == 0 else f"{x:.3f}" for i, x in enumerate(values)) + " |")
+        shown = " | ".join(f"{x:+.3f}" if i == 0 else f"{x:.3f}" for i, x in enumerate(values))
+        lines.append(f"| {label} | {own.slack_SB.size} | {shown} | {own.reward_SB.mean():+.3f} |")
+    lines += [
+        "",
+        "Methods that know no threshold are measured against the one that they were run with; only their place in the picture counts.",
+    ]
     if equal:
         spread = f" (standard error over seeds {np.std(equal, ddof=1) / math.sqrt(len(equal)):.3f})" if len(equal) > 1 else ""
         lines += ["", f"Reward at equal measured safety, CAID minus MoCAN, {len(equal)} seed(s): {np.mean(equal):+.3f}{spread}."]
@@ -229,21 +266,34 @@ def page(rows: list[dict], settings: list[dict]) -> str:
         if r["error"]:
             continue
         audit = next((name for name in r if name.startswith("audit ") and not name.endswith((" se", " low", " high"))), "")
-        shown = [f"{float(r[n]):+.2f} [{float(r[n + ' low']):.2f}, {float(r[n + ' high']):.2f}]" for n in (COST, "reward", audit) if n]
+        shown = [_interval(r, n) for n in (COST, "reward", audit) if n]
         cost = f"{r['sampled tokens']} | {r['policy steps']} | {float(r['seconds']):.0f}"
         lines.append(
             f"| {r['algorithm']} | {r['seed']} | {r[f'{COST} threshold']} | {float(r[f'{COST} lambda']):.2f} | {' | '.join(shown)} | "
             f"{float(r['kl nats']):.2f} | {r[f'{COST} verdict']} | {cost} |"
         )
-    lines += ["", "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share. Commands:", ""]
+    if several:
+        lines += ["", "## Two constraints", "", "Reward and each cost: improvement with its 95 % interval.", ""]
+        lines += ["| method | seed | reward | cost | b | lambda | improvement | verdict |", "|---|---|---|---|---|---|---|---|"]
+        for r in several:
+            for i, name in enumerate(costs_of(r)):
+                head = [r["algorithm"], r["seed"], _interval(r, "reward")] if i == 0 else ["", "", ""]
+                cells = [*head, name, r[f"{name} threshold"], f"{float(r[f'{name} lambda']):.2f}", _interval(r, name), r[f"{name} verdict"]]
+                lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share. All runs have the flags "]
+    lines[-1] += f"`{' '.join(Path(f).name if '/' in f else f for f in FLAGS)}`. Commands:"
+    lines.append("")
     for s in settings:
         versions = ", ".join(f"{k} {v[:12]}" for k, v in sorted(s["versions"].items()))
         lines.append(
             f"- `python -m bench.study --seeds {' '.join(map(str, s['seeds']))} --algorithms {' '.join(s['algorithms'])} --thresholds "
-            f"{' '.join(s['thresholds'])}` (flags "
-            f"`{' '.join(s['flags'])}`): {versions}"
+            f"{' '.join(s['thresholds'])}{' -- ' if s['flags'][len(FLAGS) :] else ''}{' '.join(s['flags'][len(FLAGS) :])}`: {versions}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _interval(row: dict, name: str) -> str:
+    return f"{float(row[name]):+.2f} [{float(row[name + ' low']):.2f}, {float(row[name + ' high']):.2f}]"
 
 
 def main() -> None:
@@ -257,13 +307,13 @@ def main() -> None:
     given = parser.parse_args()
     if given.seeds:
         parts = (given.algorithms, ["b", *given.thresholds], ["seeds", *map(str, given.seeds)])
-        name = re.sub("[:=]", "-", "-".join(word for part in parts for word in part))
+        name = re.sub("[^A-Za-z0-9._]+", "-", "-".join(word for part in (*parts, given.flags) for word in part))
         run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name)
     rows, settings = read_parts(DOCS / "study")
     seeds, thresholds = complete(rows, (CAID, MOCAN))
     if not seeds:
         raise SystemExit("no seed has both caid and mocan at every threshold yet; run python -m bench.study --seeds 0")
-    write_whole(DOCS / "study.png", picture(rows, seeds, thresholds))
+    write_whole(DOCS / "study.png", picture([r for r in rows if len(costs_of(r)) == 1], seeds, thresholds))
     write_whole(DOCS / "study.md", page(rows, settings).encode())
     print(f"written: {DOCS / 'study.md'}; {answer(paired(arm(rows, CAID, seeds, thresholds), arm(rows, MOCAN, seeds, thresholds)))}")
 

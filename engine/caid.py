@@ -49,6 +49,8 @@ def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, co
     lam_J, slack_J, _ = history[-1]
     if config.dual_rule == "secant":
         return dual.secant_step(history, hessian_JJ, **bounds)
+    if config.dual_rule == "bisection":
+        return dual.bisection_step([row[:2] for row in history], **bounds)
     if config.dual_rule == "optimistic":
         return dual.optimistic_step(lam_J, slack_J, history[-2][1] if len(history) > 1 else None, hessian_JJ, **bounds)
     return dual.step(lam_J, slack_J, hessian_JJ, **bounds)

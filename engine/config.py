@@ -142,7 +142,7 @@ class CaidConfig(IterativeConfig):
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     dual_rule: str = "newton"
     """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they tell more than noise. optimistic:
-    it, on a forecast of the slack."""
+    it, on a forecast of the slack. bisection: of one multiplier, by the sign of the slack."""
     dual_step: float = 0.5
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
@@ -415,7 +415,7 @@ def check(config: RunConfig) -> None:
         "objective": ("reward", "safety"),
         "scores": ("model", "preference"),
         "advantage": ("rloo", "group_norm"),
-        "dual_rule": ("newton", "secant", "optimistic"),
+        "dual_rule": ("newton", "secant", "optimistic", "bisection"),
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
     }.items():
@@ -425,6 +425,8 @@ def check(config: RunConfig) -> None:
         raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
     if len(set(config.cost)) != len(config.cost):
         raise UserError(f"--cost {' '.join(config.cost)}: two costs have one name; name each once.")
+    if getattr(config, "dual_rule", "") == "bisection" and len(config.cost) > 1:
+        raise UserError(f"--dual-rule bisection: {len(config.cost)} costs; it takes one, use newton or secant.")
     if len(config.threshold) != len(config.cost):
         raise UserError(
             f"--threshold {' '.join(map(str, config.threshold))}: {len(config.threshold)} value(s) for {len(config.cost)} cost(s); "

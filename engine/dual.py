@@ -336,6 +336,32 @@ def secant_step(
     return _limited(lam, target, max_change, lam_max, floor)
 
 
+def bisection_step(
+    history: Sequence[tuple[Tensor, Tensor]], *, max_change: float = 2.0, lam_max: float = math.inf, floor: float = 0.05
+) -> Tensor:
+    """The middle of the bracket that `history`, rows (lambda, slack measured there), oldest first, leaves for one constraint. float64 [1].
+
+    It knows the slack's sign alone. Without a bracket, lambda changes by the factor max_change. A later point overrules earlier ones
+    on its other side: a policy that lags behind lambda can close the bracket at the wrong place.
+
+    Raises: UserError if a value is not finite, history is empty or there is more than one constraint.
+    """
+    points = [tuple(_float64(x) for x in row) for row in history]
+    if not points or not all(x.isfinite().all() and len(x) == 1 for point in points for x in point):
+        raise UserError(f"bisection step: history {points} must be finite, not empty and of one constraint.")
+    low, high = None, None
+    for lam, slack in points:
+        if slack < 0:
+            low, high = lam, None if high is not None and high <= lam else high
+        else:
+            low, high = None if low is not None and low >= lam else low, lam
+    lam = points[-1][0]
+    target = lam * max_change if high is None else lam / max_change if low is None else (low + high) / 2
+    if high is None:
+        target = target.clamp(min=floor * max_change)
+    return _limited(lam, torch.where(target > floor, target, 0.0), max_change, lam_max, floor)
+
+
 def _learned(model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The model corrected by the pair (old, new), and the older end of the next pair; see `secant_step`."""
     way, change = new[0] - old[0], new[1] - old[1]

@@ -607,3 +607,35 @@ def test_optimistic_step_is_the_formula_with_the_bounds_of_step():
     torch.testing.assert_close(moved, torch.tensor([0.95, 0.9], dtype=torch.float64))
     assert torch.equal(dual.optimistic_step(lam, u, None, 0.5), dual.step(lam, u, 0.5))
     assert dual.optimistic_step(lam, u, before, 50.0).tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0, 3.0])
+def test_bisection_closes_in_on_the_optimum(start):
+    reward, utility = scores(24, J=1)
+    target = dual.solve(reward, utility, np.array([0.7]), 1.0)
+    steps, lam = descend(reward, utility, np.array([0.7]), start * target.lam, lambda h: dual.bisection_step([row[:2] for row in h]))
+    assert (steps == 0) == (start == 1.0) and steps <= 20
+    torch.testing.assert_close(lam, target.lam, rtol=1e-3, atol=1e-3)
+    # A constraint that holds by itself: down to exactly 0.
+    _, lam = descend(
+        reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), lambda h: dual.bisection_step([x[:2] for x in h])
+    )
+    assert lam.item() == 0.0
+
+
+def test_bisection_by_hand():
+    def point(lam, slack):
+        return torch.tensor([lam]), torch.tensor([slack])
+
+    def after(*points, **bounds):
+        return dual.bisection_step([point(*p) for p in points], **bounds).item()
+
+    assert after((1.0, -0.1)) == 2.0 and after((1.0, 0.1)) == 0.5 and after((1.0, -0.1), max_change=1.5) == 1.5
+    assert after((1.0, -0.1), (2.0, 0.1)) == 1.5 and after((1.0, -0.1), (2.0, 0.1), (1.5, 0.2)) == 1.25
+    # The later point overrules: at 2 it was enough, at 2.5 it is not any more.
+    assert after((2.0, 0.1), (2.5, -0.1)) == 5.0 and after((1.0, -0.1), (2.0, 0.1), (0.9, 0.2)) == pytest.approx(0.45)
+    assert after((0.0, 0.1)) == 0.0 and after((0.0, -0.1)) == pytest.approx(0.1) and after((4.0, -0.1), lam_max=5.0) == 5.0
+    with pytest.raises(UserError, match="one constraint"):
+        dual.bisection_step([(torch.ones(2), torch.zeros(2))])
+    with pytest.raises(UserError, match="finite"):
+        after((1.0, math.nan))

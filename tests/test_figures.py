@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench import figures
-from engine import caid, dual
-from engine.config import CaidConfig, smoke
+from engine import caid, dual, pecan
+from engine.config import CaidConfig, PecanConfig, smoke
+from engine.errors import UserError
 from engine.metrics import read_rows
 
 
@@ -41,6 +42,35 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache):
         assert row["predicted"] == pytest.approx([predicted]) and row["measured"] == measured["improvement"]
     assert rows[-1]["measured"] == [verdict["constraints"][0]["estimate"]["mean"]] and rows[-1]["lam"] == iterations[-1]["lam"]
     found = figures.subsets(reward, utility, torch.tensor([0.05]), beta, draws=4)
-    text = figures.page(run, tuple(reward.shape), found, rows)
+    text = figures.page(run, tuple(reward.shape), found, rows, [])
     assert text.count("| run | iteration") == 2 and "| responses | 4 |" in text
     assert len(figures.draw_realised(rows).axes) == 2
+
+
+def test_reliability_of_known_predictions():
+    generator = torch.Generator().manual_seed(1)
+    score = torch.randn(400, 6, generator=generator, dtype=torch.float64)
+    difference = figures.pair_differences(score)
+    assert len(difference) == 400 * 30 and difference.sum().item() == pytest.approx(0, abs=1e-9)
+    assert difference[:5].tolist() == (score[0, 0] - score[0, 1:]).tolist()
+    truth = torch.sigmoid(difference)
+    exact = figures.reliability(truth, truth)
+    assert exact["error"] == pytest.approx(0) and exact["agreement"] == 1 and exact["predicted"] == exact["true"]
+    # Twice too sure: every bin's truth lies nearer to a half than its prediction.
+    sure = figures.reliability(torch.sigmoid(2 * difference), truth)
+    assert sure["agreement"] == 1 and 0.05 < sure["error"] < 0.2
+    assert all(abs(t - 0.5) < abs(p - 0.5) for p, t in zip(sure["predicted"], sure["true"], strict=True))
+    # No news: calibrated in the mean only.
+    assert figures.reliability(truth, 0.3 + 0 * truth)["error"] == pytest.approx((truth.view(-1) - 0.3).abs().mean().item(), abs=0.02)
+
+
+def test_calibration_reads_a_run_on_preferences(tmp_path, cache):
+    run = tmp_path / "run"
+    pecan.train(smoke(PecanConfig(out=str(run), threads=1, force=True)))
+    rows = figures.calibration(run)
+    assert {row["truth"] for row in rows} == {"reward: the labels", "harm: the labels", "harm: harm-audit"}
+    assert [row["what"] for row in rows if row["truth"] == "harm: harm-audit"][-1] == "model score"
+    assert all(len(row["true"]) == figures.BINS and 0 <= row["error"] <= 1 for row in rows)
+    assert len(figures.draw_calibration(rows).axes) == 3
+    with pytest.raises(UserError, match="no log-ratio scores"):
+        figures.calibration(tmp_path)

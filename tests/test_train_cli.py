@@ -147,6 +147,7 @@ BAD = {
     "--labels hard": r"--labels hard: must be one of soft, sampled, regression, listwise, single\.",
     "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
     "--cost": r"--cost is empty: name at least one cost",
+    "--dual-rule bisection --cost harm harm-audit --threshold 1 1": r"--dual-rule bisection: 2 costs; it takes one",
     "--cost harm harm --threshold 1 1": r"--cost harm harm: two costs have one name",
     "--threshold 0.1 0.2": r"--threshold 0\.1 0\.2: 2 value\(s\) for 1 cost\(s\)",
     "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at most --n-responses 8\.",
