@@ -2,8 +2,11 @@
 from which bench/RESULTS.md is written."""
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,9 +14,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import loss_head
+from bench import loss_head, rollout, train_step
 from bench.measure import interleaved, origin, peak_bytes
+from engine import quickstart
 from engine.memory import keep_freed_memory
+from engine.model import load
 
 HERE = Path(__file__).parent
 
@@ -51,61 +56,179 @@ def run_loss_head(config: LossHead) -> dict:
     steps = loss_head.candidates(x, eager_extra // 6)
     errors = {name: loss_head.check(name, step, x) for name, step in steps.items()}
     products = loss_head.floor(x)
-    bare = {f"{product} / {layout}": step for product, layouts in products.items() for layout, step in layouts.items()}
-    times = interleaved(steps | bare, config.repeats, device)
-    fastest = {p: min(layouts, key=lambda name, p=p: times[f"{p} / {name}"]["median"]) for p, layouts in products.items()}
-    floor_s = sum(times[f"{p} / {name}"]["median"] for p, name in fastest.items())
+    candidates, floor_s, fastest = _measure(steps, products, config.repeats, device, {})
+    for row in candidates:
+        row["errors"] = errors[row["name"]]
+        row["extra_bytes"] -= returned
     width, vocabulary = loss_head.SHAPES[config.shape]
+    return {
+        "case": "loss_head", "shape": config.shape, "rows": config.rows, "width": width, "vocabulary": vocabulary, "dtype": config.dtype,
+        "frozen": config.frozen, "keep_pages": config.keep_pages, "repeats": config.repeats, "floor_s": floor_s, "floor_layouts": fastest,
+        "flops": len(products) * 2 * config.rows * width * vocabulary, "candidates": candidates, **origin(device),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampling of a fixed number of tokens, against the bare matrix products, transformers' generate and its continuous batching."""
+
+    model: str = ""
+    """Hugging Face folder; the quickstart's model where it is left out."""
+    rows: int = 64
+    """Responses sampled side by side, a multiple of 8: groups of 8 share a prompt."""
+    prompt: int = 64
+    """Tokens of each prompt."""
+    new: int = 64
+    """New tokens of each response."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    keep_pages: bool = True
+    """Freed memory stays with the process, for all candidates, as engine.train arranges it on a CPU; else as the allocator comes."""
+    repeats: int = 5
+    """Rounds; every candidate runs once in each."""
+    save: bool = True
+    """Add the figures to bench/results.jsonl and write bench/RESULTS.md anew."""
+
+
+def run_rollout(config: Rollout) -> dict:
+    """Measure; returns the line of results.jsonl."""
+    device, dtype, n = torch.device(config.device), getattr(torch, config.dtype), 8
+    if config.keep_pages:
+        keep_freed_memory()
+    folder = Path(config.model) if config.model else quickstart.model_folder()
+    model, stock = load(folder, dtype=dtype, device=device), rollout.stock(folder, dtype, device)
+    asked = rollout.prompts(model.config.vocab_size, config.rows // n, config.prompt)
+    given = asked, n, config.new
+    gap = rollout.log_prob_gap(model, *given)
+    if dtype == torch.float32 and not gap <= 1e-4:
+        raise SystemExit(f"sampled and recomputed log-probs differ by {gap:.1e} nats, more than 1e-4; nothing is timed")
+    steps = {
+        "dualign": rollout.ours(model, *given),
+        "transformers generate": rollout.transformers_generate(stock, *given),
+        "transformers continuous batching": rollout.continuous_batching(stock, *given),
+    }
+    wanted = config.rows, config.new
+    for name, step in steps.items():
+        if (made := tuple(step().shape)) != wanted:
+            raise SystemExit(f"{name} made {made} tokens instead of {wanted}; nothing is timed")
+    products = rollout.floor(model, asked, n)
+    candidates, floor_s, fastest = _measure(steps, products, config.repeats, device, {"layers": config.new - 1, "head": config.new})
+    return {
+        "case": "rollout", "shape": folder.name, "rows": config.rows, "prompt": config.prompt, "new": config.new, "dtype": config.dtype,
+        "keep_pages": config.keep_pages, "repeats": config.repeats, "log_prob_gap_nats": gap, "floor_s": floor_s, "floor_layouts": fastest,
+        "tokens": config.rows * config.new, "candidates": candidates, **origin(device),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One optimizer step of DPO with LoRA on every linear, against the bare matrix products and TRL's DPOTrainer."""
+
+    model: str = ""
+    """Hugging Face folder; the quickstart's model where it is left out."""
+    pairs: int = 8
+    """Pairs of responses in the batch."""
+    prompt: int = 64
+    """Tokens of each prompt."""
+    response: int = 64
+    """Tokens of each response."""
+    keep_pages: bool = True
+    """Freed memory stays with the process, for all candidates, as engine.train arranges it on a CPU; else as the allocator comes."""
+    repeats: int = 7
+    """Rounds; every candidate runs once in each."""
+    save: bool = True
+    """Add the figures to bench/results.jsonl and write bench/RESULTS.md anew."""
+
+
+def run_train_step(config: TrainStep) -> dict:
+    """Measure on the CPU in float32; returns the line of results.jsonl."""
+    device = torch.device("cpu")
+    if config.keep_pages:
+        keep_freed_memory()
+    folder = Path(config.model) if config.model else quickstart.model_folder()
+    model = load(folder)
+    groups = train_step.batch(model.config.vocab_size, config.pairs, config.prompt, config.response)
+    reference = train_step.reference_logprob(model, groups)
+    steps = {"dualign": train_step.ours(model, groups, reference)}
+    if find_spec("trl"):
+        steps["TRL DPOTrainer"] = train_step.trl(folder, groups, None)
+        steps["TRL DPOTrainer, reference precomputed"] = train_step.trl(folder, groups, reference)
+    for name, step in steps.items():
+        # The adapter adds nothing yet: the policy is the reference.
+        if not abs((loss := float(step())) - math.log(2)) < 1e-4:
+            raise SystemExit(f"{name}: the loss of the first step is {loss}, not ln 2; nothing is timed")
+    candidates, floor_s, fastest = _measure(steps, train_step.floor(model, groups), config.repeats, device, {})
+    return {
+        "case": "train_step", "shape": folder.name, "rows": 2 * config.pairs, "prompt": config.prompt, "new": config.response,
+        "dtype": "float32", "keep_pages": config.keep_pages, "repeats": config.repeats, "floor_s": floor_s, "floor_layouts": fastest,
+        "tokens": 2 * config.pairs * (config.prompt + config.response), "candidates": candidates, **origin(device),
+    }  # fmt: skip
+
+
+def _measure(
+    steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device, times_of: dict[str, int]
+) -> tuple[list[dict], float, dict[str, str]]:
+    """(a row per candidate, seconds of the floor, who was fastest at each product); products count `times_of` times, or once."""
+    bare = {f"{product} / {way}": step for product, ways in products.items() for way, step in ways.items()}
+    times = interleaved(steps | bare, repeats, device)
+    fastest = {p: min(ways, key=lambda way, p=p: times[f"{p} / {way}"]["median"]) for p, ways in products.items()}
+    floor_s = sum(times_of.get(p, 1) * times[f"{p} / {way}"]["median"] for p, way in fastest.items())
     rows = [
         {
             "name": name,
             **{f"{k}_s": v for k, v in times[name].items()},
             "floor_share": floor_s / times[name]["median"],
-            "extra_bytes": peak_bytes(step, device) - returned,
-            "errors": errors[name],
+            "extra_bytes": peak_bytes(step, device),
         }
         for name, step in steps.items()
     ]
-    return {
-        "case": "loss_head", "shape": config.shape, "rows": config.rows, "width": width, "vocabulary": vocabulary, "dtype": config.dtype,
-        "frozen": config.frozen, "keep_pages": config.keep_pages, "repeats": config.repeats, "floor_s": floor_s, "floor_layouts": fastest,
-        "flops": len(products) * 2 * config.rows * width * vocabulary, "candidates": rows, **origin(device),
-    }  # fmt: skip
+    return rows, floor_s, fastest
 
 
 def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
     """(title, header, rows) of one line of results."""
-    head = ("frozen head" if line["frozen"] else "full fine-tuning") + (", freed memory kept" if line["keep_pages"] else "")
-    products = len(line["floor_layouts"])
-    title = (
-        f"{line['case']}: {line['shape']}, {line['rows']} rows x {line['width']} x {line['vocabulary']}, {line['dtype']}, {head}; floor "
-        f"({products} bare products) {1000 * line['floor_s']:.1f} ms, {line['flops'] / line['floor_s'] / 1e9:.0f} Gflop/s"
-    )
+    pages = ", freed memory kept" if line["keep_pages"] else ""
+    if line["case"] == "loss_head":
+        title = (
+            f"loss_head: {line['shape']}, {line['rows']} rows x {line['width']} x {line['vocabulary']}, {line['dtype']}, "
+            f"{'frozen head' if line['frozen'] else 'full fine-tuning'}{pages}; floor ({len(line['floor_layouts'])} bare products) "
+            f"{1000 * line['floor_s']:.1f} ms, {line['flops'] / line['floor_s'] / 1e9:.0f} Gflop/s"
+        )
+    else:
+        what = f"{line['rows']} responses of {line['new']} tokens to prompts of {line['prompt']}"
+        title = f"{line['case']}: {line['shape']}, {what}, {line['dtype']}{pages}; floor (bare products) {1000 * line['floor_s']:.0f} ms"
     rows = []
     ours = next(c["median_s"] for c in line["candidates"] if c["name"] == "dualign")
     for c in line["candidates"]:
         spread = f"{1000 * c['p20_s']:.1f} to {1000 * c['p80_s']:.1f}"
-        error = f"{max(c['errors'].values()):.0e}"
         share, ratio, memory = f"{100 * c['floor_share']:.1f} %", f"{c['median_s'] / ours:.2f}", f"{c['extra_bytes'] / 1e6:.0f}"
-        rows.append([c["name"], f"{1000 * c['median_s']:.1f}", spread, share, ratio, memory, error])
-    return title, ["", "ms, median", "p20 to p80", "of the floor", "time / ours", "extra memory, MB", "largest relative error"], rows
+        last = f"{max(c['errors'].values()):.0e}" if "errors" in c else f"{line['tokens'] / c['median_s']:.0f}"
+        rows.append([c["name"], f"{1000 * c['median_s']:.1f}", spread, share, ratio, memory, last])
+    last = "largest relative error" if line["case"] == "loss_head" else "tokens/s"
+    return title, ["", "ms, median", "p20 to p80", "of the floor", "time / ours", "extra memory, MB", last], rows
 
 
 def write_results(lines: list[dict]) -> None:
     """bench/RESULTS.md from all lines, the latest of each case and shape."""
-    latest = {tuple(x[k] for k in ("case", "shape", "rows", "dtype", "frozen", "keep_pages", "device")): x for x in lines}
+    keys = ("case", "shape", "rows", "prompt", "new", "dtype", "frozen", "keep_pages", "device")
+    latest = {tuple(x.get(k) for k in keys): x for x in lines}
     text = ["# Results", "", "Written by `python -m bench.run`; do not edit. Only figures of one table are comparable.", ""]
     for line in latest.values():
         title, header, rows = table_of(line)
         text += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         text += ["| " + " | ".join(row) + " |" for row in rows]
+        if "log_prob_gap_nats" in line:
+            gap = line["log_prob_gap_nats"]
+            text += ["", f"Largest difference of a token's log-prob in the sampler and in the training forward: {gap:.0e} nats."]
         versions = ", ".join(f"{k} {v}" for k, v in line["versions"].items())
         driver = f", driver {line['driver']}" if line["driver"] else ""
         text += ["", f"{line['device']}, {line['threads']} threads{driver}, {versions}, commit {line['commit']}, {line['date']}.", ""]
     (HERE / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
 
 
-CASES = {"loss_head": (LossHead, run_loss_head)}
+CASES = {"loss_head": (LossHead, run_loss_head), "rollout": (Rollout, run_rollout), "train_step": (TrainStep, run_train_step)}
 
 
 def main(arguments: list[str]) -> int:

@@ -33,11 +33,15 @@ def smoke_folder() -> Path:
 
 
 def write_smoke_model(folder: Path) -> Path:
-    """Write the tiny model and heads named helpfulness, harm and harm-audit; reward and harm pull apart, the audit follows harm."""
-    tiny_model_folder(folder)
+    """Write the tiny model with its heads."""
+    write_random_heads(tiny_model_folder(folder))
+    return folder
+
+
+def write_random_heads(folder: Path) -> None:
+    """Write heads named helpfulness, harm and harm-audit for the model in `folder`; reward and harm pull apart, the audit follows harm."""
     trunk, hidden = model.fingerprint(folder), model.read_config(folder)["hidden_size"]
     generator = torch.Generator().manual_seed(0)
     a, b, c = torch.randn(3, hidden, generator=generator, dtype=torch.float64)
     for name, weight in (("helpfulness", a), ("harm", 0.5 * a + b), ("harm-audit", 0.5 * a + b + 0.3 * c)):
         Head(name=name, layer=2, weight_D=weight, bias=0.0, trunk=trunk).save(folder / "heads" / name)
-    return folder

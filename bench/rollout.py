@@ -1,0 +1,112 @@
+"""Sampling against its floor and its rivals: prompts of one length, n responses to each, a fixed number of new tokens (no stop token).
+
+The floor is the bare matrix products of the same work, each by the faster of torch.mm and what the engine calls: a prefill of the prompts,
+and for every further token the layers and the head at all rows. Rivals run what they offer on the same weights: transformers' `generate`
+and its continuous batching.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.model import Decoder
+from engine.rollout import generate
+from kernels.products import linear
+from kernels.sampling import combine
+
+TEMPERATURE = 0.7
+
+
+def prompts(vocabulary: int, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` random tokens."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary // 2, (count, length), generator=g).tolist()
+
+
+def ours(model: Decoder, asked: list[list[int]], n: int, new: int) -> Callable[[], Tensor]:
+    """`engine.rollout.generate`; returns the tokens [rows, new]."""
+    return lambda: (
+        generate(model, asked, n=n, max_new_tokens=new, temperature=TEMPERATURE, seed=int(combine(0)), max_rows=n * len(asked)).tokens
+    )
+
+
+def stock(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The same checkpoint as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def transformers_generate(model: torch.nn.Module, asked: list[list[int]], n: int, new: int) -> Callable[[], Tensor]:
+    """`generate` with n return sequences; returns the tokens [rows, new]."""
+    tokens = torch.tensor(asked, device=model.device)
+    options = dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), num_return_sequences=n, **options)[:, tokens.shape[1] :]
+
+    return step
+
+
+def continuous_batching(model: torch.nn.Module, asked: list[list[int]], n: int, new: int) -> Callable[[], Tensor]:
+    """`generate_batch`, each prompt n times; returns the tokens [rows, new]."""
+    from transformers import GenerationConfig
+
+    options = dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
+    requests = [prompt for prompt in asked for _ in range(n)]
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        made = model.generate_batch(requests, generation_config=GenerationConfig(**options), progress_bar=False)
+        return torch.tensor([x.generated_tokens for x in made.values()])
+
+    return step
+
+
+def floor(model: Decoder, asked: list[list[int]], n: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """product -> who does it -> step: a prefill of all prompts, the layers for one token of every row, the head for every row."""
+    layers = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return {
+        "prefill": products(layers, sum(map(len, asked))),
+        "layers": products(layers, n * len(asked)),
+        "head": products([model.head_weight], n * len(asked)),
+    }
+
+
+def products(matrices: list[Tensor], tokens: int, backward: bool = False) -> dict[str, Callable[[], object]]:
+    """Products of `tokens` rows with frozen matrices [N, K]: x W', or of the gradients with W where `backward`."""
+    turned = [w if backward else w.t() for w in matrices]
+    shapes = {tuple(w.shape) for w in turned}
+    x = {k: torch.randn(tokens, k, dtype=turned[0].dtype, device=turned[0].device) for k, _ in shapes}
+    out = {(k, n): x[k].new_empty(tokens, n) for k, n in shapes}
+
+    def by_mm() -> None:
+        for w in turned:
+            torch.mm(x[w.shape[0]], w, out=out[tuple(w.shape)])
+
+    @torch.no_grad()
+    def by_linear() -> None:
+        for w in turned:
+            linear(x[w.shape[0]], w.t())
+
+    return {"torch.mm": by_mm, "kernels.products": by_linear}
+
+
+def log_prob_gap(model: Decoder, asked: list[list[int]], n: int, new: int) -> float:
+    """Largest difference, in nats, of a sampled token's log-prob in the sampler and in the training forward."""
+    made = generate(model, asked, n=n, max_new_tokens=new, temperature=TEMPERATURE, seed=int(combine(0)))
+    rows = [prompt + made.tokens[p * n + i].tolist() for p, prompt in enumerate(asked) for i in range(n)]
+    cu = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    worst = 0.0
+    with torch.no_grad():
+        hidden = model(torch.tensor([t for row in rows for t in row]), cu)
+        for r, (row, start) in enumerate(zip(rows, cu.tolist(), strict=False)):
+            states = hidden[start + len(row) - new - 1 : start + len(row) - 1]
+            logprob = (model.logits(states).float() / TEMPERATURE).log_softmax(1).gather(1, made.tokens[r].to(states.device)[:, None])
+            worst = max(worst, float((logprob[:, 0].cpu() - made.model_logprob[r]).abs().max()))
+    return worst

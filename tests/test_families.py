@@ -1,0 +1,37 @@
+"""A whole run on models that are not Llama: sampled, trained, judged, exported and loaded by transformers."""
+
+import json
+
+import pytest
+import torch
+from architectures import write_model
+from transformers import AutoModelForCausalLM
+
+from engine import caid, export, model
+from engine.config import CaidConfig, smoke
+from engine.lora import load_peft
+from engine.metrics import read_rows
+from engine.quickstart import tiny_model_folder
+from engine.smoke import write_random_heads
+
+
+@pytest.mark.parametrize("name", ["qwen 3, biases, windows, one key head", "mistral", "gemma 2", "gemma 3"])
+def test_a_run_on_another_architecture(name, tmp_path):
+    folder = tiny_model_folder(tmp_path / "model")
+    write_model(folder, name, vocab_size=384, max_position_embeddings=2048)
+    write_random_heads(folder)
+    run = tmp_path / "run"
+    caid.train(smoke(CaidConfig(out=str(run), model=str(folder), threads=1, force=True, iterations=2)))
+    # What was sampled is what is trained on.
+    gaps = [row["logprob_gap"] for row in read_rows(run) if "logprob_gap" in row]
+    assert gaps and max(gaps) < 1e-4
+    assert json.loads((run / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
+    export.export(run, tmp_path / "merged")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager", dtype=torch.float32).eval()
+    own = model.load(folder)
+    adapter = load_peft(run / "adapters" / "iteration-2", own)
+    tokens = torch.randint(3, 259, (40,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, reference = (own.logits(own(tokens, torch.tensor([0, 40]), adapter=a)) for a in (adapter, None))
+        torch.testing.assert_close(network(tokens[None]).logits[0], ours, rtol=0, atol=1e-4)
+    assert (ours - reference).abs().max() > 1e-3
