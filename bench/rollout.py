@@ -54,15 +54,20 @@ def transformers_generate(model: torch.nn.Module, asked: list[list[int]], n: int
 
 
 def continuous_batching(model: torch.nn.Module, asked: list[list[int]], n: int, new: int) -> Callable[[], Tensor]:
-    """`generate_batch`, each prompt n times; returns the tokens [rows, new]."""
-    from transformers import GenerationConfig
+    """`generate_batch`, each prompt n times, with room for all of them at once; returns the tokens [rows, new]."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     options = dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
     requests = [prompt for prompt in asked for _ in range(n)]
+    longest = max(map(len, asked)) + new
+    # Left to itself it takes most of the machine's memory and fills it in every call.
+    room = ContinuousBatchingConfig(
+        page_size=64, num_blocks=len(requests) * (longest // 64 + 1) + 1, max_batch_tokens=max(len(requests), 2048),
+        max_requests_per_batch=len(requests),
+    )  # fmt: skip
 
-    @torch.inference_mode()
     def step() -> Tensor:
-        made = model.generate_batch(requests, generation_config=GenerationConfig(**options), progress_bar=False)
+        made = model.generate_batch(requests, generation_config=GenerationConfig(**options), continuous_batching_config=room)
         return torch.tensor([x.generated_tokens for x in made.values()])
 
     return step

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_AVAILABLE = torch.backends.mkldnn.is_available()
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], with the gradient in x alone where oneDNN does it.
@@ -22,7 +24,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN does the product: two float32 matrices on the CPU, neither empty."""
     both = x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.device.type == "cpu"
-    return both and x.numel() > 0 and weight.numel() > 0 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    # The switch cannot be read while a caller is traced.
+    usable = _AVAILABLE and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
+    return both and usable and x.numel() > 0 and weight.numel() > 0
 
 
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,66 @@
+"""Products with frozen matrices against float64, and what they leave to torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import products
+
+
+def made(rows: int, width: int, columns: int, dtype=torch.float32):
+    g = torch.Generator().manual_seed(rows + width + columns)
+    return (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (columns, width), (columns,)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (64, 577, 129), (385, 576, 1536)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_values_and_gradients_against_float64(shape, with_bias):
+    x, weight, bias = made(*shape)
+    bias = bias if with_bias else None
+    x.requires_grad_()
+    out = products.linear(x, weight, bias)
+    assert out.grad_fn.name().startswith("_Linear")  # oneDNN's, not torch's own
+    x64 = x.detach().double().requires_grad_()
+    exact = F.linear(x64, weight.double(), None if bias is None else bias.double())
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (own,), (true,) = torch.autograd.grad(out, x, gradient), torch.autograd.grad(exact, x64, gradient.double())
+    for got, want, terms in ((out, exact, shape[1]), (own, true, shape[2])):
+        bound = 4 * torch.finfo(torch.float32).eps * terms**0.5
+        assert (got.detach().double() - want.detach()).abs().max() <= bound * max(1.0, float(want.detach().abs().max()))
+    with torch.no_grad():
+        assert torch.equal(products.linear(x, weight, bias), out) and torch.equal(products.linear(x, weight, bias), out)
+
+
+def test_strided_inputs_and_a_second_derivative():
+    x, weight, _ = made(12, 10, 8)
+    wide = torch.zeros(12, 20)
+    wide[:, ::2] = x
+    torch.testing.assert_close(products.linear(wide[:, ::2], weight.t().contiguous().t()), F.linear(x, weight))
+    x.requires_grad_()
+    y = products.linear(x, weight).square().sum()
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, (2 * torch.ones(12, 10) @ weight.t() @ weight), rtol=1e-4, atol=1e-4)
+
+
+def test_the_rest_is_left_to_torch(monkeypatch):
+    x, weight, bias = made(4, 6, 5)
+    x.requires_grad_()
+
+    def name(*arguments):
+        return products.linear(*arguments).grad_fn.name()
+
+    assert not products.serves(x.double(), weight.double()) and "_Linear" not in name(x.double(), weight.double())
+    assert "_Linear" not in name(x, weight.clone().requires_grad_()) and "_Linear" not in name(x, weight, bias.clone().requires_grad_())
+    assert "_Linear" not in name(x.bfloat16(), weight.bfloat16())
+    assert products.linear(x[:0], weight).shape == (0, 5) and products.linear(x[:, :0], weight[:, :0], bias).tolist() == [bias.tolist()] * 4
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "_Linear" not in name(x, weight)
+
+
+def test_a_caller_compiles_in_one_graph():
+    x, weight, bias = made(4, 6, 5)
+    x.requires_grad_()
+    compiled = torch.compile(lambda y: products.linear(y, weight, bias).square().sum(), fullgraph=True, backend="aot_eager")
+    (own,), (true,) = torch.autograd.grad(compiled(x), x), torch.autograd.grad(F.linear(x, weight, bias).square().sum(), x)
+    torch.testing.assert_close(own, true)
