@@ -17,6 +17,7 @@
 namespace nb = nanobind;
 
 void bind_attention(nb::module_& m);
+void bind_layer(nb::module_& m);
 
 namespace {
 
@@ -346,4 +347,5 @@ NB_MODULE(_native, m) {
     m.def("jacobian", &jacobian, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("state"),
           nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
     bind_attention(m);
+    bind_layer(m);
 }

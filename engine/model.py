@@ -26,6 +26,7 @@ from engine.attention import attend
 from engine.cache import Cache, SharedCache
 from engine.errors import UserError
 from engine.lora import Adapter
+from kernels.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
 from kernels.products import linear
 
 # What sees the residual stream before a layer: (layer, states [tokens, D]).
@@ -259,21 +260,27 @@ class Layer(nn.Module):
     def _project(self, hidden: Tensor, cos: Tensor, sin: Tensor, lora: dict | None) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads, d = self.heads
         normed = _norm(hidden, self.norm1, self.config)
-        qkv = _linear(normed, self.qkv, self.qkv_bias, lora, "qkv").view(hidden.shape[0], -1, d)
-        q_k, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.q_norm is not None:
-            q_k = torch.cat((_norm(q_k[:, :heads], self.q_norm, self.config), _norm(q_k[:, heads:], self.k_norm, self.config)), dim=1)
-        half = d // 2
-        turned = torch.cat((-q_k[..., half:], q_k[..., :half]), dim=-1)
-        q_k = q_k * cos[:, None] + turned * sin[:, None]
-        return q_k[:, :heads], q_k[:, heads:], v
+        qkv = _linear(normed, self.qkv, self.qkv_bias, lora, "qkv")
+        if self.q_norm is None:
+            return split_rotated(qkv, cos, sin, heads, kv_heads)
+        q, k, v = qkv.view(hidden.shape[0], -1, d).split((heads, kv_heads, kv_heads), dim=1)
+        q, k = _norm(q, self.q_norm, self.config), _norm(k, self.k_norm, self.config)
+        return rotated(q, cos, sin), rotated(k, cos, sin), v
 
     def _finish(self, hidden: Tensor, mixed: Tensor, lora: dict | None) -> Tensor:
         out = _linear(mixed, self.o, self.o_bias, lora, "o")
-        hidden = hidden + (out if self.after_attention is None else _norm(out, self.after_attention, self.config))
-        normed = _norm(hidden, self.norm2, self.config)
-        gate, up = _linear(normed, self.gate_up, self.gate_up_bias, lora, "gate_up").chunk(2, dim=-1)
-        out = _linear(self.activation(gate) * up, self.down, self.down_bias, lora, "down")
+        if self.config.gemma:
+            hidden = hidden + _norm(out, self.after_attention, self.config)
+            normed = _norm(hidden, self.norm2, self.config)
+        else:
+            hidden, normed = add_rms_norm(hidden, out, self.norm2, self.config.rms_eps)
+        gate_up = _linear(normed, self.gate_up, self.gate_up_bias, lora, "gate_up")
+        if self.config.activation == "silu":
+            inner = gated_silu(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        out = _linear(inner, self.down, self.down_bias, lora, "down")
         return hidden + (out if self.after_mlp is None else _norm(out, self.after_mlp, self.config))
 
     def _to_grid(self, x: Tensor, layout: Layout) -> Tensor:
@@ -398,7 +405,7 @@ def _frozen(*shape: int, **options) -> nn.Parameter:
 def _norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
     """RMS norm of the last dimension; Gemma's multiplies by 1 + weight, in float32 before it rounds."""
     if not c.gemma:
-        return F.rms_norm(x, (x.shape[-1],), weight, c.rms_eps)
+        return rms_norm(x, weight, c.rms_eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + weight.to(wide), c.rms_eps).to(x.dtype)
 

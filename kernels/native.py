@@ -218,3 +218,30 @@ def decode_attention(
         torch.get_num_threads(), instructions[0],
     )  # fmt: skip
     return out.flatten(1)
+
+
+def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, or x itself, and its RMS norm times weight); x, delta float32 [R, N] on the CPU. See `kernels.layer`."""
+    x = x.detach().contiguous()
+    total = x if delta is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    _native.rms_norm(
+        x, None if delta is None else delta.detach().contiguous(), weight.detach(), epsilon, None if delta is None else total, out,
+        torch.get_num_threads(), instructions[0],
+    )  # fmt: skip
+    return total, out
+
+
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.layer.split_rotated`; float32 on the CPU."""
+    q = qkv.new_empty(len(qkv), heads, cos.shape[1])
+    k, v = (qkv.new_empty(len(qkv), kv_heads, cos.shape[1]) for _ in range(2))
+    _native.split_rotated(qkv.detach().contiguous(), cos.contiguous(), sin.contiguous(), q, k, v, torch.get_num_threads(), instructions[0])
+    return q, k, v
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """See `kernels.layer.gated_silu`; float32 on the CPU."""
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    _native.gated_silu(gate_up.detach().contiguous(), out, torch.get_num_threads(), instructions[0])
+    return out

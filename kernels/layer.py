@@ -1,0 +1,56 @@
+"""What a decoder layer does between its matrix products: RMS norm, rotary positions, gated SiLU.
+
+Float32 rows on the CPU that need no gradient go to compiled code (csrc/layer.cpp), one pass for what takes torch four to eight; the torch
+code below it is its specification, and serves gradients, other dtypes and devices.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import native
+
+
+def _compiled(x: Tensor) -> bool:
+    plain = not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+    return plain and x.dim() == 2 and native.serves(x.device, x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., N], weight [N]."""
+    return native.rms_norm(x, None, weight, epsilon)[1] if _compiled(x) else F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, its `rms_norm`)."""
+    if _compiled(x) and _compiled(delta):
+        return native.rms_norm(x, delta, weight, epsilon)
+    total = x + delta
+    return total, F.rms_norm(total, (total.shape[-1],), weight, epsilon)
+
+
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [R, H, d], keys [R, Hkv, d], both turned by their positions, and values [R, Hkv, d], of qkv [R, (H + 2 Hkv) d].
+
+    cos, sin [R, d]: a head x becomes x cos + (-second half, first half) sin.
+    """
+    if _compiled(qkv):
+        return native.split_rotated(qkv, cos, sin, heads, kv_heads)
+    qkv = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
+    turned = rotated(qkv[:, : heads + kv_heads], cos, sin)
+    return turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [R, n, d] turned by cos, sin [R, d]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, [R, N], of gate_up [R, 2 N]."""
+    if _compiled(gate_up):
+        return native.gated_silu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
