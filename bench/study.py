@@ -24,6 +24,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from scipy import stats
 
 from engine import sweep
 from engine.checkpoint import write_whole
+from engine.errors import UserError
 from engine.report import png
 from engine.stages import write_json
 from engine.sweep import COLOURS, SweepConfig
@@ -41,6 +43,7 @@ ROOT = Path(__file__).parent
 DOCS = ROOT.parent / "docs"
 TEST_PROMPTS = ROOT / "prompts" / "test.jsonl"
 CAID, MOCAN = "caid", "mocan"
+PLANNED = 8
 THRESHOLDS = ("0.2", "0.4")
 # The others are run on the first seeds only; the picture shows them.
 OTHERS = ("primal_dual", "dpo:objective=reward", "dpo:objective=safety")
@@ -131,9 +134,10 @@ def reward_at_equal_safety(first: Arm, second: Arm, thresholds: list[float]) -> 
 
 
 def answer(result: dict[str, float]) -> str:
-    """The answer in words: resolved only where both intervals leave out 0."""
-    if result["seeds"] < 2:
-        return "not resolved: one seed has no interval"
+    """The answer in words: given only at the planned number of seeds, so that nobody stops where it looks good, and resolved only where
+    both intervals leave out 0."""
+    if result["seeds"] < PLANNED:
+        return f"not resolved yet, {result['seeds']} of {PLANNED} planned seeds"
     if max(result["t high"], result["bootstrap high"]) < 0:
         return "CAID lands nearer to b"
     if min(result["t low"], result["bootstrap low"]) > 0:
@@ -296,8 +300,8 @@ def _interval(row: dict, name: str) -> str:
     return f"{float(row[name]):+.2f} [{float(row[name + ' low']):.2f}, {float(row[name + ' high']):.2f}]"
 
 
-def main() -> None:
-    """See the module."""
+def main() -> int:
+    """See the module; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="seeds to run; none writes the page alone")
     parser.add_argument("--algorithms", nargs="+", default=[CAID, MOCAN], help=f"the question needs {CAID} and {MOCAN}; others: {OTHERS}")
@@ -308,15 +312,24 @@ def main() -> None:
     if given.seeds:
         parts = (given.algorithms, ["b", *given.thresholds], ["seeds", *map(str, given.seeds)])
         name = re.sub("[^A-Za-z0-9._]+", "-", "-".join(word for part in (*parts, given.flags) for word in part))
-        run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name)
+        try:
+            run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print(f"stopped; the same command goes on in {given.out / name}", file=sys.stderr)
+            return 130
     rows, settings = read_parts(DOCS / "study")
     seeds, thresholds = complete(rows, (CAID, MOCAN))
     if not seeds:
-        raise SystemExit("no seed has both caid and mocan at every threshold yet; run python -m bench.study --seeds 0")
+        print("no seed has both caid and mocan at every threshold yet; run python -m bench.study --seeds 0", file=sys.stderr)
+        return 1
     write_whole(DOCS / "study.png", picture([r for r in rows if len(costs_of(r)) == 1], seeds, thresholds))
     write_whole(DOCS / "study.md", page(rows, settings).encode())
     print(f"written: {DOCS / 'study.md'}; {answer(paired(arm(rows, CAID, seeds, thresholds), arm(rows, MOCAN, seeds, thresholds)))}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -63,7 +63,9 @@ def test_the_seed_is_the_unit():
     assert -0.301 < result["bootstrap low"] < -0.2 < result["bootstrap high"] < -0.099
     assert result["p"] == pytest.approx(2 / 8)
     assert paired(first, made([[-0.4], [0.5], [0.3]]).__class__(*(x[:, :1].repeat(2, 1) for x in vars(second).values()))) == result
-    assert "not resolved" in answer(result) and "one seed" in answer(paired(made([[0.1]]), made([[0.2]])))
+    assert "not resolved yet, 3 of 8" in answer(result) and "1 of 8" in answer(paired(made([[0.1]]), made([[0.2]])))
+    # All three seeds agree: still no answer.
+    assert "not resolved yet" in answer(paired(made(np.zeros((3, 2))), made(np.ones((3, 2)))))
     near, far = made(np.full((8, 2), 0.01)), made(0.5 + 0.01 * np.arange(16).reshape(8, 2))
     assert answer(paired(near, far)) == "CAID lands nearer to b" and answer(paired(far, near)) == "MoCAN lands nearer to b"
 
@@ -92,6 +94,28 @@ def test_parts_are_read_together_and_doubles_refused(tmp_path, monkeypatch):
         (tmp_path / "study" / f"part-{name}.json").write_text(json.dumps(settings))
     rows, settings = study.read_parts(tmp_path / "study")
     assert rows == ROWS and len(settings) == 2
+    # A part with flags of its own is another method, one with two costs another table.
+    own = {**settings[0], "flags": [*study.FLAGS, "--n-responses", "10"]}
+    both = [
+        {**r, "other threshold": "0.3", "other lambda": "2", "other verdict": "met", "other": "0.4", "other low": "0", "other high": "1"}
+        for r in ROWS[:2]
+    ]
+    for name, part in (("d", ROWS[6:8]), ("e", both)):
+        with open(tmp_path / "study" / f"part-{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(part[0]))
+            writer.writeheader()
+            writer.writerows(part)
+        flags = own["flags"] if name == "d" else [*study.FLAGS, "--cost", "harm", "other"]
+        (tmp_path / "study" / f"part-{name}.json").write_text(json.dumps({**own, "flags": flags}))
+    more, settings = study.read_parts(tmp_path / "study")
+    assert [r["algorithm"] for r in more[len(ROWS) :]] == ["mocan --n-responses 10"] * 2 + ["caid --cost harm other"] * 2
+    text = study.page(more, settings)
+    assert "| mocan --n-responses 10 | 2 |" in text and text.count("| harm | 0.") == 2 and text.count("| other | 0.3 | 2.00 |") == 2
+    assert "-- --n-responses 10`" in text
+    for name in "de":
+        for suffix in ("csv", "json"):
+            (tmp_path / "study" / f"part-{name}.{suffix}").unlink()
+    rows, settings = study.read_parts(tmp_path / "study")
     text = study.page(rows, settings)
     assert "**Answer: " in text and text.count("| caid |") == 7 and "--margin 0" in text
     assert study.picture(rows, [0, 1, 2], [0.2, 0.4])[:4] == b"\x89PNG"
