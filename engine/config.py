@@ -82,6 +82,10 @@ class RunConfig:
     """Policy steps per iteration."""
     prompts_per_step: int = 16
     """Prompts in one policy step, at most."""
+    tokens_per_forward: int = 16384
+    """Most tokens of one forward and backward pass of a policy step, prompts counted once; a larger step adds up the gradients of parts."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third more time."""
     responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
     labels: str = "regression"
@@ -382,8 +386,8 @@ def check(config: RunConfig) -> None:
     Raises: UserError naming the flag, its value and what is accepted.
     """
     positive = (
-        "n_prompts max_new_tokens rollout_rows steps prompts_per_step learning_rate clip_norm lora_rank lora_alpha beta lam_max "
-        "memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses dual_step "
+        "n_prompts max_new_tokens rollout_rows steps prompts_per_step tokens_per_forward learning_rate clip_norm lora_rank lora_alpha beta "
+        "lam_max memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses dual_step "
         "dual_rate proximity clip ascent_prompts preference_steps"
     ).split()
     for name in positive:

@@ -38,10 +38,13 @@ class Plan:
         cache = rows * context * 2 * c.num_kv_heads * c.head_dim * c.num_layers * size
         logits = rows * c.vocab_size * 4 * 3
         group = longest_prompt + config.responses_per_prompt * config.max_new_tokens
-        per_token = size * (10 * c.hidden_size + 4 * c.intermediate_size) * c.num_layers * (1 - config.lora_from)
-        training = config.prompts_per_step * group * per_token + config.memory_budget_mb * 2**20
+        layers = c.num_layers * (1 - config.lora_from)
+        inside = 10 * c.hidden_size + 4 * c.intermediate_size
+        per_token = size * (inside + layers * c.hidden_size if config.activation_checkpointing else inside * layers)
+        at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
+        training = at_once * per_token + config.memory_budget_mb * 2**20
         if c.attention_softcap is not None:  # all scores are stored: before and after the cap, masked, and as weights
-            training += int(config.prompts_per_step * 4 * group**2 * c.num_heads * c.num_layers * (1 - config.lora_from)) * size
+            training += int(at_once * 4 * group * c.num_heads * (1 if config.activation_checkpointing else layers)) * size
         kept = kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
         needed = int(1.15 * (weights + max(cache + logits, training + kept))) + 600 * 2**20
 

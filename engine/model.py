@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.architecture import ModelConfig, Rope
 from engine.attention import attend
@@ -140,13 +141,18 @@ class Decoder(nn.Module):
         hidden = F.embedding(tokens.to(self.device), self.embed)
         return hidden if self.embed_scale is None else hidden * self.embed_scale
 
-    def run(self, hidden: Tensor, layout: Layout, start: int, stop: int, adapter: Adapter | None = None) -> Tensor:
-        """The residual stream [M, D] after layer `stop - 1`, given the stream before layer `start`."""
+    def run(
+        self, hidden: Tensor, layout: Layout, start: int, stop: int, adapter: Adapter | None = None, *, checkpointed: bool = False
+    ) -> Tensor:
+        """The residual stream [M, D] after layer `stop - 1`, given the stream before layer `start`. `checkpointed`: the backward pass
+        computes each layer again from its input instead of keeping what is in it."""
         rotary, layouts = self.rotary(layout.position), self.layouts(layout)
         fused = None if adapter is None else adapter.fused(start, stop)
         for index in range(start, stop):
             layer = self.layers[index]
-            hidden = layer(hidden, *rotary[layer.rope], layouts[layer.window], None if fused is None else fused.get(index))
+            given = hidden, *rotary[layer.rope], layouts[layer.window], None if fused is None else fused.get(index)
+            again = checkpointed and torch.is_grad_enabled()
+            hidden = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False) if again else layer(*given)
         return hidden
 
     def layouts(self, layout: Layout) -> dict[int | None, Layout]:

@@ -18,7 +18,7 @@ from engine.errors import NonFiniteError, UserError
 from engine.lora import Adapter
 from engine.model import Decoder
 from engine.packing import LowerStates
-from engine.pairs import informative, schedule
+from engine.pairs import informative, schedule, split
 from engine.records import Pairs, Prompts, Rollouts, Scores, Target
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
 from kernels.sampling import combine, uniform
@@ -65,18 +65,22 @@ def fit(
     pool = samples.prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
+    def loss_of(step: int) -> tuple[float, dict[str, float], dict[str, Tensor]]:
         pairs = informative(target.score_PG, [train_on[i] for i in plan[step]], config.responses_per_prompt, target.dropped_PG)
         if not len(pairs.pairs):
             raise UserError(
                 f"policy update {iteration}: no pair of the {config.prompts_per_step} prompts of step {step + 1} has a safe response; "
                 "raise --prompts-per-step, --responses-per-prompt or --unsafe-above."
             )
-        result = _preference_loss(config, model, samples, target, adapter, anchor, pairs, iteration * 1_000_003 + step)
-        figures = {
-            "accuracy": float(result.accuracy), "margin": float(result.margin.abs().mean()), "pairs": len(pairs.pairs),
+        total = accuracy = margin = 0.0
+        for part, first in split(pairs, _tokens(samples, pairs), config.tokens_per_forward):
+            result = _preference_loss(config, model, samples, target, adapter, anchor, part, iteration * 1_000_003 + step, first)
+            total += _add_gradient(result.loss, _share(config.labels, part, pairs))
+            share = len(part.pairs) / len(pairs.pairs)
+            accuracy, margin = accuracy + share * float(result.accuracy), margin + share * float(result.margin.abs().mean())
+        return total, {"accuracy": accuracy, "margin": margin, "pairs": len(pairs.pairs)}, {
+            "row": torch.tensor(pairs.row), "pairs": pairs.pairs
         }  # fmt: skip
-        return result.loss, figures, {"row": torch.tensor(pairs.row), "pairs": pairs.pairs}
 
     return _take_steps(stage, run, config, adapter, target.start, iteration, loss_of)
 
@@ -93,32 +97,41 @@ def ascend(
     plan = schedule(samples.prompts, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
     n = samples.rollouts.n
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
-        rows = {p: list(range(p * n, (p + 1) * n)) for p in dict.fromkeys(plan[step])}
-        batch, packed = _packed(samples, rows, model)
-        row = torch.tensor([r for g in batch for r in g.rows])
-        score = score_PG.reshape(-1)[row].to(model.device)
-        logprob, length = samples.rollouts.model_logprob, samples.rollouts.length
-        result = lagrangian_policy_loss(
-            _hidden(model, samples.lower, batch, packed, adapter), model.head_weight, packed.target_T, packed.cu_seqlens,
-            (row // n).to(model.device), score, score.new_zeros(len(row), 0), score.new_zeros(0),
-            old_logprob=torch.cat([logprob[r, : int(length[r])] for r in row.tolist()]).to(model.device),
-            clip=(config.clip, config.clip), temperature=config.temperature, softcap=model.config.logit_softcap,
-            memory_budget_bytes=config.memory_budget_mb * 2**20,
-        )  # fmt: skip
-        figures = {
-            "clip_fraction": float(result.clip_fraction), "advantage": float(result.advantage.abs().mean()), "responses": len(row),
-        }  # fmt: skip
-        return result.loss, figures, {"row": row}
+    def loss_of(step: int) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+        chosen = [p for p in dict.fromkeys(plan[step]) for _ in range(n)]
+        step_rows = [p * n + i for p in dict.fromkeys(plan[step]) for i in range(n)]
+        whole = Pairs(prompt=chosen, row=step_rows, pairs=torch.zeros(0, 2, dtype=torch.int64))
+        total = clipped = advantage = 0.0
+        for part, _ in split(whole, _tokens(samples, whole), config.tokens_per_forward):
+            rows = {p: list(range(p * n, (p + 1) * n)) for p in part.prompt}
+            batch, packed = _packed(samples, rows, model)
+            row = torch.tensor(part.row)
+            score = score_PG.reshape(-1)[row].to(model.device)
+            logprob, length = samples.rollouts.model_logprob, samples.rollouts.length
+            result = lagrangian_policy_loss(
+                _hidden(config, model, samples.lower, batch, packed, adapter), model.head_weight, packed.target_T, packed.cu_seqlens,
+                (row // n).to(model.device), score, score.new_zeros(len(row), 0), score.new_zeros(0),
+                old_logprob=torch.cat([logprob[r, : int(length[r])] for r in row.tolist()]).to(model.device),
+                clip=(config.clip, config.clip), temperature=config.temperature, softcap=model.config.logit_softcap,
+                memory_budget_bytes=config.memory_budget_mb * 2**20,
+            )  # fmt: skip
+            # The loss is a mean over tokens.
+            share = int(length[row].sum()) / max(1, int(length[step_rows].sum()))
+            total += _add_gradient(result.loss, share)
+            clipped += share * float(result.clip_fraction)
+            advantage += len(row) / len(step_rows) * float(result.advantage.abs().mean())
+        figures = {"clip_fraction": clipped, "advantage": advantage, "responses": len(step_rows)}
+        return total, figures, {"row": torch.tensor(step_rows)}
 
     return _take_steps(stage, run, config, adapter, start, iteration, loss_of)
 
 
 def _take_steps(
     stage: Stage, run: Run, config: RunConfig, adapter: Adapter, start: Policy | None, iteration: int,
-    loss_of: Callable[[int], tuple[Tensor, dict[str, float], dict[str, Tensor]]],
+    loss_of: Callable[[int], tuple[float, dict[str, float], dict[str, Tensor]]],
 ) -> Policy:  # fmt: skip
-    """AdamW on the adapter. loss_of(step) -> (loss, what the metrics row says of it, the batch to save where it is not finite)."""
+    """AdamW on the adapter. loss_of(step) adds the gradients and returns (loss, what the metrics row says of it, the batch to save where it
+    is not finite)."""
     names, parameters = zip(*adapter.named_parameters(), strict=True)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     partial = stage.partial(Policy)
@@ -132,11 +145,9 @@ def _take_steps(
             rate = config.learning_rate * learning_rate_factor(taken + step, config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            value, figures, batch = loss_of(step)
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            loss, figures, batch = loss_of(step)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm))
-            loss = float(value.detach())
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 _stop_non_finite(run, stage, batch, adapter, loss, norm)
             optimizer.step()
@@ -154,6 +165,27 @@ def learning_rate_factor(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1))
 
 
+def _add_gradient(loss: Tensor, share: float) -> float:
+    """Backward pass of a part that is `share` of a step's loss; returns what it adds to the loss."""
+    value = loss * share
+    value.backward()
+    return float(value.detach())
+
+
+def _share(labels: str, part: Pairs, whole: Pairs) -> float:
+    """What a part weighs in the mean that the label form takes: over pairs, prompts or responses."""
+    if labels == "listwise":
+        return len(set(part.prompt)) / len(set(whole.prompt))
+    return len(part.row) / len(whole.row) if labels == "single" else len(part.pairs) / len(whole.pairs)
+
+
+def _tokens(samples: Samples, pairs: Pairs) -> list[int]:
+    """Of each sequence, for `engine.pairs.split`."""
+    length, prompts = samples.rollouts.length, samples.prompts.token_ids
+    firsts = [i == 0 or p != pairs.prompt[i - 1] for i, p in enumerate(pairs.prompt)]
+    return [int(length[r]) + (len(prompts[p]) if first else 0) for p, r, first in zip(pairs.prompt, pairs.row, firsts, strict=True)]
+
+
 def _packed(samples: Samples, rows: dict[int, list[int]], model: Decoder) -> tuple[list[packing.Group], packing.Packed]:
     """The responses at `rows` of each prompt, with the prompt once."""
     tokens, length = samples.rollouts.tokens, samples.rollouts.length
@@ -164,14 +196,19 @@ def _packed(samples: Samples, rows: dict[int, list[int]], model: Decoder) -> tup
     return batch, packing.pack(batch, model.device)
 
 
-def _hidden(model: Decoder, lower: LowerStates | None, batch: list[packing.Group], packed: packing.Packed, adapter: Adapter) -> Tensor:
+def _hidden(
+    config: RunConfig, model: Decoder, lower: LowerStates | None, batch: list[packing.Group], packed: packing.Packed, adapter: Adapter
+) -> Tensor:
     """The states [T, D] that predict the batch's response tokens."""
     if lower is not None:
         hidden = lower.of(batch)
     else:
         with torch.no_grad():
             hidden = model.run(model.embed_tokens(packed.tokens), packed.layout, 0, adapter.first_layer)
-    hidden = model.final_norm(model.run(hidden, packed.layout, adapter.first_layer, model.config.num_layers, adapter))
+    hidden = model.run(
+        hidden, packed.layout, adapter.first_layer, model.config.num_layers, adapter, checkpointed=config.activation_checkpointing
+    )
+    hidden = model.final_norm(hidden)
     # index_select, not indexing: its backward adds rows in a fixed order.
     return hidden.index_select(0, packed.predict_T)
 
@@ -186,9 +223,10 @@ class _Loss:
 
 
 def _preference_loss(
-    config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Adapter, anchor: Adapter | None, pairs: Pairs, draw: int
-) -> _Loss:
-    """The loss of one batch of pairs in the label form `config.labels`."""
+    config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Adapter, anchor: Adapter | None, pairs: Pairs, draw: int,
+    first: int = 0,
+) -> _Loss:  # fmt: skip
+    """The loss of one batch of pairs in the label form `config.labels`; `first` is the number of its first sequence in the step."""
     by_prompt: dict[int, list[int]] = {}
     for p, r in zip(pairs.prompt, pairs.row, strict=True):
         by_prompt.setdefault(p, []).append(r)
@@ -199,15 +237,15 @@ def _preference_loss(
     options = {"temperature": config.temperature, "softcap": model.config.logit_softcap, "memory_budget_bytes": budget}
     if anchor is not None and target.anchor_share > 0:
         with torch.no_grad():
-            states = _hidden(model, samples.lower, batch, packed, anchor)
+            states = _hidden(config, model, samples.lower, batch, packed, anchor)
             own = sequence_logprob(states, *head, **options)
         reference = torch.lerp(reference, own.double(), target.anchor_share)
     if target.shift_PG is not None:
         reference = reference + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
     score = target.score_PG.reshape(-1)[index].to(model.device)
-    hidden = _hidden(model, samples.lower, batch, packed, adapter)
+    hidden = _hidden(config, model, samples.lower, batch, packed, adapter)
     if config.labels in ("soft", "sampled"):
-        key = combine(config.seed, draw, pairs.pairs[:, 0] * 65_537 + pairs.pairs[:, 1])
+        key = combine(config.seed, draw, (pairs.pairs[:, 0] + first) * 65_537 + pairs.pairs[:, 1] + first)
         result = lagrangian_preference_loss(
             hidden, *head, pairs.pairs, score, score.new_zeros(len(score), 0), score.new_zeros(0), reference, beta=target.coefficient,
             labels=config.labels, uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,

@@ -1,5 +1,7 @@
 """The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs; the schedule."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,12 @@ from architectures import write_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from engine import model, packing, policy
+from engine import caid, model, packing, policy, primal_dual
 from engine.config import CaidConfig, PrimalDualConfig, smoke
 from engine.lora import Adapter, save_peft
+from engine.metrics import read_rows
 from engine.packing import LowerStates
-from engine.pairs import deal, informative, schedule
+from engine.pairs import deal, informative, schedule, split
 from engine.policy import learning_rate_factor
 from engine.records import Prompts, Scores, Target
 from engine.rollout import generate
@@ -131,7 +134,6 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
     policy.ascend(None, None, config, network, samples, scores.reward_PG, adapter, start=None, iteration=1)
     adapter.zero_grad()
     loss, figures, _ = seen[0](0)
-    loss.backward()
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     old, total, count = rollouts.model_logprob, 0.0, 0
     for r in range(12):
@@ -141,7 +143,7 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
         total = total - ((now - old[r, : len(now)]).exp() * (scores.reward_PG[p, i] - sum(others) / 3)).sum()
         count += len(now)
     (total / count).backward()
-    assert float(loss.detach()) == pytest.approx(float(total.detach()) / count, rel=1e-4)
+    assert loss == pytest.approx(float(total.detach()) / count, rel=1e-4)
     assert figures["responses"] == 12
     same_gradients(adapter, tuned)
 
@@ -266,3 +268,39 @@ def test_all_prompts_but_the_slack_serve_when_more_pairs_are_asked_for():
         pairs, slack = deal(prompts, 3, t, n_pairs=1000, n_slack=4)
         assert sorted(pairs + slack) == list(range(20))
     assert sorted(deal(prompts, 3, 1, n_pairs=1000, n_slack=0)[0]) == list(range(20))
+
+
+def test_parts_are_whole_prompts_within_the_budget():
+    score = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    pairs = informative(score, [3, 0, 4, 1], 3)
+    tokens = [7, 2, 2] * 4
+    for budget, sizes in ((1, [3] * 4), (21, [3] * 4), (22, [6, 6]), (33, [9, 3]), (10**6, [12])):
+        found = split(pairs, tokens, budget)
+        assert [len(part.row) for part, _ in found] == sizes
+        assert [r for part, _ in found for r in part.row] == pairs.row and [p for part, _ in found for p in part.prompt] == pairs.prompt
+        assert torch.equal(torch.cat([part.pairs + first for part, first in found]), pairs.pairs)
+
+
+@pytest.mark.parametrize("labels", ["soft", "sampled", "regression", "listwise", "single", "policy gradient"])
+def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, cache):
+    """Also with activation checkpointing, which changes no bit."""
+    gradient = labels == "policy gradient"
+    config = smoke(PrimalDualConfig(iterations=1, ascent_prompts=8) if gradient else CaidConfig(labels=labels, iterations=1))
+    # Prompts of several sizes, and responses of several lengths.
+    config = replace(config, threads=1, force=True, prompts_per_step=5, responses_per_prompt=3, steps=2, max_new_tokens=12)
+    rows = {}
+    changed = {"whole": {}, "parts": {"tokens_per_forward": 90}}
+    if labels == "regression":
+        changed["again"] = {"activation_checkpointing": True}
+    for name, changes in changed.items():
+        train = (primal_dual if gradient else caid).train
+        train(replace(config, out=str(tmp_path / name), **changes))
+        rows[name] = read_rows(tmp_path / name, "step")
+    assert len(rows["whole"]) == 2 and rows.get("again", rows["whole"]) == rows["whole"]
+    assert rows["parts"] != rows["whole"]
+    for part, whole in zip(rows["parts"], rows["whole"], strict=True):
+        assert part.keys() == whole.keys()
+        for key, value in whole.items():
+            if key == "accuracy" and whole["step"] == 1:
+                continue  # the policy is the reference: all margins are 0 to rounding
+            assert part[key] == (pytest.approx(value, rel=2e-4, abs=1e-6) if isinstance(value, float) else value), key
