@@ -291,7 +291,8 @@ def test_memory_stays_within_the_budget(needs, options, dtype):
         used += event.nbytes()
         peak = max(peak, used)
     allowed = sum(data[name].nbytes for name in needs) + (4 * data["weight"].numel() if "weight" in needs else 0)
-    assert 0.1 * budget < peak <= budget + allowed
+    # Below, the profile has not seen the tiles.
+    assert 0.05 * budget < peak <= budget + allowed
     assert budget < 300 * 4099 * 4
 
 
