@@ -142,29 +142,25 @@ def calibration(folder: Path) -> list[dict]:
         raise UserError(f"--preference {folder}: it has no log-ratio scores; give a run of pecan, or of caid --scores preference.")
     scores = load(found[0], Scores)
     _, config = Run.read_config(folder)
-    names = ["reward", *config["cost"]]
+    (row,) = read_rows(folder, "reference")
+    names = ["reward", *row["names"]]
     ratio = [scores.reward_PG, *scores.utility_PGJ.unbind(2)]
     own, audits = scores.audit_PGA.unbind(2)[: len(names)], scores.audit_PGA.unbind(2)[len(names) :]
     rows = []
     for i, name in enumerate(names):
         log_ratio, model = pair_differences(ratio[i]), pair_differences(own[i])
         annotators = {f"{name}: the labels": model}
-        annotators |= {f"{name}: {a}": pair_differences(x) for a, x in zip(config["audit"], audits, strict=True) if a.startswith(name)}
+        annotators |= {f"{name}: {a}": pair_differences(x) for a, x in zip(row["audit_names"], audits, strict=True) if a.startswith(name)}
         for truth, difference in annotators.items():
             predictions = {
                 "log-ratio, beta as trained": config["beta"] * log_ratio,
-                "log-ratio, standardised": log_ratio / _scale(ratio[i]),
+                "log-ratio, standardised": log_ratio / dual.within_deviation(ratio[i], name),
             }
             if difference is not model:
                 predictions["model score"] = model
             for what, value in predictions.items():
                 rows.append({"truth": truth, "what": what, **reliability(torch.sigmoid(value), torch.sigmoid(difference))})
     return rows
-
-
-def _scale(score_PG: Tensor) -> float:
-    """Pooled within-prompt standard deviation."""
-    return float(score_PG.double().var(1).mean().sqrt())
 
 
 def draw_calibration(rows: list[dict]) -> Figure:

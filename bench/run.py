@@ -16,9 +16,9 @@ from rich.table import Table
 
 from bench import loss_head, rollout, train_step
 from bench.measure import interleaved, origin, peak_bytes
-from engine import quickstart
 from engine.memory import keep_freed_memory
 from engine.model import load
+from engine.stages import model_folder
 
 HERE = Path(__file__).parent
 
@@ -97,7 +97,7 @@ def run_rollout(config: Rollout) -> dict:
     device, dtype, n = torch.device(config.device), getattr(torch, config.dtype), 8
     if config.keep_pages:
         keep_freed_memory()
-    folder = Path(config.model) if config.model else quickstart.model_folder()
+    folder = model_folder(config.model)
     model, stock = load(folder, dtype=dtype, device=device), rollout.stock(folder, dtype, device)
     asked = rollout.prompts(model.config.vocab_size, config.rows // n, config.prompt)
     given = asked, n, config.new
@@ -147,7 +147,7 @@ def run_train_step(config: TrainStep) -> dict:
     device = torch.device("cpu")
     if config.keep_pages:
         keep_freed_memory()
-    folder = Path(config.model) if config.model else quickstart.model_folder()
+    folder = model_folder(config.model)
     model = load(folder)
     groups = train_step.batch(model.config.vocab_size, config.pairs, config.prompt, config.response)
     reference = train_step.reference_logprob(model, groups)

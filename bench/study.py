@@ -64,24 +64,24 @@ class Arm:
 def arm(rows: list[dict], label: str, seeds: list[int], thresholds: list[float]) -> Arm:
     """Raises: KeyError where a run is missing."""
     own = {(int(r["seed"]), float(r[f"{COST} threshold"])): r for r in rows if r["algorithm"] == label and not r["error"]}
+    return _arm([[own[seed, b] for b in thresholds] for seed in seeds])
 
+
+def runs_of(rows: list[dict], label: str) -> Arm:
+    """All runs of a method, whatever their seeds and thresholds, as [runs, 1]."""
+    return _arm([[r] for r in rows if r["algorithm"] == label and not r["error"]])
+
+
+def _arm(table: list[list[dict]]) -> Arm:
     def column(name: str) -> np.ndarray:
-        return np.array([[float(own[seed, b][name]) for b in thresholds] for seed in seeds])
+        return np.array([[float(r[name]) for r in own] for own in table])
 
-    return Arm(column(COST) - np.array(thresholds), column(f"{COST} se"), column("reward"), column("reward se"))
+    return Arm(column(COST) - column(f"{COST} threshold"), column(f"{COST} se"), column("reward"), column("reward se"))
 
 
 def costs_of(row: dict) -> list[str]:
     """Names of the constraints of a run."""
     return [name.removesuffix(" threshold") for name, value in row.items() if name.endswith(" threshold") and value != ""]
-
-
-def runs_of(rows: list[dict], label: str) -> Arm:
-    """All runs of a method, whatever their seeds and thresholds, as [runs, 1]."""
-    own = [r for r in rows if r["algorithm"] == label and not r["error"]]
-    columns = ([float(r[name]) for r in own] for name in (COST, f"{COST} threshold", f"{COST} se", "reward", "reward se"))
-    value, b, se, reward, reward_se = (np.array(x)[:, None] for x in columns)
-    return Arm(value - b, se, reward, reward_se)
 
 
 def complete(rows: list[dict], labels: tuple[str, ...]) -> tuple[list[int], list[float]]:
@@ -173,14 +173,18 @@ def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, .
     name = f"part-{out.name}"
     (DOCS / "study").mkdir(parents=True, exist_ok=True)
     shutil.copy(out / "table.csv", DOCS / "study" / f"{name}.csv")
-    shutil.copy(out / "pareto.png", DOCS / "study" / f"{name}.png")
     run = next(path for path in sorted(out.iterdir()) if (path / "config.json").is_file())
     versions = json.loads((run / "config.json").read_text())["versions"]
     settings = {
-        "seeds": seeds, "algorithms": labels, "thresholds": thresholds, "flags": [Path(f).name if "/" in f else f for f in config.flags],
+        "seeds": seeds, "algorithms": labels, "thresholds": thresholds, "flags": _shown(config.flags),
         "versions": versions,
     }  # fmt: skip
     write_json(DOCS / "study" / f"{name}.json", settings)
+
+
+def _shown(flags: tuple[str, ...]) -> list[str]:
+    """Flags without the folders of files."""
+    return [Path(f).name if "/" in f else f for f in flags]
 
 
 def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> bytes:
@@ -285,7 +289,7 @@ def page(rows: list[dict], settings: list[dict]) -> str:
                 cells = [*head, name, r[f"{name} threshold"], f"{float(r[f'{name} lambda']):.2f}", _interval(r, name), r[f"{name} verdict"]]
                 lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share. All runs have the flags "]
-    lines[-1] += f"`{' '.join(Path(f).name if '/' in f else f for f in FLAGS)}`. Commands:"
+    lines[-1] += f"`{' '.join(_shown(FLAGS))}`. Commands:"
     lines.append("")
     for s in settings:
         versions = ", ".join(f"{k} {v[:12]}" for k, v in sorted(s["versions"].items()))

@@ -356,10 +356,13 @@ def bisection_step(
         else:
             low, high = None if low is not None and low >= lam else low, lam
     lam = points[-1][0]
-    target = lam * max_change if high is None else lam / max_change if low is None else (low + high) / 2
     if high is None:
-        target = target.clamp(min=floor * max_change)
-    return _limited(lam, torch.where(target > floor, target, 0.0), max_change, lam_max, floor)
+        target = lam.clamp(min=floor) * max_change
+    elif low is None:
+        target = torch.where(lam > floor * max_change, lam / max_change, 0.0)
+    else:
+        target = (low + high) / 2
+    return _limited(lam, target, max_change, lam_max, floor)
 
 
 def _learned(model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -275,11 +275,11 @@ class Layer(nn.Module):
 
     def _finish(self, hidden: Tensor, mixed: Tensor, lora: dict | None) -> Tensor:
         out = _linear(mixed, self.o, self.o_bias, lora, "o")
-        if self.config.gemma:
+        if self.after_attention is None:
+            hidden, normed = add_rms_norm(hidden, out, self.norm2, self.config.rms_eps)
+        else:
             hidden = hidden + _norm(out, self.after_attention, self.config)
             normed = _norm(hidden, self.norm2, self.config)
-        else:
-            hidden, normed = add_rms_norm(hidden, out, self.norm2, self.config.rms_eps)
         gate_up = _linear(normed, self.gate_up, self.gate_up_bias, lora, "gate_up")
         if self.config.activation == "silu":
             inner = gated_silu(gate_up)

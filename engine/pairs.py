@@ -52,25 +52,3 @@ def informative(score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_P
             row += [p * n + i for i in chosen]
             pairs += own
     return Pairs(prompt=prompt, row=row, pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
-
-
-def split(pairs: Pairs, tokens: list[int], budget: int) -> list[tuple[Pairs, int]]:
-    """The pairs in parts of whole prompts, each of at most `budget` tokens or of one prompt, with the number of sequences before each.
-
-    tokens [N]: what each sequence adds to a forward pass; a prompt's own tokens count with its first sequence.
-    """
-    parts: list[list[int]] = []  # sequences
-    size = 0
-    for _, group in itertools.groupby(range(len(pairs.row)), key=lambda i: pairs.prompt[i]):
-        own = list(group)
-        cost = sum(tokens[i] for i in own)
-        if not parts or size + cost > budget:
-            parts, size = [*parts, []], 0
-        parts[-1] += own
-        size += cost
-    found = []
-    for part in parts:
-        first, end = part[0], part[-1] + 1
-        inside = (pairs.pairs[:, 0] >= first) & (pairs.pairs[:, 0] < end)
-        found.append((Pairs(prompt=pairs.prompt[first:end], row=pairs.row[first:end], pairs=pairs.pairs[inside] - first), first))
-    return found

@@ -5,6 +5,7 @@ The layers below the adapter equal the reference, so their states are computed o
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,10 +19,13 @@ from engine.errors import NonFiniteError, UserError
 from engine.lora import Adapter
 from engine.model import Decoder
 from engine.packing import LowerStates
-from engine.pairs import informative, schedule, split
+from engine.pairs import informative, schedule
 from engine.records import Pairs, Prompts, Rollouts, Scores, Target
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
 from kernels.sampling import combine, uniform
+
+# Prompts are never cut: a pair needs both its responses.
+WHOLE = sys.maxsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ def fit(
                 "raise --prompts-per-step, --responses-per-prompt or --unsafe-above."
             )
         total = accuracy = margin = 0.0
-        for part, first in split(pairs, _tokens(samples, pairs), config.tokens_per_forward):
+        for part, first in parts(pairs, _groups(samples, _rows_by_prompt(pairs)), config.tokens_per_forward):
             result = _preference_loss(config, model, samples, target, adapter, anchor, part, iteration * 1_000_003 + step, first)
             total += _add_gradient(result.loss, _share(config.labels, part, pairs))
             share = len(part.pairs) / len(pairs.pairs)
@@ -98,14 +102,12 @@ def ascend(
     n = samples.rollouts.n
 
     def loss_of(step: int) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-        chosen = [p for p in dict.fromkeys(plan[step]) for _ in range(n)]
-        step_rows = [p * n + i for p in dict.fromkeys(plan[step]) for i in range(n)]
-        whole = Pairs(prompt=chosen, row=step_rows, pairs=torch.zeros(0, 2, dtype=torch.int64))
+        groups = _groups(samples, {p: list(range(p * n, (p + 1) * n)) for p in dict.fromkeys(plan[step])})
+        step_rows = [r for g in groups for r in g.rows]
         total = clipped = advantage = 0.0
-        for part, _ in split(whole, _tokens(samples, whole), config.tokens_per_forward):
-            rows = {p: list(range(p * n, (p + 1) * n)) for p in part.prompt}
-            batch, packed = _packed(samples, rows, model)
-            row = torch.tensor(part.row)
+        for batch in packing.batches(groups, config.tokens_per_forward, WHOLE):
+            packed = packing.pack(batch, model.device)
+            row = torch.tensor([r for g in batch for r in g.rows])
             score = score_PG.reshape(-1)[row].to(model.device)
             logprob, length = samples.rollouts.model_logprob, samples.rollouts.length
             result = lagrangian_policy_loss(
@@ -179,21 +181,32 @@ def _share(labels: str, part: Pairs, whole: Pairs) -> float:
     return len(part.row) / len(whole.row) if labels == "single" else len(part.pairs) / len(whole.pairs)
 
 
-def _tokens(samples: Samples, pairs: Pairs) -> list[int]:
-    """Of each sequence, for `engine.pairs.split`."""
-    length, prompts = samples.rollouts.length, samples.prompts.token_ids
-    firsts = [i == 0 or p != pairs.prompt[i - 1] for i, p in enumerate(pairs.prompt)]
-    return [int(length[r]) + (len(prompts[p]) if first else 0) for p, r, first in zip(pairs.prompt, pairs.row, firsts, strict=True)]
+def parts(pairs: Pairs, groups: list[packing.Group], budget: int) -> list[tuple[Pairs, int]]:
+    """The pairs in parts of whole prompts, each of at most `budget` tokens or of one prompt, with the number of sequences before each.
+    groups: the pairs' sequences with their prompts, in order."""
+    found, first = [], 0
+    for batch in packing.batches(groups, budget, WHOLE):
+        end = first + sum(len(g.rows) for g in batch)
+        inside = (pairs.pairs[:, 0] >= first) & (pairs.pairs[:, 0] < end)
+        found.append((Pairs(prompt=pairs.prompt[first:end], row=pairs.row[first:end], pairs=pairs.pairs[inside] - first), first))
+        first = end
+    return found
 
 
-def _packed(samples: Samples, rows: dict[int, list[int]], model: Decoder) -> tuple[list[packing.Group], packing.Packed]:
+def _rows_by_prompt(pairs: Pairs) -> dict[int, list[int]]:
+    by_prompt: dict[int, list[int]] = {}
+    for p, r in zip(pairs.prompt, pairs.row, strict=True):
+        by_prompt.setdefault(p, []).append(r)
+    return by_prompt
+
+
+def _groups(samples: Samples, rows: dict[int, list[int]]) -> list[packing.Group]:
     """The responses at `rows` of each prompt, with the prompt once."""
     tokens, length = samples.rollouts.tokens, samples.rollouts.length
-    batch = [
+    return [
         packing.Group(samples.prompts.token_ids[p], [tokens[r, : int(length[r])].tolist() for r in chosen], chosen)
         for p, chosen in rows.items()
     ]
-    return batch, packing.pack(batch, model.device)
 
 
 def _hidden(
@@ -227,10 +240,8 @@ def _preference_loss(
     first: int = 0,
 ) -> _Loss:  # fmt: skip
     """The loss of one batch of pairs in the label form `config.labels`; `first` is the number of its first sequence in the step."""
-    by_prompt: dict[int, list[int]] = {}
-    for p, r in zip(pairs.prompt, pairs.row, strict=True):
-        by_prompt.setdefault(p, []).append(r)
-    batch, packed = _packed(samples, by_prompt, model)
+    batch = _groups(samples, _rows_by_prompt(pairs))
+    packed = packing.pack(batch, model.device)
     index, budget = torch.tensor(pairs.row), config.memory_budget_mb * 2**20
     reference = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
     head = model.head_weight, packed.target_T, packed.cu_seqlens

@@ -635,6 +635,8 @@ def test_bisection_by_hand():
     # The later point overrules: at 2 it was enough, at 2.5 it is not any more.
     assert after((2.0, 0.1), (2.5, -0.1)) == 5.0 and after((1.0, -0.1), (2.0, 0.1), (0.9, 0.2)) == pytest.approx(0.45)
     assert after((0.0, 0.1)) == 0.0 and after((0.0, -0.1)) == pytest.approx(0.1) and after((4.0, -0.1), lam_max=5.0) == 5.0
+    # Below the floor too, where 0 is known not to be enough.
+    assert after((0.0, -0.1), (0.1, 0.1), (0.05, 0.1)) == pytest.approx(0.025) and after((0.0, -0.1), (0.025, 0.1), (0.0125, -0.1)) > 0.0125
     with pytest.raises(UserError, match="one constraint"):
         dual.bisection_step([(torch.ones(2), torch.zeros(2))])
     with pytest.raises(UserError, match="finite"):

@@ -14,7 +14,7 @@ from engine.config import CaidConfig, PrimalDualConfig, smoke
 from engine.lora import Adapter, save_peft
 from engine.metrics import read_rows
 from engine.packing import LowerStates
-from engine.pairs import deal, informative, schedule, split
+from engine.pairs import deal, informative, schedule
 from engine.policy import learning_rate_factor
 from engine.records import Prompts, Scores, Target
 from engine.rollout import generate
@@ -273,9 +273,10 @@ def test_all_prompts_but_the_slack_serve_when_more_pairs_are_asked_for():
 def test_parts_are_whole_prompts_within_the_budget():
     score = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
     pairs = informative(score, [3, 0, 4, 1], 3)
-    tokens = [7, 2, 2] * 4
+    rows = [pairs.row[i : i + 3] for i in range(0, 12, 3)]
+    groups = [packing.Group([1] * 5, [[1, 2]] * 3, own) for own in rows]
     for budget, sizes in ((1, [3] * 4), (21, [3] * 4), (22, [6, 6]), (33, [9, 3]), (10**6, [12])):
-        found = split(pairs, tokens, budget)
+        found = policy.parts(pairs, groups, budget)
         assert [len(part.row) for part, _ in found] == sizes
         assert [r for part, _ in found for r in part.row] == pairs.row and [p for part, _ in found for p in part.prompt] == pairs.prompt
         assert torch.equal(torch.cat([part.pairs + first for part, first in found]), pairs.pairs)
