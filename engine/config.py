@@ -20,7 +20,7 @@ class RunConfig:
     dtype: str = "auto"
     """auto (float32 on CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
     threads: int = 0
-    """CPU threads; 0 takes all cores. Equal runs need equal thread counts."""
+    """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
     force: bool = False
     """Go on with thresholds beyond what the samples support."""
     tensorboard: bool = False

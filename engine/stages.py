@@ -55,7 +55,7 @@ class Inputs:
         """Read them; the process gets the config's number of threads. Raises: UserError."""
         device = torch.device(_device(config.device))
         dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
-        torch.set_num_threads(config.threads or os.cpu_count() or 1)
+        torch.set_num_threads(config.threads or _cores())
         keep_freed_memory()
         folder = model_folder(config.model)
         fingerprint = model.fingerprint(folder)
@@ -768,6 +768,11 @@ def _prompts(config: RunConfig, tokenizer, shape: ModelConfig) -> tuple[Prompts,
         train, heldout = train.select(chosen), train.select(held)
     data.assert_disjoint(train, heldout)
     return train, heldout
+
+
+def _cores() -> int:
+    """Those that this process may run on (taskset, containers)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(name: str) -> str:
