@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from engine.model import Decoder
+from engine.packing import Group
 from engine.rollout import generate
+from engine.score import LogprobGap, logprob_gap
 from kernels.products import linear
 from kernels.sampling import combine
 
@@ -102,16 +104,8 @@ def products(matrices: list[Tensor], tokens: int, backward: bool = False) -> dic
     return {"torch.mm": by_mm, "kernels.products": by_linear}
 
 
-def log_prob_gap(model: Decoder, asked: list[list[int]], n: int, new: int) -> float:
-    """Largest difference, in nats, of a sampled token's log-prob in the sampler and in the training forward."""
+def gap(model: Decoder, asked: list[list[int]], n: int, new: int) -> LogprobGap:
+    """Of the sampler's log-probs to those of the training forward."""
     made = generate(model, asked, n=n, max_new_tokens=new, temperature=TEMPERATURE, seed=int(combine(0)))
-    rows = [prompt + made.tokens[p * n + i].tolist() for p, prompt in enumerate(asked) for i in range(n)]
-    cu = torch.tensor([0, *map(len, rows)]).cumsum(0)
-    worst = 0.0
-    with torch.no_grad():
-        hidden = model(torch.tensor([t for row in rows for t in row]), cu)
-        for r, (row, start) in enumerate(zip(rows, cu.tolist(), strict=False)):
-            states = hidden[start + len(row) - new - 1 : start + len(row) - 1]
-            logprob = (model.logits(states).float() / TEMPERATURE).log_softmax(1).gather(1, made.tokens[r].to(states.device)[:, None])
-            worst = max(worst, float((logprob[:, 0].cpu() - made.model_logprob[r]).abs().max()))
-    return worst
+    groups = [Group(prompt, made.tokens[p * n : (p + 1) * n].tolist(), list(range(p * n, (p + 1) * n))) for p, prompt in enumerate(asked)]
+    return logprob_gap(model, groups, made, temperature=TEMPERATURE, memory_budget_bytes=2**28)

@@ -240,15 +240,48 @@ def frozen_forward(
         if temperature is None:
             logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))
         else:
-            hidden = model.final_norm(model.run(hidden, packed.layout, done, model.config.num_layers, adapter))
-            logprobs.append(
-                sequence_logprob(
-                    hidden[packed.predict_T], model.head_weight, packed.target_T, packed.cu_seqlens, temperature=temperature,
-                    softcap=model.config.logit_softcap, memory_budget_bytes=memory_budget_bytes,
-                ).double().cpu()
-            )  # fmt: skip
+            hidden = model.run(hidden, packed.layout, done, model.config.num_layers, adapter)
+            logprobs.append(_logprob(model, hidden, packed, temperature, memory_budget_bytes)[0].double().cpu())
         on_tokens(len(packed.tokens))
     return {layer: torch.cat(parts).cpu() for layer, parts in pooled.items()}, torch.cat(logprobs)
+
+
+def _logprob(model: Decoder, hidden: Tensor, packed: packing.Packed, temperature: float, memory_budget_bytes: int) -> tuple[Tensor, Tensor]:
+    """Log-probs [N] of the responses and [T] of their tokens, from the residual stream after the last layer."""
+    return sequence_logprob(
+        model.final_norm(hidden)[packed.predict_T], model.head_weight, packed.target_T, packed.cu_seqlens, temperature=temperature,
+        softcap=model.config.logit_softcap, memory_budget_bytes=memory_budget_bytes, return_token_logprob=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobGap:
+    """How far the sampler's log-probs of the tokens that it drew lie from those of the training forward; nats per token."""
+
+    mean: float  # of absolute differences
+    max: float
+    kl: float  # of the sampler to the training forward: mean of exp(d) - 1 - d, d the difference
+
+    def __str__(self) -> str:
+        sizes = f"{self.mean:.0e} nats per token on average, {self.max:.0e} at most, KL {self.kl:.0e}"
+        return f"sampled and recomputed log-probs differ by {sizes}"
+
+
+@torch.no_grad()
+def logprob_gap(
+    model: Decoder, all_groups: list[Group], rollouts: Rollouts, *, temperature: float, memory_budget_bytes: int,
+    adapter: Adapter | None = None,
+) -> LogprobGap:  # fmt: skip
+    """Of the rollouts at the groups' rows, which have at least one token."""
+    differences = []
+    for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
+        packed = packing.pack(batch, model.device)
+        hidden = model.run(model.embed_tokens(packed.tokens), packed.layout, 0, model.config.num_layers, adapter)
+        trained = _logprob(model, hidden, packed, temperature, memory_budget_bytes)[1].double().cpu()
+        sampled = torch.cat([rollouts.model_logprob[r, : len(t)] for g in batch for r, t in zip(g.rows, g.responses, strict=True)])
+        differences.append(trained - sampled.double())
+    d = torch.cat(differences)
+    return LogprobGap(mean=float(d.abs().mean()), max=float(d.abs().max()), kl=float((d.expm1() - d).mean()))
 
 
 def mean_states(hidden: Tensor, packed: packing.Packed) -> Tensor:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +28,15 @@ from engine.packing import LowerStates
 from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units, unsafe_counted
 from engine.rollout import States, generate
-from engine.score import Scorers, frozen_forward, load_scorers, score
+from engine.score import LogprobGap, Scorers, load_scorers, logprob_gap, score
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
 
 # The numbers of iterations key the samples of the slack; those of policy-gradient steps start here.
 ASCENT_PURPOSE = 1_000_000
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+# Prompts whose samples are run through the training forward again.
+GAP_PROMPTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,15 +296,19 @@ def sample_reference(job: Job) -> Reference:
             sampled, lower = shared.sampled, None
         made = reference_of(job, prompts, sampled, None)
         units, r, g = made.units, made.scores.reward_PG, made.scores.utility_PGJ
+        groups = packing.groups(prompts, sampled.rollouts)
+        gap = logprob_gap(
+            job.model, groups[:GAP_PROMPTS], sampled.rollouts, temperature=config.temperature,
+            memory_budget_bytes=config.memory_budget_mb * 2**20,
+        )  # fmt: skip
         stage.row(
             "reference", names=[s.name for s in job.scorers.costs], audit_names=[s.name for s in job.scorers.audits],
             reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
             correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
             finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            logprob_gap=logprob_gap(job, prompts, sampled), prompts=len(prompts), responses=config.n_responses, needed=made.needed_J,
-            aimed=made.aimed, aim=made.aim_J,
+            logprob_gap=asdict(gap), prompts=len(prompts), responses=config.n_responses, needed=made.needed_J, aimed=made.aimed,
+            aim=made.aim_J,
         )  # fmt: skip
-        groups = packing.groups(prompts, sampled.rollouts)
         return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
 
     made = job.run.stage("reference", ReferenceSamples, compute)
@@ -317,7 +323,7 @@ def sample_reference(job: Job) -> Reference:
     show = job.run.display
     show.line(
         f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
-        f"{row['mean_length']:.0f} tokens; sampled and recomputed log-probs differ by at most {row['logprob_gap']:.1e} nats per response"
+        f"{row['mean_length']:.0f} tokens; {LogprobGap(**row['logprob_gap'])}"
     )
     for j, limit in enumerate(reference.limits):
         opening = constraints.opening(
@@ -369,15 +375,6 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units:
         n_responses=config.eval_responses,
     )  # fmt: skip
     return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
-
-
-def logprob_gap(job: Job, prompts: Prompts, sampled: Sampled, n_prompts: int = 4) -> float:
-    """Largest difference of the sampler's log-probs from those of a forward over whole responses, nats, on the first few prompts."""
-    groups = packing.groups(prompts, sampled.rollouts)[:n_prompts]
-    again = frozen_forward(
-        job.model, groups, [], temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_mb * 2**20
-    )[1]
-    return float((sampled.rollouts.model_logprob[: len(again)].double().sum(dim=1) - again).abs().max())
 
 
 def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit]) -> Units:

@@ -1,6 +1,7 @@
 """Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where a sign changes."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from engine.errors import UserError
 from engine.lora import Adapter
 from engine.packing import batches, groups
 from engine.rollout import generate
-from engine.score import Head, Scorers, TextScorer, frozen_forward, load_scorer, load_scorers, score
+from engine.score import Head, Scorers, TextScorer, frozen_forward, load_scorer, load_scorers, logprob_gap, score
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,26 @@ def test_log_probs_under_an_adapter_are_those_of_the_merged_model(world, tmp_pat
     assert all((pooled[layer] - expected[0][layer]).abs().max() < 1e-3 for layer in (1, 3))
     reference = frozen_forward(network, groups(prompts, rollouts), [3], **options)
     assert (logprob - reference[1]).abs().min() > 1e-2 and (pooled[3] - reference[0][3]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_gap_of_sampled_to_trained_log_probs(world, adapted):
+    network, _, prompts, _, _ = world
+    adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=1) if adapted else None
+    with torch.no_grad():
+        for up in adapter.up.values() if adapted else ():
+            up.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    rollouts = generate(network, prompts.token_ids, n=4, max_new_tokens=6, temperature=0.8, seed=1, adapter=adapter)
+    options = {"temperature": 0.8, "memory_budget_bytes": 2**20, "adapter": adapter}
+    gap = logprob_gap(network, groups(prompts, rollouts), rollouts, **options)
+    assert 0 < gap.mean <= gap.max < 1e-4 and 0 <= gap.kl < 1e-9
+    # A sampler that is off by a known amount at one token of each response.
+    off = dataclasses.replace(rollouts, model_logprob=rollouts.model_logprob.clone())
+    off.model_logprob[:, 0] += 0.1
+    share = len(rollouts.length) / float(rollouts.length.sum())
+    gap = logprob_gap(network, groups(prompts, off), off, **options)
+    assert gap.max == pytest.approx(0.1, abs=1e-4) and gap.mean == pytest.approx(0.1 * share, rel=1e-2)
+    assert gap.kl == pytest.approx((math.exp(-0.1) - 1 + 0.1) * share, rel=1e-2)
 
 
 def test_cut_groups_give_the_same(world):
