@@ -92,13 +92,16 @@ class RunConfig:
     """regression (least squares of margins on score differences), soft (expected Bradley-Terry label), sampled (a random draw of it, as in
     the papers), listwise (cross-entropy over a prompt's responses) or single (least squares of each response, DRO)."""
     learning_rate: float = 1.5e-3
-    """Peak learning rate of AdamW on the adapter."""
+    """Peak learning rate of AdamW. The default is for adapters; --tune full wants one of about 1e-5."""
     warmup_steps: int = 1
     """Linear warm-up at the start of the run, in steps; the rate is constant after it."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     clip_norm: float = 1.0
     """Largest gradient norm."""
+    tune: str = "lora"
+    """lora: train an adapter on the frozen model. full: train all weights, each iterate a whole checkpoint; the --lora flags then say
+    nothing."""
     lora_rank: int = 8
     """Rank of the adapter."""
     lora_alpha: float = 16.0
@@ -294,7 +297,7 @@ class EvaluateConfig:
 # The settings that determine the reference's samples, their scores and the kept states.
 SAMPLING = (
     "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout", "prompt_column", "system", "n_prompts",
-    "n_responses", "max_new_tokens", "temperature", "top_p", "rollout_rows", "lora_from", "memory_budget_mb", "eval_prompts",
+    "n_responses", "max_new_tokens", "temperature", "top_p", "rollout_rows", "tune", "lora_from", "memory_budget_mb", "eval_prompts",
     "eval_responses",
 )  # fmt: skip
 
@@ -415,6 +418,7 @@ def check(config: RunConfig) -> None:
     if not 0 <= config.lora_from < 1:
         raise UserError(f"--lora-from {config.lora_from}: must lie in [0, 1).")
     for name, accepted in {
+        "tune": ("lora", "full"),
         "labels": ("soft", "sampled", "regression", "listwise", "single"),
         "objective": ("reward", "safety"),
         "scores": ("model", "preference"),
@@ -425,6 +429,11 @@ def check(config: RunConfig) -> None:
     }.items():
         if getattr(config, name, accepted[0]) not in accepted:
             raise UserError(f"--{name} {getattr(config, name)}: must be one of {', '.join(accepted)}.")
+    preference = isinstance(config, PecanConfig) or getattr(config, "scores", "model") == "preference"
+    if config.tune == "full" and preference:
+        raise UserError("--tune full: policies aligned to preferences are adapters; use --tune lora.")
+    if config.tune == "full" and config.learning_rate == RunConfig.learning_rate:
+        raise UserError(f"--tune full: --learning-rate {config.learning_rate:g} is for adapters; give one of about 1e-5.")
     if not config.cost:
         raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
     if len(set(config.cost)) != len(config.cost):

@@ -22,7 +22,7 @@ from engine.config import EvaluateConfig, RunConfig, check_evaluate
 from engine.errors import UserError
 from engine.evaluate import Judgement
 from engine.flags import parse_flags
-from engine.lora import Adapter, load_peft
+from engine.full import Weights, is_saved, load_weights
 from engine.metrics import Display, Progress
 from engine.records import Limit, Prompts, Units
 from engine.score import Scorers, frozen_forward, load_scorers
@@ -138,7 +138,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         subject = Subject.load(replace(config, seed=flags.seed), q.inputs, q.scorers)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
-        adapter = load_peft(q.run / "adapters" / f"iteration-{iterate}", subject.model)
+        adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
         # The purposes of the run's own verdict, so that its seed gives its responses.
         before, _ = stages.sample(subject, Phase(display, first + 1, "heldout/reference"), prompts, None, n=n, purpose=-1)
         units = _with_new_audits(q, before, display)
@@ -185,7 +185,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
     known = replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * (len(audits) - len(q.units.audit_A))])
     before, _ = stages.sample(subject, Phase(display, 1, "selection/reference"), q.selection, None, n=n, purpose=-5)
     for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
-        adapter = load_peft(q.run / "adapters" / f"iteration-{iterate}", subject.model)
+        adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
         after, _ = stages.sample(subject, Phase(display, number, f"selection/{iterate}"), q.selection, adapter, n=n, purpose=-5 - number)
         sides = (stages.in_units(side, known) for side in (before, after))
         e = stages.judge(q.selection, *sides, q.limits, q.aimed, known, audits)
@@ -212,7 +212,7 @@ def best_feasible(rows: list[dict]) -> int:
     return best["iterate"]
 
 
-def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Adapter) -> Tensor:
+def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Weights) -> Tensor:
     """log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(prompts, sampled.rollouts)
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
@@ -257,7 +257,7 @@ def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
 
     Raises: UserError when there is none, or not the wanted one.
     """
-    saved = {int(p.parent.name.rpartition("-")[2]) for p in run.glob("adapters/iteration-*/adapter_config.json")}
+    saved = {int(p.name.rpartition("-")[2]) for p in run.glob("adapters/iteration-*") if is_saved(p)}
     lam_of = {row["iteration"]: row["lam"] for row in metrics.read_rows(run, "policy")} if saved else {}
     there = sorted(saved & lam_of.keys())
     if not there:

@@ -6,23 +6,24 @@ from pathlib import Path
 from engine import model
 from engine.checkpoint import Run
 from engine.errors import UserError
-from engine.lora import load_peft
+from engine.full import load_weights, policy_of
 from engine.stages import model_folder
 
 
 def export(run: str | Path, folder: str | Path) -> None:
-    """Merge the run's last adapter into its base model and write `folder`, which transformers and vLLM load.
+    """Merge the run's last adapter into its base model, or take all its weights, and write `folder`, which transformers and vLLM load.
 
-    Raises: UserError when the run has no adapter yet, its model is another one now, or the folder exists.
+    Raises: UserError when the run has no iterate yet, its model is another one now, or the folder exists.
     """
     run, folder = Path(run), Path(folder)
     _, config = Run.read_config(run)
     numbered = {int(p.name.rpartition("-")[2]): p for p in (run / "adapters").glob("iteration-*")}
     if not numbered:
-        raise UserError(f"{run} has no adapter yet; finish the run with python -m engine.train --resume {run}.")
+        raise UserError(f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}.")
     base = model_folder(config["model"])
     network = model.load(base, dtype="float32")
-    model.save(network, folder, adapter=load_peft(numbered[max(numbered)], network), tokenizer_from=base)
+    policy, adapter = policy_of(network, load_weights(numbered[max(numbered)], network))
+    model.save(policy, folder, adapter=adapter, tokenizer_from=base)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,14 +38,18 @@ class Plan:
         cache = rows * context * 2 * c.num_kv_heads * c.head_dim * c.num_layers * size
         logits = rows * c.vocab_size * 4 * 3
         group = longest_prompt + config.responses_per_prompt * config.max_new_tokens
-        layers = c.num_layers * (1 - config.lora_from)
+        full = config.tune == "full"
+        trained = 1.0 if full else 1 - config.lora_from  # share of the layers
+        layers = c.num_layers * trained
         inside = 10 * c.hidden_size + 4 * c.intermediate_size
         per_token = size * (inside + layers * c.hidden_size if config.activation_checkpointing else inside * layers)
         at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
         training = at_once * per_token + config.memory_budget_mb * 2**20
         if c.attention_softcap is not None:  # all scores are stored: before and after the cap, masked, and as weights
             training += int(at_once * 4 * group * c.num_heads * (1 if config.activation_checkpointing else layers)) * size
-        kept = kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
+        kept = 0 if full else kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
+        if full:  # weights, those of the start, gradients, moments, and the last iterate with its moments: 8 times float32
+            kept += c.parameter_count() * 32
         needed = int(1.15 * (weights + max(cache + logits, training + kept))) + 600 * 2**20
 
         answer = ANSWER_SHARE * config.max_new_tokens
@@ -57,7 +61,7 @@ class Plan:
 
         def scored(prompts: int, n: int) -> float:
             """The reference's log-probs: the layers above those that sampling has passed already."""
-            return prompts * (mean_prompt + n * answer) * (body * (1 - config.lora_from) + head)
+            return prompts * (mean_prompt + n * answer) * (body * trained + head)
 
         reference, heldout = (config.n_prompts, config.n_responses), (config.eval_prompts, config.eval_responses)
         products = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
@@ -70,7 +74,8 @@ class Plan:
             fresh = config.ascent_prompts, config.n_responses
             products += config.iterations * (sampled(*fresh) + scored(*fresh))
         tokens = config.prompts_per_step * (mean_prompt + config.responses_per_prompt * answer)
-        products += policy_updates(config) * config.steps * tokens * 2 * (body * (1 - config.lora_from) + head)
+        passes = 3 if full else 2  # forward, to the states, to the weights
+        products += policy_updates(config) * config.steps * tokens * passes * (body * trained + head)
         return Plan(needed, available_memory(device), 2 * products / (EFFICIENCY * _matmul_rate(dtype, device)))
 
     def check(self) -> None:

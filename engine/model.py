@@ -3,7 +3,7 @@ written to Hugging Face folders.
 
 The same norms, rotary positions, attention and MLP code runs packed (training, scoring) and step by step (decoding), so the
 log-probs that are sampled are the ones that are trained. Base weights are frozen; an `engine.lora.Adapter` passed to a call is added
-to them, and no adapter means the reference model.
+to them, and no adapter means the reference model. A policy whose weights are all trained is a decoder of its own (`engine.full`).
 """
 
 import json

@@ -7,6 +7,7 @@ The layers below the adapter equal the reference, so their states are computed o
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from engine import packing
 from engine.checkpoint import Run, Stage, save
 from engine.config import PrimalDualConfig, RunConfig
 from engine.errors import NonFiniteError, UserError
-from engine.lora import Adapter
+from engine.full import Weights, policy_of
 from engine.model import Decoder
 from engine.packing import LowerStates
 from engine.pairs import informative, schedule
@@ -55,7 +56,7 @@ class Samples:
 
 
 def fit(
-    stage: Stage, run: Run, config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Adapter, anchor: Adapter | None,
+    stage: Stage, run: Run, config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Weights, anchor: Weights | None,
     *, train_on: list[int], iteration: int,
 ) -> Policy:  # fmt: skip
     """`config.steps` steps of the preference loss on pairs of the reference's samples, going on from `target.start` (None: from
@@ -90,7 +91,7 @@ def fit(
 
 
 def ascend(
-    stage: Stage, run: Run, config: PrimalDualConfig, model: Decoder, samples: Samples, score_PG: Tensor, adapter: Adapter,
+    stage: Stage, run: Run, config: PrimalDualConfig, model: Decoder, samples: Samples, score_PG: Tensor, adapter: Weights,
     *, start: Policy | None, iteration: int,
 ) -> Policy:  # fmt: skip
     """`config.steps` clipped policy-gradient steps on samples of the policy itself; changes `adapter`. The advantage of a response is its
@@ -111,7 +112,7 @@ def ascend(
             score = score_PG.reshape(-1)[row].to(model.device)
             logprob, length = samples.rollouts.model_logprob, samples.rollouts.length
             result = lagrangian_policy_loss(
-                _hidden(config, model, samples.lower, batch, packed, adapter), model.head_weight, packed.target_T, packed.cu_seqlens,
+                *_states_and_head(config, model, samples.lower, batch, packed, adapter), packed.target_T, packed.cu_seqlens,
                 (row // n).to(model.device), score, score.new_zeros(len(row), 0), score.new_zeros(0),
                 old_logprob=torch.cat([logprob[r, : int(length[r])] for r in row.tolist()]).to(model.device),
                 clip=(config.clip, config.clip), temperature=config.temperature, softcap=model.config.logit_softcap,
@@ -129,13 +130,15 @@ def ascend(
 
 
 def _take_steps(
-    stage: Stage, run: Run, config: RunConfig, adapter: Adapter, start: Policy | None, iteration: int,
+    stage: Stage, run: Run, config: RunConfig, adapter: Weights, start: Policy | None, iteration: int,
     loss_of: Callable[[int], tuple[float, dict[str, float], dict[str, Tensor]]],
 ) -> Policy:  # fmt: skip
-    """AdamW on the adapter. loss_of(step) adds the gradients and returns (loss, what the metrics row says of it, the batch to save where it
-    is not finite)."""
+    """AdamW on the policy's weights. loss_of(step) adds the gradients and returns (loss, what the metrics row says of it, the batch to save
+    where it is not finite)."""
     names, parameters = zip(*adapter.named_parameters(), strict=True)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    # One pass over all weights and their moments; an adapter is too small to gain by it on a CPU.
+    fused = config.tune == "full" or parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=fused)
     partial = stage.partial(Policy)
     losses = list(partial.losses) if partial else []
     done, taken = len(losses), start.steps if start else 0
@@ -209,21 +212,21 @@ def _groups(samples: Samples, rows: dict[int, list[int]]) -> list[packing.Group]
     ]
 
 
-def _hidden(
-    config: RunConfig, model: Decoder, lower: LowerStates | None, batch: list[packing.Group], packed: packing.Packed, adapter: Adapter
-) -> Tensor:
-    """The states [T, D] that predict the batch's response tokens."""
+def _states_and_head(
+    config: RunConfig, model: Decoder, lower: LowerStates | None, batch: list[packing.Group], packed: packing.Packed, adapter: Weights
+) -> tuple[Tensor, Tensor]:
+    """The states [T, D] that predict the batch's response tokens, and the policy's head [V, D]."""
+    network, lora = policy_of(model, adapter)
+    start = 0 if lora is None else lora.first_layer
     if lower is not None:
         hidden = lower.of(batch)
     else:
-        with torch.no_grad():
-            hidden = model.run(model.embed_tokens(packed.tokens), packed.layout, 0, adapter.first_layer)
-    hidden = model.run(
-        hidden, packed.layout, adapter.first_layer, model.config.num_layers, adapter, checkpointed=config.activation_checkpointing
-    )
-    hidden = model.final_norm(hidden)
+        with nullcontext() if lora is None else torch.no_grad():  # layers below an adapter are frozen
+            hidden = network.run(network.embed_tokens(packed.tokens), packed.layout, 0, start)
+    hidden = network.run(hidden, packed.layout, start, network.config.num_layers, lora, checkpointed=config.activation_checkpointing)
+    hidden = network.final_norm(hidden)
     # index_select, not indexing: its backward adds rows in a fixed order.
-    return hidden.index_select(0, packed.predict_T)
+    return hidden.index_select(0, packed.predict_T), network.head_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +239,7 @@ class _Loss:
 
 
 def _preference_loss(
-    config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Adapter, anchor: Adapter | None, pairs: Pairs, draw: int,
+    config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Weights, anchor: Weights | None, pairs: Pairs, draw: int,
     first: int = 0,
 ) -> _Loss:  # fmt: skip
     """The loss of one batch of pairs in the label form `config.labels`; `first` is the number of its first sequence in the step."""
@@ -244,26 +247,25 @@ def _preference_loss(
     packed = packing.pack(batch, model.device)
     index, budget = torch.tensor(pairs.row), config.memory_budget_mb * 2**20
     reference = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
-    head = model.head_weight, packed.target_T, packed.cu_seqlens
+    rows = packed.target_T, packed.cu_seqlens
     options = {"temperature": config.temperature, "softcap": model.config.logit_softcap, "memory_budget_bytes": budget}
     if anchor is not None and target.anchor_share > 0:
         with torch.no_grad():
-            states = _hidden(config, model, samples.lower, batch, packed, anchor)
-            own = sequence_logprob(states, *head, **options)
+            own = sequence_logprob(*_states_and_head(config, model, samples.lower, batch, packed, anchor), *rows, **options)
         reference = torch.lerp(reference, own.double(), target.anchor_share)
     if target.shift_PG is not None:
         reference = reference + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
     score = target.score_PG.reshape(-1)[index].to(model.device)
-    hidden = _hidden(config, model, samples.lower, batch, packed, adapter)
+    hidden, head = _states_and_head(config, model, samples.lower, batch, packed, adapter)
     if config.labels in ("soft", "sampled"):
         key = combine(config.seed, draw, (pairs.pairs[:, 0] + first) * 65_537 + pairs.pairs[:, 1] + first)
         result = lagrangian_preference_loss(
-            hidden, *head, pairs.pairs, score, score.new_zeros(len(score), 0), score.new_zeros(0), reference, beta=target.coefficient,
+            hidden, head, *rows, pairs.pairs, score, score.new_zeros(len(score), 0), score.new_zeros(0), reference, beta=target.coefficient,
             labels=config.labels, uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
             **options,
         )  # fmt: skip
         return _Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin)
-    logprob = sequence_logprob(hidden, *head, **options)
+    logprob = sequence_logprob(hidden, head, *rows, **options)
     moved_N = target.coefficient * (logprob - reference)
     prompt_N = torch.tensor(pairs.prompt, device=model.device)
     if config.labels == "single":
@@ -301,7 +303,7 @@ def listwise(log_ratio_N: Tensor, score_N: Tensor, prompt_N: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _policy(steps: int, adapter: Adapter, optimizer, names, parameters, losses: list[float]) -> Policy:
+def _policy(steps: int, adapter: Weights, optimizer, names, parameters, losses: list[float]) -> Policy:
     state = [optimizer.state[p] for p in parameters]
     return Policy(
         adapter=adapter.tensors(),
@@ -312,7 +314,7 @@ def _policy(steps: int, adapter: Adapter, optimizer, names, parameters, losses: 
     )
 
 
-def _restore(policy: Policy, adapter: Adapter, optimizer, names, parameters) -> None:
+def _restore(policy: Policy, adapter: Weights, optimizer, names, parameters) -> None:
     """Put adapter and optimizer back to where `policy` was."""
     adapter.set_tensors(policy.adapter)
     for name, p in zip(names, parameters, strict=True):
@@ -324,7 +326,7 @@ def _restore(policy: Policy, adapter: Adapter, optimizer, names, parameters) -> 
         }
 
 
-def _stop_non_finite(run: Run, stage: Stage, batch: dict[str, Tensor], adapter: Adapter, loss: float, norm: float) -> None:
+def _stop_non_finite(run: Run, stage: Stage, batch: dict[str, Tensor], adapter: Weights, loss: float, norm: float) -> None:
     path = run.folder / "nonfinite.safetensors"
     save(path, {**batch, **adapter.tensors()}, stage=stage.name)
     raise NonFiniteError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.cache import new_cache
 from engine.data import prompt_key as hash_tokens
 from engine.errors import UserError
-from engine.lora import Adapter
+from engine.full import Weights, policy_of
 from engine.model import Decoder
 from engine.packing import LowerStates
 from engine.records import Rollouts
@@ -86,7 +86,7 @@ def generate(
     stop_token_ids: tuple[int, ...] = (),
     seed: int,
     prompt_key: Tensor | None = None,
-    adapter: Adapter | None = None,
+    adapter: Weights | None = None,
     max_rows: int = 256,
     on_step: Callable[[int], None] | None = None,
     states: States | None = None,
@@ -100,6 +100,7 @@ def generate(
 
     Raises: UserError for an empty prompt, an unknown token id, or a prompt that leaves no room in the model's context.
     """
+    model, adapter = policy_of(model, adapter)
     context, vocabulary = model.config.max_positions, model.config.vocab_size
     for p, prompt in enumerate(prompts):
         if not prompt:

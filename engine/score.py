@@ -22,7 +22,7 @@ from torch import Tensor
 from engine import packing
 from engine.checkpoint import write_whole
 from engine.errors import UserError
-from engine.lora import Adapter
+from engine.full import Weights, policy_of
 from engine.model import Decoder, load
 from engine.packing import Group, LowerStates
 from engine.records import Prompts, Rollouts, Scores
@@ -215,7 +215,7 @@ def frozen_forward(
     temperature: float | None,
     memory_budget_bytes: int,
     lower: LowerStates | None = None,
-    adapter: Adapter | None = None,
+    adapter: Weights | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """One forward of the reference, or of the policy `adapter`, over all groups: layer -> mean states of each response [N, D], and
@@ -226,6 +226,7 @@ def frozen_forward(
     `lower` holds the states of these groups already, so that only the layers above them run. Sequences stand in the order of groups
     and their responses.
     """
+    model, adapter = policy_of(model, adapter)
     for layer in layers:
         if not 0 <= layer <= model.config.num_layers:
             raise UserError(f"a head reads layer {layer}, the model has {model.config.num_layers}; use a head made for this model.")
@@ -270,9 +271,10 @@ class LogprobGap:
 @torch.no_grad()
 def logprob_gap(
     model: Decoder, all_groups: list[Group], rollouts: Rollouts, *, temperature: float, memory_budget_bytes: int,
-    adapter: Adapter | None = None,
+    adapter: Weights | None = None,
 ) -> LogprobGap:  # fmt: skip
     """Of the rollouts at the groups' rows, which have at least one token."""
+    model, adapter = policy_of(model, adapter)
     differences = []
     for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
         packed = packing.pack(batch, model.device)

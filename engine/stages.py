@@ -21,7 +21,8 @@ from engine.config import SAMPLING, IterativeConfig, RunConfig, check, fit, poli
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
-from engine.lora import Adapter, first_layer, save_peft
+from engine.full import FullWeights, Weights, copy_of, save_weights
+from engine.lora import Adapter, first_layer
 from engine.memory import Plan, keep_freed_memory, kept_states_bytes
 from engine.model import DTYPES, Decoder, ModelConfig
 from engine.packing import LowerStates
@@ -161,7 +162,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 
 
 def respond(
-    job: Subject, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, states: States | None = None
+    job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, states: States | None = None
 ) -> tuple[Rollouts, list[str]]:
     """n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
 
@@ -187,7 +188,7 @@ def respond(
 
 
 def sample(
-    job: Subject, stage: Stage, prompts: Prompts, adapter: Adapter | None, *, n: int, purpose: int, keep: bool = False
+    job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
     """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop` and `timing`.
 
@@ -198,12 +199,13 @@ def sample(
     """
     config = job.config
     start = time.monotonic()
-    below = first_layer(job.model.config.num_layers, config.lora_from)
+    # Of a policy whose weights are all its own nothing equals the reference's states.
+    below = first_layer(job.model.config.num_layers, config.lora_from) if config.tune == "lora" else -1
     own = adapter is None and job.model.dtype == torch.float32
     small = kept_states_bytes(
         [len(ids) for ids in prompts.token_ids], n * config.max_new_tokens, job.model.config.hidden_size, job.model.dtype
     )
-    lower = LowerStates(below) if small and (keep or not own) else None
+    lower = LowerStates(below) if below >= 0 and small and (keep or not own) else None
     layers = job.scorers.layers
     states = States(layers, lower) if max(layers, default=0) <= below and (layers or lower) else None
 
@@ -471,7 +473,10 @@ class World:
         self.job = job
         self.reference = sample_reference(job)
         config = job.config
-        self.adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
+        if config.tune == "full":
+            self.adapter = FullWeights(job.model)
+        else:
+            self.adapter = Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
         self.untrained = self.adapter.tensors()
         self.audit_names = [s.name for s in job.scorers.audits]
 
@@ -500,12 +505,7 @@ class World:
         """Stage iteration-t/policy: fit the target on pairs of reference samples; the iterate goes to adapters/iteration-t."""
         job, reference = self.job, self.reference
         self._begin(target.lam_J, target.start, iteration)
-        anchor = None
-        if target.anchor is not None:
-            anchor = Adapter(
-                self.adapter.shape, rank=self.adapter.rank, alpha=self.adapter.alpha, dtype=job.model.dtype, device=job.model.device, seed=0
-            )
-            anchor.set_tensors(target.anchor.adapter)
+        anchor = None if target.anchor is None else copy_of(self.adapter, target.anchor.adapter)
         samples = policy.Samples(
             prompts=reference.prompts, rollouts=reference.sampled.rollouts, scores=reference.scores, lower=reference.lower
         )
@@ -557,7 +557,8 @@ class World:
     def _end(self, trained: Policy, iteration: int) -> Policy:
         self.adapter.set_tensors(trained.adapter)
         job = self.job
-        save_peft(self.adapter, job.run.folder / "adapters" / f"iteration-{iteration}", job.config.model or DEFAULT_MODEL)
+        base, folder = job.config.model or DEFAULT_MODEL, job.run.folder / "adapters" / f"iteration-{iteration}"
+        save_weights(self.adapter, folder, base, model_folder(job.config.model))
         return trained
 
     def measure_slack(self, policy: Policy, lam_J: Tensor, iteration: int) -> Slack:
@@ -616,7 +617,7 @@ class World:
         prompts = heldout_prompts(self.job.config, self.job.heldout)
         return verdict(self.job, self.reference, prompts, before.judged, after.judged, self.audit_names, lam_J)
 
-    def heldout(self, name: str, adapter: Adapter | None, purpose: int) -> HeldOut:
+    def heldout(self, name: str, adapter: Weights | None, purpose: int) -> HeldOut:
         """Stage `name`: responses of the adapter (None: the reference) to the held-out prompts."""
         job, config = self.job, self.job.config
         prompts = heldout_prompts(config, job.heldout)

@@ -11,19 +11,19 @@ from torch import Tensor
 from kernels import native
 
 
-def _compiled(x: Tensor) -> bool:
-    plain = not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+def _compiled(x: Tensor, *others: Tensor) -> bool:
+    plain = not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)))
     return plain and x.dim() == 2 and native.serves(x.device, x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., N], weight [N]."""
-    return native.rms_norm(x, None, weight, epsilon)[1] if _compiled(x) else F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    return native.rms_norm(x, None, weight, epsilon)[1] if _compiled(x, weight) else F.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(x + delta, its `rms_norm`)."""
-    if _compiled(x) and _compiled(delta):
+    if _compiled(x, delta, weight):
         return native.rms_norm(x, delta, weight, epsilon)
     total = x + delta
     return total, F.rms_norm(total, (total.shape[-1],), weight, epsilon)

@@ -1,0 +1,172 @@
+"""Full fine-tuning: gradients of all weights against transformers, float32 weights behind 16-bit products, whole runs."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import write_model
+from test_runs import SMOKE, files
+from transformers import AutoModelForCausalLM
+
+from engine import export, model, packing, policy, train
+from engine.checkpoint import Run, load
+from engine.config import CaidConfig, smoke
+from engine.evaluate_command import main as evaluate
+from engine.full import FullWeights, copy_of, load_weights
+from engine.metrics import read_rows
+from engine.pairs import informative
+from engine.records import Prompts, Scores, Target
+from engine.rollout import generate
+from engine.score import frozen_forward, logprob_gap
+from engine.smoke import smoke_folder
+from engine.stages import HeldOut, Inputs, heldout_prompts
+
+PROMPTS = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[1, 70, 75, 80], [1, 90]], key_P=torch.tensor([11, 22]))
+FULL = ["--tune", "full", "--learning-rate", "1e-3"]
+
+
+def samples_of(network):
+    """Sampled responses with random scores."""
+    rollouts = generate(network, PROMPTS.token_ids, n=3, max_new_tokens=7, seed=0, stop_token_ids=(2, *range(60, 80)), temperature=0.8)
+    logprob = frozen_forward(network, packing.groups(PROMPTS, rollouts), [], temperature=0.8, memory_budget_bytes=2**20)[1]
+    score = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = Scores(reward_PG=score, utility_PGJ=score[..., None], audit_PGA=score.new_zeros(2, 3, 0), ref_logprob_PG=logprob.view(2, 3))
+    return policy.Samples(prompts=PROMPTS, rollouts=rollouts, scores=scores, lower=None)
+
+
+def heldout_of(run):
+    """The prompts of a run's verdict."""
+    config = CaidConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()})
+    return heldout_prompts(config, Inputs.of(config).heldout)
+
+
+def moved(network, scale=0.05):
+    """Weights of a policy that is not the reference."""
+    weights = FullWeights(network)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in weights.parameters():
+            value.add_(scale * torch.randn(value.shape, generator=g))
+    return weights
+
+
+@pytest.mark.parametrize("variant", ["llama, one head per query, own head", "qwen 3, biases, windows, one key head", "gemma 2", "gemma 3"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_all_weights_equal_transformers(variant, checkpointed, tmp_path):
+    write_model(tmp_path / "base", variant)
+    network = model.load(tmp_path / "base", dtype=torch.float64)
+    samples, weights = samples_of(network), moved(network)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    pairs = informative(samples.scores.reward_PG, [1, 0], 3)
+    config = smoke(CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed))
+    target = Target(lam_J=torch.zeros(1), score_PG=samples.scores.reward_PG, coefficient=0.4)
+    result = policy._preference_loss(config, network, samples, target, weights, None, pairs, draw=0)
+    result.loss.backward()
+
+    model.save(weights.decoder(), tmp_path / "moved")
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "moved", dtype=torch.float64, attn_implementation="eager")
+    own = {}
+    for r in set(pairs.row):
+        prompt, response = PROMPTS.token_ids[r // 3], samples.rollouts.tokens[r, : samples.rollouts.length[r]]
+        logits = oracle(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        own[r] = torch.log_softmax(logits, -1)[range(len(response)), response].sum() - samples.scores.ref_logprob_PG.flatten()[r]
+    s, losses = samples.scores.reward_PG.flatten(), []
+    for a, b in ((pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()):
+        margin, q = 0.4 * (own[a] - own[b]), torch.sigmoid(s[a] - s[b])
+        losses.append(-q * F.logsigmoid(margin) - (1 - q) * F.logsigmoid(-margin))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert float(result.loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+    # The gradients under the names of a checkpoint.
+    gradients = model._named_targets(copy_of(weights, {name: value.grad for name, value in weights.named_parameters()}).decoder())
+    expected = {name: value.grad for name, value in oracle.named_parameters()}
+    assert expected.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1e-12, name
+    assert all(torch.equal(value, before[name]) and value.grad is None for name, value in network.named_parameters())
+
+
+def test_steps_that_16_bits_cannot_hold_add_up(tiny_folder):
+    network = model.load(tiny_folder, dtype=torch.bfloat16)
+    weights = FullWeights(network)
+    first = weights.decoder().norm.clone()
+    assert first.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in weights.parameters())
+    optimizer = torch.optim.SGD(weights.parameters(), lr=1.0)
+    for _ in range(16):
+        hidden = weights.decoder()(torch.tensor([5, 6, 7]), torch.tensor([0, 3]))
+        # A gradient that moves the norm's weights, which are about 1, by a sixteenth of their last place.
+        (hidden.float().sum() * 0 + weights.decoder().norm.sum() * 2**-11).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step = first.float() - weights.masters["norm"]
+    torch.testing.assert_close(step, torch.full_like(step, 2**-7), rtol=0.02, atol=0)
+    assert (weights.decoder().norm != first).all() and torch.equal(network.norm, first)
+
+
+def test_what_is_sampled_is_what_is_trained(tiny_folder):
+    network = model.load(tiny_folder)
+    weights = moved(network)
+    rollouts = generate(network, PROMPTS.token_ids, n=3, max_new_tokens=7, temperature=0.8, seed=1, adapter=weights)
+    options = {"temperature": 0.8, "memory_budget_bytes": 2**20}
+    assert logprob_gap(network, packing.groups(PROMPTS, rollouts), rollouts, adapter=weights, **options).max < 1e-4
+    assert logprob_gap(network, packing.groups(PROMPTS, rollouts), rollouts, **options).max > 1e-2
+
+
+def test_a_whole_run_can_be_resumed_judged_and_exported(tmp_path, cache):
+    run = tmp_path / "run"
+    assert train.main(["caid", *SMOKE, *FULL, "--iterations", "2", "--out", str(run)]) == 0
+    whole = files(run)
+    stages = sorted((run / "stages").iterdir())
+    for path in [*stages[len(stages) // 2 :], run / "evaluation.json", run / "heldout.jsonl"]:
+        path.unlink()
+    assert train.main(["--resume", str(run)]) == 0
+    again = files(run)
+    assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
+    rows = read_rows(run, "iteration")
+    assert len(rows) == 2 and rows[1]["kl"] > 1e-3
+
+    network = model.load(smoke_folder())
+    weights = load_weights(run / "adapters" / "iteration-2", network)
+    (record,) = (run / "stages").glob("*-heldout-policy.safetensors")
+    judged = load(record, HeldOut).sampled
+    groups = packing.groups(heldout_of(run), judged.rollouts)
+    own, reference = (
+        frozen_forward(network, groups, [], temperature=0.7, memory_budget_bytes=2**20, adapter=w)[1] for w in (weights, None)
+    )
+    torch.testing.assert_close(judged.kl_PG.flatten(), own - reference, rtol=0, atol=1e-4)
+
+    assert export.main([str(run), str(tmp_path / "merged")]) == 0
+    tokens = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))
+    for folder in (run / "adapters" / "iteration-2", tmp_path / "merged"):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            ours = weights.decoder().logits(weights.decoder()(tokens, torch.tensor([0, 40])))
+            assert (theirs(tokens[None]).logits[0] - ours).abs().max() < 1e-4
+    with torch.no_grad():
+        assert (ours - network.logits(network(tokens, torch.tensor([0, 40])))).abs().max() > 1e-3
+
+    assert evaluate([str(run), "--seed", "0", "--out", str(tmp_path / "again")]) == 0
+    first, second = (json.loads((folder / "evaluation.json").read_text()) for folder in (run, tmp_path / "again"))
+    assert first["constraints"] == second["constraints"] and first["kl"] == second["kl"]
+
+
+@pytest.mark.parametrize("algorithm", ["primal_dual", "sacpo"])
+def test_policy_gradient_and_an_anchor(algorithm, tmp_path, cache):
+    iterations = ["--iterations", "1"] if algorithm == "primal_dual" else []
+    assert train.main([algorithm, *SMOKE, *FULL, *iterations, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["kl"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["caid", "--tune", "all"], "--tune all: must be one of lora, full"),
+        (["caid", "--tune", "full"], "--learning-rate 0.0015 is for adapters; give one of about 1e-5"),
+        (["pecan", *FULL], "use --tune lora"),
+        (["caid", "--scores", "preference", *FULL], "use --tune lora"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path, capsys, cache):
+    assert train.main([*flags, *SMOKE, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
