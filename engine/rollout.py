@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from engine.cache import new_cache
+from engine.cache import Cache, SharedCache, new_cache
 from engine.data import prompt_key as hash_tokens
 from engine.errors import UserError
 from engine.full import Weights, policy_of
@@ -32,7 +33,7 @@ class States:
 
 
 class _Collector:
-    """Takes the states of one batch of prompts and of their responses, step by step."""
+    """Takes the states of one batch of prompts and of their responses, step by step; nothing here waits for the device."""
 
     def __init__(self, states: States, first_row: int, batch: list[list[int]], n: int, max_new_tokens: int, model: Decoder) -> None:
         self.states, self.first_row, self.n = states, first_row, n
@@ -49,17 +50,13 @@ class _Collector:
         if self.kept is not None and layer == self.states.lower.layer:
             self.prompts = states.split(self.lengths)
 
-    def expect(self, step: int, fed: Tensor, row: Tensor) -> None:
-        """The next forward holds response token `step` of the rows where `fed` (bool, of all rows side by side) is set."""
-        self.step, self.chosen = step, fed.nonzero()[:, 0]
-        self.local = row.to(fed.device)[self.chosen] - self.first_row
-
-    def __call__(self, layer: int, states: Tensor) -> None:
-        """Before each layer of a decoding step: states [rows side by side, D]."""
+    def take(self, row: Tensor, step: Tensor, counts: Tensor, layer: int, states: Tensor) -> None:
+        """Before each layer of a decoding step: states [rows side by side, D] of response token `step` (int64 [1]) of the rows `row`
+        (int64) of the batch; those without `counts` (bool) ended before."""
         if layer in self.sums:
-            self.sums[layer][self.local] += states[self.chosen].float()
+            self.sums[layer].index_add_(0, row, torch.where(counts[:, None], states.float(), 0.0))
         if self.kept is not None and layer == self.states.lower.layer:
-            self.kept[self.local, self.step] = states[self.chosen]
+            self.kept[row, step] = states
 
     def finish(self, length: Tensor) -> None:
         """Pool the batch's states and hand them over; length: int64 [rows]."""
@@ -70,6 +67,62 @@ class _Collector:
             for i, size in enumerate(length.tolist()):
                 self.states.lower.prompt[self.first_row + i] = self.prompts[i // self.n]
                 self.states.lower.response[self.first_row + i] = self.kept[i, :size].clone()
+
+
+class _Rows:
+    """The rows of a batch that are decoded side by side, and what has been drawn for all rows of the batch.
+
+    Everything lies on the model's device and changes in place; `draw` and `feed` never wait for it, so that a CUDA graph can hold them.
+    """
+
+    def __init__(
+        self, hidden: Tensor, position: Tensor, key: Tensor, room: int, model: Decoder, cache: Cache | SharedCache, fused: dict | None,
+        collector: _Collector | None, *, draw: Callable, stop: Tensor, min_new_tokens: int,
+    ) -> None:  # fmt: skip
+        rows, device = len(hidden), hidden.device
+        self.model, self.cache, self.fused, self.collector = model, cache, fused, collector
+        self.sample, self.stop, self.min_new_tokens = draw, stop, min_new_tokens
+        self.tokens = torch.zeros(rows, room, dtype=torch.int64, device=device)
+        self.logprob, self.model_logprob = (torch.zeros(rows, room, device=device) for _ in range(2))
+        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)  # tokens of each row that have been fed
+        # Of the rows side by side: place in the batch, last token, whether it is still to be fed and whether others follow it.
+        self.row, self.token = torch.arange(rows, device=device), torch.zeros_like(self.length)
+        self.fed, self.alive = torch.ones_like(self.finished), torch.ones_like(self.finished)
+        self.hidden, self.position, self.key = hidden, position, key.to(device)
+
+    def draw(self) -> None:
+        """The next token of each row, from the states of its last one."""
+        logits = self.model.logits(self.hidden)
+        if self.min_new_tokens and len(self.stop):
+            logits[:, self.stop] = torch.where(self.step < self.min_new_tokens, -torch.inf, logits[:, self.stop])
+        token, logprob, model_logprob = self.sample(logits, key=self.key, step=self.step)
+        ended = (token[:, None] == self.stop).any(dim=1)
+        for kept, drawn in ((self.tokens, token), (self.logprob, logprob), (self.model_logprob, model_logprob)):
+            kept[self.row, self.step] = torch.where(self.alive, drawn, 0)
+        self.length[self.row] += self.alive
+        self.finished[self.row] |= self.alive & ended
+        self.token.copy_(token)
+        # A row's last token is fed too where its states are wanted.
+        self.fed.copy_(self.alive if self.collector is not None else self.alive & ~ended)
+        self.alive &= ~ended
+
+    def feed(self, stop: int | None = None) -> None:
+        """The states of the tokens just drawn; with `stop` only below that layer."""
+        tap = None if self.collector is None else partial(self.collector.take, self.row, self.step, self.fed)
+        hidden = self.model.decode(self.token, self.position, self.cache, self.fused, tap, stop=stop)
+        if stop is None:
+            self.hidden.copy_(hidden)
+        self.position += 1
+        self.step += 1
+
+    def drop(self) -> None:
+        """Leave out the rows that need not be fed."""
+        keep = self.fed.nonzero()[:, 0]
+        self.cache.keep(keep)
+        for name in ("row", "token", "fed", "alive", "hidden", "position", "key"):
+            setattr(self, name, getattr(self, name)[keep])
 
 
 @torch.no_grad()
@@ -123,50 +176,41 @@ def generate(
     key = combine(seed, prompt_key[:, None], torch.arange(n)).reshape(-1)
     stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64, device=model.device)
     fused = None if adapter is None else adapter.fused(0, model.config.num_layers)
+    draw = partial(sample, temperature=temperature, top_p=top_p, top_k=top_k)
     per_batch = max(1, max_rows // n)
     for start in range(0, len(prompts), per_batch):
         batch = prompts[start : start + per_batch]
-        cu = torch.tensor([0, *map(len, batch)]).cumsum(0)
+        cu, own = torch.tensor([0, *map(len, batch)]).cumsum(0), slice(start * n, (start + len(batch)) * n)
         collector = None if states is None else _Collector(states, start * n, batch, n, max_new_tokens, model)
         hidden, kept = model.prefill(torch.tensor([t for p in batch for t in p]), cu, adapter, collector and collector.take_prompts)
-        length = torch.tensor([len(p) for p in batch], device=model.device).repeat_interleave(n)
         cache = new_cache(kept, cu, n, max_new_tokens)
         del kept
-        hidden, position = hidden.repeat_interleave(n, dim=0), length
-        row = torch.arange(start * n, start * n + len(batch) * n)
-        alive = torch.ones(len(row), dtype=torch.bool, device=model.device)
-        for step in range(max_new_tokens):
-            logits = model.logits(hidden)
-            if step < min_new_tokens and len(stop):
-                logits[:, stop] = -torch.inf
-            token, logprob, model_logprob = sample(
-                logits, key=key[row].to(model.device), step=step, temperature=temperature, top_p=top_p, top_k=top_k
-            )
-            ended = torch.isin(token, stop) if len(stop) else torch.zeros_like(alive)
-            live, live_row = alive.cpu(), row[alive.cpu()]
-            out.tokens[live_row, step] = token.cpu()[live]
-            out.logprob[live_row, step] = logprob.cpu()[live]
-            out.model_logprob[live_row, step] = model_logprob.cpu()[live]
-            out.length[live_row] += 1
-            out.finished[live_row] = ended.cpu()[live]
-            if on_step is not None:
-                on_step(len(live_row))
-            # A row's last token is fed too where its states are wanted.
-            fed = alive if collector is not None else alive & ~ended
-            alive = alive & ~ended
-            if not alive.any() or step + 1 == max_new_tokens:
-                if collector is not None:
-                    collector.expect(step, fed, row)
-                    model.decode(token, position, cache, fused, collector, stop=states.top)
-                break
-            if int(fed.sum()) <= 0.85 * len(fed):
-                keep = fed.nonzero()[:, 0]
-                cache.keep(keep)
-                token, position, row, alive, fed = token[keep], position[keep], row[keep.cpu()], alive[keep], fed[keep]
-            if collector is not None:
-                collector.expect(step, fed, row)
-            hidden = model.decode(token, position, cache, fused, collector)
-            position = position + 1
+        hidden, position = hidden.repeat_interleave(n, dim=0), cu.diff().to(model.device).repeat_interleave(n)
+        made = _Rows(
+            hidden, position, key[own], max_new_tokens, model, cache, fused, collector, draw=draw, stop=stop, min_new_tokens=min_new_tokens
+        )
+        _decode(made, max_new_tokens, on_step)
         if collector is not None:
-            collector.finish(out.length[start * n : start * n + len(batch) * n])
+            made.feed(stop=states.top)
+            collector.finish(made.length)
+        for name in ("tokens", "length", "finished", "logprob", "model_logprob"):
+            getattr(out, name)[own] = getattr(made, name).cpu()
     return out
+
+
+def _decode(made: _Rows, room: int, on_step: Callable[[int], None] | None) -> None:
+    """Draw up to `room` tokens of each row; those drawn last are not fed."""
+    told = 0
+    made.draw()
+    for _ in range(1, room):
+        if on_step is not None:
+            on_step(int(made.length.sum()) - told)
+            told = int(made.length.sum())
+        if not made.alive.any():
+            return
+        if int(made.fed.sum()) <= 0.85 * len(made.fed):
+            made.drop()
+        made.feed()
+        made.draw()
+    if on_step is not None:
+        on_step(int(made.length.sum()) - told)

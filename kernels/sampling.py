@@ -9,13 +9,13 @@ _BLOCK = 128
 
 
 def sample(
-    logits: Tensor, *, key: Tensor, step: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+    logits: Tensor, *, key: Tensor, step: int | Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token per row, by inversion of the cumulative distribution at a uniform number that depends on (key, step) alone.
 
-    logits: float [R, V]; key: int64 [R]. Returns token int64 [R], logprob float32 [R] (of the processed distribution: temperature,
-    then top-k, then top-p), model_logprob float32 [R] (of temperature alone). top_k 0 and top_p 1 are off. temperature 0 is greedy:
-    logprob 0, model_logprob at temperature 1.
+    logits: float [R, V]; key: int64 [R]; step: a number, or int64 [1] on the device. Returns token int64 [R], logprob float32 [R] (of the
+    processed distribution: temperature, then top-k, then top-p), model_logprob float32 [R] (of temperature alone). top_k 0 and top_p 1
+    are off. temperature 0 is greedy: logprob 0, model_logprob at temperature 1.
 
     Raises: ValueError naming the argument, its value and what is accepted.
     """
@@ -47,9 +47,10 @@ def sample(
     return token, chosen - total.log(), chosen - model_total.log()
 
 
-def uniform(key: Tensor, step: int) -> Tensor:
+def uniform(key: Tensor, step: int | Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float64 [R], from int64 keys [R] and a step number (splitmix64 finaliser)."""
-    return (_mix(_mix(key) + torch.full_like(key, step) * -7046029254386353131) >> 11 & (1 << 53) - 1).double() * 2.0**-53 + 2.0**-54
+    step = torch.as_tensor(step, dtype=torch.int64, device=key.device)
+    return (_mix(_mix(key) + step * -7046029254386353131) >> 11 & (1 << 53) - 1).double() * 2.0**-53 + 2.0**-54
 
 
 def combine(*parts: Tensor | int) -> Tensor:
