@@ -8,7 +8,7 @@ import itertools
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,12 @@ class Kernel:
 
 
 def kernels() -> list[Kernel]:
-    """Every configuration that the engine can launch on a GPU."""
+    """Every configuration that the tables and rules can choose."""
+    return loss_kernels() + decode_kernels() + sampling_kernels()
+
+
+def loss_kernels() -> list[Kernel]:
+    """Log-probs and losses."""
     found = []
     for dtype in DTYPES:
         for extra in (False, True):
@@ -62,12 +67,15 @@ def kernels() -> list[Kernel]:
                 name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{', bias, softcap' if extra else ''}"
                 found.append(Kernel(name, triton_forward.part_kernel, dtype, constants, blocks.warps, blocks.stages, True))
     join = {"PARTS": triton_forward.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
-    found.append(Kernel("join parts", triton_forward.join_kernel, "fp32", join, 4, 3, False))
-    return found + decode_kernels() + sampling_kernels()
+    # A count of 1 reaches a kernel as a constant.
+    for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):
+        found.append(Kernel(name, triton_forward.join_kernel, "fp32", constants, 4, 3, False))
+    return found
 
 
 def decode_kernels() -> list[Kernel]:
-    """Decode attention: every tile of the rules for heads of 64, 128 and 256, with 4 query heads a key head and up to 256 prompts."""
+    """Decode attention: every tile of the rules for heads of 64, 128 and 256, with 4 query heads a key head and up to 256 prompts. Products
+    of 16 queries are mma.sync, in float32 no tensor core's."""
     found = []
     for dtype, width in itertools.product(DTYPES, (64, 128, 256)):
         for extra in (False, True):
@@ -81,8 +89,10 @@ def decode_kernels() -> list[Kernel]:
             constants = flags | {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
             name = f"decode, own {tiles.queries}x{tiles.tokens}x{width}{suffix}"
             found.append(Kernel(name, triton_decode.own_kernel, dtype, constants, tiles.warps, tiles.stages, False))
-    store = {"WIDTH": 128, "BLOCK": 1024}
-    return found + [Kernel("decode, store", triton_decode.store_kernel, dtype, store, 4, 3, False) for dtype in DTYPES]
+    for dtype in DTYPES:
+        store = {"WIDTH": 128, "BLOCK": 1024}
+        found.append(Kernel("decode, store", triton_decode.store_kernel, dtype, store, 4, 3, False))
+    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16" and kernel.constants["WIDTH"] == 64]
 
 
 def sampling_kernels() -> list[Kernel]:
@@ -94,7 +104,13 @@ def sampling_kernels() -> list[Kernel]:
         for greedy in (False, True):
             constants = block | {"GREEDY": greedy, "BLOCK_PARTS": 64}
             found.append(Kernel("sampling, pick" + ", greedy" * greedy, triton_sampling.pick_kernel, dtype, constants, 8, 3, False))
-    return found
+    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16"]
+
+
+def _single(kernel: Kernel) -> Kernel:
+    """With one row of one prompt in one part, counts that reach a kernel as constants."""
+    ones = {name: 1 for name in kernel.function.arg_names if name in ("rows", "prompts", "parts")}
+    return replace(kernel, name=kernel.name + ", one row", constants=kernel.constants | ones)
 
 
 def compiled(kernel: Kernel) -> dict[str, int]:

@@ -647,7 +647,7 @@ def decode_attention(
         torch.cat([prompt[owner], mine], 2).to(dtype).masked_fill(~seen[:, None, :, None], 0)
         for prompt, mine in ((prompt_keys, own_keys), (prompt_values, own_values))
     )
-    grouped = query.to(dtype).view(rows, kv_heads, -1, width)
+    grouped = query.to(dtype).view(rows, kv_heads, heads // kv_heads, width)
     scores = grouped @ keys.transpose(2, 3) * (width**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

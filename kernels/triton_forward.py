@@ -109,7 +109,8 @@ def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constex
     total = tl.zeros([BLOCK], tl.float32)
     z_y = tl.full([BLOCK], float("-inf"), tl.float32)
     for i in range(PARTS):
-        at = i * rows.to(tl.int64) + o
+        # Not rows.to(): a single row is a constant of the compiler's.
+        at = i.to(tl.int64) * rows + o
         part_max = tl.load(p_max + at, mask=inside, other=float("-inf"))
         part_sum = tl.load(p_sum + at, mask=inside, other=0.0)
         z_y = tl.maximum(z_y, tl.load(p_target_logit + at, mask=inside, other=float("-inf")))

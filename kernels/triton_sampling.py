@@ -46,12 +46,12 @@ def pick_kernel(
     m = tl.max(part_max, 0)
     shift = tl.where(m == float("-inf"), 0.0, m)
     mass = part_sum.to(tl.float64) * tl.exp(part_max - shift).to(tl.float64)
+    # A sum keeps NaN, which a maximum would lose.
+    total = tl.sum(mass, 0)
     if GREEDY:
-        total = tl.sum(mass, 0)
         part = tl.min(tl.where(part_max == m, o_p, parts - 1), 0)
     else:
         upto = tl.cumsum(mass, 0)
-        total = tl.max(upto, 0)
         goal = tl.load(p_u + i_row) * total
         # What has no mass is never picked, though rounding may put the goal past the last sum or let sums of equal value differ.
         last = tl.max(tl.where(mass > 0, o_p, 0), 0)
