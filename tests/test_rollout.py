@@ -204,7 +204,8 @@ def test_uniform_numbers_are_uniform_and_keyed():
     assert 0 < float(u.min()) and float(u.max()) < 1
     statistic, degrees = chi_square(torch.histc(u, 50, 0, 1), torch.full((50,), 0.02, dtype=torch.float64))
     assert statistic < degrees + 5 * math.sqrt(2 * degrees)
-    assert torch.equal(u, uniform(combine(3, torch.arange(20_000)), 11))
+    for step in (11, torch.tensor(11), torch.tensor([11])):
+        assert torch.equal(u, uniform(combine(3, torch.arange(20_000)), step))
     assert abs(float(torch.corrcoef(torch.stack([u, uniform(combine(3, torch.arange(20_000)), 12)]))[0, 1])) < 0.03
     assert abs(float(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1])) < 0.03
 
