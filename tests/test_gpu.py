@@ -9,6 +9,12 @@ from test_decode_attention import problem as decode_problem
 from test_kernels_loss_head import PAIRS, policy, problem
 from test_kernels_reference import dense_dpo, preference_gradients
 
+from engine import rollout
+from engine.lora import Adapter
+from engine.model import load
+from engine.packing import Group, LowerStates
+from engine.rollout import States, generate
+from engine.score import logprob_gap
 from kernels import lagrangian_preference_loss, reference, sample, sequence_logprob
 from kernels.decode_attention import decode_attention, store
 from kernels.sampling import uniform
@@ -201,3 +207,59 @@ def test_the_host_never_waits_in_a_decode_step():
         decode()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
+SAMPLING = dict(n=12, max_new_tokens=30, temperature=0.9, seed=5, stop_token_ids=(2, *range(50, 65)))
+
+
+def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
+    """Rows end at different steps, so that graphs are captured again; tokens may part only where rounding decides."""
+    there, here = load(tiny_folder, device="cuda"), load(tiny_folder)
+    adapter, other = (Adapter.on(model, rank=2, alpha=4.0, share=0.5, seed=0) for model in (there, here))
+    with torch.no_grad():
+        for up, twin in zip(other.up.values(), adapter.up.values(), strict=True):
+            up.normal_(generator=torch.Generator().manual_seed(0))
+            twin.copy_(up)
+    states, expected_states = (States([0, 2], LowerStates(2)) for _ in range(2))
+    got = generate(there, PROMPTS, adapter=adapter, states=states, **SAMPLING)
+    expected = generate(here, PROMPTS, adapter=other, states=expected_states, **SAMPLING)
+    same = (got.tokens == expected.tokens).all(1)
+    assert int(same.sum()) >= 34 and torch.equal(got.length[same], expected.length[same])
+    torch.testing.assert_close(got.model_logprob[same], expected.model_logprob[same], rtol=0, atol=1e-3)
+    for layer in (0, 2):
+        torch.testing.assert_close(states.pooled[layer][same], expected_states.pooled[layer][same], rtol=0, atol=1e-3)
+    for r in same.nonzero()[:, 0].tolist():
+        torch.testing.assert_close(states.lower.response[r].cpu(), expected_states.lower.response[r], rtol=0, atol=1e-3)
+    again = generate(there, PROMPTS, adapter=adapter, **SAMPLING)
+    assert torch.equal(again.tokens, got.tokens)
+
+
+def test_16_bit_log_probs_of_the_sampler_are_near_those_of_the_training_forward(tiny_folder):
+    model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
+    made = generate(model, PROMPTS, **SAMPLING)
+    groups = [
+        Group(prompt, [made.tokens[r, : made.length[r]].tolist() for r in range(12 * p, 12 * p + 12)], list(range(12 * p, 12 * p + 12)))
+        for p, prompt in enumerate(PROMPTS)
+    ]
+    gap = logprob_gap(model, groups, made, temperature=0.9, memory_budget_bytes=2**26)
+    assert gap.mean < 0.02 and gap.kl < 1e-3
+
+
+def test_the_host_never_waits_for_a_step_of_decoding(tiny_folder, monkeypatch):
+    model, decode = load(tiny_folder, dtype=torch.bfloat16, device="cuda"), rollout._decode
+
+    def watched(made, room, on_step):
+        made.draw()
+        made.feed()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            made.draw()
+            made.feed()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        decode(made, room - 2, on_step)
+
+    monkeypatch.setattr(rollout, "_decode", watched)
+    assert generate(model, PROMPTS, states=States([1], None), **SAMPLING).length.max() > 2
