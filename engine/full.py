@@ -1,13 +1,13 @@
 """Full fine-tuning: a policy whose weights are all its own, embedding and head included."""
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine import model
+from engine.errors import UserError
 from engine.lora import Adapter, load_peft, save_peft
 from engine.model import Decoder
 
@@ -71,7 +71,6 @@ def save_weights(weights: Weights, folder: Path, base_model: str, tokenizer_from
     if isinstance(weights, Adapter):
         save_peft(weights, folder, base_model)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
         model.save(weights.decoder(), folder, tokenizer_from=tokenizer_from)
 
 
@@ -79,7 +78,10 @@ def load_weights(folder: Path, network: Decoder) -> Weights:
     """What `save_weights` wrote, for the model `network`. Raises: UserError where they do not belong together."""
     if (folder / "adapter_config.json").is_file():
         return load_peft(folder, network)
-    return FullWeights(model.load(folder, dtype=network.dtype, device=network.device))
+    own = model.load(folder, dtype=network.dtype, device=network.device)
+    if own.config != network.config:
+        raise UserError(f"{folder}: these weights are of another model; give the model they were trained from.")
+    return FullWeights(own)
 
 
 def is_saved(folder: Path) -> bool:
