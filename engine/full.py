@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from engine import model
 from engine.errors import UserError
-from engine.lora import Adapter, load_peft, save_peft
+from engine.lora import Adapter, PolicyWeights, load_peft, save_peft
 from engine.model import Decoder
 
 
-class FullWeights(nn.Module):
+class FullWeights(PolicyWeights):
     """Trainable copies of all weights of a decoder, float32 unless the model is float64: 16-bit weights would lose most of a step.
 
     Stands where an `engine.lora.Adapter` may stand; `policy_of` gives the decoder that computes with these weights in the model's dtype.
@@ -38,16 +38,6 @@ class FullWeights(nn.Module):
             # Past nn.Module's own setter, which takes no weight that is computed from another.
             shell.get_submodule(".".join(path))._parameters[leaf] = value.to(self.compute_dtype)
         return shell
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.tensors`."""
-        return {name: value.detach().clone() for name, value in self.named_parameters()}
-
-    @torch.no_grad()
-    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """See `Adapter.set_tensors`."""
-        for name, value in self.named_parameters():
-            value.copy_(tensors[name])
 
 
 # What makes a policy of the reference model.

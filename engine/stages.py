@@ -77,6 +77,7 @@ class Subject:
     """What sampling and scoring need: the loaded model, its scorers and the config's settings."""
 
     config: RunConfig
+    folder: Path  # the model's Hugging Face folder
     model: Decoder
     tokenizer: object
     scorers: Scorers
@@ -87,7 +88,9 @@ class Subject:
         """Load the weights."""
         network = model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device)
         stop_token_ids = stop_tokens(inputs.folder, inputs.tokenizer)
-        return Subject(config=config, model=network, tokenizer=inputs.tokenizer, scorers=scorers, stop_token_ids=stop_token_ids)
+        return Subject(
+            config=config, folder=inputs.folder, model=network, tokenizer=inputs.tokenizer, scorers=scorers, stop_token_ids=stop_token_ids
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -561,7 +564,7 @@ class World:
     def _end(self, trained: Policy, iteration: int) -> Policy:
         self.adapter.set_tensors(trained.adapter)
         if not is_saved(self._folder(iteration)):
-            save_weights(self.adapter, self._folder(iteration), self.job.config.model or DEFAULT_MODEL, model_folder(self.job.config.model))
+            save_weights(self.adapter, self._folder(iteration), self.job.config.model or DEFAULT_MODEL, self.job.folder)
         return trained
 
     def _folder(self, iteration: int) -> Path:
