@@ -20,7 +20,8 @@ def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
     Raises: UserError, NonFiniteError, Interrupted.
     """
     aligned = 2 + len(config.cost) if config.scores == "preference" else 0
-    with stages.open_job("caid", config, resume, n_stages=4 + aligned + 2 * config.iterations) as job:
+    own = config.pairs not in ("reference", "policy")
+    with stages.open_job("caid", config, resume, n_stages=4 + aligned + own + 2 * config.iterations) as job:
         world = PreferenceWorld(job) if aligned else stages.World(job)
         return world.verdict(*loop(world, config))
 

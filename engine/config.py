@@ -147,6 +147,10 @@ class CaidConfig(IterativeConfig):
     the response that is better in it. Default: labels drawn from the scorers on reference samples."""
     preference_steps: int = 10
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
+    pairs: str = "reference"
+    """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy: fresh ones of the last
+    iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected): a data set's own; only
+    the responses are taken from it, the scores are the run's."""
     dual_rule: str = "newton"
     """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they tell more than noise. optimistic:
     it, on a forecast of the slack. bisection: of one multiplier, by the sign of the slack."""
@@ -161,6 +165,9 @@ class MocanConfig(RunConfig):
 
     steps: int = 25
     """Policy steps in all."""
+    pairs: str = "reference"
+    """Whose responses the policy update learns from: reference, the samples that the dual is solved on, or a jsonl, csv or parquet file
+    with the columns prompt, response_0, response_1 (or chosen, rejected), which gives the responses; the scores are the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,6 +460,10 @@ def check(config: RunConfig) -> None:
         raise UserError(f"--labels {config.labels}: safe responses win by labels here; use soft or sampled.")
     if config.labels == "single" and isinstance(config, SacpoConfig | PdDpoConfig | OpdConfig):
         raise UserError("--labels single: its value is that of the reference, and here a policy is aligned to another one; use regression.")
+    if config.labels == "single" and getattr(config, "pairs", "reference") != "reference":
+        raise UserError(f"--labels single: its value is that of the reference's samples, and --pairs is {config.pairs}; use regression.")
+    if isinstance(config, MocanConfig) and config.pairs == "policy":
+        raise UserError("--pairs policy: a one-shot method starts at the reference, whose samples are there already; use reference.")
     if isinstance(config, SacpoConfig) and not (len(config.lam) == len(config.cost) and min(config.lam) > 0):
         raise UserError(f"--lam {' '.join(map(str, config.lam))}: give one value above 0 for each of the {len(config.cost)} cost(s).")
     if isinstance(config, PrimalDualConfig) and not config.lam_init > 0:

@@ -75,6 +75,9 @@ class Plan:
         if isinstance(config, PrimalDualConfig):
             fresh = config.ascent_prompts, config.n_responses
             products += config.iterations * (sampled(*fresh) + scored(*fresh))
+        if getattr(config, "pairs", "") == "policy":
+            fresh = config.steps * config.prompts_per_step, config.n_responses
+            products += (config.iterations - 1) * (sampled(*fresh) + scored(*fresh))
         tokens = config.prompts_per_step * (mean_prompt + config.responses_per_prompt * answer)
         passes = 3 if full else 2  # forward, to the states, to the weights
         products += policy_updates(config) * config.steps * tokens * passes * (body * trained + head)

@@ -10,7 +10,7 @@ def train(config: MocanConfig, *, resume: str | None = None) -> stages.Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("mocan", config, resume, n_stages=5) as job:
+    with stages.open_job("mocan", config, resume, n_stages=5 + (config.pairs != "reference")) as job:
         world = stages.World(job)
         return world.verdict(*loop(world, config))
 

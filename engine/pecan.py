@@ -10,6 +10,6 @@ def train(config: PecanConfig, *, resume: str | None = None) -> stages.Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("pecan", config, resume, n_stages=7 + len(config.cost)) as job:
+    with stages.open_job("pecan", config, resume, n_stages=7 + len(config.cost) + (config.pairs != "reference")) as job:
         world = PreferenceWorld(job)
         return world.verdict(*mocan.loop(world, config))

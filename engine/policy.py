@@ -1,5 +1,5 @@
-"""The policy updates, steps on an adapter: the preference loss on reference samples (arXiv 2505.19387, Algorithm 2, step 4), or the policy
-gradient on the policy's own samples.
+"""The policy updates, steps on an adapter: the preference loss on pairs of responses (arXiv 2505.19387, Algorithm 2, step 4), or the
+policy gradient on the policy's own samples.
 
 The layers below the adapter equal the reference, so their states are computed once per sample and kept for all iterations (`LowerStates`).
 """
@@ -59,7 +59,7 @@ def fit(
     stage: Stage, run: Run, config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Weights, anchor: Weights | None,
     *, train_on: list[int], iteration: int,
 ) -> Policy:  # fmt: skip
-    """`config.steps` steps of the preference loss on pairs of the reference's samples, going on from `target.start` (None: from
+    """`config.steps` steps of the preference loss on pairs of `samples`, going on from `target.start` (None: from
     `adapter` as it is) and changing `adapter`.
 
     anchor: the adapter of `target.anchor`, None for the reference. train_on: the prompts whose pairs may be used. Labels are drawn afresh
@@ -69,9 +69,10 @@ def fit(
     """
     pool = samples.prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
+    per_prompt = min(config.responses_per_prompt, samples.rollouts.n)
 
     def loss_of(step: int) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-        pairs = informative(target.score_PG, [train_on[i] for i in plan[step]], config.responses_per_prompt, target.dropped_PG)
+        pairs = informative(target.score_PG, [train_on[i] for i in plan[step]], per_prompt, target.dropped_PG)
         if not len(pairs.pairs):
             raise UserError(
                 f"policy update {iteration}: no pair of the {config.prompts_per_step} prompts of step {step + 1} has a safe response; "

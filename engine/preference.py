@@ -9,22 +9,18 @@ Without a file of preferences the labels are Bradley-Terry draws from the run's 
 verdict then also shows what these scorers say of the policy.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from engine import data, packing, policy, stages
+from engine import packing, policy, stages
 from engine.checkpoint import Stage
-from engine.errors import UserError
 from engine.lora import Adapter
 from engine.policy import Policy
-from engine.records import Prompts, Rollouts, Scores, Target, Units
+from engine.records import Prompts, Scores, Target, Units
 from engine.score import frozen_forward
 from engine.stages import Job, Sampled
-
-# A label of a file: sigmoid of twice this is 1.
-SURE = 1e3
 
 
 class PreferenceWorld(stages.World):
@@ -32,12 +28,10 @@ class PreferenceWorld(stages.World):
 
     def __init__(self, job: Job) -> None:
         names = ["reward", *(s.name for s in job.scorers.costs)]
-        # Read, and refused, before anything is sampled.
-        own = _read(job, names) if job.config.preferences else None
         super().__init__(job)
         by_scorers = self.reference
         self.scorer_units = by_scorers.units
-        samples, labels_PGO = _from_scorers(self) if own is None else own.scored(job)
+        samples, labels_PGO = _from_scorers(self) if job.preferences is None else _from_file(job)
         self.aligned = [self._align(name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
 
         def compute(stage: Stage) -> Scores:
@@ -110,57 +104,16 @@ def _from_scorers(world: stages.World) -> tuple[policy.Samples, Tensor]:
     return samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
 
 
-@dataclass(frozen=True)
-class _Preferences:
-    """The pairs of a file as two responses a prompt."""
-
-    prompts: Prompts
-    rollouts: Rollouts
-    label_PGO: Tensor  # float64 [P, 2, 1 + J]: scores that give the labels
-
-    def scored(self, job: Job) -> tuple[policy.Samples, Tensor]:
-        """With their log-probs under the reference."""
-        config, label = job.config, self.label_PGO
-        reference = frozen_forward(
-            job.model, packing.groups(self.prompts, self.rollouts), [], temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_mb * 2**20,
-        )[1]  # fmt: skip
-        scores = Scores(reward_PG=label[..., 0], utility_PGJ=label[..., 1:], audit_PGA=label[..., :0], ref_logprob_PG=reference.view(-1, 2))
-        return policy.Samples(prompts=self.prompts, rollouts=self.rollouts, scores=scores, lower=None), label
-
-
-def _read(job: Job, names: list[str]) -> _Preferences:
-    """The file of --preferences. Raises: UserError naming the row and the column."""
-    config, tokenizer, source = job.config, job.tokenizer, job.config.preferences
-    limit = job.model.config.max_positions - config.max_new_tokens
-    text, token_ids, tokens, labels = [], [], [], []
-    for place, row in data.read_rows(source):
-        missing = [c for c in ("prompt", "response_0", "response_1", *names) if c not in row]
-        if missing:
-            raise UserError(f"{place}: no column {missing[0]!r}; preferences need prompt, response_0, response_1, {', '.join(names)}.")
-        bad = [name for name in names if str(row[name]) not in ("0", "1")]
-        if bad:
-            raise UserError(f"{place}: {bad[0]} is {row[bad[0]]!r}; give 0 or 1, the response that is better in it.")
-        ids = data.chat_ids([{"role": "user", "content": str(row["prompt"])}], tokenizer, config.system, place)
-        if len(ids) > limit:
-            raise UserError(f"{place}: the prompt has {len(ids)} tokens, the limit is {limit}; shorten or remove it.")
-        text.append(str(row["prompt"]))
-        token_ids.append(ids)
-        for i in (0, 1):
-            answer = tokenizer(str(row[f"response_{i}"]), add_special_tokens=False)["input_ids"]
-            tokens.append((answer + [tokenizer.eos_token_id])[: config.max_new_tokens])
-        labels.append([[SURE if int(row[name]) == i else -SURE for name in names] for i in (0, 1)])
-    if not text:
-        raise UserError(f"{source}: no preferences in it; give at least one row.")
-    # The key of a row is its place: a prompt may stand in several rows.
-    prompts = Prompts(text=text, kind=[""] * len(text), token_ids=token_ids, key_P=torch.arange(len(text)))
-    length = torch.tensor([len(x) for x in tokens])
-    padded = torch.zeros(len(tokens), config.max_new_tokens, dtype=torch.int64)
-    for i, answer in enumerate(tokens):
-        padded[i, : len(answer)] = torch.tensor(answer)
-    none = torch.zeros(padded.shape)
-    rollouts = Rollouts(n=2, tokens=padded, length=length, finished=length < config.max_new_tokens, logprob=none, model_logprob=none)
-    return _Preferences(prompts, rollouts, torch.tensor(labels, dtype=torch.float64))
+def _from_file(job: Job) -> tuple[policy.Samples, Tensor]:
+    """The file's responses with their log-probs under the reference, and what gives their labels."""
+    config, own = job.config, job.preferences
+    reference = frozen_forward(
+        job.model, packing.groups(own.prompts, own.rollouts), [], temperature=config.temperature,
+        memory_budget_bytes=config.memory_budget_mb * 2**20,
+    )[1]  # fmt: skip
+    label = own.label_PGO
+    scores = Scores(reward_PG=label[..., 0], utility_PGJ=label[..., 1:], audit_PGA=label[..., :0], ref_logprob_PG=reference.view(-1, 2))
+    return policy.Samples(prompts=own.prompts, rollouts=own.rollouts, scores=scores, lower=None), label
 
 
 def _agreement(ratios: Scores, scores: Scores) -> list[float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine import constraints, data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
 from engine.checkpoint import RecordT, Run, Stage, load, write_whole
-from engine.config import SAMPLING, IterativeConfig, RunConfig, check, fit, policy_updates
+from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, policy_updates
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
@@ -28,13 +28,14 @@ from engine.model import DTYPES, Decoder, ModelConfig
 from engine.packing import LowerStates
 from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units, unsafe_counted
+from engine.response_pairs import ResponsePairs, read_response_pairs
 from engine.rollout import States, generate
 from engine.score import LogprobGap, Scorers, load_scorers, logprob_gap, score
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
 
-# The numbers of iterations key the samples of the slack; those of policy-gradient steps start here.
-ASCENT_PURPOSE = 1_000_000
+# The numbers of iterations key the samples of the slack; those that policy updates learn from start here.
+FRESH_PURPOSE = 1_000_000
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 # Prompts whose samples are run through the training forward again.
 GAP_PROMPTS = 4
@@ -100,6 +101,8 @@ class Job(Subject):
     run: Run
     train: Prompts
     heldout: Prompts
+    pairs: ResponsePairs | None  # of a file, to learn from
+    preferences: ResponsePairs | None  # of a file, to be scored by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,14 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     plan = Plan.of(config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
-    constraints.check_prompts(constraints.limits(config, [s.name for s in scorers.costs]), _judged_on(config, *used))
+    names = [s.name for s in scorers.costs]
+    constraints.check_prompts(constraints.limits(config, names), _judged_on(config, *used))
+    own_pairs = preferences = None
+    if (source := getattr(config, "pairs", "reference")) not in ("reference", "policy"):
+        own_pairs = read_response_pairs(source, [], config, inputs.tokenizer, inputs.shape)
+        data.assert_disjoint(_by_tokens(own_pairs.prompts), _by_tokens(used[1]), "prompt of --pairs")
+    if by_preference(config) and config.preferences:
+        preferences = read_response_pairs(config.preferences, ["reward", *names], config, inputs.tokenizer, inputs.shape)
     display = metrics.Display(n_stages=n_stages)
     display.line(
         f"{algorithm} on {config.model or DEFAULT_MODEL} "
@@ -161,7 +171,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
             display.warn(f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits")
     with run:
         subject = Subject.load(config, inputs, scorers)
-        yield Job(**vars(subject), run=run, train=train, heldout=heldout)
+        yield Job(**vars(subject), run=run, train=train, heldout=heldout, pairs=own_pairs, preferences=preferences)
 
 
 def respond(
@@ -507,24 +517,72 @@ class World:
         return _deal(self.job.config, self.reference.prompts, iteration)
 
     def fit(self, target: Target, iteration: int) -> Policy:
-        """Stage iteration-t/policy: fit the target on pairs of reference samples; the iterate goes to adapters/iteration-t."""
-        job, reference = self.job, self.reference
+        """Stage iteration-t/policy: fit the target on pairs of responses (`_learned_from`); the iterate goes to adapters/iteration-t."""
+        job = self.job
         self._begin(target.lam_J, target.start, iteration)
         anchor = None if target.anchor is None else copy_of(self.adapter, target.anchor.adapter)
-        samples = policy.Samples(
-            prompts=reference.prompts, rollouts=reference.sampled.rollouts, scores=reference.scores, lower=reference.lower
-        )
+        own = None if job.pairs is None else self._scored_pairs()
 
         def compute(stage: Stage) -> Policy:
             shutil.rmtree(self._folder(iteration), ignore_errors=True)
+            samples, fitted, train_on = self._learned_from(stage, target, own, iteration)
             trained = policy.fit(
-                stage, job.run, job.config, job.model, samples, target, self.adapter, anchor, train_on=self.deal(iteration)[0],
-                iteration=iteration,
-            )  # fmt: skip
+                stage, job.run, job.config, job.model, samples, fitted, self.adapter, anchor, train_on=train_on, iteration=iteration
+            )
             stage.row("policy", iteration=iteration, lam=target.lam_J, loss=trained.loss)
             return trained
 
         return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
+
+    def _learned_from(
+        self, stage: Stage, target: Target, own: Sampled | None, iteration: int
+    ) -> tuple[policy.Samples, Target, list[int]]:  # fmt: skip
+        """The responses that an update learns from (--pairs), the target on them, and which of their prompts to use.
+
+        The policy's own are drawn afresh; the first update starts at the reference, whose samples are there. Of a file's rows those whose
+        prompt measures this iteration's slack are left out.
+        """
+        job, reference = self.job, self.reference
+        train_on, slack_on = self.deal(iteration)
+        if own is not None:
+            measured = {tuple(reference.prompts.token_ids[i]) for i in slack_on}
+            dealt = pairs.deal(job.pairs.prompts, job.config.seed, max(1, iteration), job.config.steps * job.config.prompts_per_step, 0)[0]
+            prompts, sampled, lower = job.pairs.prompts, own, None
+            train_on = [i for i in dealt if tuple(prompts.token_ids[i]) not in measured]
+            if not train_on:
+                raise UserError(
+                    f"--pairs {job.config.pairs}: every prompt of iteration {iteration} measures its slack; give other prompts."
+                )
+        elif getattr(job.config, "pairs", "reference") == "policy" and target.start is not None:
+            prompts = reference.prompts.select(train_on)
+            sampled, lower = sample(
+                job, stage, prompts, self.adapter, n=job.config.n_responses, purpose=FRESH_PURPOSE + iteration, keep=True
+            )
+            train_on = list(range(len(prompts)))
+        else:
+            samples = policy.Samples(
+                prompts=reference.prompts, rollouts=reference.sampled.rollouts, scores=reference.scores, lower=reference.lower
+            )
+            return samples, target, train_on
+        scores = self.rescore(stage, prompts, sampled)
+        score_PG = scores.reward_PG + reference.weighted(scores, prompts) @ target.lam_J
+        samples = policy.Samples(prompts=prompts, rollouts=sampled.rollouts, scores=scores, lower=lower)
+        return samples, replace(target, score_PG=score_PG), train_on
+
+    def _scored_pairs(self) -> Sampled:
+        """Stage pairs: the file's responses under the reference and the scorers."""
+        job, own = self.job, self.job.pairs
+
+        def compute(stage: Stage) -> Sampled:
+            with stage.progress(sum(g.tokens for g in packing.groups(own.prompts, own.rollouts)), "tokens", "scoring") as scored:
+                scores = score(
+                    job.model, own.prompts, own.rollouts, own.texts, job.scorers, temperature=job.config.temperature,
+                    memory_budget_bytes=job.config.memory_budget_mb * 2**20, on_tokens=scored.advance,
+                )  # fmt: skip
+            stage.row("pairs", prompts=len(own.prompts))
+            return Sampled(rollouts=own.rollouts, texts=own.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
+
+        return job.run.stage("pairs", Sampled, compute)
 
     def ascend(self, start: Policy | None, lam_J: Tensor, iteration: int, *, rectified: bool = False) -> Policy:
         """Stage iteration-t/policy: policy-gradient steps on fresh samples of the policy, scored by r + lambda . g - beta x log-ratio.
@@ -538,7 +596,7 @@ class World:
         def compute(stage: Stage) -> Policy:
             shutil.rmtree(self._folder(iteration), ignore_errors=True)
             prompts = reference.prompts.select(chosen)
-            sampled, lower = sample(job, stage, prompts, self.adapter, n=config.n_responses, purpose=ASCENT_PURPOSE + iteration, keep=True)
+            sampled, lower = sample(job, stage, prompts, self.adapter, n=config.n_responses, purpose=FRESH_PURPOSE + iteration, keep=True)
             scores = self.rescore(stage, prompts, sampled)
             r, g = scores.reward_PG, scores.utility_PGJ
             if rectified:
@@ -652,6 +710,11 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
         for t in range(1, policy_updates(config) + 1):
             sets[f"slack prompts of iteration {t} (see --slack-prompts)"] = reference.select(_deal(config, reference, t)[1])
     return sets
+
+
+def _by_tokens(prompts: Prompts) -> Prompts:
+    """With keys that are equal where the tokens are: those of a file of pairs are its rows' numbers."""
+    return replace(prompts, key_P=torch.tensor([data.prompt_key(ids) for ids in prompts.token_ids]))
 
 
 def _standardised(x: Tensor) -> Tensor:
