@@ -8,7 +8,7 @@ refusals on harmless prompts that look dangerous. Nothing is saved on the way: t
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import constraints, data, dual, evaluate, metrics, packing, stages
+from engine import constraints, data, dual, evaluate, metrics, packing, preference, stages
 from engine.checkpoint import Run
 from engine.config import EvaluateConfig, RunConfig, check_evaluate
 from engine.errors import UserError
@@ -58,7 +58,8 @@ class Question:
     config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
     iterates: dict[int, list[float]]  # those to choose from, with the multipliers that each was trained at; one unless --best-feasible
     selection: Prompts | None  # what they are chosen on
-    units: Units  # of the run; further audits have none yet
+    by_preference: bool  # scores are log-ratios of policies that the run aligned to preferences
+    units: Units  # of the run's scorers; further audits have none yet
     limits: list[Limit]
     aimed: list[float]  # in each constraint's own measure
     trained_on: Prompts
@@ -78,8 +79,6 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     check_evaluate(flags)
     run = Path(run)
     algorithm, values = Run.read_config(run)
-    if algorithm == "pecan" or values.get("scores") == "preference":
-        raise UserError(f"{run}: its scores are log-ratios of policies that the run aligned, and only its own verdict has them.")
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
     iterates = _iterates(run, flags.iterate, every=flags.best_feasible)
     config = replace(
@@ -110,9 +109,12 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {}))
     units = stages.units_of(reference, limits)
+    by_preference = algorithm == "pecan" or values.get("scores") == "preference"
+    # Aims of log-ratios, which are improvements, were fixed with their units.
+    aimed = metrics.read_rows(run, "dual")[0]["aim"] if by_preference else reference.get("aimed", reference["aim"])
     return Question(
-        run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection,
-        units=units, limits=limits, aimed=reference.get("aimed", reference["aim"]), inputs=inputs,
+        run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection, by_preference=by_preference,
+        units=units, limits=limits, aimed=aimed, inputs=inputs,
         trained_on=stages.reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
         lookalikes=lookalikes,
     )  # fmt: skip
@@ -145,14 +147,15 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         phase = Phase(display, first + 2, "heldout/policy")
         after, _ = stages.sample(subject, phase, prompts, adapter, n=n, purpose=-2)
         moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
+        in_units, units, audits = _counted(q, subject, units)
+        before, after = (in_units(phase, prompts, side) for side in (before, after))
         _, texts_before = stages.respond(subject, Phase(display, first + 3, "lookalike/reference"), q.lookalikes, None, n=n, purpose=-3)
         _, texts_after = stages.respond(subject, Phase(display, first + 4, "lookalike/policy"), q.lookalikes, adapter, n=n, purpose=-4)
 
-        before, after = stages.in_units(before, units), stages.in_units(after, units)
         lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
         log_ratios = ((before, moved_PG), (after, after.kl_PG))
         judgement = Judgement(
-            evaluation=stages.judge(prompts, before, after, q.limits, q.aimed, units, [s.name for s in q.scorers.audits], flags.confidence),
+            evaluation=stages.judge(prompts, before, after, q.limits, q.aimed, units, audits, flags.confidence),
             pair_order=tuple(
                 evaluate.pair_order(
                     x_PG, s.scores.reward_PG + constraints.weighted(q.limits, s.scores, prompts, q.trained_on) @ lam_J, flags.confidence
@@ -180,15 +183,17 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
 
 def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
     """Every iterate on the selection prompts: rows of iterate, lam, reward and room (improvement - what is required) of each constraint."""
-    n, audits, rows = q.config.eval_responses, [s.name for s in q.scorers.audits], []
+    n, rows = q.config.eval_responses, []
     # Further audits have no unit here, and are not needed to choose.
-    known = replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * (len(audits) - len(q.units.audit_A))])
-    before, _ = stages.sample(subject, Phase(display, 1, "selection/reference"), q.selection, None, n=n, purpose=-5)
+    further = len(q.scorers.audits) - len(q.units.audit_A)
+    in_units, units, audits = _counted(q, subject, replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * further]))
+    phase = Phase(display, 1, "selection/reference")
+    before = in_units(phase, q.selection, stages.sample(subject, phase, q.selection, None, n=n, purpose=-5)[0])
     for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
         adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
-        after, _ = stages.sample(subject, Phase(display, number, f"selection/{iterate}"), q.selection, adapter, n=n, purpose=-5 - number)
-        sides = (stages.in_units(side, known) for side in (before, after))
-        e = stages.judge(q.selection, *sides, q.limits, q.aimed, known, audits)
+        phase = Phase(display, number, f"selection/{iterate}")
+        after = in_units(phase, q.selection, stages.sample(subject, phase, q.selection, adapter, n=n, purpose=-5 - number)[0])
+        e = stages.judge(q.selection, before, after, q.limits, q.aimed, units, audits)
         room = [c.estimate.mean - c.required for c in e.constraints]
         rows.append({"iterate": iterate, "lam": lam, "reward": e.reward.mean, "room": room})
         display.line(
@@ -203,6 +208,18 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
         + f" on {len(q.selection)} held-out prompts; what follows is on others"
     )
     return rows
+
+
+def _counted(q: Question, subject: Subject, units: Units) -> tuple[Callable[[Phase, Prompts, Sampled], Sampled], Units, list[str]]:
+    """(what puts samples' scores into the run's units, the units, names of the audits); units: of the scorers."""
+    if not q.by_preference:
+        return lambda phase, prompts, sampled: stages.in_units(sampled, units), units, [s.name for s in q.scorers.audits]
+    ratios, of_ratios = preference.restored(q.run, subject, units)
+
+    def in_units(phase: Phase, prompts: Prompts, sampled: Sampled) -> Sampled:
+        return stages.in_units(replace(sampled, scores=ratios(phase, prompts, sampled)), of_ratios)
+
+    return in_units, of_ratios, preference.audit_names(q.scorers)
 
 
 def best_feasible(rows: list[dict]) -> int:

@@ -9,18 +9,73 @@ Without a file of preferences the labels are Bradley-Terry draws from the run's 
 verdict then also shows what these scorers say of the policy.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine import packing, policy, stages
-from engine.checkpoint import Stage
+from engine import metrics, packing, policy, stages
+from engine.checkpoint import Stage, load
 from engine.lora import Adapter
 from engine.policy import Policy
 from engine.records import Prompts, Scores, Target, Units
-from engine.score import frozen_forward
-from engine.stages import Job, Sampled
+from engine.score import Scorers, frozen_forward
+from engine.stages import Job, Sampled, Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogRatios:
+    """Scores by aligned policies: log-ratios to the reference, and as audits what the run's scorers say, in their units."""
+
+    subject: Subject
+    aligned: list[Adapter]  # to the reward, then to each utility
+    scorer_units: Units
+
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        """Log-ratios of sampled responses, nats. stage: of a run, or anything else with `progress` and `check_stop`."""
+        subject, scores = self.subject, sampled.scores
+        groups, n = packing.groups(prompts, sampled.rollouts), sampled.rollouts.n
+        ratios = []
+        with stage.progress(len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios") as progress:
+            for adapter in self.aligned:
+                logprob = frozen_forward(
+                    subject.model, groups, [], temperature=subject.config.temperature,
+                    memory_budget_bytes=subject.config.memory_budget_mb * 2**20, adapter=adapter, on_tokens=progress.advance,
+                )[1]  # fmt: skip
+                ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
+                stage.check_stop()
+        own = self.scorer_units.apply(scores)
+        return Scores(
+            reward_PG=ratios[0],
+            utility_PGJ=torch.stack(ratios[1:], dim=2),
+            audit_PGA=torch.cat([own.reward_PG[..., None], own.utility_PGJ, own.audit_PGA], dim=2),
+            ref_logprob_PG=scores.ref_logprob_PG,
+        )
+
+
+def audit_names(scorers: Scorers) -> list[str]:
+    """Of what `LogRatios` audits, in order."""
+    by_scorers = [scorers.reward, *scorers.costs]
+    return [*(f"{s.name} (its scorer)" for s in by_scorers), *(s.name for s in scorers.audits)]
+
+
+def restored(run: Path, subject: Subject, scorer_units: Units) -> tuple[LogRatios, Units]:
+    """What a run on preferences with an iterate scores by, and the units of its log-ratios; audits have the scorers' units already."""
+    (row,), aligned = metrics.read_rows(run, "preference"), []
+    for name in row["names"]:
+        wanted = f"preference-{name.replace('/', '-')}.safetensors"
+        path = next(path for path in (run / "stages").iterdir() if path.name.partition("-")[2] == wanted)
+        aligned.append(_adapter(subject))
+        aligned[-1].set_tensors(load(path, Policy).adapter)
+    sd = row["log_ratio_sd"]
+    units = Units(reward=sd[0], utility_J=sd[1:], audit_A=[1.0] * len(audit_names(subject.scorers)))
+    return LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units), units
+
+
+def _adapter(subject: Subject) -> Adapter:
+    config = subject.config
+    return Adapter.on(subject.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
 
 
 class PreferenceWorld(stages.World):
@@ -30,12 +85,12 @@ class PreferenceWorld(stages.World):
         names = ["reward", *(s.name for s in job.scorers.costs)]
         super().__init__(job)
         by_scorers = self.reference
-        self.scorer_units = by_scorers.units
         samples, labels_PGO = _from_scorers(self) if job.preferences is None else _from_file(job)
-        self.aligned = [self._align(name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
+        aligned = [self._align(name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
+        self.log_ratios = LogRatios(subject=job, aligned=aligned, scorer_units=by_scorers.units)
 
         def compute(stage: Stage) -> Scores:
-            scores = self._log_ratios(stage, by_scorers.prompts, by_scorers.sampled)
+            scores = self.log_ratios(stage, by_scorers.prompts, by_scorers.sampled)
             units = stages.reference_units(scores, job.scorers, by_scorers.limits)
             stage.row(
                 "preference", names=names, log_ratio_sd=[units.reward, *units.utility_J], agreement=_agreement(scores, by_scorers.scores)
@@ -50,20 +105,15 @@ class PreferenceWorld(stages.World):
         self.reference = replace(
             by_scorers, scores=scores, units=self.units, **stages.aims(job, by_scorers.limits, by_scorers.prompts, scores, self.units)
         )
-        self.audit_names = [
-            f"{job.scorers.reward.name} (its scorer)", *(f"{s.name} (its scorer)" for s in job.scorers.costs), *self.audit_names
-        ]  # fmt: skip
+        self.audit_names = audit_names(job.scorers)
 
     def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
-        return self.units.apply(self._log_ratios(stage, prompts, sampled))
+        return self.units.apply(self.log_ratios(stage, prompts, sampled))
 
     def _align(self, name: str, samples: policy.Samples, label_PG: Tensor) -> Adapter:
         """Stage preference/NAME: plain DPO on the preferences of one kind."""
         job, config = self.job, self.job.config
-        shape = self.adapter.shape
-        adapter = Adapter(
-            shape, rank=config.lora_rank, alpha=config.lora_alpha, dtype=job.model.dtype, device=job.model.device, seed=config.seed
-        )
+        adapter = _adapter(job)
         settings = replace(config, steps=config.preference_steps, labels="sampled")
         target = Target(lam_J=torch.zeros(0, dtype=torch.float64), score_PG=label_PG, coefficient=config.beta)
 
@@ -74,27 +124,6 @@ class PreferenceWorld(stages.World):
 
         adapter.set_tensors(job.run.stage(f"preference/{name}", Policy, compute).adapter)
         return adapter
-
-    def _log_ratios(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
-        """Log-ratios of the aligned policies, nats; as audits what the scorers say, in their units."""
-        job, scores = self.job, sampled.scores
-        groups, n = packing.groups(prompts, sampled.rollouts), sampled.rollouts.n
-        ratios = []
-        with stage.progress(len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios") as progress:
-            for adapter in self.aligned:
-                logprob = frozen_forward(
-                    job.model, groups, [], temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_mb * 2**20,
-                    adapter=adapter, on_tokens=progress.advance,
-                )[1]  # fmt: skip
-                ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
-                stage.check_stop()
-        own = self.scorer_units.apply(scores)
-        return Scores(
-            reward_PG=ratios[0],
-            utility_PGJ=torch.stack(ratios[1:], dim=2),
-            audit_PGA=torch.cat([own.reward_PG[..., None], own.utility_PGJ, own.audit_PGA], dim=2),
-            ref_logprob_PG=scores.ref_logprob_PG,
-        )
 
 
 def _from_scorers(world: stages.World) -> tuple[policy.Samples, Tensor]:

@@ -77,6 +77,22 @@ def test_the_seed_of_the_run_gives_its_verdict_again(finished, tmp_path, capsys)
     assert all(line in printed for line in evaluate.sentences(evaluate.Evaluation.from_dict(verdict)))
 
 
+def test_a_run_on_preferences_is_judged_by_its_own_log_ratios(tmp_path):
+    run = tmp_path / "run"
+    assert train.main(["pecan", *SMOKE, "--force", "--out", str(run)]) == 0
+    assert main([str(run), "--seed", "0", "--out", str(tmp_path / "o")]) == 0
+    assert (tmp_path / "o" / "heldout.jsonl").read_bytes() == (run / "heldout.jsonl").read_bytes()
+    verdict, again = found(run), found(tmp_path / "o")
+    assert {name: again[name] for name in verdict} == verdict
+    more = ["--audit", "test_evaluate_command:vowels", "--best-feasible", "--prompts", str(tmp_path / "p.jsonl")]
+    prompts_file(tmp_path / "p.jsonl", [f"Say {i}" for i in range(8)])
+    assert main([str(run), *more, "--out", str(tmp_path / "m")]) == 0
+    names = ["helpfulness (its scorer)", "harm (its scorer)", "harm-audit", "vowels"]
+    assert [name for name, _ in found(tmp_path / "m")["audits"]] == names
+    chosen = found(tmp_path / "m")["settings"]["selection"]
+    assert [row["iterate"] for row in chosen] == [1] and len(chosen[0]["room"]) == 1
+
+
 def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time(finished, capsys):
     kept = {p.name for p in finished.iterdir()}
     assert main([str(finished)]) == 0 and main([str(finished)]) == 0
