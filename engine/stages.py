@@ -487,6 +487,7 @@ class World:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.reference = sample_reference(job)
+        self.pairs = None if job.pairs is None else self._scored_pairs()
         config = job.config
         if config.tune == "full":
             self.adapter = FullWeights(job.model)
@@ -521,11 +522,10 @@ class World:
         job = self.job
         self._begin(target.lam_J, target.start, iteration)
         anchor = None if target.anchor is None else copy_of(self.adapter, target.anchor.adapter)
-        own = None if job.pairs is None else self._scored_pairs()
 
         def compute(stage: Stage) -> Policy:
             shutil.rmtree(self._folder(iteration), ignore_errors=True)
-            samples, fitted, train_on = self._learned_from(stage, target, own, iteration)
+            samples, fitted, train_on = self._learned_from(stage, target, iteration)
             trained = policy.fit(
                 stage, job.run, job.config, job.model, samples, fitted, self.adapter, anchor, train_on=train_on, iteration=iteration
             )
@@ -534,9 +534,7 @@ class World:
 
         return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
 
-    def _learned_from(
-        self, stage: Stage, target: Target, own: Sampled | None, iteration: int
-    ) -> tuple[policy.Samples, Target, list[int]]:  # fmt: skip
+    def _learned_from(self, stage: Stage, target: Target, iteration: int) -> tuple[policy.Samples, Target, list[int]]:
         """The responses that an update learns from (--pairs), the target on them, and which of their prompts to use.
 
         The policy's own are drawn afresh; the first update starts at the reference, whose samples are there. Of a file's rows those whose
@@ -544,10 +542,10 @@ class World:
         """
         job, reference = self.job, self.reference
         train_on, slack_on = self.deal(iteration)
-        if own is not None:
+        if self.pairs is not None:
             measured = {tuple(reference.prompts.token_ids[i]) for i in slack_on}
             dealt = pairs.deal(job.pairs.prompts, job.config.seed, max(1, iteration), job.config.steps * job.config.prompts_per_step, 0)[0]
-            prompts, sampled, lower = job.pairs.prompts, own, None
+            prompts, sampled, lower = job.pairs.prompts, self.pairs, None
             train_on = [i for i in dealt if tuple(prompts.token_ids[i]) not in measured]
             if not train_on:
                 raise UserError(
