@@ -288,8 +288,8 @@ def page(rows: list[dict], settings: list[dict]) -> str:
                 head = [r["algorithm"], r["seed"], _interval(r, "reward")] if i == 0 else ["", "", ""]
                 cells = [*head, name, r[f"{name} threshold"], f"{float(r[f'{name} lambda']):.2f}", _interval(r, name), r[f"{name} verdict"]]
                 lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share. All runs have the flags "]
-    lines[-1] += f"`{' '.join(_shown(FLAGS))}`. Commands:"
+    shared = "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share; seconds compare within a part."
+    lines += ["", f"{shared} All runs have the flags `{' '.join(_shown(FLAGS))}`. Commands:"]
     lines.append("")
     for s in settings:
         versions = ", ".join(f"{k} {v[:12]}" for k, v in sorted(s["versions"].items()))

@@ -1,6 +1,7 @@
 """Keys and values of the rows that are decoded side by side."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,13 @@ def new_cache(kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, roo
     return (GpuCache if key.is_cuda and key.dtype != torch.float64 else Cache)(kept, cu_seqlens, n, room)
 
 
-def _by_prompt(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Packed x [M, Hkv, d] as [P, T, Hkv, d], zeros behind a prompt's end."""
+def _by_prompt(cu_seqlens: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What lays packed x [M, Hkv, d] out as [P, T, Hkv, d], with zeros behind a prompt's end."""
     length = cu_seqlens.diff().to("cpu", torch.int64)
     prompts, longest = len(length), int(length.max())
     row = torch.repeat_interleave(torch.arange(prompts), length)
-    slot = torch.arange(len(x)) - cu_seqlens[:-1].to("cpu", torch.int64)[row] + row * longest
-    return x.new_zeros(prompts * longest, *x.shape[1:]).index_copy_(0, slot.to(x.device), x).view(prompts, longest, *x.shape[1:])
+    slot = (torch.arange(len(row)) - cu_seqlens[:-1].to("cpu", torch.int64)[row] + row * longest).to(device)
+    return lambda x: x.new_zeros(prompts * longest, *x.shape[1:]).index_copy_(0, slot, x).view(prompts, longest, *x.shape[1:])
 
 
 class Cache:
@@ -99,9 +100,10 @@ class SharedCache:
         self.owner = torch.arange(prompts).repeat_interleave(n)
         self.used = 0
         self.prompts, self.rows = [], []
+        by_prompt = _by_prompt(cu_seqlens, kept[0][0].device)
         for key, value in kept:
             heads, d = key.shape[1:]
-            self.prompts.append((self._blocks(_by_prompt(key, cu_seqlens)), _by_prompt(value, cu_seqlens).transpose(1, 2).contiguous()))
+            self.prompts.append((self._blocks(by_prompt(key)), by_prompt(value).transpose(1, 2).contiguous()))
             blocks = -(-room // self.BLOCK)
             self.rows.append([
                 key.new_empty(prompts * n, heads, blocks, d, self.BLOCK), key.new_empty(prompts * n, heads, room, d)
@@ -143,7 +145,8 @@ class GpuCache:
         self.owner = torch.arange(len(self.length), device=device).repeat_interleave(n)
         self.offsets = torch.arange(len(self.length) + 1, device=device) * n
         self.used = torch.ones(1, dtype=torch.int64, device=device)  # with the token of this step
-        self.prompts = [[_by_prompt(x, cu_seqlens).transpose(1, 2).contiguous() for x in pair] for pair in kept]
+        by_prompt = _by_prompt(cu_seqlens, device)
+        self.prompts = [[by_prompt(x).transpose(1, 2).contiguous() for x in pair] for pair in kept]
         self.rows = [[x.new_empty(len(self.owner), x.shape[1], room, x.shape[3]) for x in pair] for pair in self.prompts]
 
     def attend(

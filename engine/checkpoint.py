@@ -386,6 +386,8 @@ class Run:
         cls.check_model(folder, fingerprint)
         run = cls(folder, cls._take_lock(folder), contents, display, tensorboard)
         (folder / "stages").mkdir(exist_ok=True)
+        for left in folder.glob("adapters/.*.tmp"):  # a whole checkpoint, half written
+            shutil.rmtree(left, ignore_errors=True)
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
             left.unlink()
         timing = folder / TIMING

@@ -100,8 +100,8 @@ class RunConfig:
     clip_norm: float = 1.0
     """Largest gradient norm."""
     tune: str = "lora"
-    """lora: train an adapter on the frozen model. full: train all weights, each iterate a whole checkpoint; the --lora flags then say
-    nothing."""
+    """lora: train an adapter on the frozen model. full: train all weights; each iterate is a whole checkpoint, --checkpoint-every
+    writes 12 bytes for every weight, and the --lora flags say nothing."""
     lora_rank: int = 8
     """Rank of the adapter."""
     lora_alpha: float = 16.0
@@ -360,6 +360,11 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError(f"--device {config.device}: must be one of auto, cpu, cuda.")
 
 
+def by_preference(config: RunConfig) -> bool:
+    """Whether scores are log-ratios of policies aligned to preferences."""
+    return isinstance(config, PecanConfig) or getattr(config, "scores", "model") == "preference"
+
+
 def _check_limits(config: RunConfig) -> None:
     """What each constraint asks for."""
     J = len(config.cost)
@@ -378,8 +383,7 @@ def _check_limits(config: RunConfig) -> None:
     both = [c for c, mean, rate in zip(config.cost, config.cost_mean, config.cost_rate, strict=False) if mean < math.inf and rate < 1]
     if both:
         raise UserError(f"--cost-mean and --cost-rate both limit {both[0]}; give inf or 1 for one of the two.")
-    preference = isinstance(config, PecanConfig) or getattr(config, "scores", "model") == "preference"
-    if preference and (min(config.cost_mean, default=math.inf) < math.inf or min(config.cost_rate, default=1) < 1):
+    if by_preference(config) and (min(config.cost_mean, default=math.inf) < math.inf or min(config.cost_rate, default=1) < 1):
         raise UserError("--cost-mean, --cost-rate: log-ratios of policies have no level of their own; use --threshold.")
 
 
@@ -429,11 +433,10 @@ def check(config: RunConfig) -> None:
     }.items():
         if getattr(config, name, accepted[0]) not in accepted:
             raise UserError(f"--{name} {getattr(config, name)}: must be one of {', '.join(accepted)}.")
-    preference = isinstance(config, PecanConfig) or getattr(config, "scores", "model") == "preference"
-    if config.tune == "full" and preference:
+    if config.tune == "full" and by_preference(config):
         raise UserError("--tune full: policies aligned to preferences are adapters; use --tune lora.")
     if config.tune == "full" and config.learning_rate == RunConfig.learning_rate:
-        raise UserError(f"--tune full: --learning-rate {config.learning_rate:g} is for adapters; give one of about 1e-5.")
+        raise UserError(f"--tune full: --learning-rate {config.learning_rate:g}, the default, is for adapters; give one of about 1e-5.")
     if not config.cost:
         raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
     if len(set(config.cost)) != len(config.cost):

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine import model
 from engine.checkpoint import Run
 from engine.errors import UserError
-from engine.full import load_weights, policy_of
+from engine.full import is_saved, load_weights, policy_of
 from engine.stages import model_folder
 
 
@@ -17,10 +17,11 @@ def export(run: str | Path, folder: str | Path) -> None:
     """
     run, folder = Path(run), Path(folder)
     _, config = Run.read_config(run)
-    numbered = {int(p.name.rpartition("-")[2]): p for p in (run / "adapters").glob("iteration-*")}
+    numbered = {int(p.name.rpartition("-")[2]): p for p in (run / "adapters").glob("iteration-*") if is_saved(p)}
     if not numbered:
         raise UserError(f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}.")
     base = model_folder(config["model"])
+    Run.check_model(run, model.fingerprint(base))
     network = model.load(base, dtype="float32")
     policy, adapter = policy_of(network, load_weights(numbered[max(numbered)], network))
     model.save(policy, folder, adapter=adapter, tokenizer_from=base)

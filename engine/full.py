@@ -1,18 +1,18 @@
 """Full fine-tuning: a policy whose weights are all its own, embedding and head included."""
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine import model
-from engine.lora import Adapter, load_peft, save_peft
+from engine.errors import UserError
+from engine.lora import Adapter, PolicyWeights, load_peft, save_peft
 from engine.model import Decoder
 
 
-class FullWeights(nn.Module):
+class FullWeights(PolicyWeights):
     """Trainable copies of all weights of a decoder, float32 unless the model is float64: 16-bit weights would lose most of a step.
 
     Stands where an `engine.lora.Adapter` may stand; `policy_of` gives the decoder that computes with these weights in the model's dtype.
@@ -39,16 +39,6 @@ class FullWeights(nn.Module):
             shell.get_submodule(".".join(path))._parameters[leaf] = value.to(self.compute_dtype)
         return shell
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.tensors`."""
-        return {name: value.detach().clone() for name, value in self.named_parameters()}
-
-    @torch.no_grad()
-    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """See `Adapter.set_tensors`."""
-        for name, value in self.named_parameters():
-            value.copy_(tensors[name])
-
 
 # What makes a policy of the reference model.
 Weights = Adapter | FullWeights
@@ -71,7 +61,6 @@ def save_weights(weights: Weights, folder: Path, base_model: str, tokenizer_from
     if isinstance(weights, Adapter):
         save_peft(weights, folder, base_model)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
         model.save(weights.decoder(), folder, tokenizer_from=tokenizer_from)
 
 
@@ -79,7 +68,10 @@ def load_weights(folder: Path, network: Decoder) -> Weights:
     """What `save_weights` wrote, for the model `network`. Raises: UserError where they do not belong together."""
     if (folder / "adapter_config.json").is_file():
         return load_peft(folder, network)
-    return FullWeights(model.load(folder, dtype=network.dtype, device=network.device))
+    own = model.load(folder, dtype=network.dtype, device=network.device)
+    if own.config != network.config:
+        raise UserError(f"{folder}: these weights are of another model; give the model they were trained from.")
+    return FullWeights(own)
 
 
 def is_saved(folder: Path) -> bool:

@@ -65,7 +65,21 @@ class Shape:
         }[name]
 
 
-class Adapter(nn.Module):
+class PolicyWeights(nn.Module):
+    """What is trained of a policy."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Detached copies of all parameters, by name."""
+        return {name: value.detach().clone() for name, value in self.named_parameters()}
+
+    @torch.no_grad()
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` of an equal module returned."""
+        for name, value in self.named_parameters():
+            value.copy_(tensors[name])
+
+
+class Adapter(PolicyWeights):
     """A and B of every adapted linear, float32 unless the model is float64; output += (alpha / rank) B A x."""
 
     def __init__(self, shape: Shape, *, rank: int, alpha: float, dtype: torch.dtype, device: torch.device, seed: int) -> None:
@@ -111,16 +125,6 @@ class Adapter(nn.Module):
                 )) * scale  # fmt: skip
                 result[layer][matrix] = (down.to(self.compute_dtype), up.to(self.compute_dtype))
         return result
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Detached copies of all parameters, by name."""
-        return {name: value.detach().clone() for name, value in self.named_parameters()}
-
-    @torch.no_grad()
-    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` of an equal adapter returned."""
-        for name, value in self.named_parameters():
-            value.copy_(tensors[name])
 
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:

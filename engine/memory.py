@@ -48,8 +48,10 @@ class Plan:
         if c.attention_softcap is not None:  # all scores are stored: before and after the cap, masked, and as weights
             training += int(at_once * 4 * group * c.num_heads * (1 if config.activation_checkpointing else layers)) * size
         kept = 0 if full else kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
-        if full:  # weights, those of the start, gradients, moments, and the last iterate with its moments: 8 times float32
-            kept += c.parameter_count() * 32
+        if full:
+            # Float32 weights, those of the start, gradients, two moments, and on a CPU too: the last iterate with its moments and what a
+            # checkpoint writes. On a GPU: the weights in 16 bits with their gradients, and a copy for the iterate.
+            kept += c.parameter_count() * (28 if device.type == "cuda" else 60)
         needed = int(1.15 * (weights + max(cache + logits, training + kept))) + 600 * 2**20
 
         answer = ANSWER_SHARE * config.max_new_tokens

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -378,13 +378,14 @@ def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, 
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         for file in sorted(tokenizer_from.iterdir()) if tokenizer_from else []:
-            if file.is_file() and file.suffix in {".json", ".jinja", ".model", ".txt"} and not file.name.startswith(("config.", "model.")):
+            other = file.name.startswith(("config.", "model.", "adapter_"))
+            if file.is_file() and file.suffix in {".json", ".jinja", ".model", ".txt"} and not other:
                 shutil.copyfile(file, temporary / file.name)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose a folder with room for it.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); choose a folder with room for it.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

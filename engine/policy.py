@@ -162,6 +162,7 @@ def _take_steps(
             if stage.stopping or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
                 stage.save_partial(_policy(taken + step + 1, adapter, optimizer, names, parameters, losses))
                 stage.check_stop()
+    optimizer.zero_grad(set_to_none=True)
     return _policy(taken + config.steps, adapter, optimizer, names, parameters, losses)
 
 
@@ -217,6 +218,7 @@ def _states_and_head(
 ) -> tuple[Tensor, Tensor]:
     """The states [T, D] that predict the batch's response tokens, and the policy's head [V, D]."""
     network, lora = policy_of(model, adapter)
+    assert lower is None or (lora is not None and lora.first_layer == lower.layer), "states below are kept for adapters alone"
     start = 0 if lora is None else lora.first_layer
     if lower is not None:
         hidden = lower.of(batch)
@@ -319,7 +321,8 @@ def _restore(policy: Policy, adapter: Weights, optimizer, names, parameters) -> 
     adapter.set_tensors(policy.adapter)
     for name, p in zip(names, parameters, strict=True):
         optimizer.state[p] = {
-            "step": torch.tensor(float(policy.steps)),
+            # Where AdamW keeps it: beside the weights when it is fused.
+            "step": torch.tensor(float(policy.steps), device=p.device if optimizer.defaults["fused"] else "cpu"),
             # Copies: the optimizer changes them in place.
             "exp_avg": policy.first_moment[name].to(p.device, copy=True),
             "exp_avg_sq": policy.second_moment[name].to(p.device, copy=True),

@@ -222,7 +222,8 @@ def _decode(made: _Rows, room: int, on_step: Callable[[int], None] | None) -> No
             continue
         made.feed()
         made.draw()
-        if made.hidden.is_cuda and on_gpu:
+        # The rest is worth a graph only where some steps are left to replay.
+        if made.hidden.is_cuda and on_gpu and room - step > STEPS_UNSEEN:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):  # records, computes nothing
                 made.feed()

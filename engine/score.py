@@ -22,7 +22,7 @@ from torch import Tensor
 from engine import packing
 from engine.checkpoint import write_whole
 from engine.errors import UserError
-from engine.full import Weights, policy_of
+from engine.full import FullWeights, Weights, policy_of
 from engine.model import Decoder, load
 from engine.packing import Group, LowerStates
 from engine.records import Prompts, Rollouts, Scores
@@ -222,10 +222,12 @@ def frozen_forward(
     log-probs float64 [N].
 
     The log-probs are those at `temperature`; with None the layers above the highest one asked for are skipped and they are 0. With
-    `adapter`, which must sit above all `layers`, they are those of its policy.
+    `adapter` states and log-probs are those of its policy; whose weights are all trained has no `layers`, as heads read the reference.
     `lower` holds the states of these groups already, so that only the layers above them run. Sequences stand in the order of groups
     and their responses.
     """
+    if isinstance(adapter, FullWeights):
+        assert not layers and lower is None, "heads read the reference's states"
     model, adapter = policy_of(model, adapter)
     for layer in layers:
         if not 0 <= layer <= model.config.num_layers:

@@ -21,7 +21,7 @@ from engine.config import SAMPLING, IterativeConfig, RunConfig, check, fit, poli
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
-from engine.full import FullWeights, Weights, copy_of, save_weights
+from engine.full import FullWeights, Weights, copy_of, is_saved, save_weights
 from engine.lora import Adapter, first_layer
 from engine.memory import Plan, keep_freed_memory, kept_states_bytes
 from engine.model import DTYPES, Decoder, ModelConfig
@@ -77,6 +77,7 @@ class Subject:
     """What sampling and scoring need: the loaded model, its scorers and the config's settings."""
 
     config: RunConfig
+    folder: Path  # the model's Hugging Face folder
     model: Decoder
     tokenizer: object
     scorers: Scorers
@@ -87,7 +88,9 @@ class Subject:
         """Load the weights."""
         network = model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device)
         stop_token_ids = stop_tokens(inputs.folder, inputs.tokenizer)
-        return Subject(config=config, model=network, tokenizer=inputs.tokenizer, scorers=scorers, stop_token_ids=stop_token_ids)
+        return Subject(
+            config=config, folder=inputs.folder, model=network, tokenizer=inputs.tokenizer, scorers=scorers, stop_token_ids=stop_token_ids
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,10 +325,12 @@ def sample_reference(job: Job) -> Reference:
         lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
     reference = reference_of(job, prompts, sampled, lower)
     row = next(r for r in metrics.read_rows(job.run.folder, "reference"))
+    # Runs of an earlier version hold one number.
+    gap = f"; {LogprobGap(**row['logprob_gap'])}" if isinstance(row["logprob_gap"], dict) else ""
     show = job.run.display
     show.line(
         f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
-        f"{row['mean_length']:.0f} tokens; {LogprobGap(**row['logprob_gap'])}"
+        f"{row['mean_length']:.0f} tokens{gap}"
     )
     for j, limit in enumerate(reference.limits):
         opening = constraints.opening(
@@ -352,9 +357,9 @@ def _check_samples_of(config: RunConfig, fingerprint: str) -> None:
         _, other = Run.read_config(config.samples_of)
         Run.check_model(config.samples_of, fingerprint)
         for name in SAMPLING:
-            if other.get(name) != getattr(config, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"--samples-of {config.samples_of}: it has {flag} {other.get(name)}, this run has {getattr(config, name)}.")
+            theirs, own = other.get(name, getattr(RunConfig, name)), getattr(config, name)
+            if theirs != own:
+                raise UserError(f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, this run has {own}.")
 
 
 def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerStates | None) -> Reference:
@@ -511,6 +516,7 @@ class World:
         )
 
         def compute(stage: Stage) -> Policy:
+            shutil.rmtree(self._folder(iteration), ignore_errors=True)
             trained = policy.fit(
                 stage, job.run, job.config, job.model, samples, target, self.adapter, anchor, train_on=self.deal(iteration)[0],
                 iteration=iteration,
@@ -530,6 +536,7 @@ class World:
         chosen = self.deal(iteration)[0][: config.ascent_prompts]
 
         def compute(stage: Stage) -> Policy:
+            shutil.rmtree(self._folder(iteration), ignore_errors=True)
             prompts = reference.prompts.select(chosen)
             sampled, lower = sample(job, stage, prompts, self.adapter, n=config.n_responses, purpose=ASCENT_PURPOSE + iteration, keep=True)
             scores = self.rescore(stage, prompts, sampled)
@@ -556,10 +563,13 @@ class World:
 
     def _end(self, trained: Policy, iteration: int) -> Policy:
         self.adapter.set_tensors(trained.adapter)
-        job = self.job
-        base, folder = job.config.model or DEFAULT_MODEL, job.run.folder / "adapters" / f"iteration-{iteration}"
-        save_weights(self.adapter, folder, base, model_folder(job.config.model))
+        if not is_saved(self._folder(iteration)):
+            save_weights(self.adapter, self._folder(iteration), self.job.config.model or DEFAULT_MODEL, self.job.folder)
         return trained
+
+    def _folder(self, iteration: int) -> Path:
+        """Of an iterate's weights."""
+        return self.job.run.folder / "adapters" / f"iteration-{iteration}"
 
     def measure_slack(self, policy: Policy, lam_J: Tensor, iteration: int) -> Slack:
         """Stage iteration-t/slack: roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (Algorithm 2, step 2)."""
@@ -601,7 +611,7 @@ class World:
             return False
         adapters = self.job.run.folder / "adapters"
         shutil.rmtree(adapters / f"rejected-{iteration}", ignore_errors=True)
-        (adapters / f"iteration-{iteration}").rename(adapters / f"rejected-{iteration}")
+        self._folder(iteration).rename(adapters / f"rejected-{iteration}")
         self.job.run.display.warn(
             f"iteration {iteration}: KL {slack.kl:.2f} nats passes --max-kl {self.job.config.max_kl}; stopped, and the iterate "
             "before it is kept"

@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from engine import config as configs
 from engine import constraints, dual, stages
 from engine.checkpoint import write_whole
-from engine.config import DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, smoke
+from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, smoke
 from engine.errors import NonFiniteError, UserError
 from engine.evaluate import Evaluation
 from engine.flags import parse_flags, suggest, take
@@ -102,6 +102,10 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
             for label in sweep.algorithms:
                 plan = _plan(sweep, preset, label, threshold, seed)
                 plans.setdefault(plan.folder, plan)
+    for name in SAMPLING:
+        if name != "seed" and len(values := {getattr(plan.config, name) for plan in plans.values()}) > 1:
+            shown = ", ".join(sorted(map(str, values)))
+            raise UserError(f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by itself.")
     known = {f.name for plan in plans.values() for f in fields(plan.config)}
     for name in _flag_names(sweep.flags):
         if name not in known:

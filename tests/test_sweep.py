@@ -94,6 +94,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
         (["--thresholds", "x"], "--thresholds x: must be a number"),
         (["--thresholds", "0.1,0.2"], "2 value\\(s\\) for 1 cost"),
         (["--algorithms", "caid:stps=3"], "unknown flag --stps"),
+        (["--algorithms", "caid", "mocan:tune=full,learning_rate=1e-5"], "--tune full, lora: the runs of a sweep share"),
         (["--", "--nonsense", "3"], "flag --nonsense behind --"),
         (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
         (["--", "--beta", "0"], "--beta 0"),

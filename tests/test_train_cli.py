@@ -22,7 +22,7 @@ RUN_FLAGS = """
     out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column system n-prompts n-responses
     max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps
     prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps weight-decay
-    clip-norm lora-rank lora-alpha lora-from max-kl memory-budget-mb checkpoint-every eval-prompts eval-responses
+    clip-norm tune lora-rank lora-alpha lora-from max-kl memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
