@@ -220,15 +220,6 @@ def decode_attention(
     return out.flatten(1)
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [R, K] times weight [N, K] transposed, plus bias [N]; float32 on the CPU. weight is read once at the speed of memory."""
-    out = x.new_empty(len(x), len(weight))
-    _native.few_rows(
-        x.detach().contiguous(), weight.detach(), None if bias is None else bias.detach(), out, torch.get_num_threads(), instructions[0]
-    )
-    return out
-
-
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(x + delta, or x itself, and its RMS norm times weight); x, delta float32 [R, N] on the CPU. See `kernels.layer`."""
     x = x.detach().contiguous()
