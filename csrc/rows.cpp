@@ -18,6 +18,7 @@ namespace nb = nanobind;
 
 void bind_attention(nb::module_& m);
 void bind_layer(nb::module_& m);
+void bind_products(nb::module_& m);
 
 namespace {
 
@@ -348,4 +349,5 @@ NB_MODULE(_native, m) {
           nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
     bind_attention(m);
     bind_layer(m);
+    bind_products(m);
 }

@@ -1,10 +1,19 @@
 """Products with frozen matrices. In float32 on the CPU oneDNN, which is part of torch, does them: on processors on which MKL, torch's own
-choice there, leaves half of the arithmetic unused, that is up to twice as fast, and more with a few rows (LOG.md)."""
+choice there, leaves half of the arithmetic unused, that is up to twice as fast. A few rows go to compiled code (csrc/products.cpp), which
+reads the matrix once, as fast as memory gives it (LOG.md)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    from kernels import _native
+except ImportError:
+    _native = None
+
+INSTRUCTIONS = _native.instructions[0] if _native is not None and _native.instructions else None
+# From this number of rows on oneDNN, which reads the matrix in parts that stay in cache, is as fast.
+FEW_ROWS = {"avx512": 16, "avx2": 8}.get(INSTRUCTIONS, 0)
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
@@ -33,7 +42,17 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """`linear` without a gradient."""
     if not serves(x, weight):
         return F.linear(x, weight, bias)
+    if len(x) <= FEW_ROWS and not torch.compiler.is_compiling() and weight.is_contiguous():
+        return few_rows(x, weight, bias, INSTRUCTIONS)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instructions: str) -> Tensor:
+    """`times_transposed` for float32 on the CPU, weight contiguous: bit for bit the same for any number of rows and threads."""
+    out = x.new_empty(len(x), len(weight))
+    arrays = x.detach().contiguous(), weight.detach(), None if bias is None else bias.detach().contiguous(), out
+    _native.few_rows(*arrays, torch.get_num_threads(), instructions)
+    return out
 
 
 class _Linear(torch.autograd.Function):

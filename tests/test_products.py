@@ -12,7 +12,7 @@ def made(rows: int, width: int, columns: int, dtype=torch.float32):
     return (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (columns, width), (columns,)))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (64, 577, 129), (385, 576, 1536)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (16, 577, 129), (64, 577, 129), (385, 576, 1536)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_values_and_gradients_against_float64(shape, with_bias):
     x, weight, bias = made(*shape)
@@ -29,6 +29,35 @@ def test_values_and_gradients_against_float64(shape, with_bias):
         assert (got.detach().double() - want.detach()).abs().max() <= bound * max(1.0, float(want.detach().abs().max()))
     with torch.no_grad():
         assert torch.equal(products.linear(x, weight, bias), out) and torch.equal(products.linear(x, weight, bias), out)
+
+
+@pytest.mark.skipif(products.INSTRUCTIONS is None, reason="no compiled kernels")
+@pytest.mark.parametrize("width, columns", [(1, 1), (15, 2), (16, 3), (33, 7), (577, 64)])
+def test_few_rows_have_one_result_for_any_rows_threads_and_instructions(width, columns):
+    """And each instruction set's own is right; the sum of products of 1 has no rounding."""
+    x, weight, bias = made(19, width, columns)
+    threads = torch.get_num_threads()
+    for instructions in products._native.instructions:
+        whole = products.few_rows(x, weight, bias, instructions)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        assert (whole - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * width**0.5 * max(1.0, float(exact.abs().max()))
+        assert torch.equal(products.few_rows(x.sign(), weight.sign(), None, instructions), F.linear(x.sign(), weight.sign()))
+        assert torch.equal(whole, products.few_rows(x, weight, bias, products.INSTRUCTIONS))
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                for rows in (1, 3, 8, 9):
+                    assert torch.equal(products.few_rows(x[-rows:], weight, bias, instructions), whole[-rows:])
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not products.FEW_ROWS, reason="no compiled kernels")
+def test_few_rows_refuse_what_does_not_agree():
+    x, weight, bias = made(3, 6, 5)
+    for wrong in ((x[:, :5], weight, bias), (x, weight, bias[:4])):
+        with pytest.raises(ValueError, match="are wanted"):
+            products.few_rows(*wrong, products.INSTRUCTIONS)
 
 
 def test_strided_inputs_and_a_second_derivative():

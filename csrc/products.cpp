@@ -1,0 +1,190 @@
+// The product of a few rows with a large matrix: its elements are read once, at the speed of memory.
+//
+// Every output is summed in one order, that of its row and column alone: results are bit for bit the same for any number of threads and
+// rows, and for AVX2 and AVX-512.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "vectors.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// The sums of the lanes of R x C vectors, [R][C] in the order of rows: in the order of `lane_sum`, whatever the width.
+template <int W, int R, int C>
+INLINE void totals(const Floats<W> (&sums)[R][C][kLanes / W], float* out) {
+    for (int i = 0; i < R * C; ++i) {
+        float lanes[kLanes];
+        for (int v = 0; v < kLanes / W; ++v) store<W>(lanes + v * W, sums[i / C][i % C][v]);
+        out[i] = lane_sum(lanes);
+    }
+}
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vectors<16>::Ints{__VA_ARGS__})
+#endif
+
+// The same for sixteen vectors together: each step adds the halves of two vectors and packs them into one.
+INLINE void totals_of_sixteen(const Floats<16> (&sums)[8][2][1], float* out) {
+    Floats<16> x[16];
+    for (int r = 0; r < 8; ++r)
+        for (int c = 0; c < 2; ++c) x[r / 2 + 8 * (r % 2) + 4 * c] = sums[r][c][0];
+    for (int i = 0; i < 8; ++i) {
+        const Floats<16>&a = x[2 * i], &b = x[2 * i + 1];
+        x[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const Floats<16>&a = x[2 * i], &b = x[2 * i + 1];
+        x[i] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const Floats<16>&a = x[2 * i], &b = x[2 * i + 1];
+        x[i] = SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    const Floats<16>&a = x[0], &b = x[1];
+    store<16>(out, SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+                       SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31));
+}
+
+// How far ahead w is asked for, in floats: two rows side by side are too short for the processor to see where the reads go.
+constexpr int64_t kAhead = 2048;
+
+// The products of R packed rows with C rows of w: out[R][C].
+template <int W, int R, int C>
+INLINE void dots(const float* x, const float* w, int64_t width, float* out) {
+    constexpr int vectors = kLanes / W;
+    Floats<W> sums[R][C][vectors] = {};
+    const auto add = [&](const float* own, int64_t ldw) __attribute__((always_inline)) {
+        for (int v = 0; v < vectors; ++v) {
+            Floats<W> b[C];
+            for (int c = 0; c < C; ++c) b[c] = load<W>(own + c * ldw + v * W);
+            for (int r = 0; r < R; ++r) {
+                const Floats<W> a = load<W>(x + r * kLanes + v * W);
+                for (int c = 0; c < C; ++c) sums[r][c][v] += a * b[c];
+            }
+        }
+        x += R * kLanes;
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+        for (int c = 0; c < C; ++c) __builtin_prefetch(w + c * width + i + kAhead);
+        add(w + i, width);
+    }
+    if (i < width) {
+        float padded[C][kLanes] = {};
+        for (int c = 0; c < C; ++c) std::memcpy(padded[c], w + c * width + i, (width - i) * sizeof(float));
+        add(padded[0], kLanes);
+    }
+    if constexpr (W == 16 && R == 8 && C == 2) {
+        totals_of_sixteen(sums, out);
+    } else {
+        totals<W, R, C>(sums, out);
+    }
+}
+
+// All rows with C rows of w, which stay in cache from the first group of R rows to the last; out + r * ldo takes C numbers.
+template <int W, int R, int C>
+INLINE void columns(const float* packed, int64_t rows, const float* w, int64_t width, const float* bias, float* out, int64_t ldo) {
+    const int64_t group = R * kLanes * ((width + kLanes - 1) / kLanes);
+    for (int64_t first = 0; first < rows; first += R, packed += group) {
+        float own[R * C];
+        dots<W, R, C>(packed, w, width, own);
+        for (int64_t r = 0; r < R && first + r < rows; ++r)
+            for (int c = 0; c < C; ++c) out[(first + r) * ldo + c] = own[r * C + c] + (bias != nullptr ? bias[c] : 0.0f);
+    }
+}
+
+// [rows, width] to groups of R rows [width / lanes][R][lanes], filled up with zeros.
+std::vector<float> packed_rows(const float* x, int64_t rows, int64_t width, int R) {
+    const int64_t blocks = (width + kLanes - 1) / kLanes, groups = (rows + R - 1) / R;
+    std::vector<float> packed(groups * blocks * R * kLanes);
+    for (int64_t row = 0; row < rows; ++row) {
+        float* to = packed.data() + (row / R * blocks * R + row % R) * kLanes;
+        for (int64_t i = 0; i < width; i += kLanes, to += R * kLanes)
+            std::memcpy(to, x + row * width + i, std::min<int64_t>(kLanes, width - i) * sizeof(float));
+    }
+    return packed;
+}
+
+using Columns = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*, int64_t);
+
+struct Kernels {
+    int rows, columns;  // that go together
+    Columns several;
+    Columns one;
+};
+
+#define KERNELS(name, target, width, rows, count)                                                                                \
+    target void several_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias, float* out, int64_t ldo) { \
+        columns<width, rows, count>(x, n, w, k, bias, out, ldo);                                                                 \
+    }                                                                                                                            \
+    target void one_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias, float* out, int64_t ldo) {   \
+        columns<width, rows, 1>(x, n, w, k, bias, out, ldo);                                                                     \
+    }                                                                                                                            \
+    constexpr Kernels k_##name = {rows, count, several_##name, one_##name};
+
+#if defined(__x86_64__) || defined(__i386__)
+KERNELS(avx512, AVX512, 16, 8, 2)
+KERNELS(avx2, AVX2, 8, 4, 1)
+#else
+KERNELS(generic, , 4, 2, 1)
+#endif
+
+const Kernels& kernels_of(const std::string& instructions) {
+#if defined(__x86_64__) || defined(__i386__)
+    if (instructions == "avx512") return k_avx512;
+    if (instructions == "avx2") return k_avx2;
+#else
+    if (instructions == "generic") return k_generic;
+#endif
+    throw std::invalid_argument("this processor does not run these instructions");
+}
+
+using Matrix = nb::ndarray<float, nb::shape<-1, -1>, nb::device::cpu, nb::c_contig>;
+using Vector = nb::ndarray<float, nb::shape<-1>, nb::device::cpu, nb::c_contig>;
+
+void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out, int threads,
+              const char* instructions) {
+    const int64_t rows = x.shape(0), width = x.shape(1), count = weight.shape(0);
+    if (int64_t(weight.shape(1)) != width || int64_t(out.shape(0)) != rows || int64_t(out.shape(1)) != count ||
+        (bias && int64_t(bias->shape(0)) != count))
+        throw std::invalid_argument("x [R, K], weight [N, K], bias [N] and out [R, N] are wanted");
+    const Kernels& kernels = kernels_of(instructions);
+    const float *ws = weight.data(), *add = bias ? bias->data() : nullptr;
+    float* outs = out.data();
+    const int64_t together = kernels.columns, groups = (count + together - 1) / together;
+    nb::gil_scoped_release release;
+    const std::vector<float> packed = packed_rows(x.data(), rows, width, kernels.rows);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * together, end = std::min(first + together, count);
+        if (end - first == together) {
+            kernels.several(packed.data(), rows, ws + first * width, width, add ? add + first : nullptr, outs + first, count);
+        } else {
+            for (int64_t c = first; c < end; ++c)
+                kernels.one(packed.data(), rows, ws + c * width, width, add ? add + c : nullptr, outs + c, count);
+        }
+    }
+}
+
+}  // namespace
+
+void bind_products(nb::module_& m) {
+    m.def("few_rows", &few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("threads"),
+          nb::arg("instructions"));
+}
