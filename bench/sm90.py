@@ -4,10 +4,11 @@
 Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0; another version only reports it.
 """
 
+import itertools
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -16,12 +17,26 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_forward, triton_rows
+from kernels import triton_decode, triton_forward, triton_rows, triton_sampling
 
 GATED = "3.6.0"
+DTYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place"), "*i64")
 SHARED_LIMIT = 232448
-TYPES = {"p_hidden": None, "p_weight": None, "p_bias": None, "p_jacobian": None, "p_target": "*i64"}
-SIZES = {"vocabulary", "rows", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "tiles_per_part"}
+INPUTS = {
+    "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value", "p_out", "p_raw"
+}  # fmt: skip
+TYPES = {
+    "p_target": "*i64",
+    "p_length": "*i64",
+    "p_offsets": "*i64",
+    "p_used": "*i64",
+    "p_token": "*i64",
+    "p_stream": "*i64",
+    "p_place": "*i64",
+}
+# Whole numbers: multiples of 16 in common models, and any.
+STRIDES = {"vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride"}
+COUNTS = {"rows", "tiles_per_part", "prompts", "longest", "room", "window", "parts", "heads"}
 
 
 @dataclass(frozen=True)
@@ -38,9 +53,14 @@ class Kernel:
 
 
 def kernels() -> list[Kernel]:
-    """Every configuration that the engine can launch on a GPU."""
+    """Every configuration that the tables and rules can choose."""
+    return loss_kernels() + decode_kernels() + sampling_kernels()
+
+
+def loss_kernels() -> list[Kernel]:
+    """Log-probs and losses."""
     found = []
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in DTYPES:
         for extra in (False, True):
             constants = {"HAS_BIAS": extra, "HAS_SOFTCAP": extra, "JACOBIAN": True, "BLOCK_V": triton_rows.TritonRows.MAX_BLOCK}
             name = f"rows{', bias, softcap' if extra else ''}"
@@ -54,8 +74,49 @@ def kernels() -> list[Kernel]:
                 name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{', bias, softcap' if extra else ''}"
                 found.append(Kernel(name, triton_forward.part_kernel, dtype, constants, blocks.warps, blocks.stages, True))
     join = {"PARTS": triton_forward.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
-    found.append(Kernel("join parts", triton_forward.join_kernel, "fp32", join, 4, 3, False))
+    # A count of 1 reaches a kernel as a constant.
+    for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):
+        found.append(Kernel(name, triton_forward.join_kernel, "fp32", constants, 4, 3, False))
     return found
+
+
+def decode_kernels() -> list[Kernel]:
+    """Decode attention: every tile of the rules for heads of 64, 128 and 256, with 4 query heads a key head and up to 256 prompts. Products
+    of 16 queries are mma.sync, in float32 no tensor core's."""
+    found = []
+    for dtype, width in itertools.product(DTYPES, (64, 128, 256)):
+        for extra in (False, True):
+            flags = {"HAS_SOFTCAP": extra, "HAS_WINDOW": extra, "UPCAST": False, "GROUP": 4, "WIDTH": width, "BLOCK_D": width}
+            suffix = ", softcap, window" if extra else ""
+            for tiles in sorted({triton_decode.prompt_tiles(width, DTYPES[dtype], queries) for queries in (16, 17)}):
+                constants = flags | {"BLOCK_P": 256, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
+                name = f"decode, prompts {tiles.queries}x{tiles.tokens}x{width}{suffix}"
+                found.append(Kernel(name, triton_decode.prompt_kernel, dtype, constants, tiles.warps, tiles.stages, tiles.queries >= 64))
+            tiles = triton_decode.own_tiles(width, DTYPES[dtype], 4)
+            constants = flags | {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
+            name = f"decode, own {tiles.queries}x{tiles.tokens}x{width}{suffix}"
+            found.append(Kernel(name, triton_decode.own_kernel, dtype, constants, tiles.warps, tiles.stages, False))
+    for dtype in DTYPES:
+        store = {"WIDTH": 128, "BLOCK": 1024}
+        found.append(Kernel("decode, store", triton_decode.store_kernel, dtype, store, 4, 3, False))
+    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16" and kernel.constants["WIDTH"] == 64]
+
+
+def sampling_kernels() -> list[Kernel]:
+    """Sampling from real vocabularies, of up to 64 parts."""
+    found = []
+    for dtype in DTYPES:
+        for greedy in (False, True):
+            constants = {"BLOCK": triton_sampling.PART, "GREEDY": greedy}
+            found.append(Kernel("sampling, parts" + ", greedy" * greedy, triton_sampling.part_kernel, dtype, constants, 8, 3, False))
+        found.append(Kernel("sampling, join", triton_sampling.join_kernel, dtype, {"BLOCK_PARTS": 64}, 1, 3, False))
+    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16"]
+
+
+def _single(kernel: Kernel) -> Kernel:
+    """With one row of one prompt in one part, counts that reach a kernel as constants."""
+    ones = {name: 1 for name in kernel.function.arg_names if name in ("rows", "prompts", "parts")}
+    return replace(kernel, name=kernel.name + ", one row", constants=kernel.constants | ones)
 
 
 def compiled(kernel: Kernel) -> dict[str, int]:
@@ -65,13 +126,15 @@ def compiled(kernel: Kernel) -> dict[str, int]:
     for i, name in enumerate(names):
         if name in kernel.constants:
             signature[name] = "constexpr"
+        elif name in INPUTS:
+            signature[name] = f"*{kernel.dtype}"
         elif name in TYPES:
-            signature[name] = TYPES[name] or f"*{kernel.dtype}"
+            signature[name] = TYPES[name]
         elif name.startswith("p_"):
             signature[name] = "*fp32"
         else:
-            signature[name] = "i32" if name in SIZES else "fp32"
-        if name.startswith("p_") or name in SIZES - {"rows", "tiles_per_part"}:
+            signature[name] = "i32" if name in STRIDES | COUNTS else "fp32"
+        if name.startswith("p_") or name in STRIDES:
             attrs[(i,)] = [["tt.divisibility", 16]]
     constants = {(names.index(name),): value for name, value in kernel.constants.items()}
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=attrs)

@@ -8,15 +8,27 @@ from torch import Tensor
 
 from engine.attention import attend
 from kernels import native
+from kernels.decode_attention import decode_attention, store
 
 
-def new_cache(kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> "Cache | SharedCache":
+def new_cache(kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> "AnyCache":
     """A cache for n rows per prompt, prompt-major, with room for `room` new tokens each.
 
     kept: per layer the prompts' rotated keys and values, packed [M, Hkv, d] by cu_seqlens [P+1].
     """
     key = kept[0][0]
-    return (SharedCache if native.serves(key.device, key.dtype) else Cache)(kept, cu_seqlens, n, room)
+    if native.serves(key.device, key.dtype):
+        return SharedCache(kept, cu_seqlens, n, room)
+    return (GpuCache if key.is_cuda and key.dtype != torch.float64 else Cache)(kept, cu_seqlens, n, room)
+
+
+def _by_prompt(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Packed x [M, Hkv, d] as [P, T, Hkv, d], zeros behind a prompt's end."""
+    length = cu_seqlens.diff().to("cpu", torch.int64)
+    prompts, longest = len(length), int(length.max())
+    row = torch.repeat_interleave(torch.arange(prompts), length)
+    slot = torch.arange(len(x)) - cu_seqlens[:-1].to("cpu", torch.int64)[row] + row * longest
+    return x.new_zeros(prompts * longest, *x.shape[1:]).index_copy_(0, slot.to(x.device), x).view(prompts, longest, *x.shape[1:])
 
 
 class Cache:
@@ -83,16 +95,13 @@ class SharedCache:
 
     def __init__(self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> None:
         self.length = cu_seqlens.diff().to(torch.int64)
-        prompts, longest = len(self.length), int(self.length.max())
+        prompts = len(self.length)
         self.owner = torch.arange(prompts).repeat_interleave(n)
         self.used = 0
-        row = torch.repeat_interleave(torch.arange(prompts), self.length)
-        slot = torch.arange(int(self.length.sum())) - cu_seqlens[:-1].to(torch.int64)[row] + row * longest
         self.prompts, self.rows = [], []
         for key, value in kept:
             heads, d = key.shape[1:]
-            grid = [x.new_zeros(prompts * longest, heads, d).index_copy_(0, slot, x).view(prompts, longest, heads, d) for x in (key, value)]
-            self.prompts.append((self._blocks(grid[0]), grid[1].transpose(1, 2).contiguous()))
+            self.prompts.append((self._blocks(_by_prompt(key, cu_seqlens)), _by_prompt(value, cu_seqlens).transpose(1, 2).contiguous()))
             blocks = -(-room // self.BLOCK)
             self.rows.append([
                 key.new_empty(prompts * n, heads, blocks, d, self.BLOCK), key.new_empty(prompts * n, heads, room, d)
@@ -122,3 +131,41 @@ class SharedCache:
         """See `Cache.keep`."""
         self.owner = self.owner[rows]
         self.rows = [[x.index_select(0, rows) for x in slab] for slab in self.rows]
+
+
+class GpuCache:
+    """On a GPU: a prompt's keys and values stand once for all its rows; attention by Triton. The host reads nothing of a step, so that a
+    CUDA graph of it can be replayed until rows are dropped."""
+
+    def __init__(self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> None:
+        device = kept[0][0].device
+        self.length = cu_seqlens.diff().to(device, torch.int64)
+        self.owner = torch.arange(len(self.length), device=device).repeat_interleave(n)
+        self.offsets = torch.arange(len(self.length) + 1, device=device) * n
+        self.used = torch.ones(1, dtype=torch.int64, device=device)  # with the token of this step
+        self.prompts = [[_by_prompt(x, cu_seqlens).transpose(1, 2).contiguous() for x in pair] for pair in kept]
+        self.rows = [[x.new_empty(len(self.owner), x.shape[1], room, x.shape[3]) for x in pair] for pair in self.prompts]
+
+    def attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, *,
+        scale: float | None = None, softcap: float | None = None, window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `Cache.attend`."""
+        store(*self.rows[index], key, value, self.used)
+        return decode_attention(
+            query, *self.prompts[index], self.length, self.offsets, *self.rows[index], self.used,
+            scale=scale, softcap=softcap, window=window,
+        )  # fmt: skip
+
+    def advance(self) -> None:
+        """See `Cache.advance`."""
+        self.used += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Cache.keep`; rows in ascending order."""
+        self.owner = self.owner[rows]
+        self.offsets = torch.searchsorted(self.owner, torch.arange(len(self.offsets), device=rows.device))
+        self.rows = [[x.index_select(0, rows) for x in slab] for slab in self.rows]
+
+
+AnyCache = Cache | SharedCache | GpuCache

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.architecture import ModelConfig, Rope
 from engine.attention import attend
-from engine.cache import Cache, SharedCache
+from engine.cache import AnyCache
 from engine.errors import UserError
 from engine.lora import Adapter
 from kernels.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         position: Tensor,
-        cache: Cache | SharedCache,
+        cache: AnyCache,
         fused: dict | None,
         tap: Tap | None = None,
         stop: int | None = None,
@@ -257,7 +257,7 @@ class Layer(nn.Module):
             mixed = mixed.index_select(0, layout.slot)
         return self._finish(hidden, mixed, lora), k, v
 
-    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Cache | SharedCache, index: int, lora: dict | None) -> Tensor:
+    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: AnyCache, index: int, lora: dict | None) -> Tensor:
         """The layer on one new token per row [R, D]."""
         c, qkv = self.config, self._project(hidden, cos, sin, lora)
         mixed = cache.attend(index, *qkv, scale=c.attention_scale, softcap=c.attention_softcap, window=self.window)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.cache import Cache, SharedCache, new_cache
+from engine.cache import AnyCache, GpuCache, new_cache
 from engine.data import prompt_key as hash_tokens
 from engine.errors import UserError
 from engine.full import Weights, policy_of
@@ -15,6 +15,11 @@ from engine.model import Decoder
 from engine.packing import LowerStates
 from engine.records import Rollouts
 from kernels.sampling import combine, sample
+
+# Rows that have ended are dropped once no more than this share of those side by side is left; a GPU pays for it with a new graph.
+KEPT, KEPT_ON_GPU = 0.85, 0.5
+# Steps of a GPU between two looks of the host.
+STEPS_UNSEEN = 8
 
 
 @dataclass
@@ -76,7 +81,7 @@ class _Rows:
     """
 
     def __init__(
-        self, hidden: Tensor, position: Tensor, key: Tensor, room: int, model: Decoder, cache: Cache | SharedCache, fused: dict | None,
+        self, hidden: Tensor, position: Tensor, key: Tensor, room: int, model: Decoder, cache: AnyCache, fused: dict | None,
         collector: _Collector | None, *, draw: Callable, stop: Tensor, min_new_tokens: int,
     ) -> None:  # fmt: skip
         rows, device = len(hidden), hidden.device
@@ -200,17 +205,27 @@ def generate(
 
 def _decode(made: _Rows, room: int, on_step: Callable[[int], None] | None) -> None:
     """Draw up to `room` tokens of each row; those drawn last are not fed."""
-    told = 0
+    told, graph, on_gpu = 0, None, isinstance(made.cache, GpuCache)
     made.draw()
-    for _ in range(1, room):
-        if on_step is not None:
-            on_step(int(made.length.sum()) - told)
-            told = int(made.length.sum())
-        if not made.alive.any():
-            return
-        if int(made.fed.sum()) <= 0.85 * len(made.fed):
-            made.drop()
+    for step in range(1, room):
+        if not on_gpu or step % STEPS_UNSEEN == 0:
+            if on_step is not None:
+                on_step(int(made.length.sum()) - told)
+                told = int(made.length.sum())
+            if not made.alive.any():
+                return
+            if int(made.fed.sum()) <= (KEPT_ON_GPU if on_gpu else KEPT) * len(made.fed):
+                made.drop()
+                graph = None
+        if graph is not None:
+            graph.replay()
+            continue
         made.feed()
         made.draw()
+        if made.hidden.is_cuda and on_gpu:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, computes nothing
+                made.feed()
+                made.draw()
     if on_step is not None:
         on_step(int(made.length.sum()) - told)

@@ -281,3 +281,61 @@ def check_dual_values(
     ):
         if value is not None:
             check_finite(name, value, False)
+
+
+def check_decode(
+    query: torch.Tensor,
+    prompt_keys: torch.Tensor,
+    prompt_values: torch.Tensor,
+    prompt_length: torch.Tensor,
+    owner_offsets: torch.Tensor,
+    own_keys: torch.Tensor,
+    own_values: torch.Tensor,
+    used: torch.Tensor,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+) -> None:
+    """The arguments of `decode_attention`, but for the values of tensors."""
+    check_tensor("query", query, (None, None, None), FLOATS, None)
+    (rows, heads, width), here, dtypes = query.shape, (query.device,), (query.dtype,)
+    check_tensor("prompt_keys", prompt_keys, (None, None, None, width), dtypes, here)
+    prompts, kv_heads = prompt_keys.shape[:2]
+    check_tensor("prompt_values", prompt_values, tuple(prompt_keys.shape), dtypes, here)
+    check_tensor("own_keys", own_keys, (rows, kv_heads, None, width), dtypes, here)
+    check_tensor("own_values", own_values, tuple(own_keys.shape), dtypes, here)
+    for name, value in (
+        ("prompt_keys", prompt_keys), ("prompt_values", prompt_values), ("own_keys", own_keys), ("own_values", own_values)
+    ):  # fmt: skip
+        if not value.is_contiguous():
+            raise ValueError(f"{name} has strides {list(value.stride())}: expected a contiguous tensor")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query has {heads} heads and prompt_keys {kv_heads}: expected a multiple")
+    check_tensor("prompt_length", prompt_length, (prompts,), (torch.int64,), here)
+    check_tensor("owner_offsets", owner_offsets, (prompts + 1,), (torch.int64,), here)
+    check_tensor("used", used, (1,), (torch.int64,), here)
+    if scale is not None:
+        check_positive("scale", scale)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, Integral) or window < 1):
+        raise ValueError(f"window = {window!r}: expected a whole number of tokens above 0")
+
+
+def check_decode_values(
+    query: torch.Tensor,
+    prompt_keys: torch.Tensor,
+    prompt_length: torch.Tensor,
+    owner_offsets: torch.Tensor,
+    own_keys: torch.Tensor,
+    used: torch.Tensor,
+) -> None:
+    """The values that `check_decode` leaves, where they may be read."""
+    if not readable(query, False):
+        return
+    longest, room, rows = prompt_keys.shape[2], own_keys.shape[2], len(query)
+    check_values("prompt_length", prompt_length, (prompt_length >= 0) & (prompt_length <= longest), f"a number in [0, {longest}]")
+    check_values("used", used, (used >= 1) & (used <= room), f"a number in [1, {room}]")
+    first, last = int(owner_offsets[0]), int(owner_offsets[-1])
+    if (first, last) != (0, rows) or not bool((owner_offsets.diff() >= 0).all()):
+        raise ValueError(f"owner_offsets = {owner_offsets.tolist()}: expected numbers that start at 0, never decrease and end at {rows}")

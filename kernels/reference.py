@@ -624,3 +624,32 @@ def tilted_moments(
     spread = utility - mean_PJ[:, None]
     hessian = torch.einsum("pgj,pgk->jk", spread * w[..., None], spread) / (prompts * beta)
     return DualMoments(value, mean_PJ.mean(0), hessian, 1 / w.square().sum(1))
+
+
+def decode_attention(
+    query: torch.Tensor, prompt_keys: torch.Tensor, prompt_values: torch.Tensor, prompt_length: torch.Tensor, owner_offsets: torch.Tensor,
+    own_keys: torch.Tensor, own_values: torch.Tensor, used: torch.Tensor, *, scale: float | None = None, softcap: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`kernels.decode_attention.decode_attention` in plain torch on any device, with the same arguments, which are checked already; float32
+    arithmetic (float64 for float64 inputs)."""
+    (rows, heads, width), (kv_heads, room) = query.shape, own_keys.shape[1:3]
+    dtype, longest = statistics_dtype(query.dtype), prompt_keys.shape[2]
+    owner = torch.searchsorted(owner_offsets[1:], torch.arange(rows, device=query.device), right=True)
+    length = prompt_length[owner][:, None]
+    slot = torch.arange(longest + room, device=query.device)[None]
+    own = slot >= longest
+    position = torch.where(own, slot - longest + length, slot)
+    seen = torch.where(own, slot - longest < used, slot < length)
+    if window is not None:
+        seen &= position >= length + used - window
+    keys, values = (
+        torch.cat([prompt[owner], mine], 2).to(dtype).masked_fill(~seen[:, None, :, None], 0)
+        for prompt, mine in ((prompt_keys, own_keys), (prompt_values, own_values))
+    )
+    grouped = query.to(dtype).view(rows, kv_heads, heads // kv_heads, width)
+    scores = grouped @ keys.transpose(2, 3) * (width**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weight = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(3)
+    return (weight @ values).reshape(rows, heads * width).to(query.dtype)

@@ -14,9 +14,10 @@ def sample(
     """One token per row: the one with the largest mass / E, its E exponential and dependent on (key, step, token) alone. This is Gumbel's
     maximum; a change of rounding changes the token only where the two best lie within it.
 
-    logits: float [R, V]; key: int64 [R]; step: a number, or int64 [1] on the device. Returns token int64 [R], logprob float32 [R] (of the
-    processed distribution: temperature, then top-k, then top-p), model_logprob float32 [R] (of temperature alone). top_k 0 and top_p 1
-    are off. temperature 0 is greedy: logprob 0, model_logprob at temperature 1.
+    logits: float [R, V]; key: int64 [R]; step: an int, or an int64 tensor [] or [1] beside the key, which the host does not read, so that a
+    captured graph takes the next step. Returns token int64 [R], logprob float32 [R] (of the processed distribution: temperature,
+    then top-k, then top-p), model_logprob float32 [R] (of temperature alone). top_k 0 and top_p 1 are off. temperature 0 is greedy:
+    logprob 0, model_logprob at temperature 1.
 
     Raises: ValueError naming the argument, its value and what is accepted.
     """
@@ -28,6 +29,14 @@ def sample(
         raise ValueError(f"top_p {top_p}: must lie in (0, 1].")
     if top_k < 0:
         raise ValueError(f"top_k {top_k}: must be at least 0.")
+    if logits.is_cuda and (temperature == 0 or (top_k == 0 and top_p == 1)):
+        from kernels import triton_sampling
+
+        if temperature == 0:
+            token, model_logprob = triton_sampling.sample_rows(logits, None, 1.0)
+            return token, torch.zeros_like(model_logprob), model_logprob
+        token, logprob = triton_sampling.sample_rows(logits, stream(key, step), temperature)
+        return token, logprob, logprob.clone()
     z = logits.float()
     if temperature == 0:
         token = z.argmax(dim=1)
@@ -49,13 +58,13 @@ def sample(
 
 
 def stream(key: Tensor, step: int | Tensor) -> Tensor:
-    """int64 [R] that names the random numbers of (key, step); key: int64 [R]."""
-    step = torch.as_tensor(step, dtype=torch.int64, device=key.device)
+    """int64 [R] that names the random numbers of (key, step); key: int64 [R]; step: an int, or an int64 tensor [] or [1]."""
+    step = step if isinstance(step, Tensor) else torch.full_like(key, step)
     return _mix(_mix(key) + step * -7046029254386353131)
 
 
 def uniform(key: Tensor, step: int | Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64 [R], from int64 keys [R] and a step number."""
+    """Uniform numbers in (0, 1), float64 [R], of (key, step), see `stream`."""
     return (stream(key, step) >> 11 & (1 << 53) - 1).double() * 2.0**-53 + 2.0**-54
 
 

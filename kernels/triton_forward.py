@@ -103,13 +103,14 @@ def part_kernel(
 
 @triton.jit
 def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # int64 here, not by rows.to(): a single row is a constant of the compiler's.
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < rows
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     z_y = tl.full([BLOCK], float("-inf"), tl.float32)
     for i in range(PARTS):
-        at = i * rows.to(tl.int64) + o
+        at = i * rows + o
         part_max = tl.load(p_max + at, mask=inside, other=float("-inf"))
         part_sum = tl.load(p_sum + at, mask=inside, other=0.0)
         z_y = tl.maximum(z_y, tl.load(p_target_logit + at, mask=inside, other=float("-inf")))

@@ -1,11 +1,23 @@
 """The ops on a GPU: values and gradients against float64 on the CPU, no waiting host, and a captured graph that takes a new lambda."""
 
+import math
+
 import pytest
 import torch
+from test_decode_attention import OPTIONS, assert_as_good_as_torch
+from test_decode_attention import problem as decode_problem
 from test_kernels_loss_head import PAIRS, policy, problem
 from test_kernels_reference import dense_dpo, preference_gradients
 
-from kernels import lagrangian_preference_loss, reference, sequence_logprob
+from engine import rollout
+from engine.lora import Adapter
+from engine.model import load
+from engine.packing import Group, LowerStates
+from engine.rollout import States, generate
+from engine.score import logprob_gap
+from kernels import lagrangian_preference_loss, reference, sample, sequence_logprob
+from kernels.decode_attention import decode_attention, store
+from kernels.sampling import exponential, stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -92,3 +104,162 @@ def test_a_captured_graph_takes_a_new_lambda():
     labels["lam"].copy_(torch.tensor([3.0, 0.1]))
     graph.replay()
     torch.testing.assert_close(captured, step())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width,heads,kv_heads", [(64, 9, 3), (80, 4, 4), (128, 16, 2), (256, 8, 1)])
+@pytest.mark.parametrize("options", OPTIONS[:1] + [{"window": 300}, {"softcap": 5.0, "window": 20}], ids=str)
+def test_decode_attention_against_float64(dtype, width, heads, kv_heads, options):
+    """Both block sizes of queries: prompts of one row, of none, of 8 and of 40."""
+    for groups in ((1, 0, 1), (8, 0, 40)):
+        data = decode_problem(groups, (700, 9, 130), heads, kv_heads, width, room=200, used=131, dtype=dtype, device="cuda")
+        got = decode_attention(**data, **options)
+        assert_as_good_as_torch(got, data, options)
+        assert torch.equal(got, decode_attention(**data, **options))
+
+
+def test_a_captured_decode_step_takes_new_counts_rows_and_caches():
+    data = decode_problem((2, 3, 0), (40, 7, 19), room=150, used=1, dtype=torch.bfloat16, device="cuda")
+    key, value = torch.randn(2, 5, 2, 16, device="cuda", dtype=torch.bfloat16)
+    own = data["own_keys"], data["own_values"]
+
+    def step() -> torch.Tensor:
+        store(*own, key, value, data["used"])
+        return decode_attention(**data, window=60)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for used, offsets in ((2, [0, 2, 5, 5]), (3, [0, 0, 1, 5]), (100, [0, 5, 5, 5])):
+        data["used"].fill_(used)
+        data["owner_offsets"].copy_(torch.tensor(offsets))
+        for slab in own:
+            slab[:, :, : used - 1] = torch.randn_like(slab[:, :, : used - 1])
+            slab[:, :, used - 1 :] = torch.nan
+        data["query"].normal_()
+        graph.replay()
+        assert_as_good_as_torch(captured, data, {"window": 60})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [7, 5003, 151936])
+def test_sampling_is_that_of_the_cpu(dtype, columns):
+    logits = (torch.randn(64, columns, generator=torch.Generator().manual_seed(columns)) * 3).to(dtype)
+    key = torch.arange(64)
+    for temperature in (1.0, 0.7, 0):
+        got = sample(logits.cuda(), key=key.cuda(), step=torch.tensor([5]).cuda(), temperature=temperature)
+        want = sample(logits, key=key, step=5, temperature=temperature)
+        same = got[0].cpu() == want[0]
+        if temperature:
+            race = (logits.double() / temperature - exponential(stream(key, 5), columns).log()).topk(2).values
+            near = race[:, 0] - race[:, 1] < 1e-5
+        else:  # equal logits in 16 bits: another of the likeliest may be taken
+            near = logits.gather(1, got[0].cpu()[:, None])[:, 0] == logits.amax(1)
+        assert bool((same | near).all()) and (temperature == 0 or int(same.sum()) >= 62)
+        for a, b in zip(got[1:], want[1:], strict=True):
+            torch.testing.assert_close(a.cpu()[same], b[same], rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_distribution():
+    logits, rows = torch.randn(1000, generator=torch.Generator().manual_seed(0)).cuda(), 200_000
+    token, logprob, _ = sample(logits.expand(rows, -1), key=torch.arange(rows).cuda(), step=3, temperature=0.8)
+    p = (logits.double() / 0.8).softmax(0)
+    statistic = ((torch.bincount(token, minlength=1000) - rows * p) ** 2 / (rows * p)).sum().item()
+    assert statistic < 999 + 5 * math.sqrt(2 * 999)
+    torch.testing.assert_close(logprob.double(), p[token].log(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_captured_sampling_step_takes_a_new_step_and_logits():
+    logits, key, step = torch.randn(8, 5003).cuda(), torch.arange(8).cuda(), torch.tensor([0]).cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        sample(logits, key=key, step=step)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sample(logits, key=key, step=step)
+    step.fill_(4)
+    logits.normal_()
+    graph.replay()
+    for a, b in zip(captured, sample(logits, key=key, step=4), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_host_never_waits_in_a_decode_step():
+    data = decode_problem(device="cuda", used=2)
+    key, value = torch.zeros(2, 5, 2, 16, device="cuda")
+    logits, keys, step = torch.randn(5, 1000).cuda(), torch.arange(5).cuda(), torch.tensor([1]).cuda()
+
+    def decode() -> None:
+        store(data["own_keys"], data["own_values"], key, value, data["used"])
+        decode_attention(**data)
+        for temperature in (0, 0.7):
+            sample(logits, key=keys, step=step, temperature=temperature)
+
+    decode()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
+SAMPLING = dict(n=12, max_new_tokens=30, temperature=0.9, seed=5, stop_token_ids=(2, *range(50, 65)))
+
+
+def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
+    """Rows end at different steps, so that graphs are captured again; tokens may part only where rounding decides."""
+    there, here = load(tiny_folder, device="cuda"), load(tiny_folder)
+    adapter, other = (Adapter.on(model, rank=2, alpha=4.0, share=0.5, seed=0) for model in (there, here))
+    with torch.no_grad():
+        for up, twin in zip(other.up.values(), adapter.up.values(), strict=True):
+            up.normal_(generator=torch.Generator().manual_seed(0))
+            twin.copy_(up)
+    states, expected_states = (States([0, 2], LowerStates(2)) for _ in range(2))
+    got = generate(there, PROMPTS, adapter=adapter, states=states, **SAMPLING)
+    expected = generate(here, PROMPTS, adapter=other, states=expected_states, **SAMPLING)
+    same = (got.tokens == expected.tokens).all(1)
+    assert int(same.sum()) >= 34 and torch.equal(got.length[same], expected.length[same])
+    torch.testing.assert_close(got.model_logprob[same], expected.model_logprob[same], rtol=0, atol=1e-3)
+    for layer in (0, 2):
+        torch.testing.assert_close(states.pooled[layer][same], expected_states.pooled[layer][same], rtol=0, atol=1e-3)
+    for r in same.nonzero()[:, 0].tolist():
+        torch.testing.assert_close(states.lower.response[r].cpu(), expected_states.lower.response[r], rtol=0, atol=1e-3)
+    again = generate(there, PROMPTS, adapter=adapter, **SAMPLING)
+    assert torch.equal(again.tokens, got.tokens)
+
+
+def test_16_bit_log_probs_of_the_sampler_are_near_those_of_the_training_forward(tiny_folder):
+    model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
+    made = generate(model, PROMPTS, **SAMPLING)
+    groups = [
+        Group(prompt, [made.tokens[r, : made.length[r]].tolist() for r in range(12 * p, 12 * p + 12)], list(range(12 * p, 12 * p + 12)))
+        for p, prompt in enumerate(PROMPTS)
+    ]
+    gap = logprob_gap(model, groups, made, temperature=0.9, memory_budget_bytes=2**26)
+    assert gap.mean < 0.02 and gap.kl < 1e-3
+
+
+def test_the_host_never_waits_for_a_step_of_decoding(tiny_folder, monkeypatch):
+    model, decode = load(tiny_folder, dtype=torch.bfloat16, device="cuda"), rollout._decode
+
+    def watched(made, room, on_step):
+        made.draw()
+        made.feed()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            made.draw()
+            made.feed()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        decode(made, room - 2, on_step)
+
+    monkeypatch.setattr(rollout, "_decode", watched)
+    assert generate(model, PROMPTS, states=States([1], None), **SAMPLING).length.max() > 2

@@ -1,0 +1,234 @@
+"""Decode attention against dense float64 attention, row by row: the torch twin, and the Triton kernels in Triton's interpreter.
+
+The interpreter runs in a process of its own, because Triton chooses it on import.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.decode_attention import decode_attention, store
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
+compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter cannot")
+
+
+def problem(groups=(2, 0, 3), length=(20, 9, 5), heads=4, kv_heads=2, width=16, room=8, used=5, dtype=torch.float32, device="cpu") -> dict:
+    """Rows of ragged prompts; what is not stored yet is NaN."""
+    rows, prompts, generator = sum(groups), len(groups), torch.Generator().manual_seed(0)
+    shapes = {
+        "query": (rows, heads, width),
+        "prompt_keys": (prompts, kv_heads, max(length), width),
+        "prompt_values": (prompts, kv_heads, max(length), width),
+        "own_keys": (rows, kv_heads, room, width),
+        "own_values": (rows, kv_heads, room, width),
+    }
+    data = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in ("keys", "values"):
+        for p, n in enumerate(length):
+            data[f"prompt_{name}"][p, :, n:] = torch.nan
+        data[f"own_{name}"][:, :, used:] = torch.nan
+    data = {name: x.to(device, dtype) for name, x in data.items()}
+    offsets = torch.tensor([0, *groups]).cumsum(0)
+    return data | {
+        name: torch.as_tensor(x, device=device)
+        for name, x in (("prompt_length", list(length)), ("owner_offsets", offsets), ("used", [used]))
+    }
+
+
+def dense(data: dict, scale=None, softcap=None, window=None) -> torch.Tensor:
+    """Row by row and head by head, float64."""
+    query, offsets, used = data["query"], data["owner_offsets"].tolist(), int(data["used"])
+    heads, width = query.shape[1:]
+    group = heads // data["own_keys"].shape[1]
+    out = torch.empty(query.shape, dtype=torch.float64)
+    for p, n in enumerate(data["prompt_length"].tolist()):
+        for r in range(offsets[p], offsets[p + 1]):
+            for h in range(heads):
+                k, v = (
+                    torch.cat([data[f"prompt_{x}"][p, h // group, :n], data[f"own_{x}"][r, h // group, :used]]).double().cpu()
+                    for x in ("keys", "values")
+                )
+                if window is not None:
+                    k, v = k[-window:], v[-window:]
+                scores = k @ query[r, h].double().cpu() * (width**-0.5 if scale is None else scale)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[r, h] = scores.softmax(0) @ v
+    return out.flatten(1)
+
+
+def assert_as_good_as_torch(got: torch.Tensor, data: dict, options: dict) -> None:
+    """At most twice the error of the twin in this dtype, one more rounding and float32's exponentials, relative to the largest output."""
+    exact, plain = dense(data, **options), reference.decode_attention(**data, **options)
+    assert got.dtype == data["query"].dtype and got.shape == exact.shape
+    error, bound = ((x.double().cpu() - exact).abs().max().item() / exact.abs().max().item() for x in (got, plain))
+    slack = torch.finfo(got.dtype).eps + 4 * torch.finfo(torch.float32).eps
+    assert error <= 2 * bound + slack, f"{error} against {bound}"
+
+
+WINDOWS = [None, 2, 5, 6, 12, 100]
+OPTIONS = [{"window": window} for window in WINDOWS] + [{"softcap": 0.7, "scale": 0.4}, {"softcap": 1.5, "window": 12}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_twin_is_dense_attention(options):
+    data = problem(dtype=torch.float64)
+    torch.testing.assert_close(decode_attention(**data, **options), dense(data, **options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_twin_rounds_once(dtype):
+    data = problem(dtype=dtype)
+    torch.testing.assert_close(decode_attention(**data), dense(data).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups,length", [((0, 0, 0), (4, 4, 4)), ((0, 2, 0), (3, 0, 1)), ((1,), (1,))], ids=str)
+def test_twin_of_few_rows_and_empty_prompts(groups, length):
+    data = problem(groups, length, used=1, dtype=torch.float64)
+    torch.testing.assert_close(decode_attention(**data), dense(data), rtol=1e-12, atol=1e-12)
+
+
+def test_store_puts_the_token_before_the_count():
+    own, data = [torch.full((2, 3, 4, 5), torch.nan) for _ in range(2)], torch.randn(2, 2, 3, 5)
+    for used in (1, 4):
+        store(*own, *data, torch.tensor([used]))
+        for slab, x in zip(own, data, strict=True):
+            assert torch.equal(slab[:, :, used - 1], x)
+    assert own[0].isnan().sum() == own[1].isnan().sum() == 2 * 3 * 2 * 5
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"prompt_values": torch.zeros(3, 2, 19, 16)}, "prompt_values has shape"),
+        ({"own_keys": torch.zeros(5, 1, 8, 16)}, "own_keys has shape"),
+        ({"own_keys": torch.zeros(5, 2, 16, 8).transpose(2, 3)}, "own_keys has strides"),
+        ({"query": torch.zeros(5, 3, 16)}, "query has 3 heads"),
+        ({"query": torch.zeros(5, 4, 16, dtype=torch.float16)}, "prompt_keys has dtype"),
+        ({"used": torch.tensor([9])}, "used"),
+        ({"used": torch.tensor(5)}, "used has shape"),
+        ({"prompt_length": torch.tensor([20, 21, 5])}, "prompt_length"),
+        ({"owner_offsets": torch.tensor([0, 3, 2, 5])}, "owner_offsets"),
+        ({"owner_offsets": torch.tensor([0, 2, 2, 4])}, "owner_offsets"),
+        ({"window": 0}, "window = 0"),
+        ({"softcap": -1.0}, "softcap = -1"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**problem() | change)
+
+
+def test_parts_fill_the_processors_and_are_not_too_short():
+    triton_decode = pytest.importorskip("kernels.triton_decode", reason="needs triton")
+    for programs, longest, window, parts in ((1, 4096, None, 32), (8, 4096, None, 32), (64, 4096, None, 4), (64, 4096, 200, 2),
+                                             (500, 4096, None, 1), (1, 100, None, 1), (1, 0, None, 1)):  # fmt: skip
+        assert triton_decode.parts_of(longest, window, programs) == parts
+
+
+@compiled
+def test_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@compiled
+def test_kernels_compile_for_sm_90():
+    pytest.importorskip("triton")
+    from bench import sm90
+
+    chosen = [x for x in sm90.decode_kernels() if x.dtype == "bf16" and x.constants["WIDTH"] == 64 and "softcap" not in x.name]
+    assert len(chosen) == 6
+    for kernel in chosen:
+        assert not sm90.failures(kernel, sm90.compiled(kernel)), kernel
+
+
+@pytest.fixture
+def poisoned():
+    """torch fills what it allocates with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def by_triton(data: dict, scale=None, softcap=None, window=None, **plan) -> torch.Tensor:
+    from kernels import triton_decode
+
+    plan = {"shared": triton_decode.INTERPRETED, "own": triton_decode.INTERPRETED} | plan
+    return triton_decode.decode_attention(**data, scale=scale, softcap=softcap, window=window, **plan)
+
+
+@interpreted
+@pytest.mark.parametrize("options,parts", [({}, 1)] + [(x, 3) for x in OPTIONS], ids=str)
+def test_interpreted_options(options, parts, poisoned):
+    """Windows within the own tokens, at their edge, in the prompt and past it; parts with and without tokens."""
+    data = problem((1, 0, 2), (40, 9, 17), kv_heads=1, heads=2)
+    assert_as_good_as_torch(by_triton(data, **options, parts=parts), data, options)
+
+
+SHAPES = {
+    "one row each, used 1": dict(groups=(1, 1, 1), used=1),
+    "all room used": dict(used=24, room=24),
+    "MHA, groups of 1 and 8": dict(groups=(1, 8), length=(3, 17), kv_heads=2, heads=2),
+    "several blocks of queries": dict(groups=(0, 5, 1, 0, 4), length=(5, 18, 1, 3, 16), kv_heads=1, heads=5),
+    "a prompt of no tokens": dict(groups=(1, 2), length=(0, 4)),
+    "d 80": dict(width=80, kv_heads=1, heads=3),
+    "d 8": dict(width=8, kv_heads=1),
+    "more heads a key head than 16": dict(groups=(1, 2), length=(4, 2), kv_heads=1, heads=17),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_interpreted_shapes(shape, poisoned):
+    from kernels import triton_decode
+
+    data = problem(**shape)
+    group = data["query"].shape[1] // data["own_keys"].shape[1]
+    own = triton_decode.INTERPRETED._replace(queries=16 if group <= 16 else 32)
+    assert_as_good_as_torch(by_triton(data, parts=2, own=own), data, {})
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 256])
+def test_interpreted_dtypes_by_the_rules(dtype, width, poisoned):
+    """Tiles and parts as on a GPU."""
+    data = problem((2, 0, 6), (70, 9, 150), heads=3, kv_heads=1, width=width, room=70, used=66, dtype=dtype)
+    assert_as_good_as_torch(by_triton(data, shared=None, own=None, window=90), data, {"window": 90})
+
+
+@interpreted
+def test_interpreted_twice_is_bitwise_equal():
+    data = problem((1, 2), (40, 17), dtype=torch.bfloat16)
+    assert torch.equal(by_triton(data, parts=2), by_triton(data, parts=2))
+
+
+@interpreted
+def test_interpreted_large_scores():
+    """Far beyond what exp takes without a maximum, in the prompt and in the own tokens."""
+    data = problem(dtype=torch.float32)
+    data["prompt_keys"] *= 300
+    data["own_keys"][0] *= 600
+    assert_as_good_as_torch(by_triton(data, parts=2), data, {})
+
+
+@interpreted
+def test_interpreted_store():
+    from kernels import triton_decode
+
+    own, data = torch.full((2, 2, 3, 4, 5), torch.nan), torch.randn(2, 2, 3, 5)
+    twin = own.clone()
+    for used in (1, 4):
+        triton_decode.store(*own, *data, torch.tensor([used]))
+        store(*twin, *data, torch.tensor([used]))
+    assert torch.equal(own.nan_to_num(7), twin.nan_to_num(7))

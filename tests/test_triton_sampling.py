@@ -1,0 +1,168 @@
+"""The Triton sampling kernels in Triton's interpreter, against float64 and the plain torch path; and a compile for sm_90.
+
+The interpreter runs in a process of its own, because Triton chooses it on import.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from kernels import sample  # noqa: E402
+from kernels.sampling import combine, exponential, stream  # noqa: E402
+from kernels.triton_sampling import _log_exponential  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
+compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter cannot")
+
+
+@triton.jit
+def write_log_exponential(p_stream, p_out, COUNT: tl.constexpr):
+    o = tl.arange(0, COUNT)
+    tl.store(p_out + o, _log_exponential(o, tl.load(p_stream)))
+
+
+def by_triton(logits, streams, temperature=1.0, part=4096):
+    from kernels import triton_sampling
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_sampling, "PART", part)
+        return triton_sampling.sample_rows(logits, streams, temperature)
+
+
+def logits_of(rows: int, columns: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)) * scale
+
+
+def exact_logprob(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return logits.double().log_softmax(1).gather(1, token[:, None])[:, 0]
+
+
+@compiled
+def test_interpreter():
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@compiled
+def test_kernels_compile_for_sm_90():
+    from bench import sm90
+
+    for kernel in sm90.sampling_kernels():
+        if kernel.dtype == "bf16":
+            assert not sm90.failures(kernel, sm90.compiled(kernel)), kernel
+
+
+@interpreted
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("columns,part", [(7, 4096), (1000, 4096), (1000, 128), (5003, 4096), (5003, 1024)])
+def test_tokens_and_log_probs_are_those_of_plain_torch(columns, part, temperature, monkeypatch):
+    logits, key = logits_of(8, columns), torch.arange(8)
+    token, logprob = by_triton(logits, stream(key, 3), temperature, part)
+    exact = logits.double() / temperature
+    race = (exact - exponential(stream(key, 3), columns).log()).topk(2).values
+    assert (race[:, 0] - race[:, 1]).amin() > 1e-5, "no row of this seed may depend on rounding"
+    monkeypatch.setattr("kernels.native.available", False)
+    twin, twin_logprob, _ = sample(logits, key=key, step=3, temperature=temperature)
+    assert torch.equal(token, twin)
+    torch.testing.assert_close(logprob, twin_logprob, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logprob.double(), exact_logprob(exact, token), rtol=1e-6, atol=1e-6)
+
+
+@interpreted
+def test_exponential_numbers_are_those_of_plain_torch():
+    seen = []
+    for streams in (stream(torch.arange(40), 1), torch.tensor([0, -1, 1 << 40])):
+        for i in range(len(streams)):
+            out = torch.empty(1024)
+            write_log_exponential[(1,)](streams[i : i + 1], out, COUNT=1024)
+            torch.testing.assert_close(out.double(), exponential(streams[i : i + 1], 1024)[0].log(), rtol=1e-6, atol=2e-6)
+            seen.append(out.exp())
+    # Both ways of making them, and the ends of each.
+    seen = torch.cat(seen)
+    assert seen.amin() < 1e-4 and seen.amax() > 9 and ((seen > 0.28) & (seen < 0.29)).sum() > 100
+
+
+def chi_square(token: torch.Tensor, bins: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
+    """Of drawn tokens against p [V], tokens summed by bins [V]."""
+    expected = torch.zeros(int(bins.max()) + 1, dtype=torch.float64).index_add_(0, bins, p) * len(token)
+    counts = torch.bincount(bins[token], minlength=len(expected)).double()
+    return float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
+
+
+@interpreted
+@pytest.mark.parametrize("columns,part,rows", [(7, 8, 120), (1000, 512, 50), (5003, 4096, 40)])
+def test_distribution(columns, part, rows):
+    logits = logits_of(1, columns, 1.5)
+    p = (logits[0].double() / 0.8).softmax(0)
+    # The tokens of the shortest row, bins of about equal mass of the others.
+    bins = torch.arange(columns) if columns < 10 else (p.cumsum(0) * 4).long().unique(return_inverse=True)[1]
+    token, _ = by_triton(logits.expand(rows, -1), stream(combine(7, torch.arange(rows)), 3), 0.8, part)
+    statistic, degrees = chi_square(token, bins, p)
+    assert statistic < degrees + 5 * math.sqrt(2 * degrees)
+
+
+@interpreted
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_token_without_mass_is_never_drawn(step):
+    only = torch.tensor([0, 31, 32, 50, 69])
+    logits = torch.full((5, 70), -torch.inf)
+    logits[:, 5] = -200.0  # exp(-197) is 0 in float32
+    logits[torch.arange(5), only] = -3.0
+    token, logprob = by_triton(logits, stream(torch.arange(5), step), part=32)
+    assert torch.equal(token, only) and bool((logprob == 0).all())
+
+
+@interpreted
+def test_offset_of_2_to_the_24_changes_nothing():
+    # Multiples of 2 stay exact under this offset.
+    logits, streams = (logits_of(6, 100).round() * 2).clamp(-20, 20), stream(torch.arange(6), 1)
+    for a, b in zip(by_triton(logits, streams, part=32), by_triton(logits + 2.0**24, streams, part=32), strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 40, 69])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
+    logits = logits_of(4, 70)
+    logits[1, place] = bad
+    logits[2] = -torch.inf
+    token, logprob = by_triton(logits, stream(torch.arange(4), 0), part=32)
+    assert logprob.isnan().tolist() == [False, True, True, False] and token[1:3].tolist() == [0, 0]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_and_rows_apart(dtype):
+    padded, streams = logits_of(5, 96).to(dtype), stream(torch.arange(5), 2)
+    padded[:, 70:] = 100
+    for a, b in zip(
+        by_triton(padded[:, :70], streams, part=32), by_triton(padded[:, :70].float().contiguous(), streams, part=32), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@interpreted
+def test_greedy_takes_the_first_of_the_likeliest():
+    logits = logits_of(5, 70).clamp(max=3).round()
+    token, logprob = by_triton(logits, None, part=32)
+    assert token.tolist() == [row.index(max(row)) for row in logits.tolist()]
+    assert ((logits == logits.amax(1, keepdim=True)).sum(1) > 1).any(), "some row must have equals"
+    torch.testing.assert_close(logprob.double(), exact_logprob(logits, token), rtol=1e-6, atol=1e-6)
+
+
+@interpreted
+def test_no_rows():
+    token, logprob = by_triton(torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
+    assert token.shape == logprob.shape == (0,)
