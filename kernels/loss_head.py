@@ -481,7 +481,12 @@ def _group_advantage(
 def _register(name: str, function: Callable, shapes: Callable) -> Callable:
     op = torch.library.custom_op(f"dualign::{name}", function, mutates_args=(), device_types=("cpu", "cuda"))
     op.register_fake(shapes)
+    op.register_vmap(_refuse_vmap)
     return op
+
+
+def _refuse_vmap(*arguments):
+    raise RuntimeError("vmap is not supported: sequence_logprob and the losses on it take packed sequences instead of a batch dimension")
 
 
 def _gradient_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
