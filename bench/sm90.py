@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import triton
 from rich.console import Console
 from rich.table import Table
@@ -20,20 +21,12 @@ from triton.compiler import ASTSource
 from kernels import triton_decode, triton_forward, triton_rows, triton_sampling
 
 GATED = "3.6.0"
-DTYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place"), "*i64")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = 232448
 INPUTS = {
     "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value", "p_out", "p_raw"
 }  # fmt: skip
-TYPES = {
-    "p_target": "*i64",
-    "p_length": "*i64",
-    "p_offsets": "*i64",
-    "p_used": "*i64",
-    "p_token": "*i64",
-    "p_stream": "*i64",
-    "p_place": "*i64",
-}
+TYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place"), "*i64")
 # Whole numbers: multiples of 16 in common models, and any.
 STRIDES = {"vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride"}
 COUNTS = {"rows", "tiles_per_part", "prompts", "longest", "room", "window", "parts", "heads"}
