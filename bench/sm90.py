@@ -26,7 +26,7 @@ SHARED_LIMIT = 232448
 INPUTS = {
     "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value", "p_out", "p_raw"
 }  # fmt: skip
-TYPES = {"p_target": "*i64", "p_length": "*i64", "p_offsets": "*i64", "p_used": "*i64", "p_token": "*i64", "p_u": "*fp64"}
+TYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place"), "*i64")
 # Whole numbers: multiples of 16 in common models, and any.
 STRIDES = {"vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride"}
 COUNTS = {"rows", "tiles_per_part", "prompts", "longest", "room", "window", "parts", "heads"}
@@ -97,13 +97,12 @@ def decode_kernels() -> list[Kernel]:
 
 def sampling_kernels() -> list[Kernel]:
     """Sampling from real vocabularies, of up to 64 parts."""
-    block = {"BLOCK": triton_sampling.PART}
     found = []
     for dtype in DTYPES:
-        found.append(Kernel("sampling, parts", triton_sampling.part_kernel, dtype, block, 8, 3, False))
         for greedy in (False, True):
-            constants = block | {"GREEDY": greedy, "BLOCK_PARTS": 64}
-            found.append(Kernel("sampling, pick" + ", greedy" * greedy, triton_sampling.pick_kernel, dtype, constants, 8, 3, False))
+            constants = {"BLOCK": triton_sampling.PART, "GREEDY": greedy}
+            found.append(Kernel("sampling, parts" + ", greedy" * greedy, triton_sampling.part_kernel, dtype, constants, 8, 3, False))
+        found.append(Kernel("sampling, join", triton_sampling.join_kernel, dtype, {"BLOCK_PARTS": 64}, 1, 3, False))
     return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16"]
 
 

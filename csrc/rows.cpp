@@ -1,4 +1,4 @@
-// Row arithmetic over logits on the CPU: sampling by inversion, and log-probs with their gradient.
+// Row arithmetic over logits on the CPU: sampling, and log-probs with their gradient.
 //
 // One thread does one row, in an order that depends on V alone: results are bit for bit the same for any number of threads, and for
 // AVX2 and AVX-512.
@@ -60,42 +60,65 @@ struct Sampled {
     float logprob;
 };
 
-// The first token at which the cumulative mass passes u times the total: blocks first, then inside one block. NaN in, NaN out.
+// lowbias32, a bijection of 32 bits whose outputs look random.
+template <typename T>
+INLINE T scrambled(T x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+// Random bits of column i in a row's stream: see kernels.sampling.exponential.
+template <typename T>
+INLINE T random_bits(T i, uint32_t low, uint32_t high) {
+    return scrambled(scrambled(i * 0x9e3779b9u + low) ^ high);
+}
+
+// A race: column i arrives at time E_i / mass_i, E_i exponential, and the first one is drawn, each with a probability in proportion to its
+// mass. E is made only where it can win: -log(1 - v) is at least v. NaN in, NaN out.
 template <int W>
-INLINE Sampled sample_row(const float* row, int64_t columns, double u, double inverse, float* sums) {
+INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
+    using Words = typename Vectors<W>::Words;
+    using Ints = typename Vectors<W>::Ints;
     const float m = row_max<W>(row, columns), scale = static_cast<float>(inverse);
     const int64_t blocks = (columns + kBlock - 1) / kBlock;
+    const uint32_t low = static_cast<uint32_t>(stream), high = static_cast<uint32_t>(stream >> 32);
     float padded[kBlock], mass[kBlock];
-    double total = 0;
+    uint32_t bits[kBlock];
+    Words lane;
+    for (int j = 0; j < W; ++j) lane[j] = j;
+    double total = 0, best = -1;
+    int64_t token = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-        sums[b] = block_mass<W>(block_of(row, columns, b, padded), m, scale, nullptr);
+        sums[b] = block_mass<W>(block_of(row, columns, b, padded), m, scale, mass);
         total += sums[b];
+        // A little below `best`, so that rounding never hides a winner.
+        const float bound = static_cast<float>(best * 0x0.fffffp-31);
+        Ints may = {};
+        for (int64_t i = 0; i < kBlock; i += W) {
+            const Words own = random_bits<Words>(lane + static_cast<uint32_t>(b * kBlock + i), low, high);
+            std::memcpy(bits + i, &own, sizeof own);
+            may |= load<W>(mass + i) >= __builtin_convertvector((Ints)(own >> 1), Floats<W>) * bound;
+        }
+        if (!any<W>(may)) continue;
+        for (int64_t i = 0; i < kBlock; ++i) {
+            if (!(mass[i] > 0) || mass[i] < static_cast<float>(bits[i] >> 1) * bound) continue;
+            const uint32_t more = random_bits<uint32_t>(bits[i], high, low) | 1;
+            const double speed = mass[i] / -std::log1p(-(bits[i] * 0x1p-32 + more * 0x1p-64));
+            if (speed > best) {
+                best = speed;
+                token = b * kBlock + i;
+            }
+        }
     }
     if (!(total > 0)) return {0, std::numeric_limits<float>::quiet_NaN()};
-    const double goal = u * total;
-    double before = 0;
-    int64_t chosen = 0;
-    for (int64_t b = 0; b < blocks && !(before > goal); ++b) {
-        // Rounding may put the goal at the total: the last block with mass then stands.
-        if (sums[b] > 0) chosen = b;
-        before += sums[b];
-    }
+    const int64_t chosen = token / kBlock, within = token % kBlock;
     double others = 0;
-    before = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-        if (b < chosen) before += sums[b];
+    for (int64_t b = 0; b < blocks; ++b)
         if (b != chosen) others += sums[b];
-    }
     block_mass<W>(block_of(row, columns, chosen, padded), m, scale, mass);
-    int64_t within = 0;
-    double cumulative = 0;
-    for (int64_t i = 0; i < kBlock && !(cumulative > goal - before); ++i) {
-        if (mass[i] > 0) within = i;
-        cumulative += mass[i];
-    }
     for (int64_t i = 0; i < kBlock; ++i)
         if (i != within) others += mass[i];
-    const int64_t token = chosen * kBlock + within;
     return {token, log_share((static_cast<double>(row[token]) - m) * inverse, mass[within], others)};
 }
 
@@ -160,7 +183,7 @@ INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float
     if (target >= 0 && target < columns) out[target] = own;
 }
 
-using SampleRow = Sampled (*)(const float*, int64_t, double, double, float*);
+using SampleRow = Sampled (*)(const float*, int64_t, uint64_t, double, float*);
 using AccumulatePart = void (*)(float*, int64_t, int64_t, float, int64_t, const Running&, float*, int64_t);
 using JacobianPart = void (*)(const float*, int64_t, int64_t, float, float, float, float, float*);
 
@@ -173,8 +196,8 @@ struct Rows {
 
 #if defined(__x86_64__) || defined(__i386__)
 
-AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, double u, double inverse, float* sums) {
-    return sample_row<16>(row, columns, u, inverse, sums);
+AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
+    return sample_row<16>(row, columns, stream, inverse, sums);
 }
 AVX512 void accumulate_avx512(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
     int64_t width) {
@@ -183,8 +206,8 @@ AVX512 void accumulate_avx512(float* z, int64_t columns, int64_t target, float i
 AVX512 void jacobian_avx512(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
     jacobian_part<16>(z, columns, target, inverse, shift, factor, own, out);
 }
-AVX2 Sampled sample_row_avx2(const float* row, int64_t columns, double u, double inverse, float* sums) {
-    return sample_row<8>(row, columns, u, inverse, sums);
+AVX2 Sampled sample_row_avx2(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
+    return sample_row<8>(row, columns, stream, inverse, sums);
 }
 AVX2 void accumulate_avx2(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
     int64_t width) {
@@ -206,8 +229,8 @@ std::vector<Rows> supported() {
 
 #else
 
-Sampled sample_row_generic(const float* row, int64_t columns, double u, double inverse, float* sums) {
-    return sample_row<4>(row, columns, u, inverse, sums);
+Sampled sample_row_generic(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
+    return sample_row<4>(row, columns, stream, inverse, sums);
 }
 void accumulate_generic(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
     int64_t width) {
@@ -238,14 +261,14 @@ void check_rows(const Matrix& logits, size_t a, size_t b) {
         throw std::invalid_argument("logits [R, V] with V > 0 and vectors [R] are wanted");
 }
 
-void sample_rows(const Matrix& logits, const Vector<double>& u, double inverse, const Vector<int64_t>& token, const Vector<float>& logprob,
+void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inverse, const Vector<int64_t>& token, const Vector<float>& logprob,
                  int threads, const char* instructions) {
-    check_rows(logits, u.shape(0), token.shape(0));
-    check_rows(logits, u.shape(0), logprob.shape(0));
+    check_rows(logits, stream.shape(0), token.shape(0));
+    check_rows(logits, stream.shape(0), logprob.shape(0));
     const SampleRow one = rows_of(instructions).sample;
     const int64_t rows = logits.shape(0), columns = logits.shape(1);
     const float* z = logits.data();
-    const double* uniform = u.data();
+    const int64_t* streams = stream.data();
     int64_t* out = token.data();
     float* log = logprob.data();
     nb::gil_scoped_release release;
@@ -254,7 +277,7 @@ void sample_rows(const Matrix& logits, const Vector<double>& u, double inverse, 
         std::vector<float> sums((columns + kBlock - 1) / kBlock);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
-            const Sampled sampled = one(z + r * columns, columns, uniform[r], inverse, sums.data());
+            const Sampled sampled = one(z + r * columns, columns, static_cast<uint64_t>(streams[r]), inverse, sums.data());
             out[r] = sampled.token;
             log[r] = sampled.logprob;
         }
@@ -339,7 +362,7 @@ NB_MODULE(_native, m) {
     for (const Rows& rows : kSupported) names.append(rows.name);
     // Fastest first; empty where this processor runs none of them.
     m.attr("instructions") = nb::tuple(names);
-    m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("u"), nb::arg("inverse_temperature"), nb::arg("token"),
+    m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("stream"), nb::arg("inverse_temperature"), nb::arg("token"),
           nb::arg("logprob"), nb::arg("threads"), nb::arg("instructions"));
     m.def("accumulate", &accumulate, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("largest"),
           nb::arg("others"), nb::arg("own"), nb::arg("product").none(), nb::arg("threads"), nb::arg("instructions"));

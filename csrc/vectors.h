@@ -17,6 +17,7 @@ template <int W>
 struct Vectors {
     typedef float Floats __attribute__((vector_size(4 * W)));
     typedef int32_t Ints __attribute__((vector_size(4 * W)));
+    typedef uint32_t Words __attribute__((vector_size(4 * W)));
 };
 template <int W>
 using Floats = typename Vectors<W>::Floats;
@@ -78,6 +79,15 @@ INLINE Floats<W> tanh_of(const Floats<W>& x) {
     const Floats<W> m = rest * power + (power - 1.0f);
     const Floats<W> size = m / (m + 2.0f);
     return x < 0.0f ? size : -size;
+}
+
+// Whether any lane of a comparison holds.
+template <int W, typename Mask>
+INLINE bool any(const Mask& mask) {
+    int64_t words[W / 2], joined = 0;
+    std::memcpy(words, &mask, sizeof words);
+    for (int j = 0; j < W / 2; ++j) joined |= words[j];
+    return joined != 0;
 }
 
 template <int W>

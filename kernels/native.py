@@ -189,14 +189,14 @@ def _even(rows: int, most: int) -> int:
     return -(-rows // max(1, -(-rows // max(1, most))))
 
 
-def sample_rows(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Token int64 [R] and its log-prob float32 [R] under softmax(logits / temperature), by inversion of the cumulative mass at u.
+def sample_rows(logits: Tensor, stream: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Token int64 [R] and its log-prob float32 [R] under softmax(logits / temperature); see `kernels.sampling.exponential`.
 
-    logits: float32 [R, V] on the CPU; u: float64 [R] in (0, 1). Mass below exp(-87.3) of the largest is 0, and a token without mass is
-    never drawn. A row with NaN or without a finite maximum gives token 0 and log-prob NaN.
+    logits: float32 [R, V] on the CPU; stream: int64 [R], the rows' random numbers. Mass below exp(-87.3) of the largest is 0, and a token
+    without mass is never drawn. A row with NaN or without a finite maximum gives token 0 and log-prob NaN.
     """
-    token, logprob = torch.empty(len(u), dtype=torch.int64), torch.empty(len(u), dtype=torch.float32)
-    _native.sample_rows(logits.detach().contiguous(), u, 1 / temperature, token, logprob, torch.get_num_threads(), instructions[0])
+    token, logprob = torch.empty(len(stream), dtype=torch.int64), torch.empty(len(stream), dtype=torch.float32)
+    _native.sample_rows(logits.detach().contiguous(), stream, 1 / temperature, token, logprob, torch.get_num_threads(), instructions[0])
     return token, logprob
 
 

@@ -1,17 +1,18 @@
-"""Sampling from logits: temperature, top-k, top-p, one keyed uniform number per row and step, the token with both its log-probs."""
+"""Sampling from logits: temperature, top-k, top-p, a keyed random number for every token, the drawn token with both its log-probs."""
 
 import torch
 from torch import Tensor
 
 from kernels import native
 
-_BLOCK = 128
+_WORD = (1 << 32) - 1
 
 
 def sample(
     logits: Tensor, *, key: Tensor, step: int | Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token per row, by inversion of the cumulative distribution at a uniform number that depends on (key, step) alone.
+    """One token per row: the one with the largest mass / E, its E exponential and dependent on (key, step, token) alone. This is Gumbel's
+    maximum; a change of rounding changes the token only where the two best lie within it.
 
     logits: float [R, V]; key: int64 [R]; step: an int, or an int64 tensor [] or [1] beside the key, which the host does not read, so that a
     captured graph takes the next step. Returns token int64 [R], logprob float32 [R] (of the processed distribution: temperature,
@@ -34,14 +35,14 @@ def sample(
         if temperature == 0:
             token, model_logprob = triton_sampling.sample_rows(logits, None, 1.0)
             return token, torch.zeros_like(model_logprob), model_logprob
-        token, logprob = triton_sampling.sample_rows(logits, uniform(key, step), temperature)
+        token, logprob = triton_sampling.sample_rows(logits, stream(key, step), temperature)
         return token, logprob, logprob.clone()
     z = logits.float()
     if temperature == 0:
         token = z.argmax(dim=1)
         return token, torch.zeros_like(z[:, 0]), _gather(z.log_softmax(dim=1), token)
     if top_k == 0 and top_p == 1 and native.serves(z.device, z.dtype):
-        token, logprob = native.sample_rows(z, uniform(key, step), temperature)
+        token, logprob = native.sample_rows(z, stream(key, step), temperature)
         return token, logprob, logprob.clone()
     z = z / temperature
     z = z - z.amax(dim=1, keepdim=True)
@@ -51,16 +52,28 @@ def sample(
     if top_k > 0 or top_p < 1:
         mass = _truncate(mass, model_total, top_p, top_k)
         total = mass.sum(dim=1)
-    token = _invert(mass, uniform(key, step))
+    token = (mass.double() / exponential(stream(key, step), z.shape[1])).argmax(dim=1)
     chosen = _gather(z, token)
     return token, chosen - total.log(), chosen - model_total.log()
 
 
-def uniform(key: Tensor, step: int | Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64 [R], from int64 keys [R] and a step number, an int or an int64 tensor [] or [1] (splitmix64
-    finaliser)."""
+def stream(key: Tensor, step: int | Tensor) -> Tensor:
+    """int64 [R] that names the random numbers of (key, step); key: int64 [R]; step: an int, or an int64 tensor [] or [1]."""
     step = step if isinstance(step, Tensor) else torch.full_like(key, step)
-    return (_mix(_mix(key) + step * -7046029254386353131) >> 11 & (1 << 53) - 1).double() * 2.0**-53 + 2.0**-54
+    return _mix(_mix(key) + step * -7046029254386353131)
+
+
+def uniform(key: Tensor, step: int | Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float64 [R], of (key, step), see `stream`."""
+    return (stream(key, step) >> 11 & (1 << 53) - 1).double() * 2.0**-53 + 2.0**-54
+
+
+def exponential(streams: Tensor, count: int) -> Tensor:
+    """Exponential numbers of mean 1, float64 [R, count], of int64 streams [R]: number i is -log(1 - v) with v of 64 bits of its own."""
+    low, high = streams[:, None] & _WORD, streams[:, None] >> 32 & _WORD
+    bits = _bits(torch.arange(count, device=streams.device), low, high)
+    more = _bits(bits, high, low) | 1
+    return -torch.log1p(-(bits.double() * 2.0**-32 + more.double() * 2.0**-64))
 
 
 def combine(*parts: Tensor | int) -> Tensor:
@@ -78,23 +91,20 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
+def _bits(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """32 random bits of each number x."""
+    return _scrambled(_scrambled((x * 0x9E3779B9 + low) & _WORD) ^ high)
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    """lowbias32 on 32 bits in an int64."""
+    x = (x ^ x >> 16) * 0x7FEB352D & _WORD
+    x = (x ^ x >> 15) * 0x846CA68B & _WORD
+    return x ^ x >> 16
+
+
 def _gather(z: Tensor, token: Tensor) -> Tensor:
     return z.gather(1, token[:, None])[:, 0]
-
-
-def _invert(mass: Tensor, u: Tensor) -> Tensor:
-    """First index at which the cumulative mass [R, V] passes u times its total: blocks first, then inside one block, in float64."""
-    rows, vocabulary = mass.shape
-    padded = torch.nn.functional.pad(mass, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
-    blocks = padded.sum(dim=2, dtype=torch.float32).double().cumsum(dim=1)
-    goal = (u * blocks[:, -1])[:, None]
-    block = torch.searchsorted(blocks, goal, right=True).clamp_(max=blocks.shape[1] - 1)
-    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
-    inside = padded.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=1)
-    within = torch.searchsorted(inside, goal - before, right=True)
-    # Rounding may put the goal past the block's own sum: then take the block's last token that has mass.
-    last = _BLOCK - 1 - (padded.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0] > 0).flip(1).int().argmax(dim=1, keepdim=True)
-    return (block * _BLOCK + torch.minimum(within, last))[:, 0]
 
 
 def _truncate(mass: Tensor, total: Tensor, top_p: float, top_k: int) -> Tensor:

@@ -17,7 +17,7 @@ from engine.records import Prompts
 from engine.rollout import States, generate
 from engine.score import frozen_forward
 from kernels import native, sample, sequence_logprob
-from kernels.sampling import combine, uniform
+from kernels.sampling import combine, exponential, stream, uniform
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
 
@@ -211,6 +211,22 @@ def test_uniform_numbers_are_uniform_and_keyed():
         assert torch.equal(u, uniform(combine(3, torch.arange(20_000)), step))
     assert abs(float(torch.corrcoef(torch.stack([u, uniform(combine(3, torch.arange(20_000)), 12)]))[0, 1])) < 0.03
     assert abs(float(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1])) < 0.03
+
+
+def test_exponential_numbers_are_exponential_and_keyed():
+    streams = stream(torch.arange(200), 4)
+    numbers = exponential(streams, 300)
+    # exp(-E) is uniform; so are the largest and the smallest of the numbers in their own scale.
+    for u in (torch.exp(-numbers).flatten(), torch.exp(-numbers.amin(1) * 300), (1 - torch.exp(-numbers.amax(1))) ** 300):
+        bins = 50 if len(u) > 1000 else 10
+        statistic, degrees = chi_square(torch.histc(u, bins, 0, 1), torch.full((bins,), 1 / bins, dtype=torch.float64))
+        assert statistic < degrees + 5 * math.sqrt(2 * degrees)
+    for sample_of in (numbers, numbers.T):
+        correlation = torch.corrcoef(sample_of)[*torch.triu_indices(len(sample_of), len(sample_of), 1)] * math.sqrt(sample_of.shape[1])
+        assert abs(float(correlation.var()) - 1) < 0.05 and float(correlation.abs().max()) < 6
+    assert torch.equal(numbers, exponential(stream(torch.arange(200), torch.tensor([4])), 300))
+    assert torch.equal(numbers[7:9, :11], exponential(streams[7:9], 11))
+    assert not (numbers == exponential(stream(torch.arange(200), 5), 300)).any()
 
 
 @pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"key": torch.zeros(3)}])
