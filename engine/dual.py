@@ -253,10 +253,11 @@ def step(
 ) -> Tensor:
     """One projected dual descent step, lambda <- [lambda - eta * slack]_+ (arXiv 2505.19387, Algorithm 2). float64 [J].
 
-    slack = measured improvement - threshold. `eta` is a number, or the Hessian [J, J] of the dual: then its inverse is the step, over the
-    constraints that are not at 0 with room (inverting over all of them would let an inactive constraint move the others).
-    Each multiplier changes at most by the factor max_change, so that a policy not yet trained out does not wind it up. At or below
-    `floor` it may fall to 0 or rise to floor * max_change.
+    slack = measured improvement - threshold. Each multiplier stays in [0, lam_max] and changes at most by the factor max_change, so that
+    a policy not yet trained out does not wind it up. At or below `floor` it may fall to 0 or rise to floor * max_change.
+
+    `eta` is a number, or the Hessian H [J, J] of the dual: then the change d minimises the dual's model slack . d + d . H d / 2 within
+    these bounds, so that no multiplier makes up for a change of another one that the bounds cut off.
 
     Raises: UserError if slack or multipliers are not finite.
     """
@@ -264,8 +265,8 @@ def step(
     eta = _float64(eta)
     if not (lam.isfinite().all() and slack.isfinite().all() and eta.isfinite().all()):
         raise UserError(f"dual step: lambda {lam.tolist()}, slack {slack.tolist()}, step {eta.tolist()} must be finite.")
-    change = -eta * slack if eta.ndim == 0 else _newton_change(lam, slack, eta)
-    return _limited(lam, lam + change, max_change, lam_max, floor)
+    lower, upper = _bounds(lam, max_change, lam_max, floor)
+    return (lam - eta * slack).clamp(min=lower, max=upper) if eta.ndim == 0 else _model_minimum(lam, slack, eta, lower, upper)
 
 
 def optimistic_step(
@@ -328,12 +329,13 @@ def secant_step(
         else:
             best, radius = point, 2 * radius
     lam, slack, _ = points[-1]
-    target = (lam + _newton_change(lam, slack, model)).clamp(min=0)
+    lower, upper = _bounds(lam, max_change, lam_max, floor)
+    target = _model_minimum(lam, slack, model, lower, upper)
     way = target - best[0]
     length = float(way @ metric @ way) ** 0.5
     if length > radius:
         target = best[0] + way * (radius / length)
-    return _limited(lam, target, max_change, lam_max, floor)
+    return target.clamp(min=lower, max=upper)
 
 
 def bisection_step(
@@ -362,7 +364,8 @@ def bisection_step(
         target = torch.where(lam > floor * max_change, lam / max_change, 0.0)
     else:
         target = (low + high) / 2
-    return _limited(lam, target, max_change, lam_max, floor)
+    lower, upper = _bounds(lam, max_change, lam_max, floor)
+    return target.clamp(min=lower, max=upper)
 
 
 def _learned(model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -391,19 +394,35 @@ def _distance_from_0(hessian: Tensor, point: tuple[Tensor, ...]) -> float:
     return float(open_slack @ _solve_psd(hessian, open_slack)) ** 0.5
 
 
-def _newton_change(lam: Tensor, slack: Tensor, hessian: Tensor) -> Tensor:
-    """-H^-1 slack over the constraints that are not at 0 with room, 0 elsewhere."""
-    change = torch.zeros_like(lam)
-    free = ~((lam <= 0) & (slack > 0))
-    change[free] = -_solve_psd(hessian[free][:, free], slack[free])
-    return change
+def _model_minimum(lam: Tensor, slack: Tensor, hessian: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The x in [lower, upper] that minimises slack . (x - lam) + (x - lam) . H (x - lam) / 2, by an active set: a coordinate that meets a
+    bound is fixed there and the others are solved again; at the minimum over these, the one that pulls hardest away from its bound is
+    let go. Where H is singular the change is the shortest one, if there is a shortest."""
+    x, at_lower, at_upper = lam.clamp(min=lower, max=upper), lam <= lower, lam >= upper
+    fixed = (at_lower & (slack >= 0)) | (at_upper & (slack <= 0))
+    for _ in range(20 * len(lam)):  # a few are enough: the model falls from one set's minimum to the next
+        gradient = slack + hessian @ (x - lam)
+        free, change = ~fixed, torch.zeros_like(x)
+        change[free] = -_solve_psd(hessian[free][:, free], gradient[free])
+        room = torch.where(change > 0, upper - x, lower - x)
+        share = torch.where(change.abs() > room.abs(), room / change, 1.0)
+        if share.min() < 1:
+            x = torch.where(share == share.min(), torch.where(change > 0, upper, lower), x + share.min() * change)
+            fixed = fixed | (share == share.min())
+            continue
+        x = x + change
+        pull = torch.where(x <= lower, -1.0, 1.0) * (slack + hessian @ (x - lam)) / hessian.diagonal().clamp(min=1e-100).sqrt()
+        pull = torch.where(fixed & (lower < upper), pull, 0.0)
+        if pull.max() <= 1e-12 * (slack.abs() / hessian.diagonal().clamp(min=1e-100).sqrt()).max():
+            break
+        fixed[pull.argmax()] = False
+    return x.clamp(min=lower, max=upper)
 
 
-def _limited(lam: Tensor, target: Tensor, max_change: float, lam_max: float, floor: float) -> Tensor:
-    """`target` within the bounds on one step's change from lambda, see `step`."""
+def _bounds(lam: Tensor, max_change: float, lam_max: float, floor: float) -> tuple[Tensor, Tensor]:
+    """(least, largest) next multipliers, see `step`."""
     lower = torch.where(lam > floor, lam / max_change, 0.0)
-    upper = lam.clamp(min=floor) * max_change
-    return target.clamp(min=lower, max=upper).clamp(0.0, lam_max)
+    return lower.clamp(max=lam_max), (lam.clamp(min=floor) * max_change).clamp(max=lam_max)
 
 
 def standard_error(values_P) -> Tensor:

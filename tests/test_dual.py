@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import lsq_linear, minimize
 
 from engine import dual
 from engine.errors import UserError
@@ -239,6 +239,31 @@ def test_newton_step_leaves_out_constraints_at_zero_with_room():
     assert dual.step(torch.zeros(2), torch.ones(2), hessian).tolist() == [0.0, 0.0]
     with pytest.raises(UserError, match="nan"):
         dual.step(torch.ones(1), torch.tensor([math.nan]), 1.0)
+
+
+def test_newton_step_makes_up_for_no_change_that_was_cut_off():
+    hessian, slack = torch.tensor([[2.0, 1.5], [1.5, 3.0]]), torch.tensor([-0.4, 0.9])
+    for small in (0.0, 0.001, 0.01):  # 0.2 and what is left of the second multiplier's change to 0
+        moved = dual.step(torch.tensor([1.0, small]), slack, hessian)
+        torch.testing.assert_close(moved, torch.tensor([1.2 + 0.75 * small, 0.0], dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("J", [1, 2, 4])
+def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
+    """Against scipy's bounded least squares: u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a constant."""
+    rng = np.random.default_rng(J)
+    cut = 0
+    for _ in range(40):
+        root = np.linalg.cholesky((a := rng.normal(size=(J, J))) @ a.T + 0.1 * np.eye(J))
+        lam, slack = rng.uniform(0, 2, J) * (rng.uniform(size=J) > 0.3), 3 * rng.normal(size=J)
+        low, high = np.where(lam > 0.05, lam / 2, 0.0), np.minimum(2 * np.maximum(lam, 0.05), 3.0)
+        expected = lam + lsq_linear(root.T, -np.linalg.solve(root, slack), (low - lam, high - lam), method="bvls").x
+        hessian, state = torch.tensor(root @ root.T), (torch.tensor(lam), torch.tensor(slack))
+        for moved in (dual.step(*state, hessian, lam_max=3.0), dual.secant_step([(*state, torch.zeros(J))], hessian, lam_max=3.0)):
+            np.testing.assert_allclose(moved.numpy(), expected, rtol=0, atol=1e-8)
+        clipped = np.clip(lam - np.linalg.solve(root @ root.T, slack), low, high)
+        cut += np.abs(clipped - expected).max() > 1e-3
+    assert (cut > 10) == (J > 1), "clipping the free step must give another answer"
 
 
 @pytest.mark.parametrize("J", [1, 2])
