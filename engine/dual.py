@@ -269,10 +269,23 @@ def step(
     return (lam - eta * slack).clamp(min=lower, max=upper) if eta.ndim == 0 else _model_minimum(lam, slack, eta, lower, upper)
 
 
+def resolved(slack_J: Tensor, se_J: Tensor) -> Tensor:
+    """slack x max(0, 1 - (se / slack)^2): what of a measured slack stands out of its noise, float64 [J].
+
+    The positive-part shrinkage of James and Stein, one coordinate at a time. A slack within one standard error counts as 0 and moves
+    no multiplier, one of three standard errors keeps 8/9 of itself, and one known exactly (se 0) all. `optimistic_step`, `secant_step` and
+    `bisection_step` shrink the slack by themselves; give `step` what comes out of this.
+
+    Raises: UserError if a value is not finite.
+    """
+    slack, se = _float64(slack_J), _float64(se_J)
+    if not (slack.isfinite().all() and se.isfinite().all()):
+        raise UserError(f"dual step: slack {slack.tolist()} and standard error {se.tolist()} must be finite.")
+    return torch.where(slack.abs() > se, slack * (1 - (se / slack) ** 2), 0.0)
+
+
 def optimistic_step(
-    lam_J: Tensor,
-    slack_J: Tensor,
-    previous_slack_J: Tensor | None,
+    history: Sequence[tuple[Tensor, Tensor, Tensor]],
     eta: float | Tensor,
     *,
     max_change: float = 2.0,
@@ -282,13 +295,18 @@ def optimistic_step(
     """`step` on a forecast of the slack: lambda <- [lambda - eta (2 u_t - u_{t-1})]_+ (arXiv 2602.22146, dual side). float64 [J].
 
     Against a policy that follows lambda slowly, plain descent circles; the forecast damps it, so that the last iterate converges.
-    previous_slack: None in the first step, which is then the plain one.
+    history: rows (lambda, slack measured there, its standard errors), oldest first; with one row this is the plain step. The forecast is
+    shrunk (`resolved`) by its own standard error, sqrt(4 se_t^2 + se_{t-1}^2).
 
-    Raises: UserError as `step`.
+    Raises: UserError as `step`; if history is empty.
     """
-    slack = _float64(slack_J)
-    previous = slack if previous_slack_J is None else _float64(previous_slack_J)
-    return step(lam_J, 2 * slack - previous, eta, max_change=max_change, lam_max=lam_max, floor=floor)
+    if not history:
+        raise UserError("dual step: history is empty; give at least one row (lambda, slack, standard error).")
+    lam, slack, se = (_float64(x) for x in history[-1])
+    if len(history) > 1:
+        _, previous, previous_se = (_float64(x) for x in history[-2])
+        slack, se = 2 * slack - previous, (4 * se**2 + previous_se**2).sqrt()
+    return step(lam, resolved(slack, se), eta, max_change=max_change, lam_max=lam_max, floor=floor)
 
 
 def secant_step(
@@ -302,7 +320,8 @@ def secant_step(
     """A quasi-Newton step from the last of `history`, rows (lambda, slack measured there, its standard errors), oldest first. float64 [J].
 
     The slack is the dual's gradient, so its differences measure the curvature. Starting from `hessian_JJ`, the model H is corrected by each
-    measured pair dlambda, du with Powell's damped BFGS update, which keeps it positive semi-definite. With one row this is `step`.
+    measured pair dlambda, du with Powell's damped BFGS update, which keeps it positive semi-definite. With one row this is `step`. The
+    slack of the last row, from which the step is taken, is shrunk by its standard error (`resolved`).
 
     Noise: with n the standard error of dlambda . du and d the larger of |dlambda . du| and dlambda . H dlambda, the measured du counts with
     weight 1 - (2 n / d)^2 and the model's own H dlambda with the rest. Below two standard errors the model does not change at all, and the
@@ -328,9 +347,9 @@ def secant_step(
             radius = float(way @ metric @ way) ** 0.5 / 2
         else:
             best, radius = point, 2 * radius
-    lam, slack, _ = points[-1]
+    lam, slack, se = points[-1]
     lower, upper = _bounds(lam, max_change, lam_max, floor)
-    target = _model_minimum(lam, slack, model, lower, upper)
+    target = _model_minimum(lam, resolved(slack, se), model, lower, upper)
     way = target - best[0]
     length = float(way @ metric @ way) ** 0.5
     if length > radius:
@@ -339,12 +358,14 @@ def secant_step(
 
 
 def bisection_step(
-    history: Sequence[tuple[Tensor, Tensor]], *, max_change: float = 2.0, lam_max: float = math.inf, floor: float = 0.05
+    history: Sequence[tuple[Tensor, Tensor, Tensor]], *, max_change: float = 2.0, lam_max: float = math.inf, floor: float = 0.05
 ) -> Tensor:
-    """The middle of the bracket that `history`, rows (lambda, slack measured there), oldest first, leaves for one constraint. float64 [1].
+    """The middle of the bracket that `history`, rows (lambda, slack measured there, its standard error), oldest first, leaves for one
+    constraint. float64 [1].
 
     It knows the slack's sign alone. Without a bracket, lambda changes by the factor max_change. A later point overrules earlier ones
-    on its other side: a policy that lags behind lambda can close the bracket at the wrong place.
+    on its other side: a policy that lags behind lambda can close the bracket at the wrong place. A slack within one standard error of 0 has
+    no sign: it leaves the bracket as it is, and where it is the last one, lambda stays.
 
     Raises: UserError if a value is not finite, history is empty or there is more than one constraint.
     """
@@ -352,13 +373,17 @@ def bisection_step(
     if not points or not all(x.isfinite().all() and len(x) == 1 for point in points for x in point):
         raise UserError(f"bisection step: history {points} must be finite, not empty and of one constraint.")
     low, high = None, None
-    for lam, slack in points:
+    for lam, slack, se in points:
+        if resolved(slack, se) == 0:
+            continue
         if slack < 0:
             low, high = lam, None if high is not None and high <= lam else high
         else:
             low, high = None if low is not None and low >= lam else low, lam
-    lam = points[-1][0]
-    if high is None:
+    lam, slack, se = points[-1]
+    if resolved(slack, se) == 0:
+        target = lam
+    elif high is None:
         target = lam.clamp(min=floor) * max_change
     elif low is None:
         target = torch.where(lam > floor * max_change, lam / max_change, 0.0)

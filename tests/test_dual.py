@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy.optimize import lsq_linear, minimize
 
-from engine import dual
+from engine import caid, dual
+from engine.config import CaidConfig
 from engine.errors import UserError
 
 
@@ -559,13 +560,13 @@ def test_secant_takes_the_measured_curvature_by_hand():
     one = torch.ones(1, dtype=torch.float64)
     history = [(0.5 * one, -0.6 * one, 0 * one), (0.8 * one, -0.15 * one, 0 * one)]  # curvature 1.5, so 0.1 is missing
     assert dual.secant_step(history, one[None]).item() == pytest.approx(0.9)
-    # An error of 0.3 in each slack hides the difference of 0.45, and the first model stays: 0.15 is missing.
-    noisy = [(lam, slack, 0.3 * one) for lam, slack, _ in history]
+    # An error of 0.3 in the first slack hides the difference of 0.45, and the first model stays: 0.15 is missing.
+    noisy = [(*history[0][:2], 0.3 * one), history[1]]
     assert dual.secant_step(noisy, one[None]).item() == pytest.approx(0.95)
     # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 - 0.3).
     some = [(lam, slack, 0.1 * one) for lam, slack, _ in history]
     curvature = (0.3 + (1 - 0.08 / 0.45**2) * 0.15) / 0.3
-    assert dual.secant_step(some, one[None]).item() == pytest.approx(0.8 + 0.15 / curvature)
+    assert dual.secant_step(some, one[None]).item() == pytest.approx(0.8 + 0.15 * (1 - (0.1 / 0.15) ** 2) / curvature)
     # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no further.
     fallen = [(one, -0.1 * one, 0 * one), (1.3 * one, -0.11 * one, 0 * one)]
     assert dual.secant_step(fallen, one[None]).item() == pytest.approx(1.3 + 0.11 / 0.2)
@@ -576,81 +577,108 @@ def test_secant_takes_the_measured_curvature_by_hand():
     assert abs(dual.secant_step(drifted, one[None]).item() - 1) <= 0.15 + 1e-12
 
 
-@pytest.mark.parametrize("misjudged", [1.0, 3.0, 1 / 3])
-def test_secant_is_not_moved_by_noise_it_cannot_resolve(misjudged):
-    """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of Newton's step."""
+def caid_rule(rule: str, history, hessian):
+    return caid.descend(history, hessian, CaidConfig(dual_rule=rule))
+
+
+@pytest.mark.parametrize("rule", ["newton", "secant", "optimistic", "bisection"])
+def test_a_slack_within_its_standard_error_moves_no_multiplier(rule):
+    J = 1 if rule == "bisection" else 2
+    hessian, lam = torch.eye(J, dtype=torch.float64), torch.tensor([0.8, 0.3], dtype=torch.float64)[:J]
+    slack, se = torch.tensor([-0.0999, 0.0999], dtype=torch.float64)[:J], torch.full((J,), 0.1, dtype=torch.float64)
+    first = (torch.tensor([0.5, 0.5], dtype=torch.float64)[:J], torch.tensor([-0.3, 0.3], dtype=torch.float64)[:J], se)
+    # A row before it moves the forecast, which then has an error of its own: sqrt(5) x 0.1.
+    for history in ([(lam, slack, se)], [first, (lam, slack, se)])[: 1 if rule == "optimistic" else 2]:
+        assert torch.equal(caid_rule(rule, history, hessian), lam)
+        moved = caid_rule(rule, [*history[:-1], (lam, 1.2 * slack, se)], hessian)
+        assert (moved - lam)[0] > 1e-3 and (moved - lam)[-1] * slack[-1] < 0
+        exact = caid_rule(rule, [*history[:-1], (lam, slack, 0 * se)], hessian)
+        assert (exact - lam)[0] > (0 if rule == "bisection" else (moved - lam)[0])
+    if rule == "optimistic":
+        noisy = [(lam, 0 * slack, se), (lam, slack, se)]  # 2 u - 0 = 0.1998, below 0.2236
+        assert torch.equal(caid_rule(rule, noisy, hessian), lam)
+        assert caid_rule(rule, [noisy[0], (lam, 1.2 * slack, se)], hessian)[0] > lam[0]
+
+
+def test_resolved_slack_by_hand():
+    slack, se = torch.tensor([0.3, -0.3, 0.1, -0.1, 0.0, 0.05, -0.2]), torch.tensor([0.1, 0.1, 0.1, 0.2, 0.1, 0.0, 0.0])
+    expected = torch.tensor([0.3 * 8 / 9, -0.3 * 8 / 9, 0, 0, 0, 0.05, -0.2], dtype=torch.float64)
+    torch.testing.assert_close(dual.resolved(slack, se), expected, rtol=1e-6, atol=1e-9)
+    exact = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(dual.resolved(exact, torch.zeros(9)), exact)
+    with pytest.raises(UserError, match="nan"):
+        dual.resolved(torch.tensor([math.nan]), torch.ones(1))
+
+
+@pytest.mark.parametrize("rule", ["newton", "secant", "optimistic"])
+def test_steps_are_not_moved_by_noise_they_cannot_resolve(rule):
+    """From the optimum, with noise alone in the slack: the mean stays, and lambda is thrown about less than without standard errors."""
     reward, utility = scores(20, J=2)
-    b, se = np.array([0.7, 0.5]), 0.1
+    b, se = np.array([0.7, 0.5]), torch.full((2,), 0.1, dtype=torch.float64)
     target = dual.solve(reward, utility, b, 1.0)
-    hessian, rng, seen = misjudged * target.hessian, np.random.default_rng(5), []
-    for _ in range(25):
-        lam, history = target.lam, []
-        for t in range(12):
-            slack = tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b + se * rng.normal(size=2)
-            history.append((lam, torch.tensor(slack), torch.full((2,), se)))
-            lam = dual.secant_step(history, hessian)
-            if t >= 4:
-                seen.append(lam.numpy())
-    seen = np.array(seen)
-    newton = se * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
-    assert np.abs(seen.mean(0) - target.lam.numpy()).max() < 0.5 * newton.max()
-    if misjudged < 1:  # the plain step with this curvature is thrown about
-        assert (seen.std(0) < 2 * newton).all() and plain_spread(reward, utility, b, target, hessian, se) > 2.5
-    else:
-        assert (seen.std(0) < 1.3 * newton).all()
 
+    def walk(claimed):
+        rng, seen = np.random.default_rng(5), []
+        for _ in range(12):
+            lam, history = target.lam, []
+            for t in range(10):
+                slack = tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b + se.numpy() * rng.normal(size=2)
+                history.append((lam, torch.tensor(slack), claimed))
+                lam = caid_rule(rule, history, target.hessian)
+                if t >= 4:
+                    seen.append(lam.numpy())
+        seen = np.array(seen) - target.lam.numpy()
+        return np.abs(seen.mean(0)).max(), np.sqrt((seen**2).mean())
 
-def plain_spread(reward, utility, b, target, hessian, se):
-    rng, lam, seen = np.random.default_rng(5), target.lam, []
-    for _ in range(200):
-        slack = tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b + se * rng.normal(size=2)
-        lam = dual.step(lam, torch.tensor(slack), hessian)
-        seen.append(lam.numpy())
-    newton = se * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
-    return (np.std(seen, axis=0) / newton).max()
+    (bias, spread), (_, believed) = walk(se), walk(0 * se)
+    newton = float(se[0]) * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
+    assert bias < 0.5 * newton.max()
+    assert spread < 0.8 * believed
 
 
 def test_optimistic_step_ends_the_circle_of_plain_descent_and_ascent():
     """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained one does."""
 
     def distance(dual_step, eta=0.2, rounds=400):
-        lam, x, previous, furthest = torch.tensor([1.8]), torch.tensor([2.5]), None, []
+        lam, x, history, furthest = torch.tensor([1.8]), torch.tensor([2.5]), [], []
         for _ in range(rounds):
             x = x + eta * (lam - 1)
-            lam, previous = dual_step(lam, x - 2, previous, eta), x - 2
+            history.append((lam, x - 2, torch.zeros(1)))
+            lam = dual_step(history, eta)
             furthest.append(math.hypot(lam.item() - 1, x.item() - 2))
         return max(furthest[-60:])
 
     wide = dict(max_change=math.inf)
-    assert distance(lambda lam, u, previous, eta: dual.step(lam, u, eta, **wide)) > 0.5
-    assert distance(lambda lam, u, previous, eta: dual.optimistic_step(lam, u, previous, eta, **wide)) < 1e-3
+    assert distance(lambda history, eta: dual.step(*history[-1][:2], eta, **wide)) > 0.5
+    assert distance(lambda history, eta: dual.optimistic_step(history, eta, **wide)) < 1e-3
 
 
 def test_optimistic_step_is_the_formula_with_the_bounds_of_step():
     lam, u, before = torch.tensor([1.0, 0.5]), torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.4])
-    moved = dual.optimistic_step(lam, u, before, 0.5)
+    history = [(lam + 0.1, before, 0 * lam), (lam, u, 0 * lam)]
+    moved = dual.optimistic_step(history, 0.5)
     torch.testing.assert_close(moved, torch.tensor([0.95, 0.9], dtype=torch.float64))
-    assert torch.equal(dual.optimistic_step(lam, u, None, 0.5), dual.step(lam, u, 0.5))
-    assert dual.optimistic_step(lam, u, before, 50.0).tolist() == [0.5, 1.0]
+    assert torch.equal(dual.optimistic_step(history[1:], 0.5), dual.step(lam, u, 0.5))
+    assert dual.optimistic_step(history, 50.0).tolist() == [0.5, 1.0]
+    with pytest.raises(UserError, match="history is empty"):
+        dual.optimistic_step([], 0.5)
 
 
 @pytest.mark.parametrize("start", [0.0, 1.0, 3.0])
 def test_bisection_closes_in_on_the_optimum(start):
     reward, utility = scores(24, J=1)
     target = dual.solve(reward, utility, np.array([0.7]), 1.0)
-    steps, lam = descend(reward, utility, np.array([0.7]), start * target.lam, lambda h: dual.bisection_step([row[:2] for row in h]))
+    steps, lam = descend(reward, utility, np.array([0.7]), start * target.lam, dual.bisection_step)
     assert (steps == 0) == (start == 1.0) and steps <= 20
     torch.testing.assert_close(lam, target.lam, rtol=1e-3, atol=1e-3)
     # A constraint that holds by itself: down to exactly 0.
-    _, lam = descend(
-        reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), lambda h: dual.bisection_step([x[:2] for x in h])
-    )
+    _, lam = descend(reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), dual.bisection_step)
     assert lam.item() == 0.0
 
 
 def test_bisection_by_hand():
-    def point(lam, slack):
-        return torch.tensor([lam]), torch.tensor([slack])
+    def point(lam, slack, se=0.0):
+        return torch.tensor([lam]), torch.tensor([slack]), torch.tensor([se])
 
     def after(*points, **bounds):
         return dual.bisection_step([point(*p) for p in points], **bounds).item()
@@ -663,6 +691,9 @@ def test_bisection_by_hand():
     # Below the floor too, where 0 is known not to be enough.
     assert after((0.0, -0.1), (0.1, 0.1), (0.05, 0.1)) == pytest.approx(0.025) and after((0.0, -0.1), (0.025, 0.1), (0.0125, -0.1)) > 0.0125
     with pytest.raises(UserError, match="one constraint"):
-        dual.bisection_step([(torch.ones(2), torch.zeros(2))])
+        dual.bisection_step([(torch.ones(2), torch.zeros(2), torch.zeros(2))])
+    # Within one standard error of 0: the bracket stays, and so does lambda.
+    assert after((1.0, -0.1), (2.0, 0.1), (1.5, 0.05, 0.1)) == 1.5 and after((1.0, -0.1, 0.2)) == 1.0
+    assert after((1.0, -0.1), (3.0, -0.05, 0.1), (2.0, 0.1)) == 1.5
     with pytest.raises(UserError, match="finite"):
         after((1.0, math.nan))
