@@ -181,6 +181,10 @@ class ExactWorld:
         self.fitted.append((target, theta))
         return theta
 
+    def adopt(self, theta: Tensor, lam_J: Tensor, iteration: int) -> Tensor:
+        """theta itself."""
+        return theta
+
     def ascend(self, start: Tensor | None, lam_J: Tensor, iteration: int, *, rectified: bool = False) -> Tensor:
         """`config.steps` natural-gradient steps on r + lambda . g - beta ln(pi / reference), without PPO's clip.
 

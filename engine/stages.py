@@ -557,6 +557,17 @@ class World:
 
         return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
 
+    def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
+        """Stage iteration-t/policy without a step: a policy that is there already is iterate t too, with a folder and a row of its own."""
+        self._begin(lam_J, policy, iteration)
+
+        def compute(stage: Stage) -> Policy:
+            shutil.rmtree(self._folder(iteration), ignore_errors=True)
+            stage.row("policy", iteration=iteration, lam=lam_J, loss=policy.loss)
+            return policy
+
+        return self._end(self.job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
+
     def _begin(self, lam_J: Tensor, start: Policy | None, iteration: int) -> None:
         self.job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
         self.adapter.set_tensors(self.untrained if start is None else start.adapter)

@@ -117,6 +117,23 @@ def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks
     assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
 
 
+@pytest.mark.parametrize(("max_kl", "kept"), [("1e-12", ["iteration-0", "rejected-1"]), ("inf", ["iteration-0", "iteration-1"])])
+def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
+    """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as others can."""
+    flags = ["--iterations", "1", "--lam-init", "0", "--max-kl", max_kl, "--max-new-tokens", "4", "--steps", "1", "--eval-prompts", "2"]
+    assert train.main(["pd_dpo", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == kept
+    folders = [tmp_path / "run" / "adapters" / name for name in kept]
+    assert files(folders[0]) == files(folders[1])
+    assert [row["iteration"] for row in read_rows(tmp_path / "run", "policy")] == [0, 1]
+    assert [row["lam"] for row in read_rows(tmp_path / "run", "iteration")] == [[0.0]]
+    first = files(tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").unlink()
+    (tmp_path / "run" / "heldout.jsonl").unlink()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert files(tmp_path / "run") == first
+
+
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
     """The policy aligned to a file's reward labels prefers the file's better answers, and PeCAID runs on such scores."""
     rows = [
