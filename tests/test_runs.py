@@ -96,7 +96,7 @@ def test_mocan_runs_on_the_same_stages(tmp_path):
     "algorithm, iterates, slacks",
     [
         ("pecan", [1], []), ("dpo", [1], []), ("sacpo", [1, 2], []), ("safe_dpo", [1], []), ("cdpo", [1, 2], [1, 2]),
-        ("pd_dpo", [0, 1, 2], [1, 2]), ("opd", [1, 2, 3, 4], [1, 3]), ("primal_dual", [1, 2], [1, 2]), ("repo", [1, 2], [1, 2]),
+        ("pd_dpo", [0, 1, 2], [1, 2]), ("opd", [1, 2, 3, 4], [1, 3, 4]), ("primal_dual", [1, 2], [1, 2]), ("repo", [1, 2], [1, 2]),
     ],
 )  # fmt: skip
 def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks):
@@ -132,6 +132,17 @@ def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
     (tmp_path / "run" / "heldout.jsonl").unlink()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert files(tmp_path / "run") == first
+
+
+def test_the_last_iterate_of_opd_has_its_slack_and_can_be_refused(tmp_path):
+    flags = ["opd", *SMOKE, "--iterations", "1", "--eval-prompts", "2"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    policies, slacks = (read_rows(tmp_path / "run", kind) for kind in ("policy", "iteration"))
+    assert [(row["iteration"], row["lam"]) for row in slacks] == [(row["iteration"], row["lam"]) for row in policies]
+    kl = [row["kl"] for row in slacks]
+    assert kl[1] > 1.01 * kl[0], "else no --max-kl lies between them"
+    assert train.main([*flags, "--max-kl", str((kl[0] + kl[1]) / 2), "--out", str(tmp_path / "stopped")]) == 0
+    assert sorted(p.name for p in (tmp_path / "stopped" / "adapters").iterdir()) == ["iteration-1", "rejected-2"]
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
