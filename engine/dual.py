@@ -12,6 +12,7 @@ The same without Python, on a file of scores (engine/dual_command.py): python -m
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,15 @@ class Infeasible(UserError):
 
     Attributes, in the utilities' units:
     - largest_improvement: float64 [J], the best response of every prompt, averaged, minus the mean: each constraint alone.
+      With `bounds`, the highest possible value in place of the best response; inf where it has none.
     - direction: float64 [J], v >= 0 with sum 1 and mean_p max_i v . (g_pi - mean) < v . b, which certifies the claim.
     - largest_multiple: float, thresholds up to this multiple of b are supported together, to 0.1 %.
+    - proven: bool, for all policies: the responses were enumerated, or a bound of a score is asked for. Else it is the samples' limit.
     """
 
-    def __init__(self, message: str, largest_improvement: Tensor, direction: Tensor, largest_multiple: float):
+    def __init__(self, message: str, largest_improvement: Tensor, direction: Tensor, largest_multiple: float, proven: bool):
         super().__init__(message)
+        self.proven = proven
         self.largest_improvement = largest_improvement
         self.direction = direction
         self.largest_multiple = largest_multiple
@@ -65,6 +69,7 @@ def solve(
     *,
     absolute: bool = False,
     enumerated: bool = False,
+    bounds: Sequence[float | None] | None = None,
     lam_max: float = math.inf,
     force: bool = False,
     method: str = "newton",
@@ -74,8 +79,9 @@ def solve(
 
     reward [P, G], utility [P, G, J], threshold [J] (or a number): numpy, torch or lists, any float type. The threshold is the
     required improvement over the mean of the utility, or a level with `absolute`. `enumerated` says that the G responses are all
-    there are, equally likely, so that infeasibility is proven. `force` goes on with unsupported thresholds; it needs a finite lam_max,
-    where such multipliers end. `start_J` is a guess of lambda, by default 0.
+    there are, equally likely, so that infeasibility is proven. `bounds` [J] are the highest values that the utilities can take at all, None
+    where that is not known: a threshold that asks for so much on average is proven infeasible, whatever the samples. `force` goes on with
+    unsupported thresholds; it needs a finite lam_max, where such multipliers end. `start_J` is a guess of lambda, by default 0.
 
     `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps, of length 1 / (largest eigenvalue of
     the Hessian) in units of each utility's standard deviation, and needs more of them. Both stop by the same rule, so their optima agree.
@@ -83,7 +89,7 @@ def solve(
     A constant added to one prompt's reward or utility changes neither the multipliers nor the policies.
 
     Raises: Infeasible; UserError for shapes, values that are not finite, beta <= 0, a utility that never varies within a prompt, and
-    where rounding keeps the solver from the optimum.
+    where rounding keeps the solver from the optimum. Warns (UserWarning) where it stops it short of a KKT residual of 1e-10.
     """
     reward, utility, threshold = _check(reward_PG, utility_PGJ, threshold_J, beta, lam_max, force)
     if method not in STEPS:
@@ -93,15 +99,18 @@ def solve(
         threshold = threshold - mean
     r, g, scale = _dimensionless(reward, utility, beta)
     b, start = threshold / scale, _start(start_J, scale / beta)
+    if bounds is not None and not force:
+        _check_bounds(bounds, utility, threshold, mean, scale, absolute)
     unsupported = None if force else _single_direction(g, b)
     if unsupported is None:
         x, moments, kkt, iterations, unsupported = _descend(r, g, b, lam_max * scale / beta, start, method=method, certify=not force)
     if unsupported is not None:
         raise _infeasible(g, b, unsupported, scale, mean if absolute else None, enumerated)
-    if kkt > ACCEPTED:
-        raise UserError(
-            f"the dual solver stopped at KKT residual {kkt:.2g} after {iterations} iterations; raise beta {beta} or lower the threshold."
-        )
+    if kkt > TOLERANCE:
+        stopped = f"the dual solver stopped at KKT residual {kkt:.2g} after {iterations} iterations"
+        if kkt > ACCEPTED:
+            raise UserError(f"{stopped}; raise beta {beta} or lower the threshold.")
+        warnings.warn(f"{stopped}, above {TOLERANCE:g}: lambda is known to fewer digits; raise beta {beta} for more.", stacklevel=2)
 
     gradient = moments.gradient * scale
     return Solution(
@@ -184,6 +193,9 @@ def lam_interval(
     error, and the interval is [0, max(0, value + t se)]. It is [0, 0] where the room is clear, and passes continuously into that of an
     active constraint.
 
+    Where H is singular over the constraints without clear room, as for two equal utilities, only some sums of multipliers are determined:
+    one that is not has the standard error inf and the interval [0, inf], "not identified".
+
     Raises: UserError where the solution is not of these scores, or is held by lam_max; below 2 prompts.
     """
     reward, utility, threshold = _check(reward_PG, utility_PGJ, threshold_J, beta, math.inf, False)
@@ -199,6 +211,9 @@ def lam_interval(
     covariance = torch.cov(u_PJ.T).reshape(len(lam), len(lam)) / P
     centre, se = torch.zeros_like(lam), torch.zeros_like(lam)
     for j in range(len(lam)):
+        if not _identified(solution.hessian, scale, (lam > 0) | (gradient <= 1e-6 * scale), j):
+            se[j] = math.inf
+            continue
         free = lam > 0
         free[j] = True
         unit = torch.eye(len(lam), dtype=torch.float64)[j, free]
@@ -207,6 +222,15 @@ def lam_interval(
         se[j] = (row @ covariance[free][:, free] @ row).clamp(min=0).sqrt()
     reach = t_quantile((1 + level) / 2, P - 1) * se
     return Interval(low=torch.where(lam > 0, centre - reach, 0.0).clamp(min=0), high=(centre + reach).clamp(min=0), se=se)
+
+
+def _identified(hessian: Tensor, scale: Tensor, active: Tensor, j: int) -> bool:
+    """Whether the Hessian over the `active` constraints and j determines multiplier j: no change of it leaves the gradient as it is."""
+    own = active.clone()
+    own[j] = True
+    eigenvalue, basis = torch.linalg.eigh((hessian / scale[:, None] / scale)[own][:, own])
+    flat = eigenvalue <= 1e-9 * eigenvalue[-1]
+    return float(basis[int(own[:j].sum()), flat].square().sum()) < 1e-9
 
 
 def bootstrap(
@@ -488,14 +512,33 @@ def predicted_se(utility_PG, n_prompts: int, n_responses: int) -> float:
 
 
 def ess_warning(ess_P: Tensor, G: int) -> str | None:
-    """One line if the mean effective number of responses is below G / 4, where lambda depends on G; else None.
+    """One line if the mean effective number of responses is below G / 4, where lambda is over-estimated; else None.
 
-    Few responses over-estimate lambda: in one case 8 responses a prompt, of an effective size of 1.4, gave 0.39, and 4 of them 0.57.
+    In one case 8 responses a prompt, of an effective size of 1.4, gave 0.39, and 4 of them 0.57. `half_sample` says by how much.
     """
     ess = float(_float64(ess_P).mean())
     if ess >= G / 4:
         return None
-    return f"The tilted weights rest on {ess:.1f} of {G} responses per prompt, so lambda depends on {G}: raise beta or sample more."
+    return f"The tilted weights rest on {ess:.1f} of {G} responses per prompt, so lambda is over-estimated: raise beta or sample more."
+
+
+def half_sample(reward_PG, utility_PGJ, threshold_J, beta: float, lam_J: Tensor, *, absolute: bool = False, seed: int = 0) -> str:
+    """What a random half of each prompt's responses gives, as a sentence that goes on from `ess_warning`; "" below 4 responses.
+
+    lam: `solve`'s multipliers from all of them. A bias in 1 / G, as that of self-normalised weights, doubles with half of the
+    responses, so the difference of the two estimates it.
+    """
+    reward, utility = _float64(reward_PG), _float64(utility_PGJ)
+    P, G = reward.shape
+    if G < 4:
+        return ""
+    half = torch.rand(P, G, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, : G // 2]
+    try:
+        lam = solve(reward.gather(1, half), utility.take_along_dim(half[..., None], 1), threshold_J, beta, absolute=absolute).lam
+    except UserError:
+        return " A random half of the responses does not support the thresholds at all."
+    values, excess = (", ".join(f"{x:.3f}" for x in v.tolist()) for v in (lam, (lam - lam_J).clamp(min=0)))
+    return f" A random half of the responses gives lambda {values}: if the excess falls as 1 / responses, it is now about {excess}."
 
 
 def _float64(values) -> Tensor:
@@ -503,8 +546,23 @@ def _float64(values) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
+def _argument(name: str, values) -> Tensor:
+    try:
+        return _float64(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} is {str(values)[:60]!r}: give numbers, in lists of equal length, a numpy array or a tensor.") from None
+
+
+def _is_above_0(value) -> bool:
+    try:
+        return bool(value > 0)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, force: bool) -> tuple[Tensor, Tensor, Tensor]:
-    reward, utility, threshold = _float64(reward_PG), _float64(utility_PGJ), _float64(threshold_J).reshape(-1)
+    reward, utility = _argument("reward", reward_PG), _argument("utility", utility_PGJ)
+    threshold = _argument("threshold", threshold_J).reshape(-1)
     if reward.ndim != 2 or utility.ndim != 3 or utility.shape[:2] != reward.shape or utility.numel() == 0:
         raise UserError(f"reward {list(reward.shape)}, utility {list(utility.shape)}: give [P, G] and [P, G, J], none of them 0.")
     if len(threshold) != utility.shape[2]:
@@ -514,9 +572,9 @@ def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, for
         if len(bad):
             index = tuple(bad[0].tolist())
             raise UserError(f"{name}{list(index)} is {values[index].item()}: it must be finite; drop or repair {len(bad)} such value(s).")
-    if not (beta > 0 and math.isfinite(beta)):
+    if not (_is_above_0(beta) and math.isfinite(beta)):
         raise UserError(f"beta {beta}: must be above 0 and finite.")
-    if not lam_max > 0:
+    if not _is_above_0(lam_max):
         raise UserError(f"lam_max {lam_max}: must be above 0.")
     if force and not math.isfinite(lam_max):
         raise UserError(f"force with lam_max {lam_max}: give a finite lam_max, where unsupported multipliers end.")
@@ -524,6 +582,28 @@ def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, for
     for j in (spread <= 1e-12 * utility.abs().amax((0, 1))).nonzero()[:, 0].tolist():
         raise UserError(f"utility {j} (counting from 0) is the same for all responses of every prompt: sample more responses or drop it.")
     return reward, utility, threshold
+
+
+def _check_bounds(bounds, utility: Tensor, threshold: Tensor, mean: Tensor, scale: Tensor, absolute: bool) -> None:
+    """Raises: Infeasible where a required improvement (`threshold`) takes a utility to the highest value that it can have, or above."""
+    highest = _argument("bounds", [math.inf if bound is None else bound for bound in bounds])
+    if highest.shape != threshold.shape or highest.isnan().any():
+        raise UserError(f"bounds {list(bounds)}: give a number or None for each of the {len(threshold)} utilities.")
+    above = utility.amax((0, 1)) > highest
+    if above.any():
+        j = int(above.nonzero()[0])
+        raise UserError(f"bounds: utility {j} (counting from 0) reaches {utility[..., j].max():.6g}, above its bound {highest[j]:.6g}.")
+    best = highest - mean
+    room = (best - threshold) / scale
+    if room.min() > TOLERANCE:
+        return
+    direction = torch.eye(len(best), dtype=torch.float64)[room.argmin()]
+    shift, shown = (mean, "level") if absolute else (torch.zeros_like(mean), "b")
+    raise Infeasible(
+        f"threshold {shown} = {_show(shift + threshold)} is infeasible, which is proven as the utilities are never above {_show(highest)}; "
+        f"largest {shown} that can be asked for lies below {_show(shift + best)} alone.",
+        best, direction, float(torch.where(threshold > 0, best / threshold, math.inf).min()), True,
+    )  # fmt: skip
 
 
 def _within_std(utility_PGJ: Tensor) -> Tensor:
@@ -539,7 +619,12 @@ def _dimensionless(reward: Tensor, utility: Tensor, beta: float) -> tuple[Tensor
 
 
 def _start(lam_J, per_x: Tensor) -> Tensor:
-    return torch.zeros_like(per_x) if lam_J is None else (_float64(lam_J) * per_x).clamp(min=0)
+    if lam_J is None:
+        return torch.zeros_like(per_x)
+    lam = _argument("start_J", lam_J).reshape(-1)
+    if lam.shape != per_x.shape or not lam.isfinite().all():
+        raise UserError(f"start_J {lam.tolist()}: give {len(per_x)} finite number(s), a guess of lambda.")
+    return (lam * per_x).clamp(min=0)
 
 
 def _solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
@@ -656,7 +741,7 @@ def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
     )
     together = f", together {_show(offset + multiple * b * scale)}" if len(b) > 1 else ""
     message = f"threshold {shown} = {_show(offset + b * scale)} {why}; largest supported {shown} = {_show(offset + best)} alone{together}."
-    return Infeasible(message, best, v / v.sum(), multiple)
+    return Infeasible(message, best, v / v.sum(), multiple, enumerated)
 
 
 def _show(values: Tensor) -> str:

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -144,6 +145,28 @@ def test_infeasible_alone_names_the_largest_threshold():
     assert "no proof" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_known_bounds_prove_a_threshold_infeasible():
+    """A score of at most 1 cannot improve on its mean by 1 - mean, whatever is not among the samples."""
+    rng = np.random.default_rng(7)
+    reward, utility = rng.normal(size=(12, 6)), rng.uniform(size=(12, 6, 2)) * [1, 5]
+    room = 1 - utility.mean((0, 1))[0]
+    with pytest.raises(dual.Infeasible, match=r"proven.*never above \[1, inf\]") as caught:
+        dual.solve(reward, utility, [room, 0.1], 0.5, bounds=[1, None])
+    assert caught.value.proven and caught.value.direction.tolist() == [1.0, 0.0]
+    assert caught.value.largest_improvement.tolist() == [pytest.approx(room), math.inf]
+    assert caught.value.largest_multiple == pytest.approx(1) and f"{room:.4g}" in str(caught.value)
+    with pytest.raises(dual.Infeasible, match="level = .*proven"):
+        dual.solve(reward, utility, [1.0, 0.1], 0.5, bounds=[1, None], absolute=True)
+    with pytest.raises(dual.Infeasible, match="no proof") as caught:
+        dual.solve(reward, utility, [room - 1e-6, 0.1], 0.5, bounds=[1, None])
+    assert not caught.value.proven
+    assert torch.equal(dual.solve(reward, utility, [0.1, 0.1], 0.5, bounds=[1, 5]).lam, dual.solve(reward, utility, [0.1, 0.1], 0.5).lam)
+    assert dual.solve(reward, utility, [2.0, 0.1], 0.5, bounds=[1, 5], lam_max=9.0, force=True).lam[0] == pytest.approx(9)
+    for bounds, match in (([1], "each of the 2"), ([0.5, None], "utility 0 .*above its bound 0.5"), ([1, "x"], "bounds is")):
+        with pytest.raises(UserError, match=match):
+            dual.solve(reward, utility, [0.1, 0.1], 0.5, bounds=bounds)
+
+
 def test_infeasible_together_is_certified_by_its_direction():
     rng = np.random.default_rng(8)
     reward, first = rng.normal(size=(2, 15, 10))
@@ -214,6 +237,30 @@ def test_user_mistakes_name_the_value():
         dual.solve(reward, utility, b, 1.0, lam_max=-1)
     with pytest.raises(UserError, match="finite lam_max"):
         dual.solve(reward, utility, b, 1.0, force=True)
+    for arguments, match in [
+        ((None, utility, b, 1.0), "reward is 'None': give numbers"),
+        ((reward, [[1.0], [1.0, 2.0]], b, 1.0), "utility is .*equal length"),
+        ((reward, utility, "x", 1.0), "threshold is 'x'"),
+        ((reward, utility, b, "x"), "beta x"),
+        ((reward, utility, b, None), "beta None"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            dual.solve(*arguments)
+    for start in ([1.0], [1.0, np.nan], [1.0, 2.0, 3.0], "x"):
+        with pytest.raises(UserError, match="start_J"):
+            dual.solve(reward, utility, b, 1.0, start_J=start)
+    with pytest.raises(UserError, match="lam_max x"):
+        dual.solve(reward, utility, b, 1.0, lam_max="x")
+
+
+def test_a_residual_above_the_wanted_one_is_warned_of(monkeypatch):
+    reward, utility = scores(12, J=1)
+    found = dual.solve(reward, utility, [0.5], 1.0)
+    assert 0 < found.kkt
+    monkeypatch.setattr(dual, "TOLERANCE", found.kkt / 2)
+    monkeypatch.setitem(dual.STEPS, "newton", (dual.STEPS["newton"][0], found.iterations + 1))
+    with pytest.warns(UserWarning, match="KKT residual .* fewer digits"):
+        assert dual.solve(reward, utility, [0.5], 1.0).lam.item() == pytest.approx(found.lam.item())
 
 
 def test_step_is_the_papers_projected_subgradient():
@@ -314,7 +361,13 @@ def test_predicted_se_matches_a_simulation():
 def test_ess_warning_below_a_quarter_of_the_responses():
     assert dual.ess_warning(torch.full((5,), 2.0), 8) is None
     warning = dual.ess_warning(torch.full((5,), 1.9), 8)
-    assert "1.9 of 8" in warning and "\n" not in warning
+    assert "1.9 of 8" in warning and "over-estimated" in warning and "\n" not in warning
+    reward, utility = scores(3, P=200, G=8, J=1)
+    solution = dual.solve(reward, utility, [0.5], 0.2)
+    said = re.fullmatch(r" A random half .* lambda (\S+): .* about (\S+)\.", dual.half_sample(reward, utility, [0.5], 0.2, solution.lam))
+    assert float(said[1]) - solution.lam.item() == pytest.approx(float(said[2]), abs=2e-3) and float(said[2]) > 0.01
+    assert "not support" in dual.half_sample(reward, utility, 0.95 * dual.largest_threshold(utility), 0.2, solution.lam)
+    assert dual.half_sample(reward[:, :3], utility[:, :3], [0.5], 0.2, solution.lam) == ""
 
 
 def test_projected_gradient_finds_newtons_optimum():
@@ -445,6 +498,21 @@ def test_interval_of_a_constraint_at_zero_is_continuous():
     assert inactive.low.item() == active.low.item() == 0.0
     assert inactive.high.item() == pytest.approx(active.high.item(), abs=1e-5) and inactive.high.item() > 0.05
     assert (far.low.item(), far.high.item()) == (0.0, 0.0)
+
+
+def test_two_equal_utilities_are_not_identified():
+    reward, utility = scores(2, J=2)
+    one = dual.solve(reward, utility[..., :1], [0.8], 1.0)
+    twice, b = np.concatenate([utility[..., :1], 3 * utility[..., :1], utility[..., 1:]], -1), [0.8, 2.4, 0.1]
+    for start in (None, [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
+        solution = dual.solve(reward, twice, b, 1.0, start_J=start)
+        interval = dual.lam_interval(reward, twice, b, 1.0, solution)
+        assert interval.se[:2].isinf().all() and interval.low[:2].tolist() == [0, 0] and interval.high[:2].isinf().all()
+        assert interval.high[2].isfinite() and interval.se[2] < 1
+    plain = dual.lam_interval(reward, utility[..., :1], [0.8], 1.0, one)
+    assert plain.se[0] < 1
+    room = dual.solve(reward, twice, [-5.0, -15.0, 0.1], 1.0)
+    assert dual.lam_interval(reward, twice, [-5.0, -15.0, 0.1], 1.0, room).high[:2].tolist() == [0, 0]
 
 
 def test_interval_refuses_what_it_is_not_of():
