@@ -238,7 +238,7 @@ class ExactWorld:
         reward = float(((pi - 1 / pi.shape[1]) * problem.reward_PY).sum(1).mean())
         return Slack(
             improvement_J=slack_J + problem.b_J, se_J=se_J, slack_J=slack_J, violation_J=(-slack_PJ).clamp(min=0).mean(0), reward=reward,
-            reward_se=0.0, kl=problem.kl(theta),
+            reward_se=0.0, kl=problem.kl(theta), kl_se=0.0,
         )  # fmt: skip
 
     def passes_max_kl(self, slack: Slack, iteration: int) -> bool:

@@ -24,6 +24,7 @@ def train(config: OpdConfig, *, resume: str | None = None) -> stages.Result:
     """
     with stages.open_job("opd", config, resume, n_stages=4 + 3 * config.iterations) as job:
         world = stages.World(job)
+        world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 

@@ -19,6 +19,7 @@ def train(config: PdDpoConfig, *, resume: str | None = None) -> stages.Result:
     """
     with stages.open_job("pd_dpo", config, resume, n_stages=4 + 2 * config.iterations) as job:
         world = stages.World(job)
+        world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 
