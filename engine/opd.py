@@ -7,7 +7,7 @@ E[r + lambda . g] - beta KL(pi || reference) - kappa KL(pi || p):
     lambda_{t+1} = [lambda_t - eta u(pi')]+       pi_{t+1} = prox(pi_t, lambda')         steps
 
 An iteration costs two policy updates. The slack of every prediction is measured, as lambda needs it; of the steps that of the last one
-alone, which is the result: no dual step follows it, but where it passes max_kl the step before is kept.
+alone, which is the result: no dual step follows it. Where it passes max_kl the prediction before it, whose slack is known, is the result.
 """
 
 import torch
@@ -43,15 +43,15 @@ def loop(world: stages.World, config: OpdConfig):
 
     lam_J = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64)
     policy, used_J, predicted_lam_J, slack_J = None, lam_J, lam_J, torch.zeros_like(lam_J)
-    before, number = (policy, used_J), 0
+    before, number = (policy, used_J), 0  # number: of the last step
     for t in range(1, config.iterations + 1):
         prediction = prox(policy, predicted_lam_J, 2 * t - 1)
         u = world.measure_slack(prediction, predicted_lam_J, 2 * t - 1)
         if world.passes_max_kl(u, 2 * t - 1):
             break
+        before, number = (prediction, predicted_lam_J), 2 * t
         predicted_lam_J = descend(lam_J, slack_J)
         slack_J = u.slack_J
-        before, number = (policy, used_J), 2 * t
         policy, used_J = prox(policy, predicted_lam_J, number), predicted_lam_J
         if t < config.iterations:
             lam_J = descend(lam_J, slack_J)

@@ -146,6 +146,8 @@ def test_the_last_iterate_of_opd_has_its_slack_and_can_be_refused(tmp_path):
     assert kl[1] > 1.01 * kl[0], "else no --max-kl lies between them"
     assert train.main([*flags, "--max-kl", str((kl[0] + kl[1]) / 2), "--out", str(tmp_path / "stopped")]) == 0
     assert sorted(p.name for p in (tmp_path / "stopped" / "adapters").iterdir()) == ["iteration-1", "rejected-2"]
+    kept = json.loads((tmp_path / "stopped" / "evaluation.json").read_text())
+    assert kept["kl"]["mean"] != 0, "the prediction is kept, not the reference"
 
 
 @pytest.mark.parametrize("algorithm", ["cdpo", "pd_dpo", "opd", "primal_dual", "repo"])
