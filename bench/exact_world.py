@@ -181,6 +181,10 @@ class ExactWorld:
         self.fitted.append((target, theta))
         return theta
 
+    def adopt(self, theta: Tensor, lam_J: Tensor, iteration: int) -> Tensor:
+        """theta itself."""
+        return theta
+
     def ascend(self, start: Tensor | None, lam_J: Tensor, iteration: int, *, rectified: bool = False) -> Tensor:
         """`config.steps` natural-gradient steps on r + lambda . g - beta ln(pi / reference), without PPO's clip.
 
@@ -234,7 +238,7 @@ class ExactWorld:
         reward = float(((pi - 1 / pi.shape[1]) * problem.reward_PY).sum(1).mean())
         return Slack(
             improvement_J=slack_J + problem.b_J, se_J=se_J, slack_J=slack_J, violation_J=(-slack_PJ).clamp(min=0).mean(0), reward=reward,
-            reward_se=0.0, kl=problem.kl(theta),
+            reward_se=0.0, kl=problem.kl(theta), kl_se=0.0,
         )  # fmt: skip
 
     def passes_max_kl(self, slack: Slack, iteration: int) -> bool:

@@ -16,10 +16,12 @@ from rich.table import Table
 
 from bench import loss_head, rollout, train_step
 from bench.measure import interleaved, origin, peak_bytes
+from engine import dual
 from engine.memory import keep_freed_memory
 from engine.model import load
 from engine.score import LogprobGap
 from engine.stages import model_folder
+from kernels import dual_moments
 
 HERE = Path(__file__).parent
 
@@ -168,6 +170,43 @@ def run_train_step(config: TrainStep) -> dict:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Dual:
+    """`engine.dual.solve` by Newton's method and by projected gradient, against one evaluation of value, gradient and Hessian."""
+
+    prompts: int = 1000
+    """P."""
+    responses: int = 128
+    """G."""
+    constraints: int = 3
+    """J."""
+    repeats: int = 15
+    """Rounds; every candidate runs once in each."""
+    save: bool = True
+    """Add the figures to bench/results.jsonl and write bench/RESULTS.md anew."""
+
+
+def run_dual(config: Dual) -> dict:
+    """Measure on the CPU in float64; returns the line of results.jsonl."""
+    device, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    P, G, J = config.prompts, config.responses, config.constraints
+    reward = torch.randn(P, G, generator=generator, dtype=torch.float64)
+    utility = torch.randn(P, G, J, generator=generator, dtype=torch.float64) - 0.5 * reward[..., None]
+    problem = reward, utility, torch.linspace(0.2, 0.4, J), 1.0
+    found = {method: dual.solve(*problem, method=method) for method in ("newton", "pgd")}
+    if not max(x.kkt for x in found.values()) <= 1e-10:
+        raise SystemExit(f"KKT residuals {[x.kkt for x in found.values()]}: more than 1e-10; nothing is timed")
+    one = {"dual_moments": lambda: dual_moments(reward, utility, found["newton"].lam, 1.0)}
+    steps = {method: lambda method=method: dual.solve(*problem, method=method) for method in found}
+    candidates, floor_s, fastest = _measure(steps, {"moments": one}, config.repeats, device, {})
+    for row in candidates:
+        row |= {"iterations": found[row["name"]].iterations, "kkt": found[row["name"]].kkt}
+    return {
+        "case": "dual", "shape": f"{P} x {G} x {J}", "keep_pages": False, "repeats": config.repeats, "floor_s": floor_s,
+        "floor_layouts": fastest, "candidates": candidates, **origin(device),
+    }  # fmt: skip
+
+
 def _measure(
     steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device, times_of: dict[str, int]
 ) -> tuple[list[dict], float, dict[str, str]]:
@@ -197,17 +236,23 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
             f"{'frozen head' if line['frozen'] else 'full fine-tuning'}{pages}; floor ({len(line['floor_layouts'])} bare products) "
             f"{1000 * line['floor_s']:.1f} ms, {line['flops'] / line['floor_s'] / 1e9:.0f} Gflop/s"
         )
+    elif line["case"] == "dual":
+        title = f"dual: solve on {line['shape']} (prompts x responses x constraints), float64; floor (one evaluation of the dual) "
+        title += f"{1000 * line['floor_s']:.1f} ms"
     else:
         what = f"{line['rows']} responses of {line['new']} tokens to prompts of {line['prompt']}"
         title = f"{line['case']}: {line['shape']}, {what}, {line['dtype']}{pages}; floor (bare products) {1000 * line['floor_s']:.0f} ms"
     rows = []
-    ours = next(c["median_s"] for c in line["candidates"] if c["name"] == "dualign")
+    ours = next(c["median_s"] for c in line["candidates"] if c["name"] in ("dualign", "newton"))
     for c in line["candidates"]:
         spread = f"{1000 * c['p20_s']:.1f} to {1000 * c['p80_s']:.1f}"
         share, ratio, memory = f"{100 * c['floor_share']:.1f} %", f"{c['median_s'] / ours:.2f}", f"{c['extra_bytes'] / 1e6:.0f}"
-        last = f"{max(c['errors'].values()):.0e}" if "errors" in c else f"{line['tokens'] / c['median_s']:.0f}"
+        if line["case"] == "dual":
+            last = f"{c['iterations']} iterations, {c['kkt']:.0e}"
+        else:
+            last = f"{max(c['errors'].values()):.0e}" if "errors" in c else f"{line['tokens'] / c['median_s']:.0f}"
         rows.append([c["name"], f"{1000 * c['median_s']:.1f}", spread, share, ratio, memory, last])
-    last = "largest relative error" if line["case"] == "loss_head" else "tokens/s"
+    last = {"loss_head": "largest relative error", "dual": "KKT residual"}.get(line["case"], "tokens/s")
     return title, ["", "ms, median", "p20 to p80", "of the floor", "time / ours", "extra memory, MB", last], rows
 
 
@@ -228,7 +273,10 @@ def write_results(lines: list[dict]) -> None:
     (HERE / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
 
 
-CASES = {"loss_head": (LossHead, run_loss_head), "rollout": (Rollout, run_rollout), "train_step": (TrainStep, run_train_step)}
+CASES = {
+    "loss_head": (LossHead, run_loss_head), "rollout": (Rollout, run_rollout), "train_step": (TrainStep, run_train_step),
+    "dual": (Dual, run_dual),
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

@@ -461,7 +461,7 @@ def curves(seed: int, eps: float, iterations: int) -> dict[str, list[tuple[int, 
     found = {"optimum": [(0, 0.0, float(lam_p[0]), 0.0)]}
     for run in runs(problem, maximiser, iterations):
         points = [
-            ((i + 1) * run.per_iteration, abs(float(x.slack_J[0])), float(x.lam_J[0]), problem.value(x.theta) - best)
+            (min(i + 1, iterations) * run.per_iteration, abs(float(x.slack_J[0])), float(x.lam_J[0]), problem.value(x.theta) - best)
             for i, x in enumerate(run.world.history)
         ]
         if not points:  # one-shot methods measure nothing

@@ -17,6 +17,7 @@ def train(config: CdpoConfig, *, resume: str | None = None) -> stages.Result:
     """
     with stages.open_job("cdpo", config, resume, n_stages=3 + 2 * config.iterations) as job:
         world = stages.World(job)
+        world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 

@@ -12,6 +12,7 @@ The same without Python, on a file of scores (engine/dual_command.py): python -m
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,15 @@ class Infeasible(UserError):
 
     Attributes, in the utilities' units:
     - largest_improvement: float64 [J], the best response of every prompt, averaged, minus the mean: each constraint alone.
+      With `bounds`, the highest possible value in place of the best response; inf where it has none.
     - direction: float64 [J], v >= 0 with sum 1 and mean_p max_i v . (g_pi - mean) < v . b, which certifies the claim.
     - largest_multiple: float, thresholds up to this multiple of b are supported together, to 0.1 %.
+    - proven: bool, for all policies: the responses were enumerated, or a bound of a score is asked for. Else it is the samples' limit.
     """
 
-    def __init__(self, message: str, largest_improvement: Tensor, direction: Tensor, largest_multiple: float):
+    def __init__(self, message: str, largest_improvement: Tensor, direction: Tensor, largest_multiple: float, proven: bool):
         super().__init__(message)
+        self.proven = proven
         self.largest_improvement = largest_improvement
         self.direction = direction
         self.largest_multiple = largest_multiple
@@ -65,6 +69,7 @@ def solve(
     *,
     absolute: bool = False,
     enumerated: bool = False,
+    bounds: Sequence[float | None] | None = None,
     lam_max: float = math.inf,
     force: bool = False,
     method: str = "newton",
@@ -74,8 +79,9 @@ def solve(
 
     reward [P, G], utility [P, G, J], threshold [J] (or a number): numpy, torch or lists, any float type. The threshold is the
     required improvement over the mean of the utility, or a level with `absolute`. `enumerated` says that the G responses are all
-    there are, equally likely, so that infeasibility is proven. `force` goes on with unsupported thresholds; it needs a finite lam_max,
-    where such multipliers end. `start_J` is a guess of lambda, by default 0.
+    there are, equally likely, so that infeasibility is proven. `bounds` [J] are the highest values that the utilities can take at all, None
+    where that is not known: a threshold that asks for so much on average is proven infeasible, whatever the samples. `force` goes on with
+    unsupported thresholds; it needs a finite lam_max, where such multipliers end. `start_J` is a guess of lambda, by default 0.
 
     `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps, of length 1 / (largest eigenvalue of
     the Hessian) in units of each utility's standard deviation, and needs more of them. Both stop by the same rule, so their optima agree.
@@ -83,7 +89,7 @@ def solve(
     A constant added to one prompt's reward or utility changes neither the multipliers nor the policies.
 
     Raises: Infeasible; UserError for shapes, values that are not finite, beta <= 0, a utility that never varies within a prompt, and
-    where rounding keeps the solver from the optimum.
+    where rounding keeps the solver from the optimum. Warns (UserWarning) where it stops it short of a KKT residual of 1e-10.
     """
     reward, utility, threshold = _check(reward_PG, utility_PGJ, threshold_J, beta, lam_max, force)
     if method not in STEPS:
@@ -93,15 +99,18 @@ def solve(
         threshold = threshold - mean
     r, g, scale = _dimensionless(reward, utility, beta)
     b, start = threshold / scale, _start(start_J, scale / beta)
+    if bounds is not None and not force:
+        _check_bounds(bounds, utility, threshold, mean, scale, absolute)
     unsupported = None if force else _single_direction(g, b)
     if unsupported is None:
         x, moments, kkt, iterations, unsupported = _descend(r, g, b, lam_max * scale / beta, start, method=method, certify=not force)
     if unsupported is not None:
         raise _infeasible(g, b, unsupported, scale, mean if absolute else None, enumerated)
-    if kkt > ACCEPTED:
-        raise UserError(
-            f"the dual solver stopped at KKT residual {kkt:.2g} after {iterations} iterations; raise beta {beta} or lower the threshold."
-        )
+    if kkt > TOLERANCE:
+        stopped = f"the dual solver stopped at KKT residual {kkt:.2g} after {iterations} iterations"
+        if kkt > ACCEPTED:
+            raise UserError(f"{stopped}; raise beta {beta} or lower the threshold.")
+        warnings.warn(f"{stopped}, above {TOLERANCE:g}: lambda is known to fewer digits; raise beta {beta} for more.", stacklevel=2)
 
     gradient = moments.gradient * scale
     return Solution(
@@ -184,6 +193,9 @@ def lam_interval(
     error, and the interval is [0, max(0, value + t se)]. It is [0, 0] where the room is clear, and passes continuously into that of an
     active constraint.
 
+    Where H is singular over the constraints without clear room, as for two equal utilities, only some sums of multipliers are determined:
+    one that is not has the standard error inf and the interval [0, inf], "not identified".
+
     Raises: UserError where the solution is not of these scores, or is held by lam_max; below 2 prompts.
     """
     reward, utility, threshold = _check(reward_PG, utility_PGJ, threshold_J, beta, math.inf, False)
@@ -199,6 +211,9 @@ def lam_interval(
     covariance = torch.cov(u_PJ.T).reshape(len(lam), len(lam)) / P
     centre, se = torch.zeros_like(lam), torch.zeros_like(lam)
     for j in range(len(lam)):
+        if not _identified(solution.hessian, scale, (lam > 0) | (gradient <= 1e-6 * scale), j):
+            se[j] = math.inf
+            continue
         free = lam > 0
         free[j] = True
         unit = torch.eye(len(lam), dtype=torch.float64)[j, free]
@@ -207,6 +222,15 @@ def lam_interval(
         se[j] = (row @ covariance[free][:, free] @ row).clamp(min=0).sqrt()
     reach = t_quantile((1 + level) / 2, P - 1) * se
     return Interval(low=torch.where(lam > 0, centre - reach, 0.0).clamp(min=0), high=(centre + reach).clamp(min=0), se=se)
+
+
+def _identified(hessian: Tensor, scale: Tensor, active: Tensor, j: int) -> bool:
+    """Whether the Hessian over the `active` constraints and j determines multiplier j: no change of it leaves the gradient as it is."""
+    own = active.clone()
+    own[j] = True
+    eigenvalue, basis = torch.linalg.eigh((hessian / scale[:, None] / scale)[own][:, own])
+    flat = eigenvalue <= 1e-9 * eigenvalue[-1]
+    return float(basis[int(own[:j].sum()), flat].square().sum()) < 1e-9
 
 
 def bootstrap(
@@ -253,10 +277,11 @@ def step(
 ) -> Tensor:
     """One projected dual descent step, lambda <- [lambda - eta * slack]_+ (arXiv 2505.19387, Algorithm 2). float64 [J].
 
-    slack = measured improvement - threshold. `eta` is a number, or the Hessian [J, J] of the dual: then its inverse is the step, over the
-    constraints that are not at 0 with room (inverting over all of them would let an inactive constraint move the others).
-    Each multiplier changes at most by the factor max_change, so that a policy not yet trained out does not wind it up. At or below
-    `floor` it may fall to 0 or rise to floor * max_change.
+    slack = measured improvement - threshold. Each multiplier stays in [0, lam_max] and changes at most by the factor max_change, so that
+    a policy not yet trained out does not wind it up. At or below `floor` it may fall to 0 or rise to floor * max_change.
+
+    `eta` is a number, or the Hessian H [J, J] of the dual: then the change d minimises the dual's model slack . d + d . H d / 2 within
+    these bounds, so that no multiplier makes up for a change of another one that the bounds cut off.
 
     Raises: UserError if slack or multipliers are not finite.
     """
@@ -264,14 +289,27 @@ def step(
     eta = _float64(eta)
     if not (lam.isfinite().all() and slack.isfinite().all() and eta.isfinite().all()):
         raise UserError(f"dual step: lambda {lam.tolist()}, slack {slack.tolist()}, step {eta.tolist()} must be finite.")
-    change = -eta * slack if eta.ndim == 0 else _newton_change(lam, slack, eta)
-    return _limited(lam, lam + change, max_change, lam_max, floor)
+    lower, upper = _bounds(lam, max_change, lam_max, floor)
+    return (lam - eta * slack).clamp(min=lower, max=upper) if eta.ndim == 0 else _model_minimum(lam, slack, eta, lower, upper)
+
+
+def resolved(slack_J: Tensor, se_J: Tensor) -> Tensor:
+    """slack x max(0, 1 - (se / slack)^2): what of a measured slack stands out of its noise, float64 [J].
+
+    The positive-part shrinkage of James and Stein, one coordinate at a time. A slack within one standard error counts as 0 and moves
+    no multiplier, one of three standard errors keeps 8/9 of itself, and one known exactly (se 0) all. `optimistic_step`, `secant_step` and
+    `bisection_step` shrink the slack by themselves; give `step` what comes out of this.
+
+    Raises: UserError if a value is not finite.
+    """
+    slack, se = _float64(slack_J), _float64(se_J)
+    if not (slack.isfinite().all() and se.isfinite().all()):
+        raise UserError(f"dual step: slack {slack.tolist()} and standard error {se.tolist()} must be finite.")
+    return torch.where(slack.abs() > se, slack * (1 - (se / slack) ** 2), 0.0)
 
 
 def optimistic_step(
-    lam_J: Tensor,
-    slack_J: Tensor,
-    previous_slack_J: Tensor | None,
+    history: Sequence[tuple[Tensor, Tensor, Tensor]],
     eta: float | Tensor,
     *,
     max_change: float = 2.0,
@@ -281,13 +319,18 @@ def optimistic_step(
     """`step` on a forecast of the slack: lambda <- [lambda - eta (2 u_t - u_{t-1})]_+ (arXiv 2602.22146, dual side). float64 [J].
 
     Against a policy that follows lambda slowly, plain descent circles; the forecast damps it, so that the last iterate converges.
-    previous_slack: None in the first step, which is then the plain one.
+    history: rows (lambda, slack measured there, its standard errors), oldest first; with one row this is the plain step. The forecast is
+    shrunk (`resolved`) by its own standard error, sqrt(4 se_t^2 + se_{t-1}^2).
 
-    Raises: UserError as `step`.
+    Raises: UserError as `step`; if history is empty.
     """
-    slack = _float64(slack_J)
-    previous = slack if previous_slack_J is None else _float64(previous_slack_J)
-    return step(lam_J, 2 * slack - previous, eta, max_change=max_change, lam_max=lam_max, floor=floor)
+    if not history:
+        raise UserError("dual step: history is empty; give at least one row (lambda, slack, standard error).")
+    lam, slack, se = (_float64(x) for x in history[-1])
+    if len(history) > 1:
+        _, previous, previous_se = (_float64(x) for x in history[-2])
+        slack, se = 2 * slack - previous, (4 * se**2 + previous_se**2).sqrt()
+    return step(lam, resolved(slack, se), eta, max_change=max_change, lam_max=lam_max, floor=floor)
 
 
 def secant_step(
@@ -301,7 +344,8 @@ def secant_step(
     """A quasi-Newton step from the last of `history`, rows (lambda, slack measured there, its standard errors), oldest first. float64 [J].
 
     The slack is the dual's gradient, so its differences measure the curvature. Starting from `hessian_JJ`, the model H is corrected by each
-    measured pair dlambda, du with Powell's damped BFGS update, which keeps it positive semi-definite. With one row this is `step`.
+    measured pair dlambda, du with Powell's damped BFGS update, which keeps it positive semi-definite. With one row this is `step`. The
+    slack of the last row, from which the step is taken, is shrunk by its standard error (`resolved`).
 
     Noise: with n the standard error of dlambda . du and d the larger of |dlambda . du| and dlambda . H dlambda, the measured du counts with
     weight 1 - (2 n / d)^2 and the model's own H dlambda with the rest. Below two standard errors the model does not change at all, and the
@@ -327,22 +371,25 @@ def secant_step(
             radius = float(way @ metric @ way) ** 0.5 / 2
         else:
             best, radius = point, 2 * radius
-    lam, slack, _ = points[-1]
-    target = (lam + _newton_change(lam, slack, model)).clamp(min=0)
+    lam, slack, se = points[-1]
+    lower, upper = _bounds(lam, max_change, lam_max, floor)
+    target = _model_minimum(lam, resolved(slack, se), model, lower, upper)
     way = target - best[0]
     length = float(way @ metric @ way) ** 0.5
     if length > radius:
         target = best[0] + way * (radius / length)
-    return _limited(lam, target, max_change, lam_max, floor)
+    return target.clamp(min=lower, max=upper)
 
 
 def bisection_step(
-    history: Sequence[tuple[Tensor, Tensor]], *, max_change: float = 2.0, lam_max: float = math.inf, floor: float = 0.05
+    history: Sequence[tuple[Tensor, Tensor, Tensor]], *, max_change: float = 2.0, lam_max: float = math.inf, floor: float = 0.05
 ) -> Tensor:
-    """The middle of the bracket that `history`, rows (lambda, slack measured there), oldest first, leaves for one constraint. float64 [1].
+    """The middle of the bracket that `history`, rows (lambda, slack measured there, its standard error), oldest first, leaves for one
+    constraint. float64 [1].
 
     It knows the slack's sign alone. Without a bracket, lambda changes by the factor max_change. A later point overrules earlier ones
-    on its other side: a policy that lags behind lambda can close the bracket at the wrong place.
+    on its other side: a policy that lags behind lambda can close the bracket at the wrong place. A slack within one standard error of 0 has
+    no sign: it leaves the bracket as it is, and where it is the last one, lambda stays.
 
     Raises: UserError if a value is not finite, history is empty or there is more than one constraint.
     """
@@ -350,19 +397,24 @@ def bisection_step(
     if not points or not all(x.isfinite().all() and len(x) == 1 for point in points for x in point):
         raise UserError(f"bisection step: history {points} must be finite, not empty and of one constraint.")
     low, high = None, None
-    for lam, slack in points:
+    for lam, slack, se in points:
+        if resolved(slack, se) == 0:
+            continue
         if slack < 0:
             low, high = lam, None if high is not None and high <= lam else high
         else:
             low, high = None if low is not None and low >= lam else low, lam
-    lam = points[-1][0]
-    if high is None:
+    lam, slack, se = points[-1]
+    if resolved(slack, se) == 0:
+        target = lam
+    elif high is None:
         target = lam.clamp(min=floor) * max_change
     elif low is None:
         target = torch.where(lam > floor * max_change, lam / max_change, 0.0)
     else:
         target = (low + high) / 2
-    return _limited(lam, target, max_change, lam_max, floor)
+    lower, upper = _bounds(lam, max_change, lam_max, floor)
+    return target.clamp(min=lower, max=upper)
 
 
 def _learned(model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -391,19 +443,35 @@ def _distance_from_0(hessian: Tensor, point: tuple[Tensor, ...]) -> float:
     return float(open_slack @ _solve_psd(hessian, open_slack)) ** 0.5
 
 
-def _newton_change(lam: Tensor, slack: Tensor, hessian: Tensor) -> Tensor:
-    """-H^-1 slack over the constraints that are not at 0 with room, 0 elsewhere."""
-    change = torch.zeros_like(lam)
-    free = ~((lam <= 0) & (slack > 0))
-    change[free] = -_solve_psd(hessian[free][:, free], slack[free])
-    return change
+def _model_minimum(lam: Tensor, slack: Tensor, hessian: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The x in [lower, upper] that minimises slack . (x - lam) + (x - lam) . H (x - lam) / 2, by an active set: a coordinate that meets a
+    bound is fixed there and the others are solved again; at the minimum over these, the one that pulls hardest away from its bound is
+    let go. Where H is singular the change is the shortest one, if there is a shortest."""
+    x, at_lower, at_upper = lam.clamp(min=lower, max=upper), lam <= lower, lam >= upper
+    fixed = (at_lower & (slack >= 0)) | (at_upper & (slack <= 0))
+    for _ in range(20 * len(lam)):  # a few are enough: the model falls from one set's minimum to the next
+        gradient = slack + hessian @ (x - lam)
+        free, change = ~fixed, torch.zeros_like(x)
+        change[free] = -_solve_psd(hessian[free][:, free], gradient[free])
+        room = torch.where(change > 0, upper - x, lower - x)
+        share = torch.where(change.abs() > room.abs(), room / change, 1.0)
+        if share.min() < 1:
+            x = torch.where(share == share.min(), torch.where(change > 0, upper, lower), x + share.min() * change)
+            fixed = fixed | (share == share.min())
+            continue
+        x = x + change
+        pull = torch.where(x <= lower, -1.0, 1.0) * (slack + hessian @ (x - lam)) / hessian.diagonal().clamp(min=1e-100).sqrt()
+        pull = torch.where(fixed & (lower < upper), pull, 0.0)
+        if pull.max() <= 1e-12 * (slack.abs() / hessian.diagonal().clamp(min=1e-100).sqrt()).max():
+            break
+        fixed[pull.argmax()] = False
+    return x.clamp(min=lower, max=upper)
 
 
-def _limited(lam: Tensor, target: Tensor, max_change: float, lam_max: float, floor: float) -> Tensor:
-    """`target` within the bounds on one step's change from lambda, see `step`."""
+def _bounds(lam: Tensor, max_change: float, lam_max: float, floor: float) -> tuple[Tensor, Tensor]:
+    """(least, largest) next multipliers, see `step`."""
     lower = torch.where(lam > floor, lam / max_change, 0.0)
-    upper = lam.clamp(min=floor) * max_change
-    return target.clamp(min=lower, max=upper).clamp(0.0, lam_max)
+    return lower.clamp(max=lam_max), (lam.clamp(min=floor) * max_change).clamp(max=lam_max)
 
 
 def standard_error(values_P) -> Tensor:
@@ -444,14 +512,33 @@ def predicted_se(utility_PG, n_prompts: int, n_responses: int) -> float:
 
 
 def ess_warning(ess_P: Tensor, G: int) -> str | None:
-    """One line if the mean effective number of responses is below G / 4, where lambda depends on G; else None.
+    """One line if the mean effective number of responses is below G / 4, where lambda is over-estimated; else None.
 
-    Few responses over-estimate lambda: in one case 8 responses a prompt, of an effective size of 1.4, gave 0.39, and 4 of them 0.57.
+    In one case 8 responses a prompt, of an effective size of 1.4, gave 0.39, and 4 of them 0.57. `half_sample` says by how much.
     """
     ess = float(_float64(ess_P).mean())
     if ess >= G / 4:
         return None
-    return f"The tilted weights rest on {ess:.1f} of {G} responses per prompt, so lambda depends on {G}: raise beta or sample more."
+    return f"The tilted weights rest on {ess:.1f} of {G} responses per prompt, so lambda is over-estimated: raise beta or sample more."
+
+
+def half_sample(reward_PG, utility_PGJ, threshold_J, beta: float, lam_J: Tensor, *, absolute: bool = False, seed: int = 0) -> str:
+    """What a random half of each prompt's responses gives, as a sentence that goes on from `ess_warning`; "" below 4 responses.
+
+    lam: `solve`'s multipliers from all of them. A bias in 1 / G, as that of self-normalised weights, doubles with half of the
+    responses, so the difference of the two estimates it.
+    """
+    reward, utility = _float64(reward_PG), _float64(utility_PGJ)
+    P, G = reward.shape
+    if G < 4:
+        return ""
+    half = torch.rand(P, G, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, : G // 2]
+    try:
+        lam = solve(reward.gather(1, half), utility.take_along_dim(half[..., None], 1), threshold_J, beta, absolute=absolute).lam
+    except UserError:
+        return " A random half of the responses does not support the thresholds at all."
+    values, excess = (", ".join(f"{x:.3f}" for x in v.tolist()) for v in (lam, (lam - lam_J).clamp(min=0)))
+    return f" A random half of the responses gives lambda {values}: if the excess falls as 1 / responses, it is now about {excess}."
 
 
 def _float64(values) -> Tensor:
@@ -459,8 +546,23 @@ def _float64(values) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
+def _argument(name: str, values) -> Tensor:
+    try:
+        return _float64(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} is {str(values)[:60]!r}: give numbers, in lists of equal length, a numpy array or a tensor.") from None
+
+
+def _is_above_0(value) -> bool:
+    try:
+        return bool(value > 0)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, force: bool) -> tuple[Tensor, Tensor, Tensor]:
-    reward, utility, threshold = _float64(reward_PG), _float64(utility_PGJ), _float64(threshold_J).reshape(-1)
+    reward, utility = _argument("reward", reward_PG), _argument("utility", utility_PGJ)
+    threshold = _argument("threshold", threshold_J).reshape(-1)
     if reward.ndim != 2 or utility.ndim != 3 or utility.shape[:2] != reward.shape or utility.numel() == 0:
         raise UserError(f"reward {list(reward.shape)}, utility {list(utility.shape)}: give [P, G] and [P, G, J], none of them 0.")
     if len(threshold) != utility.shape[2]:
@@ -470,9 +572,9 @@ def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, for
         if len(bad):
             index = tuple(bad[0].tolist())
             raise UserError(f"{name}{list(index)} is {values[index].item()}: it must be finite; drop or repair {len(bad)} such value(s).")
-    if not (beta > 0 and math.isfinite(beta)):
+    if not (_is_above_0(beta) and math.isfinite(beta)):
         raise UserError(f"beta {beta}: must be above 0 and finite.")
-    if not lam_max > 0:
+    if not _is_above_0(lam_max):
         raise UserError(f"lam_max {lam_max}: must be above 0.")
     if force and not math.isfinite(lam_max):
         raise UserError(f"force with lam_max {lam_max}: give a finite lam_max, where unsupported multipliers end.")
@@ -480,6 +582,28 @@ def _check(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, for
     for j in (spread <= 1e-12 * utility.abs().amax((0, 1))).nonzero()[:, 0].tolist():
         raise UserError(f"utility {j} (counting from 0) is the same for all responses of every prompt: sample more responses or drop it.")
     return reward, utility, threshold
+
+
+def _check_bounds(bounds, utility: Tensor, threshold: Tensor, mean: Tensor, scale: Tensor, absolute: bool) -> None:
+    """Raises: Infeasible where a required improvement (`threshold`) takes a utility to the highest value that it can have, or above."""
+    highest = _argument("bounds", [math.inf if bound is None else bound for bound in bounds])
+    if highest.shape != threshold.shape or highest.isnan().any():
+        raise UserError(f"bounds {list(bounds)}: give a number or None for each of the {len(threshold)} utilities.")
+    above = utility.amax((0, 1)) > highest
+    if above.any():
+        j = int(above.nonzero()[0])
+        raise UserError(f"bounds: utility {j} (counting from 0) reaches {utility[..., j].max():.6g}, above its bound {highest[j]:.6g}.")
+    best = highest - mean
+    room = (best - threshold) / scale
+    if room.min() > TOLERANCE:
+        return
+    direction = torch.eye(len(best), dtype=torch.float64)[room.argmin()]
+    shift, shown = (mean, "level") if absolute else (torch.zeros_like(mean), "b")
+    raise Infeasible(
+        f"threshold {shown} = {_show(shift + threshold)} is infeasible, which is proven as the utilities are never above {_show(highest)}; "
+        f"largest {shown} that can be asked for lies below {_show(shift + best)} alone.",
+        best, direction, float(torch.where(threshold > 0, best / threshold, math.inf).min()), True,
+    )  # fmt: skip
 
 
 def _within_std(utility_PGJ: Tensor) -> Tensor:
@@ -495,7 +619,12 @@ def _dimensionless(reward: Tensor, utility: Tensor, beta: float) -> tuple[Tensor
 
 
 def _start(lam_J, per_x: Tensor) -> Tensor:
-    return torch.zeros_like(per_x) if lam_J is None else (_float64(lam_J) * per_x).clamp(min=0)
+    if lam_J is None:
+        return torch.zeros_like(per_x)
+    lam = _argument("start_J", lam_J).reshape(-1)
+    if lam.shape != per_x.shape or not lam.isfinite().all():
+        raise UserError(f"start_J {lam.tolist()}: give {len(per_x)} finite number(s), a guess of lambda.")
+    return (lam * per_x).clamp(min=0)
 
 
 def _solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
@@ -612,7 +741,7 @@ def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
     )
     together = f", together {_show(offset + multiple * b * scale)}" if len(b) > 1 else ""
     message = f"threshold {shown} = {_show(offset + b * scale)} {why}; largest supported {shown} = {_show(offset + best)} alone{together}."
-    return Infeasible(message, best, v / v.sum(), multiple)
+    return Infeasible(message, best, v / v.sum(), multiple, enumerated)
 
 
 def _show(values: Tensor) -> str:

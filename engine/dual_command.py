@@ -6,6 +6,7 @@ and `response` where pairs are exported. All prompts have the same number of res
 
 import json
 import math
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -52,11 +53,12 @@ class DualConfig:
     draws: int = 400
     """Bootstrap samples of the prompts."""
     seed: int = 0
-    """Seed of the bootstrap."""
+    """Seed of the bootstrap and of the labels of pairs."""
     out: str = ""
     """Folder for dual.json and dual.png, which are overwritten. Default: the name of SCORES with -dual, in this folder."""
     export_pairs: str = ""
-    """Also write the best and the worst response of each prompt at lambda to this jsonl file: prompt, chosen, rejected."""
+    """Also write the best and the worst response of each prompt at lambda to this jsonl file: prompt, chosen, rejected. Which of the two is
+    chosen is drawn, with the probability sigmoid(difference of reward + lambda utility)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: start the command again", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -102,6 +107,8 @@ def check(file: str, config: DualConfig) -> None:
         raise UserError(f"--beta {config.beta}: must be above 0 and finite.")
     if config.draws < 40:
         raise UserError(f"--draws {config.draws}: a 95 % interval needs at least 40.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must lie between 0 and {2**63 - 1}.")
     named = [*config.utility, *config.cost]
     for name, count in Counter(named).items():
         if count > 1:
@@ -111,14 +118,24 @@ def check(file: str, config: DualConfig) -> None:
     out = _folder(file, config)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: that is a file; name a folder.")
+    for name in ("dual.json", "dual.png"):
+        if (out / name).is_dir():
+            raise UserError(f"--out {out}: {out / name} is a folder; name another one.")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--out {out}: no folder can be made in {above}; name another one.")
     if config.export_pairs:
         target = Path(config.export_pairs)
         if target.suffix != ".jsonl":
             raise UserError(f"--export-pairs {target}: must end in .jsonl.")
         if target.resolve() == Path(file).resolve():
             raise UserError(f"--export-pairs {target}: that is the scores file; name another one.")
+        if target.is_dir():
+            raise UserError(f"--export-pairs {target}: that is a folder; name a file.")
         if not target.parent.is_dir():
             raise UserError(f"--export-pairs {target}: the folder {target.parent} does not exist; make it first.")
+        if not os.access(target.parent, os.W_OK):
+            raise UserError(f"--export-pairs {target}: no file can be made in {target.parent}; name another folder.")
 
 
 def _folder(file: str, config: DualConfig) -> Path:
@@ -261,10 +278,7 @@ def run(file: str, config: DualConfig) -> None:
     table = read_scores(file, config.utility, config.cost, texts=bool(config.export_pairs))
     found = analyse(file, table, config)
     out = _folder(file, config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: no folder can be made there ({error.strerror}); name another one.") from None
+    out.mkdir(parents=True, exist_ok=True)
     show = Display()
     print_analysis(found, show)
     curve = trace(found)
@@ -272,7 +286,7 @@ def run(file: str, config: DualConfig) -> None:
     write_whole(out / "dual.png", picture(found, curve))
     show.line(f"wrote {out / 'dual.json'} and {out / 'dual.png'}")
     if config.export_pairs:
-        rows, alike = preference_pairs(table, found.reward_PG + found.utility_PGJ @ found.solution.lam)
+        rows, alike = preference_pairs(table, found.reward_PG + found.utility_PGJ @ found.solution.lam, config.seed)
         write_whole(Path(config.export_pairs), "".join(json.dumps(row) + "\n" for row in rows).encode())
         left_out = f", {alike} prompt(s) left out, as their best and worst response are alike" if alike else ""
         show.line(f"wrote {config.export_pairs}: {len(rows)} pairs{left_out}")
@@ -302,7 +316,7 @@ def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
     lost = int(draws[:, 0].isinf().sum())
     warnings = []
     if warning := dual.ess_warning(solution.ess, reward.shape[1]):
-        warnings.append(warning + _with_half(problem, config.seed))
+        warnings.append(warning + dual.half_sample(**problem, lam_J=solution.lam, seed=config.seed))
     if lost:
         warnings.append(f"{lost} of {config.draws} bootstrap samples do not support the thresholds; they count as infinite multipliers.")
     return Analysis(
@@ -312,19 +326,6 @@ def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
         gain_at_zero=float(gain_at_zero.mean()), at_zero_J=at_zero.mean(0), alone_J=dual.largest_threshold(utility),
         multiple=dual.largest_multiple(utility, threshold, absolute=config.absolute), warnings=warnings,
     )  # fmt: skip
-
-
-def _with_half(problem: dict, seed: int) -> str:
-    """What a random half of each prompt's responses gives: it shows how much lambda depends on their number."""
-    P, G = problem["reward_PG"].shape
-    if G < 4:
-        return ""
-    half = torch.rand(P, G, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, : G // 2]
-    fewer = {"reward_PG": problem["reward_PG"].gather(1, half), "utility_PGJ": problem["utility_PGJ"].take_along_dim(half[..., None], 1)}
-    try:
-        return f" A random half of the responses gives lambda {_numbers(dual.solve(**problem | fewer).lam)}."
-    except UserError:
-        return " A random half of the responses does not support the thresholds at all."
 
 
 def print_analysis(found: Analysis, show: Display) -> None:
@@ -344,9 +345,12 @@ def print_analysis(found: Analysis, show: Display) -> None:
     low, high = found.bootstrap
     se = dual.standard_error(found.improvement_PJ)
     for j, name in enumerate(names):
+        delta = f"{_interval(found.interval.low[j], found.interval.high[j])} by the delta method"
+        if found.interval.se[j].isinf():
+            delta = "not identified by the delta method (another constraint asks for the same)"
         show.line(
-            f"constraint {name}: {word} {config.threshold[j]:.3f}, lambda {solution.lam[j]:.4f}, 95 % over prompts "
-            f"{_interval(found.interval.low[j], found.interval.high[j])} by the delta method, {_interval(low[j], high[j])} by the bootstrap"
+            f"constraint {name}: {word} {config.threshold[j]:.3f}, lambda {solution.lam[j]:.4f}, 95 % over prompts {delta}, "
+            f"{_interval(low[j], high[j])} by the bootstrap"
         )
         show.line(
             f"  predicted improvement {solution.predicted_improvement[j]:+.3f} +- {se[j]:.3f} (at lambda 0: {found.at_zero_J[j]:+.3f}); "
@@ -367,14 +371,14 @@ def print_analysis(found: Analysis, show: Display) -> None:
 
 
 def as_dict(found: Analysis, curve: Curve) -> dict:
-    """The content of dual.json; null stands for what is unbounded."""
+    """The content of dual.json; null stands for what is unbounded, lam_se null for a multiplier that the scores do not identify."""
     config, solution = found.config, found.solution
     se = dual.standard_error(found.improvement_PJ)
     constraints = [
         {
             "name": name, "negated": name in config.cost, "unit": found.units[1 + j], "threshold": config.threshold[j],
-            "b": float(found.b_J[j]), "lam": float(solution.lam[j]), "lam_se": float(found.interval.se[j]),
-            "lam_delta": [float(found.interval.low[j]), float(found.interval.high[j])],
+            "b": float(found.b_J[j]), "lam": float(solution.lam[j]), "lam_se": _finite(found.interval.se[j]),
+            "lam_delta": [_finite(found.interval.low[j]), _finite(found.interval.high[j])],
             "lam_bootstrap": [_finite(bound[j]) for bound in found.bootstrap], "slack": float(solution.gradient[j]),
             "improvement": float(solution.predicted_improvement[j]), "improvement_se": float(se[j]),
             "improvement_at_zero": float(found.at_zero_J[j]), "largest_improvement": float(found.alone_J[j]),
@@ -393,19 +397,25 @@ def as_dict(found: Analysis, curve: Curve) -> dict:
     }  # fmt: skip
 
 
-def preference_pairs(table: Table, score_PG: Tensor) -> tuple[list[dict], int]:
-    """(rows, number of prompts left out): the responses with the highest and the lowest s = r + lambda . g of each prompt.
+def preference_pairs(table: Table, score_PG: Tensor, seed: int) -> tuple[list[dict], int]:
+    """(rows, number of prompts left out): the responses with the highest and the lowest s = r + lambda . g of each prompt, the chosen one
+    drawn by Bradley-Terry: P(highest) = sigmoid(s_high - s_low), as in arXiv 2505.19387, Algorithm 2.
 
-    A row has the text columns prompt, chosen and rejected, as TRL's DPOTrainer reads them (OpenRLHF with --prompt_key prompt), and
-    score_chosen and score_rejected. Prompts whose two responses have one score or one text carry no preference.
+    DPO with the same beta then ends at the tilt exp(s / beta) of the reference. Were the highest always chosen, its loss would have no
+    finite minimiser. A row has the text columns prompt, chosen and rejected, as TRL's DPOTrainer reads them (OpenRLHF with --prompt_key
+    prompt), and score_chosen and score_rejected. Prompts whose two responses have one score or one text carry no preference.
     """
     rows = []
+    drawn_P = torch.rand(len(score_PG), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
     for p, order in enumerate(score_PG.argsort(dim=1, stable=True).tolist()):
-        worst, best = order[0], order[-1]
-        chosen, rejected = table.responses[p][best], table.responses[p][worst]
-        high, low = float(score_PG[p, best]), float(score_PG[p, worst])
-        if high > low and chosen != rejected:
-            rows.append({"prompt": table.prompts[p], "chosen": chosen, "rejected": rejected, "score_chosen": high, "score_rejected": low})
+        low, high = order[0], order[-1]
+        rise = float(score_PG[p, high] - score_PG[p, low])
+        if rise > 0 and table.responses[p][high] != table.responses[p][low]:
+            chosen, rejected = (high, low) if drawn_P[p] < 1 / (1 + math.exp(-rise)) else (low, high)
+            rows.append({
+                "prompt": table.prompts[p], "chosen": table.responses[p][chosen], "rejected": table.responses[p][rejected],
+                "score_chosen": float(score_PG[p, chosen]), "score_rejected": float(score_PG[p, rejected]),
+            })  # fmt: skip
     return rows, len(table.prompts) - len(rows)
 
 

@@ -6,7 +6,8 @@ E[r + lambda . g] - beta KL(pi || reference) - kappa KL(pi || p):
     lambda' = [lambda_t - eta u(pi'_{t-1})]+      pi' = prox(pi_t, lambda'_{t-1})        predictions
     lambda_{t+1} = [lambda_t - eta u(pi')]+       pi_{t+1} = prox(pi_t, lambda')         steps
 
-An iteration costs two policy updates; both predictions and steps are measured where the other side needs them.
+An iteration costs two policy updates. The slack of every prediction is measured, as lambda needs it; of the steps that of the last one
+alone, which is the result: no dual step follows it. Where it passes max_kl the prediction before it, whose slack is known, is the result.
 """
 
 import torch
@@ -21,8 +22,9 @@ def train(config: OpdConfig, *, resume: str | None = None) -> stages.Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("opd", config, resume, n_stages=3 + 3 * config.iterations) as job:
+    with stages.open_job("opd", config, resume, n_stages=4 + 3 * config.iterations) as job:
         world = stages.World(job)
+        world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 
@@ -40,15 +42,19 @@ def loop(world: stages.World, config: OpdConfig):
         return (lam_J - config.dual_rate * slack_J).clamp(0, config.lam_max)
 
     lam_J = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64)
-    policy, predicted_lam_J, slack_J = None, lam_J, torch.zeros_like(lam_J)
-    used_J = lam_J
+    policy, used_J, predicted_lam_J, slack_J = None, lam_J, lam_J, torch.zeros_like(lam_J)
+    before, number = (policy, used_J), 0  # number: of the last step
     for t in range(1, config.iterations + 1):
         prediction = prox(policy, predicted_lam_J, 2 * t - 1)
         u = world.measure_slack(prediction, predicted_lam_J, 2 * t - 1)
-        predicted_lam_J = descend(lam_J, slack_J)
-        slack_J = u.slack_J
         if world.passes_max_kl(u, 2 * t - 1):
             break
-        policy, used_J = prox(policy, predicted_lam_J, 2 * t), predicted_lam_J
-        lam_J = descend(lam_J, slack_J)
+        before, number = (prediction, predicted_lam_J), 2 * t
+        predicted_lam_J = descend(lam_J, slack_J)
+        slack_J = u.slack_J
+        policy, used_J = prox(policy, predicted_lam_J, number), predicted_lam_J
+        if t < config.iterations:
+            lam_J = descend(lam_J, slack_J)
+    if number and world.passes_max_kl(world.measure_slack(policy, used_J, number), number):
+        return before
     return policy, used_J

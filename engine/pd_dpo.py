@@ -19,6 +19,7 @@ def train(config: PdDpoConfig, *, resume: str | None = None) -> stages.Result:
     """
     with stages.open_job("pd_dpo", config, resume, n_stages=4 + 2 * config.iterations) as job:
         world = stages.World(job)
+        world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 
@@ -30,10 +31,12 @@ def loop(world: stages.World, config: PdDpoConfig):
     policy, used_J = helpful, torch.zeros_like(lam_J)
     for t in range(1, config.iterations + 1):
         before, total = (policy, used_J), float(lam_J.sum())
-        policy, used_J = helpful, lam_J
         if total > 0:
             safety_PG = scores.utility_PGJ @ (lam_J / total)
             policy = world.fit(Target(lam_J=lam_J, score_PG=safety_PG, coefficient=config.beta / total, start=helpful, anchor=helpful), t)
+        else:
+            policy = world.adopt(helpful, lam_J, t)
+        used_J = lam_J
         u = world.measure_slack(policy, lam_J, t)
         if world.passes_max_kl(u, t):
             return before

@@ -20,6 +20,7 @@ def train(config: PrimalDualConfig, *, resume: str | None = None) -> stages.Resu
     """
     with stages.open_job("primal_dual", config, resume, n_stages=3 + 2 * config.iterations) as job:
         world = stages.World(job)
+        world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 

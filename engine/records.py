@@ -135,9 +135,6 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class DualState:
-    """The multipliers and what they were decided from. Row t: lambda used, the policy trained at it, that policy's slack."""
+    """The one-shot multipliers. What later ones were decided from stands in the rows of kind "iteration" in metrics.jsonl."""
 
     lam_J: Tensor  # float64 [J]
-    slack_J: Tensor | None = None  # float64 [J]: measured improvement - aimed threshold, at the policy trained with lam_J
-    slack_se_J: Tensor | None = None  # float64 [J]: its standard error, clustered by prompt
-    history: list[dict] = field(default_factory=list)  # earlier rows as {"lam": [...], "slack": [...], "slack_se": [...]}

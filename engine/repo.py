@@ -18,6 +18,7 @@ def train(config: RepoConfig, *, resume: str | None = None) -> stages.Result:
     """
     with stages.open_job("repo", config, resume, n_stages=3 + 2 * config.iterations) as job:
         world = stages.World(job)
+        world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 

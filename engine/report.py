@@ -362,7 +362,7 @@ def _iteration_table(run: _Run) -> str:
                 _cell(value["lam"], 3), _with_se(value["improvement"], value["improvement_se"]), _cell(value["threshold"]),
                 _cell(value["aim"]), _with_se(value["slack"], value["slack_se"]),
             ]  # fmt: skip
-        body.append(cells + [_cell(row.get("kl")), _cell(row.get("loss"), 4)])
+        body.append(cells + [_with_se(row.get("kl"), row.get("kl_se")), _cell(row.get("loss"), 4)])
     return _table(head, body)
 
 

@@ -426,43 +426,98 @@ def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
     return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
 
 
-def solve_dual(job: Job, reference: Reference) -> dual.Solution:
-    """The one-shot multipliers for the aimed thresholds, from reference samples (arXiv 2405.19544, Algorithm 1, step 2).
-
-    Raises: dual.Infeasible unless --force.
-    """
+def one_shot(job: Job, reference: Reference) -> dual.Solution:
+    """The multipliers for the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
-    reward_PG, utility_PGJ = reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts)
+    bounds = [0.0 if limit.kind == "rate" else None for limit in reference.limits]  # such a utility is minus the share of unsafe responses
     try:
-        solution = dual.solve(reward_PG, utility_PGJ, aim, config.beta, lam_max=config.lam_max, force=config.force)
+        return dual.solve(
+            reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts), aim, config.beta, bounds=bounds,
+            lam_max=config.lam_max, force=config.force,
+        )  # fmt: skip
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
         flags = {"improvement": "--threshold", "mean": "--cost-mean", "rate": "--cost-rate"}
         asked = ", ".join(f"{flags[limit.kind]} {limit.value:g}" for limit in reference.limits)
+        opening = f"{asked} (with its margin the dual aims at an improvement of {_list(aim)})"
+        if error.proven:
+            raise UserError(
+                f"{opening} is infeasible, which is proven: no policy improves by {_list(error.largest_improvement)} or more; ask for "
+                "less, lower --margin, or go on with --force."
+            ) from error
         raise UserError(
-            f"{asked} (with its margin the dual aims at an improvement of {_list(aim)}) is beyond what the {config.n_responses} samples of "
-            f"each prompt show, which is no proof that it cannot be met; alone, they support b up to "
-            f"{_list(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; ask for less, lower "
-            "--margin, raise --n-responses, or go on with --force."
+            f"{opening} is beyond what the {config.n_responses} samples of each prompt show, which is no proof that it cannot be met; "
+            f"alone, they support b up to {_list(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; "
+            "ask for less, lower --margin, raise --n-responses, or go on with --force."
         ) from error
-    at_zero = dual.solve(reward_PG, utility_PGJ, torch.full_like(aim, -1e6), config.beta).predicted_improvement
+
+
+def solve_dual(job: Job, reference: Reference) -> dual.Solution:
+    """Stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2), with intervals over prompts.
+
+    Raises: UserError as `one_shot`.
+    """
+    config, aim, limits = job.config, reference.aim_J, reference.limits
+    solution = one_shot(job, reference)
+    scores = reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts)
+    at_zero = dual.solve(*scores, torch.full_like(aim, -1e6), config.beta).predicted_improvement
+    predicted_se = _predicted_se(reference, dual.tilted_improvement(*scores, solution.lam, config.beta)[1])
+    interval = None  # lam_max holds a multiplier
+    if not _stopped(config, solution.lam, solution.gradient).any():
+        # Where a constraint is about some prompts, their number counts as random too: its interval is a little wide.
+        interval = dual.lam_interval(*scores, aim, config.beta, solution)
+    low, high, lam_se = (interval.low, interval.high, interval.se) if interval else (None, None, None)
 
     def compute(stage: Stage) -> DualState:
         stage.row(
-            "dual", lam=solution.lam, predicted_improvement=solution.predicted_improvement, improvement_at_zero=at_zero,
-            ess=solution.ess.mean(), kkt=solution.kkt, aim=aim, threshold=reference.needed_J,
+            "dual", lam=solution.lam, lam_low=low, lam_high=high, lam_se=lam_se, predicted_improvement=solution.predicted_improvement,
+            predicted_improvement_se=predicted_se, improvement_at_zero=at_zero, ess=solution.ess.mean(), kkt=solution.kkt, aim=aim,
+            threshold=reference.needed_J,
         )  # fmt: skip
         return DualState(lam_J=solution.lam)
 
     job.run.stage("dual", DualState, compute)
     show = job.run.display
     if warning := dual.ess_warning(solution.ess, config.n_responses):
-        show.warn(warning)
+        show.warn(warning + dual.half_sample(*scores, aim, config.beta, solution.lam, seed=config.seed))
+    _warn_of_lam_max(job, limits, solution.lam, solution.gradient)
+    shown = [f"{lam:.3f}" + (f" {_interval(interval, j)}" if interval else "") for j, lam in enumerate(solution.lam.tolist())]
+    predicted = zip(solution.predicted_improvement.tolist(), predicted_se.tolist(), strict=True)
     show.line(
-        f"one-shot lambda {_list(solution.lam)}: predicted improvement {_list(solution.predicted_improvement)} (at lambda 0: "
-        f"{_list(at_zero)}); effective sample size {float(solution.ess.mean()):.1f} of {config.n_responses}"
+        f"one-shot lambda {', '.join(shown)}{' (95 % over prompts)' if interval else ''}: predicted improvement "
+        f"{', '.join(f'{x:.3f} +- {se:.3f}' for x, se in predicted)} (at lambda 0: {_list(at_zero)}); effective sample size "
+        f"{float(solution.ess.mean()):.1f} of {config.n_responses}"
     )
     return solution
+
+
+def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
+    """Standard errors of the predicted improvements, each over the prompts that its constraint is about. float64 [J]."""
+    found = []
+    for j, limit in enumerate(reference.limits):
+        own = limit.rows(reference.prompts)
+        # Their weight in the Lagrangian taken out.
+        found.append(dual.standard_error(improvement_PJ[own, j] * len(own) / len(reference.prompts)))
+    return torch.stack(found)
+
+
+def _interval(interval: dual.Interval, j: int) -> str:
+    if interval.se[j].isinf():
+        return "(not identified)"
+    return f"[{interval.low[j]:.3f}, {interval.high[j]:.3f}]"
+
+
+def _stopped(config: RunConfig, lam_J: Tensor, gradient_J: Tensor) -> Tensor:
+    """bool [J]: multipliers that would rise if lam_max let them."""
+    return (lam_J >= config.lam_max * (1 - 1e-12)) & (gradient_J < 0)
+
+
+def _warn_of_lam_max(job: Job, limits: Sequence[Limit], lam_J: Tensor, gradient_J: Tensor) -> None:
+    for j in _stopped(job.config, lam_J, gradient_J).nonzero()[:, 0].tolist():
+        job.run.display.warn(
+            f"lambda of {limits[j].name} is held by --lam-max {job.config.lam_max:g}, where the improvement misses the aim by "
+            f"{-float(gradient_J[j]):.3f}; raise --lam-max or ask for less."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -476,6 +531,7 @@ class Slack:
     reward: float
     reward_se: float
     kl: float  # nats per response
+    kl_se: float
 
 
 class World:
@@ -499,6 +555,11 @@ class World:
     def solve_dual(self) -> dual.Solution:
         """See `solve_dual`."""
         return solve_dual(self.job, self.reference)
+
+    def check_thresholds(self) -> None:
+        """For algorithms that do not solve the dual: refuses the thresholds that it would refuse, see `one_shot`."""
+        if not self.job.config.force:
+            one_shot(self.job, self.reference)
 
     @property
     def scores(self) -> Scores:
@@ -613,6 +674,17 @@ class World:
 
         return self._end(job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
 
+    def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
+        """Stage iteration-t/policy without a step: a policy that is there already is iterate t too, with a folder and a row of its own."""
+        self._begin(lam_J, policy, iteration)
+
+        def compute(stage: Stage) -> Policy:
+            shutil.rmtree(self._folder(iteration), ignore_errors=True)
+            stage.row("policy", iteration=iteration, lam=lam_J, loss=policy.loss)
+            return policy
+
+        return self._end(self.job.run.stage(f"iteration-{iteration}/policy", Policy, compute), iteration)
+
     def _begin(self, lam_J: Tensor, start: Policy | None, iteration: int) -> None:
         self.job.run.display.line(f"iteration {iteration}: lambda {_list(lam_J)}")
         self.adapter.set_tensors(self.untrained if start is None else start.adapter)
@@ -648,17 +720,19 @@ class World:
             slack = Slack(
                 improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, violation_J=violation,
                 reward=float(reward), reward_se=float(reward_se), kl=float(sampled.kl_PG.mean()),
+                kl_se=float(dual.standard_error(sampled.kl_PG.mean(1))),
             )  # fmt: skip
             stage.row(
                 "iteration", iteration=iteration, lam=lam_J, reward=slack.reward, reward_se=slack.reward_se, improvement=mean,
                 improvement_se=se, threshold=reference.needed_J, aim=reference.aim_J, slack=slack.slack_J, slack_se=se, kl=slack.kl,
-                loss=policy.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
+                kl_se=slack.kl_se, loss=policy.loss, finished=float(sampled.rollouts.finished.double().mean()), prompts=len(slack_on),
                 responses=config.slack_responses,
             )  # fmt: skip
             return slack
 
         slack = job.run.stage(f"iteration-{iteration}/slack", Slack, compute)
         job.run.display.line(_iteration_line(job, reference, lam_J, slack, policy.loss, iteration))
+        _warn_of_lam_max(job, reference.limits, lam_J, slack.slack_J)
         return slack
 
     def passes_max_kl(self, slack: Slack, iteration: int) -> bool:
@@ -732,7 +806,7 @@ def _iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack,
     ]
     parts = [
         f"iteration {iteration}: lambda {_list(lam_J)}", f"reward {slack.reward:+.2f} +- {slack.reward_se:.2f}", *held,
-        f"KL {slack.kl:.2f} nats", f"loss {loss:.3f}", *(f"{x:.0f} tokens/s" for x in speed[-1:]),
+        f"KL {slack.kl:.2f} +- {slack.kl_se:.2f} nats", f"loss {loss:.3f}", *(f"{x:.0f} tokens/s" for x in speed[-1:]),
     ]  # fmt: skip
     return " | ".join(parts)
 

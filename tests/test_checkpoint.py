@@ -98,7 +98,8 @@ def test_pack_round_trip() -> None:
         {"layers.0.a": torch.randn(3, 2), "b": torch.tensor(1)},
         {},
         Prompts(text=["Hi"], kind=[""], token_ids=[[1, 9]], key_P=torch.tensor([7])),
-        DualState(lam_J=torch.tensor([0.1], dtype=torch.float64), history=[{"lam": [math.nan]}]),
+        DualState(lam_J=torch.tensor([0.1], dtype=torch.float64)),
+        {"rows": [{"lam": [math.nan]}]},
     ],
 )
 def test_file_round_trip(tmp_path: Path, record: object) -> None:

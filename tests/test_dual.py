@@ -1,11 +1,13 @@
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import lsq_linear, minimize
 
-from engine import dual
+from engine import caid, dual
+from engine.config import CaidConfig
 from engine.errors import UserError
 
 
@@ -143,6 +145,28 @@ def test_infeasible_alone_names_the_largest_threshold():
     assert "no proof" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_known_bounds_prove_a_threshold_infeasible():
+    """A score of at most 1 cannot improve on its mean by 1 - mean, whatever is not among the samples."""
+    rng = np.random.default_rng(7)
+    reward, utility = rng.normal(size=(12, 6)), rng.uniform(size=(12, 6, 2)) * [1, 5]
+    room = 1 - utility.mean((0, 1))[0]
+    with pytest.raises(dual.Infeasible, match=r"proven.*never above \[1, inf\]") as caught:
+        dual.solve(reward, utility, [room, 0.1], 0.5, bounds=[1, None])
+    assert caught.value.proven and caught.value.direction.tolist() == [1.0, 0.0]
+    assert caught.value.largest_improvement.tolist() == [pytest.approx(room), math.inf]
+    assert caught.value.largest_multiple == pytest.approx(1) and f"{room:.4g}" in str(caught.value)
+    with pytest.raises(dual.Infeasible, match="level = .*proven"):
+        dual.solve(reward, utility, [1.0, 0.1], 0.5, bounds=[1, None], absolute=True)
+    with pytest.raises(dual.Infeasible, match="no proof") as caught:
+        dual.solve(reward, utility, [room - 1e-6, 0.1], 0.5, bounds=[1, None])
+    assert not caught.value.proven
+    assert torch.equal(dual.solve(reward, utility, [0.1, 0.1], 0.5, bounds=[1, 5]).lam, dual.solve(reward, utility, [0.1, 0.1], 0.5).lam)
+    assert dual.solve(reward, utility, [2.0, 0.1], 0.5, bounds=[1, 5], lam_max=9.0, force=True).lam[0] == pytest.approx(9)
+    for bounds, match in (([1], "each of the 2"), ([0.5, None], "utility 0 .*above its bound 0.5"), ([1, "x"], "bounds is")):
+        with pytest.raises(UserError, match=match):
+            dual.solve(reward, utility, [0.1, 0.1], 0.5, bounds=bounds)
+
+
 def test_infeasible_together_is_certified_by_its_direction():
     rng = np.random.default_rng(8)
     reward, first = rng.normal(size=(2, 15, 10))
@@ -213,6 +237,30 @@ def test_user_mistakes_name_the_value():
         dual.solve(reward, utility, b, 1.0, lam_max=-1)
     with pytest.raises(UserError, match="finite lam_max"):
         dual.solve(reward, utility, b, 1.0, force=True)
+    for arguments, match in [
+        ((None, utility, b, 1.0), "reward is 'None': give numbers"),
+        ((reward, [[1.0], [1.0, 2.0]], b, 1.0), "utility is .*equal length"),
+        ((reward, utility, "x", 1.0), "threshold is 'x'"),
+        ((reward, utility, b, "x"), "beta x"),
+        ((reward, utility, b, None), "beta None"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            dual.solve(*arguments)
+    for start in ([1.0], [1.0, np.nan], [1.0, 2.0, 3.0], "x"):
+        with pytest.raises(UserError, match="start_J"):
+            dual.solve(reward, utility, b, 1.0, start_J=start)
+    with pytest.raises(UserError, match="lam_max x"):
+        dual.solve(reward, utility, b, 1.0, lam_max="x")
+
+
+def test_a_residual_above_the_wanted_one_is_warned_of(monkeypatch):
+    reward, utility = scores(12, J=1)
+    found = dual.solve(reward, utility, [0.5], 1.0)
+    assert 0 < found.kkt
+    monkeypatch.setattr(dual, "TOLERANCE", found.kkt / 2)
+    monkeypatch.setitem(dual.STEPS, "newton", (dual.STEPS["newton"][0], found.iterations + 1))
+    with pytest.warns(UserWarning, match="KKT residual .* fewer digits"):
+        assert dual.solve(reward, utility, [0.5], 1.0).lam.item() == pytest.approx(found.lam.item())
 
 
 def test_step_is_the_papers_projected_subgradient():
@@ -239,6 +287,31 @@ def test_newton_step_leaves_out_constraints_at_zero_with_room():
     assert dual.step(torch.zeros(2), torch.ones(2), hessian).tolist() == [0.0, 0.0]
     with pytest.raises(UserError, match="nan"):
         dual.step(torch.ones(1), torch.tensor([math.nan]), 1.0)
+
+
+def test_newton_step_makes_up_for_no_change_that_was_cut_off():
+    hessian, slack = torch.tensor([[2.0, 1.5], [1.5, 3.0]]), torch.tensor([-0.4, 0.9])
+    for small in (0.0, 0.001, 0.01):  # 0.2 and what is left of the second multiplier's change to 0
+        moved = dual.step(torch.tensor([1.0, small]), slack, hessian)
+        torch.testing.assert_close(moved, torch.tensor([1.2 + 0.75 * small, 0.0], dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("J", [1, 2, 4])
+def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
+    """Against scipy's bounded least squares: u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a constant."""
+    rng = np.random.default_rng(J)
+    cut = 0
+    for _ in range(40):
+        root = np.linalg.cholesky((a := rng.normal(size=(J, J))) @ a.T + 0.1 * np.eye(J))
+        lam, slack = rng.uniform(0, 2, J) * (rng.uniform(size=J) > 0.3), 3 * rng.normal(size=J)
+        low, high = np.where(lam > 0.05, lam / 2, 0.0), np.minimum(2 * np.maximum(lam, 0.05), 3.0)
+        expected = lam + lsq_linear(root.T, -np.linalg.solve(root, slack), (low - lam, high - lam), method="bvls").x
+        hessian, state = torch.tensor(root @ root.T), (torch.tensor(lam), torch.tensor(slack))
+        for moved in (dual.step(*state, hessian, lam_max=3.0), dual.secant_step([(*state, torch.zeros(J))], hessian, lam_max=3.0)):
+            np.testing.assert_allclose(moved.numpy(), expected, rtol=0, atol=1e-8)
+        clipped = np.clip(lam - np.linalg.solve(root @ root.T, slack), low, high)
+        cut += np.abs(clipped - expected).max() > 1e-3
+    assert (cut > 10) == (J > 1), "clipping the free step must give another answer"
 
 
 @pytest.mark.parametrize("J", [1, 2])
@@ -288,7 +361,13 @@ def test_predicted_se_matches_a_simulation():
 def test_ess_warning_below_a_quarter_of_the_responses():
     assert dual.ess_warning(torch.full((5,), 2.0), 8) is None
     warning = dual.ess_warning(torch.full((5,), 1.9), 8)
-    assert "1.9 of 8" in warning and "\n" not in warning
+    assert "1.9 of 8" in warning and "over-estimated" in warning and "\n" not in warning
+    reward, utility = scores(3, P=200, G=8, J=1)
+    solution = dual.solve(reward, utility, [0.5], 0.2)
+    said = re.fullmatch(r" A random half .* lambda (\S+): .* about (\S+)\.", dual.half_sample(reward, utility, [0.5], 0.2, solution.lam))
+    assert float(said[1]) - solution.lam.item() == pytest.approx(float(said[2]), abs=2e-3) and float(said[2]) > 0.01
+    assert "not support" in dual.half_sample(reward, utility, 0.95 * dual.largest_threshold(utility), 0.2, solution.lam)
+    assert dual.half_sample(reward[:, :3], utility[:, :3], [0.5], 0.2, solution.lam) == ""
 
 
 def test_projected_gradient_finds_newtons_optimum():
@@ -421,6 +500,21 @@ def test_interval_of_a_constraint_at_zero_is_continuous():
     assert (far.low.item(), far.high.item()) == (0.0, 0.0)
 
 
+def test_two_equal_utilities_are_not_identified():
+    reward, utility = scores(2, J=2)
+    one = dual.solve(reward, utility[..., :1], [0.8], 1.0)
+    twice, b = np.concatenate([utility[..., :1], 3 * utility[..., :1], utility[..., 1:]], -1), [0.8, 2.4, 0.1]
+    for start in (None, [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
+        solution = dual.solve(reward, twice, b, 1.0, start_J=start)
+        interval = dual.lam_interval(reward, twice, b, 1.0, solution)
+        assert interval.se[:2].isinf().all() and interval.low[:2].tolist() == [0, 0] and interval.high[:2].isinf().all()
+        assert interval.high[2].isfinite() and interval.se[2] < 1
+    plain = dual.lam_interval(reward, utility[..., :1], [0.8], 1.0, one)
+    assert plain.se[0] < 1
+    room = dual.solve(reward, twice, [-5.0, -15.0, 0.1], 1.0)
+    assert dual.lam_interval(reward, twice, [-5.0, -15.0, 0.1], 1.0, room).high[:2].tolist() == [0, 0]
+
+
 def test_interval_refuses_what_it_is_not_of():
     reward, utility = scores(2)
     solution = dual.solve(reward, utility, [0.5, 0.5], 1.0)
@@ -534,13 +628,13 @@ def test_secant_takes_the_measured_curvature_by_hand():
     one = torch.ones(1, dtype=torch.float64)
     history = [(0.5 * one, -0.6 * one, 0 * one), (0.8 * one, -0.15 * one, 0 * one)]  # curvature 1.5, so 0.1 is missing
     assert dual.secant_step(history, one[None]).item() == pytest.approx(0.9)
-    # An error of 0.3 in each slack hides the difference of 0.45, and the first model stays: 0.15 is missing.
-    noisy = [(lam, slack, 0.3 * one) for lam, slack, _ in history]
+    # An error of 0.3 in the first slack hides the difference of 0.45, and the first model stays: 0.15 is missing.
+    noisy = [(*history[0][:2], 0.3 * one), history[1]]
     assert dual.secant_step(noisy, one[None]).item() == pytest.approx(0.95)
     # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 - 0.3).
     some = [(lam, slack, 0.1 * one) for lam, slack, _ in history]
     curvature = (0.3 + (1 - 0.08 / 0.45**2) * 0.15) / 0.3
-    assert dual.secant_step(some, one[None]).item() == pytest.approx(0.8 + 0.15 / curvature)
+    assert dual.secant_step(some, one[None]).item() == pytest.approx(0.8 + 0.15 * (1 - (0.1 / 0.15) ** 2) / curvature)
     # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no further.
     fallen = [(one, -0.1 * one, 0 * one), (1.3 * one, -0.11 * one, 0 * one)]
     assert dual.secant_step(fallen, one[None]).item() == pytest.approx(1.3 + 0.11 / 0.2)
@@ -551,8 +645,56 @@ def test_secant_takes_the_measured_curvature_by_hand():
     assert abs(dual.secant_step(drifted, one[None]).item() - 1) <= 0.15 + 1e-12
 
 
+def caid_rule(rule: str, history, hessian):
+    return caid.descend(history, hessian, CaidConfig(dual_rule=rule))
+
+
+@pytest.mark.parametrize("rule", ["newton", "secant", "optimistic", "bisection"])
+def test_a_slack_within_its_standard_error_moves_no_multiplier(rule):
+    J = 1 if rule == "bisection" else 2
+    hessian, lam = torch.eye(J, dtype=torch.float64), torch.tensor([0.8, 0.3], dtype=torch.float64)[:J]
+    slack, se = torch.tensor([-0.0999, 0.0999], dtype=torch.float64)[:J], torch.full((J,), 0.1, dtype=torch.float64)
+    first = (torch.tensor([0.5, 0.5], dtype=torch.float64)[:J], torch.tensor([-0.3, 0.3], dtype=torch.float64)[:J], se)
+    # A row before it moves the forecast, which then has an error of its own: sqrt(5) x 0.1.
+    for history in ([(lam, slack, se)], [first, (lam, slack, se)])[: 1 if rule == "optimistic" else 2]:
+        assert torch.equal(caid_rule(rule, history, hessian), lam)
+        moved = caid_rule(rule, [*history[:-1], (lam, 1.2 * slack, se)], hessian)
+        assert (moved - lam)[0] > 1e-3 and (moved - lam)[-1] * slack[-1] < 0
+        exact = caid_rule(rule, [*history[:-1], (lam, slack, 0 * se)], hessian)
+        assert (exact - lam)[0] > (0 if rule == "bisection" else (moved - lam)[0])
+    if rule == "optimistic":
+        noisy = [(lam, 0 * slack, se), (lam, slack, se)]  # 2 u - 0 = 0.1998, below 0.2236
+        assert torch.equal(caid_rule(rule, noisy, hessian), lam)
+        assert caid_rule(rule, [noisy[0], (lam, 1.2 * slack, se)], hessian)[0] > lam[0]
+
+
+def test_resolved_slack_by_hand():
+    slack, se = torch.tensor([0.3, -0.3, 0.1, -0.1, 0.0, 0.05, -0.2]), torch.tensor([0.1, 0.1, 0.1, 0.2, 0.1, 0.0, 0.0])
+    expected = torch.tensor([0.3 * 8 / 9, -0.3 * 8 / 9, 0, 0, 0, 0.05, -0.2], dtype=torch.float64)
+    torch.testing.assert_close(dual.resolved(slack, se), expected, rtol=1e-6, atol=1e-9)
+    exact = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(dual.resolved(exact, torch.zeros(9)), exact)
+    with pytest.raises(UserError, match="nan"):
+        dual.resolved(torch.tensor([math.nan]), torch.ones(1))
+
+
+@pytest.mark.parametrize("rule", ["newton", "secant", "optimistic"])
+def test_steps_are_hardly_moved_by_noise_alone(rule):
+    """With z standard normal, E (z max(0, 1 - 1 / z^2))^2 = 0.333: a third of the mean square step of the same slack without errors."""
+    reward, utility = scores(20, J=2)
+    target, se = dual.solve(reward, utility, [0.7, 0.5], 1.0), torch.full((2,), 0.02, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    square = torch.zeros(2, dtype=torch.float64)
+    for _ in range(600):
+        noise = se * torch.randn(2, 2, generator=generator, dtype=torch.float64)
+        for i, claimed in enumerate((se, 0 * se)):
+            history = [(target.lam, slack, claimed) for slack in noise][: 2 if rule == "optimistic" else 1]
+            square[i] += (caid_rule(rule, history, target.hessian) - target.lam).square().sum()
+    assert float(square[0] / square[1]) == pytest.approx(1 / 3, abs=0.05)
+
+
 @pytest.mark.parametrize("misjudged", [1.0, 3.0, 1 / 3])
-def test_secant_is_not_moved_by_noise_it_cannot_resolve(misjudged):
+def test_secant_stays_near_the_optimum_under_noise_whatever_the_first_curvature(misjudged):
     """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of Newton's step."""
     reward, utility = scores(20, J=2)
     b, se = np.array([0.7, 0.5]), 0.1
@@ -589,43 +731,45 @@ def test_optimistic_step_ends_the_circle_of_plain_descent_and_ascent():
     """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained one does."""
 
     def distance(dual_step, eta=0.2, rounds=400):
-        lam, x, previous, furthest = torch.tensor([1.8]), torch.tensor([2.5]), None, []
+        lam, x, history, furthest = torch.tensor([1.8]), torch.tensor([2.5]), [], []
         for _ in range(rounds):
             x = x + eta * (lam - 1)
-            lam, previous = dual_step(lam, x - 2, previous, eta), x - 2
+            history.append((lam, x - 2, torch.zeros(1)))
+            lam = dual_step(history, eta)
             furthest.append(math.hypot(lam.item() - 1, x.item() - 2))
         return max(furthest[-60:])
 
     wide = dict(max_change=math.inf)
-    assert distance(lambda lam, u, previous, eta: dual.step(lam, u, eta, **wide)) > 0.5
-    assert distance(lambda lam, u, previous, eta: dual.optimistic_step(lam, u, previous, eta, **wide)) < 1e-3
+    assert distance(lambda history, eta: dual.step(*history[-1][:2], eta, **wide)) > 0.5
+    assert distance(lambda history, eta: dual.optimistic_step(history, eta, **wide)) < 1e-3
 
 
 def test_optimistic_step_is_the_formula_with_the_bounds_of_step():
     lam, u, before = torch.tensor([1.0, 0.5]), torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.4])
-    moved = dual.optimistic_step(lam, u, before, 0.5)
+    history = [(lam + 0.1, before, 0 * lam), (lam, u, 0 * lam)]
+    moved = dual.optimistic_step(history, 0.5)
     torch.testing.assert_close(moved, torch.tensor([0.95, 0.9], dtype=torch.float64))
-    assert torch.equal(dual.optimistic_step(lam, u, None, 0.5), dual.step(lam, u, 0.5))
-    assert dual.optimistic_step(lam, u, before, 50.0).tolist() == [0.5, 1.0]
+    assert torch.equal(dual.optimistic_step(history[1:], 0.5), dual.step(lam, u, 0.5))
+    assert dual.optimistic_step(history, 50.0).tolist() == [0.5, 1.0]
+    with pytest.raises(UserError, match="history is empty"):
+        dual.optimistic_step([], 0.5)
 
 
 @pytest.mark.parametrize("start", [0.0, 1.0, 3.0])
 def test_bisection_closes_in_on_the_optimum(start):
     reward, utility = scores(24, J=1)
     target = dual.solve(reward, utility, np.array([0.7]), 1.0)
-    steps, lam = descend(reward, utility, np.array([0.7]), start * target.lam, lambda h: dual.bisection_step([row[:2] for row in h]))
+    steps, lam = descend(reward, utility, np.array([0.7]), start * target.lam, dual.bisection_step)
     assert (steps == 0) == (start == 1.0) and steps <= 20
     torch.testing.assert_close(lam, target.lam, rtol=1e-3, atol=1e-3)
     # A constraint that holds by itself: down to exactly 0.
-    _, lam = descend(
-        reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), lambda h: dual.bisection_step([x[:2] for x in h])
-    )
+    _, lam = descend(reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), dual.bisection_step)
     assert lam.item() == 0.0
 
 
 def test_bisection_by_hand():
-    def point(lam, slack):
-        return torch.tensor([lam]), torch.tensor([slack])
+    def point(lam, slack, se=0.0):
+        return torch.tensor([lam]), torch.tensor([slack]), torch.tensor([se])
 
     def after(*points, **bounds):
         return dual.bisection_step([point(*p) for p in points], **bounds).item()
@@ -638,6 +782,9 @@ def test_bisection_by_hand():
     # Below the floor too, where 0 is known not to be enough.
     assert after((0.0, -0.1), (0.1, 0.1), (0.05, 0.1)) == pytest.approx(0.025) and after((0.0, -0.1), (0.025, 0.1), (0.0125, -0.1)) > 0.0125
     with pytest.raises(UserError, match="one constraint"):
-        dual.bisection_step([(torch.ones(2), torch.zeros(2))])
+        dual.bisection_step([(torch.ones(2), torch.zeros(2), torch.zeros(2))])
+    # Within one standard error of 0: the bracket stays, and so does lambda.
+    assert after((1.0, -0.1), (2.0, 0.1), (1.5, 0.05, 0.1)) == 1.5 and after((1.0, -0.1, 0.2)) == 1.0
+    assert after((1.0, -0.1), (3.0, -0.05, 0.1), (2.0, 0.1)) == 1.5
     with pytest.raises(UserError, match="finite"):
         after((1.0, math.nan))

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 from engine import dual
-from engine.dual_command import main
+from engine.dual_command import Table, main, preference_pairs
 
 
 def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
@@ -131,13 +132,13 @@ def test_equal_commands_write_equal_files_and_prompts_may_be_numbers(here, capsy
     assert other["constraints"][0]["lam_bootstrap"] != json.loads(written[0][0])["constraints"][0]["lam_bootstrap"]
 
 
-def test_pairs_are_the_best_and_the_worst_at_lambda(here, capsys):
+def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, capsys):
     rows = scores_rows(P=8)
     for row in rows:  # one prompt without a preference: all its responses are alike
         if row["prompt"] == "Question 3?":
             row.update(response="same", reward=1.0, harm=7.0)
-    argv = ["--cost", "harm", "--threshold", "0.1", "--draws", "40", "--export-pairs", "pairs.jsonl"]
-    found, out = result(capsys, write(here / "scores.jsonl", rows), *argv)
+    argv = [write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.1", "--draws", "40", "--export-pairs", "pairs.jsonl"]
+    found, out = result(capsys, *argv)
     pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == 7 and "7 pairs, 1 prompt(s) left out" in out
     lam = found["constraints"][0]["lam"]
@@ -145,12 +146,71 @@ def test_pairs_are_the_best_and_the_worst_at_lambda(here, capsys):
     for pair in pairs:
         assert list(pair) == ["prompt", "chosen", "rejected", "score_chosen", "score_rejected"]
         own = [row["response"] for row in rows if row["prompt"] == pair["prompt"]]
-        assert pair["chosen"] == max(own, key=score.get) and pair["rejected"] == min(own, key=score.get)
+        assert {pair["chosen"], pair["rejected"]} == {max(own, key=score.get), min(own, key=score.get)}
         assert pair["score_chosen"] == pytest.approx(score[pair["chosen"]])
         assert pair["score_rejected"] == pytest.approx(score[pair["rejected"]])
+    # TRL's explicit-prompt preference format: exactly these three columns of text (or of messages), each with something in it, and the
+    # answers without the prompt. Further columns are not read.
     import datasets
 
-    assert datasets.Dataset.from_json("pairs.jsonl", cache_dir=str(here / "cache")).column_names[:3] == ["prompt", "chosen", "rejected"]
+    table = datasets.Dataset.from_json("pairs.jsonl", cache_dir=str(here / "cache"))
+    assert table.column_names[:3] == ["prompt", "chosen", "rejected"]
+    assert {table.features[name].dtype for name in table.column_names[:3]} == {"string"}
+    assert all(row[name].strip() for row in table for name in table.column_names[:3])
+    assert not any(row[name].startswith(row["prompt"]) for row in table for name in ("chosen", "rejected"))
+    first = (here / "pairs.jsonl").read_bytes()
+    result(capsys, *argv)
+    assert (here / "pairs.jsonl").read_bytes() == first
+
+
+def test_labels_of_pairs_are_bradley_terry():
+    P = 4000
+    table = Table(
+        prompts=[str(p) for p in range(P)], responses=[["a", "b"]] * P, reward_PG=torch.zeros(P, 2), utility_PGJ=torch.zeros(P, 2, 1),
+        names=["u"],
+    )  # fmt: skip
+    for rise in (0.5, 2.0):
+        rows, _ = preference_pairs(table, torch.tensor([[0.0, rise]]).double().expand(P, 2), seed=1)
+        share = np.mean([row["chosen"] == "b" for row in rows])
+        assert share == pytest.approx(1 / (1 + np.exp(-rise)), abs=0.03)
+    other, _ = preference_pairs(table, torch.tensor([[0.0, 2.0]]).double().expand(P, 2), seed=2)
+    assert [row["chosen"] for row in rows] != [row["chosen"] for row in other]
+
+
+def test_two_columns_that_ask_for_the_same_are_not_identified(here, capsys):
+    rows = [row | {"twin": 2 * row["harm"]} for row in scores_rows()]
+    argv = ["--cost", "harm", "twin", "--threshold", "0.3", "0.3", "--draws", "40"]
+    found, out = result(capsys, write(here / "scores.jsonl", rows), *argv)
+    assert [(c["lam_se"], c["lam_delta"]) for c in found["constraints"]] == [(None, [0.0, None])] * 2
+    assert out.count("not identified") == 2
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(here, capsys, monkeypatch):
+    file = write(here / "scores.jsonl", scores_rows())
+    (here / "d.jsonl").mkdir()
+    (here / "out" / "dual.json").mkdir(parents=True)
+    (here / "file").write_text("")
+    monkeypatch.setattr("engine.dual_command.analyse", lambda *a: pytest.fail("the work was begun"))
+    for flags, message in (
+        (["--export-pairs", "d.jsonl"], "--export-pairs d.jsonl: that is a folder"),
+        (["--out", "out"], "out/dual.json is a folder"),
+        (["--out", "file/below"], "no folder can be made in"),
+        (["--seed", "9" * 20], "--seed 99999999999999999999: must lie between"),
+        (["--seed", "-1"], "--seed -1: must lie between"),
+    ):
+        assert main([file, "--cost", "harm", "--threshold", "0.3", *flags]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_130(here, capsys, monkeypatch):
+    def press(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.dual_command.analyse", press)
+    assert main([write(here / "scores.jsonl", scores_rows()), "--cost", "harm", "--threshold", "0.3"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("interrupted") and err.count("\n") == 1
 
 
 def test_few_effective_responses_are_warned_of_with_what_half_of_them_gives(here, capsys):

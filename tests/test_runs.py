@@ -64,6 +64,9 @@ def test_what_a_run_writes(finished):
     iterations = read_rows(finished, "iteration")
     for row in iterations:
         assert row["slack"][0] == pytest.approx(row["improvement"][0] - row["aim"][0])
+        assert 0 < row["kl_se"] < 10
+    dual = next(row for row in rows if row["kind"] == "dual")
+    assert dual["lam_low"][0] <= dual["lam"][0] <= dual["lam_high"][0] and dual["lam_se"][0] > 0 and dual["predicted_improvement_se"][0] > 0
     config = json.loads((finished / "config.json").read_text())
     assert config["algorithm"] == "caid" and config["config"]["seed"] == 0 and "commit" in config["versions"]
     assert len((finished / "heldout.jsonl").read_text().splitlines()) == 8 * 2
@@ -96,7 +99,7 @@ def test_mocan_runs_on_the_same_stages(tmp_path):
     "algorithm, iterates, slacks",
     [
         ("pecan", [1], []), ("dpo", [1], []), ("sacpo", [1, 2], []), ("safe_dpo", [1], []), ("cdpo", [1, 2], [1, 2]),
-        ("pd_dpo", [0, 1, 2], [1, 2]), ("opd", [1, 2, 3, 4], [1, 3]), ("primal_dual", [1, 2], [1, 2]), ("repo", [1, 2], [1, 2]),
+        ("pd_dpo", [0, 1, 2], [1, 2]), ("opd", [1, 2, 3, 4], [1, 3, 4]), ("primal_dual", [1, 2], [1, 2]), ("repo", [1, 2], [1, 2]),
     ],
 )  # fmt: skip
 def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks):
@@ -115,6 +118,53 @@ def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     again = files(tmp_path / "run")
     assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
+
+
+@pytest.mark.parametrize(("max_kl", "kept"), [("1e-12", ["iteration-0", "rejected-1"]), ("inf", ["iteration-0", "iteration-1"])])
+def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
+    """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as others can."""
+    flags = ["--iterations", "1", "--lam-init", "0", "--max-kl", max_kl, "--max-new-tokens", "4", "--steps", "1", "--eval-prompts", "2"]
+    assert train.main(["pd_dpo", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == kept
+    folders = [tmp_path / "run" / "adapters" / name for name in kept]
+    assert files(folders[0]) == files(folders[1])
+    assert [row["iteration"] for row in read_rows(tmp_path / "run", "policy")] == [0, 1]
+    assert [row["lam"] for row in read_rows(tmp_path / "run", "iteration")] == [[0.0]]
+    first = files(tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").unlink()
+    (tmp_path / "run" / "heldout.jsonl").unlink()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert files(tmp_path / "run") == first
+
+
+def test_the_last_iterate_of_opd_has_its_slack_and_can_be_refused(tmp_path):
+    flags = ["opd", *SMOKE, "--iterations", "1", "--eval-prompts", "2"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    policies, slacks = (read_rows(tmp_path / "run", kind) for kind in ("policy", "iteration"))
+    assert [(row["iteration"], row["lam"]) for row in slacks] == [(row["iteration"], row["lam"]) for row in policies]
+    kl = [row["kl"] for row in slacks]
+    assert kl[1] > 1.01 * kl[0], "else no --max-kl lies between them"
+    assert train.main([*flags, "--max-kl", str((kl[0] + kl[1]) / 2), "--out", str(tmp_path / "stopped")]) == 0
+    assert sorted(p.name for p in (tmp_path / "stopped" / "adapters").iterdir()) == ["iteration-1", "rejected-2"]
+    kept = json.loads((tmp_path / "stopped" / "evaluation.json").read_text())
+    assert kept["kl"]["mean"] != 0, "the prediction is kept, not the reference"
+
+
+@pytest.mark.parametrize("algorithm", ["cdpo", "pd_dpo", "opd", "primal_dual", "repo"])
+def test_thresholds_beyond_the_samples_are_refused_before_training(tmp_path, capsys, algorithm):
+    assert train.main([algorithm, *SMOKE, "--threshold", "9", "--out", str(tmp_path / "run")]) == 2
+    out, err = capsys.readouterr()
+    assert "--threshold 9" in err and "support b up to" in err and err.count("\n") == 1 and "iteration" not in out
+    assert not (tmp_path / "run" / "adapters").exists()
+
+
+def test_a_multiplier_held_by_lam_max_is_warned_of(tmp_path, capsys):
+    flags = ["--iterations", "1", "--eval-prompts", "2", "--lam-max", "0.01", "--threshold", "0.4"]
+    assert train.main([*SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    found, missed = read_rows(tmp_path / "run", "dual")[0], read_rows(tmp_path / "run", "iteration")[0]["slack"][0] < 0
+    assert out.count("lambda of harm is held by --lam-max 0.01") == 1 + missed
+    assert found["lam"] == [0.01] and found["lam_low"] is None and found["lam_se"] is None
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
