@@ -130,6 +130,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 
     Raises: UserError before any compute is spent.
     """
+    check(config)
     out = Path(resume or config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{algorithm}-seed{config.seed}")
     if resume is None and out.exists():
         raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")

@@ -236,6 +236,20 @@ def test_few_prompts_lower_the_numbers_of_prompts_and_say_so(tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "evaluation.json").read_text())["n_prompts"] == 2
 
 
+def test_too_few_prompts_for_a_verdict_are_refused_before_any_compute(tmp_path, capsys):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"What is {i} + {i}?"} for i in range(5)])
+    assert train.main(["mocan", *SMOKE, "--out", str(tmp_path / "r"), "--prompts", prompts]) == 2
+    assert "--eval-prompts 1: must be at least 2" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("dtype", "fp8"), ("device", "tpu"), ("threshold", (float("nan"),))])
+def test_settings_from_python_are_checked_before_they_are_used(tmp_path, field, value):
+    with pytest.raises(UserError, match=f"--{field}"):
+        caid.train(smoke(CaidConfig(out=str(tmp_path / "r"), **{field: value})))
+    assert not (tmp_path / "r").exists()
+
+
 def test_an_existing_folder_and_another_model_are_refused(finished, capsys):
     assert train.main([*SMOKE, "--out", str(finished)]) == 2
     assert "--resume" in capsys.readouterr().err
