@@ -30,7 +30,7 @@ from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units, unsafe_counted
 from engine.response_pairs import ResponsePairs, read_response_pairs
 from engine.rollout import States, generate
-from engine.score import LogprobGap, Scorers, load_scorers, logprob_gap, score
+from engine.score import LogprobGap, Scorers, load_scorers, logprob_gap, score, try_out
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
 
@@ -143,6 +143,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     plan = Plan.of(config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
+    warnings = try_out(scorers, used[0].text)
     names = [s.name for s in scorers.costs]
     constraints.check_prompts(constraints.limits(config, names), _judged_on(config, *used))
     own_pairs = preferences = None
@@ -158,6 +159,8 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     )
     if lowered:
         display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
+    for warning in warnings:
+        display.warn(warning)
     display.line(plan.sentence())
     display.line(f"run folder {out}")
     if resume is None:
@@ -407,11 +410,21 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit]) -
                 "nothing; choose a value among the costs."
             )
     return Units(
-        reward=dual.within_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
-        utility_J=[dual.within_deviation(utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
-        audit_A=[dual.within_deviation(scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
+        reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
+        utility_J=[_deviation(-utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
+        audit_A=[_deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
         unsafe_above_J=above_J,
     )
+
+
+def _deviation(score_PG: Tensor, name: str) -> float:
+    """`dual.within_deviation`, and a score that is one number everywhere is named with it."""
+    if score_PG.min() == score_PG.max():
+        raise UserError(
+            f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is nothing to align; use another one, or "
+            "prompts whose answers it tells apart."
+        )
+    return dual.within_deviation(score_PG, name)
 
 
 def units_of(row: dict, limits: Sequence[Limit]) -> Units:

@@ -193,11 +193,12 @@ def scorer_constant(prompts, responses):
         (["--reward", "test_runs:scorer_nan"], "scorer_nan gave nan"),
         (["--reward", "test_runs:scorer_short"], "returned 1 scores for"),
         (["--reward", "test_runs:scorer_raises"], "the judge is away"),
-        (["--reward", "test_runs:scorer_constant"], "one score"),
+        (["--reward", "test_runs:scorer_constant"], "scorer_constant gave 1 for every response"),
         (["--reward", "nothing-like-this"], "not found"),
         (["--reward", "test_runs:missing"], "missing"),
         (["--threshold", "9"], "support b up to"),
         (["--cost", "harm", "--audit", "harm"], "named harm"),
+        (["--audit", "reward=harm"], "reward is what the reward is called"),
         (["--cost", "harm", "harm-audit"], "one threshold per cost"),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--n-prompts", "2"], "--slack-prompts 6"),
@@ -215,6 +216,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message)
     assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
+    # Only what the samples show is found after they are there.
+    assert (tmp_path / "r").exists() == (message.endswith(("every response", "up to")))
 
 
 def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):
