@@ -36,14 +36,14 @@ class PreferenceWorld(stages.World):
 
         def compute(stage: Stage) -> Scores:
             scores = self._log_ratios(stage, by_scorers.prompts, by_scorers.sampled)
-            units = stages.reference_units(scores, job.scorers, by_scorers.limits)
+            units = stages.reference_units(scores, job.scorers, by_scorers.limits, by_scorers.prompts)
             stage.row(
                 "preference", names=names, log_ratio_sd=[units.reward, *units.utility_J], agreement=_agreement(scores, by_scorers.scores)
             )
             return scores
 
         raw = job.run.stage("preference/scores", Scores, compute)
-        units = stages.reference_units(raw, job.scorers, by_scorers.limits)
+        units = stages.reference_units(raw, job.scorers, by_scorers.limits, by_scorers.prompts)
         # Audits have the scorers' units already.
         self.units = Units(reward=units.reward, utility_J=units.utility_J, audit_A=[1.0] * raw.audit_PGA.shape[2])
         scores = self.units.apply(raw)
