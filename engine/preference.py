@@ -21,6 +21,10 @@ from engine.policy import Policy
 from engine.records import Prompts, Scores, Target, Units
 from engine.score import frozen_forward
 from engine.stages import Job, Sampled
+from kernels.sampling import combine
+
+# With the number of a kind of preference it keys that policy's labels and the order of its prompts.
+LABEL_PURPOSE = 2_000_000
 
 
 class PreferenceWorld(stages.World):
@@ -32,7 +36,7 @@ class PreferenceWorld(stages.World):
         by_scorers = self.reference
         self.scorer_units = by_scorers.units
         samples, labels_PGO = _from_scorers(self) if job.preferences is None else _from_file(job)
-        self.aligned = [self._align(name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
+        self.aligned = [self._align(i, name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
 
         def compute(stage: Stage) -> Scores:
             scores = self._log_ratios(stage, by_scorers.prompts, by_scorers.sampled)
@@ -57,14 +61,15 @@ class PreferenceWorld(stages.World):
     def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
         return self.units.apply(self._log_ratios(stage, prompts, sampled))
 
-    def _align(self, name: str, samples: policy.Samples, label_PG: Tensor) -> Adapter:
-        """Stage preference/NAME: plain DPO on the preferences of one kind."""
+    def _align(self, number: int, name: str, samples: policy.Samples, label_PG: Tensor) -> Adapter:
+        """Stage preference/NAME: plain DPO on the preferences of one kind, drawn independently of the others'."""
         job, config = self.job, self.job.config
         shape = self.adapter.shape
         adapter = Adapter(
             shape, rank=config.lora_rank, alpha=config.lora_alpha, dtype=job.model.dtype, device=job.model.device, seed=config.seed
         )
-        settings = replace(config, steps=config.preference_steps, labels="sampled")
+        seed = int(combine(config.seed, LABEL_PURPOSE + number))
+        settings = replace(config, steps=config.preference_steps, labels="sampled", seed=seed)
         target = Target(lam_J=torch.zeros(0, dtype=torch.float64), score_PG=label_PG, coefficient=config.beta)
 
         def compute(stage: Stage) -> Policy:

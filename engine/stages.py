@@ -145,13 +145,18 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
     warnings = try_out(scorers, used[0].text)
     names = [s.name for s in scorers.costs]
-    constraints.check_prompts(constraints.limits(config, names), _judged_on(config, *used))
+    limits = constraints.limits(config, names)
+    constraints.check_prompts(limits, _judged_on(config, *used))
     own_pairs = preferences = None
     if (source := getattr(config, "pairs", "reference")) not in ("reference", "policy"):
         own_pairs = read_response_pairs(source, [], config, inputs.tokenizer, inputs.shape)
-        data.assert_disjoint(_by_tokens(own_pairs.prompts), _by_tokens(used[1]), "prompt of --pairs")
     if by_preference(config) and config.preferences:
         preferences = read_response_pairs(config.preferences, ["reward", *names], config, inputs.tokenizer, inputs.shape)
+    for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
+        if own is not None:
+            data.assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
+    if own_pairs is not None:
+        constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
     display = metrics.Display(n_stages=n_stages)
     display.line(
         f"{algorithm} on {config.model or DEFAULT_MODEL} "
