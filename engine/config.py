@@ -301,6 +301,18 @@ class EvaluateConfig:
     """CPU threads; 0 takes as many as the run asked for."""
 
 
+SHOWN = {
+    "caid": "CAID", "mocan": "MoCAN", "pecan": "PeCAN", "primal_dual": "primal-dual policy gradient", "repo": "our reading of RePO",
+    "opd": "our reading of OPD", "cdpo": "our reading of C-DPO", "pd_dpo": "our reading of PD-DPO", "sacpo": "SACPO",
+    "safe_dpo": "SafeDPO", "dpo": "DPO",
+}  # fmt: skip
+
+
+def shown_name(algorithm: str) -> str:
+    """What an algorithm is called wherever a result of it is printed: one known from its abstract alone is "our reading of" it."""
+    return SHOWN.get(algorithm, algorithm)
+
+
 # The settings that determine the reference's samples, their scores and the kept states.
 SAMPLING = (
     "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout", "prompt_column", "system", "n_prompts",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine import constraints, data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
 from engine.checkpoint import RecordT, Run, Stage, load, write_whole
-from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, policy_updates
+from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, policy_updates, shown_name
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
@@ -159,7 +159,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
         constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
     display = metrics.Display(n_stages=n_stages)
     display.line(
-        f"{algorithm} on {config.model or DEFAULT_MODEL} "
+        f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
         f"({inputs.shape.parameter_count() / 1e6:.0f}M weights, {inputs.dtype}, {inputs.device})"
     )
     if lowered:

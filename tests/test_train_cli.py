@@ -190,6 +190,16 @@ def test_bad_command_lines_import_nothing_heavy(line):
     assert not modules & {"torch", "transformers", "numpy"}
 
 
+def test_every_algorithm_has_a_shown_name_and_readings_are_called_so():
+    assert config_module.SHOWN.keys() == CONFIGS.keys()
+    readings = {name for name, shown in config_module.SHOWN.items() if shown.startswith("our reading of ")}
+    assert readings == {"repo", "opd", "cdpo", "pd_dpo"}
+    for name in readings:
+        assert f"{config_module.shown_name(name)}: " in cli.ALGORITHMS[name][1]
+        assert CONFIGS[name].__doc__.startswith("Our reading of ")
+    assert config_module.shown_name("samples") == "samples"
+
+
 def test_check_accepts_the_defaults_and_presets():
     for config_class in CONFIGS.values():
         check(config_class())
