@@ -12,7 +12,7 @@ import torch
 
 from engine import caid, export, train
 from engine.checkpoint import Run
-from engine.config import CaidConfig, MocanConfig, smoke
+from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
 from engine.metrics import read_rows
 
@@ -92,20 +92,39 @@ def test_mocan_runs_on_the_same_stages(tmp_path):
     assert smoke(MocanConfig()).steps == 3
 
 
+# Costs of the runs below, the first J of them.
+COSTS = ("harm", "codes=test_runs:scorer_codes", "letters=-test_runs:scorer_length")
+
+
 @pytest.mark.parametrize(
-    "algorithm, iterates, slacks",
+    "algorithm, J, own, iterates, slacks",
     [
-        ("pecan", [1], []), ("dpo", [1], []), ("sacpo", [1, 2], []), ("safe_dpo", [1], []), ("cdpo", [1, 2], [1, 2]),
-        ("pd_dpo", [0, 1, 2], [1, 2]), ("opd", [1, 2, 3, 4], [1, 3]), ("primal_dual", [1, 2], [1, 2]), ("repo", [1, 2], [1, 2]),
+        ("caid", 3, ["--dual-rule", "secant"], [1, 2], [1, 2]),
+        ("mocan", 3, [], [1], []),
+        ("pecan", 2, [], [1], []),
+        ("dpo", 1, ["--objective", "safety"], [1], []),
+        ("sacpo", 2, ["--lam", "1", "0.5"], [1, 2], []),
+        ("safe_dpo", 3, ["--unsafe-above", "0", "20", "0"], [1], []),
+        ("cdpo", 3, [], [1, 2], [1, 2]),
+        ("pd_dpo", 2, [], [0, 1, 2], [1, 2]),
+        ("opd", 1, [], [1, 2, 3, 4], [1, 3]),
+        ("primal_dual", 2, [], [1, 2], [1, 2]),
+        ("repo", 3, [], [1, 2], [1, 2]),
     ],
-)  # fmt: skip
-def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks):
-    flags = ["--iterations", "2"] if slacks else []
+)
+def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, iterates, slacks):
+    flags = ["--cost", *COSTS[:J], "--threshold", *["0.05"] * J, "--force", *own]
+    flags += ["--iterations", "2"] if slacks else []
     assert train.main([algorithm, *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"{shown_name(algorithm)} on smoke (")
     assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [f"iteration-{i}" for i in iterates]
-    assert [row["iteration"] for row in read_rows(tmp_path / "run", "iteration")] == slacks
+    measured = read_rows(tmp_path / "run", "iteration")
+    assert [row["iteration"] for row in measured] == slacks
+    assert all(len(row[name]) == J for row in measured for name in ("lam", "slack", "slack_se", "aim"))
+    assert all(len(row["lam"]) == J for row in read_rows(tmp_path / "run", "policy"))
     assert len({row["iteration"] for row in read_rows(tmp_path / "run", "step")} - {0}) == len(set(iterates) - {0})
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
     assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
     # What a kill after half of the stages leaves is enough to end equal.
     whole = files(tmp_path / "run")
@@ -115,6 +134,16 @@ def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     again = files(tmp_path / "run")
     assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
+
+
+def test_each_kind_of_preference_has_its_own_draws(tmp_path):
+    """A cost that says what the reward says still gets labels that are other draws of it."""
+    flags = ["--cost", "same=-helpfulness", "--threshold", "0.05", "--force"]
+    assert train.main(["pecan", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    steps = read_rows(tmp_path / "run", "step")
+    reward, same = ([r["loss"] for r in steps if r["stage"] == f"preference/{name}"] for name in ("reward", "same"))
+    # The first loss is ln 2 for any label.
+    assert len(reward) == len(same) == 3 and all(a != b for a, b in zip(reward[1:], same[1:], strict=True))
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
@@ -181,6 +210,10 @@ def scorer_raises(prompts, responses):
 
 def scorer_length(prompts, responses):
     return [float(len(set(r))) for r in responses]
+
+
+def scorer_codes(prompts, responses):
+    return [float(sum(map(ord, r)) % 25) for r in responses]
 
 
 def scorer_constant(prompts, responses):
