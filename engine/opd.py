@@ -6,7 +6,9 @@ E[r + lambda . g] - beta KL(pi || reference) - kappa KL(pi || p):
     lambda' = [lambda_t - eta u(pi'_{t-1})]+      pi' = prox(pi_t, lambda'_{t-1})        predictions
     lambda_{t+1} = [lambda_t - eta u(pi')]+       pi_{t+1} = prox(pi_t, lambda')         steps
 
-An iteration costs two policy updates; both predictions and steps are measured where the other side needs them.
+Decided here: pi_0 and pi'_0 are the reference and u of it is taken for 0, so that lambda_init is also the first prediction; prox is fitted
+by the label form, with coefficient beta + kappa against the mixture of reference and p, in place of natural-gradient steps; steps of lambda
+are bounded by 0 and lam_max alone, --lam-max-change does not act. An iteration costs two policy updates; only predictions are measured.
 """
 
 import torch
