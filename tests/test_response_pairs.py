@@ -86,7 +86,7 @@ def heldout_prompt() -> str:
     [
         (["caid", "--pairs"], ROWS[:1] + [ROWS[1] | {"prompt": None}], "own.jsonl:2: prompt is None"),
         (["mocan", "--pairs"], [{"prompt": "a", "response_0": "b"}], "no column 'response_1'"),
-        (["mocan", "--cost-on", "delicate", "--pairs"], ROWS, "0 of the 8 rows of"),
+        (["mocan", "--eval-prompts", "40", "--cost-on", "delicate", "--pairs"], ROWS, "0 of the 8 rows of"),
         (["caid", "--pairs"], "held out", "is also a prompt of --pairs"),
         (["pecan", "--preferences"], "held out", "is also a prompt of --preferences"),
     ],
