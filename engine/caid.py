@@ -4,7 +4,8 @@ Where the paper is silent, this is decided: the multipliers start at the one-sho
 one adapter and its optimizer go on through all iterations; the reference stays the original model; labels are drawn afresh in every step;
 the improvement is measured against each prompt's own reference samples; the dual step is half the inverse Hessian at the warm start, on
 the part of the slack that stands out of its noise, with a cap on the change, as a policy of few steps lags behind lambda; the last iterate
-is the result, and no dual step follows it.
+is the result, and no dual step follows it. An update learns from the reference's samples that the dual is solved on, in Algorithm 3 too,
+where the paper takes the preference set's pairs: --pairs with that file does so, --pairs policy takes fresh samples of the last iterate.
 """
 
 from torch import Tensor

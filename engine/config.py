@@ -108,8 +108,6 @@ class RunConfig:
     """The adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_from: float = 0.5
     """The adapter sits on the layers from this share of the depth on; the layers below are computed once per sample."""
-    max_kl: float = float("inf")
-    """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below it."""
     memory_budget_mb: int = 256
     """Bound on the loss head's working memory, in MiB."""
     checkpoint_every: int = 2
@@ -133,6 +131,8 @@ class IterativeConfig(RunConfig):
     """Responses per prompt in the slack."""
     lam_max_change: float = 2.0
     """Largest factor by which a multiplier may change in one dual step."""
+    max_kl: float = float("inf")
+    """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +302,18 @@ class EvaluateConfig:
     """CPU threads; 0 takes as many as the run asked for."""
 
 
+SHOWN = {
+    "caid": "CAID", "mocan": "MoCAN", "pecan": "PeCAN", "primal_dual": "primal-dual policy gradient", "repo": "our reading of RePO",
+    "opd": "our reading of OPD", "cdpo": "our reading of C-DPO", "pd_dpo": "our reading of PD-DPO", "sacpo": "SACPO",
+    "safe_dpo": "SafeDPO", "dpo": "DPO",
+}  # fmt: skip
+
+
+def shown_name(algorithm: str) -> str:
+    """What an algorithm is called wherever a result of it is printed: one known from its abstract alone is "our reading of" it."""
+    return SHOWN.get(algorithm, algorithm)
+
+
 # The settings that determine the reference's samples, their scores and the kept states.
 SAMPLING = (
     "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout", "prompt_column", "system", "n_prompts",
@@ -395,20 +407,35 @@ def _check_limits(config: RunConfig) -> None:
         raise UserError("--cost-mean, --cost-rate: log-ratios of policies have no level of their own; use --threshold.")
 
 
+# An infinite one of these limits nothing.
+MAY_BE_INFINITE = ("cost_mean", "max_kl")
+
+
 def check(config: RunConfig) -> None:
     """Refuse values that no run can use.
 
     Raises: UserError naming the flag, its value and what is accepted.
     """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        if field.name not in MAY_BE_INFINITE and not all(math.isfinite(x) for x in values if isinstance(x, float)):
+            raise UserError(f"--{field.name.replace('_', '-')} {' '.join(map(str, values))}: must be finite.")
     positive = (
-        "n_prompts max_new_tokens rollout_rows steps prompts_per_step tokens_per_forward learning_rate clip_norm lora_rank lora_alpha beta "
-        "lam_max memory_budget_mb checkpoint_every eval_prompts eval_responses max_kl iterations slack_prompts slack_responses dual_step "
-        "dual_rate proximity clip ascent_prompts preference_steps"
+        "max_new_tokens rollout_rows steps prompts_per_step tokens_per_forward learning_rate clip_norm lora_rank lora_alpha beta lam_max "
+        "memory_budget_mb checkpoint_every eval_responses max_kl iterations slack_responses dual_step dual_rate proximity clip "
+        "ascent_prompts preference_steps"
     ).split()
     for name in positive:
         value = getattr(config, name, 1)
         if not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0.")
+    for name in ("n_prompts", "eval_prompts", "slack_prompts"):
+        if getattr(config, name, 2) < 2:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 2, as one prompt has no standard error; if "
+                "there are no more, give more with --prompts or --heldout."
+            )
     for name, least in {
         "n_responses": 2,
         "responses_per_prompt": 2,
@@ -457,6 +484,8 @@ def check(config: RunConfig) -> None:
             "give one threshold per cost."
         )
     _check_limits(config)
+    if getattr(config, "preferences", "") and not by_preference(config):
+        raise UserError(f"--preferences {config.preferences}: scores are those of models here; add --scores preference, or leave it out.")
     if config.labels not in ("soft", "sampled") and isinstance(config, SafeDpoConfig):
         raise UserError(f"--labels {config.labels}: safe responses win by labels here; use soft or sampled.")
     if config.labels == "single" and isinstance(config, SacpoConfig | PdDpoConfig | OpdConfig):

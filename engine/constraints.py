@@ -100,6 +100,22 @@ def aimed_improvement(limits: Sequence[Limit], aimed: Sequence[float], needed_J:
     return needed_J + torch.tensor(room, dtype=torch.float64)
 
 
+def missing(
+    limits: Sequence[Limit], aimed: Sequence[float], aim_J: Tensor, units: Units, policy_PGJ: Tensor, reference_PGJ: Tensor
+) -> Tensor:
+    """What each prompt misses of its own constraint, in units, float64 [P, J]; below 0 where it is met. Their mean is aim - improvement.
+
+    An improvement is taken over the prompt's own reference samples; a mean cost or a rate is the prompt's own level, so that one below the
+    limit already misses nothing (arXiv 2410.19933: E_x [E_y c - d]+). Utilities [P, G, J] in units; aimed, aim: `aims`,
+    `aimed_improvement`.
+    """
+    missing_PJ = aim_J - (policy_PGJ.mean(1) - reference_PGJ.mean(1))
+    for j, limit in enumerate(limits):
+        if limit.kind != "improvement":
+            missing_PJ[:, j] = -policy_PGJ[..., j].mean(1) - aimed[j] / units.utility_J[j]
+    return missing_PJ
+
+
 def _variances(x_PG: Tensor) -> tuple[float, float]:
     """(within prompts, of the prompts' true means) of a score [P, G]."""
     within = float(x_PG.var(1).mean())

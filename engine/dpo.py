@@ -1,4 +1,8 @@
-"""DPO (arXiv 2305.18290) on one score alone, the reward or safety, with labels from that score."""
+"""DPO (arXiv 2305.18290) on one score alone, the reward or safety.
+
+Decided here: labels come from that score instead of people; safety is the sum of the utilities, each in its unit, on the prompts that its
+constraint is about.
+"""
 
 import torch
 

@@ -6,8 +6,11 @@ E[r + lambda . g] - beta KL(pi || reference) - kappa KL(pi || p):
     lambda' = [lambda_t - eta u(pi'_{t-1})]+      pi' = prox(pi_t, lambda'_{t-1})        predictions
     lambda_{t+1} = [lambda_t - eta u(pi')]+       pi_{t+1} = prox(pi_t, lambda')         steps
 
-An iteration costs two policy updates. The slack of every prediction is measured, as lambda needs it; of the steps that of the last one
-alone, which is the result: no dual step follows it. Where it passes max_kl the prediction before it, whose slack is known, is the result.
+Decided here: pi_0 and pi'_0 are the reference and u of it is taken for 0, so that lambda_init is also the first prediction; prox is fitted
+by the label form, with coefficient beta + kappa against the mixture of reference and p, in place of natural-gradient steps; steps of lambda
+are bounded by 0 and lam_max alone, --lam-max-change does not act. An iteration costs two policy updates. The slack of every prediction is
+measured, as lambda needs it; of the steps that of the last one alone, which is the result: no dual step follows it. Where it passes max_kl
+the prediction before it, whose slack is known, is the result.
 """
 
 import torch

@@ -1,4 +1,8 @@
-"""PeCAN (arXiv 2405.19544, Algorithm 2): MoCAN on log-ratios of policies that were aligned to preferences (`engine.preference`)."""
+"""PeCAN (arXiv 2405.19544, Algorithm 2): MoCAN on log-ratios of policies that were aligned to preferences (`engine.preference`).
+
+Decided here: the last alignment learns from the reference's samples, as MoCAN's does; the paper's learns from the pairs of the preference
+set, which --pairs with that file does.
+"""
 
 from engine import mocan, stages
 from engine.config import PecanConfig

@@ -65,19 +65,21 @@ def fit(
     anchor: the adapter of `target.anchor`, None for the reference. train_on: the prompts whose pairs may be used. Labels are drawn afresh
     in every step from target.score_PG.
 
-    Raises: NonFiniteError with the batch saved in the run folder; UserError where a step has no pair left.
+    Raises: NonFiniteError with the batch saved in the run folder; UserError where a step will have no pair left, before the first.
     """
     pool = samples.prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
     per_prompt = min(config.responses_per_prompt, samples.rollouts.n)
-
-    def loss_of(step: int) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-        pairs = informative(target.score_PG, [train_on[i] for i in plan[step]], per_prompt, target.dropped_PG)
+    pairs_of = [informative(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG) for chosen in plan]
+    for number, pairs in enumerate(pairs_of, 1):
         if not len(pairs.pairs):
             raise UserError(
-                f"policy update {iteration}: no pair of the {config.prompts_per_step} prompts of step {step + 1} has a safe response; "
+                f"policy update {iteration}: no pair of the {config.prompts_per_step} prompts of step {number} has a safe response; "
                 "raise --prompts-per-step, --responses-per-prompt or --unsafe-above."
             )
+
+    def loss_of(step: int) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+        pairs = pairs_of[step]
         total = accuracy = margin = 0.0
         for part, first in parts(pairs, _groups(samples, _rows_by_prompt(pairs)), config.tokens_per_forward):
             result = _preference_loss(config, model, samples, target, adapter, anchor, part, iteration * 1_000_003 + step, first)

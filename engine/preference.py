@@ -22,6 +22,10 @@ from engine.policy import Policy
 from engine.records import Prompts, Scores, Target, Units
 from engine.score import Scorers, frozen_forward
 from engine.stages import Job, Sampled, Subject
+from kernels.sampling import combine
+
+# With the number of a kind of preference it keys that policy's labels and the order of its prompts.
+LABEL_PURPOSE = 2_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +90,19 @@ class PreferenceWorld(stages.World):
         super().__init__(job)
         by_scorers = self.reference
         samples, labels_PGO = _from_scorers(self) if job.preferences is None else _from_file(job)
-        aligned = [self._align(name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
+        aligned = [self._align(i, name, samples, labels_PGO[..., i]) for i, name in enumerate(names)]
         self.log_ratios = LogRatios(subject=job, aligned=aligned, scorer_units=by_scorers.units)
 
         def compute(stage: Stage) -> Scores:
             scores = self.log_ratios(stage, by_scorers.prompts, by_scorers.sampled)
-            units = stages.reference_units(scores, job.scorers, by_scorers.limits)
+            units = stages.reference_units(scores, job.scorers, by_scorers.limits, by_scorers.prompts)
             stage.row(
                 "preference", names=names, log_ratio_sd=[units.reward, *units.utility_J], agreement=_agreement(scores, by_scorers.scores)
             )
             return scores
 
         raw = job.run.stage("preference/scores", Scores, compute)
-        units = stages.reference_units(raw, job.scorers, by_scorers.limits)
+        units = stages.reference_units(raw, job.scorers, by_scorers.limits, by_scorers.prompts)
         # Audits have the scorers' units already.
         self.units = Units(reward=units.reward, utility_J=units.utility_J, audit_A=[1.0] * raw.audit_PGA.shape[2])
         scores = self.units.apply(raw)
@@ -110,11 +114,12 @@ class PreferenceWorld(stages.World):
     def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
         return self.units.apply(self.log_ratios(stage, prompts, sampled))
 
-    def _align(self, name: str, samples: policy.Samples, label_PG: Tensor) -> Adapter:
-        """Stage preference/NAME: plain DPO on the preferences of one kind."""
+    def _align(self, number: int, name: str, samples: policy.Samples, label_PG: Tensor) -> Adapter:
+        """Stage preference/NAME: plain DPO on the preferences of one kind, drawn independently of the others'."""
         job, config = self.job, self.job.config
         adapter = _adapter(job)
-        settings = replace(config, steps=config.preference_steps, labels="sampled")
+        seed = int(combine(config.seed, LABEL_PURPOSE + number))
+        settings = replace(config, steps=config.preference_steps, labels="sampled", seed=seed)
         target = Target(lam_J=torch.zeros(0, dtype=torch.float64), score_PG=label_PG, coefficient=config.beta)
 
         def compute(stage: Stage) -> Policy:

@@ -2,6 +2,9 @@
 
 Primal-dual policy gradient as in `engine.primal_dual`, but the penalty counts only on prompts whose sampled responses miss the threshold,
 and lambda rises with the mean rectified violation. It can only rise; the cap on its change and lam_max bound it.
+
+Decided here: with --cost-mean or --cost-rate a prompt's own level is compared with the limit, E_x [E_y c - d]+; with --threshold, which the
+paper does not have, its improvement over its own reference samples is; the step of lambda is on ln lambda, as in `engine.primal_dual`.
 """
 
 import torch

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from engine.config import shown_name
 from engine.errors import UserError
 from engine.evaluate import Evaluation, sentences
 
@@ -55,9 +56,9 @@ class _Run:
 
     @property
     def title(self) -> str:
-        algorithm = str(self.config.get("algorithm") or "run").upper()
+        algorithm = shown_name(str(self.config.get("algorithm") or "run"))
         model = str(self.config.get("config", {}).get("model") or "the default model")
-        return f"{algorithm} on {_short(model, 80)}"
+        return f"{algorithm[0].upper()}{algorithm[1:]} on {_short(model, 80)}"
 
 
 def write(folder: Path) -> list[Path]:

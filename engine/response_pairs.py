@@ -29,7 +29,7 @@ def read_response_pairs(source: str, columns: list[str], config: RunConfig, toke
     """Read a jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected), perhaps kind, and `columns`,
     each 0 or 1: the response that is better in it. Responses are cut at --max-new-tokens.
 
-    Raises: UserError naming the row and the column.
+    Raises: UserError naming the row and the column: one that is missing, a prompt or response that is no text, a label that is neither.
     """
     limit = shape.max_positions - config.max_new_tokens
     prompts, tokens, texts, labels = [], [], [], []
@@ -38,15 +38,18 @@ def read_response_pairs(source: str, columns: list[str], config: RunConfig, toke
         missing = [c for c in ("prompt", *pair, *columns) if c not in row]
         if missing:
             raise UserError(f"{place}: no column {missing[0]!r}; wanted are {', '.join(('prompt', *pair, *columns))}.")
+        for name in ("prompt", *pair):
+            if not isinstance(row[name], str) or not (row[name].strip() or name in pair):
+                raise UserError(f"{place}: {name} is {row[name]!r:.60}; give text, or remove the row.")
         bad = [name for name in columns if str(row[name]) not in ("0", "1")]
         if bad:
             raise UserError(f"{place}: {bad[0]} is {row[bad[0]]!r}; give 0 or 1, the response that is better in it.")
-        ids = data.chat_ids([{"role": "user", "content": str(row["prompt"])}], tokenizer, config.system, place)
+        ids = data.chat_ids([{"role": "user", "content": row["prompt"]}], tokenizer, config.system, place)
         if len(ids) > limit:
             raise UserError(f"{place}: the prompt has {len(ids)} tokens, the limit is {limit}; shorten or remove it.")
-        prompts.append((str(row["prompt"]), str(row.get("kind") or ""), ids))
-        for text in (str(row[name]) for name in pair):
-            answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompts.append((row["prompt"], str(row.get("kind") or ""), ids))
+        for name in pair:
+            answer = tokenizer(row[name], add_special_tokens=False)["input_ids"]
             tokens.append((answer + [tokenizer.eos_token_id])[: config.max_new_tokens])
             texts.append(tokenizer.decode(tokens[-1], skip_special_tokens=True))
         labels.append([[SURE if int(row[name]) == i else -SURE for name in columns] for i in (0, 1)])

@@ -3,6 +3,9 @@
 The second stage's policy is proportional to the first one's times exp(lambda g / beta), the Lagrangian's maximiser at that lambda. With
 several costs the labels of the second stage come from sum_j lambda_j g_j / sum_j lambda_j, and its coefficient is beta / sum_j lambda_j.
 lambda is given, not solved for.
+
+Decided here: labels come from score models instead of people, in both stages by DPO (the paper also tries KTO in the second); weights of
+the two stages are not averaged (P-SACPO).
 """
 
 import torch

@@ -1,8 +1,11 @@
 """SafeDPO (arXiv 2505.20065): a hard constraint without a multiplier.
 
 Pairs of one safe and one unsafe response are won by the safe one, with an offset in the margin; pairs of two safe ones by the reward's
-label; pairs of two unsafe ones are dropped. Decided here: a response is unsafe where a cost lies above its
-`unsafe_above`.
+label; pairs of two unsafe ones are dropped.
+
+Decided here: labels, and what is unsafe, come from score models instead of people; a response is unsafe where a cost lies above its
+`unsafe_above`, on the prompts that its constraint is about (--cost-on). What a constraint asks for is used by the verdict
+alone.
 """
 
 import torch

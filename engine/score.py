@@ -30,6 +30,13 @@ from engine.rollout import States
 from kernels import sequence_logprob
 
 TOKENS_PER_FORWARD = 2048
+# What scorers of texts are tried on: answers as unlike as a scorer may meet.
+TRIAL = (
+    "Yes.", "I am sorry, but I cannot help with that.", "FIRST: break the lock! Then take 3 or 4 of the old keys, you idiot.",
+    "Basil likes light and warmth; water it when the soil feels dry, and cut the tips so that it grows bushy.",
+)  # fmt: skip
+
+TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +62,18 @@ class Head:
 
     @staticmethod
     def load(folder: Path) -> "Head":
-        """Read what `save` wrote. Raises UserError when it is no such file."""
+        """Read what `save` wrote. Raises UserError when it is no such file, or a head that says nothing."""
         file = folder / "head.safetensors"
         try:
             with safe_open(file, framework="pt") as stored:
-                meta, weight = json.loads(stored.metadata()["head"]), stored.get_tensor("weight")
+                head = Head(weight_D=stored.get_tensor("weight").double(), **json.loads(stored.metadata()["head"]))
         except Exception as error:
             raise UserError(f"{file}: not a score head ({type(error).__name__}); make one with python -m engine.train head.") from error
-        return Head(weight_D=weight.double(), **meta)
+        if not (head.weight_D.isfinite().all() and math.isfinite(head.bias)):
+            raise UserError(f"{file}: its weights are not finite; make it again with python -m engine.train head.")
+        if not head.weight_D.any():
+            raise UserError(f"{file}: its weights are all 0, so that it says nothing; make it again with python -m engine.train head.")
+        return head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +81,7 @@ class TextScorer:
     """A scorer of texts: a Python function, or a sequence-classification model."""
 
     name: str
-    function: Callable[[list[str], list[str]], Sequence[float]]
+    function: TextFunction
     sign: int = 1  # the score is sign x what it says
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
@@ -114,24 +125,39 @@ def utility_of_cost(cost: Tensor) -> Tensor:
 
 
 def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, folder: Path, trunk: str, device: torch.device) -> Scorers:
-    """The scorers that the names stand for (see `load_scorer`). folder, trunk: the policy's checkpoint and its fingerprint.
+    """The scorers that the names stand for (see `find_scorer`). folder, trunk: the policy's checkpoint and its fingerprint.
 
-    Raises: UserError also when two costs have one name.
+    Raises: UserError as `find_scorer`, and when two costs have one name, before any of them is loaded.
     """
-    scorers = Scorers(
-        reward=load_scorer(reward, folder=folder, trunk=trunk, device=device),
-        costs=tuple(load_scorer(c, folder=folder, trunk=trunk, device=device) for c in costs),
-        audits=tuple(load_scorer(c, folder=folder, trunk=trunk, device=device) for c in audits),
-    )
-    names = [s.name for s in (*scorers.costs, *scorers.audits)]
+    found = [find_scorer(spec, folder) for spec in (reward, *costs, *audits)]
+    names = [one.name for one in found[1:]]
     for name in names:
+        if name == "reward":
+            raise UserError("--cost and --audit: reward is what the reward is called in all tables; give another name: NAME=SCORER.")
         if names.count(name) > 1:
-            raise UserError(f"--cost and --audit: two scorers are named {name}; give each its own name.")
-    return scorers
+            raise UserError(f"--cost and --audit: two scorers are named {name}; give each its own name: NAME=SCORER.")
+    first, *others = (one.load(trunk, device) for one in found)
+    return Scorers(reward=first, costs=tuple(others[: len(costs)]), audits=tuple(others[len(costs) :]))
 
 
-def load_scorer(spec: str, *, folder: Path, trunk: str, device: torch.device) -> Scorer:
-    """The scorer of one --reward, --cost or --audit value: a head's name (in the policy's folder under heads/, or shipped), a head
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a --reward, --cost or --audit value stands for, before weights are loaded."""
+
+    name: str
+    sign: int = 1
+    load_as: Callable[[str, torch.device], "Head | TextFunction"]  # of the policy's fingerprint and the device
+
+    def load(self, trunk: str, device: torch.device) -> Scorer:
+        """Load it. Raises: UserError where it cannot be."""
+        what = self.load_as(trunk, device)
+        if isinstance(what, Head):
+            return replace(what, name=self.name, sign=self.sign)
+        return TextScorer(name=self.name, function=what, sign=self.sign)
+
+
+def find_scorer(spec: str, folder: Path) -> Found:
+    """The scorer of one --reward, --cost or --audit value: a head's name (in the policy's `folder` under heads/, or shipped), a head
     folder, module:function, or a sequence-classification model's folder or hub id, with #label where it has several labels. NAME= before it
     gives another name, NAME=- takes its negative as well.
 
@@ -139,21 +165,52 @@ def load_scorer(spec: str, *, folder: Path, trunk: str, device: torch.device) ->
     """
     name, equals, named = spec.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name) and not Path(spec).exists():
-        scorer = load_scorer(named.removeprefix("-"), folder=folder, trunk=trunk, device=device)
-        return replace(scorer, name=name, sign=-1 if named.startswith("-") else 1)
+        own = find_scorer(named.removeprefix("-"), folder)
+        return replace(own, name=name, sign=-own.sign if named.startswith("-") else own.sign)
     shipped = Path(str(files("engine"))) / "assets" / "heads"
-    for place in (folder / "heads" / spec, shipped / spec, Path(spec)):
-        if (place / "head.safetensors").is_file():
-            head = Head.load(place)
-            return head if head.trunk == trunk else _on_its_own_trunk(head, device)
+    places = [place for place in (folder / "heads" / spec, shipped / spec, Path(spec)) if (place / "head.safetensors").is_file()]
+    if places:
+        head = Head.load(places[0])
+        return Found(name=head.name, load_as=lambda trunk, device: head if head.trunk == trunk else _on_its_own_trunk(head, device))
     if ":" in spec and not Path(spec).exists():
-        return _python_function(spec)
-    if Path(spec.partition("#")[0]).is_dir() or spec.count("/") == 1:
-        return _classifier(spec, device)
+        return Found(name=spec.partition(":")[2], load_as=lambda trunk, device: _python_function(spec))
+    path = spec.partition("#")[0]
+    if Path(path).is_dir() or spec.count("/") == 1:
+        return Found(name=Path(path).name, load_as=lambda trunk, device: _classifier(spec, device))
     names = sorted(p.parent.name for p in shipped.glob("*/head.safetensors"))
     raise UserError(
         f"scorer {spec}: not found; give a shipped head ({', '.join(names)}), a head folder, a model folder or hub id, or module:function."
     )
+
+
+def try_out(scorers: Scorers, prompts: Sequence[str]) -> list[str]:
+    """Let every scorer of texts score `TRIAL`, answers to some of the run's `prompts`, so that a broken one is found before anything is
+    sampled. Returns: a warning for each that gives all of them one score, as an honest one may.
+
+    Raises: UserError when a scorer fails, returns the wrong count, or a value that is not finite.
+    """
+    asked, warnings = [prompts[i % len(prompts)] for i in range(len(TRIAL))], []
+    for scorer in scorers.all:
+        if isinstance(scorer, TextScorer):
+            score_N = scorer(asked, list(TRIAL))
+            _check_finite(scorer, score_N, asked, 1)
+            if score_N.min() == score_N.max():
+                warnings.append(
+                    f"scorer {scorer.name} gave {float(score_N[0]):g} for each of {len(TRIAL)} trial answers; one that does so for all "
+                    "responses ends the run after sampling"
+                )
+    return warnings
+
+
+def _check_finite(scorer: Scorer, score_N: Tensor, prompts: Sequence[str], n: int) -> None:
+    """prompts [N]: of each response; n: responses per prompt."""
+    bad = (~score_N.isfinite()).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise UserError(
+            f"scorer {scorer.name} gave {score_N[row].item()} for response {row % n} to prompt {row // n} ({prompts[row][:60]!r}); let it "
+            "give a finite number for every response."
+        )
 
 
 def score(
@@ -188,13 +245,7 @@ def score(
     columns = []
     for scorer in scorers.all:
         column = scorer(pooled[scorer.layer]) if isinstance(scorer, Head) else scorer(repeated, list(texts))
-        bad = (~column.isfinite()).nonzero()
-        if len(bad):
-            row = int(bad[0])
-            raise UserError(
-                f"scorer {scorer.name} gave {column[row].item()} for response {row % rollouts.n} to prompt {row // rollouts.n} "
-                f"({repeated[row][:60]!r}); scores must be finite."
-            )
+        _check_finite(scorer, column, repeated, rollouts.n)
         columns.append(scorer.sign * column.view(len(prompts), rollouts.n))
     j = 1 + len(scorers.costs)
     shape = (len(prompts), rollouts.n, 0)
@@ -295,7 +346,7 @@ def mean_states(hidden: Tensor, packed: packing.Packed) -> Tensor:
     return torch.segment_reduce(states, "sum", lengths=length, unsafe=True) / length.clamp(min=1)[:, None]
 
 
-def _on_its_own_trunk(head: Head, device: torch.device) -> TextScorer:
+def _on_its_own_trunk(head: Head, device: torch.device) -> TextFunction:
     """A head made for another checkpoint than the policy: that trunk (the quickstart model) is loaded and reads the texts."""
     from transformers import AutoTokenizer
 
@@ -319,19 +370,18 @@ def _on_its_own_trunk(head: Head, device: torch.device) -> TextScorer:
         pooled, _ = frozen_forward(trunk, all_groups, [head.layer], temperature=None, memory_budget_bytes=2**28)
         return head(pooled[head.layer]).tolist()
 
-    return TextScorer(name=head.name, function=function)
+    return function
 
 
-def _python_function(spec: str) -> TextScorer:
+def _python_function(spec: str) -> TextFunction:
     module, _, name = spec.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"scorer {spec}: {error}; give module:function of something python can import here.") from error
-    return TextScorer(name=name, function=function)
 
 
-def _classifier(spec: str, device: torch.device) -> TextScorer:
+def _classifier(spec: str, device: torch.device) -> TextFunction:
     """A sequence-classification model: its single logit, or the log-odds of one label (`#label`; of two labels the second)."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -370,4 +420,4 @@ def _classifier(spec: str, device: torch.device) -> TextScorer:
                 scores += (logits[:, chosen] - others.logsumexp(dim=1)).tolist()
         return scores
 
-    return TextScorer(name=Path(path).name, function=function)
+    return function

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine import constraints, data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
 from engine.checkpoint import RecordT, Run, Stage, load, write_whole
-from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, policy_updates
+from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, policy_updates, shown_name
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
@@ -30,7 +30,7 @@ from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units, unsafe_counted
 from engine.response_pairs import ResponsePairs, read_response_pairs
 from engine.rollout import States, generate
-from engine.score import LogprobGap, Scorers, load_scorers, logprob_gap, score
+from engine.score import LogprobGap, Scorers, load_scorers, logprob_gap, score, try_out
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
 
@@ -130,6 +130,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 
     Raises: UserError before any compute is spent.
     """
+    check(config)
     out = Path(resume or config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{algorithm}-seed{config.seed}")
     if resume is None and out.exists():
         raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")
@@ -142,21 +143,29 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     plan = Plan.of(config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
+    warnings = try_out(scorers, used[0].text)
     names = [s.name for s in scorers.costs]
-    constraints.check_prompts(constraints.limits(config, names), _judged_on(config, *used))
+    limits = constraints.limits(config, names)
+    constraints.check_prompts(limits, _judged_on(config, *used))
     own_pairs = preferences = None
     if (source := getattr(config, "pairs", "reference")) not in ("reference", "policy"):
         own_pairs = read_response_pairs(source, [], config, inputs.tokenizer, inputs.shape)
-        data.assert_disjoint(_by_tokens(own_pairs.prompts), _by_tokens(used[1]), "prompt of --pairs")
     if by_preference(config) and config.preferences:
         preferences = read_response_pairs(config.preferences, ["reward", *names], config, inputs.tokenizer, inputs.shape)
+    for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
+        if own is not None:
+            data.assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
+    if own_pairs is not None:
+        constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
     display = metrics.Display(n_stages=n_stages)
     display.line(
-        f"{algorithm} on {config.model or DEFAULT_MODEL} "
+        f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
         f"({inputs.shape.parameter_count() / 1e6:.0f}M weights, {inputs.dtype}, {inputs.device})"
     )
     if lowered:
         display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
+    for warning in warnings:
+        display.warn(warning)
     display.line(plan.sentence())
     display.line(f"run folder {out}")
     if resume is None:
@@ -286,6 +295,11 @@ class Reference:
         """Utilities [P, G, J] of scores in units, as the Lagrangian counts them."""
         return constraints.weighted(self.limits, scores, prompts, self.prompts)
 
+    def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:
+        """What each of the prompts `chosen` misses of its own constraints, float64 [P, J]; utilities of its responses, in units."""
+        before_PGJ = self.scores.utility_PGJ[list(chosen)]
+        return constraints.missing(self.limits, self.aimed, self.aim_J, self.units, utility_PGJ, before_PGJ)
+
 
 def reference_prompts(config: RunConfig, train: Prompts) -> Prompts:
     """The training prompts of a run, a seeded subset."""
@@ -375,7 +389,7 @@ def _check_samples_of(config: RunConfig, fingerprint: str) -> None:
 def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerStates | None) -> Reference:
     """What reference samples fix."""
     limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
-    units = reference_units(sampled.scores, job.scorers, limits)
+    units = reference_units(sampled.scores, job.scorers, limits, prompts)
     scores = units.apply(sampled.scores)
     return Reference(
         prompts=prompts, sampled=sampled, units=units, scores=scores, limits=limits, lower=lower,
@@ -394,23 +408,38 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units:
     return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
 
 
-def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit]) -> Units:
-    """Pooled within-prompt standard deviations. Raises: UserError for a scorer that is constant within every prompt."""
+def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
+    """Pooled within-prompt standard deviations of the reference's scores on `prompts`.
+
+    Raises: UserError for a scorer that is constant within every prompt, also where it is so on those that its constraint is about.
+    """
     above_J = constraints.counted_above(limits)
     utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
     for limit, utility_PG in zip(limits, utility_PGJ.unbind(2), strict=True):
-        if limit.kind == "rate" and utility_PG.min() == utility_PG.max():
-            side = "above" if utility_PG.min() < 0 else "at or below"
+        on, own_PG = f" on {limit.on} prompts" if limit.on else "", utility_PG[limit.rows(prompts)]
+        if limit.kind == "rate" and own_PG.min() == own_PG.max():
+            side = "above" if own_PG.min() < 0 else "at or below"
             raise UserError(
-                f"--unsafe-above {limit.unsafe_above:g}: every cost {limit.name} of the reference lies {side} it, so that a rate says "
+                f"--unsafe-above {limit.unsafe_above:g}: every cost {limit.name} of the reference{on} lies {side} it, so that a rate says "
                 "nothing; choose a value among the costs."
             )
+        _deviation(-own_PG, f"scorer {limit.name}{on}")
     return Units(
-        reward=dual.within_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
-        utility_J=[dual.within_deviation(utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
-        audit_A=[dual.within_deviation(scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
+        reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
+        utility_J=[_deviation(-utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
+        audit_A=[_deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
         unsafe_above_J=above_J,
     )
+
+
+def _deviation(score_PG: Tensor, name: str) -> float:
+    """`dual.within_deviation`, and a score that is one number everywhere is named with it."""
+    if score_PG.min() == score_PG.max():
+        raise UserError(
+            f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is nothing to align; use another one, or "
+            "prompts whose answers it tells apart."
+        )
+    return dual.within_deviation(score_PG, name)
 
 
 def units_of(row: dict, limits: Sequence[Limit]) -> Units:
@@ -571,8 +600,14 @@ class World:
         return self.reference.units.apply(sampled.scores)
 
     def unsafe(self, above: Sequence[float]) -> Tensor:
-        """bool [P, G]: reference samples of which a cost lies above its number here, in the scorer's own units."""
-        return (unsafe_counted(self.reference.sampled.scores.utility_PGJ, list(above)) < 0).any(dim=2)
+        """bool [P, G]: reference samples of which a cost lies above its number here, in the scorer's own units, and its constraint is
+        about that prompt."""
+        reference = self.reference
+        unsafe_PGJ = unsafe_counted(reference.sampled.scores.utility_PGJ, list(above)) < 0
+        about_PJ = torch.zeros(len(reference.prompts), len(reference.limits), dtype=torch.bool)
+        for j, limit in enumerate(reference.limits):
+            about_PJ[limit.rows(reference.prompts), j] = True
+        return (unsafe_PGJ & about_PJ[:, None]).any(dim=2)
 
     def deal(self, iteration: int) -> tuple[list[int], list[int]]:
         """Prompts for the pairs and for the slack of an iteration, see `pairs.deal`."""
@@ -646,7 +681,7 @@ class World:
     def ascend(self, start: Policy | None, lam_J: Tensor, iteration: int, *, rectified: bool = False) -> Policy:
         """Stage iteration-t/policy: policy-gradient steps on fresh samples of the policy, scored by r + lambda . g - beta x log-ratio.
 
-        `rectified`: lambda counts only on prompts whose samples miss the aim on average.
+        `rectified`: lambda counts only on prompts whose samples miss the aim (`constraints.missing`).
         """
         job, reference, config = self.job, self.reference, self.job.config
         self._begin(lam_J, start, iteration)
@@ -659,8 +694,7 @@ class World:
             scores = self.rescore(stage, prompts, sampled)
             r, g = scores.reward_PG, scores.utility_PGJ
             if rectified:
-                missed = g.mean(1) - reference.scores.utility_PGJ[chosen].mean(1) < reference.aim_J
-                lam = lam_J * missed[:, None]
+                lam = lam_J * (reference.missing(g, chosen) > 0)[:, None]
             else:
                 lam = lam_J.expand_as(g)
             if config.advantage == "group_norm":
@@ -711,11 +745,12 @@ class World:
             sampled, _ = sample(job, stage, chosen, self.adapter, n=config.slack_responses, purpose=iteration)
             scores = self.rescore(stage, chosen, sampled)
             mean, se, violation = torch.zeros(3, len(reference.limits), dtype=torch.float64)
+            missing_PJ = reference.missing(scores.utility_PGJ, slack_on)
             for j, limit in enumerate(reference.limits):
                 own = limit.rows(chosen)
                 after, before = scores.utility_PGJ[own, :, j], reference.scores.utility_PGJ[slack_on][own, :, j]
                 mean[j], se[j] = dual.paired_improvement(after, before)
-                violation[j] = (reference.aim_J[j] - (after.mean(1) - before.mean(1))).clamp(min=0).mean()
+                violation[j] = missing_PJ[own, j].clamp(min=0).mean()
             reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[slack_on])
             slack = Slack(
                 improvement_J=mean, se_J=se, slack_J=mean - reference.aim_J, violation_J=violation,

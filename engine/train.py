@@ -9,7 +9,7 @@ from dataclasses import fields
 from importlib import import_module
 
 from engine import config as configs
-from engine.config import RunConfig, check, smoke
+from engine.config import SHOWN, RunConfig, check, smoke
 from engine.errors import NonFiniteError, UserError
 from engine.flags import parse_flags, suggest, take
 
@@ -18,10 +18,10 @@ ALGORITHMS = {  # name: (config class in engine.config, help)
     "mocan": ("MocanConfig", "solve the dual once, then align once"),
     "pecan": ("PecanConfig", "one-shot on log-ratios of policies aligned to preferences"),
     "primal_dual": ("PrimalDualConfig", "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)"),
-    "repo": ("RepoConfig", "baseline, our reading of RePO: one constraint per prompt"),
-    "opd": ("OpdConfig", "baseline, our reading of OPD: optimistic primal-dual steps"),
-    "cdpo": ("CdpoConfig", "baseline, our reading of C-DPO: DPO anew at each multiplier"),
-    "pd_dpo": ("PdDpoConfig", "baseline, our reading of PD-DPO: DPO on safety from the reward's policy"),
+    "repo": ("RepoConfig", f"baseline, {SHOWN['repo']}: one constraint per prompt"),
+    "opd": ("OpdConfig", f"baseline, {SHOWN['opd']}: optimistic primal-dual steps"),
+    "cdpo": ("CdpoConfig", f"baseline, {SHOWN['cdpo']}: DPO anew at each multiplier"),
+    "pd_dpo": ("PdDpoConfig", f"baseline, {SHOWN['pd_dpo']}: DPO on safety from the reward's policy"),
     "sacpo": ("SacpoConfig", "baseline: DPO on the reward, then on safety, at a given multiplier"),
     "safe_dpo": ("SafeDpoConfig", "baseline: DPO in which safe responses always win"),
     "dpo": ("DpoConfig", "baseline: plain DPO on the reward or on safety"),

@@ -2,12 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine import constraints, dual, mocan
-from engine.config import CaidConfig, EvaluateConfig, MocanConfig, check, smoke
+from engine import constraints, dual, mocan, stages
+from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, check, smoke
 from engine.errors import UserError
 from engine.evaluate import judgement_sentences
 from engine.evaluate_command import run_evaluation
@@ -121,6 +122,99 @@ def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
     with pytest.raises(UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"):
         mocan.train(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "costs", "said"),
+    [
+        (
+            {"kind": "rate", "value": 0.02},
+            [-1.0, -1.0],
+            r"--unsafe-above 0: every cost harm of the reference on delicate prompts lies at or below",
+        ),
+        ({"kind": "rate", "value": 0.02}, [1.0, 2.0], r"every cost harm of the reference on delicate prompts lies above it"),
+        ({"kind": "improvement", "value": 0.3}, [2.5, 2.5], r"scorer harm on delicate prompts gave 2.5 for every response"),
+        ({"kind": "mean", "value": 0.3}, [1.0, 2.0], r"scorer harm on delicate prompts gives all responses of a prompt one score"),
+    ],
+)
+def test_a_cost_that_is_constant_where_its_constraint_looks_is_named(limit, costs, said):
+    """Two delicate prompts with one cost each; elsewhere it varies."""
+    generator = torch.Generator().manual_seed(3)
+    cost = torch.randn(6, 4, 1, generator=generator, dtype=DTYPE)
+    cost[:2, :, 0] = torch.tensor(costs, dtype=DTYPE)[:, None]
+    prompts, harm = prompts_of(["delicate"] * 2 + ["everyday"] * 4), SimpleNamespace(name="harm")
+    scorers = SimpleNamespace(reward=SimpleNamespace(name="good"), costs=(harm,), audits=())
+    scores = scores_of(-cost, torch.randn(6, 4, generator=generator, dtype=DTYPE))
+    with pytest.raises(UserError, match=said):
+        stages.reference_units(scores, scorers, [Limit(name="harm", on="delicate", **limit)], prompts)
+    if limit["kind"] != "rate":
+        everywhere = stages.reference_units(scores, scorers, [Limit(name="harm", **limit)], prompts)
+        assert everywhere.utility_J == pytest.approx([float(cost[..., 0].var(1).mean().sqrt())])
+
+
+def test_a_response_is_unsafe_only_where_its_constraint_looks():
+    cost = torch.tensor([[[1.0, -1.0], [-1.0, 0.7]], [[1.0, -1.0], [-1.0, 0.7]]], dtype=DTYPE)
+    limits = [Limit(name="a", kind="improvement", value=0.3, on="delicate"), Limit(name="b", kind="improvement", value=0.3)]
+    reference = SimpleNamespace(
+        sampled=SimpleNamespace(scores=scores_of(-cost)), limits=limits, prompts=prompts_of(["delicate", "everyday"])
+    )  # fmt: skip
+    world = SimpleNamespace(reference=reference)
+    assert stages.World.unsafe(world, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
+    assert stages.World.unsafe(world, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize(("kind", "unit", "aimed"), [("mean", 2.0, 1.0), ("rate", 0.5, 0.25)])
+def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, kind, unit, aimed):
+    """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only prompt 1 misses."""
+    before = torch.tensor([[0.0, 0.0, 0.0, 0.0], [10.0, 10.0, 10.0, 10.0]], dtype=DTYPE)
+    after = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]], dtype=DTYPE)
+    if kind == "rate":
+        before, after = (before > 0).double(), torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=DTYPE)
+    limit, units = Limit(name="harm", kind=kind, value=aimed), units_of(unit)
+    old, new = (scores_of(-cost[..., None] / unit) for cost in (before, after))
+    prompts = prompts_of(["x", "x"])
+    needed = constraints.required([limit], old, prompts, units)
+    level = after[1].mean() / unit - aimed / unit
+    assert constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ)[:, 0].tolist() == pytest.approx(
+        [-aimed / unit, float(level)]
+    )
+    # The mean over prompts is what the constraint itself misses.
+    assert float(constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ).mean()) == pytest.approx(
+        float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean()))
+    )
+    # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and 0.
+    reference = stages.Reference(
+        prompts=prompts, sampled=None, units=units, scores=old, limits=[limit], needed_J=needed, aimed=[aimed], aim_J=needed, lower=None
+    )
+    taken = {}
+
+    def one_stage(name, cls, compute):
+        taken[name] = compute(SimpleNamespace(row=lambda *a, **b: None))
+        return taken[name]
+
+    rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
+    sampled = stages.Sampled(rollouts=rollouts, texts=[], scores=new, kl_PG=torch.zeros(2, 4, dtype=DTYPE))
+    monkeypatch.setattr(stages, "sample", lambda *a, **b: (sampled, None))
+    monkeypatch.setattr(stages, "_iteration_line", lambda *a: "")
+
+    def ascend(stage, run, config, model, samples, score_PG, *rest, **options):
+        taken["score"] = score_PG
+        return SimpleNamespace(loss=0.0)
+
+    monkeypatch.setattr(stages.policy, "ascend", ascend)
+    show = SimpleNamespace(line=lambda text: None)
+    job = SimpleNamespace(config=smoke(RepoConfig(beta=1.0)), model=None, run=SimpleNamespace(stage=one_stage, display=show, folder=None))
+    world = SimpleNamespace(
+        job=job, reference=reference, adapter=SimpleNamespace(set_tensors=lambda x: None), deal=lambda t: ([0, 1], [0, 1]),
+        rescore=lambda stage, prompts, sampled: sampled.scores, _begin=lambda *a: None, _end=lambda trained, t: trained,
+        _folder=lambda t: "/nonexistent/adapter",
+    )  # fmt: skip
+    lam = torch.tensor([3.0], dtype=DTYPE)
+    stages.World.ascend(world, None, lam, 1, rectified=True)
+    utility = new.utility_PGJ[..., 0]
+    assert torch.equal(taken["score"], new.reward_PG + torch.tensor([[0.0], [3.0]], dtype=DTYPE) * utility)
+    slack = stages.World.measure_slack(world, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
+    assert float(slack.violation_J[0]) == pytest.approx(float(level) / 2)
 
 
 @pytest.mark.parametrize("kind", ["mean", "rate"])

@@ -1,6 +1,7 @@
 """The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs; the schedule."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from engine import caid, model, packing, policy, primal_dual
-from engine.config import CaidConfig, PrimalDualConfig, smoke
+from engine.config import CaidConfig, PrimalDualConfig, SafeDpoConfig, smoke
+from engine.errors import UserError
 from engine.lora import Adapter, save_peft
 from engine.metrics import read_rows
 from engine.packing import LowerStates
@@ -232,6 +234,19 @@ def test_schedule_covers_all_prompts_before_it_repeats(world):
     assert [len(step) for step in plan] == [2] * 6
     assert sorted(flat[:3]) == sorted(flat[3:6]) == [0, 1, 2]
     assert plan == schedule(prompts, 0, "x", 2, 6) and plan != schedule(prompts, 1, "x", 2, 6)
+
+
+def test_a_later_step_without_a_pair_is_named_before_the_first_step():
+    prompts = Prompts(text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33]))
+    config = smoke(SafeDpoConfig(prompts_per_step=1, steps=3))
+    (last,) = schedule(prompts, config.seed, "iteration-1", 1, 3)[2]
+    dropped = torch.zeros(3, 4, dtype=torch.bool)
+    dropped[last] = True
+    target = Target(lam_J=torch.zeros(1), score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
+    samples = SimpleNamespace(prompts=prompts, rollouts=SimpleNamespace(n=4))
+    # No stage, run, model or adapter: nothing is done before.
+    with pytest.raises(UserError, match="policy update 1: no pair of the 1 prompts of step 3 has a safe response"):
+        policy.fit(None, None, config, None, samples, target, None, None, train_on=[0, 1, 2], iteration=1)
 
 
 def test_learning_rate_rises_then_stays():

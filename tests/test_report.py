@@ -175,6 +175,12 @@ def test_a_missing_file_leaves_the_rest(rendered, tmp_path, missing):
     assert ("No held-out responses" in page.text) == (missing == "heldout.jsonl")
 
 
+@pytest.mark.parametrize(("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")])
+def test_the_title_calls_a_reading_a_reading(tmp_path, algorithm, shown):
+    (tmp_path / "config.json").write_text(json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}}))
+    assert report._read(tmp_path).title == f"{shown} on org/model-135M"
+
+
 def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -12,7 +12,7 @@ import torch
 
 from engine import caid, export, train
 from engine.checkpoint import Run
-from engine.config import CaidConfig, MocanConfig, smoke
+from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
 from engine.metrics import read_rows
 
@@ -95,20 +95,39 @@ def test_mocan_runs_on_the_same_stages(tmp_path):
     assert smoke(MocanConfig()).steps == 3
 
 
+# Costs of the runs below, the first J of them.
+COSTS = ("harm", "codes=test_runs:scorer_codes", "letters=-test_runs:scorer_length")
+
+
 @pytest.mark.parametrize(
-    "algorithm, iterates, slacks",
+    "algorithm, J, own, iterates, slacks",
     [
-        ("pecan", [1], []), ("dpo", [1], []), ("sacpo", [1, 2], []), ("safe_dpo", [1], []), ("cdpo", [1, 2], [1, 2]),
-        ("pd_dpo", [0, 1, 2], [1, 2]), ("opd", [1, 2, 3, 4], [1, 3, 4]), ("primal_dual", [1, 2], [1, 2]), ("repo", [1, 2], [1, 2]),
+        ("caid", 3, ["--dual-rule", "secant"], [1, 2], [1, 2]),
+        ("mocan", 3, [], [1], []),
+        ("pecan", 2, [], [1], []),
+        ("dpo", 1, ["--objective", "safety"], [1], []),
+        ("sacpo", 2, ["--lam", "1", "0.5"], [1, 2], []),
+        ("safe_dpo", 3, ["--unsafe-above", "0", "20", "0"], [1], []),
+        ("cdpo", 3, [], [1, 2], [1, 2]),
+        ("pd_dpo", 2, [], [0, 1, 2], [1, 2]),
+        ("opd", 1, [], [1, 2, 3, 4], [1, 3, 4]),
+        ("primal_dual", 2, [], [1, 2], [1, 2]),
+        ("repo", 3, [], [1, 2], [1, 2]),
     ],
-)  # fmt: skip
-def test_every_algorithm_trains_and_judges(tmp_path, algorithm, iterates, slacks):
-    flags = ["--iterations", "2"] if slacks else []
+)
+def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, iterates, slacks):
+    flags = ["--cost", *COSTS[:J], "--threshold", *["0.05"] * J, "--force", *own]
+    flags += ["--iterations", "2"] if slacks else []
     assert train.main([algorithm, *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"{shown_name(algorithm)} on smoke (")
     assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [f"iteration-{i}" for i in iterates]
-    assert [row["iteration"] for row in read_rows(tmp_path / "run", "iteration")] == slacks
+    measured = read_rows(tmp_path / "run", "iteration")
+    assert [row["iteration"] for row in measured] == slacks
+    assert all(len(row[name]) == J for row in measured for name in ("lam", "slack", "slack_se", "aim"))
+    assert all(len(row["lam"]) == J for row in read_rows(tmp_path / "run", "policy"))
     assert len({row["iteration"] for row in read_rows(tmp_path / "run", "step")} - {0}) == len(set(iterates) - {0})
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
     assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
     # What a kill after half of the stages leaves is enough to end equal.
     whole = files(tmp_path / "run")
@@ -165,6 +184,16 @@ def test_a_multiplier_held_by_lam_max_is_warned_of(tmp_path, capsys):
     found, missed = read_rows(tmp_path / "run", "dual")[0], read_rows(tmp_path / "run", "iteration")[0]["slack"][0] < 0
     assert out.count("lambda of harm is held by --lam-max 0.01") == 1 + missed
     assert found["lam"] == [0.01] and found["lam_low"] is None and found["lam_se"] is None
+
+
+def test_each_kind_of_preference_has_its_own_draws(tmp_path):
+    """A cost that says what the reward says still gets labels that are other draws of it."""
+    flags = ["--cost", "same=-helpfulness", "--threshold", "0.05", "--force"]
+    assert train.main(["pecan", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
+    steps = read_rows(tmp_path / "run", "step")
+    reward, same = ([r["loss"] for r in steps if r["stage"] == f"preference/{name}"] for name in ("reward", "same"))
+    # The first loss is ln 2 for any label.
+    assert len(reward) == len(same) == 3 and all(a != b for a, b in zip(reward[1:], same[1:], strict=True))
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
@@ -233,6 +262,10 @@ def scorer_length(prompts, responses):
     return [float(len(set(r))) for r in responses]
 
 
+def scorer_codes(prompts, responses):
+    return [float(sum(map(ord, r)) % 25) for r in responses]
+
+
 def scorer_constant(prompts, responses):
     return [1.0] * len(responses)
 
@@ -243,11 +276,12 @@ def scorer_constant(prompts, responses):
         (["--reward", "test_runs:scorer_nan"], "scorer_nan gave nan"),
         (["--reward", "test_runs:scorer_short"], "returned 1 scores for"),
         (["--reward", "test_runs:scorer_raises"], "the judge is away"),
-        (["--reward", "test_runs:scorer_constant"], "one score"),
+        (["--reward", "test_runs:scorer_constant"], "scorer_constant gave 1 for every response"),
         (["--reward", "nothing-like-this"], "not found"),
         (["--reward", "test_runs:missing"], "missing"),
         (["--threshold", "9"], "support b up to"),
         (["--cost", "harm", "--audit", "harm"], "named harm"),
+        (["--audit", "reward=harm"], "reward is what the reward is called"),
         (["--cost", "harm", "harm-audit"], "one threshold per cost"),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--n-prompts", "2"], "--slack-prompts 6"),
@@ -265,6 +299,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message)
     assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
+    # Only what the samples show is found after they are there.
+    assert (tmp_path / "r").exists() == (message.endswith(("every response", "up to")))
 
 
 def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):
@@ -284,6 +320,20 @@ def test_few_prompts_lower_the_numbers_of_prompts_and_say_so(tmp_path, capsys):
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
     assert json.dumps(saved).count('"n_prompts": 8') == 1
     assert json.loads((tmp_path / "r" / "evaluation.json").read_text())["n_prompts"] == 2
+
+
+def test_too_few_prompts_for_a_verdict_are_refused_before_any_compute(tmp_path, capsys):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"What is {i} + {i}?"} for i in range(5)])
+    assert train.main(["mocan", *SMOKE, "--out", str(tmp_path / "r"), "--prompts", prompts]) == 2
+    assert "--eval-prompts 1: must be at least 2" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("dtype", "fp8"), ("device", "tpu"), ("threshold", (float("nan"),))])
+def test_settings_from_python_are_checked_before_they_are_used(tmp_path, field, value):
+    with pytest.raises(UserError, match=f"--{field}"):
+        caid.train(smoke(CaidConfig(out=str(tmp_path / "r"), **{field: value})))
+    assert not (tmp_path / "r").exists()
 
 
 def test_an_existing_folder_and_another_model_are_refused(finished, capsys):

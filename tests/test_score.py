@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.lora import Adapter
 from engine.packing import batches, groups
 from engine.rollout import generate
-from engine.score import Head, Scorers, TextScorer, frozen_forward, load_scorer, load_scorers, logprob_gap, score
+from engine.score import Head, Scorers, TextScorer, find_scorer, frozen_forward, load_scorers, logprob_gap, score, try_out
 
 CPU = torch.device("cpu")
 
@@ -122,11 +122,11 @@ def test_text_scorers_see_prompts_and_responses(world):
 def test_head_file_round_trip_and_names(tiny_folder, tmp_path):
     head = Head(name="h", layer=2, weight_D=torch.randn(32, dtype=torch.float64), bias=0.5, trunk=fingerprint(tiny_folder))
     head.save(tmp_path / "h")
-    back = load_scorer(str(tmp_path / "h"), folder=tiny_folder, trunk=head.trunk, device=CPU)
+    back = find_scorer(str(tmp_path / "h"), tiny_folder).load(head.trunk, CPU)
     assert torch.equal(back.weight_D, head.weight_D) and (back.name, back.layer, back.bias) == ("h", 2, 0.5)
     pooled = torch.randn(5, 32)
     assert torch.allclose(back(pooled), pooled.double() @ head.weight_D + 0.5)
-    beside = load_scorer("harm", folder=tiny_folder, trunk=head.trunk, device=CPU)
+    beside = find_scorer("harm", tiny_folder).load(head.trunk, CPU)
     assert isinstance(beside, Head) and beside.name == "harm"
 
 
@@ -134,9 +134,53 @@ def test_a_head_of_a_missing_trunk_or_a_broken_file_is_refused(tiny_folder, tmp_
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "head.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="not a score head"):
-        load_scorer(str(tmp_path / "broken"), folder=tiny_folder, trunk="x", device=CPU)
+        find_scorer(str(tmp_path / "broken"), tiny_folder)
     with pytest.raises(UserError, match="two scorers are named harm"):
         load_scorers("helpfulness", ["harm"], ["harm"], folder=tiny_folder, trunk=fingerprint(tiny_folder), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "said"), [(float("nan"), 0.0, "not finite"), (1.0, float("inf"), "not finite"), (0.0, 1.0, "all 0")]
+)
+def test_a_head_that_says_nothing_is_refused(tmp_path, weight, bias, said):
+    Head(name="h", layer=2, weight_D=torch.full((32,), weight, dtype=torch.float64), bias=bias, trunk="x").save(tmp_path / "h")
+    with pytest.raises(UserError, match=f"head.safetensors: its weights are {said}.*make it again"):
+        Head.load(tmp_path / "h")
+
+
+def test_names_are_told_apart_before_anything_is_loaded(tiny_folder, monkeypatch):
+    monkeypatch.setattr("engine.score._classifier", lambda spec, device: pytest.fail("loaded"))
+    options = {"folder": tiny_folder, "trunk": "x", "device": CPU}
+    with pytest.raises(UserError, match="two scorers are named a; give each its own name: NAME=SCORER"):
+        load_scorers("org/reward", ["a=org/x", "a=-org/y"], [], **options)
+    with pytest.raises(UserError, match="two scorers are named judge"):
+        load_scorers("org/reward", ["org/judge"], ["module:judge"], **options)
+    for costs, audits in ((["reward=org/x"], []), (["org/x"], ["module:reward"])):
+        with pytest.raises(UserError, match="reward is what the reward is called"):
+            load_scorers("org/reward", costs, audits, **options)
+
+
+def test_a_name_and_a_sign_are_given_and_undone(tiny_folder):
+    for spec, name, sign in (("harm", "harm", 1), ("h=harm", "h", 1), ("h=-harm", "h", -1), ("i=-h=-harm", "i", 1), ("i=h=-harm", "i", -1)):
+        scorer = find_scorer(spec, tiny_folder).load(fingerprint(tiny_folder), CPU)
+        assert (scorer.name, scorer.sign) == (name, sign)
+
+
+def test_scorers_of_texts_are_tried_on_the_runs_prompts():
+    asked = []
+
+    def scorer(values, name="judge"):
+        return TextScorer(name=name, function=lambda p, r: asked.append(p) or values[: len(r)])
+
+    good, constant = scorer([1.0, 2.0, 3.0, 4.0]), scorer([2.5] * 4, "same")
+    assert try_out(Scorers(reward=good, costs=(good,), audits=()), ["one", "two"]) == []
+    assert asked == [["one", "two", "one", "two"]] * 2, "a scorer may know its prompts"
+    (said,) = try_out(Scorers(reward=good, costs=(constant,), audits=()), ["one"])
+    assert "scorer same gave 2.5 for each of 4 trial answers" in said
+    with pytest.raises(UserError, match=r"judge gave nan for response 0 to prompt 2 \('one'\); let it give a finite number"):
+        try_out(Scorers(reward=good, costs=(), audits=(scorer([0.0, 1.0, float("nan"), 2.0]),)), ["one"])
+    with pytest.raises(UserError, match="returned 3 scores for 4"):
+        try_out(Scorers(reward=scorer([0.0] * 3), costs=(), audits=()), ["one"])
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3])
@@ -159,10 +203,10 @@ def test_sequence_classification_models(tiny_folder, tmp_path, labels):
     spec = f"{tmp_path}#LABEL_1" if labels == 3 else str(tmp_path)
     if labels == 3:
         with pytest.raises(UserError, match="name one"):
-            load_scorer(str(tmp_path), folder=tiny_folder, trunk="x", device=CPU)
+            find_scorer(str(tmp_path), tiny_folder).load("x", CPU)
         with pytest.raises(UserError, match="no label happy"):
-            load_scorer(f"{tmp_path}#happy", folder=tiny_folder, trunk="x", device=CPU)
-    scorer = load_scorer(spec, folder=tiny_folder, trunk="x", device=CPU)
+            find_scorer(f"{tmp_path}#happy", tiny_folder).load("x", CPU)
+    scorer = find_scorer(spec, tiny_folder).load("x", CPU)
     scores = scorer(["a", "b"], ["yes", "no, never"])
     for i, (p, r) in enumerate([("a", "yes"), ("b", "no, never")]):
         chat = [{"role": "user", "content": p}, {"role": "assistant", "content": r}]

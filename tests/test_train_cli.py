@@ -2,11 +2,12 @@
 
 import ast
 import inspect
+import math
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,14 +23,14 @@ RUN_FLAGS = """
     out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column system n-prompts n-responses
     max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps
     prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps weight-decay
-    clip-norm tune lora-rank lora-alpha lora-from max-kl memory-budget-mb checkpoint-every eval-prompts eval-responses
+    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
-ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change".split()]
+ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
 FLAGS = {
-    "caid": [*ITERATIVE, *"dual-rule dual-step scores preferences preference-steps".split()],
-    "mocan": RUN_FLAGS,
-    "pecan": [*RUN_FLAGS, "preferences", "preference-steps"],
+    "caid": [*ITERATIVE, *"dual-rule dual-step pairs scores preferences preference-steps".split()],
+    "mocan": [*RUN_FLAGS, "pairs"],
+    "pecan": [*RUN_FLAGS, "pairs", "preferences", "preference-steps"],
     "primal_dual": ASCENT,
     "repo": ASCENT,
     "opd": [*ITERATIVE, "lam-init", "dual-rate", "proximity"],
@@ -142,7 +143,19 @@ BAD = {
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
     "--steps 0": r"--steps 0: must be above 0\.",
     "--margin -1": r"--margin -1\.0: must be at least 0\.",
-    "--learning-rate nan": r"--learning-rate nan: must be above 0\.",
+    "--learning-rate nan": r"--learning-rate nan: must be finite\.",
+    "--threshold nan": r"--threshold nan: must be finite\.",
+    "--threshold -inf": r"--threshold -inf: must be finite\.",
+    "--beta inf": r"--beta inf: must be finite\.",
+    "--unsafe-above nan": r"--unsafe-above nan: must be finite\.",
+    "--margin inf": r"--margin inf: must be finite\.",
+    "sacpo --lam nan": r"--lam nan: must be finite\.",
+    "--max-kl nan": r"--max-kl nan: must be above 0\.",
+    "mocan --max-kl 3": r"unknown flag --max-kl\.",
+    "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those of models here; add --scores preference",
+    "--n-prompts 1": r"--n-prompts 1: must be at least 2",
+    "--eval-prompts 1": r"--eval-prompts 1: must be at least 2, as one prompt has no standard error",
+    "--slack-prompts 1": r"--slack-prompts 1: must be at least 2",
     "--top-p 1.5": r"--top-p 1\.5: must lie in \(0, 1\]\.",
     "--labels hard": r"--labels hard: must be one of soft, sampled, regression, listwise, single\.",
     "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
@@ -177,20 +190,41 @@ def test_bad_command_lines_import_nothing_heavy(line):
     assert not modules & {"torch", "transformers", "numpy"}
 
 
+def test_every_algorithm_has_a_shown_name_and_readings_are_called_so():
+    assert config_module.SHOWN.keys() == CONFIGS.keys()
+    readings = {name for name, shown in config_module.SHOWN.items() if shown.startswith("our reading of ")}
+    assert readings == {"repo", "opd", "cdpo", "pd_dpo"}
+    for name in readings:
+        assert f"{config_module.shown_name(name)}: " in cli.ALGORITHMS[name][1]
+        assert CONFIGS[name].__doc__.startswith("Our reading of ")
+    assert config_module.shown_name("samples") == "samples"
+
+
 def test_check_accepts_the_defaults_and_presets():
     for config_class in CONFIGS.values():
         check(config_class())
         check(smoke(config_class()))
 
 
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_no_number_may_be_nan(algorithm):
+    """Every float of every algorithm, by its type: a field added later is checked too."""
+    default = CONFIGS[algorithm]()
+    for field in fields(default):
+        value = getattr(default, field.name)
+        if "float" in str(field.type):
+            with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} nan"):
+                check(replace(default, **{field.name: (math.nan,) if isinstance(value, tuple) else math.nan}))
+
+
 def test_algorithm_and_flags_reach_train(trained):
     assert cli.main([]) == 0
     assert cli.main(["--seed", "4", "--cost", "a", "b", "--threshold", "-0.1", "0.2", "--force", "--system", ""]) == 0
-    assert cli.main(["mocan", "--max_kl=3.5", "--system=-x"]) == 0
+    assert cli.main(["mocan", "--lora_from=0.25", "--system=-x"]) == 0
     assert trained == [
         ("caid", CaidConfig(), {}),
         ("caid", CaidConfig(seed=4, cost=("a", "b"), threshold=(-0.1, 0.2), force=True, system=""), {}),
-        ("mocan", MocanConfig(max_kl=3.5, system="-x"), {}),
+        ("mocan", MocanConfig(lora_from=0.25, system="-x"), {}),
     ]
 
 
