@@ -6,9 +6,10 @@
 The question, fixed before any run: |improvement - b| of CAID's last iterate against that of MoCAN's policy, paired by seed. The unit is the
 seed, which redraws reference samples, pairs, adapter and order; all thresholds of a seed stay together in the bootstrap. `--margin 0`: the
 dual aims at b itself, as in the papers. Training prompts, the prompts that settings were chosen on and the test prompts are disjoint.
-A GPU version is the same command with other flags behind --, for example --model FOLDER --device cuda.
+A GPU version is the same command with a page of its own and other flags behind --, for example
+`--docs docs/gpu -- --model FOLDER --device cuda`.
 
-Controls, at one threshold, are parts of their own and stand in the page under the name that they were asked for with:
+Controls, at one threshold, are parts of their own. Flags that the parts of a page do not share are added to a method's name:
 
     --algorithms caid:dual_rule=bisection        lambda by bisection, everything else as CAID
     --algorithms mocan -- --n-responses 10       MoCAN with as many sampled tokens as CAID takes in all
@@ -25,6 +26,7 @@ import math
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,46 +147,81 @@ def answer(result: dict[str, float]) -> str:
     return "not resolved at this number of seeds"
 
 
-def read_parts(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(rows of all tables, settings of each part); flags of a part's own are added to the names of its algorithms.
+def options(flags: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The values of each flag. --threads is left out: it belongs to the machine, and stands with the versions."""
+    found: dict[str, tuple[str, ...]] = {}
+    name = ""
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            found[name] = (value,) if equals else ()
+        else:
+            found[name] += (word,)
+    return {name: values for name, values in found.items() if name != "--threads"}
 
-    Raises: ValueError where two parts have the same run.
+
+def words(flags: dict[str, tuple[str, ...]]) -> list[str]:
+    """The inverse of `options`."""
+    return [word for name, values in flags.items() for word in (name, *values)]
+
+
+def read_parts(folder: Path) -> tuple[list[dict], list[dict], dict[str, tuple[str, ...]]]:
+    """(rows of all tables, settings of each part, the flags that all parts share); the others are added to the names of the algorithms.
+
+    Raises: UserError where two parts have the same run.
     """
-    rows, settings, seen = [], [], set()
-    for path in sorted(folder.glob("part-*.csv")):
-        settings.append(json.loads(path.with_suffix(".json").read_text()))
-        extra = settings[-1]["flags"][len(FLAGS) :]
+    paths = sorted(folder.glob("part-*.csv"))
+    settings = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+    flags = [options(s["flags"]) for s in settings]
+    shared = {name: values for name, values in flags[0].items() if all(f.get(name) == values for f in flags)} if flags else {}
+    rows, seen = [], {}
+    for path, own in zip(paths, flags, strict=True):
         with open(path, newline="") as file:
-            own = list(csv.DictReader(file))
-        for row in own:
-            row["algorithm"] = " ".join([row["algorithm"], *extra])
+            table = list(csv.DictReader(file))
+        for row in table:
+            row["algorithm"] = " ".join([row["algorithm"], *words({k: v for k, v in own.items() if k not in shared})])
             key = row["algorithm"], row["seed"], *(row[f"{name} threshold"] for name in costs_of(row))
             if key in seen:
-                raise ValueError(f"{path}: the run {key} is in another part too; delete one.")
-            seen.add(key)
-        rows += own
-    return rows, settings
+                raise UserError(f"{path}: the run {' '.join(key)} is in {seen[key]} too; delete one of the two.")
+            seen[key] = path
+        rows += table
+    return rows, settings, shared
 
 
-def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, ...], flags: tuple[str, ...], out: Path) -> None:
-    """Sweep the seeds, or go on with them, and keep table and settings under docs/study/."""
+def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, ...], flags: tuple[str, ...], out: Path, docs: Path) -> None:
+    """Sweep the seeds, or go on with them, and keep table and settings under DOCS/study/."""
     config = SweepConfig(out=str(out), algorithms=labels, thresholds=thresholds, seeds=tuple(seeds), flags=(*FLAGS, *flags))
     sweep.run_sweep(config, resume=(out / "sweep.json").is_file())
     name = f"part-{out.name}"
-    (DOCS / "study").mkdir(parents=True, exist_ok=True)
-    shutil.copy(out / "table.csv", DOCS / "study" / f"{name}.csv")
+    (docs / "study").mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / "table.csv", docs / "study" / f"{name}.csv")
     run = next(path for path in sorted(out.iterdir()) if (path / "config.json").is_file())
     versions = json.loads((run / "config.json").read_text())["versions"]
     settings = {
         "seeds": seeds, "algorithms": labels, "thresholds": thresholds, "flags": _shown(config.flags),
         "versions": versions,
     }  # fmt: skip
-    write_json(DOCS / "study" / f"{name}.json", settings)
+    write_json(docs / "study" / f"{name}.json", settings)
 
 
-def _shown(flags: tuple[str, ...]) -> list[str]:
-    """Flags without the folders of files."""
-    return [Path(f).name if "/" in f else f for f in flags]
+def _shown(flags: Sequence[str]) -> list[str]:
+    """Flags with the last name only of absolute paths, also of those behind NAME=."""
+    return [re.sub("(^|=-?)(/.+)", lambda found: found[1] + Path(found[2]).name, flag) for flag in flags]
+
+
+def _command(settings: dict, docs: Path) -> str:
+    """What ran a part."""
+    base = options(_shown(FLAGS))
+    own = words({name: values for name, values in options(settings["flags"]).items() if base.get(name) != values})
+    parts = [f"--{name} {' '.join(map(str, settings[name]))}" for name in ("seeds", "algorithms", "thresholds")]
+    return " ".join(["python -m bench.study", *parts, *_page(docs), *(["--", *own] if own else [])])
+
+
+def _page(docs: Path) -> list[str]:
+    """--docs, where it is not the default."""
+    docs, root = docs.resolve(), ROOT.parent
+    return [] if docs == DOCS.resolve() else ["--docs", str(docs.relative_to(root) if docs.is_relative_to(root) else docs.name)]
 
 
 def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> bytes:
@@ -226,8 +263,8 @@ def picture(rows: list[dict], seeds: list[int], thresholds: list[float]) -> byte
     return png(draw)
 
 
-def page(rows: list[dict], settings: list[dict]) -> str:
-    """docs/study.md."""
+def page(rows: list[dict], settings: list[dict], shared: dict[str, tuple[str, ...]], docs: Path = DOCS) -> str:
+    """DOCS/study.md."""
     single, several = ([r for r in rows if (len(costs_of(r)) > 1) == many] for many in (False, True))
     rows = single
     seeds, thresholds = complete(rows, (CAID, MOCAN))
@@ -288,15 +325,11 @@ def page(rows: list[dict], settings: list[dict]) -> str:
                 head = [r["algorithm"], r["seed"], _interval(r, "reward")] if i == 0 else ["", "", ""]
                 cells = [*head, name, r[f"{name} threshold"], f"{float(r[f'{name} lambda']):.2f}", _interval(r, name), r[f"{name} verdict"]]
                 lines.append(f"| {' | '.join(cells)} |")
-    shared = "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share; seconds compare within a part."
-    lines += ["", f"{shared} All runs have the flags `{' '.join(_shown(FLAGS))}`. Commands:"]
-    lines.append("")
+    note = "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share; seconds compare within a part."
+    lines += ["", f"{note} All runs have the flags `{' '.join(words(shared))}`. Commands:", ""]
     for s in settings:
         versions = ", ".join(f"{k} {v[:12]}" for k, v in sorted(s["versions"].items()))
-        lines.append(
-            f"- `python -m bench.study --seeds {' '.join(map(str, s['seeds']))} --algorithms {' '.join(s['algorithms'])} --thresholds "
-            f"{' '.join(s['thresholds'])}{' -- ' if s['flags'][len(FLAGS) :] else ''}{' '.join(s['flags'][len(FLAGS) :])}`: {versions}"
-        )
+        lines.append(f"- `{_command(s, docs)}`: {versions}")
     return "\n".join(lines) + "\n"
 
 
@@ -311,27 +344,29 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", default=[CAID, MOCAN], help=f"the question needs {CAID} and {MOCAN}; others: {OTHERS}")
     parser.add_argument("--thresholds", nargs="+", default=list(THRESHOLDS), help="values of b, in within-prompt standard deviations")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs; each part has a folder in it")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page study.md and of its tables, study/part-*.csv")
     parser.add_argument("flags", nargs="*", help="flags of engine.train for all runs, behind --")
     given = parser.parse_args()
-    if given.seeds:
-        parts = (given.algorithms, ["b", *given.thresholds], ["seeds", *map(str, given.seeds)])
-        name = re.sub("[^A-Za-z0-9._]+", "-", "-".join(word for part in (*parts, given.flags) for word in part))
-        try:
-            run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            print(f"stopped; the same command goes on in {given.out / name}", file=sys.stderr)
-            return 130
-    rows, settings = read_parts(DOCS / "study")
+    docs = given.docs
+    try:
+        if given.seeds:
+            parts = (given.algorithms, ["b", *given.thresholds], ["seeds", *map(str, given.seeds)])
+            name = re.sub("[^A-Za-z0-9._]+", "-", "-".join(word for part in (*parts, given.flags) for word in part))
+            run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name, docs)
+        rows, settings, shared = read_parts(docs / "study")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on in {given.out / name}", file=sys.stderr)
+        return 130
     seeds, thresholds = complete(rows, (CAID, MOCAN))
     if not seeds:
         print("no seed has both caid and mocan at every threshold yet; run python -m bench.study --seeds 0", file=sys.stderr)
         return 1
-    write_whole(DOCS / "study.png", picture([r for r in rows if len(costs_of(r)) == 1], seeds, thresholds))
-    write_whole(DOCS / "study.md", page(rows, settings).encode())
-    print(f"written: {DOCS / 'study.md'}; {answer(paired(arm(rows, CAID, seeds, thresholds), arm(rows, MOCAN, seeds, thresholds)))}")
+    write_whole(docs / "study.png", picture([r for r in rows if len(costs_of(r)) == 1], seeds, thresholds))
+    write_whole(docs / "study.md", page(rows, settings, shared, docs).encode())
+    print(f"written: {docs / 'study.md'}; {answer(paired(arm(rows, CAID, seeds, thresholds), arm(rows, MOCAN, seeds, thresholds)))}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy import stats
 
 from bench import study
 from bench.study import Arm, answer, arm, complete, paired, reward_at_equal_safety, summary
+from engine.errors import UserError
 
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
@@ -83,46 +85,61 @@ def test_reward_at_equal_safety_interpolates_within_a_seed():
     assert reward_at_equal_safety(first, made([[1.0, 1.0]]), [0.2, 0.4]) == []
 
 
-def test_parts_are_read_together_and_doubles_refused(tmp_path, monkeypatch):
-    (tmp_path / "study").mkdir()
-    for name, rows in (("a", ROWS[:6]), ("b", ROWS[6:])):
-        with open(tmp_path / "study" / f"part-{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(ROWS[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        settings = {"seeds": [0], "algorithms": ["caid"], "thresholds": ["0.2"], "flags": ["--margin", "0"], "versions": {"commit": "abc"}}
-        (tmp_path / "study" / f"part-{name}.json").write_text(json.dumps(settings))
-    rows, settings = study.read_parts(tmp_path / "study")
-    assert rows == ROWS and len(settings) == 2
-    # A part with flags of its own is another method, one with two costs another table.
-    own = {**settings[0], "flags": [*study.FLAGS, "--n-responses", "10"]}
+def keep(folder: Path, name: str, rows: list[dict], flags: tuple[str, ...] = ()) -> None:
+    """A part as `run_part` keeps it."""
+    (folder / "study").mkdir(exist_ok=True)
+    with open(folder / "study" / f"part-{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    settings = {"seeds": [0], "algorithms": ["caid"], "thresholds": ["0.2"], "flags": study._shown((*study.FLAGS, *flags))}
+    (folder / "study" / f"part-{name}.json").write_text(json.dumps({**settings, "versions": {"commit": "abc", "threads": "2"}}))
+
+
+def test_parts_are_read_together_and_doubles_refused(tmp_path):
+    keep(tmp_path, "a", ROWS[:6])
+    keep(tmp_path, "b", ROWS[6:])
+    rows, settings, shared = study.read_parts(tmp_path / "study")
+    assert rows == ROWS and len(settings) == 2 and study.words(shared) == study._shown(study.FLAGS)
+    text = study.page(rows, settings, shared)
+    assert "**Answer: " in text and text.count("| caid |") == 7 and "--margin 0" in text
+    assert study.picture(rows, [0, 1, 2], [0.2, 0.4])[:4] == b"\x89PNG"
+    keep(tmp_path, "c", ROWS[6:])
+    with pytest.raises(UserError, match="the run mocan 0 0.2 is in .*part-b.csv too"):
+        study.read_parts(tmp_path / "study")
+
+
+def test_only_flags_that_differ_between_parts_enter_the_names(tmp_path):
+    big = ("--model", "org/model", "--device", "cuda", "--prompts", "data/own.jsonl", "--cost", "harm=/secret/heads/harm")
+    keep(tmp_path, "a", ROWS, (*big, "--threads", "1"))
+    # A control is another method, two costs are another table; threads are a machine's matter.
+    keep(tmp_path, "b", ROWS[6:8], (*big, "--threads=2", "--n-responses", "10"))
     both = [
         {**r, "other threshold": "0.3", "other lambda": "2", "other verdict": "met", "other": "0.4", "other low": "0", "other high": "1"}
         for r in ROWS[:2]
     ]
-    for name, part in (("d", ROWS[6:8]), ("e", both)):
-        with open(tmp_path / "study" / f"part-{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(part[0]))
-            writer.writeheader()
-            writer.writerows(part)
-        flags = own["flags"] if name == "d" else [*study.FLAGS, "--cost", "harm", "other"]
-        (tmp_path / "study" / f"part-{name}.json").write_text(json.dumps({**own, "flags": flags}))
-    more, settings = study.read_parts(tmp_path / "study")
-    assert [r["algorithm"] for r in more[len(ROWS) :]] == ["mocan --n-responses 10"] * 2 + ["caid --cost harm other"] * 2
-    text = study.page(more, settings)
-    assert "| mocan --n-responses 10 | 2 |" in text and text.count("| harm | 0.") == 2 and text.count("| other | 0.3 | 2.00 |") == 2
-    assert "-- --n-responses 10`" in text
-    for name in "de":
-        for suffix in ("csv", "json"):
-            (tmp_path / "study" / f"part-{name}.{suffix}").unlink()
-    rows, settings = study.read_parts(tmp_path / "study")
-    text = study.page(rows, settings)
-    assert "**Answer: " in text and text.count("| caid |") == 7 and "--margin 0" in text
-    assert study.picture(rows, [0, 1, 2], [0.2, 0.4])[:4] == b"\x89PNG"
-    (tmp_path / "study" / "part-c.csv").write_bytes((tmp_path / "study" / "part-b.csv").read_bytes())
-    (tmp_path / "study" / "part-c.json").write_bytes((tmp_path / "study" / "part-b.json").read_bytes())
-    with pytest.raises(ValueError, match="is in another part too"):
-        study.read_parts(tmp_path / "study")
+    keep(tmp_path, "c", both, (*big[:-2], "--cost", "harm", "other", "--threads", "2"))
+    rows, settings, shared = study.read_parts(tmp_path / "study")
+    names = list(dict.fromkeys(r["algorithm"] for r in rows))
+    assert names == ["caid --cost harm=harm", "mocan --cost harm=harm", "mocan --cost harm=harm --n-responses 10", "caid --cost harm other"]
+    (tmp_path / "study" / "part-c.csv").unlink()
+    rows, settings, shared = study.read_parts(tmp_path / "study")
+    assert list(dict.fromkeys(r["algorithm"] for r in rows)) == ["caid", "mocan", "mocan --n-responses 10"]
+    text = study.page(rows, settings, shared, tmp_path / "gpu")
+    assert "flags `--margin 0 --heldout test.jsonl --eval-prompts 208 --eval-responses 8 --model org/model --device cuda " in text
+    assert "| mocan --n-responses 10 | 2 |" in text and "secret" not in text and "--prompts data/own.jsonl" in text
+    assert "--docs gpu -- --model org/model" in text and "--n-responses 10`: commit abc, threads 2" in text and "--threads" not in text
+
+
+def test_two_costs_have_a_table_of_their_own(tmp_path):
+    both = [
+        {**r, "other threshold": "0.3", "other lambda": "2", "other verdict": "met", "other": "0.4", "other low": "0", "other high": "1"}
+        for r in ROWS[:2]
+    ]
+    keep(tmp_path, "a", ROWS)
+    keep(tmp_path, "b", both, ("--cost", "harm", "other"))
+    text = study.page(*study.read_parts(tmp_path / "study"))
+    assert text.count("| harm | 0.") == 2 and text.count("| other | 0.3 | 2.00 |") == 2 and "| caid --cost harm other | 0 |" in text
 
 
 def test_the_test_prompts_are_new_and_enough():
