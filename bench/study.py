@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ class Arm:
     slack_SB: np.ndarray
     se_SB: np.ndarray
     reward_SB: np.ndarray
-    reward_se_SB: np.ndarray
+    cost: tuple[float, ...] = ()  # means of `costs`
 
 
 def arm(rows: list[dict], label: str, seeds: list[int], thresholds: list[float]) -> Arm:
@@ -78,7 +77,14 @@ def _arm(table: list[list[dict]]) -> Arm:
     def column(name: str) -> np.ndarray:
         return np.array([[float(r[name]) for r in own] for own in table])
 
-    return Arm(column(COST) - column(f"{COST} threshold"), column(f"{COST} se"), column("reward"), column("reward se"))
+    cost = np.array([costs(r) for own in table for r in own]).mean(0)
+    return Arm(column(COST) - column(f"{COST} threshold"), column(f"{COST} se"), column("reward"), tuple(cost.tolist()))
+
+
+def costs(row: dict) -> list[float]:
+    """Tokens sampled in a run's training, those with the reference's samples, policy steps and seconds."""
+    own = float(row["sampled tokens"])
+    return [own, own + float(row["reference tokens"]), float(row["policy steps"]), float(row["seconds"])]
 
 
 def costs_of(row: dict) -> list[str]:
@@ -179,6 +185,8 @@ def read_parts(folder: Path) -> tuple[list[dict], list[dict], dict[str, tuple[st
     for path, own in zip(paths, flags, strict=True):
         with open(path, newline="") as file:
             table = list(csv.DictReader(file))
+        if table and "reference tokens" not in table[0]:
+            raise UserError(f"{path}: an older version wrote it; run its command again, which only reads runs that are done.")
         for row in table:
             row["algorithm"] = " ".join([row["algorithm"], *words({k: v for k, v in own.items() if k not in shared})])
             key = row["algorithm"], row["seed"], *(row[f"{name} threshold"] for name in costs_of(row))
@@ -190,14 +198,17 @@ def read_parts(folder: Path) -> tuple[list[dict], list[dict], dict[str, tuple[st
 
 
 def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, ...], flags: tuple[str, ...], out: Path, docs: Path) -> None:
-    """Sweep the seeds, or go on with them, and keep table and settings under DOCS/study/."""
+    """Sweep the seeds, or go on with them, and keep table and settings under DOCS/study/. Runs that are done are only read."""
     config = SweepConfig(out=str(out), algorithms=labels, thresholds=thresholds, seeds=tuple(seeds), flags=(*FLAGS, *flags))
-    sweep.run_sweep(config, resume=(out / "sweep.json").is_file())
+    plans = sweep.configs_of(config, None)
+    if all(sweep.finished(plan) for plan in plans):
+        outcomes = [sweep.read_run(plan) for plan in plans]
+    else:
+        outcomes = sweep.run_sweep(config, resume=(out / "sweep.json").is_file())
     name = f"part-{out.name}"
     (docs / "study").mkdir(parents=True, exist_ok=True)
-    shutil.copy(out / "table.csv", docs / "study" / f"{name}.csv")
-    run = next(path for path in sorted(out.iterdir()) if (path / "config.json").is_file())
-    versions = json.loads((run / "config.json").read_text())["versions"]
+    sweep.write_table(docs / "study" / f"{name}.csv", sweep.table(outcomes))
+    versions = json.loads((plans[0].folder / "config.json").read_text())["versions"]
     settings = {
         "seeds": seeds, "algorithms": labels, "thresholds": thresholds, "flags": _shown(config.flags),
         "versions": versions,
@@ -289,15 +300,17 @@ def page(rows: list[dict], settings: list[dict], shared: dict[str, tuple[str, ..
         "![Slack of every run; reward against safety](study.png)",
         "",
         "| method | runs | mean signed slack | mean violation | mean absolute deviation | RMSE | RMSE, test noise removed | test noise | "
-        "mean reward |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "mean reward | sampled tokens | with the reference's | policy steps | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     others = [x for x in dict.fromkeys(r["algorithm"] for r in rows if not r["error"]) if x not in (CAID, MOCAN)]
     for label, own in [(CAID, first), (MOCAN, second), *((x, runs_of(rows, x)) for x in others)]:
         s = summary(own)
         values = (s[k] for k in ("slack", "violation", "absolute", "rmse", "rmse without noise", "noise"))
         shown = " | ".join(f"{x:+.3f}" if i == 0 else f"{x:.3f}" for i, x in enumerate(values))
-        lines.append(f"| {label} | {own.slack_SB.size} | {shown} | {own.reward_SB.mean():+.3f} |")
+        lines.append(
+            f"| {label} | {own.slack_SB.size} | {shown} | {own.reward_SB.mean():+.3f} | {' | '.join(f'{x:.0f}' for x in own.cost)} |"
+        )
     lines += [
         "",
         "Methods that know no threshold are measured against the one that they were run with; only their place in the picture counts.",
@@ -305,14 +318,19 @@ def page(rows: list[dict], settings: list[dict], shared: dict[str, tuple[str, ..
     if equal:
         spread = f" (standard error over seeds {np.std(equal, ddof=1) / math.sqrt(len(equal)):.3f})" if len(equal) > 1 else ""
         lines += ["", f"Reward at equal measured safety, CAID minus MoCAN, {len(equal)} seed(s): {np.mean(equal):+.3f}{spread}."]
-    lines += ["", "| method | seed | b | lambda | harm | reward | audit | KL, nats | verdict | sampled tokens | policy steps | seconds |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    lines += [
+        "",
+        "| method | seed | b | lambda | harm | reward | audit | KL, nats | verdict | sampled tokens | reference's | total | policy steps | "
+        "seconds |",
+    ]
+    lines.append("|" + 14 * "---|")
     for r in rows:
         if r["error"]:
             continue
         audit = next((name for name in r if name.startswith("audit ") and not name.endswith((" se", " low", " high"))), "")
         shown = [_interval(r, n) for n in (COST, "reward", audit) if n]
-        cost = f"{r['sampled tokens']} | {r['policy steps']} | {float(r['seconds']):.0f}"
+        own, total, steps, seconds = costs(r)
+        cost = f"{own:.0f} | {r['reference tokens']} | {total:.0f} | {steps:.0f} | {seconds:.0f}"
         lines.append(
             f"| {r['algorithm']} | {r['seed']} | {r[f'{COST} threshold']} | {float(r[f'{COST} lambda']):.2f} | {' | '.join(shown)} | "
             f"{float(r['kl nats']):.2f} | {r[f'{COST} verdict']} | {cost} |"
@@ -325,7 +343,8 @@ def page(rows: list[dict], settings: list[dict], shared: dict[str, tuple[str, ..
                 head = [r["algorithm"], r["seed"], _interval(r, "reward")] if i == 0 else ["", "", ""]
                 cells = [*head, name, r[f"{name} threshold"], f"{float(r[f'{name} lambda']):.2f}", _interval(r, name), r[f"{name} verdict"]]
                 lines.append(f"| {' | '.join(cells)} |")
-    note = "Sampled tokens and seconds leave out the reference's samples, which the runs of a seed share; seconds compare within a part."
+    note = "Sampled tokens and seconds are those of training: the reference's samples, which the runs of a seed share, are counted apart, "
+    note += "the verdict's are not. Seconds compare within a part."
     lines += ["", f"{note} All runs have the flags `{' '.join(words(shared))}`. Commands:", ""]
     for s in settings:
         versions = ", ".join(f"{k} {v[:12]}" for k, v in sorted(s["versions"].items()))

@@ -83,9 +83,10 @@ class Outcome:
     error: str = ""
     lam: list[float] = field(default_factory=list)  # multipliers of the last policy
     iterations: list[dict] = field(default_factory=list)  # rows: lam, slack, slack_se
-    tokens: int = 0  # sampled by this run, shared samples not counted
+    tokens: int = 0  # sampled in training by this run
+    reference_tokens: int = 0  # of the reference's samples for training, which the runs of a seed share
     steps: int = 0  # policy steps
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, without the reference's samples
 
 
 def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
@@ -142,8 +143,8 @@ def _begun(folder: Path) -> str | None:
     return None
 
 
-def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> Path:
-    """Do all runs that are not done yet and write the sweep's files; returns the folder of the sweep.
+def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
+    """Do all runs that are not done yet and write the sweep's files.
 
     Raises: UserError before anything is sampled, or where the samples do not support a threshold; Interrupted.
     """
@@ -162,10 +163,10 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     outcomes: list[Outcome] = []
     for number, plan in enumerate(plans, 1):
         print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
-        outcomes.append(_do(plan))
+        outcomes.append(read_run(plan, _train(plan)))
         write(out, outcomes, paths)
     print(f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}")
-    return out
+    return outcomes
 
 
 def draw_samples(plans: list[Plan]) -> list[dict]:
@@ -206,21 +207,31 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
     return rows
 
 
-def _do(plan: Plan) -> Outcome:
-    """Train and judge, or go on with a run that was stopped, or read one that is done."""
-    error = ""
-    if not (plan.folder / "evaluation.json").is_file():
+def finished(plan: Plan) -> bool:
+    """Whether a run has its verdict."""
+    return (plan.folder / "evaluation.json").is_file()
+
+
+def _train(plan: Plan) -> str:
+    """Train and judge, or go on with a run that was stopped, unless it is done; returns what it failed with, or ""."""
+    if not finished(plan):
         train = import_module(f"engine.{plan.algorithm}").train
         try:
             train(plan.config, resume=_begun(plan.folder))
         except NonFiniteError as stop:
-            error = str(stop)
-            print(f"error: {error}", file=sys.stderr)
-    timing = read_timing(plan.folder)
-    own = [row for row in timing if not row["stage"].endswith("reference")]
+            print(f"error: {stop}", file=sys.stderr)
+            return str(stop)
+    return ""
+
+
+def read_run(plan: Plan, error: str = "") -> Outcome:
+    """What the folder of a run says that is done, or has failed with `error`."""
+    tokens, seconds = effort(plan.folder)
+    reference_tokens, _ = effort(Path(plan.config.samples_of))
     outcome = Outcome(
-        plan=plan, error=error, tokens=sum(row.get("tokens", 0) for row in own), steps=len(read_rows(plan.folder, "step")),
-        seconds=sum(row["seconds"] for row in own if row["kind"] == "stage"), iterations=read_rows(plan.folder, "iteration"),
+        plan=plan, error=error, tokens=sum(n for stage, n in tokens.items() if _training(stage)),
+        reference_tokens=reference_tokens.get("reference", 0), steps=len(read_rows(plan.folder, "step")),
+        seconds=sum(s for stage, s in seconds.items() if _training(stage)), iterations=read_rows(plan.folder, "iteration"),
     )  # fmt: skip
     if not error:
         outcome.evaluation = Evaluation.from_dict(json.loads((plan.folder / "evaluation.json").read_text()))
@@ -230,18 +241,39 @@ def _do(plan: Plan) -> Outcome:
     return outcome
 
 
+def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """(sampled tokens, seconds) of each stage of a run, of its last attempt alone: one that was interrupted sampled the same responses.
+    Seconds that a policy stage took before it was interrupted are so left out."""
+    tokens, seconds = {}, {}
+    for row in read_timing(folder):
+        if row["kind"] == "stage":
+            seconds[row["stage"]] = row["seconds"]
+        elif "tokens" in row:
+            tokens[row["stage"]] = row["tokens"]
+    return tokens, seconds
+
+
+def _training(stage: str) -> bool:
+    return stage != "reference" and not stage.startswith("heldout/")
+
+
 def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> None:
     """Write table.csv, pareto.png, multipliers.png and index.html of the runs so far."""
     rows = table(outcomes)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(out / "table.csv", text.getvalue().encode())
+    write_table(out / "table.csv", rows)
     pictures = {"pareto.png": pareto(outcomes), "multipliers.png": multipliers(outcomes)}
     for name, picture in pictures.items():
         write_whole(out / name, picture)
     write_whole(out / "index.html", page(outcomes, rows, paths, pictures).encode("utf-8", "replace"))
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """The rows of `table` as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 def table(outcomes: list[Outcome]) -> list[dict]:
@@ -265,7 +297,8 @@ def table(outcomes: list[Outcome]) -> list[dict]:
         if e.refusal_harmless is not None:
             row["refusals on harmless prompts"] = e.refusal_harmless[1]
         row |= {"prompts": e.n_prompts, "responses": e.n_responses}
-        rows.append({**row, "sampled tokens": o.tokens, "policy steps": o.steps, "seconds": round(o.seconds, 1), "error": ""})
+        row |= {"sampled tokens": o.tokens, "reference tokens": o.reference_tokens}
+        rows.append({**row, "policy steps": o.steps, "seconds": round(o.seconds, 1), "error": ""})
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name, "") for name in names} for row in rows]
 
@@ -385,7 +418,7 @@ def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]]
 <title>Sweep</title><style>{STYLE}.sides {{ grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }}</style></head><body>
 <h1>{escape(", ".join(dict.fromkeys(o.plan.label for o in outcomes)))}: {len(done)} runs</h1>
 <p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations; intervals are 95 % over prompts.
-Seconds leave out the reference's samples, which the runs of a seed share.</p>
+Sampled tokens and seconds are those of training; the reference's samples, which the runs of a seed share, are a column of their own.</p>
 {failed}
 {images}
 <h2>Runs</h2>

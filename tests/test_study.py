@@ -16,7 +16,7 @@ from engine.errors import UserError
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
     slack = np.array(slack, dtype=float)
-    return Arm(slack, np.full_like(slack, se), np.broadcast_to(np.array(reward, dtype=float), slack.shape), np.full_like(slack, se))
+    return Arm(slack, np.full_like(slack, se), np.broadcast_to(np.array(reward, dtype=float), slack.shape))
 
 
 def row(algorithm: str, seed: int, b: float, harm: float, error: str = "") -> dict:
@@ -24,7 +24,8 @@ def row(algorithm: str, seed: int, b: float, harm: float, error: str = "") -> di
         "algorithm": algorithm, "seed": str(seed), "harm threshold": str(b), "harm": str(harm), "harm se": "0.05", "harm low": "0",
         "harm high": "1",
         "reward": "0.1", "reward se": "0.05", "reward low": "0", "reward high": "1", "audit other": "0.2", "audit other low": "0",
-        "audit other high": "1", "harm lambda": "1", "harm verdict": "met", "kl nats": "1.5", "sampled tokens": "10", "policy steps": "5",
+        "audit other high": "1", "harm lambda": "1", "harm verdict": "met", "kl nats": "1.5", "sampled tokens": "10",
+        "reference tokens": "100", "policy steps": "5",
         "seconds": "3.5", "error": error,
     }  # fmt: skip
 
@@ -64,7 +65,9 @@ def test_the_seed_is_the_unit():
     assert (result["mean"], result["t low"], result["t high"]) == pytest.approx((-0.2, low, high))
     assert -0.301 < result["bootstrap low"] < -0.2 < result["bootstrap high"] < -0.099
     assert result["p"] == pytest.approx(2 / 8)
-    assert paired(first, made([[-0.4], [0.5], [0.3]]).__class__(*(x[:, :1].repeat(2, 1) for x in vars(second).values()))) == result
+    assert (
+        paired(first, made([[-0.4], [0.5], [0.3]]).__class__(*(x[:, :1].repeat(2, 1) for x in list(vars(second).values())[:3]))) == result
+    )
     assert "not resolved yet, 3 of 8" in answer(result) and "1 of 8" in answer(paired(made([[0.1]]), made([[0.2]])))
     # All three seeds agree: still no answer.
     assert "not resolved yet" in answer(paired(made(np.zeros((3, 2))), made(np.ones((3, 2)))))
@@ -102,6 +105,8 @@ def test_parts_are_read_together_and_doubles_refused(tmp_path):
     rows, settings, shared = study.read_parts(tmp_path / "study")
     assert rows == ROWS and len(settings) == 2 and study.words(shared) == study._shown(study.FLAGS)
     text = study.page(rows, settings, shared)
+    # Own tokens, the reference's, their sum; in the summary their means.
+    assert text.count("| 10 | 100 | 110 | 5 | 4 |") == 12 and text.count("| 10 | 110 | 5 | 4 |") == 2
     assert "**Answer: " in text and text.count("| caid |") == 7 and "--margin 0" in text
     assert study.picture(rows, [0, 1, 2], [0.2, 0.4])[:4] == b"\x89PNG"
     keep(tmp_path, "c", ROWS[6:])

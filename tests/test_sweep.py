@@ -11,7 +11,7 @@ import pytest
 from engine import caid, sweep
 from engine.config import CaidConfig, smoke
 from engine.errors import UserError
-from engine.metrics import read_rows
+from engine.metrics import read_rows, read_timing
 
 COMMON = ["--", "--threads", "1", "--force"]
 ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]
@@ -42,7 +42,11 @@ def test_the_table_has_the_verdict_of_every_run(swept):
         assert float(row["harm lambda"]) == read_rows(swept / name, "policy")[-1]["lam"][0]
         assert int(row["policy steps"]) == len(read_rows(swept / name, "step"))
     caid_tokens, mocan_tokens = (int(rows[i]["sampled tokens"]) for i in (0, 1))
-    assert caid_tokens > mocan_tokens > 0
+    # MoCAN samples nothing in training, and neither verdict is counted.
+    slack = [row["tokens"] for row in read_timing(swept / runs[0]) if "tokens" in row and row["stage"].endswith("slack")]
+    assert caid_tokens == sum(slack) > 0 and mocan_tokens == 0
+    (reference,) = [row["tokens"] for row in read_timing(swept / "samples-seed3") if "tokens" in row and row["stage"] == "reference"]
+    assert {int(row["reference tokens"]) for row in rows} == {reference}
     assert len(read_rows(swept / runs[0], "iteration")) == 2
 
 
@@ -56,6 +60,18 @@ def test_runs_of_a_seed_share_the_reference_and_end_like_runs_alone(swept, tmp_p
     samples = read_rows(swept / "samples-seed3", "reference")[0]
     for name in ("mocan-b0.1-seed3", "mocan-b-0.2-seed3"):
         assert read_rows(swept / name, "reference")[0]["reward_sd"] == samples["reward_sd"]
+
+
+def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
+    """What Ctrl-C (a stage row) and a kill (none) leave before the whole attempt."""
+    timing = [
+        ("timing", "iteration-1/slack", {"tokens": 70}), ("stage", "iteration-1/slack", {"seconds": 3.0}),
+        ("timing", "iteration-1/slack", {"tokens": 70}), ("timing", "iteration-1/slack", {"tokens": 70}),
+        ("stage", "iteration-1/slack", {"seconds": 5.0}), ("stage", "heldout/policy", {"seconds": 9.0}),
+    ]  # fmt: skip
+    rows = [json.dumps({"kind": kind, "stage": stage, **values}) for kind, stage, values in timing]
+    (tmp_path / "timing.jsonl").write_text("\n".join(rows) + "\n")
+    assert sweep.effort(tmp_path) == ({"iteration-1/slack": 70}, {"iteration-1/slack": 5.0, "heldout/policy": 9.0})
 
 
 def test_pictures_and_page_show_every_run(swept):
@@ -81,7 +97,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     swept.rename(swept.with_name("old"))
     out.rename(swept)
     assert sweep.main(["--resume", str(swept)]) == 0
-    drop = {"seconds", "sampled tokens"}
+    drop = {"seconds"}
     before, after = ([{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)] for o in (swept.with_name("old"), swept))
     assert before == after
     assert (swept / "pareto.png").read_bytes() == (swept.with_name("old") / "pareto.png").read_bytes()
