@@ -32,6 +32,7 @@ from engine.errors import NonFiniteError, UserError
 from engine.evaluate import Evaluation
 from engine.flags import parse_flags, suggest, take
 from engine.metrics import read_rows, read_timing
+from engine.records import Limit
 from engine.report import INK, REFERENCE, STYLE, UNIT, frame, png
 
 USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engine.train for all runs]
@@ -81,6 +82,7 @@ class Outcome:
     plan: Plan
     evaluation: Evaluation | None = None
     error: str = ""
+    limits: list[Limit] = field(default_factory=list)  # the constraints
     lam: list[float] = field(default_factory=list)  # multipliers of the last policy
     iterations: list[dict] = field(default_factory=list)  # rows: lam, slack, slack_se
     tokens: int = 0  # sampled in training by this run
@@ -114,20 +116,26 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     return list(plans.values())
 
 
-def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+def config_class(label: str) -> type[RunConfig]:
+    """Of an algorithm as it is asked for, with or without settings. Raises: UserError for one that is not there."""
     from engine.train import ALGORITHMS
 
     names = [name for name in ALGORITHMS if name != "head"]
-    name, _, own = label.partition(":")
+    name = label.partition(":")[0]
     if name not in names:
         raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
-    config_class = getattr(configs, ALGORITHMS[name][0])
-    default = config_class() if preset is None else smoke(config_class())
-    flags = _known_flags(sweep.flags, {f.name for f in fields(config_class)})
+    return getattr(configs, ALGORITHMS[name][0])
+
+
+def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+    name, _, own = label.partition(":")
+    kind = config_class(label)
+    default = kind() if preset is None else smoke(kind())
+    flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
     flags += [f"--{part.replace('_', '-')}" for part in own.split(",") if part]
-    config = parse_flags(config_class, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
+    config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
-    at = "" if issubclass(config_class, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
+    at = "" if issubclass(kind, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
     out = Path(sweep.out)
     folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
     config = replace(config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}"))
@@ -226,10 +234,12 @@ def _train(plan: Plan) -> str:
 
 def read_run(plan: Plan, error: str = "") -> Outcome:
     """What the folder of a run says that is done, or has failed with `error`."""
+    (reference,) = read_rows(plan.folder, "reference")
     tokens, seconds = effort(plan.folder)
     reference_tokens, _ = effort(Path(plan.config.samples_of))
     outcome = Outcome(
-        plan=plan, error=error, tokens=sum(n for stage, n in tokens.items() if _training(stage)),
+        plan=plan, error=error, limits=constraints.limits(plan.config, reference["names"]),
+        tokens=sum(n for stage, n in tokens.items() if _training(stage)),
         reference_tokens=reference_tokens.get("reference", 0), steps=len(read_rows(plan.folder, "step")),
         seconds=sum(s for stage, s in seconds.items() if _training(stage)), iterations=read_rows(plan.folder, "iteration"),
     )  # fmt: skip
@@ -282,7 +292,7 @@ def table(outcomes: list[Outcome]) -> list[dict]:
     for o in outcomes:
         row: dict = {"algorithm": o.plan.label, "seed": o.plan.config.seed}
         if o.evaluation is None:
-            rows.append({**row, "error": o.error})
+            rows.append({**row, **{f"{limit.name} threshold": limit.value for limit in o.limits}, "error": o.error})
             continue
         e = o.evaluation
         row |= _columns("reward", e.reward)

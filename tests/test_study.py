@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from bench import study
-from bench.study import Arm, answer, arm, complete, paired, reward_at_equal_safety, summary
+from bench.study import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
 from engine.errors import UserError
 
 
@@ -26,7 +26,7 @@ def row(algorithm: str, seed: int, b: float, harm: float, error: str = "") -> di
         "reward": "0.1", "reward se": "0.05", "reward low": "0", "reward high": "1", "audit other": "0.2", "audit other low": "0",
         "audit other high": "1", "harm lambda": "1", "harm verdict": "met", "kl nats": "1.5", "sampled tokens": "10",
         "reference tokens": "100", "policy steps": "5",
-        "seconds": "3.5", "error": error,
+        "seconds": "3.5", "prompts": "208", "responses": "8", "error": error,
     }  # fmt: skip
 
 
@@ -39,12 +39,37 @@ ROWS = [
 
 
 def test_an_arm_is_improvement_minus_b():
-    a = arm(ROWS, "mocan", [0, 2], [0.2, 0.4])
+    a = arm(ROWS, "mocan", [0, 2])
     assert a.slack_SB == pytest.approx(np.array([[-0.2, -0.2], [-0.6, -0.6]]))
     with pytest.raises(KeyError):
-        arm(ROWS, "mocan", [5], [0.2])
-    assert complete(ROWS, ("caid", "mocan")) == ([0, 1, 2], [0.2, 0.4])
-    assert complete([*ROWS[1:], row("caid", 0, 0.2, 0.1, error="stopped")], ("caid", "mocan"))[0] == [1, 2]
+        arm(ROWS, "mocan", [5])
+
+
+def test_the_question_is_fixed_whatever_else_was_run():
+    assert complete(ROWS) == [0, 1, 2]
+    assert complete([*ROWS[1:], row("caid", 0, 0.2, 0.1, error="stopped")]) == [1, 2]
+    # Another threshold, a seed beyond the plan, another cost: none of them empties the answer or gets into it.
+    other = {k.replace("harm", "noise"): v for k, v in row("caid", 3, 0.2, 0.1).items()}
+    more = [*ROWS, row("caid", 0, 0.3, 9.0), *(row(x, 8, b, 9.0) for x in ("caid", "mocan") for b in (0.2, 0.4)), other]
+    assert complete(more) == [0, 1, 2]
+    assert arm(more, "caid", [0, 1, 2]).slack_SB == pytest.approx(arm(ROWS, "caid", [0, 1, 2]).slack_SB)
+    settings = [{"seeds": [0], "algorithms": ["caid"], "thresholds": ["0.2"], "flags": [], "versions": {}, "hours": 1.0}]
+    text, before = (study.page(rows, settings, {}) for rows in (more, ROWS))
+    answers = [[line for line in t.splitlines() if line.startswith(("**Answer", "| caid | 0.2, 0.4 |"))] for t in (text, before)]
+    assert answers[0] == answers[1] and len(answers[0]) == 2
+    assert "| caid | 3 | +0.10 [0.00, 1.00] | noise | 0.2 |" in text and "| caid | 0 | 0.3 |" in text
+
+
+def test_a_run_without_audit_or_verdict_shifts_no_cell():
+    columns = ["algorithm", "seed", "harm threshold", "error", *ROWS[0]]
+    failed = {**dict.fromkeys(columns, ""), **{k: row("caid", 5, 0.2, 0.1)[k] for k in ("algorithm", "seed", "harm threshold")}}
+    no_audit = row("caid", 4, 0.2, 0.1) | {k: "" for k in ROWS[0] if k.startswith("audit")}
+    settings = [{"seeds": [0], "algorithms": ["caid"], "thresholds": ["0.2"], "flags": [], "versions": {}, "hours": 1.0}]
+    text = study.page([*ROWS, no_audit, {**failed, "error": "loss nan"}], settings, {})
+    table = [line for line in text.splitlines() if line.startswith(("| caid |", "| mocan |")) or "| lambda |" in line]
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 2 + 1 + len(ROWS) + 1
+    assert "| caid | 4 | 0.2 | 1.00 | +0.10 [0.00, 1.00] | +0.10 [0.00, 1.00] | - | 1.50 | met |" in text
+    assert "caid at seed 5 failed: loss nan" in text
 
 
 def test_summary_removes_the_noise_of_the_test_set():
@@ -81,11 +106,39 @@ def test_false_answers_are_rare_where_there_is_no_difference():
     assert sum(w != "not resolved at this number of seeds" for w in words) / 300 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 300)
 
 
+def test_a_control_is_compared_with_runs_of_its_own_seed_and_threshold():
+    # |slack| of caid at seeds 0, 1, 2 is 0.1, 0.2, 0.3, of mocan twice that; seed 5 and b = 0.3 have no partner.
+    control = [row("control", seed, b, b - x) for seed, b, x in ((0, 0.4, 0.2), (1, 0.4, 0.6), (5, 0.4, 9.0), (2, 0.3, 9.0))]
+    m = matched([*ROWS, *control], "control", "caid")
+    low, high = stats.t.interval(0.95, 1, loc=0.25, scale=stats.sem([0.1, 0.4]))
+    assert (m["pairs"], m["seeds"]) == (2, 2) and [m[k] for k in ("mean", "low", "high")] == pytest.approx([0.25, low, high])
+    assert matched([*ROWS, *control], "control", "mocan")["mean"] == pytest.approx(0.1)
+    # Two thresholds of one seed are one seed: no interval.
+    one = matched([*ROWS, row("control", 0, 0.2, 0.2), row("control", 0, 0.4, 0.4)], "control", "caid")
+    assert one == {"pairs": 2, "seeds": 1, "mean": pytest.approx(-0.1)}
+    assert matched(ROWS, "control", "caid") == {"pairs": 0, "seeds": 0}
+
+
 def test_reward_at_equal_safety_interpolates_within_a_seed():
     first = made([[0.0, 0.0]], reward=[0.5, 0.3])  # improvements 0.2 and 0.4
     second = made([[0.1, 0.1]], reward=[0.3, 0.1])  # improvements 0.3 and 0.5
-    assert reward_at_equal_safety(first, second, [0.2, 0.4]) == pytest.approx([0.35 - 0.25])
-    assert reward_at_equal_safety(first, made([[1.0, 1.0]]), [0.2, 0.4]) == []
+    ((difference, width),) = reward_at_equal_safety(first, second)
+    assert (difference, width) == pytest.approx((0.35 - 0.25, 0.1))
+    assert reward_at_equal_safety(first, made([[1.0, 1.0]])) == []
+
+
+def test_what_remains_are_commands_that_can_be_run(tmp_path):
+    commands = remaining(ROWS, study.options(study._shown(study.FLAGS)), study.DOCS)
+    assert commands[0] == "python -m bench.study --seeds 3 4 5 6 7 --algorithms caid mocan --thresholds 0.2 0.4"
+    assert commands[1].startswith("python -m bench.study --seeds 0 1 2 --algorithms primal_dual dpo:objective=reward")
+    assert commands[3].endswith("--algorithms mocan --thresholds 0.4 -- --n-responses 10") and len(commands) == 5
+    two = [row("caid --cost harm harm-audit --audit", 0, b, b) | {"harm-audit threshold": x} for b in (0.2, 0.4) for x in ("0.2", "0.4")]
+    # Algorithms that know no threshold have run wherever they have, and a failed run is none.
+    others = [row(label, seed, 0.2, 1.0, "" if seed else "stopped") for label in study.OTHERS[1:] for seed in range(3)]
+    commands = remaining([*ROWS, *two, *others], {"--model": ("big",)}, tmp_path / "gpu")
+    assert len(commands) == 5 and commands[0].endswith("--docs gpu -- --model big")
+    assert f"--seeds 0 --algorithms {' '.join(study.OTHERS)} --thresholds 0.4" in commands[1]
+    assert "--seeds 1 2 --algorithms primal_dual --thresholds 0.4" in commands[2]
 
 
 def keep(folder: Path, name: str, rows: list[dict], flags: tuple[str, ...] = ()) -> None:
@@ -96,7 +149,9 @@ def keep(folder: Path, name: str, rows: list[dict], flags: tuple[str, ...] = ())
         writer.writeheader()
         writer.writerows(rows)
     settings = {"seeds": [0], "algorithms": ["caid"], "thresholds": ["0.2"], "flags": study._shown((*study.FLAGS, *flags))}
-    (folder / "study" / f"part-{name}.json").write_text(json.dumps({**settings, "versions": {"commit": "abc", "threads": "2"}}))
+    (folder / "study" / f"part-{name}.json").write_text(
+        json.dumps({**settings, "versions": {"commit": "abc", "threads": "2"}, "hours": 1.5})
+    )
 
 
 def test_parts_are_read_together_and_doubles_refused(tmp_path):
@@ -107,10 +162,14 @@ def test_parts_are_read_together_and_doubles_refused(tmp_path):
     text = study.page(rows, settings, shared)
     # Own tokens, the reference's, their sum; in the summary their means.
     assert text.count("| 10 | 100 | 110 | 5 | 4 |") == 12 and text.count("| 10 | 110 | 5 | 4 |") == 2
-    assert "**Answer: " in text and text.count("| caid |") == 7 and "--margin 0" in text
-    assert study.picture(rows, [0, 1, 2], [0.2, 0.4])[:4] == b"\x89PNG"
+    # Both methods' ranges of improvement at a seed never meet here.
+    assert "**Answer: " in text and text.count("| caid |") == 7 and "overlap at 0 of 3 seed(s)." in text and "--margin 0" in text
+    assert study.picture(rows, [0, 1, 2])[:4] == study.picture(ROWS[:1], [])[:4] == b"\x89PNG"
+    assert "took 3.0 hours" in text and "commit(s) abc and ran on 2 thread(s)" in text
+    (tmp_path / "study" / "notes.md").write_text("A run was done twice.\n")
+    assert "\nA run was done twice.\n" in study.page(rows, settings, shared, tmp_path)
     keep(tmp_path, "c", ROWS[6:])
-    with pytest.raises(UserError, match="the run mocan 0 0.2 is in .*part-b.csv too"):
+    with pytest.raises(UserError, match="part-c.csv: the run of mocan at seed 0 and b 0.2 is in .*part-b.csv too"):
         study.read_parts(tmp_path / "study")
 
 
@@ -132,7 +191,8 @@ def test_only_flags_that_differ_between_parts_enter_the_names(tmp_path):
     assert list(dict.fromkeys(r["algorithm"] for r in rows)) == ["caid", "mocan", "mocan --n-responses 10"]
     text = study.page(rows, settings, shared, tmp_path / "gpu")
     assert "flags `--margin 0 --heldout test.jsonl --eval-prompts 208 --eval-responses 8 --model org/model --device cuda " in text
-    assert "| mocan --n-responses 10 | 2 |" in text and "secret" not in text and "--prompts data/own.jsonl" in text
+    assert "| mocan --n-responses 10 | 0.2, 0.4 | 2 |" in text and "| mocan --n-responses 10 | caid | 2 | 1 | +0.100 | - |" in text
+    assert "secret" not in text and "--prompts data/own.jsonl" in text
     assert "--docs gpu -- --model org/model" in text and "--n-responses 10`: commit abc, threads 2" in text and "--threads" not in text
 
 
