@@ -260,6 +260,12 @@ def _run(key: tuple) -> str:
     return f"the run of {label} at seed {seed}" + (f" and b {', '.join(f'{b:g}' for b in thresholds)}" if thresholds else "")
 
 
+def part_name(labels: Sequence[str], thresholds: Sequence[str], seeds: Sequence[int], flags: Sequence[str]) -> str:
+    """Folder of a part's runs. The sign of a number stays, and a comma is told from a space."""
+    parts = [*labels, "b", *(b.replace(",", "_") for b in thresholds), "seeds", *map(str, seeds), *(f.removeprefix("--") for f in flags)]
+    return "-".join(re.sub("[^A-Za-z0-9._-]+", "-", part) for part in parts)
+
+
 def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, ...], flags: tuple[str, ...], out: Path, docs: Path) -> None:
     """Sweep the seeds, or go on with them, and keep table and settings under DOCS/study/. Runs that are done are only read.
 
@@ -552,18 +558,17 @@ def main() -> int:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page study.md and of its tables, study/part-*.csv")
     parser.add_argument("flags", nargs="*", help="flags of engine.train for all runs, behind --")
     given = parser.parse_args()
-    docs = given.docs
+    docs, out = given.docs, given.out
     try:
         if given.seeds:
-            parts = (given.algorithms, ["b", *given.thresholds], ["seeds", *map(str, given.seeds)])
-            name = re.sub("[^A-Za-z0-9._]+", "-", "-".join(word for part in (*parts, given.flags) for word in part))
-            run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), given.out / name, docs)
+            out = given.out / part_name(given.algorithms, given.thresholds, given.seeds, given.flags)
+            run_part(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags), out, docs)
         rows, settings, shared = read_parts(docs / "study")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on in {given.out / name}", file=sys.stderr)
+        print(f"stopped; the same command goes on in {out}", file=sys.stderr)
         return 130
     if not rows:
         print(f"{docs / 'study'}: no part is there yet; run python -m bench.study --seeds 0", file=sys.stderr)

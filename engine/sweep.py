@@ -1,9 +1,9 @@
 """`python -m engine.sweep`: several algorithms along a path of thresholds, on one set of reference samples for each seed.
 
 For each seed the reference is sampled once (run folder samples-seedSEED) and the dual is solved at all thresholds, each from its
-neighbour's multipliers, before anything is trained; thresholds that the samples do not support are named there. Then every run is an
-ordinary run folder, made by `engine.train`'s own functions with --samples-of. After each of them the sweep's files are written anew:
-table.csv, pareto.png, multipliers.png and index.html.
+neighbour's multipliers and for each beta and margin, before anything is trained; thresholds that the samples do not support are named
+there, but for algorithms that know none. Then every run is an ordinary run folder, made by `engine.train`'s own functions with
+--samples-of. After each of them the sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
 """
 
 import base64
@@ -25,9 +25,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine import config as configs
-from engine import constraints, dual, stages
+from engine import constraints, dual, report, stages
 from engine.checkpoint import write_whole
-from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, smoke
+from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, by_preference, check, fit, smoke
 from engine.errors import NonFiniteError, UserError
 from engine.evaluate import Evaluation
 from engine.flags import parse_flags, suggest, take
@@ -159,9 +159,10 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     out = Path(sweep.out)
     plans = configs_of(sweep, preset)
     if not resume:
-        if out.exists():
+        # What a kill leaves before sweep.json is there is nothing.
+        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         settings = {"preset": preset, **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}}
         stages.write_json(out / "sweep.json", settings)
     paths = {}
@@ -178,39 +179,46 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
 
 
 def draw_samples(plans: list[Plan]) -> list[dict]:
-    """The reference's samples of one seed, and the dual along the thresholds: rows of threshold, aim, lambda and what it predicts.
+    """The reference's samples of one seed, and the dual along the thresholds for each beta and margin: rows of threshold, beta, margin,
+    aim, lambda and what it predicts. Not of algorithms without a threshold, nor of scores that are only there after policies are aligned.
 
     Raises: UserError for thresholds beyond what the samples support, before anything is trained.
     """
     # Settings of iterative algorithms also say which prompts measure a slack; the samples do not depend on them.
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
-    rows, guess = [], None
+    rows, guess, seen = [], None, []
     with stages.open_job("samples", config, _begun(Path(config.out)), n_stages=2) as job:
         world = stages.World(job)
         world.heldout("heldout/reference", None, -1)
-        reference, names = world.reference, [s.name for s in job.scorers.costs]
-        for threshold in sorted({plan.threshold for plan in plans}):
-            limits = constraints.limits(replace(config, threshold=threshold), names)
-            aim_J = stages.aims(job, limits, reference.prompts, reference.scores, reference.units)["aim_J"]
+        for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
+            if isinstance(plan.config, FREE) or by_preference(plan.config):
+                continue
+            own, _ = fit(plan.config, len(job.train), len(job.heldout))
+            reference = stages.reference_of(replace(job, config=own), world.reference.prompts, world.reference.sampled, None)
+            aim_J, beta = reference.aim_J, own.beta
+            problem = aim_J.tolist(), reference.limits, beta, own.lam_max, own.force
+            if problem in seen:
+                continue
+            seen.append(problem)
             utility_PGJ = reference.weighted(reference.scores, reference.prompts)
             try:
                 solution = dual.solve(
-                    reference.scores.reward_PG, utility_PGJ, aim_J, config.beta, start_J=guess, lam_max=config.lam_max, force=config.force
+                    reference.scores.reward_PG, utility_PGJ, aim_J, beta, start_J=guess, lam_max=own.lam_max, force=own.force
                 )
             except dual.Infeasible as error:
                 raise UserError(
-                    f"--thresholds {','.join(f'{b:g}' for b in threshold)} (aim {_numbers(aim_J.tolist())}) is beyond what the "
-                    f"{config.n_responses} samples of each prompt show, which is no proof that it cannot be met; they support "
+                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)} (aim {_numbers(aim_J.tolist())}) is beyond what the "
+                    f"{own.n_responses} samples of each prompt show, which is no proof that it cannot be met; they support "
                     f"{error.largest_multiple:.2f} of the aim; leave it out, lower --margin, or go on with --force behind --."
                 ) from error
             guess = solution.lam
             rows.append({
-                "threshold": threshold, "aim": aim_J.tolist(), "lam": solution.lam.tolist(),
+                "threshold": plan.threshold, "beta": beta, "margin": own.margin, "aim": aim_J.tolist(), "lam": solution.lam.tolist(),
                 "predicted": solution.predicted_improvement.tolist(), "ess": float(solution.ess.mean()),
             })  # fmt: skip
             job.run.display.line(
-                f"b {_numbers(threshold)}: aim {_numbers(aim_J.tolist())}, one-shot lambda {_numbers(solution.lam.tolist())}, effective "
-                f"sample size {rows[-1]['ess']:.1f} of {config.n_responses}"
+                f"b {_numbers(plan.threshold)} (beta {beta:g}, margin {own.margin:g}): aim {_numbers(aim_J.tolist())}, one-shot lambda "
+                f"{_numbers(solution.lam.tolist())}, effective sample size {rows[-1]['ess']:.1f} of {own.n_responses}"
             )
     return rows
 
@@ -229,6 +237,8 @@ def _train(plan: Plan) -> str:
         except NonFiniteError as stop:
             print(f"error: {stop}", file=sys.stderr)
             return str(stop)
+    if not (plan.folder / "report.html").is_file():
+        report.write(plan.folder)
     return ""
 
 
@@ -245,10 +255,15 @@ def read_run(plan: Plan, error: str = "") -> Outcome:
     )  # fmt: skip
     if not error:
         outcome.evaluation = Evaluation.from_dict(json.loads((plan.folder / "evaluation.json").read_text()))
-        policies = read_rows(plan.folder, "policy")
-        kept = [row for row in policies if (plan.folder / "adapters" / f"iteration-{row['iteration']}").is_dir()]
-        outcome.lam = kept[-1]["lam"]
+        outcome.lam = kept_lam(plan.folder) or outcome.iterations[0]["lam"]
     return outcome
+
+
+def kept_lam(folder: Path) -> list[float] | None:
+    """The multipliers that the judged policy of a run was trained at; None where --max-kl rejected the first one, so that the verdict is
+    on the reference."""
+    kept = [row for row in read_rows(folder, "policy") if not (folder / "adapters" / f"rejected-{row['iteration']}").is_dir()]
+    return kept[-1]["lam"] if kept else None
 
 
 def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
@@ -417,7 +432,9 @@ def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]]
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for name, png in pictures.items()
     )
     chain = [
-        [str(seed), _numbers(row["threshold"]), _numbers(row["aim"]), _numbers(row["lam"]), _numbers(row["predicted"]), f"{row['ess']:.1f}"]
+        [f"{x:g}" for x in (seed, row["beta"], row["margin"])]
+        + [_numbers(row[name]) for name in ("threshold", "aim", "lam", "predicted")]
+        + [f"{row['ess']:.1f}"]
         for seed, own in paths.items()
         for row in own
     ]
@@ -434,7 +451,7 @@ Sampled tokens and seconds are those of training; the reference's samples, which
 <h2>Runs</h2>
 {_html([name for name in rows[0] if not name.endswith((" se", " low", " high"))], [_shown(row) for row in rows])}
 <h2>The dual along the thresholds</h2>
-{_html(["seed", "b", "aim", "one-shot lambda", "predicted improvement", "effective sample size"], chain)}
+{_html(["seed", "beta", "margin", "b", "aim", "one-shot lambda", "predicted improvement", "effective sample size"], chain)}
 <h2>Side by side</h2>
 {_side_by_side([o for o in done if o.plan.config.seed == done[0].plan.config.seed]) if done else ""}
 </body></html>

@@ -207,6 +207,15 @@ def test_two_costs_have_a_table_of_their_own(tmp_path):
     assert text.count("| harm | 0.") == 2 and text.count("| other | 0.3 | 2.00 |") == 2 and "| caid --cost harm other | 0 |" in text
 
 
+def test_parts_have_folders_of_their_own():
+    name = study.part_name(["caid", "mocan"], ["0.2", "0.4"], [1, 2], [])
+    assert name == "caid-mocan-b-0.2-0.4-seeds-1-2"
+    others = [study.part_name(["caid"], b, [0], []) for b in (["0.2"], ["-0.2"], ["0.2", "0.4"], ["0.2,0.4"], ["0.2,-0.4"])]
+    assert len(set(others)) == 5
+    bisection = study.part_name(["caid:dual_rule=bisection"], ["0.4"], [0], ["--device", "cuda"])
+    assert bisection == "caid-dual_rule-bisection-b-0.4-seeds-0-device-cuda"
+
+
 def test_the_test_prompts_are_new_and_enough():
     from engine.data import lookalike_prompts, shipped_prompts
 
