@@ -98,9 +98,9 @@ def _arm(table: list[list[dict]]) -> Arm:
 
 
 def costs(row: dict) -> list[float]:
-    """Tokens sampled in a run's training, those with the reference's samples, policy steps and seconds."""
-    own = float(row["sampled tokens"])
-    return [own, own + float(row["reference tokens"]), float(row["policy steps"]), float(row["seconds"])]
+    """Tokens sampled in a run's training, those of the reference's samples, both, policy steps and seconds."""
+    own, reference, *others = (float(row[name]) for name in ("sampled tokens", "reference tokens", "policy steps", "seconds"))
+    return [own, reference, own + reference, *others]
 
 
 def costs_of(row: dict) -> list[str]:
@@ -210,13 +210,15 @@ def words(flags: dict[str, tuple[str, ...]]) -> list[str]:
 def read_parts(folder: Path) -> tuple[list[dict], list[dict], dict[str, tuple[str, ...]]]:
     """(rows of all tables, settings of each part, the flags that all parts share); the others are added to the names of the algorithms.
 
-    Raises: UserError where two parts have the same run.
+    Raises: UserError where two parts have the same run, or one was kept by an older version.
     """
     parts = _tables(folder)
     flags = [options(settings["flags"]) for _, settings, _ in parts]
     shared = {name: values for name, values in flags[0].items() if all(f.get(name) == values for f in flags)} if flags else {}
     rows, seen = [], {}
     for (path, settings, table), own in zip(parts, flags, strict=True):
+        if "hours" not in settings:
+            raise UserError(f"{path}: an older version wrote it; run its command again, which only reads runs that are done.")
         for key in _keys(settings, table):
             if key in seen:
                 raise UserError(f"{path}: {_run(key)} is in {seen[key]} too; delete one of the two.")
@@ -233,10 +235,7 @@ def _tables(folder: Path) -> list[tuple[Path, dict, list[dict]]]:
     for path in sorted(folder.glob("part-*.csv")):
         with open(path, newline="") as file:
             table = list(csv.DictReader(file))
-        settings = json.loads(path.with_suffix(".json").read_text())
-        if "hours" not in settings:
-            raise UserError(f"{path}: an older version wrote it; run its command again, which only reads runs that are done.")
-        found.append((path, settings, table))
+        found.append((path, json.loads(path.with_suffix(".json").read_text()), table))
     return found
 
 
@@ -365,18 +364,22 @@ def remaining(rows: list[dict], shared: dict[str, tuple[str, ...]], docs: Path) 
     found = []
     for seeds, labels, thresholds, flags in PLAN:
         names = {label: " ".join([label, *flags]) for label in labels}
-        wanted = [tuple(map(float, b.split(","))) for b in thresholds]
-        missing: dict[tuple[str, ...], list[int]] = {}
+        # (algorithms, thresholds): seeds that lack just these.
+        commands: dict[tuple, list[int]] = {}
         for seed in seeds:
-            left = [
-                x for x in labels
-                if ((names[x], seed) not in done if _free(x) else any((names[x], seed, b) not in done for b in wanted))
-            ]  # fmt: skip
-            missing.setdefault(tuple(left), []).append(seed)
-        for left, own in missing.items():
-            if left:
-                settings = {"seeds": own, "algorithms": left, "thresholds": thresholds, "flags": [*words(shared), *flags]}
-                found.append(_command(settings, docs))
+            lacking: dict[tuple[str, ...], list[str]] = {}
+            for b in thresholds:
+                left = []
+                for label, name in names.items():
+                    if (name, seed) not in done if _free(label) else (name, seed, tuple(map(float, b.split(",")))) not in done:
+                        left.append(label)
+                if left:
+                    lacking.setdefault(tuple(left), []).append(b)
+            for left, at in lacking.items():
+                commands.setdefault((left, tuple(at)), []).append(seed)
+        for (left, at), own in commands.items():
+            settings = {"seeds": own, "algorithms": left, "thresholds": at, "flags": [*words(shared), *flags]}
+            found.append(_command(settings, docs))
     return found
 
 
@@ -410,7 +413,7 @@ def page(rows: list[dict], settings: list[dict], shared: dict[str, tuple[str, ..
         lines += ["", _equal_safety(first, second)]
     else:
         lines.append(f"**Answer: {answer(result)}.**")
-    lines += ["", "![Slack of every run; reward against safety](study.png)", "", *_summary(own, seeds), "", *_controls(own)]
+    lines += ["", "![Slack of every run; reward against safety](study.png)", "", *_summary(own, seeds), *_controls(own)]
     lines += [
         "",
         "Regression labels, the default, draw nothing: MoCAN with labels redrawn each epoch is the MoCAN of the table, unless a name says "
@@ -469,8 +472,8 @@ def _summary(own: list[dict], seeds: list[int]) -> list[str]:
     """Means of the question's runs, and of all runs of each other method."""
     lines = [
         "| method | b | runs | mean signed slack | mean violation | mean absolute deviation | RMSE | RMSE, test noise removed "
-        "| test noise | mean reward | sampled tokens | with the reference's | policy steps | seconds |",
-        "|" + 14 * "---|",
+        "| test noise | mean reward | sampled tokens | reference's | total | policy steps | seconds |",
+        "|" + 15 * "---|",
     ]
     arms = {label: arm(own, label, seeds) for label in (CAID, MOCAN) if seeds} | {x: runs_of(own, x) for x in _others(own)}
     for label, a in arms.items():
@@ -491,6 +494,7 @@ def _controls(own: list[dict]) -> list[str]:
     if not _others(own):
         return []
     lines = [
+        "",
         "| method | against | pairs at the same seed and b | seeds | mean difference of absolute deviations | 95 % over seeds |",
         "|" + 6 * "---|",
     ]
@@ -514,17 +518,9 @@ def _runs(own: list[dict]) -> list[str]:
     for r in own:
         audits = [n for n, value in r.items() if n.startswith("audit ") and value != "" and not n.endswith((" se", " low", " high"))]
         shown = [_interval(r, COST), _interval(r, "reward"), _interval(r, audits[0]) if audits else "-"]
-        tokens, total, steps, seconds = costs(r)
         cells = [r["algorithm"], r["seed"], r[f"{COST} threshold"], f"{float(r[f'{COST} lambda']):.2f}", *shown]
-        cells += [
-            f"{float(r['kl nats']):.2f}",
-            r[f"{COST} verdict"],
-            f"{tokens:.0f}",
-            r["reference tokens"],
-            f"{total:.0f}",
-            f"{steps:.0f}",
-        ]
-        lines.append(f"| {' | '.join([*cells, f'{seconds:.0f}'])} |")
+        cells += [f"{float(r['kl nats']):.2f}", r[f"{COST} verdict"], *(f"{x:.0f}" for x in costs(r))]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from scipy import stats
 
 from bench import study
 from bench.study import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
-from engine.errors import UserError
+from engine.errors import NonFiniteError, UserError
+from engine.evaluate import Constraint, Estimate, Evaluation
 
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
@@ -66,8 +69,8 @@ def test_a_run_without_audit_or_verdict_shifts_no_cell():
     no_audit = row("caid", 4, 0.2, 0.1) | {k: "" for k in ROWS[0] if k.startswith("audit")}
     settings = [{"seeds": [0], "algorithms": ["caid"], "thresholds": ["0.2"], "flags": [], "versions": {}, "hours": 1.0}]
     text = study.page([*ROWS, no_audit, {**failed, "error": "loss nan"}], settings, {})
-    table = [line for line in text.splitlines() if line.startswith(("| caid |", "| mocan |")) or "| lambda |" in line]
-    assert len({line.count("|") for line in table}) == 1 and len(table) == 2 + 1 + len(ROWS) + 1
+    table = [line for line in text.splitlines() if re.match(r"\| (caid|mocan) \| \d \|", line) or "| lambda |" in line]
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 1 + len(ROWS) + 1
     assert "| caid | 4 | 0.2 | 1.00 | +0.10 [0.00, 1.00] | +0.10 [0.00, 1.00] | - | 1.50 | met |" in text
     assert "caid at seed 5 failed: loss nan" in text
 
@@ -132,6 +135,11 @@ def test_what_remains_are_commands_that_can_be_run(tmp_path):
     assert commands[0] == "python -m bench.study --seeds 3 4 5 6 7 --algorithms caid mocan --thresholds 0.2 0.4"
     assert commands[1].startswith("python -m bench.study --seeds 0 1 2 --algorithms primal_dual dpo:objective=reward")
     assert commands[3].endswith("--algorithms mocan --thresholds 0.4 -- --n-responses 10") and len(commands) == 5
+    # A seed that has one threshold is not run at it again, which would be refused.
+    more = remaining([*ROWS, row("caid", 7, 0.4, 0.4), row("mocan", 7, 0.4, 0.4)], {}, study.DOCS)
+    assert [c.partition("--seeds ")[2] for c in more[:2]] == [
+        "3 4 5 6 --algorithms caid mocan --thresholds 0.2 0.4", "7 --algorithms caid mocan --thresholds 0.2"
+    ]  # fmt: skip
     two = [row("caid --cost harm harm-audit --audit", 0, b, b) | {"harm-audit threshold": x} for b in (0.2, 0.4) for x in ("0.2", "0.4")]
     # Algorithms that know no threshold have run wherever they have, and a failed run is none.
     others = [row(label, seed, 0.2, 1.0, "" if seed else "stopped") for label in study.OTHERS[1:] for seed in range(3)]
@@ -161,7 +169,7 @@ def test_parts_are_read_together_and_doubles_refused(tmp_path):
     assert rows == ROWS and len(settings) == 2 and study.words(shared) == study._shown(study.FLAGS)
     text = study.page(rows, settings, shared)
     # Own tokens, the reference's, their sum; in the summary their means.
-    assert text.count("| 10 | 100 | 110 | 5 | 4 |") == 12 and text.count("| 10 | 110 | 5 | 4 |") == 2
+    assert text.count("| met | 10 | 100 | 110 | 5 | 4 |") == 12 and text.count("+0.100 | 10 | 100 | 110 | 5 | 4 |") == 2
     # Both methods' ranges of improvement at a seed never meet here.
     assert "**Answer: " in text and text.count("| caid |") == 7 and "overlap at 0 of 3 seed(s)." in text and "--margin 0" in text
     assert study.picture(rows, [0, 1, 2])[:4] == study.picture(ROWS[:1], [])[:4] == b"\x89PNG"
@@ -214,6 +222,102 @@ def test_parts_have_folders_of_their_own():
     assert len(set(others)) == 5
     bisection = study.part_name(["caid:dual_rule=bisection"], ["0.4"], [0], ["--device", "cuda"])
     assert bisection == "caid-dual_rule-bisection-b-0.4-seeds-0-device-cuda"
+
+
+def lines(*rows: dict) -> str:
+    return "".join(json.dumps(r) + "\n" for r in rows)
+
+
+class Trained(list):
+    """Names of runs in order, and which one is to be stopped or to diverge."""
+
+    def __init__(self) -> None:
+        self.fail: dict[str, str] = {}
+
+
+@pytest.fixture
+def trained(monkeypatch) -> Trained:
+    """Runs whose files are written at once: their names, as they are trained. CAID ends 0.1 above b, all others 0.3 below."""
+    names = Trained()
+    fail = names.fail
+
+    def train(config, *, resume=None):
+        folder, (b,) = Path(config.out), config.threshold
+        if folder.name == fail.get("stop"):
+            raise KeyboardInterrupt
+        names.append(folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"versions": {"commit": "abc", "threads": "4"}}))
+        (folder / "timing.jsonl").write_text(lines(
+            {"kind": "stage", "stage": "reference", "seconds": 5.0}, {"kind": "timing", "stage": "iteration-1/slack", "tokens": 70},
+            {"kind": "stage", "stage": "iteration-1/slack", "seconds": 3.0}, {"kind": "timing", "stage": "heldout/policy", "tokens": 9000},
+            {"kind": "stage", "stage": "heldout/policy", "seconds": 900.0},
+        ))  # fmt: skip
+        (folder / "metrics.jsonl").write_text(lines(
+            {"kind": "reference", "names": ["harm"]}, {"kind": "step"}, {"kind": "step"}, {"kind": "policy", "iteration": 1, "lam": [0.7]}
+        ))  # fmt: skip
+        if folder.name == fail.get("diverge"):
+            raise NonFiniteError("loss nan")
+
+        def estimate(mean: float) -> Estimate:
+            return Estimate(mean, 0.05, mean - 0.1, mean + 0.1, mean - 0.1, mean + 0.1, 208)
+
+        harm = Constraint("harm", b, b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
+        evaluation = Evaluation(
+            reward=estimate(0.2), constraints=(harm,), audits=(), kl=estimate(1.0), finished=(1, 1), mean_length=(9, 9),
+            refusal_harmless=None,
+            n_prompts=208, n_responses=8,
+        )  # fmt: skip
+        (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
+        (folder / "report.html").write_text("")
+
+    def draw_samples(plans):
+        folder = Path(plans[0].config.samples_of)
+        folder.mkdir(exist_ok=True)
+        (folder / "timing.jsonl").write_text(lines({"kind": "timing", "stage": "reference", "tokens": 1000}))
+        return []
+
+    monkeypatch.setattr(study.sweep, "import_module", lambda name: SimpleNamespace(train=train))
+    monkeypatch.setattr(study.sweep, "draw_samples", draw_samples)
+    monkeypatch.setattr(study.sweep, "write", lambda *a: None)
+    return names
+
+
+def test_parts_are_run_gone_on_with_and_collected(tmp_path, trained, monkeypatch, capsys):
+    def run(*argv: str, flags: tuple[str, ...] = ("--model", "org/model", "--device", "cpu", "--threads", "1")) -> int:
+        where = ("--out", str(tmp_path / "runs"), "--docs", str(tmp_path / "gpu"))
+        monkeypatch.setattr("sys.argv", ["study", *argv, *where, "--", *flags])
+        trained.clear()
+        return study.main()
+
+    question = ("--seeds", "0", "1")
+    # Stopped in the third run, then gone on with by the same command, then only read.
+    trained.fail["stop"] = "caid-b0.4-seed0"
+    assert run(*question) == 130 and trained == ["caid-b0.2-seed0", "mocan-b0.2-seed0"]
+    assert not (tmp_path / "gpu").exists() and "the same command goes on in" in capsys.readouterr().err
+    del trained.fail["stop"]
+    assert run(*question) == 0 and len(trained) == 6 and trained[0] == "caid-b0.4-seed0"
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "gpu").rglob("*.*")}
+    assert run(*question) == 0 and trained == []
+    assert whole == {path.name: path.read_bytes() for path in (tmp_path / "gpu").rglob("*.*")} and len(whole) == 4
+    text = (tmp_path / "gpu" / "study.md").read_text()
+    assert "not resolved yet, 2 of 8 planned seeds" in text and "4 | +0.100 | 0.000 | 0.100 |" in text and "both on org/model" in text
+    assert "| caid | 0 | 0.2 | 0.70 | +0.30 [0.20, 0.40] | +0.20 [0.10, 0.30] | - | 1.00 | met | 70 | 1000 | 1070 | 2 | 3 |" in text
+    assert "took 2.0 hours" in text and "--eval-responses 8 --model org/model --device cpu`" in text
+    # A second part, a control, one of whose runs fails.
+    trained.fail["diverge"] = "mocan-b0.4-seed1"
+    control = ("--seeds", "0", "1", "--algorithms", "mocan", "--thresholds", "0.4")
+    assert run(*control, flags=("--model", "org/model", "--device", "cpu", "--n-responses", "10")) == 0
+    text = (tmp_path / "gpu" / "study.md").read_text()
+    assert (
+        "| mocan --n-responses 10 | caid | 1 | 1 | +0.200 | - |" in text and "| mocan --n-responses 10 | mocan | 1 | 1 | +0.000 |" in text
+    )
+    assert "mocan --n-responses 10 at seed 1 failed: loss nan" in text and text.count("| caid |") == 6
+    # Runs that another part has are refused before anything is run; one that failed there is not.
+    assert run("--seeds", "1", "--algorithms", "caid", "--thresholds", "0.4", "0.6") == 2 and trained == []
+    assert "the run of caid at seed 1 and b 0.4 is in" in capsys.readouterr().err
+    assert run("--seeds", "1", *control[3:], flags=("--model", "org/model", "--device", "cpu", "--n-responses", "10")) == 0
+    assert trained == ["mocan-b0.4-seed1"]
 
 
 def test_the_test_prompts_are_new_and_enough():
