@@ -146,9 +146,9 @@ def _finite(values: Tensor) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
-def realised(folder: Path) -> list[dict]:
-    """Predicted and measured improvement of every policy of a run whose multipliers are known. Raises: UserError as `stored`."""
-    rows, own = [], stored(folder)
+def realised(folder: Path, own: Stored) -> list[dict]:
+    """Predicted and measured improvement of every policy of a run whose multipliers are known."""
+    rows = []
 
     def add(what: str, lam: list[float], measured: list[float], se: list[float], reward: float, reward_se: float) -> None:
         gain_P, gain_PJ = dual.tilted_improvement(own.reward_PG, own.utility_PGJ, lam, own.beta)
@@ -366,10 +366,11 @@ def main() -> int:
     parser.add_argument("--preference", type=Path, help="run folder on preference scores, whose calibration is shown")
     given = parser.parse_args()
     try:
-        samples, runs = stored(given.samples), [stored(run) for run in given.runs]
+        known = {folder: stored(folder) for folder in dict.fromkeys([given.samples, *given.runs])}
+        samples, runs = known[given.samples], [known[run] for run in given.runs]
         calibrated = [] if given.preference is None else calibration(given.preference)
         found = subsets(samples.reward_PG, samples.utility_PGJ, samples.aim_J, samples.beta)
-        rows = [row for run in given.runs for row in realised(run)]
+        rows = [row for run in given.runs for row in realised(run, known[run])]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

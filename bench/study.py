@@ -15,8 +15,8 @@ Controls, at one threshold, are parts of their own. Flags that the parts of a pa
     --algorithms mocan -- --n-responses 10       MoCAN with as many sampled tokens as CAID takes in all
 
 MoCAN takes as many policy steps as CAID as it is, every step on fresh prompts, and the regression form draws no labels. A part with other
-costs, as in `--thresholds 0.2,0.4 -- --cost harm harm-audit --audit`, has a table of its own; without `--audit`, which leaves audits out
-here, or other names behind it, it is refused, as harm-audit is the default audit.
+costs has a table of its own, for example `--thresholds 0.2,0.4 -- --cost harm harm-audit --audit`: a bare --audit leaves audits out, as the
+default one, harm-audit, may not be a cost as well.
 """
 
 import argparse

@@ -36,7 +36,7 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache, monkeyp
     own = figures.stored(run)
     reward, utility, beta = own.reward_PG, own.utility_PGJ, own.beta
     assert utility.var(1).mean() == pytest.approx(1.0) and own.aim_J.tolist() == read_rows(run, "reference")[0]["aim"]
-    rows = figures.realised(run)
+    rows = figures.realised(run, own)
     assert [row["what"] for row in rows] == ["iteration 1", "iteration 2", "held out"]
     iterations, verdict = read_rows(run, "iteration"), json.loads((run / "evaluation.json").read_text())
     for row, measured in zip(rows, iterations, strict=False):
@@ -46,11 +46,9 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache, monkeyp
     assert rows[-1]["measured"] == [verdict["constraints"][0]["estimate"]["mean"]] and rows[-1]["lam"] == iterations[-1]["lam"]
     # A run of another beta is predicted with its own.
     assert own.beta == 1.0 and "`run`: caid, seed 0, smoke; commit " in own.says
-    with monkeypatch.context() as m:
-        m.setattr(figures, "stored", lambda folder: replace(own, beta=2.0))
-        tilt = ((reward + utility[..., 0] * iterations[0]["lam"][0]) / 2).softmax(1)
-        predicted = float(((tilt - 1 / reward.shape[1]) * utility[..., 0]).sum(1).mean())
-        assert figures.realised(run)[0]["predicted"] == pytest.approx([predicted])
+    tilt = ((reward + utility[..., 0] * iterations[0]["lam"][0]) / 2).softmax(1)
+    predicted = float(((tilt - 1 / reward.shape[1]) * utility[..., 0]).sum(1).mean())
+    assert figures.realised(run, replace(own, beta=2.0))[0]["predicted"] == pytest.approx([predicted])
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     monkeypatch.setattr("sys.argv", ["figures", str(run), str(run)])
     assert figures.main() == 0
@@ -60,9 +58,9 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache, monkeyp
     # A verdict on the reference has no multipliers.
     adapters = run / "adapters"
     (adapters / "iteration-2").rename(adapters / "rejected-2")
-    assert figures.realised(run)[-1]["lam"] == iterations[0]["lam"]
+    assert figures.realised(run, own)[-1]["lam"] == iterations[0]["lam"]
     (adapters / "iteration-1").rename(adapters / "rejected-1")
-    assert [row["what"] for row in figures.realised(run)] == ["iteration 1", "iteration 2"]
+    assert [row["what"] for row in figures.realised(run, own)] == ["iteration 1", "iteration 2"]
     # An older run lacks settings; one without samples is named.
     contents = json.loads((run / "config.json").read_text())
     monkeypatch.setattr(Run, "_read_contents", lambda folder: {**contents, "config": {"beta": 1.0}})
