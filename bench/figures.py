@@ -2,19 +2,22 @@
 true, and how well scores are calibrated as preferences.
 
 From stored scores alone; nothing is sampled. SAMPLES is a run folder with reference samples (any run, or a sweep's samples-seedSEED);
-the RUNs are trained on these samples, or on others with equal settings. Writes docs/figures.md, figures.json and two pictures.
+the predictions for each RUN come from its own. Writes docs/figures.md, figures.json and two pictures.
 
 1. lambda* of random subsets of the prompts, and of the responses, at the run's own thresholds: its spread, the delta-method interval
    (arXiv 2405.19544 has no interval), and the bias of few responses.
 2. Predicted improvement at lambda, by re-weighting reference samples, against the improvement measured on samples of the policy that was
    trained at it (arXiv 2405.19544, Table 4).
 3. Of a run on preference scores (`pecan`, or `caid --scores preference`): the probability that one response is preferred to another
-   according to log-ratios of aligned policies and to model scores, against the probability of the labels (arXiv 2405.19544, Figure 6).
+   according to log-ratios of aligned policies and to model scores, against the probability of the labels, or according to an audit
+   (arXiv 2405.19544, Figure 6). Labels of a file are not known here: then the run's scorers are one more judge.
 """
 
 import argparse
 import json
 import math
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +27,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from engine import dual, stages
-from engine.checkpoint import Run, load, write_whole
+from engine.checkpoint import RecordT, Run, Torn, load, write_whole
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.metrics import read_rows
-from engine.records import Scores
+from engine.records import Scores, Units
 from engine.report import png
 from engine.stages import ReferenceSamples
+from engine.sweep import kept_lam
 
 DOCS = Path(__file__).parent.parent / "docs"
 DRAWS = 60
@@ -39,23 +44,67 @@ RESPONSES = (2, 3, 4, 5, 6, 7, 8)
 BINS = 10
 
 
-def scores_of(folder: Path) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(reward [P, G], utility [P, G, J], aim [J], beta) of a run's reference samples, in its units."""
-    (path,) = (folder / "stages").glob("01-reference.safetensors")
-    scores = load(path, ReferenceSamples).sampled.scores
-    (row,) = read_rows(folder, "reference")
-    _, config = Run.read_config(folder)
-    if set(config["cost_on"]) - {"all"} or min(config["cost_rate"], default=1) < 1:
+@dataclass(frozen=True)
+class Stored:
+    """What a run folder holds of the reference's samples, in the run's own units."""
+
+    reward_PG: Tensor
+    utility_PGJ: Tensor
+    aim_J: Tensor
+    beta: float
+    says: str  # its name, seed, model and versions
+
+
+def stored(folder: Path) -> Stored:
+    """Scores of a run's reference samples: of its scorers, or of its aligned policies where it was trained on these.
+
+    Raises: UserError for a folder without samples, or a constraint that the figures do not show.
+    """
+    algorithm, values = Run.read_config(folder)
+    # Older runs lack what was fixed then.
+    config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
+    if set(config.cost_on) - {"all"} or min(config.cost_rate, default=1) < 1:
         raise UserError(
             f"{folder}: it has a constraint on one kind of prompts or a rate, which these figures do not show; give another run."
         )
-    scores = stages.units_of(row, []).apply(scores)
-    return scores.reward_PG, scores.utility_PGJ, torch.tensor(row["aim"], dtype=torch.float64), config["beta"]
+    if algorithm == "pecan" or values.get("scores") == "preference":
+        scores = _load(folder, "*-preference-scores.safetensors", Scores)
+        reward, *utility = _row(folder, "preference")["log_ratio_sd"]
+        units = Units(reward=reward, utility_J=utility, audit_A=[1.0] * scores.audit_PGA.shape[2])
+        aim = _row(folder, "dual")["aim"]
+    else:
+        scores = _load(folder, "01-reference.safetensors", ReferenceSamples).sampled.scores
+        units, aim = stages.units_of(_row(folder, "reference"), []), _row(folder, "reference")["aim"]
+    scores = units.apply(scores)
+    versions = json.loads((folder / "config.json").read_text())["versions"]
+    shown = ", ".join(f"{name} {value[:12]}" for name, value in sorted(versions.items()))
+    return Stored(
+        scores.reward_PG, scores.utility_PGJ, torch.tensor(aim, dtype=torch.float64), config.beta,
+        f"`{folder.name}`: {algorithm}, seed {config.seed}, {config.model or stages.DEFAULT_MODEL}; {shown}",
+    )  # fmt: skip
+
+
+def _load(folder: Path, pattern: str, cls: type[RecordT]) -> RecordT:
+    found = sorted((folder / "stages").glob(pattern))
+    if not found:
+        raise UserError(f"{folder}: it has no samples with scores (stages/{pattern}); give a run whose first stages are done.")
+    try:
+        return load(found[0], cls)
+    except Torn as error:
+        raise UserError(f"{error}; give another run.") from error
+
+
+def _row(folder: Path, kind: str) -> dict:
+    rows = read_rows(folder, kind)
+    if not rows:
+        raise UserError(f"{folder}: it has no row {kind!r} in metrics.jsonl; give a run whose first stages are done.")
+    return rows[0]
 
 
 def subsets(reward_PG: Tensor, utility_PGJ: Tensor, aim_J: Tensor, beta: float, draws: int = DRAWS) -> dict[str, list[dict]]:
     """lambda* of subsets of the prompts and of the responses: mean, 2.5 and 97.5 % of the draws, and the mean half width of the
-    delta-method intervals. Draws that do not support the thresholds count as infinite in the quantiles and are left out of the mean."""
+    delta-method intervals. Draws that do not support the thresholds count as infinite in the quantiles, which are None there, and are left
+    out of the mean."""
     P, G = reward_PG.shape
     full = dual.solve(reward_PG, utility_PGJ, aim_J, beta).lam
     generator = torch.Generator().manual_seed(0)
@@ -86,19 +135,23 @@ def subsets(reward_PG: Tensor, utility_PGJ: Tensor, aim_J: Tensor, beta: float, 
             kept = [x for x in lam if x.isfinite().all()]
             mean = torch.stack(kept).mean(0).tolist() if kept else None
             found[kind].append({
-                "n": n, "mean": mean, "low": low.tolist(), "high": [x if math.isfinite(x) else None for x in high.tolist()],
+                "n": n, "mean": mean, "low": _finite(low), "high": _finite(high),
                 "half": torch.stack(half).mean(0).tolist() if half else None, "unsupported": len(lam) - len(kept),
                 "ess": float(np.mean(ess)) if ess else None,
             })  # fmt: skip
     return {"full": full.tolist(), **found}
 
 
-def realised(folder: Path, reward_PG: Tensor, utility_PGJ: Tensor, beta: float) -> list[dict]:
+def _finite(values: Tensor) -> list[float | None]:
+    return [x if math.isfinite(x) else None for x in values.tolist()]
+
+
+def realised(folder: Path, own: Stored) -> list[dict]:
     """Predicted and measured improvement of every policy of a run whose multipliers are known."""
     rows = []
 
     def add(what: str, lam: list[float], measured: list[float], se: list[float], reward: float, reward_se: float) -> None:
-        gain_P, gain_PJ = dual.tilted_improvement(reward_PG, utility_PGJ, lam, beta)
+        gain_P, gain_PJ = dual.tilted_improvement(own.reward_PG, own.utility_PGJ, lam, own.beta)
         rows.append({
             "run": folder.name, "what": what, "lam": lam, "predicted": gain_PJ.mean(0).tolist(), "measured": measured, "se": se,
             "predicted reward": float(gain_P.mean()), "reward": reward, "reward se": reward_se,
@@ -106,9 +159,9 @@ def realised(folder: Path, reward_PG: Tensor, utility_PGJ: Tensor, beta: float) 
 
     for row in read_rows(folder, "iteration"):
         add(f"iteration {row['iteration']}", row["lam"], row["improvement"], row["improvement_se"], row["reward"], row["reward_se"])
-    if (folder / "evaluation.json").is_file():
+    lam = kept_lam(folder)
+    if lam is not None and (folder / "evaluation.json").is_file():
         e = Evaluation.from_dict(json.loads((folder / "evaluation.json").read_text()))
-        lam = read_rows(folder, "policy")[-1]["lam"]
         estimates = [c.estimate for c in e.constraints]
         add("held out", lam, [x.mean for x in estimates], [x.se for x in estimates], e.reward.mean, e.reward.se)
     return rows
@@ -135,25 +188,28 @@ def pair_differences(score_PG: Tensor) -> Tensor:
 
 
 def calibration(folder: Path) -> list[dict]:
-    """Scores of a run on preference scores as predictions of preferences. The labels of its alignment were drawn from its scorers, which
-    are the truth for the log-ratios; an audit with the name of a cost is an annotator that neither the scorer nor the policy has seen."""
-    found = sorted((folder / "stages").glob("*-preference-scores.safetensors"))
-    if not found:
+    """Scores of a run on preference scores as predictions of preferences. Unless they are those of a file, the labels of its alignment
+    were drawn from its scorers, which are the truth for the log-ratios; an audit with the name of a cost is an annotator that neither the
+    scorer nor the policy has seen."""
+    algorithm, config = Run.read_config(folder)
+    if algorithm != "pecan" and config.get("scores") != "preference":
         raise UserError(f"--preference {folder}: it has no log-ratio scores; give a run of pecan, or of caid --scores preference.")
-    scores = load(found[0], Scores)
-    _, config = Run.read_config(folder)
-    (row,) = read_rows(folder, "reference")
+    scores = _load(folder, "*-preference-scores.safetensors", Scores)
+    row = _row(folder, "reference")
+    by_scorers = "the run's scorer" if config.get("preferences") else "the labels"
     names = ["reward", *row["names"]]
     ratio = [scores.reward_PG, *scores.utility_PGJ.unbind(2)]
     own, audits = scores.audit_PGA.unbind(2)[: len(names)], scores.audit_PGA.unbind(2)[len(names) :]
     rows = []
     for i, name in enumerate(names):
         log_ratio, model = pair_differences(ratio[i]), pair_differences(own[i])
-        annotators = {f"{name}: the labels": model}
-        annotators |= {f"{name}: {a}": pair_differences(x) for a, x in zip(row["audit_names"], audits, strict=True) if a.startswith(name)}
+        annotators = {f"{name}: {by_scorers}": model}
+        annotators |= {
+            f"{name}: {a}": pair_differences(x) for a, x in zip(row.get("audit_names", []), audits, strict=False) if a.startswith(name)
+        }
         for truth, difference in annotators.items():
             predictions = {
-                "log-ratio, beta as trained": config["beta"] * log_ratio,
+                "log-ratio, beta as trained": config.get("beta", RunConfig.beta) * log_ratio,
                 "log-ratio, standardised": log_ratio / dual.within_deviation(ratio[i], name),
             }
             if difference is not model:
@@ -172,7 +228,7 @@ def draw_calibration(rows: list[dict]) -> Figure:
         for row in rows:
             if row["truth"] == truth:
                 axis.plot(row["predicted"], row["true"], "o-", markersize=4, label=row["what"])
-        axis.set(xlabel="predicted probability of a preference", ylabel="probability of the labels", xlim=(0, 1), ylim=(0, 1))
+        axis.set(xlabel="predicted probability of a preference", ylabel="true probability", xlim=(0, 1), ylim=(0, 1))
         axis.set_title(truth, loc="left")
         _legend(axis)
     return figure
@@ -186,8 +242,7 @@ def draw_subsets(found: dict) -> Figure:
         for j, lam in enumerate(found["full"]):
             colour = f"C{j}"
             mean = [row["mean"][j] if row["mean"] else math.nan for row in found[kind]]
-            low = np.array([row["low"][j] for row in found[kind]])
-            high = np.array([row["high"][j] if row["high"][j] is not None else math.nan for row in found[kind]])
+            low, high = (np.array([math.nan if row[k][j] is None else row[k][j] for row in found[kind]]) for k in ("low", "high"))
             half = np.array([row["half"][j] if row["half"] else math.nan for row in found[kind]])
             axis.plot(x, mean, "o-", color=colour, label=f"mean of {DRAWS} subsets" if j == 0 else None)
             axis.fill_between(x, low, high, color=colour, alpha=0.2, label="95 % of subsets" if j == 0 else None)
@@ -231,13 +286,18 @@ def _legend(axis: Axes) -> None:
     axis.legend(frameon=False)
 
 
-def page(samples: Path, shape: tuple[int, int], found: dict, rows: list[dict], calibrated: list[dict]) -> str:
+def page(command: str, samples: Stored, found: dict, rows: list[dict], runs: list[Stored], calibrated: list[dict]) -> str:
     """docs/figures.md."""
+    P, G = samples.reward_PG.shape
     lines = [
         "# What one-shot multipliers depend on, and whether their predictions come true",
         "",
-        f"From stored scores (`python -m bench.figures`), nothing sampled anew: {shape[0]} prompts x {shape[1]} responses of the "
-        "quickstart's reference. Improvements and lambda are in within-prompt standard deviations.",
+        f"From stored scores, nothing sampled anew: {P} prompts x {G} responses of the reference. Improvements and lambda are in "
+        "within-prompt standard deviations.",
+        "",
+        f"    {command}",
+        "",
+        f"Samples: {samples.says}.",
         "",
         "![One-shot lambda of subsets](figures-subsets.png)",
         "",
@@ -246,9 +306,9 @@ def page(samples: Path, shape: tuple[int, int], found: dict, rows: list[dict], c
     ]
     for kind in ("prompts", "responses"):
         for row in found[kind]:
-            mean, half = (", ".join(f"{x:.3f}" for x in row[k]) if row[k] else "-" for k in ("mean", "half"))
-            ends = ", ".join(f"[{a:.2f}, {'unbounded' if b is None else f'{b:.2f}'}]" for a, b in zip(row["low"], row["high"], strict=True))
-            ess = "-" if row["ess"] is None else f"{row['ess']:.1f}"
+            mean, half = (", ".join(f"{x:.3f}" for x in row[k]) if row[k] else "unsupported" for k in ("mean", "half"))
+            ends = ", ".join(f"[{_number(a)}, {_number(b)}]" for a, b in zip(row["low"], row["high"], strict=True))
+            ess = "unsupported" if row["ess"] is None else f"{row['ess']:.1f}"
             lines.append(f"| {kind} | {row['n']} | {mean} | {ends} | {half} | {ess} | {row['unsupported']} of {DRAWS} |")
     lines += [
         "",
@@ -257,6 +317,7 @@ def page(samples: Path, shape: tuple[int, int], found: dict, rows: list[dict], c
         "weight is needed for the same predicted improvement.",
     ]
     if rows:
+        lines += ["", *(f"- Run {run.says}" for run in runs)]
         lines += [
             "",
             "![Predicted against measured improvements](figures-realised.png)",
@@ -286,33 +347,45 @@ def page(samples: Path, shape: tuple[int, int], found: dict, rows: list[dict], c
         lines += [f"| {r['truth']} | {r['what']} | {r['error']:.3f} | {100 * r['agreement']:.0f} % |" for r in calibrated]
         lines += [
             "",
-            f"All pairs of a prompt's responses, in {BINS} bins of equally many. The labels are Bradley-Terry draws from the run's "
-            "scorers, of one pair of each prompt that the alignment saw; the truth is their probability. Where an audit judges, neither "
-            "score was fitted to it.",
+            f"All pairs of a prompt's responses, in {BINS} bins of equally many. Labels are Bradley-Terry draws from the run's scorers, of "
+            "one pair of each prompt that the alignment saw; the truth is their probability. A run aligned to the labels of a file, which "
+            "are not here, is set against its scorers. Where an audit judges, neither score was fitted to it.",
         ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """See the module."""
+def _number(x: float | None) -> str:
+    return "unsupported" if x is None else f"{x:.2f}"
+
+
+def main() -> int:
+    """See the module; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__.split("\n")[0])
     parser.add_argument("samples", type=Path, help="run folder with reference samples")
     parser.add_argument("runs", type=Path, nargs="*", help="run folders whose policies are compared with the predictions")
     parser.add_argument("--preference", type=Path, help="run folder on preference scores, whose calibration is shown")
     given = parser.parse_args()
-    calibrated = [] if given.preference is None else calibration(given.preference)
-    reward_PG, utility_PGJ, aim_J, beta = scores_of(given.samples)
-    found = subsets(reward_PG, utility_PGJ, aim_J, beta)
-    rows = [row for run in given.runs for row in realised(run, reward_PG, utility_PGJ, beta)]
+    try:
+        known = {folder: stored(folder) for folder in dict.fromkeys([given.samples, *given.runs])}
+        samples, runs = known[given.samples], [known[run] for run in given.runs]
+        calibrated = [] if given.preference is None else calibration(given.preference)
+        found = subsets(samples.reward_PG, samples.utility_PGJ, samples.aim_J, samples.beta)
+        rows = [row for run in given.runs for row in realised(run, known[run])]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    folders = [given.samples, *given.runs, *(["--preference", given.preference] if given.preference else [])]
+    command = " ".join(["python -m bench.figures", *(x.name if isinstance(x, Path) and x.is_absolute() else str(x) for x in folders)])
     write_whole(DOCS / "figures-subsets.png", png(lambda: draw_subsets(found)))
     if rows:
         write_whole(DOCS / "figures-realised.png", png(lambda: draw_realised(rows)))
-    write_whole(DOCS / "figures.md", page(given.samples, tuple(reward_PG.shape), found, rows, calibrated).encode())
     if calibrated:
         write_whole(DOCS / "figures-calibration.png", png(lambda: draw_calibration(calibrated)))
     stages.write_json(DOCS / "figures.json", {"subsets": found, "realised": rows, "calibration": calibrated})
+    write_whole(DOCS / "figures.md", page(command, samples, found, rows, runs, calibrated).encode())
     print(f"written: {DOCS / 'figures.md'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -142,14 +142,16 @@ class Judgement:
     evaluation: Evaluation
     pair_order: tuple[Estimate | None, Estimate | None]  # on the responses of each, see `pair_order`
     over_refusal: OverRefusal
+    pairs_like: str = "r + lambda g"  # the score whose order pairs are compared with
 
     def as_dict(self) -> dict:
-        """`Evaluation.as_dict` and three more keys, so that `Evaluation.from_dict` reads it too."""
+        """`Evaluation.as_dict` and four more keys, so that `Evaluation.from_dict` reads it too."""
         return {
             **self.evaluation.as_dict(),
             "slack": [asdict(c.slack) for c in self.evaluation.constraints],
             "pair_order": [None if e is None else asdict(e) for e in self.pair_order],
             "over_refusal": asdict(self.over_refusal),
+            "pairs_like": self.pairs_like,
         }
 
 
@@ -390,7 +392,9 @@ def judgement_sentences(judgement: Judgement) -> list[str]:
     for name, order in zip(("reference", "policy"), judgement.pair_order, strict=True):
         if order is not None:
             share = f"{100 * order.mean:.1f} %, {_interval(order, level, digits=1, scale=100)}"
-            lines.append(f"pairs of {name} responses that the policy's log-ratio orders like r + lambda g: {share}, {order.n} prompts")
+            lines.append(
+                f"pairs of {name} responses that the policy's log-ratio orders like {judgement.pairs_like}: {share}, {order.n} prompts"
+            )
     shares = [f"{100 * s.mean:.1f} %, {_interval(s, level, digits=1, scale=100)}" for s in (refusal.reference, refusal.policy)]
     change = f"change {_number(100 * refusal.change.mean, 1, '+')} points"
     # Where no prompt's share has changed the interval of the change has no width, which says nothing.

@@ -3,8 +3,11 @@
 Reference and policy answer the same prompts with the run's own sampling settings; units and thresholds are those that the run fixed. To
 the run's verdict this adds the slack, scorers that the run did not know, how often the policy orders pairs as the Lagrangian does, and
 refusals on harmless prompts that look dangerous. Nothing is saved on the way: the folder of the results appears whole at the end.
+RUN/judged.jsonl keeps which prompts have judged the run, so that a second look at a test split is told as one.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -29,6 +32,7 @@ from engine.score import Scorers, frozen_forward, load_scorers
 from engine.stages import Inputs, Sampled, Subject
 
 USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
+JUDGED = "judged.jsonl"
 
 
 class Phase:
@@ -69,6 +73,8 @@ class Question:
     pool: int  # prompts that these are a subset of
     shared: str  # says which prompts are training prompts too; "" where none is
     lookalikes: Prompts
+    safety_alone: bool  # plain DPO on g: pairs are to have the order of g
+    judged_before: int  # final verdicts on the run that these prompts gave, the run's own among them
 
 
 def ask(run: str | Path, flags: EvaluateConfig) -> Question:
@@ -103,6 +109,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if flags.best_feasible:
         selection = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
         data.assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
+    own = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
     lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
     (reference,) = metrics.read_rows(run, "reference")
@@ -116,7 +123,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection, by_preference=by_preference,
         units=units, limits=limits, aimed=aimed, inputs=inputs,
         trained_on=stages.reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
-        lookalikes=lookalikes,
+        lookalikes=lookalikes, safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
+        judged_before=_judged_before(run, prompts, own),
     )  # fmt: skip
 
 
@@ -154,15 +162,16 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
 
         lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
         log_ratios = ((before, moved_PG), (after, after.kl_PG))
+
+        def wanted(s: Sampled) -> Tensor:
+            utility_PG = constraints.weighted(q.limits, s.scores, prompts, q.trained_on) @ lam_J
+            return utility_PG if q.safety_alone else s.scores.reward_PG + utility_PG
+
         judgement = Judgement(
             evaluation=stages.judge(prompts, before, after, q.limits, q.aimed, units, audits, flags.confidence),
-            pair_order=tuple(
-                evaluate.pair_order(
-                    x_PG, s.scores.reward_PG + constraints.weighted(q.limits, s.scores, prompts, q.trained_on) @ lam_J, flags.confidence
-                )
-                for s, x_PG in log_ratios
-            ),
+            pair_order=tuple(evaluate.pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
             over_refusal=evaluate.over_refusal(texts_before, texts_after, len(q.lookalikes), flags.confidence),
+            pairs_like="g" if q.safety_alone else "r + lambda g",
         )
         stages.write_heldout(folder, prompts, before, after)
         settings = {f: getattr(config, f) for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")}
@@ -175,10 +184,28 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             "overlap": q.shared,
         }
         stages.write_json(folder / "evaluation.json", {**judgement.as_dict(), "settings": settings})
+        try:
+            with open(q.run / JUDGED, "a") as file:
+                file.write(json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}) + "\n")
+        except OSError as error:
+            display.warn(f"{q.run / JUDGED} cannot be written ({error.strerror}), so these prompts are not on record")
         for line in evaluate.judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {out / 'evaluation.json'} and {out / 'heldout.jsonl'}")
     return judgement, out
+
+
+def _hash(prompts: Prompts) -> str:
+    """Of a set of prompts, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(prompts.text)).encode()).hexdigest()
+
+
+def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
+    """How many final verdicts these prompts have given on the run. own: those of the run's own verdict."""
+    known = [_hash(own)] if (run / "evaluation.json").is_file() else []
+    if (run / JUDGED).is_file():
+        known += [json.loads(line)["sha256"] for line in (run / JUDGED).read_text().splitlines()]
+    return known.count(_hash(prompts))
 
 
 def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
@@ -289,6 +316,8 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     config, inputs = q.config, q.inputs
     lam = ", ".join(f"{x:.3f}" for x in list(q.iterates.values())[-1])
     which = f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
+    times = "once" if q.judged_before == 1 else f"{q.judged_before} times"
+    again = [f"these prompts have judged this run {times} before; the interval does not allow for that"] if q.judged_before else []
     own = "so the random numbers are those of its verdict" if flags.seed == config.seed else "so no response was seen before"
     return [
         f"{which} of {q.run}: {q.algorithm} on {config.model or stages.DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
@@ -297,6 +326,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
         f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most {config.max_new_tokens} new tokens, "
         f"seed {flags.seed} (the run's is {config.seed}, {own})",
+        *again,
     ]
 
 

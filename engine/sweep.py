@@ -1,9 +1,9 @@
 """`python -m engine.sweep`: several algorithms along a path of thresholds, on one set of reference samples for each seed.
 
 For each seed the reference is sampled once (run folder samples-seedSEED) and the dual is solved at all thresholds, each from its
-neighbour's multipliers, before anything is trained; thresholds that the samples do not support are named there. Then every run is an
-ordinary run folder, made by `engine.train`'s own functions with --samples-of. After each of them the sweep's files are written anew:
-table.csv, pareto.png, multipliers.png and index.html.
+neighbour's multipliers and for each beta and margin, before anything is trained; thresholds that the samples do not support are named
+there, but for algorithms that know none. Then every run is an ordinary run folder, made by `engine.train`'s own functions with
+--samples-of. After each of them the sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
 """
 
 import base64
@@ -25,13 +25,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine import config as configs
-from engine import constraints, dual, stages
+from engine import constraints, dual, report, stages
 from engine.checkpoint import write_whole
-from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, smoke
+from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, by_preference, check, fit, smoke
 from engine.errors import NonFiniteError, UserError
 from engine.evaluate import Evaluation
 from engine.flags import parse_flags, suggest, take
 from engine.metrics import read_rows, read_timing
+from engine.records import Limit
 from engine.report import INK, REFERENCE, STYLE, UNIT, frame, png
 
 USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engine.train for all runs]
@@ -81,11 +82,13 @@ class Outcome:
     plan: Plan
     evaluation: Evaluation | None = None
     error: str = ""
+    limits: list[Limit] = field(default_factory=list)  # the constraints
     lam: list[float] = field(default_factory=list)  # multipliers of the last policy
     iterations: list[dict] = field(default_factory=list)  # rows: lam, slack, slack_se
-    tokens: int = 0  # sampled by this run, shared samples not counted
+    tokens: int = 0  # sampled in training by this run
+    reference_tokens: int = 0  # of the reference's samples for training, which the runs of a seed share
     steps: int = 0  # policy steps
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, without the reference's samples
 
 
 def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
@@ -113,20 +116,26 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     return list(plans.values())
 
 
-def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+def config_class(label: str) -> type[RunConfig]:
+    """Of an algorithm as it is asked for, with or without settings. Raises: UserError for one that is not there."""
     from engine.train import ALGORITHMS
 
     names = [name for name in ALGORITHMS if name != "head"]
-    name, _, own = label.partition(":")
+    name = label.partition(":")[0]
     if name not in names:
         raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
-    config_class = getattr(configs, ALGORITHMS[name][0])
-    default = config_class() if preset is None else smoke(config_class())
-    flags = _known_flags(sweep.flags, {f.name for f in fields(config_class)})
+    return getattr(configs, ALGORITHMS[name][0])
+
+
+def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+    name, _, own = label.partition(":")
+    kind = config_class(label)
+    default = kind() if preset is None else smoke(kind())
+    flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
     flags += [f"--{part.replace('_', '-')}" for part in own.split(",") if part]
-    config = parse_flags(config_class, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
+    config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
-    at = "" if issubclass(config_class, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
+    at = "" if issubclass(kind, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
     out = Path(sweep.out)
     folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
     config = replace(config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}"))
@@ -142,17 +151,18 @@ def _begun(folder: Path) -> str | None:
     return None
 
 
-def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> Path:
-    """Do all runs that are not done yet and write the sweep's files; returns the folder of the sweep.
+def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
+    """Do all runs that are not done yet and write the sweep's files.
 
     Raises: UserError before anything is sampled, or where the samples do not support a threshold; Interrupted.
     """
     out = Path(sweep.out)
     plans = configs_of(sweep, preset)
     if not resume:
-        if out.exists():
+        # What a kill leaves before sweep.json is there is nothing.
+        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         settings = {"preset": preset, **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}}
         stages.write_json(out / "sweep.json", settings)
     paths = {}
@@ -162,86 +172,133 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     outcomes: list[Outcome] = []
     for number, plan in enumerate(plans, 1):
         print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
-        outcomes.append(_do(plan))
+        outcomes.append(read_run(plan, _train(plan)))
         write(out, outcomes, paths)
     print(f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}")
-    return out
+    return outcomes
 
 
 def draw_samples(plans: list[Plan]) -> list[dict]:
-    """The reference's samples of one seed, and the dual along the thresholds: rows of threshold, aim, lambda and what it predicts.
+    """The reference's samples of one seed, and the dual along the thresholds for each beta and margin: rows of threshold, beta, margin,
+    aim, lambda and what it predicts. Not of algorithms without a threshold, nor of scores that are only there after policies are aligned.
 
     Raises: UserError for thresholds beyond what the samples support, before anything is trained.
     """
     # Settings of iterative algorithms also say which prompts measure a slack; the samples do not depend on them.
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
-    rows, guess = [], None
+    rows, guess, seen = [], None, []
     with stages.open_job("samples", config, _begun(Path(config.out)), n_stages=2) as job:
         world = stages.World(job)
         world.heldout("heldout/reference", None, -1)
-        reference, names = world.reference, [s.name for s in job.scorers.costs]
-        for threshold in sorted({plan.threshold for plan in plans}):
-            limits = constraints.limits(replace(config, threshold=threshold), names)
-            aim_J = stages.aims(job, limits, reference.prompts, reference.scores, reference.units)["aim_J"]
+        for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
+            if isinstance(plan.config, FREE) or by_preference(plan.config):
+                continue
+            own, _ = fit(plan.config, len(job.train), len(job.heldout))
+            reference = stages.reference_of(replace(job, config=own), world.reference.prompts, world.reference.sampled, None)
+            aim_J, beta = reference.aim_J, own.beta
+            problem = aim_J.tolist(), reference.limits, beta, own.lam_max, own.force
+            if problem in seen:
+                continue
+            seen.append(problem)
             utility_PGJ = reference.weighted(reference.scores, reference.prompts)
             try:
                 solution = dual.solve(
-                    reference.scores.reward_PG, utility_PGJ, aim_J, config.beta, start_J=guess, lam_max=config.lam_max, force=config.force
+                    reference.scores.reward_PG, utility_PGJ, aim_J, beta, start_J=guess, lam_max=own.lam_max, force=own.force
                 )
             except dual.Infeasible as error:
                 raise UserError(
-                    f"--thresholds {','.join(f'{b:g}' for b in threshold)} (aim {_numbers(aim_J.tolist())}) is beyond what the "
-                    f"{config.n_responses} samples of each prompt show, which is no proof that it cannot be met; they support "
+                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)} (aim {_numbers(aim_J.tolist())}) is beyond what the "
+                    f"{own.n_responses} samples of each prompt show, which is no proof that it cannot be met; they support "
                     f"{error.largest_multiple:.2f} of the aim; leave it out, lower --margin, or go on with --force behind --."
                 ) from error
             guess = solution.lam
             rows.append({
-                "threshold": threshold, "aim": aim_J.tolist(), "lam": solution.lam.tolist(),
+                "threshold": plan.threshold, "beta": beta, "margin": own.margin, "aim": aim_J.tolist(), "lam": solution.lam.tolist(),
                 "predicted": solution.predicted_improvement.tolist(), "ess": float(solution.ess.mean()),
             })  # fmt: skip
             job.run.display.line(
-                f"b {_numbers(threshold)}: aim {_numbers(aim_J.tolist())}, one-shot lambda {_numbers(solution.lam.tolist())}, effective "
-                f"sample size {rows[-1]['ess']:.1f} of {config.n_responses}"
+                f"b {_numbers(plan.threshold)} (beta {beta:g}, margin {own.margin:g}): aim {_numbers(aim_J.tolist())}, one-shot lambda "
+                f"{_numbers(solution.lam.tolist())}, effective sample size {rows[-1]['ess']:.1f} of {own.n_responses}"
             )
     return rows
 
 
-def _do(plan: Plan) -> Outcome:
-    """Train and judge, or go on with a run that was stopped, or read one that is done."""
-    error = ""
-    if not (plan.folder / "evaluation.json").is_file():
+def finished(plan: Plan) -> bool:
+    """Whether a run has its verdict."""
+    return (plan.folder / "evaluation.json").is_file()
+
+
+def _train(plan: Plan) -> str:
+    """Train and judge, or go on with a run that was stopped, unless it is done; returns what it failed with, or ""."""
+    if not finished(plan):
         train = import_module(f"engine.{plan.algorithm}").train
         try:
             train(plan.config, resume=_begun(plan.folder))
         except NonFiniteError as stop:
-            error = str(stop)
-            print(f"error: {error}", file=sys.stderr)
-    timing = read_timing(plan.folder)
-    own = [row for row in timing if not row["stage"].endswith("reference")]
+            print(f"error: {stop}", file=sys.stderr)
+            return str(stop)
+    if not (plan.folder / "report.html").is_file():
+        report.write(plan.folder)
+    return ""
+
+
+def read_run(plan: Plan, error: str = "") -> Outcome:
+    """What the folder of a run says that is done, or has failed with `error`."""
+    (reference,) = read_rows(plan.folder, "reference")
+    tokens, seconds = effort(plan.folder)
+    reference_tokens, _ = effort(Path(plan.config.samples_of))
     outcome = Outcome(
-        plan=plan, error=error, tokens=sum(row.get("tokens", 0) for row in own), steps=len(read_rows(plan.folder, "step")),
-        seconds=sum(row["seconds"] for row in own if row["kind"] == "stage"), iterations=read_rows(plan.folder, "iteration"),
+        plan=plan, error=error, limits=constraints.limits(plan.config, reference["names"]),
+        tokens=sum(n for stage, n in tokens.items() if _training(stage)),
+        reference_tokens=reference_tokens.get("reference", 0), steps=len(read_rows(plan.folder, "step")),
+        seconds=sum(s for stage, s in seconds.items() if _training(stage)), iterations=read_rows(plan.folder, "iteration"),
     )  # fmt: skip
     if not error:
         outcome.evaluation = Evaluation.from_dict(json.loads((plan.folder / "evaluation.json").read_text()))
-        policies = read_rows(plan.folder, "policy")
-        kept = [row for row in policies if (plan.folder / "adapters" / f"iteration-{row['iteration']}").is_dir()]
-        outcome.lam = kept[-1]["lam"]
+        outcome.lam = kept_lam(plan.folder) or outcome.iterations[0]["lam"]
     return outcome
+
+
+def kept_lam(folder: Path) -> list[float] | None:
+    """The multipliers that the judged policy of a run was trained at; None where --max-kl rejected the first one, so that the verdict is
+    on the reference."""
+    kept = [row for row in read_rows(folder, "policy") if not (folder / "adapters" / f"rejected-{row['iteration']}").is_dir()]
+    return kept[-1]["lam"] if kept else None
+
+
+def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """(sampled tokens, seconds) of each stage of a run, of its last attempt alone: one that was interrupted sampled the same responses.
+    Seconds that a policy stage took before it was interrupted are so left out."""
+    tokens, seconds = {}, {}
+    for row in read_timing(folder):
+        if row["kind"] == "stage":
+            seconds[row["stage"]] = row["seconds"]
+        elif "tokens" in row:
+            tokens[row["stage"]] = row["tokens"]
+    return tokens, seconds
+
+
+def _training(stage: str) -> bool:
+    return stage != "reference" and not stage.startswith("heldout/")
 
 
 def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> None:
     """Write table.csv, pareto.png, multipliers.png and index.html of the runs so far."""
     rows = table(outcomes)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(out / "table.csv", text.getvalue().encode())
+    write_table(out / "table.csv", rows)
     pictures = {"pareto.png": pareto(outcomes), "multipliers.png": multipliers(outcomes)}
     for name, picture in pictures.items():
         write_whole(out / name, picture)
     write_whole(out / "index.html", page(outcomes, rows, paths, pictures).encode("utf-8", "replace"))
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """The rows of `table` as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 def table(outcomes: list[Outcome]) -> list[dict]:
@@ -250,7 +307,7 @@ def table(outcomes: list[Outcome]) -> list[dict]:
     for o in outcomes:
         row: dict = {"algorithm": o.plan.label, "seed": o.plan.config.seed}
         if o.evaluation is None:
-            rows.append({**row, "error": o.error})
+            rows.append({**row, **{f"{limit.name} threshold": limit.value for limit in o.limits}, "error": o.error})
             continue
         e = o.evaluation
         row |= _columns("reward", e.reward)
@@ -265,7 +322,8 @@ def table(outcomes: list[Outcome]) -> list[dict]:
         if e.refusal_harmless is not None:
             row["refusals on harmless prompts"] = e.refusal_harmless[1]
         row |= {"prompts": e.n_prompts, "responses": e.n_responses}
-        rows.append({**row, "sampled tokens": o.tokens, "policy steps": o.steps, "seconds": round(o.seconds, 1), "error": ""})
+        row |= {"sampled tokens": o.tokens, "reference tokens": o.reference_tokens}
+        rows.append({**row, "policy steps": o.steps, "seconds": round(o.seconds, 1), "error": ""})
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name, "") for name in names} for row in rows]
 
@@ -374,7 +432,9 @@ def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]]
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for name, png in pictures.items()
     )
     chain = [
-        [str(seed), _numbers(row["threshold"]), _numbers(row["aim"]), _numbers(row["lam"]), _numbers(row["predicted"]), f"{row['ess']:.1f}"]
+        [f"{x:g}" for x in (seed, row["beta"], row["margin"])]
+        + [_numbers(row[name]) for name in ("threshold", "aim", "lam", "predicted")]
+        + [f"{row['ess']:.1f}"]
         for seed, own in paths.items()
         for row in own
     ]
@@ -385,13 +445,13 @@ def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]]
 <title>Sweep</title><style>{STYLE}.sides {{ grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }}</style></head><body>
 <h1>{escape(", ".join(dict.fromkeys(o.plan.label for o in outcomes)))}: {len(done)} runs</h1>
 <p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations; intervals are 95 % over prompts.
-Seconds leave out the reference's samples, which the runs of a seed share.</p>
+Sampled tokens and seconds are those of training; the reference's samples, which the runs of a seed share, are a column of their own.</p>
 {failed}
 {images}
 <h2>Runs</h2>
 {_html([name for name in rows[0] if not name.endswith((" se", " low", " high"))], [_shown(row) for row in rows])}
 <h2>The dual along the thresholds</h2>
-{_html(["seed", "b", "aim", "one-shot lambda", "predicted improvement", "effective sample size"], chain)}
+{_html(["seed", "beta", "margin", "b", "aim", "one-shot lambda", "predicted improvement", "effective sample size"], chain)}
 <h2>Side by side</h2>
 {_side_by_side([o for o in done if o.plan.config.seed == done[0].plan.config.seed]) if done else ""}
 </body></html>

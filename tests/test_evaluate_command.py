@@ -6,7 +6,7 @@ import re
 import runpy
 import signal
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -97,7 +97,7 @@ def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time
     kept = {p.name for p in finished.iterdir()}
     assert main([str(finished)]) == 0 and main([str(finished)]) == 0
     first, second = finished / "evaluation-1", finished / "evaluation-2"
-    assert {p.name for p in finished.iterdir()} - kept == {first.name, second.name}
+    assert {p.name for p in finished.iterdir()} - kept - {"judged.jsonl"} == {first.name, second.name}
     assert {p.name for p in first.iterdir()} == {"evaluation.json", "heldout.jsonl"}
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in ("evaluation.json", "heldout.jsonl"))
     assert [row["prompt"] for row in rows(first)] == [row["prompt"] for row in rows(finished)]
@@ -164,6 +164,26 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
     assert asked[1][0].mean().item() == pytest.approx(result["kl"]["mean"])
     assert result["pair_order"] == [asdict(pair_order(*a)) for a in asked]
     assert result["confidence"] == 0.8
+
+
+def test_dpo_on_safety_is_asked_for_the_order_of_g_and_a_second_look_is_told(tmp_path, monkeypatch, capsys):
+    run, asked = tmp_path / "d", []
+    assert train.main(["dpo", "--objective", "safety", *SMOKE, "--out", str(run)]) == 0
+    # The run's own verdict was on its 8 held-out prompts, not on 3 of them.
+    own, few = EvaluateConfig(), EvaluateConfig(n_prompts=3)
+    assert (ask(run, own).judged_before, ask(run, few).judged_before) == (1, 0)
+    pair_order = evaluate.pair_order
+    monkeypatch.setattr(evaluate, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
+    assert main([str(run), "--n-prompts", "3", "--out", str(tmp_path / "o")]) == 0
+    for name, (_, score, _) in zip(("reference", "policy"), asked, strict=True):
+        torch.testing.assert_close(score, by_prompt(tmp_path / "o", f"{name}_utility", 2)[..., 0])
+    printed = capsys.readouterr().out
+    assert "log-ratio orders like g: " in printed and "judged this run" not in printed and found(tmp_path / "o")["pairs_like"] == "g"
+    question = ask(run, few)
+    assert (ask(run, own).judged_before, question.judged_before, ask(run, EvaluateConfig(n_prompts=4)).judged_before) == (1, 1, 0)
+    again = "these prompts have judged this run {} before; the interval does not allow for that"
+    assert again.format("once") in evaluate_command._opening(question, few)
+    assert again.format("2 times") in evaluate_command._opening(replace(question, judged_before=2), few)
 
 
 def test_a_run_of_mocan_has_the_lambda_of_its_dual(tmp_path):

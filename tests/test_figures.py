@@ -1,12 +1,14 @@
 """bench.figures on synthetic scores, and on the files of a smoke run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import figures
 from engine import caid, dual, pecan
+from engine.checkpoint import Run
 from engine.config import CaidConfig, PecanConfig, smoke
 from engine.errors import UserError
 from engine.metrics import read_rows
@@ -28,12 +30,13 @@ def test_subsets_show_the_spread_of_prompts_and_the_bias_of_few_responses():
     assert figures.draw_subsets(found).axes[0].get_xlabel() == "number of prompts"
 
 
-def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache):
+def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache, monkeypatch, capsys):
     run = tmp_path / "run"
-    caid.train(smoke(CaidConfig(out=str(run), threads=1, force=True, iterations=2)))
-    reward, utility, aim, beta = figures.scores_of(run)
-    assert utility.var(1).mean() == pytest.approx(1.0) and aim.tolist() == read_rows(run, "reference")[0]["aim"]
-    rows = figures.realised(run, reward, utility, beta)
+    caid.train(smoke(CaidConfig(out=str(run), threads=1, iterations=2, threshold=(0.05,))))
+    own = figures.stored(run)
+    reward, utility, beta = own.reward_PG, own.utility_PGJ, own.beta
+    assert utility.var(1).mean() == pytest.approx(1.0) and own.aim_J.tolist() == read_rows(run, "reference")[0]["aim"]
+    rows = figures.realised(run, own)
     assert [row["what"] for row in rows] == ["iteration 1", "iteration 2", "held out"]
     iterations, verdict = read_rows(run, "iteration"), json.loads((run / "evaluation.json").read_text())
     for row, measured in zip(rows, iterations, strict=False):
@@ -41,10 +44,42 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache):
         predicted = float(((tilt - 1 / reward.shape[1]) * utility[..., 0]).sum(1).mean())
         assert row["predicted"] == pytest.approx([predicted]) and row["measured"] == measured["improvement"]
     assert rows[-1]["measured"] == [verdict["constraints"][0]["estimate"]["mean"]] and rows[-1]["lam"] == iterations[-1]["lam"]
-    found = figures.subsets(reward, utility, torch.tensor([0.05]), beta, draws=4)
-    text = figures.page(run, tuple(reward.shape), found, rows, [])
+    # A run of another beta is predicted with its own.
+    assert own.beta == 1.0 and "`run`: caid, seed 0, smoke; commit " in own.says
+    tilt = ((reward + utility[..., 0] * iterations[0]["lam"][0]) / 2).softmax(1)
+    predicted = float(((tilt - 1 / reward.shape[1]) * utility[..., 0]).sum(1).mean())
+    assert figures.realised(run, replace(own, beta=2.0))[0]["predicted"] == pytest.approx([predicted])
+    monkeypatch.setattr(figures, "DOCS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["figures", str(run), str(run)])
+    assert figures.main() == 0
+    text = (tmp_path / "figures.md").read_text()
     assert text.count("| run | iteration") == 2 and "| responses | 4 |" in text
-    assert len(figures.draw_realised(rows).axes) == 2
+    assert "    python -m bench.figures run run\n" in text and "torch " in text and "quickstart" not in text
+    # A verdict on the reference has no multipliers.
+    adapters = run / "adapters"
+    (adapters / "iteration-2").rename(adapters / "rejected-2")
+    assert figures.realised(run, own)[-1]["lam"] == iterations[0]["lam"]
+    (adapters / "iteration-1").rename(adapters / "rejected-1")
+    assert [row["what"] for row in figures.realised(run, own)] == ["iteration 1", "iteration 2"]
+    # An older run lacks settings; one without samples is named.
+    contents = json.loads((run / "config.json").read_text())
+    monkeypatch.setattr(Run, "_read_contents", lambda folder: {**contents, "config": {"beta": 1.0}})
+    assert figures.stored(run).aim_J.tolist() == own.aim_J.tolist()
+    (run / "stages" / "01-reference.safetensors").unlink()
+    assert figures.main() == 2 and f"error: {run}: it has no samples" in capsys.readouterr().err
+
+
+def test_unsupported_draws_are_no_numbers(tmp_path):
+    """An aim that hardly any subset of the responses reaches: infinite ends are null in JSON and words in the page."""
+    generator = torch.Generator().manual_seed(0)
+    r, g = (torch.randn(30, 4, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    aim = torch.tensor([0.8], dtype=torch.float64)
+    found = figures.subsets(r[..., 0], g, aim, 1.0, draws=10)
+    assert found["responses"][0]["low"] == found["responses"][0]["high"] == [None] and found["responses"][0]["unsupported"] == 10
+    json.dumps(found, allow_nan=False)
+    text = figures.page("command", figures.Stored(r[..., 0], g, aim, 1.0, "x"), found, [], [], [])
+    assert "| responses | 2 | unsupported | [unsupported, unsupported] | unsupported | unsupported | 10 of 60 |" in text
+    assert len(figures.draw_subsets(found).axes) == 2
 
 
 def test_reliability_of_known_predictions():
@@ -64,7 +99,7 @@ def test_reliability_of_known_predictions():
     assert figures.reliability(truth, 0.3 + 0 * truth)["error"] == pytest.approx((truth.view(-1) - 0.3).abs().mean().item(), abs=0.02)
 
 
-def test_calibration_reads_a_run_on_preferences(tmp_path, cache):
+def test_calibration_reads_a_run_on_preferences(tmp_path, cache, monkeypatch):
     run = tmp_path / "run"
     pecan.train(smoke(PecanConfig(out=str(run), threads=1, force=True)))
     rows = figures.calibration(run)
@@ -72,5 +107,15 @@ def test_calibration_reads_a_run_on_preferences(tmp_path, cache):
     assert [row["what"] for row in rows if row["truth"] == "harm: harm-audit"][-1] == "model score"
     assert all(len(row["true"]) == figures.BINS and 0 <= row["error"] <= 1 for row in rows)
     assert len(figures.draw_calibration(rows).axes) == 3
+    own, row = figures.stored(run), read_rows(run, "dual")[0]
+    assert own.utility_PGJ.var(1).mean() == pytest.approx(1.0) and own.aim_J.tolist() == row["aim"]
+    predicted = dual.tilted_improvement(own.reward_PG, own.utility_PGJ, row["lam"], own.beta)[1].mean(0)
+    assert predicted.tolist() == pytest.approx(row["predicted_improvement"])
+    # The labels of a file are not what the scorers say.
+    contents = json.loads((run / "config.json").read_text())
+    settings = {"beta": 1.0, "preferences": "own.jsonl"}
+    monkeypatch.setattr(Run, "_read_contents", lambda folder: {**contents, "config": settings})
+    assert {row["truth"] for row in figures.calibration(run)} == {"reward: the run's scorer", "harm: the run's scorer", "harm: harm-audit"}
+    monkeypatch.setattr(Run, "_read_contents", lambda folder: {**contents, "algorithm": "caid", "config": settings})
     with pytest.raises(UserError, match="no log-ratio scores"):
-        figures.calibration(tmp_path)
+        figures.calibration(run)

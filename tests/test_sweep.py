@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from engine import caid, sweep
+from engine import caid, dual, sweep
+from engine.checkpoint import load
 from engine.config import CaidConfig, smoke
 from engine.errors import UserError
-from engine.metrics import read_rows
+from engine.metrics import read_rows, read_timing
+from engine.stages import ReferenceSamples
 
 COMMON = ["--", "--threads", "1", "--force"]
 ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]
@@ -42,7 +45,11 @@ def test_the_table_has_the_verdict_of_every_run(swept):
         assert float(row["harm lambda"]) == read_rows(swept / name, "policy")[-1]["lam"][0]
         assert int(row["policy steps"]) == len(read_rows(swept / name, "step"))
     caid_tokens, mocan_tokens = (int(rows[i]["sampled tokens"]) for i in (0, 1))
-    assert caid_tokens > mocan_tokens > 0
+    # MoCAN samples nothing in training, and neither verdict is counted.
+    slack = [row["tokens"] for row in read_timing(swept / runs[0]) if "tokens" in row and row["stage"].endswith("slack")]
+    assert caid_tokens == sum(slack) > 0 and mocan_tokens == 0
+    (reference,) = [row["tokens"] for row in read_timing(swept / "samples-seed3") if "tokens" in row and row["stage"] == "reference"]
+    assert {int(row["reference tokens"]) for row in rows} == {reference}
     assert len(read_rows(swept / runs[0], "iteration")) == 2
 
 
@@ -56,6 +63,18 @@ def test_runs_of_a_seed_share_the_reference_and_end_like_runs_alone(swept, tmp_p
     samples = read_rows(swept / "samples-seed3", "reference")[0]
     for name in ("mocan-b0.1-seed3", "mocan-b-0.2-seed3"):
         assert read_rows(swept / name, "reference")[0]["reward_sd"] == samples["reward_sd"]
+
+
+def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
+    """What Ctrl-C (a stage row) and a kill (none) leave before the whole attempt."""
+    timing = [
+        ("timing", "iteration-1/slack", {"tokens": 70}), ("stage", "iteration-1/slack", {"seconds": 3.0}),
+        ("timing", "iteration-1/slack", {"tokens": 70}), ("timing", "iteration-1/slack", {"tokens": 70}),
+        ("stage", "iteration-1/slack", {"seconds": 5.0}), ("stage", "heldout/policy", {"seconds": 9.0}),
+    ]  # fmt: skip
+    rows = [json.dumps({"kind": kind, "stage": stage, **values}) for kind, stage, values in timing]
+    (tmp_path / "timing.jsonl").write_text("\n".join(rows) + "\n")
+    assert sweep.effort(tmp_path) == ({"iteration-1/slack": 70}, {"iteration-1/slack": 5.0, "heldout/policy": 9.0})
 
 
 def test_pictures_and_page_show_every_run(swept):
@@ -81,7 +100,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     swept.rename(swept.with_name("old"))
     out.rename(swept)
     assert sweep.main(["--resume", str(swept)]) == 0
-    drop = {"seconds", "sampled tokens"}
+    drop = {"seconds"}
     before, after = ([{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)] for o in (swept.with_name("old"), swept))
     assert before == after
     assert (swept / "pareto.png").read_bytes() == (swept.with_name("old") / "pareto.png").read_bytes()
@@ -108,6 +127,44 @@ def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, 
     assert sweep.main(argv) == 2
     assert re.search(said, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path):
+    """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these alone is not refused."""
+
+    def plans(labels: tuple[str, ...], threshold: str) -> list[sweep.Plan]:
+        own = sweep.SweepConfig(out=str(tmp_path), algorithms=labels, thresholds=(threshold,), flags=("--threads", "1"))
+        return sweep.configs_of(own, "smoke")
+
+    labels = ("dpo", "pecan", "caid:scores=preference")
+    assert sweep.draw_samples(plans(labels, "99")) == []
+    rows = sweep.draw_samples(plans((*labels, "mocan", "mocan:beta=2", "mocan:margin=0.01", "caid"), "0.05"))
+    assert [(row["beta"], row["margin"]) for row in rows] == [(1, 0), (1, 0.01), (2, 0)]
+    assert rows[0]["aim"] == rows[2]["aim"] == [0.05] and rows[1]["aim"][0] > 0.05
+    (units,) = read_rows(tmp_path / "samples-seed0", "reference")
+    scores = load(tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.scores
+    r, g = scores.reward_PG / units["reward_sd"], scores.utility_PGJ / torch.tensor(units["utility_sd"], dtype=torch.float64)
+    for row in rows:
+        assert row["lam"] == pytest.approx(dual.solve(r, g, row["aim"], row["beta"]).lam.tolist(), rel=1e-8)
+
+
+def test_a_first_iterate_past_max_kl_has_the_multipliers_of_its_iteration(tmp_path):
+    out = tmp_path / "s"
+    argv = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "--thresholds", "0.1", "--out", str(out)]
+    # A kill between the folder and its settings.
+    out.mkdir()
+    (out / "sweep.json.tmp").write_text("{")
+    assert sweep.main([*argv, *COMMON, "--max-kl", "1e-9"]) == 0
+    (row,) = rows_of(out)
+    folder = out / "caid-iterations=2-b0.1-seed0"
+    assert float(row["harm lambda"]) == read_rows(folder, "iteration")[0]["lam"][0]
+    # The reference against itself, up to float32.
+    assert sweep.kept_lam(folder) is None and float(row["kl nats"]) == pytest.approx(0, abs=1e-3)
+    # A kill after the verdict, before the report.
+    whole = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert sweep.main(["--resume", str(out)]) == 0 and (folder / "report.html").read_bytes() == whole
+    assert sweep.main([*argv, *COMMON]) == 2
 
 
 def test_thresholds_that_the_samples_do_not_support_end_it_before_training(tmp_path, capsys):
