@@ -137,13 +137,13 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     inputs = Inputs.of(config)
     train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
     config, lowered = fit(config, len(train), len(heldout))
+    # Again: so few prompts may be there that no verdict is possible.
     check(config)
     _check_samples_of(config, fingerprint)
     used = reference_prompts(config, train), heldout_prompts(config, heldout)
     plan = Plan.of(config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
     plan.check()
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
-    warnings = try_out(scorers, used[0].text)
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
@@ -157,6 +157,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
             data.assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
     if own_pairs is not None:
         constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
+    warnings = try_out(scorers, used[0].text)
     display = metrics.Display(n_stages=n_stages)
     display.line(
         f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
