@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
+from scipy.special import log_softmax
 
 from bench import bounds, theory
 from bench.exact_world import ExactWorld, listwise, make, maximiser, regression, sampled, single, soft, standardised
@@ -134,6 +136,27 @@ def test_maximiser_is_the_best_of_scipys(J, eps):
     best = Optima(problem).best_in_class(lam)
     assert problem.lagrangian(theta, torch.tensor(lam)) == pytest.approx(best.lagrangian(lam), abs=1e-9)
     assert problem.slack_J(theta).tolist() == pytest.approx(best.slack, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [2, 8, 16])
+def test_maxima_far_out_are_found(seed):
+    problem = make(seed, eps=3.0)
+    optima = Optima(problem)
+    radius, angle = np.meshgrid(np.geomspace(0.05, 300, 60), np.linspace(0, 2 * np.pi, 181))
+    theta = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(-1, 2)
+    log_ratio = log_softmax(np.einsum("pyf,sf->spy", optima.phi, theta), axis=2) + np.log(optima.Y)
+    pi = np.exp(log_ratio) / optima.Y
+    value, slack = (pi * (optima.r - log_ratio)).sum(2).mean(1), (pi * optima.h[..., 0]).sum(2).mean(1)
+    _, dual_in_class, _ = optima.solve_dual_in_class(np.zeros(1))
+    # D_p lies above the lines value + lambda slack of the grid's policies, at every lambda.
+    lower = linprog([0.0, 1.0], A_ub=np.stack([slack, -np.ones_like(slack)], 1), b_ub=-value, bounds=[(0, 100), (None, None)]).fun
+    assert lower - 1e-6 < dual_in_class < lower + 0.05
+    for lam in (0.0, 1.0, 3.0):
+        best = optima.best_in_class(np.array([lam])).lagrangian(np.array([lam]))
+        assert best > float((value + lam * slack).max()) - 1e-9
+        lam = torch.tensor([lam], dtype=torch.float64)
+        theta = maximiser(ExactWorld(problem, MocanConfig(beta=problem.beta)), target_at(problem, lam), 1)
+        assert problem.lagrangian(theta, lam) == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize("J", [1, 2, 3])
