@@ -479,13 +479,9 @@ BROKEN: dict[str, Callable[[Facts], Facts]] = {
 
 # Cannot fail: B is so wide that no break above reaches it.
 LOOSE = (
-    "Thm 2: P* - D_p* <= B(lambda*_p)", "Thm 2: D_p* - P* <= B(lambda*_nu)", "Lemma 3: D - D_p <= B", "Thm 1: D_p* - P_p* <= B(lambda*_nu)",
-    "Lemma 5 with B", "Thm 3, U-OPT", "Thm 3, R-OPT", "Thm 4, U-OPT", "Thm 4, R-OPT", "Thm 4, R-OPT, with |lambda*|_1",
-    *(
-        f"{name}, {kind}"
-        for kind in UPDATES
-        for name in ("Thm 5, lower side", "Thm 5, upper side", "Thm 6, U-OPT", "Thm 6, R-OPT")
-    ),
+    "Thm 2: D_p* - P* <= B(lambda*_nu)", "Lemma 3: D - D_p <= B", "Thm 1: D_p* - P_p* <= B(lambda*_nu)", "Lemma 5 with B", "Thm 3, U-OPT",
+    "Thm 3, R-OPT", "Thm 4, U-OPT", "Thm 4, R-OPT", "Thm 4, R-OPT, with |lambda*|_1",
+    *(f"{name}, {kind}" for kind in UPDATES for name in ("Thm 5, upper side", "Thm 6, U-OPT", "Thm 6, R-OPT")),
 )  # fmt: skip
 
 

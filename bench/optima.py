@@ -95,8 +95,8 @@ class Optima:
         return theta_SF, np.concatenate(value_S), np.concatenate(slack_SJ)
 
     def best_in_class(self, lam: np.ndarray) -> Policy:
-        """The Lagrangian's maximiser over theta by BFGS: from the tilt's own theta, from the best maximisers found before, and from the best of
-        small, middle and large size in the cloud, unless they lie near the best so far or too low to lead above it."""
+        """The Lagrangian's maximiser over theta by BFGS: from the tilt's own theta, from the best maximisers found before, and from the
+        best of small, middle and large size in the cloud, unless they lie near the best so far or too low to lead above it."""
         score, worth = self.r + self.h @ lam, 1 + np.abs(lam).sum()
 
         def function(theta):
@@ -176,7 +176,8 @@ class Optima:
         def value(z):
             pi, inner = parts(z)
             mean = (pi * inner).sum(1, keepdims=True)
-            return -float(mean.mean()), -(pi * (inner - mean) / self.P).ravel()
+            # In units of beta and summed over the prompts: a slope far below 1 stops the search too early.
+            return -float(mean.sum()) / self.beta, -(pi * (inner - mean) / self.beta).ravel()
 
         def slack(z):
             pi, _ = parts(z)
@@ -188,7 +189,7 @@ class Optima:
             return (pi[..., None] * centred / self.P).reshape(-1, self.J).T
 
         found = minimize(
-            value, self.r.ravel() / self.beta, jac=True, method="SLSQP",
+            value, np.zeros(self.r.size), jac=True, method="SLSQP",
             constraints={"type": "ineq", "fun": slack, "jac": slope}, options={"ftol": 1e-15, "maxiter": 500},
         )  # fmt: skip
         return self.policy(found.x.reshape(self.P, self.Y))
