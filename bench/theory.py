@@ -807,7 +807,7 @@ def one_shot_sentence(lines: list[dict]) -> str:
     several = [slack for slack in gap if len(slack) > 1]
     return (
         f"One-shot lambda misses the worst constraint in {sum(min(slack) < -1e-9 for slack in gap)} of the {len(gap)} problems with eps "
-        "above 0: the class answers more weakly than the tilt. It does err on the safe side in other constraints: "
+        "above 0: the class answers more weakly than the tilt. Other constraints can end on the safe side: "
         f"{sum(max(slack) > 1e-9 for slack in several)} of the {len(several)} with two or three constraints have one that holds with slack "
         "to spare."
     )

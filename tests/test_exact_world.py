@@ -210,7 +210,8 @@ def test_six_secant_steps_from_the_engines_default_reach_it_at_eps_1():
         problem = make(seed, eps=1.0)
         world = ExactWorld(problem, CaidConfig(beta=problem.beta, iterations=7, dual_rule="secant"), maximiser)
         caid.loop(world, world.config)
-        assert world.history[0].slack_J.abs() > 0.05 and world.history[-1].slack_J.abs() < 1e-4, seed
+        assert world.history[0].slack_J.abs() > 1e-2, "one-shot must not be the answer"
+        assert world.history[-1].slack_J.abs() < 1e-4, seed
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.3])
