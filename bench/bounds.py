@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bench.exact_world import ExactWorld, Update, local_maxima, make, maximiser, soft
-from bench.optima import Optima
+from bench.optima import Optima, Policy
 from engine import caid, cdpo, dual, mocan
 from engine.config import CaidConfig, CdpoConfig, MocanConfig
 from engine.records import Target
@@ -87,18 +87,32 @@ class Facts:
     tighter: Point | None  # at lambda*_nu; None where assumption A4 fails
     others: tuple[Point, ...]  # at 0 and 3 lambda*
     optimum: Measured  # pi*
+    untrained: Measured  # the class's maximiser at lambda = 0
     tilted_slack: np.ndarray  # E h under pi*(lambda*_p)
-    multi_shot: Measured | None  # the last iterate of CAID's loop, None where it has not reached lambda*_p
+    multi_shot: Measured | None  # the class's maximiser at lambda*_p, by scipy; None at a kink, where it is not unique
+    caid_off: tuple[float, float]  # CAID's last iterate from lambda*: |lambda - lambda*_p| and the slack it misses 0 by (largest entries)
     one_shot: Measured  # MoCAN's policy
     off_along_h: Measured  # pi*(lambda* + small): off from pi* along h alone, where the proofs' inequalities are tight
     off_gap: float  # D(lambda*) - L of that policy
     stochastic: tuple[Stochastic, ...]
-    hessian_top: float  # at lambda*
     G: float  # sup |g|, per prompt centred at the middle of its range
     taylor: float  # error of CAN's expansion about 0 at a step, over that at half of it, on the base 2
     taylor_of_wrong_sign: float  # the same with the gradient's sign flipped
-    descent: tuple[int, float, float]  # projected gradient: steps to 1e-6, condition number on its path, (|lambda_0 - lambda*| / tau)^2
+    chord: float  # largest D(middle) - mean of D at both ends, over random segments
+    descent: "Descent"
     maxima: int  # largest number of distinct local maxima that the starts of a maximisation found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """Projected gradient from 3 lambda*, CAN's Theorem 2; tau is |lambda*| / 2."""
+
+    steps: int  # to 1e-6, with step 1 / top
+    steps_as_printed: int  # with step beta / G
+    top: float  # largest curvature on the path
+    mu: float  # smallest one within tau of lambda*
+    log: float  # max(ln(tau / 1e-6), 0)
+    distance: float  # (|lambda_0 - lambda*| / tau)^2
 
 
 @dataclass(frozen=True)
@@ -120,21 +134,21 @@ class Bound:
         return self.left / self.right if self.right > 10 * ROUNDING else math.nan
 
 
-def measure(seed: int, J: int, eps: float, *, scale: float = 1.0) -> Facts:
+def measure(seed: int, J: int, eps: float, *, scale: float = 1.0, beta: float = 1.0, b: float | tuple[float, ...] = 0.3) -> Facts:
     """Make a problem, solve it by scipy, run the loops in it. scale: of the utilities and thresholds, which only changes units."""
-    problem = make(seed, J=J, eps=eps)
+    problem = make(seed, J=J, eps=eps, beta=beta, b=b)
     problem = replace(problem, utility_PYJ=scale * problem.utility_PYJ, b_J=scale * problem.b_J)
     optima = Optima(problem)
     lam_star = optima.solve_dual()
-    lam_p, dual_p, kink = optima.solve_dual_in_class(lam_star)
+    # Not from lambda*, which at nu = 0 is the answer.
+    lam_p, dual_p, kink = optima.solve_dual_in_class(0 * lam_star, 3 * lam_star)
     primal, best = optima.solve_primal(), optima.best_in_class(lam_p)
     largest = optima.largest_slack_in_class(best.theta)
 
     def point(lam: np.ndarray) -> Point:
         return at(optima, lam, optima.dual_in_class(lam))
 
-    def measured(theta: torch.Tensor | None, p: Point) -> Measured:
-        policy = optima.policy(problem.log_ratio_PY(theta).numpy())
+    def measured(policy: Policy, p: Point) -> Measured:
         off = policy.slack - optima.tilted(p.lam).slack
         return Measured(lam=p.lam, value=policy.value, slack=policy.slack, bend=bend(optima, p.lam, off, p.dual - policy.lagrangian(p.lam)))
 
@@ -143,12 +157,13 @@ def measure(seed: int, J: int, eps: float, *, scale: float = 1.0) -> Facts:
     others = (point(0 * lam_star), point(3 * lam_star))
     config = CaidConfig(beta=problem.beta, iterations=24, dual_step=1.0, lam_max=1e3)
     world = ExactWorld(problem, config, maximiser)
-    theta, lam = caid.loop(world, config)
-    reached = np.abs(lam.numpy() - lam_p).max() < 1e-4 / scale and not kink
-    multi = measured(theta, in_class) if reached else None
+    _, lam = caid.loop(world, config)
+    slack = world.history[-1].slack_J
+    caid_off = float(np.abs(lam.numpy() - lam_p).max()), float(torch.where(lam > 0, slack, slack.clamp(max=0)).abs().max())
     maxima = max(distinct(local_maxima(world, target)) for target, _ in world.fitted[-3:])
     world = ExactWorld(problem, MocanConfig(beta=problem.beta), maximiser)
-    one = measured(mocan.loop(world, world.config)[0], star)
+    theta, _ = mocan.loop(world, world.config)
+    one = measured(optima.policy(problem.log_ratio_PY(theta).numpy()), star)
     hessian = optima.hessian(lam_star)
     top, axes = np.linalg.eigh(hessian)
     runs = tuple(stochastic(problem, optima, in_class, float(0.3 / top[-1]), kind, update) for kind, update in UPDATES.items())
@@ -170,6 +185,7 @@ def measure(seed: int, J: int, eps: float, *, scale: float = 1.0) -> Facts:
     middle = (
         problem.utility_PYJ.numpy() - (problem.utility_PYJ.amax(1, keepdim=True) + problem.utility_PYJ.amin(1, keepdim=True)).numpy() / 2
     )
+    radius = float(np.linalg.norm(middle, axis=2).max())
     return Facts(
         J=J, eps=eps, seed=seed, beta=problem.beta, M=optima.M,
         L=largest_curvature(optima, [p.lam for p in visited], scale),
@@ -177,16 +193,17 @@ def measure(seed: int, J: int, eps: float, *, scale: float = 1.0) -> Facts:
         primal=primal.value, kl=optima.kl(primal), primal_in_class=optima.solve_primal_in_class(best.theta).value, kink=kink,
         star=star, in_class=in_class, tighter=None if tighter is None else point(tighter), others=others,
         optimum=Measured(lam=lam_star, value=primal.value, slack=primal.slack, bend=0.0), tilted_slack=optima.tilted(lam_p).slack,
-        multi_shot=multi, one_shot=one,
+        untrained=measured(optima.best_in_class(0 * lam_star), others[0]),
+        multi_shot=None if kink else measured(best, in_class), caid_off=caid_off, one_shot=one,
         off_along_h=Measured(
             lam=lam_star, value=off.value, slack=off.slack,
             bend=max(np.linalg.eigvalsh(optima.hessian(lam_star + t * near))[-1] for t in np.linspace(0, 1, 5)),
         ),
         off_gap=star.dual - off.lagrangian(lam_star),
-        stochastic=runs, hessian_top=float(top[-1]), G=float(np.linalg.norm(middle, axis=2).max()),
+        stochastic=runs, G=radius,
         taylor=taylor(optima, 0 * lam_star, near),
         taylor_of_wrong_sign=taylor(optima, 0 * lam_star, near, sign=-1),
-        descent=descend(optima, lam_star), maxima=maxima,
+        chord=chord(optima, [p.lam for p in visited]), descent=descend(optima, lam_star, scale, optima.beta / radius), maxima=maxima,
     )  # fmt: skip
 
 
@@ -211,7 +228,8 @@ def stochastic(problem, optima: Optima, in_class: Point, eta: float, kind: str, 
         eps_app = max(eps_app, highest - reached)
         points.append((highest, iterate))
     highest, iterate = min(points, key=lambda pair: pair[0])
-    best = at(optima, iterate.lam_J.numpy(), highest)
+    lam = iterate.lam_J.numpy()
+    best = at(optima, lam, max(highest, optima.dual_in_class(lam)))
     policy = Measured(lam=best.lam, value=problem.value(iterate.theta), slack=problem.slack_J(iterate.theta).numpy(), bend=0.0)
     return Stochastic(
         kind=kind, eta=eta, steps=steps, square=square, eps_app=eps_app, best=best, policy=policy,
@@ -280,21 +298,35 @@ def taylor(optima: Optima, lam: np.ndarray, step: np.ndarray, sign: int = 1) -> 
     return math.log2(error(0.4) / error(0.2))
 
 
-def descend(optima: Optima, lam_star: np.ndarray) -> tuple[int, float, float]:
-    """CAN's Theorem 2 by the engine's dual step without its cap, from 3 lambda* with step 1 / largest curvature on the path; tau is
-    |lambda*| / 2."""
+def chord(optima: Optima, lams: list[np.ndarray]) -> float:
+    """Largest D(middle) - mean of D at both ends, over 100 random segments in the box around all lams: at most 0 for a convex D."""
+    rng, J = np.random.default_rng(3), len(lams[0])
+    a, b = rng.uniform(np.min(lams, axis=0), np.max(lams, axis=0), (2, 100, J))
+    return max(optima.dual((x + y) / 2) - (optima.dual(x) + optima.dual(y)) / 2 for x, y in zip(a, b, strict=True))
+
+
+def descend(optima: Optima, lam_star: np.ndarray, scale: float, printed_step: float) -> Descent:
+    """By the engine's dual step without its cap. scale: of the utilities, as in `measure`."""
     start, tau = 3 * lam_star, float(np.linalg.norm(lam_star)) / 2
     line = [lam_star + t * (start - lam_star) for t in np.linspace(0, 1, 21)]
     around = [lam_star + tau * u for u in np.vstack([np.eye(len(start)), -np.eye(len(start))])]
-    top = largest_curvature(optima, [*line, *around], 1.0)
+    top = largest_curvature(optima, [*line, *around], scale)
     mu = min(
         smallest_on_segment(optima, lam_star, p) for p in (*around, lam_star + tau * (start - lam_star) / np.linalg.norm(start - lam_star))
     )
-    lam, steps = torch.tensor(start), 0
-    while np.linalg.norm(lam.numpy() - lam_star) > 1e-6 and steps < 5000:
-        lam = dual.step(lam, torch.tensor(optima.tilted(lam.numpy()).slack), 1 / top, max_change=math.inf)
-        steps += 1
-    return steps, top / mu, float((np.linalg.norm(start - lam_star) / tau) ** 2)
+
+    def steps(size: float) -> int:
+        lam = torch.tensor(start)
+        for n in range(5000):
+            if np.linalg.norm(lam.numpy() - lam_star) <= 1e-6 / scale:
+                return n
+            lam = dual.step(lam, torch.tensor(optima.tilted(lam.numpy()).slack), size, max_change=math.inf)
+        return 5000
+
+    return Descent(
+        steps=steps(1 / top), steps_as_printed=steps(printed_step), top=top, mu=mu, log=max(math.log(tau * scale / 1e-6), 0),
+        distance=float((np.linalg.norm(start - lam_star) / tau) ** 2),
+    )  # fmt: skip
 
 
 def bounds(f: Facts) -> list[Bound]:
@@ -336,7 +368,10 @@ def bounds(f: Facts) -> list[Bound]:
         Bound("Lemma 3: D - D_p <= B", "printed", worst.gap, B(worst)),
     ]
     if f.tighter is not None:
-        found.append(Bound("Thm 1: D_p* - P_p* <= B(lambda*_nu)", "printed", D_p - f.primal_in_class, B(f.tighter)))
+        found += [
+            Bound("Thm 1: D_p* - P_p* <= B(lambda*_nu)", "printed", D_p - f.primal_in_class, B(f.tighter)),
+            Bound("Thm 2: D_p* - P* <= B(lambda*_nu)", "printed", D_p - P, B(f.tighter)),
+        ]
     if (m := f.multi_shot) is not None:
         off = float(np.linalg.norm(m.slack - f.tilted_slack))
         u, r = float(np.abs(m.slack - f.optimum.slack).max()), abs(m.value - f.optimum.value)
@@ -386,13 +421,14 @@ def bounds(f: Facts) -> list[Bound]:
                     f"Thm 6, R-OPT, {s.kind}", "corrected", r, 2 * norm1(s.best.lam) * math.sqrt(L_hat * b + f.L**2 / f.mu * noise) + far
                 ),
             ]
-    steps, condition, distance = f.descent
-    tau = float(np.linalg.norm(f.star.lam)) / 2
+    d = f.descent
     found += [
+        Bound("CAN Thm 1: D is convex", "sharp", f.chord, 0.0),
         Bound("CAN Thm 1: 3 - order of the error", "sharp", 3 - f.taylor, 0.35),
-        Bound("CAN Thm 1: curvature <= G / beta", "printed", f.hessian_top, f.G / f.beta),
-        Bound("CAN Thm 1: curvature <= G^2 / beta", "corrected", f.hessian_top, f.G**2 / f.beta),
-        Bound("CAN Thm 2: steps to 1e-6", "corrected", steps, condition * (2 * max(math.log(tau / 1e-6), 0) + distance)),
+        Bound("CAN Thm 1: largest curvature <= G / beta", "printed", f.L, f.G / f.beta),
+        Bound("CAN Thm 1: largest curvature <= G^2 / beta", "corrected", f.L, f.G**2 / f.beta),
+        Bound("CAN Thm 2: steps to 1e-6", "printed", d.steps_as_printed, f.G / f.beta / d.mu * (2 * d.log + d.distance)),
+        Bound("CAN Thm 2: steps to 1e-6", "corrected", d.steps, d.top / d.mu * (2 * d.log + d.distance)),
     ]
     return found
 
@@ -401,21 +437,52 @@ def _lengths(f: Facts, gap: float) -> tuple[float, float]:
     return float(np.linalg.norm(f.in_class.lam - f.star.lam)), math.sqrt(2 / f.mu * max(gap, 0))
 
 
-def _moved(f: Facts, name: str, **changes: float) -> Facts:
+def _moved(f: Facts, name: str, **changes) -> Facts:
     return replace(f, **{name: replace(getattr(f, name), **changes)})
 
 
-# The same facts with one sign or factor wrong: each has to turn a sharp form red.
+def _runs(f: Facts, change: Callable[[Stochastic], Stochastic]) -> Facts:
+    return replace(f, stochastic=tuple(change(run) for run in f.stochastic))
+
+
+def _policies(f: Facts, change: Callable[[Measured], Measured]) -> Facts:
+    return replace(f, one_shot=change(f.one_shot), multi_shot=None if f.multi_shot is None else change(f.multi_shot))
+
+
+def _half_gap(point: Point) -> Point:
+    return replace(point, dual=point.dual_in_class + point.gap / 2)
+
+
+# The same facts with one sign or factor wrong. Together they turn every statement red but those of `LOOSE`.
 BROKEN: dict[str, Callable[[Facts], Facts]] = {
     "the KL's sign in P*": lambda f: replace(f, primal=f.primal + 2 * f.beta * f.kl),
+    "the KL twice in P*": lambda f: replace(f, primal=f.primal - f.beta * f.kl),
     "P_p* without the KL's weight": lambda f: replace(f, primal_in_class=f.primal_in_class + f.beta * f.kl),
     "D_p* lower by a tenth of the gap": lambda f: _moved(f, "in_class", dual_in_class=f.in_class.dual_in_class - f.in_class.gap / 10),
-    "gap(lambda*_p) halved": lambda f: _moved(f, "in_class", dual=f.in_class.dual_in_class + f.in_class.gap / 2),
+    "gap(lambda*_p) halved": lambda f: replace(f, in_class=_half_gap(f.in_class)),
     "gap(lambda*) doubled": lambda f: _moved(f, "star", dual_in_class=f.star.dual - 2 * f.star.gap),
+    "the gap's sign at lambda*": lambda f: _moved(f, "star", dual_in_class=f.star.dual + f.star.gap),
     "mu*_D 1.5 times too large": lambda f: replace(f, mu=1.5 * f.mu),
+    "lambda*_p 10 times too large": lambda f: _moved(f, "in_class", lam=10 * f.in_class.lam),
     "the factor 2 of Lemma 5 left out": lambda f: _moved(f, "off_along_h", bend=f.off_along_h.bend / 2),
+    "policies that have not seen lambda": lambda f: _policies(f, lambda p: replace(p, value=f.untrained.value, slack=f.untrained.slack)),
+    "the KL's sign in the policies' value": lambda f: _policies(f, lambda p: replace(p, value=p.value + 2 * f.beta * f.kl)),
+    "the dual step's sign, which keeps lambda at 0": lambda f: _runs(f, lambda run: replace(run, best=f.others[0])),
+    "the gap of the runs' best iterate halved": lambda f: _runs(f, lambda run: replace(run, best=_half_gap(run.best))),
+    "the sign of D": lambda f: replace(f, chord=-f.chord),
+    "the Hessian weighted by pi / reference": lambda f: replace(f, L=10 * f.L),
     "the gradient's sign in CAN's expansion": lambda f: replace(f, taylor=f.taylor_of_wrong_sign),
-}
+    "a tenth of CAN's dual step": lambda f: _moved(
+        f, "descent", steps=10 * f.descent.steps, steps_as_printed=10 * f.descent.steps_as_printed
+    ),
+}  # fmt: skip
+
+# Cannot fail: B is so wide that no break above reaches it.
+LOOSE = (
+    "Thm 2: D_p* - P* <= B(lambda*_nu)", "Lemma 3: D - D_p <= B", "Thm 1: D_p* - P_p* <= B(lambda*_nu)", "Lemma 5 with B", "Thm 3, U-OPT",
+    "Thm 3, R-OPT", "Thm 4, U-OPT", "Thm 4, R-OPT", "Thm 4, R-OPT, with |lambda*|_1",
+    *(f"{name}, {kind}" for kind in UPDATES for name in ("Thm 5, upper side", "Thm 6, U-OPT", "Thm 6, R-OPT")),
+)  # fmt: skip
 
 
 def flipped_sign_of_the_slack(seed: int) -> tuple[float, float]:

@@ -16,6 +16,7 @@ with `draws`, over that many responses drawn from the reference for each prompt.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -76,9 +77,29 @@ class Problem:
         """E[r + lambda . h] - beta KL(pi || reference)."""
         return self.value(theta) + float(self.slack_J(theta) @ lam_J)
 
+    @cached_property
+    def cloud(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """theta [2048, F] of seeded members of the class, of all sizes from 0.1 to 300 in rising order: their policies [2048, P Y] and mean
+        KL [2048]. Some maxima of a Lagrangian lie far out, where policies are nearly one-hot."""
+        phi = self.features_PYF.numpy()
+        theta_SF = np.random.default_rng(7).normal(size=(2048, phi.shape[2]))
+        theta_SF *= 10 ** np.linspace(-1, math.log10(300), 2048)[:, None] / np.linalg.norm(theta_SF, axis=1, keepdims=True)
+        z_PYS = phi @ theta_SF.T
+        pi, log_Z = _softmax(z_PYS)
+        kl_S = ((pi * z_PYS).sum(1) - log_Z[:, 0]).mean(0) + math.log(phi.shape[1])
+        return theta_SF, pi.reshape(-1, 2048).T.copy(), kl_S
+
 
 def make(
-    seed: int, *, J: int = 1, eps: float = 0.0, P: int = 6, Y: int = 10, b: float = 0.3, beta: float = 1.0, tabular: bool = False
+    seed: int,
+    *,
+    J: int = 1,
+    eps: float = 0.0,
+    P: int = 6,
+    Y: int = 10,
+    b: float | tuple[float, ...] = 0.3,
+    beta: float = 1.0,
+    tabular: bool = False,
 ) -> Problem:
     """A seeded problem whose utilities pull against the reward (correlation about -0.45), both in within-prompt standard deviations.
 
@@ -100,8 +121,9 @@ def make(
     if tabular:
         features_PYF = torch.eye(P * Y, dtype=torch.float64).view(P, Y, P * Y)
     return Problem(
-        reward_PY=reward_PY, utility_PYJ=utility_PYJ, b_J=torch.full((J,), b, dtype=torch.float64), beta=beta, features_PYF=features_PYF
-    )
+        reward_PY=reward_PY, utility_PYJ=utility_PYJ, b_J=torch.tensor(b, dtype=torch.float64).expand(J), beta=beta,
+        features_PYF=features_PYF,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +271,26 @@ class ExactWorld:
 Update = Callable[[ExactWorld, Target, int], Tensor]
 
 
+def preferred(world: ExactWorld) -> Problem:
+    """What PeCAID and PeCAN see of the world's problem: reward and utilities are beta x log-ratios of policies aligned to each alone.
+
+    Aligned by the world's update from what it sees, or the exact tilts where it has none. beta keeps them in the units of the scores, where
+    the engine divides by their standard deviation.
+    """
+    problem, scores = world.problem, world.scores
+
+    def log_ratio_PY(score_PY: Tensor, score_PG: Tensor, number: int) -> Tensor:
+        if world.update is None:
+            return (score_PY / problem.beta).log_softmax(1) + math.log(score_PY.shape[1])
+        target = Target(lam_J=torch.zeros_like(problem.b_J), score_PG=score_PG, coefficient=problem.beta)
+        return problem.log_ratio_PY(world.update(world, target, number))
+
+    ratios = [log_ratio_PY(problem.reward_PY, scores.reward_PG, 10_001)]
+    for j in range(len(problem.b_J)):
+        ratios.append(log_ratio_PY(problem.utility_PYJ[..., j], scores.utility_PGJ[..., j], 10_002 + j))
+    return replace(problem, reward_PY=problem.beta * ratios[0], utility_PYJ=problem.beta * torch.stack(ratios[1:], dim=2))
+
+
 def standardised(values_PYJ: Tensor, pi_PY: Tensor) -> Tensor:
     """Zero mean and unit standard deviation on each prompt under pi; 0 where all are equal."""
     centred = values_PYJ - (pi_PY[..., None] * values_PYJ).sum(1, keepdim=True)
@@ -259,7 +301,8 @@ def standardised(values_PYJ: Tensor, pi_PY: Tensor) -> Tensor:
 def maximiser(world: ExactWorld, target: Target, number: int) -> Tensor:
     """argmax over theta of E[score + shift] - coefficient KL(pi || anchor): the best local maximum found from several starts.
 
-    The starts: target.start (or 0), the least-squares fit of the tilt, and the best of many seeded points. Needs every response's score.
+    The starts: target.start (or 0), the least-squares fit of the tilt, and the best small, middle and large member of the problem's cloud.
+    Needs every response's score.
     """
     return local_maxima(world, target)[0][1]
 
@@ -282,21 +325,14 @@ def local_maxima(world: ExactWorld, target: Target) -> list[tuple[float, Tensor]
 
     centred = (phi - phi.mean(1, keepdims=True)).reshape(-1, phi.shape[2])
     fitted = np.linalg.lstsq(centred, (score - score.mean(1, keepdims=True)).ravel() / c)[0]
-    found = [minimise(derivatives, x) for x in (_start(world, target), fitted, *_screened(phi, score, c))]
+    starts = [_start(world, target), fitted]
+    # A table of logits makes the problem concave: one start would do.
+    if phi.shape[2] < score.size:
+        theta_SF, pi_SN, kl_S = world.problem.cloud
+        value_S = pi_SN @ score.ravel() / P - c * kl_S
+        starts += [theta[value.argmax()] for theta, value in zip(np.array_split(theta_SF, 3), np.array_split(value_S, 3), strict=True)]
+    found = [minimise(derivatives, x) for x in starts]
     return sorted(((-value, torch.from_numpy(theta)) for value, theta in found), key=lambda pair: -pair[0])
-
-
-def _screened(phi_PYF: np.ndarray, score_PY: np.ndarray, c: float, keep: int = 2) -> np.ndarray:
-    """The best of 256 seeded points theta of all sizes from 0.1 to 30, [keep, F]. None for a table of logits, whose problem is concave."""
-    F = phi_PYF.shape[2]
-    if F == score_PY.size:
-        return np.zeros((0, F))
-    theta_SF = np.random.default_rng(7).normal(size=(256, F))
-    theta_SF *= 10 ** np.linspace(-1, 1.5, 256)[:, None] / np.linalg.norm(theta_SF, axis=1, keepdims=True)
-    z_PYS = phi_PYF @ theta_SF.T
-    pi, log_Z = _softmax(z_PYS)
-    value_S = ((pi * (score_PY[..., None] - c * z_PYS)).sum(1) + c * log_Z[:, 0]).mean(0)
-    return theta_SF[np.argsort(-value_S, kind="stable")[:keep]]
 
 
 def soft(world: ExactWorld, target: Target, number: int) -> Tensor:

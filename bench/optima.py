@@ -5,6 +5,7 @@ Names follow arXiv 2505.19387: P* and D* over all policies, P_p* and D_p* over t
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import linprog, minimize
@@ -38,6 +39,8 @@ class Optima:
         self.P, self.Y, self.J = self.h.shape
         # M of assumption A3: a bound on |r| and |h|.
         self.M = max(np.abs(self.r).max(), np.abs(self.h).max())
+        # Maximisers found so far; every later search starts at the best of them as well.
+        self.found: list[Policy] = []
 
     def policy(self, z: np.ndarray, theta: np.ndarray | None = None) -> Policy:
         """The policy proportional to exp z [P, Y]."""
@@ -76,9 +79,25 @@ class Optima:
         )  # fmt: skip
         return None if found.x.max() > 200 else found.x
 
-    def best_in_class(self, lam: np.ndarray, near: np.ndarray | None = None) -> Policy:
-        """The Lagrangian's maximiser over theta by BFGS from several starts; near: one more of them."""
-        score, n = self.r + self.h @ lam, self.phi.shape[2]
+    @cached_property
+    def cloud(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """theta [S, F] of 16384 members of the class in random directions, of all sizes from 0.1 to 300 in rising order, with their values
+        [S] and slacks [S, J]. With few features the landscape has few hills, but some lie far out, where policies are nearly one-hot."""
+        F = self.phi.shape[2]
+        theta_SF = np.random.default_rng(1).normal(size=(16384, F))
+        theta_SF *= 10 ** np.linspace(-1, math.log10(300), 16384)[:, None] / np.linalg.norm(theta_SF, axis=1, keepdims=True)
+        value_S, slack_SJ = [], []
+        for part in np.split(theta_SF, 16):
+            log_ratio = log_softmax(np.einsum("pyf,sf->spy", self.phi, part), axis=2) + math.log(self.Y)
+            pi = np.exp(log_ratio) / self.Y
+            value_S.append((pi * (self.r - self.beta * log_ratio)).sum(2).mean(1))
+            slack_SJ.append(np.einsum("spy,pyj->sj", pi, self.h) / self.P)
+        return theta_SF, np.concatenate(value_S), np.concatenate(slack_SJ)
+
+    def best_in_class(self, lam: np.ndarray) -> Policy:
+        """The Lagrangian's maximiser over theta by BFGS: from the tilt's own theta, from the best maximisers found before, and from the
+        best of small, middle and large size in the cloud, unless they lie near the best so far or too low to lead above it."""
+        score, worth = self.r + self.h @ lam, 1 + np.abs(lam).sum()
 
         def function(theta):
             z = self.phi @ theta
@@ -88,47 +107,60 @@ class Optima:
             gradient = np.einsum("py,pyf->f", pi * (inner - mean), self.phi) / self.P
             return -float((mean[:, 0] + self.beta * (logsumexp(z, axis=1) - math.log(self.Y))).mean()), -gradient
 
-        guess = np.resize(np.concatenate(([1.0], lam)) / self.beta, n)
-        # The best of many points of all sizes: with few parameters the landscape has few hills.
-        rng = np.random.default_rng(1)
-        many = rng.normal(size=(300, n)) * 10 ** rng.uniform(-1, 1.3, (300, 1))
-        z = np.einsum("pyf,sf->spy", self.phi, many)
-        top = z.max(2, keepdims=True)
-        weight = np.exp(z - top)
-        total = weight.sum(2)
-        screened = ((weight * (score - self.beta * z)).sum(2) / total + self.beta * (np.log(total) + top[..., 0])).mean(1)
-        starts = [guess, *many[np.argsort(-screened)[:2]], *([] if near is None else [near])]
-        found = min((minimize(function, x, jac=True, method="BFGS", options={"gtol": 1e-11}) for x in starts), key=lambda f: f.fun)
-        return self.policy(self.phi @ found.x, found.x)
+        def ascend(theta: np.ndarray) -> Policy:
+            theta = minimize(function, theta, jac=True, method="BFGS", options={"gtol": 1e-10}).x
+            return self.policy(self.phi @ theta, theta)
+
+        best = ascend(np.resize(np.concatenate(([1.0], lam)) / self.beta, self.phi.shape[2]))
+        theta_SF, value_S, slack_SJ = self.cloud
+        shells = zip(np.array_split(theta_SF, 3), np.array_split(value_S + slack_SJ @ lam, 3), strict=True)
+        starts = [(value.max(), theta[value.argmax()]) for theta, value in shells]
+        starts += [(policy.lagrangian(lam), policy.theta) for policy in self.found]
+        for value, theta in sorted(starts, key=lambda pair: -pair[0])[:4]:
+            size = 1 + np.linalg.norm(best.theta)
+            if value > best.lagrangian(lam) - 0.3 * worth and np.linalg.norm(theta - best.theta) > 0.3 * size:
+                best = max(best, ascend(theta), key=lambda policy: policy.lagrangian(lam))
+        self.found.append(best)
+        return best
 
     def dual_in_class(self, lam: np.ndarray) -> float:
         """D_p(lambda)."""
         return self.best_in_class(lam).lagrangian(lam)
 
-    def solve_dual_in_class(self, start: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """(lambda*_p, D_p*, whether D_p has a kink there): quasi-Newton, certified by the optimality conditions of a convex function,
-        else by cutting planes, whose lower and upper values then meet."""
-        seen: list[tuple[np.ndarray, Policy]] = []
+    def solve_dual_in_class(self, *starts: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        """(lambda*_p, D_p*, whether D_p has a kink there): quasi-Newton from each of `starts`, certified by the optimality conditions of a
+        convex function, else by cutting planes, whose lower and upper values then meet."""
+        visited: list[np.ndarray] = []
 
         def function(lam):
-            near = seen[-1][1].theta if seen else None
-            seen.append((lam.copy(), self.best_in_class(lam, near)))
-            return seen[-1][1].lagrangian(lam), seen[-1][1].slack
+            visited.append(lam.copy())
+            policy = self.best_in_class(lam)
+            return policy.lagrangian(lam), policy.slack
 
-        minimize(function, start, jac=True, bounds=[(0, 100)] * self.J, method="L-BFGS-B", options={"ftol": 1e-16, "gtol": 1e-10})
-        lam, policy = min(seen, key=lambda pair: pair[1].lagrangian(pair[0]))
+        def lowest() -> tuple[np.ndarray, Policy]:
+            # D_p(lambda) >= value + lambda . slack of every policy: a search that ended at a lower hill is corrected by later ones.
+            lam = min(visited, key=lambda lam: max(policy.lagrangian(lam) for policy in self.found))
+            return lam, max(self.found, key=lambda policy: policy.lagrangian(lam))
+
+        for start in starts:
+            minimize(
+                function, start, jac=True, bounds=[(0, 100)] * self.J, method="L-BFGS-B",
+                options={"ftol": 1e-16, "gtol": 1e-10, "maxfun": 40},
+            )  # fmt: skip
+        lam, policy = lowest()
         if np.abs(np.where(lam > 0, policy.slack, np.minimum(policy.slack, 0))).max() < KINK:
             return lam, policy.lagrangian(lam), False
         for _ in range(60):
-            # D_p(lambda) >= value + lambda . slack of every policy seen: minimise the largest of these lines.
-            rows = np.array([[*p.slack, -1.0] for _, p in seen])
+            # Minimise the largest of these lines.
+            rows = np.array([[*p.slack, -1.0] for p in self.found])
             found = linprog(
-                [0.0] * self.J + [1.0], A_ub=rows, b_ub=[-p.value for _, p in seen], bounds=[(0, 100)] * self.J + [(None, None)]
+                [0.0] * self.J + [1.0], A_ub=rows, b_ub=[-p.value for p in self.found], bounds=[(0, 100)] * self.J + [(None, None)]
             )
             value, _ = function(found.x[:-1])
-            if value - found.fun < 1e-9:
+            # The linear program's own tolerance.
+            if value - found.fun < 1e-7:
                 break
-        lam, policy = min(seen, key=lambda pair: pair[1].lagrangian(pair[0]))
+        lam, policy = lowest()
         return lam, policy.lagrangian(lam), True
 
     def solve_primal(self) -> Policy:
@@ -144,7 +176,8 @@ class Optima:
         def value(z):
             pi, inner = parts(z)
             mean = (pi * inner).sum(1, keepdims=True)
-            return -float(mean.mean()), -(pi * (inner - mean) / self.P).ravel()
+            # In units of beta and summed over the prompts: a slope far below 1 stops the search too early.
+            return -float(mean.sum()) / self.beta, -(pi * (inner - mean) / self.beta).ravel()
 
         def slack(z):
             pi, _ = parts(z)
@@ -156,7 +189,7 @@ class Optima:
             return (pi[..., None] * centred / self.P).reshape(-1, self.J).T
 
         found = minimize(
-            value, self.r.ravel() / self.beta, jac=True, method="SLSQP",
+            value, np.zeros(self.r.size), jac=True, method="SLSQP",
             constraints={"type": "ineq", "fun": slack, "jac": slope}, options={"ftol": 1e-15, "maxiter": 500},
         )  # fmt: skip
         return self.policy(found.x.reshape(self.P, self.Y))
@@ -183,8 +216,10 @@ class Optima:
             return np.einsum("py,pyj,pyf->jf", pi, centred, self.phi) / self.P
 
         best = None
+        theta_SF, value_S, slack_SJ = self.cloud
+        feasible = np.where(slack_SJ.min(1) >= 0, value_S, -math.inf)
         rng = np.random.default_rng(2)
-        for start in (near, np.zeros(n), *(near + rng.normal(0, 0.5 + np.abs(near).max(), (6, n)))):
+        for start in (near, np.zeros(n), theta_SF[feasible.argmax()], *(near + rng.normal(0, 0.5 + np.abs(near).max(), (6, n)))):
             found = minimize(
                 value, start, jac=True, method="SLSQP", constraints={"type": "ineq", "fun": slack, "jac": slope},
                 options={"ftol": 1e-15, "maxiter": 300},
@@ -196,7 +231,7 @@ class Optima:
         return best
 
     def largest_slack_in_class(self, start: np.ndarray) -> float:
-        """max over theta of min_i E h_i (assumptions A4, A7), from below: the best local maximum over |theta| <= 30."""
+        """max over theta of min_i E h_i (assumptions A4, A7), from below: the best local maximum with entries up to 300."""
         n = len(start)
 
         def slack(x):
@@ -209,10 +244,12 @@ class Optima:
             return np.hstack((own, -np.ones((self.J, 1))))
 
         best = -math.inf
-        for theta in (start, np.concatenate(([0.0], np.ones(n - 1)))):
+        theta_SF, _, slack_SJ = self.cloud
+        for theta in (start, np.concatenate(([0.0], np.ones(n - 1))), theta_SF[slack_SJ.min(1).argmax()]):
             first = np.append(theta, slack(np.append(theta, 0.0)).min())
             found = minimize(
-                lambda x: (-x[-1], np.append(np.zeros(n), -1.0)), first, jac=True, method="SLSQP", bounds=[(-30, 30)] * n + [(None, None)],
+                lambda x: (-x[-1], np.append(np.zeros(n), -1.0)), first, jac=True, method="SLSQP",
+                bounds=[(-300, 300)] * n + [(None, None)],
                 constraints={"type": "ineq", "fun": slack, "jac": slope}, options={"ftol": 1e-10, "maxiter": 300},
             )  # fmt: skip
             best = max(best, float(slack(np.append(found.x[:-1], 0.0)).min()))

@@ -9,8 +9,9 @@ import json
 import math
 import multiprocessing
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bounds as papers
-from bench.exact_world import ExactWorld, Problem, Update, listwise, make, maximiser, regression, sampled, single, soft
+from bench.exact_world import ExactWorld, Problem, Update, listwise, make, maximiser, preferred, regression, sampled, single, soft
 from bench.optima import Optima
 from engine import caid, cdpo, dpo, mocan, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.checkpoint import write_whole
@@ -39,6 +40,8 @@ from engine.config import (
     SacpoConfig,
     SafeDpoConfig,
 )  # fmt: skip
+from engine.errors import UserError
+from engine.pairs import informative
 from engine.records import Target
 
 PAGE = Path(__file__).parent / "theory.md"
@@ -46,6 +49,18 @@ FORMS: dict[str, Update] = {
     "Bradley-Terry, sampled": sampled, "Bradley-Terry, soft": soft, "pairwise regression": regression, "listwise": listwise,
     "single response (DRO)": single,
 }  # fmt: skip
+# How the runs update a policy: the exact maximiser, the population minimiser of a form, or 16 draws a prompt for labels and slack.
+KINDS: dict[str, tuple[Update, int | None]] = {
+    "exact": (maximiser, None), "soft": (soft, None), "regression": (regression, None), "listwise": (listwise, None),
+    "single": (single, None), "samples": (regression, 16), "drawn": (sampled, 16),
+}  # fmt: skip
+POPULATION = {"soft": "Bradley-Terry, soft", "regression": "pairwise regression", "listwise": "listwise", "single": "single response (DRO)"}
+# Rules of CAID's dual step from which lambda* has to be reached where nu is 0.
+CAID_RULES = (("newton", 1.0), ("newton", 0.5), ("secant", 0.5), ("optimistic", 0.5))
+SOURCES = ("all pairs of reference samples", "lowest and highest of them", "half from the reference, half from the policy fitted to it")
+SOURCE_DRAWS = (8, 32)
+# Beside the 360 problems with beta 1 and b 0.3: another beta, and a second constraint that holds anyway.
+VARIANTS = ((1, 0.3, 0.3), (2, 0.3, 0.3), (2, 1.0, (0.3, -1.0)))  # (J, beta, b)
 COLOURS = ["#1b6ca8", "#d1495b", "#2e933c", "#7d5ba6", "#e08e0b", "#444444", "#17a2a2", "#b07aa1"]
 
 
@@ -62,10 +77,12 @@ class Sizes:
     draws: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     label_seeds: int = 20
     betas: tuple[float, ...] = (1.0, 0.3)
+    variant_seeds: int = 5
 
 
 QUICK = Sizes(
-    seeds=1, Js=(1, 2), epses=(0.0, 0.3), runs=1, run_epses=(0.3,), iterations=8, draws=(4, 16), label_seeds=2, betas=(1.0,)
+    seeds=1, Js=(1, 2), epses=(0.0, 0.3), runs=1, run_epses=(0.3,), iterations=8, draws=(4, 16), label_seeds=2, betas=(1.0,),
+    variant_seeds=1,
 )  # fmt: skip
 
 
@@ -84,23 +101,41 @@ class Run:
 def runs(problem: Problem, update: Update, iterations: int, draws: int | None = None, seed: int = 0) -> list[Run]:
     """Every algorithm, those with multipliers of their own from 0 and from 3 lambda*. draws: of updates and slacks."""
 
-    def world(config) -> ExactWorld:
+    def world(config, problem: Problem = problem) -> ExactWorld:
         return ExactWorld(problem, config, update, draws=draws, slack_draws=draws, seed=seed)
 
     base = {"beta": problem.beta}
     warm = world(CaidConfig(**base)).solve_dual().lam
     found = []
 
-    def add(name: str, start: str, loop: Callable, config, lam_init: torch.Tensor | None = None, per_iteration: int = 1) -> None:
-        here = world(config)
+    def add(
+        name: str,
+        start: str,
+        loop: Callable,
+        config,
+        lam_init: torch.Tensor | None = None,
+        per_iteration: int = 1,
+        problem: Problem = problem,
+    ) -> None:
+        here = world(config, problem)
         here.lam_init = lam_init
         theta, lam = loop(here, config)
         found.append(Run(name=name, start=start, world=here, theta=theta, lam=lam, per_iteration=per_iteration))
 
     starts = {"lambda*": None, "0": 0 * warm, "3 lambda*": 3 * warm}
-    for step in (1.0, CaidConfig.dual_step):
+    for name, rule, step in (
+        ("CAID, dual step 1", "newton", 1.0), (f"CAID, dual step {CaidConfig.dual_step:g}", "newton", CaidConfig.dual_step),
+        ("CAID, secant", "secant", CaidConfig.dual_step),
+    ):  # fmt: skip
         for start, lam in starts.items():
-            add(f"CAID, dual step {step:g}", start, caid.loop, CaidConfig(**base, iterations=iterations, dual_step=step), lam)
+            add(name, start, caid.loop, CaidConfig(**base, iterations=iterations, dual_rule=rule, dual_step=step), lam)
+    config = CaidConfig(**base, iterations=iterations, dual_step=1.0)
+    # Fitted log-ratios may be too weak for the thresholds: then lambda stops at its largest value.
+    tilts, fitted = preferred(ExactWorld(problem, config)), preferred(world(config))
+    add("PeCAID, exact tilts", "lambda*", caid.loop, config, problem=tilts)
+    add("PeCAID, fitted", "lambda*", caid.loop, replace(config, force=True), problem=fitted)
+    add("PeCAN, exact tilts", "lambda*", mocan.loop, MocanConfig(**base), problem=tilts)
+    add("PeCAN, fitted", "lambda*", mocan.loop, MocanConfig(**base, force=True), problem=fitted)
     high = float(3 * warm.max())
     for start, lam in (("0", 0.0), ("3 lambda*", high)):
         many = dict(base, iterations=iterations, lam_init=lam)
@@ -121,19 +156,63 @@ def runs(problem: Problem, update: Update, iterations: int, draws: int | None = 
     return found
 
 
-def ends(seed: int, eps: float, iterations: int, kind: str) -> dict[str, tuple[int, float, float, float]]:
-    """ "algorithm|start" -> (policy updates, slack, lambda - lambda*_p, value - P_p*) of the result, all exact; J = 1."""
-    problem = make(seed, eps=eps)
-    optima = Optima(problem)
-    lam_p, _, _ = optima.solve_dual_in_class(optima.solve_dual())
-    best = optima.solve_primal_in_class(optima.best_in_class(lam_p).theta).value
-    update, draws = {"exact": (maximiser, None), "population": (soft, None), "samples": (sampled, 16)}[kind]
+def ends(seed: int, J: int, eps: float, iterations: int, kind: str) -> dict[str, tuple[int, float, float, float, float]]:
+    """ "algorithm|start" -> (policy updates, |slack|, |lambda - lambda*_p|, value - P_p*, eps_app) of the result, all exact; the largest
+    entries of slack and lambda."""
+    problem = make(seed, J=J, eps=eps)
+    lam_p, best = optimum_in_class(problem)
+    update, draws = KINDS[kind]
     result = {}
     for run in runs(problem, update, iterations, draws, seed):
         updates = max(len(run.world.fitted), len(run.world.history))
-        slack, lam = float(problem.slack_J(run.theta)[0]), float(run.lam[0])
-        result[f"{run.name}|{run.start}"] = (updates, slack, lam - float(lam_p[0]), problem.value(run.theta) - best)
+        slack, off = float(problem.slack_J(run.theta).abs().max()), float(np.abs(run.lam.numpy() - lam_p).max())
+        result[f"{run.name}|{run.start}"] = (
+            updates,
+            slack,
+            off,
+            problem.value(run.theta) - best,
+            missed_maximum(problem, run.lam, run.theta),
+        )
     return result
+
+
+def optimum_in_class(problem: Problem) -> tuple[np.ndarray, float]:
+    """(lambda*_p, P_p*) by scipy."""
+    optima = Optima(problem)
+    lam_p, _, _ = optima.solve_dual_in_class(optima.solve_dual())
+    return lam_p, optima.solve_primal_in_class(optima.best_in_class(lam_p).theta).value
+
+
+def no_gap(seed: int, J: int) -> dict[str, tuple[int | None, float]]:
+    """ "algorithm|start|iterations" -> (iterations after which the errors of lambda and slack stay below 1e-6, the larger error at the end)
+    at nu = 0. Policies are fitted by regression, whose minimiser is there the maximiser itself, in closed form."""
+    problem = make(seed, J=J)
+    lam_star = Optima(problem).solve_dual()
+    found = {}
+
+    def add(name: str, start: str, loop: Callable, config) -> None:
+        world = ExactWorld(problem, config, regression, lam_init=torch.tensor(float(start[:1]) * lam_star))
+        loop(world, config)
+        errors = [max(float(np.abs(x.lam_J.numpy() - lam_star).max()), float(x.slack_J.abs().max())) for x in world.history]
+        above = [t for t, error in enumerate(errors, 1) if error >= 1e-6]
+        found[f"{name}|{start}|{config.iterations}"] = (
+            None if above and above[-1] == len(errors) else 1 + max(above, default=0),
+            errors[-1],
+        )
+
+    for start, factor in (("0", 0.0), ("3 lambda*", 3.0)):
+        for rule, step in CAID_RULES:
+            config = CaidConfig(beta=problem.beta, iterations=60, dual_rule=rule, dual_step=step)
+            add(f"CAID, {rule} {step:g}", start, caid.loop, config)
+        many = {"beta": problem.beta, "lam_init": factor * float(lam_star.max())}
+        add("C-DPO", start, cdpo.loop, CdpoConfig(**many, iterations=60))
+        add("PD-DPO", start, pd_dpo.loop, PdDpoConfig(**many, iterations=60))
+        add("OPD", start, opd.loop, OpdConfig(**many, iterations=300))
+        # ln lambda cannot leave 0.
+        many["lam_init"] = many["lam_init"] or 0.05
+        add("primal-dual, RLOO", start if factor else "0.05", primal_dual.loop, PrimalDualConfig(**many, iterations=100))
+        add("RePO", start if factor else "0.05", repo.loop, RepoConfig(**many, iterations=100))
+    return found
 
 
 def six_steps(seed: int, J: int, eps: float) -> dict[str, float]:
@@ -148,45 +227,65 @@ def six_steps(seed: int, J: int, eps: float) -> dict[str, float]:
     return result
 
 
-def forms_at_the_end(seed: int, eps: float, iterations: int) -> dict[str, tuple[float, float, float, float]]:
-    """Form -> (slack, lambda - lambda*_p, value - P_p*, eps_app) of CAID's last iterate with the form's population minimiser; J = 1."""
-    problem = make(seed, eps=eps)
-    optima = Optima(problem)
-    lam_p, _, _ = optima.solve_dual_in_class(optima.solve_dual())
-    best = optima.solve_primal_in_class(optima.best_in_class(lam_p).theta).value
-    result = {}
-    for name, update in {"exact maximiser": maximiser, **FORMS}.items():
-        if update is sampled:
-            continue  # the population has the soft labels' minimiser
-        config = CaidConfig(beta=problem.beta, iterations=iterations, dual_step=1.0)
-        world = ExactWorld(problem, config, update)
-        theta, lam = caid.loop(world, config)
-        missed = missed_maximum(world, lam, theta)
-        result[name] = (float(problem.slack_J(theta)[0]), float(lam[0] - lam_p[0]), problem.value(theta) - best, missed)
-    return result
-
-
-def missed_maximum(world: ExactWorld, lam: torch.Tensor, theta: torch.Tensor) -> float:
+def missed_maximum(problem: Problem, lam: torch.Tensor, theta: torch.Tensor) -> float:
     """eps_app = D_p(lambda) - L(pi_theta, lambda)."""
-    problem = world.problem
-    exact = ExactWorld(problem, world.config)
+    return highest_lagrangian(problem, lam, theta) - problem.lagrangian(theta, lam)
+
+
+def highest_lagrangian(problem: Problem, lam: torch.Tensor, near: torch.Tensor | None = None) -> float:
+    """D_p(lambda)."""
     score = problem.reward_PY + problem.utility_PYJ @ lam
-    highest = maximiser(exact, Target(lam_J=lam, score_PG=score, coefficient=problem.beta, start=theta), 0)
-    return problem.lagrangian(highest, lam) - problem.lagrangian(theta, lam)
+    exact = ExactWorld(problem, MocanConfig(beta=problem.beta))
+    return problem.lagrangian(maximiser(exact, Target(lam_J=lam, score_PG=score, coefficient=problem.beta, start=near), 0), lam)
 
 
 def label_errors(seed: int, eps: float, beta: float, draws: tuple[int, ...]) -> dict[str, list[float]]:
     """Form -> eps_app at lambda* for each number of draws a prompt; 32 prompts, 12 responses, J = 1."""
     problem = make(seed, eps=eps, beta=beta, P=32, Y=12)
     lam = ExactWorld(problem, MocanConfig(beta=beta)).solve_dual().lam
-    result: dict[str, list[float]] = {name: [] for name in FORMS}
-    for n in draws:
-        for name, update in FORMS.items():
-            world = ExactWorld(problem, MocanConfig(beta=beta), update, draws=n, seed=1000 * seed + n)
-            score = world.scores.reward_PG + world.scores.utility_PGJ @ lam
-            theta = update(world, Target(lam_J=lam, score_PG=score, coefficient=beta), 1)
-            result[name].append(missed_maximum(world, lam, theta))
-    return result
+    highest = highest_lagrangian(problem, lam)
+    return {
+        name: [highest - problem.lagrangian(from_source(problem, lam, update, n, SOURCES[0], 1000 * seed + n), lam) for n in draws]
+        for name, update in FORMS.items()
+    }
+
+
+def pair_sources(seed: int, eps: float, beta: float) -> dict[str, list[float]]:
+    """ "form|source" -> eps_app at lambda* for each of SOURCE_DRAWS, in the problems of `label_errors`. Single responses are no pairs."""
+    problem = make(seed, eps=eps, beta=beta, P=32, Y=12)
+    lam = ExactWorld(problem, MocanConfig(beta=beta)).solve_dual().lam
+    highest = highest_lagrangian(problem, lam)
+    return {
+        f"{name}|{source}": [
+            highest - problem.lagrangian(from_source(problem, lam, update, n, source, 1000 * seed + n), lam) for n in SOURCE_DRAWS
+        ]
+        for name, update in FORMS.items()
+        if update is not single
+        for source in SOURCES
+    }
+
+
+def from_source(problem: Problem, lam: torch.Tensor, update: Update, n: int, source: str, seed: int) -> torch.Tensor:
+    """The policy that `update` fits at lambda to pairs from a source, with n draws a prompt in all."""
+    fresh = source == SOURCES[2]
+    world = ExactWorld(problem, MocanConfig(beta=problem.beta), update, draws=n // 2 if fresh else n, seed=seed)
+    P = len(world.index_PG)
+
+    def fit(start: torch.Tensor | None, number: int) -> torch.Tensor:
+        score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam
+        return update(world, Target(lam_J=lam, score_PG=score_PG, coefficient=problem.beta, start=start), number)
+
+    if source == SOURCES[1]:
+        # The engine's own choice, of --responses-per-prompt 2.
+        score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam
+        chosen = torch.tensor(informative(score_PG, list(range(P)), 2).row).view(P, 2) % n
+        world.index_PG = world.index_PG.gather(1, chosen)
+    theta = fit(None, 1)
+    if fresh:
+        pi = problem.policy_PY(theta)
+        world.index_PG = torch.multinomial(pi, n // 2, replacement=True, generator=world.generator(2))
+        theta = fit(theta, 3)
+    return theta
 
 
 def standardising(seed: int, eps: float) -> dict[str, tuple[float, float, float, float]]:
@@ -210,20 +309,25 @@ def standardising(seed: int, eps: float) -> dict[str, tuple[float, float, float,
     return result
 
 
+def lagging(world: ExactWorld, target: Target, number: int) -> torch.Tensor:
+    """A policy update that goes a twentieth of the way from target.start to the maximiser."""
+    start = torch.zeros(world.problem.features_PYF.shape[2], dtype=torch.float64) if target.start is None else target.start
+    return start + 0.05 * (maximiser(world, target, number) - start)
+
+
 def oscillation(seed: int = 0, iterations: int = 120) -> dict[str, list[float]]:
-    """Slack per policy update at equal dual rate 2: plain primal-dual takes one small policy step between dual steps; J = 1, eps 0.3."""
-    problem = make(seed, eps=0.3)
-    start = float(3 * ExactWorld(problem, CaidConfig(beta=problem.beta)).solve_dual().lam)
-    many = {"beta": problem.beta, "iterations": iterations, "lam_init": start, "dual_rate": 2.0}
-    found = {}
-    for name, loop, config in (
-        ("primal-dual: a step of each in turn", primal_dual.loop, PrimalDualConfig(**many, steps=1)),
-        ("dual method: maximiser, then a dual step (C-DPO)", cdpo.loop, CdpoConfig(**many)),
-        ("dual method, Newton step (CAID)", caid.loop, CaidConfig(beta=problem.beta, iterations=iterations, dual_step=1.0)),
-        ("optimistic (OPD), dual rate 0.5", opd.loop, OpdConfig(beta=problem.beta, iterations=iterations, lam_init=start)),
+    """Slack per dual step by CAID's loop, with policies that lag behind lambda and with the maximiser; J = 1, eps 0.3, from 3 lambda*. All
+    take the same dual step, the inverse Hessian, without a cap on the change."""
+    problem, found = make(seed, eps=0.3), {}
+    for name, rule, update in (
+        ("plain primal-dual: a small policy step, a dual step", "newton", lagging),
+        ("the same with optimistic dual steps", "optimistic", lagging),
+        ("dual method: the maximiser, a dual step", "newton", maximiser),
     ):
-        world = ExactWorld(problem, config, maximiser, ascent_rate=0.05, lam_init=torch.tensor([start], dtype=torch.float64))
-        loop(world, config)
+        config = CaidConfig(beta=problem.beta, iterations=iterations, dual_rule=rule, dual_step=1.0, lam_max_change=1e9)
+        world = ExactWorld(problem, config, update)
+        world.lam_init = 3 * world.solve_dual().lam
+        caid.loop(world, config)
         found[name] = [float(x.slack_J[0]) for x in world.history]
     return found
 
@@ -235,13 +339,19 @@ def facts(task: tuple[int, int, float]) -> dict:
     return line(f) | {"broken": {name: reds(f, wrong(f)) for name, wrong in papers.BROKEN.items()}}
 
 
+def variant(seed: int, J: int, eps: float, beta: float, b: float | tuple[float, ...]) -> dict:
+    """The line of a problem with other constants."""
+    return line(papers.measure(seed, J, eps, beta=beta, b=b)) | {"b": b}
+
+
 def line(f: papers.Facts) -> dict:
     """Of the results file."""
     return {
-        "J": f.J, "eps": f.eps, "seed": f.seed, "nu": f.star.nu, "M": f.M, "L_D": f.L, "mu_D": f.mu, "kink": f.kink, "maxima": f.maxima,
+        "J": f.J, "eps": f.eps, "seed": f.seed, "beta": f.beta, "nu": f.star.nu, "M": f.M, "L_D": f.L, "mu_D": f.mu,
+        "kink": f.kink, "maxima": f.maxima,
         "assumptions": f.assumptions, "lambda*": f.star.lam.tolist(), "lambda*_p": f.in_class.lam.tolist(), "P*": f.primal,
         "D_p*": f.in_class.dual_in_class, "P_p*": f.primal_in_class, "one_shot_slack": f.one_shot.slack.tolist(),
-        "reached": f.multi_shot is not None,
+        "reached": not f.kink and f.caid_off[0] < 1e-4, "caid_off": f.caid_off,
         "eps_app": {s.kind: s.eps_app for s in f.stochastic},
         "bounds": [
             {"name": b.name, "form": b.form, "left": float(b.left), "right": float(b.right), "holds": b.holds} for b in papers.bounds(f)
@@ -252,7 +362,7 @@ def line(f: papers.Facts) -> dict:
 def reds(right: papers.Facts, wrong: papers.Facts) -> list[str]:
     """Names of the bounds that hold with the right facts and not with the wrong ones."""
     held = {(b.name, b.form) for b in papers.bounds(right) if b.holds}
-    return [b.name for b in papers.bounds(wrong) if (b.name, b.form) in held and not b.holds]
+    return list(dict.fromkeys(b.name for b in papers.bounds(wrong) if (b.name, b.form) in held and not b.holds))
 
 
 def scaled(seed: int, scale: float, eps: float) -> dict:
@@ -266,13 +376,19 @@ def compute(sizes: Sizes, workers: int) -> dict:
     tasks = {
         "problems": (facts, [((seed, J, eps),) for J in sizes.Js for eps in sizes.epses for seed in range(sizes.seeds)]),
         "scaled": (scaled, [(s, scale, eps) for scale, eps in ((0.1, 0.3), (10.0, 0.3), (100.0, 0.0)) for s in range(min(3, sizes.seeds))]),
+        "variants": (
+            variant,
+            [(s, J, eps, beta, b) for J, beta, b in VARIANTS for eps in epses for s in range(sizes.variant_seeds)],
+        ),
+        "no_gap": (no_gap, [(seed, J) for J in sizes.Js for seed in some]),
         "six": (six_steps, [(seed, J, eps) for J in sizes.Js for eps in sizes.epses for seed in some]),
         "ends": (
             ends,
-            [(seed, eps, sizes.iterations, kind) for kind in ("exact", "population", "samples") for eps in epses for seed in some],
+            [(seed, 1, eps, sizes.iterations, kind) for kind in KINDS for eps in epses for seed in some]
+            + [(seed, 3, eps, sizes.iterations, "exact") for eps in epses for seed in some[:4]],
         ),
-        "forms": (forms_at_the_end, [(seed, eps, sizes.iterations) for eps in epses for seed in some]),
         "labels": (label_errors, [(s, eps, beta, sizes.draws) for beta in sizes.betas for eps in epses for s in range(sizes.label_seeds)]),
+        "sources": (pair_sources, [(s, eps, beta) for beta in sizes.betas for eps in epses for s in range(sizes.label_seeds)]),
         "standardising": (standardising, [(seed, eps) for eps in epses for seed in some]),
         "flipped": (papers.flipped_sign_of_the_slack, [(0,)]),
         "oscillation": (oscillation, [(0, 5 * sizes.iterations)]),
@@ -313,11 +429,13 @@ def problems_table(lines: list[dict]) -> Grid:
             f"{key[0]}", f"{key[1]:g}", number(med(x["nu"] for x in here)), f"{always} of {n}", f"{possible} of {n}",
             number(med(gap)), number(max(max(0.0, x["D_p*"] - x["P_p*"]) for x in here)), f"{sum(x['kink'] for x in here)}",
             f"{sum(x['maxima'] > 1 for x in here)}", number(med(away)), f"{sum(x['reached'] for x in here)} of {n}",
+            number(max(x["caid_off"][1] for x in here)),
             f"{number(med(one))} ({sum(x >= -1e-9 for x in one)} of {n})",
         ])  # fmt: skip
     header = [
         "J", "eps", "nu", "A1, A2, A5 hold", "A4 (A6, A7) hold", "P* - D_p*", "largest D_p* - P_p*", "kinks of D_p", "several maxima",
-        "\\|lambda*_p - lambda*\\|", "CAID at lambda*_p after 24 iterations", "one-shot slack, worst constraint (met by)",
+        "\\|lambda*_p - lambda*\\|", "CAID at lambda*_p after 24 iterations", "largest slack that CAID misses 0 by there",
+        "one-shot slack, worst constraint (met by)",
     ]  # fmt: skip
     return "The problems, medians over seeds", header, rows
 
@@ -386,32 +504,78 @@ def six_table(results: list) -> Grid:
     return "Largest slack of CAID after six dual steps (seeds below 1e-4)", ["J", "eps", *results[0][1]], rows
 
 
-def ends_table(results: list, kind: str, title: str) -> Grid:
-    here = [(a[1], r) for a, r in results if a[3] == kind]
+def no_gap_table(results: list) -> Grid:
+    Js = sorted({a[1] for a, _ in results})
+    rows = []
+    for key in results[0][1]:
+        row = key.split("|")
+        for J in Js:
+            here = [r[key] for a, r in results if a[1] == J]
+            needed = [n for n, _ in here if n is not None]
+            most = f" in {max(needed)}" if needed else ""
+            row.append(f"{len(needed)} of {len(here)}{most}; {number(max(error for _, error in here))}")
+        rows.append(row)
+    header = ["algorithm", "start", "iterations", *(f"J {J}" for J in Js)]
+    return "nu = 0: runs whose errors of lambda and slack fall below 1e-6, iterations they need; largest error at the end", header, rows
+
+
+def cell(values: list, places: tuple[int, ...]) -> str:
+    return " / ".join(number(med(v[i] for v in values)) for i in places)
+
+
+def ends_table(results: list, kind: str, title: str, J: int = 1) -> Grid:
+    here = [(a[2], r) for a, r in results if (a[4], a[1]) == (kind, J)]
     epses = sorted({eps for eps, _ in here})
     rows = []
     for key in here[0][1]:
         name, start = key.split("|")
-        row = [name, start, f"{here[0][1][key][0]}"]
-        for eps in epses:
-            values = [r[key] for e, r in here if e == eps]
-            row.append(" / ".join(number(med(abs(v[i]) if i < 3 else v[i] for v in values)) for i in (1, 2, 3)))
-        rows.append(row)
+        rows.append([name, start, f"{here[0][1][key][0]}", *(cell([r[key] for e, r in here if e == eps], (1, 2, 3, 4)) for eps in epses)])
     header = ["algorithm", "start", "policy updates", *(f"eps {eps:g}" for eps in epses)]
-    return f"{title}: |slack| / |lambda - lambda*_p| / value - P_p* at the end, medians", header, rows
+    return f"{title}: |slack| / |lambda - lambda*_p| / value - P_p* / eps_app at the end, medians", header, rows
 
 
 def forms_table(results: list) -> Grid:
-    epses = sorted({a[1] for a, _ in results})
+    """CAID by form and eps."""
+    epses = sorted({a[2] for a, _ in results})
+    key = "CAID, dual step 1|lambda*"
     rows = []
-    for name in results[0][1]:
-        row = [name]
-        for eps in epses:
-            values = [r[name] for a, r in results if a[1] == eps]
-            row.append(" / ".join(number(med(v[i] for v in values)) for i in (0, 1, 2, 3)))
-        rows.append(row)
+    for kind, name in {"exact": "exact maximiser", **POPULATION}.items():
+        rows.append([name, *(cell([r[key] for a, r in results if a[1:3] == [1, eps] and a[4] == kind], (1, 2, 3, 4)) for eps in epses)])
     header = ["form", *(f"eps {eps:g}" for eps in epses)]
-    return "CAID with each label form's population minimiser: slack / lambda - lambda*_p / value - P_p* / eps_app, medians", header, rows
+    title = "CAID with each label form's population minimiser: |slack| / |lambda - lambda*_p| / value - P_p* / eps_app, medians"
+    return title, header, rows
+
+
+def algorithms_by_form_table(results: list) -> Grid:
+    """Every algorithm that fits labels, by form, at eps 0.3."""
+    first = {key.split("|")[0]: key for key in reversed(results[0][1])}
+    rows = []
+    for key in results[0][1]:
+        name = key.split("|")[0]
+        if first[name] != key or name.startswith(("primal-dual", "RePO")):
+            continue
+        here = {kind: [r[key] for a, r in results if a[1:3] == [1, 0.3] and a[4] == kind] for kind in POPULATION}
+        rows.append([name, *(cell(values, (1, 2, 3, 4)) for values in here.values())])
+    title = "Every algorithm by form, population minimisers, eps 0.3: |slack| / |lambda - lambda*_p| / value - P_p* / eps_app, medians"
+    return title, ["algorithm", *POPULATION.values()], rows
+
+
+def variants_table(results: list) -> Grid:
+    rows = []
+    for J, beta, b in VARIANTS:
+        for eps in sorted({a[2] for a, _ in results}):
+            here = [x for a, x in results if a[1:4] == [J, eps, beta] and a[4] == b]
+            every = [bound for x in here for bound in x["bounds"]]
+            sharp = [bound for bound in every if bound["form"] == "sharp" and bound["right"] > 1e-6]
+            worst = max(sharp, key=lambda bound: bound["left"] / bound["right"])
+            rows.append([
+                f"{J}", f"{beta:g}", f"{b}", f"{eps:g}", ", ".join(number(med(v)) for v in zip(*(x["lambda*"] for x in here), strict=True)),
+                number(med(x["P*"] - x["D_p*"] for x in here)), f"{sum(bound['holds'] for bound in every)} of {len(every)}",
+                f"{number(worst['left'] / worst['right'])}: {worst['name']}".replace("|", "\\|"),
+                f"{sum(x['reached'] for x in here)} of {len(here)}",
+            ])  # fmt: skip
+    header = ["J", "beta", "b", "eps", "lambda*", "P* - D_p*", "statements that hold", "largest sharp left / right", "CAID at lambda*_p"]
+    return "Another beta, and a second constraint that holds anyway; medians over seeds", header, rows
 
 
 def labels_table(results: list) -> Grid:
@@ -424,6 +588,18 @@ def labels_table(results: list) -> Grid:
             rows.append([f"{beta:g}", f"{eps:g}", name, *(number(x) for x in np.median(values, axis=0))])
     header = ["beta", "eps", "form", *(f"{n} draws" for n in draws)]
     return "eps_app at lambda* by label form and draws a prompt, medians over seeds", header, rows
+
+
+def sources_table(results: list) -> Grid:
+    rows = []
+    for beta, eps in sorted({(a[2], a[1]) for a, _ in results}, key=lambda k: (-k[0], k[1])):
+        here = [r for a, r in results if (a[2], a[1]) == (beta, eps)]
+        for name in dict.fromkeys(key.split("|")[0] for key in here[0]):
+            rows.append([f"{beta:g}", f"{eps:g}", name, *(cell([r[f"{name}|{source}"] for r in here], (0, 1)) for source in SOURCES)])
+    title = (
+        f"eps_app at lambda* by label form and source of the pairs, {' / '.join(map(str, SOURCE_DRAWS))} draws a prompt, medians over seeds"
+    )
+    return title, ["beta", "eps", "form", *SOURCES], rows
 
 
 def standardising_table(results: list) -> Grid:
@@ -559,7 +735,7 @@ def draw_oscillation(results: dict[str, list[float]], path: Path) -> None:
     for (name, slack), colour in zip(results.items(), COLOURS, strict=False):
         axes[0, 0].plot(range(1, len(slack) + 1), slack, label=name, color=colour, linewidth=1.3)
     axes[0, 0].axhline(0, color="#999999", linewidth=0.8)
-    axes[0, 0].set(xlabel="dual steps", ylabel="slack", title="Equal dual rate, from 3 lambda*, exact expectations, eps 0.3")
+    axes[0, 0].set(xlabel="dual steps", ylabel="slack", title="Equal dual steps, from 3 lambda*, exact expectations, eps 0.3")
     axes[0, 0].legend(loc="upper right")
     save(made, path)
 
@@ -587,22 +763,62 @@ def draw_labels(results: list, path: Path) -> None:
 def failures(results: dict) -> list[str]:
     """Statements that must hold and do not: every bound up to eps 1, and an exact answer where the class has it."""
     wrong = []
-    for _, x in results["problems"]:
-        where = f"J {x['J']}, eps {x['eps']:g}, seed {x['seed']}"
+    for _, x in (*results["problems"], *results["variants"]):
+        where = f"J {x['J']}, eps {x['eps']:g}, beta {x['beta']:g}, b {x.get('b', 0.3)}, seed {x['seed']}"
         # The printed constants that the corrected ones replace are reported, not required.
         known = [b for b in x["bounds"] if b["form"] != "printed, gap for B"]
         if x["eps"] <= 1:
             wrong += [f"{b['name']} ({b['form']}), {where}: {b['left']:.3g} > {b['right']:.3g}" for b in known if not b["holds"]]
             wrong += [f"{name} does not hold, {where}" for name in ("A1", "A2", "A5") if not x["assumptions"][name]]
         if x["eps"] == 0:
-            error = max(np.abs(np.subtract(x["lambda*_p"], x["lambda*"])).max(), np.abs(x["one_shot_slack"]).max())
+            slack = np.where(np.array(x["lambda*"]) > 0, x["one_shot_slack"], np.minimum(x["one_shot_slack"], 0))
+            error = max(np.abs(np.subtract(x["lambda*_p"], x["lambda*"])).max(), np.abs(slack).max())
             if error > 1e-6:
                 wrong.append(f"nu = 0 and the multipliers or the slack are off by {error:.1e}, {where}")
     for (seed, J, eps), slack in results["six"]:
-        rule = f"secant {CaidConfig.dual_step:g}, lambda*" if eps == 1 else "newton 1, lambda*"
-        if (J == 1 and eps == 1 or eps <= 0.3) and slack[rule] >= 1e-4:
+        rule = required_rule(J, eps)
+        if rule is not None and slack[rule] >= 1e-4:
             wrong.append(f"slack {slack[rule]:.1e} after six dual steps ({rule}), J {J}, eps {eps:g}, seed {seed}")
+    for (seed, J), found in results["no_gap"]:
+        for key, (needed, error) in found.items():
+            if key.startswith("CAID") and needed is None:
+                wrong.append(
+                    f"nu = 0 and {key.replace('|', ' from ', 1).replace('|', ', ')} iterations end {error:.1e} off, J {J}, seed {seed}"
+                )
+    for (seed, J, eps, _, kind), found in results["ends"]:
+        for key, (_, slack, off, _, _) in found.items():
+            if (eps, kind) == (0, "exact") and key.startswith("CAID, dual step 1|") and max(slack, off) >= 1e-6:
+                wrong.append(
+                    f"nu = 0 and {key.replace('|', ' from ')} with the exact maximiser ends {max(slack, off):.1e} off, J {J}, seed {seed}"
+                )
     return wrong
+
+
+def required_rule(J: int, eps: float) -> str | None:
+    """Name in `six_steps` of the dual step by which six steps have to bring CAID's slack below 1e-4 from the warm start, if any."""
+    if eps <= 0.3:
+        return "newton 1, lambda*"
+    return f"secant {CaidConfig.dual_step:g}, lambda*" if (J, eps) == (1, 1) else None
+
+
+def one_shot_sentence(lines: list[dict]) -> str:
+    """What one-shot multipliers do where the class has a gap."""
+    gap = [x["one_shot_slack"] for x in lines if x["eps"] > 0]
+    several = [slack for slack in gap if len(slack) > 1]
+    return (
+        f"One-shot lambda misses the worst constraint in {sum(min(slack) < -1e-9 for slack in gap)} of the {len(gap)} problems with eps "
+        "above 0: the class answers more weakly than the tilt. Other constraints can end on the safe side: "
+        f"{sum(max(slack) > 1e-9 for slack in several)} of the {len(several)} with two or three constraints have one that holds with slack "
+        "to spare."
+    )
+
+
+def loose_sentence(lines: list[dict]) -> str:
+    """Which statements no break turned red in any problem."""
+    here = [x for x in lines if 0 < x["eps"] <= 1]
+    red = {name for x in here for names in x["broken"].values() for name in names}
+    loose = list(dict.fromkeys(b["name"] for x in here for b in x["bounds"] if b["name"] not in red))
+    return "Statements that none of these turns red, as B is too wide: " + ("; ".join(loose).replace("|", "\\|") or "none") + "."
 
 
 def write(results: dict, out: Path, console: Console) -> list[str]:
@@ -610,11 +826,14 @@ def write(results: dict, out: Path, console: Console) -> list[str]:
     lines = [x for _, x in results["problems"]]
     grids = {
         "problems": problems_table(lines), "bounds": bounds_table(lines), "scaled": scaled_table(results["scaled"]),
-        "broken": broken_table(lines, results["flipped"][0][1]), "six": six_table(results["six"]),
+        "broken": broken_table(lines, results["flipped"][0][1]), "variants": variants_table(results["variants"]),
+        "no gap": no_gap_table(results["no_gap"]), "six": six_table(results["six"]),
         "exact": ends_table(results["ends"], "exact", "Exact maximiser"),
-        "population": ends_table(results["ends"], "population", "Population minimiser of soft labels"),
-        "samples": ends_table(results["ends"], "samples", "16 draws a prompt for labels and slack"),
-        "forms": forms_table(results["forms"]), "labels": labels_table(results["labels"]),
+        "exact, J 3": ends_table(results["ends"], "exact", "Exact maximiser, J = 3", J=3),
+        "samples": ends_table(results["ends"], "samples", "Regression on 16 draws a prompt, which also measure the slack"),
+        "drawn": ends_table(results["ends"], "drawn", "Labels drawn for 16 draws a prompt, which also measure the slack"),
+        "forms": forms_table(results["ends"]), "algorithms by form": algorithms_by_form_table(results["ends"]),
+        "labels": labels_table(results["labels"]), "sources": sources_table(results["sources"]),
         "standardising": standardising_table(results["standardising"]),
     }  # fmt: skip
     wrong = failures(results)
@@ -630,9 +849,15 @@ def write(results: dict, out: Path, console: Console) -> list[str]:
     text = PAGE.read_text(encoding="utf-8")
     for name, grid in grids.items():
         text = text.replace(f"<!-- {name} -->", markdown(grid))
+    text = text.replace("<!-- one-shot -->", one_shot_sentence(lines)).replace("<!-- loose -->", loose_sentence(lines))
     listed = "\n".join(f"- {w}" for w in wrong) or "None."
     write_whole(out / "theory.md", text.replace("<!-- failures -->", listed.replace("|", "\\|")).encode())
-    write_whole(out / "theory.json", (json.dumps(rounded(results_file(lines)), sort_keys=True, separators=(",", ":")) + "\n").encode())
+    write_whole(
+        out / "theory.json",
+        (
+            json.dumps(rounded(results_file(lines + [x for _, x in results["variants"]])), sort_keys=True, separators=(",", ":")) + "\n"
+        ).encode(),
+    )
     return wrong
 
 
@@ -659,10 +884,18 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code: 1 where a statement that must hold does not."""
     parser = argparse.ArgumentParser(prog="python -m bench.theory", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few problems, for a test")
-    parser.add_argument("--out", default="docs", help="folder of the page, its pictures and the results file")
+    parser.add_argument(
+        "--out", default="", help="folder of the page, its pictures and the results file; default: docs, with --quick a new one"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
-    sizes, out = QUICK if options.quick else Sizes(), Path(options.out)
+    if options.workers < 1:
+        error = UserError(f"--workers {options.workers}: must be at least 1.")
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    sizes = QUICK if options.quick else Sizes()
+    # Few problems must not replace the committed page.
+    out = Path(options.out or (tempfile.mkdtemp(prefix="theory-") if options.quick else "docs"))
     console = Console()
     wrong = write(compute(sizes, options.workers), out, console)
     for statement in wrong:
