@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from engine import config as configs
 from engine import constraints, dual, report, stages
 from engine.checkpoint import write_whole
-from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, by_preference, check, fit, smoke
+from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, by_preference, check, fit, shown_name, smoke
 from engine.errors import NonFiniteError, UserError
 from engine.evaluate import Evaluation
 from engine.flags import parse_flags, suggest, take
@@ -114,6 +114,12 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
         if name not in known:
             raise UserError(f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it.")
     return list(plans.values())
+
+
+def shown(label: str) -> str:
+    """An algorithm as it was asked for, under the name that people read."""
+    name, colon, own = label.partition(":")
+    return f"{shown_name(name)}{colon}{own}"
 
 
 def config_class(label: str) -> type[RunConfig]:
@@ -372,7 +378,7 @@ def pareto(outcomes: list[Outcome]) -> bytes:
                             fmt="none" if len(points) == 1 else "o", markersize=3, color=colour, elinewidth=0.8, alpha=0.45,
                         )  # fmt: skip
                     means.append((np.mean([x.mean for x, _ in points]), np.mean([y.mean for _, y in points])))
-                axis.plot(*zip(*means, strict=True), "-o", color=colour, linewidth=1.6, markersize=7, label=label[:40])
+                axis.plot(*zip(*means, strict=True), "-o", color=colour, linewidth=1.6, markersize=7, label=shown(label)[:40])
             axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
             axis.margins(0.08)
             axis.set(xlabel=f"improvement of {name[:40]}, held out\n({UNIT})", ylabel=f"reward improvement, held out\n({UNIT})")
@@ -405,9 +411,9 @@ def multipliers(outcomes: list[Outcome]) -> bytes:
                             right.errorbar(x, slack, yerr=1.96 * se, fmt=line, color=colour, marker="o", markersize=3, elinewidth=0.6)
                         else:
                             left.axhline(o.lam[j], color=colour, linestyle=line, linewidth=1)
-                left.plot([], [], color=colour, label=label[:40])
+                left.plot([], [], color=colour, label=shown(label)[:40])
                 if any(o.iterations for own in by_b.values() for o in own):
-                    right.plot([], [], color=colour, label=label[:40])
+                    right.plot([], [], color=colour, label=shown(label)[:40])
             for number, threshold in enumerate(thresholds if len(thresholds) > 1 else []):
                 handle = Line2D([], [], color=INK, linestyle=LINES[number % len(LINES)], label=f"b {_numbers(threshold)}")
                 left.add_line(handle)
@@ -443,7 +449,7 @@ def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]]
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Sweep</title><style>{STYLE}.sides {{ grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }}</style></head><body>
-<h1>{escape(", ".join(dict.fromkeys(o.plan.label for o in outcomes)))}: {len(done)} runs</h1>
+<h1>{escape(", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes)))}: {len(done)} runs</h1>
 <p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations; intervals are 95 % over prompts.
 Sampled tokens and seconds are those of training; the reference's samples, which the runs of a seed share, are a column of their own.</p>
 {failed}
@@ -463,6 +469,7 @@ def _shown(row: dict) -> list[str]:
     for name, value in row.items():
         if not name.endswith((" se", " low", " high")):
             text = f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+            text = shown(text) if name == "algorithm" else text
             cells.append(f"{text} [{row[f'{name} low']:.2f}, {row[f'{name} high']:.2f}]" if row.get(f"{name} low", "") != "" else text)
     return cells
 
