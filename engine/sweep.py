@@ -230,20 +230,20 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
 
 
 def finished(plan: Plan) -> bool:
-    """Whether a run has its verdict."""
-    return (plan.folder / "evaluation.json").is_file()
+    """Whether a run has its verdict and its report."""
+    return (plan.folder / "evaluation.json").is_file() and (plan.folder / "report.html").is_file()
 
 
 def _train(plan: Plan) -> str:
     """Train and judge, or go on with a run that was stopped, unless it is done; returns what it failed with, or ""."""
-    if not finished(plan):
+    if not (plan.folder / "evaluation.json").is_file():
         train = import_module(f"engine.{plan.algorithm}").train
         try:
             train(plan.config, resume=_begun(plan.folder))
         except NonFiniteError as stop:
             print(f"error: {stop}", file=sys.stderr)
             return str(stop)
-    if not (plan.folder / "report.html").is_file():
+    elif not finished(plan):
         report.write(plan.folder)
     return ""
 
