@@ -141,7 +141,8 @@ def measure(seed: int, J: int, eps: float, *, scale: float = 1.0, beta: float = 
     optima = Optima(problem)
     lam_star = optima.solve_dual()
     # Not from lambda*, which at nu = 0 is the answer.
-    lam_p, dual_p, kink = optima.solve_dual_in_class(0 * lam_star, 3 * lam_star)
+    starts = (0 * lam_star, 3 * lam_star) if eps == 0 else (0 * lam_star,)
+    lam_p, dual_p, kink = optima.solve_dual_in_class(*starts)
     primal, best = optima.solve_primal(), optima.best_in_class(lam_p)
     largest = optima.largest_slack_in_class(best.theta)
 

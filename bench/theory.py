@@ -81,7 +81,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    seeds=1, Js=(1, 2), epses=(0.0, 0.3), runs=1, run_epses=(0.3,), iterations=8, draws=(4, 16), label_seeds=2, betas=(1.0,),
+    seeds=1, Js=(1, 2), epses=(0.0, 0.3), runs=1, run_epses=(0.3,), iterations=6, draws=(4, 16), label_seeds=2, betas=(1.0,),
     variant_seeds=1,
 )  # fmt: skip
 
