@@ -573,15 +573,27 @@ def variants_table(results: list) -> Grid:
         for eps in sorted({a[2] for a, _ in results}):
             here = [x for a, x in results if a[1:4] == [J, eps, beta] and a[4] == b]
             every = [bound for x in here for bound in x["bounds"]]
-            sharp = [bound for bound in every if bound["form"] == "sharp" and bound["right"] > 1e-6]
+            # The order P_p* <= D_p* is an equality where there is no kink.
+            sharp = [q for q in every if q["form"] == "sharp" and q["right"] > 1e-6 and not q["name"].startswith("order")]
             worst = max(sharp, key=lambda bound: bound["left"] / bound["right"])
             rows.append([
                 f"{J}", f"{beta:g}", f"{b}", f"{eps:g}", ", ".join(number(med(v)) for v in zip(*(x["lambda*"] for x in here), strict=True)),
                 number(med(x["P*"] - x["D_p*"] for x in here)), f"{sum(bound['holds'] for bound in every)} of {len(every)}",
                 f"{number(worst['left'] / worst['right'])}: {worst['name']}".replace("|", "\\|"),
-                f"{sum(x['reached'] for x in here)} of {len(here)}",
+                f"{sum(x['kink'] for x in here)}", f"{sum(x['reached'] for x in here)} of {len(here)}",
             ])  # fmt: skip
-    header = ["J", "beta", "b", "eps", "lambda*", "P* - D_p*", "statements that hold", "largest sharp left / right", "CAID at lambda*_p"]
+    header = [
+        "J",
+        "beta",
+        "b",
+        "eps",
+        "lambda*",
+        "P* - D_p*",
+        "statements that hold",
+        "largest sharp left / right",
+        "kinks",
+        "CAID at lambda*_p",
+    ]
     return "Another beta, and a second constraint that holds anyway; medians over seeds", header, rows
 
 
@@ -666,7 +678,7 @@ def save(made: Figure, path: Path) -> None:
 def draw_curves(results: dict, path: Path) -> None:
     lam_p = results["optimum"][0][2]
     shown = dict(zip(("C-DPO", "PD-DPO", "OPD", "primal-dual, RLOO", "primal-dual, group_norm", "RePO", "MoCAN"), COLOURS[1:], strict=True))
-    shown |= {"CAID, dual step 1": COLOURS[0], "CAID, dual step 0.5": COLOURS[0], "SACPO": COLOURS[1]}
+    shown |= {"CAID, dual step 1": COLOURS[0], "CAID, dual step 0.5": COLOURS[0], "CAID, secant": COLOURS[0], "SACPO": COLOURS[1]}
     one_shot, mark = ("MoCAN", "SACPO"), {"MoCAN": "*", "SACPO": "D"}
     made, axes = figure(3, 2, 11, 9)
     titles = ("from lambda = 0 (policy gradient: 0.05)", "from 3 lambda* (MoCAN, SACPO: at lambda*)")
@@ -675,7 +687,7 @@ def draw_curves(results: dict, path: Path) -> None:
             name, _, start = key.partition("|")
             if name not in shown or start not in starts or (start == "lambda*" and name not in one_shot):
                 continue
-            style = "--" if name == "CAID, dual step 0.5" else "-"
+            style = {"CAID, dual step 0.5": "--", "CAID, secant": ":"}.get(name, "-")
             x, *ys = zip(*points, strict=True)
             for row, y in enumerate(ys):
                 axes[row, column].plot(

@@ -216,8 +216,8 @@ def test_six_secant_steps_from_the_engines_default_reach_it_at_eps_1():
 
 @pytest.mark.parametrize("eps", [0.0, 0.3])
 def test_exact_tilts_as_scores_give_the_multipliers_and_policies_of_the_scores(eps):
-    problem = make(3, J=2, eps=eps)
-    for loop, config in ((caid.loop, CaidConfig(iterations=6, dual_step=1.0)), (mocan.loop, MocanConfig())):
+    problem = make(3, J=2, eps=eps, beta=0.7)
+    for loop, config in ((caid.loop, CaidConfig(beta=0.7, iterations=6, dual_step=1.0)), (mocan.loop, MocanConfig(beta=0.7))):
         from_scores = loop(ExactWorld(problem, config, maximiser), config)
         seen = preferred(ExactWorld(problem, config))
         assert (seen.reward_PY - problem.reward_PY).abs().max() > 0.1, "log-ratios differ from the scores by a constant per prompt"
