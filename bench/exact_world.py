@@ -121,7 +121,7 @@ def make(
     if tabular:
         features_PYF = torch.eye(P * Y, dtype=torch.float64).view(P, Y, P * Y)
     return Problem(
-        reward_PY=reward_PY, utility_PYJ=utility_PYJ, b_J=torch.tensor(b, dtype=torch.float64).expand(J), beta=beta,
+        reward_PY=reward_PY, utility_PYJ=utility_PYJ, b_J=torch.tensor(b, dtype=torch.float64).expand(J).clone(), beta=beta,
         features_PYF=features_PYF,
     )  # fmt: skip
 

@@ -496,6 +496,8 @@ def check(config: RunConfig) -> None:
         raise UserError("--pairs policy: a one-shot method starts at the reference, whose samples are there already; use reference.")
     if isinstance(config, SacpoConfig) and not (len(config.lam) == len(config.cost) and min(config.lam) > 0):
         raise UserError(f"--lam {' '.join(map(str, config.lam))}: give one value above 0 for each of the {len(config.cost)} cost(s).")
+    if isinstance(config, PrimalDualConfig) and config.clip > 1:
+        raise UserError(f"--clip {config.clip}: must be at most 1, as a probability ratio is above 0; 0.2 is usual.")
     if isinstance(config, PrimalDualConfig) and not config.lam_init > 0:
         raise UserError(f"--lam-init {config.lam_init}: must be above 0 here, as steps on ln lambda never leave 0.")
     if isinstance(config, IterativeConfig):

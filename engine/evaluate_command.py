@@ -21,14 +21,14 @@ from torch import Tensor
 
 from engine import constraints, data, dual, evaluate, metrics, packing, preference, stages
 from engine.checkpoint import Run
-from engine.config import EvaluateConfig, RunConfig, check_evaluate
+from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name
 from engine.errors import UserError
 from engine.evaluate import Judgement
 from engine.flags import parse_flags
 from engine.full import Weights, is_saved, load_weights
 from engine.metrics import Display, Progress
 from engine.records import Limit, Prompts, Units
-from engine.score import Scorers, frozen_forward, load_scorers
+from engine.score import Scorers, frozen_forward, load_scorers, try_out
 from engine.stages import Inputs, Sampled, Subject
 
 USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
@@ -142,6 +142,8 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
+    for warning in try_out(q.scorers, prompts.text):
+        display.warn(warning)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
     with whole_folder(out) as folder, display:
@@ -320,7 +322,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     again = [f"these prompts have judged this run {times} before; the interval does not allow for that"] if q.judged_before else []
     own = "so the random numbers are those of its verdict" if flags.seed == config.seed else "so no response was seen before"
     return [
-        f"{which} of {q.run}: {q.algorithm} on {config.model or stages.DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
+        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or stages.DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",

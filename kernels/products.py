@@ -27,6 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return F.linear(x, weight, bias)
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
+    elif len(x) <= FEW_ROWS and serves(x, weight) and weight.is_contiguous() and not torch.compiler.is_compiling():
+        return few_rows(x, weight, bias, INSTRUCTIONS)
     return times_transposed(x, weight, bias)
 
 
@@ -42,13 +44,11 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """`linear` without a gradient."""
     if not serves(x, weight):
         return F.linear(x, weight, bias)
-    if len(x) <= FEW_ROWS and not torch.compiler.is_compiling() and weight.is_contiguous():
-        return few_rows(x, weight, bias, INSTRUCTIONS)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instructions: str) -> Tensor:
-    """`times_transposed` for float32 on the CPU, weight contiguous: bit for bit the same for any number of rows and threads."""
+    """`linear` without a gradient for float32 on the CPU, weight contiguous: bit for bit the same for any number of rows and threads."""
     out = x.new_empty(len(x), len(weight))
     arrays = x.detach().contiguous(), weight.detach(), None if bias is None else bias.detach().contiguous(), out
     _native.few_rows(*arrays, torch.get_num_threads(), instructions)

@@ -104,7 +104,7 @@ def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time
     for side in ("reference", "policy"):
         assert not {row[side] for row in rows(first)} & {row[side] for row in rows(finished)}
     printed = capsys.readouterr().out
-    assert f"iterate 3 of {finished}: caid on smoke" in printed and "no response was seen before" in printed
+    assert f"iterate 3 of {finished}: CAID on smoke" in printed and "no response was seen before" in printed
     assert "temperature 0.7, top_p 1, at most 8 new tokens, seed 1000 (the run's is 0" in printed
     assert "stage 4 of 4: lookalike/policy" in printed
 

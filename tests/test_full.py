@@ -68,7 +68,10 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
 
     def transformers_of(policy_weights, folder):
         model.save(policy_weights.decoder(), folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        # Else the row of a padding token gets no gradient, also where a policy has drawn that token.
+        network.get_input_embeddings().padding_idx = None
+        return network
 
     def logprob_of(network, r):
         prompt, response = PROMPTS.token_ids[r // 3], samples.rollouts.tokens[r, : samples.rollouts.length[r]]

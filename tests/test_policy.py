@@ -142,7 +142,8 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
         p, i = divmod(r, 4)
         others = [scores.reward_PG[p, k] for k in range(4) if k != i]
         now = token_logprob(rollouts, r)
-        total = total - ((now - old[r, : len(now)]).exp() * (scores.reward_PG[p, i] - sum(others) / 3)).sum()
+        ratio, advantage = (now - old[r, : len(now)]).exp(), scores.reward_PG[p, i] - sum(others) / 3
+        total = total - torch.minimum(ratio * advantage, ratio.clamp(0, 2) * advantage).sum()
         count += len(now)
     (total / count).backward()
     assert loss == pytest.approx(float(total.detach()) / count, rel=1e-4)

@@ -28,7 +28,11 @@ def test_values_and_gradients_against_float64(shape, with_bias):
         bound = 4 * torch.finfo(torch.float32).eps * terms**0.5
         assert (got.detach().double() - want.detach()).abs().max() <= bound * max(1.0, float(want.detach().abs().max()))
     with torch.no_grad():
-        assert torch.equal(products.linear(x, weight, bias), out) and torch.equal(products.linear(x, weight, bias), out)
+        first, again = products.linear(x, weight, bias), products.linear(x, weight, bias)
+    assert torch.equal(first, again)
+    # A few rows are summed in another order.
+    bound = 4 * torch.finfo(torch.float32).eps * shape[1] ** 0.5 * max(1.0, float(exact.detach().abs().max()))
+    assert torch.equal(first, out) or (shape[0] <= products.FEW_ROWS and (first.double() - exact).abs().max() <= bound)
 
 
 @pytest.mark.skipif(products.INSTRUCTIONS is None, reason="no compiled kernels")

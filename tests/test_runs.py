@@ -143,6 +143,8 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
 def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
     """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as others can."""
     flags = ["--iterations", "1", "--lam-init", "0", "--max-kl", max_kl, "--max-new-tokens", "4", "--steps", "1", "--eval-prompts", "2"]
+    # With this seed the measured KL is above 0.
+    flags += ["--seed", "3"]
     assert train.main(["pd_dpo", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
     assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == kept
     folders = [tmp_path / "run" / "adapters" / name for name in kept]

@@ -80,7 +80,7 @@ def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
 def test_pictures_and_page_show_every_run(swept):
     page = (swept / "index.html").read_text()
     assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 2
-    for name in ("caid:iterations=2", "mocan", "dpo", "one-shot lambda", "caid-iterations=2-b0.1-seed3", "dpo-seed3"):
+    for name in ("CAID:iterations=2", "MoCAN", "DPO", "one-shot lambda", "caid-iterations=2-b0.1-seed3", "dpo-seed3"):
         assert name in page
     for name in ("pareto.png", "multipliers.png"):
         assert (swept / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (swept / name).stat().st_size > 20_000
