@@ -56,9 +56,9 @@ COST = "harm"
 # What is to be run, most informative first: seeds, algorithms, thresholds, flags.
 PLAN = (
     (SEEDS, (CAID, MOCAN), ("0.2", "0.4"), ()),
-    (SEEDS[:3], OTHERS, ("0.4",), ()),
-    (SEEDS[:3], ("caid:dual_rule=bisection",), ("0.4",), ()),
-    (SEEDS[:3], (MOCAN,), ("0.4",), ("--n-responses", "10")),
+    (SEEDS[3:6], OTHERS, ("0.4",), ()),
+    (SEEDS[3:6], ("caid:dual_rule=bisection",), ("0.4",), ()),
+    (SEEDS[3:6], (MOCAN,), ("0.4",), ("--n-responses", "10")),
     (SEEDS[:1], (CAID,), ("0.2,0.2", "0.2,0.4", "0.4,0.2", "0.4,0.4"), ("--cost", "harm", "harm-audit", "--audit")),
 )
 

@@ -1,4 +1,4 @@
-"""The cases of `python -m bench.run` under pytest-benchmark: `python -m pytest bench`. Small shapes; `bench.run` measures."""
+"""The cases of `python -m bench.run` under pytest-benchmark: `python -m pytest bench -n 0`. Small shapes; `bench.run` measures."""
 
 import math
 

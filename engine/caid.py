@@ -2,9 +2,8 @@
 
 Where the paper is silent, this is decided: the multipliers start at the one-shot optimum, so the literal step at t = 0 is left out;
 one adapter and its optimizer go on through all iterations; the reference stays the original model; labels are drawn afresh in every step;
-the improvement is measured against each prompt's own reference samples; the dual step is half the inverse Hessian at the warm start, on
-the part of the slack that stands out of its noise, with a cap on the change, as a policy of few steps lags behind lambda; the last iterate
-is the result, and no dual step follows it. An update learns from the reference's samples that the dual is solved on, in Algorithm 3 too,
+the improvement is measured against each prompt's own reference samples; the dual step is half the inverse Hessian at the warm start, with a
+cap on the change, as a policy of few steps lags behind lambda; the last iterate is the result, and no dual step follows it. An update learns from the reference's samples that the dual is solved on, in Algorithm 3 too,
 where the paper takes the preference set's pairs: --pairs with that file does so, --pairs policy takes fresh samples of the last iterate.
 """
 
@@ -49,7 +48,8 @@ def loop(world: stages.World, config: CaidConfig):
 def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, config: CaidConfig) -> Tensor:
     """The next multipliers from the rows (lambda, slack, standard error) so far, by the step that the config names; see `engine.dual`.
 
-    No rule is moved by a slack within its standard error (`engine.dual.resolved`).
+    newton is the paper's step, on the slack as measured: half a step halves its noise too. The others are not moved by a slack within its
+    standard error (`engine.dual.resolved`).
     """
     bounds = {"max_change": config.lam_max_change, "lam_max": config.lam_max}
     if config.dual_rule == "secant":
@@ -58,5 +58,5 @@ def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, co
         return dual.bisection_step(history, **bounds)
     if config.dual_rule == "optimistic":
         return dual.optimistic_step(history, hessian_JJ, **bounds)
-    lam_J, slack_J, se_J = history[-1]
-    return dual.step(lam_J, dual.resolved(slack_J, se_J), hessian_JJ, **bounds)
+    lam_J, slack_J, _ = history[-1]
+    return dual.step(lam_J, slack_J, hessian_JJ, **bounds)
