@@ -133,7 +133,7 @@ def test_reward_at_equal_safety_interpolates_within_a_seed():
 def test_what_remains_are_commands_that_can_be_run(tmp_path):
     commands = remaining(ROWS, study.options(study._shown(study.FLAGS)), study.DOCS)
     assert commands[0] == "python -m bench.study --seeds 3 4 5 6 7 --algorithms caid mocan --thresholds 0.2 0.4"
-    assert commands[1].startswith("python -m bench.study --seeds 0 1 2 --algorithms primal_dual dpo:objective=reward")
+    assert commands[1].startswith("python -m bench.study --seeds 3 4 5 --algorithms primal_dual dpo:objective=reward")
     assert commands[3].endswith("--algorithms mocan --thresholds 0.4 -- --n-responses 10") and len(commands) == 5
     # A seed that has one threshold is not run at it again, which would be refused.
     more = remaining([*ROWS, row("caid", 7, 0.4, 0.4), row("mocan", 7, 0.4, 0.4)], {}, study.DOCS)
@@ -142,11 +142,11 @@ def test_what_remains_are_commands_that_can_be_run(tmp_path):
     ]  # fmt: skip
     two = [row("caid --cost harm harm-audit --audit", 0, b, b) | {"harm-audit threshold": x} for b in (0.2, 0.4) for x in ("0.2", "0.4")]
     # Algorithms that know no threshold have run wherever they have, and a failed run is none.
-    others = [row(label, seed, 0.2, 1.0, "" if seed else "stopped") for label in study.OTHERS[1:] for seed in range(3)]
+    others = [row(label, seed, 0.2, 1.0, "" if seed > 3 else "stopped") for label in study.OTHERS[1:] for seed in range(3, 6)]
     commands = remaining([*ROWS, *two, *others], {"--model": ("big",)}, tmp_path / "gpu")
     assert len(commands) == 5 and commands[0].endswith("--docs gpu -- --model big")
-    assert f"--seeds 0 --algorithms {' '.join(study.OTHERS)} --thresholds 0.4" in commands[1]
-    assert "--seeds 1 2 --algorithms primal_dual --thresholds 0.4" in commands[2]
+    assert f"--seeds 3 --algorithms {' '.join(study.OTHERS)} --thresholds 0.4" in commands[1]
+    assert "--seeds 4 5 --algorithms primal_dual --thresholds 0.4" in commands[2]
 
 
 def keep(folder: Path, name: str, rows: list[dict], flags: tuple[str, ...] = ()) -> None:
