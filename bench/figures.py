@@ -28,7 +28,7 @@ from torch import Tensor
 
 from engine import dual, stages
 from engine.checkpoint import RecordT, Run, Torn, load, write_whole
-from engine.config import RunConfig
+from engine.config import RunConfig, was_by_preference
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.metrics import read_rows
@@ -67,7 +67,7 @@ def stored(folder: Path) -> Stored:
         raise UserError(
             f"{folder}: it has a constraint on one kind of prompts or a rate, which these figures do not show; give another run."
         )
-    if algorithm == "pecan" or values.get("scores") == "preference":
+    if was_by_preference(algorithm, values):
         scores = _load(folder, "*-preference-scores.safetensors", Scores)
         reward, *utility = _row(folder, "preference")["log_ratio_sd"]
         units = Units(reward=reward, utility_J=utility, audit_A=[1.0] * scores.audit_PGA.shape[2])
@@ -192,7 +192,7 @@ def calibration(folder: Path) -> list[dict]:
     were drawn from its scorers, which are the truth for the log-ratios; an audit with the name of a cost is an annotator that neither the
     scorer nor the policy has seen."""
     algorithm, config = Run.read_config(folder)
-    if algorithm != "pecan" and config.get("scores") != "preference":
+    if not was_by_preference(algorithm, config):
         raise UserError(f"--preference {folder}: it has no log-ratio scores; give a run of pecan, or of caid --scores preference.")
     scores = _load(folder, "*-preference-scores.safetensors", Scores)
     row = _row(folder, "reference")

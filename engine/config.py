@@ -385,6 +385,11 @@ def by_preference(config: RunConfig) -> bool:
     return isinstance(config, PecanConfig) or getattr(config, "scores", "model") == "preference"
 
 
+def was_by_preference(algorithm: str, values: dict) -> bool:
+    """`by_preference` of a run's config.json, as `Run.read_config` gives it."""
+    return algorithm == "pecan" or values.get("scores") == "preference"
+
+
 def _check_limits(config: RunConfig) -> None:
     """What each constraint asks for."""
     J = len(config.cost)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine import constraints, data, dual, evaluate, metrics, packing, preference, stages
 from engine.checkpoint import Run
-from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name
+from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name, was_by_preference
 from engine.errors import UserError
 from engine.evaluate import Judgement
 from engine.flags import parse_flags
@@ -105,18 +105,17 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    selection = None
-    if flags.best_feasible:
-        selection = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
-        data.assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
     own = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
+    selection = own if flags.best_feasible else None
+    if selection:
+        data.assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
     lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
     (reference,) = metrics.read_rows(run, "reference")
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {}))
     units = stages.units_of(reference, limits)
-    by_preference = algorithm == "pecan" or values.get("scores") == "preference"
+    by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
     aimed = metrics.read_rows(run, "dual")[0]["aim"] if by_preference else reference.get("aimed", reference["aim"])
     return Question(

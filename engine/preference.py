@@ -134,8 +134,7 @@ class PreferenceWorld(stages.World):
 def _from_scorers(world: stages.World) -> tuple[policy.Samples, Tensor]:
     """Reference samples, and the scores [P, G, 1 + J] from which labels are drawn."""
     reference = world.reference
-    samples = policy.Samples(prompts=reference.prompts, rollouts=reference.sampled.rollouts, scores=reference.scores, lower=reference.lower)
-    return samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
+    return reference.samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
 
 
 def _from_file(job: Job) -> tuple[policy.Samples, Tensor]:

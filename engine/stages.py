@@ -292,6 +292,11 @@ class Reference:
     aim_J: Tensor  # float64 [J]: the improvements to aim at, in units
     lower: LowerStates | None  # states below the adapter, unless they are too large to keep
 
+    @property
+    def samples(self) -> policy.Samples:
+        """The reference's responses as an update learns from them."""
+        return policy.Samples(prompts=self.prompts, rollouts=self.sampled.rollouts, scores=self.scores, lower=self.lower)
+
     def weighted(self, scores: Scores, prompts: Prompts) -> Tensor:
         """Utilities [P, G, J] of scores in units, as the Lagrangian counts them."""
         return constraints.weighted(self.limits, scores, prompts, self.prompts)
@@ -655,10 +660,7 @@ class World:
             )
             train_on = list(range(len(prompts)))
         else:
-            samples = policy.Samples(
-                prompts=reference.prompts, rollouts=reference.sampled.rollouts, scores=reference.scores, lower=reference.lower
-            )
-            return samples, target, train_on
+            return reference.samples, target, train_on
         scores = self.rescore(stage, prompts, sampled)
         score_PG = scores.reward_PG + reference.weighted(scores, prompts) @ target.lam_J
         samples = policy.Samples(prompts=prompts, rollouts=sampled.rollouts, scores=scores, lower=lower)

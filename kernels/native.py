@@ -7,16 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.compiled import _native, instructions
 from kernels.products import times_transposed
 from kernels.reference import Sizes, TorchRows, chunks, head_columns
 
-try:
-    from kernels import _native
-except ImportError:
-    _native = None
-
-# Instruction sets that this processor runs, fastest first.
-instructions: tuple[str, ...] = () if _native is None else _native.instructions
 available = bool(instructions)
 NO_WINDOW = 2**62
 _told = False

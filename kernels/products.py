@@ -6,14 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from kernels import _native
-except ImportError:
-    _native = None
+from kernels.compiled import _native, instructions
 
-INSTRUCTIONS = _native.instructions[0] if _native is not None and _native.instructions else None
 # From this number of rows on oneDNN, which reads the matrix in parts that stay in cache, is as fast.
-FEW_ROWS = {"avx512": 16, "avx2": 8}.get(INSTRUCTIONS, 0)
+FEW_ROWS = {"avx512": 16, "avx2": 8}.get(instructions[0], 0) if instructions else 0
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
@@ -28,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
     elif len(x) <= FEW_ROWS and serves(x, weight) and weight.is_contiguous() and not torch.compiler.is_compiling():
-        return few_rows(x, weight, bias, INSTRUCTIONS)
+        return few_rows(x, weight, bias, instructions[0])
     return times_transposed(x, weight, bias)
 
 
@@ -47,11 +43,11 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instructions: str) -> Tensor:
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str) -> Tensor:
     """`linear` without a gradient for float32 on the CPU, weight contiguous: bit for bit the same for any number of rows and threads."""
     out = x.new_empty(len(x), len(weight))
     arrays = x.detach().contiguous(), weight.detach(), None if bias is None else bias.detach().contiguous(), out
-    _native.few_rows(*arrays, torch.get_num_threads(), instructions)
+    _native.few_rows(*arrays, torch.get_num_threads(), instruction_set)
     return out
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import products
+from kernels import native, products
 
 
 def made(rows: int, width: int, columns: int, dtype=torch.float32):
@@ -35,18 +35,18 @@ def test_values_and_gradients_against_float64(shape, with_bias):
     assert torch.equal(first, out) or (shape[0] <= products.FEW_ROWS and (first.double() - exact).abs().max() <= bound)
 
 
-@pytest.mark.skipif(products.INSTRUCTIONS is None, reason="no compiled kernels")
+@pytest.mark.skipif(not native.available, reason="no compiled kernels")
 @pytest.mark.parametrize("width, columns", [(1, 1), (15, 2), (16, 3), (33, 7), (577, 64)])
 def test_few_rows_have_one_result_for_any_rows_threads_and_instructions(width, columns):
     """And each instruction set's own is right; the sum of products of 1 has no rounding."""
     x, weight, bias = made(19, width, columns)
     threads = torch.get_num_threads()
-    for instructions in products._native.instructions:
+    for instructions in native.instructions:
         whole = products.few_rows(x, weight, bias, instructions)
         exact = F.linear(x.double(), weight.double(), bias.double())
         assert (whole - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * width**0.5 * max(1.0, float(exact.abs().max()))
         assert torch.equal(products.few_rows(x.sign(), weight.sign(), None, instructions), F.linear(x.sign(), weight.sign()))
-        assert torch.equal(whole, products.few_rows(x, weight, bias, products.INSTRUCTIONS))
+        assert torch.equal(whole, products.few_rows(x, weight, bias, native.instructions[0]))
         try:
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
@@ -61,7 +61,7 @@ def test_few_rows_refuse_what_does_not_agree():
     x, weight, bias = made(3, 6, 5)
     for wrong in ((x[:, :5], weight, bias), (x, weight, bias[:4])):
         with pytest.raises(ValueError, match="are wanted"):
-            products.few_rows(*wrong, products.INSTRUCTIONS)
+            products.few_rows(*wrong, native.instructions[0])
 
 
 def test_strided_inputs_and_a_second_derivative():
