@@ -49,8 +49,8 @@ def loop(world: stages.World, config: CaidConfig):
 def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, config: CaidConfig) -> Tensor:
     """The next multipliers from the rows (lambda, slack, standard error) so far, by the step that the config names; see `engine.dual`.
 
-    newton is the paper's step, on the slack as measured: half a step halves its noise too. The others are not moved by a slack within its
-    standard error (`engine.dual.resolved`).
+    None is moved by a slack within one standard error. Beyond it newton, the paper's step, takes the slack as it was measured, as half a
+    step averages noise already; the others shrink it (`engine.dual.resolved`).
     """
     bounds = {"max_change": config.lam_max_change, "lam_max": config.lam_max}
     if config.dual_rule == "secant":
@@ -59,5 +59,5 @@ def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, co
         return dual.bisection_step(history, **bounds)
     if config.dual_rule == "optimistic":
         return dual.optimistic_step(history, hessian_JJ, **bounds)
-    lam_J, slack_J, _ = history[-1]
-    return dual.step(lam_J, slack_J, hessian_JJ, **bounds)
+    lam_J, slack_J, se_J = history[-1]
+    return dual.step(lam_J, slack_J.where(slack_J.abs() > se_J, 0.0), hessian_JJ, **bounds)

@@ -153,8 +153,8 @@ class CaidConfig(IterativeConfig):
     the responses are taken from it, the scores are the run's."""
     dual_rule: str = "newton"
     """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they tell more than noise. optimistic:
-    it, on a forecast of the slack. bisection: of one multiplier, by the sign of the slack. For the last three a slack within one standard
-    error counts as 0."""
+    it, on a forecast of the slack. bisection: of one multiplier, by the sign of the slack. For all, a slack within one standard error
+    counts as 0."""
     dual_step: float = 0.5
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
