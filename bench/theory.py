@@ -469,7 +469,8 @@ def scaled_table(results: list) -> Grid:
         wrong: dict[str, list[float]] = {}
         for x in here:
             for b in x["bounds"]:
-                if not b["holds"]:
+                # Rounding is relative to the utilities' unit.
+                if b["left"] > b["right"] + papers.ROUNDING * max(1, scale):
                     wrong.setdefault(f"{b['name']} ({b['form']})".replace("|", "\\|"), []).append(b["left"] / max(b["right"], 1e-300))
         rows += [[f"{scale:g}", name, f"{len(r)} of {len(here)}", number(med(r))] for name, r in wrong.items()] or [
             [f"{scale:g}", "none", "", ""]
@@ -508,7 +509,8 @@ def no_gap_table(results: list) -> Grid:
     Js = sorted({a[1] for a, _ in results})
     rows = []
     for key in results[0][1]:
-        row = key.split("|")
+        name, *row = key.split("|")
+        row.insert(0, read_as(name))
         for J in Js:
             here = [r[key] for a, r in results if a[1] == J]
             needed = [n for n, _ in here if n is not None]
