@@ -14,11 +14,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import loss_head, rollout, train_step
+from bench import growth, loss_head, rollout, train_step
 from bench.measure import interleaved, origin, peak_bytes
 from engine import dual
+from engine.checkpoint import write_whole
 from engine.memory import keep_freed_memory
 from engine.model import load
+from engine.report import png
 from engine.score import LogprobGap
 from engine.stages import model_folder
 from kernels import dual_moments
@@ -207,6 +209,36 @@ def run_dual(config: Dual) -> dict:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How the time of sampling and of a training step grows with rows, tokens and layers; draws bench/growth.png."""
+
+    model: str = ""
+    """Hugging Face folder; the quickstart's model where it is left out."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    repeats: int = 3
+    """Rounds; every size runs once in each."""
+    save: bool = True
+    """Add the figures to bench/results.jsonl, and write bench/RESULTS.md and the picture anew."""
+
+
+def run_growth(config: Growth) -> dict:
+    """Measure; returns the line of results.jsonl."""
+    device = torch.device(config.device)
+    keep_freed_memory()
+    folder = model_folder(config.model)
+    steps = growth.steps(load(folder, dtype=getattr(torch, config.dtype), device=device))
+    times = interleaved({size.name: step for size, step in steps.items()}, config.repeats, device)
+    points = [asdict(size) | {f"{k}_s": v for k, v in times[size.name].items()} for size in steps]
+    return {
+        "case": "growth", "shape": folder.name, "dtype": config.dtype, "keep_pages": True, "repeats": config.repeats, "points": points,
+        **origin(device),
+    }  # fmt: skip
+
+
 def _measure(
     steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device, times_of: dict[str, int]
 ) -> tuple[list[dict], float, dict[str, str]]:
@@ -230,6 +262,13 @@ def _measure(
 def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
     """(title, header, rows) of one line of results."""
     pages = ", freed memory kept" if line["keep_pages"] else ""
+    if line["case"] == "growth":
+        rows = [
+            [what, axis, ", ".join(str(x) for x, _ in curve), ", ".join(f"{1000 * s:.0f}" for _, s in curve), f"{growth.slope(curve):.2f}"]
+            for (what, axis), curve in growth.curves(line["points"]).items()
+        ]
+        title = f"growth: {line['shape']}, prompts of {growth.PROMPT}, {line['dtype']}{pages}; one size at a time"
+        return title, ["", "size", "tried", "ms, medians", "power of the size at the end (1: linear)"], rows
     if line["case"] == "loss_head":
         title = (
             f"loss_head: {line['shape']}, {line['rows']} rows x {line['width']} x {line['vocabulary']}, {line['dtype']}, "
@@ -265,6 +304,8 @@ def write_results(lines: list[dict]) -> None:
         title, header, rows = table_of(line)
         text += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         text += ["| " + " | ".join(row) + " |" for row in rows]
+        if line["case"] == "growth":
+            text += ["", "![Time against size](growth.png)"]
         if "logprob_gap" in line:
             text += ["", f"Here {LogprobGap(**line['logprob_gap'])}."]
         versions = ", ".join(f"{k} {v}" for k, v in line["versions"].items())
@@ -275,7 +316,7 @@ def write_results(lines: list[dict]) -> None:
 
 CASES = {
     "loss_head": (LossHead, run_loss_head), "rollout": (Rollout, run_rollout), "train_step": (TrainStep, run_train_step),
-    "dual": (Dual, run_dual),
+    "growth": (Growth, run_growth), "dual": (Dual, run_dual),
 }  # fmt: skip
 
 
@@ -299,6 +340,8 @@ def main(arguments: list[str]) -> int:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, sort_keys=True) + "\n")
         write_results([json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()])
+        if line["case"] == "growth":
+            write_whole(HERE / "growth.png", png(lambda: growth.draw(line["points"])))
     return 0
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bench import loss_head, rollout, train_step
+from bench import growth, loss_head, rollout, train_step
 from engine.model import load
 from engine.smoke import smoke_folder
 
@@ -41,3 +41,14 @@ def test_train_step(benchmark, pairs):
     step = train_step.ours(model, groups, train_step.reference_logprob(model, groups))
     assert float(step()) == pytest.approx(math.log(2), abs=1e-4), "the policy is the reference at first"
     assert benchmark(step).isfinite()
+
+
+def test_growth_steps_are_of_their_sizes():
+    model = load(smoke_folder())
+    made = growth.steps(model)
+    assert {size.what for size in made} == {"sampling", "training step"}
+    for size, step in made.items():
+        if size.axis == "layers" and size.what == "sampling":
+            assert step().shape == (32, 32)
+    assert len(growth.shallow(model, 1).layers) == 1 and len(model.layers) == model.config.num_layers
+    assert growth.slope([(1, 1.0), (2, 2.0), (4, 8.0)]) == pytest.approx(2)
