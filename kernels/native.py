@@ -136,9 +136,7 @@ class NativeRows(TorchRows):
         others = torch.zeros(rows, dtype=torch.float64)
         for part, head in self._head():
             for tile in self._row_tiles(rows):
-                logits = times_transposed(hidden[tile], head)
-                if z is not None:
-                    logits = _part(z, part)[tile].copy_(logits)
+                logits = times_transposed(hidden[tile], head, out=None if z is None else _part(z, part)[tile])
                 if self.bias is not None:
                     logits.add_(self.bias[part])
                 slope = None

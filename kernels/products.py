@@ -1,6 +1,8 @@
-"""Products with frozen matrices. In float32 on the CPU oneDNN, which is part of torch, does them: on processors on which MKL, torch's own
-choice there, leaves half of the arithmetic unused, that is up to twice as fast. A few rows go to compiled code (csrc/products.cpp), which
-reads the matrix once, as fast as memory gives it (LOG.md)."""
+"""Products with frozen matrices. In float32 on a CPU that is not Intel's oneDNN, which is part of torch, does them: there MKL, torch's own
+choice, leaves half of the arithmetic unused. On Intel's MKL is the faster. A few rows go to compiled code (csrc/products.cpp), which reads
+the matrix once, as fast as memory gives it (LOG.md)."""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,15 @@ FEW_ROWS = {"avx512": 16, "avx2": 8}.get(instructions[0], 0) if instructions els
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
+def _mkl_is_faster() -> bool:
+    """Whether torch has MKL and the processor is Intel's."""
+    file = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and file.is_file() and "GenuineIntel" in file.read_text()
+
+
+MKL_IS_FASTER = _mkl_is_faster()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], with the gradient in x alone where oneDNN does it.
 
@@ -23,24 +34,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return F.linear(x, weight, bias)
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
-    elif len(x) <= FEW_ROWS and serves(x, weight) and weight.is_contiguous() and not torch.compiler.is_compiling():
+    elif len(x) <= FEW_ROWS and _on_cpu(x, weight) and weight.is_contiguous() and not torch.compiler.is_compiling():
         return few_rows(x, weight, bias, instructions[0])
     return times_transposed(x, weight, bias)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN does the product: two float32 matrices on the CPU, neither empty."""
-    both = x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.device.type == "cpu"
+    """Whether oneDNN does the product: two float32 matrices on the CPU, neither empty, where MKL is not the faster."""
     # The switch cannot be read while a caller is traced.
     usable = _AVAILABLE and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
-    return both and usable and x.numel() > 0 and weight.numel() > 0
+    return usable and not MKL_IS_FASTER and _on_cpu(x, weight)
 
 
-def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` without a gradient."""
-    if not serves(x, weight):
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Two float32 matrices on the CPU, neither empty."""
+    both = x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.device.type == "cpu"
+    return both and x.numel() > 0 and weight.numel() > 0
+
+
+def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """`linear` without a gradient. out: where the product is to stand; without a bias."""
+    if serves(x, weight):
+        product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product if out is None else out.copy_(product)
+    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str) -> Tensor:

@@ -12,6 +12,28 @@ def made(rows: int, width: int, columns: int, dtype=torch.float32):
     return (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (columns, width), (columns,)))
 
 
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """As on a processor that is not Intel's."""
+    monkeypatch.setattr(products, "MKL_IS_FASTER", False)
+
+
+def test_mkl_does_the_products_where_it_is_faster_but_not_those_of_few_rows(monkeypatch):
+    x, weight, bias = made(33, 64, 48)
+    out = torch.empty(33, 48)
+    assert products.serves(x, weight) and products.times_transposed(x, weight, out=out) is out
+    torch.testing.assert_close(out, x @ weight.t())
+    monkeypatch.setattr(products, "MKL_IS_FASTER", True)
+    assert not products.serves(x, weight)
+    assert torch.equal(products.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert products.times_transposed(x, weight, out=out) is out and torch.equal(out, torch.mm(x, weight.t()))
+    with torch.no_grad():
+        few = products.linear(x[:4], weight, bias)
+        monkeypatch.setattr(products, "MKL_IS_FASTER", False)
+        if products.FEW_ROWS:
+            assert torch.equal(products.linear(x[:4], weight, bias), few)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (16, 577, 129), (64, 577, 129), (385, 576, 1536)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_values_and_gradients_against_float64(shape, with_bias):
