@@ -57,7 +57,11 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
     if serves(x, weight):
         product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product if out is None else out.copy_(product)
-    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+    if out is None and not (_on_cpu(x, weight) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        return F.linear(x, weight, bias)
+    # Into what is there already, as autocast rounds nothing then; nor does oneDNN's operator.
+    out = torch.mm(x, weight.t(), out=x.new_empty(len(x), len(weight)) if out is None else out)
+    return out if bias is None else out.add_(bias)
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str) -> Tensor:

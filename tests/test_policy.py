@@ -320,4 +320,6 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, 
         for key, value in whole.items():
             if key == "accuracy" and whole["step"] == 1:
                 continue  # the policy is the reference: all margins are 0 to rounding
-            assert part[key] == (pytest.approx(value, rel=2e-4, abs=1e-6) if isinstance(value, float) else value), key
+            # That of the difference of two log-probs of some 60 nats.
+            rounding = 1e-5 if key == "margin" else 1e-6
+            assert part[key] == (pytest.approx(value, rel=2e-4, abs=rounding) if isinstance(value, float) else value), key
