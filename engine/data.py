@@ -158,6 +158,8 @@ def _read_jsonl(source: str, text: str) -> list[tuple[str, dict]]:
             raise UserError(f"{source}:{number}: malformed JSON ({detail}); a jsonl file has one object per line.") from None
         if not isinstance(row, dict):
             raise UserError(f'{source}:{number}: a JSON {type(row).__name__}, not an object; write {{"prompt": ...}}.')
+        if "\\u" in line:
+            _check_encodes(json.dumps(row, ensure_ascii=False), f"{source}:{number}")
         rows.append((f"{source}:{number}", row))
     return rows
 
@@ -225,15 +227,20 @@ def _messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     for message in value:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise UserError(f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.')
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{place}: the text holds half a surrogate pair (\\ud800 to \\udfff alone); remove it.") from None
+        _check_encodes(message["content"], place)
     if value[-1]["role"] != "user":
         raise UserError(f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn.")
     if not value[-1]["content"].strip():
         raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _check_encodes(text: str, place: str) -> None:
+    """JSON's escapes can write what no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: the text holds half a surrogate pair (\\ud800 to \\udfff alone); remove it.") from None
 
 
 def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str) -> list[int]:

@@ -142,6 +142,16 @@ BAD_BYTES = {
     "number": ("p.jsonl", b'{"prompt": 3}\n', r"p.jsonl:1: column 'prompt' holds a int"),
     "bad message": ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', r"p.jsonl:1: message .* is not"),
     "half a surrogate": ("p.jsonl", b'{"prompt": "\\ud800"}\n', r"p.jsonl:1: the text holds half a surrogate"),
+    "half a surrogate elsewhere": (
+        "p.jsonl",
+        b'{"prompt": "\\u00e4", "response_0": "a\\uDC00"}\n',
+        r"p.jsonl:1: the text holds half a surrogate",
+    ),
+    "half a surrogate in a message": (
+        "p.csv",
+        b'prompt\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n',
+        r"p.csv:2: the text holds half a surrogate",
+    ),
     "assistant last": (
         "p.jsonl",
         b'{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
