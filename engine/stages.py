@@ -461,14 +461,14 @@ def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
     return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
 
 
-def one_shot(job: Job, reference: Reference) -> dual.Solution:
+def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> dual.Solution:
     """The multipliers for the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
     bounds = [0.0 if limit.kind == "rate" else None for limit in reference.limits]  # such a utility is minus the share of unsafe responses
     try:
         return dual.solve(
-            reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts), aim, config.beta, bounds=bounds,
-            lam_max=config.lam_max, force=config.force,
+            reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts), aim, config.beta, start_J=start_J,
+            bounds=bounds, lam_max=config.lam_max, force=config.force,
         )  # fmt: skip
     except dual.Infeasible as error:
         margin = aim - reference.needed_J

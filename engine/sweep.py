@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine import config as configs
-from engine import constraints, dual, report, stages
+from engine import constraints, report, stages
 from engine.checkpoint import write_whole
 from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, by_preference, check, fit, shown_name, smoke
 from engine.errors import NonFiniteError, UserError
@@ -206,16 +206,12 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
             if problem in seen:
                 continue
             seen.append(problem)
-            utility_PGJ = reference.weighted(reference.scores, reference.prompts)
             try:
-                solution = dual.solve(
-                    reference.scores.reward_PG, utility_PGJ, aim_J, beta, start_J=guess, lam_max=own.lam_max, force=own.force
-                )
-            except dual.Infeasible as error:
+                solution = stages.one_shot(replace(job, config=own), reference, start_J=guess)
+            except UserError as error:
                 raise UserError(
-                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)} (aim {_numbers(aim_J.tolist())}) is beyond what the "
-                    f"{own.n_responses} samples of each prompt show, which is no proof that it cannot be met; they support "
-                    f"{error.largest_multiple:.2f} of the aim; leave it out, lower --margin, or go on with --force behind --."
+                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)}: {error} Or leave it out; all other flags of a sweep stand "
+                    "behind --."
                 ) from error
             guess = solution.lam
             rows.append({

@@ -171,7 +171,7 @@ def test_thresholds_that_the_samples_do_not_support_end_it_before_training(tmp_p
     argv = ["--preset", "smoke", "--algorithms", "mocan", "--thresholds", "0.1", "99", "--out", str(tmp_path / "s"), "--", "--threads", "1"]
     assert sweep.main(argv) == 2
     error = capsys.readouterr().err
-    assert "--thresholds 99 (aim 99) is beyond what the 4 samples" in error and "of the aim" in error
+    assert "error: --thresholds 99: --threshold 99 (with" in error and "is beyond what the 4 samples" in error and "behind --." in error
     assert not list((tmp_path / "s").glob("mocan*"))
 
 
