@@ -1,7 +1,8 @@
-// The product of a few rows with a large matrix: its elements are read once, at the speed of memory.
+// Products of rows with a large matrix, whose elements are read once. `few_rows` sums along its rows as they lie, at the speed of memory.
+// `panels` turns some of its rows at a time into columns of vectors in cache, which pays where many rows share them; for AVX-512.
 //
-// Every output is summed in one order, that of its row and column alone: results are bit for bit the same for any number of threads and
-// rows, and for AVX2 and AVX-512.
+// Each sums every output in one order, that of its row and column alone: results are bit for bit the same for any number of threads and
+// rows, and those of `few_rows` for AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -9,10 +10,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "vectors.h"
 
@@ -31,8 +33,10 @@ INLINE void totals(const Floats<W> (&sums)[R][C][kLanes / W], float* out) {
 }
 
 #ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
+#define UNROLL _Pragma("GCC unroll 16")
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vectors<16>::Ints{__VA_ARGS__})
 #endif
 
@@ -59,6 +63,27 @@ INLINE void totals_of_sixteen(const Floats<16> (&sums)[8][2][1], float* out) {
     const Floats<16>&a = x[0], &b = x[1];
     store<16>(out, SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
                        SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31));
+}
+
+// Rows to columns.
+INLINE void transpose(Floats<16> (&x)[16]) {
+    Floats<16> y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = SHUFFLE(x[i], x[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        y[i + 1] = SHUFFLE(x[i], x[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+    for (int i = 0; i < 16; i += i % 2 ? 3 : 1) {
+        x[i] = SHUFFLE(y[i], y[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        x[i + 2] = SHUFFLE(y[i], y[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    for (int i = 0; i < 16; i += i % 4 == 3 ? 5 : 1) {
+        y[i] = SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        y[i + 4] = SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 8; ++i) {
+        x[i] = SHUFFLE(y[i], y[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        x[i + 8] = SHUFFLE(y[i], y[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
 }
 
 // How far ahead w is asked for, in floats: two rows side by side are too short for the processor to see where the reads go.
@@ -109,17 +134,116 @@ INLINE void columns(const float* packed, int64_t rows, const float* w, int64_t w
     }
 }
 
+struct Free {
+    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+// Whole cache lines: a vector that lies across two of them takes twice as long to load.
+Buffer buffer(int64_t size) { return Buffer(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(64)))); }
+
 // [rows, width] to groups of R rows [width / lanes][R][lanes], filled up with zeros.
-std::vector<float> packed_rows(const float* x, int64_t rows, int64_t width, int R) {
-    const int64_t blocks = (width + kLanes - 1) / kLanes, groups = (rows + R - 1) / R;
-    std::vector<float> packed(groups * blocks * R * kLanes);
+Buffer packed_rows(const float* x, int64_t rows, int64_t width, int R) {
+    const int64_t blocks = (width + kLanes - 1) / kLanes, groups = (rows + R - 1) / R, size = groups * blocks * R * kLanes;
+    Buffer packed = buffer(size);
+    std::fill_n(packed.get(), size, 0.0f);
     for (int64_t row = 0; row < rows; ++row) {
-        float* to = packed.data() + (row / R * blocks * R + row % R) * kLanes;
+        float* to = packed.get() + (row / R * blocks * R + row % R) * kLanes;
         for (int64_t i = 0; i < width; i += kLanes, to += R * kLanes)
             std::memcpy(to, x + row * width + i, std::min<int64_t>(kLanes, width - i) * sizeof(float));
     }
     return packed;
 }
+
+#if defined(__x86_64__) || defined(__i386__)
+
+// Rows and columns of a tile of the product, whose sums fill the registers.
+constexpr int kTall = 8, kVectors = 3;
+constexpr int64_t kWide = kVectors * 16;
+// How many numbers of each of the matrix's rows are turned at a time: a panel stays in the second cache.
+constexpr int64_t kDeep = 2048;
+// Steps along the width between two times of asking for what comes next.
+constexpr int kAsk = 8;
+
+// Rows of the matrix that are turned next, line by line.
+struct Ahead {
+    const float* row;
+    int64_t width, lines, rows;  // floats from one row to the next, cache lines of each, rows left
+    int64_t line = 0;
+
+    void ask(int64_t count) {
+        for (; count > 0 && rows > 0; --count) {
+            __builtin_prefetch(row + line * 16, 0, 2);
+            if (++line == lines) line = 0, row += width, --rows;
+        }
+    }
+};
+
+// `deep` numbers of `count` rows of w, `width` apart, as panel[deep][kWide]; columns from `count` on are left as they are.
+AVX512 void turn(const float* w, int64_t width, int64_t count, int64_t deep, float* panel) {
+    const int64_t whole = count / 16 * 16;
+    int64_t i = 0;
+    for (; i + 16 <= deep; i += 16) {
+        for (int64_t first = 0; first < whole; first += 16) {
+            Floats<16> x[16];
+            for (int j = 0; j < 16; ++j) x[j] = load<16>(w + (first + j) * width + i);
+            transpose(x);
+            for (int j = 0; j < 16; ++j) store<16>(panel + (i + j) * kWide + first, x[j]);
+        }
+    }
+    for (int64_t c = 0; c < count; ++c)
+        for (int64_t k = c < whole ? i : 0; k < deep; ++k) panel[k * kWide + c] = w[c * width + k];
+}
+
+// out [rows <= kTall, count <= kWide] = x [rows, deep] times the panel, added to what is there unless it is the `first`; plus bias.
+AVX512 void tile(const float* x, int64_t width, int64_t rows, const float* panel, int64_t deep, bool first, const float* bias,
+                 int64_t count, float* out, int64_t ldo, Ahead& ahead, int64_t lines) {
+    float own[kTall][kWide] = {};
+    if (!first)
+        for (int64_t r = 0; r < rows; ++r) std::memcpy(own[r], out + r * ldo, count * sizeof(float));
+    Floats<16> sums[kTall][kVectors];
+    const float* each[kTall];
+    UNROLL for (int r = 0; r < kTall; ++r) {
+        each[r] = x + std::min<int64_t>(r, rows - 1) * width;
+        UNROLL for (int c = 0; c < kVectors; ++c) sums[r][c] = load<16>(own[r] + c * 16);
+    }
+    for (int64_t i = 0; i < deep; ++i) {
+        if (i % kAsk == 0) ahead.ask(lines);
+        Floats<16> b[kVectors];
+        UNROLL for (int c = 0; c < kVectors; ++c) b[c] = load<16>(panel + i * kWide + c * 16);
+        UNROLL for (int r = 0; r < kTall; ++r) {
+            const float a = each[r][i];
+            UNROLL for (int c = 0; c < kVectors; ++c) sums[r][c] += a * b[c];
+        }
+    }
+    UNROLL for (int r = 0; r < kTall; ++r) UNROLL for (int c = 0; c < kVectors; ++c) store<16>(own[r] + c * 16, sums[r][c]);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < count; ++c) out[r * ldo + c] = bias != nullptr ? own[r][c] + bias[c] : own[r][c];
+}
+
+// All rows of x with the columns [begin, end) of the product, a panel at a time.
+void by_panels(const float* x, int64_t rows, const float* w, int64_t width, const float* bias, float* out, int64_t ldo, int64_t begin,
+               int64_t end) {
+    const Buffer panel = buffer(std::min(kDeep, width) * kWide);
+    std::fill_n(panel.get(), std::min(kDeep, width) * kWide, 0.0f);
+    for (int64_t c = begin; c < end; c += kWide) {
+        const int64_t count = std::min(kWide, end - c);
+        for (int64_t k = 0; k < width; k += kDeep) {
+            const int64_t deep = std::min(kDeep, width - k);
+            turn(w + c * width + k, width, count, deep, panel.get());
+            const bool last = k + deep == width;
+            const int64_t next = last ? std::min(c + kWide, end) : c, from = last ? 0 : k + deep;
+            Ahead ahead = {w + next * width + from, width, (std::min(kDeep, width - from) + 15) / 16, std::min(kWide, end - next)};
+            const int64_t asks = (rows + kTall - 1) / kTall * ((deep + kAsk - 1) / kAsk);
+            const int64_t lines = (ahead.lines * kWide + asks - 1) / asks;
+            for (int64_t r = 0; r < rows; r += kTall)
+                tile(x + r * width + k, width, std::min<int64_t>(kTall, rows - r), panel.get(), deep, k == 0,
+                     last && bias != nullptr ? bias + c : nullptr, count, out + r * ldo + c, ldo, ahead, lines);
+        }
+    }
+}
+
+#endif
 
 using Columns = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*, int64_t);
 
@@ -158,28 +282,53 @@ const Kernels& kernels_of(const std::string& instructions) {
 using Matrix = nb::ndarray<float, nb::shape<-1, -1>, nb::device::cpu, nb::c_contig>;
 using Vector = nb::ndarray<float, nb::shape<-1>, nb::device::cpu, nb::c_contig>;
 
+// (rows, width, count) of x [rows, width] times weight [count, width] transposed.
+struct Shape {
+    int64_t rows, width, count;
+
+    Shape(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out)
+        : rows(x.shape(0)), width(x.shape(1)), count(weight.shape(0)) {
+        if (int64_t(weight.shape(1)) != width || int64_t(out.shape(0)) != rows || int64_t(out.shape(1)) != count ||
+            (bias && int64_t(bias->shape(0)) != count))
+            throw std::invalid_argument("x [R, K], weight [N, K], bias [N] and out [R, N] are wanted");
+    }
+};
+
 void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out, int threads,
               const char* instructions) {
-    const int64_t rows = x.shape(0), width = x.shape(1), count = weight.shape(0);
-    if (int64_t(weight.shape(1)) != width || int64_t(out.shape(0)) != rows || int64_t(out.shape(1)) != count ||
-        (bias && int64_t(bias->shape(0)) != count))
-        throw std::invalid_argument("x [R, K], weight [N, K], bias [N] and out [R, N] are wanted");
+    const Shape shape(x, weight, bias, out);
+    const int64_t rows = shape.rows, width = shape.width, count = shape.count;
     const Kernels& kernels = kernels_of(instructions);
     const float *ws = weight.data(), *add = bias ? bias->data() : nullptr;
     float* outs = out.data();
     const int64_t together = kernels.columns, groups = (count + together - 1) / together;
     nb::gil_scoped_release release;
-    const std::vector<float> packed = packed_rows(x.data(), rows, width, kernels.rows);
+    const Buffer packed = packed_rows(x.data(), rows, width, kernels.rows);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * together, end = std::min(first + together, count);
         if (end - first == together) {
-            kernels.several(packed.data(), rows, ws + first * width, width, add ? add + first : nullptr, outs + first, count);
+            kernels.several(packed.get(), rows, ws + first * width, width, add ? add + first : nullptr, outs + first, count);
         } else {
             for (int64_t c = first; c < end; ++c)
-                kernels.one(packed.data(), rows, ws + c * width, width, add ? add + c : nullptr, outs + c, count);
+                kernels.one(packed.get(), rows, ws + c * width, width, add ? add + c : nullptr, outs + c, count);
         }
     }
+}
+
+void panels(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out, int threads) {
+    const Shape shape(x, weight, bias, out);
+#if defined(__x86_64__) || defined(__i386__)
+    const int64_t rows = shape.rows, width = shape.width, count = shape.count, all = (count + kWide - 1) / kWide;
+    const float *xs = x.data(), *ws = weight.data(), *add = bias ? bias->data() : nullptr;
+    float* outs = out.data();
+    nb::gil_scoped_release release;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < threads; ++t)
+        by_panels(xs, rows, ws, width, add, outs, count, all * t / threads * kWide, std::min(all * (t + 1) / threads * kWide, count));
+#else
+    throw std::invalid_argument("this processor has no AVX-512");
+#endif
 }
 
 }  // namespace
@@ -187,4 +336,5 @@ void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>
 void bind_products(nb::module_& m) {
     m.def("few_rows", &few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("threads"),
           nb::arg("instructions"));
+    m.def("panels", &panels, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("threads"));
 }

@@ -1,6 +1,6 @@
 """Products with frozen matrices. In float32 on a CPU that is not Intel's oneDNN, which is part of torch, does them: there MKL, torch's own
 choice, leaves half of the arithmetic unused. On Intel's MKL is the faster. A few rows go to compiled code (csrc/products.cpp), which reads
-the matrix once, as fast as memory gives it (LOG.md)."""
+the matrix once, as fast as memory gives it. With MKL so do some hundred, as it is slow in laying the matrix out for them (LOG.md)."""
 
 from pathlib import Path
 
@@ -22,6 +22,8 @@ def _mkl_is_faster() -> bool:
 
 
 MKL_IS_FASTER = _mkl_is_faster()
+# Up to this number of rows compiled code is faster than MKL.
+PANEL_ROWS = 384 if MKL_IS_FASTER and instructions and instructions[0] == "avx512" else 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,8 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return F.linear(x, weight, bias)
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
-    elif len(x) <= FEW_ROWS and _on_cpu(x, weight) and weight.is_contiguous() and not torch.compiler.is_compiling():
-        return few_rows(x, weight, bias, instructions[0])
+    elif len(x) <= max(FEW_ROWS, PANEL_ROWS) and _on_cpu(x, weight) and weight.is_contiguous() and not torch.compiler.is_compiling():
+        return few_rows(x, weight, bias, instructions[0]) if len(x) <= FEW_ROWS else panels(x, weight, bias)
     return times_transposed(x, weight, bias)
 
 
@@ -66,10 +68,21 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str) -> Tensor:
     """`linear` without a gradient for float32 on the CPU, weight contiguous: bit for bit the same for any number of rows and threads."""
-    out = x.new_empty(len(x), len(weight))
-    arrays = x.detach().contiguous(), weight.detach(), None if bias is None else bias.detach().contiguous(), out
+    arrays = _arrays(x, weight, bias)
     _native.few_rows(*arrays, torch.get_num_threads(), instruction_set)
-    return out
+    return arrays[-1]
+
+
+def panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `few_rows`, for many rows and a processor with AVX-512; the order of its sums is another."""
+    arrays = _arrays(x, weight, bias)
+    _native.panels(*arrays, torch.get_num_threads())
+    return arrays[-1]
+
+
+def _arrays(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What compiled code takes, and where the product is to stand."""
+    return x.detach().contiguous(), weight.detach(), None if bias is None else bias.detach().contiguous(), x.new_empty(len(x), len(weight))
 
 
 class _Linear(torch.autograd.Function):

@@ -16,6 +16,7 @@ def made(rows: int, width: int, columns: int, dtype=torch.float32):
 def onednn(monkeypatch):
     """As on a processor that is not Intel's."""
     monkeypatch.setattr(products, "MKL_IS_FASTER", False)
+    monkeypatch.setattr(products, "PANEL_ROWS", 0)
 
 
 def test_mkl_does_the_products_where_it_is_faster_but_not_those_of_few_rows(monkeypatch):
@@ -78,12 +79,47 @@ def test_few_rows_have_one_result_for_any_rows_threads_and_instructions(width, c
             torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif(native.instructions[:1] != ("avx512",), reason="no AVX-512")
+@pytest.mark.parametrize("width, columns", [(1, 1), (15, 2), (16, 48), (33, 49), (577, 100), (2048, 16), (4100, 65)])
+def test_panels_have_one_result_for_any_rows_and_threads(width, columns):
+    """Widths beyond 2048 are added up in several parts."""
+    x, weight, bias = made(19, width, columns)
+    threads = torch.get_num_threads()
+    whole = products.panels(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert (whole - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * width**0.5 * max(1.0, float(exact.abs().max()))
+    assert torch.equal(products.panels(x.sign(), weight.sign(), None), F.linear(x.sign(), weight.sign()))
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            for rows in (1, 8, 9):
+                assert torch.equal(products.panels(x[-rows:], weight, bias), whole[-rows:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(native.instructions[:1] != ("avx512",), reason="no AVX-512")
+def test_panels_serve_up_to_their_number_of_rows(monkeypatch):
+    x, weight, bias = made(41, 64, 48)
+    monkeypatch.setattr(products, "PANEL_ROWS", 40)
+    with torch.no_grad():
+        assert torch.equal(products.linear(x[:40], weight, bias), products.panels(x[:40], weight, bias))
+        assert torch.equal(products.linear(x[:7], weight, bias), products.few_rows(x[:7], weight, bias, "avx512"))
+        assert torch.equal(products.linear(x, weight, bias), products.times_transposed(x, weight, bias))
+        strided = weight.t().contiguous().t()
+        assert torch.equal(products.linear(x[:40], strided, bias), products.times_transposed(x[:40], strided, bias))
+    x.requires_grad_()
+    assert products.linear(x[:40], weight, bias).requires_grad
+
+
 @pytest.mark.skipif(not products.FEW_ROWS, reason="no compiled kernels")
 def test_few_rows_refuse_what_does_not_agree():
     x, weight, bias = made(3, 6, 5)
     for wrong in ((x[:, :5], weight, bias), (x, weight, bias[:4])):
         with pytest.raises(ValueError, match="are wanted"):
             products.few_rows(*wrong, native.instructions[0])
+        with pytest.raises(ValueError, match="are wanted"):
+            products.panels(*wrong)
 
 
 def test_strided_inputs_and_a_second_derivative():
