@@ -5,13 +5,13 @@
 // and AVX-512.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -134,10 +134,10 @@ void attend_generic(const float* q, int64_t n, int64_t d, const Segment (&segmen
 AttendHead attend_of(const std::string& instructions) { return instructions == "generic" ? attend_generic : nullptr; }
 #endif
 
-using Blocks = nb::ndarray<float, nb::shape<-1, -1, -1, -1, kLanes>, nb::device::cpu, nb::c_contig>;
-using Values = nb::ndarray<float, nb::shape<-1, -1, -1, -1>, nb::device::cpu, nb::c_contig>;
-using Rows = nb::ndarray<float, nb::shape<-1, -1, -1>, nb::device::cpu, nb::c_contig>;
-using Numbers = nb::ndarray<int64_t, nb::shape<-1>, nb::device::cpu, nb::c_contig>;
+using Blocks = Array<float, -1, -1, -1, -1, kLanes>;
+using Values = Array<float, -1, -1, -1, -1>;
+using Rows = Array<float, -1, -1, -1>;
+using Numbers = Array<int64_t, -1>;
 
 void check(bool good, const char* what) {
     if (!good) throw std::invalid_argument(what);

@@ -4,7 +4,6 @@
 // and for AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <cmath>
@@ -13,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "arrays.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -126,9 +126,9 @@ const Kernels& kernels_of(const std::string& instructions) {
     throw std::invalid_argument("this processor does not run these instructions");
 }
 
-using Matrix = nb::ndarray<float, nb::shape<-1, -1>, nb::device::cpu, nb::c_contig>;
-using Vector = nb::ndarray<float, nb::shape<-1>, nb::device::cpu, nb::c_contig>;
-using Heads = nb::ndarray<float, nb::shape<-1, -1, -1>, nb::device::cpu, nb::c_contig>;
+using Matrix = Array<float, -1, -1>;
+using Vector = Array<float, -1>;
+using Heads = Array<float, -1, -1, -1>;
 
 void check(bool good, const char* what) {
     if (!good) throw std::invalid_argument(what);

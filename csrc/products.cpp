@@ -5,7 +5,6 @@
 // rows, and those of `few_rows` for AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "arrays.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -279,8 +279,8 @@ const Kernels& kernels_of(const std::string& instructions) {
     throw std::invalid_argument("this processor does not run these instructions");
 }
 
-using Matrix = nb::ndarray<float, nb::shape<-1, -1>, nb::device::cpu, nb::c_contig>;
-using Vector = nb::ndarray<float, nb::shape<-1>, nb::device::cpu, nb::c_contig>;
+using Matrix = Array<float, -1, -1>;
+using Vector = Array<float, -1>;
 
 // (rows, width, count) of x [rows, width] times weight [count, width] transposed.
 struct Shape {

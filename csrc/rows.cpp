@@ -4,7 +4,6 @@
 // AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <optional>
@@ -12,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -252,9 +252,9 @@ const Rows& rows_of(const char* instructions) {
     throw std::invalid_argument(std::string("this processor does not run ") + instructions);
 }
 
-using Matrix = nb::ndarray<float, nb::shape<-1, -1>, nb::device::cpu, nb::c_contig>;
+using Matrix = Array<float, -1, -1>;
 template <typename T>
-using Vector = nb::ndarray<T, nb::shape<-1>, nb::device::cpu, nb::c_contig>;
+using Vector = Array<T, -1>;
 
 void check_rows(const Matrix& logits, size_t a, size_t b) {
     if (logits.shape(0) != a || logits.shape(0) != b || logits.shape(1) == 0)
@@ -285,7 +285,7 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
 }
 
 // A part [R, B] of the columns of logits: rows may lie further apart than B.
-using Part = nb::ndarray<float, nb::shape<-1, -1>, nb::device::cpu>;
+using Part = StridedArray<float, -1, -1>;
 
 void check_part(const Part& part, size_t rows) {
     if (part.shape(0) != rows || (part.shape(1) != 1 && part.stride(1) != 1)) throw std::invalid_argument("a part [R, B] with dense columns is wanted");

@@ -188,7 +188,7 @@ def sample_rows(logits: Tensor, stream: Tensor, temperature: float) -> tuple[Ten
     without mass is never drawn. A row with NaN or without a finite maximum gives token 0 and log-prob NaN.
     """
     token, logprob = torch.empty(len(stream), dtype=torch.int64), torch.empty(len(stream), dtype=torch.float32)
-    _native.sample_rows(logits.detach().contiguous(), stream, 1 / temperature, token, logprob, torch.get_num_threads(), instructions[0])
+    _native.sample_rows(logits.contiguous(), stream, 1 / temperature, token, logprob, torch.get_num_threads(), instructions[0])
     return token, logprob
 
 
@@ -214,11 +214,11 @@ def decode_attention(
 
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(x + delta, or x itself, and its RMS norm times weight); x, delta float32 [R, N] on the CPU. See `kernels.layer`."""
-    x = x.detach().contiguous()
+    x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
     out = torch.empty_like(x)
     _native.rms_norm(
-        x, None if delta is None else delta.detach().contiguous(), weight.detach(), epsilon, None if delta is None else total, out,
+        x, None if delta is None else delta.contiguous(), weight, epsilon, None if delta is None else total, out,
         torch.get_num_threads(), instructions[0],
     )  # fmt: skip
     return total, out
@@ -228,12 +228,12 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: i
     """See `kernels.layer.split_rotated`; float32 on the CPU."""
     q = qkv.new_empty(len(qkv), heads, cos.shape[1])
     k, v = (qkv.new_empty(len(qkv), kv_heads, cos.shape[1]) for _ in range(2))
-    _native.split_rotated(qkv.detach().contiguous(), cos.contiguous(), sin.contiguous(), q, k, v, torch.get_num_threads(), instructions[0])
+    _native.split_rotated(qkv.contiguous(), cos.contiguous(), sin.contiguous(), q, k, v, torch.get_num_threads(), instructions[0])
     return q, k, v
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """See `kernels.layer.gated_silu`; float32 on the CPU."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    _native.gated_silu(gate_up.detach().contiguous(), out, torch.get_num_threads(), instructions[0])
+    _native.gated_silu(gate_up.contiguous(), out, torch.get_num_threads(), instructions[0])
     return out

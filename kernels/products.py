@@ -36,8 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return F.linear(x, weight, bias)
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
-    elif len(x) <= max(FEW_ROWS, PANEL_ROWS) and _on_cpu(x, weight) and weight.is_contiguous() and not torch.compiler.is_compiling():
-        return few_rows(x, weight, bias, instructions[0]) if len(x) <= FEW_ROWS else panels(x, weight, bias)
+    elif _on_cpu(x, weight) and x.shape[0] <= max(FEW_ROWS, PANEL_ROWS) and weight.is_contiguous() and not torch.compiler.is_compiling():
+        return few_rows(x, weight, bias, instructions[0]) if x.shape[0] <= FEW_ROWS else panels(x, weight, bias)
     return times_transposed(x, weight, bias)
 
 
@@ -50,7 +50,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def _on_cpu(x: Tensor, weight: Tensor) -> bool:
     """Two float32 matrices on the CPU, neither empty."""
-    both = x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.device.type == "cpu"
+    both = x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.is_cpu
     return both and x.numel() > 0 and weight.numel() > 0
 
 
@@ -82,7 +82,7 @@ def panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _arrays(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """What compiled code takes, and where the product is to stand."""
-    return x.detach().contiguous(), weight.detach(), None if bias is None else bias.detach().contiguous(), x.new_empty(len(x), len(weight))
+    return x.contiguous(), weight, None if bias is None else bias.contiguous(), x.new_empty(x.shape[0], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
