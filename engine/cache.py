@@ -1,7 +1,7 @@
 """Keys and values of the rows that are decoded side by side."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,24 +12,43 @@ from kernels import native
 from kernels.decode_attention import decode_attention, store
 
 
-def new_cache(kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> "AnyCache":
+def new_cache(
+    kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int, windows: list[int | None] | None = None
+) -> "AnyCache":
     """A cache for n rows per prompt, prompt-major, with room for `room` new tokens each.
 
-    kept: per layer the prompts' rotated keys and values, packed [M, Hkv, d] by cu_seqlens [P+1].
+    kept: per layer the prompts' rotated keys and values, packed [M, Hkv, d] by cu_seqlens [P+1]; windows: per layer how many tokens a token
+    sees, itself included, as `attend` is told later. Only what new tokens see is kept, except by the slab of torch's attention.
     """
     key = kept[0][0]
     if native.serves(key.device, key.dtype):
-        return SharedCache(kept, cu_seqlens, n, room)
-    return (GpuCache if key.is_cuda and key.dtype != torch.float64 else Cache)(kept, cu_seqlens, n, room)
+        return SharedCache(kept, cu_seqlens, n, room, windows)
+    if key.is_cuda and key.dtype != torch.float64:
+        return GpuCache(kept, cu_seqlens, n, room, windows)
+    return Cache(kept, cu_seqlens, n, room)
 
 
-def _by_prompt(cu_seqlens: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What lays packed x [M, Hkv, d] out as [P, T, Hkv, d], with zeros behind a prompt's end."""
-    length = cu_seqlens.diff().to("cpu", torch.int64)
-    prompts, longest = len(length), int(length.max())
-    row = torch.repeat_interleave(torch.arange(prompts), length)
-    slot = (torch.arange(len(row)) - cu_seqlens[:-1].to("cpu", torch.int64)[row] + row * longest).to(device)
-    return lambda x: x.new_zeros(prompts * longest, *x.shape[1:]).index_copy_(0, slot, x).view(prompts, longest, *x.shape[1:])
+def _prompts(
+    kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, windows: list[int | None] | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per layer keys and values [P, T, Hkv, d], with zeros behind a prompt's end, and lengths int64 [P] on the keys' device; of a layer
+    with a window only the tokens that the first new one sees, and at least one."""
+    full = cu_seqlens.diff().to("cpu", torch.int64)
+    prompts, device = len(full), kept[0][0].device
+    places = {}
+    for window in {None} if windows is None else set(windows):
+        length = full if window is None else full.clamp(max=max(1, window - 1))
+        longest = int(length.max())
+        row = torch.repeat_interleave(torch.arange(prompts), length)
+        at = torch.arange(len(row)) - (length.cumsum(0) - length)[row]
+        # Where the tokens lie in the packed ones, and in the grid.
+        source = at + (cu_seqlens[1:].to("cpu", torch.int64) - length)[row]
+        places[window] = source.to(device), (at + row * longest).to(device), longest, length.to(device)
+    for pair, window in zip(kept, windows or [None] * len(kept), strict=True):
+        source, slot, longest, length = places[window]
+        grids = (x.new_zeros(prompts * longest, *x.shape[1:]).index_copy_(0, slot, x if window is None else x[source]) for x in pair)
+        key, value = (x.view(prompts, longest, *x.shape[1:]) for x in grids)
+        yield key, value, length
 
 
 class Cache:
@@ -94,20 +113,17 @@ class SharedCache:
 
     BLOCK = 16
 
-    def __init__(self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> None:
-        self.length = cu_seqlens.diff().to(torch.int64)
-        prompts = len(self.length)
-        self.owner = torch.arange(prompts).repeat_interleave(n)
+    def __init__(
+        self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int, windows: list[int | None] | None = None
+    ) -> None:
+        self.owner = torch.arange(len(cu_seqlens) - 1).repeat_interleave(n)
         self.used = 0
         self.prompts, self.rows = [], []
-        by_prompt = _by_prompt(cu_seqlens, kept[0][0].device)
-        for key, value in kept:
-            heads, d = key.shape[1:]
-            self.prompts.append((self._blocks(by_prompt(key)), by_prompt(value).transpose(1, 2).contiguous()))
-            blocks = -(-room // self.BLOCK)
-            self.rows.append([
-                key.new_empty(prompts * n, heads, blocks, d, self.BLOCK), key.new_empty(prompts * n, heads, room, d)
-            ])  # fmt: skip
+        blocks = -(-room // self.BLOCK)
+        for key, value, length in _prompts(kept, cu_seqlens, windows):
+            rows, (heads, d) = len(self.owner), key.shape[2:]
+            self.prompts.append((self._blocks(key), value.transpose(1, 2).contiguous(), length))
+            self.rows.append([key.new_empty(rows, heads, blocks, d, self.BLOCK), key.new_empty(rows, heads, room, d)])
 
     def _blocks(self, keys: Tensor) -> Tensor:
         """[P, T, Hkv, d] -> [P, Hkv, blocks, d, 16]."""
@@ -121,7 +137,7 @@ class SharedCache:
     ) -> Tensor:  # fmt: skip
         """See `Cache.attend`."""
         return native.decode_attention(
-            query, key, value, *self.prompts[index], self.length, self.owner, *self.rows[index], self.used,
+            query, key, value, *self.prompts[index], self.owner, *self.rows[index], self.used,
             scale=scale, softcap=softcap, window=window,
         )  # fmt: skip
 
@@ -139,15 +155,17 @@ class GpuCache:
     """On a GPU: a prompt's keys and values stand once for all its rows; attention by Triton. The host reads nothing of a step, so that a
     CUDA graph of it can be replayed until rows are dropped."""
 
-    def __init__(self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int) -> None:
-        device = kept[0][0].device
-        self.length = cu_seqlens.diff().to(device, torch.int64)
-        self.owner = torch.arange(len(self.length), device=device).repeat_interleave(n)
-        self.offsets = torch.arange(len(self.length) + 1, device=device) * n
+    def __init__(
+        self, kept: list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, n: int, room: int, windows: list[int | None] | None = None
+    ) -> None:
+        device, prompts = kept[0][0].device, len(cu_seqlens) - 1
+        self.owner = torch.arange(prompts, device=device).repeat_interleave(n)
+        self.offsets = torch.arange(prompts + 1, device=device) * n
         self.used = torch.ones(1, dtype=torch.int64, device=device)  # with the token of this step
-        by_prompt = _by_prompt(cu_seqlens, device)
-        self.prompts = [[by_prompt(x).transpose(1, 2).contiguous() for x in pair] for pair in kept]
-        self.rows = [[x.new_empty(len(self.owner), x.shape[1], room, x.shape[3]) for x in pair] for pair in self.prompts]
+        self.prompts, self.rows = [], []
+        for key, value, length in _prompts(kept, cu_seqlens, windows):
+            self.prompts.append((*(x.transpose(1, 2).contiguous() for x in (key, value)), length))
+            self.rows.append([x.new_empty(len(self.owner), x.shape[2], room, x.shape[3]) for x in (key, value)])
 
     def attend(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, *,
@@ -156,7 +174,7 @@ class GpuCache:
         """See `Cache.attend`."""
         store(*self.rows[index], key, value, self.used)
         return decode_attention(
-            query, *self.prompts[index], self.length, self.offsets, *self.rows[index], self.used,
+            query, *self.prompts[index], self.offsets, *self.rows[index], self.used,
             scale=scale, softcap=softcap, window=window,
         )  # fmt: skip
 

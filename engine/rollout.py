@@ -188,7 +188,7 @@ def generate(
         cu, own = torch.tensor([0, *map(len, batch)]).cumsum(0), slice(start * n, (start + len(batch)) * n)
         collector = None if states is None else _Collector(states, start * n, batch, n, max_new_tokens, model)
         hidden, kept = model.prefill(torch.tensor([t for p in batch for t in p]), cu, adapter, collector and collector.take_prompts)
-        cache = new_cache(kept, cu, n, max_new_tokens)
+        cache = new_cache(kept, cu, n, max_new_tokens, [layer.window for layer in model.layers])
         del kept
         hidden, position = hidden.repeat_interleave(n, dim=0), cu.diff().to(model.device).repeat_interleave(n)
         made = _Rows(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.cache import Cache, SharedCache, new_cache
+from engine.cache import Cache, GpuCache, SharedCache, new_cache
 from kernels import native
 
 needs_native = pytest.mark.skipif(not native.available, reason="kernels._native is not built")
@@ -52,6 +52,8 @@ def test_both_caches_agree_with_float64(heads, kv_heads, d, lengths, how):
     kept, cu_seqlens, g = prefilled(lengths, kv_heads, d)
     n, room, rows = 3, 35, 3 * len(lengths)
     caches, history = [kind(kept, cu_seqlens, n, room) for kind in (Cache, SharedCache)], []
+    # One more that keeps only what new tokens see.
+    caches.append(SharedCache(kept, cu_seqlens, n, room, [how.get("window")]))
     for _ in range(room):
         query = torch.randn(rows, heads, d, generator=g) * 3
         history.append([torch.randn(rows, kv_heads, d, generator=g) for _ in range(2)])
@@ -79,6 +81,24 @@ def test_dropped_rows_and_layers():
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
         for cache in caches:
             cache.advance()
+
+
+@pytest.mark.parametrize("kind", [pytest.param(SharedCache, marks=needs_native), GpuCache])
+def test_a_window_keeps_what_new_tokens_see(kind):
+    """And never mixes up the layers: each has its own window here."""
+    kept, cu_seqlens, g = prefilled((5, 20, 1), 2, 16, layers=3)
+    windows = [None, 6, 1]
+    whole, cut = Cache(kept, cu_seqlens, 2, 9), kind(kept, cu_seqlens, 2, 9, windows)
+    assert [x[1].shape[2] for x in cut.prompts] == [20, 5, 1]
+    assert [x[2].tolist() for x in cut.prompts] == [[5, 20, 1], [5, 5, 1], [1, 1, 1]]
+    for _ in range(9):
+        for layer, window in enumerate(windows):
+            query = torch.randn(6, 4, 16, generator=g)
+            key, value = (torch.randn(6, 2, 16, generator=g) for _ in range(2))
+            one, two = (cache.attend(layer, query, key, value, window=window) for cache in (whole, cut))
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+        whole.advance()
+        cut.advance()
 
 
 @needs_native
@@ -117,7 +137,7 @@ def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, win
         for threads in (1, 2):
             cache, out = SharedCache(kept, cu_seqlens, 4, 5), torch.empty_like(query)
             native._native.decode_attention(
-                query, key, value, *cache.prompts[0], cache.length, cache.owner, *cache.rows[0], 0, *score, out,
+                query, key, value, *cache.prompts[0], cache.owner, *cache.rows[0], 0, *score, out,
                 threads, instructions,
             )  # fmt: skip
             results.append(out)
