@@ -1,10 +1,169 @@
-"""Attention by torch: of packed sequences on their padded grid, and of one new token per row over a cache."""
+"""Attention by torch: of packed sequences, and of one new token per row over a cache.
 
+Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths: flash-attn's where it is installed, else torch's, which has
+no softcap. All others stand on a padded grid for `scaled_dot_product_attention`.
+"""
+
+import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of packed queries and of the keys that they see: a run's last query sees all of its keys, each one before it one less."""
+
+    cu_query: Tensor  # int32 [N+1]
+    cu_key: Tensor  # int32 [N+1]
+    longest: tuple[int, int]  # queries of a run, keys of a run
+    key: Tensor | None  # int64 [S]: the packed tokens whose keys the runs are made of; None: all tokens, in order
+
+    @staticmethod
+    def of(queries: list[int], keys: list[int], key: Tensor | None) -> "Runs":
+        """From the lengths of the runs."""
+        cu_query, cu_key = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys))
+        return Runs(cu_query, cu_key, (max(queries, default=0), max(keys, default=0)), key)
+
+    def to(self, device: torch.device) -> "Runs":
+        """The same with its tensors on `device`."""
+        return Runs(self.cu_query.to(device), self.cu_key.to(device), self.longest, None if self.key is None else self.key.to(device))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where packed tokens [M] stand: their positions, the padded [B, T] grid on which attention runs, and the same as runs."""
+
+    position: Tensor  # int64 [M]
+    slot: Tensor  # int64 [M]: index into the flattened [B, T] grid
+    shape: tuple[int, int]  # B, T
+    runs: Runs
+    segment: Tensor | None  # int64 [B, T]: 0 in a prompt, i in its response i, -1 behind; None: each row of the grid is one causal sequence
+    window: int | None = None  # how many positions a query sees, its own included; None = all
+
+    @staticmethod
+    def packed(cu_seqlens: Tensor) -> "Layout":
+        """Independent causal sequences: cu_seqlens int [N+1]."""
+        cu = cu_seqlens.to("cpu", torch.int64)
+        length = cu[1:] - cu[:-1]
+        longest = int(length.max()) if len(length) else 0
+        row = torch.repeat_interleave(torch.arange(len(length)), length)
+        position = torch.arange(int(cu[-1])) - cu[:-1][row]
+        runs = Runs.of(length.tolist(), length.tolist(), None)
+        return Layout(position, row * longest + position, (len(length), longest), runs, None)
+
+    @staticmethod
+    def shared_prompt(prompt_length: list[int], response_length: list[list[int]]) -> "Layout":
+        """Groups [prompt, response 1, ..., response n]: each response sees the prompt and itself, never another response."""
+        totals = [p + sum(r) for p, r in zip(prompt_length, response_length, strict=True)]
+        longest, base = max(totals), 0
+        segment = torch.full((len(totals), longest), -1)
+        positions, slots, queries, keys, seen = [], [], [], [], []
+        for b, (p, responses) in enumerate(zip(prompt_length, response_length, strict=True)):
+            start, prompt = p, torch.arange(p)
+            positions.append(prompt)
+            segment[b, :p] = 0
+            seen.append(base + prompt)
+            queries.append(p)
+            keys.append(p)
+            for i, r in enumerate(responses):
+                positions.append(torch.arange(p, p + r))
+                segment[b, start : start + r] = i + 1
+                seen += [base + prompt, torch.arange(base + start, base + start + r)]
+                queries.append(r)
+                keys.append(p + r)
+                start += r
+            slots.append(torch.arange(totals[b]) + b * longest)
+            base += totals[b]
+        return Layout(torch.cat(positions), torch.cat(slots), (len(totals), longest), Runs.of(queries, keys, torch.cat(seen)), segment)
+
+    def windowed(self, window: int | None) -> "Layout":
+        """The same layout where a query sees only the keys less than `window` positions before it."""
+        return self if window is None or self.shape[1] <= window else replace(self, window=window)
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout with its tensors on `device`."""
+        segment = None if self.segment is None else self.segment.to(device)
+        return Layout(self.position.to(device), self.slot.to(device), self.shape, self.runs.to(device), segment, self.window)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Which keys of the grid its queries see, bool [B or 1, 1, T, T], True = visible; None: all up to their own."""
+        rows, longest = self.shape
+        if self.segment is None and self.window is None:
+            return None
+        mask = torch.ones(1, longest, longest, dtype=torch.bool, device=self.slot.device).tril()
+        if self.segment is not None:
+            mask = mask & ((self.segment[:, :, None] == self.segment[:, None, :]) | (self.segment == 0)[:, None, :])
+        if self.window is not None:
+            position = self.position.new_zeros(rows * longest).index_copy(0, self.slot, self.position).view(rows, longest)
+            mask = mask & (position[:, :, None] - position[:, None, :] < self.window)
+        return mask[:, None]
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Packed x [M, n, d] on the grid: [B, n, T, d]."""
+        rows, longest = self.shape
+        if rows * longest != x.shape[0]:
+            x = x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, self.slot, x)
+        return x.view(rows, longest, *x.shape[1:]).transpose(1, 2)
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, softcap: float | None) -> Tensor:
+    """Attention of packed tokens: query [M, H, d]; key, value [M, Hkv, d] -> [M, H, d]. scale, softcap: see `attend`."""
+    kernel = runs_kernel(query, softcap) if len(query) else None
+    if kernel is not None:
+        runs = layout.runs
+        if runs.key is not None:
+            key, value = key[runs.key], value[runs.key]
+        return kernel(query, key, value, runs, scale, softcap, layout.window)
+    mixed = attend(*(layout.grid(x) for x in (query, key, value)), layout.mask, scale, softcap).transpose(1, 2)
+    mixed = mixed.reshape(-1, *query.shape[1:])
+    return mixed if len(mixed) == len(query) else mixed.index_select(0, layout.slot)
+
+
+def runs_kernel(query: Tensor, softcap: float | None) -> Callable[..., Tensor] | None:
+    """What takes (query [M, H, d], key, value [S, Hkv, d], runs, scale, softcap, window) -> [M, H, d] for such inputs, if there is one."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[2] > 256 or query.shape[2] % 8:
+        return None
+    if _flash_attn() is not None:
+        return _by_flash_attn
+    return _by_torch if softcap is None else None
+
+
+@cache
+def _flash_attn() -> Callable[..., Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _by_flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None, softcap: float | None, window: int | None
+) -> Tensor:
+    return _flash_attn()(
+        query, key, value, runs.cu_query, runs.cu_key, *runs.longest, softmax_scale=scale, causal=True,
+        window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
+    )  # fmt: skip
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None, softcap: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.12 it takes fewer heads of keys without being told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(
+        query, key, value, runs.cu_query, runs.cu_key, *runs.longest, scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), **grouped,
+    )  # fmt: skip
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:

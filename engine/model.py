@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.architecture import ModelConfig, Rope
-from engine.attention import attend
+from engine.attention import Layout, attend_packed
 from engine.cache import AnyCache
 from engine.errors import UserError
 from engine.lora import Adapter
@@ -34,65 +33,6 @@ from kernels.products import linear
 Tap = Callable[[int, Tensor], None]
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where packed tokens [M] stand: their positions, and the padded [B, T] grid on which attention runs.
-
-    `mask` is None for plain causal sequences; for groups that share a prompt it says which keys each query sees.
-    """
-
-    position: Tensor  # int64 [M]
-    slot: Tensor  # int64 [M]: index into the flattened [B, T] grid
-    shape: tuple[int, int]  # B, T
-    mask: Tensor | None  # bool [B, 1, T, T], True = visible
-
-    @staticmethod
-    def packed(cu_seqlens: Tensor) -> "Layout":
-        """Independent causal sequences: cu_seqlens int [N+1]."""
-        cu = cu_seqlens.to("cpu", torch.int64)
-        length = cu[1:] - cu[:-1]
-        longest = int(length.max()) if len(length) else 0
-        row = torch.repeat_interleave(torch.arange(len(length)), length)
-        position = torch.arange(int(cu[-1])) - cu[:-1][row]
-        return Layout(position, row * longest + position, (len(length), longest), None)
-
-    @staticmethod
-    def shared_prompt(prompt_length: list[int], response_length: list[list[int]]) -> "Layout":
-        """Groups [prompt, response 1, ..., response n]: each response sees the prompt and itself, never another response."""
-        totals = [p + sum(r) for p, r in zip(prompt_length, response_length, strict=True)]
-        longest = max(totals)
-        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-        segment = torch.full((len(totals), longest), -1)
-        positions, slots = [], []
-        for b, (p, responses) in enumerate(zip(prompt_length, response_length, strict=True)):
-            parts, start = [torch.arange(p)], p
-            segment[b, :p] = 0
-            for i, r in enumerate(responses):
-                parts.append(torch.arange(p, p + r))
-                segment[b, start : start + r] = i + 1
-                start += r
-            positions.append(torch.cat(parts))
-            slots.append(torch.arange(totals[b]) + b * longest)
-        same = segment[:, :, None] == segment[:, None, :]
-        mask = causal & (same | (segment == 0)[:, None, :])
-        return Layout(torch.cat(positions), torch.cat(slots), (len(totals), longest), mask[:, None])
-
-    def windowed(self, window: int | None) -> "Layout":
-        """The same layout where a query sees only the keys less than `window` positions before it."""
-        rows, longest = self.shape
-        if window is None or longest <= window:
-            return self
-        position = self.position.new_zeros(rows * longest).index_copy(0, self.slot, self.position).view(rows, 1, longest)
-        mask = self.mask
-        if mask is None:
-            mask = torch.ones(longest, longest, dtype=torch.bool, device=position.device).tril()
-        return replace(self, mask=mask & (position[..., None] - position[..., None, :] < window))
-
-    def to(self, device: torch.device) -> "Layout":
-        """The same layout with its tensors on `device`."""
-        return Layout(self.position.to(device), self.slot.to(device), self.shape, None if self.mask is None else self.mask.to(device))
 
 
 class Decoder(nn.Module):
@@ -250,12 +190,8 @@ class Layer(nn.Module):
     def attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout, lora: dict | None) -> tuple[Tensor, Tensor, Tensor]:
         """The layer on packed tokens [M, D]; also its rotated keys and its values [M, Hkv, d]."""
         q, k, v = self._project(hidden, cos, sin, lora)
-        grid = [self._to_grid(x, layout) for x in (q, k, v)]
-        mixed = attend(*grid, layout.mask, self.config.attention_scale, self.config.attention_softcap)
-        mixed = mixed.transpose(1, 2).reshape(-1, self.heads[0] * self.heads[2])
-        if mixed.shape[0] != hidden.shape[0]:
-            mixed = mixed.index_select(0, layout.slot)
-        return self._finish(hidden, mixed, lora), k, v
+        mixed = attend_packed(q, k, v, layout, self.config.attention_scale, self.config.attention_softcap)
+        return self._finish(hidden, mixed.flatten(1), lora), k, v
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: AnyCache, index: int, lora: dict | None) -> Tensor:
         """The layer on one new token per row [R, D]."""
@@ -288,12 +224,6 @@ class Layer(nn.Module):
             inner = self.activation(gate) * up
         out = _linear(inner, self.down, self.down_bias, lora, "down")
         return hidden + (out if self.after_mlp is None else _norm(out, self.after_mlp, self.config))
-
-    def _to_grid(self, x: Tensor, layout: Layout) -> Tensor:
-        rows, longest = layout.shape
-        if rows * longest != x.shape[0]:
-            x = x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, layout.slot, x)
-        return x.view(rows, longest, *x.shape[1:]).transpose(1, 2)
 
 
 def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu") -> Decoder:

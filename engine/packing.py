@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.model import Layout
+from engine.attention import Layout
 from engine.records import Prompts, Rollouts
 
 

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from test_attention import HOW, LAYOUTS
 from test_decode_attention import OPTIONS, assert_as_good_as_torch
 from test_decode_attention import problem as decode_problem
 from test_kernels_loss_head import PAIRS, policy, problem
 from test_kernels_reference import dense_dpo, preference_gradients
 
 from engine import rollout
+from engine.attention import attend_packed, runs_kernel
 from engine.lora import Adapter
 from engine.model import load
 from engine.packing import Group, LowerStates
@@ -211,6 +213,27 @@ def test_the_host_never_waits_in_a_decode_step():
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
 SAMPLING = dict(n=12, max_new_tokens=30, temperature=0.9, seed=5, stop_token_ids=(2, *range(50, 65)))
+
+
+@pytest.mark.parametrize("how", [how for how in HOW if "softcap" not in how], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_attention_by_runs_against_float64(name, how, dtype):
+    """Fewer heads of keys than of queries, runs whose queries are the last of their keys, runs without queries; and the gradients."""
+    layout = LAYOUTS[name]().windowed(how.get("window"))
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(len(layout.position), heads, 64, generator=g).to(dtype) for heads in (6, 2, 2)]
+    upstream = torch.randn(inputs[0].shape, generator=g)
+    found = []
+    for device, kind in (("cuda", dtype), ("cpu", dtype), ("cpu", torch.float64)):
+        leaves = [x.to(device, kind).requires_grad_() for x in inputs]
+        assert (runs_kernel(leaves[0], None) is not None) == (device == "cuda")
+        out = attend_packed(*leaves, layout.to(torch.device(device)), None, None)
+        gradients = torch.autograd.grad(out, leaves, upstream.to(out))
+        found.append([x.detach().cpu().double() for x in (out, *gradients)])
+    for got, plain, exact in zip(*found, strict=True):
+        largest = exact.abs().max()
+        assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * largest
 
 
 def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):

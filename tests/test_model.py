@@ -8,9 +8,9 @@ from architectures import VARIANTS, VOCABULARY, write_model
 from transformers import AutoModelForCausalLM
 
 from engine import model as M
+from engine.attention import Layout
 from engine.errors import UserError
 from engine.lora import Adapter, load_peft, save_peft
-from engine.model import Layout
 
 
 def ragged(lengths, seed=0):
