@@ -13,9 +13,10 @@ The matrix products are the cost: 2 T D V flop each, T rows. A row's coefficient
 - policy loss (F): a row's coefficient follows from its own log-prob. 3 products, 2 with a frozen head, in any chunks.
 
 Memory beyond inputs, returned gradients and one float32 (float64) accumulator of the head's gradient is at most `memory_budget_bytes`. Each
-op counts 64 bytes a row of hidden and what `sizes` of its workspace says. Compiled code on the CPU keeps tiles of at most 4 MiB, 4 D bytes
-for each of a tile's rows, and 4 (V + 3 D + 12) bytes for each row of which logits are kept: those of a chunk, or all in scheme B; none for
-a forward pass and a frozen head. Everything is summed in an order that depends on shapes alone.
+op counts 64 bytes a row of hidden and what `sizes` of its workspace says. Compiled code on the CPU keeps tiles of at most 4 MiB (32 MiB on
+Intel processors, an eighth of the budget on all), 4 D bytes for each of a tile's rows, and 4 (V + 3 D + 12) bytes for each row of which
+logits are kept: those of a chunk, or all in scheme B; none for a forward pass and a frozen head. Everything is summed in an order that
+depends on shapes alone.
 """
 
 from collections.abc import Callable
