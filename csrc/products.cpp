@@ -164,6 +164,8 @@ constexpr int64_t kWide = kVectors * 16;
 constexpr int64_t kDeep = 2048;
 // Steps along the width between two times of asking for what comes next.
 constexpr int kAsk = 8;
+// So many products are added up on their own before they are added to the rest, as long sums round more.
+constexpr int64_t kShort = 128;
 
 // Rows of the matrix that are turned next, line by line.
 struct Ahead {
@@ -201,22 +203,22 @@ AVX512 void tile(const float* x, int64_t width, int64_t rows, const float* panel
     float own[kTall][kWide] = {};
     if (!first)
         for (int64_t r = 0; r < rows; ++r) std::memcpy(own[r], out + r * ldo, count * sizeof(float));
-    Floats<16> sums[kTall][kVectors];
     const float* each[kTall];
-    UNROLL for (int r = 0; r < kTall; ++r) {
-        each[r] = x + std::min<int64_t>(r, rows - 1) * width;
-        UNROLL for (int c = 0; c < kVectors; ++c) sums[r][c] = load<16>(own[r] + c * 16);
-    }
-    for (int64_t i = 0; i < deep; ++i) {
-        if (i % kAsk == 0) ahead.ask(lines);
-        Floats<16> b[kVectors];
-        UNROLL for (int c = 0; c < kVectors; ++c) b[c] = load<16>(panel + i * kWide + c * 16);
-        UNROLL for (int r = 0; r < kTall; ++r) {
-            const float a = each[r][i];
-            UNROLL for (int c = 0; c < kVectors; ++c) sums[r][c] += a * b[c];
+    UNROLL for (int r = 0; r < kTall; ++r) each[r] = x + std::min<int64_t>(r, rows - 1) * width;
+    for (int64_t from = 0; from < deep; from += kShort) {
+        Floats<16> sums[kTall][kVectors] = {};
+        for (int64_t i = from; i < std::min(from + kShort, deep); ++i) {
+            if (i % kAsk == 0) ahead.ask(lines);
+            Floats<16> b[kVectors];
+            UNROLL for (int c = 0; c < kVectors; ++c) b[c] = load<16>(panel + i * kWide + c * 16);
+            UNROLL for (int r = 0; r < kTall; ++r) {
+                const float a = each[r][i];
+                UNROLL for (int c = 0; c < kVectors; ++c) sums[r][c] += a * b[c];
+            }
         }
+        UNROLL for (int r = 0; r < kTall; ++r)
+            UNROLL for (int c = 0; c < kVectors; ++c) store<16>(own[r] + c * 16, load<16>(own[r] + c * 16) + sums[r][c]);
     }
-    UNROLL for (int r = 0; r < kTall; ++r) UNROLL for (int c = 0; c < kVectors; ++c) store<16>(own[r] + c * 16, sums[r][c]);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < count; ++c) out[r * ldo + c] = bias != nullptr ? own[r][c] + bias[c] : own[r][c];
 }
