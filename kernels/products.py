@@ -1,6 +1,6 @@
 """Products with frozen matrices. In float32 on a CPU that is not Intel's oneDNN, which is part of torch, does them: there MKL, torch's own
 choice, leaves half of the arithmetic unused. On Intel's MKL is the faster. A few rows go to compiled code (csrc/products.cpp), which reads
-the matrix once, as fast as memory gives it. With MKL so do some hundred, as it is slow in laying the matrix out for them (LOG.md)."""
+the matrix once, as fast as memory gives it. With MKL so do up to a hundred, as it is slow in laying the matrix out for them (LOG.md)."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def _mkl_is_faster() -> bool:
 
 MKL_IS_FASTER = _mkl_is_faster()
 # Up to this number of rows compiled code is faster than MKL.
-PANEL_ROWS = 384 if MKL_IS_FASTER and instructions and instructions[0] == "avx512" else 0
+PANEL_ROWS = 96 if MKL_IS_FASTER and instructions and instructions[0] == "avx512" else 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
