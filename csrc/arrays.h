@@ -19,7 +19,7 @@ public:
     size_t shape(int i) const { return sizes[i]; }
     int64_t stride(int i) const { return strides[i]; }
 
-    // Whether the tensor is of this type and shape.
+    // Whether the tensor is of this type and shape, and has memory: a FakeTensor has none.
     bool take(const nanobind::dlpack::dltensor& from) {
         using namespace nanobind;
         constexpr uint8_t code = std::is_floating_point_v<T> ? uint8_t(dlpack::dtype_code::Float) : uint8_t(dlpack::dtype_code::Int);
@@ -36,7 +36,7 @@ public:
             next *= sizes[i];
         }
         memory = reinterpret_cast<T*>(static_cast<char*>(from.data) + from.byte_offset);
-        return Strided || dense || empty;
+        return empty || (from.data != nullptr && (Strided || dense));
     }
 
 private:

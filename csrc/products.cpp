@@ -181,7 +181,7 @@ struct Ahead {
     }
 };
 
-// `deep` numbers of `count` rows of w, `width` apart, as panel[deep][kWide]; columns from `count` on are left as they are.
+// `deep` numbers of `count` rows of w, `width` apart, as panel[deep][kWide], filled up with zeros.
 AVX512 void turn(const float* w, int64_t width, int64_t count, int64_t deep, float* panel) {
     const int64_t whole = count / 16 * 16;
     int64_t i = 0;
@@ -195,6 +195,7 @@ AVX512 void turn(const float* w, int64_t width, int64_t count, int64_t deep, flo
     }
     for (int64_t c = 0; c < count; ++c)
         for (int64_t k = c < whole ? i : 0; k < deep; ++k) panel[k * kWide + c] = w[c * width + k];
+    for (int64_t k = 0; count < kWide && k < deep; ++k) std::fill(panel + k * kWide + count, panel + (k + 1) * kWide, 0.0f);
 }
 
 // out [rows <= kTall, count <= kWide] = x [rows, deep] times the panel, added to what is there unless it is the `first`; plus bias.
@@ -227,7 +228,6 @@ AVX512 void tile(const float* x, int64_t width, int64_t rows, const float* panel
 void by_panels(const float* x, int64_t rows, const float* w, int64_t width, const float* bias, float* out, int64_t ldo, int64_t begin,
                int64_t end) {
     const Buffer panel = buffer(std::min(kDeep, width) * kWide);
-    std::fill_n(panel.get(), std::min(kDeep, width) * kWide, 0.0f);
     for (int64_t c = begin; c < end; c += kWide) {
         const int64_t count = std::min(kWide, end - c);
         for (int64_t k = 0; k < width; k += kDeep) {

@@ -149,7 +149,7 @@ def _by_flash_attn(
 ) -> Tensor:
     return _flash_attn()(
         query, key, value, runs.cu_query, runs.cu_key, *runs.longest, softmax_scale=scale, causal=True,
-        window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
+        window_size=_beside(window), softcap=softcap or 0.0,
     )  # fmt: skip
 
 
@@ -158,12 +158,20 @@ def _by_torch(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before torch 2.12 it takes fewer heads of keys without being told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return varlen_attn(
-        query, key, value, runs.cu_query, runs.cu_key, *runs.longest, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0), **grouped,
-    )  # fmt: skip
+        query, key, value, runs.cu_query, runs.cu_key, *runs.longest, scale=scale, window_size=_beside(window), **_grouped(varlen_attn)
+    )
+
+
+@cache
+def _grouped(varlen_attn: Callable[..., Tensor]) -> dict[str, bool]:
+    """Before torch 2.12 it takes fewer heads of keys without being told."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def _beside(window: int | None) -> tuple[int, int]:
+    """How many keys a query sees on either side of its own; -1 is all of them."""
+    return -1 if window is None else window - 1, 0
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:

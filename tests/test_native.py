@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import native, reference, sample, sequence_logprob
 from kernels.loss_head import row_workspace
@@ -249,3 +250,31 @@ def test_missing_module_is_said_once(monkeypatch, caplog):
 def test_other_rows_are_left_to_torch():
     assert not native.serves(torch.device("cpu"), torch.float64)
     assert not native.serves(torch.device("cuda"), torch.float32)
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_compiled_code_refuses_what_it_cannot_read():
+    """Another dtype, number of dimensions, layout in memory or device, what is no tensor, and a tensor without memory."""
+
+    def halved(gate_up) -> torch.Tensor:
+        out = torch.empty(3, 4)
+        native._native.gated_silu(gate_up, out, 1, native.instructions[0])
+        return out
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    want = reference_silu(x)
+    torch.testing.assert_close(halved(x), want)
+    # Lent as they are: a part of a larger tensor, and one of a type of its own.
+    torch.testing.assert_close(halved(torch.cat((x, x))[3:]), want)
+    torch.testing.assert_close(halved(torch.nn.Parameter(x)), want)
+    with FakeTensorMode():
+        fake = torch.randn(3, 8)
+    for wrong in (x.double(), x[0], torch.randn(3, 16)[:, ::2], x.t().contiguous().t(), x.to("meta"), x.numpy(), None, fake):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            halved(wrong)
+
+
+def reference_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
