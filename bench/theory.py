@@ -41,7 +41,7 @@ from engine.config import (
     SafeDpoConfig,
 )  # fmt: skip
 from engine.errors import UserError
-from engine.pairs import informative
+from engine.pairs import within_prompts
 from engine.records import Target
 
 PAGE = Path(__file__).parent / "theory.md"
@@ -276,9 +276,9 @@ def from_source(problem: Problem, lam: torch.Tensor, update: Update, n: int, sou
         return update(world, Target(lam_J=lam, score_PG=score_PG, coefficient=problem.beta, start=start), number)
 
     if source == SOURCES[1]:
-        # The engine's own choice, of --responses-per-prompt 2.
+        # What --responses-per-prompt 2 takes.
         score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam
-        chosen = torch.tensor(informative(score_PG, list(range(P)), 2).row).view(P, 2) % n
+        chosen = torch.tensor(within_prompts(score_PG, list(range(P)), 2).row).view(P, 2) % n
         world.index_PG = world.index_PG.gather(1, chosen)
     theta = fit(None, 1)
     if fresh:
@@ -286,6 +286,31 @@ def from_source(problem: Problem, lam: torch.Tensor, update: Update, n: int, sou
         world.index_PG = torch.multinomial(pi, n // 2, replacement=True, generator=world.generator(2))
         theta = fit(theta, 3)
     return theta
+
+
+def two_ends(seed: int, eps: float) -> dict[str, tuple[float, ...]]:
+    """Policy -> (gain of r + lambda* g over the reference, KL, beta), in the problems of `label_errors` at beta 1.
+
+    The maximiser; regression on all pairs of SOURCE_DRAWS[0] draws and on their two ends; the maximiser of the beta at which it gains as
+    much as the policy of the two ends.
+    """
+    problem = make(seed, eps=eps, P=32, Y=12)
+    lam = ExactWorld(problem, MocanConfig(beta=problem.beta)).solve_dual().lam
+
+    def row(theta: torch.Tensor, beta: float) -> tuple[float, float, float]:
+        return problem.lagrangian(theta, lam) - problem.lagrangian(None, lam) + problem.beta * problem.kl(theta), problem.kl(theta), beta
+
+    def best(beta: float) -> tuple[float, float, float]:
+        return row(torch.as_tensor(Optima(replace(problem, beta=beta)).best_in_class(lam.numpy()).theta), beta)
+
+    found = {"maximiser": best(problem.beta)}
+    for name, source in (("all pairs", SOURCES[0]), ("two ends", SOURCES[1])):
+        found[name] = row(from_source(problem, lam, regression, SOURCE_DRAWS[0], source, 1000 * seed + SOURCE_DRAWS[0]), problem.beta)
+    low, high = 0.02, 5.0  # the gain falls with beta
+    for _ in range(14):
+        middle = best(math.sqrt(low * high))
+        low, high = (middle[2], high) if middle[0] > found["two ends"][0] else (low, middle[2])
+    return found | {"maximiser that gains as much": middle}
 
 
 def standardising(seed: int, eps: float) -> dict[str, tuple[float, float, float, float]]:
@@ -389,6 +414,7 @@ def compute(sizes: Sizes, workers: int) -> dict:
         ),
         "labels": (label_errors, [(s, eps, beta, sizes.draws) for beta in sizes.betas for eps in epses for s in range(sizes.label_seeds)]),
         "sources": (pair_sources, [(s, eps, beta) for beta in sizes.betas for eps in epses for s in range(sizes.label_seeds)]),
+        "two_ends": (two_ends, [(s, eps) for eps in epses for s in range(sizes.label_seeds)]),
         "standardising": (standardising, [(seed, eps) for eps in epses for seed in some]),
         "flipped": (papers.flipped_sign_of_the_slack, [(0,)]),
         "oscillation": (oscillation, [(0, 5 * sizes.iterations)]),
@@ -623,6 +649,16 @@ def sources_table(results: list) -> Grid:
     return title, ["beta", "eps", "form", *SOURCES], rows
 
 
+def two_ends_table(results: list) -> Grid:
+    rows = []
+    for eps in sorted({a[1] for a, _ in results}):
+        for name in results[0][1]:
+            values = [r[name] for a, r in results if a[1] == eps]
+            rows.append([f"{eps:g}", name, *(number(med(v[i] for v in values)) for i in range(3))])
+    header = ["eps", "policy", "gain of r + lambda* g", "KL, nats", "beta"]
+    return f"Two ends of {SOURCE_DRAWS[0]} draws as a smaller beta, medians over seeds", header, rows
+
+
 def standardising_table(results: list) -> Grid:
     rows = []
     for eps in sorted({a[1] for a, _ in results}):
@@ -855,7 +891,7 @@ def write(results: dict, out: Path, console: Console) -> list[str]:
         "drawn": ends_table(results["ends"], "drawn", "Labels drawn for 16 draws a prompt, which also measure the slack"),
         "forms": forms_table(results["ends"]), "algorithms by form": algorithms_by_form_table(results["ends"]),
         "labels": labels_table(results["labels"]), "sources": sources_table(results["sources"]),
-        "standardising": standardising_table(results["standardising"]),
+        "two ends": two_ends_table(results["two_ends"]), "standardising": standardising_table(results["standardising"]),
     }  # fmt: skip
     wrong = failures(results)
     for grid in grids.values():

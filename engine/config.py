@@ -87,7 +87,8 @@ class RunConfig:
     activation_checkpointing: bool = False
     """Keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third more time."""
     responses_per_prompt: int = 2
-    """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used."""
+    """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used. 0 takes all G, which
+    fits the tilt itself; the two ends act like a smaller --beta."""
     labels: str = "regression"
     """regression (least squares of margins on score differences), soft (expected Bradley-Terry label), sampled (a random draw of it, as in
     the papers), listwise (cross-entropy over a prompt's responses) or single (least squares of each response, DRO)."""
@@ -346,6 +347,11 @@ def policy_updates(config: RunConfig) -> int:
     return iterations + isinstance(config, PdDpoConfig | SacpoConfig)
 
 
+def trained_responses(config: RunConfig, n: int) -> int:
+    """Responses of a prompt with `n` that a policy step trains on."""
+    return min(config.responses_per_prompt or n, n)
+
+
 def fit(config: RunConfig, n_train: int, n_heldout: int) -> tuple[RunConfig, str]:
     """(the config with its numbers of prompts lowered to those that are there, which flags were lowered to what)."""
     caps = {"n_prompts": n_train, "eval_prompts": n_heldout}
@@ -443,7 +449,6 @@ def check(config: RunConfig) -> None:
             )
     for name, least in {
         "n_responses": 2,
-        "responses_per_prompt": 2,
         "warmup_steps": 0,
         "margin": 0,
         "weight_decay": 0,
@@ -453,8 +458,11 @@ def check(config: RunConfig) -> None:
     }.items():
         if not getattr(config, name, least) >= least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}.")
-    if config.responses_per_prompt > config.n_responses:
-        raise UserError(f"--responses-per-prompt {config.responses_per_prompt}: must be at most --n-responses {config.n_responses}.")
+    if config.responses_per_prompt and not 2 <= config.responses_per_prompt <= config.n_responses:
+        raise UserError(
+            f"--responses-per-prompt {config.responses_per_prompt}: must be at least 2 and at most --n-responses {config.n_responses}; "
+            "0 takes all."
+        )
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: must be above 0, as the policy is a distribution.")
     if not 0 < config.top_p <= 1:

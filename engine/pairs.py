@@ -32,12 +32,12 @@ def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: in
     return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]
 
 
-def informative(score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_PG: Tensor | None = None) -> Pairs:
-    """The `per_prompt` responses of each prompt at both ends of the score, and all pairs of them within the prompt.
+def within_prompts(score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_PG: Tensor | None = None) -> Pairs:
+    """All pairs of `per_prompt` responses within each prompt: of all G, or of those at both ends of the score.
 
-    score: s [P, G]; prompts: the P's to use. Pairs far apart in s carry the most about the tilt, and a prompt's M sequences serve
-    M (M - 1) / 2 pairs, so that the forward passes are used several times. A prompt drawn twice in one step counts once. Pairs of two
-    responses that are both `dropped_PG` [P, G] are left out, and so are prompts without a pair.
+    score: s [P, G]; prompts: the P's to use. M sequences of a prompt serve M (M - 1) / 2 pairs, so that the forward passes are used several
+    times. A prompt drawn twice in one step counts once. Pairs of two responses that are both `dropped_PG` [P, G] are left out, and so are
+    prompts without a pair.
     """
     prompt, row, pairs = [], [], []
     n = score_PG.shape[1]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from engine import packing
 from engine.checkpoint import Run, Stage, save
-from engine.config import PrimalDualConfig, RunConfig
+from engine.config import PrimalDualConfig, RunConfig, trained_responses
 from engine.errors import NonFiniteError, UserError
 from engine.full import Weights, policy_of
 from engine.model import Decoder
 from engine.packing import LowerStates
-from engine.pairs import informative, schedule
+from engine.pairs import schedule, within_prompts
 from engine.records import Pairs, Prompts, Rollouts, Scores, Target
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
 from kernels.sampling import combine, uniform
@@ -69,8 +69,8 @@ def fit(
     """
     pool = samples.prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
-    per_prompt = min(config.responses_per_prompt, samples.rollouts.n)
-    pairs_of = [informative(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG) for chosen in plan]
+    per_prompt = trained_responses(config, samples.rollouts.n)
+    pairs_of = [within_prompts(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG) for chosen in plan]
     for number, pairs in enumerate(pairs_of, 1):
         if not len(pairs.pairs):
             raise UserError(

@@ -15,7 +15,7 @@ from engine.config import CaidConfig, smoke
 from engine.evaluate_command import main as evaluate
 from engine.full import FullWeights, copy_of, load_weights
 from engine.metrics import read_rows
-from engine.pairs import informative
+from engine.pairs import within_prompts
 from engine.records import Prompts, Scores, Target
 from engine.rollout import generate
 from engine.score import frozen_forward, logprob_gap
@@ -60,7 +60,7 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     samples, weights = samples_of(network), moved(network)
     anchor = copy_of(weights, moved(network, seed=2).tensors())
     before = {name: value.clone() for name, value in network.named_parameters()}
-    pairs = informative(samples.scores.reward_PG, [1, 0], 3)
+    pairs = within_prompts(samples.scores.reward_PG, [1, 0], 3)
     config = smoke(CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed))
     target = Target(lam_J=torch.zeros(1), score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
     result = policy._preference_loss(config, network, samples, target, weights, anchor, pairs, draw=0)

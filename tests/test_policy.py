@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.lora import Adapter, save_peft
 from engine.metrics import read_rows
 from engine.packing import LowerStates
-from engine.pairs import deal, informative, schedule
+from engine.pairs import deal, schedule, within_prompts
 from engine.policy import learning_rate_factor
 from engine.records import Prompts, Scores, Target
 from engine.rollout import generate
@@ -101,7 +101,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
         lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3, shift_PG=shift, dropped_PG=dropped
     )
     samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
-    pairs = informative(target.score_PG, [2, 1, 0], 4, dropped)
+    pairs = within_prompts(target.score_PG, [2, 1, 0], 4, dropped)
     kept = [(pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()]
     assert len(kept) == 3 * 6 - 1 - 3 and not any(dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept)
     adapter.zero_grad()
@@ -159,7 +159,7 @@ def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept)
     lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
     target = Target(lam_J=lam, score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
     samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=lower)
-    pairs = informative(target.score_PG, [2, 0], 3)
+    pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
     result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
@@ -188,7 +188,7 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     beta, shift = 0.4, torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
     target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
     samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
-    pairs = informative(target.score_PG, [2, 0], 3)
+    pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
     result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
@@ -220,12 +220,18 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     same_gradients(adapter, tuned)
 
 
-def test_informative_pairs_take_both_ends_of_the_score():
+def test_few_responses_of_a_prompt_are_those_at_both_ends_of_the_score():
     score = torch.tensor([[3.0, 1.0, 2.0, 0.0, 5.0], [0.0, 9.0, 1.0, 8.0, 2.0]])
-    pairs = informative(score, [1, 0, 1], 3)
+    pairs = within_prompts(score, [1, 0, 1], 3)
     assert pairs.prompt == [1, 1, 1, 0, 0, 0]
     assert pairs.row == [5, 6, 8, 0, 3, 4]
     assert pairs.pairs.tolist() == [[0, 1], [0, 2], [1, 2], [3, 4], [3, 5], [4, 5]]
+
+
+def test_no_number_of_responses_takes_all_of_them(tmp_path, cache):
+    config = replace(smoke(CaidConfig(iterations=1)), threads=1, force=True, responses_per_prompt=0, out=str(tmp_path / "run"))
+    caid.train(config)
+    assert {row["pairs"] for row in read_rows(tmp_path / "run", "step")} == {2 * 6}  # two prompts with four responses each
 
 
 def test_schedule_covers_all_prompts_before_it_repeats(world):
@@ -288,7 +294,7 @@ def test_all_prompts_but_the_slack_serve_when_more_pairs_are_asked_for():
 
 def test_parts_are_whole_prompts_within_the_budget():
     score = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
-    pairs = informative(score, [3, 0, 4, 1], 3)
+    pairs = within_prompts(score, [3, 0, 4, 1], 3)
     rows = [pairs.row[i : i + 3] for i in range(0, 12, 3)]
     groups = [packing.Group([1] * 5, [[1, 2]] * 3, own) for own in rows]
     for budget, sizes in ((1, [3] * 4), (21, [3] * 4), (22, [6, 6]), (33, [9, 3]), (10**6, [12])):
