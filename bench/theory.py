@@ -239,10 +239,15 @@ def highest_lagrangian(problem: Problem, lam: torch.Tensor, near: torch.Tensor |
     return problem.lagrangian(maximiser(exact, Target(lam_J=lam, score_PG=score, coefficient=problem.beta, start=near), 0), lam)
 
 
-def label_errors(seed: int, eps: float, beta: float, draws: tuple[int, ...]) -> dict[str, list[float]]:
-    """Form -> eps_app at lambda* for each number of draws a prompt; 32 prompts, 12 responses, J = 1."""
+def of_labels(seed: int, eps: float, beta: float) -> tuple[Problem, torch.Tensor]:
+    """A problem on which label forms are compared, of 32 prompts with 12 responses and J = 1, and its lambda*."""
     problem = make(seed, eps=eps, beta=beta, P=32, Y=12)
-    lam = ExactWorld(problem, MocanConfig(beta=beta)).solve_dual().lam
+    return problem, ExactWorld(problem, MocanConfig(beta=beta)).solve_dual().lam
+
+
+def label_errors(seed: int, eps: float, beta: float, draws: tuple[int, ...]) -> dict[str, list[float]]:
+    """Form -> eps_app at lambda* for each number of draws a prompt."""
+    problem, lam = of_labels(seed, eps, beta)
     highest = highest_lagrangian(problem, lam)
     return {
         name: [highest - problem.lagrangian(from_source(problem, lam, update, n, SOURCES[0], 1000 * seed + n), lam) for n in draws]
@@ -251,9 +256,8 @@ def label_errors(seed: int, eps: float, beta: float, draws: tuple[int, ...]) -> 
 
 
 def pair_sources(seed: int, eps: float, beta: float) -> dict[str, list[float]]:
-    """ "form|source" -> eps_app at lambda* for each of SOURCE_DRAWS, in the problems of `label_errors`. Single responses are no pairs."""
-    problem = make(seed, eps=eps, beta=beta, P=32, Y=12)
-    lam = ExactWorld(problem, MocanConfig(beta=beta)).solve_dual().lam
+    """ "form|source" -> eps_app at lambda* for each of SOURCE_DRAWS. Single responses are no pairs."""
+    problem, lam = of_labels(seed, eps, beta)
     highest = highest_lagrangian(problem, lam)
     return {
         f"{name}|{source}": [
@@ -289,13 +293,12 @@ def from_source(problem: Problem, lam: torch.Tensor, update: Update, n: int, sou
 
 
 def two_ends(seed: int, eps: float) -> dict[str, tuple[float, ...]]:
-    """Policy -> (gain of r + lambda* g over the reference, KL, beta), in the problems of `label_errors` at beta 1.
+    """Policy -> (gain of r + lambda* g over the reference, KL, beta), of problems at beta 1.
 
     The maximiser; regression on all pairs of SOURCE_DRAWS[0] draws and on their two ends; the maximiser of the beta at which it gains as
     much as the policy of the two ends.
     """
-    problem = make(seed, eps=eps, P=32, Y=12)
-    lam = ExactWorld(problem, MocanConfig(beta=problem.beta)).solve_dual().lam
+    problem, lam = of_labels(seed, eps, beta=1.0)
 
     def row(theta: torch.Tensor, beta: float) -> tuple[float, float, float]:
         return problem.lagrangian(theta, lam) - problem.lagrangian(None, lam) + problem.beta * problem.kl(theta), problem.kl(theta), beta
@@ -650,23 +653,23 @@ def sources_table(results: list) -> Grid:
 
 
 def two_ends_table(results: list) -> Grid:
-    rows = []
-    for eps in sorted({a[1] for a, _ in results}):
-        for name in results[0][1]:
-            values = [r[name] for a, r in results if a[1] == eps]
-            rows.append([f"{eps:g}", name, *(number(med(v[i] for v in values)) for i in range(3))])
     header = ["eps", "policy", "gain of r + lambda* g", "KL, nats", "beta"]
-    return f"Two ends of {SOURCE_DRAWS[0]} draws as a smaller beta, medians over seeds", header, rows
+    return f"Two ends of {SOURCE_DRAWS[0]} draws as a smaller beta, medians over seeds", header, medians(results)
 
 
 def standardising_table(results: list) -> Grid:
+    header = ["eps", "advantage", "slack at fixed lambda*", "lambda - lambda*_p at the end", "slack there", "value - P_p* there"]
+    return "What standardising per group does, medians over seeds", header, medians(results)
+
+
+def medians(results: list) -> list[list[str]]:
+    """A row for each eps and name, of results of (seed, eps) that hold a tuple of numbers for each name."""
     rows = []
     for eps in sorted({a[1] for a, _ in results}):
         for name in results[0][1]:
-            values = [r[name] for a, r in results if a[1] == eps]
-            rows.append([f"{eps:g}", name, *(number(med(v[i] for v in values)) for i in range(4))])
-    header = ["eps", "advantage", "slack at fixed lambda*", "lambda - lambda*_p at the end", "slack there", "value - P_p* there"]
-    return "What standardising per group does, medians over seeds", header, rows
+            columns = zip(*(r[name] for a, r in results if a[1] == eps), strict=True)
+            rows.append([f"{eps:g}", name, *(number(med(column)) for column in columns)])
+    return rows
 
 
 def markdown(grid: Grid) -> str:

@@ -11,7 +11,7 @@ learns from the reference's samples that the dual is solved on, in Algorithm 3 t
 from torch import Tensor
 
 from engine import dual, stages
-from engine.config import CaidConfig
+from engine.config import CaidConfig, pairs_file
 from engine.preference import PreferenceWorld
 from engine.records import Target
 
@@ -22,8 +22,7 @@ def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
     Raises: UserError, NonFiniteError, Interrupted.
     """
     aligned = 2 + len(config.cost) if config.scores == "preference" else 0
-    own = config.pairs not in ("reference", "policy")
-    with stages.open_job("caid", config, resume, n_stages=4 + aligned + own + 2 * config.iterations) as job:
+    with stages.open_job("caid", config, resume, n_stages=4 + aligned + bool(pairs_file(config)) + 2 * config.iterations) as job:
         world = PreferenceWorld(job) if aligned else stages.World(job)
         return world.verdict(*loop(world, config))
 

@@ -347,9 +347,16 @@ def policy_updates(config: RunConfig) -> int:
     return iterations + isinstance(config, PdDpoConfig | SacpoConfig)
 
 
+def pairs_file(config: RunConfig) -> str:
+    """The file of --pairs, or nothing where a policy update learns from samples."""
+    source = getattr(config, "pairs", "reference")
+    return "" if source in ("reference", "policy") else source
+
+
 def trained_responses(config: RunConfig, n: int) -> int:
-    """Responses of a prompt with `n` that a policy step trains on."""
-    return min(config.responses_per_prompt or n, n)
+    """Responses of a prompt with `n` that a policy step trains on; a policy gradient takes all."""
+    wanted = 0 if isinstance(config, PrimalDualConfig) else config.responses_per_prompt
+    return min(wanted or n, n)
 
 
 def fit(config: RunConfig, n_train: int, n_heldout: int) -> tuple[RunConfig, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.architecture import ModelConfig
-from engine.config import IterativeConfig, PrimalDualConfig, RunConfig, policy_updates, trained_responses
+from engine.config import IterativeConfig, PrimalDualConfig, RunConfig, pairs_file, policy_updates, trained_responses
 from engine.errors import UserError
 
 # Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
@@ -37,8 +37,7 @@ class Plan:
         rows = min(config.rollout_rows, max(config.n_prompts, config.eval_prompts) * config.n_responses)
         cache = rows * context * 2 * c.num_kv_heads * c.head_dim * c.num_layers * size
         logits = rows * c.vocab_size * 4 * 3
-        source = getattr(config, "pairs", "reference")
-        in_group = trained_responses(config, config.n_responses if source in ("reference", "policy") else 2)
+        in_group = trained_responses(config, 2 if pairs_file(config) else config.n_responses)
         group = longest_prompt + in_group * config.max_new_tokens
         full = config.tune == "full"
         trained = 1.0 if full else 1 - config.lora_from  # share of the layers
@@ -77,7 +76,7 @@ class Plan:
         if isinstance(config, PrimalDualConfig):
             fresh = config.ascent_prompts, config.n_responses
             products += config.iterations * (sampled(*fresh) + scored(*fresh))
-        if source == "policy":
+        if getattr(config, "pairs", "") == "policy":
             fresh = config.steps * config.prompts_per_step, config.n_responses
             products += (config.iterations - 1) * (sampled(*fresh) + scored(*fresh))
         tokens = config.prompts_per_step * (mean_prompt + in_group * answer)

@@ -6,7 +6,7 @@ pairs of any policy, the update learns from the samples that the dual is solved 
 """
 
 from engine import stages
-from engine.config import MocanConfig
+from engine.config import MocanConfig, pairs_file
 from engine.records import Target
 
 
@@ -15,7 +15,7 @@ def train(config: MocanConfig, *, resume: str | None = None) -> stages.Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("mocan", config, resume, n_stages=5 + (config.pairs != "reference")) as job:
+    with stages.open_job("mocan", config, resume, n_stages=5 + bool(pairs_file(config))) as job:
         world = stages.World(job)
         return world.verdict(*loop(world, config))
 

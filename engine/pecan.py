@@ -5,7 +5,7 @@ set, which --pairs with that file does.
 """
 
 from engine import mocan, stages
-from engine.config import PecanConfig
+from engine.config import PecanConfig, pairs_file
 from engine.preference import PreferenceWorld
 
 
@@ -14,6 +14,6 @@ def train(config: PecanConfig, *, resume: str | None = None) -> stages.Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("pecan", config, resume, n_stages=7 + len(config.cost) + (config.pairs != "reference")) as job:
+    with stages.open_job("pecan", config, resume, n_stages=7 + len(config.cost) + bool(pairs_file(config))) as job:
         world = PreferenceWorld(job)
         return world.verdict(*mocan.loop(world, config))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine import constraints, data, dual, evaluate, metrics, model, packing, pairs, policy, quickstart, report
 from engine.checkpoint import RecordT, Run, Stage, load, write_whole
-from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, policy_updates, shown_name
+from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, pairs_file, policy_updates, shown_name
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.evaluate import Evaluation
@@ -148,7 +148,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
     own_pairs = preferences = None
-    if (source := getattr(config, "pairs", "reference")) not in ("reference", "policy"):
+    if source := pairs_file(config):
         own_pairs = read_response_pairs(source, [], config, inputs.tokenizer, inputs.shape)
     if by_preference(config) and config.preferences:
         preferences = read_response_pairs(config.preferences, ["reward", *names], config, inputs.tokenizer, inputs.shape)

@@ -7,7 +7,7 @@ import torch
 
 from engine import memory
 from engine.architecture import ModelConfig, Rope
-from engine.config import CaidConfig
+from engine.config import CaidConfig, PrimalDualConfig
 from engine.errors import UserError
 from engine.memory import KEPT_STATES_BYTES, Plan, kept_states_bytes
 
@@ -40,6 +40,15 @@ def test_more_work_takes_longer_and_more_rows_more_memory():
     assert plan(rollout_rows=2000, n_responses=40).needed_bytes > base.needed_bytes
     # In 16 bits the reference's own log-probs take a pass of their own.
     assert plan(dtype=torch.bfloat16).seconds > base.seconds
+
+
+def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
+    two = plan().seconds
+    assert plan(responses_per_prompt=0).seconds == plan(responses_per_prompt=8).seconds > 1.05 * two
+    assert plan(pairs="mine.jsonl", responses_per_prompt=0).seconds == two  # a file has two
+    gradient = [Plan.of(c, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
+                for c in (PrimalDualConfig(), PrimalDualConfig(responses_per_prompt=0))]  # fmt: skip
+    assert gradient[0] == gradient[1]
 
 
 def test_too_little_memory_names_both_sizes_and_the_cure():
