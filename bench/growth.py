@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from bench import rollout, train_step
 from engine.model import Decoder
@@ -39,7 +38,7 @@ def shallow(model: Decoder, layers: int) -> Decoder:
     return cut
 
 
-def steps(model: Decoder) -> dict[Size, Callable[[], Tensor]]:
+def steps(model: Decoder) -> dict[Size, Callable[[], object]]:
     """What is timed at every size."""
     whole, made = model.config.num_layers, {}
     for what, grid in (("sampling", SAMPLING), ("training step", TRAINING)):
@@ -51,10 +50,10 @@ def steps(model: Decoder) -> dict[Size, Callable[[], Tensor]]:
     return made
 
 
-def _step(what: str, model: Decoder, size: dict[str, int]) -> Callable[[], Tensor]:
+def _step(what: str, model: Decoder, size: dict[str, int]) -> Callable[[], object]:
     vocabulary = model.config.vocab_size
     if what == "sampling":
-        return rollout.ours(model, rollout.prompts(vocabulary, size["rows"] // GROUP, PROMPT), GROUP, size["new tokens"])
+        return rollout.ours(model, rollout.random_work(vocabulary, size["rows"], GROUP, PROMPT, size["new tokens"]))
     groups = train_step.batch(vocabulary, size["pairs"], PROMPT, size["tokens of a response"])
     return train_step.ours(model, groups, train_step.reference_logprob(model, groups))
 

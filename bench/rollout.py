@@ -1,37 +1,94 @@
-"""Sampling against its floor and its rivals: prompts of one length, n responses to each, a fixed number of new tokens (no stop token).
+"""Sampling against its floor and its rivals: n responses to each prompt, of a fixed number of new tokens, or ended by stop tokens.
 
 The floor is the bare matrix products of the same work, each by the faster of torch.mm and what the engine calls: a prefill of the prompts,
-and for every further token the layers and the head at all rows. Rivals run what they offer on the same weights: transformers' `generate`
-and its continuous batching.
+and for every further token the layers and the head at all rows that are left. Rivals run what they offer on the same weights:
+transformers' `generate` and its continuous batching, and llama.cpp (bench/llamacpp.py).
 """
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.config import RunConfig
+from engine.data import load_prompts, shipped_prompts
 from engine.model import Decoder
 from engine.packing import Group
+from engine.records import Rollouts
 from engine.rollout import generate
 from engine.score import LogprobGap, logprob_gap
+from engine.stages import stop_tokens
 from kernels.products import linear
 from kernels.sampling import combine
 
 TEMPERATURE = 0.7
+Responses = list[list[int]]  # tokens of each response, prompt-major, the stop token included
 
 
-def prompts(vocabulary: int, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` random tokens."""
+@dataclass(frozen=True)
+class Work:
+    """What is asked of everyone."""
+
+    prompts: list[list[int]]
+    n: int  # responses to each prompt
+    new: int  # most new tokens of a response; exactly these many without stop tokens
+    stop: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """All responses."""
+        return len(self.prompts) * self.n
+
+    def check(self, name: str, made: Responses) -> None:
+        """Raises: SystemExit where `made` is not what was asked for."""
+        least = 1 if self.stop else self.new
+        if len(made) != self.rows or not all(least <= len(x) <= self.new for x in made):
+            raise SystemExit(
+                f"{name} made {len(made)} responses of {min(map(len, made))} to {max(map(len, made))} tokens; nothing is timed"
+            )
+
+
+def random_work(vocabulary: int, rows: int, n: int, prompt: int, new: int) -> Work:
+    """Prompts of `prompt` random tokens, and responses of a fixed length."""
     g = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary // 2, (count, length), generator=g).tolist()
+    return Work(torch.randint(vocabulary // 2, (rows // n, prompt), generator=g).tolist(), n, new)
 
 
-def ours(model: Decoder, asked: list[list[int]], n: int, new: int) -> Callable[[], Tensor]:
-    """`engine.rollout.generate`; returns the tokens [rows, new]."""
-    return lambda: (
-        generate(model, asked, n=n, max_new_tokens=new, temperature=TEMPERATURE, seed=int(combine(0)), max_rows=n * len(asked)).tokens
-    )
+def real_work(folder: Path, rows: int, n: int, new: int) -> Work:
+    """The quickstart's prompts, from end to end of them, and responses that end where the model ends them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = load_prompts(shipped_prompts("train"), tokenizer, system=RunConfig.system, max_prompt_tokens=512)
+    chosen = [i * len(prompts) // (rows // n) for i in range(rows // n)]
+    return Work([prompts.token_ids[i] for i in chosen], n, new, stop_tokens(folder, tokenizer))
+
+
+def _sampled(model: Decoder, work: Work) -> Rollouts:
+    return generate(
+        model, work.prompts, n=work.n, max_new_tokens=work.new, temperature=TEMPERATURE, stop_token_ids=work.stop, seed=int(combine(0)),
+        max_rows=work.rows,
+    )  # fmt: skip
+
+
+def _cut(rows: list[list[int]], work: Work) -> Responses:
+    """Rows without what stands behind their stop token."""
+    ends = (next((i + 1 for i, token in enumerate(row) if token in work.stop), len(row)) for row in rows)
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def ours(model: Decoder, work: Work) -> Callable[[], Responses]:
+    """`engine.rollout.generate`."""
+
+    def step() -> Responses:
+        made = _sampled(model, work)
+        return [row[:length] for row, length in zip(made.tokens.tolist(), made.length.tolist(), strict=True)]
+
+    return step
 
 
 def stock(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -43,49 +100,74 @@ def stock(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Mo
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
-def transformers_generate(model: torch.nn.Module, asked: list[list[int]], n: int, new: int) -> Callable[[], Tensor]:
-    """`generate` with n return sequences; returns the tokens [rows, new]."""
-    tokens = torch.tensor(asked, device=model.device)
-    options = dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+def transformers_generate(model: torch.nn.Module, work: Work) -> Callable[[], Responses]:
+    """`generate` with n return sequences."""
+    longest = max(map(len, work.prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in work.prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in work.prompts], device=model.device)
+    options = dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=work.new, pad_token_id=0)
+    options |= dict(eos_token_id=list(work.stop)) if work.stop else dict(min_new_tokens=work.new)
 
     @torch.inference_mode()
-    def step() -> Tensor:
-        return model.generate(tokens, attention_mask=torch.ones_like(tokens), num_return_sequences=n, **options)[:, tokens.shape[1] :]
+    def step() -> Responses:
+        torch.manual_seed(0)
+        made = model.generate(tokens, attention_mask=mask, num_return_sequences=work.n, **options)
+        return _cut(made[:, longest:].tolist(), work)
 
     return step
 
 
-def continuous_batching(model: torch.nn.Module, asked: list[list[int]], n: int, new: int) -> Callable[[], Tensor]:
-    """`generate_batch`, each prompt n times, with room for all of them at once; returns the tokens [rows, new]."""
+def continuous_batching(model: torch.nn.Module, work: Work) -> Callable[[], Responses]:
+    """`generate_batch`, each prompt n times, with room for all of them at once."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    options = dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
-    requests = [prompt for prompt in asked for _ in range(n)]
-    longest = max(map(len, asked)) + new
+    options = dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=work.new, pad_token_id=0)
+    options |= dict(eos_token_id=list(work.stop) or -1)
+    requests = [prompt for prompt in work.prompts for _ in range(work.n)]
+    longest = max(map(len, work.prompts)) + work.new
     # Left to itself it takes most of the machine's memory and fills it in every call.
     room = ContinuousBatchingConfig(
         page_size=64, num_blocks=len(requests) * (longest // 64 + 1) + 1, max_batch_tokens=max(len(requests), 2048),
         max_requests_per_batch=len(requests),
     )  # fmt: skip
 
-    def step() -> Tensor:
+    def step() -> Responses:
+        torch.manual_seed(0)
         made = model.generate_batch(requests, generation_config=GenerationConfig(**options), continuous_batching_config=room)
-        return torch.tensor([x.generated_tokens for x in made.values()])
+        return _cut([x.generated_tokens for x in made.values()], work)
 
     return step
 
 
-def floor(model: Decoder, asked: list[list[int]], n: int) -> dict[str, dict[str, Callable[[], object]]]:
-    """product -> who does it -> step: a prefill of all prompts, the layers for one token of every row, the head for every row."""
+def floor(model: Decoder, work: Work, made: Responses) -> tuple[dict[str, dict[str, Callable[[], object]]], dict[str, float]]:
+    """(product -> who does it -> step, how often each is needed) to sample `made`: a prefill of all prompts, the layers for every token
+    that another one follows, the head for every token. Products are timed for a few numbers of rows, others on the line between these."""
     layers = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    return {
-        "prefill": products(layers, sum(map(len, asked))),
-        "layers": products(layers, n * len(asked)),
-        "head": products([model.head_weight], n * len(asked)),
-    }
+    products = {"prefill": bare_products(layers, sum(map(len, work.prompts)))}
+    often: Counter[str] = Counter(prefill=1)
+    tried = [work.rows] if not work.stop else sorted({max(1, work.rows >> k) for k in range(work.rows.bit_length())})
+    for step in range(work.new):
+        going = sum(len(response) > step for response in made)
+        for rows, share in _between(tried, going) if going else ():
+            for name, matrices in (("layers", layers), ("head", [model.head_weight])):
+                if name == "head" or step:
+                    key = f"{name} of {rows} rows"
+                    often[key] += share
+                    products.setdefault(key, bare_products(matrices, rows))
+    return products, dict(often)
 
 
-def products(matrices: list[Tensor], tokens: int, backward: bool = False) -> dict[str, Callable[[], object]]:
+def _between(points: list[int], x: int) -> list[tuple[int, float]]:
+    """The neighbours of x among sorted points, and their weights on the line through x."""
+    above = bisect_left(points, x)
+    if points[above] == x:
+        return [(x, 1.0)]
+    low, high = points[above - 1], points[above]
+    share = (x - low) / (high - low)
+    return [(low, 1 - share), (high, share)]
+
+
+def bare_products(matrices: list[Tensor], tokens: int, backward: bool = False) -> dict[str, Callable[[], object]]:
     """Products of `tokens` rows with frozen matrices [N, K]: x W', or of the gradients with W where `backward`."""
     turned = [w if backward else w.t() for w in matrices]
     shapes = {tuple(w.shape) for w in turned}
@@ -104,8 +186,9 @@ def products(matrices: list[Tensor], tokens: int, backward: bool = False) -> dic
     return {"torch.mm": by_mm, "kernels.products": by_linear}
 
 
-def gap(model: Decoder, asked: list[list[int]], n: int, new: int) -> LogprobGap:
+def gap(model: Decoder, work: Work) -> LogprobGap:
     """Of the sampler's log-probs to those of the training forward."""
-    made = generate(model, asked, n=n, max_new_tokens=new, temperature=TEMPERATURE, seed=int(combine(0)))
-    groups = [Group(prompt, made.tokens[p * n : (p + 1) * n].tolist(), list(range(p * n, (p + 1) * n))) for p, prompt in enumerate(asked)]
+    made, n = _sampled(model, work), work.n
+    responses = [row[:length] for row, length in zip(made.tokens.tolist(), made.length.tolist(), strict=True)]
+    groups = [Group(prompt, responses[p * n : (p + 1) * n], list(range(p * n, (p + 1) * n))) for p, prompt in enumerate(work.prompts)]
     return logprob_gap(model, groups, made, temperature=TEMPERATURE, memory_budget_bytes=2**28)

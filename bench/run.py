@@ -1,6 +1,7 @@
 """`python -m bench.run` lists the cases; `python -m bench.run CASE` checks, then measures, prints a table and adds a line to results.jsonl,
 from which bench/RESULTS.md is written."""
 
+import contextlib
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import growth, loss_head, rollout, train_step
+from bench import growth, llamacpp, loss_head, rollout, train_step
 from bench.measure import interleaved, origin, peak_bytes
 from engine import dual
 from engine.checkpoint import write_whole
@@ -75,16 +76,18 @@ def run_loss_head(config: LossHead) -> dict:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampling of a fixed number of tokens, against the bare matrix products, transformers' generate and its continuous batching."""
+    """Sampling, against the bare matrix products, transformers' generate and continuous batching, and llama.cpp where it is installed."""
 
     model: str = ""
     """Hugging Face folder; the quickstart's model where it is left out."""
     rows: int = 64
     """Responses sampled side by side, a multiple of 8: groups of 8 share a prompt."""
+    real: bool = False
+    """The quickstart's prompts, and responses that end where the model ends them; else random prompts, and no stop token."""
     prompt: int = 64
-    """Tokens of each prompt."""
+    """Tokens of each random prompt."""
     new: int = 64
-    """New tokens of each response."""
+    """New tokens of each response; with --real the most."""
     dtype: str = "float32"
     """float32 or bfloat16."""
     device: str = "cpu"
@@ -104,26 +107,37 @@ def run_rollout(config: Rollout) -> dict:
         keep_freed_memory()
     folder = model_folder(config.model)
     model, stock = load(folder, dtype=dtype, device=device), rollout.stock(folder, dtype, device)
-    asked = rollout.prompts(model.config.vocab_size, config.rows // n, config.prompt)
-    given = asked, n, config.new
-    gap = rollout.gap(model, *given)
+    if config.real:
+        work = rollout.real_work(folder, config.rows, n, config.new)
+    else:
+        work = rollout.random_work(model.config.vocab_size, config.rows, n, config.prompt, config.new)
+    gap = rollout.gap(model, work)
     if dtype == torch.float32 and not gap.max <= 1e-4:
         raise SystemExit(f"{gap}: more than 1e-4; nothing is timed")
     steps = {
-        "dualign": rollout.ours(model, *given),
-        "transformers generate": rollout.transformers_generate(stock, *given),
-        "transformers continuous batching": rollout.continuous_batching(stock, *given),
+        "dualign": rollout.ours(model, work),
+        "transformers generate": rollout.transformers_generate(stock, work),
+        "transformers continuous batching": rollout.continuous_batching(stock, work),
     }
-    wanted = config.rows, config.new
-    for name, step in steps.items():
-        if (made := tuple(step().shape)) != wanted:
-            raise SystemExit(f"{name} made {made} tokens instead of {wanted}; nothing is timed")
-    products = rollout.floor(model, asked, n)
-    candidates, floor_s, fastest = _measure(steps, products, config.repeats, device, {"layers": config.new - 1, "head": config.new})
+    with contextlib.ExitStack() as stack:
+        if find_spec("llama_cpp") and device.type == "cpu" and dtype == torch.float32:
+            steps["llama.cpp"] = stack.enter_context(llamacpp.rival(folder, model, work, rollout.TEMPERATURE))
+        # Seeds are fixed: every call of one candidate makes the same responses.
+        made = {name: step() for name, step in steps.items()}
+        for name, responses in made.items():
+            work.check(name, responses)
+        products, often = rollout.floor(model, work, made["dualign"])
+        candidates, floor_s, fastest = _measure(steps, products, config.repeats, device, often)
+    tokens = {name: sum(map(len, responses)) for name, responses in made.items()}
+    for row in candidates:
+        row["tokens"] = tokens[row["name"]]
+        row["floor_share"] *= tokens[row["name"]] / tokens["dualign"]
+        if row["name"] == "llama.cpp":
+            row["extra_bytes"] = None  # torch sees none of it
     return {
-        "case": "rollout", "shape": folder.name, "rows": config.rows, "prompt": config.prompt, "new": config.new, "dtype": config.dtype,
-        "keep_pages": config.keep_pages, "repeats": config.repeats, "logprob_gap": asdict(gap), "floor_s": floor_s,
-        "floor_layouts": fastest, "tokens": config.rows * config.new, "candidates": candidates, **origin(device),
+        "case": "rollout", "shape": folder.name, "rows": config.rows, "real": config.real, "prompt": None if config.real else config.prompt,
+        "new": config.new, "dtype": config.dtype, "keep_pages": config.keep_pages, "repeats": config.repeats, "logprob_gap": asdict(gap),
+        "floor_s": floor_s, "floor_layouts": fastest, "tokens": tokens["dualign"], "candidates": candidates, **origin(device),
     }  # fmt: skip
 
 
@@ -240,7 +254,7 @@ def run_growth(config: Growth) -> dict:
 
 
 def _measure(
-    steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device, times_of: dict[str, int]
+    steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device, times_of: dict[str, float]
 ) -> tuple[list[dict], float, dict[str, str]]:
     """(a row per candidate, seconds of the floor, who was fastest at each product); products count `times_of` times, or once."""
     bare = {f"{product} / {way}": step for product, ways in products.items() for way, step in ways.items()}
@@ -280,25 +294,30 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
         title += f"{1000 * line['floor_s']:.1f} ms"
     else:
         what = f"{line['rows']} responses of {line['new']} tokens to prompts of {line['prompt']}"
+        if line.get("real"):
+            what = f"{line['rows']} responses of at most {line['new']} tokens to {line['rows'] // 8} prompts of the quickstart"
         title = f"{line['case']}: {line['shape']}, {what}, {line['dtype']}{pages}; floor (bare products) {1000 * line['floor_s']:.0f} ms"
     rows = []
-    ours = next(c["median_s"] for c in line["candidates"] if c["name"] in ("dualign", "newton"))
+    done = {c["name"]: c.get("tokens", line.get("tokens", 1)) for c in line["candidates"]}
+    ours = next(c["median_s"] / done[c["name"]] for c in line["candidates"] if c["name"] in ("dualign", "newton"))
     for c in line["candidates"]:
         spread = f"{1000 * c['p20_s']:.1f} to {1000 * c['p80_s']:.1f}"
-        share, ratio, memory = f"{100 * c['floor_share']:.1f} %", f"{c['median_s'] / ours:.2f}", f"{c['extra_bytes'] / 1e6:.0f}"
+        share, ratio = f"{100 * c['floor_share']:.1f} %", f"{c['median_s'] / done[c['name']] / ours:.2f}"
+        memory = "not seen" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 1e6:.0f}"
         if line["case"] == "dual":
             last = f"{c['iterations']} iterations, {c['kkt']:.0e}"
         else:
-            last = f"{max(c['errors'].values()):.0e}" if "errors" in c else f"{line['tokens'] / c['median_s']:.0f}"
+            last = f"{max(c['errors'].values()):.0e}" if "errors" in c else f"{done[c['name']] / c['median_s']:.0f}"
         rows.append([c["name"], f"{1000 * c['median_s']:.1f}", spread, share, ratio, memory, last])
     last = {"loss_head": "largest relative error", "dual": "KKT residual"}.get(line["case"], "tokens/s")
-    return title, ["", "ms, median", "p20 to p80", "of the floor", "time / ours", "extra memory, MB", last], rows
+    ratio = "time of a token / ours" if line["case"] == "rollout" else "time / ours"
+    return title, ["", "ms, median", "p20 to p80", "of the floor", ratio, "extra memory, MB", last], rows
 
 
 def write_results(lines: list[dict]) -> None:
     """bench/RESULTS.md from all lines, the latest of each case and shape."""
-    keys = ("case", "shape", "rows", "prompt", "new", "dtype", "frozen", "keep_pages", "device")
-    latest = {tuple(x.get(k) for k in keys): x for x in lines}
+    keys = ("case", "shape", "rows", "real", "prompt", "new", "dtype", "frozen", "keep_pages", "device")
+    latest = {tuple(x.get(k) or None for k in keys): x for x in lines}
     text = ["# Results", "", "Written by `python -m bench.run`; do not edit. Only figures of one table are comparable.", ""]
     for line in latest.values():
         title, header, rows = table_of(line)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.rollout import products
+from bench.rollout import bare_products
 from engine import packing
 from engine.lora import Adapter, Shape
 from engine.model import Decoder
@@ -106,8 +106,8 @@ def floor(model: Decoder, groups: list[packing.Group]) -> dict[str, dict[str, Ca
     matrices = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     tokens, completions = sum(g.tokens for g in groups), sum(len(r) for g in groups for r in g.responses)
     return {
-        "layers": products(matrices, tokens),
-        "layers, gradient": products(matrices, tokens, backward=True),
-        "head": products([model.head_weight], completions),
-        "head, gradient": products([model.head_weight], completions, backward=True),
+        "layers": bare_products(matrices, tokens),
+        "layers, gradient": bare_products(matrices, tokens, backward=True),
+        "head": bare_products([model.head_weight], completions),
+        "head, gradient": bare_products([model.head_weight], completions, backward=True),
     }
