@@ -97,6 +97,14 @@ def plan(
     return Plan("values", sizes, rows_that_fit(budget, fixed, per_row, rows), 0)
 
 
+def _of_chunk(
+    workspace: type, sizes: Sizes, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int, budget: int, kind: str
+) -> Sizes:
+    """Tiles of a chunk's own number of rows, wider than those of all rows (`sizes`), where these take no more memory."""
+    own = workspace.sizes(weight, bias, softcap, rows, budget, kind)
+    return own if own.fixed <= sizes.fixed and own.row + own.scratch <= sizes.row + sizes.scratch else sizes
+
+
 def _row_coefficients(per_sequence: Tensor, cu_seqlens: Tensor, token_weight: Tensor | None, rows: int) -> Tensor:
     """Per sequence -> per row [T], times the row's weight; exactly 0 where that is 0."""
     device = per_sequence.device
@@ -349,6 +357,9 @@ def _preference_pass(
         chunk = rows_that_fit(budget - accumulator, fixed, per_row, len(hidden))
         parts = _parts(pairs.tolist(), lengths, chunk)
         several = False
+    longest = max((sum(lengths[n] for n in part.sequences) for part in parts), default=0)
+    chunk = max(1, min(chunk, longest))
+    sizes = _of_chunk(workspace, sizes, weight, bias, softcap, chunk, budget, "kept")
     work = workspace(weight, bias, temperature, softcap, sizes, chunk, "kept")
     buffer = work.new_z(weight, chunk)
     total = _Gradients(work, hidden, bias, (needs_hidden, needs_weight, needs_bias), beta / max(1, len(pairs)))
@@ -424,6 +435,7 @@ def _policy_pass(
     # Advantages, shares, coefficients and their parts, all float64.
     fixed = sizes.fixed + 2 * VECTOR_BYTES_PER_ROW * rows
     size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch + VECTOR_BYTES_PER_ROW, rows)
+    sizes = _of_chunk(workspace, sizes, weight, bias, softcap, size, budget, kind)
     work = workspace(weight, bias, temperature, softcap, sizes, size, kind)
     buffer = work.new_z(weight, size if kind == "kept" else 0)
     share = row_shares(cu_seqlens, token_weight, normalize, rows, device)
