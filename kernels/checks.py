@@ -24,8 +24,8 @@ def check_tensor(
     any)."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} = {value!r}: expected a tensor")
-    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
     if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
+        wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         raise ValueError(f"{name} has shape {list(value.shape)}: expected {wanted}")
     if value.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {_names((value.dtype,))}: expected {_names(dtypes)}")
@@ -35,7 +35,7 @@ def check_tensor(
 
 def check_positive(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} = {value!r}: expected a finite number above 0")
 
 

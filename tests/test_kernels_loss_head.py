@@ -545,6 +545,32 @@ def test_fullgraph_compile_of_a_caller(small, needs):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("op", ["logprob", "preference", "policy"])
+def test_a_compiled_caller_takes_batches_of_other_sizes_and_other_options(op):
+    """Ragged batches and annealed options come as symbols from the second call on."""
+    torch._dynamo.reset()
+
+    def caller(data, labels, beta, temperature):
+        leaves = data | {"hidden": data["hidden"] * 2}
+        if op == "logprob":
+            return sequence_logprob(**leaves, temperature=temperature).square().sum()
+        if op == "preference":
+            return lagrangian_preference_loss(**leaves, **labels, beta=beta, temperature=temperature).loss
+        references = {"ref_logprob": torch.full((len(data["target"]),), -5.0), "kl_coef": beta}
+        return policy(leaves, labels, torch.arange(len(labels["reward"])) % 2, **references, temperature=temperature).loss
+
+    compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
+    for lengths, beta, temperature in (((5, 3, 4), 0.3, 1.0), ((7, 2, 0, 6), 0.4, 0.8), ((3, 9), 0.25, 1.3), ((8, 8, 1, 2, 2), 0.7, 0.9)):
+        data, labels = problem(lengths=lengths, pairs=torch.tensor([[0, 1], [1, 0], [0, 1]])[: len(lengths) - 1])
+        found = []
+        for function in (compiled, caller):
+            leaves = data | {k: data[k].detach().requires_grad_() for k in ("hidden", "weight")}
+            loss = function(leaves, labels, beta, temperature)
+            found.append([loss.detach(), *torch.autograd.grad(loss, [leaves["hidden"], leaves["weight"]])])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
 def test_fake_tensors_need_no_values():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
