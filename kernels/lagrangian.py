@@ -57,7 +57,7 @@ def lagrangian_preference_loss(
     for arguments that cannot be used.
     """
     check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
-    sequences, budget, temperature = cu_seqlens.shape[0] - 1, budget_or_default(memory_budget_bytes), float(temperature)
+    sequences, temperature, budget = cu_seqlens.shape[0] - 1, float(temperature), budget_or_default(memory_budget_bytes, hidden.device)
     check_preference(sequences, hidden.device, pairs, reward, utility, lam, ref_logprob, beta, labels, preference, uniform, generator)
     uniform = draw_uniform(labels, uniform, generator, pairs)
     with torch.no_grad():
@@ -65,8 +65,12 @@ def lagrangian_preference_loss(
     rows = (hidden, weight, bias, target, token_weight, cu_seqlens)
     needs = needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias)
     needs_head = needs[1] or needs[2]
-    kept = plan(row_workspace(hidden), hidden, weight, bias, softcap, budget, needs[0], needs_head).kept
-    if needs_head and kept < hidden.shape[0] and cu_seqlens.device.type == pairs.device.type == "cpu":
+    planned = plan(row_workspace(hidden), hidden, weight, bias, softcap, budget, needs[0], needs_head)
+    if needs_head:
+        formed = planned.kept < hidden.shape[0] and cu_seqlens.device.type == pairs.device.type == "cpu"
+    else:
+        formed = needs[0] and planned.kind == "values"
+    if formed:
         loss, logprob, margin, accuracy, *_ = preference_pass_op(
             *rows, pairs, q, ref_logprob, float(beta), temperature, softcap, budget, *needs, debug
         )
@@ -127,7 +131,7 @@ def lagrangian_policy_loss(
     low, high = (None, None) if clip is None else map(float, clip)
     loss, logprob, token, divergence, clipped, *_ = policy_pass_op(
         hidden, weight, bias, target, token_weight, cu_seqlens, advantage_N, old_logprob, ref_logprob, low, high, float(kl_coef), kl,
-        normalize, float(temperature), softcap, budget_or_default(memory_budget_bytes), needs_gradient(hidden), needs_gradient(weight),
-        needs_gradient(bias), debug,
+        normalize, float(temperature), softcap, budget_or_default(memory_budget_bytes, hidden.device), needs_gradient(hidden),
+        needs_gradient(weight), needs_gradient(bias), debug,
     )  # fmt: skip
     return PolicyLoss(loss, logprob, token, advantage_N, divergence, clipped)

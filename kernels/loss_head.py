@@ -4,7 +4,8 @@ The matrix products are the cost: 2 T D V flop each, T rows. A row's coefficient
 (`kernels.reference`), so it may become known after the logits are gone. Schemes, by what the caller differentiates and the memory budget:
 
 - forward only: 1 product.
-- frozen head (C): the forward pass also forms J W [T, D]; the backward pass scales its rows. 2 products.
+- frozen head (C): the forward pass also forms J W [T, D]; the backward pass scales its rows. 2 products. Where that does not fit, a
+  preference loss forms it in place of the gradient.
 - head with gradient (B): the forward pass keeps J [T, V], or as many rows as fit; the backward pass scales rows of hidden and of J W.
   3 products, and a fourth for rows that were not kept; without any kept row this is recomputation (A).
 - preference loss whose J does not fit (D): sequences that share pairs are done together, their coefficients follow from their own
@@ -15,7 +16,8 @@ The matrix products are the cost: 2 T D V flop each, T rows. A row's coefficient
 Memory beyond inputs, returned gradients and one float32 (float64) accumulator of the head's gradient is at most `memory_budget_bytes`. Each
 op counts 64 bytes a row of hidden and what `sizes` of its workspace says. Compiled code on the CPU keeps tiles of at most 4 MiB (32 MiB on
 Intel processors, an eighth of the budget on all), 4 D bytes for each of a tile's rows, and 4 (V + 3 D + 12) bytes for each row of which
-logits are kept: those of a chunk, or all in scheme B; none for a forward pass and a frozen head. Everything is summed in an order that
+logits are kept: those of a chunk, or all in scheme B; none for a forward pass and a frozen head. Where a loss that has its gradients
+already is scaled before its backward pass (on a GPU it is), hidden's gradient is there once more. Everything is summed in an order that
 depends on shapes alone.
 """
 
@@ -227,10 +229,7 @@ def _sequence_logprob_backward(
     factor = -(factor if d_token is None else factor + d_token)
     if product.numel():
         scaled = torch.empty_like(product)
-        # The product in the dtype of the coefficients, rounded once; a block at a time, as converted copies of all rows are not counted.
-        for part in chunks(0, rows, max(1, rows // 8)):
-            a = factor[part][:, None]
-            scaled[part] = torch.where(a == 0, 0, product[part] * a)
+        _scale_rows(product, factor, scaled)
         return scaled, hidden.new_empty(0), hidden.new_empty(0)
     workspace, n_kept = row_workspace(hidden), len(kept)
     sizes = workspace.sizes(weight, bias, softcap, rows, budget, "kept")
@@ -342,6 +341,10 @@ def _preference_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, logprob [N], margin [K], accuracy, d loss / d hidden, weight, bias) with cu_seqlens and pairs on the CPU."""
     check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
+    if not (needs_weight or needs_bias):
+        return _frozen_preference_pass(
+            hidden, weight, bias, target, token_weight, cu_seqlens, pairs, q, ref_logprob, beta, temperature, softcap, budget
+        )
     device, dtype, workspace = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden)
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
@@ -411,6 +414,34 @@ def _preference_pass(
                 total.add(some, *forward(some), factor[piece])
     loss, margin, accuracy, _ = _preference_terms(logprob, pairs, q, ref, beta)
     return loss, logprob, margin, accuracy, *total.result(weight, bias)
+
+
+def _frozen_preference_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor | None, cu_seqlens: Tensor, pairs: Tensor,
+    q: Tensor, ref_logprob: Tensor, beta: float, temperature: float, softcap: float | None, budget: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_preference_pass` for a frozen head: J W stands where its scaled rows, the gradient, are wanted."""
+    workspace, rows = row_workspace(hidden), len(hidden)
+    sizes = workspace.sizes(weight, bias, softcap, rows, budget, "product")
+    chunk = rows_that_fit(budget, sizes.fixed + VECTOR_BYTES_PER_ROW * rows, sizes.row + sizes.scratch, rows)
+    work = workspace(weight, bias, temperature, softcap, sizes, chunk, "product")
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    token = hidden.new_empty(rows, dtype=statistics_dtype(hidden.dtype))
+    for part in chunks(0, rows, chunk):
+        token[part] = work.product(hidden[part], target[part], d_hidden[part])
+    logprob = sequence_sum(token, token_weight, cu_seqlens)
+    loss, margin, accuracy, coefficient = _preference_terms(logprob, pairs, q, ref_logprob, beta)
+    _scale_rows(d_hidden, -_row_coefficients(coefficient, cu_seqlens, token_weight, rows), d_hidden)
+    none = hidden.new_empty(0), hidden.new_empty(0)
+    return loss, logprob, margin, accuracy, d_hidden, *none
+
+
+def _scale_rows(product: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = product times the factor of each row, in the factor's dtype and rounded once; a row of factor 0 becomes 0 whatever it holds."""
+    # A block at a time, as converted copies of all rows are not counted.
+    for part in chunks(0, len(product), max(1, len(product) // 8)):
+        a = factor[part][:, None]
+        out[part] = torch.where(a == 0, 0, product[part] * a)
 
 
 def _piece(rows: slice | Tensor, piece: slice) -> slice | Tensor:

@@ -27,7 +27,7 @@ from kernels.checks import (
     check_rows,
 )
 
-DEFAULT_MEMORY_BUDGET_BYTES = 256 * 2**20
+DEFAULT_MEMORY_BUDGET_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 # Vectors of one number a row: log-probs, their float64 copies, weights, gradients, targets.
 VECTOR_BYTES_PER_ROW = 64
 
@@ -243,9 +243,11 @@ class _TokenLogprob(torch.autograd.Function):
         return *first_order_only(gradients, gradient, hidden, weight, bias), None, None, None, None, None
 
 
-def budget_or_default(memory_budget_bytes: int | None) -> int:
-    """Bytes."""
-    return DEFAULT_MEMORY_BUDGET_BYTES if memory_budget_bytes is None else int(memory_budget_bytes)
+def budget_or_default(memory_budget_bytes: int | None, device: torch.device) -> int:
+    """Bytes. A GPU's default is larger: in small chunks the head's gradient is read and written too often for it."""
+    if memory_budget_bytes is not None:
+        return int(memory_budget_bytes)
+    return DEFAULT_MEMORY_BUDGET_BYTES.get(device.type, DEFAULT_MEMORY_BUDGET_BYTES["cpu"])
 
 
 def head_columns(weight: torch.Tensor, budget: int) -> int:
@@ -271,7 +273,7 @@ def token_logprob(
 ) -> torch.Tensor:
     """log p [T] of every row, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias. Arguments are checked
     already. Raises ValueError where one row does not fit the budget."""
-    budget = budget_or_default(memory_budget_bytes)
+    budget = budget_or_default(memory_budget_bytes, hidden.device)
     needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
     sizes = TorchRows.sizes(weight, bias, softcap, len(hidden), budget, "kept" if needs else "values")
     rows = rows_that_fit(budget, sizes.fixed + VECTOR_BYTES_PER_ROW * len(hidden), sizes.row + sizes.scratch, len(hidden))

@@ -35,8 +35,8 @@ def sequence_logprob(
     - cu_seqlens [N+1], int32 or int64, on the CPU or hidden's device: sequence n has rows cu_seqlens[n] to cu_seqlens[n+1]. An empty one
       has log-prob 0.
     - token_weight [T], default 1: a row of weight 0 adds nothing. bias [V].
-    - memory_budget_bytes bounds memory beyond inputs, returned gradients and one float32 accumulator of the head's gradient; default 256
-      MiB (`kernels.reference.DEFAULT_MEMORY_BUDGET_BYTES`).
+    - memory_budget_bytes bounds memory beyond inputs, returned gradients and one float32 accumulator of the head's gradient (formula: top
+      of kernels/loss_head.py); default 256 MiB, on a GPU 4 GiB (`kernels.reference.DEFAULT_MEMORY_BUDGET_BYTES`).
     - debug=True also reads the values of tensors on a GPU, which makes the host wait.
 
     Returns logprob [N], or (logprob [N], token_logprob [T], unweighted) with return_token_logprob; float32 (float64 for float64 inputs),
@@ -45,7 +45,7 @@ def sequence_logprob(
     """
     check_rows(hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes)
     logprob, token, *_ = sequence_logprob_op(
-        hidden, weight, bias, target, token_weight, cu_seqlens, float(temperature), softcap, budget_or_default(memory_budget_bytes),
-        needs_gradient(hidden), needs_gradient(weight, bias), debug,
+        hidden, weight, bias, target, token_weight, cu_seqlens, float(temperature), softcap,
+        budget_or_default(memory_budget_bytes, hidden.device), needs_gradient(hidden), needs_gradient(weight, bias), debug,
     )  # fmt: skip
     return (logprob, token) if return_token_logprob else logprob

@@ -110,7 +110,9 @@ class TritonRows(TorchRows):
     def sizes(cls, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, rows: int, budget: int, kind: str) -> Sizes:
         (vocabulary, width), stride = weight.shape, cls._stride(weight)
         if kind == "values":
-            return Sizes(vocabulary, 0, 0, 4 if cls._blocks(weight) else 4 * stride, 0)
+            from kernels.triton_forward import PARTS_PER_ROW_BLOCK
+
+            return Sizes(vocabulary, 0, 0, 3 * 4 * PARTS_PER_ROW_BLOCK if cls._blocks(weight) else 4 * stride, 0)
         own_logits = weight.dtype != torch.float32
         return Sizes(vocabulary, 0, 0, stride * weight.dtype.itemsize + 4 * 4 * width, 4 * stride * own_logits)
 

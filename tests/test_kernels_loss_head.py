@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_reference import assert_close, dense_dpo, dense_logprob, make, preference_gradients, reordered
 
+from bench.measure import peak_bytes
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, loss_head, reference, sequence_logprob
 from kernels.loss_head import plan, row_workspace
 
@@ -193,27 +194,44 @@ def test_two_runs_are_bitwise_equal(budget):
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["preference", "policy"])
-def test_memory_stays_within_the_budget(op, needs, dtype):
-    """Peak of all allocations beyond inputs, minus the returned gradients and one float32 accumulator."""
-    lengths = (40, 60, 20, 20, 80, 80)
-    data, labels = problem(dtype, lengths=lengths, pairs=torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=4099, width=16)
-    for name in needs:
-        data[name].requires_grad_()
-    budget = 900_000
+@pytest.mark.parametrize(
+    "vocabulary,width,lengths,budget",
+    [(4099, 16, (40, 60, 20, 20, 80, 80), 900_000), (300, 256, (600, 500, 700, 400, 300, 500), 2_400_000)],
+    ids=["large head", "more states than the budget"],
+)
+@pytest.mark.parametrize("upstream", [1, 3])
+def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, lengths, budget, upstream):
+    """Peak of all allocations beyond inputs, minus the returned gradients and one float32 accumulator; and the gradient in the states,
+    where it is formed before a loss is scaled."""
+    data, labels = problem(dtype, lengths=lengths, pairs=torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=vocabulary, width=width)
+    leaves = [data[name].requires_grad_() for name in needs]
 
     def step():
         if op == "preference":
             loss = lagrangian_preference_loss(**data, **labels, beta=0.1, memory_budget_bytes=budget).loss
         else:
             loss = policy(data, labels, memory_budget_bytes=budget).loss
-        loss.backward()
-
-    from bench.measure import peak_bytes
+        torch.autograd.grad(loss if upstream == 1 else upstream * loss, leaves)
 
     peak = peak_bytes(step, torch.device("cpu"))
-    allowed = sum(2 * data[name].nbytes for name in needs) + (4 * data["weight"].numel() if "weight" in needs else 0)
+    allowed = sum(leaf.nbytes for leaf in leaves) + (4 * data["weight"].numel() if "weight" in needs else 0)
+    allowed += data["hidden"].nbytes if upstream != 1 else 0
     assert 0.1 * budget < peak <= budget + allowed
-    assert budget < 300 * 4099 * 4
+    assert budget < sum(lengths) * (vocabulary + width) * 4
+
+
+def test_a_frozen_head_needs_no_third_product_in_a_small_budget(monkeypatch):
+    """J W of all rows does not fit beside the gradient, so that it is formed in its place."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        data, labels = problem(dtype, tuple(8 * n for n in LENGTHS), vocabulary=50, width=512, bias=True, weighted=True)
+        data["weight"] /= 512**0.5
+        data["token_weight"][3] = 0
+        budget = int(1.8 * data["hidden"].nbytes)
+        assert plan(row_workspace(data["hidden"]), data["hidden"], data["weight"], data["bias"], None, budget, True, False).kind == "values"
+        with monkeypatch.context() as patch:
+            spy = Spy(patch)
+            got = check(data, labels, ("hidden",), budget)
+            assert (spy.forward, spy.hidden, spy.weight) == (336, 336, 0) and not got["d_hidden"][3].any()
 
 
 @settings(max_examples=30, deadline=None)
