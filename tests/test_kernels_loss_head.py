@@ -223,7 +223,7 @@ def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, len
 def test_a_frozen_head_needs_no_third_product_in_a_small_budget(monkeypatch):
     """J W of all rows does not fit beside the gradient, so that it is formed in its place."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        data, labels = problem(dtype, tuple(8 * n for n in LENGTHS), vocabulary=50, width=512, bias=True, weighted=True)
+        data, labels = problem(dtype, tuple(60 * n for n in LENGTHS), vocabulary=50, width=512, bias=True, weighted=True)
         data["weight"] /= 512**0.5
         data["token_weight"][3] = 0
         budget = int(1.8 * data["hidden"].nbytes)
@@ -231,7 +231,7 @@ def test_a_frozen_head_needs_no_third_product_in_a_small_budget(monkeypatch):
         with monkeypatch.context() as patch:
             spy = Spy(patch)
             got = check(data, labels, ("hidden",), budget)
-            assert (spy.forward, spy.hidden, spy.weight) == (336, 336, 0) and not got["d_hidden"][3].any()
+            assert (spy.forward, spy.hidden, spy.weight) == (2520, 2520, 0) and not got["d_hidden"][3].any()
 
 
 @settings(max_examples=30, deadline=None)
