@@ -52,6 +52,9 @@ def lagrangian_preference_loss(
     - labels "soft": q = sigmoid(s_a - s_b). "sampled": q = 1 if u < sigmoid(s_a - s_b) else 0, with u = uniform [K], or drawn from
       generator. "given": q = preference [K] in [0, 1]; reward, utility and lam may be None.
 
+    cu_seqlens and pairs on the CPU let chunks hold whole pairs, which is faster in a small budget; to capture the call in a CUDA graph give
+    both on the GPU. `torch.compile` takes uniform, not generator.
+
     Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N], `.margin` [K], `.preference`
     [K] (q) and `.accuracy`: the share of pairs with (margin > 0) == (q > 1/2), ties counting 1/2, NaN without pairs. Raises ValueError
     for arguments that cannot be used.

@@ -7,9 +7,10 @@ import torch
 from test_attention import HOW, LAYOUTS
 from test_decode_attention import OPTIONS, assert_as_good_as_torch
 from test_decode_attention import problem as decode_problem
-from test_kernels_loss_head import PAIRS, policy, problem
+from test_kernels_loss_head import PAIRS, budget_of, policy, problem
 from test_kernels_reference import dense_dpo, preference_gradients
 
+from bench.measure import peak_bytes
 from engine import rollout
 from engine.attention import attend_packed, runs_kernel
 from engine.lora import Adapter
@@ -32,13 +33,13 @@ def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary,width", [(211, 8), (32001, 64), (151936, 896)])
-@pytest.mark.parametrize("budget", [None, 1 << 22])
+@pytest.mark.parametrize("chunk", [None, 12])
 @pytest.mark.parametrize("lengths_too", [False, True])
-def test_preference_loss_against_float64(dtype, vocabulary, width, budget, lengths_too):
+def test_preference_loss_against_float64(dtype, vocabulary, width, chunk, lengths_too):
+    """test_kernels_suite runs on the GPU too; here are real vocabularies, and lengths and pairs that lie there."""
     data, labels = problem(dtype, vocabulary=vocabulary, width=width, bias=True, weighted=True)
     there, there_labels = on_gpu(data, labels, lengths_too)
-    if budget is not None and budget < 8 * vocabulary * 12:
-        budget = 32 * vocabulary * 12
+    budget = None if chunk is None else budget_of(there, chunk)
 
     def fused(leaves):
         result = lagrangian_preference_loss(**leaves, **there_labels, beta=0.4, memory_budget_bytes=budget)
@@ -68,9 +69,11 @@ def test_forward_only_in_bfloat16():
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
-@pytest.mark.parametrize("budget", [None, 1 << 20])
-def test_the_host_never_waits(needs, budget):
+@pytest.mark.parametrize("chunk", [None, 12])
+def test_the_host_never_waits(needs, chunk):
+    """Nor is anything copied back to it."""
     data, labels = on_gpu(*problem(torch.bfloat16, vocabulary=1000, width=64))
+    budget = None if chunk is None else budget_of(data, chunk)
     for name in needs:
         data[name].requires_grad_()
 
@@ -85,6 +88,54 @@ def test_the_host_never_waits(needs, budget):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert names and not [name for name in names if "DtoH" in name]
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["preference", "policy"])
+def test_memory_stays_within_the_budget(op, needs, dtype):
+    """As on the CPU; the gradient in the states counts twice, as the loss is scaled there always. The allocator rounds up."""
+    lengths = (400, 600, 200, 200, 800, 800)
+    data, labels = on_gpu(*problem(dtype, lengths, torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=32001, width=64))
+    leaves, budget = [data[name].requires_grad_() for name in needs], 1 << 27
+
+    def step() -> None:
+        if op == "preference":
+            loss = lagrangian_preference_loss(**data, **labels, beta=0.1, memory_budget_bytes=budget).loss
+        else:
+            loss = policy(data, labels, torch.arange(6).cuda() % 2, memory_budget_bytes=budget).loss
+        torch.autograd.grad(loss, leaves)
+
+    step()  # compiles, and makes the workspace of cuBLAS
+    peak = peak_bytes(step, torch.device("cuda"))
+    allowed = sum(leaf.nbytes for leaf in leaves) + data["hidden"].nbytes + (4 * data["weight"].numel() if "weight" in needs else 0)
+    assert 0.1 * budget < peak <= budget + allowed + 2**20
+
+
+def test_more_than_2_to_the_31_logits_at_once():
+    rows, vocabulary, width = 16384, 151936, 64
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB")
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, width, device="cuda", dtype=torch.bfloat16, generator=g) / 4 for n in (rows, vocabulary))
+    target = torch.randint(vocabulary, (rows,), device="cuda", generator=g)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    cu_seqlens = torch.tensor([0, rows])
+    options = dict(return_token_logprob=True, memory_budget_bytes=2**35)
+    _, token = sequence_logprob(hidden, weight, target, cu_seqlens, **options)
+    (gradient,) = torch.autograd.grad(token[-3:].sum(), hidden)
+    last = hidden[-3:].detach().double().requires_grad_()
+    want = (last @ weight.double().T).log_softmax(1).gather(1, target[-3:, None])[:, 0]
+    torch.testing.assert_close(token[-3:].double(), want, rtol=1e-5, atol=1e-4)
+    (wanted,) = torch.autograd.grad(want.sum(), last)
+    torch.testing.assert_close(gradient[-3:].double(), wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    assert not gradient[:-3].any()
 
 
 def test_a_captured_graph_takes_a_new_lambda():

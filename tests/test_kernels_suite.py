@@ -48,10 +48,22 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, to
 ALL_OPTIONS = {"temperature": 0.7, "softcap": 3.0}
 
 
+class Taken(set):
+    """Letters of schemes, and where the calls are made."""
+
+    device = torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def device(request):
+    return torch.device(request.param)
+
+
 @pytest.fixture
-def taken(monkeypatch):
+def taken(monkeypatch, device):
     """The letters of the schemes that calls took: a case of one scheme must not turn into one of another unseen."""
-    letters, plan, parts, policy_terms = set(), loss_head.plan, loss_head._parts, loss_head.policy_terms
+    letters, plan, parts, policy_terms = Taken(), loss_head.plan, loss_head._parts, loss_head.policy_terms
+    letters.device = device
 
     def planned(workspace, hidden, *rest):
         p = plan(workspace, hidden, *rest)
@@ -102,7 +114,8 @@ def keywords_of(op, data, options=None, seed=7):
 
 def mixed(logprob, token):
     """(a number that depends on both, the values)."""
-    mix, mix_token = (torch.linspace(*ends, len(x), dtype=x.dtype) for ends, x in (((-1, 2), logprob), ((0.5, -1), token)))
+    ends = ((-1, 2), logprob), ((0.5, -1), token)
+    mix, mix_token = (torch.linspace(*limits, len(x), dtype=x.dtype, device=x.device) for limits, x in ends)
     return (logprob * mix).sum() + (token * mix_token).sum(), {"logprob": logprob.detach(), "token": token.detach()}
 
 
@@ -150,18 +163,25 @@ def budget_for(scheme, data, options=None):
     return beside + budget_of(data, int(scheme.share * rows), (options or {}).get("softcap"))
 
 
-def run(name, data, keywords, options=None, needs=None):
+def placed(values, device):
+    """On the device, but for what schemes are chosen from."""
+    stay = "cu_seqlens", "pairs"
+    return {k: v.to(device) if isinstance(v, torch.Tensor) and k not in stay else v for k, v in values.items()}
+
+
+def run(name, data, keywords, options=None, needs=None, device="cpu"):
     """Values and gradients by one scheme."""
-    scheme = SCHEMES[name]
+    scheme, data, keywords = SCHEMES[name], placed(data, device), placed(keywords, device)
     budget = budget_for(scheme, data, options)
-    return with_gradients(lambda leaves: fused(kernels, scheme.op, leaves, keywords, budget, options), data, needs or scheme.needs)
+    found = with_gradients(lambda leaves: fused(kernels, scheme.op, leaves, keywords, budget, options), data, needs or scheme.needs)
+    return placed(found, "cpu")
 
 
 def check(name, data, taken, keywords=None, options=None, needs=None):
     """The error rule for one scheme, and that this scheme is what ran; returns its results."""
     scheme = SCHEMES[name]
     keywords, needs = keywords or keywords_of(scheme.op, data, options), [k for k in needs or scheme.needs if k in data]
-    got = run(name, data, keywords, options, needs)
+    got = run(name, data, keywords, options, needs, taken.device)
     assert taken == {name[0]}
     plain = reordered(
         lambda moved: with_gradients(lambda leaves: fused(reference, scheme.op, leaves, keywords, None, options), moved, needs), data
@@ -218,7 +238,7 @@ def test_common_offset_of_2_to_the_24(scheme, dtype, taken):
     data["bias"] = torch.zeros(141)
     keywords = keywords_of(SCHEMES[scheme].op, data)
     near = check(scheme, data, taken, keywords)
-    far = run(scheme, data | {"bias": torch.full((141,), 2.0**24)}, keywords)
+    far = run(scheme, data | {"bias": torch.full((141,), 2.0**24)}, keywords, device=taken.device)
     for name, x in near.items():
         assert torch.equal(far[name], x), name
 
@@ -302,22 +322,22 @@ def test_subsets_of_gradients(scheme, needs, taken):
     [(name, torch.float32) for name in ("A", "B", "C", "F", "F, frozen head")]
     + [(name, dtype) for name in list(SCHEMES)[:7] for dtype in (torch.bfloat16, torch.float16)],
 )
-def test_two_runs_are_bitwise_equal(scheme, dtype):
+def test_two_runs_are_bitwise_equal(scheme, dtype, device):
     data = inputs(dtype, vocabulary=1003, weighted=True)
     keywords = keywords_of(SCHEMES[scheme].op, data)
-    one, two = (run(scheme, data, keywords) for _ in range(2))
+    one, two = (run(scheme, data, keywords, device=device) for _ in range(2))
     for name, x in one.items():
         assert torch.equal(two[name], x), name
 
 
 @pytest.mark.parametrize("scheme", ["A", "D", "E", "F", "F, frozen head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_autocast_changes_no_bit(scheme, dtype):
+def test_autocast_changes_no_bit(scheme, dtype, device):
     data = inputs(dtype)
     keywords = keywords_of(SCHEMES[scheme].op, data)
-    want = run(scheme, data, keywords)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = run(scheme, data, keywords)
+    want = run(scheme, data, keywords, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = run(scheme, data, keywords, device=device)
     for name, x in want.items():
         assert torch.equal(got[name], x), name
 
@@ -471,7 +491,7 @@ def test_identical_responses_cancel(scheme, dtype, taken):
     keywords = keywords_of("preference", data)
     keywords |= {"pairs": torch.tensor([[0, 1]]), "labels": "given", "preference": torch.ones(1)}
     keywords["ref_logprob"][:2] = -50
-    got = run(scheme, data, keywords)
+    got = run(scheme, data, keywords, device=taken.device)
     assert taken == {scheme[0]} and got["margin"].item() == 0
     assert got["loss"].item() == pytest.approx(math.log(2), rel=1e-6)
     assert torch.equal(got["d_hidden"][:9], -got["d_hidden"][9:18]) and got["d_hidden"].abs().max() > 0.1

@@ -9,7 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import test_kernels_loss_head
+import test_kernels_suite as suite
 import torch
+from test_kernels_suite import device, taken  # noqa: F401
 
 pytest.importorskip("triton")
 
@@ -25,7 +28,7 @@ def triton_rows(monkeypatch):
     """The ops do their rows with Triton, on the CPU."""
     from kernels.triton_rows import TritonRows
 
-    for module in (loss_head, lagrangian):
+    for module in (loss_head, lagrangian, test_kernels_loss_head):
         monkeypatch.setattr(module, "row_workspace", lambda hidden: TritonRows)
 
 
@@ -132,6 +135,14 @@ NEEDS = pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bia
 )
 def test_values_and_gradients(needs, dtype, vocabulary, options):
     check(make(vocabulary=vocabulary, dtype=dtype, bias=options.get("softcap") == 2.0), needs, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("scheme", list(suite.SCHEMES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_scheme(scheme, dtype, taken):  # noqa: F811
+    """Preference and policy losses too."""
+    suite.check(scheme, suite.inputs(dtype, vocabulary=61, weighted=True), taken, options=suite.ALL_OPTIONS)
 
 
 @interpreted
