@@ -60,7 +60,7 @@ def run_loss_head(config: LossHead) -> dict:
     returned = sum(leaf.nbytes for leaf in x.leaves)
     eager_extra = peak_bytes(loss_head.eager(x), device) - returned
     steps = loss_head.candidates(x, eager_extra // 6)
-    errors = {name: loss_head.check(name, step, x) for name, step in steps.items()}
+    errors = loss_head.check(steps, x)
     products = loss_head.floor(x)
     candidates, floor_s, fastest = _measure(steps, products, config.repeats, device, {})
     for row in candidates:

@@ -52,25 +52,29 @@ def kernels() -> list[Kernel]:
 
 def loss_kernels() -> list[Kernel]:
     """Log-probs and losses."""
-    found = []
-    for dtype in DTYPES:
-        for extra in (False, True):
-            constants = {"HAS_BIAS": extra, "HAS_SOFTCAP": extra, "JACOBIAN": True, "BLOCK_V": triton_rows.TritonRows.MAX_BLOCK}
-            name = f"rows{', bias, softcap' if extra else ''}"
-            found.append(Kernel(name, triton_rows.row_kernel, dtype, constants, 8, 3, False))
+    found, switches = [], list(itertools.product((False, True), repeat=2))
+    for dtype, (bias, softcap), jacobian in itertools.product(DTYPES, switches, (True, False)):
+        # A short vocabulary is one block, of fewer warps.
+        for block, warps in ((triton_rows.TritonRows.MAX_BLOCK, 8), (1024, 4))[: 2 if dtype == "bf16" else 1]:
+            constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "JACOBIAN": jacobian, "BLOCK_V": block}
+            name = f"rows of {block}{'' if jacobian else ', values'}{_switched(bias, softcap)}"
+            found.append(Kernel(name, triton_rows.row_kernel, dtype, constants, warps, 3, False))
     for _, blocks in triton_forward.TABLE:
-        for dtype in ("bf16", "fp16"):
-            for extra in (False, True):
-                constants = {
-                    "HAS_BIAS": extra, "HAS_SOFTCAP": extra, "UPCAST": False, "BLOCK_M": blocks.m, "BLOCK_V": blocks.v, "BLOCK_D": blocks.d
-                }  # fmt: skip
-                name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{', bias, softcap' if extra else ''}"
-                found.append(Kernel(name, triton_forward.part_kernel, dtype, constants, blocks.warps, blocks.stages, True))
+        for dtype, (bias, softcap) in itertools.product(("bf16", "fp16"), switches):
+            constants = {
+                "HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "UPCAST": False, "BLOCK_M": blocks.m, "BLOCK_V": blocks.v, "BLOCK_D": blocks.d
+            }  # fmt: skip
+            name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{_switched(bias, softcap)}"
+            found.append(Kernel(name, triton_forward.part_kernel, dtype, constants, blocks.warps, blocks.stages, True))
     join = {"PARTS": triton_forward.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
     # A count of 1 reaches a kernel as a constant.
     for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):
         found.append(Kernel(name, triton_forward.join_kernel, "fp32", constants, 4, 3, False))
     return found
+
+
+def _switched(bias: bool, softcap: bool) -> str:
+    return ", bias" * bias + ", softcap" * softcap
 
 
 def decode_kernels() -> list[Kernel]:
