@@ -24,6 +24,8 @@ def check_tensor(
     any)."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} = {value!r}: expected a tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}: expected a dense tensor, see Tensor.to_dense")
     if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
         wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         raise ValueError(f"{name} has shape {list(value.shape)}: expected {wanted}")
@@ -144,6 +146,8 @@ def check_preference(
     check_tensor("utility", utility, (sequences, None), FLOATS, places)
     check_tensor("lam", lam, (utility.shape[1],), FLOATS, places)
     if labels == "sampled":
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator = {generator!r}: expected a torch.Generator")
         if uniform is None and generator is None:
             raise ValueError("labels = 'sampled' has neither uniform nor generator: expected one of them")
         if uniform is not None:
@@ -258,6 +262,8 @@ def check_dual(
     levels = []
     for name, value in (("utility_mean", utility_mean), ("threshold", threshold)):
         if value is not None:
+            if not isinstance(value, (torch.Tensor, Real)) or isinstance(value, bool):
+                raise ValueError(f"{name} = {value!r}: expected a number or a tensor [{constraints}]")
             value = torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float64)
             check_tensor(name, value, (constraints,) if value.dim() else (), FLOATS, places)
         levels.append(value)

@@ -89,6 +89,7 @@ def test_no_constraints_and_single_precision_inputs():
         ({"lam_J": torch.full((3,), math.inf)}, r"lam_J\[0\] = inf"),
         ({"beta": 0.0}, "beta = 0.0: expected a finite number above 0"),
         ({"threshold": torch.zeros(2)}, r"threshold has shape \[2\]: expected \[3\]"),
+        ({"threshold": "a"}, "threshold = 'a': expected a number or a tensor"),
         ({"utility_mean": math.nan}, r"utility_mean\[\] = nan"),
     ],
 )

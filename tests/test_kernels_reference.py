@@ -480,6 +480,7 @@ def bad(name, value, message):
         bad("hidden", torch.zeros(13, 8, dtype=torch.int64), "hidden has dtype int64"),
         bad("weight", torch.zeros(33, 8, dtype=torch.float64), "weight has dtype float64: expected float32"),
         bad("weight", torch.zeros(33, 9), r"weight has shape \[33, 9\]: expected \[any, 8\]"),
+        bad("weight", torch.eye(33, 8).to_sparse(), "weight has layout torch.sparse_coo: expected a dense tensor"),
         bad("weight", torch.zeros(0, 8), "at least one vocabulary row"),
         bad("target", torch.full((13,), 33), r"target\[0\] = 33: expected a token id in \[0, 33\)"),
         bad("target", torch.full((13,), -100), r"target\[0\] = -100"),
@@ -522,6 +523,7 @@ def test_bad_row_arguments(op, name, value, message):
         bad("labels", "hard", "labels = 'hard': expected 'soft', 'sampled' or 'given'"),
         bad("labels", "sampled", "neither uniform nor generator"),
         bad("labels", "given", "preference = None"),
+        bad("generator", 3, "generator = 3: expected a torch.Generator"),
         bad("preference", torch.zeros(4), "preference is given with labels = 'soft'"),
     ],
 )
@@ -529,7 +531,7 @@ def test_bad_row_arguments(op, name, value, message):
 def test_bad_preference_arguments(op, name, value, message):
     data, labels = make_pairs()
     with pytest.raises(ValueError, match=message):
-        op(**data | labels | {"beta": 1.0} | {name: value})
+        op(**data | labels | {"beta": 1.0} | ({"labels": "sampled"} if name == "generator" else {}) | {name: value})
 
 
 def test_preference_out_of_range():
@@ -540,6 +542,6 @@ def test_preference_out_of_range():
 
 
 def test_public_names_and_signatures():
-    for name in ("dual_moments", "lagrangian_preference_loss", "sequence_logprob"):
+    for name in ("dual_moments", "lagrangian_policy_loss", "lagrangian_preference_loss", "sequence_logprob"):
         assert name in kernels.__all__
         assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(reference, name))
