@@ -23,7 +23,9 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if not available and not _told:
         _told = True
-        logging.getLogger(__name__).warning("the compiled CPU kernels are not there: slower torch code runs instead; with a C++ compiler, install the project again")
+        logging.getLogger(__name__).warning(
+            "the compiled CPU kernels are not there: slower torch code runs instead; with a C++ compiler, install the project again"
+        )
     return available
 
 

@@ -527,7 +527,24 @@ def op_calls():
         "policy": (
             loss_head.policy_pass_op,
             # Without a reference the KL is NaN, which is not equal to itself.
-            (*leaves, advantage, None, torch.full((42,), -5.0), 0.2, 0.3, 0.1, "k2", "token", 0.8, 3.0, budget_of(data, 12, 3.0), True, True, True, False),
+            (
+                *leaves,
+                advantage,
+                None,
+                torch.full((42,), -5.0),
+                0.2,
+                0.3,
+                0.1,
+                "k2",
+                "token",
+                0.8,
+                3.0,
+                budget_of(data, 12, 3.0),
+                True,
+                True,
+                True,
+                False,
+            ),
         ),
     }
 
