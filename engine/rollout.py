@@ -14,6 +14,7 @@ from engine.full import Weights, policy_of
 from engine.model import Decoder
 from engine.packing import LowerStates
 from engine.records import Rollouts
+from kernels.checks import check_sampling, check_tensor, check_whole
 from kernels.sampling import combine, sample
 
 # Rows that have ended are dropped once no more than this share of those side by side is left; a GPU pays for it with a new graph.
@@ -82,11 +83,11 @@ class _Rows:
 
     def __init__(
         self, hidden: Tensor, position: Tensor, key: Tensor, room: int, model: Decoder, cache: AnyCache, fused: dict | None,
-        collector: _Collector | None, *, draw: Callable, stop: Tensor, min_new_tokens: int,
+        collector: _Collector | None, *, draw: Callable, temperature: float, stop: Tensor, min_new_tokens: int,
     ) -> None:  # fmt: skip
         rows, device = len(hidden), hidden.device
         self.model, self.cache, self.fused, self.collector = model, cache, fused, collector
-        self.sample, self.stop, self.min_new_tokens = draw, stop, min_new_tokens
+        self.sample, self.temperature, self.stop, self.min_new_tokens = draw, temperature, stop, min_new_tokens
         self.tokens = torch.zeros(rows, room, dtype=torch.int64, device=device)
         self.logprob, self.model_logprob = (torch.zeros(rows, room, device=device) for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -101,8 +102,11 @@ class _Rows:
         """The next token of each row, from the states of its last one."""
         logits = self.model.logits(self.hidden)
         if self.min_new_tokens and len(self.stop):
-            logits[:, self.stop] = torch.where(self.step < self.min_new_tokens, -torch.inf, logits[:, self.stop])
-        token, logprob, model_logprob = self.sample(logits, key=self.key, step=self.step)
+            allowed = torch.where(self.step < self.min_new_tokens, logits.index_fill(1, self.stop, -torch.inf), logits)
+            token, logprob, _ = self.sample(allowed, key=self.key, step=self.step)
+            model_logprob = (logits.float() / (self.temperature or 1)).log_softmax(1).gather(1, token[:, None])[:, 0]
+        else:
+            token, logprob, model_logprob = self.sample(logits, key=self.key, step=self.step)
         ended = (token[:, None] == self.stop).any(dim=1)
         for kept, drawn in ((self.tokens, token), (self.logprob, logprob), (self.model_logprob, model_logprob)):
             kept[self.row, self.step] = torch.where(self.alive, drawn, 0)
@@ -152,14 +156,33 @@ def generate(
     """n responses to each prompt (lists of token ids), prompt-major: row p * n + i.
 
     Random numbers depend only on (seed, prompt_key, sample, step), never on batch size or order; prompt_key int64 [P] defaults to a
-    hash of the prompt's token ids. `max_rows` rows are decoded side by side; rows that finish are dropped from the batch.
+    hash of the prompt's token ids. At most `max_rows` rows are decoded side by side; rows that finish are dropped from the batch.
+    No stop token is drawn among the first `min_new_tokens`; model_logprob still counts them.
     `on_step(tokens)` is called after each step with the number of tokens made; it may raise to stop. `states` is filled with the states
     of the responses, for which each response's last token passes the layers below `states.top` too.
 
-    Raises: UserError for an empty prompt, an unknown token id, or a prompt that leaves no room in the model's context.
+    Raises: UserError for an argument that cannot be used, an empty prompt, an unknown token id, or a prompt that leaves no room in the
+    model's context.
     """
     model, adapter = policy_of(model, adapter)
     context, vocabulary = model.config.max_positions, model.config.vocab_size
+    try:
+        check_sampling(temperature, top_p, top_k)
+        for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 1), ("max_rows", max_rows, 1)):
+            check_whole(name, value, least)
+        check_whole("min_new_tokens", min_new_tokens, 0, max_new_tokens)
+        check_whole("seed", seed, -(2**63), 2**63 - 1)
+        for token in stop_token_ids:
+            check_whole("a token of stop_token_ids", token, 0, vocabulary - 1)
+        if prompt_key is not None:
+            check_tensor("prompt_key", prompt_key, (len(prompts),), (torch.int64,), (torch.device("cpu"),))
+    except ValueError as error:
+        raise UserError(f"generate: {error}.") from error
+    if min_new_tokens and len(set(stop_token_ids)) == vocabulary:
+        raise UserError(
+            f"generate: min_new_tokens = {min_new_tokens} leaves no token to draw, as stop_token_ids holds all {vocabulary}; "
+            "set min_new_tokens to 0 or stop at fewer tokens."
+        )
     for p, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {p} is empty; give at least one token.")
@@ -182,18 +205,18 @@ def generate(
     stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64, device=model.device)
     fused = None if adapter is None else adapter.fused(0, model.config.num_layers)
     draw = partial(sample, temperature=temperature, top_p=top_p, top_k=top_k)
-    per_batch = max(1, max_rows // n)
-    for start in range(0, len(prompts), per_batch):
-        batch = prompts[start : start + per_batch]
-        cu, own = torch.tensor([0, *map(len, batch)]).cumsum(0), slice(start * n, (start + len(batch)) * n)
-        collector = None if states is None else _Collector(states, start * n, batch, n, max_new_tokens, model)
+    for start, end in _batches(rows, n, max_rows):
+        batch, each = prompts[start // n : -(-end // n)], min(n, end - start)
+        cu, own = torch.tensor([0, *map(len, batch)]).cumsum(0), slice(start, end)
+        collector = None if states is None else _Collector(states, start, batch, each, max_new_tokens, model)
         hidden, kept = model.prefill(torch.tensor([t for p in batch for t in p]), cu, adapter, collector and collector.take_prompts)
-        cache = new_cache(kept, cu, n, max_new_tokens, [layer.window for layer in model.layers])
+        cache = new_cache(kept, cu, each, max_new_tokens, [layer.window for layer in model.layers])
         del kept
-        hidden, position = hidden.repeat_interleave(n, dim=0), cu.diff().to(model.device).repeat_interleave(n)
+        hidden, position = hidden.repeat_interleave(each, dim=0), cu.diff().to(model.device).repeat_interleave(each)
         made = _Rows(
-            hidden, position, key[own], max_new_tokens, model, cache, fused, collector, draw=draw, stop=stop, min_new_tokens=min_new_tokens
-        )
+            hidden, position, key[own], max_new_tokens, model, cache, fused, collector,
+            draw=draw, temperature=temperature, stop=stop, min_new_tokens=min_new_tokens,
+        )  # fmt: skip
         _decode(made, max_new_tokens, on_step)
         if collector is not None:
             made.feed(stop=states.top)
@@ -201,6 +224,12 @@ def generate(
         for name in ("tokens", "length", "finished", "logprob", "model_logprob"):
             getattr(out, name)[own] = getattr(made, name).cpu()
     return out
+
+
+def _batches(rows: int, n: int, max_rows: int) -> list[tuple[int, int]]:
+    """First row and end of each batch: as many prompts with all their n rows as max_rows holds, else some rows of one prompt."""
+    size, span = (max_rows // n * n, max(rows, 1)) if n <= max_rows else (max_rows, n)
+    return [(row, min(row + size, first + span)) for first in range(0, rows, span) for row in range(first, first + span, size)]
 
 
 def _decode(made: _Rows, room: int, on_step: Callable[[int], None] | None) -> None:

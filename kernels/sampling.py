@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.checks import FLOATS, check_sampling, check_tensor
 
 _WORD = (1 << 32) - 1
 
@@ -21,14 +22,11 @@ def sample(
 
     Raises: ValueError naming the argument, its value and what is accepted.
     """
-    if logits.dim() != 2 or key.shape != logits.shape[:1] or key.dtype != torch.int64:
-        raise ValueError(f"logits {tuple(logits.shape)} and key {tuple(key.shape)} {key.dtype}: want [R, V] and int64 [R].")
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature}: must be at least 0.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p}: must lie in (0, 1].")
-    if top_k < 0:
-        raise ValueError(f"top_k {top_k}: must be at least 0.")
+    check_tensor("logits", logits, (None, None), FLOATS, None)
+    check_tensor("key", key, (len(logits),), (torch.int64,), (logits.device,))
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {list(logits.shape)}: expected at least one column")
+    check_sampling(temperature, top_p, top_k)
     if logits.is_cuda and (temperature == 0 or (top_k == 0 and top_p == 1)):
         from kernels import triton_sampling
 

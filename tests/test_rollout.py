@@ -108,7 +108,30 @@ def test_sampled_log_probs_equal_the_training_forward(tiny):
         assert out.model_logprob[r].sum() == pytest.approx(float(total), abs=1e-3)
 
 
-@pytest.mark.parametrize("max_rows", [64, 5])
+@pytest.mark.parametrize("temperature", [0.7, 0])
+def test_model_log_probs_count_the_stop_tokens_that_min_new_tokens_forbids(tiny, temperature):
+    stops = tuple(range(0, tiny.config.vocab_size, 2))
+    out = generate(
+        tiny, PROMPTS, n=4, max_new_tokens=9, temperature=temperature, top_p=0.9, seed=1, stop_token_ids=stops, min_new_tokens=6
+    )
+    prompts = Prompts(text=[""] * 3, kind=[""] * 3, token_ids=PROMPTS, key_P=torch.arange(3))
+    whole = packing.groups(prompts, out)
+    _, packed = frozen_forward(tiny, whole, [], temperature=temperature or 1.0, memory_budget_bytes=2**20)
+    assert (out.model_logprob.double().sum(1) - packed).abs().max() < 1e-4
+    assert int(out.length.min()) > 6 and not set(out.tokens[:, :6].flatten().tolist()) & set(stops)
+    for r in range(12):  # of the processed distribution: what is left without the stop tokens, then the top 0.9 of it
+        ids = torch.tensor(PROMPTS[r // 4] + out.tokens[r, : out.length[r]].tolist())
+        hidden = tiny(ids, torch.tensor([0, len(ids)]))[-int(out.length[r]) - 1 : -1]
+        p = (tiny.logits(hidden).detach().double() / (temperature or 1)).softmax(1)
+        p[:6, list(stops)] = 0
+        p /= p.sum(1, keepdim=True)
+        ordered, order = p.sort(dim=1, descending=True)
+        kept = torch.where(ordered.cumsum(1) - ordered < 0.9, ordered, 0).sum(1)
+        expected = (p.gather(1, ids[-len(p) :, None])[:, 0] / kept).log() if temperature else torch.zeros(len(p))
+        assert (out.logprob[r, : len(p)] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("max_rows", [64, 5, 3])
 @pytest.mark.parametrize("length", [16, 1])
 def test_states_taken_while_sampling_equal_those_of_the_reference_over_whole_responses(tiny, max_rows, length, every_cache):
     adapter = Adapter.on(tiny, rank=2, alpha=4.0, share=0.5, seed=0)
@@ -139,8 +162,10 @@ def test_samples_do_not_depend_on_batch_or_order(tiny, every_cache):
     options = dict(n=4, max_new_tokens=22, temperature=0.9, seed=5, stop_token_ids=(2, *range(50, 65)))
     whole = generate(tiny, PROMPTS, max_rows=64, **options)
     small = generate(tiny, PROMPTS, max_rows=4, **options)
+    parts = generate(tiny, PROMPTS, max_rows=3, **options)  # fewer than the responses of a prompt
     turned = generate(tiny, PROMPTS[::-1], **options)
-    assert torch.equal(whole.tokens, small.tokens) and torch.equal(whole.length, small.length)
+    for other in (small, parts):
+        assert torch.equal(whole.tokens, other.tokens) and torch.equal(whole.length, other.length)
     assert torch.equal(whole.tokens.view(3, 4, -1), turned.tokens.view(3, 4, -1).flip(0))
     other = generate(tiny, PROMPTS, **{**options, "seed": 6})
     assert not torch.equal(whole.tokens, other.tokens)
@@ -164,6 +189,28 @@ def test_stop_token_ends_a_row_and_counts(tiny):
 def test_prompts_that_cannot_be_used(tiny, prompt, message):
     with pytest.raises(UserError, match=message):
         generate(tiny, [prompt], n=1, max_new_tokens=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 0}, {"n": 1.5}, {"max_new_tokens": 0}, {"max_rows": 0}, {"min_new_tokens": -1}, {"min_new_tokens": 5}, {"top_k": -1},
+        {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}, {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf},
+        {"temperature": 1e-45}, {"seed": 2**63}, {"seed": 0.5}, {"stop_token_ids": (-1,)}, {"stop_token_ids": (10**6,)},
+        {"prompt_key": torch.zeros(2, dtype=torch.int64)}, {"prompt_key": torch.zeros(1)}, {"prompt_key": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_that_cannot_be_used(tiny, change):
+    with pytest.raises(UserError, match=next(iter(change)) + ".*expected"):
+        generate(tiny, PROMPTS[:1], **{"n": 1, "max_new_tokens": 4, "seed": 0, **change})
+
+
+def test_no_token_left_to_draw(tiny):
+    everything = range(tiny.config.vocab_size)
+    with pytest.raises(UserError, match="leaves no token to draw"):
+        generate(tiny, PROMPTS, n=1, max_new_tokens=4, seed=0, min_new_tokens=1, stop_token_ids=everything)
+    assert generate(tiny, PROMPTS, n=1, max_new_tokens=4, seed=0, stop_token_ids=everything).length.tolist() == [1, 1, 1]
 
 
 def chi_square(counts, probabilities):
@@ -229,7 +276,15 @@ def test_exponential_numbers_are_exponential_and_keyed():
     assert not (numbers == exponential(stream(torch.arange(200), 5), 300)).any()
 
 
-@pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"key": torch.zeros(3)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": 1e-45}, {"top_p": 0.0}, {"top_p": 1.5},
+        {"top_k": -1}, {"top_k": 1.5}, {"key": torch.zeros(3)}, {"key": torch.zeros(2, dtype=torch.int64)}, {"logits": torch.zeros(3)},
+        {"logits": torch.zeros(3, 0)},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_sample_refuses_bad_values(change):
-    with pytest.raises(ValueError):
-        sample(torch.zeros(3, 5), **{"key": torch.zeros(3, dtype=torch.int64), "step": 0, **change})
+    with pytest.raises(ValueError, match=f"{next(iter(change))} .*expected"):
+        sample(**{"logits": torch.zeros(3, 5), "key": torch.zeros(3, dtype=torch.int64), "step": 0, **change})
