@@ -15,10 +15,12 @@ from engine.model import Decoder
 from engine.packing import LowerStates
 from engine.records import Rollouts
 from kernels.checks import check_sampling, check_tensor, check_whole
-from kernels.sampling import combine, sample
+from kernels.sampling import combine, sample_with_gap
 
 # Rows that have ended are dropped once no more than this share of those side by side is left; a GPU pays for it with a new graph.
 KEPT, KEPT_ON_GPU = 0.85, 0.5
+# Two best perturbed logits this close may change places with the shape of a batch, which decides how sums are rounded.
+NEAR_TIE = 1e-4
 # Steps of a GPU between two looks of the host.
 STEPS_UNSEEN = 8
 
@@ -90,6 +92,7 @@ class _Rows:
         self.sample, self.temperature, self.stop, self.min_new_tokens = draw, temperature, stop, min_new_tokens
         self.tokens = torch.zeros(rows, room, dtype=torch.int64, device=device)
         self.logprob, self.model_logprob = (torch.zeros(rows, room, device=device) for _ in range(2))
+        self.near_tie = torch.zeros(rows, room, dtype=torch.bool, device=device)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # tokens of each row that have been fed
@@ -103,13 +106,14 @@ class _Rows:
         logits = self.model.logits(self.hidden)
         if self.min_new_tokens and len(self.stop):
             allowed = torch.where(self.step < self.min_new_tokens, logits.index_fill(1, self.stop, -torch.inf), logits)
-            token, logprob, _ = self.sample(allowed, key=self.key, step=self.step)
+            token, logprob, _, gap = self.sample(allowed, key=self.key, step=self.step)
             model_logprob = (logits.float() / (self.temperature or 1)).log_softmax(1).gather(1, token[:, None])[:, 0]
         else:
-            token, logprob, model_logprob = self.sample(logits, key=self.key, step=self.step)
+            token, logprob, model_logprob, gap = self.sample(logits, key=self.key, step=self.step)
         ended = (token[:, None] == self.stop).any(dim=1)
         for kept, drawn in ((self.tokens, token), (self.logprob, logprob), (self.model_logprob, model_logprob)):
             kept[self.row, self.step] = torch.where(self.alive, drawn, 0)
+        self.near_tie[self.row, self.step] = self.alive & (gap < NEAR_TIE)
         self.length[self.row] += self.alive
         self.finished[self.row] |= self.alive & ended
         self.token.copy_(token)
@@ -156,7 +160,8 @@ def generate(
     """n responses to each prompt (lists of token ids), prompt-major: row p * n + i.
 
     Random numbers depend only on (seed, prompt_key, sample, step), never on batch size or order; prompt_key int64 [P] defaults to a
-    hash of the prompt's token ids. At most `max_rows` rows are decoded side by side; rows that finish are dropped from the batch.
+    hash of the prompt's token ids. In float32 on a CPU the shape of a batch changes a response at most from its first near tie on.
+    At most `max_rows` rows are decoded side by side; rows that finish are dropped from the batch.
     No stop token is drawn among the first `min_new_tokens`; model_logprob still counts them.
     `on_step(tokens)` is called after each step with the number of tokens made; it may raise to stop. `states` is filled with the states
     of the responses, for which each response's last token passes the layers below `states.top` too.
@@ -200,11 +205,12 @@ def generate(
         finished=torch.zeros(rows, dtype=torch.bool),
         logprob=torch.zeros(rows, max_new_tokens),
         model_logprob=torch.zeros(rows, max_new_tokens),
+        near_tie=torch.zeros(rows, max_new_tokens, dtype=torch.bool),
     )
     key = combine(seed, prompt_key[:, None], torch.arange(n)).reshape(-1)
     stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64, device=model.device)
     fused = None if adapter is None else adapter.fused(0, model.config.num_layers)
-    draw = partial(sample, temperature=temperature, top_p=top_p, top_k=top_k)
+    draw = partial(sample_with_gap, temperature=temperature, top_p=top_p, top_k=top_k)
     for start, end in _batches(rows, n, max_rows):
         batch, each = prompts[start // n : -(-end // n)], min(n, end - start)
         cu, own = torch.tensor([0, *map(len, batch)]).cumsum(0), slice(start, end)
@@ -221,7 +227,7 @@ def generate(
         if collector is not None:
             made.feed(stop=states.top)
             collector.finish(made.length)
-        for name in ("tokens", "length", "finished", "logprob", "model_logprob"):
+        for name in ("tokens", "length", "finished", "logprob", "model_logprob", "near_tie"):
             getattr(out, name)[own] = getattr(made, name).cpu()
     return out
 

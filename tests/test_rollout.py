@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from engine import model as M
 from engine import packing, rollout
 from engine.cache import GpuCache
+from engine.data import prompt_key
 from engine.errors import UserError
 from engine.lora import Adapter
 from engine.packing import LowerStates
@@ -111,9 +112,7 @@ def test_sampled_log_probs_equal_the_training_forward(tiny):
 @pytest.mark.parametrize("temperature", [0.7, 0])
 def test_model_log_probs_count_the_stop_tokens_that_min_new_tokens_forbids(tiny, temperature):
     stops = tuple(range(0, tiny.config.vocab_size, 2))
-    out = generate(
-        tiny, PROMPTS, n=4, max_new_tokens=9, temperature=temperature, top_p=0.9, seed=1, stop_token_ids=stops, min_new_tokens=6
-    )
+    out = generate(tiny, PROMPTS, n=4, max_new_tokens=9, temperature=temperature, top_p=0.9, seed=1, stop_token_ids=stops, min_new_tokens=6)
     prompts = Prompts(text=[""] * 3, kind=[""] * 3, token_ids=PROMPTS, key_P=torch.arange(3))
     whole = packing.groups(prompts, out)
     _, packed = frozen_forward(tiny, whole, [], temperature=temperature or 1.0, memory_budget_bytes=2**20)
@@ -173,6 +172,42 @@ def test_samples_do_not_depend_on_batch_or_order(tiny, every_cache):
     assert torch.equal(whole.logprob, again.logprob)
 
 
+def test_shape_of_a_batch_changes_a_response_at_most_from_its_first_near_tie_on(tiny):
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 200, (int(size),), generator=g).tolist() for size in torch.randint(1, 30, (64,), generator=g)]
+    options = dict(n=1, max_new_tokens=30, temperature=0.9, seed=3, stop_token_ids=(2, 40))
+    single, seven, whole = ((generate(tiny, prompts, max_rows=rows, **options)) for rows in (1, 7, 64))
+    for other in (single, seven):
+        same = (whole.tokens == other.tokens).cummin(1).values
+        # The step of a near tie itself may differ.
+        before = whole.near_tie.cumsum(1) == 0
+        assert torch.all(same | ~before)
+        assert int(same.all(1).sum()) >= 60
+    assert int(whole.near_tie.sum()) < 10 and int(whole.length.sum()) > 1000
+    again = generate(tiny, prompts, max_rows=7, **options)
+    for name in ("tokens", "length", "finished", "logprob", "model_logprob", "near_tie"):
+        assert torch.equal(getattr(seven, name), getattr(again, name))
+
+
+@pytest.mark.parametrize("temperature", [0.9, 0])
+def test_near_ties_are_those_of_the_perturbed_logits(tiny, temperature, monkeypatch, every_cache):
+    monkeypatch.setattr(rollout, "NEAR_TIE", 0.2)
+    out = generate(tiny, PROMPTS, n=4, max_new_tokens=20, temperature=temperature, seed=5, stop_token_ids=(2, *range(50, 65)))
+    for r in range(12):
+        prompt, size = PROMPTS[r // 4], int(out.length[r])
+        ids = torch.tensor(prompt + out.tokens[r, :size].tolist())
+        logits = tiny.logits(tiny(ids, torch.tensor([0, len(ids)])))[len(prompt) - 1 : -1].detach().double()
+        if temperature:
+            key = combine(5, prompt_key(prompt), r % 4).expand(size)
+            logits = logits / temperature - exponential(torch.cat([stream(key[:1], i) for i in range(size)]), logits.shape[1]).log()
+        two = logits.topk(2)
+        assert torch.equal(two.indices[:, 0], ids[len(prompt) :])
+        gap = two.values[:, 0] - two.values[:, 1]
+        clear = (gap - 0.2).abs() > 1e-3
+        assert torch.equal(out.near_tie[r, :size][clear], gap[clear] < 0.2) and not out.near_tie[r, size:].any()
+    assert 5 < int(out.near_tie.sum()) < int(out.length.sum()) - 5
+
+
 def test_stop_token_ends_a_row_and_counts(tiny):
     stops = tuple(range(20, 200))
     out = generate(tiny, PROMPTS, n=3, max_new_tokens=10, seed=0, stop_token_ids=stops, min_new_tokens=3)
@@ -221,7 +256,10 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.3, 1.0, 4), (0.8, 0.9, 7)])
-def test_distribution_and_log_probs(temperature, top_p, top_k):
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.skipif(not native.available, reason="not built")), False])
+def test_distribution_and_log_probs(temperature, top_p, top_k, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", False)
     rows, vocabulary = 40_000, 200
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(2)) * 2
     key = combine(7, torch.arange(rows))
