@@ -1,6 +1,7 @@
 """Prompts -> Rollouts: batched sampling with keyed random numbers. A prompt is prefilled once for its n responses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,6 +12,7 @@ from engine.cache import AnyCache, GpuCache, new_cache
 from engine.data import prompt_key as hash_tokens
 from engine.errors import UserError
 from engine.full import Weights, policy_of
+from engine.memory import cache_bytes
 from engine.model import Decoder
 from engine.packing import LowerStates
 from engine.records import Rollouts
@@ -167,7 +169,7 @@ def generate(
     of the responses, for which each response's last token passes the layers below `states.top` too.
 
     Raises: UserError for an argument that cannot be used, an empty prompt, an unknown token id, or a prompt that leaves no room in the
-    model's context.
+    model's context; and where memory runs out.
     """
     model, adapter = policy_of(model, adapter)
     context, vocabulary = model.config.max_positions, model.config.vocab_size
@@ -214,22 +216,38 @@ def generate(
     for start, end in _batches(rows, n, max_rows):
         batch, each = prompts[start // n : -(-end // n)], min(n, end - start)
         cu, own = torch.tensor([0, *map(len, batch)]).cumsum(0), slice(start, end)
-        collector = None if states is None else _Collector(states, start, batch, each, max_new_tokens, model)
-        hidden, kept = model.prefill(torch.tensor([t for p in batch for t in p]), cu, adapter, collector and collector.take_prompts)
-        cache = new_cache(kept, cu, each, max_new_tokens, [layer.window for layer in model.layers])
-        del kept
-        hidden, position = hidden.repeat_interleave(each, dim=0), cu.diff().to(model.device).repeat_interleave(each)
-        made = _Rows(
-            hidden, position, key[own], max_new_tokens, model, cache, fused, collector,
-            draw=draw, temperature=temperature, stop=stop, min_new_tokens=min_new_tokens,
-        )  # fmt: skip
-        _decode(made, max_new_tokens, on_step)
-        if collector is not None:
-            made.feed(stop=states.top)
-            collector.finish(made.length)
+        with _told_memory(end - start, max(map(len, batch)) + max_new_tokens, model):
+            collector = None if states is None else _Collector(states, start, batch, each, max_new_tokens, model)
+            hidden, kept = model.prefill(torch.tensor([t for p in batch for t in p]), cu, adapter, collector and collector.take_prompts)
+            cache = new_cache(kept, cu, each, max_new_tokens, [layer.window for layer in model.layers])
+            del kept
+            hidden, position = hidden.repeat_interleave(each, dim=0), cu.diff().to(model.device).repeat_interleave(each)
+            made = _Rows(
+                hidden, position, key[own], max_new_tokens, model, cache, fused, collector,
+                draw=draw, temperature=temperature, stop=stop, min_new_tokens=min_new_tokens,
+            )  # fmt: skip
+            _decode(made, max_new_tokens, on_step)
+            if collector is not None:
+                made.feed(stop=states.top)
+                collector.finish(made.length)
         for name in ("tokens", "length", "finished", "logprob", "model_logprob", "near_tie"):
             getattr(out, name)[own] = getattr(made, name).cpu()
     return out
+
+
+@contextmanager
+def _told_memory(rows: int, tokens: int, model: Decoder) -> Iterator[None]:
+    """Raises: UserError where memory runs out for `rows` rows side by side of at most `tokens` tokens."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        row = tokens * cache_bytes(model.config, model.dtype)
+        raise UserError(
+            f"memory ran out while sampling {rows} responses side by side, each of up to {tokens} tokens with its prompt; keys and "
+            f"values take up to {row} bytes a response, {rows * row} in all: lower --rollout-rows or --max-new-tokens."
+        ) from error
 
 
 def _batches(rows: int, n: int, max_rows: int) -> list[tuple[int, int]]:

@@ -241,6 +241,17 @@ def test_arguments_that_cannot_be_used(tiny, change):
         generate(tiny, PROMPTS[:1], **{"n": 1, "max_new_tokens": 4, "seed": 0, **change})
 
 
+def test_memory_that_runs_out_is_told_with_what_a_row_takes(tiny, monkeypatch):
+    c, options = tiny.config, dict(n=2, max_new_tokens=4, seed=0)
+    monkeypatch.setattr(rollout, "new_cache", lambda *_: torch.empty(2**46))
+    row = (9 + 4) * 2 * c.num_layers * c.num_kv_heads * c.head_dim * 4
+    with pytest.raises(UserError, match=f"6 responses .* 13 tokens .* {row} bytes a response, {6 * row} in all.*--rollout-rows"):
+        generate(tiny, PROMPTS, **options)
+    monkeypatch.setattr(rollout, "new_cache", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        generate(tiny, PROMPTS, **options)
+
+
 def test_no_token_left_to_draw(tiny):
     everything = range(tiny.config.vocab_size)
     with pytest.raises(UserError, match="leaves no token to draw"):
