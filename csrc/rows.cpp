@@ -248,13 +248,18 @@ INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, do
     const int64_t blocks = (columns + kBlock - 1) / kBlock;
     const bool cut = truncation.any();
     float padded[kBlock], mass[kBlock];
+    float* const sums = scratch.sums.data();
     double total = 0;
     Race race;
     for (int64_t b = 0; b < blocks; ++b) {
-        float* own = cut ? scratch.mass.data() + b * kBlock : mass;
-        scratch.sums[b] = block_mass<W>(block_of(row, columns, b, padded), m, scale, own);
-        total += scratch.sums[b];
-        if (!cut) race_block<W>(own, b * kBlock, stream, race);
+        const float* z = block_of(row, columns, b, padded);
+        if (cut) {
+            sums[b] = block_mass<W>(z, m, scale, scratch.mass.data() + b * kBlock);
+        } else {
+            sums[b] = block_mass<W>(z, m, scale, mass);
+            race_block<W>(mass, b * kBlock, stream, race);
+        }
+        total += sums[b];
     }
     if (!(total > 0)) {
         constexpr float nan = std::numeric_limits<float>::quiet_NaN();
@@ -268,17 +273,17 @@ INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, do
     const int64_t token = race.token, chosen = token / kBlock, within = token % kBlock;
     const double shifted = (static_cast<double>(row[token]) - m) * inverse;
     // Of the token among all columns that have mass, given the sums of blocks and the masses of its own.
-    const auto logprob = [&](const std::vector<float>& sums, const float* near) {
+    const auto logprob = [&](const float* of_blocks, const float* near) {
         double others = 0;
         for (int64_t b = 0; b < blocks; ++b)
-            if (b != chosen) others += sums[b];
+            if (b != chosen) others += of_blocks[b];
         for (int64_t i = 0; i < kBlock; ++i)
             if (i != within) others += near[i];
         return log_share(shifted, near[within], others);
     };
     block_mass<W>(block_of(row, columns, chosen, padded), m, scale, mass);
-    const float model = logprob(scratch.sums, mass), gap = race.second > 0 ? std::log(race.best / race.second) : kInfinity;
-    return {token, cut ? logprob(scratch.kept_sums, scratch.mass.data() + chosen * kBlock) : model, model, gap};
+    const float model = logprob(sums, mass), gap = race.second > 0 ? std::log(race.best / race.second) : kInfinity;
+    return {token, cut ? logprob(scratch.kept_sums.data(), scratch.mass.data() + chosen * kBlock) : model, model, gap};
 }
 
 // What is known of a row of logits while its columns come in parts; the target's own logit is kept apart from the others, so that nothing
