@@ -68,10 +68,10 @@ def real_work(folder: Path, rows: int, n: int, new: int) -> Work:
     return Work([prompts.token_ids[i] for i in chosen], n, new, stop_tokens(folder, tokenizer))
 
 
-def _sampled(model: Decoder, work: Work) -> Rollouts:
+def _sampled(model: Decoder, work: Work, max_rows: int | None = None) -> Rollouts:
     return generate(
         model, work.prompts, n=work.n, max_new_tokens=work.new, temperature=TEMPERATURE, stop_token_ids=work.stop, seed=int(combine(0)),
-        max_rows=work.rows,
+        max_rows=max_rows or work.rows,
     )  # fmt: skip
 
 
@@ -184,6 +184,13 @@ def bare_products(matrices: list[Tensor], tokens: int, backward: bool = False) -
             linear(x[w.shape[0]], w.t())
 
     return {"torch.mm": by_mm, "kernels.products": by_linear}
+
+
+def parting(model: Decoder, work: Work) -> tuple[float, float | None]:
+    """Share of the responses that differ between one prompt at a time and all at once, and their mean number of equal tokens before."""
+    differs = _sampled(model, work).tokens != _sampled(model, work, work.n).tokens
+    parted = differs.any(1)
+    return float(parted.double().mean()), float(differs[parted].int().argmax(1).double().mean()) if parted.any() else None
 
 
 def gap(model: Decoder, work: Work) -> LogprobGap:

@@ -137,6 +137,7 @@ def run_rollout(config: Rollout) -> dict:
     return {
         "case": "rollout", "shape": folder.name, "rows": config.rows, "real": config.real, "prompt": None if config.real else config.prompt,
         "new": config.new, "dtype": config.dtype, "keep_pages": config.keep_pages, "repeats": config.repeats, "logprob_gap": asdict(gap),
+        "parting": rollout.parting(model, work) if dtype == torch.bfloat16 else None,
         "floor_s": floor_s, "floor_layouts": fastest, "tokens": tokens["dualign"], "candidates": candidates, **origin(device),
     }  # fmt: skip
 
@@ -297,6 +298,10 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
         if line.get("real"):
             what = f"{line['rows']} responses of at most {line['new']} tokens to {line['rows'] // 8} prompts of the quickstart"
         title = f"{line['case']}: {line['shape']}, {what}, {line['dtype']}{pages}; floor (bare products) {1000 * line['floor_s']:.0f} ms"
+        if line.get("parting"):
+            share, tokens = line["parting"]
+            title += f"; {100 * share:.0f} % of responses differ from those sampled one prompt at a time"
+            title += f", after {tokens:.0f} equal tokens on average" if share else ""
     rows = []
     done = {c["name"]: c.get("tokens", line.get("tokens", 1)) for c in line["candidates"]}
     ours = next(c["median_s"] / done[c["name"]] for c in line["candidates"] if c["name"] in ("dualign", "newton"))

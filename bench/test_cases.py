@@ -34,6 +34,24 @@ def test_rollout(benchmark, name, rows):
     work.check(name, benchmark(step))
 
 
+def test_responses_that_part(monkeypatch):
+    model = load(smoke_folder())
+    work = rollout.random_work(model.config.vocab_size, 16, n=4, prompt=8, new=10)
+    assert rollout.parting(model, work) == (0, None)
+    sampled, calls = rollout._sampled, []
+
+    def turned(*arguments):
+        calls.append(arguments)
+        made = sampled(*arguments)
+        if len(calls) == 2:
+            made.tokens[3, 4:] += 1
+            made.tokens[7, 8] += 1
+        return made
+
+    monkeypatch.setattr(rollout, "_sampled", turned)
+    assert rollout.parting(model, work) == (2 / 16, 6)
+
+
 @pytest.mark.parametrize("pairs", [2, 8])
 def test_train_step(benchmark, pairs):
     model = load(smoke_folder())

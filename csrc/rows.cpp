@@ -6,6 +6,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 
+#include <algorithm>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -57,7 +59,30 @@ INLINE float log_share(double shifted, double own, double others) {
 
 struct Sampled {
     int64_t token;
-    float logprob;
+    float logprob;        // among the tokens kept
+    float model_logprob;  // among all
+    float gap;            // between the logarithms of the two best speeds of the race
+};
+
+// Which tokens are kept: the top_k largest (0: all), then the fewest of these that hold top_p of their mass.
+struct Truncation {
+    int64_t top_k;
+    double top_p;
+    bool any() const { return top_k > 0 || top_p < 1; }
+};
+
+// What one thread works in.
+struct Scratch {
+    std::vector<float> sums, kept_sums, mass, largest;
+    std::vector<uint32_t> keys;
+    std::vector<double> weights;
+
+    Scratch(int64_t blocks, const Truncation& truncation) : sums(blocks) {
+        if (!truncation.any()) return;
+        kept_sums.resize(blocks), largest.resize(blocks);
+        mass.resize(blocks * kBlock), keys.resize(blocks * kBlock);
+        weights.resize((0x3f800000 >> 18) + 1);
+    }
 };
 
 // lowbias32, a bijection of 32 bits whose outputs look random.
@@ -75,51 +100,190 @@ INLINE T random_bits(T i, uint32_t low, uint32_t high) {
 }
 
 // A race: column i arrives at time E_i / mass_i, E_i exponential, and the first one is drawn, each with a probability in proportion to its
-// mass. E is made only where it can win: -log(1 - v) is at least v. NaN in, NaN out.
+// mass.
+struct Race {
+    double best = -1, second = -1;  // the largest mass_i / E_i so far
+    int64_t token = 0;
+};
+
+// The 128 columns from `first` on. E is made only where it can come second: -log(1 - v) is at least v.
 template <int W>
-INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
+INLINE void race_block(const float* mass, int64_t first, uint64_t stream, Race& race) {
     using Words = typename Vectors<W>::Words;
     using Ints = typename Vectors<W>::Ints;
-    const float m = row_max<W>(row, columns), scale = static_cast<float>(inverse);
-    const int64_t blocks = (columns + kBlock - 1) / kBlock;
     const uint32_t low = static_cast<uint32_t>(stream), high = static_cast<uint32_t>(stream >> 32);
-    float padded[kBlock], mass[kBlock];
     uint32_t bits[kBlock];
     Words lane;
     for (int j = 0; j < W; ++j) lane[j] = j;
-    double total = 0, best = -1;
-    int64_t token = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-        sums[b] = block_mass<W>(block_of(row, columns, b, padded), m, scale, mass);
-        total += sums[b];
-        // A little below `best`, so that rounding never hides a winner.
-        const float bound = static_cast<float>(best * 0x0.fffffp-31);
-        Ints may = {};
-        for (int64_t i = 0; i < kBlock; i += W) {
-            const Words own = random_bits<Words>(lane + static_cast<uint32_t>(b * kBlock + i), low, high);
-            std::memcpy(bits + i, &own, sizeof own);
-            may |= load<W>(mass + i) >= __builtin_convertvector((Ints)(own >> 1), Floats<W>) * bound;
-        }
-        if (!any<W>(may)) continue;
-        for (int64_t i = 0; i < kBlock; ++i) {
-            if (!(mass[i] > 0) || mass[i] < static_cast<float>(bits[i] >> 1) * bound) continue;
-            const uint32_t more = random_bits<uint32_t>(bits[i], high, low) | 1;
-            const double speed = mass[i] / -std::log1p(-(bits[i] * 0x1p-32 + more * 0x1p-64));
-            if (speed > best) {
-                best = speed;
-                token = b * kBlock + i;
-            }
+    // A little below `second`, so that rounding never hides a column.
+    const float bound = static_cast<float>(race.second * 0x0.fffffp-31);
+    Ints may = {};
+    for (int64_t i = 0; i < kBlock; i += W) {
+        const Words own = random_bits<Words>(lane + static_cast<uint32_t>(first + i), low, high);
+        std::memcpy(bits + i, &own, sizeof own);
+        may |= load<W>(mass + i) >= __builtin_convertvector((Ints)(own >> 1), Floats<W>) * bound;
+    }
+    if (!any<W>(may)) return;
+    for (int64_t i = 0; i < kBlock; ++i) {
+        if (!(mass[i] > 0) || mass[i] < static_cast<float>(bits[i] >> 1) * bound) continue;
+        const uint32_t more = random_bits<uint32_t>(bits[i], high, low) | 1;
+        const double speed = mass[i] / -std::log1p(-(bits[i] * 0x1p-32 + more * 0x1p-64));
+        if (speed > race.best) {
+            race.second = race.best;
+            race.best = speed;
+            race.token = first + i;
+        } else if (speed > race.second) {
+            race.second = speed;
         }
     }
-    if (!(total > 0)) return {0, std::numeric_limits<float>::quiet_NaN()};
-    const int64_t chosen = token / kBlock, within = token % kBlock;
-    double others = 0;
-    for (int64_t b = 0; b < blocks; ++b)
-        if (b != chosen) others += sums[b];
+}
+
+// A prefix of a row's masses in falling order, equals in the order of their columns: all above `mass`, and the first `equals` equal to it.
+struct Prefix {
+    float mass;
+    int64_t equals;
+};
+
+// The prefix of `keys`, the bits of masses in (0, 1], whose elements each have less than `limit` before them; an element counts 1 where
+// `counted`, else its mass. By the digits of the boundary's key, the highest first; `keys` is used up.
+INLINE Prefix find_prefix(uint32_t* keys, int64_t count, double limit, bool counted, double* weights) {
+    // Bits of masses have the order of the masses.
+    const auto mass_of = [](uint32_t key) {
+        float mass;
+        std::memcpy(&mass, &key, sizeof mass);
+        return mass;
+    };
+    double before = 0;
+    for (const int shift : {18, 9, 0}) {
+        const uint32_t most = shift == 18 ? 0x3f800000 >> 18 : 511, mask = shift == 18 ? ~0u : 511;
+        std::memset(weights, 0, (most + 1) * sizeof(double));
+        for (int64_t i = 0; i < count; ++i) weights[keys[i] >> shift & mask] += counted ? 1.0 : mass_of(keys[i]);
+        uint32_t boundary = 0;
+        double above = before;
+        for (uint32_t digit = most + 1; digit-- > 0;) {
+            if (weights[digit] == 0) continue;
+            boundary = digit, before = above;
+            above += weights[digit];
+            if (above >= limit) break;
+        }
+        int64_t left = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            keys[left] = keys[i];
+            left += (keys[i] >> shift & mask) == boundary;
+        }
+        count = left;
+    }
+    Prefix prefix{mass_of(keys[0]), 0};
+    const double weight = counted ? 1.0 : prefix.mass;
+    while (prefix.equals < count && before + prefix.equals * weight < limit) ++prefix.equals;
+    return prefix;
+}
+
+// Zero the masses outside the prefix that `limit` makes (see find_prefix); nothing below `bound` > 0 lies in it. `kept_sums` gets the sums of
+// blocks; returns that of all.
+template <int W>
+INLINE double keep_prefix(float bound, double limit, bool counted, Scratch& scratch) {
+    using Ints = typename Vectors<W>::Ints;
+    constexpr int vectors = kLanes / W;
+    float* mass = scratch.mass.data();
+    const int64_t columns = scratch.mass.size();
+    int64_t count = 0;
+    for (int64_t i = 0; i < columns; i += W) {
+        if (!any<W>(load<W>(mass + i) >= bound)) continue;
+        for (int64_t j = i; j < i + W; ++j) {
+            std::memcpy(&scratch.keys[count], mass + j, sizeof(float));
+            count += mass[j] >= bound;
+        }
+    }
+    Prefix prefix = find_prefix(scratch.keys.data(), count, limit, counted, scratch.weights.data());
+    double total = 0;
+    for (int64_t b = 0; b < columns / kBlock; ++b) {
+        Floats<W> sums[vectors] = {};
+        for (int64_t i = b * kBlock; i < (b + 1) * kBlock; i += kLanes) {
+            for (int j = 0; j < vectors; ++j) {
+                float* at = mass + i + j * W;
+                const Floats<W> own = load<W>(at);
+                Floats<W> kept = own > prefix.mass ? own : Floats<W>{};
+                if (any<W>((Ints)(own == prefix.mass)))
+                    for (int lane = 0; lane < W; ++lane)
+                        if (own[lane] == prefix.mass && prefix.equals-- > 0) kept[lane] = prefix.mass;
+                store<W>(at, kept);
+                sums[j] += kept;
+            }
+        }
+        float lanes[kLanes];
+        for (int j = 0; j < vectors; ++j) store<W>(lanes + j * W, sums[j]);
+        total += scratch.kept_sums[b] = lane_sum(lanes);
+    }
+    return total;
+}
+
+// Zero the masses of a row, `total` in all, that are not kept.
+template <int W>
+INLINE void truncate(const Truncation& truncation, double total, Scratch& scratch) {
+    constexpr float smallest = std::numeric_limits<float>::min();
+    int64_t most = scratch.mass.size();
+    if (const int64_t k = truncation.top_k; k > 0 && k < most) {
+        // The k-th of the blocks' largest is no larger than the k-th of all.
+        float bound = smallest;
+        if (k <= static_cast<int64_t>(scratch.largest.size())) {
+            for (size_t b = 0; b < scratch.largest.size(); ++b) scratch.largest[b] = row_max<W>(scratch.mass.data() + b * kBlock, kBlock);
+            std::nth_element(scratch.largest.begin(), scratch.largest.begin() + (k - 1), scratch.largest.end(), std::greater<float>());
+            bound = std::max(bound, scratch.largest[k - 1]);
+        }
+        total = keep_prefix<W>(bound, static_cast<double>(k), true, scratch);
+        most = k;
+    }
+    if (truncation.top_p < 1) {
+        // Masses below the bound make up less than half of what may be left out.
+        const float bound = static_cast<float>(0.5 * (1 - truncation.top_p) * total / most);
+        keep_prefix<W>(std::max(bound, smallest), truncation.top_p * total, false, scratch);
+    }
+}
+
+// Draws from what is kept of a row. NaN in, NaN out.
+template <int W>
+INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation, Scratch& scratch) {
+    const float m = row_max<W>(row, columns), scale = static_cast<float>(inverse);
+    const int64_t blocks = (columns + kBlock - 1) / kBlock;
+    const bool cut = truncation.any();
+    float padded[kBlock], mass[kBlock];
+    float* const sums = scratch.sums.data();
+    double total = 0;
+    Race race;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const float* z = block_of(row, columns, b, padded);
+        if (cut) {
+            sums[b] = block_mass<W>(z, m, scale, scratch.mass.data() + b * kBlock);
+        } else {
+            sums[b] = block_mass<W>(z, m, scale, mass);
+            race_block<W>(mass, b * kBlock, stream, race);
+        }
+        total += sums[b];
+    }
+    if (!(total > 0)) {
+        constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+        return {0, nan, nan, nan};
+    }
+    if (cut) {
+        truncate<W>(truncation, total, scratch);
+        for (int64_t b = 0; b < blocks; ++b)
+            if (scratch.kept_sums[b] > 0) race_block<W>(scratch.mass.data() + b * kBlock, b * kBlock, stream, race);
+    }
+    const int64_t token = race.token, chosen = token / kBlock, within = token % kBlock;
+    const double shifted = (static_cast<double>(row[token]) - m) * inverse;
+    // Of the token among all columns that have mass, given the sums of blocks and the masses of its own.
+    const auto logprob = [&](const float* of_blocks, const float* near) {
+        double others = 0;
+        for (int64_t b = 0; b < blocks; ++b)
+            if (b != chosen) others += of_blocks[b];
+        for (int64_t i = 0; i < kBlock; ++i)
+            if (i != within) others += near[i];
+        return log_share(shifted, near[within], others);
+    };
     block_mass<W>(block_of(row, columns, chosen, padded), m, scale, mass);
-    for (int64_t i = 0; i < kBlock; ++i)
-        if (i != within) others += mass[i];
-    return {token, log_share((static_cast<double>(row[token]) - m) * inverse, mass[within], others)};
+    const float model = logprob(sums, mass), gap = race.second > 0 ? std::log(race.best / race.second) : kInfinity;
+    return {token, cut ? logprob(scratch.kept_sums.data(), scratch.mass.data() + chosen * kBlock) : model, model, gap};
 }
 
 // What is known of a row of logits while its columns come in parts; the target's own logit is kept apart from the others, so that nothing
@@ -183,7 +347,7 @@ INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float
     if (target >= 0 && target < columns) out[target] = own;
 }
 
-using SampleRow = Sampled (*)(const float*, int64_t, uint64_t, double, float*);
+using SampleRow = Sampled (*)(const float*, int64_t, uint64_t, double, const Truncation&, Scratch&);
 using AccumulatePart = void (*)(float*, int64_t, int64_t, float, int64_t, const Running&, float*, int64_t);
 using JacobianPart = void (*)(const float*, int64_t, int64_t, float, float, float, float, float*);
 
@@ -196,8 +360,9 @@ struct Rows {
 
 #if defined(__x86_64__) || defined(__i386__)
 
-AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
-    return sample_row<16>(row, columns, stream, inverse, sums);
+AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation,
+    Scratch& scratch) {
+    return sample_row<16>(row, columns, stream, inverse, truncation, scratch);
 }
 AVX512 void accumulate_avx512(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
     int64_t width) {
@@ -206,8 +371,9 @@ AVX512 void accumulate_avx512(float* z, int64_t columns, int64_t target, float i
 AVX512 void jacobian_avx512(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
     jacobian_part<16>(z, columns, target, inverse, shift, factor, own, out);
 }
-AVX2 Sampled sample_row_avx2(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
-    return sample_row<8>(row, columns, stream, inverse, sums);
+AVX2 Sampled sample_row_avx2(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation,
+    Scratch& scratch) {
+    return sample_row<8>(row, columns, stream, inverse, truncation, scratch);
 }
 AVX2 void accumulate_avx2(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
     int64_t width) {
@@ -229,8 +395,9 @@ std::vector<Rows> supported() {
 
 #else
 
-Sampled sample_row_generic(const float* row, int64_t columns, uint64_t stream, double inverse, float* sums) {
-    return sample_row<4>(row, columns, stream, inverse, sums);
+Sampled sample_row_generic(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation,
+    Scratch& scratch) {
+    return sample_row<4>(row, columns, stream, inverse, truncation, scratch);
 }
 void accumulate_generic(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
     int64_t width) {
@@ -261,25 +428,34 @@ void check_rows(const Matrix& logits, size_t a, size_t b) {
         throw std::invalid_argument("logits [R, V] with V > 0 and vectors [R] are wanted");
 }
 
-void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inverse, const Vector<int64_t>& token, const Vector<float>& logprob,
+// `kept`, where it is given, gets the masses of the tokens kept, in units of the largest.
+void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inverse, int64_t top_k, double top_p, const Vector<int64_t>& token,
+                 const Vector<float>& logprob, const Vector<float>& model_logprob, const Vector<float>& gap, std::optional<Matrix> kept,
                  int threads, const char* instructions) {
     check_rows(logits, stream.shape(0), token.shape(0));
-    check_rows(logits, stream.shape(0), logprob.shape(0));
+    check_rows(logits, logprob.shape(0), model_logprob.shape(0));
+    check_rows(logits, gap.shape(0), kept ? kept->shape(0) : gap.shape(0));
     const SampleRow one = rows_of(instructions).sample;
     const int64_t rows = logits.shape(0), columns = logits.shape(1);
+    // All tokens are the top ones.
+    const Truncation truncation{top_k < columns ? top_k : 0, top_p};
+    if (top_k < 0 || !(top_p > 0) || (kept && (static_cast<int64_t>(kept->shape(1)) != columns || !truncation.any())))
+        throw std::invalid_argument("top_k >= 0 and top_p > 0 are wanted, and kept [R, V] only where they leave tokens out");
     const float* z = logits.data();
     const int64_t* streams = stream.data();
-    int64_t* out = token.data();
-    float* log = logprob.data();
+    float* masses = kept ? kept->data() : nullptr;
     nb::gil_scoped_release release;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> sums((columns + kBlock - 1) / kBlock);
+        Scratch scratch((columns + kBlock - 1) / kBlock, truncation);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
-            const Sampled sampled = one(z + r * columns, columns, static_cast<uint64_t>(streams[r]), inverse, sums.data());
-            out[r] = sampled.token;
-            log[r] = sampled.logprob;
+            const Sampled sampled = one(z + r * columns, columns, static_cast<uint64_t>(streams[r]), inverse, truncation, scratch);
+            token.data()[r] = sampled.token;
+            logprob.data()[r] = sampled.logprob;
+            model_logprob.data()[r] = sampled.model_logprob;
+            gap.data()[r] = sampled.gap;
+            if (masses != nullptr) std::memcpy(masses + r * columns, scratch.mass.data(), columns * sizeof(float));
         }
     }
 }
@@ -362,8 +538,9 @@ NB_MODULE(_native, m) {
     for (const Rows& rows : kSupported) names.append(rows.name);
     // Fastest first; empty where this processor runs none of them.
     m.attr("instructions") = nb::tuple(names);
-    m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("stream"), nb::arg("inverse_temperature"), nb::arg("token"),
-          nb::arg("logprob"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("stream"), nb::arg("inverse_temperature"), nb::arg("top_k"),
+          nb::arg("top_p"), nb::arg("token"), nb::arg("logprob"), nb::arg("model_logprob"), nb::arg("gap"), nb::arg("kept").none(),
+          nb::arg("threads"), nb::arg("instructions"));
     m.def("accumulate", &accumulate, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("largest"),
           nb::arg("others"), nb::arg("own"), nb::arg("product").none(), nb::arg("threads"), nb::arg("instructions"));
     m.def("finish", &finish, nb::arg("inverse"), nb::arg("slope"), nb::arg("largest"), nb::arg("others"), nb::arg("own"),

@@ -35,7 +35,7 @@ class Plan:
         weights = c.parameter_count() * size
         context = longest_prompt + config.max_new_tokens
         rows = min(config.rollout_rows, max(config.n_prompts, config.eval_prompts) * config.n_responses)
-        cache = rows * context * 2 * c.num_kv_heads * c.head_dim * c.num_layers * size
+        cache = rows * context * cache_bytes(c, dtype)
         logits = rows * c.vocab_size * 4 * 3
         in_group = trained_responses(config, 2 if pairs_file(config) else config.n_responses)
         group = longest_prompt + in_group * config.max_new_tokens
@@ -98,6 +98,11 @@ class Plan:
             f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of memory "
             f"({self.available_bytes / 1e9:.1f} GB free)"
         )
+
+
+def cache_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
+    """Of the keys and values of one token in all layers."""
+    return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * dtype.itemsize
 
 
 def kept_states_bytes(prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:

@@ -63,7 +63,15 @@ def read_response_pairs(source: str, columns: list[str], config: RunConfig, toke
     none = torch.zeros(padded.shape)
     return ResponsePairs(
         prompts=Prompts(text=text, kind=kind, token_ids=token_ids, key_P=torch.arange(len(text))),
-        rollouts=Rollouts(n=2, tokens=padded, length=length, finished=length < config.max_new_tokens, logprob=none, model_logprob=none),
+        rollouts=Rollouts(
+            n=2,
+            tokens=padded,
+            length=length,
+            finished=length < config.max_new_tokens,
+            logprob=none,
+            model_logprob=none,
+            near_tie=none.bool(),
+        ),
         texts=texts,
         label_PGO=torch.tensor(labels, dtype=torch.float64).view(len(text), 2, len(columns)),
-    )
+    )  # fmt: skip

@@ -29,7 +29,7 @@ from engine.packing import LowerStates
 from engine.policy import Policy
 from engine.records import DualState, Prompts, Rollouts, Scores, Target, Units, unsafe_counted
 from engine.response_pairs import ResponsePairs, read_response_pairs
-from engine.rollout import States, generate
+from engine.rollout import NEAR_TIE, States, generate
 from engine.score import LogprobGap, Scorers, load_scorers, logprob_gap, score, try_out
 from engine.smoke import smoke_folder
 from kernels.sampling import combine
@@ -341,8 +341,8 @@ def sample_reference(job: Job) -> Reference:
             reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
             correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
             finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            logprob_gap=asdict(gap), prompts=len(prompts), responses=config.n_responses, needed=made.needed_J, aimed=made.aimed,
-            aim=made.aim_J,
+            logprob_gap=asdict(gap), near_ties=int(sampled.rollouts.near_tie.sum()), prompts=len(prompts), responses=config.n_responses,
+            needed=made.needed_J, aimed=made.aimed, aim=made.aim_J,
         )  # fmt: skip
         return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
 
@@ -357,6 +357,8 @@ def sample_reference(job: Job) -> Reference:
     row = next(r for r in metrics.read_rows(job.run.folder, "reference"))
     # Runs of an earlier version hold one number.
     gap = f"; {LogprobGap(**row['logprob_gap'])}" if isinstance(row["logprob_gap"], dict) else ""
+    steps = int(sampled.rollouts.length.sum())
+    gap += f"; near ties, two best within {NEAR_TIE:g}: {row['near_ties']} of {steps} steps"
     show = job.run.display
     show.line(
         f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "

@@ -41,6 +41,22 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} = {value!r}: expected a finite number above 0")
 
 
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least` and at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most is not None and value > most):
+        accepted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} = {value!r}: expected a whole number {accepted}")
+
+
+def check_sampling(temperature: object, top_p: object, top_k: object) -> None:
+    """The settings of `sample`. Temperatures beyond the range would leave float32's."""
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not (temperature == 0 or 1e-6 <= temperature <= 1e6):
+        raise ValueError(f"temperature = {temperature!r}: expected 0 (greedy) or a number from 1e-6 to 1e6")
+    if isinstance(top_p, bool) or not isinstance(top_p, Real) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p!r}: expected a number above 0 and at most 1 (1: off)")
+    check_whole("top_k", top_k, 0)
+
+
 def check_values(name: str, value: torch.Tensor, good: torch.Tensor, accepted: str) -> None:
     """Raise ValueError naming the first element of `value` where `good` is false."""
     if not bool(good.all()):

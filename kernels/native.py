@@ -184,15 +184,21 @@ def _even(rows: int, most: int) -> int:
     return -(-rows // max(1, -(-rows // max(1, most))))
 
 
-def sample_rows(logits: Tensor, stream: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Token int64 [R] and its log-prob float32 [R] under softmax(logits / temperature); see `kernels.sampling.exponential`.
+def sample_rows(
+    logits: Tensor, stream: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token int64 [R], its log-prob among the tokens kept, its log-prob under softmax(logits / temperature) and the gap, float32 [R]; see
+    `kernels.sampling.sample_with_gap`.
 
-    logits: float32 [R, V] on the CPU; stream: int64 [R], the rows' random numbers. Mass below exp(-87.3) of the largest is 0, and a token
-    without mass is never drawn. A row with NaN or without a finite maximum gives token 0 and log-prob NaN.
+    logits: float32 [R, V] on the CPU; stream: int64 [R], the rows' random numbers. `kept`, float32 [R, V], takes exp((logits - largest) /
+    temperature) of the tokens kept and 0 of the others; only where some may be left out. Mass below exp(-87.3) of the largest is 0, and a
+    token without mass is never drawn. A row with NaN or without a finite maximum gives token 0 and else NaN.
     """
-    token, logprob = torch.empty(len(stream), dtype=torch.int64), torch.empty(len(stream), dtype=torch.float32)
-    _native.sample_rows(logits.contiguous(), stream, 1 / temperature, token, logprob, torch.get_num_threads(), instructions[0])
-    return token, logprob
+    token, floats = torch.empty(len(stream), dtype=torch.int64), [torch.empty(len(stream)) for _ in range(3)]
+    _native.sample_rows(
+        logits.contiguous(), stream, 1 / temperature, top_k, top_p, token, *floats, kept, torch.get_num_threads(), instructions[0]
+    )
+    return token, *floats
 
 
 def decode_attention(

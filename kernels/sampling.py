@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.checks import FLOATS, check_sampling, check_tensor
 
 _WORD = (1 << 32) - 1
 
@@ -12,7 +13,8 @@ def sample(
     logits: Tensor, *, key: Tensor, step: int | Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token per row: the one with the largest mass / E, its E exponential and dependent on (key, step, token) alone. This is Gumbel's
-    maximum; a change of rounding changes the token only where the two best lie within it.
+    maximum; a change of rounding changes the token only where the two best lie within it, see `sample_with_gap`, or where it moves a token
+    across the bound of top-k or top-p.
 
     logits: float [R, V]; key: int64 [R]; step: an int, or an int64 tensor [] or [1] beside the key, which the host does not read, so that a
     captured graph takes the next step. Returns token int64 [R], logprob float32 [R] (of the processed distribution: temperature,
@@ -21,40 +23,45 @@ def sample(
 
     Raises: ValueError naming the argument, its value and what is accepted.
     """
-    if logits.dim() != 2 or key.shape != logits.shape[:1] or key.dtype != torch.int64:
-        raise ValueError(f"logits {tuple(logits.shape)} and key {tuple(key.shape)} {key.dtype}: want [R, V] and int64 [R].")
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature}: must be at least 0.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p}: must lie in (0, 1].")
-    if top_k < 0:
-        raise ValueError(f"top_k {top_k}: must be at least 0.")
+    return sample_with_gap(logits, key=key, step=step, temperature=temperature, top_p=top_p, top_k=top_k)[:3]
+
+
+def sample_with_gap(
+    logits: Tensor, *, key: Tensor, step: int | Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sample`, and by how much the best perturbed logit log(mass / E) passes the second best, float32 [R]: at temperature 0 of the logits
+    themselves; infinity, or above 80 on a GPU, where no other token has mass."""
+    check_tensor("logits", logits, (None, None), FLOATS, None)
+    check_tensor("key", key, (len(logits),), (torch.int64,), (logits.device,))
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {list(logits.shape)}: expected at least one column")
+    check_sampling(temperature, top_p, top_k)
     if logits.is_cuda and (temperature == 0 or (top_k == 0 and top_p == 1)):
         from kernels import triton_sampling
 
         if temperature == 0:
-            token, model_logprob = triton_sampling.sample_rows(logits, None, 1.0)
-            return token, torch.zeros_like(model_logprob), model_logprob
-        token, logprob = triton_sampling.sample_rows(logits, stream(key, step), temperature)
-        return token, logprob, logprob.clone()
-    z = logits.float()
+            token, model_logprob, gap = triton_sampling.sample_rows(logits, None, 1.0)
+            return token, torch.zeros_like(model_logprob), model_logprob, gap
+        token, logprob, gap = triton_sampling.sample_rows(logits, stream(key, step), temperature)
+        return token, logprob, logprob.clone(), gap
+    z = logits.detach().float()
     if temperature == 0:
         token = z.argmax(dim=1)
-        return token, torch.zeros_like(z[:, 0]), _gather(z.log_softmax(dim=1), token)
-    if top_k == 0 and top_p == 1 and native.serves(z.device, z.dtype):
-        token, logprob = native.sample_rows(z, stream(key, step), temperature)
-        return token, logprob, logprob.clone()
+        return token, torch.zeros_like(z[:, 0]), _gather(z.log_softmax(dim=1), token), _lead(z, token)
+    if native.serves(z.device, z.dtype):
+        return native.sample_rows(z, stream(key, step), temperature, top_k, top_p)
     z = z / temperature
     z = z - z.amax(dim=1, keepdim=True)
     mass = z.exp()
     model_total = mass.sum(dim=1)
     total = model_total
     if top_k > 0 or top_p < 1:
-        mass = _truncate(mass, model_total, top_p, top_k)
+        mass = _truncate(mass, top_p, top_k)
         total = mass.sum(dim=1)
-    token = (mass.double() / exponential(stream(key, step), z.shape[1])).argmax(dim=1)
+    speed = mass.double() / exponential(stream(key, step), z.shape[1])
+    token = speed.argmax(dim=1)
     chosen = _gather(z, token)
-    return token, chosen - total.log(), chosen - model_total.log()
+    return token, chosen - total.log(), chosen - model_total.log(), _lead(speed.log(), token)
 
 
 def stream(key: Tensor, step: int | Tensor) -> Tensor:
@@ -107,12 +114,18 @@ def _gather(z: Tensor, token: Tensor) -> Tensor:
     return z.gather(1, token[:, None])[:, 0]
 
 
-def _truncate(mass: Tensor, total: Tensor, top_p: float, top_k: int) -> Tensor:
+def _lead(x: Tensor, token: Tensor) -> Tensor:
+    """How far each row of x [R, V] is larger at its token than anywhere else, float32 [R]."""
+    others = x.scatter(1, token[:, None], -torch.inf)
+    return (_gather(x, token) - others.amax(dim=1)).float()
+
+
+def _truncate(mass: Tensor, top_p: float, top_k: int) -> Tensor:
     """Zero all but the top_k largest, then all but the smallest set that holds top_p of what is left; ties keep the lower index."""
     ordered, order = mass.sort(dim=1, descending=True, stable=True)
     if top_k > 0:
         ordered[:, top_k:] = 0
-        total = ordered.sum(dim=1)
-    before = ordered.double().cumsum(dim=1) - ordered.double()
-    ordered = torch.where(before < top_p * total.double()[:, None], ordered, 0.0)
+    if top_p < 1:
+        before = ordered.double().cumsum(dim=1) - ordered.double()
+        ordered = torch.where(before < top_p * ordered.double().sum(dim=1, keepdim=True), ordered, 0.0)
     return torch.zeros_like(mass).scatter_(1, order, ordered)

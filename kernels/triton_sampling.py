@@ -38,6 +38,7 @@ def part_kernel(
     p_max,  # [R, parts] float32: the largest z = logit / temperature
     p_sum,  # [R, parts] float32: sum of exp(z - largest)
     p_lead,  # [R, parts] float32: the best z - largest - log E
+    p_second,  # [R, parts] float32: and the second best
     p_place,  # [R, parts] int64: and its token
     vocabulary,
     parts,
@@ -64,8 +65,10 @@ def part_kernel(
     i_out = i_row * parts + i_part
     tl.store(p_max + i_out, m)
     tl.store(p_sum + i_out, tl.sum(mass, 0))
+    place = tl.min(tl.where(lead == best, o, BLOCK - 1), 0)
     tl.store(p_lead + i_out, best)
-    tl.store(p_place + i_out, (i_part * BLOCK + tl.min(tl.where(lead == best, o, BLOCK - 1), 0)).to(tl.int64))
+    tl.store(p_second + i_out, tl.max(tl.where(o == place, float("-inf"), lead), 0))
+    tl.store(p_place + i_out, (i_part * BLOCK + place).to(tl.int64))
 
 
 @triton.jit
@@ -74,9 +77,11 @@ def join_kernel(
     p_max,
     p_sum,
     p_lead,
+    p_second,
     p_place,
     p_token,  # [R] int64
     p_logprob,  # [R] float32
+    p_gap,  # [R] float32
     parts,
     row_stride,
     temperature,
@@ -92,8 +97,11 @@ def join_kernel(
     shift = tl.where(m == float("-inf"), 0.0, m)
     # A sum keeps NaN, which a maximum would lose.
     total = tl.sum(part_sum.to(tl.float64) * tl.exp(part_max - shift).to(tl.float64), 0)
+    second = tl.load(p_second + i_in, mask=inside, other=float("-inf")) + (part_max - shift)
     lead += part_max - shift
-    part = tl.min(tl.where(lead == tl.max(lead, 0), o_p, parts - 1), 0)
+    best = tl.max(lead, 0)
+    part = tl.min(tl.where(lead == best, o_p, parts - 1), 0)
+    gap = best - tl.max(tl.where(o_p == part, second, lead), 0)
     # NaN, no finite logit, or infinity (whose mass is NaN).
     lost = (total > 0) == 0
     token = tl.where(lost, 0, tl.load(p_place + i_row * parts + part))
@@ -101,31 +109,32 @@ def join_kernel(
     logprob = (chosen - shift).to(tl.float64) - tl.log(tl.where(lost, 1.0, total))
     tl.store(p_token + i_row, token)
     tl.store(p_logprob + i_row, tl.where(lost, float("nan"), logprob).to(tl.float32))
+    tl.store(p_gap + i_row, tl.where(lost, float("nan"), gap))
 
 
-def sample_rows(logits: Tensor, stream: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Token int64 [R] and its log-prob float32 [R] under softmax(logits / temperature), or the likeliest (the first of equals) where
-    stream is None.
+def sample_rows(logits: Tensor, stream: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Token int64 [R], its log-prob float32 [R] under softmax(logits / temperature) and the gap float32 [R] (see
+    `kernels.sampling.sample_with_gap`); the likeliest token (the first of equals) where stream is None.
 
     logits [R, V] of any float dtype, read as float32; stream int64 [R], the rows' random numbers. Sums over parts are float64. A token
-    without mass is never drawn. A row with NaN or without a finite maximum gives token 0 and log-prob NaN.
+    without mass is never drawn. A row with NaN or without a finite maximum gives token 0 and else NaN.
     """
     rows, vocabulary = logits.shape
     logits = logits.detach()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    token, logprob = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
+    token, (logprob, gap) = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(2, rows, dtype=torch.float32)
     if rows == 0:
-        return token, logprob
+        return token, logprob, gap
     block = min(PART, triton.next_power_of_2(vocabulary))
     parts = triton.cdiv(vocabulary, block)
-    statistics = *logits.new_empty(3, rows, parts, dtype=torch.float32), logits.new_empty(rows, parts, dtype=torch.int64)
+    statistics = *logits.new_empty(4, rows, parts, dtype=torch.float32), logits.new_empty(rows, parts, dtype=torch.int64)
     with torch.cuda.device_of(logits):
         part_kernel[(rows, parts)](
             logits, token if stream is None else stream, *statistics, vocabulary, parts, logits.stride(0), float(temperature),
             GREEDY=stream is None, BLOCK=block, num_warps=4 if block < PART else 8,
         )  # fmt: skip
         join_kernel[(rows,)](
-            logits, *statistics, token, logprob, parts, logits.stride(0), float(temperature), BLOCK_PARTS=triton.next_power_of_2(parts),
-            num_warps=1,
+            logits, *statistics, token, logprob, gap, parts, logits.stride(0), float(temperature),
+            BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1,
         )  # fmt: skip
-    return token, logprob
+    return token, logprob, gap

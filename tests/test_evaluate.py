@@ -201,7 +201,7 @@ def _stage_outputs(kind: list[str]) -> dict:
     def rollouts(n, length, finished):
         empty = torch.zeros(len(length), 9)
         length, finished = torch.tensor(length), torch.tensor(finished)
-        return Rollouts(n=n, tokens=empty.long(), length=length, finished=finished, logprob=empty, model_logprob=empty)
+        return Rollouts(n=n, tokens=empty.long(), length=length, finished=finished, logprob=empty, model_logprob=empty, near_tie=empty > 0)
 
     return {
         "scores_policy": scores([[1.0, 3.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 1.0]], [[0.0, 0.0], [0.0, 2.0]]),
@@ -307,7 +307,7 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
     both = {
         f"rollouts_{side}": Rollouts(
             n=n, tokens=empty[: 3 * n].long(), length=torch.ones(3 * n), finished=torch.ones(3 * n) > 0, logprob=empty[: 3 * n],
-            model_logprob=empty[: 3 * n],
+            model_logprob=empty[: 3 * n], near_tie=empty[: 3 * n] > 0,
         )
         for side, n in (("policy", 2), ("reference", 3))
     }  # fmt: skip

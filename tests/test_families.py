@@ -7,16 +7,19 @@ import torch
 from architectures import write_model
 from transformers import AutoModelForCausalLM
 
-from engine import caid, export, model
+from engine import caid, export, model, rollout
+from engine.checkpoint import load
 from engine.config import CaidConfig, smoke
 from engine.lora import load_peft
 from engine.metrics import read_rows
 from engine.quickstart import tiny_model_folder
 from engine.smoke import write_random_heads
+from engine.stages import ReferenceSamples
 
 
 @pytest.mark.parametrize("name", ["qwen 3, biases, windows, one key head", "mistral", "gemma 2", "gemma 3"])
-def test_a_run_on_another_architecture(name, tmp_path):
+def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "NEAR_TIE", 0.1)
     folder = tiny_model_folder(tmp_path / "model")
     write_model(folder, name, vocab_size=384, max_position_embeddings=2048)
     write_random_heads(folder)
@@ -25,6 +28,9 @@ def test_a_run_on_another_architecture(name, tmp_path):
     # What was sampled is what is trained on.
     (row,) = read_rows(run, "reference")
     assert row["logprob_gap"]["max"] < 1e-4
+    made = load(run / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.rollouts
+    assert row["near_ties"] == int(made.near_tie.sum()) > 0
+    assert f"near ties, two best within 0.0001: {row['near_ties']} of {int(made.length.sum())} steps" in capsys.readouterr().out
     assert json.loads((run / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
     export.export(run, tmp_path / "merged")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager", dtype=torch.float32).eval()

@@ -1,12 +1,14 @@
 """The compiled row arithmetic against float64 and against the torch twin."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import native, reference, sample, sequence_logprob
 from kernels.loss_head import row_workspace
-from kernels.sampling import exponential, stream
+from kernels.sampling import _truncate, exponential, sample_with_gap, stream
 
 # -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
 SIZES = [7, 127, 128, 129, 32001, 49152]
@@ -49,6 +51,12 @@ def rows_in_parts(logits, target, temperature, width=None, instructions=None, th
     return logprob, jacobian
 
 
+def exact_gap(race: torch.Tensor) -> torch.Tensor:
+    """Between the logarithms of the two largest of each row."""
+    best = race.topk(min(2, race.shape[1])).values.log()
+    return best[:, 0] - best[:, -1] if race.shape[1] > 1 else torch.full((len(race),), torch.inf, dtype=race.dtype)
+
+
 def clear_wins(logits: torch.Tensor, streams: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Rows whose winner arrives at least 1e-5 of its time before the next, bool [R]."""
     arrival = exponential(streams, logits.shape[1]) / (logits.double() / temperature).softmax(1)
@@ -72,11 +80,77 @@ def assert_same_bits(results: list[tuple[torch.Tensor, ...]]) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_tokens_are_the_twin_s(columns, temperature):
     logits, streams = logits_of(64, columns), stream(torch.arange(64), 3)
-    token, logprob = native.sample_rows(logits, streams, temperature)
+    token, logprob, model_logprob, gap = native.sample_rows(logits, streams, temperature)
     race = (logits.double() / temperature).softmax(1) / exponential(streams, columns)
     clear = clear_wins(logits, streams, temperature)
     assert int(clear.sum()) >= 62 and torch.equal(token[clear], race.argmax(1)[clear])
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, token, temperature), rtol=1e-6, atol=0)
+    assert torch.equal(logprob, model_logprob) and torch.allclose(gap.double(), exact_gap(race), rtol=1e-6, atol=1e-5)
+
+
+# A few of many, most of the mass, all, one, more than there are, both; equals that only one of the two would cut.
+TRUNCATIONS = [(50, 1.0), (1000, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6), (1, 1.0), (10**6, 1.0), (50, 0.9), (1000, 0.5), (10**6, 0.95)]
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["plain", "equals", "no mass", "flat"])
+@pytest.mark.parametrize("columns", SIZES)
+def test_kept_tokens_are_the_twin_s(columns, kind):
+    logits, streams = logits_of(6, columns, 2.0), stream(torch.arange(6), 4)
+    if kind == "equals":
+        logits = logits.round()
+    if kind == "no mass":
+        logits[:, 1::3] = -torch.inf
+    if kind == "flat":
+        logits = torch.full((6, columns), 0.25)
+    for top_k, top_p in TRUNCATIONS:
+        kept = torch.empty(6, columns) if top_p < 1 or top_k < columns else None
+        token, logprob, model_logprob, gap = native.sample_rows(logits, streams, 0.8, top_k, top_p, kept)
+        mass = ((logits - logits.amax(1, keepdim=True)).double() / 0.8).exp()
+        ordered, order = mass.sort(dim=1, descending=True, stable=True)
+        ordered[:, top_k or columns :] = 0
+        # What lies before a token, of what top_k leaves.
+        share = (ordered.cumsum(1) - ordered) / ordered.sum(1, keepdim=True)
+        own = (ordered > 0) & ((share < top_p) | (top_p == 1))
+        expected = torch.zeros_like(own).scatter_(1, order, own)
+        if kept is not None:
+            # Of equal logits all is exact; else rounding decides where the shares meet.
+            sure = ((share - top_p).abs() > 1e-6 * top_p) | (top_p == 1) | (kind == "flat")
+            for found in (kept, _truncate(mass.float(), top_p, top_k)):
+                assert torch.equal((found > 0).gather(1, order)[sure], own[sure])
+            assert int((~sure).sum(1).max()) < 20
+            torch.testing.assert_close(kept.double(), torch.where(kept > 0, mass, 0), rtol=2e-6, atol=0)
+            expected = kept > 0
+        race = torch.where(expected, mass, 0) / exponential(streams, columns)
+        assert torch.equal(token, race.argmax(1))
+        torch.testing.assert_close(gap.double(), exact_gap(race), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(logprob.double(), exact_logprob(logits.where(expected, -torch.inf), token, 0.8), rtol=2e-6, atol=1e-12)
+        torch.testing.assert_close(model_logprob.double(), exact_logprob(logits, token, 0.8), rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_native), False])
+@pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (40, 1.0), (0, 0.8), (300, 0.7)])
+def test_gap_of_the_two_best_perturbed_logits(compiled, top_k, top_p, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", False)
+    logits, key = logits_of(300, 1001), torch.arange(300)
+    token, logprob, model_logprob, gap = sample_with_gap(logits, key=key, step=9, temperature=0.7, top_k=top_k, top_p=top_p)
+    for a, b in zip(
+        sample(logits, key=key, step=9, temperature=0.7, top_k=top_k, top_p=top_p), (token, logprob, model_logprob), strict=True
+    ):
+        assert torch.equal(a, b)
+    p = (logits.double() / 0.7).softmax(1)
+    ordered, order = p.sort(dim=1, descending=True)
+    ordered[:, top_k or 1001 :] = 0
+    ordered[ordered.cumsum(1) - ordered >= top_p * ordered.sum(1, keepdim=True)] = 0
+    race = torch.zeros_like(p).scatter_(1, order, ordered) / exponential(stream(key, 9), 1001)
+    assert torch.equal(token, race.argmax(1)) and int((gap < 0.01).sum()) > 0
+    torch.testing.assert_close(gap.double(), exact_gap(race), rtol=1e-6, atol=1e-5)
+    greedy, two = sample_with_gap(logits, key=key, step=9, temperature=0, top_k=top_k, top_p=top_p), logits.topk(2).values
+    assert torch.equal(greedy[3], two[:, 0] - two[:, 1])
+    for temperature in (0, 1.0):
+        one = sample_with_gap(torch.zeros(1, 1), key=key[:1], step=0, temperature=temperature, top_k=top_k, top_p=top_p)
+        assert [float(x) for x in one] == [0, 0, 0, torch.inf]
 
 
 @needs_native
@@ -96,9 +170,9 @@ def test_a_token_without_mass_is_never_drawn(step):
         logits = torch.full((columns, columns), -torch.inf).fill_diagonal_(-3.0)
         # Far below the largest: this mass is 0 in float32.
         logits[:, 5] = torch.where(torch.arange(columns) == 5, -3.0, -200.0)
-        token, logprob = native.sample_rows(logits, stream(torch.arange(columns), step), 1.0)
+        token, logprob, _, gap = native.sample_rows(logits, stream(torch.arange(columns), step), 1.0)
         assert torch.equal(token, torch.arange(columns))
-        assert bool((logprob == 0).all())
+        assert bool((logprob == 0).all()) and bool((gap == torch.inf).all())
 
 
 @needs_native
@@ -114,7 +188,7 @@ def test_peaked_rows_keep_the_digits_of_small_log_probs():
     logits = logits_of(32, 32001, 1.0)
     target = torch.arange(32) * 997
     logits[torch.arange(32), target] = torch.linspace(20, 60, 32)
-    token, logprob = native.sample_rows(logits, stream(torch.arange(32), 0), 1.0)
+    token, logprob, _, _ = native.sample_rows(logits, stream(torch.arange(32), 0), 1.0)
     assert torch.equal(token, target)
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
     for width in (None, 1000):
@@ -169,15 +243,16 @@ def test_product_with_the_head_of_rows_whose_largest_logit_grows(softcap, budget
 def test_same_bits_for_every_thread_count_and_instruction_set():
     logits, streams, target = logits_of(37, 5001), stream(torch.arange(37), 2), torch.arange(37) * 131
 
-    def sampled(instructions: str, threads: int) -> tuple[torch.Tensor, ...]:
-        token, logprob = torch.empty(37, dtype=torch.int64), torch.empty(37)
-        native._native.sample_rows(logits, streams, 1 / 0.9, token, logprob, threads, instructions)
-        return token, logprob
+    def sampled(instructions: str, threads: int, truncation: tuple[int, float]) -> tuple[torch.Tensor, ...]:
+        token, floats = torch.empty(37, dtype=torch.int64), [torch.empty(37) for _ in range(3)]
+        native._native.sample_rows(logits, streams, 1 / 0.9, *truncation, token, *floats, None, threads, instructions)
+        return token, *floats
 
     def normalised(instructions: str, threads: int) -> tuple[torch.Tensor, ...]:
         return rows_in_parts(logits, target, 0.9, 1024, instructions, threads)
 
-    assert_same_bits(all_paths(sampled))
+    for truncation in ((0, 1.0), (20, 1.0), (0, 0.8), (700, 0.9)):
+        assert_same_bits(all_paths(partial(sampled, truncation=truncation)))
     assert_same_bits(all_paths(normalised))
 
 
@@ -187,8 +262,9 @@ def test_same_bits_for_every_thread_count_and_instruction_set():
 def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
     logits = logits_of(3, 257)
     logits[1, place] = bad
-    token, logprob = native.sample_rows(logits, stream(torch.arange(3), 0), 1.0)
-    assert logprob.isnan().tolist() == [False, True, False]
+    for truncation in ((0, 1.0), (9, 1.0), (0, 0.9), (200, 0.9)):
+        token, *floats = native.sample_rows(logits, stream(torch.arange(3), 0), 1.0, *truncation)
+        assert [x.isnan().tolist() for x in floats] == [[False, True, False]] * 3
     assert 0 <= token[1] < 257
     # The target of the middle row is the bad place itself for place = 256.
     logprob, jacobian = rows_in_parts(logits, torch.full((3,), 256), 1.0, 128)
@@ -198,17 +274,20 @@ def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
 @needs_native
 def test_row_without_finite_logits_is_nan():
     logits = torch.full((1, 130), -torch.inf)
-    assert native.sample_rows(logits, torch.tensor([7]), 1.0)[1].isnan().all()
+    for truncation in ((0, 1.0), (9, 1.0), (0, 0.9)):
+        assert all(x.isnan().all() for x in native.sample_rows(logits, torch.tensor([7]), 1.0, *truncation)[1:])
     assert rows_in_parts(logits, torch.tensor([0]), 1.0)[0].isnan().all()
 
 
 @needs_native
-def test_public_sample_agrees_with_the_torch_twin(monkeypatch):
+@pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (30, 1.0), (0, 0.9), (100, 0.8)])
+def test_public_sample_agrees_with_the_torch_twin(top_k, top_p, monkeypatch):
     logits, key = logits_of(64, 1000), torch.arange(64)
-    token, logprob, model_logprob = sample(logits.requires_grad_(), key=key, step=5, temperature=0.8)
+    options = dict(key=key, step=5, temperature=0.8, top_k=top_k, top_p=top_p)
+    token, logprob, model_logprob = sample(logits.requires_grad_(), **options)
     assert logprob.data_ptr() != model_logprob.data_ptr()
     monkeypatch.setattr(native, "available", False)
-    expected = sample(logits.detach(), key=key, step=5, temperature=0.8)
+    expected = sample(logits.detach(), **options)
     same = token == expected[0]
     assert int(same.sum()) >= 62
     for value, twin in zip((logprob, model_logprob), expected[1:], strict=True):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from engine import model as M
 from engine import packing, rollout
 from engine.cache import GpuCache
+from engine.data import prompt_key
 from engine.errors import UserError
 from engine.lora import Adapter
 from engine.packing import LowerStates
@@ -108,7 +109,28 @@ def test_sampled_log_probs_equal_the_training_forward(tiny):
         assert out.model_logprob[r].sum() == pytest.approx(float(total), abs=1e-3)
 
 
-@pytest.mark.parametrize("max_rows", [64, 5])
+@pytest.mark.parametrize("temperature", [0.7, 0])
+def test_model_log_probs_count_the_stop_tokens_that_min_new_tokens_forbids(tiny, temperature):
+    stops = tuple(range(0, tiny.config.vocab_size, 2))
+    out = generate(tiny, PROMPTS, n=4, max_new_tokens=9, temperature=temperature, top_p=0.9, seed=1, stop_token_ids=stops, min_new_tokens=6)
+    prompts = Prompts(text=[""] * 3, kind=[""] * 3, token_ids=PROMPTS, key_P=torch.arange(3))
+    whole = packing.groups(prompts, out)
+    _, packed = frozen_forward(tiny, whole, [], temperature=temperature or 1.0, memory_budget_bytes=2**20)
+    assert (out.model_logprob.double().sum(1) - packed).abs().max() < 1e-4
+    assert int(out.length.min()) > 6 and not set(out.tokens[:, :6].flatten().tolist()) & set(stops)
+    for r in range(12):  # of the processed distribution: what is left without the stop tokens, then the top 0.9 of it
+        ids = torch.tensor(PROMPTS[r // 4] + out.tokens[r, : out.length[r]].tolist())
+        hidden = tiny(ids, torch.tensor([0, len(ids)]))[-int(out.length[r]) - 1 : -1]
+        p = (tiny.logits(hidden).detach().double() / (temperature or 1)).softmax(1)
+        p[:6, list(stops)] = 0
+        p /= p.sum(1, keepdim=True)
+        ordered, order = p.sort(dim=1, descending=True)
+        kept = torch.where(ordered.cumsum(1) - ordered < 0.9, ordered, 0).sum(1)
+        expected = (p.gather(1, ids[-len(p) :, None])[:, 0] / kept).log() if temperature else torch.zeros(len(p))
+        assert (out.logprob[r, : len(p)] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("max_rows", [64, 5, 3])
 @pytest.mark.parametrize("length", [16, 1])
 def test_states_taken_while_sampling_equal_those_of_the_reference_over_whole_responses(tiny, max_rows, length, every_cache):
     adapter = Adapter.on(tiny, rank=2, alpha=4.0, share=0.5, seed=0)
@@ -139,13 +161,51 @@ def test_samples_do_not_depend_on_batch_or_order(tiny, every_cache):
     options = dict(n=4, max_new_tokens=22, temperature=0.9, seed=5, stop_token_ids=(2, *range(50, 65)))
     whole = generate(tiny, PROMPTS, max_rows=64, **options)
     small = generate(tiny, PROMPTS, max_rows=4, **options)
+    parts = generate(tiny, PROMPTS, max_rows=3, **options)  # fewer than the responses of a prompt
     turned = generate(tiny, PROMPTS[::-1], **options)
-    assert torch.equal(whole.tokens, small.tokens) and torch.equal(whole.length, small.length)
+    for other in (small, parts):
+        assert torch.equal(whole.tokens, other.tokens) and torch.equal(whole.length, other.length)
     assert torch.equal(whole.tokens.view(3, 4, -1), turned.tokens.view(3, 4, -1).flip(0))
     other = generate(tiny, PROMPTS, **{**options, "seed": 6})
     assert not torch.equal(whole.tokens, other.tokens)
     again = generate(tiny, PROMPTS, max_rows=64, **options)
     assert torch.equal(whole.logprob, again.logprob)
+
+
+def test_shape_of_a_batch_changes_a_response_at_most_from_its_first_near_tie_on(tiny):
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 200, (int(size),), generator=g).tolist() for size in torch.randint(1, 30, (64,), generator=g)]
+    options = dict(n=1, max_new_tokens=30, temperature=0.9, seed=3, stop_token_ids=(2, 40))
+    single, seven, whole = ((generate(tiny, prompts, max_rows=rows, **options)) for rows in (1, 7, 64))
+    for other in (single, seven):
+        same = (whole.tokens == other.tokens).cummin(1).values
+        # The step of a near tie itself may differ.
+        before = whole.near_tie.cumsum(1) == 0
+        assert torch.all(same | ~before)
+        assert int(same.all(1).sum()) >= 60
+    assert int(whole.near_tie.sum()) < 10 and int(whole.length.sum()) > 1000
+    again = generate(tiny, prompts, max_rows=7, **options)
+    for name in ("tokens", "length", "finished", "logprob", "model_logprob", "near_tie"):
+        assert torch.equal(getattr(seven, name), getattr(again, name))
+
+
+@pytest.mark.parametrize("temperature", [0.9, 0])
+def test_near_ties_are_those_of_the_perturbed_logits(tiny, temperature, monkeypatch, every_cache):
+    monkeypatch.setattr(rollout, "NEAR_TIE", 0.2)
+    out = generate(tiny, PROMPTS, n=4, max_new_tokens=20, temperature=temperature, seed=5, stop_token_ids=(2, *range(50, 65)))
+    for r in range(12):
+        prompt, size = PROMPTS[r // 4], int(out.length[r])
+        ids = torch.tensor(prompt + out.tokens[r, :size].tolist())
+        logits = tiny.logits(tiny(ids, torch.tensor([0, len(ids)])))[len(prompt) - 1 : -1].detach().double()
+        if temperature:
+            key = combine(5, prompt_key(prompt), r % 4).expand(size)
+            logits = logits / temperature - exponential(torch.cat([stream(key[:1], i) for i in range(size)]), logits.shape[1]).log()
+        two = logits.topk(2)
+        assert torch.equal(two.indices[:, 0], ids[len(prompt) :])
+        gap = two.values[:, 0] - two.values[:, 1]
+        clear = (gap - 0.2).abs() > 1e-3
+        assert torch.equal(out.near_tie[r, :size][clear], gap[clear] < 0.2) and not out.near_tie[r, size:].any()
+    assert 5 < int(out.near_tie.sum()) < int(out.length.sum()) - 5
 
 
 def test_stop_token_ends_a_row_and_counts(tiny):
@@ -166,6 +226,39 @@ def test_prompts_that_cannot_be_used(tiny, prompt, message):
         generate(tiny, [prompt], n=1, max_new_tokens=4, seed=0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 0}, {"n": 1.5}, {"max_new_tokens": 0}, {"max_rows": 0}, {"min_new_tokens": -1}, {"min_new_tokens": 5}, {"top_k": -1},
+        {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}, {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf},
+        {"temperature": 1e-45}, {"seed": 2**63}, {"seed": 0.5}, {"stop_token_ids": (-1,)}, {"stop_token_ids": (10**6,)},
+        {"prompt_key": torch.zeros(2, dtype=torch.int64)}, {"prompt_key": torch.zeros(1)}, {"prompt_key": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_that_cannot_be_used(tiny, change):
+    with pytest.raises(UserError, match=next(iter(change)) + ".*expected"):
+        generate(tiny, PROMPTS[:1], **{"n": 1, "max_new_tokens": 4, "seed": 0, **change})
+
+
+def test_memory_that_runs_out_is_told_with_what_a_row_takes(tiny, monkeypatch):
+    c, options = tiny.config, dict(n=2, max_new_tokens=4, seed=0)
+    monkeypatch.setattr(rollout, "new_cache", lambda *_: torch.empty(2**46))
+    row = (9 + 4) * 2 * c.num_layers * c.num_kv_heads * c.head_dim * 4
+    with pytest.raises(UserError, match=f"6 responses .* 13 tokens .* {row} bytes a response, {6 * row} in all.*--rollout-rows"):
+        generate(tiny, PROMPTS, **options)
+    monkeypatch.setattr(rollout, "new_cache", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        generate(tiny, PROMPTS, **options)
+
+
+def test_no_token_left_to_draw(tiny):
+    everything = range(tiny.config.vocab_size)
+    with pytest.raises(UserError, match="leaves no token to draw"):
+        generate(tiny, PROMPTS, n=1, max_new_tokens=4, seed=0, min_new_tokens=1, stop_token_ids=everything)
+    assert generate(tiny, PROMPTS, n=1, max_new_tokens=4, seed=0, stop_token_ids=everything).length.tolist() == [1, 1, 1]
+
+
 def chi_square(counts, probabilities):
     expected = probabilities * counts.sum()
     used = expected > 0
@@ -174,7 +267,10 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.3, 1.0, 4), (0.8, 0.9, 7)])
-def test_distribution_and_log_probs(temperature, top_p, top_k):
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.skipif(not native.available, reason="not built")), False])
+def test_distribution_and_log_probs(temperature, top_p, top_k, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", False)
     rows, vocabulary = 40_000, 200
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(2)) * 2
     key = combine(7, torch.arange(rows))
@@ -229,7 +325,15 @@ def test_exponential_numbers_are_exponential_and_keyed():
     assert not (numbers == exponential(stream(torch.arange(200), 5), 300)).any()
 
 
-@pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"key": torch.zeros(3)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": 1e-45}, {"top_p": 0.0}, {"top_p": 1.5},
+        {"top_k": -1}, {"top_k": 1.5}, {"key": torch.zeros(3)}, {"key": torch.zeros(2, dtype=torch.int64)}, {"logits": torch.zeros(3)},
+        {"logits": torch.zeros(3, 0)},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_sample_refuses_bad_values(change):
-    with pytest.raises(ValueError):
-        sample(torch.zeros(3, 5), **{"key": torch.zeros(3, dtype=torch.int64), "step": 0, **change})
+    with pytest.raises(ValueError, match=f"{next(iter(change))} .*expected"):
+        sample(**{"logits": torch.zeros(3, 5), "key": torch.zeros(3, dtype=torch.int64), "step": 0, **change})

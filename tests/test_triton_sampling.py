@@ -67,10 +67,11 @@ def test_kernels_compile_for_sm_90():
 @pytest.mark.parametrize("columns,part", [(7, 4096), (1000, 4096), (1000, 128), (5003, 4096), (5003, 1024)])
 def test_tokens_and_log_probs_are_those_of_plain_torch(columns, part, temperature, monkeypatch):
     logits, key = logits_of(8, columns), torch.arange(8)
-    token, logprob = by_triton(logits, stream(key, 3), temperature, part)
+    token, logprob, gap = by_triton(logits, stream(key, 3), temperature, part)
     exact = logits.double() / temperature
     race = (exact - exponential(stream(key, 3), columns).log()).topk(2).values
     assert (race[:, 0] - race[:, 1]).amin() > 1e-5, "no row of this seed may depend on rounding"
+    torch.testing.assert_close(gap.double(), race[:, 0] - race[:, 1], rtol=1e-6, atol=1e-5)
     monkeypatch.setattr("kernels.native.available", False)
     twin, twin_logprob, _ = sample(logits, key=key, step=3, temperature=temperature)
     assert torch.equal(token, twin)
@@ -106,7 +107,7 @@ def test_distribution(columns, part, rows):
     p = (logits[0].double() / 0.8).softmax(0)
     # The tokens of the shortest row, bins of about equal mass of the others.
     bins = torch.arange(columns) if columns < 10 else (p.cumsum(0) * 4).long().unique(return_inverse=True)[1]
-    token, _ = by_triton(logits.expand(rows, -1), stream(combine(7, torch.arange(rows)), 3), 0.8, part)
+    token, _, _ = by_triton(logits.expand(rows, -1), stream(combine(7, torch.arange(rows)), 3), 0.8, part)
     statistic, degrees = chi_square(token, bins, p)
     assert statistic < degrees + 5 * math.sqrt(2 * degrees)
 
@@ -118,8 +119,8 @@ def test_a_token_without_mass_is_never_drawn(step):
     logits = torch.full((5, 70), -torch.inf)
     logits[:, 5] = -200.0  # exp(-197) is 0 in float32
     logits[torch.arange(5), only] = -3.0
-    token, logprob = by_triton(logits, stream(torch.arange(5), step), part=32)
-    assert torch.equal(token, only) and bool((logprob == 0).all())
+    token, logprob, gap = by_triton(logits, stream(torch.arange(5), step), part=32)
+    assert torch.equal(token, only) and bool((logprob == 0).all()) and bool((gap > 80).all())
 
 
 @interpreted
@@ -138,8 +139,8 @@ def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
     logits = logits_of(4, 70)
     logits[1, place] = bad
     logits[2] = -torch.inf
-    token, logprob = by_triton(logits, stream(torch.arange(4), 0), part=32)
-    assert logprob.isnan().tolist() == [False, True, True, False] and token[1:3].tolist() == [0, 0]
+    token, logprob, gap = by_triton(logits, stream(torch.arange(4), 0), part=32)
+    assert logprob.isnan().tolist() == gap.isnan().tolist() == [False, True, True, False] and token[1:3].tolist() == [0, 0]
 
 
 @interpreted
@@ -156,13 +157,15 @@ def test_16_bit_logits_and_rows_apart(dtype):
 @interpreted
 def test_greedy_takes_the_first_of_the_likeliest():
     logits = logits_of(5, 70).clamp(max=3).round()
-    token, logprob = by_triton(logits, None, part=32)
+    token, logprob, gap = by_triton(logits, None, part=32)
     assert token.tolist() == [row.index(max(row)) for row in logits.tolist()]
-    assert ((logits == logits.amax(1, keepdim=True)).sum(1) > 1).any(), "some row must have equals"
+    two = logits.topk(2).values
+    assert torch.equal(gap, two[:, 0] - two[:, 1])
+    assert (gap == 0).any(), "some row must have equals"
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, token), rtol=1e-6, atol=1e-6)
 
 
 @interpreted
 def test_no_rows():
-    token, logprob = by_triton(torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
-    assert token.shape == logprob.shape == (0,)
+    token, logprob, gap = by_triton(torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
+    assert token.shape == logprob.shape == gap.shape == (0,)
