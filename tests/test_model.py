@@ -1,6 +1,9 @@
 """transformers is the oracle: logits, gradients, saved folders, PEFT adapters."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +78,46 @@ def test_weights_are_read_into_the_wanted_dtype(tmp_path, stored, wanted):
     network.save_pretrained(tmp_path)
     for name, weight in M._named_targets(M.load(tmp_path, dtype=wanted)).items():
         assert weight.dtype == wanted and torch.equal(weight, network.get_parameter(name).to(wanted)), name
+
+
+PEAK = """
+import sys, threading
+from engine import model
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+def watch():
+    global peak
+    while not ended.wait(0.001):
+        peak = max(peak, anonymous())
+
+model.load(sys.argv[1])
+before = peak = anonymous()
+ended, watcher = threading.Event(), threading.Thread(target=watch)
+watcher.start()
+network = model.load(sys.argv[2], dtype=sys.argv[3])
+ended.set()
+watcher.join()
+print(max(peak, anonymous()) - before, sum(w.numel() * w.element_size() for w in network.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+@pytest.mark.parametrize(("stored", "wanted"), [(torch.float32, "float32"), (torch.bfloat16, "float32")])
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path, stored, wanted):
+    write_model(tmp_path / "small", "llama")
+    sizes = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    raw = {**json.loads((tmp_path / "small" / "config.json").read_text()), **sizes, "head_dim": 128}
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(raw))
+    shapes = M._named_targets(M.Decoder(M.ModelConfig.from_json(raw, tmp_path), raw, stored, torch.device("meta")))
+    save_file({name: torch.ones_like(t, device="cpu") for name, t in shapes.items()}, tmp_path / "large" / "model.safetensors")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large"), wanted]
+    ended = subprocess.run(command, cwd=Path(M.__file__).parent.parent, capture_output=True, text=True, check=True)
+    peak, weights = map(int, ended.stdout.split())
+    assert weights > 100e6 and 0.9 * weights < peak < 1.1 * weights
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen 3", "gemma 2", "gemma 3"])
