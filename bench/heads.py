@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine import data, head, quickstart
 from engine.config import RunConfig
-from engine.model import load
+from engine.model import load, load_tokenizer
 from engine.packing import groups
 from engine.rollout import generate
 from engine.score import Head, frozen_forward
@@ -265,7 +265,7 @@ def bag_of_words_auc(folder: Path, buckets: int = 2**16) -> float:
 
     The best of several penalties on the test file itself is taken, which favours the baseline.
     """
-    tokenizer = head._tokenizer(quickstart.model_folder())
+    tokenizer = load_tokenizer(quickstart.model_folder())
     train, test = (
         [r for r in rows if r["source"].startswith("gptfuzz")] for rows in harm_rows(folder, audit=False)
     )  # fmt: skip
@@ -294,7 +294,7 @@ def bag_of_words_auc(folder: Path, buckets: int = 2**16) -> float:
 def samples():
     """(prompts, rollouts, decoded texts): 8 answers of the reference to 32 delicate and 32 everyday training prompts."""
     folder = quickstart.model_folder()
-    tokenizer, model = head._tokenizer(folder), load(folder)
+    tokenizer, model = load_tokenizer(folder), load(folder)
     prompts = data.load_prompts(data.shipped_prompts("train"), tokenizer, system=SYSTEM, max_prompt_tokens=512)
     prompts = prompts.select([i for kind in ("delicate", "everyday") for i in [j for j, k in enumerate(prompts.kind) if k == kind][:32]])
     rollouts = generate(

@@ -262,6 +262,12 @@ def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def check_known(token_ids: list[int], vocab_size: int, place: str) -> None:
+    """Raises: UserError where a text has a special token that the model does not know."""
+    if max(token_ids, default=0) >= vocab_size:
+        raise UserError(f"{place}: it has token id {max(token_ids)}, the model knows {vocab_size} tokens; remove that special token.")
+
+
 def _kind(value: object, place: str) -> str:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: column 'kind' holds a {type(value).__name__}; give text.")

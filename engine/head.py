@@ -22,7 +22,7 @@ from torch import Tensor
 from engine import data, quickstart
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.model import Decoder, fingerprint, load, resolve
+from engine.model import Decoder, fingerprint, load, load_tokenizer, resolve
 from engine.packing import Group
 from engine.score import Head, frozen_forward
 
@@ -112,12 +112,15 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
     _check_classes(rows)
 
     folder = resolve(config.model) if config.model else quickstart.model_folder()
-    model, tokenizer = load(folder), _tokenizer(folder)
+    model, tokenizer = load(folder), load_tokenizer(folder)
     if not 0 <= config.layer <= model.config.num_layers:
         raise UserError(f"--layer {config.layer}: the model has {model.config.num_layers} layers.")
     texts = unique_texts([*rows, *test])
     start = time.perf_counter()
     encoded = encode(texts, tokenizer, config, model.config.max_positions)
+    for group in encoded:
+        for ids, i in ((group.prompt, group.rows[0]), *zip(group.responses, group.rows, strict=True)):
+            data.check_known(ids, model.config.vocab_size, f"--data: the text {texts[i].response[:60]!r} or its prompt")
     pooled_ND = states(model, encoded, [config.layer])[config.layer]
     print(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
 
@@ -402,12 +405,6 @@ def _row(row: dict, place: str, source: str, config: HeadConfig) -> Row:
         group=str(group),
         weight=float(weight),
     )
-
-
-def _tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _command(config: HeadConfig) -> str:

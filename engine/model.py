@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,16 @@ from kernels.products import linear
 Tap = Callable[[int, Tensor], None]
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor of a safetensors file, as the file's header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
 
 
 class Decoder(nn.Module):
@@ -231,31 +242,46 @@ def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, de
 
     Raises: UserError naming the file and the tensor or switch that cannot be used.
     """
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES and dtype not in DTYPES.values():
+        raise UserError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}.")
     folder = resolve(path_or_id)
     raw = read_config(folder)
     config = ModelConfig.from_json(raw, folder / "config.json")
-    where = _tensor_files(folder)
-    model = Decoder(config, raw, dtype, torch.device(device))
+    stored = check_weights(folder, config)
+    model = Decoder(config, raw, DTYPES.get(dtype, dtype), torch.device(device))
     targets = _named_targets(model)
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(n for n, tensor in stored.items() if tensor.file == file):
+                targets[name].copy_(tensors.get_tensor(name))
+    return model
+
+
+def check_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    """The stored tensor of each weight that `config` asks for, by name; only headers are read.
+
+    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown, of another shape or of no floating dtype.
+    """
+    stored = stored_tensors(folder)
     if config.tied:
-        where.pop("lm_head.weight", None)
-    where = {name: file for name, file in where.items() if not name.endswith("rotary_emb.inv_freq")}
-    missing, extra = sorted(set(targets) - set(where)), sorted(set(where) - set(targets))
+        stored.pop("lm_head.weight", None)
+    wanted = _named_targets(Decoder(config, {}, torch.float32, torch.device("meta")))
+    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
     if missing or extra:
         kind, names = ("lacks", missing) if missing else ("has unknown", extra)
         raise UserError(f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); use a complete checkpoint.")
-    for file in sorted(set(where.values())):
-        with safe_open(file, framework="pt") as tensors:
-            for name in sorted(n for n, f in where.items() if f == file):
-                value = tensors.get_tensor(name)
-                if value.shape != targets[name].shape:
-                    raise UserError(
-                        f"{file}: tensor {name} has shape {tuple(value.shape)}, config.json wants {tuple(targets[name].shape)}; "
-                        "use a config.json and weights that belong together."
-                    )
-                targets[name].copy_(value)
-    return model
+    for name, tensor in stored.items():
+        if tensor.shape != wanted[name].shape:
+            raise UserError(
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json wants {tuple(wanted[name].shape)}; "
+                "use a config.json and weights that belong together."
+            )
+        if tensor.dtype not in STORED_DTYPES:
+            raise UserError(
+                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}; use a checkpoint in {', '.join(STORED_DTYPES)}, "
+                "one that is not quantised."
+            )
+    return stored
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -280,10 +306,46 @@ def read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no config.json; give a Hugging Face model folder.")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises: UserError where it cannot be read, or is not one object."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); fetch the file again.") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{file}: a JSON {type(contents).__name__}, not an object; fetch the file again.")
+    return contents
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model folder. Raises: UserError where it cannot be loaded, brings code, or has more tokens than the model."""
+    from transformers import AutoTokenizer
+
+    refuse_code(folder)
+    size = ModelConfig.from_json(read_config(folder), folder / "config.json").vocab_size
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder}: no tokenizer could be loaded ({reason}); give a complete model folder.") from error
+    # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them, and prompts that name them are refused.
+    plain = (number for number, token in tokenizer.added_tokens_decoder.items() if not token.special)
+    if max(tokenizer.vocab_size, 1 + max(plain, default=-1)) > size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, vocab_size in config.json is {size}; "
+            "give the model together with its own tokenizer."
+        )
+    return tokenizer
+
+
+def refuse_code(folder: Path) -> None:
+    """Raises: UserError where a model folder asks for code of its own to be run."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file() and "auto_map" in read_json(file):
+            raise UserError(f"{file}: auto_map names code that comes with the checkpoint, which is never run; use a checkpoint without it.")
 
 
 def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, tokenizer_from: Path | None = None) -> None:
@@ -293,8 +355,8 @@ def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, 
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty; choose another folder.")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is {'not empty' if folder.is_dir() else 'a file'}; choose another folder.")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     merged = {} if adapter is None else adapter.deltas()
     tensors = {}
@@ -325,7 +387,7 @@ def fingerprint(folder: Path) -> str:
     import hashlib
 
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(set(_tensor_files(folder).values())):
+    for file in sorted({tensor.file for tensor in stored_tensors(folder).values()}):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as stream:
@@ -400,22 +462,43 @@ def _named_targets(model: Decoder) -> dict[str, Tensor]:
     return named
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it. Raises UserError for missing, truncated or pickle-only checkpoints."""
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by name, from the headers of its safetensors files; positions that were saved as weights are left out.
+
+    Raises: UserError naming the file that is missing, truncated, a pickle, or that its index says otherwise of.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-        missing = sorted({file.name for file in named.values() if not file.is_file()})
-        if missing:
-            raise UserError(f"{folder}: {missing[0]} is missing, {index.name} names it; fetch it again.")
-        return named
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        why = f"only {pickles[0]}, a pickle, which is never executed" if pickles else "no model.safetensors"
-        raise UserError(f"{folder}: {why}; use a safetensors checkpoint.")
+    if not index.is_file():
+        file = folder / "model.safetensors"
+        if not file.is_file():
+            pickles = sorted(p.name for p in folder.glob("*.bin"))
+            why = f"only {pickles[0]}, a pickle, which is never executed" if pickles else "no model.safetensors"
+            raise UserError(f"{folder}: {why}; use a safetensors checkpoint.")
+        return _header(file)
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: no weight_map that names the file of each tensor; fetch it again.")
+    weight_map = {name: folder / file for name, file in weight_map.items() if _is_weight(name)}
+    stored = {}
+    for file in sorted(set(weight_map.values())):
+        if not file.is_file():
+            raise UserError(f"{folder}: {file.name} is missing, {index.name} names it; fetch it again.")
+        header, named = _header(file), {name for name, place in weight_map.items() if place == file}
+        for name in sorted(header.keys() ^ named):
+            kind = "lacks" if name in named else "has unknown"
+            raise UserError(f"{file}: it {kind} tensor {name}, by {index.name}; fetch the checkpoint again.")
+        stored |= header
+    return stored
+
+
+def _header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {name: file for name in tensors.keys()}
+            parts = {name: tensors.get_slice(name) for name in tensors.keys() if _is_weight(name)}
+            return {name: Stored(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype()) for name, part in parts.items()}
     except Exception as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again.") from error
+
+
+def _is_weight(name: str) -> bool:
+    return not name.endswith("rotary_emb.inv_freq")

@@ -47,9 +47,11 @@ def read_response_pairs(source: str, columns: list[str], config: RunConfig, toke
         ids = data.chat_ids([{"role": "user", "content": row["prompt"]}], tokenizer, config.system, place)
         if len(ids) > limit:
             raise UserError(f"{place}: the prompt has {len(ids)} tokens, the limit is {limit}; shorten or remove it.")
+        data.check_known(ids, shape.vocab_size, place)
         prompts.append((row["prompt"], str(row.get("kind") or ""), ids))
         for name in pair:
             answer = tokenizer(row[name], add_special_tokens=False)["input_ids"]
+            data.check_known(answer, shape.vocab_size, place)
             tokens.append((answer + [tokenizer.eos_token_id])[: config.max_new_tokens])
             texts.append(tokenizer.decode(tokens[-1], skip_special_tokens=True))
         labels.append([[SURE if int(row[name]) == i else -SURE for name in columns] for i in (0, 1)])

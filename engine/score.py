@@ -23,7 +23,7 @@ from engine import packing
 from engine.checkpoint import write_whole
 from engine.errors import UserError
 from engine.full import FullWeights, Weights, policy_of
-from engine.model import Decoder, load
+from engine.model import Decoder, load, refuse_code, resolve, stored_tensors
 from engine.packing import Group, LowerStates
 from engine.records import Prompts, Rollouts, Scores
 from engine.rollout import States
@@ -348,15 +348,13 @@ def mean_states(hidden: Tensor, packed: packing.Packed) -> Tensor:
 
 def _on_its_own_trunk(head: Head, device: torch.device) -> TextFunction:
     """A head made for another checkpoint than the policy: that trunk (the quickstart model) is loaded and reads the texts."""
-    from transformers import AutoTokenizer
-
     from engine import model, quickstart
     from engine.data import chat_ids
 
     folder = quickstart.model_folder()
     if model.fingerprint(folder) != head.trunk:
         raise UserError(f"head {head.name} was made for another model (fingerprint {head.trunk}); use it with --model of that model.")
-    trunk, tokenizer = load(folder, dtype=torch.float32, device=device), AutoTokenizer.from_pretrained(folder)
+    trunk, tokenizer = load(folder, dtype=torch.float32, device=device), model.load_tokenizer(folder)
 
     def function(prompts: list[str], responses: list[str]) -> list[float]:
         all_groups = [
@@ -386,12 +384,22 @@ def _classifier(spec: str, device: torch.device) -> TextFunction:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path, _, label = spec.partition("#")
+    folder = resolve(path)
+    refuse_code(folder)
+    stored_tensors(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"scorer {spec}: an adapter and a model in one folder; merge the adapter into the model, or remove one of them.")
     try:
-        network = AutoModelForSequenceClassification.from_pretrained(path).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        network, found = AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+        network = network.to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"scorer {spec}: no sequence-classification model could be loaded ({reason}); give its local folder.") from error
+    if found["missing_keys"]:
+        raise UserError(f"scorer {spec}: it lacks tensor {min(found['missing_keys'])}; give a complete sequence-classification model.")
     labels = {str(name): index for index, name in network.config.id2label.items()}
     if label and label not in labels:
         raise UserError(f"scorer {spec}: the model has no label {label}; it has {', '.join(labels)}.")

@@ -51,6 +51,7 @@ class Inputs:
     fingerprint: str
     shape: ModelConfig
     tokenizer: object
+    stop_token_ids: tuple[int, ...]
     train: Prompts
     heldout: Prompts
 
@@ -63,13 +64,20 @@ class Inputs:
         keep_freed_memory()
         folder = model_folder(config.model)
         fingerprint = model.fingerprint(folder)
-        tokenizer = _tokenizer(folder)
-        raw = model.read_config(folder)
-        shape = ModelConfig.from_json(raw, folder / "config.json")
+        shape = ModelConfig.from_json(model.read_config(folder), folder / "config.json")
+        model.check_weights(folder, shape)
+        tokenizer = model.load_tokenizer(folder)
+        stop_token_ids = stop_tokens(folder, tokenizer)
+        unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
+        if unknown:
+            raise UserError(
+                f"{folder}: end-of-sequence token {unknown[0]} is not among the {shape.vocab_size} of config.json's vocab_size; "
+                "correct eos_token_id in generation_config.json, config.json or the tokenizer."
+            )
         train, heldout = _prompts(config, tokenizer, shape)
         return Inputs(
-            device=device, dtype=dtype, folder=folder, fingerprint=fingerprint, shape=shape, tokenizer=tokenizer, train=train,
-            heldout=heldout,
+            device=device, dtype=dtype, folder=folder, fingerprint=fingerprint, shape=shape, tokenizer=tokenizer,
+            stop_token_ids=stop_token_ids, train=train, heldout=heldout,
         )  # fmt: skip
 
 
@@ -88,9 +96,9 @@ class Subject:
     def load(config: RunConfig, inputs: Inputs, scorers: Scorers) -> "Subject":
         """Load the weights."""
         network = model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device)
-        stop_token_ids = stop_tokens(inputs.folder, inputs.tokenizer)
         return Subject(
-            config=config, folder=inputs.folder, model=network, tokenizer=inputs.tokenizer, scorers=scorers, stop_token_ids=stop_token_ids
+            config=config, folder=inputs.folder, model=network, tokenizer=inputs.tokenizer, scorers=scorers,
+            stop_token_ids=inputs.stop_token_ids,
         )  # fmt: skip
 
 
@@ -917,28 +925,28 @@ def model_folder(name: str) -> Path:
 
 
 def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
-    """End-of-sequence ids of tokenizer, generation_config.json and config.json together: they disagree in many checkpoints."""
+    """End-of-sequence ids of tokenizer, generation_config.json and config.json together: they disagree in many checkpoints.
+
+    Raises: UserError naming a file whose ids are not whole numbers.
+    """
     found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(ids) if isinstance(ids, list) else {ids}
+            ids = model.read_json(folder / name).get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(number is None or type(number) is int for number in ids):
+                raise UserError(f"{folder / name}: eos_token_id is {ids!r:.60}; it must be a token id, or a list of them.")
+            found |= set(ids)
     return tuple(sorted(found - {None}))
-
-
-def _tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); give a complete model folder.") from error
 
 
 def read_prompts(source: str | list[str], config: RunConfig, tokenizer, shape: ModelConfig) -> Prompts:
     """Prompts as the run's own are read: its column, system line and longest response."""
     longest = shape.max_positions - config.max_new_tokens
-    return data.load_prompts(source, tokenizer, column=config.prompt_column, system=config.system, max_prompt_tokens=longest)
+    prompts = data.load_prompts(source, tokenizer, column=config.prompt_column, system=config.system, max_prompt_tokens=longest)
+    for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
+        data.check_known(ids, shape.vocab_size, f"prompt {text[:60]!r}")
+    return prompts
 
 
 def _prompts(config: RunConfig, tokenizer, shape: ModelConfig) -> tuple[Prompts, Prompts]:

@@ -14,6 +14,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
     "rope_theta": 500.0,
 }  # fmt: skip
+LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 GEMMA = dict(head_dim=10, query_pre_attn_scalar=7, sliding_window=6)
 # The caps are low enough to bend most scores.
 CAPS = dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.5)
@@ -24,13 +25,15 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "llama, one head per query, own head": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
     "llama, head size of its own, gelu": ("Llama", {"head_dim": 10, "hidden_act": "gelu"}),
     "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama, linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "llama, linear rope": ("Llama", {"rope_parameters": LINEAR_ROPE}),
     "llama 3 rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "qwen 2": ("Qwen2", {}),
     "qwen 2, window from layer 1, own head": (
         "Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "tie_word_embeddings": False}
     ),
+    "qwen 2, one head per query, linear rope": ("Qwen2", {"num_key_value_heads": 4, "rope_parameters": LINEAR_ROPE}),
     "qwen 3": ("Qwen3", {"head_dim": 10}),
+    "qwen 3, one head per query, llama 3 rope": ("Qwen3", {"head_dim": 10, "num_key_value_heads": 4, "rope_parameters": LLAMA3_ROPE}),
     "qwen 3, biases, windows, one key head": (
         "Qwen3",
         {
@@ -42,6 +45,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "mistral without window, three heads per key": (
         "Mistral", {"sliding_window": None, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1}
     ),
+    "mistral, one head per query, llama 3 rope": (
+        "Mistral", {"sliding_window": 6, "num_key_value_heads": 4, "rope_parameters": LLAMA3_ROPE}
+    ),
+    "mistral, linear rope": ("Mistral", {"sliding_window": None, "rope_parameters": LINEAR_ROPE}),
     "gemma 2": ("Gemma2", {**GEMMA, **CAPS}),
     "gemma 2, biases, own head, no caps": (
         "Gemma2",
@@ -51,6 +58,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         },
     ),
     "gemma 3": ("Gemma3", {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma 3, one head per query, own head": ("Gemma3", {**GEMMA, "num_key_value_heads": 4, "tie_word_embeddings": False}),
     "gemma 3, scaled rope, final cap": (
         "Gemma3",
         {

@@ -1,13 +1,18 @@
 """transformers is the oracle: logits, gradients, saved folders, PEFT adapters."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from architectures import VARIANTS, VOCABULARY, write_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import model as M
+from engine.architecture import HARMLESS
 from engine.attention import Layout
 from engine.errors import UserError
 from engine.lora import Adapter, load_peft, save_peft
@@ -73,6 +78,46 @@ def test_weights_are_read_into_the_wanted_dtype(tmp_path, stored, wanted):
     network.save_pretrained(tmp_path)
     for name, weight in M._named_targets(M.load(tmp_path, dtype=wanted)).items():
         assert weight.dtype == wanted and torch.equal(weight, network.get_parameter(name).to(wanted)), name
+
+
+PEAK = """
+import sys, threading
+from engine import model
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+def watch():
+    global peak
+    while not ended.wait(0.001):
+        peak = max(peak, anonymous())
+
+model.load(sys.argv[1])
+before = peak = anonymous()
+ended, watcher = threading.Event(), threading.Thread(target=watch)
+watcher.start()
+network = model.load(sys.argv[2], dtype=sys.argv[3])
+ended.set()
+watcher.join()
+print(max(peak, anonymous()) - before, sum(w.numel() * w.element_size() for w in network.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+@pytest.mark.parametrize(("stored", "wanted"), [(torch.float32, "float32"), (torch.bfloat16, "float32")])
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path, stored, wanted):
+    write_model(tmp_path / "small", "llama")
+    sizes = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    raw = {**json.loads((tmp_path / "small" / "config.json").read_text()), **sizes, "head_dim": 128}
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(raw))
+    shapes = M._named_targets(M.Decoder(M.ModelConfig.from_json(raw, tmp_path), raw, stored, torch.device("meta")))
+    save_file({name: torch.ones_like(t, device="cpu") for name, t in shapes.items()}, tmp_path / "large" / "model.safetensors")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large"), wanted]
+    ended = subprocess.run(command, cwd=Path(M.__file__).parent.parent, capture_output=True, text=True, check=True)
+    peak, weights = map(int, ended.stdout.split())
+    assert weights > 100e6 and 0.9 * weights < peak < 1.1 * weights
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen 3", "gemma 2", "gemma 3"])
@@ -180,6 +225,15 @@ def test_adapters_of_peft_on_some_linears_and_layers(tmp_path, linears):
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "peft_type"),
+        ({"alora_invocation_tokens": [1, 2]}, r"adapter_config.json: alora_invocation_tokens \[1, 2\]"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"monteclora_config": {"n": 2}}, "monteclora_config"),
+        ({"a_switch_of_tomorrow": 1}, "a_switch_of_tomorrow 1"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
+        ({"r": None}, "adapter_config.json: r is None"),
+        ({"r": "2"}, "r is '2'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
     ],
 )
 def test_adapters_that_compute_something_else_are_refused_by_name(tmp_path, change, message):
@@ -190,6 +244,65 @@ def test_adapters_that_compute_something_else_are_refused_by_name(tmp_path, chan
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         load_peft(tmp_path / "adapter", ours)
+
+
+ONE = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 24)}, "an adapter with lm_head.lora_A is not supported"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 97)}, "model.embed_tokens.lora_embedding_A is not"),
+        ({ONE.replace("lora_A", "lora_magnitude_vector"): torch.ones(24)}, "layers.1.self_attn.q_proj.lora_magnitude_vector is not"),
+        ({ONE.replace("1", "8"): torch.ones(2, 24)}, "layers 0 and 8 without layer 3"),
+        ({ONE: None}, "self_attn.q_proj.lora_A.weight is not in both of layers 0 and 1"),
+        ({ONE: torch.ones(3, 24)}, r"layers.1.self_attn.q_proj.lora_A.weight has shape \(3, 24\), not \(2, 24\)"),
+        ({ONE: torch.ones(2, 24, dtype=torch.int8)}, "stored as torch.int8"),
+        ({ONE.replace("1", str(i)): None for i in range(3)}, "self_attn.q_proj has only one of lora_A and lora_B"),
+    ],
+)
+def test_adapters_on_something_else_are_refused_with_its_name(tmp_path, change, message):
+    write_model(tmp_path / "base", "llama")
+    ours = M.load(tmp_path / "base")
+    save_peft(Adapter.on(ours, rank=2, alpha=4.0, share=0.0, seed=0), tmp_path / "adapter", "")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: value for name, value in {**load_file(file), **change}.items() if value is not None}
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=message):
+        load_peft(tmp_path / "adapter", ours)
+
+
+def test_broken_adapter_files_are_refused_by_name(tmp_path):
+    write_model(tmp_path / "base", "llama")
+    ours, folder = M.load(tmp_path / "base"), tmp_path / "adapter"
+    save_peft(Adapter.on(ours, rank=2, alpha=4.0, share=0.0, seed=0), folder, "")
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole, settings = file.read_bytes(), config.read_text()
+    for length in (0, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="adapter_model.safetensors: not a whole safetensors file"):
+            load_peft(folder, ours)
+    for text in ("", "[]", settings[:-10]):
+        config.write_text(text)
+        with pytest.raises(UserError, match="adapter"):
+            load_peft(folder, ours)
+    config.write_text(settings)
+    file.rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin, a pickle"):
+        load_peft(folder, ours)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_settings_that_peft_writes_are_known_and_starts_that_leave_the_base_alone(tmp_path, start):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    peft.get_peft_model(write_model(tmp_path / "base", "llama"), settings).save_pretrained(tmp_path / "a")
+    wrapped = peft.PeftModel.from_pretrained(write_model(tmp_path / "base", "llama"), tmp_path / "a")
+    ours, (_, tokens, cu) = M.load(tmp_path / "base"), ragged([11])
+    with torch.no_grad():
+        logits = ours.logits(ours(tokens, cu, adapter=load_peft(tmp_path / "a", ours)))
+        assert (logits - wrapped(tokens[None]).logits[0]).abs().max() < 1e-4
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
@@ -224,6 +337,27 @@ def test_adapters_of_another_model_are_refused(tmp_path):
         ({"hidden_size": 32}, "shape"),
         ({"num_hidden_layers": 4}, "lacks"),
         ({"num_hidden_layers": 2}, "unknown"),
+        ({"is_causal": False}, "is_causal False"),
+        ({"use_qk_norm": False}, "use_qk_norm False"),
+        ({"foo_switch": False}, "foo_switch False"),
+        ({"foo_zero": 0}, "foo_zero 0"),
+        ({"foo_list": []}, r"foo_list \[\]"),
+        ({"foo_text": ""}, "foo_text  is not supported"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty 1.2"),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "attention_factor": 0}}, "attention_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "2"}}, "factor of rope type linear is '2'"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta of rope type default is -1"),
+        ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
+        ({"hidden_size": "24"}, "hidden_size is '24'"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"vocab_size": 97.0}, "vocab_size is 97.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"architectures": "MambaForCausalLM"}, "MambaForCausalLM"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, change, message):
@@ -248,6 +382,11 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, change, message):
         ("qwen 2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
         ("qwen 2", {"mlp_bias": True}, "mlp_bias"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("mistral", {"use_sliding_window": False}, "use_sliding_window False"),
+        ("qwen 2", {"max_window_layers": "1"}, "max_window_layers is '1'"),
+        ("gemma 2", {"layer_types": 3}, "layer_types"),
+        ("gemma 2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ("gemma 3", {"rope_parameters": {"full_attention": 3}}, "rope_parameters full_attention is 3"),
     ],
 )
 def test_switches_of_one_architecture_are_refused_by_name(tmp_path, name, change, message):
@@ -286,6 +425,29 @@ def test_older_config_files_mean_the_same_here_and_in_transformers(tmp_path, nam
         assert (ours.logits(ours(tokens, cu)) - network(tokens[None]).logits[0]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_harmless_settings_change_nothing_in_transformers_either(tmp_path, name):
+    network = write_model(tmp_path, name)
+    file = tmp_path / "config.json"
+    # Those of the family itself are switches of it.
+    extra = {key: value for key, value in HARMLESS.items() if key not in json.loads(file.read_text())}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **extra}))
+    ours = M.load(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    _, tokens, cu = ragged([30])
+    with torch.no_grad():
+        assert torch.equal(network(tokens[None]).logits, again(tokens[None]).logits)
+        assert (ours.logits(ours(tokens, cu)) - again(tokens[None]).logits[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_whole_configs_of_transformers_are_known(tmp_path, name):
+    network = write_model(tmp_path, name)
+    file = tmp_path / "config.json"
+    whole = {**network.config.to_dict(), **json.loads(file.read_text())}
+    assert M.ModelConfig.from_json(whole, file) == M.load(tmp_path).config
+
+
 def test_truncated_pickle_and_missing_folders_are_refused(tmp_path):
     write_model(tmp_path / "a", "llama")
     file = tmp_path / "a" / "model.safetensors"
@@ -307,6 +469,72 @@ def test_a_missing_shard_is_refused_by_name(tmp_path):
         M.load(tmp_path / "b")
 
 
+@pytest.fixture
+def shards(tmp_path):
+    """The folder of a model in several files, its index, and the second of the files."""
+    write_model(tmp_path / "whole", "llama").save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    folder = tmp_path / "shards"
+    return folder, folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))[1]
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_truncated_shard_is_refused_by_name(shards, length):
+    folder, _, file = shards
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(UserError, match=f"{file.name}: not a whole safetensors file"):
+        M.load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"model.norm.weight": 3}}'])
+def test_an_index_that_is_none_is_refused_by_name(shards, text):
+    folder, index, _ = shards
+    index.write_text(text)
+    with pytest.raises(UserError, match=index.name):
+        M.load(folder)
+
+
+def test_shards_that_the_index_says_otherwise_of_are_refused(shards):
+    folder, index, file = shards
+    whole = json.loads(index.read_text())
+    here = sorted(name for name, place in whole["weight_map"].items() if place == file.name)
+    index.write_text(json.dumps({"weight_map": {k: v for k, v in whole["weight_map"].items() if k != here[0]}}))
+    with pytest.raises(UserError, match=f"{file.name}: it has unknown tensor {here[0]}"):
+        M.load(folder)
+    index.write_text(json.dumps({"weight_map": {**whole["weight_map"], "model.more.weight": file.name}}))
+    with pytest.raises(UserError, match=f"{file.name}: it lacks tensor model.more.weight"):
+        M.load(folder)
+    index.write_text(json.dumps(whole))
+    save_file({**load_file(file), "model.more.weight": torch.ones(2)}, file)
+    with pytest.raises(UserError, match=f"{file.name}: it has unknown tensor model.more.weight"):
+        M.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64, torch.bool])
+def test_weights_that_are_no_floats_are_refused_by_name(tmp_path, dtype):
+    write_model(tmp_path, "llama")
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name].to(dtype)}, file)
+    stored = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64", torch.bool: "BOOL"}[dtype]
+    with pytest.raises(UserError, match=f"model.safetensors: tensor {name} is stored as {stored}"):
+        M.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", ""])
+def test_a_config_that_is_no_object_is_refused_by_name(tmp_path, text):
+    write_model(tmp_path, "llama")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json: "):
+        M.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, None])
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    write_model(tmp_path, "llama")
+    with pytest.raises(UserError, match=f"dtype {dtype}: must be one of float32"):
+        M.load(tmp_path, dtype=dtype)
+
+
 def test_sharded_checkpoint_loads(tmp_path):
     network = write_model(tmp_path / "a", "llama")
     network.save_pretrained(tmp_path / "b", max_shard_size="10KB")
@@ -319,6 +547,19 @@ def test_save_refuses_a_folder_in_use(tmp_path):
     write_model(tmp_path / "a", "llama")
     with pytest.raises(UserError, match="not empty"):
         M.save(M.load(tmp_path / "a"), tmp_path / "a")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        M.save(M.load(tmp_path / "a"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bfloat16_checkpoint_is_saved_bit_for_bit(tmp_path):
+    write_model(tmp_path / "a", "llama").to(torch.bfloat16).save_pretrained(tmp_path / "a")
+    M.save(M.load(tmp_path / "a", dtype=torch.bfloat16), tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert before.keys() == after.keys() and all(t.dtype == torch.bfloat16 for t in after.values())
+    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in before)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_hub_id_and_missing_folder(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from engine import caid, export, train
+from engine import caid, export, model, train
 from engine.checkpoint import Run
 from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
@@ -226,9 +229,8 @@ def test_from_python_and_max_kl_keeps_the_iterate_before(tmp_path):
 
 def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
     assert export.main([str(finished), str(tmp_path / "merged")]) == 0
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from engine import model
     from engine.lora import load_peft
     from engine.rollout import generate
     from engine.smoke import smoke_folder
@@ -303,6 +305,79 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message)
     assert message in error and len(error.splitlines()) == 1
     # Only what the samples show is found after they are there.
     assert (tmp_path / "r").exists() == (message.endswith(("every response", "up to")))
+
+
+def rewrite(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def with_weights(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    tensors = {**load_file(folder / "model.safetensors"), name: value}
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def with_vocabulary(folder: Path, size: int) -> None:
+    """A model that knows fewer tokens than its tokenizer has."""
+    rewrite(folder / "config.json", vocab_size=size)
+    with_weights(folder, "model.embed_tokens.weight", torch.ones(size, 32))
+
+
+def with_text(folder: Path, text: str) -> None:
+    """A tokenizer with one token more than the model knows, an ordinary word."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([text])
+    tokenizer.save_pretrained(folder)
+
+
+BIAS = "model.layers.1.self_attn.q_proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: with_weights(f, "model.norm.weight", None), "lacks tensor model.norm.weight"),
+        (lambda f: with_weights(f, BIAS, torch.ones(32)), f"has unknown tensor {BIAS}"),
+        (lambda f: with_weights(f, "model.norm.weight", torch.ones(31)), "model.norm.weight has shape (31,), config.json wants (32,)"),
+        (lambda f: with_weights(f, "model.norm.weight", torch.ones(32, dtype=torch.int8)), "model.norm.weight is stored as I8"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]), "not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin, a pickle"),
+        (lambda f: rewrite(f / "config.json", is_causal=False), "config.json: is_causal False is not supported"),
+        (lambda f: rewrite(f / "config.json", hidden_size="32"), "hidden_size is '32'"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: a JSON list"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer could be loaded"),
+        (lambda f: with_vocabulary(f, 300), "the tokenizer has 384 tokens, vocab_size in config.json is 300"),
+        (lambda f: with_text(f, "unheard-of"), "the tokenizer has 385 tokens, vocab_size in config.json is 384"),
+        (lambda f: rewrite(f / "config.json", eos_token_id=384), "end-of-sequence token 384 is not among the 384"),
+        (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["x"]}'), "generation_config.json: eos_token_id is ['x']"),
+        (lambda f: (f / "generation_config.json").write_text("["), "generation_config.json: not valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_used_leaves_no_run_folder(tmp_path, tiny_folder, capsys, damage, message):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert train.main([*SMOKE, "--out", str(tmp_path / "r"), "--model", str(tmp_path / "model")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and str(tmp_path / "model") in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_special_tokens_beyond_the_vocabulary_are_refused_only_where_they_occur(tmp_path, tiny_folder, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert model.load_tokenizer(tmp_path / "model").encode("<image>") == [384]
+    rows = [{"prompt": f"What is {i} + {i}?"} for i in range(40)]
+    flags = [*SMOKE, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "r"), "--force"]
+    answers = [{**row, "chosen": "Two <image>", "rejected": "Three"} for row in rows]
+    for extra, place in (
+        (["--prompts", write(tmp_path / "p.jsonl", [*rows, {"prompt": "Look: <image>"}])], "prompt 'Look: <image>'"),
+        (["--pairs", write(tmp_path / "a.jsonl", answers)], "a.jsonl:1"),
+    ):
+        command = ["mocan"] if extra[0] == "--pairs" else []
+        assert train.main([*command, *flags, *extra]) == 2
+        assert f"{place}: it has token id 384, the model knows 384 tokens" in capsys.readouterr().err
+        assert not (tmp_path / "r").exists()
 
 
 def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):

@@ -1,13 +1,17 @@
 """Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where a sign changes."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from engine import data, model
+from engine import data, head, model, quickstart, stages
+from engine.config import CaidConfig, smoke
 from engine.errors import UserError
 from engine.lora import Adapter
 from engine.packing import batches, groups
@@ -181,6 +185,80 @@ def test_scorers_of_texts_are_tried_on_the_runs_prompts():
         try_out(Scorers(reward=good, costs=(), audits=(scorer([0.0, 1.0, float("nan"), 2.0]),)), ["one"])
     with pytest.raises(UserError, match="returned 3 scores for 4"):
         try_out(Scorers(reward=scorer([0.0] * 3), costs=(), audits=()), ["one"])
+
+
+@pytest.fixture
+def classifier(tiny_folder, tmp_path):
+    """The folder of a random sequence-classification model with one label."""
+    config = LlamaConfig(
+        vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=2
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class Model(LlamaForSequenceClassification): pass
+class Tokenizer(PreTrainedTokenizerFast): pass
+"""
+MAPS = {
+    "config.json": {"AutoModelForSequenceClassification": "evil.Model"},
+    "tokenizer_config.json": {"AutoTokenizer": [None, "evil.Tokenizer"]},
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("use", ["scorer", "policy", "head", "trunk"])
+def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier, tmp_path, monkeypatch, use, name):
+    folder, marker = classifier, tmp_path / "marker"
+    if use != "scorer":
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder, folder)
+    (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
+    raw = json.loads((folder / name).read_text())
+    if name == "tokenizer_config.json":
+        # A class that transformers does not have, as a tokenizer of its own would name it.
+        raw["tokenizer_class"] = "Tokenizer"
+    (folder / name).write_text(json.dumps({**raw, "auto_map": MAPS[name]}))
+    if use == "trunk":
+        Head(name="h", layer=2, weight_D=torch.ones(32, dtype=torch.float64), bias=0.0, trunk=model.fingerprint(folder)).save(
+            tmp_path / "head"
+        )
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    monkeypatch.setattr(quickstart, "model_folder", lambda: folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": f"a{i}", "rejected": f"b{i}"}) + "\n" for i in range(6)))
+    load = {
+        "scorer": lambda: find_scorer(str(folder), tiny_folder).load("x", CPU),
+        "policy": lambda: stages.Inputs.of(smoke(CaidConfig(model=str(folder), threads=1))),
+        "head": lambda: head.train(head.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
+        "trunk": lambda: find_scorer(str(tmp_path / "head"), tiny_folder).load("x", CPU),
+    }
+    with pytest.raises(UserError, match=f"{name}: .*auto_map"):
+        load[use]()
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_pickled_or_incomplete_scorer_is_refused(classifier, tmp_path, tiny_folder):
+    pickled, headless, adapted = (tmp_path / name for name in ("pickled", "headless", "adapted"))
+    for folder in (pickled, headless, adapted):
+        shutil.copytree(classifier, folder)
+    weights = safetensors.torch.load_file(classifier / "model.safetensors")
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"only pytorch_model.bin, a pickle, which is never executed"):
+        find_scorer(str(pickled), tiny_folder).load("x", CPU)
+    weights.pop("score.weight")
+    safetensors.torch.save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks tensor score.weight"):
+        find_scorer(str(headless), tiny_folder).load("x", CPU)
+    (adapted / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="an adapter and a model in one folder"):
+        find_scorer(str(adapted), tiny_folder).load("x", CPU)
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3])
