@@ -390,7 +390,7 @@ def write_results(lines: list[dict]) -> None:
     text = [
         "# Results", "",
         "Written by `python -m bench.run`; do not edit. Only figures of one table are comparable. Extra memory is the most that torch held",
-        "at once in a call, beyond what was there before and what it returns; what other libraries allocate by themselves is not in it.", "",
+        "at once in a call, beyond what was there before and what it returns; what other libraries allocate themselves is not in it.", "",
     ]  # fmt: skip
     for line in latest.values():
         title, header, rows = table_of(line)
