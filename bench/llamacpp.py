@@ -19,6 +19,11 @@ from engine.quickstart import INNER, OUTER
 FLOAT32 = 0  # ggml's number of the type
 
 
+def serves(config: ModelConfig, raw: dict) -> bool:
+    """Whether `write_gguf` writes all that there is of the model."""
+    return raw["architectures"] == ["LlamaForCausalLM"] and config.rope.scaling is None and not (config.o_bias or config.mlp_bias)
+
+
 @contextmanager
 def rival(folder: Path, model: Decoder, work: Work, temperature: float) -> Iterator[Callable[[], Responses]]:
     """The step to time; a GGUF file of the weights is there meanwhile. Raises: SystemExit where its log-probs are others than ours."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "llama-cpp-python")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "llama-cpp-python", "vllm")
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:

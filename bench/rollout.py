@@ -2,13 +2,14 @@
 
 The floor is the bare matrix products of the same work, each by the faster of torch.mm and what the engine calls: a prefill of the prompts,
 and for every further token the layers and the head at all rows that are left. Rivals run what they offer on the same weights:
-transformers' `generate` and its continuous batching, and llama.cpp (bench/llamacpp.py).
+transformers' `generate` and its continuous batching, vLLM, and llama.cpp (bench/llamacpp.py).
 """
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -137,6 +138,38 @@ def continuous_batching(model: torch.nn.Module, work: Work) -> Callable[[], Resp
         return _cut([x.generated_tokens for x in made.values()], work)
 
     return step
+
+
+def vllm(folder: Path, dtype: torch.dtype, work: Work) -> Callable[[], Responses]:
+    """vLLM's `LLM.generate` with n responses to each prompt, which is computed once in every call."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    longest = max(map(len, work.prompts)) + work.new
+    # Other candidates hold memory too; rows of a seeded request are sampled one by one, so only where lengths hang on it.
+    engine = LLM(
+        str(folder), dtype=str(dtype).removeprefix("torch."), skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=work.rows,
+        enable_prefix_caching=True, gpu_memory_utilization=0.4, seed=0,
+    )  # fmt: skip
+    params = SamplingParams(
+        n=work.n, temperature=TEMPERATURE, max_tokens=work.new, ignore_eos=True, stop_token_ids=list(work.stop), detokenize=False,
+        seed=0 if work.stop else None,
+    )  # fmt: skip
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in work.prompts]
+
+    def step() -> Responses:
+        engine.reset_prefix_cache()
+        return [list(made.token_ids) for x in engine.generate(prompts, params, use_tqdm=False) for made in x.outputs]
+
+    return step
+
+
+def vllm_serves(device: torch.device) -> bool:
+    """Whether vLLM is installed, in a build for the device."""
+    if not find_spec("vllm"):
+        return False
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type == device.type
 
 
 def floor(model: Decoder, work: Work, made: Responses) -> tuple[dict[str, dict[str, Callable[[], object]]], dict[str, float]]:

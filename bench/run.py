@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import growth, llamacpp, loss_head, rollout, train_step
+from bench import floors, growth, llamacpp, loss_head, rollout, shapes, train_step
 from bench.measure import interleaved, origin, peak_bytes
 from engine import dual
 from engine.checkpoint import write_whole
@@ -39,6 +39,8 @@ class LossHead:
     """Completion tokens in the batch, a multiple of 128."""
     frozen: bool = False
     """No gradient in the head."""
+    budgets_mb: tuple[int, ...] = ()
+    """Further memory budgets, in MB, that ours is timed at."""
     dtype: str = "float32"
     """float32 or bfloat16."""
     device: str = "cpu"
@@ -60,26 +62,30 @@ def run_loss_head(config: LossHead) -> dict:
     returned = sum(leaf.nbytes for leaf in x.leaves)
     eager_extra = peak_bytes(loss_head.eager(x), device) - returned
     steps = loss_head.candidates(x, eager_extra // 6)
+    steps |= {f"dualign, {mb} MB": loss_head.ours(x, 10**6 * mb) for mb in config.budgets_mb}
     errors = loss_head.check(steps, x)
     products = loss_head.floor(x)
-    candidates, floor_s, fastest = _measure(steps, products, config.repeats, device, {})
-    for row in candidates:
+    measured = _measure(steps, products, config.repeats, device)
+    for row in measured["candidates"]:
         row["errors"] = errors[row["name"]]
         row["extra_bytes"] -= returned
     width, vocabulary = loss_head.SHAPES[config.shape]
     return {
         "case": "loss_head", "shape": config.shape, "rows": config.rows, "width": width, "vocabulary": vocabulary, "dtype": config.dtype,
-        "frozen": config.frozen, "keep_pages": config.keep_pages, "repeats": config.repeats, "floor_s": floor_s, "floor_layouts": fastest,
-        "flops": len(products) * 2 * config.rows * width * vocabulary, "candidates": candidates, **origin(device),
+        "frozen": config.frozen, "keep_pages": config.keep_pages, "flops": len(products) * 2 * config.rows * width * vocabulary,
+        **measured, **origin(device),
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampling, against the bare matrix products, transformers' generate and continuous batching, and llama.cpp where it is installed."""
+    """Sampling, against its floors, transformers' generate and continuous batching, and vLLM and llama.cpp where they are installed."""
 
     model: str = ""
     """Hugging Face folder; the quickstart's model where it is left out."""
+    shape: str = ""
+    """Instead of a model random weights in the sizes of a published one: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b,
+    qwen2.5-1.5b or llama-3.1-8b."""
     rows: int = 64
     """Responses sampled side by side, a multiple of 8: groups of 8 share a prompt."""
     real: bool = False
@@ -92,6 +98,8 @@ class Rollout:
     """float32 or bfloat16."""
     device: str = "cpu"
     """cpu or cuda."""
+    rivals: bool = True
+    """Other engines too, not the floors alone."""
     keep_pages: bool = True
     """Freed memory stays with the process, for all candidates, as engine.train arranges it on a CPU; else as the allocator comes."""
     repeats: int = 5
@@ -105,55 +113,72 @@ def run_rollout(config: Rollout) -> dict:
     device, dtype, n = torch.device(config.device), getattr(torch, config.dtype), 8
     if config.keep_pages:
         keep_freed_memory()
-    folder = model_folder(config.model)
-    model, stock = load(folder, dtype=dtype, device=device), rollout.stock(folder, dtype, device)
-    if config.real:
-        work = rollout.real_work(folder, config.rows, n, config.new)
-    else:
-        work = rollout.random_work(model.config.vocab_size, config.rows, n, config.prompt, config.new)
-    gap = rollout.gap(model, work)
-    if dtype == torch.float32 and not gap.max <= 1e-4:
-        raise SystemExit(f"{gap}: more than 1e-4; nothing is timed")
-    steps = {
-        "dualign": rollout.ours(model, work),
-        "transformers generate": rollout.transformers_generate(stock, work),
-        "transformers continuous batching": rollout.continuous_batching(stock, work),
-    }
+    if config.real and config.shape:
+        raise SystemExit("--real: random weights never end a response; give a --model instead of a --shape.")
     with contextlib.ExitStack() as stack:
-        if find_spec("llama_cpp") and device.type == "cpu" and dtype == torch.float32:
-            steps["llama.cpp"] = stack.enter_context(llamacpp.rival(folder, model, work, rollout.TEMPERATURE))
+        name, folder, model = stack.enter_context(shapes.opened(config.model, config.shape, dtype, device))
+        if config.real:
+            work = rollout.real_work(folder, config.rows, n, config.new)
+        else:
+            work = rollout.random_work(model.config.vocab_size, config.rows, n, config.prompt, config.new)
+        gap = rollout.gap(model, work)
+        if dtype == torch.float32 and not gap.max <= 1e-4:
+            raise SystemExit(f"{gap}: more than 1e-4; nothing is timed")
+        steps = {"dualign": rollout.ours(model, work)}
+        if config.rivals:
+            stock = rollout.stock(folder, dtype, device)
+            steps["transformers generate"] = rollout.transformers_generate(stock, work)
+            steps["transformers continuous batching"] = rollout.continuous_batching(stock, work)
+            if rollout.vllm_serves(device):
+                steps["vLLM"] = rollout.vllm(folder, dtype, work)
+            on_cpu = device.type == "cpu" and dtype == torch.float32
+            if find_spec("llama_cpp") and on_cpu and llamacpp.serves(model.config, model.raw_config):
+                steps["llama.cpp"] = stack.enter_context(llamacpp.rival(folder, model, work, rollout.TEMPERATURE))
         # Seeds are fixed: every call of one candidate makes the same responses.
-        made = {name: step() for name, step in steps.items()}
-        for name, responses in made.items():
-            work.check(name, responses)
+        made = {candidate: step() for candidate, step in steps.items()}
+        for candidate, responses in made.items():
+            work.check(candidate, responses)
         products, often = rollout.floor(model, work, made["dualign"])
-        candidates, floor_s, fastest = _measure(steps, products, config.repeats, device, often)
-    tokens = {name: sum(map(len, responses)) for name, responses in made.items()}
-    for row in candidates:
-        row["tokens"] = tokens[row["name"]]
-        row["floor_share"] *= tokens[row["name"]] / tokens["dualign"]
-        if row["name"] == "llama.cpp":
+        lengths = [len(response) for response in made["dualign"]]
+        parts = floors.sampling(model.config, dtype.itemsize, [len(prompt) for prompt in work.prompts], n, lengths)
+        measured = _measure(steps, products, config.repeats, device, often, parts, dtype)
+    for row in measured["candidates"]:
+        row["tokens"] = sum(map(len, made[row["name"]]))
+        for share in ("floor_share", "computed_share"):
+            row[share] *= row["tokens"] / sum(lengths)
+        if not config.real:
+            row["step_s"] = row["median_s"] / config.new
+        if row["name"] in ("llama.cpp", "vLLM"):
             row["extra_bytes"] = None  # torch sees none of it
     return {
-        "case": "rollout", "shape": folder.name, "rows": config.rows, "real": config.real, "prompt": None if config.real else config.prompt,
-        "new": config.new, "dtype": config.dtype, "keep_pages": config.keep_pages, "repeats": config.repeats, "logprob_gap": asdict(gap),
-        "parting": rollout.parting(model, work) if dtype == torch.bfloat16 else None,
-        "floor_s": floor_s, "floor_layouts": fastest, "tokens": tokens["dualign"], "candidates": candidates, **origin(device),
+        "case": "rollout", "shape": name, "rows": config.rows, "real": config.real, "prompt": None if config.real else config.prompt,
+        "new": config.new, "dtype": config.dtype, "keep_pages": config.keep_pages, "logprob_gap": asdict(gap), "tokens": sum(lengths),
+        "parting": rollout.parting(model, work) if dtype == torch.bfloat16 else None, **measured, **origin(device),
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimizer step of DPO with LoRA on every linear, against the bare matrix products and TRL's DPOTrainer."""
+    """One optimizer step of DPO with LoRA on every linear, or on all weights, against its floors and TRL's DPOTrainer."""
 
     model: str = ""
     """Hugging Face folder; the quickstart's model where it is left out."""
+    shape: str = ""
+    """Instead of a model random weights in the sizes of a published one, as in `rollout`."""
+    tune: str = "lora"
+    """lora or full."""
     pairs: int = 8
     """Pairs of responses in the batch."""
     prompt: int = 64
     """Tokens of each prompt."""
     response: int = 64
     """Tokens of each response."""
+    dtype: str = "float32"
+    """float32 or bfloat16; trained weights are float32 in any case."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    rivals: bool = True
+    """TRL too, not the floors alone."""
     keep_pages: bool = True
     """Freed memory stays with the process, for all candidates, as engine.train arranges it on a CPU; else as the allocator comes."""
     repeats: int = 7
@@ -163,27 +188,34 @@ class TrainStep:
 
 
 def run_train_step(config: TrainStep) -> dict:
-    """Measure on the CPU in float32; returns the line of results.jsonl."""
-    device = torch.device("cpu")
+    """Measure; returns the line of results.jsonl."""
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    if config.tune not in ("lora", "full"):
+        raise SystemExit(f"--tune {config.tune}: must be lora or full.")
+    full = config.tune == "full"
     if config.keep_pages:
         keep_freed_memory()
-    folder = model_folder(config.model)
-    model = load(folder)
-    groups = train_step.batch(model.config.vocab_size, config.pairs, config.prompt, config.response)
-    reference = train_step.reference_logprob(model, groups)
-    steps = {"dualign": train_step.ours(model, groups, reference)}
-    if find_spec("trl"):
-        steps["TRL DPOTrainer"] = train_step.trl(folder, groups, None)
-        steps["TRL DPOTrainer, reference precomputed"] = train_step.trl(folder, groups, reference)
-    for name, step in steps.items():
-        # The adapter adds nothing yet: the policy is the reference.
-        if not abs((loss := float(step())) - math.log(2)) < 1e-4:
-            raise SystemExit(f"{name}: the loss of the first step is {loss}, not ln 2; nothing is timed")
-    candidates, floor_s, fastest = _measure(steps, train_step.floor(model, groups), config.repeats, device, {})
+    with shapes.opened(config.model, config.shape, dtype, device) as (name, folder, model):
+        groups = train_step.batch(model.config.vocab_size, config.pairs, config.prompt, config.response)
+        reference = train_step.reference_logprob(model, groups)
+        steps = {"dualign": train_step.ours(model, groups, reference, full=full)}
+        if config.rivals and find_spec("trl"):
+            options = {"full": full, "dtype": dtype, "device": device}
+            steps["TRL DPOTrainer"] = train_step.trl(folder, groups, None, **options)
+            steps["TRL DPOTrainer, reference precomputed"] = train_step.trl(folder, groups, reference, **options)
+        for candidate, step in steps.items():
+            # The policy is the reference at first; with 16 bits up to the rounding of log-probs summed over a response.
+            if not abs((loss := step()) - math.log(2)) < (1e-4 if dtype == torch.float32 else 5e-2):
+                raise SystemExit(f"{candidate}: the loss of the first step is {loss}, not ln 2; nothing is timed")
+        parts = floors.training(model.config, dtype.itemsize, *train_step.sizes(groups), full=full)
+        measured = _measure(steps, train_step.floor(model, groups, full=full), config.repeats, device, parts=parts, dtype=dtype)
+    tokens = 2 * config.pairs * (config.prompt + config.response)
+    for row in measured["candidates"]:
+        row["tokens_per_s"] = tokens / row["median_s"]
+        row["rate_share"] = measured["flops"] / row["median_s"] / measured["flops_per_s"]
     return {
-        "case": "train_step", "shape": folder.name, "rows": 2 * config.pairs, "prompt": config.prompt, "new": config.response,
-        "dtype": "float32", "keep_pages": config.keep_pages, "repeats": config.repeats, "floor_s": floor_s, "floor_layouts": fastest,
-        "tokens": 2 * config.pairs * (config.prompt + config.response), "candidates": candidates, **origin(device),
+        "case": "train_step", "shape": name, "rows": 2 * config.pairs, "prompt": config.prompt, "new": config.response, "full": full,
+        "dtype": config.dtype, "keep_pages": config.keep_pages, "tokens": tokens, **measured, **origin(device),
     }  # fmt: skip
 
 
@@ -215,13 +247,16 @@ def run_dual(config: Dual) -> dict:
         raise SystemExit(f"KKT residuals {[x.kkt for x in found.values()]}: more than 1e-10; nothing is timed")
     one = {"dual_moments": lambda: dual_moments(reward, utility, found["newton"].lam, 1.0)}
     steps = {method: lambda method=method: dual.solve(*problem, method=method) for method in found}
-    candidates, floor_s, fastest = _measure(steps, {"moments": one}, config.repeats, device, {})
-    for row in candidates:
+    measured = _measure(steps, {"moments": one}, config.repeats, device)
+    for row in measured["candidates"]:
         row |= {"iterations": found[row["name"]].iterations, "kkt": found[row["name"]].kkt}
     return {
-        "case": "dual", "shape": f"{P} x {G} x {J}", "keep_pages": False, "repeats": config.repeats, "floor_s": floor_s,
-        "floor_layouts": fastest, "candidates": candidates, **origin(device),
-    }  # fmt: skip
+        "case": "dual",
+        "shape": f"{P} x {G} x {J}",
+        "keep_pages": False,
+        **measured,
+        **origin(device),
+    }
 
 
 @dataclass(frozen=True)
@@ -255,13 +290,16 @@ def run_growth(config: Growth) -> dict:
 
 
 def _measure(
-    steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device, times_of: dict[str, float]
-) -> tuple[list[dict], float, dict[str, str]]:
-    """(a row per candidate, seconds of the floor, who was fastest at each product); products count `times_of` times, or once."""
+    steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device,
+    times_of: dict[str, float] | None = None, parts: list[floors.Part] | None = None, dtype: torch.dtype = torch.float32,
+) -> dict:  # fmt: skip
+    """What a line of results says of times: a row per candidate, seconds of the floor, who was fastest at each product. Products count
+    `times_of` times, or once. With `parts` also the floor computed from their bytes and flops, and the rates that it rests on."""
     bare = {f"{product} / {way}": step for product, ways in products.items() for way, step in ways.items()}
-    times = interleaved(steps | bare, repeats, device)
+    probes = floors.probes(dtype, device) if parts else {}
+    times = interleaved(steps | bare | {name: probe.step for name, probe in probes.items()}, repeats, device)
     fastest = {p: min(ways, key=lambda way, p=p: times[f"{p} / {way}"]["median"]) for p, ways in products.items()}
-    floor_s = sum(times_of.get(p, 1) * times[f"{p} / {way}"]["median"] for p, way in fastest.items())
+    floor_s = sum((times_of or {}).get(p, 1) * times[f"{p} / {way}"]["median"] for p, way in fastest.items())
     rows = [
         {
             "name": name,
@@ -271,7 +309,15 @@ def _measure(
         }
         for name, step in steps.items()
     ]
-    return rows, floor_s, fastest
+    measured = {"repeats": repeats, "floor_s": floor_s, "floor_layouts": fastest, "candidates": rows}
+    if parts:
+        rates = floors.rates(probes, times)
+        computed = floors.seconds(parts, rates)
+        measured |= {"bytes": sum(p.bytes for p in parts), "flops": sum(p.flops for p in parts), **asdict(rates)}
+        measured |= {"computed_s": sum(computed.values()), "computed_parts_s": computed}
+        for row in rows:
+            row["computed_share"] = measured["computed_s"] / row["median_s"]
+    return measured
 
 
 def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
@@ -297,41 +343,70 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
         what = f"{line['rows']} responses of {line['new']} tokens to prompts of {line['prompt']}"
         if line.get("real"):
             what = f"{line['rows']} responses of at most {line['new']} tokens to {line['rows'] // 8} prompts of the quickstart"
-        title = f"{line['case']}: {line['shape']}, {what}, {line['dtype']}{pages}; floor (bare products) {1000 * line['floor_s']:.0f} ms"
-        if line.get("parting"):
-            share, tokens = line["parting"]
-            title += f"; {100 * share:.0f} % of responses differ from those sampled one prompt at a time"
-            title += f", after {tokens:.0f} equal tokens on average" if share else ""
-    rows = []
+        tuned = ", full fine-tuning" if line.get("full") else ""
+        title = f"{line['case']}: {line['shape']}, {what}, {line['dtype']}{tuned}{pages}; floor (bare products) "
+        title += f"{1000 * line['floor_s']:.0f} ms"
+        if "computed_s" in line:
+            title += f", floor by bytes and flops {1000 * line['computed_s']:.0f} ms"
     done = {c["name"]: c.get("tokens", line.get("tokens", 1)) for c in line["candidates"]}
     ours = next(c["median_s"] / done[c["name"]] for c in line["candidates"] if c["name"] in ("dualign", "newton"))
-    for c in line["candidates"]:
-        spread = f"{1000 * c['p20_s']:.1f} to {1000 * c['p80_s']:.1f}"
-        share, ratio = f"{100 * c['floor_share']:.1f} %", f"{c['median_s'] / done[c['name']] / ours:.2f}"
-        memory = "not seen" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 1e6:.0f}"
-        if line["case"] == "dual":
-            last = f"{c['iterations']} iterations, {c['kkt']:.0e}"
-        else:
-            last = f"{max(c['errors'].values()):.0e}" if "errors" in c else f"{done[c['name']] / c['median_s']:.0f}"
-        rows.append([c["name"], f"{1000 * c['median_s']:.1f}", spread, share, ratio, memory, last])
-    last = {"loss_head": "largest relative error", "dual": "KKT residual"}.get(line["case"], "tokens/s")
+    columns: dict[str, Callable[[dict], str]] = {
+        "": lambda c: c["name"],
+        "ms, median": lambda c: f"{1000 * c['median_s']:.1f}",
+        "p20 to p80": lambda c: f"{1000 * c['p20_s']:.1f} to {1000 * c['p80_s']:.1f}",
+    }
+    if line["case"] == "rollout" and not line.get("real"):
+        columns["ms per step"] = lambda c: f"{1000 * c['median_s'] / line['new']:.2f}"
+    columns["of the floor"] = lambda c: f"{100 * c['floor_share']:.1f} %"
+    if "computed_s" in line:
+        columns["of that by bytes and flops"] = lambda c: f"{100 * c['computed_share']:.1f} %"
+    if line["case"] == "train_step" and "flops_per_s" in line:
+        columns["of the rate of products"] = lambda c: f"{100 * c['rate_share']:.1f} %"
     ratio = "time of a token / ours" if line["case"] == "rollout" else "time / ours"
-    return title, ["", "ms, median", "p20 to p80", "of the floor", ratio, "extra memory, MB", last], rows
+    columns[ratio] = lambda c: f"{c['median_s'] / done[c['name']] / ours:.2f}"
+    columns["extra memory, MB"] = lambda c: "not seen" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 1e6:.0f}"
+    if line["case"] == "loss_head":
+        columns["largest relative error"] = lambda c: f"{max(c['errors'].values()):.0e}"
+    elif line["case"] == "dual":
+        columns["KKT residual"] = lambda c: f"{c['iterations']} iterations, {c['kkt']:.0e}"
+    else:
+        columns["tokens/s"] = lambda c: f"{done[c['name']] / c['median_s']:.0f}"
+    return title, list(columns), [[show(c) for show in columns.values()] for c in line["candidates"]]
+
+
+def notes_of(line: dict) -> list[str]:
+    """What is said under the table."""
+    notes = []
+    if "computed_s" in line:
+        parts = ", ".join(f"{name} {1000 * s:.3g}" for name, s in line["computed_parts_s"].items())
+        rates = f"{line['bytes_per_s'] / 1e9:.0f} GB/s and {line['flops_per_s'] / 1e12:.3g} Tflop/s"
+        notes.append(f"Floor by bytes and flops, ms: {parts}; at {rates}, measured in the same rounds.")
+    if "logprob_gap" in line:
+        notes.append(f"Here {LogprobGap(**line['logprob_gap'])}.")
+    if line.get("parting"):
+        share, tokens = line["parting"]
+        after = f", after {tokens:.0f} equal tokens on average" if share else ""
+        notes.append(f"{100 * share:.0f} % of the responses differ from those sampled one prompt at a time{after}.")
+    return notes
 
 
 def write_results(lines: list[dict]) -> None:
     """bench/RESULTS.md from all lines, the latest of each case and shape."""
-    keys = ("case", "shape", "rows", "real", "prompt", "new", "dtype", "frozen", "keep_pages", "device")
+    keys = ("case", "shape", "rows", "real", "prompt", "new", "dtype", "frozen", "full", "keep_pages", "device")
     latest = {tuple(x.get(k) or None for k in keys): x for x in lines}
-    text = ["# Results", "", "Written by `python -m bench.run`; do not edit. Only figures of one table are comparable.", ""]
+    text = [
+        "# Results", "",
+        "Written by `python -m bench.run`; do not edit. Only figures of one table are comparable. Extra memory is the most that torch held",
+        "at once in a call, beyond what was there before and what it returns; what other libraries allocate themselves is not in it.", "",
+    ]  # fmt: skip
     for line in latest.values():
         title, header, rows = table_of(line)
         text += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         text += ["| " + " | ".join(row) + " |" for row in rows]
         if line["case"] == "growth":
             text += ["", "![Time against size](growth.png)"]
-        if "logprob_gap" in line:
-            text += ["", f"Here {LogprobGap(**line['logprob_gap'])}."]
+        for note in notes_of(line):
+            text += ["", note]
         versions = ", ".join(f"{k} {v}" for k, v in line["versions"].items())
         driver = f", driver {line['driver']}" if line["driver"] else ""
         text += ["", f"{line['device']}, {line['threads']} threads{driver}, {versions}, commit {line['commit']}, {line['date']}.", ""]
@@ -358,7 +433,10 @@ def main(arguments: list[str]) -> int:
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for note in notes_of(line):
+        console.print(note)
     if config.save:
         path = HERE / "results.jsonl"
         with path.open("a", encoding="utf-8") as file:
