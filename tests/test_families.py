@@ -23,8 +23,8 @@ def test_a_run_on_another_architecture(name, tmp_path):
     run = tmp_path / "run"
     caid.train(smoke(CaidConfig(out=str(run), model=str(folder), threads=1, force=True, iterations=2)))
     # What was sampled is what is trained on.
-    (row,) = read_rows(run, "reference")
-    assert row["logprob_gap"]["max"] < 1e-4
+    gaps = [row["logprob_gap"]["max"] for row in read_rows(run, "sampled")]
+    assert len(gaps) == 5 and max(gaps) < 1e-4
     assert json.loads((run / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
     export.export(run, tmp_path / "merged")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager", dtype=torch.float32).eval()
