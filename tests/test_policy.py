@@ -1,5 +1,6 @@
 """The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs; the schedule."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from architectures import write_model
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from engine import caid, model, packing, policy, primal_dual
 from engine.config import CaidConfig, PrimalDualConfig, SafeDpoConfig, smoke
@@ -257,9 +258,90 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
 
 
 def test_learning_rate_rises_then_stays():
-    rates = [learning_rate_factor(i, 3) for i in range(8)]
+    config = CaidConfig(steps=8, warmup_steps=3)
+    rates = [learning_rate_factor(config, i, 0) for i in range(8)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert learning_rate_factor(0, 0) == 1.0
+    assert learning_rate_factor(replace(config, warmup_steps=0), 0, 0) == 1.0
+    # A warm-up that is longer than an update goes on in the next one.
+    config = replace(config, steps=2)
+    assert [learning_rate_factor(config, i, taken) for taken in (0, 2, 4) for i in range(2)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_schedules_are_those_of_transformers(name):
+    """After the warm-up, over the steps of one update; a later update has no warm-up and starts at the peak."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for warmup, taken, rising in ((3, 0, 3), (3, 10, 0), (0, 0, 0)):
+        oracle = get_scheduler(name, optimizer, num_warmup_steps=rising, num_training_steps=10).lr_lambdas[0]
+        rates = [learning_rate_factor(CaidConfig(steps=10, warmup_steps=warmup, schedule=name), i, taken) for i in range(10)]
+        assert rates[rising:] == pytest.approx([oracle(i) for i in range(rising, 10)], abs=1e-12)
+        assert rates[:rising] == [0.25, 0.5, 0.75][:rising] and rates[rising] == 1.0
+    # First, middle and last step.
+    last = {"linear": 0.1, "cosine": 0.02447}[name]
+    assert rates[0] == 1 and rates[5] == pytest.approx(0.5) and rates[9] == pytest.approx(last, abs=1e-5)
+    config = CaidConfig(steps=2, warmup_steps=3, schedule=name)
+    assert [learning_rate_factor(config, i, taken) for taken in (0, 2) for i in range(2)] == [0.25, 0.5, 0.75, 1.0]
+
+
+class Steps:
+    """Stands for a stage; stops after its second partial."""
+
+    name = "iteration-1/policy"
+
+    def __init__(self, state=None, rows=(), stop=False):
+        self.state, self.rows, self.stop, self.stopping, self.saved = state, list(rows), stop, False, 0
+
+    def partial(self, cls):
+        return self.state
+
+    def progress(self, *args):
+        return nullcontext(SimpleNamespace(advance=lambda n: None))
+
+    def row(self, kind, **values):
+        self.rows.append(values)
+
+    def save_partial(self, state):
+        tensors = {key: {n: t.clone() for n, t in getattr(state, key).items()} for key in ("adapter", "first_moment", "second_moment")}
+        self.state, self.saved = replace(state, **tensors, losses=list(state.losses)), self.saved + 1
+
+    def check_stop(self):
+        if self.stop and self.saved == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
+    """Bitwise, in the first update, which has the warm-up, and in one that goes on from it."""
+    network = model.load(tiny_folder)
+    config = smoke(CaidConfig(steps=9, warmup_steps=2, schedule=name, checkpoint_every=3))
+
+    def take(stage, start):
+        adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+        parameters = list(adapter.parameters())
+
+        def loss_of(step):
+            loss = sum(((p - (step + 1) / 10) ** 2).sum() for p in parameters)
+            loss.backward()
+            return float(loss.detach()), {}, {}
+
+        return policy._take_steps(stage, None, config, adapter, start, 1, loss_of)
+
+    start = None
+    for _ in range(2):
+        whole = Steps()
+        made = take(whole, start)
+        stopped = Steps(stop=True)
+        with pytest.raises(KeyboardInterrupt):
+            take(stopped, start)
+        assert len(stopped.rows) == 6
+        again = Steps(stopped.state, stopped.rows)
+        resumed = take(again, start)
+        assert again.rows == whole.rows and resumed.steps == made.steps and resumed.losses == made.losses
+        assert all(torch.equal(value, resumed.adapter[key]) for key, value in made.adapter.items())
+        rates = [row["learning_rate"] / config.learning_rate for row in whole.rows]
+        assert max(rates) == 1 and (rates[-1] == 1) == (name == "constant")
+        start = made
+    assert start.steps == 18
 
 
 def test_lower_states_of_chosen_responses_equal_a_direct_run(world):
