@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from engine import caid, model, packing, policy, primal_dual
 from engine.config import CaidConfig, PrimalDualConfig, SafeDpoConfig, smoke
 from engine.errors import UserError
+from engine.full import FullWeights
 from engine.lora import Adapter, save_peft
 from engine.metrics import read_rows
 from engine.packing import LowerStates
@@ -411,3 +412,50 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, 
             # That of the difference of two log-probs of some 60 nats.
             rounding = 1e-5 if key == "margin" else 1e-6
             assert part[key] == (pytest.approx(value, rel=2e-4, abs=rounding) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("labels", ["regression", "listwise", "single", "policy gradient"])
+def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folder, labels, tune, dtype, monkeypatch):
+    _, prompts, rollouts, scores, _ = world
+    # Responses of unlike lengths, so that parts weigh differently in a mean over tokens.
+    rollouts = replace(rollouts, length=torch.minimum(rollouts.length, torch.tensor([9] * 4 + [2, 1, 3, 2] + [5] * 4)))
+    network = model.load(folder, dtype=dtype)
+    weights = FullWeights(network) if tune == "full" else Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in weights.parameters():
+            value.add_(0.05 * torch.randn(value.shape, generator=generator))
+    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    # A prompt with fewer pairs than the others.
+    dropped = torch.tensor([[False] * 4, [True, True, True, False], [False] * 4])
+    target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
+    cls, own = (PrimalDualConfig, {}) if labels == "policy gradient" else (CaidConfig, {"labels": labels})
+    base = smoke(cls(temperature=0.8, tune=tune, learning_rate=1e-5, steps=1, prompts_per_step=3, responses_per_prompt=4, **own))
+    taken, batches = [], []
+    monkeypatch.setattr(policy, "_take_steps", lambda *rest: taken.append(rest[-1]))
+    pack = packing.pack
+    monkeypatch.setattr(packing, "pack", lambda batch, device: batches.append(len(batch)) or pack(batch, device))
+
+    def step(**changes):
+        config = replace(base, **changes)
+        if labels == "policy gradient":
+            policy.ascend(None, None, config, network, samples, scores.reward_PG, weights, start=None, iteration=1)
+        else:
+            policy.fit(None, None, config, network, samples, target, weights, None, train_on=[0, 1, 2], iteration=1)
+        weights.zero_grad()
+        batches.clear()
+        loss, figures, _ = taken[-1](0)
+        return list(batches), loss, figures, {name: value.grad.clone() for name, value in weights.named_parameters()}
+
+    sizes, loss, figures, whole = step()
+    assert sizes == [3]
+    largest = max(value.abs().max() for value in whole.values())
+    assert largest > 1e-3
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    for checkpointing in (False, True):
+        sizes, part_loss, part_figures, parts = step(tokens_per_forward=1, activation_checkpointing=checkpointing)
+        assert sizes == [1, 1, 1] and part_loss == pytest.approx(loss, rel=tolerance) and part_figures == pytest.approx(figures, rel=1e-5)
+        for name, value in whole.items():
+            assert (parts[name] - value).abs().max() <= tolerance * largest, name
