@@ -95,7 +95,10 @@ class RunConfig:
     learning_rate: float = 1.5e-3
     """Peak learning rate of AdamW. The default is for adapters; --tune full wants one of about 1e-5."""
     warmup_steps: int = 1
-    """Linear warm-up at the start of the run, in steps; the rate is constant after it."""
+    """Linear warm-up at the start of the run, in steps."""
+    schedule: str = "constant"
+    """Learning rate after the warm-up: constant, or linear or cosine: down to 0 over the steps of each policy update, which starts at the
+    peak again."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     clip_norm: float = 1.0
@@ -479,6 +482,7 @@ def check(config: RunConfig) -> None:
     for name, accepted in {
         "tune": ("lora", "full"),
         "labels": ("soft", "sampled", "regression", "listwise", "single"),
+        "schedule": ("constant", "linear", "cosine"),
         "objective": ("reward", "safety"),
         "scores": ("model", "preference"),
         "advantage": ("rloo", "group_norm"),

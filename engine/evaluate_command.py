@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,14 @@ class Phase:
     """What sampling asks of a stage (`engine.checkpoint.Stage`), where nothing is saved: progress. Ctrl-C stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
+        self.name, self.logprob_gap = name, None  # that of its samples, as `stages.log_gap` gives it
         self._display = display
         display.stage(number, name)
+
+    def row(self, kind: str, **values: Any) -> None:
+        """Print and keep what `stages.log_gap` found, the only row of sampling."""
+        self.logprob_gap = values["logprob_gap"]
+        self._display.line(f"{self.name}: {stages.gap_text(values)}")
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
         """A progress bar; `unit` is a plural such as "tokens"."""
@@ -151,10 +158,13 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
         adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
         # The purposes of the run's own verdict, so that its seed gives its responses.
-        before, _ = stages.sample(subject, Phase(display, first + 1, "heldout/reference"), prompts, None, n=n, purpose=-1)
+        phase = Phase(display, first + 1, "heldout/reference")
+        before, _ = stages.sample(subject, phase, prompts, None, n=n, purpose=-1)
+        gaps = {"reference": phase.logprob_gap}
         units = _with_new_audits(q, before, display)
         phase = Phase(display, first + 2, "heldout/policy")
         after, _ = stages.sample(subject, phase, prompts, adapter, n=n, purpose=-2)
+        gaps["policy"] = phase.logprob_gap
         moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
         in_units, units, audits = _counted(q, subject, units)
         before, after = (in_units(phase, prompts, side) for side in (before, after))
@@ -184,7 +194,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             "units": asdict(units),
             "overlap": q.shared,
         }
-        stages.write_json(folder / "evaluation.json", {**judgement.as_dict(), "settings": settings})
+        stages.write_json(folder / "evaluation.json", {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings})
         try:
             with open(q.run / JUDGED, "a") as file:
                 file.write(json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}) + "\n")

@@ -59,6 +59,18 @@ def batches(all_groups: list[Group], token_budget: int, longest: int = 1024) -> 
         yield batch
 
 
+def of_like_length(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
+    """Where sequences of these lengths stand, shortest first, in batches of at most `token_budget` tokens with their padding, or of one."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def _cut(group: Group, longest: int) -> Iterator[Group]:
     start, size = 0, len(group.prompt)
     for i, response in enumerate(group.responses):

@@ -150,7 +150,7 @@ def _take_steps(
     with stage.progress(config.steps, "steps", f"policy {iteration}") as progress:
         progress.advance(done)
         for step in range(done, config.steps):
-            rate = config.learning_rate * learning_rate_factor(taken + step, config.warmup_steps)
+            rate = config.learning_rate * learning_rate_factor(config, step, taken)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
@@ -169,9 +169,19 @@ def _take_steps(
     return _policy(taken + config.steps, adapter, optimizer, names, parameters, losses)
 
 
-def learning_rate_factor(step: int, warmup: int) -> float:
-    """Share of the peak rate at `step` of the run (from 0): a linear rise over `warmup` steps, then constant, as lambda still moves."""
-    return min(1.0, (step + 1) / (warmup + 1))
+def learning_rate_factor(config: RunConfig, step: int, taken: int) -> float:
+    """Share of the peak rate at `step` of an update (from 0), before which the policy took `taken` steps.
+
+    A linear rise over the policy's first steps, then config.schedule over the steps x of S that are left of the update: constant 1, linear
+    1 - x / S or cosine (1 + cos(pi x / S)) / 2, as transformers has them. Each update starts at the peak again, as lambda has moved.
+    """
+    rising = max(0, config.warmup_steps - taken)
+    if step < rising:
+        return (taken + step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - rising) / (config.steps - rising)
+    return 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
 def _add_gradient(loss: Tensor, share: float) -> float:

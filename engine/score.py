@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -136,7 +137,8 @@ def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, fo
             raise UserError("--cost and --audit: reward is what the reward is called in all tables; give another name: NAME=SCORER.")
         if names.count(name) > 1:
             raise UserError(f"--cost and --audit: two scorers are named {name}; give each its own name: NAME=SCORER.")
-    first, *others = (one.load(trunk, device) for one in found)
+    shared: Shared = {}
+    first, *others = (one.load(trunk, device, shared) for one in found)
     return Scorers(reward=first, costs=tuple(others[: len(costs)]), audits=tuple(others[len(costs) :]))
 
 
@@ -146,11 +148,11 @@ class Found:
 
     name: str
     sign: int = 1
-    load_as: Callable[[str, torch.device], "Head | TextFunction"]  # of the policy's fingerprint and the device
+    load_as: Callable[[str, torch.device, "Shared"], "Head | TextFunction"]  # of the policy's fingerprint, the device, models loaded before
 
-    def load(self, trunk: str, device: torch.device) -> Scorer:
-        """Load it. Raises: UserError where it cannot be."""
-        what = self.load_as(trunk, device)
+    def load(self, trunk: str, device: torch.device, shared: "Shared | None" = None) -> Scorer:
+        """Load it; a model in `shared` serves again, another one is added. Raises: UserError where it cannot be."""
+        what = self.load_as(trunk, device, {} if shared is None else shared)
         if isinstance(what, Head):
             return replace(what, name=self.name, sign=self.sign)
         return TextScorer(name=self.name, function=what, sign=self.sign)
@@ -171,12 +173,12 @@ def find_scorer(spec: str, folder: Path) -> Found:
     places = [place for place in (folder / "heads" / spec, shipped / spec, Path(spec)) if (place / "head.safetensors").is_file()]
     if places:
         head = Head.load(places[0])
-        return Found(name=head.name, load_as=lambda trunk, device: head if head.trunk == trunk else _on_its_own_trunk(head, device))
+        return Found(name=head.name, load_as=lambda trunk, *where: head if head.trunk == trunk else _on_its_own_trunk(head, *where))
     if ":" in spec and not Path(spec).exists():
-        return Found(name=spec.partition(":")[2], load_as=lambda trunk, device: _python_function(spec))
+        return Found(name=spec.partition(":")[2], load_as=lambda trunk, *where: _python_function(spec))
     path = spec.partition("#")[0]
     if Path(path).is_dir() or spec.count("/") == 1:
-        return Found(name=Path(path).name, load_as=lambda trunk, device: _classifier(spec, device))
+        return Found(name=Path(path).name, load_as=lambda trunk, *where: _classifier(spec, *where))
     names = sorted(p.parent.name for p in shipped.glob("*/head.safetensors"))
     raise UserError(
         f"scorer {spec}: not found; give a shipped head ({', '.join(names)}), a head folder, a model folder or hub id, or module:function."
@@ -346,8 +348,39 @@ def mean_states(hidden: Tensor, packed: packing.Packed) -> Tensor:
     return torch.segment_reduce(states, "sum", lengths=length, unsafe=True) / length.clamp(min=1)[:, None]
 
 
-def _on_its_own_trunk(head: Head, device: torch.device) -> TextFunction:
-    """A head made for another checkpoint than the policy: that trunk (the quickstart model) is loaded and reads the texts."""
+class Reading:
+    """What a model says of texts, for all the scorers that share it: the last texts' is kept, so that each batch is read once.
+
+    read(prompts, responses): one forward pass over them.
+    """
+
+    def __init__(self, read: Callable[[list[str], list[str]], Any]) -> None:
+        self._read, self._texts, self._said = read, None, None
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Any:
+        """read(prompts, responses)."""
+        if self._texts != (prompts, responses):
+            self._said = self._read(prompts, responses)
+            self._texts = list(prompts), list(responses)
+        return self._said
+
+
+# Models that read texts, by fingerprint or folder: (their reading, what its scorers take from it).
+Shared = dict[str, tuple[Reading, Any]]
+
+
+def _on_its_own_trunk(head: Head, device: torch.device, shared: Shared) -> TextFunction:
+    """A head made for another checkpoint than the policy: that trunk (the quickstart model) is loaded and reads the texts, once for all
+    heads on it."""
+    if head.trunk not in shared:
+        shared[head.trunk] = _trunk(head, device)
+    states, layers = shared[head.trunk]
+    layers.add(head.layer)
+    return lambda prompts, responses: head(states(prompts, responses)[head.layer]).tolist()
+
+
+def _trunk(head: Head, device: torch.device) -> tuple[Reading, set[int]]:
+    """(texts -> layer -> mean states of each response [N, D], the layers wanted: those of the heads that share it)."""
     from engine import model, quickstart
     from engine.data import chat_ids
 
@@ -355,8 +388,9 @@ def _on_its_own_trunk(head: Head, device: torch.device) -> TextFunction:
     if model.fingerprint(folder) != head.trunk:
         raise UserError(f"head {head.name} was made for another model (fingerprint {head.trunk}); use it with --model of that model.")
     trunk, tokenizer = load(folder, dtype=torch.float32, device=device), model.load_tokenizer(folder)
+    layers: set[int] = set()
 
-    def function(prompts: list[str], responses: list[str]) -> list[float]:
+    def read(prompts: list[str], responses: list[str]) -> dict[int, Tensor]:
         all_groups = [
             Group(
                 chat_ids([{"role": "user", "content": p}], tokenizer, "", "prompt"),
@@ -365,10 +399,9 @@ def _on_its_own_trunk(head: Head, device: torch.device) -> TextFunction:
             )
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
-        pooled, _ = frozen_forward(trunk, all_groups, [head.layer], temperature=None, memory_budget_bytes=2**28)
-        return head(pooled[head.layer]).tolist()
+        return frozen_forward(trunk, all_groups, sorted(layers), temperature=None, memory_budget_bytes=2**28)[0]
 
-    return function
+    return Reading(read), layers
 
 
 def _python_function(spec: str) -> TextFunction:
@@ -379,12 +412,35 @@ def _python_function(spec: str) -> TextFunction:
         raise UserError(f"scorer {spec}: {error}; give module:function of something python can import here.") from error
 
 
-def _classifier(spec: str, device: torch.device) -> TextFunction:
-    """A sequence-classification model: its single logit, or the log-odds of one label (`#label`; of two labels the second)."""
+def _classifier(spec: str, device: torch.device, shared: Shared) -> TextFunction:
+    """A sequence-classification model: its single logit, or the log-odds of one label (`#label`; of two labels the second). Scorers of
+    several labels share the model and its forward pass."""
+    path, _, label = spec.partition("#")
+    if path not in shared:
+        shared[path] = _logits(spec, device)
+    logits, labels = shared[path]
+    if label and label not in labels:
+        raise UserError(f"scorer {spec}: the model has no label {label}; it has {', '.join(labels)}.")
+    if not label and len(labels) > 2:
+        raise UserError(f"scorer {spec}: the model has {len(labels)} labels ({', '.join(labels)}); name one: {path}#{next(iter(labels))}.")
+    chosen = labels[label] if label else len(labels) - 1
+
+    def function(prompts: list[str], responses: list[str]) -> list[float]:
+        logits_NL = logits(prompts, responses)
+        if logits_NL.shape[1] == 1:
+            return logits_NL[:, 0].tolist()
+        others = logits_NL.clone()
+        others[:, chosen] = -math.inf
+        return (logits_NL[:, chosen] - others.logsumexp(dim=1)).tolist()
+
+    return function
+
+
+def _logits(spec: str, device: torch.device) -> tuple[Reading, dict[str, int]]:
+    """(texts -> logits float32 [N, labels] of a sequence-classification model, its labels)."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    path, _, label = spec.partition("#")
-    folder = resolve(path)
+    folder = resolve(spec.partition("#")[0])
     refuse_code(folder)
     stored_tensors(folder)
     if (folder / "adapter_config.json").is_file():
@@ -400,32 +456,21 @@ def _classifier(spec: str, device: torch.device) -> TextFunction:
         raise UserError(f"scorer {spec}: no sequence-classification model could be loaded ({reason}); give its local folder.") from error
     if found["missing_keys"]:
         raise UserError(f"scorer {spec}: it lacks tensor {min(found['missing_keys'])}; give a complete sequence-classification model.")
-    labels = {str(name): index for index, name in network.config.id2label.items()}
-    if label and label not in labels:
-        raise UserError(f"scorer {spec}: the model has no label {label}; it has {', '.join(labels)}.")
-    if not label and len(labels) > 2:
-        raise UserError(f"scorer {spec}: the model has {len(labels)} labels ({', '.join(labels)}); name one: {path}#{next(iter(labels))}.")
-    chosen = labels[label] if label else len(labels) - 1
     length = min(tokenizer.model_max_length, 4096)
 
     @torch.inference_mode()
-    def function(prompts: list[str], responses: list[str]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(prompts), 32):
-            texts = prompts[start : start + 32], responses[start : start + 32]
-            if tokenizer.chat_template:
-                chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in zip(*texts, strict=True)]
-                joined = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-                inputs = tokenizer(joined, add_special_tokens=False, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            else:
-                inputs = tokenizer(*texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            logits = network(**inputs.to(device)).logits.float()
-            if logits.shape[1] == 1:
-                scores += logits[:, 0].tolist()
-            else:
-                others = logits.clone()
-                others[:, chosen] = -math.inf
-                scores += (logits[:, chosen] - others.logsumexp(dim=1)).tolist()
-        return scores
+    def read(prompts: list[str], responses: list[str]) -> Tensor:
+        if tokenizer.chat_template:
+            pairs = zip(prompts, responses, strict=True)
+            chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in pairs]
+            joined = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+            inputs = tokenizer(joined, add_special_tokens=False, truncation=True, max_length=length)
+        else:
+            inputs = tokenizer(prompts, responses, truncation=True, max_length=length)
+        found = torch.empty(len(prompts), network.config.num_labels)
+        for chosen in packing.of_like_length(list(map(len, inputs["input_ids"])), TOKENS_PER_FORWARD):
+            batch = tokenizer.pad({name: [values[i] for i in chosen] for name, values in inputs.items()}, return_tensors="pt")
+            found[chosen] = network(**batch.to(device)).logits.float().cpu()
+        return found
 
-    return function
+    return Reading(read), {str(name): index for index, name in network.config.id2label.items()}

@@ -37,7 +37,7 @@ from kernels.sampling import combine
 # The numbers of iterations key the samples of the slack; those that policy updates learn from start here.
 FRESH_PURPOSE = 1_000_000
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-# Prompts whose samples are run through the training forward again.
+# Prompts of each sampling whose samples are run through the training forward again.
 GAP_PROMPTS = 4
 
 
@@ -221,7 +221,8 @@ def respond(
 def sample(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
-    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop` and `timing`.
+    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop`, `timing` and `row`, which gets
+    the `log_gap` of these samples.
 
     The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
     large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
@@ -261,8 +262,30 @@ def sample(
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
+    log_gap(job, stage, prompts, rollouts, adapter)
     sampled = Sampled(rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG)
     return sampled, states.lower if states and keep else None
+
+
+def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None) -> None:
+    """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward under the same weights, on the
+    responses to the first prompts (`LogprobGap`, nats per token); and in how many of all draws the two best were nearly alike."""
+    config, groups = job.config, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
+    gap = logprob_gap(
+        job.model, groups, rollouts, temperature=config.temperature, memory_budget_bytes=config.memory_budget_mb * 2**20, adapter=adapter
+    )
+    near = {"near_ties": int(rollouts.near_tie.sum()), "draws": int(rollouts.length.sum())}
+    stage.row("sampled", prompts=len(groups), responses=rollouts.n, logprob_gap=asdict(gap), **near)
+
+
+def gap_text(row: dict) -> str:
+    """What a row of `log_gap` says."""
+    return f"{LogprobGap(**row['logprob_gap'])}; two best within {NEAR_TIE:g} in {row['near_ties']} of {row['draws']} draws"
+
+
+def gap_of(run: Path, stage: str) -> str:
+    """What `log_gap` found in a stage; empty where nothing was sampled there."""
+    return next((gap_text(row) for row in metrics.read_rows(run, "sampled") if row["stage"] == stage), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,20 +360,16 @@ def sample_reference(job: Job) -> Reference:
             sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
         else:
             sampled, lower = shared.sampled, None
+            log_gap(job, stage, prompts, sampled.rollouts, None)
         made = reference_of(job, prompts, sampled, None)
         units, r, g = made.units, made.scores.reward_PG, made.scores.utility_PGJ
         groups = packing.groups(prompts, sampled.rollouts)
-        gap = logprob_gap(
-            job.model, groups[:GAP_PROMPTS], sampled.rollouts, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_mb * 2**20,
-        )  # fmt: skip
         stage.row(
             "reference", names=[s.name for s in job.scorers.costs], audit_names=[s.name for s in job.scorers.audits],
             reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
             correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
             finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            logprob_gap=asdict(gap), near_ties=int(sampled.rollouts.near_tie.sum()), prompts=len(prompts), responses=config.n_responses,
-            needed=made.needed_J, aimed=made.aimed, aim=made.aim_J,
+            prompts=len(prompts), responses=config.n_responses, needed=made.needed_J, aimed=made.aimed, aim=made.aim_J,
         )  # fmt: skip
         return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
 
@@ -363,14 +382,10 @@ def sample_reference(job: Job) -> Reference:
         lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
     reference = reference_of(job, prompts, sampled, lower)
     row = next(r for r in metrics.read_rows(job.run.folder, "reference"))
-    # Runs of an earlier version hold one number.
-    gap = f"; {LogprobGap(**row['logprob_gap'])}" if isinstance(row["logprob_gap"], dict) else ""
-    steps = int(sampled.rollouts.length.sum())
-    gap += f"; near ties, two best within {NEAR_TIE:g}: {row['near_ties']} of {steps} steps"
-    show = job.run.display
+    gap, show = gap_of(job.run.folder, "reference"), job.run.display
     show.line(
         f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
-        f"{row['mean_length']:.0f} tokens{gap}"
+        f"{row['mean_length']:.0f} tokens{f'; {gap}' if gap else ''}"
     )
     for j, limit in enumerate(reference.limits):
         opening = constraints.opening(
@@ -737,6 +752,7 @@ class World:
         self.adapter.set_tensors(self.untrained if start is None else start.adapter)
 
     def _end(self, trained: Policy, iteration: int) -> Policy:
+        self._tell_gap(f"iteration-{iteration}/policy")
         self.adapter.set_tensors(trained.adapter)
         if not is_saved(self._folder(iteration)):
             save_weights(self.adapter, self._folder(iteration), self.job.config.model or DEFAULT_MODEL, self.job.folder)
@@ -779,6 +795,7 @@ class World:
             return slack
 
         slack = job.run.stage(f"iteration-{iteration}/slack", Slack, compute)
+        self._tell_gap(f"iteration-{iteration}/slack")
         job.run.display.line(_iteration_line(job, reference, lam_J, slack, policy.loss, iteration))
         _warn_of_lam_max(job, reference.limits, lam_J, slack.slack_J)
         return slack
@@ -813,9 +830,17 @@ class World:
         def compute(stage: Stage) -> HeldOut:
             shared = samples_of(job, name, HeldOut) if adapter is None else None
             sampled = shared.sampled if shared else sample(job, stage, prompts, adapter, n=config.eval_responses, purpose=purpose)[0]
+            if shared:
+                log_gap(job, stage, prompts, sampled.rollouts, None)
             return HeldOut(sampled=sampled, scores=self.rescore(stage, prompts, sampled))
 
-        return job.run.stage(name, HeldOut, compute)
+        made = job.run.stage(name, HeldOut, compute)
+        self._tell_gap(name)
+        return made
+
+    def _tell_gap(self, stage: str) -> None:
+        if gap := gap_of(self.job.run.folder, stage):
+            self.job.run.display.line(f"{stage}: {gap}")
 
 
 def _deal(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:

@@ -1,5 +1,6 @@
 """The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs; the schedule."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from architectures import write_model
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from engine import caid, model, packing, policy, primal_dual
 from engine.config import CaidConfig, PrimalDualConfig, SafeDpoConfig, smoke
 from engine.errors import UserError
+from engine.full import FullWeights
 from engine.lora import Adapter, save_peft
 from engine.metrics import read_rows
 from engine.packing import LowerStates
@@ -257,9 +259,90 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
 
 
 def test_learning_rate_rises_then_stays():
-    rates = [learning_rate_factor(i, 3) for i in range(8)]
+    config = CaidConfig(steps=8, warmup_steps=3)
+    rates = [learning_rate_factor(config, i, 0) for i in range(8)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert learning_rate_factor(0, 0) == 1.0
+    assert learning_rate_factor(replace(config, warmup_steps=0), 0, 0) == 1.0
+    # A warm-up that is longer than an update goes on in the next one.
+    config = replace(config, steps=2)
+    assert [learning_rate_factor(config, i, taken) for taken in (0, 2, 4) for i in range(2)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_schedules_are_those_of_transformers(name):
+    """After the warm-up, over the steps of one update; a later update has no warm-up and starts at the peak."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for warmup, taken, rising in ((3, 0, 3), (3, 10, 0), (0, 0, 0)):
+        oracle = get_scheduler(name, optimizer, num_warmup_steps=rising, num_training_steps=10).lr_lambdas[0]
+        rates = [learning_rate_factor(CaidConfig(steps=10, warmup_steps=warmup, schedule=name), i, taken) for i in range(10)]
+        assert rates[rising:] == pytest.approx([oracle(i) for i in range(rising, 10)], abs=1e-12)
+        assert rates[:rising] == [0.25, 0.5, 0.75][:rising] and rates[rising] == 1.0
+    # First, middle and last step.
+    last = {"linear": 0.1, "cosine": 0.02447}[name]
+    assert rates[0] == 1 and rates[5] == pytest.approx(0.5) and rates[9] == pytest.approx(last, abs=1e-5)
+    config = CaidConfig(steps=2, warmup_steps=3, schedule=name)
+    assert [learning_rate_factor(config, i, taken) for taken in (0, 2) for i in range(2)] == [0.25, 0.5, 0.75, 1.0]
+
+
+class Steps:
+    """Stands for a stage; stops after its second partial."""
+
+    name = "iteration-1/policy"
+
+    def __init__(self, state=None, rows=(), stop=False):
+        self.state, self.rows, self.stop, self.stopping, self.saved = state, list(rows), stop, False, 0
+
+    def partial(self, cls):
+        return self.state
+
+    def progress(self, *args):
+        return nullcontext(SimpleNamespace(advance=lambda n: None))
+
+    def row(self, kind, **values):
+        self.rows.append(values)
+
+    def save_partial(self, state):
+        tensors = {key: {n: t.clone() for n, t in getattr(state, key).items()} for key in ("adapter", "first_moment", "second_moment")}
+        self.state, self.saved = replace(state, **tensors, losses=list(state.losses)), self.saved + 1
+
+    def check_stop(self):
+        if self.stop and self.saved == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
+    """Bitwise, in the first update, which has the warm-up, and in one that goes on from it."""
+    network = model.load(tiny_folder)
+    config = smoke(CaidConfig(steps=9, warmup_steps=2, schedule=name, checkpoint_every=3))
+
+    def take(stage, start):
+        adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+        parameters = list(adapter.parameters())
+
+        def loss_of(step):
+            loss = sum(((p - (step + 1) / 10) ** 2).sum() for p in parameters)
+            loss.backward()
+            return float(loss.detach()), {}, {}
+
+        return policy._take_steps(stage, None, config, adapter, start, 1, loss_of)
+
+    start = None
+    for _ in range(2):
+        whole = Steps()
+        made = take(whole, start)
+        stopped = Steps(stop=True)
+        with pytest.raises(KeyboardInterrupt):
+            take(stopped, start)
+        assert len(stopped.rows) == 6
+        again = Steps(stopped.state, stopped.rows)
+        resumed = take(again, start)
+        assert again.rows == whole.rows and resumed.steps == made.steps and resumed.losses == made.losses
+        assert all(torch.equal(value, resumed.adapter[key]) for key, value in made.adapter.items())
+        rates = [row["learning_rate"] / config.learning_rate for row in whole.rows]
+        assert max(rates) == 1 and (rates[-1] == 1) == (name == "constant")
+        start = made
+    assert start.steps == 18
 
 
 def test_lower_states_of_chosen_responses_equal_a_direct_run(world):
@@ -329,3 +412,50 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, 
             # That of the difference of two log-probs of some 60 nats.
             rounding = 1e-5 if key == "margin" else 1e-6
             assert part[key] == (pytest.approx(value, rel=2e-4, abs=rounding) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("labels", ["regression", "listwise", "single", "policy gradient"])
+def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folder, labels, tune, dtype, monkeypatch):
+    _, prompts, rollouts, scores, _ = world
+    # Responses of unlike lengths, so that parts weigh differently in a mean over tokens.
+    rollouts = replace(rollouts, length=torch.minimum(rollouts.length, torch.tensor([9] * 4 + [2, 1, 3, 2] + [5] * 4)))
+    network = model.load(folder, dtype=dtype)
+    weights = FullWeights(network) if tune == "full" else Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in weights.parameters():
+            value.add_(0.05 * torch.randn(value.shape, generator=generator))
+    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    # A prompt with fewer pairs than the others.
+    dropped = torch.tensor([[False] * 4, [True, True, True, False], [False] * 4])
+    target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
+    cls, own = (PrimalDualConfig, {}) if labels == "policy gradient" else (CaidConfig, {"labels": labels})
+    base = smoke(cls(temperature=0.8, tune=tune, learning_rate=1e-5, steps=1, prompts_per_step=3, responses_per_prompt=4, **own))
+    taken, batches = [], []
+    monkeypatch.setattr(policy, "_take_steps", lambda *rest: taken.append(rest[-1]))
+    pack = packing.pack
+    monkeypatch.setattr(packing, "pack", lambda batch, device: batches.append(len(batch)) or pack(batch, device))
+
+    def step(**changes):
+        config = replace(base, **changes)
+        if labels == "policy gradient":
+            policy.ascend(None, None, config, network, samples, scores.reward_PG, weights, start=None, iteration=1)
+        else:
+            policy.fit(None, None, config, network, samples, target, weights, None, train_on=[0, 1, 2], iteration=1)
+        weights.zero_grad()
+        batches.clear()
+        loss, figures, _ = taken[-1](0)
+        return list(batches), loss, figures, {name: value.grad.clone() for name, value in weights.named_parameters()}
+
+    sizes, loss, figures, whole = step()
+    assert sizes == [3]
+    largest = max(value.abs().max() for value in whole.values())
+    assert largest > 1e-3
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    for checkpointing in (False, True):
+        sizes, part_loss, part_figures, parts = step(tokens_per_forward=1, activation_checkpointing=checkpointing)
+        assert sizes == [1, 1, 1] and part_loss == pytest.approx(loss, rel=tolerance) and part_figures == pytest.approx(figures, rel=1e-5)
+        for name, value in whole.items():
+            assert (parts[name] - value).abs().max() <= tolerance * largest, name

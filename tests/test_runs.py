@@ -18,6 +18,7 @@ from engine.checkpoint import Run
 from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
 from engine.metrics import read_rows
+from engine.score import LogprobGap
 
 SMOKE = ["--preset", "smoke", "--threads", "1"]
 
@@ -122,13 +123,24 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     flags = ["--cost", *COSTS[:J], "--threshold", *["0.05"] * J, "--force", *own]
     flags += ["--iterations", "2"] if slacks else []
     assert train.main([algorithm, *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.startswith(f"{shown_name(algorithm)} on smoke (")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{shown_name(algorithm)} on smoke (")
     assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [f"iteration-{i}" for i in iterates]
     measured = read_rows(tmp_path / "run", "iteration")
     assert [row["iteration"] for row in measured] == slacks
     assert all(len(row[name]) == J for row in measured for name in ("lam", "slack", "slack_se", "aim"))
     assert all(len(row["lam"]) == J for row in read_rows(tmp_path / "run", "policy"))
     assert len({row["iteration"] for row in read_rows(tmp_path / "run", "step")} - {0}) == len(set(iterates) - {0})
+    # Every sampling is run through the training forward of its own weights, and told of.
+    sampled = read_rows(tmp_path / "run", "sampled")
+    where = ["policy", "slack"] if algorithm in ("primal_dual", "repo") else ["slack"]
+    expected = ["reference", *(f"iteration-{i}/{name}" for i in slacks for name in where), "heldout/reference", "heldout/policy"]
+    assert [row["stage"] for row in sampled] == expected
+    for row in sampled:
+        gap = row["logprob_gap"]
+        assert 0 < gap["mean"] <= gap["max"] < 1e-4 and 0 <= gap["kl"] < 1e-8 and row["prompts"] == 4
+        opening = "tokens; " if row["stage"] == "reference" else f"{row['stage']}: "
+        assert out.count(f"{opening}{LogprobGap(**gap)}\n") == 1
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
     assert (tmp_path / "run" / "report.png").stat().st_size > 10_000

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from engine import data, head, model, quickstart, stages
+from engine import score as score_module
 from engine.config import CaidConfig, smoke
 from engine.errors import UserError
 from engine.lora import Adapter
 from engine.packing import batches, groups
-from engine.rollout import generate
+from engine.rollout import States, generate
 from engine.score import Head, Scorers, TextScorer, find_scorer, frozen_forward, load_scorers, logprob_gap, score, try_out
 
 CPU = torch.device("cpu")
@@ -153,7 +154,7 @@ def test_a_head_that_says_nothing_is_refused(tmp_path, weight, bias, said):
 
 
 def test_names_are_told_apart_before_anything_is_loaded(tiny_folder, monkeypatch):
-    monkeypatch.setattr("engine.score._classifier", lambda spec, device: pytest.fail("loaded"))
+    monkeypatch.setattr("engine.score._classifier", lambda *args: pytest.fail("loaded"))
     options = {"folder": tiny_folder, "trunk": "x", "device": CPU}
     with pytest.raises(UserError, match="two scorers are named a; give each its own name: NAME=SCORER"):
         load_scorers("org/reward", ["a=org/x", "a=-org/y"], [], **options)
@@ -188,7 +189,7 @@ def test_scorers_of_texts_are_tried_on_the_runs_prompts():
 
 
 @pytest.fixture
-def classifier(tiny_folder, tmp_path):
+def classifier_folder(tiny_folder, tmp_path):
     """The folder of a random sequence-classification model with one label."""
     config = LlamaConfig(
         vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=2
@@ -213,8 +214,8 @@ MAPS = {
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("use", ["scorer", "policy", "head", "trunk"])
-def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier, tmp_path, monkeypatch, use, name):
-    folder, marker = classifier, tmp_path / "marker"
+def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_path, monkeypatch, use, name):
+    folder, marker = classifier_folder, tmp_path / "marker"
     if use != "scorer":
         folder = tmp_path / "model"
         shutil.copytree(tiny_folder, folder)
@@ -243,11 +244,11 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier, tmp_path, mo
     assert not marker.exists() and not (tmp_path / "out").exists()
 
 
-def test_a_pickled_or_incomplete_scorer_is_refused(classifier, tmp_path, tiny_folder):
+def test_a_pickled_or_incomplete_scorer_is_refused(classifier_folder, tmp_path, tiny_folder):
     pickled, headless, adapted = (tmp_path / name for name in ("pickled", "headless", "adapted"))
     for folder in (pickled, headless, adapted):
-        shutil.copytree(classifier, folder)
-    weights = safetensors.torch.load_file(classifier / "model.safetensors")
+        shutil.copytree(classifier_folder, folder)
+    weights = safetensors.torch.load_file(classifier_folder / "model.safetensors")
     (pickled / "model.safetensors").unlink()
     torch.save(weights, pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"only pytorch_model.bin, a pickle, which is never executed"):
@@ -261,8 +262,43 @@ def test_a_pickled_or_incomplete_scorer_is_refused(classifier, tmp_path, tiny_fo
         find_scorer(str(adapted), tiny_folder).load("x", CPU)
 
 
-@pytest.mark.parametrize("labels", [1, 2, 3])
-def test_sequence_classification_models(tiny_folder, tmp_path, labels):
+def counted(monkeypatch, owner, name):
+    """The arguments of all calls of owner.name, which goes on as before."""
+    calls, real = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **options: calls.append(args) or real(*args, **options))
+    return calls
+
+
+def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder, tmp_path, monkeypatch):
+    network, tokenizer, prompts, rollouts, texts = world
+    monkeypatch.setattr("engine.quickstart.model_folder", lambda: tiny_folder)
+    weights = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for name, layer, weight in zip("abc", (1, 3, 3), weights, strict=True):
+        Head(name=name, layer=layer, weight_D=weight, bias=0.5, trunk=fingerprint(tiny_folder)).save(tmp_path / name)
+    loads, passes = counted(monkeypatch, score_module, "load"), counted(monkeypatch, score_module, "frozen_forward")
+    scorers = load_scorers(f"{tmp_path}/a", [f"{tmp_path}/b"], [f"{tmp_path}/c"], folder=tmp_path, trunk="the policy's", device=CPU)
+    assert scorers.layers == [], "of the policy's states none are read"
+    texts = [text * (1 + i % 4) for i, text in enumerate(texts)]
+    options = {"temperature": 0.8, "memory_budget_bytes": 2**20, "reference": False, "states": States([], None)}
+    scores = score(network, prompts, rollouts, texts, scorers, **options)
+    assert len(loads) == 1 and len(passes) == 1
+    again = score(network, prompts, rollouts, texts[::-1], scorers, **options)
+    assert len(loads) == 1 and len(passes) == 2, "other texts are read anew"
+    assert not torch.equal(again.reward_PG, scores.reward_PG)
+
+    oracle = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
+    columns = scores.reward_PG, -scores.utility_PGJ[..., 0], -scores.audit_PGA[..., 0]
+    for i, text in enumerate(texts):
+        prompt = data.chat_ids([{"role": "user", "content": prompts.text[i // 4]}], tokenizer, "", "p")
+        response = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            states = oracle(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
+        for column, layer, weight in zip(columns, (1, 3, 3), weights, strict=True):
+            expected = states[layer][0, len(prompt) :].double().mean(0) @ weight + 0.5
+            assert float(column.view(-1)[i]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def classifier(folder, tiny_folder, labels):
     torch.manual_seed(0)
     network = LlamaForSequenceClassification(
         LlamaConfig(
@@ -273,11 +309,45 @@ def test_sequence_classification_models(tiny_folder, tmp_path, labels):
             num_attention_heads=2,
             num_labels=labels,
             pad_token_id=2,
+            initializer_range=0.3,
         )
     ).eval()
-    network.save_pretrained(tmp_path)
+    network.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(folder)
+    return network, tokenizer
+
+
+def test_labels_of_one_classifier_share_its_pass_in_batches_of_like_length(tiny_folder, tmp_path, monkeypatch):
+    classifier(tmp_path, tiny_folder, 3)
+    monkeypatch.setattr(score_module, "TOKENS_PER_FORWARD", 300)
+    loads, shapes = counted(monkeypatch, LlamaForSequenceClassification, "from_pretrained"), []
+    forward = LlamaForSequenceClassification.forward
+    monkeypatch.setattr(
+        LlamaForSequenceClassification,
+        "forward",
+        lambda self, **inputs: shapes.append(inputs["input_ids"].shape) or forward(self, **inputs),
+    )
+    names = [f"{name}={tmp_path}#LABEL_{i}" for i, name in enumerate("abc")]
+    scorers = load_scorers(names[0], names[1:2], names[2:], folder=tmp_path, trunk="x", device=CPU).all
+    prompts, responses = [f"p{i}" for i in range(12)], ["word " * (1 + 7 * (7 * i % 12)) for i in range(12)]
+    found = [scorer(prompts, responses) for scorer in scorers]
+    assert len(loads) == 1
+    rows = [shape[0] for shape in shapes]
+    assert sum(rows) == 12 and len(rows) > 3, "one pass for all three labels"
+    widths = [shape[1] for shape in shapes]
+    assert widths == sorted(widths) and all(n == 1 or n * width <= 300 for n, width in shapes) and max(rows) > 1
+    order = [7, 0, 11, 3, 9, 1, 10, 4, 8, 2, 6, 5]
+    for scorer, scores in zip(scorers, found, strict=True):
+        alone = torch.cat([scorer([p], [r]) for p, r in zip(prompts, responses, strict=True)])
+        moved = scorer([prompts[i] for i in order], [responses[i] for i in order])
+        assert (scores - alone).abs().max() < 1e-5 and (moved - scores[order]).abs().max() < 1e-5
+        assert scores.std() > 1e-3
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_sequence_classification_models(tiny_folder, tmp_path, labels):
+    network, tokenizer = classifier(tmp_path, tiny_folder, labels)
     spec = f"{tmp_path}#LABEL_1" if labels == 3 else str(tmp_path)
     if labels == 3:
         with pytest.raises(UserError, match="name one"):

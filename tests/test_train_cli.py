@@ -22,8 +22,8 @@ ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
     out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column system n-prompts n-responses
     max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps
-    prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps weight-decay
-    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
+    prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule
+    weight-decay clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
@@ -158,6 +158,7 @@ BAD = {
     "--slack-prompts 1": r"--slack-prompts 1: must be at least 2",
     "--top-p 1.5": r"--top-p 1\.5: must lie in \(0, 1\]\.",
     "--labels hard": r"--labels hard: must be one of soft, sampled, regression, listwise, single\.",
+    "--schedule step": r"--schedule step: must be one of constant, linear, cosine\.",
     "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
     "--cost": r"--cost is empty: name at least one cost",
     "--dual-rule bisection --cost harm harm-audit --threshold 1 1": r"--dual-rule bisection: 2 costs; it takes one",
