@@ -140,7 +140,7 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
         gap = row["logprob_gap"]
         assert 0 < gap["mean"] <= gap["max"] < 1e-4 and 0 <= gap["kl"] < 1e-8 and row["prompts"] == 4
         opening = "tokens; " if row["stage"] == "reference" else f"{row['stage']}: "
-        assert out.count(f"{opening}{LogprobGap(**gap)}\n") == 1
+        assert out.count(f"{opening}{gap_text(row)}\n") == 1
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
     assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
