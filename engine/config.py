@@ -58,7 +58,7 @@ class RunConfig:
     top_p: float = 1.0
     """Nucleus mass; 1 is off."""
     rollout_rows: int = 384
-    """Responses decoded side by side."""
+    """Responses decoded side by side; the default is lowered where memory is short. Samples do not depend on it, but for rounding."""
 
     threshold: tuple[float, ...] = (0.3,)
     """b: required improvement of each utility over the reference, in its within-prompt standard deviations."""
@@ -321,7 +321,7 @@ def shown_name(algorithm: str) -> str:
 # The settings that determine the reference's samples, their scores and the kept states.
 SAMPLING = (
     "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout", "prompt_column", "system", "n_prompts",
-    "n_responses", "max_new_tokens", "temperature", "top_p", "rollout_rows", "tune", "lora_from", "memory_budget_mb", "eval_prompts",
+    "n_responses", "max_new_tokens", "temperature", "top_p", "tune", "lora_from", "memory_budget_mb", "eval_prompts",
     "eval_responses",
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ from engine.errors import UserError
 from engine.evaluate import Judgement
 from engine.flags import parse_flags
 from engine.full import Weights, is_saved, load_weights
+from engine.memory import evaluation_rows
 from engine.metrics import Display, Progress
 from engine.records import Limit, Prompts, Units
 from engine.score import Scorers, frozen_forward, load_scorers, try_out
@@ -82,6 +83,7 @@ class Question:
     lookalikes: Prompts
     safety_alone: bool  # plain DPO on g: pairs are to have the order of g
     judged_before: int  # final verdicts on the run that these prompts gave, the run's own among them
+    fewer_rows: bool  # memory is short, so that fewer responses are decoded side by side than in the run
 
 
 def ask(run: str | Path, flags: EvaluateConfig) -> Question:
@@ -117,6 +119,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if selection:
         data.assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
     lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
+    asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
+    most = max(len(prompts), len(selection) if selection else 0)
+    rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
+    fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
     (reference,) = metrics.read_rows(run, "reference")
     limits = constraints.limits(config, [s.name for s in scorers.costs])
@@ -130,7 +136,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         units=units, limits=limits, aimed=aimed, inputs=inputs,
         trained_on=stages.reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
         lookalikes=lookalikes, safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=_judged_before(run, prompts, own),
+        judged_before=_judged_before(run, prompts, own), fewer_rows=fewer,
     )  # fmt: skip
 
 
@@ -338,6 +344,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
         f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most {config.max_new_tokens} new tokens, "
         f"seed {flags.seed} (the run's is {config.seed}, {own})",
         *again,
+        *([f"memory is short, so {config.rollout_rows} responses are decoded side by side"] if q.fewer_rows else []),
     ]
 
 

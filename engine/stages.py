@@ -149,8 +149,13 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     check(config)
     _check_samples_of(config, fingerprint)
     used = reference_prompts(config, train), heldout_prompts(config, heldout)
-    plan = Plan.of(config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used))
+    # Rows that were asked for stay; a run that goes on has no flags.
+    plan = Plan.of(
+        config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used),
+        fewer_rows=resume is not None or config.rollout_rows == RunConfig.rollout_rows,
+    )  # fmt: skip
     plan.check()
+    asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
@@ -176,6 +181,8 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     for warning in warnings:
         display.warn(warning)
     display.line(plan.sentence())
+    if plan.rows < asked_rows:
+        display.line(f"memory is short, so --rollout-rows is {plan.rows}")
     display.line(f"run folder {out}")
     if resume is None:
         settings = {f.name: getattr(config, f.name) for f in fields(config)}

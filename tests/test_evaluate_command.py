@@ -19,7 +19,7 @@ from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
 from engine.evaluate import estimate
 from engine.evaluate_command import ask, main
 from engine.quickstart import tiny_model_folder
-from engine.score import LogprobGap
+from engine.stages import gap_text
 
 SMOKE = ["--preset", "smoke", "--threads", "1"]
 
@@ -75,9 +75,9 @@ def test_the_seed_of_the_run_gives_its_verdict_again(finished, tmp_path, capsys)
     assert {name: again[name] for name in verdict} == verdict
     printed = capsys.readouterr().out
     for side in ("reference", "policy"):
-        (gap,) = (row["logprob_gap"] for row in metrics.read_rows(finished, "sampled") if row["stage"] == f"heldout/{side}")
-        assert again["logprob_gap"][side] == gap and 0 < gap["max"] < 1e-4
-        assert printed.count(f"heldout/{side}: {LogprobGap(**gap)}\n") == 1
+        (row,) = (row for row in metrics.read_rows(finished, "sampled") if row["stage"] == f"heldout/{side}")
+        assert again["logprob_gap"][side] == row["logprob_gap"] and 0 < row["logprob_gap"]["max"] < 1e-4
+        assert printed.count(f"heldout/{side}: {gap_text(row)}\n") == 1
     assert "the random numbers are those of its verdict" in printed
     assert all(line in printed for line in evaluate.sentences(evaluate.Evaluation.from_dict(verdict)))
 

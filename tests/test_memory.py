@@ -1,15 +1,18 @@
 """The predicted time and memory of a run."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from engine import memory
+from engine import memory, train
 from engine.architecture import ModelConfig, Rope
+from engine.checkpoint import Run
 from engine.config import CaidConfig, PrimalDualConfig
 from engine.errors import UserError
-from engine.memory import KEPT_STATES_BYTES, Plan, kept_states_bytes
+from engine.evaluate_command import main as evaluate
+from engine.memory import KEPT_STATES_BYTES, Plan, available_memory, evaluation_rows, kept_states_bytes, rows_that_fit
 
 SHAPE = ModelConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, max_positions=256,
@@ -56,5 +59,126 @@ def test_too_little_memory_names_both_sizes_and_the_cure():
         replace(plan(), available_bytes=10**8).check()
 
 
+def test_rows_are_lowered_by_whole_prompts_to_what_fits(monkeypatch):
+    def with_room(available, rows=384, fewer_rows=True):
+        monkeypatch.setattr(memory, "available_memory", lambda device: available)
+        config = replace(CaidConfig(), n_responses=8, max_new_tokens=200, memory_budget_mb=1, rollout_rows=rows)
+        shape, lengths = replace(SHAPE, vocab_size=100_000), ([20] * 400, [20] * 10)
+        return Plan.of(config, shape, torch.float32, torch.device("cpu"), *lengths, fewer_rows=fewer_rows)
+
+    whole, half = with_room(10**12), with_room(10**12, rows=192)
+    assert whole.needed_bytes > half.needed_bytes + 10**8 and (whole.rows, half.rows) == (384, 192)
+    for available in (whole.needed_bytes, 10 * whole.needed_bytes):
+        assert with_room(available) == replace(whole, available_bytes=available)
+    short = with_room(half.needed_bytes)
+    assert short.rows == 192 and short.needed_bytes == half.needed_bytes
+    short.check()
+    assert with_room(half.needed_bytes - 1).rows == 184 and with_room(half.needed_bytes, rows=203).rows == 195 - 8
+    asked = with_room(half.needed_bytes, fewer_rows=False)
+    assert asked.rows == 384
+    with pytest.raises(UserError, match=r"lower --rollout-rows \(here 384\)"):
+        asked.check()
+    # Less than the responses of one prompt are never decoded, in the verdict neither.
+    with pytest.raises(UserError, match=r"lower --rollout-rows \(here 8\), --prompts-per-step, --n-responses"):
+        with_room(10**8).check()
+    config = replace(CaidConfig(), n_responses=4, eval_responses=6)
+    assert rows_that_fit(config, lambda rows: rows, 3) == 6 and rows_that_fit(config, lambda rows: rows, 30) == 30
+
+
+def test_an_evaluation_is_given_the_rows_that_fit_or_refused(monkeypatch):
+    config = replace(CaidConfig(), eval_responses=6, max_new_tokens=200, memory_budget_mb=1)
+
+    def rows(available, **changes):
+        monkeypatch.setattr(memory, "available_memory", lambda device: available)
+        shape, device = replace(SHAPE, vocab_size=100_000), torch.device("cpu")
+        return evaluation_rows(replace(config, **changes), shape, torch.float32, device, [20] * 100, 96)
+
+    assert rows(10**11) == 384
+    per_row = 1.15 * (220 * 2 * 2 * 16 * 4 * 4 + 100_000 * 12)
+    fewer = rows(12 * 10**8)
+    assert 6 < fewer < 384 and fewer % 6 == 0
+    assert fewer - rows(12 * 10**8 - int(60 * per_row)) == 60
+    assert fewer - rows(12 * 10**8, tune="full") > 6, "a policy with weights of its own needs room for them"
+    with pytest.raises(UserError, match=r"this evaluation needs about 0\.\d GB of memory and 0\.1 GB are free; lower --n-prompts"):
+        rows(10**8)
+
+
+def write_groups(root, entry, files, meminfo_kb=1000):
+    """Files as a kernel shows them; files: path below /sys/fs/cgroup -> text."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 9999 kB\nMemAvailable:    {meminfo_kb} kB\n")
+    (root / "proc/self/cgroup").write_text(entry)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
+def version_2(folder, limit, used, inactive=0):
+    return {f"{folder}memory.max": limit, f"{folder}memory.current": used, f"{folder}memory.stat": f"anon 5\ninactive_file {inactive}"}
+
+
+def version_1(folder, limit, used, inactive=0):
+    names = ("limit_in_bytes", limit), ("usage_in_bytes", used), ("stat", f"inactive_file 1\ntotal_inactive_file {inactive}")
+    return {f"memory/{folder}memory.{name}": text for name, text in names}
+
+
+V1 = "9:name=systemd:/x\n4:cpu,memory:/box/a\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("entry", "files", "expected"),
+    [
+        ("0::/box/a\n", version_2("box/a/", 900_000, 300_000, 50_000), 650_000),
+        ("0::/box/a\n", version_2("box/a/", "max", 10) | version_2("box/", 700_000, 300_000), 400_000),
+        ("0::/box/a\n", version_2("box/a/", 500_000, 0) | version_2("box/", 400_000, 0), 400_000),
+        ("0::/\n", version_2("", 300_000, 100_000), 200_000),
+        ("0::/elsewhere/host\n", version_2("", 300_000, 100_000), 200_000),
+        ("0::/box/a\n", version_2("box/a/", 300_000, 400_000), 0),
+        ("0::/box/a\n", version_2("box/a/", "max", 10), 1_024_000),
+        ("0::/box/a\n", version_2("box/a/", 10**12, 10), 1_024_000),
+        ("0::/box/a\n", {}, 1_024_000),
+        (V1, version_1("box/a/", 900_000, 300_000, 50_000), 650_000),
+        (V1, version_1("box/a/", 2**63 - 4096, 10) | version_1("box/", 600_000, 100_000), 500_000),
+        (V1, version_1("", 300_000, 100_000), 200_000),
+        (V1, version_1("box/a/", 2**63 - 4096, 10), 1_024_000),
+    ],
+)
+def test_the_limits_of_control_groups_bound_the_free_memory(tmp_path, entry, files, expected):
+    write_groups(tmp_path, entry, files)
+    assert available_memory(torch.device("cpu"), tmp_path) == expected
+
+
+def test_free_memory_without_control_groups(tmp_path):
+    write_groups(tmp_path, "", {})
+    (tmp_path / "proc/self/cgroup").unlink()
+    assert available_memory(torch.device("cpu"), tmp_path) == 1_024_000
+    assert 0 < available_memory(torch.device("cpu")) < 10**15
+
+
+def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(tmp_path, cache, capsys, monkeypatch):
+    flags = ["mocan", "--preset", "smoke", "--threads", "1", "--steps", "1", "--force"]
+    assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
+    monkeypatch.setattr(memory, "sampling_bytes", lambda config, shape, dtype, longest_prompt, rows: rows * 10**8)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 3 * 10**9)
+    assert train.main([*flags, "--out", str(tmp_path / "asked")]) == 2
+    assert "needs about 4.3 GB of memory and 3.0 GB are free; lower --rollout-rows (here 32)" in capsys.readouterr().err
+    assert train.main([*flags, "--rollout-rows", "384", "--out", str(tmp_path / "short")]) == 0
+    assert "memory is short, so --rollout-rows is 20\n" in capsys.readouterr().out
+    assert Run.read_config(tmp_path / "short")[1]["rollout_rows"] == 20
+    first, second = ([json.loads(line) for line in (tmp_path / name / "heldout.jsonl").open()] for name in ("free", "short"))
+    assert [(row["reference"], row["policy"]) for row in first] == [(row["reference"], row["policy"]) for row in second]
+    # The run that goes on has no flags.
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2 * 10**9)
+    (tmp_path / "short" / "evaluation.json").unlink()
+    assert train.main(["--resume", str(tmp_path / "short")]) == 0
+    assert "memory is short, so --rollout-rows is 8\n" in capsys.readouterr().out
+    assert evaluate([str(tmp_path / "short"), "--out", str(tmp_path / "judged")]) == 0
+    assert "memory is short, so 10 responses are decoded side by side\n" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "available_memory", lambda device: 8 * 10**8)
+    assert evaluate([str(tmp_path / "short"), "--out", str(tmp_path / "judged-2")]) == 2
+    assert "this evaluation needs about 0.9 GB" in capsys.readouterr().err
+
+
 def test_sentence():
-    assert Plan(2 * 10**9, 10**10, 150.0).sentence() == "predicted: about 2 min, 2.0 GB of memory (10.0 GB free)"
+    assert Plan(2 * 10**9, 10**10, 150.0, 384).sentence() == "predicted: about 2 min, 2.0 GB of memory (10.0 GB free)"

@@ -18,7 +18,7 @@ from engine.checkpoint import Run
 from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
 from engine.metrics import read_rows
-from engine.score import LogprobGap
+from engine.stages import gap_text
 
 SMOKE = ["--preset", "smoke", "--threads", "1"]
 
