@@ -26,7 +26,9 @@ SHARED_LIMIT = 232448
 INPUTS = {
     "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value", "p_out", "p_raw"
 }  # fmt: skip
-TYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place"), "*i64")
+TYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place", "p_last"), "*i64") | {
+    "p_kept": "*fp64"
+}
 # Whole numbers: multiples of 16 in common models, and any.
 STRIDES = {"vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride"}
 COUNTS = {"rows", "tiles_per_part", "prompts", "longest", "room", "window", "parts", "heads"}
@@ -100,14 +102,21 @@ def decode_kernels() -> list[Kernel]:
 
 
 def sampling_kernels() -> list[Kernel]:
-    """Sampling from real vocabularies, of up to 64 parts."""
+    """Sampling from real vocabularies, of up to 64 parts: plain, greedy, and with top-k, top-p or both."""
     found = []
     for dtype in DTYPES:
-        for greedy in (False, True):
-            constants = {"BLOCK": triton_sampling.PART, "GREEDY": greedy}
-            found.append(Kernel("sampling, parts" + ", greedy" * greedy, triton_sampling.part_kernel, dtype, constants, 8, 3, False))
-        found.append(Kernel("sampling, join", triton_sampling.join_kernel, dtype, {"BLOCK_PARTS": 64}, 1, 3, False))
-    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16"]
+        for greedy, truncated in ((False, False), (True, False), (False, True)):
+            constants = {"BLOCK": triton_sampling.PART, "GREEDY": greedy, "TRUNCATED": truncated}
+            name = "sampling, parts" + ", greedy" * greedy + ", truncated" * truncated
+            found.append(Kernel(name, triton_sampling.part_kernel, dtype, constants, 8, 3, False))
+        for truncated in (False, True):
+            constants = {"BLOCK_PARTS": 64, "TRUNCATED": truncated}
+            found.append(Kernel("sampling, join" + ", truncated" * truncated, triton_sampling.join_kernel, dtype, constants, 1, 3, False))
+        for top_k, top_p in ((50, 1.0), (0, 0.9), (50, 0.9)):
+            constants = {"TOP_K": top_k, "TOP_P": top_p, "BLOCK": triton_sampling.ROW_BLOCK}
+            name = "sampling, keep" + f", top-k {top_k}" * (top_k > 0) + f", top-p {top_p}" * (top_p < 1)
+            found.append(Kernel(name, triton_sampling.keep_kernel, dtype, constants, triton_sampling.ROW_WARPS, 3, False))
+    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16" and "parts" in kernel.function.arg_names]
 
 
 def _single(kernel: Kernel) -> Kernel:

@@ -36,14 +36,10 @@ def sample_with_gap(
     if logits.shape[1] == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}: expected at least one column")
     check_sampling(temperature, top_p, top_k)
-    if logits.is_cuda and (temperature == 0 or (top_k == 0 and top_p == 1)):
+    if logits.is_cuda:
         from kernels import triton_sampling
 
-        if temperature == 0:
-            token, model_logprob, gap = triton_sampling.sample_rows(logits, None, 1.0)
-            return token, torch.zeros_like(model_logprob), model_logprob, gap
-        token, logprob, gap = triton_sampling.sample_rows(logits, stream(key, step), temperature)
-        return token, logprob, logprob.clone(), gap
+        return triton_sampling.sample_rows(logits, stream(key, step) if temperature else None, temperature or 1.0, top_k, top_p)
     z = logits.detach().float()
     if temperature == 0:
         token = z.argmax(dim=1)

@@ -217,6 +217,20 @@ def test_sampling_is_that_of_the_cpu(dtype, columns):
             torch.testing.assert_close(a.cpu()[same], b[same], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [7, 5003, 151936])
+@pytest.mark.parametrize("top_k,top_p", [(50, 1.0), (0, 0.9), (50, 0.9)])
+def test_truncated_sampling_is_that_of_the_cpu(top_k, top_p, columns, dtype):
+    logits = (torch.randn(64, columns, generator=torch.Generator().manual_seed(columns)) * 3).to(dtype)
+    options = dict(temperature=0.7, top_k=top_k, top_p=top_p)
+    got = sample(logits.cuda(), key=torch.arange(64).cuda(), step=torch.tensor([5]).cuda(), **options)
+    want = sample(logits, key=torch.arange(64), step=5, **options)
+    same = got[0].cpu() == want[0]
+    assert int(same.sum()) >= 62
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a.cpu()[same], b[same], rtol=1e-5, atol=1e-5)
+
+
 def test_sampling_distribution():
     logits, rows = torch.randn(1000, generator=torch.Generator().manual_seed(0)).cuda(), 200_000
     token, logprob, _ = sample(logits.expand(rows, -1), key=torch.arange(rows).cuda(), step=3, temperature=0.8)
@@ -226,19 +240,20 @@ def test_sampling_distribution():
     torch.testing.assert_close(logprob.double(), p[token].log(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_captured_sampling_step_takes_a_new_step_and_logits():
+@pytest.mark.parametrize("options", [{}, {"top_k": 50, "top_p": 0.9}], ids=str)
+def test_a_captured_sampling_step_takes_a_new_step_and_logits(options):
     logits, key, step = torch.randn(8, 5003).cuda(), torch.arange(8).cuda(), torch.tensor([0]).cuda()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        sample(logits, key=key, step=step)
+        sample(logits, key=key, step=step, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = sample(logits, key=key, step=step)
+        captured = sample(logits, key=key, step=step, **options)
     step.fill_(4)
     logits.normal_()
     graph.replay()
-    for a, b in zip(captured, sample(logits, key=key, step=4), strict=True):
+    for a, b in zip(captured, sample(logits, key=key, step=4, **options), strict=True):
         assert torch.equal(a, b)
 
 
@@ -252,6 +267,7 @@ def test_the_host_never_waits_in_a_decode_step():
         decode_attention(**data)
         for temperature in (0, 0.7):
             sample(logits, key=keys, step=step, temperature=temperature)
+        sample(logits, key=keys, step=step, top_k=50, top_p=0.9)
 
     decode()  # compiles
     torch.cuda.synchronize()

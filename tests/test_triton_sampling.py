@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kernels import sample  # noqa: E402
-from kernels.sampling import combine, exponential, stream  # noqa: E402
+from kernels.sampling import combine, exponential, sample_with_gap, stream  # noqa: E402
 from kernels.triton_sampling import _log_exponential  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,11 +31,19 @@ def write_log_exponential(p_stream, p_out, COUNT: tl.constexpr):
 
 
 def by_triton(logits, streams, temperature=1.0, part=4096):
+    """Token, model_logprob and gap of plain sampling."""
+    token, logprob, model_logprob, gap = truncated_by_triton(logits, streams, temperature, 0, 1.0, part)
+    assert torch.equal(logprob.nan_to_num(), torch.zeros_like(gap) if streams is None else model_logprob.nan_to_num())
+    return token, model_logprob, gap
+
+
+def truncated_by_triton(logits, streams, temperature, top_k, top_p, part):
     from kernels import triton_sampling
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_sampling, "PART", part)
-        return triton_sampling.sample_rows(logits, streams, temperature)
+        patch.setattr(triton_sampling, "ROW_BLOCK", part)
+        return triton_sampling.sample_rows(logits, streams, temperature, top_k, top_p)
 
 
 def logits_of(rows: int, columns: int, scale: float = 3.0) -> torch.Tensor:
@@ -112,6 +120,56 @@ def test_distribution(columns, part, rows):
     assert statistic < degrees + 5 * math.sqrt(2 * degrees)
 
 
+# Some of many, one, as many as there are, more; most of the mass, the likeliest, little; both.
+TRUNCATIONS = [(5, 1.0), (1, 1.0), (33, 1.0), (10**6, 1.0), (0, 0.9), (0, 1e-6), (0, 0.3), (20, 0.8)]
+
+
+@interpreted
+@pytest.mark.parametrize("top_k,top_p", TRUNCATIONS)
+@pytest.mark.parametrize(
+    "columns,kind,dtype",
+    [(33, "plain", torch.float32), (33, "equals", torch.bfloat16), (33, "no mass", torch.float16), (7, "flat", torch.float32)],
+)
+def test_truncated_sampling_is_that_of_plain_torch(columns, kind, dtype, top_k, top_p, monkeypatch):
+    monkeypatch.setattr("kernels.native.available", False)
+    logits, key = logits_of(2, columns).to(dtype), torch.arange(2)
+    if kind == "equals":
+        logits = logits.round()
+    if kind == "flat":
+        logits[:] = 0.25
+    if kind == "no mass":
+        logits[:, 1::3] = -torch.inf
+    assert_is_the_twin_s(truncated_by_triton(logits, stream(key, 3), 0.7, top_k, top_p, 32), logits, key, top_k, top_p)
+
+
+@interpreted
+@pytest.mark.parametrize("top_k,top_p", [(300, 1.0), (0, 0.9), (300, 0.7)])
+def test_truncated_sampling_of_many_tokens(top_k, top_p, monkeypatch):
+    monkeypatch.setattr("kernels.native.available", False)
+    logits, key = logits_of(2, 5003), torch.arange(2)
+    assert_is_the_twin_s(truncated_by_triton(logits, stream(key, 3), 0.7, top_k, top_p, 2048), logits, key, top_k, top_p)
+
+
+def assert_is_the_twin_s(got, logits, key, top_k, top_p):
+    """A log-prob among the tokens kept holds the mass of the kept set, and a token's own the ties."""
+    want = sample_with_gap(logits, key=key, step=3, temperature=0.7, top_k=top_k, top_p=top_p)
+    assert torch.equal(got[0], want[0])
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("top_k,top_p,kept", [(5, 1.0, 5), (0, 0.8, 8), (7, 0.5, 4), (9, 0.95, 9)])
+def test_of_equals_the_first_are_kept(top_k, top_p, kept):
+    """Of 10 equals after one unlikely token, in parts of 8: 0.8 of 10 is 8 exactly."""
+    logits, rows = torch.zeros(1, 11), 3
+    logits[:, 0] = -torch.inf
+    token, logprob, model_logprob, _ = truncated_by_triton(logits.expand(rows, -1), stream(torch.arange(rows), 1), 1.0, top_k, top_p, 8)
+    assert set(token.tolist()) <= set(range(1, kept + 1))
+    torch.testing.assert_close(logprob, torch.full([rows], -math.log(kept)))
+    torch.testing.assert_close(model_logprob, torch.full([rows], -math.log(10)))
+
+
 @interpreted
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_a_token_without_mass_is_never_drawn(step):
@@ -139,8 +197,10 @@ def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
     logits = logits_of(4, 70)
     logits[1, place] = bad
     logits[2] = -torch.inf
-    token, logprob, gap = by_triton(logits, stream(torch.arange(4), 0), part=32)
-    assert logprob.isnan().tolist() == gap.isnan().tolist() == [False, True, True, False] and token[1:3].tolist() == [0, 0]
+    for top_k, top_p in ((0, 1.0), (9, 0.9)):
+        token, logprob, model_logprob, gap = truncated_by_triton(logits, stream(torch.arange(4), 0), 1.0, top_k, top_p, 32)
+        assert logprob.isnan().tolist() == model_logprob.isnan().tolist() == gap.isnan().tolist() == [False, True, True, False]
+        assert token[1:3].tolist() == [0, 0]
 
 
 @interpreted
