@@ -207,7 +207,7 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, kind, uni
     world = SimpleNamespace(
         job=job, reference=reference, adapter=SimpleNamespace(set_tensors=lambda x: None), deal=lambda t: ([0, 1], [0, 1]),
         rescore=lambda stage, prompts, sampled: sampled.scores, _begin=lambda *a: None, _end=lambda trained, t: trained,
-        _folder=lambda t: "/nonexistent/adapter",
+        _folder=lambda t: "/nonexistent/adapter", _tell_gap=lambda stage: None,
     )  # fmt: skip
     lam = torch.tensor([3.0], dtype=DTYPE)
     stages.World.ascend(world, None, lam, 1, rectified=True)
