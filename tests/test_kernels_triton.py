@@ -140,8 +140,10 @@ def test_values_and_gradients(needs, dtype, vocabulary, options):
 
 
 @interpreted
-@pytest.mark.parametrize("scheme", list(suite.SCHEMES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "scheme,dtype",
+    [(name, torch.float32) for name in suite.SCHEMES] + [(name, d) for name in "CDEF" for d in (torch.bfloat16, torch.float16)],
+)
 def test_every_scheme(scheme, dtype, taken):  # noqa: F811
     """Preference and policy losses too."""
     suite.check(scheme, suite.inputs(dtype, vocabulary=61, weighted=True), taken, options=suite.ALL_OPTIONS)

@@ -125,14 +125,18 @@ TRUNCATIONS = [(5, 1.0), (1, 1.0), (33, 1.0), (10**6, 1.0), (0, 0.9), (0, 1e-6),
 
 
 @interpreted
-@pytest.mark.parametrize("top_k,top_p", TRUNCATIONS)
 @pytest.mark.parametrize(
-    "columns,kind,dtype",
-    [(33, "plain", torch.float32), (33, "equals", torch.bfloat16), (33, "no mass", torch.float16), (7, "flat", torch.float32)],
+    "columns,kind,dtype,truncation",
+    [(33, "plain", torch.float32, x) for x in TRUNCATIONS]
+    + [
+        (columns, kind, dtype, x)
+        for columns, kind, dtype in ((33, "equals", torch.bfloat16), (33, "no mass", torch.float16), (7, "flat", torch.float32))
+        for x in ((5, 1.0), (0, 0.9), (20, 0.8))
+    ],
 )
-def test_truncated_sampling_is_that_of_plain_torch(columns, kind, dtype, top_k, top_p, monkeypatch):
+def test_truncated_sampling_is_that_of_plain_torch(columns, kind, dtype, truncation, monkeypatch):
     monkeypatch.setattr("kernels.native.available", False)
-    logits, key = logits_of(2, columns).to(dtype), torch.arange(2)
+    (top_k, top_p), logits, key = truncation, logits_of(2, columns).to(dtype), torch.arange(2)
     if kind == "equals":
         logits = logits.round()
     if kind == "flat":
