@@ -2,8 +2,10 @@
 once and its keys and values handed to its responses, all rows in one batch, rows that finish leave it, llama.cpp's own samplers."""
 
 import ctypes
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,12 +30,39 @@ def serves(config: ModelConfig, raw: dict) -> bool:
 def rival(folder: Path, model: Decoder, work: Work, temperature: float) -> Iterator[Callable[[], Responses]]:
     """The step to time; a GGUF file of the weights is there meanwhile. Raises: SystemExit where its log-probs are others than ours."""
     with tempfile.TemporaryDirectory() as scratch:
-        write_gguf(folder, model.config, Path(scratch) / "model.gguf")
-        them = LlamaCpp(Path(scratch) / "model.gguf", work.rows, max(map(len, work.prompts)) + work.new)
-        if not (difference := largest_difference(them, model, work.prompts[0])) <= 1e-3:
-            raise SystemExit(f"llama.cpp's log-probs differ from ours by up to {difference:.1e} nats; nothing is timed")
-        yield lambda: them.generate(work, temperature)
-        them.close()
+        file, room = Path(scratch) / "model.gguf", max(map(len, work.prompts)) + work.new
+        write_gguf(folder, model.config, file)
+        # A process of its own: beside the threads of its OpenMP, transformers' batching took 37 s for 15.
+        start = file, work.rows, room, torch.get_num_threads()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, start) as pool:
+            theirs = torch.from_numpy(pool.submit(_logits, work.prompts[0]).result()).log_softmax(0)
+            difference = float((theirs - log_probs(model, work.prompts[0])).abs().max())
+            if not difference <= 1e-3:
+                raise SystemExit(f"llama.cpp's log-probs differ from ours by up to {difference:.1e} nats; nothing is timed")
+            yield lambda: pool.submit(_generate, work, temperature).result()
+
+
+def _start(file: Path, rows: int, room: int, threads: int) -> None:
+    """In the process of its own, which ends with it."""
+    global _them
+    torch.set_num_threads(threads)
+    _them = LlamaCpp(file, rows, room)
+
+
+def _logits(prompt: list[int]) -> np.ndarray:
+    _them.feed([(t, i, 0, i == len(prompt) - 1) for i, t in enumerate(prompt)])
+    return _them.logits(len(prompt) - 1)
+
+
+def _generate(work: Work, temperature: float) -> Responses:
+    return _them.generate(work, temperature)
+
+
+@torch.no_grad()
+def log_probs(model: Decoder, prompt: list[int]) -> Tensor:
+    """This engine's [V] of the token after `prompt`."""
+    hidden, _ = model.prefill(torch.tensor(prompt), torch.tensor([0, len(prompt)]), None)
+    return model.logits(hidden)[0].log_softmax(0)
 
 
 def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
@@ -107,11 +136,6 @@ class LlamaCpp:
             raise SystemExit(f"llama.cpp makes no context of {rows} sequences x {room} tokens")
         self.rows, self.vocabulary = rows, api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
 
-    def close(self) -> None:
-        """Free model and cache."""
-        self.api.llama_free(self.context)
-        self.api.llama_model_free(self.model)
-
     def feed(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         """Compute (token, position, sequence, whether its logits are wanted)."""
         limit = self.api.llama_n_batch(self.context)
@@ -159,15 +183,3 @@ class LlamaCpp:
         self.api.llama_sampler_chain_add(chain, self.api.llama_sampler_init_temp(temperature))
         self.api.llama_sampler_chain_add(chain, self.api.llama_sampler_init_dist(seed))
         return chain
-
-
-@torch.no_grad()
-def largest_difference(rival: LlamaCpp, model: Decoder, prompt: list[int]) -> float:
-    """Of the log-probs [V] of the token after `prompt`, between llama.cpp and this engine."""
-    memory = rival.api.llama_get_memory(rival.context)
-    rival.api.llama_memory_clear(memory, True)
-    rival.feed([(t, i, 0, i == len(prompt) - 1) for i, t in enumerate(prompt)])
-    theirs = torch.from_numpy(rival.logits(len(prompt) - 1)).log_softmax(0)
-    hidden, _ = model.prefill(torch.tensor(prompt), torch.tensor([0, len(prompt)]), None)
-    ours: Tensor = model.logits(hidden)[0].log_softmax(0)
-    return float((theirs - ours).abs().max())
