@@ -134,7 +134,7 @@ class LlamaCpp:
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             raise SystemExit(f"llama.cpp makes no context of {rows} sequences x {room} tokens")
-        self.rows, self.vocabulary = rows, api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        self.vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
 
     def feed(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         """Compute (token, position, sequence, whether its logits are wanted)."""

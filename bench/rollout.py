@@ -76,6 +76,11 @@ def _sampled(model: Decoder, work: Work, max_rows: int | None = None) -> Rollout
     )  # fmt: skip
 
 
+def _responses(made: Rollouts) -> Responses:
+    """Without the padding."""
+    return [row[:length] for row, length in zip(made.tokens.tolist(), made.length.tolist(), strict=True)]
+
+
 def _cut(rows: list[list[int]], work: Work) -> Responses:
     """Rows without what stands behind their stop token."""
     ends = (next((i + 1 for i, token in enumerate(row) if token in work.stop), len(row)) for row in rows)
@@ -85,11 +90,7 @@ def _cut(rows: list[list[int]], work: Work) -> Responses:
 def ours(model: Decoder, work: Work) -> Callable[[], Responses]:
     """`engine.rollout.generate`."""
 
-    def step() -> Responses:
-        made = _sampled(model, work)
-        return [row[:length] for row, length in zip(made.tokens.tolist(), made.length.tolist(), strict=True)]
-
-    return step
+    return lambda: _responses(_sampled(model, work))
 
 
 def stock(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -229,6 +230,6 @@ def parting(model: Decoder, work: Work) -> tuple[float, float | None]:
 def gap(model: Decoder, work: Work) -> LogprobGap:
     """Of the sampler's log-probs to those of the training forward."""
     made, n = _sampled(model, work), work.n
-    responses = [row[:length] for row, length in zip(made.tokens.tolist(), made.length.tolist(), strict=True)]
+    responses = _responses(made)
     groups = [Group(prompt, responses[p * n : (p + 1) * n], list(range(p * n, (p + 1) * n))) for p, prompt in enumerate(work.prompts)]
     return logprob_gap(model, groups, made, temperature=TEMPERATURE, memory_budget_bytes=2**28)
