@@ -15,10 +15,10 @@ The matrix products are the cost: 2 T D V flop each, T rows. A row's coefficient
 
 Memory beyond inputs, returned gradients and one float32 (float64) accumulator of the head's gradient is at most `memory_budget_bytes`. Each
 op counts 64 bytes a row of hidden and what `sizes` of its workspace says. Compiled code on the CPU keeps tiles of at most 4 MiB (32 MiB on
-Intel processors, an eighth of the budget on all), 4 D bytes for each of a tile's rows, and 4 (V + 3 D + 12) bytes for each row of which
-logits are kept: those of a chunk, or all in scheme B; none for a forward pass and a frozen head. Where a loss that has its gradients
-already is scaled before its backward pass (on a GPU it is), hidden's gradient is there once more. Everything is summed in an order that
-depends on shapes alone.
+Intel processors, where the gradients of a loss that takes several chunks need none; an eighth of the budget on all), 4 D bytes for each of
+a tile's rows, and 4 (V + 3 D + 12) bytes for each row of which logits are kept: those of a chunk, or all in scheme B; none for a forward
+pass and a frozen head. Where a loss that has its gradients already is scaled before its backward pass (on a GPU it is), hidden's gradient
+is there once more. Everything is summed in an order that depends on shapes alone.
 """
 
 from collections.abc import Callable
@@ -97,6 +97,17 @@ def plan(
         rows_that_fit(budget, *sized("kept")[1:], rows)
     sizes, fixed, per_row = sized("values")
     return Plan("values", sizes, rows_that_fit(budget, fixed, per_row, rows), 0)
+
+
+def _kept_or_spent(
+    workspace: type, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, budget: int, beside: int
+) -> tuple[str, Sizes]:
+    """What a pass that forms all gradients asks for: "spent" where not all rows fit at once, each with `beside` bytes more."""
+    rows = len(hidden)
+    sizes = workspace.sizes(weight, bias, softcap, rows, budget, "kept")
+    if sizes.fixed + rows * (sizes.row + sizes.scratch + beside) <= budget:
+        return "kept", sizes
+    return "spent", workspace.sizes(weight, bias, softcap, rows, budget, "spent")
 
 
 def _of_chunk(
@@ -348,10 +359,11 @@ def _preference_pass(
     device, dtype, workspace = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden)
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    sizes = workspace.sizes(weight, bias, softcap, len(hidden), budget, "kept")
-    fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * len(hidden)
     # Rows that do not follow each other are gathered first.
-    per_row = sizes.row + sizes.scratch + hidden.element_size() * hidden.shape[1]
+    gathered = hidden.element_size() * hidden.shape[1]
+    kind, sizes = _kept_or_spent(workspace, hidden, weight, bias, softcap, budget, VECTOR_BYTES_PER_ROW + gathered)
+    fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * len(hidden)
+    per_row = sizes.row + sizes.scratch + gathered
     chunk = rows_that_fit(budget, fixed, per_row, len(hidden))
     parts = _parts(pairs.tolist(), lengths, chunk)
     accumulator = dtype.itemsize * weight.numel()
@@ -362,8 +374,8 @@ def _preference_pass(
         several = False
     longest = max((sum(lengths[n] for n in part.sequences) for part in parts), default=0)
     chunk = max(1, min(chunk, longest))
-    sizes = _of_chunk(workspace, sizes, weight, bias, softcap, chunk, budget, "kept")
-    work = workspace(weight, bias, temperature, softcap, sizes, chunk, "kept")
+    sizes = _of_chunk(workspace, sizes, weight, bias, softcap, chunk, budget, kind)
+    work = workspace(weight, bias, temperature, softcap, sizes, chunk, kind)
     buffer = work.new_z(weight, chunk)
     total = _Gradients(work, hidden, bias, (needs_hidden, needs_weight, needs_bias), beta / max(1, len(pairs)))
     token = torch.empty(len(hidden), dtype=dtype, device=device)
@@ -461,14 +473,18 @@ def _policy_pass(
     check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
     device, dtype, workspace, rows = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden), len(hidden)
     needs = needs_hidden, needs_weight, needs_bias
-    kind = "kept" if needs_weight or needs_bias else "product" if needs_hidden else "values"
-    sizes = workspace.sizes(weight, bias, softcap, rows, budget, kind)
     # Advantages, shares, coefficients and their parts, all float64.
-    fixed = sizes.fixed + 2 * VECTOR_BYTES_PER_ROW * rows
+    vectors = 2 * VECTOR_BYTES_PER_ROW
+    if needs_weight or needs_bias:
+        kind, sizes = _kept_or_spent(workspace, hidden, weight, bias, softcap, budget, vectors + VECTOR_BYTES_PER_ROW)
+    else:
+        kind = "product" if needs_hidden else "values"
+        sizes = workspace.sizes(weight, bias, softcap, rows, budget, kind)
+    fixed = sizes.fixed + vectors * rows
     size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch + VECTOR_BYTES_PER_ROW, rows)
     sizes = _of_chunk(workspace, sizes, weight, bias, softcap, size, budget, kind)
     work = workspace(weight, bias, temperature, softcap, sizes, size, kind)
-    buffer = work.new_z(weight, size if kind == "kept" else 0)
+    buffer = work.new_z(weight, size if kind in ("kept", "spent") else 0)
     share = row_shares(cu_seqlens, token_weight, normalize, rows, device)
     lengths = cu_seqlens.to(device, non_blocking=True).diff()
     advantage = torch.repeat_interleave(advantage.to(device, non_blocking=True), lengths, output_size=rows)
@@ -478,7 +494,7 @@ def _policy_pass(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for part in chunks(0, rows, size):
         h, y = hidden[part], target[part]
-        if kind == "kept":
+        if kind in ("kept", "spent"):
             z = buffer[: len(h)]
             token[part], state = work.keep(h, y, z)
         elif kind == "product":
@@ -490,7 +506,7 @@ def _policy_pass(
         clip = None if clip_low is None else (clip_low, clip_high)
         terms = policy_terms(token[part], advantage[part], share[part], old, ref, clip, kl_coef, kl)
         sums += torch.stack(terms[:3])
-        if kind == "kept":
+        if kind in ("kept", "spent"):
             total.add(part, z, state, y, -terms.coefficient)
         elif kind == "product":
             unused = (terms.coefficient == 0)[:, None]

@@ -34,20 +34,26 @@ class NativeRows(TorchRows):
 
     - Values and J W take the logits in as they are made, with a running maximum, and keep none of them.
     - For gradients z keeps the logits (before the temperature, their tanh where there is a softcap), column part by column part. J is
-      formed from them a tile at a time, times the factor of its row, and enters dH and dW at once.
+      formed from them a tile at a time, times the factor of its row, and enters dH and dW at once. Where z is spent then, J takes its
+      place, so that chunks have the memory of a tile.
     """
 
     STATE = 3
     TILE_ROWS = 1024
     # MKL multiplies small tiles more slowly; oneDNN does not, and they stay in cache.
     TILE_BYTES = 2**25 if MKL_IS_FASTER else 2**22
+    # oneDNN's products need a tile of their own before they come to z.
+    IN_PLACE = MKL_IS_FASTER
 
     @classmethod
     def sizes(cls, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int, budget: int, kind: str) -> Sizes:
         vocabulary, width = weight.shape
-        tiles = 2 if softcap is not None and kind != "values" else 1
-        elements = max(1, min(cls.TILE_BYTES, budget // 8) // 4 // tiles)
+        in_place = kind == "spent" and cls.IN_PLACE
+        tiles = (not in_place) + (softcap is not None and kind != "values")
+        elements = max(1, min(cls.TILE_BYTES, budget // 8) // 4 // tiles) if tiles else cls.TILE_BYTES // 4
         tile_rows = max(1, min(_even(rows, cls.TILE_ROWS), elements // 64))
+        if in_place:
+            tile_rows = max(1, min(tile_rows, budget // 8 // (4 * width)))
         columns = max(1, min(vocabulary, elements // tile_rows))
         converted = weight.dtype != torch.float32
         if converted:
@@ -57,13 +63,13 @@ class NativeRows(TorchRows):
         # A tile's share of J W, too, before it is added.
         fixed = 4 * (tile_rows * (tiles * columns + width) + 2 * columns * width * converted)
         fixed += 0 if bias is None or bias.dtype == torch.float32 else 4 * vocabulary
-        return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind == "kept" else 0), 0)
+        return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind in ("kept", "spent") else 0), 0)
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, sizes: Sizes, rows: int, kind: str
     ) -> None:
         super().__init__(weight, bias, temperature, softcap, sizes, 0, kind)
-        self.tile_rows = sizes.tile_rows
+        self.tile_rows, self.in_place = sizes.tile_rows, kind == "spent" and self.IN_PLACE
         self.inverse = (1 if softcap is None else softcap) / temperature
 
     def values(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -100,17 +106,19 @@ class NativeRows(TorchRows):
         sums = d_hidden
         if d_hidden is not None and (d_hidden.dtype != torch.float32 or not d_hidden.is_contiguous()):
             sums = torch.empty_like(d_hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
-        buffers = hidden.new_empty(1 if self.softcap is None else 2, min(len(z), self.tile_rows) * self.columns)
+        buffers = hidden.new_empty((not self.in_place) + (self.softcap is not None), min(len(z), self.tile_rows) * self.columns)
         for part, head in self._head():
             for i, tile in enumerate(self._row_tiles(len(z))):
                 logits = _part(z, part)[tile]
-                jacobian = _shaped(buffers[0], logits.shape)
+                jacobian = logits if self.in_place else _shaped(buffers[0], logits.shape)
+                if self.softcap is not None:
+                    slope = torch.mul(logits, logits, out=_shaped(buffers[-1], logits.shape)).neg_().add_(1)
                 _native.jacobian(
                     logits, target[tile], part.start, self.inverse, state[tile], factor[tile], jacobian, torch.get_num_threads(),
                     instructions[0],
                 )  # fmt: skip
                 if self.softcap is not None:
-                    jacobian.mul_(torch.mul(logits, logits, out=_shaped(buffers[1], logits.shape)).neg_().add_(1))
+                    jacobian.mul_(slope)
                 if sums is not None:
                     _add(sums[tile], times_transposed(jacobian, head.t()), part.start == 0)
                 if d_weight is not None:

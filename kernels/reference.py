@@ -50,9 +50,9 @@ class Sizes(NamedTuple):
 class TorchRows:
     """The arithmetic of one call in plain torch, a chunk of rows at a time: log-probs, J W and gradients.
 
-    weight [V, D], bias [V] or None; `rows` is the largest chunk; kind "values", "product" or "kept" (`keep`, `add_gradients`) is what
-    the caller asks for. z [C, V] keeps J without a factor of its row, J = state * z, so that the normalisation costs no pass. A row
-    without a log-prob (NaN) spoils what it enters unless its coefficient is 0.
+    weight [V, D], bias [V] or None; `rows` is the largest chunk; kind is what the caller asks for: "values", "product", "kept" (`keep`,
+    `add_gradients`) or "spent", the same where z may be lost in `add_gradients`. z [C, V] keeps J without a factor of its row, J = state *
+    z, so that the normalisation costs no pass. A row without a log-prob (NaN) spoils what it enters unless its coefficient is 0.
     """
 
     STATE = 1  # numbers a row that stand beside z
@@ -77,7 +77,7 @@ class TorchRows:
         self.dtype = statistics_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
         self.slope = weight.new_empty(rows, len(weight), dtype=self.dtype) if sizes.scratch else None
-        self.own_z = weight.new_empty(0 if kind == "kept" else rows, len(weight), dtype=self.dtype)
+        self.own_z = weight.new_empty(rows if kind in ("values", "product") else 0, len(weight), dtype=self.dtype)
 
     @staticmethod
     def new_z(weight: torch.Tensor, rows: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ def budget_of(data, rows, softcap=None):
     # Tiles and the converted parts of the head grow with the budget.
     budget = 0
     for _ in range(60):
-        sizes = workspace.sizes(weight, data.get("bias"), softcap, len(hidden), budget, "kept")
+        sizes = workspace.sizes(weight, data.get("bias"), softcap, len(hidden), budget, "spent")
         per_row = sizes.row + sizes.scratch + hidden.element_size() * hidden.shape[1]
         budget = sizes.fixed + reference.VECTOR_BYTES_PER_ROW * len(hidden) + rows * per_row
     return budget

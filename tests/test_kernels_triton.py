@@ -128,14 +128,18 @@ def make(rows=9, width=8, vocabulary=33, dtype=torch.float32, bias=False):
 NEEDS = pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
 
 
+OPTIONS = [{}, {"temperature": 0.6}, {"softcap": 2.0}, {"softcap": 30.0, "temperature": 1.7}, {"softcap": 1e4}]
+
+
 @interpreted
 @NEEDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", [7, 64, 1000])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6}, {"softcap": 2.0}, {"softcap": 30.0, "temperature": 1.7}, {"softcap": 1e4}], ids=str
+    "vocabulary,dtype,options",
+    [(1000, dtype, x) for dtype in (torch.float32, torch.bfloat16, torch.float16) for x in OPTIONS]
+    + [(vocabulary, torch.float32, OPTIONS[i]) for vocabulary in (7, 64) for i in (0, 3)],
+    ids=str,
 )
-def test_values_and_gradients(needs, dtype, vocabulary, options):
+def test_values_and_gradients(needs, vocabulary, dtype, options):
     check(make(vocabulary=vocabulary, dtype=dtype, bias=options.get("softcap") == 2.0), needs, **options)
 
 

@@ -317,6 +317,32 @@ def test_sequence_logprob_uses_the_compiled_rows_where_they_are(monkeypatch):
         assert row_workspace(torch.zeros(2, 3, dtype=torch.float64)) is reference.TorchRows
 
 
+@needs_native
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_j_in_place_of_the_logits_gives_the_same_bits(softcap, monkeypatch):
+    """Several parts of the head and tiles of rows; a row of factor 0 and one without a log-prob."""
+    monkeypatch.setattr(native.NativeRows, "IN_PLACE", True)
+    monkeypatch.setattr(native.NativeRows, "TILE_ROWS", 4)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=g) for shape in ((9, 24), (333, 24), (333,)))
+    target, factor = torch.randint(333, (9,), generator=g), torch.randn(9, generator=g)
+    factor[2] = factor[5] = 0
+    hidden[5] = torch.nan
+    sizes = native.NativeRows.sizes(weight, bias, softcap, 9, 60_000, "kept")
+    assert sizes.columns < 333 and sizes.tile_rows < 9
+    results = []
+    for kind in ("kept", "spent"):
+        work = native.NativeRows(weight, bias, 0.8, softcap, sizes, 9, kind)
+        z, total = work.new_z(weight, 9), [torch.zeros(9, 24), torch.zeros(333, 24), torch.zeros(333)]
+        logprob, state = work.keep(hidden, target, z)
+        before = z.clone()
+        work.add_gradients(z, state, target, hidden, factor, None, total[0], total[1], True, total[2])
+        assert torch.equal(z.nan_to_num(), before.nan_to_num()) == (kind == "kept")
+        results.append([logprob[factor != 0], *total])
+        assert all(x.isfinite().all() for x in results[-1])
+    assert_same_bits(results)
+
+
 def test_missing_module_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(native, "available", False)
     monkeypatch.setattr(native, "_told", False)
