@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels import products
 from kernels.compiled import _native, instructions
 from kernels.products import MKL_IS_FASTER, times_transposed
 from kernels.reference import Sizes, TorchRows, chunks, head_columns
@@ -52,16 +53,15 @@ class NativeRows(TorchRows):
         tiles = (not in_place) + (softcap is not None and kind != "values")
         elements = max(1, min(cls.TILE_BYTES, budget // 8) // 4 // tiles) if tiles else cls.TILE_BYTES // 4
         tile_rows = max(1, min(_even(rows, cls.TILE_ROWS), elements // 64))
-        if in_place:
-            tile_rows = max(1, min(tile_rows, budget // 8 // (4 * width)))
         columns = max(1, min(vocabulary, elements // tile_rows))
         converted = weight.dtype != torch.float32
         if converted:
             columns = min(columns, head_columns(weight, budget))
         # An odd number of cache lines: rows a power of two apart would share few places of the cache.
         columns = max(columns // 32 * 32 - 16, columns % 32 if columns < 32 else 16)
-        # A tile's share of J W, too, before it is added.
-        fixed = 4 * (tile_rows * (tiles * columns + width) + 2 * columns * width * converted)
+        # A tile's share of J W, where `_add_product` has one.
+        shared = 1 if MKL_IS_FASTER else tile_rows
+        fixed = 4 * (tile_rows * tiles * columns + shared * width + 2 * columns * width * converted)
         fixed += 0 if bias is None or bias.dtype == torch.float32 else 4 * vocabulary
         return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind in ("kept", "spent") else 0), 0)
 
@@ -99,9 +99,10 @@ class NativeRows(TorchRows):
     ) -> None:  # fmt: skip
         factor = (row_factor if unit is None else row_factor / unit).float().contiguous()
         target, hidden = target.long().contiguous(), hidden.to(torch.float32)
+        # NaN x 0: a row that adds nothing may hold anything.
         unused = factor == 0
-        if d_weight is not None and bool(unused.any()):
-            # NaN x 0: a row that adds nothing may hold anything.
+        some_unused = bool(unused.any())
+        if d_weight is not None and some_unused:
             hidden = hidden.masked_fill(unused[:, None], 0)
         sums = d_hidden
         if d_hidden is not None and (d_hidden.dtype != torch.float32 or not d_hidden.is_contiguous()):
@@ -119,8 +120,10 @@ class NativeRows(TorchRows):
                 )  # fmt: skip
                 if self.softcap is not None:
                     jacobian.mul_(slope)
+                    if some_unused:
+                        jacobian.masked_fill_(unused[tile][:, None], 0)
                 if sums is not None:
-                    _add(sums[tile], times_transposed(jacobian, head.t()), part.start == 0)
+                    _add_product(sums[tile], jacobian, head, part.start == 0)
                 if d_weight is not None:
                     d_weight[part].addmm_(jacobian.t(), hidden[tile], beta=0 if first and i == 0 else 1)
                 if d_bias is not None:
@@ -161,7 +164,7 @@ class NativeRows(TorchRows):
                     instructions[0],
                 )  # fmt: skip
                 if into is not None:
-                    _add(into, times_transposed(logits if slope is None else logits.mul_(slope), head.t()), part.start == 0)
+                    _add_product(into, logits if slope is None else logits.mul_(slope), head, part.start == 0)
                 # Before the next tile is made.
                 del logits, slope
         state = hidden.new_empty(rows, 3)
@@ -171,9 +174,20 @@ class NativeRows(TorchRows):
         return logprob, state, scale
 
 
-def _add(total: Tensor, share: Tensor, first: bool) -> None:
-    """total += share, or = where it is the `first`."""
-    total.copy_(share) if first else total.add_(share)
+def _add_product(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
+    """total += x head, or = where it is the `first`."""
+    if products.serves(x, head):
+        share = times_transposed(x, head.t())
+        total.copy_(share) if first else total.add_(share)
+        return
+    if len(x) > 1:
+        total.addmm_(x, head, beta=0 if first else 1)
+        return
+    # MKL adds up a single row one product after the other: long sums round more.
+    share = torch.empty_like(total)
+    for i, part in enumerate(chunks(0, len(head), 4096)):
+        torch.mm(x[:, part], head[part], out=share)
+        total.copy_(share) if first and i == 0 else total.add_(share)
 
 
 def _shaped(buffer: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -156,12 +156,12 @@ class TorchRows:
         if jacobian:
             # p_y - 1 from the unscaled exponentials: one rounding, and no second pass for the one-hot.
             z.scatter_(1, target, z.gather(1, target) - total)
+            if slope is not None:
+                z.mul_(slope)
             lost = logprob.isnan()
             # On a GPU the host does not look.
             if z.device.type != "cpu" or bool(lost.any()):
                 z.masked_fill_(lost[:, None], 0)
-            if slope is not None:
-                z.mul_(slope)
         return logprob, 1 / (total * self.temperature)
 
     def _times_weight(self, z: torch.Tensor, row_factor: torch.Tensor, out: torch.Tensor) -> None:

@@ -138,20 +138,22 @@ def test_pairs_far_apart_share_a_chunk():
     check(data, labels, budget=budget_of(data, 60))
 
 
-def test_row_of_weight_zero_adds_nothing_even_nan_in_every_scheme():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype,rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_row_of_weight_zero_adds_nothing_even_nan_in_every_scheme(dtype, rtol, softcap):
     for budget_rows in (12, 30, None):
         results = []
         for value in (0.3, math.nan):
-            data, labels = problem(torch.float64)
+            data, labels = problem(dtype)
             data["token_weight"] = torch.ones(42)
             data["token_weight"][[2, 14, 30]] = 0
-            budget = None if budget_rows is None else budget_of(data, budget_rows)
+            budget = None if budget_rows is None else budget_of(data, budget_rows, softcap)
             data["hidden"][[2, 14, 30]] = value
             leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
-            loss = lagrangian_preference_loss(**data, **labels, beta=0.5, memory_budget_bytes=budget).loss
+            loss = lagrangian_preference_loss(**data, **labels, beta=0.5, memory_budget_bytes=budget, softcap=softcap).loss
             results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
         for clean, spoiled in zip(*results, strict=True):
-            torch.testing.assert_close(clean, spoiled, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(clean, spoiled, rtol=rtol, atol=rtol)
 
 
 def test_nan_in_a_row_with_weight_reaches_the_gradients():
@@ -216,7 +218,7 @@ def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, len
     peak = peak_bytes(step, torch.device("cpu"))
     allowed = sum(leaf.nbytes for leaf in leaves) + (4 * data["weight"].numel() if "weight" in needs else 0)
     allowed += data["hidden"].nbytes if upstream != 1 else 0
-    assert 0.1 * budget < peak <= budget + allowed
+    assert 0.05 * budget < peak <= budget + allowed
     assert budget < sum(lengths) * (vocabulary + width) * 4
 
 

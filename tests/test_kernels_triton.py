@@ -200,6 +200,21 @@ def test_nan_spreads_and_int32_targets():
 
 
 @interpreted
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_row_of_weight_zero_adds_nothing_even_nan(softcap):
+    gradients = []
+    for value in (0.3, math.nan):
+        data = make()
+        data["hidden"][4] = value
+        leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+        token_weight = torch.ones(9).index_fill(0, torch.tensor([4]), 0)
+        total = sequence_logprob(**data, cu_seqlens=torch.tensor([0, 9]), token_weight=token_weight, softcap=softcap)
+        gradients.append(torch.autograd.grad(total.sum(), leaves))
+    for clean, spoiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(clean, spoiled, rtol=1e-6, atol=1e-6)
+
+
+@interpreted
 @NEEDS
 def test_sequences_and_token_weights(needs):
     data = make(bias=True)
@@ -244,8 +259,11 @@ def test_empty_batch():
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows,width,vocabulary", [(9, 8, 33), (16, 16, 32), (33, 40, 1000), (1, 16, 7), (0, 8, 9)])
+@pytest.mark.parametrize(
+    "dtype,rows,width,vocabulary",
+    [(x, *shape) for x in (torch.float32, torch.bfloat16, torch.float16) for shape in ((9, 8, 33), (16, 16, 32), (1, 16, 7), (0, 8, 9))]
+    + [(torch.float32, 33, 40, 1000)],
+)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 3.0}], ids=["plain", "softcap"])
 def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options):
     from kernels import triton_forward

@@ -194,17 +194,17 @@ def test_offset_of_2_to_the_24_changes_nothing():
 
 
 @interpreted
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("place", [0, 40, 69])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
-    logits = logits_of(4, 70)
-    logits[1, place] = bad
-    logits[2] = -torch.inf
+def test_nan_reaches_the_results_of_its_own_row_only():
+    """NaN and inf in the first part of a row, in its middle and at its end; and a row of -inf."""
+    logits = logits_of(7, 70)
+    for row, (place, bad) in enumerate(((0, torch.nan), (40, torch.inf), (69, torch.nan), (69, torch.inf)), start=1):
+        logits[row, place] = bad
+    logits[5] = -torch.inf
     for top_k, top_p in ((0, 1.0), (9, 0.9)):
-        token, logprob, model_logprob, gap = truncated_by_triton(logits, stream(torch.arange(4), 0), 1.0, top_k, top_p, 32)
-        assert logprob.isnan().tolist() == model_logprob.isnan().tolist() == gap.isnan().tolist() == [False, True, True, False]
-        assert token[1:3].tolist() == [0, 0]
+        token, logprob, model_logprob, gap = truncated_by_triton(logits, stream(torch.arange(7), 0), 1.0, top_k, top_p, 32)
+        assert logprob.isnan().tolist() == model_logprob.isnan().tolist() == gap.isnan().tolist() == [False, *[True] * 5, False]
+        assert token[1:6].tolist() == [0] * 5
 
 
 @interpreted
