@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels import products
 from kernels.compiled import _native, instructions
 from kernels.products import MKL_IS_FASTER, times_transposed
 from kernels.reference import Sizes, TorchRows, chunks, head_columns
@@ -59,8 +58,8 @@ class NativeRows(TorchRows):
             columns = min(columns, head_columns(weight, budget))
         # An odd number of cache lines: rows a power of two apart would share few places of the cache.
         columns = max(columns // 32 * 32 - 16, columns % 32 if columns < 32 else 16)
-        # A tile's share of J W, where `_add_product` has one.
-        shared = 1 if MKL_IS_FASTER else tile_rows
+        # A tile's share of J W, too, before it is added.
+        shared = 1 if in_place else tile_rows
         fixed = 4 * (tile_rows * tiles * columns + shared * width + 2 * columns * width * converted)
         fixed += 0 if bias is None or bias.dtype == torch.float32 else 4 * vocabulary
         return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind in ("kept", "spent") else 0), 0)
@@ -122,8 +121,10 @@ class NativeRows(TorchRows):
                     jacobian.mul_(slope)
                     if some_unused:
                         jacobian.masked_fill_(unused[tile][:, None], 0)
-                if sums is not None:
-                    _add_product(sums[tile], jacobian, head, part.start == 0)
+                if sums is not None and self.in_place:
+                    _add_in_place(sums[tile], jacobian, head, part.start == 0)
+                elif sums is not None:
+                    _add(sums[tile], times_transposed(jacobian, head.t()), part.start == 0)
                 if d_weight is not None:
                     d_weight[part].addmm_(jacobian.t(), hidden[tile], beta=0 if first and i == 0 else 1)
                 if d_bias is not None:
@@ -164,7 +165,7 @@ class NativeRows(TorchRows):
                     instructions[0],
                 )  # fmt: skip
                 if into is not None:
-                    _add_product(into, logits if slope is None else logits.mul_(slope), head, part.start == 0)
+                    _add(into, times_transposed(logits if slope is None else logits.mul_(slope), head.t()), part.start == 0)
                 # Before the next tile is made.
                 del logits, slope
         state = hidden.new_empty(rows, 3)
@@ -174,20 +175,20 @@ class NativeRows(TorchRows):
         return logprob, state, scale
 
 
-def _add_product(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
-    """total += x head, or = where it is the `first`."""
-    if products.serves(x, head):
-        share = times_transposed(x, head.t())
-        total.copy_(share) if first else total.add_(share)
-        return
+def _add(total: Tensor, share: Tensor, first: bool) -> None:
+    """total += share, or = where it is the `first`."""
+    total.copy_(share) if first else total.add_(share)
+
+
+def _add_in_place(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
+    """total += x head, or = where it is the `first`, by MKL and without memory for more than a row."""
     if len(x) > 1:
         total.addmm_(x, head, beta=0 if first else 1)
         return
-    # MKL adds up a single row one product after the other: long sums round more.
+    # A single row is added up one product after the other: long sums round more.
     share = torch.empty_like(total)
     for i, part in enumerate(chunks(0, len(head), 4096)):
-        torch.mm(x[:, part], head[part], out=share)
-        total.copy_(share) if first and i == 0 else total.add_(share)
+        _add(total, torch.mm(x[:, part], head[part], out=share), first and i == 0)
 
 
 def _shaped(buffer: Tensor, shape: tuple[int, int]) -> Tensor:

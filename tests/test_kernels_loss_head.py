@@ -33,15 +33,18 @@ def problem(dtype=torch.float32, lengths=LENGTHS, pairs=PAIRS, vocabulary=211, w
 
 
 def budget_of(data, rows, softcap=None):
-    """Bytes in which a chunk of `rows` rows of the preference pass fits."""
+    """Bytes in which a chunk of `rows` rows of the preference pass fits, and one row of any op."""
     workspace, weight, hidden = row_workspace(data["hidden"]), data["weight"], data["hidden"]
-    # Tiles and the converted parts of the head grow with the budget.
-    budget = 0
-    for _ in range(60):
-        sizes = workspace.sizes(weight, data.get("bias"), softcap, len(hidden), budget, "spent")
-        per_row = sizes.row + sizes.scratch + hidden.element_size() * hidden.shape[1]
-        budget = sizes.fixed + reference.VECTOR_BYTES_PER_ROW * len(hidden) + rows * per_row
-    return budget
+    budgets = []
+    for kind, fitting in (("spent", rows), ("kept", 1)):
+        # Tiles and the converted parts of the head grow with the budget.
+        budget = 0
+        for _ in range(60):
+            sizes = workspace.sizes(weight, data.get("bias"), softcap, len(hidden), budget, kind)
+            per_row = sizes.row + sizes.scratch + hidden.element_size() * hidden.shape[1]
+            budget = sizes.fixed + reference.VECTOR_BYTES_PER_ROW * len(hidden) + fitting * per_row
+        budgets.append(budget)
+    return max(budgets)
 
 
 def check(data, labels, needs=("hidden", "weight", "bias"), budget=None, options=None, beta=0.4):
@@ -218,7 +221,7 @@ def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, len
     peak = peak_bytes(step, torch.device("cpu"))
     allowed = sum(leaf.nbytes for leaf in leaves) + (4 * data["weight"].numel() if "weight" in needs else 0)
     allowed += data["hidden"].nbytes if upstream != 1 else 0
-    assert 0.05 * budget < peak <= budget + allowed
+    assert 0.1 * budget < peak <= budget + allowed
     assert budget < sum(lengths) * (vocabulary + width) * 4
 
 
