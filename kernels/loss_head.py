@@ -472,10 +472,10 @@ def _policy_pass(
     """(loss, logprob [N], token_logprob [T], kl, clip_fraction, d loss / d hidden, weight, bias)."""
     check_row_values(hidden, weight, target, cu_seqlens, token_weight, debug)
     device, dtype, workspace, rows = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden), len(hidden)
-    needs = needs_hidden, needs_weight, needs_bias
+    needs, needs_head = (needs_hidden, needs_weight, needs_bias), needs_weight or needs_bias
     # Advantages, shares, coefficients and their parts, all float64.
     vectors = 2 * VECTOR_BYTES_PER_ROW
-    if needs_weight or needs_bias:
+    if needs_head:
         kind, sizes = _kept_or_spent(workspace, hidden, weight, bias, softcap, budget, vectors + VECTOR_BYTES_PER_ROW)
     else:
         kind = "product" if needs_hidden else "values"
@@ -484,7 +484,7 @@ def _policy_pass(
     size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch + VECTOR_BYTES_PER_ROW, rows)
     sizes = _of_chunk(workspace, sizes, weight, bias, softcap, size, budget, kind)
     work = workspace(weight, bias, temperature, softcap, sizes, size, kind)
-    buffer = work.new_z(weight, size if kind in ("kept", "spent") else 0)
+    buffer = work.new_z(weight, size if needs_head else 0)
     share = row_shares(cu_seqlens, token_weight, normalize, rows, device)
     lengths = cu_seqlens.to(device, non_blocking=True).diff()
     advantage = torch.repeat_interleave(advantage.to(device, non_blocking=True), lengths, output_size=rows)
@@ -494,7 +494,7 @@ def _policy_pass(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for part in chunks(0, rows, size):
         h, y = hidden[part], target[part]
-        if kind in ("kept", "spent"):
+        if needs_head:
             z = buffer[: len(h)]
             token[part], state = work.keep(h, y, z)
         elif kind == "product":
@@ -506,7 +506,7 @@ def _policy_pass(
         clip = None if clip_low is None else (clip_low, clip_high)
         terms = policy_terms(token[part], advantage[part], share[part], old, ref, clip, kl_coef, kl)
         sums += torch.stack(terms[:3])
-        if kind in ("kept", "spent"):
+        if needs_head:
             total.add(part, z, state, y, -terms.coefficient)
         elif kind == "product":
             unused = (terms.coefficient == 0)[:, None]

@@ -34,8 +34,8 @@ class NativeRows(TorchRows):
 
     - Values and J W take the logits in as they are made, with a running maximum, and keep none of them.
     - For gradients z keeps the logits (before the temperature, their tanh where there is a softcap), column part by column part. J is
-      formed from them a tile at a time, times the factor of its row, and enters dH and dW at once. Where z is spent then, J takes its
-      place, so that chunks have the memory of a tile.
+      formed from them a tile at a time, times the factor of its row, and enters dH and dW at once. Where z may be lost
+      then, J takes its place and needs no tile, whose memory holds more rows of a chunk.
     """
 
     STATE = 3

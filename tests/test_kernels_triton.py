@@ -262,7 +262,7 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     "dtype,rows,width,vocabulary",
     [(x, *shape) for x in (torch.float32, torch.bfloat16, torch.float16) for shape in ((9, 8, 33), (16, 16, 32), (1, 16, 7), (0, 8, 9))]
-    + [(torch.float32, 33, 40, 1000)],
+    + [(x, 33, 40, 1000) for x in (torch.float32, torch.bfloat16, torch.float16)],
 )
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 3.0}], ids=["plain", "softcap"])
 def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options):

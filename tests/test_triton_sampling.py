@@ -197,14 +197,14 @@ def test_offset_of_2_to_the_24_changes_nothing():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan_reaches_the_results_of_its_own_row_only():
     """NaN and inf in the first part of a row, in its middle and at its end; and a row of -inf."""
-    logits = logits_of(7, 70)
-    for row, (place, bad) in enumerate(((0, torch.nan), (40, torch.inf), (69, torch.nan), (69, torch.inf)), start=1):
-        logits[row, place] = bad
-    logits[5] = -torch.inf
+    logits = logits_of(9, 70)
+    for row, place in enumerate((0, 40, 69)):
+        logits[1 + row, place], logits[4 + row, place] = torch.nan, torch.inf
+    logits[7] = -torch.inf
     for top_k, top_p in ((0, 1.0), (9, 0.9)):
-        token, logprob, model_logprob, gap = truncated_by_triton(logits, stream(torch.arange(7), 0), 1.0, top_k, top_p, 32)
-        assert logprob.isnan().tolist() == model_logprob.isnan().tolist() == gap.isnan().tolist() == [False, *[True] * 5, False]
-        assert token[1:6].tolist() == [0] * 5
+        token, logprob, model_logprob, gap = truncated_by_triton(logits, stream(torch.arange(9), 0), 1.0, top_k, top_p, 32)
+        assert logprob.isnan().tolist() == model_logprob.isnan().tolist() == gap.isnan().tolist() == [False, *[True] * 7, False]
+        assert token[1:8].tolist() == [0] * 7
 
 
 @interpreted
