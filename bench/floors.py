@@ -105,11 +105,16 @@ def sampling(c: ModelConfig, itemsize: int, prompts: list[int], n: int, made: li
     return parts
 
 
-def training(c: ModelConfig, itemsize: int, tokens: int, completions: int, *, full: bool) -> list[Part]:
-    """One step on `tokens` packed tokens, `completions` of which are predicted: forward, gradient of the states and, with `full`, of the
-    weights, 4 or 6 flops for each weight and token; with `full` also AdamW, which reads weight, gradient and two moments and writes
-    weight and moments, all in float32."""
+def passes(c: ModelConfig, itemsize: int, tokens: float, completions: float, times: int, *, share: float = 1.0) -> list[Part]:
+    """`times` passes, forward or backward, of `tokens` packed tokens through `share` of the layers, and of the `completions` of them that
+    are predicted through the head: 2 flops for each weight and token."""
     layers, head = weights(c)
-    passes = 3 if full else 2
-    parts = passes * [Part("layers", layers * itemsize, 2 * layers * tokens), Part("head", head * itemsize, 2 * head * completions)]
-    return parts + [Part("optimizer", 7 * 4 * c.parameter_count())] * full
+    layers = int(layers * share)
+    return times * [Part("layers", layers * itemsize, 2 * layers * tokens), Part("head", head * itemsize, 2 * head * completions)]
+
+
+def training(c: ModelConfig, itemsize: int, tokens: int, completions: int, *, full: bool) -> list[Part]:
+    """One step: forward, gradient of the states and, with `full`, of the weights; with `full` also AdamW, which reads weight, gradient and
+    two moments and writes weight and moments, all in float32."""
+    optimizer = Part("optimizer", 7 * 4 * c.parameter_count())
+    return passes(c, itemsize, tokens, completions, 3 if full else 2) + [optimizer] * full

@@ -308,9 +308,7 @@ def samples():
 def sample_scores(heads: dict[str, Head], prompts, rollouts) -> dict[str, Tensor]:
     """name -> scores float64 [P, G]."""
     layers = sorted({h.layer for h in heads.values()})
-    pooled, _ = frozen_forward(
-        load(quickstart.model_folder()), groups(prompts, rollouts), layers, temperature=None, memory_budget_bytes=2**28
-    )
+    pooled, _ = frozen_forward(load(quickstart.model_folder()), groups(prompts, rollouts), layers, temperature=None)
     return {name: h(pooled[h.layer]).view(len(prompts), -1) for name, h in heads.items()}
 
 

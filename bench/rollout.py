@@ -232,4 +232,4 @@ def gap(model: Decoder, work: Work) -> LogprobGap:
     made, n = _sampled(model, work), work.n
     responses = _responses(made)
     groups = [Group(prompt, responses[p * n : (p + 1) * n], list(range(p * n, (p + 1) * n))) for p, prompt in enumerate(work.prompts)]
-    return logprob_gap(model, groups, made, temperature=TEMPERATURE, memory_budget_bytes=2**28)
+    return logprob_gap(model, groups, made, temperature=TEMPERATURE)

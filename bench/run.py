@@ -4,7 +4,9 @@ from which bench/RESULTS.md is written."""
 import contextlib
 import json
 import math
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import floors, growth, llamacpp, loss_head, rollout, shapes, train_step
+from bench import floors, growth, iteration, llamacpp, loss_head, rollout, shapes, train_step
 from bench.measure import interleaved, origin, peak_bytes
 from engine import dual
 from engine.checkpoint import write_whole
@@ -289,6 +291,58 @@ def run_growth(config: Growth) -> dict:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Iteration:
+    """Iterations of CAID on fresh samples, stage by stage, against their floors and TRL's OnlineDPOTrainer."""
+
+    model: str = ""
+    """Hugging Face folder; the quickstart's model where it is left out. It is given random score heads in a copy."""
+    shape: str = ""
+    """Instead of a model random weights in the sizes of a published one, as in `rollout`."""
+    steps: int = 5
+    """Policy steps of an iteration."""
+    prompts: int = 16
+    """Prompts in a policy step, two responses to each."""
+    new: int = 48
+    """Most tokens of a response; random weights hardly ever end one."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    rivals: bool = True
+    """TRL too, not the floors alone."""
+    repeats: int = 3
+    """Iterations that are counted."""
+    save: bool = True
+    """Add the figures to bench/results.jsonl and write bench/RESULTS.md anew."""
+
+
+def run_iteration(config: Iteration) -> dict:
+    """Measure; returns the line of results.jsonl."""
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    keep_freed_memory()
+    size = iteration.Size(config.steps, config.prompts, config.new)
+    with shapes.opened(config.model, config.shape, dtype, device) as (name, folder, model), tempfile.TemporaryDirectory() as scratch:
+        c = model.config
+        del model
+        own = shutil.copytree(folder, Path(scratch) / "model")
+        found = iteration.run(own, size, config.repeats, dtype, device)
+        probes = floors.probes(dtype, device)
+        given, prompt = iteration.prompts(folder, size.steps * size.prompts)
+        rival = {"TRL OnlineDPOTrainer": iteration.trl(folder, size, given, dtype, device)} if config.rivals and find_spec("trl") else {}
+        times = interleaved(rival, config.repeats, device) | interleaved({k: probe.step for k, probe in probes.items()}, 15, device)
+    tokens = sum(x["tokens"] for x in found) / len(found)
+    rates = floors.rates(probes, times)
+    least = iteration.least(c, dtype.itemsize, size, prompt, tokens / (iteration.N * size.steps * size.prompts), rates)
+    rows = iteration.stages_of(found, least)
+    rows += [{"name": k, **{f"{q}_s": v for q, v in times[k].items()}, "computed_share": None, "time_share": None} for k in rival]
+    return {
+        "case": "iteration", "shape": name, "rows": iteration.N * size.prompts, "steps": size.steps, "prompt": prompt, "new": size.new,
+        "dtype": config.dtype, "keep_pages": True, "tokens": tokens, "least_s": least, **asdict(rates), "repeats": config.repeats,
+        "candidates": rows, **origin(device),
+    }  # fmt: skip
+
+
 def _measure(
     steps: dict[str, Callable], products: dict[str, dict[str, Callable]], repeats: int, device: torch.device,
     times_of: dict[str, float] | None = None, parts: list[floors.Part] | None = None, dtype: torch.dtype = torch.float32,
@@ -330,6 +384,8 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
         ]
         title = f"growth: {line['shape']}, prompts of {growth.PROMPT}, {line['dtype']}{pages}; one size at a time"
         return title, ["", "size", "tried", "ms, medians", "power of the size at the end (1: linear)"], rows
+    if line["case"] == "iteration":
+        return _table_of_iteration(line)
     if line["case"] == "loss_head":
         title = (
             f"loss_head: {line['shape']}, {line['rows']} rows x {line['width']} x {line['vocabulary']}, {line['dtype']}, "
@@ -374,6 +430,22 @@ def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
     return title, list(columns), [[show(c) for show in columns.values()] for c in line["candidates"]]
 
 
+def _table_of_iteration(line: dict) -> tuple[str, list[str], list[list[str]]]:
+    title = (
+        f"iteration: {line['shape']}, CAID, {line['steps']} policy steps of {line['rows']} responses of at most {line['new']} tokens, "
+        f"{line['dtype']}, freed memory kept"
+    )
+    # What TRL does in its steps.
+    own = sum(c["median_s"] for c in line["candidates"] if c["name"] in ("rollout", "scoring", "policy steps"))
+    rows = []
+    for c in line["candidates"]:
+        shares = [f"{100 * c[key]:.1f} %" if c[key] is not None else "" for key in ("time_share", "computed_share")]
+        ratio = f"{c['median_s'] / own:.2f}" if c["time_share"] is None else ""
+        rows.append([c["name"], f"{1000 * c['median_s']:.0f}", f"{1000 * c['p20_s']:.0f} to {1000 * c['p80_s']:.0f}", *shares, ratio])
+    header = ["", "ms, median", "p20 to p80", "of the iteration", "of the floor by bytes and flops"]
+    return title, [*header, "time / our rollout, scoring and policy steps"], rows
+
+
 def notes_of(line: dict) -> list[str]:
     """What is said under the table."""
     notes = []
@@ -415,7 +487,7 @@ def write_results(lines: list[dict]) -> None:
 
 CASES = {
     "loss_head": (LossHead, run_loss_head), "rollout": (Rollout, run_rollout), "train_step": (TrainStep, run_train_step),
-    "growth": (Growth, run_growth), "dual": (Dual, run_dual),
+    "iteration": (Iteration, run_iteration), "growth": (Growth, run_growth), "dual": (Dual, run_dual),
 }  # fmt: skip
 
 

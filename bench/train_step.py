@@ -28,6 +28,7 @@ RANK, BETA, RATE = 8, 0.1, 1e-4
 # Expected Bradley-Terry labels of scores so far apart are those of the responses called chosen.
 CONFIG = DpoConfig(labels="soft", temperature=1.0)
 CHOSEN, REJECTED = 100.0, 0.0
+LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 def batch(vocabulary: int, pairs: int, prompt: int, response: int) -> list[packing.Group]:
@@ -43,7 +44,7 @@ def batch(vocabulary: int, pairs: int, prompt: int, response: int) -> list[packi
 @torch.no_grad()
 def reference_logprob(model: Decoder, groups: list[packing.Group]) -> Tensor:
     """Log-probs of all responses under the reference, float64 [2 K]; chosen and rejected ones in turn."""
-    return frozen_forward(model, groups, [], temperature=CONFIG.temperature, memory_budget_bytes=CONFIG.memory_budget_mb * 2**20)[1]
+    return frozen_forward(model, groups, [], temperature=CONFIG.temperature, memory_budget_bytes=CONFIG.memory_budget_bytes)[1]
 
 
 def ours(model: Decoder, groups: list[packing.Group], reference: Tensor, *, full: bool = False) -> Callable[[], float]:
@@ -59,7 +60,7 @@ def ours(model: Decoder, groups: list[packing.Group], reference: Tensor, *, full
             total += policy._add_gradient(result.loss, policy._share(CONFIG.labels, part, pairs))
         return total
 
-    return _stepper(list(weights.parameters()), add_gradients, full)
+    return stepper(list(weights.parameters()), add_gradients, full)
 
 
 def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[policy.Samples, Target]:
@@ -80,7 +81,8 @@ def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[policy.Sam
     return samples, Target(lam_J=torch.zeros(0, dtype=torch.float64), score_PG=score_PG, coefficient=BETA)
 
 
-def _stepper(parameters: list[torch.nn.Parameter], add_gradients: Callable[[], float], full: bool) -> Callable[[], float]:
+def stepper(parameters: list[torch.nn.Parameter], add_gradients: Callable[[], float], full: bool) -> Callable[[], float]:
+    """Add gradients, clip them and take a step of AdamW; returns the loss."""
     # Fused where `engine.policy` has it so.
     optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=full or parameters[0].is_cuda)
 
@@ -109,8 +111,7 @@ def trl(
     if reference is not None:
         for row, (chosen, rejected) in zip(rows, reference.view(-1, 2).tolist(), strict=True):
             row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-    linears = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=linears, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as scratch:
         options = trl.DPOConfig(
             output_dir=scratch, beta=BETA, max_length=None, report_to=[], use_cpu=device.type == "cpu", gradient_checkpointing=False,
@@ -133,7 +134,7 @@ def trl(
         loss.backward()
         return float(loss.detach())
 
-    return _stepper([p for p in trainer.model.parameters() if p.requires_grad], add_gradients, full)
+    return stepper([p for p in trainer.model.parameters() if p.requires_grad], add_gradients, full)
 
 
 def sizes(groups: list[packing.Group]) -> tuple[int, int]:

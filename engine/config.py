@@ -112,8 +112,8 @@ class RunConfig:
     """The adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_from: float = 0.5
     """The adapter sits on the layers from this share of the depth on; the layers below are computed once per sample."""
-    memory_budget_mb: int = 256
-    """Bound on the loss head's working memory, in MiB."""
+    memory_budget_mb: int = 0
+    """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and 4096 on a GPU."""
     checkpoint_every: int = 2
     """Policy steps between checkpoints inside an iteration."""
 
@@ -121,6 +121,11 @@ class RunConfig:
     """Held-out prompts in the verdict, at most."""
     eval_responses: int = 6
     """Responses per held-out prompt."""
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """Of the loss head, as the ops of `kernels` take it: None is their default for the device."""
+        return self.memory_budget_mb * 2**20 or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,7 +449,7 @@ def check(config: RunConfig) -> None:
             raise UserError(f"--{field.name.replace('_', '-')} {' '.join(map(str, values))}: must be finite.")
     positive = (
         "max_new_tokens rollout_rows steps prompts_per_step tokens_per_forward learning_rate clip_norm lora_rank lora_alpha beta lam_max "
-        "memory_budget_mb checkpoint_every eval_responses max_kl iterations slack_responses dual_step dual_rate proximity clip "
+        "checkpoint_every eval_responses max_kl iterations slack_responses dual_step dual_rate proximity clip "
         "ascent_prompts preference_steps"
     ).split()
     for name in positive:
@@ -463,6 +468,7 @@ def check(config: RunConfig) -> None:
         "margin": 0,
         "weight_decay": 0,
         "threads": 0,
+        "memory_budget_mb": 0,
         "lam_init": 0,
         "offset": 0,
     }.items():

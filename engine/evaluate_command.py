@@ -279,7 +279,7 @@ def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sa
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
             subject.model, groups, [], temperature=subject.config.temperature,
-            memory_budget_bytes=subject.config.memory_budget_mb * 2**20, adapter=adapter, on_tokens=made.advance,
+            memory_budget_bytes=subject.config.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
         )  # fmt: skip
     return logprob.view(len(prompts), -1)
 

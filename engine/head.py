@@ -205,7 +205,7 @@ def response_ids(text: Text, tokenizer, max_new_tokens: int) -> list[int]:
 
 def states(model: Decoder, groups: list[Group], layers: list[int]) -> dict[int, Tensor]:
     """layer -> mean states float32 [N, D] in the order of the groups' `rows` indices."""
-    pooled, _ = frozen_forward(model, groups, sorted(layers), temperature=None, memory_budget_bytes=2**28)
+    pooled, _ = frozen_forward(model, groups, sorted(layers), temperature=None)
     order = torch.tensor([row for group in groups for row in group.rows])
     return {layer: value[order.argsort()] for layer, value in pooled.items()}
 

@@ -13,6 +13,7 @@ import torch
 from engine.architecture import ModelConfig
 from engine.config import IterativeConfig, PrimalDualConfig, RunConfig, pairs_file, policy_updates, trained_responses
 from engine.errors import UserError
+from kernels.reference import budget_or_default
 
 # Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
 EFFICIENCY = 0.65
@@ -49,7 +50,7 @@ class Plan:
         inside = 10 * c.hidden_size + 4 * c.intermediate_size
         per_token = size * (inside + layers * c.hidden_size if config.activation_checkpointing else inside * layers)
         at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
-        training = at_once * per_token + config.memory_budget_mb * 2**20
+        training = at_once * per_token + budget_or_default(config.memory_budget_bytes, device)
         if c.attention_softcap is not None:  # all scores are stored: before and after the cap, masked, and as weights
             training += int(at_once * 4 * group * c.num_heads * (1 if config.activation_checkpointing else layers)) * size
         kept = 0 if full else kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
@@ -150,7 +151,7 @@ def evaluation_rows(
 
     def needed(rows: int) -> int:
         sampling = sampling_bytes(config, shape, dtype, max(heldout), rows)
-        return _peak(weights + kept + max(sampling, config.memory_budget_mb * 2**20))
+        return _peak(weights + kept + max(sampling, budget_or_default(config.memory_budget_bytes, device)))
 
     available = available_memory(device)
     rows = rows_that_fit(config, needed, available)
@@ -205,13 +206,14 @@ def _cgroup_room(root: Path) -> float:
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Flop per second of a product of the engine's usual shape: the best within half a second, as an idle machine starts slowly."""
+    """Flop per second of a product of the engine's usual shape: the best of 30 or more within half a second or more, as an idle machine
+    starts slowly, and one that still reads its libraries from the disk a tenth as fast."""
     a, b = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 4096, dtype=dtype, device=device)
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < 0.5:
+    best, begun, made = float("inf"), time.perf_counter(), 0
+    while (past := time.perf_counter() - begun) < 0.5 or (made < 30 and past < 5):
         start = time.perf_counter()
         (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
+        best, made = min(best, time.perf_counter() - start), made + 1
     return 2 * 256 * 1024 * 4096 / best
 
 

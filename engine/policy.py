@@ -119,7 +119,7 @@ def ascend(
                 (row // n).to(model.device), score, score.new_zeros(len(row), 0), score.new_zeros(0),
                 old_logprob=torch.cat([logprob[r, : int(length[r])] for r in row.tolist()]).to(model.device),
                 clip=(config.clip, config.clip), temperature=config.temperature, softcap=model.config.logit_softcap,
-                memory_budget_bytes=config.memory_budget_mb * 2**20,
+                memory_budget_bytes=config.memory_budget_bytes,
             )  # fmt: skip
             # The loss is a mean over tokens.
             share = int(length[row].sum()) / max(1, int(length[step_rows].sum()))
@@ -260,7 +260,7 @@ def _preference_loss(
     """The loss of one batch of pairs in the label form `config.labels`; `first` is the number of its first sequence in the step."""
     batch = _groups(samples, _rows_by_prompt(pairs))
     packed = packing.pack(batch, model.device)
-    index, budget = torch.tensor(pairs.row), config.memory_budget_mb * 2**20
+    index, budget = torch.tensor(pairs.row), config.memory_budget_bytes
     reference = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
     rows = packed.target_T, packed.cu_seqlens
     options = {"temperature": config.temperature, "softcap": model.config.logit_softcap, "memory_budget_bytes": budget}

@@ -45,7 +45,7 @@ class LogRatios:
             for adapter in self.aligned:
                 logprob = frozen_forward(
                     subject.model, groups, [], temperature=subject.config.temperature,
-                    memory_budget_bytes=subject.config.memory_budget_mb * 2**20, adapter=adapter, on_tokens=progress.advance,
+                    memory_budget_bytes=subject.config.memory_budget_bytes, adapter=adapter, on_tokens=progress.advance,
                 )[1]  # fmt: skip
                 ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
                 stage.check_stop()
@@ -142,7 +142,7 @@ def _from_file(job: Job) -> tuple[policy.Samples, Tensor]:
     config, own = job.config, job.preferences
     reference = frozen_forward(
         job.model, packing.groups(own.prompts, own.rollouts), [], temperature=config.temperature,
-        memory_budget_bytes=config.memory_budget_mb * 2**20,
+        memory_budget_bytes=config.memory_budget_bytes,
     )[1]  # fmt: skip
     label = own.label_PGO
     scores = Scores(reward_PG=label[..., 0], utility_PGJ=label[..., 1:], audit_PGA=label[..., :0], ref_logprob_PG=reference.view(-1, 2))

@@ -223,7 +223,7 @@ def score(
     scorers: Scorers,
     *,
     temperature: float,
-    memory_budget_bytes: int,
+    memory_budget_bytes: int | None = None,
     reference: bool = True,
     states: States | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
@@ -266,7 +266,7 @@ def frozen_forward(
     layers: list[int],
     *,
     temperature: float | None,
-    memory_budget_bytes: int,
+    memory_budget_bytes: int | None = None,
     lower: LowerStates | None = None,
     adapter: Weights | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
@@ -302,7 +302,9 @@ def frozen_forward(
     return {layer: torch.cat(parts).cpu() for layer, parts in pooled.items()}, torch.cat(logprobs)
 
 
-def _logprob(model: Decoder, hidden: Tensor, packed: packing.Packed, temperature: float, memory_budget_bytes: int) -> tuple[Tensor, Tensor]:
+def _logprob(
+    model: Decoder, hidden: Tensor, packed: packing.Packed, temperature: float, memory_budget_bytes: int | None
+) -> tuple[Tensor, Tensor]:
     """Log-probs [N] of the responses and [T] of their tokens, from the residual stream after the last layer."""
     return sequence_logprob(
         model.final_norm(hidden)[packed.predict_T], model.head_weight, packed.target_T, packed.cu_seqlens, temperature=temperature,
@@ -325,7 +327,7 @@ class LogprobGap:
 
 @torch.no_grad()
 def logprob_gap(
-    model: Decoder, all_groups: list[Group], rollouts: Rollouts, *, temperature: float, memory_budget_bytes: int,
+    model: Decoder, all_groups: list[Group], rollouts: Rollouts, *, temperature: float, memory_budget_bytes: int | None = None,
     adapter: Weights | None = None,
 ) -> LogprobGap:  # fmt: skip
     """Of the rollouts at the groups' rows, which have at least one token."""
@@ -399,7 +401,7 @@ def _trunk(head: Head, device: torch.device) -> tuple[Reading, set[int]]:
             )
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
-        return frozen_forward(trunk, all_groups, sorted(layers), temperature=None, memory_budget_bytes=2**28)[0]
+        return frozen_forward(trunk, all_groups, sorted(layers), temperature=None)[0]
 
     return Reading(read), layers
 

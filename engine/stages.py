@@ -259,7 +259,7 @@ def sample(
     with stage.progress(total, "tokens", "scoring") as scored:
         scores = score(
             job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_mb * 2**20, reference=not own, states=states, on_tokens=on_tokens,
+            memory_budget_bytes=config.memory_budget_bytes, reference=not own, states=states, on_tokens=on_tokens,
         )  # fmt: skip
     tokens = int(rollouts.length.sum())
     stage.timing(
@@ -279,7 +279,7 @@ def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, ad
     responses to the first prompts (`LogprobGap`, nats per token); and in how many of all draws the two best were nearly alike."""
     config, groups = job.config, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
     gap = logprob_gap(
-        job.model, groups, rollouts, temperature=config.temperature, memory_budget_bytes=config.memory_budget_mb * 2**20, adapter=adapter
+        job.model, groups, rollouts, temperature=config.temperature, memory_budget_bytes=config.memory_budget_bytes, adapter=adapter
     )
     near = {"near_ties": int(rollouts.near_tie.sum()), "draws": int(rollouts.length.sum())}
     stage.row("sampled", prompts=len(groups), responses=rollouts.n, logprob_gap=asdict(gap), **near)
@@ -706,7 +706,7 @@ class World:
             with stage.progress(sum(g.tokens for g in packing.groups(own.prompts, own.rollouts)), "tokens", "scoring") as scored:
                 scores = score(
                     job.model, own.prompts, own.rollouts, own.texts, job.scorers, temperature=job.config.temperature,
-                    memory_budget_bytes=job.config.memory_budget_mb * 2**20, on_tokens=scored.advance,
+                    memory_budget_bytes=job.config.memory_budget_bytes, on_tokens=scored.advance,
                 )  # fmt: skip
             stage.row("pairs", prompts=len(own.prompts))
             return Sampled(rollouts=own.rollouts, texts=own.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))

@@ -54,6 +54,17 @@ def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
     assert gradient[0] == gradient[1]
 
 
+def test_the_loss_head_counts_with_the_default_of_its_device(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**12)
+    monkeypatch.setattr(memory, "_matmul_rate", lambda dtype, device: 1e12)
+
+    def needed(device, **changes):
+        return Plan.of(replace(CaidConfig(), **changes), SHAPE, torch.float32, torch.device(device), [20] * 100, [20] * 10).needed_bytes
+
+    assert needed("cpu") == needed("cpu", memory_budget_mb=256) == needed("cuda", memory_budget_mb=256)
+    assert needed("cuda") == needed("cuda", memory_budget_mb=4096) > needed("cpu") + 2**31
+
+
 def test_too_little_memory_names_both_sizes_and_the_cure():
     with pytest.raises(UserError, match=r"needs about \d+\.\d GB of memory and 0\.1 GB are free; lower --rollout-rows"):
         replace(plan(), available_bytes=10**8).check()

@@ -143,6 +143,7 @@ BAD = {
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
     "--steps 0": r"--steps 0: must be above 0\.",
     "--margin -1": r"--margin -1\.0: must be at least 0\.",
+    "--memory-budget-mb -1": r"--memory-budget-mb -1: must be at least 0\.",
     "--learning-rate nan": r"--learning-rate nan: must be finite\.",
     "--threshold nan": r"--threshold nan: must be finite\.",
     "--threshold -inf": r"--threshold -inf: must be finite\.",
