@@ -6,6 +6,7 @@ frozen, in the head. The floor is the bare matrix products of the same shapes: f
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -49,21 +50,21 @@ class Inputs:
 def make(shape: str, rows: int, frozen: bool, dtype: torch.dtype, device: torch.device, length: int = 64) -> Inputs:
     """A batch whose pairs lie next to each other: sequence 2 k is chosen over sequence 2 k + 1."""
     width, vocabulary = SHAPES[shape]
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=g).to(device, dtype)
-    weight = (torch.randn(vocabulary, width, generator=g) * 2 / width**0.5).to(device, dtype)
-    target = torch.randint(vocabulary, (rows,), generator=g).to(device)
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(rows, width, device=device, generator=g).to(dtype)
+    weight = (torch.randn(vocabulary, width, device=device, generator=g) * 2 / width**0.5).to(dtype)
+    target = torch.randint(vocabulary, (rows,), device=device, generator=g)
     n = rows // length
     pairs = torch.arange(n).view(-1, 2)
     # About what the policy itself gives, so that margins are neither 0 nor saturated.
-    reference = torch.full((n,), -length * 12.0) + torch.randn(n, generator=g)
+    reference = torch.randn(n, device=device, generator=g) - length * 12.0
     return Inputs(
         hidden.requires_grad_(),
         weight.requires_grad_(not frozen),
         target,
         torch.arange(n + 1) * length,
         pairs,
-        reference.to(device),
+        reference,
         frozen,
     )
 
@@ -187,15 +188,21 @@ def floor(x: Inputs) -> dict[str, dict[str, Callable[[], object]]]:
 
 
 def candidates(x: Inputs, sixth: int) -> dict[str, Callable[[], tuple[Tensor, list[Tensor]]]]:
-    """Ours and the rivals that are installed; `sixth`: bytes of the small budget."""
-    found = {"dualign": ours(x, 1 << 40), "torch eager": eager(x), "torch.compile": compiled(x)}
+    """Ours; `sixth`: bytes of the small budget."""
+    found = {"dualign": ours(x, 1 << 40)}
     if not x.frozen:
         found["dualign, 1/6 of eager's memory"] = ours(x, sixth)
-    if find_spec("liger_kernel"):
-        found["liger chunked DPO"] = liger(x)
-    if find_spec("cut_cross_entropy"):
-        found["cce"] = cce(x)
     return found
+
+
+def rivals(x: Inputs) -> dict[str, Callable[[], Callable[[], tuple[Tensor, list[Tensor]]]]]:
+    """How to make the steps of those that are installed."""
+    found = {"torch eager": eager, "torch.compile": compiled}
+    if find_spec("liger_kernel"):
+        found["liger chunked DPO"] = liger
+    if find_spec("cut_cross_entropy"):
+        found["cce"] = cce
+    return {name: partial(make, x) for name, make in found.items()}
 
 
 def check(steps: dict[str, Callable[[], tuple[Tensor, list[Tensor]]]], x: Inputs) -> dict[str, dict[str, float]]:

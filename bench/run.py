@@ -65,9 +65,10 @@ def run_loss_head(config: LossHead) -> dict:
     eager_extra = peak_bytes(loss_head.eager(x), device) - returned
     steps = loss_head.candidates(x, eager_extra // 6)
     steps |= {f"dualign, {mb} MB": loss_head.ours(x, 10**6 * mb) for mb in config.budgets_mb}
+    _, not_run = _add_rivals(steps, loss_head.rivals(x))
     errors = loss_head.check(steps, x)
     products = loss_head.floor(x)
-    measured = _measure(steps, products, config.repeats, device)
+    measured = _measure(steps, products, config.repeats, device) | {"not_run": not_run}
     for row in measured["candidates"]:
         row["errors"] = errors[row["name"]]
         row["extra_bytes"] -= returned
@@ -127,23 +128,26 @@ def run_rollout(config: Rollout) -> dict:
         if dtype == torch.float32 and not gap.max <= 1e-4:
             raise SystemExit(f"{gap}: more than 1e-4; nothing is timed")
         steps = {"dualign": rollout.ours(model, work)}
+        rivals: dict[str, Callable[[], Callable]] = {}
         if config.rivals:
             stock = rollout.stock(folder, dtype, device)
-            steps["transformers generate"] = rollout.transformers_generate(stock, work)
-            steps["transformers continuous batching"] = rollout.continuous_batching(stock, work)
+            rivals["transformers generate"] = lambda: rollout.transformers_generate(stock, work)
+            rivals["transformers continuous batching"] = lambda: rollout.continuous_batching(stock, work)
             if rollout.vllm_serves(device):
-                steps["vLLM"] = rollout.vllm(folder, dtype, work)
+                rivals["vLLM"] = lambda: rollout.vllm(folder, dtype, work)
             on_cpu = device.type == "cpu" and dtype == torch.float32
             if find_spec("llama_cpp") and on_cpu and llamacpp.serves(model.config, model.raw_config):
-                steps["llama.cpp"] = stack.enter_context(llamacpp.rival(folder, model, work, rollout.TEMPERATURE))
+                rivals["llama.cpp"] = lambda: stack.enter_context(llamacpp.rival(folder, model, work, rollout.TEMPERATURE))
         # Seeds are fixed: every call of one candidate makes the same responses.
-        made = {candidate: step() for candidate, step in steps.items()}
+        made = {"dualign": steps["dualign"]()}
+        answers, not_run = _add_rivals(steps, rivals)
+        made |= answers
         for candidate, responses in made.items():
             work.check(candidate, responses)
         products, often = rollout.floor(model, work, made["dualign"])
         lengths = [len(response) for response in made["dualign"]]
         parts = floors.sampling(model.config, dtype.itemsize, [len(prompt) for prompt in work.prompts], n, lengths)
-        measured = _measure(steps, products, config.repeats, device, often, parts, dtype)
+        measured = _measure(steps, products, config.repeats, device, often, parts, dtype) | {"not_run": not_run}
     for row in measured["candidates"]:
         row["tokens"] = sum(map(len, made[row["name"]]))
         for share in ("floor_share", "computed_share"):
@@ -200,17 +204,20 @@ def run_train_step(config: TrainStep) -> dict:
     with shapes.opened(config.model, config.shape, dtype, device) as (name, folder, model):
         groups = train_step.batch(model.config.vocab_size, config.pairs, config.prompt, config.response)
         reference = train_step.reference_logprob(model, groups)
-        steps = {"dualign": train_step.ours(model, groups, reference, full=full)}
+        steps, rivals = {"dualign": train_step.ours(model, groups, reference, full=full)}, {}
         if config.rivals and find_spec("trl"):
             options = {"full": full, "dtype": dtype, "device": device}
-            steps["TRL DPOTrainer"] = train_step.trl(folder, groups, None, **options)
-            steps["TRL DPOTrainer, reference precomputed"] = train_step.trl(folder, groups, reference, **options)
-        for candidate, step in steps.items():
+            rivals["TRL DPOTrainer"] = lambda: train_step.trl(folder, groups, None, **options)
+            rivals["TRL DPOTrainer, reference precomputed"] = lambda: train_step.trl(folder, groups, reference, **options)
+        losses = {"dualign": steps["dualign"]()}
+        answers, not_run = _add_rivals(steps, rivals)
+        for candidate, loss in (losses | answers).items():
             # The policy is the reference at first; with 16 bits up to the rounding of log-probs summed over a response.
-            if not abs((loss := step()) - math.log(2)) < (1e-4 if dtype == torch.float32 else 5e-2):
+            if not abs(loss - math.log(2)) < (1e-4 if dtype == torch.float32 else 5e-2):
                 raise SystemExit(f"{candidate}: the loss of the first step is {loss}, not ln 2; nothing is timed")
         parts = floors.training(model.config, dtype.itemsize, *train_step.sizes(groups), full=full)
-        measured = _measure(steps, train_step.floor(model, groups, full=full), config.repeats, device, parts=parts, dtype=dtype)
+        products = train_step.floor(model, groups, full=full)
+        measured = _measure(steps, products, config.repeats, device, parts=parts, dtype=dtype) | {"not_run": not_run}
     tokens = 2 * config.pairs * (config.prompt + config.response)
     for row in measured["candidates"]:
         row["tokens_per_s"] = tokens / row["median_s"]
@@ -296,7 +303,7 @@ class Iteration:
     """Iterations of CAID on fresh samples, stage by stage, against their floors and TRL's OnlineDPOTrainer."""
 
     model: str = ""
-    """Hugging Face folder; the quickstart's model where it is left out. It is given random score heads in a copy."""
+    """Hugging Face folder; the quickstart's model where it is left out. A copy of it is given random score heads."""
     shape: str = ""
     """Instead of a model random weights in the sizes of a published one, as in `rollout`."""
     steps: int = 5
@@ -329,7 +336,9 @@ def run_iteration(config: Iteration) -> dict:
         found = iteration.run(own, size, config.repeats, dtype, device)
         probes = floors.probes(dtype, device)
         given, prompt = iteration.prompts(folder, size.steps * size.prompts)
-        rival = {"TRL OnlineDPOTrainer": iteration.trl(folder, size, given, dtype, device)} if config.rivals and find_spec("trl") else {}
+        rival: dict[str, Callable] = {}
+        makers = {"TRL OnlineDPOTrainer": lambda: iteration.trl(folder, size, given, dtype, device)}
+        _, not_run = _add_rivals(rival, makers if config.rivals and find_spec("trl") else {})
         times = interleaved(rival, config.repeats, device) | interleaved({k: probe.step for k, probe in probes.items()}, 15, device)
     tokens = sum(x["tokens"] for x in found) / len(found)
     rates = floors.rates(probes, times)
@@ -339,8 +348,24 @@ def run_iteration(config: Iteration) -> dict:
     return {
         "case": "iteration", "shape": name, "rows": iteration.N * size.prompts, "steps": size.steps, "prompt": prompt, "new": size.new,
         "dtype": config.dtype, "keep_pages": True, "tokens": tokens, "least_s": least, **asdict(rates), "repeats": config.repeats,
-        "candidates": rows, **origin(device),
+        "candidates": rows, "not_run": not_run, **origin(device),
     }  # fmt: skip
+
+
+def _add_rivals(steps: dict[str, Callable], makers: dict[str, Callable[[], Callable]]) -> tuple[dict[str, object], dict[str, str]]:
+    """Add to `steps` each rival that can be made and called; returns (name -> what its first call gave, name of another -> its error)."""
+    answers, not_run = {}, {}
+    for name, make in makers.items():
+        try:
+            step = make()
+            answers[name] = step()
+        except Exception as error:
+            not_run[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        steps[name] = step
+    if not_run and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return answers, not_run
 
 
 def _measure(
@@ -376,6 +401,8 @@ def _measure(
 
 def table_of(line: dict) -> tuple[str, list[str], list[list[str]]]:
     """(title, header, rows) of one line of results."""
+    if line["case"] == "table":
+        return line["shape"], line["header"], [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in line["table"]]
     pages = ", freed memory kept" if line["keep_pages"] else ""
     if line["case"] == "growth":
         rows = [
@@ -448,7 +475,9 @@ def _table_of_iteration(line: dict) -> tuple[str, list[str], list[list[str]]]:
 
 def notes_of(line: dict) -> list[str]:
     """What is said under the table."""
-    notes = []
+    if line["case"] == "table":
+        return line["notes"]
+    notes = [f"{name} did not run: {why}" for name, why in line.get("not_run", {}).items()]
     if "computed_s" in line:
         parts = ", ".join(f"{name} {1000 * s:.3g}" for name, s in line["computed_parts_s"].items())
         rates = f"{line['bytes_per_s'] / 1e9:.0f} GB/s and {line['flops_per_s'] / 1e12:.3g} Tflop/s"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench import floors, run, shapes, train_step
+from bench import floors, gpu, iteration, run, shapes, train_step
 from engine.architecture import ModelConfig, Rope
 from engine.model import load
 from engine.smoke import smoke_folder
@@ -152,3 +152,117 @@ def test_lines_written_before_there_were_more_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "HERE", tmp_path)
     run.write_results([json.loads(line) for line in text.splitlines()])
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == written
+
+
+def test_a_rival_that_does_not_run_is_named():
+    def broken():
+        raise RuntimeError("out of memory\nand more")
+
+    steps = {"dualign": lambda: 1}
+    makers = {"made": lambda: lambda: 2, "not made": broken, "not called": lambda: broken}
+    answers, not_run = run._add_rivals(steps, makers)
+    assert list(steps) == ["dualign", "made"] and answers == {"made": 2}
+    assert not_run == {"not made": "RuntimeError: out of memory", "not called": "RuntimeError: out of memory"}
+    assert run.notes_of({"case": "loss_head", "not_run": not_run})[1] == "not called did not run: RuntimeError: out of memory"
+
+
+def test_line_of_an_iteration():
+    line = run.run_iteration(run.Iteration(model="smoke", steps=2, prompts=2, new=4, repeats=2, rivals=False))
+    *stages, whole = line["candidates"]
+    assert line["tokens"] == 2 * 2 * iteration.N * 4 and line["repeats"] == 2
+    assert sum(row["median_s"] for row in stages) == pytest.approx(whole["median_s"], rel=0.5)
+    assert [row["name"] for row in stages if row["computed_share"] is None] == ["slack: rest"]
+    assert whole["time_share"] == 1 and whole["computed_share"] == pytest.approx(sum(line["least_s"].values()) / whole["median_s"])
+    title, header, rows = run.table_of(json.loads(json.dumps(line)))
+    assert "2 policy steps of 4 responses" in title and len(rows) == 7 and {len(row) for row in rows} == {len(header)}
+
+
+def test_floor_of_an_iteration_by_hand():
+    """Half of the layers hold the adapter: 60 of 240 weights' products a layer and pass."""
+    rates = floors.Rates(bytes_per_s=1e30, flops_per_s=1.0)
+    size = iteration.Size(steps=3, prompts=2, new=9)
+    least = iteration.least(CONFIG, 2, size, prompt=5, response=4.0, on=rates)
+    head, layer, made = 2 * 40, 2 * 120, 2 * 4
+    own = 6  # prompts in an iteration; 2 more measure the slack
+    assert least["scoring"] == own * (layer * (5 + made) + head * made) == 3 * least["slack: scoring"]
+    assert least["policy steps"] == 2 * least["scoring"]
+    # The first token of both responses comes from the prompt's logits; the last one passes no layer.
+    assert least["rollout"] == own * (2 * layer * (5 + 2 * 3) + head * (1 + 2 * 3)) == 3 * least["slack: rollout"]
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """Nothing is timed: every call is made once, and takes a millisecond."""
+    monkeypatch.setattr(gpu, "per_call", lambda call, calls, device: (call(calls - 1), 1e-3)[1])
+    return torch.device("cpu")
+
+
+def test_steps_for_a_gpu_on_small_shapes(once):
+    (line,) = gpu.ceilings(once, rows=32, width=16, vocabulary=50, side=8)
+    title, header, rows = run.table_of(line)
+    assert "32 rows x 16 x 50" in title and rows[-1][0] == "the three, bfloat16 output, Tflop/s"
+    assert float(rows[-1][2]) == pytest.approx(6 * 32 * 16 * 50 / 3e-3 / 1e12, rel=1e-3)
+    (line,) = gpu.decode(once, prompts=2, longest=20, room=8, layers=2)
+    # Keys and values of 2 prompts of 20 tokens and of 16 rows of 8: 2 heads of 64 in 2 bytes.
+    assert line["table"][2][:2] == ["qwen2.5-0.5b", 8] and line["table"][2][3] == pytest.approx(2 * 2 * 64 * 2 * (40 + 128) / 1e-3 / 1e9)
+    (line,) = gpu.sampling(once, rows=2)
+    assert len(line["table"]) == 16 and line["table"][0][2] == pytest.approx(2 * 49152 * 4 / 1e-3 / 1e9)
+    (line,) = gpu.attention_kernels(once, groups=2, prompt=9, response=4)
+    assert all(max(row[1:5]) < 0.03 for row in line["table"])
+
+
+def test_a_small_kernel_is_timed_by_call():
+    (line,) = gpu.launches(torch.device("cpu"), calls=3)
+    assert all(0 < us < 1e5 for _, us in line["table"])
+
+
+def test_parts_for_a_gpu_fit_their_time():
+    assert all(len({s.name for s in steps}) == len(steps) for _, steps in gpu.PARTS.values())
+    seconds = [sum(s.seconds for s in steps) for _, steps in gpu.PARTS.values()]
+    assert max(seconds) < gpu.LIMIT_S and sum(seconds) < 25 * 60
+
+
+def test_a_part_goes_on_where_it_was_cut_off(tmp_path, capsys):
+    path, made, device = tmp_path / "part-1.jsonl", [], torch.device("cpu")
+
+    def good(name, value=0):
+        return gpu.Step(name, 1, lambda device: made.append(name) or [gpu.table(f"{name} {value}", ["x"], [[1.5]], device=device)])
+
+    def bad(device):
+        made.append("b")
+        raise ValueError("no such luck")
+
+    steps = [good("a"), gpu.Step("b", 1, bad), gpu.Step("late", 1e9, bad), good("c")]
+    assert gpu.go_on(steps, path, device, limit_s=1e-9) == 3 and made == ["a"], "what does not fit is left"
+    assert gpu.go_on(steps[:2] + steps[3:], path, device) == 1 and made == ["a", "b", "c"]
+    assert "ValueError: no such luck" in gpu._records(path)[1]["failed"] and "no such luck" in capsys.readouterr().out
+    assert gpu.go_on([steps[1], good("d")], path, device) == 1 and made[-2:] == ["d", "b"], "what failed comes last"
+    assert gpu.go_on([good("b"), good("d")], path, device) == 0 and made[-1] == "b"
+
+
+def test_figures_of_a_gpu_are_added_once(tmp_path, monkeypatch):
+    (tmp_path / "results.jsonl").write_text("")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    step = gpu.Step("s", 1, lambda device: [gpu.table("Name", ["x", "y"], [["one", 2.34567]], ("a note",), device=device)])
+    gpu.go_on([step], tmp_path / "part-3.jsonl", torch.device("cpu"))
+    assert gpu.main(["--out", str(tmp_path)]) == 0 and gpu.collect(tmp_path) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("## Name") == 1 and "| one | 2.346 |" in text and "a note" in text
+
+
+@pytest.mark.parametrize("arguments,message", [(["--part", "7"], "--part 7: must be 1 to 6, or 0"), (["--part", "1"], "needs a GPU")])
+def test_parts_that_cannot_run_say_why(tmp_path, arguments, message):
+    if "GPU" in message and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match=message):
+        gpu.main([*arguments, "--out", str(tmp_path)])
+
+
+def test_tests_are_counted(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="m" name="a"/><testcase classname="m" name="b"><failure message="x is 3&#10;more"/>'
+        '</testcase><testcase classname="m" name="c"><skipped message="needs a GPU"/></testcase></testsuite></testsuites>'
+    )
+    counts, notes = gpu.counted(report)
+    assert counts == [1, 1, 1] and "m::b" in notes[0] and "x is 3" in notes[0] and notes[1] == "1 skipped: needs a GPU"

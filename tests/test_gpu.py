@@ -73,13 +73,14 @@ def test_forward_only_in_bfloat16():
 def test_the_host_never_waits(needs, chunk):
     """Nor is anything copied back to it."""
     data, labels = on_gpu(*problem(torch.bfloat16, vocabulary=1000, width=64))
+    group = torch.arange(10).cuda() % 3
     budget = None if chunk is None else budget_of(data, chunk)
     for name in needs:
         data[name].requires_grad_()
 
     def step() -> None:
         loss = lagrangian_preference_loss(**data, **labels, beta=0.4, memory_budget_bytes=budget).loss
-        (loss + policy(data, labels, torch.arange(10).cuda() % 3, memory_budget_bytes=budget).loss).backward()
+        (loss + policy(data, labels, group, memory_budget_bytes=budget).loss).backward()
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -93,6 +94,22 @@ def test_the_host_never_waits(needs, chunk):
         torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
     assert names and not [name for name in names if "DtoH" in name]
+
+
+@pytest.mark.parametrize("chunk", [None, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_twenty_runs_are_bitwise_equal(dtype, chunk):
+    data, labels = on_gpu(*problem(dtype, vocabulary=5003, width=64, bias=True, weighted=True))
+    budget = None if chunk is None else budget_of(data, chunk)
+    leaves = [data[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+
+    def run() -> list[torch.Tensor]:
+        result = lagrangian_preference_loss(**data, **labels, beta=0.4, memory_budget_bytes=budget)
+        return [result.loss.detach(), result.margin, *torch.autograd.grad(result.loss, leaves)]
+
+    first = run()
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
