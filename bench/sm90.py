@@ -18,19 +18,32 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_decode, triton_forward, triton_rows, triton_sampling
+from kernels import triton_decode, triton_forward, triton_layer, triton_rows, triton_sampling
 
 GATED = "3.6.0"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = 232448
 INPUTS = {
-    "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value", "p_out", "p_raw"
+    "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value", "p_out", "p_raw", "p_x", "p_delta",
+    "p_total", "p_qkv", "p_cos", "p_sin", "p_gate_up",
 }  # fmt: skip
 TYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place", "p_last"), "*i64") | {
     "p_kept": "*fp64"
 }
 # Whole numbers: multiples of 16 in common models, and any.
-STRIDES = {"vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride"}
+STRIDES = {
+    "vocabulary",
+    "width",
+    "logits_stride",
+    "jacobian_stride",
+    "hidden_stride",
+    "weight_stride",
+    "row_stride",
+    "x_stride",
+    "delta_stride",
+    "qkv_stride",
+    "gate_stride",
+}
 COUNTS = {"rows", "tiles_per_part", "prompts", "longest", "room", "window", "parts", "heads"}
 
 
@@ -49,7 +62,7 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """Every configuration that the tables and rules can choose."""
-    return loss_kernels() + decode_kernels() + sampling_kernels()
+    return loss_kernels() + decode_kernels() + sampling_kernels() + layer_kernels()
 
 
 def loss_kernels() -> list[Kernel]:
@@ -117,6 +130,26 @@ def sampling_kernels() -> list[Kernel]:
             name = "sampling, keep" + f", top-k {top_k}" * (top_k > 0) + f", top-p {top_p}" * (top_p < 1)
             found.append(Kernel(name, triton_sampling.keep_kernel, dtype, constants, triton_sampling.ROW_WARPS, 3, False))
     return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16" and "parts" in kernel.function.arg_names]
+
+
+def layer_kernels() -> list[Kernel]:
+    """What stands between a layer's products: states of 576, 4096 and 8192, 12 and 40 heads in all, of 64 and 128."""
+    found = []
+    for dtype in DTYPES:
+        for width, add in itertools.product((576, 4096, 8192), (False, True)):
+            block = triton.next_power_of_2(width)
+            constants, warps = {"ADD": add, "BLOCK": block}, triton_layer.norm_warps(block)
+            found.append(Kernel(f"norm of {width}" + ", added" * add, triton_layer.norm_kernel, dtype, constants, warps, 3, False))
+        for heads, kv_heads, d in ((9, 3, 64), (32, 8, 128)):
+            blocks = {
+                "BLOCK_H": triton.next_power_of_2(heads + kv_heads),
+                "BLOCK_D": d // 2,
+                "BLOCK_V": triton.next_power_of_2(kv_heads * d),
+            }
+            constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": d // 2, **blocks}
+            found.append(Kernel(f"rotate {heads} + {kv_heads} of {d}", triton_layer.rotate_kernel, dtype, constants, 4, 3, False))
+        found.append(Kernel("gate", triton_layer.gate_kernel, dtype, {"BLOCK": triton_layer.GATE_BLOCK}, 4, 3, False))
+    return found
 
 
 def _single(kernel: Kernel) -> Kernel:

@@ -1,8 +1,10 @@
 """What a decoder layer does between its matrix products: RMS norm, rotary positions, gated SiLU.
 
-Float32 rows on the CPU that need no gradient go to compiled code (csrc/layer.cpp), one pass for what takes torch four to eight; the torch
-code below it is its specification, and serves gradients, other dtypes and devices.
+Rows that need no gradient go to compiled code, one pass for what takes torch two to eight: float32 on the CPU to csrc/layer.cpp, up to 32
+bits on a GPU to Triton (kernels/triton_layer.py). The torch code below it is its specification, and serves gradients and all else.
 """
+
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +13,30 @@ from torch import Tensor
 from kernels import native
 
 
-def _compiled(x: Tensor, *others: Tensor) -> bool:
-    plain = not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)))
-    return plain and x.dim() == 2 and native.serves(x.device, x.dtype)
+def _compiled(x: Tensor, *others: Tensor) -> ModuleType | None:
+    """Who has compiled code for these rows, if anyone."""
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)))
+    if traced or x.dim() != 2:
+        return None
+    if native.serves(x.device, x.dtype):
+        return native
+    if x.is_cuda:
+        from kernels import triton_layer
+
+        return triton_layer if triton_layer.serves(x, *others) else None
+    return None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., N], weight [N]."""
-    return native.rms_norm(x, None, weight, epsilon)[1] if _compiled(x, weight) else F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    rows = _compiled(x, weight)
+    return F.rms_norm(x, (x.shape[-1],), weight, epsilon) if rows is None else rows.rms_norm(x, None, weight, epsilon)[1]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(x + delta, its `rms_norm`)."""
-    if _compiled(x, delta, weight):
-        return native.rms_norm(x, delta, weight, epsilon)
+    if (rows := _compiled(x, delta, weight)) is not None:
+        return rows.rms_norm(x, delta, weight, epsilon)
     total = x + delta
     return total, F.rms_norm(total, (total.shape[-1],), weight, epsilon)
 
@@ -34,8 +46,8 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: i
 
     cos, sin [R, d]: a head x becomes x cos + (-second half, first half) sin.
     """
-    if _compiled(qkv):
-        return native.split_rotated(qkv, cos, sin, heads, kv_heads)
+    if (rows := _compiled(qkv, cos, sin)) is not None:
+        return rows.split_rotated(qkv, cos, sin, heads, kv_heads)
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
     turned = rotated(qkv[:, : heads + kv_heads], cos, sin)
     return turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
@@ -50,7 +62,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, [R, N], of gate_up [R, 2 N]."""
-    if _compiled(gate_up):
-        return native.gated_silu(gate_up)
+    if (rows := _compiled(gate_up)) is not None:
+        return rows.gated_silu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -18,7 +18,7 @@ from engine.model import load
 from engine.packing import Group, LowerStates
 from engine.rollout import States, generate
 from engine.score import logprob_gap
-from kernels import lagrangian_preference_loss, reference, sample, sequence_logprob
+from kernels import lagrangian_preference_loss, layer, reference, sample, sequence_logprob
 from kernels.decode_attention import decode_attention, store
 from kernels.sampling import exponential, stream
 
@@ -215,6 +215,28 @@ def test_a_captured_decode_step_takes_new_counts_rows_and_caches():
         assert_as_good_as_torch(captured, data, {"window": 60})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, width", [(1, 2), (7, 577), (300, 4096)])
+def test_norm_rotation_and_gate_against_float64(rows, width, dtype):
+    """Both without a gradient, by Triton, and as torch does it."""
+    g = torch.Generator().manual_seed(0)
+    x, delta, weight = (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (rows, width), (width,)))
+    qkv, angle = torch.randn(rows, 15 * 64, generator=g).to(dtype), 3 * torch.randn(rows, 64, generator=g)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def results(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        x, delta, weight, qkv, cos, sin = inputs
+        total, normed = layer.add_rms_norm(x, delta, weight, 1e-5)
+        return [total, normed, layer.rms_norm(x, weight, 1e-5), *layer.split_rotated(qkv, cos, sin, 9, 3), layer.gated_silu(qkv)]
+
+    inputs = x, delta, weight, qkv, cos, sin
+    with torch.no_grad():
+        found = [results(*(t.cuda() for t in inputs)), results(*inputs), results(*(t.double() for t in inputs))]
+    for got, plain, exact in zip(*found, strict=True):
+        largest = exact.abs().max()
+        assert (got.cpu().double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * largest
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [7, 5003, 151936])
 def test_sampling_is_that_of_the_cpu(dtype, columns):
@@ -334,8 +356,8 @@ def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
     same = (got.tokens == expected.tokens).all(1)
     assert int(same.sum()) >= 34 and torch.equal(got.length[same], expected.length[same])
     torch.testing.assert_close(got.model_logprob[same], expected.model_logprob[same], rtol=0, atol=1e-3)
-    for layer in (0, 2):
-        torch.testing.assert_close(states.pooled[layer][same], expected_states.pooled[layer][same], rtol=0, atol=1e-3)
+    for depth in (0, 2):
+        torch.testing.assert_close(states.pooled[depth][same], expected_states.pooled[depth][same], rtol=0, atol=1e-3)
     for r in same.nonzero()[:, 0].tolist():
         torch.testing.assert_close(states.lower.response[r].cpu(), expected_states.lower.response[r], rtol=0, atol=1e-3)
     again = generate(there, PROMPTS, adapter=adapter, states=States([0, 2], LowerStates(2)), **SAMPLING)
