@@ -60,7 +60,7 @@ class NativeRows(TorchRows):
         columns = max(columns // 32 * 32 - 16, columns % 32 if columns < 32 else 16)
         # A tile's share of J W, too, before it is added.
         shared = 1 if in_place else tile_rows
-        fixed = 4 * (tile_rows * tiles * columns + shared * width + 2 * columns * width * converted)
+        fixed = 4 * (tile_rows * tiles * columns + shared * width + (2 * columns * width if converted else 0))
         fixed += 0 if bias is None or bias.dtype == torch.float32 else 4 * vocabulary
         return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind in ("kept", "spent") else 0), 0)
 

@@ -65,10 +65,10 @@ class TorchRows:
         converted = weight.dtype.itemsize != size
         columns = head_columns(weight, budget) if converted else vocabulary
         # Two parts of the head: the next one is made before the last one is dropped.
-        fixed = size * 2 * columns * width * converted + (0 if bias is None or bias.dtype.itemsize == size else size * vocabulary)
+        fixed = (size * 2 * columns * width if converted else 0) + (0 if bias is None or bias.dtype.itemsize == size else size * vocabulary)
         # z, hidden, hidden scaled, J W.
         row = size * (vocabulary + 3 * width)
-        return Sizes(columns, 0, fixed, row, size * vocabulary * (kind != "values" and softcap is not None))
+        return Sizes(columns, 0, fixed, row, size * vocabulary if kind != "values" and softcap is not None else 0)
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float | None, sizes: Sizes, rows: int, kind: str

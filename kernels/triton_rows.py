@@ -114,7 +114,7 @@ class TritonRows(TorchRows):
 
             return Sizes(vocabulary, 0, 0, 3 * 4 * PARTS_PER_ROW_BLOCK if cls._blocks(weight) else 4 * stride, 0)
         own_logits = weight.dtype != torch.float32
-        return Sizes(vocabulary, 0, 0, stride * weight.dtype.itemsize + 4 * 4 * width, 4 * stride * own_logits)
+        return Sizes(vocabulary, 0, 0, stride * weight.dtype.itemsize + 4 * 4 * width, 4 * stride if own_logits else 0)
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float | None, sizes: Sizes, rows: int, kind: str

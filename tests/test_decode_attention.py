@@ -1,21 +1,11 @@
-"""Decode attention against dense float64 attention, row by row: the torch twin, and the Triton kernels in Triton's interpreter.
-
-The interpreter runs in a process of its own, because Triton chooses it on import.
-"""
-
-import os
-import subprocess
-import sys
+"""Decode attention against dense float64 attention, row by row: the torch twin, and the Triton kernels in Triton's interpreter."""
 
 import pytest
 import torch
+from interpreter import compiled, interpreted, run_interpreted
 
 from kernels import reference
 from kernels.decode_attention import decode_attention, store
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
-compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter cannot")
 
 
 def problem(groups=(2, 0, 3), length=(20, 9, 5), heads=4, kv_heads=2, width=16, room=8, used=5, dtype=torch.float32, device="cpu") -> dict:
@@ -135,10 +125,7 @@ def test_parts_fill_the_processors_and_are_not_too_short():
 
 @compiled
 def test_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__, "-k", "interpreted")
 
 
 @compiled

@@ -354,7 +354,7 @@ def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
     got = generate(there, PROMPTS, adapter=adapter, states=states, **SAMPLING)
     expected = generate(here, PROMPTS, adapter=other, states=expected_states, **SAMPLING)
     same = (got.tokens == expected.tokens).all(1)
-    assert int(same.sum()) >= 34 and torch.equal(got.length[same], expected.length[same])
+    assert int(same.sum()) >= 0.94 * len(same) and torch.equal(got.length[same], expected.length[same])
     torch.testing.assert_close(got.model_logprob[same], expected.model_logprob[same], rtol=0, atol=1e-3)
     for depth in (0, 2):
         torch.testing.assert_close(states.pooled[depth][same], expected_states.pooled[depth][same], rtol=0, atol=1e-3)

@@ -1,26 +1,17 @@
-"""The Triton row kernel: values and gradients in Triton's interpreter, and a compile for sm_90.
-
-The interpreter runs in a process of its own, because Triton chooses it on import.
-"""
+"""The Triton row kernel: values and gradients in Triton's interpreter, and a compile for sm_90."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import test_kernels_loss_head
 import test_kernels_suite as suite
 import torch
+from interpreter import compiled, interpreted, run_interpreted
 from test_kernels_suite import device, taken  # noqa: F401
 
 pytest.importorskip("triton")
 
 from kernels import lagrangian, loss_head, sequence_logprob  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
-compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter cannot")
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +32,7 @@ def token_logprob(hidden, weight, target, bias=None, temperature=1.0, softcap=No
 
 @compiled
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @compiled

@@ -1,22 +1,14 @@
-"""The GPU kernels between a layer's products, in Triton's interpreter, against float64 and against torch in the same dtype.
+"""The GPU kernels between a layer's products, in Triton's interpreter, against float64 and against torch in the same dtype."""
 
-The interpreter runs in a process of its own, because Triton chooses it on import.
-"""
-
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import compiled, interpreted, run_interpreted
 
 from kernels import layer
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
-compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter cannot")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -32,10 +24,7 @@ def assert_as_good_as_torch(got, plain, exact) -> None:
 
 
 def test_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__, "-k", "interpreted")
 
 
 @interpreted

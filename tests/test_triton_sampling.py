@@ -1,15 +1,10 @@
-"""The Triton sampling kernels in Triton's interpreter, against float64 and the plain torch path; and a compile for sm_90.
-
-The interpreter runs in a process of its own, because Triton chooses it on import.
-"""
+"""The Triton sampling kernels in Triton's interpreter, against float64 and the plain torch path; and a compile for sm_90."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import compiled, interpreted, run_interpreted
 
 triton = pytest.importorskip("triton")
 
@@ -18,10 +13,6 @@ import triton.language as tl  # noqa: E402
 from kernels import sample  # noqa: E402
 from kernels.sampling import combine, exponential, sample_with_gap, stream  # noqa: E402
 from kernels.triton_sampling import _log_exponential  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
-compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter cannot")
 
 
 @triton.jit
@@ -56,9 +47,7 @@ def exact_logprob(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
 
 @compiled
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @compiled
