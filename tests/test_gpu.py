@@ -31,7 +31,7 @@ def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, d
     return tuple({k: v if k in stay else v.cuda() for k, v in values.items()} for values in (data, labels))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocabulary,width", [(211, 8), (32001, 64), (151936, 896)])
 @pytest.mark.parametrize("chunk", [None, 12])
 @pytest.mark.parametrize("lengths_too", [False, True])
@@ -97,7 +97,7 @@ def test_the_host_never_waits(needs, chunk):
 
 
 @pytest.mark.parametrize("chunk", [None, 12])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_twenty_runs_are_bitwise_equal(dtype, chunk):
     data, labels = on_gpu(*problem(dtype, vocabulary=5003, width=64, bias=True, weighted=True))
     budget = None if chunk is None else budget_of(data, chunk)
@@ -113,7 +113,7 @@ def test_twenty_runs_are_bitwise_equal(dtype, chunk):
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["preference", "policy"])
 def test_memory_stays_within_the_budget(op, needs, dtype):
     """As on the CPU; the gradient in the states counts twice, as the loss is scaled there always. The allocator rounds up."""
@@ -176,7 +176,7 @@ def test_a_captured_graph_takes_a_new_lambda():
     torch.testing.assert_close(captured, step())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width,heads,kv_heads", [(64, 9, 3), (80, 4, 4), (128, 16, 2), (256, 8, 1)])
 @pytest.mark.parametrize("options", OPTIONS[:1] + [{"window": 300}, {"softcap": 5.0, "window": 20}], ids=str)
 def test_decode_attention_against_float64(dtype, width, heads, kv_heads, options):
@@ -215,7 +215,7 @@ def test_a_captured_decode_step_takes_new_counts_rows_and_caches():
         assert_as_good_as_torch(captured, data, {"window": 60})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows, width", [(1, 2), (7, 577), (300, 4096)])
 def test_norm_rotation_and_gate_against_float64(rows, width, dtype):
     """Both without a gradient, by Triton, and as torch does it."""
@@ -237,7 +237,7 @@ def test_norm_rotation_and_gate_against_float64(rows, width, dtype):
         assert (got.cpu().double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * largest
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [7, 5003, 151936])
 def test_sampling_is_that_of_the_cpu(dtype, columns):
     logits = (torch.randn(64, columns, generator=torch.Generator().manual_seed(columns)) * 3).to(dtype)
@@ -256,7 +256,7 @@ def test_sampling_is_that_of_the_cpu(dtype, columns):
             torch.testing.assert_close(a.cpu()[same], b[same], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [7, 5003, 151936])
 @pytest.mark.parametrize("top_k,top_p", [(50, 1.0), (0, 0.9), (50, 0.9)])
 def test_truncated_sampling_is_that_of_the_cpu(top_k, top_p, columns, dtype):
@@ -323,7 +323,7 @@ SAMPLING = dict(n=12, max_new_tokens=30, temperature=0.9, seed=5, stop_token_ids
 
 @pytest.mark.parametrize("how", [how for how in HOW if "softcap" not in how], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_packed_attention_by_runs_against_float64(name, how, dtype):
     """Fewer heads of keys than of queries, runs whose queries are the last of their keys, runs without queries; and the gradients."""
     layout = LAYOUTS[name]().windowed(how.get("window"))
