@@ -339,7 +339,7 @@ def run_iteration(config: Iteration) -> dict:
         rival: dict[str, Callable] = {}
         makers = {"TRL OnlineDPOTrainer": lambda: iteration.trl(folder, size, given, dtype, device)}
         _, not_run = _add_rivals(rival, makers if config.rivals and find_spec("trl") else {})
-        times = interleaved(rival, config.repeats, device) | interleaved({k: probe.step for k, probe in probes.items()}, 15, device)
+        times = interleaved(rival, config.repeats, device) | interleaved({k: probe.step for k, probe in probes.items()}, 5, device)
     tokens = sum(x["tokens"] for x in found) / len(found)
     rates = floors.rates(probes, times)
     least = iteration.least(c, dtype.itemsize, size, prompt, tokens / (iteration.N * size.steps * size.prompts), rates)

@@ -167,10 +167,10 @@ def test_a_rival_that_does_not_run_is_named():
 
 
 def test_line_of_an_iteration():
-    line = run.run_iteration(run.Iteration(model="smoke", steps=2, prompts=2, new=4, repeats=2, rivals=False))
+    line = run.run_iteration(run.Iteration(model="smoke", steps=2, prompts=2, new=4, repeats=1, rivals=False))
     *stages, whole = line["candidates"]
-    assert line["tokens"] == 2 * 2 * iteration.N * 4 and line["repeats"] == 2
-    assert sum(row["median_s"] for row in stages) == pytest.approx(whole["median_s"], rel=0.5)
+    assert line["tokens"] == 2 * 2 * iteration.N * 4
+    assert sum(row["median_s"] for row in stages) == pytest.approx(whole["median_s"])
     assert [row["name"] for row in stages if row["computed_share"] is None] == ["slack: rest"]
     assert whole["time_share"] == 1 and whole["computed_share"] == pytest.approx(sum(line["least_s"].values()) / whole["median_s"])
     title, header, rows = run.table_of(json.loads(json.dumps(line)))
