@@ -13,7 +13,7 @@ from pathlib import Path
 import engine.caid  # noqa: F401, imported before the forks
 from engine import checkpoint, metrics, train
 
-FLAGS = ["--preset", "smoke", "--seed", "3", "--threads", "1"]
+FLAGS = ["--preset", "smoke", "--iterations", "2", "--seed", "3", "--threads", "1"]
 
 
 def run(argv: list[str], on_event) -> int:
