@@ -26,16 +26,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from engine import dual, stages
-from engine.checkpoint import RecordT, Run, Torn, load, write_whole
 from engine.config import RunConfig, was_by_preference
+from engine.dual import solver as dual
 from engine.errors import UserError
-from engine.evaluate import Evaluation
-from engine.metrics import read_rows
 from engine.records import Scores, Units
-from engine.report import png
-from engine.stages import ReferenceSamples
-from engine.sweep import kept_lam
+from engine.report.run_page import png
+from engine.run.display import read_rows
+from engine.run.store import RecordT, Run, Torn, load, write_whole
+from engine.stages import job as stages
+from engine.stages.job import ReferenceSamples
+from engine.sweep.runs import kept_lam
+from engine.verdict.evaluation import Evaluation
 
 DOCS = Path(__file__).parent.parent / "docs"
 DRAWS = 60

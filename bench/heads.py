@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import data, head, quickstart
 from engine.config import RunConfig
-from engine.model import load, load_tokenizer
-from engine.packing import groups
-from engine.rollout import generate
-from engine.score import Head, frozen_forward
+from engine.data import prompts as data
+from engine.model import quickstart
+from engine.model.decoder import load, load_tokenizer
+from engine.model.packing import groups
+from engine.rollout.sampler import generate
+from engine.scorers import training as head
+from engine.scorers.scoring import Head, frozen_forward
 
 OWN = Path(__file__).parent / "heads"
 SYSTEM = RunConfig.system

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bench.rollout import Responses, Work
-from engine.architecture import ModelConfig
-from engine.model import Decoder
-from engine.quickstart import INNER, OUTER
+from engine.model.architecture import ModelConfig
+from engine.model.decoder import Decoder
+from engine.model.quickstart import INNER, OUTER
 
 FLOAT32 = 0  # ggml's number of the type
 

@@ -34,13 +34,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from engine import constraints, sweep
-from engine.checkpoint import write_whole
+from engine import constraints
 from engine.errors import UserError
-from engine.metrics import read_timing
-from engine.report import png
-from engine.stages import write_json
-from engine.sweep import COLOURS, SweepConfig
+from engine.report.run_page import png
+from engine.run.display import read_timing
+from engine.run.store import write_whole
+from engine.stages.job import write_json
+from engine.sweep import runs as sweep
+from engine.sweep.runs import COLOURS, SweepConfig
 
 ROOT = Path(__file__).parent
 DOCS = ROOT.parent / "docs"

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from bench.rollout import bare_products
-from engine import packing, policy
 from engine.config import DpoConfig
-from engine.full import FullWeights
-from engine.lora import Adapter
-from engine.model import Decoder
-from engine.pairs import within_prompts
+from engine.model import packing
+from engine.model.decoder import Decoder
+from engine.policy import update as policy
+from engine.policy.full import FullWeights
+from engine.policy.lora import Adapter
+from engine.policy.pairs import within_prompts
 from engine.records import Prompts, Rollouts, Scores, Target
-from engine.score import frozen_forward
+from engine.scorers.scoring import frozen_forward
 
 RANK, BETA, RATE = 8, 0.1, 1e-4
 # Expected Bradley-Terry labels of scores so far apart are those of the responses called chosen.

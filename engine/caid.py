@@ -10,10 +10,11 @@ learns from the reference's samples that the dual is solved on, in Algorithm 3 t
 
 from torch import Tensor
 
-from engine import dual, stages
 from engine.config import CaidConfig, pairs_file
-from engine.preference import PreferenceWorld
+from engine.dual import solver as dual
 from engine.records import Target
+from engine.stages import job as stages
+from engine.stages.preference import PreferenceWorld
 
 
 def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:

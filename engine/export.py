@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from engine import model
-from engine.checkpoint import Run
 from engine.errors import UserError
-from engine.full import is_saved, load_weights, policy_of
-from engine.stages import model_folder
+from engine.model import decoder as model
+from engine.policy.full import is_saved, load_weights, policy_of
+from engine.run.store import Run
+from engine.stages.job import model_folder
 
 
 def export(run: str | Path, folder: str | Path) -> None:

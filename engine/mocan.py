@@ -5,9 +5,9 @@ in the label form of `config.labels`, and labels that are drawn are drawn afresh
 pairs of any policy, the update learns from the samples that the dual is solved on, or from those of a file (--pairs).
 """
 
-from engine import stages
 from engine.config import MocanConfig, pairs_file
 from engine.records import Target
+from engine.stages import job as stages
 
 
 def train(config: MocanConfig, *, resume: str | None = None) -> stages.Result:

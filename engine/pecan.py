@@ -1,12 +1,13 @@
-"""PeCAN (arXiv 2405.19544, Algorithm 2): MoCAN on log-ratios of policies that were aligned to preferences (`engine.preference`).
+"""PeCAN (arXiv 2405.19544, Algorithm 2): MoCAN on log-ratios of policies that were aligned to preferences (`engine.stages.preference`).
 
 Decided here: the last alignment learns from the reference's samples, as MoCAN's does; the paper's learns from the pairs of the preference
 set, which --pairs with that file does.
 """
 
-from engine import mocan, stages
+from engine import mocan
 from engine.config import PecanConfig, pairs_file
-from engine.preference import PreferenceWorld
+from engine.stages import job as stages
+from engine.stages.preference import PreferenceWorld
 
 
 def train(config: PecanConfig, *, resume: str | None = None) -> stages.Result:

@@ -2,7 +2,7 @@
 
 Shape legend: P prompts, G responses per prompt, R = P * G rows, N sequences, K pairs, T completion tokens (packed), V vocabulary,
 D hidden, J constraints. A name carries its shape: `reward_PG` is [P, G]. Scores obey one sign everywhere: larger is better
-(`engine.score` is the only place where a cost is negated).
+(`engine.scorers.scoring` is the only place where a cost is negated).
 """
 
 from dataclasses import dataclass, field

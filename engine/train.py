@@ -10,8 +10,8 @@ from importlib import import_module
 
 from engine import config as configs
 from engine.config import SHOWN, RunConfig, check, smoke
+from engine.config.flags import parse_flags, suggest, take
 from engine.errors import NonFiniteError, UserError
-from engine.flags import parse_flags, suggest, take
 
 ALGORITHMS = {  # name: (config class in engine.config, help)
     "caid": ("CaidConfig", "alternate policy updates with dual descent (the default)"),
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = resume
         if isinstance(config, RunConfig):
             check(config)
-        train = import_module(f"engine.{algorithm}").train
+        train = import_module(module_of(algorithm)).train
         if resume is None:
             train(config)
         else:
@@ -98,9 +98,16 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
     return argv[0], argv[1:]
 
 
+def module_of(algorithm: str) -> str:
+    """The module with an algorithm's `train`."""
+    if algorithm == "head":
+        return "engine.scorers.training"
+    return f"engine.{algorithm}" if algorithm in ("caid", "mocan", "pecan") else f"engine.baselines.{algorithm}"
+
+
 def _config_class(algorithm: str) -> type:
-    # Lazy: engine.head needs torch.
-    return getattr(import_module("engine.head") if algorithm == "head" else configs, ALGORITHMS[algorithm][0])
+    # Lazy: engine.scorers.training needs torch.
+    return getattr(import_module("engine.scorers.training") if algorithm == "head" else configs, ALGORITHMS[algorithm][0])
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:
@@ -108,7 +115,7 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
     if flags:
         raise UserError(f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own settings.")
     # Lazy: the checkpoint needs torch.
-    from engine.checkpoint import Run
+    from engine.run.store import Run
 
     algorithm, values = Run.read_config(folder)
     if algorithm not in ALGORITHMS or algorithm == "head":

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import engine.caid  # noqa: F401, imported before the forks
-from engine import checkpoint, metrics, train
+from engine import train
+from engine.run import display as metrics
+from engine.run import store as checkpoint
 
 FLAGS = ["--preset", "smoke", "--iterations", "2", "--seed", "3", "--threads", "1"]
 

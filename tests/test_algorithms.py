@@ -6,7 +6,7 @@ import torch
 
 from bench.exact_world import ExactWorld, make, maximiser, regression, soft
 from bench.optima import Optima
-from engine import dpo, primal_dual, repo, sacpo, safe_dpo
+from engine.baselines import dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.config import DpoConfig, PrimalDualConfig, RepoConfig, SacpoConfig, SafeDpoConfig
 
 # Without a gap the features are (r, g), so that theta holds the weights of reward and utilities.

@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from engine import attention
-from engine.attention import Layout, attend_packed, runs_kernel
+from engine.model import attention
+from engine.model.attention import Layout, attend_packed, runs_kernel
 
 LAYOUTS = {
     "sequences": lambda: Layout.packed(torch.tensor([0, 5, 5, 6, 17])),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.cache import Cache, GpuCache, SharedCache, new_cache
+from engine.rollout.cache import Cache, GpuCache, SharedCache, new_cache
 from kernels import native
 
 needs_native = pytest.mark.skipif(not native.available, reason="kernels._native is not built")

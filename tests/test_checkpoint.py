@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import checkpoint
-from engine.checkpoint import Run, Stage, Torn, load, pack, save, unpack
 from engine.errors import Interrupted, UserError
-from engine.metrics import Display, read_rows
 from engine.records import DualState, Pairs, Prompts
+from engine.run import store as checkpoint
+from engine.run.display import Display, read_rows
+from engine.run.store import Run, Stage, Torn, load, pack, save, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,7 +456,7 @@ def go_slowly(folder: Path, fsync_s: float) -> None:
 def start_process() -> object:
     # A fork server has torch imported and no threads: each process starts in milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "engine.checkpoint"])
+    context.set_forkserver_preload(["pytest", "engine.run.store"])
 
     def start(target: object, *args: object) -> multiprocessing.Process:
         process = context.Process(target=target, args=args)

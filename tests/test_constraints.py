@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import constraints, dual, mocan, stages
+from engine import constraints, mocan
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, check, smoke
+from engine.dual import solver as dual
 from engine.errors import UserError
-from engine.evaluate import judgement_sentences
-from engine.evaluate_command import run_evaluation
+from engine.evaluate import run_evaluation
 from engine.records import Limit, Prompts, Scores, Units
+from engine.stages import job as stages
+from engine.verdict.evaluation import judgement_sentences
 
 DTYPE = torch.float64
 

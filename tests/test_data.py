@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine import data
-from engine.data import assert_disjoint, load_prompts, prompt_key, shipped_prompts, split, subset
+from engine.data import prompts as data
+from engine.data.prompts import assert_disjoint, load_prompts, prompt_key, shipped_prompts, split, subset
 from engine.errors import UserError
-from engine.quickstart import tiny_model_folder
+from engine.model.quickstart import tiny_model_folder
 from engine.records import Prompts
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is rain?"}]

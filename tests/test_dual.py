@@ -6,8 +6,9 @@ import pytest
 import torch
 from scipy.optimize import lsq_linear, minimize
 
-from engine import caid, dual
+from engine import caid
 from engine.config import CaidConfig
+from engine.dual import solver as dual
 from engine.errors import UserError
 
 

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from engine import dual
-from engine.dual_command import Table, main, preference_pairs
+from engine.dual import solver as dual
+from engine.dual.analysis import Table, main, preference_pairs
 
 
 def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:

@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 
 from engine.errors import UserError
-from engine.evaluate import (
+from engine.records import Limit, Prompts, Rollouts, Scores
+from engine.verdict.evaluation import (
     Constraint,
     Estimate,
     Evaluation,
@@ -30,7 +31,6 @@ from engine.evaluate import (
     wilson,
     word,
 )
-from engine.records import Limit, Prompts, Rollouts, Scores
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 7, 10, 31, 79, 80, 500, 2001])

@@ -13,13 +13,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from engine import data, evaluate, evaluate_command, metrics, model, train
-from engine.checkpoint import Run
+from engine import evaluate as evaluate_command
+from engine import train
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
-from engine.evaluate import estimate
-from engine.evaluate_command import ask, main
-from engine.quickstart import tiny_model_folder
-from engine.stages import gap_text
+from engine.data import prompts as data
+from engine.evaluate import ask, main
+from engine.model import decoder as model
+from engine.model.quickstart import tiny_model_folder
+from engine.run import display as metrics
+from engine.run.store import Run
+from engine.stages.job import gap_text
+from engine.verdict import evaluation as evaluate
+from engine.verdict.evaluation import estimate
 
 SMOKE = ["--preset", "smoke", "--threads", "1"]
 

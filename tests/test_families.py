@@ -7,14 +7,16 @@ import torch
 from architectures import write_model
 from transformers import AutoModelForCausalLM
 
-from engine import caid, export, model, rollout
-from engine.checkpoint import load
+from engine import caid, export
 from engine.config import CaidConfig, smoke
-from engine.lora import load_peft
-from engine.metrics import read_rows
-from engine.quickstart import tiny_model_folder
-from engine.smoke import write_random_heads
-from engine.stages import ReferenceSamples
+from engine.model import decoder as model
+from engine.model.quickstart import tiny_model_folder
+from engine.policy.lora import load_peft
+from engine.rollout import sampler as rollout
+from engine.run.display import read_rows
+from engine.run.store import load
+from engine.stages.job import ReferenceSamples
+from engine.stages.smoke import write_random_heads
 
 
 @pytest.mark.parametrize("name", ["qwen 3, biases, windows, one key head", "mistral", "gemma 2", "gemma 3"])

@@ -9,18 +9,21 @@ from architectures import write_model
 from test_runs import SMOKE, files
 from transformers import AutoModelForCausalLM
 
-from engine import export, model, packing, policy, train
-from engine.checkpoint import Run, Stage, load
+from engine import export, train
 from engine.config import CaidConfig, smoke
-from engine.evaluate_command import main as evaluate
-from engine.full import FullWeights, copy_of, load_weights
-from engine.metrics import read_rows
-from engine.pairs import within_prompts
+from engine.evaluate import main as evaluate
+from engine.model import decoder as model
+from engine.model import packing
+from engine.policy import update as policy
+from engine.policy.full import FullWeights, copy_of, load_weights
+from engine.policy.pairs import within_prompts
 from engine.records import Prompts, Scores, Target
-from engine.rollout import generate
-from engine.score import frozen_forward, logprob_gap
-from engine.smoke import smoke_folder
-from engine.stages import HeldOut, Inputs, heldout_prompts
+from engine.rollout.sampler import generate
+from engine.run.display import read_rows
+from engine.run.store import Run, Stage, load
+from engine.scorers.scoring import frozen_forward, logprob_gap
+from engine.stages.job import HeldOut, Inputs, heldout_prompts
+from engine.stages.smoke import smoke_folder
 
 PROMPTS = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[1, 70, 75, 80], [1, 90]], key_P=torch.tensor([11, 22]))
 FULL = ["--tune", "full", "--learning-rate", "1e-3"]

@@ -11,13 +11,13 @@ from test_kernels_loss_head import PAIRS, budget_of, policy, problem
 from test_kernels_reference import dense_dpo, preference_gradients
 
 from bench.measure import peak_bytes
-from engine import rollout
-from engine.attention import attend_packed, runs_kernel
-from engine.lora import Adapter
-from engine.model import load
-from engine.packing import Group, LowerStates
-from engine.rollout import States, generate
-from engine.score import logprob_gap
+from engine.model.attention import attend_packed, runs_kernel
+from engine.model.decoder import load
+from engine.model.packing import Group, LowerStates
+from engine.policy.lora import Adapter
+from engine.rollout import sampler as rollout
+from engine.rollout.sampler import States, generate
+from engine.scorers.scoring import logprob_gap
 from kernels import lagrangian_preference_loss, layer, reference, sample, sequence_logprob
 from kernels.decode_attention import decode_attention, store
 from kernels.sampling import exponential, stream

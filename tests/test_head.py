@@ -10,11 +10,11 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from engine import head
 from engine.errors import UserError
-from engine.head import HeadConfig, Row, Text
-from engine.quickstart import tiny_model_folder
-from engine.score import Head
+from engine.model.quickstart import tiny_model_folder
+from engine.scorers import training as head
+from engine.scorers.scoring import Head
+from engine.scorers.training import HeadConfig, Row, Text
 
 HEADS = Path(str(files("engine"))) / "assets" / "heads"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import Run
 from engine.errors import UserError
-from engine.metrics import Display, duration, read_rows, tensorboard_writer, time_table
+from engine.run.display import Display, duration, read_rows, tensorboard_writer, time_table
+from engine.run.store import Run
 
 
 class Clock:

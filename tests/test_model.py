@@ -11,11 +11,11 @@ from architectures import VARIANTS, VOCABULARY, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine import model as M
-from engine.architecture import HARMLESS
-from engine.attention import Layout
 from engine.errors import UserError
-from engine.lora import Adapter, load_peft, save_peft
+from engine.model import decoder as M
+from engine.model.architecture import HARMLESS
+from engine.model.attention import Layout
+from engine.policy.lora import Adapter, load_peft, save_peft
 
 
 def ragged(lengths, seed=0):
@@ -82,7 +82,7 @@ def test_weights_are_read_into_the_wanted_dtype(tmp_path, stored, wanted):
 
 PEAK = """
 import sys, threading
-from engine import model
+from engine.model import decoder as model
 
 def anonymous():
     with open("/proc/self/status") as status:

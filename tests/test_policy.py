@@ -11,18 +11,22 @@ from architectures import write_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from engine import caid, model, packing, policy, primal_dual
+from engine import caid
+from engine.baselines import primal_dual
 from engine.config import CaidConfig, PrimalDualConfig, SafeDpoConfig, smoke
 from engine.errors import UserError
-from engine.full import FullWeights
-from engine.lora import Adapter, save_peft
-from engine.metrics import read_rows
-from engine.packing import LowerStates
-from engine.pairs import deal, schedule, within_prompts
-from engine.policy import learning_rate_factor
+from engine.model import decoder as model
+from engine.model import packing
+from engine.model.packing import LowerStates
+from engine.policy import update as policy
+from engine.policy.full import FullWeights
+from engine.policy.lora import Adapter, save_peft
+from engine.policy.pairs import deal, schedule, within_prompts
+from engine.policy.update import learning_rate_factor
 from engine.records import Prompts, Scores, Target
-from engine.rollout import generate
-from engine.score import frozen_forward
+from engine.rollout.sampler import generate
+from engine.run.display import read_rows
+from engine.scorers.scoring import frozen_forward
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from engine import quickstart
 from engine.errors import UserError
+from engine.model import quickstart
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS, FF = 6, 2, 8, 48, 2, 64
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "Ġt", "he", "Ġthe", "ĠĠ"]

@@ -10,9 +10,9 @@ import matplotlib.image
 import pytest
 import torch
 
-from engine import report
 from engine.errors import UserError
-from engine.evaluate import Constraint, Evaluation, estimate, word
+from engine.report import run_page as report
+from engine.verdict.evaluation import Constraint, Evaluation, estimate, word
 
 
 def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:

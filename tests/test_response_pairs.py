@@ -10,12 +10,13 @@ import torch
 from test_runs import SMOKE, files, write
 from transformers import AutoTokenizer
 
-from engine import model, train
+from engine import train
 from engine.config import CaidConfig, MocanConfig, check
+from engine.data.response_pairs import SURE, read_response_pairs
 from engine.errors import UserError
-from engine.metrics import read_rows
-from engine.model import ModelConfig
-from engine.response_pairs import SURE, read_response_pairs
+from engine.model import decoder as model
+from engine.model.decoder import ModelConfig
+from engine.run.display import read_rows
 
 ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(8)]
 
@@ -76,7 +77,7 @@ def test_settings_that_do_not_go_with_pairs_are_refused():
 
 
 def heldout_prompt() -> str:
-    from engine import data
+    from engine.data import prompts as data
 
     return data.read_rows(data.shipped_prompts("heldout")[0])[0][1]["prompt"]
 
@@ -114,7 +115,7 @@ def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(t
 
     pid = os.fork()
     if not pid:
-        from engine.checkpoint import Stage
+        from engine.run.store import Stage
 
         save_partial = Stage.save_partial
 

@@ -7,16 +7,17 @@ import torch
 from architectures import VARIANTS, write_model
 from transformers import AutoModelForCausalLM
 
-from engine import model as M
-from engine import packing, rollout
-from engine.cache import GpuCache
-from engine.data import prompt_key
+from engine.data.prompts import prompt_key
 from engine.errors import UserError
-from engine.lora import Adapter
-from engine.packing import LowerStates
+from engine.model import decoder as M
+from engine.model import packing
+from engine.model.packing import LowerStates
+from engine.policy.lora import Adapter
 from engine.records import Prompts
-from engine.rollout import States, generate
-from engine.score import frozen_forward
+from engine.rollout import sampler as rollout
+from engine.rollout.cache import GpuCache
+from engine.rollout.sampler import States, generate
+from engine.scorers.scoring import frozen_forward
 from kernels import native, sample, sequence_logprob
 from kernels.sampling import combine, exponential, stream, uniform
 

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from engine import caid, export, model, train
-from engine.checkpoint import Run
+from engine import caid, export, train
 from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
-from engine.metrics import read_rows
-from engine.stages import gap_text
+from engine.model import decoder as model
+from engine.run.display import read_rows
+from engine.run.store import Run
+from engine.stages.job import gap_text
 
 SMOKE = ["--preset", "smoke", "--threads", "1"]
 
@@ -79,7 +80,7 @@ def test_what_a_run_writes(finished):
 
 
 def test_the_lambda_of_each_row_follows_from_the_row_before(finished):
-    from engine.dual import step
+    from engine.dual.solver import step
 
     config = smoke(CaidConfig())
     dual = read_rows(finished, "dual")[0]
@@ -243,9 +244,9 @@ def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
     assert export.main([str(finished), str(tmp_path / "merged")]) == 0
     from transformers import AutoModelForCausalLM
 
-    from engine.lora import load_peft
-    from engine.rollout import generate
-    from engine.smoke import smoke_folder
+    from engine.policy.lora import load_peft
+    from engine.rollout.sampler import generate
+    from engine.stages.smoke import smoke_folder
 
     base = model.load(smoke_folder())
     prompt = AutoTokenizer.from_pretrained(tmp_path / "merged").encode("hello")
@@ -440,7 +441,7 @@ def test_a_non_finite_loss_stops_with_the_batch_saved(tmp_path, capsys, monkeypa
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_resume(tmp_path, finished, capsys, monkeypatch):
-    from engine.checkpoint import Stage
+    from engine.run.store import Stage
 
     row = Stage.row
 

@@ -10,14 +10,18 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from engine import data, head, model, quickstart, stages
-from engine import score as score_module
 from engine.config import CaidConfig, smoke
+from engine.data import prompts as data
 from engine.errors import UserError
-from engine.lora import Adapter
-from engine.packing import batches, groups
-from engine.rollout import States, generate
-from engine.score import Head, Scorers, TextScorer, find_scorer, frozen_forward, load_scorers, logprob_gap, score, try_out
+from engine.model import decoder as model
+from engine.model import quickstart
+from engine.model.packing import batches, groups
+from engine.policy.lora import Adapter
+from engine.rollout.sampler import States, generate
+from engine.scorers import scoring as score_module
+from engine.scorers import training as head
+from engine.scorers.scoring import Head, Scorers, TextScorer, find_scorer, frozen_forward, load_scorers, logprob_gap, score, try_out
+from engine.stages import job as stages
 
 CPU = torch.device("cpu")
 
@@ -154,7 +158,7 @@ def test_a_head_that_says_nothing_is_refused(tmp_path, weight, bias, said):
 
 
 def test_names_are_told_apart_before_anything_is_loaded(tiny_folder, monkeypatch):
-    monkeypatch.setattr("engine.score._classifier", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("engine.scorers.scoring._classifier", lambda *args: pytest.fail("loaded"))
     options = {"folder": tiny_folder, "trunk": "x", "device": CPU}
     with pytest.raises(UserError, match="two scorers are named a; give each its own name: NAME=SCORER"):
         load_scorers("org/reward", ["a=org/x", "a=-org/y"], [], **options)

@@ -14,7 +14,7 @@ from scipy import stats
 from bench import study
 from bench.study import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
 from engine.errors import NonFiniteError, UserError
-from engine.evaluate import Constraint, Estimate, Evaluation
+from engine.verdict.evaluation import Constraint, Estimate, Evaluation
 
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
@@ -321,7 +321,7 @@ def test_parts_are_run_gone_on_with_and_collected(tmp_path, trained, monkeypatch
 
 
 def test_the_test_prompts_are_new_and_enough():
-    from engine.data import lookalike_prompts, shipped_prompts
+    from engine.data.prompts import lookalike_prompts, shipped_prompts
 
     def texts(path):
         return [json.loads(line)["prompt"] for line in open(path, encoding="utf-8")]

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import caid, dual, sweep
-from engine.checkpoint import load
+from engine import caid
 from engine.config import CaidConfig, smoke
+from engine.dual import solver as dual
 from engine.errors import UserError
-from engine.metrics import read_rows, read_timing
-from engine.stages import ReferenceSamples
+from engine.run.display import read_rows, read_timing
+from engine.run.store import load
+from engine.stages.job import ReferenceSamples
+from engine.sweep import runs as sweep
 
 COMMON = ["--", "--threads", "1", "--force"]
 ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]

@@ -67,7 +67,7 @@ def trained(monkeypatch) -> list:
 
 @pytest.fixture
 def run_folder(tmp_path) -> str:
-    from engine.checkpoint import Run
+    from engine.run.store import Run
 
     config = MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7)
     Run.create(tmp_path / "run", algorithm="mocan", config=asdict(config), versions={}, fingerprint="f").close()
@@ -247,7 +247,7 @@ def test_resume_rebuilds_the_config(trained, run_folder, named):
 
 
 def test_resume_refuses_other_folders(trained, run_folder, tmp_path, capsys):
-    from engine.checkpoint import Run
+    from engine.run.store import Run
 
     Run.create(tmp_path / "new", algorithm="mocan", config={"steps": 7, "momentum": 1}, versions={}, fingerprint="f").close()
     Run.create(tmp_path / "other", algorithm="head", config={}, versions={}, fingerprint="f").close()

@@ -1,0 +1,15 @@
+"""The decoder, read from and written to Hugging Face folders."""
+
+from engine.model.decoder import (
+    Decoder,
+    fingerprint,
+    load,
+    save,
+)
+
+__all__ = [
+    "Decoder",
+    "fingerprint",
+    "load",
+    "save",
+]
