@@ -17,10 +17,9 @@ import torch
 
 from bench.exact_world import ExactWorld, Update, local_maxima, make, maximiser, soft
 from bench.optima import Optima, Policy
-from engine import caid, mocan
+from engine import caid, dual, mocan
 from engine.baselines import cdpo
 from engine.config import CaidConfig, CdpoConfig, MocanConfig
-from engine.dual import solver as dual
 from engine.records import Target
 
 # What scipy's searches leave of an exact equality.

@@ -23,10 +23,10 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
+from engine import dual
 from engine.config import PrimalDualConfig, RunConfig
-from engine.dual import solver as dual
 from engine.records import Scores, Target
-from engine.stages.job import Slack
+from engine.stages.protocol import Slack
 
 # Rounding is taken for convergence where a Newton step would gain less than this.
 SMALLEST_GAIN = 1e-24

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.data import prompts as data
+from engine.data import tables
+from engine.data.prompts import load_prompts, shipped_prompts
 from engine.model import quickstart
-from engine.model.decoder import load, load_tokenizer
+from engine.model.folder import load
 from engine.model.packing import groups
+from engine.model.tokenizer import load_tokenizer
+from engine.policy.forward import frozen_forward
 from engine.rollout.sampler import generate
 from engine.scorers import training as head
-from engine.scorers.scoring import Head, frozen_forward
+from engine.scorers.base import Head
 
 OWN = Path(__file__).parent / "heads"
 SYSTEM = RunConfig.system
@@ -121,7 +124,7 @@ def train(name: str, folder: Path, out: Path, scratch: Path) -> Head:
 
 def own_rows(kind: str) -> list[dict]:
     """The rows of bench/heads/KIND.jsonl."""
-    return [row for _, row in data.read_rows(str(OWN / f"{kind}.jsonl"))]
+    return [row for _, row in tables.read_rows(str(OWN / f"{kind}.jsonl"))]
 
 
 def part_of(text: str, parts: int) -> int:
@@ -297,7 +300,7 @@ def samples():
     """(prompts, rollouts, decoded texts): 8 answers of the reference to 32 delicate and 32 everyday training prompts."""
     folder = quickstart.model_folder()
     tokenizer, model = load_tokenizer(folder), load(folder)
-    prompts = data.load_prompts(data.shipped_prompts("train"), tokenizer, system=SYSTEM, max_prompt_tokens=512)
+    prompts = load_prompts(shipped_prompts("train"), tokenizer, system=SYSTEM, max_prompt_tokens=512)
     prompts = prompts.select([i for kind in ("delicate", "everyday") for i in [j for j, k in enumerate(prompts.kind) if k == kind][:32]])
     rollouts = generate(
         model, prompts.token_ids, n=8, max_new_tokens=48, temperature=0.7, stop_token_ids=(tokenizer.eos_token_id,), seed=0,

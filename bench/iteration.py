@@ -24,7 +24,7 @@ from engine.config import CaidConfig
 from engine.data.prompts import load_prompts, shipped_prompts
 from engine.model.architecture import ModelConfig
 from engine.policy.lora import first_layer
-from engine.run.display import read_timing
+from engine.run.rows import read_timing
 from engine.stages.smoke import write_random_heads
 
 N = 2  # responses to a prompt

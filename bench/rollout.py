@@ -19,10 +19,10 @@ from engine.config import RunConfig
 from engine.data.prompts import load_prompts, shipped_prompts
 from engine.model.decoder import Decoder
 from engine.model.packing import Group
+from engine.policy.forward import LogprobGap, logprob_gap
 from engine.records import Rollouts
 from engine.rollout.sampler import generate
-from engine.scorers.scoring import LogprobGap, logprob_gap
-from engine.stages.job import stop_tokens
+from engine.stages.inputs import stop_tokens
 from kernels.products import linear
 from kernels.sampling import combine
 

@@ -19,13 +19,13 @@ from rich.table import Table
 
 from bench import floors, growth, iteration, llamacpp, loss_head, rollout, shapes, train_step
 from bench.measure import interleaved, origin, peak_bytes
-from engine.dual import solver as dual
-from engine.model.decoder import load
-from engine.report.run_page import png
+from engine import dual
+from engine.files import write_whole
+from engine.model.folder import load
+from engine.policy.forward import LogprobGap
+from engine.report.drawing import png
 from engine.run.plan import keep_freed_memory
-from engine.run.store import write_whole
-from engine.scorers.scoring import LogprobGap
-from engine.stages.job import model_folder
+from engine.stages.inputs import model_folder
 from kernels import dual_moments
 
 HERE = Path(__file__).parent

@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from engine.model.architecture import ModelConfig
-from engine.model.decoder import Decoder, load, save
-from engine.stages.job import model_folder
+from engine.model.decoder import Decoder
+from engine.model.folder import load, save
+from engine.stages.inputs import model_folder
 from engine.stages.smoke import smoke_folder
 
 

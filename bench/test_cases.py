@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import growth, loss_head, rollout, train_step
-from engine.model.decoder import load
+from engine.model.folder import load
 from engine.stages.smoke import smoke_folder
 
 

@@ -41,9 +41,9 @@ from engine.config import (
     SafeDpoConfig,
 )  # fmt: skip
 from engine.errors import UserError
+from engine.files import write_whole
 from engine.policy.pairs import within_prompts
 from engine.records import Target
-from engine.run.store import write_whole
 
 PAGE = Path(__file__).parent / "theory.md"
 FORMS: dict[str, Update] = {

@@ -10,25 +10,27 @@ learns from the reference's samples that the dual is solved on, in Algorithm 3 t
 
 from torch import Tensor
 
+from engine import dual
 from engine.config import CaidConfig, pairs_file
-from engine.dual import solver as dual
 from engine.records import Target
-from engine.stages import job as stages
+from engine.stages.job import open_job
 from engine.stages.preference import PreferenceWorld
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 
-def train(config: CaidConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: CaidConfig, *, resume: str | None = None) -> Result:
     """Run CAID; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
     aligned = 2 + len(config.cost) if config.scores == "preference" else 0
-    with stages.open_job("caid", config, resume, n_stages=4 + aligned + bool(pairs_file(config)) + 2 * config.iterations) as job:
-        world = PreferenceWorld(job) if aligned else stages.World(job)
+    with open_job("caid", config, resume, n_stages=4 + aligned + bool(pairs_file(config)) + 2 * config.iterations) as job:
+        world = PreferenceWorld(job) if aligned else World(job)
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: CaidConfig):
+def loop(world: World, config: CaidConfig):
     """Algorithm 2 in any world: returns the last policy and its multipliers, float64 [J]."""
     warm = world.solve_dual()
     policy, lam_J, history = None, warm.lam, []

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine import dual
 from engine.config import RunConfig
-from engine.dual import solver as dual
 from engine.errors import UserError
 from engine.records import Limit, Prompts, Scores, Units
 

@@ -20,25 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import constraints
+from engine import constraints, dual
 from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name, was_by_preference
 from engine.config.flags import parse_flags
-from engine.data import prompts as data
-from engine.dual import solver as dual
+from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
+from engine.files import write_json
 from engine.model import packing
-from engine.policy.full import Weights, is_saved, load_weights
+from engine.policy.forward import frozen_forward
+from engine.policy.iterates import is_saved, load_weights
+from engine.policy.weights import Weights
 from engine.records import Limit, Prompts, Units
-from engine.run import display as metrics
+from engine.run import rows as metrics_rows
 from engine.run.display import Display, Progress
 from engine.run.plan import evaluation_rows
-from engine.run.store import Run
-from engine.scorers.scoring import Scorers, frozen_forward, load_scorers, try_out
-from engine.stages import job as stages
-from engine.stages import preference
-from engine.stages.job import Inputs, Sampled, Subject
-from engine.verdict import evaluation as evaluate
-from engine.verdict.evaluation import Judgement
+from engine.run.run import Run
+from engine.scorers.base import Scorers
+from engine.scorers.find import load_scorers
+from engine.scorers.scoring import try_out
+from engine.stages import preference, sampling
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, read_prompts
+from engine.stages.job import Subject, heldout_prompts, reference_prompts
+from engine.stages.reference import units_of
+from engine.stages.sampling import Sampled, gap_text, respond, sample
+from engine.stages.verdict import judge, write_heldout
+from engine.verdict.evaluation import Judgement, pair_order
+from engine.verdict.refusals import over_refusal
+from engine.verdict.sentences import judgement_sentences
 
 USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
 JUDGED = "judged.jsonl"
@@ -55,7 +63,7 @@ class Phase:
     def row(self, kind: str, **values: Any) -> None:
         """Print and keep what `stages.log_gap` found, the only row of sampling."""
         self.logprob_gap = values["logprob_gap"]
-        self._display.line(f"{self.name}: {stages.gap_text(values)}")
+        self._display.line(f"{self.name}: {gap_text(values)}")
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
         """A progress bar; `unit` is a plural such as "tokens"."""
@@ -111,37 +119,37 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
     inputs = Inputs.of(config)
     Run.check_model(run, inputs.fingerprint)
-    pool = stages.read_prompts(flags.prompts, config, inputs.tokenizer, inputs.shape) if flags.prompts else inputs.heldout
+    pool = read_prompts(flags.prompts, config, inputs.tokenizer, inputs.shape) if flags.prompts else inputs.heldout
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
-    prompts = stages.heldout_prompts(replace(config, eval_prompts=n), pool)
-    common, shared = data.overlap(prompts, inputs.train, inputs.tokenizer), ""
+    prompts = heldout_prompts(replace(config, eval_prompts=n), pool)
+    common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
     if common:
         shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    own = stages.heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
+    own = heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
     selection = own if flags.best_feasible else None
     if selection:
-        data.assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
-    lookalikes = stages.read_prompts(data.lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
+        assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
+    lookalikes = read_prompts(lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
     asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
-    (reference,) = metrics.read_rows(run, "reference")
+    (reference,) = metrics_rows.read_rows(run, "reference")
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {}))
-    units = stages.units_of(reference, limits)
+    units = units_of(reference, limits)
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
-    aimed = metrics.read_rows(run, "dual")[0]["aim"] if by_preference else reference.get("aimed", reference["aim"])
+    aimed = metrics_rows.read_rows(run, "dual")[0]["aim"] if by_preference else reference.get("aimed", reference["aim"])
     return Question(
         run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection, by_preference=by_preference,
         units=units, limits=limits, aimed=aimed, inputs=inputs,
-        trained_on=stages.reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
+        trained_on=reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
         lookalikes=lookalikes, safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
         judged_before=_judged_before(run, prompts, own), fewer_rows=fewer,
     )  # fmt: skip
@@ -172,17 +180,17 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
         # The purposes of the run's own verdict, so that its seed gives its responses.
         phase = Phase(display, first + 1, "heldout/reference")
-        before, _ = stages.sample(subject, phase, prompts, None, n=n, purpose=-1)
+        before, _ = sample(subject, phase, prompts, None, n=n, purpose=-1)
         gaps = {"reference": phase.logprob_gap}
         units = _with_new_audits(q, before, display)
         phase = Phase(display, first + 2, "heldout/policy")
-        after, _ = stages.sample(subject, phase, prompts, adapter, n=n, purpose=-2)
+        after, _ = sample(subject, phase, prompts, adapter, n=n, purpose=-2)
         gaps["policy"] = phase.logprob_gap
         moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
         in_units, units, audits = _counted(q, subject, units)
         before, after = (in_units(phase, prompts, side) for side in (before, after))
-        _, texts_before = stages.respond(subject, Phase(display, first + 3, "lookalike/reference"), q.lookalikes, None, n=n, purpose=-3)
-        _, texts_after = stages.respond(subject, Phase(display, first + 4, "lookalike/policy"), q.lookalikes, adapter, n=n, purpose=-4)
+        _, texts_before = respond(subject, Phase(display, first + 3, "lookalike/reference"), q.lookalikes, None, n=n, purpose=-3)
+        _, texts_after = respond(subject, Phase(display, first + 4, "lookalike/policy"), q.lookalikes, adapter, n=n, purpose=-4)
 
         lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
         log_ratios = ((before, moved_PG), (after, after.kl_PG))
@@ -192,12 +200,12 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             return utility_PG if q.safety_alone else s.scores.reward_PG + utility_PG
 
         judgement = Judgement(
-            evaluation=stages.judge(prompts, before, after, q.limits, q.aimed, units, audits, flags.confidence),
-            pair_order=tuple(evaluate.pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
-            over_refusal=evaluate.over_refusal(texts_before, texts_after, len(q.lookalikes), flags.confidence),
+            evaluation=judge(prompts, before, after, q.limits, q.aimed, units, audits, flags.confidence),
+            pair_order=tuple(pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
+            over_refusal=over_refusal(texts_before, texts_after, len(q.lookalikes), flags.confidence),
             pairs_like="g" if q.safety_alone else "r + lambda g",
         )
-        stages.write_heldout(folder, prompts, before, after)
+        write_heldout(folder, prompts, before, after)
         settings = {f: getattr(config, f) for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")}
         settings |= {
             "iterate": iterate,
@@ -207,13 +215,13 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             "units": asdict(units),
             "overlap": q.shared,
         }
-        stages.write_json(folder / "evaluation.json", {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings})
+        write_json(folder / "evaluation.json", {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings})
         try:
             with open(q.run / JUDGED, "a") as file:
                 file.write(json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}) + "\n")
         except OSError as error:
             display.warn(f"{q.run / JUDGED} cannot be written ({error.strerror}), so these prompts are not on record")
-        for line in evaluate.judgement_sentences(judgement):
+        for line in judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {out / 'evaluation.json'} and {out / 'heldout.jsonl'}")
     return judgement, out
@@ -239,12 +247,12 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
     further = len(q.scorers.audits) - len(q.units.audit_A)
     in_units, units, audits = _counted(q, subject, replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * further]))
     phase = Phase(display, 1, "selection/reference")
-    before = in_units(phase, q.selection, stages.sample(subject, phase, q.selection, None, n=n, purpose=-5)[0])
+    before = in_units(phase, q.selection, sample(subject, phase, q.selection, None, n=n, purpose=-5)[0])
     for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
         adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
         phase = Phase(display, number, f"selection/{iterate}")
-        after = in_units(phase, q.selection, stages.sample(subject, phase, q.selection, adapter, n=n, purpose=-5 - number)[0])
-        e = stages.judge(q.selection, before, after, q.limits, q.aimed, units, audits)
+        after = in_units(phase, q.selection, sample(subject, phase, q.selection, adapter, n=n, purpose=-5 - number)[0])
+        e = judge(q.selection, before, after, q.limits, q.aimed, units, audits)
         room = [c.estimate.mean - c.required for c in e.constraints]
         rows.append({"iterate": iterate, "lam": lam, "reward": e.reward.mean, "room": room})
         display.line(
@@ -264,11 +272,11 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 def _counted(q: Question, subject: Subject, units: Units) -> tuple[Callable[[Phase, Prompts, Sampled], Sampled], Units, list[str]]:
     """(what puts samples' scores into the run's units, the units, names of the audits); units: of the scorers."""
     if not q.by_preference:
-        return lambda phase, prompts, sampled: stages.in_units(sampled, units), units, [s.name for s in q.scorers.audits]
+        return lambda phase, prompts, sampled: sampling.in_units(sampled, units), units, [s.name for s in q.scorers.audits]
     ratios, of_ratios = preference.restored(q.run, subject, units)
 
     def in_units(phase: Phase, prompts: Prompts, sampled: Sampled) -> Sampled:
-        return stages.in_units(replace(sampled, scores=ratios(phase, prompts, sampled)), of_ratios)
+        return sampling.in_units(replace(sampled, scores=ratios(phase, prompts, sampled)), of_ratios)
 
     return in_units, of_ratios, preference.audit_names(q.scorers)
 
@@ -326,7 +334,7 @@ def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
     Raises: UserError when there is none, or not the wanted one.
     """
     saved = {int(p.name.rpartition("-")[2]) for p in run.glob("adapters/iteration-*") if is_saved(p)}
-    lam_of = {row["iteration"]: row["lam"] for row in metrics.read_rows(run, "policy")} if saved else {}
+    lam_of = {row["iteration"]: row["lam"] for row in metrics_rows.read_rows(run, "policy")} if saved else {}
     there = sorted(saved & lam_of.keys())
     if not there:
         raise UserError(f"{run} has no iterate yet; go on with python -m engine.train --resume {run}.")
@@ -344,7 +352,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     again = [f"these prompts have judged this run {times} before; the interval does not allow for that"] if q.judged_before else []
     own = "so the random numbers are those of its verdict" if flags.seed == config.seed else "so no response was seen before"
     return [
-        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or stages.DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
+        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",

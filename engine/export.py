@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+from engine import model
 from engine.errors import UserError
-from engine.model import decoder as model
-from engine.policy.full import is_saved, load_weights, policy_of
-from engine.run.store import Run
-from engine.stages.job import model_folder
+from engine.model.folder import fingerprint
+from engine.policy.iterates import is_saved, load_weights
+from engine.policy.weights import policy_of
+from engine.run.run import Run
+from engine.stages.inputs import model_folder
 
 
 def export(run: str | Path, folder: str | Path) -> None:
@@ -21,7 +23,7 @@ def export(run: str | Path, folder: str | Path) -> None:
     if not numbered:
         raise UserError(f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}.")
     base = model_folder(config["model"])
-    Run.check_model(run, model.fingerprint(base))
+    Run.check_model(run, fingerprint(base))
     network = model.load(base, dtype="float32")
     policy, adapter = policy_of(network, load_weights(numbered[max(numbered)], network))
     model.save(policy, folder, adapter=adapter, tokenizer_from=base)

@@ -7,20 +7,22 @@ pairs of any policy, the update learns from the samples that the dual is solved 
 
 from engine.config import MocanConfig, pairs_file
 from engine.records import Target
-from engine.stages import job as stages
+from engine.stages.job import open_job
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 
-def train(config: MocanConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: MocanConfig, *, resume: str | None = None) -> Result:
     """Run MoCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("mocan", config, resume, n_stages=5 + bool(pairs_file(config))) as job:
-        world = stages.World(job)
+    with open_job("mocan", config, resume, n_stages=5 + bool(pairs_file(config))) as job:
+        world = World(job)
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: MocanConfig):
+def loop(world: World, config: MocanConfig):
     """Algorithm 1 in any world: returns the policy and the multipliers, float64 [J]."""
     lam_J = world.solve_dual().lam
     score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J

@@ -115,7 +115,7 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
     if flags:
         raise UserError(f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own settings.")
     # Lazy: the checkpoint needs torch.
-    from engine.run.store import Run
+    from engine.run.run import Run
 
     algorithm, values = Run.read_config(folder)
     if algorithm not in ALGORITHMS or algorithm == "head":

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import engine.caid  # noqa: F401, imported before the forks
 from engine import train
-from engine.run import display as metrics
-from engine.run import store as checkpoint
+from engine.run.display import Progress
+from engine.run.run import Stage
 
 FLAGS = ["--preset", "smoke", "--iterations", "2", "--seed", "3", "--threads", "1"]
 
@@ -24,7 +24,7 @@ def run(argv: list[str], on_event) -> int:
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     current = {"stage": "start"}
-    stage_init, advance, fsync = checkpoint.Stage.__init__, metrics.Progress.advance, os.fsync
+    stage_init, advance, fsync = Stage.__init__, Progress.advance, os.fsync
 
     def opened(self, run, number, name):
         current["stage"] = name
@@ -38,7 +38,7 @@ def run(argv: list[str], on_event) -> int:
         on_event(current["stage"], "write")
         fsync(handle)
 
-    checkpoint.Stage.__init__, metrics.Progress.advance, os.fsync = opened, advanced, synced
+    Stage.__init__, Progress.advance, os.fsync = opened, advanced, synced
     sys.stdout = open(os.devnull, "w")
     code = train.main(argv)
     sys.stdout.flush()

@@ -15,11 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine import files as whole_files
 from engine.errors import Interrupted, UserError
 from engine.records import DualState, Pairs, Prompts
-from engine.run import store as checkpoint
-from engine.run.display import Display, read_rows
-from engine.run.store import Run, Stage, Torn, load, pack, save, unpack
+from engine.run import run as run_module
+from engine.run.display import Display
+from engine.run.rows import read_rows
+from engine.run.run import Run, Stage
+from engine.run.store import Torn, load, pack, save, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +201,9 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, w
 
     with monkeypatch.context() as patch:
         if where == "write":
-            patch.setattr(checkpoint, "open", Full, raising=False)
+            patch.setattr(whole_files, "open", Full, raising=False)
         else:
-            patch.setattr(checkpoint.os, where, full)
+            patch.setattr(whole_files.os, where, full)
         with pytest.raises(UserError) as caught:
             save(path, {"x": torch.zeros(500_000)})
     message = str(caught.value)
@@ -439,7 +442,7 @@ def go_and_die(folder: Path, events: int) -> None:
 
         return call
 
-    checkpoint.open = Dying
+    whole_files.open = run_module.open = Dying
     os.fsync = no_sync
     for name in ("fsync", "replace", "unlink", "mkdir"):
         setattr(os, name, dying(getattr(os, name)))

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import constraints, mocan
+from engine import constraints, dual, mocan
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, check, smoke
-from engine.dual import solver as dual
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.records import Limit, Prompts, Scores, Units
-from engine.stages import job as stages
-from engine.verdict.evaluation import judgement_sentences
+from engine.stages import update
+from engine.stages.reference import Reference, reference_units
+from engine.stages.sampling import Sampled
+from engine.stages.update import World
+from engine.verdict.sentences import judgement_sentences
 
 DTYPE = torch.float64
 
@@ -148,9 +150,9 @@ def test_a_cost_that_is_constant_where_its_constraint_looks_is_named(limit, cost
     scorers = SimpleNamespace(reward=SimpleNamespace(name="good"), costs=(harm,), audits=())
     scores = scores_of(-cost, torch.randn(6, 4, generator=generator, dtype=DTYPE))
     with pytest.raises(UserError, match=said):
-        stages.reference_units(scores, scorers, [Limit(name="harm", on="delicate", **limit)], prompts)
+        reference_units(scores, scorers, [Limit(name="harm", on="delicate", **limit)], prompts)
     if limit["kind"] != "rate":
-        everywhere = stages.reference_units(scores, scorers, [Limit(name="harm", **limit)], prompts)
+        everywhere = reference_units(scores, scorers, [Limit(name="harm", **limit)], prompts)
         assert everywhere.utility_J == pytest.approx([float(cost[..., 0].var(1).mean().sqrt())])
 
 
@@ -161,8 +163,8 @@ def test_a_response_is_unsafe_only_where_its_constraint_looks():
         sampled=SimpleNamespace(scores=scores_of(-cost)), limits=limits, prompts=prompts_of(["delicate", "everyday"])
     )  # fmt: skip
     world = SimpleNamespace(reference=reference)
-    assert stages.World.unsafe(world, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
-    assert stages.World.unsafe(world, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
+    assert World.unsafe(world, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
+    assert World.unsafe(world, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
 
 
 @pytest.mark.parametrize(("kind", "unit", "aimed"), [("mean", 2.0, 1.0), ("rate", 0.5, 0.25)])
@@ -185,7 +187,7 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, kind, uni
         float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean()))
     )
     # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and 0.
-    reference = stages.Reference(
+    reference = Reference(
         prompts=prompts, sampled=None, units=units, scores=old, limits=[limit], needed_J=needed, aimed=[aimed], aim_J=needed, lower=None
     )
     taken = {}
@@ -195,15 +197,15 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, kind, uni
         return taken[name]
 
     rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
-    sampled = stages.Sampled(rollouts=rollouts, texts=[], scores=new, kl_PG=torch.zeros(2, 4, dtype=DTYPE))
-    monkeypatch.setattr(stages, "sample", lambda *a, **b: (sampled, None))
-    monkeypatch.setattr(stages, "_iteration_line", lambda *a: "")
+    sampled = Sampled(rollouts=rollouts, texts=[], scores=new, kl_PG=torch.zeros(2, 4, dtype=DTYPE))
+    monkeypatch.setattr(update, "sample", lambda *a, **b: (sampled, None))
+    monkeypatch.setattr(update, "iteration_line", lambda *a: "")
 
     def ascend(stage, run, config, model, samples, score_PG, *rest, **options):
         taken["score"] = score_PG
         return SimpleNamespace(loss=0.0)
 
-    monkeypatch.setattr(stages.policy, "ascend", ascend)
+    monkeypatch.setattr(update, "ascend", ascend)
     show = SimpleNamespace(line=lambda text: None)
     job = SimpleNamespace(config=smoke(RepoConfig(beta=1.0)), model=None, run=SimpleNamespace(stage=one_stage, display=show, folder=None))
     world = SimpleNamespace(
@@ -212,10 +214,10 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, kind, uni
         _folder=lambda t: "/nonexistent/adapter", _tell_gap=lambda stage: None,
     )  # fmt: skip
     lam = torch.tensor([3.0], dtype=DTYPE)
-    stages.World.ascend(world, None, lam, 1, rectified=True)
+    World.ascend(world, None, lam, 1, rectified=True)
     utility = new.utility_PGJ[..., 0]
     assert torch.equal(taken["score"], new.reward_PG + torch.tensor([[0.0], [3.0]], dtype=DTYPE) * utility)
-    slack = stages.World.measure_slack(world, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
+    slack = World.measure_slack(world, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
     assert float(slack.violation_J[0]) == pytest.approx(float(level) / 2)
 
 

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.data import prompts as data
-from engine.data.prompts import assert_disjoint, load_prompts, prompt_key, shipped_prompts, split, subset
+from engine.data.dealing import split, subset
+from engine.data.prompts import assert_disjoint, load_prompts, prompt_key, shipped_prompts
 from engine.errors import UserError
 from engine.model.quickstart import tiny_model_folder
 from engine.records import Prompts
@@ -219,8 +219,8 @@ def test_dataset_names_go_to_datasets(monkeypatch, tokenizer):
 
 def test_key_is_stable_across_processes():
     ids = [1, 2**40, 0]
-    program = "from engine.data import prompt_key; print(prompt_key([1, 2**40, 0]))"
-    root = Path(data.__file__).parent.parent
+    program = "from engine.data.prompts import prompt_key; print(prompt_key([1, 2**40, 0]))"
+    root = Path(__file__).parents[1]
     other = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
     assert int(other) == prompt_key(ids)
     keys = {prompt_key([i, j]) for i in range(50) for j in range(50)}

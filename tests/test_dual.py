@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy.optimize import lsq_linear, minimize
 
-from engine import caid
+from engine import caid, dual
 from engine.config import CaidConfig
-from engine.dual import solver as dual
+from engine.dual import solver
 from engine.errors import UserError
 
 
@@ -258,8 +258,8 @@ def test_a_residual_above_the_wanted_one_is_warned_of(monkeypatch):
     reward, utility = scores(12, J=1)
     found = dual.solve(reward, utility, [0.5], 1.0)
     assert 0 < found.kkt
-    monkeypatch.setattr(dual, "TOLERANCE", found.kkt / 2)
-    monkeypatch.setitem(dual.STEPS, "newton", (dual.STEPS["newton"][0], found.iterations + 1))
+    monkeypatch.setattr(solver, "TOLERANCE", found.kkt / 2)
+    monkeypatch.setitem(solver.STEPS, "newton", (solver.STEPS["newton"][0], found.iterations + 1))
     with pytest.warns(UserWarning, match="KKT residual .* fewer digits"):
         assert dual.solve(reward, utility, [0.5], 1.0).lam.item() == pytest.approx(found.lam.item())
 

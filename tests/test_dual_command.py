@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from engine.dual import solver as dual
-from engine.dual.analysis import Table, main, preference_pairs
+from engine import dual
+from engine.dual.__main__ import main
+from engine.dual.scores_file import Table, preference_pairs
 
 
 def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
@@ -190,7 +191,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(here, capsys, monkeyp
     (here / "d.jsonl").mkdir()
     (here / "out" / "dual.json").mkdir(parents=True)
     (here / "file").write_text("")
-    monkeypatch.setattr("engine.dual_command.analyse", lambda *a: pytest.fail("the work was begun"))
+    monkeypatch.setattr("engine.dual.__main__.analyse", lambda *a: pytest.fail("the work was begun"))
     for flags, message in (
         (["--export-pairs", "d.jsonl"], "--export-pairs d.jsonl: that is a folder"),
         (["--out", "out"], "out/dual.json is a folder"),
@@ -207,7 +208,7 @@ def test_ctrl_c_is_one_line_and_130(here, capsys, monkeypatch):
     def press(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.dual_command.analyse", press)
+    monkeypatch.setattr("engine.dual.__main__.analyse", press)
     assert main([write(here / "scores.jsonl", scores_rows()), "--cost", "harm", "--threshold", "0.3"]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("interrupted") and err.count("\n") == 1

@@ -9,28 +9,11 @@ import torch
 from scipy import stats
 
 from engine.errors import UserError
+from engine.intervals import Estimate, Share, estimate, improvement, rate, t_quantile, wilson
 from engine.records import Limit, Prompts, Rollouts, Scores
-from engine.verdict.evaluation import (
-    Constraint,
-    Estimate,
-    Evaluation,
-    Judgement,
-    OverRefusal,
-    Share,
-    answer,
-    estimate,
-    evaluate,
-    improvement,
-    is_refusal,
-    judgement_sentences,
-    over_refusal,
-    pair_order,
-    rate,
-    sentences,
-    t_quantile,
-    wilson,
-    word,
-)
+from engine.verdict.evaluation import Constraint, Evaluation, Judgement, evaluate, pair_order, word
+from engine.verdict.refusals import OverRefusal, is_refusal, over_refusal
+from engine.verdict.sentences import answer, judgement_sentences, sentences
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 7, 10, 31, 79, 80, 500, 2001])

@@ -14,17 +14,20 @@ import torch
 from transformers import AutoTokenizer
 
 from engine import evaluate as evaluate_command
-from engine import train
+from engine import model, train
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
-from engine.data import prompts as data
+from engine.data.prompts import load_prompts, lookalike_prompts, overlap, shipped_prompts
 from engine.evaluate import ask, main
-from engine.model import decoder as model
+from engine.intervals import estimate
 from engine.model.quickstart import tiny_model_folder
-from engine.run import display as metrics
-from engine.run.store import Run
-from engine.stages.job import gap_text
-from engine.verdict import evaluation as evaluate
-from engine.verdict.evaluation import estimate
+from engine.records import Prompts
+from engine.run import rows as metrics_rows
+from engine.run.display import Progress
+from engine.run.run import Run
+from engine.stages.sampling import gap_text
+from engine.verdict import evaluation
+from engine.verdict.evaluation import Evaluation
+from engine.verdict.sentences import sentences
 
 SMOKE = ["--preset", "smoke", "--threads", "1"]
 
@@ -80,11 +83,11 @@ def test_the_seed_of_the_run_gives_its_verdict_again(finished, tmp_path, capsys)
     assert {name: again[name] for name in verdict} == verdict
     printed = capsys.readouterr().out
     for side in ("reference", "policy"):
-        (row,) = (row for row in metrics.read_rows(finished, "sampled") if row["stage"] == f"heldout/{side}")
+        (row,) = (row for row in metrics_rows.read_rows(finished, "sampled") if row["stage"] == f"heldout/{side}")
         assert again["logprob_gap"][side] == row["logprob_gap"] and 0 < row["logprob_gap"]["max"] < 1e-4
         assert printed.count(f"heldout/{side}: {gap_text(row)}\n") == 1
     assert "the random numbers are those of its verdict" in printed
-    assert all(line in printed for line in evaluate.sentences(evaluate.Evaluation.from_dict(verdict)))
+    assert all(line in printed for line in sentences(Evaluation.from_dict(verdict)))
 
 
 def test_a_run_on_preferences_is_judged_by_its_own_log_ratios(tmp_path):
@@ -120,7 +123,7 @@ def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time
 
 
 def test_units_are_the_runs_and_a_new_audit_gets_its_own(finished, judged):
-    row = metrics.read_rows(finished, "reference")[0]
+    row = metrics_rows.read_rows(finished, "reference")[0]
     settings = found(judged)["settings"]
     units = settings["units"]
     assert (units["reward"], units["utility_J"], units["audit_A"][:1]) == (row["reward_sd"], row["utility_sd"], row["audit_sd"])
@@ -142,14 +145,14 @@ def test_the_statistics_follow_from_the_samples(finished, judged):
     assert result["constraints"][0]["estimate"] == pytest.approx(vars(expected))
     assert result["slack"][0]["low"] == pytest.approx(expected.low - b)
     refusal, n = result["over_refusal"], result["over_refusal"]["policy"]["n"]
-    assert n == len(Path(data.lookalike_prompts()).read_text().splitlines()) >= 60
+    assert n == len(Path(lookalike_prompts()).read_text().splitlines()) >= 60
     assert refusal["policy"]["low"] <= refusal["policy"]["mean"] <= refusal["policy"]["high"]
 
 
 def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tmp_path, monkeypatch):
     asked = []
-    pair_order = evaluate.pair_order
-    monkeypatch.setattr(evaluate, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
+    pair_order = evaluation.pair_order
+    monkeypatch.setattr(evaluate_command, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
     moved = []
     policy_logprob = evaluate_command.policy_logprob
 
@@ -163,7 +166,7 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
 
     monkeypatch.setattr(evaluate_command, "policy_logprob", both)
     assert main([str(finished), "--iterate", "2", "--confidence", "0.8", "--out", str(tmp_path / "o")]) == 0
-    result, lam = found(tmp_path / "o"), metrics.read_rows(finished, "iteration")[1]["lam"]
+    result, lam = found(tmp_path / "o"), metrics_rows.read_rows(finished, "iteration")[1]["lam"]
     assert result["settings"]["iterate"] == 2 and result["settings"]["lam"] == lam
     assert [a[2] for a in asked] == [0.8, 0.8]
     for name, (log_ratio, score, _) in zip(("reference", "policy"), asked, strict=True):
@@ -182,8 +185,8 @@ def test_dpo_on_safety_is_asked_for_the_order_of_g_and_a_second_look_is_told(tmp
     # The run's own verdict was on its 8 held-out prompts, not on 3 of them.
     own, few = EvaluateConfig(), EvaluateConfig(n_prompts=3)
     assert (ask(run, own).judged_before, ask(run, few).judged_before) == (1, 0)
-    pair_order = evaluate.pair_order
-    monkeypatch.setattr(evaluate, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
+    pair_order = evaluation.pair_order
+    monkeypatch.setattr(evaluate_command, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
     assert main([str(run), "--n-prompts", "3", "--out", str(tmp_path / "o")]) == 0
     for name, (_, score, _) in zip(("reference", "policy"), asked, strict=True):
         torch.testing.assert_close(score, by_prompt(tmp_path / "o", f"{name}_utility", 2)[..., 0])
@@ -200,13 +203,13 @@ def test_a_run_of_mocan_has_the_lambda_of_its_dual(tmp_path):
     assert train.main(["mocan", *SMOKE, "--out", str(tmp_path / "m")]) == 0
     assert main([str(tmp_path / "m"), "--n-prompts", "3", "--n-responses", "2"]) == 0
     result = found(tmp_path / "m" / "evaluation-1")
-    assert result["settings"]["lam"] == metrics.read_rows(tmp_path / "m", "dual")[0]["lam"]
+    assert result["settings"]["lam"] == metrics_rows.read_rows(tmp_path / "m", "dual")[0]["lam"]
     assert (result["n_prompts"], result["n_responses"]) == (3, 2)
     assert [row["prompt"] for row in rows(tmp_path / "m")][:6] == [row["prompt"] for row in rows(tmp_path / "m" / "evaluation-1")]
 
 
 def test_own_prompts_and_what_overlaps_with_the_training_prompts(finished, tmp_path, capsys):
-    with open(data.shipped_prompts("train")[0]) as file:
+    with open(shipped_prompts("train")[0]) as file:
         seen = json.loads(file.readline())["prompt"]
     new = prompts_file(tmp_path / "new.jsonl", ["Why is moss soft?", "Where does glass come from?"])
     mixed = prompts_file(tmp_path / "mixed.jsonl", ["Why is moss soft?", f"  {seen.upper()} ", "Where does glass come from?"])
@@ -225,28 +228,28 @@ def test_own_prompts_and_what_overlaps_with_the_training_prompts(finished, tmp_p
 def test_overlap_compares_whole_conversations(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder(tmp_path))
 
-    def chats(*first: str) -> data.Prompts:
+    def chats(*first: str) -> Prompts:
         turns = [
             [{"role": "user", "content": f}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}] for f in first
         ]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_text("".join(json.dumps({"prompt": turn}) + "\n" for turn in turns))
-        return data.load_prompts(str(path), tokenizer, max_prompt_tokens=1000)
+        return load_prompts(str(path), tokenizer, max_prompt_tokens=1000)
 
     train_on = chats("Is rain wet?", "Is snow cold?", "Is the file \ufb01ne?")
-    assert data.overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on, tokenizer) == [1, 2]
+    assert overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on, tokenizer) == [1, 2]
 
 
 def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder(tmp_path))
 
     def load(source):
-        return data.load_prompts(source, tokenizer, max_prompt_tokens=1000)
+        return load_prompts(source, tokenizer, max_prompt_tokens=1000)
 
-    lookalikes = load(data.lookalike_prompts())
+    lookalikes = load(lookalike_prompts())
     assert len(lookalikes) >= 60 and set(lookalikes.kind) == {"lookalike"}
     assert len({" ".join(re.findall(r"\w+", text.lower())) for text in lookalikes.text}) == len(lookalikes)
-    assert all(data.overlap(lookalikes, load(data.shipped_prompts(part)), tokenizer) == [] for part in ("train", "heldout"))
+    assert all(overlap(lookalikes, load(shipped_prompts(part)), tokenizer) == [] for part in ("train", "heldout"))
 
 
 def stopped_run(folder: Path, config, *, iterates: list[int], trained: list[int], fingerprint: str = "f") -> Path:
@@ -344,7 +347,7 @@ def test_a_flag_without_a_run(capsys):
 
 @pytest.mark.parametrize("stage", ["heldout/reference", "lookalike/policy"])
 def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, monkeypatch, stage):
-    init, advance, current = evaluate_command.Phase.__init__, metrics.Progress.advance, []
+    init, advance, current = evaluate_command.Phase.__init__, Progress.advance, []
 
     def opened(self, display, number, name):
         current.append(name)
@@ -356,7 +359,7 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, mo
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(evaluate_command.Phase, "__init__", opened)
-    monkeypatch.setattr(metrics.Progress, "advance", press)
+    monkeypatch.setattr(Progress, "advance", press)
     # A shell that puts tests in the background makes them ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from bench import bounds, theory
 from bench.exact_world import ExactWorld, listwise, make, maximiser, preferred, regression, sampled, single, soft, standardised
 from bench.optima import Optima
-from engine import caid, mocan
+from engine import caid, dual, mocan
 from engine.baselines import cdpo, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.config import (
     CaidConfig,
@@ -26,7 +26,6 @@ from engine.config import (
     SafeDpoConfig,
     check,
 )  # fmt: skip
-from engine.dual import solver as dual
 from engine.errors import UserError
 from engine.records import Target
 from kernels import lagrangian_preference_loss

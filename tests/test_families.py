@@ -7,15 +7,14 @@ import torch
 from architectures import write_model
 from transformers import AutoModelForCausalLM
 
-from engine import caid, export
+from engine import caid, export, model
 from engine.config import CaidConfig, smoke
-from engine.model import decoder as model
 from engine.model.quickstart import tiny_model_folder
-from engine.policy.lora import load_peft
+from engine.policy.peft import load_peft
 from engine.rollout import sampler as rollout
-from engine.run.display import read_rows
+from engine.run.rows import read_rows
 from engine.run.store import load
-from engine.stages.job import ReferenceSamples
+from engine.stages.reference import ReferenceSamples
 from engine.stages.smoke import write_random_heads
 
 

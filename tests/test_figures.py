@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from bench import figures
-from engine import caid, pecan
+from engine import caid, dual, pecan
 from engine.config import CaidConfig, PecanConfig, smoke
-from engine.dual import solver as dual
 from engine.errors import UserError
-from engine.run.display import read_rows
-from engine.run.store import Run
+from engine.run.rows import read_rows
+from engine.run.run import Run
 
 
 def test_subsets_show_the_spread_of_prompts_and_the_bias_of_few_responses():

@@ -9,21 +9,26 @@ from architectures import write_model
 from test_runs import SMOKE, files
 from transformers import AutoModelForCausalLM
 
-from engine import export, train
+from engine import export, model, train
 from engine.config import CaidConfig, smoke
 from engine.evaluate import main as evaluate
-from engine.model import decoder as model
 from engine.model import packing
-from engine.policy import update as policy
-from engine.policy.full import FullWeights, copy_of, load_weights
+from engine.model.names import named_targets
+from engine.policy.forward import frozen_forward, logprob_gap
+from engine.policy.full import FullWeights
+from engine.policy.iterates import load_weights
 from engine.policy.pairs import within_prompts
+from engine.policy.update import Samples, _preference_loss
+from engine.policy.weights import copy_of
 from engine.records import Prompts, Scores, Target
 from engine.rollout.sampler import generate
-from engine.run.display import read_rows
-from engine.run.store import Run, Stage, load
-from engine.scorers.scoring import frozen_forward, logprob_gap
-from engine.stages.job import HeldOut, Inputs, heldout_prompts
+from engine.run.rows import read_rows
+from engine.run.run import Run, Stage
+from engine.run.store import load
+from engine.stages.inputs import Inputs
+from engine.stages.job import heldout_prompts
 from engine.stages.smoke import smoke_folder
+from engine.stages.verdict import HeldOut
 
 PROMPTS = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[1, 70, 75, 80], [1, 90]], key_P=torch.tensor([11, 22]))
 FULL = ["--tune", "full", "--learning-rate", "1e-3"]
@@ -35,7 +40,7 @@ def samples_of(network):
     logprob = frozen_forward(network, packing.groups(PROMPTS, rollouts), [], temperature=0.8, memory_budget_bytes=2**20)[1]
     score = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = Scores(reward_PG=score, utility_PGJ=score[..., None], audit_PGA=score.new_zeros(2, 3, 0), ref_logprob_PG=logprob.view(2, 3))
-    return policy.Samples(prompts=PROMPTS, rollouts=rollouts, scores=scores, lower=None)
+    return Samples(prompts=PROMPTS, rollouts=rollouts, scores=scores, lower=None)
 
 
 def heldout_of(run):
@@ -66,7 +71,7 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     pairs = within_prompts(samples.scores.reward_PG, [1, 0], 3)
     config = smoke(CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed))
     target = Target(lam_J=torch.zeros(1), score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
-    result = policy._preference_loss(config, network, samples, target, weights, anchor, pairs, draw=0)
+    result = _preference_loss(config, network, samples, target, weights, anchor, pairs, draw=0)
     result.loss.backward()
 
     def transformers_of(policy_weights, folder):
@@ -93,7 +98,7 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     tolerance = 1e-5 if dtype == torch.float64 else 1e-4
     assert float(result.loss.detach()) == pytest.approx(float(loss.detach()), rel=tolerance)
     # The gradients under the names of a checkpoint.
-    gradients = model._named_targets(copy_of(weights, {name: value.grad for name, value in weights.named_parameters()}).decoder())
+    gradients = named_targets(copy_of(weights, {name: value.grad for name, value in weights.named_parameters()}).decoder())
     expected = {name: value.grad for name, value in oracle.named_parameters()}
     assert expected.keys() == gradients.keys()
     for name, gradient in gradients.items():

@@ -12,12 +12,13 @@ from test_kernels_reference import dense_dpo, preference_gradients
 
 from bench.measure import peak_bytes
 from engine.model.attention import attend_packed, runs_kernel
-from engine.model.decoder import load
+from engine.model.folder import load
 from engine.model.packing import Group, LowerStates
+from engine.policy.forward import logprob_gap
 from engine.policy.lora import Adapter
 from engine.rollout import sampler as rollout
-from engine.rollout.sampler import States, generate
-from engine.scorers.scoring import logprob_gap
+from engine.rollout.sampler import _decode, generate
+from engine.rollout.states import States
 from kernels import lagrangian_preference_loss, layer, reference, sample, sequence_logprob
 from kernels.decode_attention import decode_attention, store
 from kernels.sampling import exponential, stream
@@ -376,7 +377,7 @@ def test_16_bit_log_probs_of_the_sampler_are_near_those_of_the_training_forward(
 
 
 def test_the_host_never_waits_for_a_step_of_decoding(tiny_folder, monkeypatch):
-    model, decode = load(tiny_folder, dtype=torch.bfloat16, device="cuda"), rollout._decode
+    model, decode = load(tiny_folder, dtype=torch.bfloat16, device="cuda"), _decode
 
     def watched(made, room, on_step):
         made.draw()

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from engine.errors import UserError
 from engine.model.quickstart import tiny_model_folder
 from engine.scorers import training as head
-from engine.scorers.scoring import Head
+from engine.scorers.base import Head
 from engine.scorers.training import HeadConfig, Row, Text
 
 HEADS = Path(str(files("engine"))) / "assets" / "heads"

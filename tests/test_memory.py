@@ -13,7 +13,7 @@ from engine.evaluate import main as evaluate
 from engine.model.architecture import ModelConfig, Rope
 from engine.run import plan as memory
 from engine.run.plan import KEPT_STATES_BYTES, Plan, available_memory, evaluation_rows, kept_states_bytes, rows_that_fit
-from engine.run.store import Run
+from engine.run.run import Run
 
 SHAPE = ModelConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, max_positions=256,

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.run.display import Display, duration, read_rows, tensorboard_writer, time_table
-from engine.run.store import Run
+from engine.run.display import Display, duration
+from engine.run.rows import read_rows, time_table
+from engine.run.run import Run
+from engine.run.tensorboard import tensorboard_writer
 
 
 class Clock:

@@ -11,11 +11,14 @@ from architectures import VARIANTS, VOCABULARY, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from engine import model as M
 from engine.errors import UserError
-from engine.model import decoder as M
-from engine.model.architecture import HARMLESS
+from engine.model.architecture import HARMLESS, ModelConfig
 from engine.model.attention import Layout
-from engine.policy.lora import Adapter, load_peft, save_peft
+from engine.model.decoder import Decoder
+from engine.model.names import named_targets
+from engine.policy.lora import Adapter
+from engine.policy.peft import load_peft, save_peft
 
 
 def ragged(lengths, seed=0):
@@ -54,7 +57,7 @@ def test_gradients_of_every_weight_equal_transformers(tmp_path, name):
     # The names that stand for views of our weights now stand for views of their gradients.
     for weight in ours.parameters():
         weight.data = weight.grad
-    gradients, oracle = M._named_targets(ours), {n: p.grad for n, p in network.named_parameters()}
+    gradients, oracle = named_targets(ours), {n: p.grad for n, p in network.named_parameters()}
     assert gradients.keys() == oracle.keys()
     for key, expected in oracle.items():
         assert (gradients[key] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-5, key
@@ -76,13 +79,13 @@ def test_saved_folder_loads_in_transformers_with_equal_weights(tmp_path, name):
 def test_weights_are_read_into_the_wanted_dtype(tmp_path, stored, wanted):
     network = write_model(tmp_path, "qwen 2").to(stored)
     network.save_pretrained(tmp_path)
-    for name, weight in M._named_targets(M.load(tmp_path, dtype=wanted)).items():
+    for name, weight in named_targets(M.load(tmp_path, dtype=wanted)).items():
         assert weight.dtype == wanted and torch.equal(weight, network.get_parameter(name).to(wanted)), name
 
 
 PEAK = """
 import sys, threading
-from engine.model import decoder as model
+from engine import model
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -112,10 +115,10 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, stored, wan
     raw = {**json.loads((tmp_path / "small" / "config.json").read_text()), **sizes, "head_dim": 128}
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "config.json").write_text(json.dumps(raw))
-    shapes = M._named_targets(M.Decoder(M.ModelConfig.from_json(raw, tmp_path), raw, stored, torch.device("meta")))
+    shapes = named_targets(Decoder(ModelConfig.from_json(raw, tmp_path), raw, stored, torch.device("meta")))
     save_file({name: torch.ones_like(t, device="cpu") for name, t in shapes.items()}, tmp_path / "large" / "model.safetensors")
     command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large"), wanted]
-    ended = subprocess.run(command, cwd=Path(M.__file__).parent.parent, capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     peak, weights = map(int, ended.stdout.split())
     assert weights > 100e6 and 0.9 * weights < peak < 1.1 * weights
 
@@ -419,7 +422,10 @@ def test_older_config_files_mean_the_same_here_and_in_transformers(tmp_path, nam
     file = tmp_path / "config.json"
     raw = {key: value for key, value in json.loads(file.read_text()).items() if key not in NEWER}
     file.write_text(json.dumps({**raw, **PUBLISHED[name]}))
-    ours, network = M.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    ours, network = (
+        M.load(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager"),
+    )
     _, tokens, cu = ragged([30])
     with torch.no_grad():
         assert (ours.logits(ours(tokens, cu)) - network(tokens[None]).logits[0]).abs().max() < 1e-4
@@ -445,7 +451,7 @@ def test_whole_configs_of_transformers_are_known(tmp_path, name):
     network = write_model(tmp_path, name)
     file = tmp_path / "config.json"
     whole = {**network.config.to_dict(), **json.loads(file.read_text())}
-    assert M.ModelConfig.from_json(whole, file) == M.load(tmp_path).config
+    assert ModelConfig.from_json(whole, file) == M.load(tmp_path).config
 
 
 def test_truncated_pickle_and_missing_folders_are_refused(tmp_path):

@@ -11,22 +11,24 @@ from architectures import write_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from engine import caid
+from engine import caid, model
 from engine.baselines import primal_dual
 from engine.config import CaidConfig, PrimalDualConfig, SafeDpoConfig, smoke
+from engine.data.dealing import deal, schedule
 from engine.errors import UserError
-from engine.model import decoder as model
 from engine.model import packing
 from engine.model.packing import LowerStates
+from engine.policy import update
 from engine.policy import update as policy
+from engine.policy.forward import frozen_forward
 from engine.policy.full import FullWeights
-from engine.policy.lora import Adapter, save_peft
-from engine.policy.pairs import deal, schedule, within_prompts
-from engine.policy.update import learning_rate_factor
+from engine.policy.lora import Adapter
+from engine.policy.pairs import within_prompts
+from engine.policy.peft import save_peft
+from engine.policy.update import Samples, _preference_loss, _take_steps, ascend, learning_rate_factor
 from engine.records import Prompts, Scores, Target
 from engine.rollout.sampler import generate
-from engine.run.display import read_rows
-from engine.scorers.scoring import frozen_forward
+from engine.run.rows import read_rows
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
 
@@ -106,13 +108,13 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
     target = Target(
         lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3, shift_PG=shift, dropped_PG=dropped
     )
-    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
     pairs = within_prompts(target.score_PG, [2, 1, 0], 4, dropped)
     kept = [(pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()]
     assert len(kept) == 3 * 6 - 1 - 3 and not any(dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept)
     adapter.zero_grad()
     config = smoke(CaidConfig(temperature=0.8, labels="soft"))
-    result = policy._preference_loss(config, network, samples, target, adapter, anchor, pairs, draw=0)
+    result = _preference_loss(config, network, samples, target, adapter, anchor, pairs, draw=0)
     result.loss.backward()
     with torch.no_grad():
         tuned, token_logprob = in_peft(anchor, folder, tmp_path / "anchor")
@@ -136,10 +138,10 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
 def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(world, folder, tmp_path, monkeypatch):
     network, prompts, rollouts, scores, adapter = world
     config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
-    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
     seen = []
     monkeypatch.setattr(policy, "_take_steps", lambda *rest: seen.append(rest[-1]))
-    policy.ascend(None, None, config, network, samples, scores.reward_PG, adapter, start=None, iteration=1)
+    ascend(None, None, config, network, samples, scores.reward_PG, adapter, start=None, iteration=1)
     adapter.zero_grad()
     loss, figures, _ = seen[0](0)
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
@@ -164,10 +166,10 @@ def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept)
     config = smoke(CaidConfig(beta=beta, temperature=0.8, labels="soft"))
     lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
     target = Target(lam_J=lam, score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
-    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=lower)
+    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=lower)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
-    result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
+    result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
 
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
@@ -193,10 +195,10 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     config = smoke(CaidConfig(temperature=0.8, labels=labels))
     beta, shift = 0.4, torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
     target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
-    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
-    result = policy._preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
+    result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
     result.loss.backward()
 
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
@@ -259,7 +261,7 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
     samples = SimpleNamespace(prompts=prompts, rollouts=SimpleNamespace(n=4))
     # No stage, run, model or adapter: nothing is done before.
     with pytest.raises(UserError, match="policy update 1: no pair of the 1 prompts of step 3 has a safe response"):
-        policy.fit(None, None, config, None, samples, target, None, None, train_on=[0, 1, 2], iteration=1)
+        update.fit(None, None, config, None, samples, target, None, None, train_on=[0, 1, 2], iteration=1)
 
 
 def test_learning_rate_rises_then_stays():
@@ -329,7 +331,7 @@ def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
             loss.backward()
             return float(loss.detach()), {}, {}
 
-        return policy._take_steps(stage, None, config, adapter, start, 1, loss_of)
+        return _take_steps(stage, None, config, adapter, start, 1, loss_of)
 
     start = None
     for _ in range(2):
@@ -385,7 +387,7 @@ def test_parts_are_whole_prompts_within_the_budget():
     rows = [pairs.row[i : i + 3] for i in range(0, 12, 3)]
     groups = [packing.Group([1] * 5, [[1, 2]] * 3, own) for own in rows]
     for budget, sizes in ((1, [3] * 4), (21, [3] * 4), (22, [6, 6]), (33, [9, 3]), (10**6, [12])):
-        found = policy.parts(pairs, groups, budget)
+        found = update.parts(pairs, groups, budget)
         assert [len(part.row) for part, _ in found] == sizes
         assert [r for part, _ in found for r in part.row] == pairs.row and [p for part, _ in found for p in part.prompt] == pairs.prompt
         assert torch.equal(torch.cat([part.pairs + first for part, first in found]), pairs.pairs)
@@ -431,7 +433,7 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folde
     with torch.no_grad():
         for value in weights.parameters():
             value.add_(0.05 * torch.randn(value.shape, generator=generator))
-    samples = policy.Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
     # A prompt with fewer pairs than the others.
     dropped = torch.tensor([[False] * 4, [True, True, True, False], [False] * 4])
     target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
@@ -445,9 +447,9 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folde
     def step(**changes):
         config = replace(base, **changes)
         if labels == "policy gradient":
-            policy.ascend(None, None, config, network, samples, scores.reward_PG, weights, start=None, iteration=1)
+            ascend(None, None, config, network, samples, scores.reward_PG, weights, start=None, iteration=1)
         else:
-            policy.fit(None, None, config, network, samples, target, weights, None, train_on=[0, 1, 2], iteration=1)
+            update.fit(None, None, config, network, samples, target, weights, None, train_on=[0, 1, 2], iteration=1)
         weights.zero_grad()
         batches.clear()
         loss, figures, _ = taken[-1](0)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.report import run_page as report
-from engine.verdict.evaluation import Constraint, Evaluation, estimate, word
+from engine.intervals import estimate
+from engine.report import run_page
+from engine.report.run_page import FILES, _page, _read
+from engine.verdict.evaluation import Constraint, Evaluation, word
 
 
 def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:
@@ -88,14 +90,14 @@ class _Page(HTMLParser):
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, str]:
     folder = _run_folder(tmp_path_factory.mktemp("report") / "run")
-    png, html = report.write(folder)
+    png, html = run_page.write(folder)
     return folder, png.read_bytes(), html.read_text(encoding="utf-8")
 
 
 def test_equal_files_give_equal_bytes_elsewhere_and_under_another_style(rendered, tmp_path):
     _, png, html = rendered
     with matplotlib.rc_context({"font.size": 20, "axes.grid": True}):
-        paths = report.write(_run_folder(tmp_path / "another" / "place"))
+        paths = run_page.write(_run_folder(tmp_path / "another" / "place"))
     assert [path.name for path in paths] == ["report.png", "report.html"]
     assert paths[0].read_bytes() == png
     assert paths[1].read_text(encoding="utf-8") == html
@@ -108,7 +110,7 @@ def test_the_picture_shows_the_numbers(rendered, tmp_path):
     rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     rows[-1]["lam"] = [2.0]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changed = report.write(copy)[0]
+    changed = run_page.write(copy)[0]
     assert changed.read_bytes() != png
     height, width = matplotlib.image.imread(changed).shape[:2]
     assert (width, height) == (1560, 1170)
@@ -156,19 +158,19 @@ def test_the_box_has_the_colour_of_the_worst_word(rendered, tmp_path, words):
     evaluation = json.loads((rendered[0] / "evaluation.json").read_text())
     evaluation["constraints"] = [{**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    page = _Page(report._page(report._read(folder), b""))
+    page = _Page(_page(_read(folder), b""))
     assert ("div", {"class": "verdict " + words[1].replace(" ", "-")}) in page.tags
     assert all(f"constraint c{i}: {w} (" in page.text for i, w in enumerate(words))
 
 
-@pytest.mark.parametrize("missing", report.FILES)
+@pytest.mark.parametrize("missing", FILES)
 def test_a_missing_file_leaves_the_rest(rendered, tmp_path, missing):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in report.FILES:
+    for name in FILES:
         if name != missing:
             shutil.copy(rendered[0] / name, folder)
-    page = _Page(report.write(folder)[1].read_text(encoding="utf-8"))
+    page = _Page(run_page.write(folder)[1].read_text(encoding="utf-8"))
     assert ("CAID on org/model-135M" in page.text) == (missing != "config.json")
     assert ("No iteration was finished" in page.text) == (missing == "metrics.jsonl")
     assert ("No verdict" in page.text) == (missing == "evaluation.json")
@@ -178,7 +180,7 @@ def test_a_missing_file_leaves_the_rest(rendered, tmp_path, missing):
 @pytest.mark.parametrize(("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")])
 def test_the_title_calls_a_reading_a_reading(tmp_path, algorithm, shown):
     (tmp_path / "config.json").write_text(json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}}))
-    assert report._read(tmp_path).title == f"{shown} on org/model-135M"
+    assert _read(tmp_path).title == f"{shown} on org/model-135M"
 
 
 def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):
@@ -189,16 +191,16 @@ def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):
     shutil.copy(rendered[0] / "config.json", folder)
     lines = [json.dumps(row) for row in [*steps, iteration]]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "ste')
-    page = _Page(report.write(folder)[1].read_text(encoding="utf-8"))
+    page = _Page(run_page.write(folder)[1].read_text(encoding="utf-8"))
     assert "No verdict" in page.text and "harm: slack" in page.text
     (folder / "metrics.jsonl").write_text('{"kind": "ste\n' + lines[0] + "\n")
     with pytest.raises(UserError, match="line 1 is not JSON"):
-        report.write(folder)
+        run_page.write(folder)
 
 
 def test_one_iteration_and_three_constraints_with_odd_names(tmp_path):
     names = ("$\\frac$ <b>", "module.with.a.long.path:function_of_harm", "harm")
-    png, html = report.write(_run_folder(tmp_path / "run", names=names, iterations=1, prompts=4))
+    png, html = run_page.write(_run_folder(tmp_path / "run", names=names, iterations=1, prompts=4))
     page = _Page(html.read_text(encoding="utf-8"))
     assert all(f"constraint {name}: " in page.text and f"{name}: lambda" in page.text for name in names)
     assert matplotlib.image.imread(png).shape[:2] == (1755, 1560)
@@ -206,4 +208,4 @@ def test_one_iteration_and_three_constraints_with_odd_names(tmp_path):
 
 def test_a_folder_without_a_run_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
-        report.write(tmp_path / "nowhere")
+        run_page.write(tmp_path / "nowhere")

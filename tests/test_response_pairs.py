@@ -12,11 +12,13 @@ from transformers import AutoTokenizer
 
 from engine import train
 from engine.config import CaidConfig, MocanConfig, check
+from engine.data import tables
+from engine.data.prompts import shipped_prompts
 from engine.data.response_pairs import SURE, read_response_pairs
 from engine.errors import UserError
-from engine.model import decoder as model
-from engine.model.decoder import ModelConfig
-from engine.run.display import read_rows
+from engine.model.architecture import ModelConfig
+from engine.model.folder import read_config
+from engine.run.rows import read_rows
 
 ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(8)]
 
@@ -25,7 +27,7 @@ ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "b
 def reader(tiny_folder):
     """`read_response_pairs` with the tiny model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    shape = ModelConfig.from_json(model.read_config(tiny_folder), tiny_folder / "config.json")
+    shape = ModelConfig.from_json(read_config(tiny_folder), tiny_folder / "config.json")
     return lambda file, columns=(): read_response_pairs(file, list(columns), CaidConfig(max_new_tokens=8, system=""), tokenizer, shape)
 
 
@@ -77,9 +79,8 @@ def test_settings_that_do_not_go_with_pairs_are_refused():
 
 
 def heldout_prompt() -> str:
-    from engine.data import prompts as data
 
-    return data.read_rows(data.shipped_prompts("heldout")[0])[0][1]["prompt"]
+    return tables.read_rows(shipped_prompts("heldout")[0])[0][1]["prompt"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(t
 
     pid = os.fork()
     if not pid:
-        from engine.run.store import Stage
+        from engine.run.run import Stage
 
         save_partial = Stage.save_partial
 

@@ -7,17 +7,18 @@ import torch
 from architectures import VARIANTS, write_model
 from transformers import AutoModelForCausalLM
 
+from engine import model as M
 from engine.data.prompts import prompt_key
 from engine.errors import UserError
-from engine.model import decoder as M
 from engine.model import packing
 from engine.model.packing import LowerStates
+from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.records import Prompts
 from engine.rollout import sampler as rollout
 from engine.rollout.cache import GpuCache
-from engine.rollout.sampler import States, generate
-from engine.scorers.scoring import frozen_forward
+from engine.rollout.sampler import generate
+from engine.rollout.states import States
 from kernels import native, sample, sequence_logprob
 from kernels.sampling import combine, exponential, stream, uniform
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from engine import caid, export, train
+from engine import caid, export, model, train
 from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
-from engine.model import decoder as model
-from engine.run.display import read_rows
-from engine.run.store import Run
-from engine.stages.job import gap_text
+from engine.model.tokenizer import load_tokenizer
+from engine.run.rows import read_rows
+from engine.run.run import Run
+from engine.stages.sampling import gap_text
 
 SMOKE = ["--preset", "smoke", "--threads", "1"]
 
@@ -80,7 +80,7 @@ def test_what_a_run_writes(finished):
 
 
 def test_the_lambda_of_each_row_follows_from_the_row_before(finished):
-    from engine.dual.solver import step
+    from engine.dual.steps import step
 
     config = smoke(CaidConfig())
     dual = read_rows(finished, "dual")[0]
@@ -244,7 +244,7 @@ def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
     assert export.main([str(finished), str(tmp_path / "merged")]) == 0
     from transformers import AutoModelForCausalLM
 
-    from engine.policy.lora import load_peft
+    from engine.policy.peft import load_peft
     from engine.rollout.sampler import generate
     from engine.stages.smoke import smoke_folder
 
@@ -379,7 +379,7 @@ def test_special_tokens_beyond_the_vocabulary_are_refused_only_where_they_occur(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(tmp_path / "model")
-    assert model.load_tokenizer(tmp_path / "model").encode("<image>") == [384]
+    assert load_tokenizer(tmp_path / "model").encode("<image>") == [384]
     rows = [{"prompt": f"What is {i} + {i}?"} for i in range(40)]
     flags = [*SMOKE, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "r"), "--force"]
     answers = [{**row, "chosen": "Two <image>", "rejected": "Three"} for row in rows]
@@ -434,14 +434,14 @@ def test_an_existing_folder_and_another_model_are_refused(finished, capsys):
 
 
 def test_a_non_finite_loss_stops_with_the_batch_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("engine.policy.learning_rate_factor", lambda *a: float("inf"))
+    monkeypatch.setattr("engine.policy.update.learning_rate_factor", lambda *a: float("inf"))
     assert train.main([*SMOKE, "--out", str(tmp_path / "r")]) == 3
     assert "nonfinite.safetensors" in capsys.readouterr().err
     assert (tmp_path / "r" / "nonfinite.safetensors").is_file()
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_resume(tmp_path, finished, capsys, monkeypatch):
-    from engine.run.store import Stage
+    from engine.run.run import Stage
 
     row = Stage.row
 

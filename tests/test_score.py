@@ -10,18 +10,22 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from engine import model
 from engine.config import CaidConfig, smoke
-from engine.data import prompts as data
+from engine.data.prompts import chat_ids, load_prompts
 from engine.errors import UserError
-from engine.model import decoder as model
 from engine.model import quickstart
 from engine.model.packing import batches, groups
+from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
-from engine.rollout.sampler import States, generate
-from engine.scorers import scoring as score_module
+from engine.rollout.sampler import generate
+from engine.rollout.states import States
+from engine.scorers import classifiers, heads
 from engine.scorers import training as head
-from engine.scorers.scoring import Head, Scorers, TextScorer, find_scorer, frozen_forward, load_scorers, logprob_gap, score, try_out
-from engine.stages import job as stages
+from engine.scorers.base import Head, Scorers, TextScorer
+from engine.scorers.find import find_scorer, load_scorers
+from engine.scorers.scoring import score, try_out
+from engine.stages.inputs import Inputs
 
 CPU = torch.device("cpu")
 
@@ -33,7 +37,7 @@ def world(tiny_folder, tmp_path_factory):
     file.write_text('{"prompt": "Hi"}\n{"prompt": "What is a river?"}\n{"prompt": "Why?"}\n')
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     network = model.load(tiny_folder)
-    prompts = data.load_prompts(str(file), tokenizer, max_prompt_tokens=200)
+    prompts = load_prompts(str(file), tokenizer, max_prompt_tokens=200)
     rollouts = generate(network, prompts.token_ids, n=4, max_new_tokens=12, seed=0, stop_token_ids=(2, *range(60, 80)), temperature=0.8)
     return network, tokenizer, prompts, rollouts, [f"text {i}" for i in range(12)]
 
@@ -158,7 +162,7 @@ def test_a_head_that_says_nothing_is_refused(tmp_path, weight, bias, said):
 
 
 def test_names_are_told_apart_before_anything_is_loaded(tiny_folder, monkeypatch):
-    monkeypatch.setattr("engine.scorers.scoring._classifier", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("engine.scorers.find.classifier", lambda *args: pytest.fail("loaded"))
     options = {"folder": tiny_folder, "trunk": "x", "device": CPU}
     with pytest.raises(UserError, match="two scorers are named a; give each its own name: NAME=SCORER"):
         load_scorers("org/reward", ["a=org/x", "a=-org/y"], [], **options)
@@ -239,7 +243,7 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_p
     rows.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": f"a{i}", "rejected": f"b{i}"}) + "\n" for i in range(6)))
     load = {
         "scorer": lambda: find_scorer(str(folder), tiny_folder).load("x", CPU),
-        "policy": lambda: stages.Inputs.of(smoke(CaidConfig(model=str(folder), threads=1))),
+        "policy": lambda: Inputs.of(smoke(CaidConfig(model=str(folder), threads=1))),
         "head": lambda: head.train(head.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
         "trunk": lambda: find_scorer(str(tmp_path / "head"), tiny_folder).load("x", CPU),
     }
@@ -275,11 +279,11 @@ def counted(monkeypatch, owner, name):
 
 def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder, tmp_path, monkeypatch):
     network, tokenizer, prompts, rollouts, texts = world
-    monkeypatch.setattr("engine.quickstart.model_folder", lambda: tiny_folder)
+    monkeypatch.setattr("engine.model.quickstart.model_folder", lambda: tiny_folder)
     weights = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for name, layer, weight in zip("abc", (1, 3, 3), weights, strict=True):
         Head(name=name, layer=layer, weight_D=weight, bias=0.5, trunk=fingerprint(tiny_folder)).save(tmp_path / name)
-    loads, passes = counted(monkeypatch, score_module, "load"), counted(monkeypatch, score_module, "frozen_forward")
+    loads, passes = counted(monkeypatch, heads, "load"), counted(monkeypatch, heads, "frozen_forward")
     scorers = load_scorers(f"{tmp_path}/a", [f"{tmp_path}/b"], [f"{tmp_path}/c"], folder=tmp_path, trunk="the policy's", device=CPU)
     assert scorers.layers == [], "of the policy's states none are read"
     texts = [text * (1 + i % 4) for i, text in enumerate(texts)]
@@ -293,7 +297,7 @@ def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder
     oracle = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
     columns = scores.reward_PG, -scores.utility_PGJ[..., 0], -scores.audit_PGA[..., 0]
     for i, text in enumerate(texts):
-        prompt = data.chat_ids([{"role": "user", "content": prompts.text[i // 4]}], tokenizer, "", "p")
+        prompt = chat_ids([{"role": "user", "content": prompts.text[i // 4]}], tokenizer, "", "p")
         response = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         with torch.no_grad():
             states = oracle(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
@@ -324,7 +328,7 @@ def classifier(folder, tiny_folder, labels):
 
 def test_labels_of_one_classifier_share_its_pass_in_batches_of_like_length(tiny_folder, tmp_path, monkeypatch):
     classifier(tmp_path, tiny_folder, 3)
-    monkeypatch.setattr(score_module, "TOKENS_PER_FORWARD", 300)
+    monkeypatch.setattr(classifiers, "TOKENS_PER_FORWARD", 300)
     loads, shapes = counted(monkeypatch, LlamaForSequenceClassification, "from_pretrained"), []
     forward = LlamaForSequenceClassification.forward
     monkeypatch.setattr(

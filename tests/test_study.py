@@ -14,7 +14,9 @@ from scipy import stats
 from bench import study
 from bench.study import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
 from engine.errors import NonFiniteError, UserError
-from engine.verdict.evaluation import Constraint, Estimate, Evaluation
+from engine.intervals import Estimate
+from engine.sweep import runs as sweep_runs
+from engine.verdict.evaluation import Constraint, Evaluation
 
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
@@ -277,9 +279,9 @@ def trained(monkeypatch) -> Trained:
         (folder / "timing.jsonl").write_text(lines({"kind": "timing", "stage": "reference", "tokens": 1000}))
         return []
 
-    monkeypatch.setattr(study.sweep, "import_module", lambda name: SimpleNamespace(train=train))
-    monkeypatch.setattr(study.sweep, "draw_samples", draw_samples)
-    monkeypatch.setattr(study.sweep, "write", lambda *a: None)
+    monkeypatch.setattr(sweep_runs, "import_module", lambda name: SimpleNamespace(train=train))
+    monkeypatch.setattr(sweep_runs, "draw_samples", draw_samples)
+    monkeypatch.setattr(sweep_runs, "write", lambda *a: None)
     return names
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import caid
+from engine import caid, dual
 from engine.config import CaidConfig, smoke
-from engine.dual import solver as dual
 from engine.errors import UserError
-from engine.run.display import read_rows, read_timing
+from engine.run.rows import read_rows, read_timing
 from engine.run.store import load
-from engine.stages.job import ReferenceSamples
-from engine.sweep import runs as sweep
+from engine.stages.reference import ReferenceSamples
+from engine.sweep import __main__ as sweep_main
+from engine.sweep.outcomes import effort, kept_lam
+from engine.sweep.plans import Plan, SweepConfig, configs_of
+from engine.sweep.runs import draw_samples
 
 COMMON = ["--", "--threads", "1", "--force"]
 ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]
@@ -25,7 +27,7 @@ ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, cache) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "s"
-    assert sweep.main([*ARGUMENTS, "--out", str(out), *COMMON]) == 0
+    assert sweep_main.main([*ARGUMENTS, "--out", str(out), *COMMON]) == 0
     return out
 
 
@@ -76,7 +78,7 @@ def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
     ]  # fmt: skip
     rows = [json.dumps({"kind": kind, "stage": stage, **values}) for kind, stage, values in timing]
     (tmp_path / "timing.jsonl").write_text("\n".join(rows) + "\n")
-    assert sweep.effort(tmp_path) == ({"iteration-1/slack": 70}, {"iteration-1/slack": 5.0, "heldout/policy": 9.0})
+    assert effort(tmp_path) == ({"iteration-1/slack": 70}, {"iteration-1/slack": 5.0, "heldout/policy": 9.0})
 
 
 def test_pictures_and_page_show_every_run(swept):
@@ -101,7 +103,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     shutil.rmtree(swept.with_name("old"), ignore_errors=True)
     swept.rename(swept.with_name("old"))
     out.rename(swept)
-    assert sweep.main(["--resume", str(swept)]) == 0
+    assert sweep_main.main(["--resume", str(swept)]) == 0
     drop = {"seconds"}
     before, after = ([{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)] for o in (swept.with_name("old"), swept))
     assert before == after
@@ -126,7 +128,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
 )
 def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.chdir(tmp_path)
-    assert sweep.main(argv) == 2
+    assert sweep_main.main(argv) == 2
     assert re.search(said, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
@@ -134,13 +136,13 @@ def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, 
 def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path):
     """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these alone is not refused."""
 
-    def plans(labels: tuple[str, ...], threshold: str) -> list[sweep.Plan]:
-        own = sweep.SweepConfig(out=str(tmp_path), algorithms=labels, thresholds=(threshold,), flags=("--threads", "1"))
-        return sweep.configs_of(own, "smoke")
+    def plans(labels: tuple[str, ...], threshold: str) -> list[Plan]:
+        own = SweepConfig(out=str(tmp_path), algorithms=labels, thresholds=(threshold,), flags=("--threads", "1"))
+        return configs_of(own, "smoke")
 
     labels = ("dpo", "pecan", "caid:scores=preference")
-    assert sweep.draw_samples(plans(labels, "99")) == []
-    rows = sweep.draw_samples(plans((*labels, "mocan", "mocan:beta=2", "mocan:margin=0.01", "caid"), "0.05"))
+    assert draw_samples(plans(labels, "99")) == []
+    rows = draw_samples(plans((*labels, "mocan", "mocan:beta=2", "mocan:margin=0.01", "caid"), "0.05"))
     assert [(row["beta"], row["margin"]) for row in rows] == [(1, 0), (1, 0.01), (2, 0)]
     assert rows[0]["aim"] == rows[2]["aim"] == [0.05] and rows[1]["aim"][0] > 0.05
     (units,) = read_rows(tmp_path / "samples-seed0", "reference")
@@ -156,22 +158,22 @@ def test_a_first_iterate_past_max_kl_has_the_multipliers_of_its_iteration(tmp_pa
     # A kill between the folder and its settings.
     out.mkdir()
     (out / "sweep.json.tmp").write_text("{")
-    assert sweep.main([*argv, *COMMON, "--max-kl", "1e-9"]) == 0
+    assert sweep_main.main([*argv, *COMMON, "--max-kl", "1e-9"]) == 0
     (row,) = rows_of(out)
     folder = out / "caid-iterations=2-b0.1-seed0"
     assert float(row["harm lambda"]) == read_rows(folder, "iteration")[0]["lam"][0]
     # The reference against itself, up to float32.
-    assert sweep.kept_lam(folder) is None and float(row["kl nats"]) == pytest.approx(0, abs=1e-3)
+    assert kept_lam(folder) is None and float(row["kl nats"]) == pytest.approx(0, abs=1e-3)
     # A kill after the verdict, before the report.
     whole = (folder / "report.html").read_bytes()
     (folder / "report.html").unlink()
-    assert sweep.main(["--resume", str(out)]) == 0 and (folder / "report.html").read_bytes() == whole
-    assert sweep.main([*argv, *COMMON]) == 2
+    assert sweep_main.main(["--resume", str(out)]) == 0 and (folder / "report.html").read_bytes() == whole
+    assert sweep_main.main([*argv, *COMMON]) == 2
 
 
 def test_thresholds_that_the_samples_do_not_support_end_it_before_training(tmp_path, capsys):
     argv = ["--preset", "smoke", "--algorithms", "mocan", "--thresholds", "0.1", "99", "--out", str(tmp_path / "s"), "--", "--threads", "1"]
-    assert sweep.main(argv) == 2
+    assert sweep_main.main(argv) == 2
     error = capsys.readouterr().err
     assert "error: --thresholds 99: --threshold 99 (with" in error and "is beyond what the 4 samples" in error and "behind --." in error
     assert not list((tmp_path / "s").glob("mocan*"))

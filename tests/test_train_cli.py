@@ -15,7 +15,7 @@ import pytest
 
 from engine import config as config_module
 from engine import train as cli
-from engine.config import CaidConfig, MocanConfig, check, fit, smoke
+from engine.config import CaidConfig, MocanConfig, algorithms, check, fit, run, smoke
 from engine.errors import Interrupted, NonFiniteError, UserError
 
 ROOT = Path(cli.__file__).parent.parent
@@ -61,13 +61,13 @@ def trained(monkeypatch) -> list:
         return SimpleNamespace(train=train)
 
     for name in CONFIGS:
-        monkeypatch.setitem(sys.modules, f"engine.{name}", stand_in(name))
+        monkeypatch.setitem(sys.modules, cli.module_of(name), stand_in(name))
     return calls
 
 
 @pytest.fixture
 def run_folder(tmp_path) -> str:
-    from engine.run.store import Run
+    from engine.run.run import Run
 
     config = MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7)
     Run.create(tmp_path / "run", algorithm="mocan", config=asdict(config), versions={}, fingerprint="f").close()
@@ -87,11 +87,12 @@ def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
 def field_helps() -> dict[tuple[str, str], str]:
     """(class, field) -> the string under the field, read from the source."""
     helps = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if isinstance(node, ast.ClassDef):
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign):
-                    helps[node.name, field.target.id] = ast.literal_eval(text.value)
+    for module in (run, algorithms):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.ClassDef):
+                for field, text in zip(node.body, node.body[1:], strict=False):
+                    if isinstance(field, ast.AnnAssign):
+                        helps[node.name, field.target.id] = ast.literal_eval(text.value)
     return helps
 
 
@@ -247,7 +248,7 @@ def test_resume_rebuilds_the_config(trained, run_folder, named):
 
 
 def test_resume_refuses_other_folders(trained, run_folder, tmp_path, capsys):
-    from engine.run.store import Run
+    from engine.run.run import Run
 
     Run.create(tmp_path / "new", algorithm="mocan", config={"steps": 7, "momentum": 1}, versions={}, fingerprint="f").close()
     Run.create(tmp_path / "other", algorithm="head", config={}, versions={}, fingerprint="f").close()

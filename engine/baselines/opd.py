@@ -17,21 +17,23 @@ import torch
 
 from engine.config import OpdConfig
 from engine.records import Target
-from engine.stages import job as stages
+from engine.stages.job import open_job
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 
-def train(config: OpdConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: OpdConfig, *, resume: str | None = None) -> Result:
     """Run OPD; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("opd", config, resume, n_stages=4 + 3 * config.iterations) as job:
-        world = stages.World(job)
+    with open_job("opd", config, resume, n_stages=4 + 3 * config.iterations) as job:
+        world = World(job)
         world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: OpdConfig):
+def loop(world: World, config: OpdConfig):
     """OPD in any world: returns the last policy and the multipliers it was trained with, float64 [J]."""
     total = config.beta + config.proximity
 

@@ -7,24 +7,26 @@ itself is the iterate; several costs are joined as in `engine.sacpo`.
 
 import torch
 
+from engine import dual
 from engine.config import PdDpoConfig
-from engine.dual import solver as dual
 from engine.records import Target
-from engine.stages import job as stages
+from engine.stages.job import open_job
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 
-def train(config: PdDpoConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: PdDpoConfig, *, resume: str | None = None) -> Result:
     """Run PD-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("pd_dpo", config, resume, n_stages=4 + 2 * config.iterations) as job:
-        world = stages.World(job)
+    with open_job("pd_dpo", config, resume, n_stages=4 + 2 * config.iterations) as job:
+        world = World(job)
         world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: PdDpoConfig):
+def loop(world: World, config: PdDpoConfig):
     """PD-DPO in any world: returns the last policy and its multipliers, float64 [J]."""
     scores = world.scores
     lam_J = torch.full((scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64)

@@ -10,21 +10,23 @@ objective and the meaning of lambda.
 import torch
 
 from engine.config import PrimalDualConfig
-from engine.stages import job as stages
+from engine.stages.job import open_job
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 
-def train(config: PrimalDualConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: PrimalDualConfig, *, resume: str | None = None) -> Result:
     """Run primal-dual policy gradient; returns the run folder, the held-out verdict and the last multipliers. `resume`: a run folder.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("primal_dual", config, resume, n_stages=3 + 2 * config.iterations) as job:
-        world = stages.World(job)
+    with open_job("primal_dual", config, resume, n_stages=3 + 2 * config.iterations) as job:
+        world = World(job)
         world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: PrimalDualConfig):
+def loop(world: World, config: PrimalDualConfig):
     """The alternation in any world: returns the last policy and its multipliers, float64 [J]."""
     lam_J, policy = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64), None
     used_J = lam_J

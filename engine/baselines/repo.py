@@ -11,21 +11,23 @@ import torch
 
 from engine.baselines.primal_dual import descend
 from engine.config import RepoConfig
-from engine.stages import job as stages
+from engine.stages.job import open_job
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 
-def train(config: RepoConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: RepoConfig, *, resume: str | None = None) -> Result:
     """Run RePO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("repo", config, resume, n_stages=3 + 2 * config.iterations) as job:
-        world = stages.World(job)
+    with open_job("repo", config, resume, n_stages=3 + 2 * config.iterations) as job:
+        world = World(job)
         world.check_thresholds()
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: RepoConfig):
+def loop(world: World, config: RepoConfig):
     """RePO in any world: returns the last policy and its multipliers, float64 [J]."""
     lam_J, policy = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64), None
     used_J = lam_J

@@ -12,20 +12,22 @@ import torch
 
 from engine.config import SacpoConfig
 from engine.records import Target
-from engine.stages import job as stages
+from engine.stages.job import open_job
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 
-def train(config: SacpoConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: SacpoConfig, *, resume: str | None = None) -> Result:
     """Run SACPO; returns the run folder, the held-out verdict and the multipliers given. `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("sacpo", config, resume, n_stages=5) as job:
-        world = stages.World(job)
+    with open_job("sacpo", config, resume, n_stages=5) as job:
+        world = World(job)
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: SacpoConfig):
+def loop(world: World, config: SacpoConfig):
     """Both stages in any world: returns the policy and the multipliers, float64 [J]."""
     lam_J = torch.tensor(config.lam, dtype=torch.float64)
     helpful = world.fit(Target(lam_J=torch.zeros_like(lam_J), score_PG=world.scores.reward_PG, coefficient=config.beta), 1)

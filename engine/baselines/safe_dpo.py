@@ -13,23 +13,25 @@ import torch
 from engine.config import SafeDpoConfig
 from engine.constraints import unsafe_above
 from engine.records import Target
-from engine.stages import job as stages
+from engine.stages.job import open_job
+from engine.stages.protocol import Result
+from engine.stages.update import World
 
 # More than any difference of rewards, so that sigmoid(score difference) is 1 for a safe response against an unsafe one.
 SURE = 1e3
 
 
-def train(config: SafeDpoConfig, *, resume: str | None = None) -> stages.Result:
+def train(config: SafeDpoConfig, *, resume: str | None = None) -> Result:
     """Run SafeDPO; returns the run folder, the held-out verdict and no multipliers (zeros). `resume`: a run folder to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with stages.open_job("safe_dpo", config, resume, n_stages=4) as job:
-        world = stages.World(job)
+    with open_job("safe_dpo", config, resume, n_stages=4) as job:
+        world = World(job)
         return world.verdict(*loop(world, config))
 
 
-def loop(world: stages.World, config: SafeDpoConfig):
+def loop(world: World, config: SafeDpoConfig):
     """SafeDPO in any world: returns the policy and zeros [J]."""
     unsafe_PG = world.unsafe(unsafe_above(config))
     target = Target(

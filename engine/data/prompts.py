@@ -1,8 +1,6 @@
 """Prompts from files to token ids: read, check, apply the chat template once, key, choose and split."""
 
-import csv
 import hashlib
-import io
 import json
 import unicodedata
 from array import array
@@ -13,10 +11,9 @@ from typing import Literal
 
 import torch
 
+from engine.data.tables import check_encodes, first_line, read_rows
 from engine.errors import UserError
 from engine.records import Prompts
-
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def load_prompts(source: str | list[str], tokenizer, *, column: str = "prompt", system: str = "", max_prompt_tokens: int) -> Prompts:
@@ -37,7 +34,7 @@ def load_prompts(source: str | list[str], tokenizer, *, column: str = "prompt", 
         for place, row in rows:
             if column not in row:
                 raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(map(str, row)) or 'none'}. See --prompt-column.")
-            messages = _messages(row[column], column, place)
+            messages = as_messages(row[column], column, place)
             ids = chat_ids(messages, tokenizer, system, place)
             if len(ids) > max_prompt_tokens:
                 raise UserError(f"{place}: the prompt has {len(ids)} tokens, the limit is {max_prompt_tokens}; shorten or remove it.")
@@ -57,33 +54,6 @@ def prompt_key(token_ids: list[int]) -> int:
     if byteorder == "big":
         packed.byteswap()
     return int.from_bytes(hashlib.blake2b(packed.tobytes(), digest_size=8).digest(), "little") >> 1
-
-
-def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
-    """Indices of n prompts, chosen and ordered by a hash of (seed, purpose, key): the order of the file does not matter.
-
-    Raises: UserError where n is more than the prompts there are.
-    """
-    if n > len(prompts):
-        raise UserError(f"{n} prompts asked for {purpose}, but there are only {len(prompts)}; ask for fewer or give more prompts.")
-    key_P = prompts.key_P.tolist()
-
-    def rank(i: int) -> bytes:
-        return hashlib.blake2b(f"{seed} {key_P[i]} {purpose}".encode(), digest_size=16).digest()
-
-    return sorted(range(len(prompts)), key=rank)[:n]
-
-
-def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], list[int]]:
-    """(train indices, held-out indices): a seeded share is held out, at least one prompt on either side.
-
-    Raises: UserError where there are fewer than two prompts.
-    """
-    if len(prompts) < 2:
-        raise UserError(f"{len(prompts)} prompt(s) cannot be split into training and held-out ones; give at least 2, or --heldout.")
-    order = subset(prompts, len(prompts), seed, "split")
-    n_heldout = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
-    return order[n_heldout:], order[:n_heldout]
 
 
 def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:
@@ -115,100 +85,7 @@ def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
     return [i for i, ids in enumerate(prompts.token_ids) if normal(ids) in seen]
 
 
-def read_rows(source: str) -> list[tuple[str, dict]]:
-    """(place, row) of every row of a file or a dataset."""
-    path = Path(source)
-    return read_file(source) if path.suffix in SUFFIXES or path.is_file() else _read_dataset(source)
-
-
-def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, dict]]:
-    """(place, row) of every row of a file; the place is what error messages name. A csv's cells are texts.
-
-    Raises: UserError for a file that is missing, of another kind or malformed.
-    """
-    path = Path(source)
-    if path.suffix not in suffixes:
-        raise UserError(f"{source}: not one of {', '.join(suffixes)}; convert it or rename it.")
-    if not path.exists():
-        raise UserError(f"{source}: no such file; check the path.")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); check the path and its permissions.") from None
-    if path.suffix == ".parquet":
-        return _read_parquet(source, data)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{source}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8.") from None
-    return _read_jsonl(source, text) if path.suffix == ".jsonl" else _read_csv(source, text)
-
-
-def _read_jsonl(source: str, text: str) -> list[tuple[str, dict]]:
-    rows = []
-    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            raise UserError(f"{source}:{number}: malformed JSON ({detail}); a jsonl file has one object per line.") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{source}:{number}: a JSON {type(row).__name__}, not an object; write {{"prompt": ...}}.')
-        if "\\u" in line:
-            _check_encodes(json.dumps(row, ensure_ascii=False), f"{source}:{number}")
-        rows.append((f"{source}:{number}", row))
-    return rows
-
-
-def _read_csv(source: str, text: str) -> list[tuple[str, dict]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows, header, first_line = [], None, 1
-    try:
-        for fields in reader:
-            if fields and header is None:
-                header = fields
-            elif fields:
-                if len(fields) != len(header):
-                    raise UserError(f"{source}:{first_line}: {len(fields)} fields, the header has {len(header)}; quote fields with commas.")
-                rows.append((f"{source}:{first_line}", dict(zip(header, fields, strict=True))))
-            # A quoted field may span lines: a row is named by its first one.
-            first_line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{source}:{first_line}: malformed CSV ({error}); check the quotes.") from None
-    return rows
-
-
-def _read_parquet(source: str, data: bytes) -> list[tuple[str, dict]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{source}: parquet needs the package pyarrow: pip install pyarrow.") from None
-    try:
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{source}: not a readable parquet file ({_first_line(error)}).") from None
-    return [(f"{source} row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _read_dataset(source: str) -> list[tuple[str, dict]]:
-    try:
-        # Lazy: this import takes seconds.
-        import datasets
-    except ImportError:
-        raise UserError(f"{source}: no such file; a dataset of that name needs the package datasets: pip install datasets.") from None
-    try:
-        rows = datasets.load_dataset(source, split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{source}: neither a {', '.join(SUFFIXES)} file nor a dataset that loads ({_first_line(error)}).") from None
-    return [(f"{source} row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _messages(value: object, column: str, place: str) -> list[dict[str, str]]:
+def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     """The cell as chat messages that end with a user turn."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -227,20 +104,12 @@ def _messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     for message in value:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise UserError(f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.')
-        _check_encodes(message["content"], place)
+        check_encodes(message["content"], place)
     if value[-1]["role"] != "user":
         raise UserError(f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn.")
     if not value[-1]["content"].strip():
         raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
     return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _check_encodes(text: str, place: str) -> None:
-    """JSON's escapes can write what no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: the text holds half a surrogate pair (\\ud800 to \\udfff alone); remove it.") from None
 
 
 def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str) -> list[int]:
@@ -257,7 +126,7 @@ def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str)
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
-        raise UserError(f"{place}: the chat template refuses these messages ({_first_line(error)}).") from None
+        raise UserError(f"{place}: the chat template refuses these messages ({first_line(error)}).") from None
     # The template writes the special tokens itself: adding them again would double the bos.
     return tokenizer.encode(text, add_special_tokens=False)
 
@@ -272,7 +141,3 @@ def _kind(value: object, place: str) -> str:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: column 'kind' holds a {type(value).__name__}; give text.")
     return value or ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.data import prompts as data
+from engine.data import tables
+from engine.data.prompts import chat_ids, check_known
 from engine.errors import UserError
-from engine.model.decoder import ModelConfig
+from engine.model.architecture import ModelConfig
 from engine.records import Prompts, Rollouts
 
 # A label of a file: sigmoid of twice this is 1.
@@ -33,7 +34,7 @@ def read_response_pairs(source: str, columns: list[str], config: RunConfig, toke
     """
     limit = shape.max_positions - config.max_new_tokens
     prompts, tokens, texts, labels = [], [], [], []
-    for place, row in data.read_rows(source):
+    for place, row in tables.read_rows(source):
         pair = ("chosen", "rejected") if not columns and "chosen" in row else ("response_0", "response_1")
         missing = [c for c in ("prompt", *pair, *columns) if c not in row]
         if missing:
@@ -44,14 +45,14 @@ def read_response_pairs(source: str, columns: list[str], config: RunConfig, toke
         bad = [name for name in columns if str(row[name]) not in ("0", "1")]
         if bad:
             raise UserError(f"{place}: {bad[0]} is {row[bad[0]]!r}; give 0 or 1, the response that is better in it.")
-        ids = data.chat_ids([{"role": "user", "content": row["prompt"]}], tokenizer, config.system, place)
+        ids = chat_ids([{"role": "user", "content": row["prompt"]}], tokenizer, config.system, place)
         if len(ids) > limit:
             raise UserError(f"{place}: the prompt has {len(ids)} tokens, the limit is {limit}; shorten or remove it.")
-        data.check_known(ids, shape.vocab_size, place)
+        check_known(ids, shape.vocab_size, place)
         prompts.append((row["prompt"], str(row.get("kind") or ""), ids))
         for name in pair:
             answer = tokenizer(row[name], add_special_tokens=False)["input_ids"]
-            data.check_known(answer, shape.vocab_size, place)
+            check_known(answer, shape.vocab_size, place)
             tokens.append((answer + [tokenizer.eos_token_id])[: config.max_new_tokens])
             texts.append(tokenizer.decode(tokens[-1], skip_special_tokens=True))
         labels.append([[SURE if int(row[name]) == i else -SURE for name in columns] for i in (0, 1)])

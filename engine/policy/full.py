@@ -1,15 +1,10 @@
 """Full fine-tuning: a policy whose weights are all its own, embedding and head included."""
 
-import copy
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from engine.errors import UserError
-from engine.model import decoder as model
 from engine.model.decoder import Decoder
-from engine.policy.lora import Adapter, PolicyWeights, load_peft, save_peft
+from engine.policy.parameters import PolicyWeights
 
 
 class FullWeights(PolicyWeights):
@@ -39,42 +34,3 @@ class FullWeights(PolicyWeights):
             # Past nn.Module's own setter, which takes no weight that is computed from another.
             shell.get_submodule(".".join(path))._parameters[leaf] = value.to(self.compute_dtype)
         return shell
-
-
-# What makes a policy of the reference model.
-Weights = Adapter | FullWeights
-
-
-def policy_of(network: Decoder, weights: Weights | None) -> tuple[Decoder, Adapter | None]:
-    """The decoder and the adapter to call it with; weights None is the reference."""
-    return (weights.decoder(), None) if isinstance(weights, FullWeights) else (network, weights)
-
-
-def copy_of(weights: Weights, tensors: dict[str, Tensor]) -> Weights:
-    """Weights of the same kind with other values, as their `tensors` returned them."""
-    other = copy.deepcopy(weights) if isinstance(weights, Adapter) else FullWeights(weights.decoder())
-    other.set_tensors(tensors)
-    return other
-
-
-def save_weights(weights: Weights, folder: Path, base_model: str, tokenizer_from: Path) -> None:
-    """Write an iterate: a PEFT folder, or a Hugging Face folder of all weights. Raises: UserError on a full or closed disk."""
-    if isinstance(weights, Adapter):
-        save_peft(weights, folder, base_model)
-    else:
-        model.save(weights.decoder(), folder, tokenizer_from=tokenizer_from)
-
-
-def load_weights(folder: Path, network: Decoder) -> Weights:
-    """What `save_weights` wrote, for the model `network`. Raises: UserError where they do not belong together."""
-    if (folder / "adapter_config.json").is_file():
-        return load_peft(folder, network)
-    own = model.load(folder, dtype=network.dtype, device=network.device)
-    if own.config != network.config:
-        raise UserError(f"{folder}: these weights are of another model; give the model they were trained from.")
-    return FullWeights(own)
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether `folder` holds what `save_weights` writes."""
-    return any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))

@@ -5,31 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from engine.data.prompts import subset
-from engine.records import Pairs, Prompts
-
-
-def deal(prompts: Prompts, seed: int, iteration: int, n_pairs: int, n_slack: int) -> tuple[list[int], list[int]]:
-    """(prompts for pairs, prompts for the slack) of an iteration (from 1), disjoint.
-
-    One seeded shuffle is dealt on from iteration to iteration: pairs repeat only when all prompts have been used, as a policy learns
-    little from pairs that it knows by heart, and the slack is measured on the prompts that come next, as long as they last never seen.
-    """
-    deck = subset(prompts, len(prompts), seed, "deck")
-    pool = min(n_pairs, len(deck) - n_slack)
-    start = (iteration - 1) * pool % len(deck)
-    turned = deck[start:] + deck[:start]
-    return turned[:pool], turned[pool : pool + n_slack]
-
-
-def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: int) -> list[list[int]]:
-    """The prompts of each step: seeded shuffles of all of them, one after another; depends on (seed, purpose) and prompt keys alone."""
-    order: list[int] = []
-    epoch = 0
-    while len(order) < per_step * steps:
-        order += subset(prompts, len(prompts), seed, f"{purpose}/epoch-{epoch}")
-        epoch += 1
-    return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]
+from engine.records import Pairs
 
 
 def within_prompts(score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_PG: Tensor | None = None) -> Pairs:

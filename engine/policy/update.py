@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from engine.config import PrimalDualConfig, RunConfig, trained_responses
+from engine.data.dealing import schedule
 from engine.errors import NonFiniteError, UserError
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.model.packing import LowerStates
-from engine.policy.full import Weights, policy_of
-from engine.policy.pairs import schedule, within_prompts
+from engine.policy.losses import listwise, regression, single
+from engine.policy.pairs import within_prompts
+from engine.policy.weights import Weights, policy_of
 from engine.records import Pairs, Prompts, Rollouts, Scores, Target
-from engine.run.store import Run, Stage, save
+from engine.run.run import Run, Stage
+from engine.run.store import save
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
 from kernels.sampling import combine, uniform
 
@@ -296,26 +299,6 @@ def _preference_loss(
     margin = (moved_N[a] - moved_N[b]).detach()
     accuracy = (((margin * (score[a] - score[b])).sign() + 1) / 2).mean()
     return _Loss(loss=loss, accuracy=accuracy, margin=margin)
-
-
-def regression(moved_N: Tensor, score_N: Tensor, pairs_K2: Tensor) -> Tensor:
-    """Half the mean square, over pairs, of the difference of beta x log-ratio minus that of the score; least at the tilt by the score."""
-    a, b = pairs_K2.unbind(1)
-    return (moved_N[a] - moved_N[b] - (score_N[a] - score_N[b])).square().mean() / 2
-
-
-def single(moved_N: Tensor, advantage_N: Tensor) -> Tensor:
-    """Half the mean square of beta x log-ratio minus (score - V) (DRO, arXiv 2405.19107)."""
-    return (moved_N - advantage_N).square().mean() / 2
-
-
-def listwise(log_ratio_N: Tensor, score_N: Tensor, prompt_N: Tensor) -> Tensor:
-    """Cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of a prompt, mean over prompts. score: over beta."""
-    losses = []
-    for p in prompt_N.unique().tolist():
-        own = prompt_N == p
-        losses.append(-(score_N[own].softmax(0) * log_ratio_N[own].log_softmax(0)).sum())
-    return torch.stack(losses).mean()
 
 
 def _policy(steps: int, adapter: Weights, optimizer, names, parameters, losses: list[float]) -> Policy:

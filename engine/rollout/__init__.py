@@ -1,8 +1,6 @@
 """Batched sampling with keyed random numbers."""
 
-from engine.rollout.sampler import (
-    generate,
-)
+from engine.rollout.sampler import generate
 
 __all__ = [
     "generate",

@@ -4,15 +4,12 @@ metrics.jsonl holds one JSON object per row with "kind" and "stage" and is bitwi
 in timing.jsonl alone. Both are written by `engine.run.store`.
 """
 
-import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,10 +17,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from engine.errors import UserError
-
-METRICS = "metrics.jsonl"
-TIMING = "timing.jsonl"
 PLAIN_PERIOD_S = 15.0
 
 
@@ -156,88 +149,3 @@ class Display:
         live, self._live = self._live, None
         if live is not None:
             live.stop()
-
-
-def _json_lines(path: Path) -> Iterator[dict]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made.")
-    # A running or killed process may leave a last line without its end.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        if line:
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                if path.name == TIMING:  # a killed process cut this line and a resumed one went on below it
-                    continue
-                raise UserError(f"{path} line {number} is no JSON: resume the run to have the file repaired.") from error
-
-
-def read_rows(folder: str | Path, kind: str | None = None) -> list[dict]:
-    """The metrics rows of a run, or those of one kind, in order.
-
-    Raises: UserError when there are none to read.
-    """
-    return [row for row in _json_lines(Path(folder) / METRICS) if kind is None or row["kind"] == kind]
-
-
-def read_timing(folder: str | Path) -> list[dict]:
-    """The rows of timing.jsonl, in order; the seconds and speeds of interrupted attempts are among them."""
-    return list(_json_lines(Path(folder) / TIMING))
-
-
-def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
-    """Where the time went: (stage, seconds, share of all stages), in order; the time of interrupted attempts is included.
-
-    Raises: UserError when the folder holds no timing.jsonl.
-    """
-    seconds: dict[str, float] = {}
-    for row in read_timing(folder):
-        if row["kind"] == "stage":
-            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
-    total = sum(seconds.values())
-    return [(stage, s, s / total if total > 0 else 0.0) for stage, s in seconds.items()]
-
-
-def _scalars(tag: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, bool | int | float):
-        yield tag, float(value)
-    elif isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _scalars(f"{tag}/{key}", item)
-
-
-class TensorBoard:
-    """Writes rows as scalars named kind/field; a list's elements are kind/field/0, kind/field/1."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-        self._count: dict[str, int] = {}
-
-    def write(self, rows: list[dict]) -> None:
-        """Add `rows`; the horizontal axis counts the rows of each kind."""
-        for row in rows:
-            step = self._count.get(row["kind"], 0)
-            self._count[row["kind"]] = step + 1
-            for field, value in row.items():
-                if field not in ("kind", "stage"):
-                    for tag, scalar in _scalars(f"{row['kind']}/{field}", value):
-                        self._writer.add_scalar(tag, scalar, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def tensorboard_writer(folder: str | Path) -> TensorBoard:
-    """A fresh writer to FOLDER/tensorboard. Older events there are removed: a resumed run writes all rows again, none twice.
-
-    TensorBoard puts the time and the host into its files, so these are not equal between equal runs.
-    Raises: UserError when the package is missing.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    target = Path(folder) / "tensorboard"
-    shutil.rmtree(target, ignore_errors=True)
-    return TensorBoard(SummaryWriter(str(target)))

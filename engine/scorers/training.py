@@ -21,12 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.data import prompts as data
+from engine.data import tables
+from engine.data.prompts import as_messages, chat_ids, check_known
 from engine.errors import UserError
 from engine.model import quickstart
-from engine.model.decoder import Decoder, fingerprint, load, load_tokenizer, resolve
+from engine.model.decoder import Decoder
+from engine.model.folder import fingerprint, load, resolve
 from engine.model.packing import Group
-from engine.scorers.scoring import Head, frozen_forward
+from engine.model.tokenizer import load_tokenizer
+from engine.policy.forward import frozen_forward
+from engine.scorers.base import Head
 
 NEUTRAL_PROMPT = "Answer the request."
 HELDOUT_SHARE = 0.2
@@ -122,7 +126,7 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
     encoded = encode(texts, tokenizer, config, model.config.max_positions)
     for group in encoded:
         for ids, i in ((group.prompt, group.rows[0]), *zip(group.responses, group.rows, strict=True)):
-            data.check_known(ids, model.config.vocab_size, f"--data: the text {texts[i].response[:60]!r} or its prompt")
+            check_known(ids, model.config.vocab_size, f"--data: the text {texts[i].response[:60]!r} or its prompt")
     pooled_ND = states(model, encoded, [config.layer])[config.layer]
     print(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
 
@@ -145,7 +149,7 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
 
 def read_rows(files: Sequence[str], config: HeadConfig) -> list[Row]:
     """The rows of all files. Raises: UserError naming file:line."""
-    return [_row(row, place, Path(file).stem, config) for file in files for place, row in data.read_rows(str(file))]
+    return [_row(row, place, Path(file).stem, config) for file in files for place, row in tables.read_rows(str(file))]
 
 
 def split(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:
@@ -187,7 +191,7 @@ def encode(texts: Sequence[Text], tokenizer, config: HeadConfig, context: int) -
         of_chat.setdefault(text.chat, []).append(i)
     groups = []
     for chat, rows in of_chat.items():
-        prompt = data.chat_ids(json.loads(chat), tokenizer, config.system, "--data")
+        prompt = chat_ids(json.loads(chat), tokenizer, config.system, "--data")
         if len(prompt) + config.max_new_tokens > context:
             raise UserError(f"--data: the prompt {chat[:60]!r} has {len(prompt)} tokens, too many for the model's {context}.")
         responses = [response_ids(texts[i], tokenizer, config.max_new_tokens) for i in rows]
@@ -392,7 +396,7 @@ def _row(row: dict, place: str, source: str, config: HeadConfig) -> Row:
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise UserError(f'{place}: "weight" is {weight!r}; it must be a number above 0.')
-    messages = data._messages(row["prompt"] or NEUTRAL_PROMPT, "prompt", place)
+    messages = as_messages(row["prompt"] or NEUTRAL_PROMPT, "prompt", place)
     chat = json.dumps(messages)
     # Texts without a prompt have only their own group, or themselves, to be held out by.
     group = row.get("group") if row.get("group") is not None else chat if row["prompt"] else row["chosen" if pair else "response"]

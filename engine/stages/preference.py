@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 
 from engine.model import packing
-from engine.policy import update as policy
+from engine.policy import update
+from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
-from engine.policy.update import Policy
+from engine.policy.update import Policy, Samples
 from engine.records import Prompts, Scores, Target, Units
-from engine.run import display as metrics
-from engine.run.store import Stage, load
-from engine.scorers.scoring import Scorers, frozen_forward
-from engine.stages import job as stages
-from engine.stages.job import Job, Sampled, Subject
+from engine.run import rows
+from engine.run.run import Stage
+from engine.run.store import load
+from engine.scorers.base import Scorers
+from engine.stages.job import Job, Subject
+from engine.stages.reference import aims, reference_units, within_correlation
+from engine.stages.sampling import Sampled
+from engine.stages.update import World
 from kernels.sampling import combine
 
 # With the number of a kind of preference it keys that policy's labels and the order of its prompts.
@@ -69,7 +73,7 @@ def audit_names(scorers: Scorers) -> list[str]:
 
 def restored(run: Path, subject: Subject, scorer_units: Units) -> tuple[LogRatios, Units]:
     """What a run on preferences with an iterate scores by, and the units of its log-ratios; audits have the scorers' units already."""
-    (row,), aligned = metrics.read_rows(run, "preference"), []
+    (row,), aligned = rows.read_rows(run, "preference"), []
     for name in row["names"]:
         wanted = f"preference-{name.replace('/', '-')}.safetensors"
         path = next(path for path in (run / "stages").iterdir() if path.name.partition("-")[2] == wanted)
@@ -85,7 +89,7 @@ def _adapter(subject: Subject) -> Adapter:
     return Adapter.on(subject.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
 
 
-class PreferenceWorld(stages.World):
+class PreferenceWorld(World):
     """`engine.stages.World` whose scores are log-ratios of aligned policies; what the run's scorers say is audited."""
 
     def __init__(self, job: Job) -> None:
@@ -98,26 +102,26 @@ class PreferenceWorld(stages.World):
 
         def compute(stage: Stage) -> Scores:
             scores = self.log_ratios(stage, by_scorers.prompts, by_scorers.sampled)
-            units = stages.reference_units(scores, job.scorers, by_scorers.limits, by_scorers.prompts)
+            units = reference_units(scores, job.scorers, by_scorers.limits, by_scorers.prompts)
             stage.row(
                 "preference", names=names, log_ratio_sd=[units.reward, *units.utility_J], agreement=_agreement(scores, by_scorers.scores)
             )
             return scores
 
         raw = job.run.stage("preference/scores", Scores, compute)
-        units = stages.reference_units(raw, job.scorers, by_scorers.limits, by_scorers.prompts)
+        units = reference_units(raw, job.scorers, by_scorers.limits, by_scorers.prompts)
         # Audits have the scorers' units already.
         self.units = Units(reward=units.reward, utility_J=units.utility_J, audit_A=[1.0] * raw.audit_PGA.shape[2])
         scores = self.units.apply(raw)
         self.reference = replace(
-            by_scorers, scores=scores, units=self.units, **stages.aims(job, by_scorers.limits, by_scorers.prompts, scores, self.units)
+            by_scorers, scores=scores, units=self.units, **aims(job, by_scorers.limits, by_scorers.prompts, scores, self.units)
         )
         self.audit_names = audit_names(job.scorers)
 
     def rescore(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
         return self.units.apply(self.log_ratios(stage, prompts, sampled))
 
-    def _align(self, number: int, name: str, samples: policy.Samples, label_PG: Tensor) -> Adapter:
+    def _align(self, number: int, name: str, samples: Samples, label_PG: Tensor) -> Adapter:
         """Stage preference/NAME: plain DPO on the preferences of one kind, drawn independently of the others'."""
         job, config = self.job, self.job.config
         adapter = _adapter(job)
@@ -126,7 +130,7 @@ class PreferenceWorld(stages.World):
         target = Target(lam_J=torch.zeros(0, dtype=torch.float64), score_PG=label_PG, coefficient=config.beta)
 
         def compute(stage: Stage) -> Policy:
-            return policy.fit(
+            return update.fit(
                 stage, job.run, settings, job.model, samples, target, adapter, None, train_on=list(range(len(samples.prompts))), iteration=0
             )
 
@@ -134,13 +138,13 @@ class PreferenceWorld(stages.World):
         return adapter
 
 
-def _from_scorers(world: stages.World) -> tuple[policy.Samples, Tensor]:
+def _from_scorers(world: World) -> tuple[Samples, Tensor]:
     """Reference samples, and the scores [P, G, 1 + J] from which labels are drawn."""
     reference = world.reference
     return reference.samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
 
 
-def _from_file(job: Job) -> tuple[policy.Samples, Tensor]:
+def _from_file(job: Job) -> tuple[Samples, Tensor]:
     """The file's responses with their log-probs under the reference, and what gives their labels."""
     config, own = job.config, job.preferences
     reference = frozen_forward(
@@ -149,11 +153,11 @@ def _from_file(job: Job) -> tuple[policy.Samples, Tensor]:
     )[1]  # fmt: skip
     label = own.label_PGO
     scores = Scores(reward_PG=label[..., 0], utility_PGJ=label[..., 1:], audit_PGA=label[..., :0], ref_logprob_PG=reference.view(-1, 2))
-    return policy.Samples(prompts=own.prompts, rollouts=own.rollouts, scores=scores, lower=None), label
+    return Samples(prompts=own.prompts, rollouts=own.rollouts, scores=scores, lower=None), label
 
 
 def _agreement(ratios: Scores, scores: Scores) -> list[float]:
     """Pooled within-prompt correlation of each log-ratio with the scorer of its kind."""
     pairs = [(ratios.reward_PG, scores.reward_PG)]
     pairs += [(ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])]
-    return [stages.within_correlation(a, b) for a, b in pairs]
+    return [within_correlation(a, b) for a, b in pairs]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from engine.model import decoder as model
+from engine.model.folder import fingerprint, read_config
 from engine.model.quickstart import cache_folder, is_complete, tiny_model_folder
-from engine.scorers.scoring import Head
+from engine.scorers.base import Head
 
 
 def smoke_folder() -> Path:
@@ -40,7 +40,7 @@ def write_smoke_model(folder: Path) -> Path:
 
 def write_random_heads(folder: Path) -> None:
     """Write heads named helpfulness, harm and harm-audit for the model in `folder`; reward and harm pull apart, the audit follows harm."""
-    trunk, hidden = model.fingerprint(folder), model.read_config(folder)["hidden_size"]
+    trunk, hidden = fingerprint(folder), read_config(folder)["hidden_size"]
     generator = torch.Generator().manual_seed(0)
     a, b, c = torch.randn(3, hidden, generator=generator, dtype=torch.float64)
     for name, weight in (("helpfulness", a), ("harm", 0.5 * a + b), ("harm-audit", 0.5 * a + b + 0.3 * c)):

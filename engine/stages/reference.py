@@ -1,0 +1,173 @@
+"""Stage reference: sample the reference, and fix what its samples fix: units, required improvements and aims."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine import constraints, dual
+from engine.constraints import Limit
+from engine.errors import UserError
+from engine.model import packing
+from engine.model.packing import LowerStates
+from engine.policy.lora import first_layer
+from engine.policy.update import Samples
+from engine.records import Prompts, Scores, Units, unsafe_counted
+from engine.run import rows
+from engine.run.run import Stage
+from engine.scorers.base import Scorers
+from engine.stages.job import Job, heldout_prompts, reference_prompts
+from engine.stages.sampling import Sampled, gap_of, log_gap, sample, samples_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSamples:
+    """What stage 1 leaves: the samples, and the states below the adapter in the order of their packed groups."""
+
+    sampled: Sampled
+    lower_MD: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Reference samples of the training prompts, and what is fixed by them: units, thresholds aimed at."""
+
+    prompts: Prompts
+    sampled: Sampled
+    units: Units
+    scores: Scores  # in units
+    limits: list[Limit]
+    needed_J: Tensor  # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
+    aimed: list[float]  # what to aim at, in each constraint's own measure
+    aim_J: Tensor  # float64 [J]: the improvements to aim at, in units
+    lower: LowerStates | None  # states below the adapter, unless they are too large to keep
+
+    @property
+    def samples(self) -> Samples:
+        """The reference's responses as an update learns from them."""
+        return Samples(prompts=self.prompts, rollouts=self.sampled.rollouts, scores=self.scores, lower=self.lower)
+
+    def weighted(self, scores: Scores, prompts: Prompts) -> Tensor:
+        """Utilities [P, G, J] of scores in units, as the Lagrangian counts them."""
+        return constraints.weighted(self.limits, scores, prompts, self.prompts)
+
+    def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:
+        """What each of the prompts `chosen` misses of its own constraints, float64 [P, J]; utilities of its responses, in units."""
+        before_PGJ = self.scores.utility_PGJ[list(chosen)]
+        return constraints.missing(self.limits, self.aimed, self.aim_J, self.units, utility_PGJ, before_PGJ)
+
+
+def sample_reference(job: Job) -> Reference:
+    """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
+    config = job.config
+    prompts = reference_prompts(config, job.train)
+
+    shared = samples_of(job, "reference", ReferenceSamples)
+
+    def compute(stage: Stage) -> ReferenceSamples:
+        if shared is None:
+            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
+        else:
+            sampled, lower = shared.sampled, None
+            log_gap(job, stage, prompts, sampled.rollouts, None)
+        made = reference_of(job, prompts, sampled, None)
+        units, r, g = made.units, made.scores.reward_PG, made.scores.utility_PGJ
+        groups = packing.groups(prompts, sampled.rollouts)
+        stage.row(
+            "reference", names=[s.name for s in job.scorers.costs], audit_names=[s.name for s in job.scorers.audits],
+            reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
+            correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
+            finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
+            prompts=len(prompts), responses=config.n_responses, needed=made.needed_J, aimed=made.aimed, aim=made.aim_J,
+        )  # fmt: skip
+        return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
+
+    made = job.run.stage("reference", ReferenceSamples, compute)
+    sampled, lower = made.sampled, None
+    # Shared states stay where they are: they are hundreds of megabytes.
+    lower_MD = made.lower_MD if shared is None else shared.lower_MD
+    if lower_MD is not None:
+        lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
+        lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
+    reference = reference_of(job, prompts, sampled, lower)
+    row = next(r for r in rows.read_rows(job.run.folder, "reference"))
+    gap, show = gap_of(job.run.folder, "reference"), job.run.display
+    show.line(
+        f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
+        f"{row['mean_length']:.0f} tokens{f'; {gap}' if gap else ''}"
+    )
+    for j, limit in enumerate(reference.limits):
+        opening = constraints.opening(
+            limit, float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
+        )
+        show.line(f"{opening}; correlation with the reward {row['correlation'][j]:+.2f}")
+    return reference
+
+
+def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerStates | None) -> Reference:
+    """What reference samples fix."""
+    limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
+    units = reference_units(sampled.scores, job.scorers, limits, prompts)
+    scores = units.apply(sampled.scores)
+    return Reference(
+        prompts=prompts, sampled=sampled, units=units, scores=scores, limits=limits, lower=lower,
+        **aims(job, limits, prompts, scores, units),
+    )  # fmt: skip
+
+
+def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units: Units) -> dict:
+    """The fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples, in units."""
+    config = job.config
+    needed_J = constraints.required(limits, scores, prompts, units)
+    aimed = constraints.aims(
+        limits, scores, prompts, units, margin=config.margin, heldout=heldout_prompts(config, job.heldout),
+        n_responses=config.eval_responses,
+    )  # fmt: skip
+    return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
+
+
+def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
+    """Pooled within-prompt standard deviations of the reference's scores on `prompts`.
+
+    Raises: UserError for a scorer that is constant within every prompt, also where it is so on those that its constraint is about.
+    """
+    above_J = constraints.counted_above(limits)
+    utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
+    for limit, utility_PG in zip(limits, utility_PGJ.unbind(2), strict=True):
+        on, own_PG = f" on {limit.on} prompts" if limit.on else "", utility_PG[limit.rows(prompts)]
+        if limit.kind == "rate" and own_PG.min() == own_PG.max():
+            side = "above" if own_PG.min() < 0 else "at or below"
+            raise UserError(
+                f"--unsafe-above {limit.unsafe_above:g}: every cost {limit.name} of the reference{on} lies {side} it, so that a rate says "
+                "nothing; choose a value among the costs."
+            )
+        _deviation(-own_PG, f"scorer {limit.name}{on}")
+    return Units(
+        reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
+        utility_J=[_deviation(-utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
+        audit_A=[_deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
+        unsafe_above_J=above_J,
+    )
+
+
+def _deviation(score_PG: Tensor, name: str) -> float:
+    """`dual.within_deviation`, and a score that is one number everywhere is named with it."""
+    if score_PG.min() == score_PG.max():
+        raise UserError(
+            f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is nothing to align; use another one, or "
+            "prompts whose answers it tells apart."
+        )
+    return dual.within_deviation(score_PG, name)
+
+
+def units_of(row: dict, limits: Sequence[Limit]) -> Units:
+    """Those of a run, from its metrics row of kind "reference"."""
+    return Units(
+        reward=row["reward_sd"], utility_J=row["utility_sd"], audit_A=row["audit_sd"], unsafe_above_J=constraints.counted_above(limits)
+    )
+
+
+def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
+    """Pooled correlation of two scores within prompts."""
+    a, b = a_PG - a_PG.mean(1, keepdim=True), b_PG - b_PG.mean(1, keepdim=True)
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())

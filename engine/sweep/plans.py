@@ -1,0 +1,124 @@
+"""The runs of a sweep, from its settings."""
+
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from engine import config as configs
+from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, shown_name, smoke
+from engine.config.flags import parse_flags, suggest
+from engine.errors import UserError
+
+# Algorithms that know no threshold run once for each seed.
+FREE = (DpoConfig, SacpoConfig, SafeDpoConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """One set of reference samples, several algorithms, a path of thresholds."""
+
+    out: str = "sweep"
+    """Folder of the sweep, must not exist yet."""
+    algorithms: tuple[str, ...] = ("caid", "mocan")
+    """Algorithms, with settings of their own where wanted: caid, mocan:steps=50, dpo:objective=safety,steps=30."""
+    thresholds: tuple[str, ...] = ("0.2", "0.3", "0.4")
+    """Values of --threshold, one run each; with several costs either one number for all, or 0.2,0.3."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each has reference samples of its own."""
+    flags: tuple[str, ...] = ()
+    """Flags of engine.train for all runs; what stands behind -- on the command line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run of the sweep."""
+
+    label: str  # the algorithm as it was asked for
+    algorithm: str
+    threshold: tuple[float, ...]
+    config: RunConfig
+    folder: Path
+
+
+def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
+    """All runs in order: seeds, then thresholds, then algorithms.
+
+    Raises: UserError for a flag, a threshold or an algorithm that cannot be.
+    """
+    for name in ("seed", "threshold", "out", "samples_of"):
+        if name in _flag_names(sweep.flags):
+            raise UserError(f"--{name.replace('_', '-')} behind --: the sweep sets it; see --help.")
+    plans: dict[Path, Plan] = {}
+    for seed in sweep.seeds:
+        for threshold in [_threshold(text) for text in sweep.thresholds]:
+            for label in sweep.algorithms:
+                plan = _plan(sweep, preset, label, threshold, seed)
+                plans.setdefault(plan.folder, plan)
+    for name in SAMPLING:
+        if name != "seed" and len(values := {getattr(plan.config, name) for plan in plans.values()}) > 1:
+            shown = ", ".join(sorted(map(str, values)))
+            raise UserError(f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by itself.")
+    known = {f.name for plan in plans.values() for f in fields(plan.config)}
+    for name in _flag_names(sweep.flags):
+        if name not in known:
+            raise UserError(f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it.")
+    return list(plans.values())
+
+
+def shown(label: str) -> str:
+    """An algorithm as it was asked for, under the name that people read."""
+    name, colon, own = label.partition(":")
+    return f"{shown_name(name)}{colon}{own}"
+
+
+def config_class(label: str) -> type[RunConfig]:
+    """Of an algorithm as it is asked for, with or without settings. Raises: UserError for one that is not there."""
+    from engine.train import ALGORITHMS
+
+    names = [name for name in ALGORITHMS if name != "head"]
+    name = label.partition(":")[0]
+    if name not in names:
+        raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
+    return getattr(configs, ALGORITHMS[name][0])
+
+
+def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+    name, _, own = label.partition(":")
+    kind = config_class(label)
+    default = kind() if preset is None else smoke(kind())
+    flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
+    flags += [f"--{part.replace('_', '-')}" for part in own.split(",") if part]
+    config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
+    values = threshold * len(config.cost) if len(threshold) == 1 else threshold
+    at = "" if issubclass(kind, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
+    out = Path(sweep.out)
+    folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
+    config = replace(config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}"))
+    check(config)
+    return Plan(label=label, algorithm=name, threshold=values, config=config, folder=folder)
+
+
+def numbers(values) -> str:
+    return ", ".join(f"{x:.3g}" for x in values)
+
+
+def _threshold(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--thresholds {text}: must be a number, or one per cost as in 0.2,0.3.") from None
+
+
+def _flag_names(flags: tuple[str, ...]) -> list[str]:
+    return [flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for flag in flags if flag.startswith("--")]
+
+
+def _known_flags(flags: tuple[str, ...], known: set[str]) -> list[str]:
+    """The flags, with their values, that are fields of a config."""
+    kept, keeping = [], True
+    for word in flags:
+        if word.startswith("--"):
+            keeping = _flag_names((word,))[0] in known
+        if keeping:
+            kept.append(word)
+    return kept
