@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine import dual
+from engine import intervals
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.records import Limit, Prompts, Scores, Units
@@ -83,7 +83,7 @@ def aims(
         own, n = scores.utility_PGJ[limit.rows(prompts), :, j], len(limit.rows(heldout))
         within, between = _variances(own)
         if limit.kind == "improvement":
-            aimed.append(limit.value + margin * dual.predicted_se(own, n, n_responses))
+            aimed.append(limit.value + margin * intervals.predicted_se(own, n, n_responses))
         elif limit.kind == "mean":
             aimed.append(limit.value - margin * units.utility_J[j] * math.sqrt((between + within / n_responses) / n))
         else:

@@ -2,7 +2,7 @@
 
 Shape legend: P prompts, G responses per prompt, R = P * G rows, N sequences, K pairs, T completion tokens (packed), V vocabulary,
 D hidden, J constraints. A name carries its shape: `reward_PG` is [P, G]. Scores obey one sign everywhere: larger is better
-(`engine.scorers.scoring` is the only place where a cost is negated).
+(`utility_of_cost` is the only place where a cost is negated).
 """
 
 from dataclasses import dataclass, field
@@ -139,3 +139,8 @@ class DualState:
     """The one-shot multipliers. What later ones were decided from stands in the rows of kind "iteration" in metrics.jsonl."""
 
     lam_J: Tensor  # float64 [J]
+
+
+def utility_of_cost(cost: Tensor) -> Tensor:
+    """The utility that a cost stands for: larger is better."""
+    return -cost

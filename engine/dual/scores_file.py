@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.data.tables import read_file
 from engine.errors import UserError
-from engine.scorers.base import utility_of_cost
+from engine.records import utility_of_cost
 
 SUFFIXES = (".jsonl", ".parquet")
 

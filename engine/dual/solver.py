@@ -209,8 +209,8 @@ def _check_bounds(bounds, utility: Tensor, threshold: Tensor, mean: Tensor, scal
     direction = torch.eye(len(best), dtype=torch.float64)[room.argmin()]
     shift, shown = (mean, "level") if absolute else (torch.zeros_like(mean), "b")
     raise Infeasible(
-        f"threshold {shown} = {listed(shift + threshold)} is infeasible, which is proven as the utilities are never above {listed(highest)}; "
-        f"largest {shown} that can be asked for lies below {listed(shift + best)} alone.",
+        f"threshold {shown} = {listed(shift + threshold)} is infeasible, which is proven as the utilities are never above "
+        f"{listed(highest)}; largest {shown} that can be asked for lies below {listed(shift + best)} alone.",
         best, direction, float(torch.where(threshold > 0, best / threshold, math.inf).min()), True,
     )  # fmt: skip
 

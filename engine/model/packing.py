@@ -36,10 +36,10 @@ class Packed:
     cu_seqlens: Tensor  # int64 [N+1] over the T
 
 
-def groups(prompts: Prompts, rollouts: Rollouts, *, rows: list[list[int]] | None = None) -> list[Group]:
-    """One group per prompt, with all its responses or those at `rows` (per prompt, rows of the rollouts)."""
+def groups(prompts: Prompts, rollouts: Rollouts) -> list[Group]:
+    """One group per prompt, with all its responses."""
     n = rollouts.n
-    rows = rows if rows is not None else [list(range(p * n, (p + 1) * n)) for p in range(len(prompts))]
+    rows = [list(range(p * n, (p + 1) * n)) for p in range(len(prompts))]
     return [
         Group(prompts.token_ids[p], [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in chosen], chosen)
         for p, chosen in enumerate(rows)

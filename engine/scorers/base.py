@@ -98,11 +98,6 @@ class Scorers:
         return sorted({s.layer for s in self.all if isinstance(s, Head)})
 
 
-def utility_of_cost(cost: Tensor) -> Tensor:
-    """The utility that a cost stands for: larger is better."""
-    return -cost
-
-
 class Reading:
     """What a model says of texts, for all the scorers that share it: the last texts' is kept, so that each batch is read once.
 

@@ -1,4 +1,4 @@
-"""Scorers: rewards and costs of responses. This file is the only place where a sign changes: a cost becomes a utility by negation.
+"""Scorers: rewards and costs of responses. A cost becomes a utility by negation (`engine.records.utility_of_cost`), the only change of a sign.
 
 A scorer is a head on the trunk's hidden states (shipped ones, or made by `python -m engine.train head`), a Hugging Face
 sequence-classification model, or a Python function `(prompts, responses) -> floats`. One frozen forward of the trunk gives the scores
@@ -14,9 +14,9 @@ from engine.errors import UserError
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.policy.forward import frozen_forward
-from engine.records import Prompts, Rollouts, Scores
+from engine.records import Prompts, Rollouts, Scores, utility_of_cost
 from engine.rollout.states import States
-from engine.scorers.base import Head, Scorer, Scorers, TextScorer, utility_of_cost
+from engine.scorers.base import Head, Scorer, Scorers, TextScorer
 
 # What scorers of texts are tried on: answers as unlike as a scorer may meet.
 TRIAL = (
