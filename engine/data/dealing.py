@@ -2,6 +2,7 @@
 
 import hashlib
 
+from engine import keys
 from engine.errors import UserError
 from engine.records import Prompts
 
@@ -28,7 +29,7 @@ def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], l
     """
     if len(prompts) < 2:
         raise UserError(f"{len(prompts)} prompt(s) cannot be split into training and held-out ones; give at least 2, or --heldout.")
-    order = subset(prompts, len(prompts), seed, "split")
+    order = subset(prompts, len(prompts), seed, keys.SPLIT)
     n_heldout = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
     return order[n_heldout:], order[:n_heldout]
 
@@ -39,7 +40,7 @@ def deal(prompts: Prompts, seed: int, iteration: int, n_pairs: int, n_slack: int
     One seeded shuffle is dealt on from iteration to iteration: pairs repeat only when all prompts have been used, as a policy learns
     little from pairs that it knows by heart, and the slack is measured on the prompts that come next, as long as they last never seen.
     """
-    deck = subset(prompts, len(prompts), seed, "deck")
+    deck = subset(prompts, len(prompts), seed, keys.DECK)
     pool = min(n_pairs, len(deck) - n_slack)
     start = (iteration - 1) * pool % len(deck)
     turned = deck[start:] + deck[:start]
@@ -51,6 +52,6 @@ def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: in
     order: list[int] = []
     epoch = 0
     while len(order) < per_step * steps:
-        order += subset(prompts, len(prompts), seed, f"{purpose}/epoch-{epoch}")
+        order += subset(prompts, len(prompts), seed, keys.epoch(purpose, epoch))
         epoch += 1
     return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]
