@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import VARIANTS, VOCABULARY, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from engine.model.decoder import Decoder
 from engine.model.names import named_targets
 from engine.policy.lora import Adapter
 from engine.policy.peft import load_peft, save_peft
+from tests.helpers.architectures import VARIANTS, VOCABULARY, write_model
 
 
 def ragged(lengths, seed=0):
