@@ -43,7 +43,7 @@ def test_another_seed_gives_another_run(finished, tmp_path):
 
 
 def test_a_run_killed_in_every_stage_ends_bitwise_equal(tmp_path):
-    program = Path(__file__).with_name("helpers") / "killed_run.py"
+    program = Path(__file__).parents[1] / "helpers" / "killed_run.py"
     done = subprocess.run([sys.executable, str(program), str(tmp_path), "5"], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     killed = [line.split() for line in done.stdout.splitlines()]
