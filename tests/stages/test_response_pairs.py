@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import SMOKE, files, write
 from transformers import AutoTokenizer
 
 from engine import train
@@ -19,6 +18,7 @@ from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.folder import read_config
 from engine.run.rows import read_rows
+from tests.helpers.runs import SMOKE, files, write
 
 ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(8)]
 
