@@ -1,4 +1,5 @@
-"""The package's metadata, its guard against another package named kernels, and the README's own layout and blocks."""
+"""The package's metadata, its guard against another package named kernels, and the README and the pages in docs/: their
+blocks, links and layout."""
 
 import os
 import re
@@ -9,7 +10,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from readme_blocks import marked_blocks, suite_command
+from readme_blocks import MARK, marked_blocks, run_blocks, suite_command
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -92,6 +93,15 @@ def test_blocks_are_found_in_order():
     assert suite_command(text) == "a && b"
     with pytest.raises(ValueError, match="Tests"):
         suite_command("## Tests\n## Other\n```bash\na\n```\n")
+
+
+def test_blocks_of_a_page_share_a_folder_that_no_other_page_sees(capfd):
+    first = f"{MARK}\n```bash\necho one > left\n```\n\n{MARK}\n```python\nprint(open('left').read())\n```\n"
+    assert run_blocks(first, "first.md")
+    assert not run_blocks(f"{MARK}\n```bash\ncat left\n```\n{MARK}\n```bash\necho never\n```\n", "second.md")
+    out, err = capfd.readouterr()
+    assert "one\n" in out and "never" not in out
+    assert "second.md: the block above failed" in err
 
 
 @needs_readme
