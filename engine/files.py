@@ -58,3 +58,24 @@ def write_whole(path: Path, data: bytes, previous: Path | None = None) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end; after an error or Ctrl-C it is gone.
+
+    Raises: UserError where it cannot be made, or `out` has come into being meanwhile.
+    """
+    partial = out.with_name(f".{out.name}-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
+    try:
+        yield partial
+        try:
+            partial.rename(out)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

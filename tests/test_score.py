@@ -20,8 +20,7 @@ from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.scorers import classifiers, heads
-from engine.scorers import training as head
+from engine.scorers import classifiers, heads, training
 from engine.scorers.base import Head, Scorers, TextScorer
 from engine.scorers.find import find_scorer, load_scorers
 from engine.scorers.scoring import score, try_out
@@ -244,7 +243,7 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_p
     load = {
         "scorer": lambda: find_scorer(str(folder), tiny_folder).load("x", CPU),
         "policy": lambda: Inputs.of(smoke(CaidConfig(model=str(folder), threads=1))),
-        "head": lambda: head.train(head.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
+        "head": lambda: training.train(training.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
         "trunk": lambda: find_scorer(str(tmp_path / "head"), tiny_folder).load("x", CPU),
     }
     with pytest.raises(UserError, match=f"{name}: .*auto_map"):
