@@ -12,9 +12,11 @@ from scipy.optimize import minimize
 
 from engine.errors import UserError
 from engine.model.quickstart import tiny_model_folder
-from engine.scorers import head_data, head_figures, head_fit, training
+from engine.scorers import training
 from engine.scorers.base import Head
-from engine.scorers.head_data import Row, Text
+from engine.scorers.head_data import Row, Text, hold_out, read_head_rows, response_ids
+from engine.scorers.head_figures import auc, calibration_error
+from engine.scorers.head_fit import fit_head, newton
 from engine.scorers.training import HeadConfig
 
 HEADS = Path(str(files("engine"))) / "assets" / "heads"
@@ -85,7 +87,7 @@ def random_problem(seed: int = 0):
 def test_fit_is_the_minimum_that_scipy_finds():
     rows, pooled, at = random_problem()
     l2 = 0.05
-    weight, bias = head_fit.fit(rows, pooled, at, l2)
+    weight, bias = fit_head(rows, pooled, at, l2)
     x = pooled.double()
     std = x.std(0, correction=0)
 
@@ -107,7 +109,7 @@ def test_fit_is_the_minimum_that_scipy_finds():
 def test_pairs_alone_centre_the_score():
     rows, pooled, at = random_problem()
     pairs = [row for row in rows if row.other]
-    weight, bias = head_fit.fit(pairs, pooled, at, 0.1)
+    weight, bias = fit_head(pairs, pooled, at, 0.1)
     used = [at[t] for row in pairs for t in row.texts]
     assert abs(float((pooled[used].double() @ weight + bias).mean())) < 1e-9
 
@@ -115,7 +117,7 @@ def test_pairs_alone_centre_the_score():
 def test_newton_gradient_vanishes():
     generator = torch.Generator().manual_seed(3)
     signed, weight = torch.randn(50, 5, generator=generator, dtype=torch.float64), torch.rand(50, generator=generator, dtype=torch.float64)
-    w = head_fit.newton(signed, weight, 0.1).requires_grad_()
+    w = newton(signed, weight, 0.1).requires_grad_()
     ridge = torch.tensor([0.1] * 4 + [1e-7], dtype=torch.float64)
     (weight @ torch.nn.functional.softplus(-(signed @ w)) + 0.5 * (ridge * w * w).sum()).backward()
     assert w.grad.abs().max() < 1e-8
@@ -124,19 +126,19 @@ def test_newton_gradient_vanishes():
 def test_scaling_a_state_does_not_change_the_scores():
     rows, pooled, at = random_problem()
     scale = torch.tensor([10.0, 1.0, 0.01, 1.0, 1.0, 3.0])
-    first, second = head_fit.fit(rows, pooled, at, 0.1), head_fit.fit(rows, pooled * scale, at, 0.1)
+    first, second = fit_head(rows, pooled, at, 0.1), fit_head(rows, pooled * scale, at, 0.1)
     assert torch.allclose(pooled.double() @ first[0] + first[1], (pooled * scale).double() @ second[0] + second[1], atol=1e-4)
 
 
 def test_split_holds_out_whole_prompts(tmp_path):
     config = HeadConfig(data=(write(tmp_path / "l.jsonl", toy_labels(30)),))
-    rows = head_data.read_rows(config.data, config)
-    train, heldout = head_data.split(rows, 0)
+    rows = read_head_rows(config.data, config.loss)
+    train, heldout = hold_out(rows, 0)
     assert len({r.group for r in heldout}) == 6
     assert not {r.group for r in train} & {r.group for r in heldout}
     assert len(train) + len(heldout) == len(rows)
-    assert head_data.split(rows, 1)[1] != heldout
-    assert head_data.split(rows[::-1], 0)[1] == heldout[::-1]
+    assert hold_out(rows, 1)[1] != heldout
+    assert hold_out(rows[::-1], 0)[1] == heldout[::-1]
 
 
 def test_shared_texts_leave_the_training_rows(tiny, tmp_path, capsys):
@@ -218,14 +220,14 @@ class Words:
     [(3, True, [7, 7, 7, 2]), (3, False, [7, 7, 7]), (4, True, [7, 7, 7, 7]), (9, True, [7, 7, 7, 7])],
 )
 def test_stop_token_only_where_it_fits(words, finished, expected):
-    assert head_data.response_ids(Text("", "w " * words, finished), Words(), 4) == expected
+    assert response_ids(Text("", "w " * words, finished), Words(), 4) == expected
 
 
 def test_auc_and_calibration_closed_forms():
     label = torch.tensor([0, 0, 1, 1])
-    assert head_figures.auc(torch.tensor([0.0, 1.0, 1.0, 2.0]), label) == pytest.approx(3.5 / 4)
-    assert head_figures.calibration_error(torch.tensor([0.1, 0.1, 1.0, 1.0]), label) == pytest.approx(0.05)
-    assert head_figures.calibration_error(torch.tensor([0.5, 0.55, 0.52, 0.51]), label) == pytest.approx(0.02, abs=1e-6)
+    assert auc(torch.tensor([0.0, 1.0, 1.0, 2.0]), label) == pytest.approx(3.5 / 4)
+    assert calibration_error(torch.tensor([0.1, 0.1, 1.0, 1.0]), label) == pytest.approx(0.05)
+    assert calibration_error(torch.tensor([0.5, 0.55, 0.52, 0.51]), label) == pytest.approx(0.02, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["helpfulness", "harm", "harm-audit"])

@@ -6,30 +6,28 @@ from pathlib import Path
 
 from engine.scorers.head_config import HeadConfig
 
-
-def table(figures: dict[str, dict]) -> str:
-    """The figures as a Markdown table."""
-    columns = ["rows", "positives", "pair_accuracy", "auc", "accuracy", "calibration_error"]
-    columns = [c for c in columns if any(c in f for f in figures.values())]
-    lines = ["| held-out rows of | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---|" + "---|" * len(columns)]
-    for part, figure in figures.items():
-        cells = [f"{figure[c]:.3f}" if isinstance(figure.get(c), float) else str(figure.get(c, "")) for c in columns]
-        lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+EXPLANATION = (
+    "Pair accuracy counts pairs in the right order. AUC, accuracy (threshold 0) and expected calibration "
+    "error (10 bins, the logistic function of\nthe score against the label) are for labelled rows."
+)
 
 
-def card(config: HeadConfig, figures: dict, command: str) -> str:
-    """The model card in Markdown."""
+def model_card(config: HeadConfig, figures: dict, command: str) -> str:
+    """Write the model card in Markdown; figures: the content of metrics.json."""
     trunk = config.model or "SmolLM2-135M-Instruct (Apache-2.0), converted by engine.quickstart"
     sources = ", ".join(f"{source} ({n} rows)" for source, n in figures["rows_by_source"].items())
-    bullets = {
-        "Data": [*config.licence, f"Training rows after the split: {sources}.", f"{figures['removed_shared_rows']} rows were removed "
-                 "because their texts are also in the test rows."],
-        "Limits": [*config.limits, "The head is linear, small and made for English; it reads at most "
-                   f"{config.max_new_tokens} response tokens.", "It is a scorer for experiments. Do not use it to moderate content, and "
-                   "do not take its score for safety or truth."],
-    }  # fmt: skip
-    sections = {title: "\n".join(f"- {line}" for line in lines) for title, lines in bullets.items()}
+    data = [
+        *config.licence,
+        f"Training rows after the split: {sources}.",
+        f"{figures['removed_shared_rows']} rows were removed because their texts are also in the test rows.",
+    ]
+    limits = [
+        *config.limits,
+        "The head is linear, small and made for English; "
+        f"it reads at most {config.max_new_tokens} response tokens.",
+        "It is a scorer for experiments. Do not use it to moderate content, "
+        "and do not take its score for safety or truth.",
+    ]
     return f"""# {figures["name"]}
 
 {config.about or "A linear score of responses."}
@@ -42,28 +40,46 @@ The score is weight . (mean state of the response's tokens after {config.layer} 
 
 ## Data
 
-{sections["Data"]}
+{_bullets(data)}
 
 ## Held-out figures
 
-{table(figures["test"])}
+{figures_table(figures["test"])}
 
-Pair accuracy counts pairs in the right order. AUC, accuracy (threshold 0) and expected calibration error (10 bins, the logistic function of
-the score against the label) are for labelled rows.
+{EXPLANATION}
 
 ## Limits
 
-{sections["Limits"]}
+{_bullets(limits)}
 """
 
 
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def figures_table(figures: dict[str, dict]) -> str:
+    """Write the held-out figures of each part of the rows as a Markdown table."""
+    columns = ["rows", "positives", "pair_accuracy", "auc", "accuracy", "calibration_error"]
+    columns = [c for c in columns if any(c in figure for figure in figures.values())]
+    titles = [column.replace("_", " ") for column in columns]
+    lines = ["| held-out rows of | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
+    for part, figure in figures.items():
+        values = [figure.get(column, "") for column in columns]
+        cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def command_line(config: HeadConfig) -> str:
+    """Write the command that trains this head, without the card's texts and the folders of data files."""
     words = ["python", "-m", "engine.train", "head"]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value != field.default and field.name not in ("about", "licence", "limits"):
-            values = (
-                [Path(v).name for v in value] if field.name in ("data", "test") else value if isinstance(value, tuple) else [str(value)]
-            )
-            words += [f"--{field.name.replace('_', '-')}", *values]
+        if value == field.default or field.name in ("about", "licence", "limits"):
+            continue
+        values = value if isinstance(value, tuple) else [str(value)]
+        if field.name in ("data", "test"):
+            values = [Path(file).name for file in values]
+        words += [f"--{field.name.replace('_', '-')}", *values]
     return shlex.join(words)

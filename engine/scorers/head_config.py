@@ -1,4 +1,4 @@
-"""The flags of `python -m engine.train head`, and what may stand in them."""
+"""The flags of `python -m engine.train head`, and what may stand in them; free of torch."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ class HeadConfig:
     """Train a reward or cost head on labelled texts; it reads the states of one frozen model."""
 
     data: tuple[str, ...] = ()
-    """Training files (jsonl, csv or parquet) with rows {"prompt", "chosen", "rejected"} or {"prompt", "response", "label": 0 or 1};
-    optional: "source", "kind", "group", "weight", and "finished": false for an answer that was cut. An empty prompt stands for
-    "Answer the request."."""
+    """Training files (jsonl, csv or parquet) with rows {"prompt", "chosen", "rejected"} or {"prompt",
+    "response", "label": 0 or 1}; optional: "source", "kind", "group", "weight", and "finished": false for a
+    response that was cut. An empty prompt stands for "Answer the request."."""
     test: tuple[str, ...] = ()
     """Test files of the same form. Default: a seeded fifth of the training prompts is held out."""
     out: str = ""
@@ -22,9 +22,11 @@ class HeadConfig:
     name: str = ""
     """Name of the head in reports. Default: the last part of --out."""
     model: str = ""
-    """Local Hugging Face folder or hub id of the trunk. Default: SmolLM2-135M-Instruct, fetched once by pip."""
+    """Local Hugging Face folder or hub id of the trunk. Default: SmolLM2-135M-Instruct, fetched once by
+    pip."""
     layer: int = 15
-    """The head reads the states after this many layers; at most half the depth keeps it in the part that a run shares."""
+    """The head reads the states after this many layers; at most half the depth keeps it in the part that a
+    run shares."""
     loss: str = "auto"
     """auto (by row), pairs (Bradley-Terry; labels are refused) or labels (logistic; pairs are refused)."""
     l2: float = 0.3
@@ -44,6 +46,10 @@ class HeadConfig:
 
 
 def check(config: HeadConfig) -> None:
+    """Refuse settings that no head can be trained with.
+
+    Raises: UserError naming the flag, its value and what is accepted.
+    """
     if not config.data:
         raise UserError("--data is empty: name at least one jsonl file with pairs or labels.")
     if not config.out:
@@ -51,6 +57,6 @@ def check(config: HeadConfig) -> None:
     if config.loss not in ("auto", "pairs", "labels"):
         raise UserError(f"--loss {config.loss}: must be one of auto, pairs, labels.")
     if not config.l2 > 0 or not math.isfinite(config.l2):
-        raise UserError(f"--l2 {config.l2}: must be above 0.")
+        raise UserError(f"--l2 {config.l2}: must be above 0 and finite.")
     if config.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {config.max_new_tokens}: must be at least 1.")

@@ -1,4 +1,5 @@
-"""Fit a head to the mean states of labelled texts."""
+"""Fit a head: one convex problem in float64, solved by Newton's method, so that equal data give equal
+heads."""
 
 from collections import Counter
 
@@ -9,24 +10,27 @@ from torch import Tensor
 from engine.scorers.head_data import Row, Text
 
 
-def fit(rows: list[Row], pooled_ND: Tensor, at: dict[Text, int], l2: float) -> tuple[Tensor, float]:
-    """Weight float64 [D] and bias of the L2-regularised fit on standardised states; the scale is folded into the weight.
+def fit_head(rows: list[Row], pooled_ND: Tensor, index: dict[Text, int], l2: float) -> tuple[Tensor, float]:
+    """Fit weight (float64 [D]) and bias to the rows; `index` maps a text to its place among the N states.
 
-    Minimises  sum over sources of  mean softplus(-margin)  +  l2/2 |w|^2, where the margin is w . (z_chosen - z_rejected) for a pair
-    (Bradley-Terry) and +-(w . z + b) for a label. Without labels the bias makes the mean training score 0.
+    Minimises  sum over sources of  mean softplus(-margin)  +  l2/2 |w|^2  over w and b, with standardised
+    states z. The margin is w . (z_chosen - z_rejected) for a pair (Bradley-Terry) and +-(w . z + b) for a
+    label. The standardisation is then folded into weight and bias. Where there are no labels, the bias makes
+    the mean score of the training texts 0.
     """
-    used = torch.tensor(sorted({at[text] for row in rows for text in row.texts}))
+    used = torch.tensor(sorted({index[text] for row in rows for text in row.texts}))
     mean_D, std_D = pooled_ND[used].double().mean(0), pooled_ND[used].double().std(0, correction=0)
-    std_D = torch.where(std_D > 1e-8 * std_D.max(), std_D, torch.inf)  # a constant state says nothing
+    # A state that never varies gets weight 0.
+    std_D = torch.where(std_D > 1e-8 * std_D.max(), std_D, torch.inf)
     z_ND = (pooled_ND.double() - mean_D) / std_D
     total = Counter()
     for row in rows:
         total[row.source] += row.weight
     signed, weights = [], []
     for row in rows:
-        z = torch.cat((z_ND[at[row.text]], z_ND.new_ones(1)))
+        z = torch.cat((z_ND[index[row.text]], z_ND.new_ones(1)))
         if row.other is not None:
-            z = torch.cat((z_ND[at[row.text]] - z_ND[at[row.other]], z_ND.new_zeros(1)))
+            z = torch.cat((z_ND[index[row.text]] - z_ND[index[row.other]], z_ND.new_zeros(1)))
         signed.append(z if row.label else -z)
         weights.append(row.weight / total[row.source])
     solution = newton(torch.stack(signed), torch.tensor(weights, dtype=torch.float64), l2)
@@ -36,7 +40,10 @@ def fit(rows: list[Row], pooled_ND: Tensor, at: dict[Text, int], l2: float) -> t
 
 
 def newton(signed_NE: Tensor, weight_N: Tensor, l2: float, steps: int = 100) -> Tensor:
-    """argmin over w [E] of  sum weight softplus(-signed @ w) + l2/2 |w|^2, all float64; the last entry (the bias) is almost free."""
+    """Minimise  sum weight softplus(-signed @ w) + l2/2 |w|^2  over w [E], all float64.
+
+    The last entry of w is the bias, which is almost free of the penalty.
+    """
     ridge_E = torch.full((signed_NE.shape[1],), l2, dtype=torch.float64)
     ridge_E[-1] = 1e-6 * l2  # keeps the Hessian regular where no row has a bias
     w_E = torch.zeros_like(ridge_E)

@@ -1,9 +1,9 @@
 """Train a score head: `python -m engine.train head --data FILE.jsonl --name harm --layer 15 --out FOLDER`.
 
-A head is a linear score of the frozen trunk's mean state over a response (`engine.scorers.scoring.Head`).
-Pairs are fitted by Bradley-Terry on state differences, labels by logistic regression; both are one convex
-problem, solved by Newton's method in float64, so that equal data give equal heads. States are read by the
-same forward that scores responses in a run.
+A head is a linear score of the frozen trunk's mean state over a response (`engine.scorers.base.Head`). Pairs
+are fitted by Bradley-Terry on state differences, labels by logistic regression; both are one convex problem,
+solved by Newton's method in float64, so that equal data give equal heads. States are read by the same forward
+that scores responses in a run.
 """
 
 import json
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.data.prompts import check_known
+from engine.data.prompts import TextLimits
 from engine.errors import UserError
+from engine.files import write_whole
 from engine.model import quickstart
 from engine.model.decoder import Decoder
 from engine.model.folder import fingerprint, load, resolve
@@ -23,62 +24,82 @@ from engine.model.packing import Group
 from engine.model.tokenizer import load_tokenizer
 from engine.policy.forward import frozen_forward
 from engine.scorers.base import Head
-from engine.scorers.head_card import card, command_line, table
+from engine.scorers.head_card import command_line, figures_table, model_card
 from engine.scorers.head_config import HeadConfig, check
-from engine.scorers.head_data import check_classes, encode, read_rows, split, unique_texts, without_shared
-from engine.scorers.head_figures import evaluate
-from engine.scorers.head_fit import fit
+from engine.scorers.head_data import (
+    check_classes,
+    encode,
+    hold_out,
+    read_head_rows,
+    unique_texts,
+    without_shared_texts,
+)
+from engine.scorers.head_figures import heldout_figures
+from engine.scorers.head_fit import fit_head
+
+__all__ = ["HeadConfig", "train"]
 
 
 def train(config: HeadConfig, *, command: str = "") -> Head:
-    """Fit a head, print its held-out figures and write it with its model card. `command` replaces the card's command line.
+    """Fit a head, print its held-out figures and write it with its model card.
 
+    command: the command line that the card shows; the default is made from `config`.
     Raises: UserError for a setting or a row that cannot be used.
     """
     check(config)
-    name = config.name or Path(config.out).name
-    rows, test = read_rows(config.data, config), read_rows(config.test, config)
-    if test:
-        rows, shared = without_shared(rows, test)
-    else:
-        rows, test = split(rows, config.seed)
-        rows, shared = without_shared(rows, test)
-    if shared:
-        print(f"{shared} training rows removed: their texts are also in the test rows")
+    rows, test = read_head_rows(config.data, config.loss), read_head_rows(config.test, config.loss)
+    if not test:
+        rows, test = hold_out(rows, config.seed)
+    n_rows = len(rows)
+    rows = without_shared_texts(rows, test)
+    removed = n_rows - len(rows)
+    if removed:
+        print(f"{removed} training rows removed: their texts are also in the test rows")
     check_classes(rows)
 
     folder = resolve(config.model) if config.model else quickstart.model_folder()
     model, tokenizer = load(folder), load_tokenizer(folder)
     if not 0 <= config.layer <= model.config.num_layers:
-        raise UserError(f"--layer {config.layer}: the model has {model.config.num_layers} layers.")
+        layers = model.config.num_layers
+        raise UserError(f"--layer {config.layer}: the model has {layers} layers; give at most that many.")
+    limits = TextLimits(
+        system=config.system,
+        max_positions=model.config.max_positions,
+        max_new_tokens=config.max_new_tokens,
+        vocab_size=model.config.vocab_size,
+    )
     texts = unique_texts([*rows, *test])
     start = time.perf_counter()
-    encoded = encode(texts, tokenizer, config, model.config.max_positions)
-    for group in encoded:
-        for ids, i in ((group.prompt, group.rows[0]), *zip(group.responses, group.rows, strict=True)):
-            check_known(ids, model.config.vocab_size, f"--data: the text {texts[i].response[:60]!r} or its prompt")
-    pooled_ND = states(model, encoded, [config.layer])[config.layer]
+    pooled_ND = pooled_states(model, encode(texts, tokenizer, limits), config.layer)
     print(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
 
-    at = {text: i for i, text in enumerate(texts)}
-    weight_D, bias = fit(rows, pooled_ND, at, config.l2)
+    index = {text: i for i, text in enumerate(texts)}
+    weight_D, bias = fit_head(rows, pooled_ND, index, config.l2)
+    name = config.name or Path(config.out).name
     head = Head(name=name, layer=config.layer, weight_D=weight_D, bias=bias, trunk=fingerprint(folder))
     figures = {
-        "name": name, "layer": config.layer, "l2": config.l2, "trunk": head.trunk, "train_rows": len(rows), "test_rows": len(test),
-        "removed_shared_rows": shared, "rows_by_source": dict(sorted(Counter(r.source for r in rows).items())),
-        "test": evaluate(test, head(pooled_ND), at),
-    }  # fmt: skip
-    print(table(figures["test"]))
+        "name": name,
+        "layer": config.layer,
+        "l2": config.l2,
+        "trunk": head.trunk,
+        "train_rows": len(rows),
+        "test_rows": len(test),
+        "removed_shared_rows": removed,
+        "rows_by_source": dict(sorted(Counter(row.source for row in rows).items())),
+        "test": heldout_figures(test, head(pooled_ND), index),
+    }
+    print(figures_table(figures["test"]))
     out = Path(config.out)
     head.save(out)
-    (out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (out / "README.md").write_text(card(config, figures, command or command_line(config)))
+    write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
+    write_whole(out / "README.md", model_card(config, figures, command or command_line(config)).encode())
     print(f"written: {out / 'head.safetensors'}, metrics.json, README.md")
     return head
 
 
-def states(model: Decoder, groups: list[Group], layers: list[int]) -> dict[int, Tensor]:
-    """layer -> mean states float32 [N, D] in the order of the groups' `rows` indices."""
-    pooled, _ = frozen_forward(model, groups, sorted(layers), temperature=None)
+def pooled_states(model: Decoder, groups: list[Group], layer: int) -> Tensor:
+    """Compute the mean state of each response after `layer` layers: float32 [N, D], in the order of
+    `rows`."""
+    pooled, _ = frozen_forward(model, groups, [layer], temperature=None)
     order = torch.tensor([row for group in groups for row in group.rows])
-    return {layer: value[order.argsort()] for layer, value in pooled.items()}
+    return pooled[layer][order.argsort()]

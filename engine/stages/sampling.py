@@ -20,7 +20,7 @@ from engine.run import rows
 from engine.run.plan import kept_states_bytes
 from engine.run.run import Stage
 from engine.run.store import RecordT, load
-from engine.scorers.scoring import score
+from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.job import Job, Subject
 from kernels.sampling import combine
 
@@ -96,10 +96,14 @@ def sample(
 
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
     with stage.progress(total, "tokens", "scoring") as scored:
-        scores = score(
-            job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_bytes, reference=not own, states=states, on_tokens=on_tokens,
-        )  # fmt: skip
+        forward = ReferenceForward(
+            temperature=config.temperature,
+            memory_budget_bytes=config.memory_budget_bytes,
+            logprob=not own,
+            states=states,
+        )
+        responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts)
+        scores = score(job.model, job.scorers, responses, forward, on_tokens=on_tokens)
     tokens = int(rollouts.length.sum())
     stage.timing(
         tokens=tokens, sampling_s=sampled - start, scoring_s=time.monotonic() - sampled, tokens_per_s=tokens / (sampled - start),

@@ -20,7 +20,7 @@ from engine.policy.update import Policy, Samples, ascend
 from engine.policy.weights import Weights, copy_of
 from engine.records import Prompts, Scores, Target, unsafe_counted
 from engine.run.run import Stage
-from engine.scorers.scoring import score
+from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.inputs import DEFAULT_MODEL
 from engine.stages.job import Job, deal_prompts, heldout_prompts
 from engine.stages.protocol import Result, Slack
@@ -138,9 +138,12 @@ class World:
         def compute(stage: Stage) -> Sampled:
             with stage.progress(sum(g.tokens for g in packing.groups(own.prompts, own.rollouts)), "tokens", "scoring") as scored:
                 scores = score(
-                    job.model, own.prompts, own.rollouts, own.texts, job.scorers, temperature=job.config.temperature,
-                    memory_budget_bytes=job.config.memory_budget_bytes, on_tokens=scored.advance,
-                )  # fmt: skip
+                    job.model,
+                    job.scorers,
+                    Responses(prompts=own.prompts, rollouts=own.rollouts, texts=own.texts),
+                    ReferenceForward(temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes),
+                    on_tokens=scored.advance,
+                )
             stage.row("pairs", prompts=len(own.prompts))
             return Sampled(rollouts=own.rollouts, texts=own.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
 
