@@ -8,11 +8,7 @@ RUN/judged.jsonl keeps which prompts have judged the run, so that a second look 
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -24,7 +20,7 @@ from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name,
 from engine.config.flags import parse_flags
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
-from engine.files import write_json
+from engine.files import whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.iterates import is_saved, load_weights
@@ -306,25 +302,6 @@ def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sa
     return logprob.view(len(prompts), -1)
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end; after an error or Ctrl-C it is gone.
-
-    Raises: UserError where it cannot be made, or `out` has come into being meanwhile.
-    """
-    partial = out.with_name(f".{out.name}-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
-    try:
-        yield partial
-        try:
-            partial.rename(out)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:

@@ -5,7 +5,6 @@ metrics.jsonl is bitwise equal between equal runs; every time and speed is in ti
 is read as None.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.files import read_json_lines
 from engine.run.folder import RunFolder
 
 Numbers = Sequence[float] | Tensor  # one for each constraint; a list where the row was read
@@ -230,7 +230,7 @@ def read_timing(folder: str | Path, cls: type[RowT]) -> list[RowT]:
 
 def raw_rows(folder: str | Path) -> list[dict]:
     """All metrics rows as they are written, in order. Raises: UserError when there are none to read."""
-    return list(_json_lines(RunFolder(Path(folder)).metrics))
+    return list(_lines(RunFolder(Path(folder)).metrics))
 
 
 def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
@@ -247,7 +247,7 @@ def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
 
 def _typed(path: Path, cls: type[RowT]) -> list[RowT]:
     names = [f.name for f in fields(cls)]
-    rows = [row for row in _json_lines(path) if row["kind"] == cls.KIND]
+    rows = [row for row in _lines(path) if row["kind"] == cls.KIND]
     for row in rows:
         if missing := [name for name in names if name not in row]:
             raise UserError(
@@ -257,16 +257,9 @@ def _typed(path: Path, cls: type[RowT]) -> list[RowT]:
     return [cls(**{name: row[name] for name in names}) for row in rows]
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
+def _lines(path: Path) -> Iterator[dict]:
     if not path.exists():
         raise UserError(f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made.")
-    # A running or killed process may leave a last line without its end.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        if line:
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                # A killed process cuts a line of the timing, and a resumed one goes on below it.
-                if path.name == RunFolder(path.parent).timing.name:
-                    continue
-                raise UserError(f"{path} line {number} is no JSON: resume the run to have the file repaired.") from error
+    # A killed process cuts a line of the timing, and a resumed one goes on below it.
+    timing = RunFolder(path.parent).timing
+    return read_json_lines(path, cure="resume the run to have the file repaired", skip_damaged=path == timing)

@@ -26,7 +26,7 @@ from engine.config import (
     shown_name,
 )
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, prompt_key
+from engine.data.prompts import TextLimits, assert_disjoint, prompt_key
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
@@ -102,11 +102,17 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
+    text_limits = TextLimits(
+        system=config.system,
+        max_positions=inputs.shape.max_positions,
+        max_new_tokens=config.max_new_tokens,
+        vocab_size=inputs.shape.vocab_size,
+    )
     own_pairs = preferences = None
     if source := pairs_file(config):
-        own_pairs = read_response_pairs(source, [], config, inputs.tokenizer, inputs.shape)
+        own_pairs = read_response_pairs(source, [], inputs.tokenizer, text_limits)
     if by_preference(config) and config.preferences:
-        preferences = read_response_pairs(config.preferences, ["reward", *names], config, inputs.tokenizer, inputs.shape)
+        preferences = read_response_pairs(config.preferences, ["reward", *names], inputs.tokenizer, text_limits)
     for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
         if own is not None:
             assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")

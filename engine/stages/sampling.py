@@ -20,7 +20,7 @@ from engine.run.plan import kept_states_bytes
 from engine.run.rows import SampledRow, SpeedRow, read_rows
 from engine.run.run import Stage
 from engine.run.store import RecordT, load
-from engine.scorers.scoring import score
+from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.job import Job, Subject
 from kernels.sampling import combine
 
@@ -86,10 +86,14 @@ def sample(
 
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
     with stage.progress(total, "tokens", "scoring") as scored:
-        scores = score(
-            job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_bytes, reference=not own, states=states, on_tokens=on_tokens,
-        )  # fmt: skip
+        forward = ReferenceForward(
+            temperature=config.temperature,
+            memory_budget_bytes=config.memory_budget_bytes,
+            logprob=not own,
+            states=states,
+        )
+        responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts)
+        scores = score(job.model, job.scorers, responses, forward, on_tokens=on_tokens)
     tokens = int(rollouts.length.sum())
     stage.log_speed(
         SpeedRow(

@@ -18,7 +18,7 @@ from engine.policy.weights import Weights, copy_of
 from engine.records import Rule, Sampled, Target
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
-from engine.scorers.scoring import score
+from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.inputs import DEFAULT_MODEL
 from engine.stages.job import Job, deal_prompts
 from engine.stages.reference import Reference
@@ -33,9 +33,14 @@ def score_pairs(job: Job) -> Sampled:
     def compute(stage: Stage) -> Sampled:
         with stage.progress(sum(g.tokens for g in packing.groups(pairs.prompts, pairs.rollouts)), "tokens", "scoring") as scored:
             scores = score(
-                job.model, pairs.prompts, pairs.rollouts, pairs.texts, job.scorers, temperature=job.config.temperature,
-                memory_budget_bytes=job.config.memory_budget_bytes, on_tokens=scored.advance,
-            )  # fmt: skip
+                job.model,
+                job.scorers,
+                Responses(prompts=pairs.prompts, rollouts=pairs.rollouts, texts=pairs.texts),
+                ReferenceForward(
+                    temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes
+                ),
+                on_tokens=scored.advance,
+            )
         stage.log(PairsRow(prompts=len(pairs.prompts)))
         return Sampled(rollouts=pairs.rollouts, texts=pairs.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
 
