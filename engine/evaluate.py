@@ -36,8 +36,8 @@ from engine.scorers.base import Scorers
 from engine.scorers.find import load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages import preference
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, read_prompts
-from engine.stages.job import Subject, heldout_prompts, reference_prompts
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
+from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
 from engine.stages.sampling import gap_text, respond, sample
 from engine.stages.verdict import Bar, judge, write_heldout
@@ -114,23 +114,24 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     )  # fmt: skip
     if config.eval_responses < 2:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
-    inputs = Inputs.of(config)
+    prepare_process(config.threads)
+    inputs = read_inputs(config)
     Run.check_model(run, inputs.fingerprint)
-    pool = read_prompts(flags.prompts, config, inputs.tokenizer, inputs.shape) if flags.prompts else inputs.heldout
+    pool = read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column) if flags.prompts else inputs.heldout
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
-    prompts = heldout_prompts(replace(config, eval_prompts=n), pool)
+    prompts = heldout_prompts(pool, n, config.seed)
     common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
     if common:
         shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    own = heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
-    selection = own if flags.best_feasible else None
+    judged_on = heldout_prompts(inputs.heldout, min(config.eval_prompts, len(inputs.heldout)), config.seed)
+    selection = judged_on if flags.best_feasible else None
     if selection:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
-    lookalikes = read_prompts(lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
+    lookalikes = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits)
     asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
@@ -146,9 +147,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     return Question(
         run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection, by_preference=by_preference,
         units=units, limits=limits, aimed=aimed, inputs=inputs,
-        trained_on=reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
+        trained_on=training_prompts(inputs.train, config.n_prompts, config.seed), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
         lookalikes=lookalikes, safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=_judged_before(run, prompts, own), fewer_rows=fewer,
+        judged_before=_judged_before(run, prompts, judged_on), fewer_rows=fewer,
     )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
     with whole_folder(out) as folder, display:
-        subject = Subject.load(replace(config, seed=flags.seed), q.inputs, q.scorers)
+        subject = Subject.load(replace(SamplingSettings.of(config), seed=flags.seed), q.inputs, q.scorers)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
         adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
@@ -276,7 +277,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
     """Returns what the run scored by. units: of its scorers."""
     if q.by_preference:
-        return preference.restored(RunFolder(q.run), subject, units)
+        return preference.restored(RunFolder(q.run), q.config, subject, units)
     return ByScorers(units=units, audit_names=[s.name for s in q.scorers.audits])
 
 
@@ -296,8 +297,8 @@ def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sa
     groups = packing.groups(prompts, sampled.rollouts)
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
-            subject.model, groups, [], temperature=subject.config.temperature,
-            memory_budget_bytes=subject.config.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
+            subject.model, groups, [], temperature=subject.settings.temperature,
+            memory_budget_bytes=subject.settings.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
         )  # fmt: skip
     return logprob.view(len(prompts), -1)
 

@@ -17,7 +17,7 @@ from engine.records import Prompts, Sampled, Scored, Scores, Units, unsafe_count
 from engine.run.rows import ReferenceRow, read_rows
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
-from engine.stages.job import Job, heldout_prompts, reference_prompts
+from engine.stages.job import Job
 from engine.stages.sampling import gap_of, log_gap, sample, samples_of
 
 
@@ -98,8 +98,7 @@ class Reference:
 def sample_reference(job: Job) -> Reference:
     """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
     config = job.config
-    prompts = reference_prompts(config, job.train)
-
+    prompts = job.train
     shared = samples_of(job, "reference", ReferenceSamples)
 
     def compute(stage: Stage) -> ReferenceSamples:
@@ -173,7 +172,7 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units:
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
     aimed = constraints.aims(
-        limits, scores, prompts, units, margin=config.margin, heldout=heldout_prompts(config, job.heldout),
+        limits, scores, prompts, units, margin=config.margin, heldout=job.heldout,
         n_responses=config.eval_responses,
     )  # fmt: skip
     return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
