@@ -63,7 +63,7 @@ class Phase:
         self._display.line(f"{self.name}: {gap_text(row)}")
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """A progress bar; `unit` is a plural such as "tokens"."""
+        """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._display.progress(total, unit, what)
 
     def log_speed(self, row: SpeedRow) -> None:
@@ -229,12 +229,12 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
 
 
 def _hash(prompts: Prompts) -> str:
-    """Of a set of prompts, whatever their order."""
+    """Hashes a set of prompts, independent of their order."""
     return hashlib.sha256(json.dumps(sorted(prompts.text)).encode()).hexdigest()
 
 
 def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
-    """How many final verdicts these prompts have given on the run. own: those of the run's own verdict."""
+    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own verdict."""
     paths = RunFolder(run)
     known = [_hash(own)] if paths.evaluation.is_file() else []
     if paths.judged.is_file():
@@ -286,7 +286,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
 
 
 def best_feasible(rows: list[dict]) -> int:
-    """The iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
+    """Chooses the iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
     feasible = [row for row in rows if min(row["room"]) >= 0]
     best = max(feasible, key=lambda row: row["reward"]) if feasible else max(rows, key=lambda row: min(row["room"]))
     return best["iterate"]
@@ -306,8 +306,9 @@ def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sa
 
 
 def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
-    """The iterate to judge (0: the last one), or every one, with the multipliers it was trained at. Those past --max-kl were put aside by
-    the run.
+    """Finds the iterate to judge (0: the last one), or every one, with the multipliers it was trained at.
+
+    Iterates past --max-kl were put aside by the run and are not among them.
 
     Raises: UserError when there is none, or not the wanted one.
     """
@@ -322,7 +323,7 @@ def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
 
 
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
-    """What is judged, and how the responses are drawn."""
+    """Says what is judged, and how the responses are drawn."""
     config, inputs = q.config, q.inputs
     lam = ", ".join(f"{x:.3f}" for x in list(q.iterates.values())[-1])
     which = f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
@@ -342,7 +343,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
 
 
 def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
-    """The run's units, and those of audits that the run did not know, measured on the reference's responses."""
+    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's units."""
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name
@@ -355,7 +356,7 @@ def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         run = ""

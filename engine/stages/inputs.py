@@ -83,7 +83,7 @@ def prepare_process(threads: int) -> None:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a folder or hub id."""
+    """Finds the folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a folder or hub id."""
     if name == "smoke":
         return smoke_folder()
     return resolve(name) if name else quickstart.model_folder()

@@ -55,7 +55,7 @@ class SamplingSettings:
 
     @staticmethod
     def of(config: RunConfig) -> "SamplingSettings":
-        """Those of a run."""
+        """Returns those of a run."""
         return SamplingSettings(
             seed=config.seed,
             temperature=config.temperature,
@@ -119,11 +119,11 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     inputs = read_inputs(config)
     train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
     config, lowered = fit(config, len(train), len(heldout))
-    # Again: so few prompts may be there that no verdict is possible.
+    # Check again: `fit` may have lowered the numbers of prompts below what a verdict needs.
     check(config)
     check_samples_of(config, fingerprint)
     used = training_prompts(train, config.n_prompts, config.seed), heldout_prompts(heldout, config.eval_prompts, config.seed)
-    # Rows that were asked for stay; a run that goes on has no flags.
+    # Lower rollout_rows only where the user left the default; a resumed run has no flags, so there it may always be lowered.
     plan = Plan.of(
         config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used),
         fewer_rows=resume is not None or config.rollout_rows == RunConfig.rollout_rows,
@@ -189,7 +189,7 @@ def new_adapter(subject: Subject, config: RunConfig) -> Adapter:
 
 
 def stages_of(config: RunConfig) -> int:
-    """The number of stages of a run."""
+    """Counts the stages of a run."""
     solves = isinstance(config, CaidConfig | MocanConfig)
     aligned = 2 + len(config.cost) if by_preference(config) else 0
     slacks = config.iterations + isinstance(config, OpdConfig) if isinstance(config, IterativeConfig) else 0
@@ -197,12 +197,12 @@ def stages_of(config: RunConfig) -> int:
 
 
 def training_prompts(train: Prompts, n: int, seed: int) -> Prompts:
-    """The n training prompts of a run, a seeded subset."""
+    """Chooses the n training prompts of a run, a seeded subset."""
     return train.select(subset(train, n, seed, keys.TRAINING_PROMPTS))
 
 
 def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
-    """The n prompts of a verdict, a seeded subset."""
+    """Chooses the n prompts of a verdict, a seeded subset."""
     return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS))
 
 
@@ -224,7 +224,7 @@ def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[l
 
 
 def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[str, Prompts]:
-    """The sets of prompts on which constraints will be measured, by what they are called."""
+    """Lists the sets of prompts on which constraints will be measured, by what they are called."""
     sets = {"training prompts": reference, "held-out prompts": heldout}
     if isinstance(config, IterativeConfig):
         for t in range(1, policy_updates(config) + 1):
@@ -233,12 +233,12 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
 
 
 def _by_tokens(prompts: Prompts) -> Prompts:
-    """With keys that are equal where the tokens are: those of a file of pairs are its rows' numbers."""
+    """Returns the prompts with keys that are equal where the tokens are; the keys of a file of pairs are its rows' numbers."""
     return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 
 def _versions() -> dict[str, str]:
-    """What the numbers of a run depend on: commit, packages, threads."""
+    """Lists what the numbers of a run depend on: commit, packages, threads."""
     root = Path(__file__).resolve().parents[2]
     commit = ""
     if (root / ".git").exists():

@@ -150,12 +150,12 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
 
 
 def _from_scorers(reference: Reference) -> tuple[Samples, Tensor]:
-    """Reference samples, and the scores [P, G, 1 + J] from which labels are drawn."""
+    """Returns the reference's samples, and the scores [P, G, 1 + J] from which labels are drawn."""
     return reference.samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
 
 
 def _from_file(job: Job) -> tuple[Samples, Tensor]:
-    """The file's responses with their log-probs under the reference, and what gives their labels."""
+    """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of their labels."""
     config, file = job.config, job.preferences
     logprob_N = frozen_forward(
         job.model, packing.groups(file.prompts, file.rollouts), [], temperature=config.temperature,
@@ -173,7 +173,7 @@ def _from_file(job: Job) -> tuple[Samples, Tensor]:
 
 
 def _agreement(ratios: Scores, scores: Scores) -> list[float]:
-    """Pooled within-prompt correlation of each log-ratio with the scorer of its kind."""
+    """Correlates each log-ratio with the scorer of its kind, within prompts."""
     pairs = [(ratios.reward_PG, scores.reward_PG)]
     pairs += [(ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])]
     return [within_correlation(a, b) for a, b in pairs]

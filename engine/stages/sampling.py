@@ -31,7 +31,7 @@ GAP_PROMPTS = 4
 def respond(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, states: States | None = None
 ) -> tuple[Rollouts, list[str]]:
-    """n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
+    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
 
     stage: of a run, or anything else with `progress` and `check_stop`.
     """
@@ -67,7 +67,7 @@ def respond(
 def sample(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
-    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
+    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
     gets the `log_gap` of these samples.
 
     The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
@@ -151,7 +151,7 @@ def gap_of(run: Path, stage: str) -> str:
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
-    """The record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
+    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
     if not job.config.samples_of:
         return None
     folder = RunFolder(Path(job.config.samples_of))
