@@ -17,7 +17,10 @@ ALGORITHMS = {  # name: (config class in engine.config, help)
     "caid": ("CaidConfig", "alternate policy updates with dual descent (the default)"),
     "mocan": ("MocanConfig", "solve the dual once, then align once"),
     "pecan": ("PecanConfig", "one-shot on log-ratios of policies aligned to preferences"),
-    "primal_dual": ("PrimalDualConfig", "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)"),
+    "primal_dual": (
+        "PrimalDualConfig",
+        "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)",
+    ),
     "repo": ("RepoConfig", f"baseline, {SHOWN['repo']}: one constraint per prompt"),
     "opd": ("OpdConfig", f"baseline, {SHOWN['opd']}: optimistic primal-dual steps"),
     "cdpo": ("CdpoConfig", f"baseline, {SHOWN['cdpo']}: DPO anew at each multiplier"),
@@ -82,7 +85,9 @@ def parse(algorithm: str, flags: list[str]):
         if preset != "smoke" or not issubclass(config_class, RunConfig):
             raise UserError(f"--preset {preset}: the only preset is smoke, and head has none.")
         default = smoke(default)
-    usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{text}" for name, (_, text) in ALGORITHMS.items()))
+    usage = USAGE.format(
+        algorithms="\n".join(f"  {name:<12}{text}" for name, (_, text) in ALGORITHMS.items())
+    )
     return parse_flags(
         config_class, flags, prog=f"python -m engine.train {algorithm}", usage=usage, first="algorithm", default=default,
         others=("--preset", "--resume"),
@@ -94,7 +99,9 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
     if not argv or argv[0].startswith("-"):
         return "caid", argv
     if argv[0] not in ALGORITHMS:
-        raise UserError(f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from {', '.join(ALGORITHMS)}.")
+        raise UserError(
+            f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from {', '.join(ALGORITHMS)}."
+        )
     return argv[0], argv[1:]
 
 
@@ -102,18 +109,24 @@ def module_of(algorithm: str) -> str:
     """The module with an algorithm's `train`."""
     if algorithm == "head":
         return "engine.scorers.training"
-    return f"engine.{algorithm}" if algorithm in ("caid", "mocan", "pecan") else f"engine.baselines.{algorithm}"
+    return (
+        f"engine.{algorithm}" if algorithm in ("caid", "mocan", "pecan") else f"engine.baselines.{algorithm}"
+    )
 
 
 def _config_class(algorithm: str) -> type:
     # Lazy: engine.scorers.training needs torch.
-    return getattr(import_module("engine.scorers.training") if algorithm == "head" else configs, ALGORITHMS[algorithm][0])
+    return getattr(
+        import_module("engine.scorers.training") if algorithm == "head" else configs, ALGORITHMS[algorithm][0]
+    )
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:
     """(algorithm, config) as saved in the run folder."""
     if flags:
-        raise UserError(f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own settings.")
+        raise UserError(
+            f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own settings."
+        )
     # Lazy: the checkpoint needs torch.
     from engine.run.run import Run
 
@@ -121,11 +134,15 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
     if algorithm not in ALGORITHMS or algorithm == "head":
         raise UserError(f"--resume {folder}: a run of {algorithm!r} cannot be resumed; start it again.")
     if named not in (None, algorithm):
-        raise UserError(f"--resume {folder}: that is a run of {algorithm}, not of {named}; leave {named} out.")
+        raise UserError(
+            f"--resume {folder}: that is a run of {algorithm}, not of {named}; leave {named} out."
+        )
     config_class = _config_class(algorithm)
     known = {field.name for field in fields(config_class)}
     if unknown := sorted(set(values) - known):
-        raise UserError(f"--resume {folder}: its config has the unknown field {unknown[0]!r}; resume with the version that started it.")
+        raise UserError(
+            f"--resume {folder}: its config has the unknown field {unknown[0]!r}; resume with the version that started it."
+        )
     return algorithm, config_class(**values)
 
 

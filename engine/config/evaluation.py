@@ -46,7 +46,9 @@ def check_evaluate(config: EvaluateConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0.")
     for name in ("n_prompts", "n_responses"):
         if getattr(config, name) == 1:
-            raise UserError(f"--{name.replace('_', '-')} 1: must be at least 2, as one has no spread; 0 takes the default.")
+            raise UserError(
+                f"--{name.replace('_', '-')} 1: must be at least 2, as one has no spread; 0 takes the default."
+            )
     if not 0.5 < config.confidence < 1:
         raise UserError(f"--confidence {config.confidence}: must lie above 0.5 and below 1; 0.95 is usual.")
     if config.best_feasible and (config.iterate or not config.prompts):

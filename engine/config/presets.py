@@ -20,8 +20,16 @@ def smoke(config: RunConfig) -> RunConfig:
     """The whole loop on a tiny random model in under 30 seconds: `python -m engine.train --preset smoke`. Fields that the
     user set to something else than the default stay as they are."""
     default = type(config)()
-    iterative = {"iterations": 3, "slack_prompts": 6, "slack_responses": 2} if isinstance(config, IterativeConfig) else {}
-    others = {name: value for name, value in {"ascent_prompts": 4, "preference_steps": 3}.items() if hasattr(config, name)}
+    iterative = (
+        {"iterations": 3, "slack_prompts": 6, "slack_responses": 2}
+        if isinstance(config, IterativeConfig)
+        else {}
+    )
+    others = {
+        name: value
+        for name, value in {"ascent_prompts": 4, "preference_steps": 3}.items()
+        if hasattr(config, name)
+    }
     small = dict(SMOKE, model="smoke", **iterative, **others)
     kept = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
     return replace(config, **{name: value for name, value in small.items() if name not in kept})
@@ -37,4 +45,6 @@ def fit(config: RunConfig, n_train: int, n_heldout: int) -> tuple[RunConfig, str
         n -= min(config.slack_prompts, caps.get("slack_prompts", n))
     caps["prompts_per_step"] = max(1, n)
     lowered = {name: cap for name, cap in caps.items() if cap < getattr(config, name)}
-    return replace(config, **lowered), ", ".join(f"--{name.replace('_', '-')} is {cap}" for name, cap in lowered.items())
+    return replace(config, **lowered), ", ".join(
+        f"--{name.replace('_', '-')} is {cap}" for name, cap in lowered.items()
+    )

@@ -52,7 +52,11 @@ def read_run(plan: Plan, error: str = "") -> Outcome:
 def kept_lam(folder: Path) -> list[float] | None:
     """The multipliers that the judged policy of a run was trained at; None where --max-kl rejected the first one, so that the verdict is
     on the reference."""
-    kept = [row for row in read_rows(folder, "policy") if not (folder / "adapters" / f"rejected-{row['iteration']}").is_dir()]
+    kept = [
+        row
+        for row in read_rows(folder, "policy")
+        if not (folder / "adapters" / f"rejected-{row['iteration']}").is_dir()
+    ]
     return kept[-1]["lam"] if kept else None
 
 

@@ -57,11 +57,15 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     for name in SAMPLING:
         if name != "seed" and len(values := {getattr(plan.config, name) for plan in plans.values()}) > 1:
             shown = ", ".join(sorted(map(str, values)))
-            raise UserError(f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by itself.")
+            raise UserError(
+                f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by itself."
+            )
     known = {f.name for plan in plans.values() for f in fields(plan.config)}
     for name in _flag_names(sweep.flags):
         if name not in known:
-            raise UserError(f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it.")
+            raise UserError(
+                f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it."
+            )
     return list(plans.values())
 
 
@@ -82,7 +86,9 @@ def config_class(label: str) -> type[RunConfig]:
     return getattr(configs, ALGORITHMS[name][0])
 
 
-def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+def _plan(
+    sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int
+) -> Plan:
     name, _, own = label.partition(":")
     kind = config_class(label)
     default = kind() if preset is None else smoke(kind())
@@ -93,7 +99,9 @@ def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[f
     at = "" if issubclass(kind, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
     out = Path(sweep.out)
     folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
-    config = replace(config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}"))
+    config = replace(
+        config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}")
+    )
     check(config)
     return Plan(label=label, algorithm=name, threshold=values, config=config, folder=folder)
 
@@ -110,7 +118,11 @@ def _threshold(text: str) -> tuple[float, ...]:
 
 
 def _flag_names(flags: tuple[str, ...]) -> list[str]:
-    return [flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for flag in flags if flag.startswith("--")]
+    return [
+        flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
+        for flag in flags
+        if flag.startswith("--")
+    ]
 
 
 def _known_flags(flags: tuple[str, ...], known: set[str]) -> list[str]:

@@ -42,10 +42,15 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     plans = configs_of(sweep, preset)
     if not resume:
         # What a kill leaves before sweep.json is there is nothing.
-        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}):
+        if out.exists() and not (
+            out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}
+        ):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"preset": preset, **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}}
+        settings = {
+            "preset": preset,
+            **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"},
+        }
         write_json(out / "sweep.json", settings)
     paths = {}
     for seed in sweep.seeds:
@@ -56,7 +61,9 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
         print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
         outcomes.append(read_run(plan, _train(plan)))
         write(out, outcomes, paths)
-    print(f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}")
+    print(
+        f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}"
+    )
     return outcomes
 
 
@@ -76,7 +83,9 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
             if isinstance(plan.config, FREE) or by_preference(plan.config):
                 continue
             own, _ = fit(plan.config, len(job.train), len(job.heldout))
-            reference = reference_of(replace(job, config=own), world.reference.prompts, world.reference.sampled, None)
+            reference = reference_of(
+                replace(job, config=own), world.reference.prompts, world.reference.sampled, None
+            )
             aim_J, beta = reference.aim_J, own.beta
             problem = aim_J.tolist(), reference.limits, beta, own.lam_max, own.force
             if problem in seen:
