@@ -91,7 +91,7 @@ def field_helps() -> dict[tuple[str, str], str]:
         for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.ClassDef):
                 for field, text in zip(node.body, node.body[1:], strict=False):
-                    if isinstance(field, ast.AnnAssign):
+                    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                         helps[node.name, field.target.id] = ast.literal_eval(text.value)
     return helps
 

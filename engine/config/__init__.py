@@ -20,10 +20,9 @@ from engine.config.algorithms import (
     trained_responses,
     was_by_preference,
 )
-from engine.config.bounds import MAY_BE_INFINITE, check
 from engine.config.evaluation import EvaluateConfig, check_evaluate
 from engine.config.presets import SAMPLING, SMOKE, fit, smoke
-from engine.config.run import IterativeConfig, RunConfig
+from engine.config.run import IterativeConfig, RunConfig, check
 
 __all__ = [
     "CaidConfig",
@@ -31,7 +30,6 @@ __all__ = [
     "DpoConfig",
     "EvaluateConfig",
     "IterativeConfig",
-    "MAY_BE_INFINITE",
     "MocanConfig",
     "OpdConfig",
     "PdDpoConfig",
