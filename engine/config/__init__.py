@@ -1,7 +1,8 @@
 """The settings of runs, one flat dataclass per algorithm, and what may stand in them."""
 
 from engine.config.algorithms import (
-    SHOWN,
+    ALGORITHMS,
+    Algorithm,
     CaidConfig,
     CdpoConfig,
     DpoConfig,
@@ -25,6 +26,8 @@ from engine.config.presets import SAMPLING, SMOKE, fit, smoke
 from engine.config.run import IterativeConfig, RunConfig, check
 
 __all__ = [
+    "ALGORITHMS",
+    "Algorithm",
     "CaidConfig",
     "CdpoConfig",
     "DpoConfig",
@@ -38,7 +41,6 @@ __all__ = [
     "RepoConfig",
     "RunConfig",
     "SAMPLING",
-    "SHOWN",
     "SMOKE",
     "SacpoConfig",
     "SafeDpoConfig",

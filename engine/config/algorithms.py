@@ -1,10 +1,12 @@
 """One flat frozen dataclass per algorithm, and one for `engine.evaluate`. Every field is a command-line flag: its docstring is the help
 text, with the unit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import NamedTuple
 
 from engine.config.bounds import bounded, one_of
-from engine.config.run import IterativeConfig, RunConfig
+from engine.config.run import Draws, IterativeConfig, RunConfig
 from engine.errors import UserError
 
 
@@ -31,6 +33,14 @@ class CaidConfig(IterativeConfig):
     dual_step: float = bounded(0.5, above=0)
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
+
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training: the slacks and, with --pairs policy, what every update but the first learns from."""
+        if self.pairs != "policy":
+            return super().fresh_samples
+        learned = Draws(self.iterations - 1, self.steps * self.prompts_per_step, self.n_responses)
+        return (*super().fresh_samples, learned)
 
     @property
     def by_preference(self) -> bool:
@@ -96,6 +106,8 @@ class DpoConfig(RunConfig):
     steps: int = 25
     """Policy steps in all."""
 
+    has_thresholds = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class SacpoConfig(RunConfig):
@@ -106,6 +118,13 @@ class SacpoConfig(RunConfig):
     steps: int = 12
     """Policy steps of each of the two stages."""
     labels: str = "soft"
+
+    has_thresholds = False
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps: in each of its two stages."""
+        return 2
 
     def check(self) -> None:
         """Refuse values that no run can use; see `RunConfig.check`."""
@@ -126,6 +145,8 @@ class SafeDpoConfig(RunConfig):
     labels: str = "soft"
     steps: int = 25
     """Policy steps in all."""
+
+    has_thresholds = False
 
     def check(self) -> None:
         """Refuse values that no run can use; see `RunConfig.check`."""
@@ -157,6 +178,11 @@ class PdDpoConfig(IterativeConfig):
     dual_rate: float = bounded(1.0, above=0)
     """Step of the dual descent: change of lambda per unit of slack."""
 
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps: once on the reward, then once in each iteration."""
+        return 1 + self.iterations
+
     def check(self) -> None:
         """Refuse values that no run can use; see `RunConfig.check`."""
         super().check()
@@ -173,6 +199,16 @@ class OpdConfig(IterativeConfig):
     """Step of the dual descent: change of lambda per unit of slack."""
     proximity: float = bounded(1.0, above=0)
     """Weight of KL(policy || last policy) in a proximal step, in units of the scaled reward."""
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps: an iteration is a prediction and a step."""
+        return 2 * self.iterations
+
+    @property
+    def measured_slacks(self) -> int:
+        """How often the algorithm measures the slack of a policy: of each prediction and of the last step."""
+        return self.iterations + 1
 
     def check(self) -> None:
         """Refuse values that no run can use; see `RunConfig.check`."""
@@ -196,6 +232,15 @@ class PrimalDualConfig(IterativeConfig):
     dual_rate: float = bounded(0.5, above=0)
     """Step of the dual descent on ln lambda: change per unit of lambda x slack."""
 
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training: the slacks and what the policy steps of each iteration learn from."""
+        return (*super().fresh_samples, Draws(self.iterations, self.ascent_prompts, self.n_responses))
+
+    def trained_responses(self, n: int) -> int:
+        """The number of responses, of a prompt's `n`, that a policy step trains on: a policy gradient takes all."""
+        return n
+
     def check(self) -> None:
         """Refuse values that no run can use; see `RunConfig.check`."""
         super().check()
@@ -218,42 +263,106 @@ def _refuse_single(config: RunConfig) -> None:
         )
 
 
-SHOWN = {
-    "caid": "CAID", "mocan": "MoCAN", "pecan": "PeCAN", "primal_dual": "primal-dual policy gradient", "repo": "our reading of RePO",
-    "opd": "our reading of OPD", "cdpo": "our reading of C-DPO", "pd_dpo": "our reading of PD-DPO", "sacpo": "SACPO",
-    "safe_dpo": "SafeDPO", "dpo": "DPO",
+class Algorithm(NamedTuple):
+    """All that is known of an algorithm outside its file."""
+
+    config: type[RunConfig] | str  # its config class; of the head the name in `module`, which needs torch
+    module: str  # has `train(config, *, resume=None)`
+    help: str
+    shown: str  # its name wherever a result of it is printed; one known from its abstract alone is "our reading of" it
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether it fills a run folder, which can be resumed, evaluated and swept; training a head does not."""
+        return not isinstance(self.config, str)
+
+    @property
+    def config_class(self) -> type:
+        """The class of its settings."""
+        return self.config if self.trains_policy else getattr(import_module(self.module), self.config)
+
+    def train(self, config, **keywords):
+        """Load its module and run it."""
+        return import_module(self.module).train(config, **keywords)
+
+
+ALGORITHMS = {
+    "caid": Algorithm(
+        CaidConfig, "engine.caid", "alternate policy updates with dual descent (the default)", "CAID",
+    ),
+    "mocan": Algorithm(
+        MocanConfig, "engine.mocan", "solve the dual once, then align once", "MoCAN",
+    ),
+    "pecan": Algorithm(
+        PecanConfig, "engine.pecan", "one-shot on log-ratios of policies aligned to preferences", "PeCAN",
+    ),
+    "primal_dual": Algorithm(
+        PrimalDualConfig, "engine.baselines.primal_dual",
+        "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)", "primal-dual policy gradient",
+    ),
+    "repo": Algorithm(
+        RepoConfig, "engine.baselines.repo",
+        "baseline, our reading of RePO: one constraint per prompt", "our reading of RePO",
+    ),
+    "opd": Algorithm(
+        OpdConfig, "engine.baselines.opd",
+        "baseline, our reading of OPD: optimistic primal-dual steps", "our reading of OPD",
+    ),
+    "cdpo": Algorithm(
+        CdpoConfig, "engine.baselines.cdpo",
+        "baseline, our reading of C-DPO: DPO anew at each multiplier", "our reading of C-DPO",
+    ),
+    "pd_dpo": Algorithm(
+        PdDpoConfig, "engine.baselines.pd_dpo",
+        "baseline, our reading of PD-DPO: DPO on safety from the reward's policy", "our reading of PD-DPO",
+    ),
+    "sacpo": Algorithm(
+        SacpoConfig, "engine.baselines.sacpo",
+        "baseline: DPO on the reward, then on safety, at a given multiplier", "SACPO",
+    ),
+    "safe_dpo": Algorithm(
+        SafeDpoConfig, "engine.baselines.safe_dpo",
+        "baseline: DPO in which safe responses always win", "SafeDPO",
+    ),
+    "dpo": Algorithm(
+        DpoConfig, "engine.baselines.dpo", "baseline: plain DPO on the reward or on safety", "DPO",
+    ),
+    "head": Algorithm(
+        "HeadConfig", "engine.scorers.training", "train a reward or cost head on labelled texts", "head",
+    ),
 }  # fmt: skip
 
 
 def shown_name(algorithm: str) -> str:
-    """What an algorithm is called wherever a result of it is printed: one known from its abstract alone is "our reading of" it."""
-    return SHOWN.get(algorithm, algorithm)
+    """The name under which people read of an algorithm; that of a folder of samples is its own."""
+    return ALGORITHMS[algorithm].shown if algorithm in ALGORITHMS else algorithm
+
+
+def was_by_preference(algorithm: str, values: dict) -> bool:
+    """Whether the scores of a run were log-ratios of aligned policies, from its config.json as `Run.read_config` gives it. A setting
+    that the run's version did not have yet is at its default."""
+    if algorithm not in ALGORITHMS:
+        return False
+    config_class = ALGORITHMS[algorithm].config_class
+    known = {f.name for f in fields(config_class)}
+    return config_class(**{name: value for name, value in values.items() if name in known}).by_preference
 
 
 def policy_updates(config: RunConfig) -> int:
     """How often an algorithm takes `config.steps` policy steps."""
-    iterations = config.iterations if isinstance(config, IterativeConfig) else 1
-    if isinstance(config, OpdConfig):
-        return 2 * iterations
-    return iterations + isinstance(config, PdDpoConfig | SacpoConfig)
+    return config.policy_updates
 
 
 def pairs_file(config: RunConfig) -> str:
     """The file of --pairs, or nothing where a policy update learns from samples."""
-    return "" if config.pairs in ("reference", "policy") else config.pairs
+    return config.pairs_file
 
 
 def trained_responses(config: RunConfig, n: int) -> int:
-    """Responses of a prompt with `n` that a policy step trains on; a policy gradient takes all."""
-    wanted = 0 if isinstance(config, PrimalDualConfig) else config.responses_per_prompt
-    return min(wanted or n, n)
+    """Responses of a prompt with `n` that a policy step trains on."""
+    return config.trained_responses(n)
 
 
 def by_preference(config: RunConfig) -> bool:
     """Whether scores are log-ratios of policies aligned to preferences."""
     return config.by_preference
-
-
-def was_by_preference(algorithm: str, values: dict) -> bool:
-    """`by_preference` of a run's config.json, as `Run.read_config` gives it."""
-    return algorithm == "pecan" or values.get("scores") == "preference"

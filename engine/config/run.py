@@ -2,11 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.config.bounds import bounded, check_bounds, one_of
 from engine.errors import UserError
 
 FEW_PROMPTS = "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts or --heldout"
+
+
+class Draws(NamedTuple):
+    """Responses that a run samples from its policies while it trains: so many times, to so many prompts, so many of each."""
+
+    times: int
+    prompts: int
+    responses: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +140,10 @@ class RunConfig:
     eval_responses: int = bounded(6, above=0)
     """Responses per held-out prompt."""
 
-    # Not fields, hence not flags: what holds for an algorithm that has no flag of this name.
+    # These are no fields, hence no flags: they hold for every algorithm that does not say otherwise.
+    has_thresholds = True  # --threshold means something to it; without, a sweep trains it once for each seed
     pairs = "reference"
+    slack_prompts = 0
 
     @property
     def memory_budget_bytes(self) -> int | None:
@@ -143,6 +154,30 @@ class RunConfig:
     def by_preference(self) -> bool:
         """Whether scores are log-ratios of policies that are aligned to preferences."""
         return False
+
+    @property
+    def pairs_file(self) -> str:
+        """The file of --pairs; empty where a policy update learns from samples."""
+        return "" if self.pairs in ("reference", "policy") else self.pairs
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps."""
+        return 1
+
+    @property
+    def measured_slacks(self) -> int:
+        """How often the algorithm measures the slack of a policy."""
+        return 0
+
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training besides the reference's samples, the slacks among it."""
+        return ()
+
+    def trained_responses(self, n: int) -> int:
+        """The number of responses, of a prompt's `n`, that a policy step trains on."""
+        return min(self.responses_per_prompt or n, n)
 
     def check(self) -> None:
         """Refuse values that no run can use: of each setting by itself, then of those that depend on each other.
@@ -213,6 +248,21 @@ class IterativeConfig(RunConfig):
     """Largest factor by which a multiplier may change in one dual step."""
     max_kl: float = bounded(math.inf, above=0, infinite=True)
     """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below it."""
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps."""
+        return self.iterations
+
+    @property
+    def measured_slacks(self) -> int:
+        """How often the algorithm measures the slack of a policy."""
+        return self.iterations
+
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training besides the reference's samples, the slacks among it."""
+        return (Draws(self.measured_slacks, self.slack_prompts, self.slack_responses),)
 
     def check(self) -> None:
         """Refuse values that no run can use; see `RunConfig.check`."""

@@ -10,14 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from engine.config import (
-    IterativeConfig,
-    PrimalDualConfig,
-    RunConfig,
-    pairs_file,
-    policy_updates,
-    trained_responses,
-)
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from kernels.reference import budget_or_default
@@ -49,7 +42,7 @@ class Plan:
         longest_prompt, mean_prompt = max(lengths), sum(lengths) / len(lengths)
         size, c = dtype.itemsize, shape
         weights = c.parameter_count() * size
-        in_group = trained_responses(config, 2 if pairs_file(config) else config.n_responses)
+        in_group = config.trained_responses(2 if config.pairs_file else config.n_responses)
         group = longest_prompt + in_group * config.max_new_tokens
         full = config.tune == "full"
         trained = 1.0 if full else 1 - config.lora_from  # share of the layers
@@ -103,18 +96,11 @@ class Plan:
         products = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
         if dtype != torch.float32:  # see stages.sample
             products += scored(*reference) + scored(*heldout)
-        if isinstance(config, IterativeConfig):
-            slack = config.slack_prompts, config.slack_responses
-            products += config.iterations * (sampled(*slack) + scored(*slack))
-        if isinstance(config, PrimalDualConfig):
-            fresh = config.ascent_prompts, config.n_responses
-            products += config.iterations * (sampled(*fresh) + scored(*fresh))
-        if getattr(config, "pairs", "") == "policy":
-            fresh = config.steps * config.prompts_per_step, config.n_responses
-            products += (config.iterations - 1) * (sampled(*fresh) + scored(*fresh))
+        for times, prompts, responses in config.fresh_samples:
+            products += times * (sampled(prompts, responses) + scored(prompts, responses))
         tokens = config.prompts_per_step * (mean_prompt + in_group * answer)
         passes = 3 if full else 2  # forward, to the states, to the weights
-        products += policy_updates(config) * config.steps * tokens * passes * (body * trained + head)
+        products += config.policy_updates * config.steps * tokens * passes * (body * trained + head)
         return Plan(needed(rows), available, 2 * products / (EFFICIENCY * _matmul_rate(dtype, device)), rows)
 
     def check(self) -> None:

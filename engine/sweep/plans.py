@@ -4,13 +4,9 @@ import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from engine import config as configs
-from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, shown_name, smoke
+from engine.config import ALGORITHMS, SAMPLING, RunConfig, check, shown_name, smoke
 from engine.config.flags import parse_flags, suggest
 from engine.errors import UserError
-
-# Algorithms that know no threshold run once for each seed.
-FREE = (DpoConfig, SacpoConfig, SafeDpoConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +73,11 @@ def shown(label: str) -> str:
 
 def config_class(label: str) -> type[RunConfig]:
     """Of an algorithm as it is asked for, with or without settings. Raises: UserError for one that is not there."""
-    from engine.train import ALGORITHMS
-
-    names = [name for name in ALGORITHMS if name != "head"]
+    names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
     if name not in names:
         raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
-    return getattr(configs, ALGORITHMS[name][0])
+    return ALGORITHMS[name].config_class
 
 
 def _plan(
@@ -96,7 +90,7 @@ def _plan(
     flags += [f"--{part.replace('_', '-')}" for part in own.split(",") if part]
     config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
-    at = "" if issubclass(kind, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
+    at = "" if not kind.has_thresholds else f"-b{'_'.join(f'{b:g}' for b in values)}"
     out = Path(sweep.out)
     folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
     config = replace(

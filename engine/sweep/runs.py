@@ -9,10 +9,9 @@ there, but for algorithms that know none. Then every run is an ordinary run fold
 import shutil
 import sys
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
 
-from engine.config import by_preference, fit
+from engine.config import ALGORITHMS, fit
 from engine.errors import NonFiniteError, UserError
 from engine.files import write_json
 from engine.report import run_page
@@ -22,7 +21,7 @@ from engine.stages.solve import one_shot
 from engine.stages.update import World
 from engine.sweep.outcomes import Outcome, finished, read_run
 from engine.sweep.pages import write
-from engine.sweep.plans import FREE, Plan, SweepConfig, configs_of, numbers
+from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
 
 
 def _begun(folder: Path) -> str | None:
@@ -80,7 +79,7 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
         world = World(job)
         world.heldout("heldout/reference", None, -1)
         for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
-            if isinstance(plan.config, FREE) or by_preference(plan.config):
+            if not plan.config.has_thresholds or plan.config.by_preference:
                 continue
             own, _ = fit(plan.config, len(job.train), len(job.heldout))
             reference = reference_of(
@@ -113,11 +112,8 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
 def _train(plan: Plan) -> str:
     """Train and judge, or go on with a run that was stopped, unless it is done; returns what it failed with, or ""."""
     if not (plan.folder / "evaluation.json").is_file():
-        from engine.train import module_of
-
-        train = import_module(module_of(plan.algorithm)).train
         try:
-            train(plan.config, resume=_begun(plan.folder))
+            ALGORITHMS[plan.algorithm].train(plan.config, resume=_begun(plan.folder))
         except NonFiniteError as stop:
             print(f"error: {stop}", file=sys.stderr)
             return str(stop)
