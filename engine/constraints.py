@@ -50,15 +50,14 @@ def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
                 )
 
 
-def weighted(limits: Sequence[Limit], scores: Scores, prompts: Prompts, reference: Prompts) -> Tensor:
-    """Utilities as the Lagrangian counts them, float64 [P, G, J]; shares are those among the `reference` prompts."""
-    utility_PGJ = scores.utility_PGJ.clone()
+def weights(limits: Sequence[Limit], prompts: Prompts, reference: Prompts) -> Tensor:
+    """How much the Lagrangian counts each utility of each prompt, float64 [P, J]; shares are those among the `reference` prompts."""
+    weight_PJ = torch.ones(len(prompts), len(limits), dtype=torch.float64)
     for j, limit in enumerate(limits):
         if limit.on:
-            weight_P = torch.zeros(len(prompts), dtype=torch.float64)
-            weight_P[limit.rows(prompts)] = len(reference) / len(limit.rows(reference))
-            utility_PGJ[..., j] *= weight_P[:, None]
-    return utility_PGJ
+            weight_PJ[:, j] = 0.0
+            weight_PJ[limit.rows(prompts), j] = len(reference) / len(limit.rows(reference))
+    return weight_PJ
 
 
 def required(limits: Sequence[Limit], scores: Scores, prompts: Prompts, units: Units) -> Tensor:

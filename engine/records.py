@@ -5,6 +5,7 @@ D hidden, J constraints. A name carries its shape: `reward_PG` is [P, G]. Scores
 (`utility_of_cost` is the only place where a cost is negated).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -108,21 +109,83 @@ def unsafe_counted(utility_PGJ: Tensor, above_J: list[float | None]) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Responses with their texts and the scorers' own scores."""
+
+    rollouts: Rollouts
+    texts: list[str]  # [R], prompt-major
+    scores: Scores
+    kl_PG: Tensor  # log pi - log pi_ref of each response, nats; 0 for the reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Responses as the rule of an algorithm sees them: their scores in the run's units."""
+
+    reward_PG: Tensor  # float64 [P, G]
+    utility_PGJ: Tensor  # float64 [P, G, J]
+    weight_PJ: Tensor  # float64 [P, J]: how much the Lagrangian counts a prompt's utilities: 0 where the constraint is not about it
+    cost_PGJ: Tensor  # float64 [P, G, J] in the scorers' own units
+    missing_PJ: Tensor | None = None  # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
+    share_PG: Tensor | None = None  # float64 [P, G]: share of each response in its prompt's means; None: all equal
+
+    @property
+    def counted_PGJ(self) -> Tensor:
+        """The utilities as the Lagrangian counts them."""
+        return self.utility_PGJ * self.weight_PJ[:, None]
+
+
+# From the scores of any responses to a number for each of them, [P, G].
+Rule = Callable[[Scored], Tensor]
+
+
+def lagrangian(lam_J: Tensor) -> Rule:
+    """The score r + lambda . g, of which a policy update maximises the mean less beta x KL (arXiv 2505.19387, Algorithm 2)."""
+    return lambda scored: scored.reward_PG + scored.counted_PGJ @ lam_J
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """What one policy update fits: log pi = log anchor + (score + shift) / coefficient + a constant per prompt.
 
-    The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share) log(reference). An iterate is whatever
-    the world's updates return; None is the reference.
+    The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share) log(reference). An iterate is
+    whatever the stages' updates return; None is the reference. Score, shift and what is dropped are rules, so that they hold for
+    any responses that the update learns from.
     """
 
     lam_J: Tensor  # float64 [J]: multipliers of the scores, for the log
-    score_PG: Tensor  # float64 [P, G]: labels and pairs come from it
+    score: Rule  # labels and pairs come from it
     coefficient: float  # of KL(pi || anchor), in units of the score
     start: object = None  # the iterate whose parameters the update goes on from
     anchor: object = None  # an iterate
     anchor_share: float = 1.0
-    shift_PG: Tensor | None = None  # float64 [P, G]: subtracted from coefficient x log-ratio in the margin, not from the labels
-    dropped_PG: Tensor | None = None  # bool [P, G]: pairs of two such responses are left out
+    shift: Rule | None = None  # subtracted from coefficient x log-ratio in the margin, not from the labels
+    dropped: Rule | None = None  # bool: pairs of two such responses are left out
+
+    def on(self, scored: Scored) -> "ScoredTarget":
+        """Returns the target on given responses."""
+        return ScoredTarget(
+            score_PG=self.score(scored),
+            coefficient=self.coefficient,
+            start=self.start,
+            anchor=self.anchor,
+            anchor_share=self.anchor_share,
+            shift_PG=None if self.shift is None else self.shift(scored),
+            dropped_PG=None if self.dropped is None else self.dropped(scored),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTarget:
+    """A `Target` whose rules were applied to the responses that an update learns from; the fields are those of `Target`."""
+
+    score_PG: Tensor  # float64 [P, G]
+    coefficient: float
+    start: object = None
+    anchor: object = None
+    anchor_share: float = 1.0
+    shift_PG: Tensor | None = None  # float64 [P, G]
+    dropped_PG: Tensor | None = None  # bool [P, G]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +197,13 @@ class Pairs:
     pairs: Tensor  # int64 [K, 2]: indices into these N sequences
 
 
+def utility_of_cost(cost: Tensor) -> Tensor:
+    """The utility that a cost stands for: larger is better."""
+    return -cost
+
+
 @dataclass(frozen=True, kw_only=True)
 class DualState:
     """The one-shot multipliers. What later ones were decided from stands in the rows of kind "iteration" in metrics.jsonl."""
 
     lam_J: Tensor  # float64 [J]
-
-
-def utility_of_cost(cost: Tensor) -> Tensor:
-    """The utility that a cost stands for: larger is better."""
-    return -cost

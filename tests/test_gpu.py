@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from test_attention import HOW, LAYOUTS
 from test_decode_attention import OPTIONS, assert_as_good_as_torch
 from test_decode_attention import problem as decode_problem
 from test_kernels_loss_head import PAIRS, budget_of, policy, problem
@@ -22,6 +21,7 @@ from engine.rollout.states import States
 from kernels import lagrangian_preference_loss, layer, reference, sample, sequence_logprob
 from kernels.decode_attention import decode_attention, store
 from kernels.sampling import exponential, stream
+from tests.helpers.attention import HOW, LAYOUTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 from torch import Tensor
 
 from engine import dual
 from engine.config.flags import parse_flags
-from engine.dual.analysis import Analysis, DualConfig, analyse, as_dict, trace
+from engine.dual.analysis import Analysis, analyse, as_dict, trace
+from engine.dual.config import DualConfig, check, output_folder
 from engine.dual.picture import picture
 from engine.dual.scores_file import preference_pairs, read_scores
 from engine.errors import UserError
@@ -44,57 +43,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check(file: str, config: DualConfig) -> None:
-    """Refuse what cannot be used before the file is read.
-
-    Raises: UserError naming the flag, its value and what is accepted.
-    """
-    if not file:
-        raise UserError("the scores file is missing: python -m engine.dual SCORES.jsonl --threshold B; see --help.")
-    if not config.threshold:
-        raise UserError("--threshold is missing: give the required improvement of each constraint, for example --threshold 0.3.")
-    for b in config.threshold:
-        if not math.isfinite(b):
-            raise UserError(f"--threshold {b}: must be finite.")
-    if not (config.beta > 0 and math.isfinite(config.beta)):
-        raise UserError(f"--beta {config.beta}: must be above 0 and finite.")
-    if config.draws < 40:
-        raise UserError(f"--draws {config.draws}: a 95 % interval needs at least 40.")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must lie between 0 and {2**63 - 1}.")
-    named = [*config.utility, *config.cost]
-    for name, count in Counter(named).items():
-        if count > 1:
-            raise UserError(f"--utility and --cost: two constraints are named {name}; name each column once.")
-        if name in ("prompt", "response", "reward"):
-            raise UserError(f"--utility or --cost {name}: that column has its own meaning; name another one.")
-    out = _folder(file, config)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: that is a file; name a folder.")
-    for name in ("dual.json", "dual.png"):
-        if (out / name).is_dir():
-            raise UserError(f"--out {out}: {out / name} is a folder; name another one.")
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"--out {out}: no folder can be made in {above}; name another one.")
-    if config.export_pairs:
-        target = Path(config.export_pairs)
-        if target.suffix != ".jsonl":
-            raise UserError(f"--export-pairs {target}: must end in .jsonl.")
-        if target.resolve() == Path(file).resolve():
-            raise UserError(f"--export-pairs {target}: that is the scores file; name another one.")
-        if target.is_dir():
-            raise UserError(f"--export-pairs {target}: that is a folder; name a file.")
-        if not target.parent.is_dir():
-            raise UserError(f"--export-pairs {target}: the folder {target.parent} does not exist; make it first.")
-        if not os.access(target.parent, os.W_OK):
-            raise UserError(f"--export-pairs {target}: no file can be made in {target.parent}; name another folder.")
-
-
-def _folder(file: str, config: DualConfig) -> Path:
-    return Path(config.out or f"{Path(file).stem}-dual")
-
-
 def run(file: str, config: DualConfig) -> None:
     """Solve, print, and write dual.json, dual.png and the pairs.
 
@@ -102,7 +50,7 @@ def run(file: str, config: DualConfig) -> None:
     """
     table = read_scores(file, config.utility, config.cost, texts=bool(config.export_pairs))
     found = analyse(file, table, config)
-    out = _folder(file, config)
+    out = output_folder(file, config)
     out.mkdir(parents=True, exist_ok=True)
     show = Display()
     print_analysis(found, show)

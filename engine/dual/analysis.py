@@ -12,35 +12,9 @@ import torch
 from torch import Tensor
 
 from engine import dual
+from engine.dual.config import DualConfig
 from engine.dual.scores_file import Table, listed
 from engine.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class DualConfig:
-    """Multipliers of a threshold from a file of scores, without training."""
-
-    threshold: tuple[float, ...] = ()
-    """b of each constraint: required improvement over the mean of the column, in units of --raw or its default."""
-    absolute: bool = False
-    """The thresholds are levels of the utility (of minus the cost), not improvements."""
-    beta: float = 1.0
-    """Weight of KL(policy || reference), in units of the reward."""
-    utility: tuple[str, ...] = ()
-    """Columns that are larger where better. Default, where no --cost is given either: all other columns with numbers."""
-    cost: tuple[str, ...] = ()
-    """Columns that are smaller where better: they are negated once."""
-    raw: bool = False
-    """Keep the file's units. Default: every column is divided by its pooled within-prompt standard deviation, as a run does."""
-    draws: int = 400
-    """Bootstrap samples of the prompts."""
-    seed: int = 0
-    """Seed of the bootstrap and of the labels of pairs."""
-    out: str = ""
-    """Folder for dual.json and dual.png, which are overwritten. Default: the name of SCORES with -dual, in this folder."""
-    export_pairs: str = ""
-    """Also write the best and the worst response of each prompt at lambda to this jsonl file: prompt, chosen, rejected. Which of the two is
-    chosen is drawn, with the probability sigmoid(difference of reward + lambda utility)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 import fcntl
 import json
-import math
 import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -16,7 +16,8 @@ from typing import IO, Any
 from engine.errors import Interrupted, UserError
 from engine.files import sync_folder, write_whole, writing
 from engine.run.display import Display, Progress
-from engine.run.rows import METRICS, TIMING
+from engine.run.folder import RunFolder
+from engine.run.rows import Row, SpeedRow, StageTimeRow
 from engine.run.store import RecordT, Torn, dumps, pack, read_whole, save, sha256_of, unpack, unpack_file
 from engine.run.tensorboard import TensorBoard, tensorboard_writer
 
@@ -27,24 +28,6 @@ def _append(path: Path, row: dict) -> None:
         file.write(text)
 
 
-def _plain(value: Any) -> Any:
-    """A row's value as JSON: tensors and numpy values as numbers or lists, non-finite floats as null."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, dict):
-        assert all(isinstance(key, str) for key in value), value
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    raise TypeError(f"a row cannot hold {value!r}")
-
-
 class Stage:
     """What a stage's function is given: rows, timing, progress, partial results and the question whether to stop."""
 
@@ -52,20 +35,25 @@ class Stage:
         self.name, self.number = name, number
         self.rows: list[dict] = []
         self._run = run
-        stem = f"{number:02d}-{name.replace('/', '-')}"
-        self.path = run.folder / "stages" / f"{stem}.safetensors"
-        self.partial_path = run.folder / "stages" / f"{stem}.partial.safetensors"
-        self.previous_path = run.folder / "stages" / f"{stem}.partial.previous.safetensors"
+        stem = run.paths.stage_stem(number, name)
+        self.path = run.paths.stages / f"{stem}.safetensors"
+        self.partial_path = run.paths.stages / f"{stem}.partial.safetensors"
+        self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
 
-    def row(self, kind: str, **values: Any) -> None:
+    def log(self, row: Row) -> None:
         """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is saved."""
-        row = _plain({**values, "kind": kind, "stage": self.name})
-        self.rows.append(row)
-        _append(self._run.folder / METRICS, row)
+        written = replace(row, stage=self.name).as_dict()
+        self.rows.append(written)
+        _append(self._run.paths.metrics, written)
 
-    def timing(self, **values: Any) -> None:
-        """Log seconds or speeds, to timing.jsonl only."""
-        _append(self._run.folder / TIMING, _plain({**values, "kind": "timing", "stage": self.name}))
+    def log_speed(self, row: SpeedRow) -> None:
+        """Log seconds and speeds, to timing.jsonl only."""
+        _append(self._run.paths.timing, replace(row, stage=self.name).as_dict())
+
+    @property
+    def paths(self) -> RunFolder:
+        """The run folder that the stage belongs to."""
+        return self._run.paths
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
         """A progress bar; `unit` is a plural such as "tokens"."""
@@ -115,7 +103,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool) -> None:
-        self.folder = folder
+        self.folder, self.paths = folder, RunFolder(folder)
         self.algorithm: str = contents["algorithm"]
         self.config: dict = contents["config"]
         self.versions: dict = contents["versions"]
@@ -185,7 +173,7 @@ class Run:
             shutil.rmtree(left, ignore_errors=True)
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
             left.unlink()
-        timing = folder / TIMING
+        timing = run.paths.timing
         if timing.exists() and timing.read_bytes()[-1:] not in (b"", b"\n"):
             with writing(timing, 1), open(timing, "a") as file:
                 file.write("\n")
@@ -291,7 +279,7 @@ class Run:
 
     def align(self, rows: list[dict]) -> None:
         """Make metrics.jsonl hold exactly the committed rows and then `rows`."""
-        path = self.folder / METRICS
+        path = self.paths.metrics
         data = "".join(dumps(row) + "\n" for row in self._rows + rows).encode()
         if not path.exists() or path.read_bytes() != data:
             write_whole(path, data)
@@ -318,7 +306,7 @@ class Run:
         return len(stale)
 
     def _time(self, stage: Stage, start: float) -> None:
-        _append(self.folder / TIMING, {"kind": "stage", "stage": stage.name, "seconds": round(time.monotonic() - start, 3)})
+        _append(self.paths.timing, StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict())
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:

@@ -10,10 +10,23 @@ from pathlib import Path
 
 import torch
 
-from engine import constraints, model
-from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, pairs_file, policy_updates, shown_name
+from engine import constraints, keys, model
+from engine.config import (
+    SAMPLING,
+    CaidConfig,
+    IterativeConfig,
+    MocanConfig,
+    OpdConfig,
+    RunConfig,
+    by_preference,
+    check,
+    fit,
+    pairs_file,
+    policy_updates,
+    shown_name,
+)
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, prompt_key
+from engine.data.prompts import TextLimits, assert_disjoint, prompt_key
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
@@ -60,8 +73,10 @@ class Job(Subject):
 
 
 @contextmanager
-def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: int) -> Iterator[Job]:
+def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: int | None = None) -> Iterator[Job]:
     """Load and check everything, print the plan, then create or resume the run folder.
+
+    n_stages: how many stages the run will have, for the display; by default what the config says.
 
     Raises: UserError before any compute is spent.
     """
@@ -87,18 +102,24 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
+    text_limits = TextLimits(
+        system=config.system,
+        max_positions=inputs.shape.max_positions,
+        max_new_tokens=config.max_new_tokens,
+        vocab_size=inputs.shape.vocab_size,
+    )
     own_pairs = preferences = None
     if source := pairs_file(config):
-        own_pairs = read_response_pairs(source, [], config, inputs.tokenizer, inputs.shape)
+        own_pairs = read_response_pairs(source, [], inputs.tokenizer, text_limits)
     if by_preference(config) and config.preferences:
-        preferences = read_response_pairs(config.preferences, ["reward", *names], config, inputs.tokenizer, inputs.shape)
+        preferences = read_response_pairs(config.preferences, ["reward", *names], inputs.tokenizer, text_limits)
     for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
         if own is not None:
             assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
     if own_pairs is not None:
         constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
     warnings = try_out(scorers, used[0].text)
-    display = Display(n_stages=n_stages)
+    display = Display(n_stages=n_stages or stages_of(config))
     display.line(
         f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
         f"({inputs.shape.parameter_count() / 1e6:.0f}M weights, {inputs.dtype}, {inputs.device})"
@@ -126,14 +147,22 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
         yield Job(**vars(subject), run=run, train=train, heldout=heldout, pairs=own_pairs, preferences=preferences)
 
 
+def stages_of(config: RunConfig) -> int:
+    """The number of stages of a run."""
+    solves = isinstance(config, CaidConfig | MocanConfig)
+    aligned = 2 + len(config.cost) if by_preference(config) else 0
+    slacks = config.iterations + isinstance(config, OpdConfig) if isinstance(config, IterativeConfig) else 0
+    return 3 + bool(pairs_file(config)) + aligned + solves + policy_updates(config) + slacks
+
+
 def reference_prompts(config: RunConfig, train: Prompts) -> Prompts:
     """The training prompts of a run, a seeded subset."""
-    return train.select(subset(train, config.n_prompts, config.seed, "reference"))
+    return train.select(subset(train, config.n_prompts, config.seed, keys.TRAINING_PROMPTS))
 
 
 def heldout_prompts(config: RunConfig, heldout: Prompts) -> Prompts:
     """The prompts of the verdict, a seeded subset."""
-    return heldout.select(subset(heldout, config.eval_prompts, config.seed, "heldout"))
+    return heldout.select(subset(heldout, config.eval_prompts, config.seed, keys.HELDOUT_PROMPTS))
 
 
 def check_samples_of(config: RunConfig, fingerprint: str) -> None:
@@ -148,6 +177,7 @@ def check_samples_of(config: RunConfig, fingerprint: str) -> None:
 
 
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:
+    """Prompts for the pairs and for the slack of an iteration, see `engine.data.dealing.deal`."""
     n_slack = config.slack_prompts if isinstance(config, IterativeConfig) else 0
     return deal(prompts, config.seed, max(1, iteration), config.steps * config.prompts_per_step, n_slack)
 

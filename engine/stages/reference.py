@@ -2,22 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from engine import constraints, dual
+from engine import constraints, dual, keys
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.lora import first_layer
-from engine.policy.update import Samples
-from engine.records import Prompts, Scores, Units, unsafe_counted
-from engine.run import rows
+from engine.policy.samples import Samples
+from engine.records import Prompts, Sampled, Scored, Scores, Units, unsafe_counted
+from engine.run.rows import ReferenceRow, read_rows
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
 from engine.stages.job import Job, heldout_prompts, reference_prompts
-from engine.stages.sampling import Sampled, gap_of, log_gap, sample, samples_of
+from engine.stages.sampling import gap_of, log_gap, sample, samples_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,34 @@ class ReferenceSamples:
     lower_MD: Tensor | None
 
 
+class Scoring(Protocol):
+    """From the scorers' own scores of responses to those in the run's units."""
+
+    units: Units
+    audit_names: list[str]
+
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        """Returns scores in the run's units. stage: of a run, or anything else with `progress` and `check_stop`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByScorers:
+    """Scores by the run's scorers."""
+
+    units: Units
+    audit_names: list[str]
+
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        return self.units.apply(sampled.scores)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """Reference samples of the training prompts, and what is fixed by them: units, thresholds aimed at."""
 
     prompts: Prompts
     sampled: Sampled
-    units: Units
+    scoring: Scoring
     scores: Scores  # in units
     limits: list[Limit]
     needed_J: Tensor  # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
@@ -43,13 +65,29 @@ class Reference:
     lower: LowerStates | None  # states below the adapter, unless they are too large to keep
 
     @property
+    def units(self) -> Units:
+        """One unit of each score."""
+        return self.scoring.units
+
+    @property
     def samples(self) -> Samples:
         """The reference's responses as an update learns from them."""
-        return Samples(prompts=self.prompts, rollouts=self.sampled.rollouts, scores=self.scores, lower=self.lower)
+        return Samples(prompts=self.prompts, sampled=self.sampled, scores=self.scores, lower=self.lower)
 
-    def weighted(self, scores: Scores, prompts: Prompts) -> Tensor:
-        """Utilities [P, G, J] of scores in units, as the Lagrangian counts them."""
-        return constraints.weighted(self.limits, scores, prompts, self.prompts)
+    def scored(self, samples: Samples, missing_PJ: Tensor | None = None) -> Scored:
+        """Returns the scores of any samples as the rule of an algorithm sees them."""
+        return Scored(
+            reward_PG=samples.scores.reward_PG,
+            utility_PGJ=samples.scores.utility_PGJ,
+            weight_PJ=constraints.weights(self.limits, samples.prompts, self.prompts),
+            cost_PGJ=-samples.sampled.scores.utility_PGJ,
+            missing_PJ=missing_PJ,
+        )
+
+    @property
+    def problem(self) -> tuple[Tensor, Tensor]:
+        """Reward [P, G] and utilities [P, G, J] of the reference's samples as the Lagrangian counts them: what the dual is solved on."""
+        return self.scores.reward_PG, self.scored(self.samples).counted_PGJ
 
     def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:
         """What each of the prompts `chosen` misses of its own constraints, float64 [P, J]; utilities of its responses, in units."""
@@ -66,41 +104,51 @@ def sample_reference(job: Job) -> Reference:
 
     def compute(stage: Stage) -> ReferenceSamples:
         if shared is None:
-            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
+            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True)
         else:
             sampled, lower = shared.sampled, None
             log_gap(job, stage, prompts, sampled.rollouts, None)
-        made = reference_of(job, prompts, sampled, None)
-        units, r, g = made.units, made.scores.reward_PG, made.scores.utility_PGJ
+        fixed = reference_of(job, prompts, sampled, None)
+        units, r, g = fixed.units, fixed.scores.reward_PG, fixed.scores.utility_PGJ
         groups = packing.groups(prompts, sampled.rollouts)
-        stage.row(
-            "reference", names=[s.name for s in job.scorers.costs], audit_names=[s.name for s in job.scorers.audits],
-            reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
-            correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
-            finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            prompts=len(prompts), responses=config.n_responses, needed=made.needed_J, aimed=made.aimed, aim=made.aim_J,
-        )  # fmt: skip
+        stage.log(
+            ReferenceRow(
+                names=[s.name for s in job.scorers.costs],
+                audit_names=[s.name for s in job.scorers.audits],
+                reward_sd=units.reward,
+                utility_sd=units.utility_J,
+                audit_sd=units.audit_A,
+                correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
+                finished=float(sampled.rollouts.finished.double().mean()),
+                mean_length=float(sampled.rollouts.length.double().mean()),
+                prompts=len(prompts),
+                responses=config.n_responses,
+                needed=fixed.needed_J,
+                aimed=fixed.aimed,
+                aim=fixed.aim_J,
+            )
+        )
         return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
 
-    made = job.run.stage("reference", ReferenceSamples, compute)
-    sampled, lower = made.sampled, None
+    saved = job.run.stage("reference", ReferenceSamples, compute)
+    sampled, lower = saved.sampled, None
     # Shared states stay where they are: they are hundreds of megabytes.
-    lower_MD = made.lower_MD if shared is None else shared.lower_MD
+    lower_MD = saved.lower_MD if shared is None else shared.lower_MD
     if lower_MD is not None:
         lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
         lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
     reference = reference_of(job, prompts, sampled, lower)
-    row = next(r for r in rows.read_rows(job.run.folder, "reference"))
+    (row,) = read_rows(job.run.folder, ReferenceRow)
     gap, show = gap_of(job.run.folder, "reference"), job.run.display
     show.line(
-        f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
-        f"{row['mean_length']:.0f} tokens{f'; {gap}' if gap else ''}"
+        f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row.finished:.0f} % finished, mean length "
+        f"{row.mean_length:.0f} tokens{f'; {gap}' if gap else ''}"
     )
     for j, limit in enumerate(reference.limits):
         opening = constraints.opening(
             limit, float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
         )
-        show.line(f"{opening}; correlation with the reward {row['correlation'][j]:+.2f}")
+        show.line(f"{opening}; correlation with the reward {row.correlation[j]:+.2f}")
     return reference
 
 
@@ -110,9 +158,14 @@ def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerState
     units = reference_units(sampled.scores, job.scorers, limits, prompts)
     scores = units.apply(sampled.scores)
     return Reference(
-        prompts=prompts, sampled=sampled, units=units, scores=scores, limits=limits, lower=lower,
+        prompts=prompts,
+        sampled=sampled,
+        scoring=ByScorers(units=units, audit_names=[s.name for s in job.scorers.audits]),
+        scores=scores,
+        limits=limits,
+        lower=lower,
         **aims(job, limits, prompts, scores, units),
-    )  # fmt: skip
+    )
 
 
 def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units: Units) -> dict:
@@ -160,11 +213,9 @@ def _deviation(score_PG: Tensor, name: str) -> float:
     return dual.within_deviation(score_PG, name)
 
 
-def units_of(row: dict, limits: Sequence[Limit]) -> Units:
-    """Those of a run, from its metrics row of kind "reference"."""
-    return Units(
-        reward=row["reward_sd"], utility_J=row["utility_sd"], audit_A=row["audit_sd"], unsafe_above_J=constraints.counted_above(limits)
-    )
+def units_of(row: ReferenceRow, limits: Sequence[Limit]) -> Units:
+    """Returns the units that a run fixed."""
+    return Units(reward=row.reward_sd, utility_J=row.utility_sd, audit_A=row.audit_sd, unsafe_above_J=constraints.counted_above(limits))
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:

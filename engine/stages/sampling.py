@@ -1,11 +1,10 @@
 """Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.errors import UserError
 from engine.model import packing
@@ -13,29 +12,20 @@ from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, logprob_gap
 from engine.policy.lora import first_layer
 from engine.policy.weights import Weights
-from engine.records import Prompts, Rollouts, Scores, Units
+from engine.records import Prompts, Rollouts, Sampled
 from engine.rollout.sampler import NEAR_TIE, generate
 from engine.rollout.states import States
-from engine.run import rows
+from engine.run.folder import RunFolder
 from engine.run.plan import kept_states_bytes
+from engine.run.rows import SampledRow, SpeedRow, read_rows
 from engine.run.run import Stage
 from engine.run.store import RecordT, load
-from engine.scorers.scoring import score
+from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.job import Job, Subject
 from kernels.sampling import combine
 
 # Prompts of each sampling whose samples are run through the training forward again.
 GAP_PROMPTS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """Responses with their texts and raw scores. kl_PG: log pi - log pi_ref of each response, nats (0 for the reference)."""
-
-    rollouts: Rollouts
-    texts: list[str]
-    scores: Scores
-    kl_PG: Tensor
 
 
 def respond(
@@ -67,8 +57,8 @@ def respond(
 def sample(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
-    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop`, `timing` and `row`, which gets
-    the `log_gap` of these samples.
+    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
+    gets the `log_gap` of these samples.
 
     The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
     large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
@@ -96,15 +86,24 @@ def sample(
 
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
     with stage.progress(total, "tokens", "scoring") as scored:
-        scores = score(
-            job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_bytes, reference=not own, states=states, on_tokens=on_tokens,
-        )  # fmt: skip
+        forward = ReferenceForward(
+            temperature=config.temperature,
+            memory_budget_bytes=config.memory_budget_bytes,
+            logprob=not own,
+            states=states,
+        )
+        responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts)
+        scores = score(job.model, job.scorers, responses, forward, on_tokens=on_tokens)
     tokens = int(rollouts.length.sum())
-    stage.timing(
-        tokens=tokens, sampling_s=sampled - start, scoring_s=time.monotonic() - sampled, tokens_per_s=tokens / (sampled - start),
-        scored_tokens_per_s=scored.done / (time.monotonic() - sampled),
-    )  # fmt: skip
+    stage.log_speed(
+        SpeedRow(
+            tokens=tokens,
+            sampling_s=sampled - start,
+            scoring_s=time.monotonic() - sampled,
+            tokens_per_s=tokens / (sampled - start),
+            scored_tokens_per_s=scored.done / (time.monotonic() - sampled),
+        )
+    )
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
@@ -120,31 +119,33 @@ def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, ad
     gap = logprob_gap(
         job.model, groups, rollouts, temperature=config.temperature, memory_budget_bytes=config.memory_budget_bytes, adapter=adapter
     )
-    near = {"near_ties": int(rollouts.near_tie.sum()), "draws": int(rollouts.length.sum())}
-    stage.row("sampled", prompts=len(groups), responses=rollouts.n, logprob_gap=asdict(gap), **near)
+    stage.log(
+        SampledRow(
+            prompts=len(groups),
+            responses=rollouts.n,
+            logprob_gap=asdict(gap),
+            near_ties=int(rollouts.near_tie.sum()),
+            draws=int(rollouts.length.sum()),
+        )
+    )
 
 
-def gap_text(row: dict) -> str:
-    """What a row of `log_gap` says."""
-    return f"{LogprobGap(**row['logprob_gap'])}; two best within {NEAR_TIE:g} in {row['near_ties']} of {row['draws']} draws"
+def gap_text(row: SampledRow) -> str:
+    """Says a row of `log_gap` in words."""
+    return f"{LogprobGap(**row.logprob_gap)}; two best within {NEAR_TIE:g} in {row.near_ties} of {row.draws} draws"
 
 
 def gap_of(run: Path, stage: str) -> str:
-    """What `log_gap` found in a stage; empty where nothing was sampled there."""
-    return next((gap_text(row) for row in rows.read_rows(run, "sampled") if row["stage"] == stage), "")
+    """Says what `log_gap` found in a stage of a run; empty where nothing was sampled there."""
+    return next((gap_text(row) for row in read_rows(run, SampledRow) if row.stage == stage), "")
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
     """The record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
     if not job.config.samples_of:
         return None
-    folder = Path(job.config.samples_of)
-    found = sorted((folder / "stages").glob(f"*-{stage.replace('/', '-')}.safetensors"))
-    if not found:
-        raise UserError(f"--samples-of {folder}: it has no whole stage {stage}; let that run end first (--resume {folder}).")
-    return load(found[0], cls)
-
-
-def in_units(sampled: Sampled, units: Units) -> Sampled:
-    """The same samples with their scores in units."""
-    return replace(sampled, scores=units.apply(sampled.scores))
+    folder = RunFolder(Path(job.config.samples_of))
+    file = folder.stage_file(stage)
+    if file is None:
+        raise UserError(f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first (--resume {folder.path}).")
+    return load(file, cls)

@@ -10,6 +10,7 @@ from engine.config import RunConfig
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.records import DualState
+from engine.run.rows import DualRow
 from engine.run.run import Stage
 from engine.stages.job import Job
 from engine.stages.reference import Reference
@@ -20,10 +21,7 @@ def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> d
     config, aim = job.config, reference.aim_J
     bounds = [0.0 if limit.kind == "rate" else None for limit in reference.limits]  # such a utility is minus the share of unsafe responses
     try:
-        return dual.solve(
-            reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts), aim, config.beta, start_J=start_J,
-            bounds=bounds, lam_max=config.lam_max, force=config.force,
-        )  # fmt: skip
+        return dual.solve(*reference.problem, aim, config.beta, start_J=start_J, bounds=bounds, lam_max=config.lam_max, force=config.force)
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
         flags = {"improvement": "--threshold", "mean": "--cost-mean", "rate": "--cost-rate"}
@@ -48,7 +46,7 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     """
     config, aim, limits = job.config, reference.aim_J, reference.limits
     solution = one_shot(job, reference)
-    scores = reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts)
+    scores = reference.problem
     at_zero = dual.solve(*scores, torch.full_like(aim, -1e6), config.beta).predicted_improvement
     predicted_se = _predicted_se(reference, dual.tilted_improvement(*scores, solution.lam, config.beta)[1])
     interval = None  # lam_max holds a multiplier
@@ -58,11 +56,21 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     low, high, lam_se = (interval.low, interval.high, interval.se) if interval else (None, None, None)
 
     def compute(stage: Stage) -> DualState:
-        stage.row(
-            "dual", lam=solution.lam, lam_low=low, lam_high=high, lam_se=lam_se, predicted_improvement=solution.predicted_improvement,
-            predicted_improvement_se=predicted_se, improvement_at_zero=at_zero, ess=solution.ess.mean(), kkt=solution.kkt, aim=aim,
-            threshold=reference.needed_J,
-        )  # fmt: skip
+        stage.log(
+            DualRow(
+                lam=solution.lam,
+                lam_low=low,
+                lam_high=high,
+                lam_se=lam_se,
+                predicted_improvement=solution.predicted_improvement,
+                predicted_improvement_se=predicted_se,
+                improvement_at_zero=at_zero,
+                ess=solution.ess.mean(),
+                kkt=solution.kkt,
+                aim=aim,
+                threshold=reference.needed_J,
+            )
+        )
         return DualState(lam_J=solution.lam)
 
     job.run.stage("dual", DualState, compute)

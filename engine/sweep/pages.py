@@ -140,9 +140,10 @@ def multipliers(outcomes: list[Outcome]) -> bytes:
                     for o in own:
                         rows = o.iterations
                         if rows:
-                            x = [row["iteration"] for row in rows]
-                            left.plot(x, [row["lam"][j] for row in rows], line, color=colour, marker="o", markersize=3)
-                            slack, se = (np.array([row[key][j] for row in rows]) for key in ("slack", "slack_se"))
+                            x = [row.iteration for row in rows]
+                            left.plot(x, [row.lam[j] for row in rows], line, color=colour, marker="o", markersize=3)
+                            slack = np.array([row.slack[j] for row in rows])
+                            se = np.array([row.slack_se[j] for row in rows])
                             right.errorbar(x, slack, yerr=1.96 * se, fmt=line, color=colour, marker="o", markersize=3, elinewidth=0.6)
                         else:
                             left.axhline(o.lam[j], color=colour, linestyle=line, linewidth=1)

@@ -17,8 +17,8 @@ from engine.files import write_json
 from engine.report import run_page
 from engine.stages.job import open_job
 from engine.stages.reference import reference_of
+from engine.stages.run import RunStages
 from engine.stages.solve import one_shot
-from engine.stages.update import World
 from engine.sweep.outcomes import Outcome, finished, read_run
 from engine.sweep.pages import write
 from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
@@ -76,14 +76,15 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
     rows, guess, seen = [], None, []
     with open_job("samples", config, _begun(Path(config.out)), n_stages=2) as job:
-        world = World(job)
-        world.heldout("heldout/reference", None, -1)
+        stages = RunStages(job)
+        stages.sample_reference()
+        stages.heldout(None)
         for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
             if not plan.config.has_thresholds or plan.config.by_preference:
                 continue
             own, _ = fit(plan.config, len(job.train), len(job.heldout))
             reference = reference_of(
-                replace(job, config=own), world.reference.prompts, world.reference.sampled, None
+                replace(job, config=own), stages.reference.prompts, stages.reference.sampled, None
             )
             aim_J, beta = reference.aim_J, own.beta
             problem = aim_J.tolist(), reference.limits, beta, own.lam_max, own.force

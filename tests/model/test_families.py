@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from architectures import write_model
 from transformers import AutoModelForCausalLM
 
 from engine import caid, export, model
@@ -16,6 +15,7 @@ from engine.run.rows import read_rows
 from engine.run.store import load
 from engine.stages.reference import ReferenceSamples
 from engine.stages.smoke import write_random_heads
+from tests.helpers.architectures import write_model
 
 
 @pytest.mark.parametrize("name", ["qwen 3, biases, windows, one key head", "mistral", "gemma 2", "gemma 3"])

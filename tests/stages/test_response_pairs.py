@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import SMOKE, files, write
 from transformers import AutoTokenizer
 
 from engine import train
 from engine.config import CaidConfig, MocanConfig, check
 from engine.data import tables
-from engine.data.prompts import shipped_prompts
+from engine.data.prompts import TextLimits, shipped_prompts
 from engine.data.response_pairs import SURE, read_response_pairs
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.folder import read_config
 from engine.run.rows import read_rows
+from tests.helpers.runs import SMOKE, files, write
 
 ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(8)]
 
@@ -28,7 +28,8 @@ def reader(tiny_folder):
     """`read_response_pairs` with the tiny model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     shape = ModelConfig.from_json(read_config(tiny_folder), tiny_folder / "config.json")
-    return lambda file, columns=(): read_response_pairs(file, list(columns), CaidConfig(max_new_tokens=8, system=""), tokenizer, shape)
+    limits = TextLimits(system="", max_positions=shape.max_positions, max_new_tokens=8, vocab_size=shape.vocab_size)
+    return lambda file, columns=(): read_response_pairs(file, columns, tokenizer, limits)
 
 
 def test_pairs_of_a_file_and_their_labels(reader, tmp_path):
@@ -79,7 +80,6 @@ def test_settings_that_do_not_go_with_pairs_are_refused():
 
 
 def heldout_prompt() -> str:
-
     return tables.read_rows(shipped_prompts("heldout")[0])[0][1]["prompt"]
 
 

@@ -28,8 +28,8 @@ from engine.stages.sampling import gap_text
 from engine.verdict import evaluation
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.sentences import sentences
-
-SMOKE = ["--preset", "smoke", "--threads", "1"]
+from tests.helpers.runs import SMOKE
+from tests.helpers.scorers import vowels
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +43,8 @@ def finished(tmp_path_factory, cache):
 def judged(finished, tmp_path_factory):
     """An evaluation with a further audit, in a folder of its own."""
     out = tmp_path_factory.mktemp("judged") / "b"
-    assert main([str(finished), "--audit", "test_evaluate_command:vowels", "--n-responses", "4", "--out", str(out)]) == 0
+    assert main([str(finished), "--audit", "tests.helpers.scorers:vowels", "--n-responses", "4", "--out", str(out)]) == 0
     return out
-
-
-def vowels(prompts, responses):
-    return [sum(c in "aeiou" for c in r) + len(r) / 100 for r in responses]
-
-
-def not_a_number(prompts, responses):
-    return [float("nan")] * len(responses)
-
-
-def constant(prompts, responses):
-    return [1.0] * len(responses)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -97,7 +85,7 @@ def test_a_run_on_preferences_is_judged_by_its_own_log_ratios(tmp_path):
     assert (tmp_path / "o" / "heldout.jsonl").read_bytes() == (run / "heldout.jsonl").read_bytes()
     verdict, again = found(run), found(tmp_path / "o")
     assert {name: again[name] for name in verdict} == verdict
-    more = ["--audit", "test_evaluate_command:vowels", "--best-feasible", "--prompts", str(tmp_path / "p.jsonl")]
+    more = ["--audit", "tests.helpers.scorers:vowels", "--best-feasible", "--prompts", str(tmp_path / "p.jsonl")]
     prompts_file(tmp_path / "p.jsonl", [f"Say {i}" for i in range(8)])
     assert main([str(run), *more, "--out", str(tmp_path / "m")]) == 0
     names = ["helpfulness (its scorer)", "harm (its scorer)", "harm-audit", "vowels"]
@@ -127,7 +115,7 @@ def test_units_are_the_runs_and_a_new_audit_gets_its_own(finished, judged):
     settings = found(judged)["settings"]
     units = settings["units"]
     assert (units["reward"], units["utility_J"], units["audit_A"][:1]) == (row["reward_sd"], row["utility_sd"], row["audit_sd"])
-    assert settings["audit"] == ["harm-audit", "test_evaluate_command:vowels"]
+    assert settings["audit"] == ["harm-audit", "tests.helpers.scorers:vowels"]
     raw = torch.tensor(vowels([], [r["reference"] for r in rows(judged)]), dtype=torch.float64).view(8, 4)
     assert units["audit_A"][1] == pytest.approx(raw.var(1).mean().sqrt().item())
     torch.testing.assert_close(by_prompt(judged, "reference_audit", 4)[..., 1], -raw / units["audit_A"][1])
@@ -312,8 +300,8 @@ def test_a_run_that_cannot_be_judged_is_one_line_and_exit_code_2(finished, tmp_p
     [
         ("--iterate 7", "--iterate 7: .* has 1, 2, 3;"),
         ("--out .", r"--out \. exists"),
-        ("--audit test_evaluate_command:not_a_number", "scorer not_a_number gave nan for response 0"),
-        ("--audit test_evaluate_command:constant", "scorer constant gives all responses of a prompt one score"),
+        ("--audit tests.helpers.scorers:not_a_number", "scorer not_a_number gave nan for response 0"),
+        ("--audit tests.helpers.scorers:constant", "scorer constant gives all responses of a prompt one score"),
         ("--audit nothing-like-this", "scorer nothing-like-this: not found"),
         ("--audit harm", "two scorers are named harm"),
         ("--prompts missing.jsonl", r"missing\.jsonl: no such file"),

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import write_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -29,6 +28,7 @@ from engine.policy.update import Samples, _preference_loss, _take_steps, ascend,
 from engine.records import Prompts, Scores, Target
 from engine.rollout.sampler import generate
 from engine.run.rows import read_rows
+from tests.helpers.architectures import write_model
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
 

@@ -17,6 +17,7 @@ from engine.stages.reference import Reference, reference_units
 from engine.stages.sampling import Sampled
 from engine.stages.update import World
 from engine.verdict.sentences import judgement_sentences
+from tests.helpers.scorers import brevity
 
 DTYPE = torch.float64
 
@@ -228,7 +229,7 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     own = {"cost_mean": (math.inf, 5.0)} if kind == "mean" else {"cost_rate": (1.0, 0.9), "unsafe_above": (COST_MIDDLE,)}
     config = smoke(
         CaidConfig(
-            cost=("harm", "length=-tests.test_constraints:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
+            cost=("harm", "length=-tests.helpers.scorers:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
             slack_prompts=12, eval_prompts=20,
             force=True, out=str(tmp_path / "run"), **own,
         )
@@ -254,7 +255,3 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
 
 
 COST_MIDDLE = 12.0
-
-
-def brevity(prompts: list[str], responses: list[str]) -> list[float]:
-    return [-float(sum(map(ord, r)) % 25) for r in responses]

@@ -11,19 +11,20 @@ import pytest
 import torch
 
 from engine import evaluate, train
-from engine.config import ALGORITHMS, MocanConfig
+from engine.config import ALGORITHMS, RunConfig
 from engine.config.algorithms import Algorithm
 from engine.config.bounds import bounded
-from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.update import World
+from engine.records import Target, lagrangian
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 from engine.sweep import __main__ as sweep
+from tests.helpers.runs import SMOKE, files
 
 # --- What would be the algorithm's file: MoCAN's box with a multiplier that is given, not solved for. ---
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedConfig(MocanConfig):
+class FixedConfig(RunConfig):
     """Align once at a given multiplier."""
 
     multiplier: float = bounded(1.0, at_least=0)
@@ -32,27 +33,25 @@ class FixedConfig(MocanConfig):
     has_thresholds = False
 
 
-def fixed_train(config: FixedConfig, *, resume: str | None = None):
+def fixed_train(config: FixedConfig, *, resume: str | None = None) -> Result:
     """Align once; `before_verdict` of the module stands for a Ctrl-C at that moment."""
-    with open_job("fixed", config, resume, n_stages=4) as job:
-        world = World(job)
-        policy, lam_J = loop(world, config)
+    with open_stages("fixed", config, resume) as stages:
+        policy, lam_J = loop(stages, config)
         sys.modules["fixed_multiplier"].before_verdict()
-        return world.verdict(policy, lam_J)
+        return stages.verdict(policy, lam_J)
 
 
-def loop(world: World, config: FixedConfig):
-    """Fit the policy to the Lagrangian at the given multiplier."""
-    scores = world.scores
-    lam_J = torch.full((scores.utility_PGJ.shape[2],), config.multiplier, dtype=torch.float64)
-    score_PG = scores.reward_PG + scores.utility_PGJ @ lam_J
-    return world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta), 1), lam_J
+def loop(stages: Stages, config: FixedConfig):
+    """Fit the policy to the Lagrangian at the given multiplier; returns the policy and the multipliers, float64 [J]."""
+    stages.sample_reference()
+    lam_J = torch.full((stages.n_constraints,), config.multiplier, dtype=torch.float64)
+    return stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), 1), lam_J
 
 
 # --- What would be its row. ---
 
 ROW = Algorithm(FixedConfig, "fixed_multiplier", "align once at a given multiplier", "a fixed multiplier")
-SMOKE = ["--preset", "smoke", "--threads", "1", "--force"]
+FLAGS = [*SMOKE, "--force"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,25 +69,15 @@ def module() -> Iterator[ModuleType]:
 def finished(module, tmp_path_factory, cache) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("fixed") / "run"
-    assert train.main(["fixed", *SMOKE, "--multiplier", "0.5", "--out", str(folder)]) == 0
+    assert train.main(["fixed", *FLAGS, "--multiplier", "0.5", "--out", str(folder)]) == 0
     return folder
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its lock, its times and its settings, which name its folder."""
-    kept = [
-        p
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name not in (".lock", "timing.jsonl", "config.json")
-    ]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
 
 
 def test_the_command_line_knows_it(capsys):
     assert train.main(["fixed", "--help"]) == 0
     out = capsys.readouterr().out
     assert "  fixed       align once at a given multiplier" in out and "--multiplier" in out
-    assert train.main(["fixed", *SMOKE, "--multiplier", "-1"]) == 2
+    assert train.main(["fixed", *FLAGS, "--multiplier", "-1"]) == 2
     assert capsys.readouterr().err == "error: --multiplier -1.0: must be at least 0.\n"
 
 
@@ -106,14 +95,15 @@ def test_a_run_interrupted_after_its_policy_stage_goes_on_and_ends_equal(
 
     folder = tmp_path / "run"
     monkeypatch.setattr(module, "before_verdict", press)
-    assert train.main(["fixed", *SMOKE, "--multiplier", "0.5", "--out", str(folder)]) == 130
+    assert train.main(["fixed", *FLAGS, "--multiplier", "0.5", "--out", str(folder)]) == 130
     assert f"--resume {folder}" in capsys.readouterr().err
     assert (folder / "adapters" / "iteration-1").is_dir() and not (folder / "evaluation.json").exists()
     monkeypatch.undo()
     assert train.main(["--resume", str(folder)]) == 0
     whole, resumed = files(finished), files(folder)
     assert whole.keys() == resumed.keys()
-    assert [name for name in whole if whole[name] != resumed[name]] == []
+    # The settings name the folder.
+    assert [name for name in whole if whole[name] != resumed[name]] == ["config.json"]
 
 
 def test_it_is_evaluated(finished, tmp_path, capsys):

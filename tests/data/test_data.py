@@ -220,7 +220,7 @@ def test_dataset_names_go_to_datasets(monkeypatch, tokenizer):
 def test_key_is_stable_across_processes():
     ids = [1, 2**40, 0]
     program = "from engine.data.prompts import prompt_key; print(prompt_key([1, 2**40, 0]))"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     other = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
     assert int(other) == prompt_key(ids)
     keys = {prompt_key([i, j]) for i in range(50) for j in range(50)}

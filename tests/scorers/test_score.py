@@ -20,11 +20,10 @@ from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.scorers import classifiers, heads
-from engine.scorers import training as head
+from engine.scorers import classifiers, heads, training
 from engine.scorers.base import Head, Scorers, TextScorer
 from engine.scorers.find import find_scorer, load_scorers
-from engine.scorers.scoring import score, try_out
+from engine.scorers.scoring import ReferenceForward, Responses, score, try_out
 from engine.stages.inputs import Inputs
 
 CPU = torch.device("cpu")
@@ -40,6 +39,14 @@ def world(tiny_folder, tmp_path_factory):
     prompts = load_prompts(str(file), tokenizer, max_prompt_tokens=200)
     rollouts = generate(network, prompts.token_ids, n=4, max_new_tokens=12, seed=0, stop_token_ids=(2, *range(60, 80)), temperature=0.8)
     return network, tokenizer, prompts, rollouts, [f"text {i}" for i in range(12)]
+
+
+def scores_of(world, scorers, *, texts=None, **forward):
+    """The scores of the world's responses, or of other texts in their place."""
+    network, _, prompts, rollouts, decoded = world
+    responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts or decoded)
+    forward = ReferenceForward(**{"temperature": 0.8, "memory_budget_bytes": 2**20} | forward)
+    return score(network, scorers, responses, forward)
 
 
 def fingerprint(tiny_folder):
@@ -108,10 +115,9 @@ def test_cut_groups_give_the_same(world):
 
 
 def test_costs_are_negated_and_rewards_are_not(world):
-    network, _, prompts, rollouts, texts = world
     rising = TextScorer(name="rising", function=lambda p, r: [float(i) for i in range(len(r))])
     scorers = Scorers(reward=rising, costs=(rising, rising), audits=(rising,))
-    scores = score(network, prompts, rollouts, texts, scorers, temperature=0.8, memory_budget_bytes=2**20)
+    scores = scores_of(world, scorers)
     expected = torch.arange(12, dtype=torch.float64).view(3, 4)
     assert torch.equal(scores.reward_PG, expected)
     assert torch.equal(scores.utility_PGJ, -expected[..., None].expand(-1, -1, 2))
@@ -119,7 +125,7 @@ def test_costs_are_negated_and_rewards_are_not(world):
 
 
 def test_text_scorers_see_prompts_and_responses(world):
-    network, _, prompts, rollouts, texts = world
+    _, _, prompts, _, texts = world
     seen = {}
 
     def judge(p, r):
@@ -128,7 +134,7 @@ def test_text_scorers_see_prompts_and_responses(world):
 
     scorer = TextScorer(name="judge", function=judge)
     scorers = Scorers(reward=scorer, costs=(scorer,), audits=())
-    score(network, prompts, rollouts, texts, scorers, temperature=1.0, memory_budget_bytes=2**20)
+    scores_of(world, scorers, temperature=1.0)
     assert seen["prompts"] == [t for t in prompts.text for _ in range(4)] and seen["responses"] == texts
 
 
@@ -244,7 +250,7 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_p
     load = {
         "scorer": lambda: find_scorer(str(folder), tiny_folder).load("x", CPU),
         "policy": lambda: Inputs.of(smoke(CaidConfig(model=str(folder), threads=1))),
-        "head": lambda: head.train(head.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
+        "head": lambda: training.train(training.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
         "trunk": lambda: find_scorer(str(tmp_path / "head"), tiny_folder).load("x", CPU),
     }
     with pytest.raises(UserError, match=f"{name}: .*auto_map"):
@@ -278,7 +284,7 @@ def counted(monkeypatch, owner, name):
 
 
 def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder, tmp_path, monkeypatch):
-    network, tokenizer, prompts, rollouts, texts = world
+    _, tokenizer, prompts, _, texts = world
     monkeypatch.setattr("engine.model.quickstart.model_folder", lambda: tiny_folder)
     weights = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for name, layer, weight in zip("abc", (1, 3, 3), weights, strict=True):
@@ -287,10 +293,10 @@ def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder
     scorers = load_scorers(f"{tmp_path}/a", [f"{tmp_path}/b"], [f"{tmp_path}/c"], folder=tmp_path, trunk="the policy's", device=CPU)
     assert scorers.layers == [], "of the policy's states none are read"
     texts = [text * (1 + i % 4) for i, text in enumerate(texts)]
-    options = {"temperature": 0.8, "memory_budget_bytes": 2**20, "reference": False, "states": States([], None)}
-    scores = score(network, prompts, rollouts, texts, scorers, **options)
+    options = {"logprob": False, "states": States([], None)}
+    scores = scores_of(world, scorers, texts=texts, **options)
     assert len(loads) == 1 and len(passes) == 1
-    again = score(network, prompts, rollouts, texts[::-1], scorers, **options)
+    again = scores_of(world, scorers, texts=texts[::-1], **options)
     assert len(loads) == 1 and len(passes) == 2, "other texts are read anew"
     assert not torch.equal(again.reward_PG, scores.reward_PG)
 
@@ -375,11 +381,10 @@ def test_sequence_classification_models(tiny_folder, tmp_path, labels):
 
 
 def test_scores_that_are_not_finite_name_the_response(world):
-    network, _, prompts, rollouts, texts = world
     bad = TextScorer(name="bad", function=lambda p, r: [0.0] * 6 + [float("inf")] + [0.0] * 5)
     with pytest.raises(UserError, match="bad gave inf for response 2 to prompt 1"):
         scorers = Scorers(reward=bad, costs=(bad,), audits=())
-        score(network, prompts, rollouts, texts, scorers, temperature=1.0, memory_budget_bytes=2**20)
+        scores_of(world, scorers, temperature=1.0)
 
 
 def test_empty_response_has_zero_states_and_log_prob_zero(world):

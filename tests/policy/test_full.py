@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import write_model
-from test_runs import SMOKE, files
 from transformers import AutoModelForCausalLM
 
 from engine import export, model, train
@@ -29,6 +27,8 @@ from engine.stages.inputs import Inputs
 from engine.stages.job import heldout_prompts
 from engine.stages.smoke import smoke_folder
 from engine.stages.verdict import HeldOut
+from tests.helpers.architectures import write_model
+from tests.helpers.runs import SMOKE, files
 
 PROMPTS = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[1, 70, 75, 80], [1, 90]], key_P=torch.tensor([11, 22]))
 FULL = ["--tune", "full", "--learning-rate", "1e-3"]

@@ -12,9 +12,12 @@ from scipy.optimize import minimize
 
 from engine.errors import UserError
 from engine.model.quickstart import tiny_model_folder
-from engine.scorers import training as head
+from engine.scorers import training
 from engine.scorers.base import Head
-from engine.scorers.training import HeadConfig, Row, Text
+from engine.scorers.head_data import Row, Text, hold_out, read_head_rows, response_ids
+from engine.scorers.head_figures import auc, calibration_error
+from engine.scorers.head_fit import fit_head, newton
+from engine.scorers.training import HeadConfig
 
 HEADS = Path(str(files("engine"))) / "assets" / "heads"
 
@@ -52,7 +55,7 @@ def test_learns_separable_pairs_and_labels_and_saves(tiny, tmp_path, capsys):
         data=(write(tmp_path / "p.jsonl", toy_pairs(20)), write(tmp_path / "l.jsonl", toy_labels(20, prompt=False))),
         out=str(tmp_path / "toy"), model=tiny, layer=2, licence=("toy rows (public domain)",),
     )  # fmt: skip
-    made = head.train(config)
+    made = training.train(config)
     figures = json.loads((tmp_path / "toy" / "metrics.json").read_text())
     assert figures["test"]["p"]["pair_accuracy"] == 1.0
     assert figures["test"]["l"]["auc"] == 1.0
@@ -67,7 +70,7 @@ def test_learns_separable_pairs_and_labels_and_saves(tiny, tmp_path, capsys):
 def test_equal_runs_write_equal_heads(tiny, tmp_path):
     data = (write(tmp_path / "p.jsonl", toy_pairs(8)),)
     for name in ("one", "two"):
-        head.train(HeadConfig(data=data, out=str(tmp_path / name), name="toy", model=tiny, layer=1))
+        training.train(HeadConfig(data=data, out=str(tmp_path / name), name="toy", model=tiny, layer=1))
     assert (tmp_path / "one" / "head.safetensors").read_bytes() == (tmp_path / "two" / "head.safetensors").read_bytes()
 
 
@@ -84,7 +87,7 @@ def random_problem(seed: int = 0):
 def test_fit_is_the_minimum_that_scipy_finds():
     rows, pooled, at = random_problem()
     l2 = 0.05
-    weight, bias = head.fit(rows, pooled, at, l2)
+    weight, bias = fit_head(rows, pooled, at, l2)
     x = pooled.double()
     std = x.std(0, correction=0)
 
@@ -106,7 +109,7 @@ def test_fit_is_the_minimum_that_scipy_finds():
 def test_pairs_alone_centre_the_score():
     rows, pooled, at = random_problem()
     pairs = [row for row in rows if row.other]
-    weight, bias = head.fit(pairs, pooled, at, 0.1)
+    weight, bias = fit_head(pairs, pooled, at, 0.1)
     used = [at[t] for row in pairs for t in row.texts]
     assert abs(float((pooled[used].double() @ weight + bias).mean())) < 1e-9
 
@@ -114,7 +117,7 @@ def test_pairs_alone_centre_the_score():
 def test_newton_gradient_vanishes():
     generator = torch.Generator().manual_seed(3)
     signed, weight = torch.randn(50, 5, generator=generator, dtype=torch.float64), torch.rand(50, generator=generator, dtype=torch.float64)
-    w = head.newton(signed, weight, 0.1).requires_grad_()
+    w = newton(signed, weight, 0.1).requires_grad_()
     ridge = torch.tensor([0.1] * 4 + [1e-7], dtype=torch.float64)
     (weight @ torch.nn.functional.softplus(-(signed @ w)) + 0.5 * (ridge * w * w).sum()).backward()
     assert w.grad.abs().max() < 1e-8
@@ -123,19 +126,19 @@ def test_newton_gradient_vanishes():
 def test_scaling_a_state_does_not_change_the_scores():
     rows, pooled, at = random_problem()
     scale = torch.tensor([10.0, 1.0, 0.01, 1.0, 1.0, 3.0])
-    first, second = head.fit(rows, pooled, at, 0.1), head.fit(rows, pooled * scale, at, 0.1)
+    first, second = fit_head(rows, pooled, at, 0.1), fit_head(rows, pooled * scale, at, 0.1)
     assert torch.allclose(pooled.double() @ first[0] + first[1], (pooled * scale).double() @ second[0] + second[1], atol=1e-4)
 
 
 def test_split_holds_out_whole_prompts(tmp_path):
     config = HeadConfig(data=(write(tmp_path / "l.jsonl", toy_labels(30)),))
-    rows = head.read_rows(config.data, config)
-    train, heldout = head.split(rows, 0)
+    rows = read_head_rows(config.data, config.loss)
+    train, heldout = hold_out(rows, 0)
     assert len({r.group for r in heldout}) == 6
     assert not {r.group for r in train} & {r.group for r in heldout}
     assert len(train) + len(heldout) == len(rows)
-    assert head.split(rows, 1)[1] != heldout
-    assert head.split(rows[::-1], 0)[1] == heldout[::-1]
+    assert hold_out(rows, 1)[1] != heldout
+    assert hold_out(rows[::-1], 0)[1] == heldout[::-1]
 
 
 def test_shared_texts_leave_the_training_rows(tiny, tmp_path, capsys):
@@ -145,7 +148,7 @@ def test_shared_texts_leave_the_training_rows(tiny, tmp_path, capsys):
         data=(write(tmp_path / "a.jsonl", pairs[1:] + [copy]),), test=(write(tmp_path / "b.jsonl", pairs[:1]),),
         out=str(tmp_path / "o"), model=tiny, layer=1,
     )  # fmt: skip
-    head.train(config)
+    training.train(config)
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["removed_shared_rows"] == 1
     assert "1 training rows removed" in capsys.readouterr().out
 
@@ -170,7 +173,7 @@ GOOD = {"prompt": "p", "response": "r", "label": 1}
 def test_bad_rows_are_named(tmp_path, row, says):
     config = HeadConfig(data=(write(tmp_path / "bad.jsonl", [GOOD, row]),), out=str(tmp_path / "o"))
     with pytest.raises(UserError) as error:
-        head.train(config)
+        training.train(config)
     assert "bad.jsonl:2" in str(error.value)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
@@ -190,7 +193,7 @@ def test_bad_rows_are_named(tmp_path, row, says):
 def test_bad_settings_are_named(tiny, tmp_path, change, says):
     config = HeadConfig(data=(write(tmp_path / "l.jsonl", toy_labels(5)),), out=str(tmp_path / "o"), model=tiny, layer=1)
     with pytest.raises(UserError, match=says):
-        head.train(dataclasses.replace(config, **change))
+        training.train(dataclasses.replace(config, **change))
     assert not (tmp_path / "o").exists()
 
 
@@ -198,9 +201,9 @@ def test_one_class_or_one_prompt_is_refused(tmp_path):
     out = str(tmp_path / "o")
     rows = [dict(row, label=1) for row in toy_labels(5)]
     with pytest.raises(UserError, match="both classes"):
-        head.train(HeadConfig(data=(write(tmp_path / "a.jsonl", rows),), out=out))
+        training.train(HeadConfig(data=(write(tmp_path / "a.jsonl", rows),), out=out))
     with pytest.raises(UserError, match="one prompt"):
-        head.train(HeadConfig(data=(write(tmp_path / "b.jsonl", [GOOD]),), out=out))
+        training.train(HeadConfig(data=(write(tmp_path / "b.jsonl", [GOOD]),), out=out))
 
 
 class Words:
@@ -217,14 +220,14 @@ class Words:
     [(3, True, [7, 7, 7, 2]), (3, False, [7, 7, 7]), (4, True, [7, 7, 7, 7]), (9, True, [7, 7, 7, 7])],
 )
 def test_stop_token_only_where_it_fits(words, finished, expected):
-    assert head.response_ids(Text("", "w " * words, finished), Words(), 4) == expected
+    assert response_ids(Text("", "w " * words, finished), Words(), 4) == expected
 
 
 def test_auc_and_calibration_closed_forms():
     label = torch.tensor([0, 0, 1, 1])
-    assert head.auc(torch.tensor([0.0, 1.0, 1.0, 2.0]), label) == pytest.approx(3.5 / 4)
-    assert head.calibration_error(torch.tensor([0.1, 0.1, 1.0, 1.0]), label) == pytest.approx(0.05)
-    assert head.calibration_error(torch.tensor([0.5, 0.55, 0.52, 0.51]), label) == pytest.approx(0.02, abs=1e-6)
+    assert auc(torch.tensor([0.0, 1.0, 1.0, 2.0]), label) == pytest.approx(3.5 / 4)
+    assert calibration_error(torch.tensor([0.1, 0.1, 1.0, 1.0]), label) == pytest.approx(0.05)
+    assert calibration_error(torch.tensor([0.5, 0.55, 0.52, 0.51]), label) == pytest.approx(0.02, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["helpfulness", "harm", "harm-audit"])

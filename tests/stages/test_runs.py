@@ -20,14 +20,7 @@ from engine.model.tokenizer import load_tokenizer
 from engine.run.rows import read_rows
 from engine.run.run import Run
 from engine.stages.sampling import gap_text
-
-SMOKE = ["--preset", "smoke", "--threads", "1"]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its lock and its times."""
-    kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "timing.jsonl")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
+from tests.helpers.runs import SMOKE, files, write
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +43,7 @@ def test_another_seed_gives_another_run(finished, tmp_path):
 
 
 def test_a_run_killed_in_every_stage_ends_bitwise_equal(tmp_path):
-    program = Path(__file__).with_name("killed_run.py")
+    program = Path(__file__).parents[1] / "helpers" / "killed_run.py"
     done = subprocess.run([sys.executable, str(program), str(tmp_path), "5"], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     killed = [line.split() for line in done.stdout.splitlines()]
@@ -100,8 +93,9 @@ def test_mocan_runs_on_the_same_stages(tmp_path):
     assert smoke(MocanConfig()).steps == 3
 
 
+SCORERS = "tests.helpers.scorers"
 # Costs of the runs below, the first J of them.
-COSTS = ("harm", "codes=test_runs:scorer_codes", "letters=-test_runs:scorer_length")
+COSTS = ("harm", f"codes={SCORERS}:codes", f"letters=-{SCORERS}:letters")
 
 
 @pytest.mark.parametrize(
@@ -258,44 +252,15 @@ def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
     assert export.main([str(finished), str(tmp_path / "merged")]) == 2
 
 
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def scorer_nan(prompts, responses):
-    return [float("nan")] * len(responses)
-
-
-def scorer_short(prompts, responses):
-    return [0.0]
-
-
-def scorer_raises(prompts, responses):
-    raise RuntimeError("the judge is away")
-
-
-def scorer_length(prompts, responses):
-    return [float(len(set(r))) for r in responses]
-
-
-def scorer_codes(prompts, responses):
-    return [float(sum(map(ord, r)) % 25) for r in responses]
-
-
-def scorer_constant(prompts, responses):
-    return [1.0] * len(responses)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reward", "test_runs:scorer_nan"], "scorer_nan gave nan"),
-        (["--reward", "test_runs:scorer_short"], "returned 1 scores for"),
-        (["--reward", "test_runs:scorer_raises"], "the judge is away"),
-        (["--reward", "test_runs:scorer_constant"], "scorer_constant gave 1 for every response"),
+        (["--reward", f"{SCORERS}:not_a_number"], "not_a_number gave nan"),
+        (["--reward", f"{SCORERS}:only_one"], "returned 1 scores for"),
+        (["--reward", f"{SCORERS}:away"], "the judge is away"),
+        (["--reward", f"{SCORERS}:constant"], "constant gave 1 for every response"),
         (["--reward", "nothing-like-this"], "not found"),
-        (["--reward", "test_runs:missing"], "missing"),
+        (["--reward", f"{SCORERS}:missing"], "missing"),
         (["--threshold", "9"], "support b up to"),
         (["--cost", "harm", "--audit", "harm"], "named harm"),
         (["--audit", "reward=harm"], "reward is what the reward is called"),
@@ -395,7 +360,8 @@ def test_special_tokens_beyond_the_vocabulary_are_refused_only_where_they_occur(
 
 def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):
     prompts = write(tmp_path / "p.jsonl", [{"question": f"What is {i} + {i}?"} for i in range(40)])
-    flags = ["--prompts", prompts, "--prompt-column", "question", "--reward", "test_runs:scorer_length", "--force"]
+    flags = ["--prompts", prompts, "--prompt-column", "question", "--force"]
+    flags += ["--reward", f"{SCORERS}:letters"]
     flags += ["--cost", "harm", "harm-audit", "--audit", "--threshold", "0.1", "0.1"]
     assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 0
     evaluation = json.loads((tmp_path / "r" / "evaluation.json").read_text())

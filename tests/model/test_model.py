@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import VARIANTS, VOCABULARY, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from engine.model.decoder import Decoder
 from engine.model.names import named_targets
 from engine.policy.lora import Adapter
 from engine.policy.peft import load_peft, save_peft
+from tests.helpers.architectures import VARIANTS, VOCABULARY, write_model
 
 
 def ragged(lengths, seed=0):
@@ -118,7 +118,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, stored, wan
     shapes = named_targets(Decoder(ModelConfig.from_json(raw, tmp_path), raw, stored, torch.device("meta")))
     save_file({name: torch.ones_like(t, device="cpu") for name, t in shapes.items()}, tmp_path / "large" / "model.safetensors")
     command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large"), wanted]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     peak, weights = map(int, ended.stdout.split())
     assert weights > 100e6 and 0.9 * weights < peak < 1.1 * weights
 

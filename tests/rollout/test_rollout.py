@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from architectures import VARIANTS, write_model
 from transformers import AutoModelForCausalLM
 
 from engine import model as M
@@ -21,6 +20,7 @@ from engine.rollout.sampler import generate
 from engine.rollout.states import States
 from kernels import native, sample, sequence_logprob
 from kernels.sampling import combine, exponential, stream, uniform
+from tests.helpers.architectures import VARIANTS, write_model
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
 
