@@ -14,16 +14,13 @@ from engine.config.algorithms import (
     RepoConfig,
     SacpoConfig,
     SafeDpoConfig,
-    by_preference,
-    pairs_file,
-    policy_updates,
     shown_name,
-    trained_responses,
     was_by_preference,
 )
-from engine.config.evaluation import EvaluateConfig, check_evaluate
+from engine.config.bounds import check
+from engine.config.evaluation import EvaluateConfig
 from engine.config.presets import SAMPLING, SMOKE, fit, smoke
-from engine.config.run import IterativeConfig, RunConfig, check
+from engine.config.run import IterativeConfig, RunConfig
 
 __all__ = [
     "ALGORITHMS",
@@ -44,14 +41,9 @@ __all__ = [
     "SMOKE",
     "SacpoConfig",
     "SafeDpoConfig",
-    "by_preference",
     "check",
-    "check_evaluate",
     "fit",
-    "pairs_file",
-    "policy_updates",
     "shown_name",
     "smoke",
-    "trained_responses",
     "was_by_preference",
 ]

@@ -34,6 +34,8 @@ class CaidConfig(IterativeConfig):
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
     few steps lags behind lambda."""
 
+    solves_dual = True
+
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
         """What is sampled in training: the slacks and, with --pairs policy, what every update but the first learns from."""
@@ -70,6 +72,8 @@ class MocanConfig(RunConfig):
     pairs: str = "reference"
     """Whose responses the policy update learns from: reference, the samples that the dual is solved on, or a jsonl, csv or parquet file
     with the columns prompt, response_0, response_1 (or chosen, rejected), which gives the responses; the scores are the run's."""
+
+    solves_dual = True
 
     def check(self) -> None:
         """Refuse values that no run can use; see `RunConfig.check`."""
@@ -346,23 +350,3 @@ def was_by_preference(algorithm: str, values: dict) -> bool:
     config_class = ALGORITHMS[algorithm].config_class
     known = {f.name for f in fields(config_class)}
     return config_class(**{name: value for name, value in values.items() if name in known}).by_preference
-
-
-def policy_updates(config: RunConfig) -> int:
-    """How often an algorithm takes `config.steps` policy steps."""
-    return config.policy_updates
-
-
-def pairs_file(config: RunConfig) -> str:
-    """The file of --pairs, or nothing where a policy update learns from samples."""
-    return config.pairs_file
-
-
-def trained_responses(config: RunConfig, n: int) -> int:
-    """Responses of a prompt with `n` that a policy step trains on."""
-    return config.trained_responses(n)
-
-
-def by_preference(config: RunConfig) -> bool:
-    """Whether scores are log-ratios of policies aligned to preferences."""
-    return config.by_preference

@@ -82,6 +82,14 @@ def one_of(*accepted: str, default: str | None = None) -> Any:
     return field(default=accepted[0] if default is None else default, metadata={"bound": Choice(accepted)})
 
 
+def check(config: Any) -> None:
+    """Refuse values that no run, or no evaluation, can use.
+
+    Raises: UserError naming the flag, its value and what is accepted.
+    """
+    config.check()
+
+
 def check_bounds(config: Any) -> None:
     """Check every field of a config by itself: its numbers are finite and within the field's bound.
 

@@ -52,11 +52,3 @@ class EvaluateConfig:
             raise UserError(
                 "--best-feasible: chooses the iterate on the run's held-out prompts, so leave --iterate out and give other --prompts."
             )
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Refuse values that no evaluation can use.
-
-    Raises: UserError naming the flag, its value and what is accepted.
-    """
-    config.check()

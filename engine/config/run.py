@@ -142,6 +142,7 @@ class RunConfig:
 
     # These are no fields, hence no flags: they hold for every algorithm that does not say otherwise.
     has_thresholds = True  # --threshold means something to it; without, a sweep trains it once for each seed
+    solves_dual = False  # it starts from the multipliers that are optimal on the reference's samples
     pairs = "reference"
     slack_prompts = 0
 
@@ -276,11 +277,3 @@ class IterativeConfig(RunConfig):
                 f"--slack-prompts {self.slack_prompts}: slack and pairs need disjoint prompts, and {self.n_prompts} prompts "
                 f"leave fewer than --prompts-per-step {self.prompts_per_step}; lower these or give more prompts."
             )
-
-
-def check(config: RunConfig) -> None:
-    """Refuse values that no run can use.
-
-    Raises: UserError naming the flag, its value and what is accepted.
-    """
-    config.check()
