@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine import constraints, dual, keys
-from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name, was_by_preference
+from engine.config import EvaluateConfig, RunConfig, check, shown_name, was_by_preference
 from engine.config.flags import parse_flags
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
@@ -103,7 +103,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
 
     Raises: UserError.
     """
-    check_evaluate(flags)
+    check(flags)
     run = Path(run)
     algorithm, values = Run.read_config(run)
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})

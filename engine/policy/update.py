@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import keys
-from engine.config import PrimalDualConfig, RunConfig, trained_responses
+from engine.config import PrimalDualConfig, RunConfig
 from engine.data.dealing import schedule
 from engine.errors import NonFiniteError, UserError
 from engine.model import packing
@@ -65,7 +65,7 @@ def fit(
     """
     pool = samples.prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
-    per_prompt = trained_responses(config, samples.rollouts.n)
+    per_prompt = config.trained_responses(samples.rollouts.n)
     pairs_of = [within_prompts(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG) for chosen in plan]
     for number, pairs in enumerate(pairs_of, 1):
         if not len(pairs.pairs):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from engine.config import IterativeConfig, PrimalDualConfig, RunConfig, pairs_file, policy_updates, trained_responses
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from kernels.reference import budget_or_default
@@ -42,25 +42,38 @@ class Plan:
         longest_prompt, mean_prompt = max(lengths), sum(lengths) / len(lengths)
         size, c = dtype.itemsize, shape
         weights = c.parameter_count() * size
-        in_group = trained_responses(config, 2 if pairs_file(config) else config.n_responses)
+        in_group = config.trained_responses(2 if config.pairs_file else config.n_responses)
         group = longest_prompt + in_group * config.max_new_tokens
         full = config.tune == "full"
         trained = 1.0 if full else 1 - config.lora_from  # share of the layers
         layers = c.num_layers * trained
         inside = 10 * c.hidden_size + 4 * c.intermediate_size
-        per_token = size * (inside + layers * c.hidden_size if config.activation_checkpointing else inside * layers)
+        per_token = size * (
+            inside + layers * c.hidden_size if config.activation_checkpointing else inside * layers
+        )
         at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
         training = at_once * per_token + budget_or_default(config.memory_budget_bytes, device)
-        if c.attention_softcap is not None:  # all scores are stored: before and after the cap, masked, and as weights
-            training += int(at_once * 4 * group * c.num_heads * (1 if config.activation_checkpointing else layers)) * size
-        kept = 0 if full else kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
+        if (
+            c.attention_softcap is not None
+        ):  # all scores are stored: before and after the cap, masked, and as weights
+            training += (
+                int(at_once * 4 * group * c.num_heads * (1 if config.activation_checkpointing else layers))
+                * size
+            )
+        kept = (
+            0
+            if full
+            else kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
+        )
         if full:
             # Float32 weights, those of the start, gradients, two moments, and on a CPU too: the last iterate with its moments and what a
             # checkpoint writes. On a GPU: the weights in 16 bits with their gradients, and a copy for the iterate.
             kept += c.parameter_count() * (28 if device.type == "cuda" else 60)
 
         def needed(rows: int) -> int:
-            return _peak(weights + max(sampling_bytes(config, shape, dtype, longest_prompt, rows), training + kept))
+            return _peak(
+                weights + max(sampling_bytes(config, shape, dtype, longest_prompt, rows), training + kept)
+            )
 
         available = available_memory(device)
         rows = rows_that_fit(config, needed, available) if fewer_rows else config.rollout_rows
@@ -76,22 +89,18 @@ class Plan:
             """The reference's log-probs: the layers above those that sampling has passed already."""
             return prompts * (mean_prompt + n * answer) * (body * trained + head)
 
-        reference, heldout = (config.n_prompts, config.n_responses), (config.eval_prompts, config.eval_responses)
+        reference, heldout = (
+            (config.n_prompts, config.n_responses),
+            (config.eval_prompts, config.eval_responses),
+        )
         products = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
         if dtype != torch.float32:  # see stages.sample
             products += scored(*reference) + scored(*heldout)
-        if isinstance(config, IterativeConfig):
-            slack = config.slack_prompts, config.slack_responses
-            products += config.iterations * (sampled(*slack) + scored(*slack))
-        if isinstance(config, PrimalDualConfig):
-            fresh = config.ascent_prompts, config.n_responses
-            products += config.iterations * (sampled(*fresh) + scored(*fresh))
-        if getattr(config, "pairs", "") == "policy":
-            fresh = config.steps * config.prompts_per_step, config.n_responses
-            products += (config.iterations - 1) * (sampled(*fresh) + scored(*fresh))
+        for times, prompts, responses in config.fresh_samples:
+            products += times * (sampled(prompts, responses) + scored(prompts, responses))
         tokens = config.prompts_per_step * (mean_prompt + in_group * answer)
         passes = 3 if full else 2  # forward, to the states, to the weights
-        products += policy_updates(config) * config.steps * tokens * passes * (body * trained + head)
+        products += config.policy_updates * config.steps * tokens * passes * (body * trained + head)
         return Plan(needed(rows), available, 2 * products / (EFFICIENCY * _matmul_rate(dtype, device)), rows)
 
     def check(self) -> None:
@@ -115,7 +124,9 @@ def cache_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * dtype.itemsize
 
 
-def sampling_bytes(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, longest_prompt: int, rows: int) -> int:
+def sampling_bytes(
+    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, longest_prompt: int, rows: int
+) -> int:
     """Bytes of the KV slab and of the logits, with `rows` responses side by side."""
     rows = min(rows, max(config.n_prompts, config.eval_prompts) * config.n_responses)
     cache = rows * (longest_prompt + config.max_new_tokens) * cache_bytes(shape, dtype)
@@ -136,7 +147,12 @@ def rows_that_fit(config: RunConfig, needed: Callable[[int], int], available: in
 
 
 def evaluation_rows(
-    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, heldout: list[int], n_prompts: int
+    config: RunConfig,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    heldout: list[int],
+    n_prompts: int,
 ) -> int:
     """Responses that `engine.evaluate` decodes side by side: config.rollout_rows, or as many as fit. heldout: lengths in tokens of all
     prompts; n_prompts: the most that are scored at once.
@@ -145,9 +161,13 @@ def evaluation_rows(
     """
     own = config.eval_responses
     config = replace(config, n_prompts=n_prompts, eval_prompts=n_prompts, n_responses=own)
-    policy = shape.parameter_count() * (dtype.itemsize + max(4, dtype.itemsize)) if config.tune == "full" else 0
+    policy = (
+        shape.parameter_count() * (dtype.itemsize + max(4, dtype.itemsize)) if config.tune == "full" else 0
+    )
     weights = shape.parameter_count() * dtype.itemsize + policy
-    kept = kept_states_bytes([max(heldout)] * n_prompts, own * config.max_new_tokens, shape.hidden_size, dtype)
+    kept = kept_states_bytes(
+        [max(heldout)] * n_prompts, own * config.max_new_tokens, shape.hidden_size, dtype
+    )
 
     def needed(rows: int) -> int:
         sampling = sampling_bytes(config, shape, dtype, max(heldout), rows)
@@ -163,7 +183,9 @@ def evaluation_rows(
     return rows
 
 
-def kept_states_bytes(prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
+def kept_states_bytes(
+    prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype
+) -> int:
     """Bytes of the states below the adapter of prompts with `new_tokens` response tokens each, at most; 0 when they pass
     KEPT_STATES_BYTES, as then they are not kept but computed in every step."""
     size = (sum(prompt_lengths) + len(prompt_lengths) * new_tokens) * hidden_size * dtype.itemsize
@@ -189,7 +211,10 @@ def _cgroup_room(root: Path) -> float:
         if controllers == "":
             mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mount, names = (
+                root / "sys/fs/cgroup/memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
         else:
             continue
         inside = PurePosixPath(path.lstrip("/"))
@@ -208,7 +233,10 @@ def _cgroup_room(root: Path) -> float:
 def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Flop per second of a product of the engine's usual shape: the best of 30 or more within half a second or more, as an idle machine
     starts slowly, and one that still reads its libraries from the disk a tenth as fast."""
-    a, b = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 4096, dtype=dtype, device=device)
+    a, b = (
+        torch.ones(256, 1024, dtype=dtype, device=device),
+        torch.ones(1024, 4096, dtype=dtype, device=device),
+    )
     best, begun, made = float("inf"), time.perf_counter(), 0
     while (past := time.perf_counter() - begun) < 0.5 or (made < 30 and past < 5):
         start = time.perf_counter()

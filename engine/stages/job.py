@@ -11,20 +11,7 @@ from pathlib import Path
 import torch
 
 from engine import constraints, keys, model
-from engine.config import (
-    SAMPLING,
-    CaidConfig,
-    IterativeConfig,
-    MocanConfig,
-    OpdConfig,
-    RunConfig,
-    by_preference,
-    check,
-    fit,
-    pairs_file,
-    policy_updates,
-    shown_name,
-)
+from engine.config import SAMPLING, RunConfig, check, fit, shown_name
 from engine.data.dealing import deal, subset
 from engine.data.prompts import assert_disjoint, prompt_key
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
@@ -135,9 +122,9 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
     own_pairs = preferences = None
-    if source := pairs_file(config):
+    if source := config.pairs_file:
         own_pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits)
-    if by_preference(config) and config.preferences:
+    if config.by_preference and config.preferences:
         preferences = read_response_pairs(config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits)
     for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
         if own is not None:
@@ -190,10 +177,9 @@ def new_adapter(subject: Subject, config: RunConfig) -> Adapter:
 
 def stages_of(config: RunConfig) -> int:
     """Counts the stages of a run."""
-    solves = isinstance(config, CaidConfig | MocanConfig)
-    aligned = 2 + len(config.cost) if by_preference(config) else 0
-    slacks = config.iterations + isinstance(config, OpdConfig) if isinstance(config, IterativeConfig) else 0
-    return 3 + bool(pairs_file(config)) + aligned + solves + policy_updates(config) + slacks
+    aligned = 2 + len(config.cost) if config.by_preference else 0
+    pairs = bool(config.pairs_file)
+    return 3 + pairs + aligned + config.solves_dual + config.policy_updates + config.measured_slacks
 
 
 def training_prompts(train: Prompts, n: int, seed: int) -> Prompts:
@@ -219,15 +205,15 @@ def check_samples_of(config: RunConfig, fingerprint: str) -> None:
 
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:
     """Prompts for the pairs and for the slack of an iteration, see `engine.data.dealing.deal`."""
-    n_slack = config.slack_prompts if isinstance(config, IterativeConfig) else 0
-    return deal(prompts, config.seed, max(1, iteration), config.steps * config.prompts_per_step, n_slack)
+    n_pairs = config.steps * config.prompts_per_step
+    return deal(prompts, config.seed, max(1, iteration), n_pairs, config.slack_prompts)
 
 
 def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[str, Prompts]:
     """Lists the sets of prompts on which constraints will be measured, by what they are called."""
     sets = {"training prompts": reference, "held-out prompts": heldout}
-    if isinstance(config, IterativeConfig):
-        for t in range(1, policy_updates(config) + 1):
+    if config.measured_slacks:
+        for t in range(1, config.policy_updates + 1):
             sets[f"slack prompts of iteration {t} (see --slack-prompts)"] = reference.select(deal_prompts(config, reference, t)[1])
     return sets
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from engine import dual
-from engine.config import RunConfig, by_preference
+from engine.config import RunConfig
 from engine.policy.full import FullWeights
 from engine.policy.update import Policy
 from engine.policy.weights import Weights
@@ -56,7 +56,7 @@ class RunStages:
         job = self.job
         self.reference = sample_reference(job)
         pairs = None if job.pairs is None else score_pairs(job)
-        if by_preference(job.config):
+        if job.config.by_preference:
             self.reference = preference.align(job, self.reference)
         self.updates = Updates(job, self.reference, new_weights(job), pairs)
 

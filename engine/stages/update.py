@@ -128,7 +128,7 @@ class Updates:
                 )
             scores = reference.scoring(stage, prompts, self.pairs)
             return Samples(prompts=prompts, sampled=self.pairs, scores=scores), train_on
-        if getattr(job.config, "pairs", "reference") == "policy" and start is not None:
+        if job.config.pairs == "policy" and start is not None:
             return self._fresh(stage, train_on, iteration), list(range(len(train_on)))
         return reference.samples, train_on
 

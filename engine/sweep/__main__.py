@@ -32,10 +32,19 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--preset {preset}: the only preset is smoke.")
         if resume is not None:
             if own or common or preset:
-                raise UserError(f"--resume {resume}: takes no other flags; the sweep goes on with its own settings.")
+                raise UserError(
+                    f"--resume {resume}: takes no other flags; the sweep goes on with its own settings."
+                )
             sweep, preset = _resumed(resume)
         else:
-            sweep = parse_flags(SweepConfig, own, prog="python -m engine.sweep", usage=USAGE, first="sweep's name", default=SweepConfig())
+            sweep = parse_flags(
+                SweepConfig,
+                own,
+                prog="python -m engine.sweep",
+                usage=USAGE,
+                first="sweep's name",
+                default=SweepConfig(),
+            )
             if sweep is None:
                 return 0
             sweep = replace(sweep, flags=(*sweep.flags, *common))

@@ -7,7 +7,16 @@ from pathlib import Path
 from engine import constraints
 from engine.records import Limit
 from engine.run.folder import RunFolder
-from engine.run.rows import IterationRow, PolicyRow, ReferenceRow, SpeedRow, StageTimeRow, StepRow, read_rows, read_timing
+from engine.run.rows import (
+    IterationRow,
+    PolicyRow,
+    ReferenceRow,
+    SpeedRow,
+    StageTimeRow,
+    StepRow,
+    read_rows,
+    read_timing,
+)
 from engine.sweep.plans import Plan
 from engine.verdict.evaluation import Evaluation
 

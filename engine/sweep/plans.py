@@ -4,13 +4,9 @@ import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from engine import config as configs
-from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, shown_name, smoke
+from engine.config import ALGORITHMS, SAMPLING, RunConfig, check, shown_name, smoke
 from engine.config.flags import parse_flags, suggest
 from engine.errors import UserError
-
-# Algorithms that know no threshold run once for each seed.
-FREE = (DpoConfig, SacpoConfig, SafeDpoConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +53,15 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     for name in SAMPLING:
         if name != "seed" and len(values := {getattr(plan.config, name) for plan in plans.values()}) > 1:
             shown = ", ".join(sorted(map(str, values)))
-            raise UserError(f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by itself.")
+            raise UserError(
+                f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by itself."
+            )
     known = {f.name for plan in plans.values() for f in fields(plan.config)}
     for name in _flag_names(sweep.flags):
         if name not in known:
-            raise UserError(f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it.")
+            raise UserError(
+                f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it."
+            )
     return list(plans.values())
 
 
@@ -73,16 +73,16 @@ def shown(label: str) -> str:
 
 def config_class(label: str) -> type[RunConfig]:
     """Of an algorithm as it is asked for, with or without settings. Raises: UserError for one that is not there."""
-    from engine.train import ALGORITHMS
-
-    names = [name for name in ALGORITHMS if name != "head"]
+    names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
     if name not in names:
         raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
-    return getattr(configs, ALGORITHMS[name][0])
+    return ALGORITHMS[name].config_class
 
 
-def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
+def _plan(
+    sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int
+) -> Plan:
     name, _, own = label.partition(":")
     kind = config_class(label)
     default = kind() if preset is None else smoke(kind())
@@ -90,10 +90,12 @@ def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[f
     flags += [f"--{part.replace('_', '-')}" for part in own.split(",") if part]
     config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
-    at = "" if issubclass(kind, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
+    at = "" if not kind.has_thresholds else f"-b{'_'.join(f'{b:g}' for b in values)}"
     out = Path(sweep.out)
     folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
-    config = replace(config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}"))
+    config = replace(
+        config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}")
+    )
     check(config)
     return Plan(label=label, algorithm=name, threshold=values, config=config, folder=folder)
 
@@ -110,7 +112,11 @@ def _threshold(text: str) -> tuple[float, ...]:
 
 
 def _flag_names(flags: tuple[str, ...]) -> list[str]:
-    return [flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for flag in flags if flag.startswith("--")]
+    return [
+        flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
+        for flag in flags
+        if flag.startswith("--")
+    ]
 
 
 def _known_flags(flags: tuple[str, ...], known: set[str]) -> list[str]:

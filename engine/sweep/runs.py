@@ -9,10 +9,9 @@ there, but for algorithms that know none. Then every run is an ordinary run fold
 import shutil
 import sys
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
 
-from engine.config import by_preference, fit
+from engine.config import ALGORITHMS, fit
 from engine.errors import NonFiniteError, UserError
 from engine.files import write_json
 from engine.report import run_page
@@ -22,7 +21,7 @@ from engine.stages.run import RunStages
 from engine.stages.solve import one_shot
 from engine.sweep.outcomes import Outcome, finished, read_run
 from engine.sweep.pages import write
-from engine.sweep.plans import FREE, Plan, SweepConfig, configs_of, numbers
+from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
 
 
 def _begun(folder: Path) -> str | None:
@@ -42,10 +41,15 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     plans = configs_of(sweep, preset)
     if not resume:
         # What a kill leaves before sweep.json is there is nothing.
-        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}):
+        if out.exists() and not (
+            out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}
+        ):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"preset": preset, **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}}
+        settings = {
+            "preset": preset,
+            **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"},
+        }
         write_json(out / "sweep.json", settings)
     paths = {}
     for seed in sweep.seeds:
@@ -56,7 +60,9 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
         print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
         outcomes.append(read_run(plan, _train(plan)))
         write(out, outcomes, paths)
-    print(f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}")
+    print(
+        f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}"
+    )
     return outcomes
 
 
@@ -74,10 +80,12 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
         stages.sample_reference()
         stages.heldout(None)
         for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
-            if isinstance(plan.config, FREE) or by_preference(plan.config):
+            if not plan.config.has_thresholds or plan.config.by_preference:
                 continue
             own, _ = fit(plan.config, len(job.train), len(job.heldout))
-            reference = reference_of(replace(job, config=own), stages.reference.prompts, stages.reference.sampled, None)
+            reference = reference_of(
+                replace(job, config=own), stages.reference.prompts, stages.reference.sampled, None
+            )
             aim_J, beta = reference.aim_J, own.beta
             problem = aim_J.tolist(), reference.limits, beta, own.lam_max, own.force
             if problem in seen:
@@ -105,11 +113,8 @@ def draw_samples(plans: list[Plan]) -> list[dict]:
 def _train(plan: Plan) -> str:
     """Train and judge, or go on with a run that was stopped, unless it is done; returns what it failed with, or ""."""
     if not (plan.folder / "evaluation.json").is_file():
-        from engine.train import module_of
-
-        train = import_module(module_of(plan.algorithm)).train
         try:
-            train(plan.config, resume=_begun(plan.folder))
+            ALGORITHMS[plan.algorithm].train(plan.config, resume=_begun(plan.folder))
         except NonFiniteError as stop:
             print(f"error: {stop}", file=sys.stderr)
             return str(stop)

@@ -13,9 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import config as config_module
 from engine import train as cli
-from engine.config import CaidConfig, MocanConfig, algorithms, check, fit, run, smoke
+from engine.config import ALGORITHMS, CaidConfig, MocanConfig, algorithms, check, fit, run, shown_name, smoke
 from engine.errors import Interrupted, NonFiniteError, UserError
 
 ROOT = Path(cli.__file__).parent.parent
@@ -40,7 +39,7 @@ FLAGS = {
     "safe_dpo": [*RUN_FLAGS, "offset"],
     "dpo": [*RUN_FLAGS, "objective"],
 }
-CONFIGS = {name: getattr(config_module, class_name) for name, (class_name, _) in cli.ALGORITHMS.items() if name != "head"}
+CONFIGS = {name: row.config_class for name, row in ALGORITHMS.items() if name != "head"}
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def trained(monkeypatch) -> list:
         return SimpleNamespace(train=train)
 
     for name in CONFIGS:
-        monkeypatch.setitem(sys.modules, cli.module_of(name), stand_in(name))
+        monkeypatch.setitem(sys.modules, ALGORITHMS[name].module, stand_in(name))
     return calls
 
 
@@ -91,7 +90,7 @@ def field_helps() -> dict[tuple[str, str], str]:
         for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.ClassDef):
                 for field, text in zip(node.body, node.body[1:], strict=False):
-                    if isinstance(field, ast.AnnAssign):
+                    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                         helps[node.name, field.target.id] = ast.literal_eval(text.value)
     return helps
 
@@ -117,7 +116,7 @@ def test_help_shows_every_flag_with_its_text_and_default(algorithm):
         default = shlex.join(map(str, field.default if isinstance(field.default, tuple) else [field.default]))
         assert f"--{field.name.replace('_', '-')} " in shown.replace(",", " ")
         assert f"{flat(text)} (default: {default})" in shown
-    for name in cli.ALGORITHMS:
+    for name in ALGORITHMS:
         assert re.search(rf"^  {name} ", out, re.MULTILINE)
     assert "--preset smoke" in out
     assert "--resume FOLDER" in out
@@ -195,13 +194,13 @@ def test_bad_command_lines_import_nothing_heavy(line):
 
 
 def test_every_algorithm_has_a_shown_name_and_readings_are_called_so():
-    assert config_module.SHOWN.keys() == CONFIGS.keys()
-    readings = {name for name, shown in config_module.SHOWN.items() if shown.startswith("our reading of ")}
+    assert all(ALGORITHMS[name].shown for name in CONFIGS)
+    readings = {name for name, row in ALGORITHMS.items() if row.shown.startswith("our reading of ")}
     assert readings == {"repo", "opd", "cdpo", "pd_dpo"}
     for name in readings:
-        assert f"{config_module.shown_name(name)}: " in cli.ALGORITHMS[name][1]
+        assert f"{shown_name(name)}: " in ALGORITHMS[name].help
         assert CONFIGS[name].__doc__.startswith("Our reading of ")
-    assert config_module.shown_name("samples") == "samples"
+    assert shown_name("samples") == "samples"
 
 
 def test_check_accepts_the_defaults_and_presets():
