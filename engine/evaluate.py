@@ -23,6 +23,7 @@ from torch import Tensor
 from engine import constraints, dual
 from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name, was_by_preference
 from engine.config.flags import parse_flags
+from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
 from engine.files import write_json
@@ -30,7 +31,7 @@ from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.iterates import is_saved, load_weights
 from engine.policy.weights import Weights
-from engine.records import Limit, Prompts, Units
+from engine.records import Prompts, Units
 from engine.run import rows as metrics_rows
 from engine.run.display import Display, Progress
 from engine.run.plan import evaluation_rows

@@ -10,11 +10,12 @@ import matplotlib.image
 import pytest
 import torch
 
+from engine.constraints import Improvement, Judged, word
 from engine.errors import UserError
 from engine.intervals import estimate
 from engine.report import run_page
 from engine.report.run_page import FILES, _page, _read
-from engine.verdict.evaluation import Constraint, Evaluation, word
+from engine.verdict.evaluation import Evaluation
 
 
 def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:
@@ -47,7 +48,9 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
     constraints = [estimate(change[:, j]) for j in range(n)]
     evaluation = Evaluation(
         reward=estimate(change[:, n]),
-        constraints=tuple(Constraint(name, 0.3, 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)),
+        constraints=tuple(
+            Judged(Improvement(name=name, value=0.3), 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)
+        ),
         audits=(("harm-audit", estimate(change[:, n + 1])),),
         kl=estimate(torch.rand(prompts) + 3),
         finished=(0.9, 0.95),

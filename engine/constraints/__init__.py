@@ -1,5 +1,7 @@
 """The constraints of a run: what each asks for, what training aims at, and how each is judged and said."""
 
+from engine.constraints.kinds import KINDS, Improvement, MeanCost, Rate, unsafe_above
+from engine.constraints.limit import Judged, Limit, judge, word
 from engine.constraints.training import (
     aimed_improvement,
     aims,
@@ -7,25 +9,26 @@ from engine.constraints.training import (
     counted_above,
     limits,
     missing,
-    opening,
     required,
-    text,
-    unsafe_above,
     weighted,
 )
-from engine.records import Limit
 
 __all__ = [
+    "KINDS",
+    "Improvement",
+    "Judged",
     "Limit",
+    "MeanCost",
+    "Rate",
     "aimed_improvement",
     "aims",
     "check_prompts",
     "counted_above",
+    "judge",
     "limits",
     "missing",
-    "opening",
     "required",
-    "text",
     "unsafe_above",
     "weighted",
+    "word",
 ]

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from engine import constraints
 from engine.run.rows import read_timing
 from engine.stages.job import Job
 from engine.stages.protocol import Slack
@@ -15,7 +14,7 @@ def iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, 
     speed = [row["tokens_per_s"] for row in read_timing(job.run.folder) if row["stage"] == stage and "tokens_per_s" in row]
     measured = zip(slack.improvement_J.tolist(), slack.se_J.tolist(), reference.needed_J.tolist(), reference.aimed, strict=True)
     held = [
-        constraints.text(limit, *values, reference.units.utility_J[j])
+        limit.progress(*values, reference.units.utility_J[j])
         for j, (limit, values) in enumerate(zip(reference.limits, measured, strict=True))
     ]
     parts = [

@@ -18,7 +18,7 @@ from engine.stages.reference import Reference
 def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> dual.Solution:
     """The multipliers for the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
-    bounds = [0.0 if limit.kind == "rate" else None for limit in reference.limits]  # such a utility is minus the share of unsafe responses
+    bounds = [limit.highest for limit in reference.limits]
     try:
         return dual.solve(
             reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts), aim, config.beta, start_J=start_J,
@@ -26,8 +26,7 @@ def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> d
         )  # fmt: skip
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
-        flags = {"improvement": "--threshold", "mean": "--cost-mean", "rate": "--cost-rate"}
-        asked = ", ".join(f"{flags[limit.kind]} {limit.value:g}" for limit in reference.limits)
+        asked = ", ".join(f"{limit.flag} {limit.value:g}" for limit in reference.limits)
         opening = f"{asked} (with its margin the dual aims at an improvement of {listed(aim)})"
         if error.proven:
             raise UserError(

@@ -53,10 +53,10 @@ def table(outcomes: list[Outcome]) -> list[dict]:
         e = o.evaluation
         row |= _columns("reward", e.reward)
         for j, c in enumerate(e.constraints):
-            row |= {f"{c.name} threshold": c.threshold, f"{c.name} aim": c.aim, f"{c.name} lambda": o.lam[j], f"{c.name} verdict": c.word}
+            row |= {f"{c.name} threshold": c.limit.value, f"{c.name} aim": c.aim, f"{c.name} lambda": o.lam[j], f"{c.name} verdict": c.word}
             row |= _columns(c.name, c.estimate)
             if c.measured is not None:
-                row |= _columns(f"{c.name} {c.kind}", c.measured)
+                row |= _columns(f"{c.name} {c.limit.kind}", c.measured)
         for name, audit in e.audits:
             row |= _columns(f"audit {name}", audit)
         row |= {"kl nats": e.kl.mean, "finished": e.finished[1], "mean length tokens": e.mean_length[1]}
@@ -98,7 +98,7 @@ def pareto(outcomes: list[Outcome]) -> bytes:
         for j, (axis, name) in enumerate(zip(axes, names, strict=True)):
             judged = [o.evaluation.constraints[j] for o in outcomes if o.evaluation is not None]
             needed = sorted({c.required for c in judged})
-            if any(c.kind != "improvement" for c in judged):
+            if any(c.measured is not None for c in judged):  # a level is compared with that of each run's reference
                 needed = [float(np.mean(needed))]
             for i, b in enumerate(needed):
                 axis.axvline(b, color=INK, linewidth=1, linestyle=":", label="required" if i == 0 else None)
