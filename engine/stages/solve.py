@@ -8,6 +8,7 @@ from torch import Tensor
 from engine import dual
 from engine.config import RunConfig
 from engine.constraints import Limit
+from engine.dual.uncertainty import range_text
 from engine.errors import UserError
 from engine.records import DualState
 from engine.run.run import Stage
@@ -69,7 +70,7 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     if warning := dual.ess_warning(solution.ess, config.n_responses):
         show.warn(warning + dual.half_sample(*scores, aim, config.beta, solution.lam, seed=config.seed))
     warn_of_lam_max(job, limits, solution.lam, solution.gradient)
-    shown = [f"{lam:.3f}" + (f" {_interval(interval, j)}" if interval else "") for j, lam in enumerate(solution.lam.tolist())]
+    shown = [f"{lam:.3f}" + (f" {_interval_text(interval, j)}" if interval else "") for j, lam in enumerate(solution.lam.tolist())]
     predicted = zip(solution.predicted_improvement.tolist(), predicted_se.tolist(), strict=True)
     show.line(
         f"one-shot lambda {', '.join(shown)}{' (95 % over prompts)' if interval else ''}: predicted improvement "
@@ -89,10 +90,10 @@ def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _interval(interval: dual.Interval, j: int) -> str:
+def _interval_text(interval: dual.Interval, j: int) -> str:
     if interval.se[j].isinf():
         return "(not identified)"
-    return f"[{interval.low[j]:.3f}, {interval.high[j]:.3f}]"
+    return range_text(interval.low[j], interval.high[j])
 
 
 def held_by_lam_max(config: RunConfig, lam_J: Tensor, gradient_J: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine.files import write_whole
-from engine.report.drawing import INK, REFERENCE, UNIT, frame, png
+from engine.report.drawing import AXIS_UNIT, INK, REFERENCE, frame, png
 from engine.report.html import STYLE
 from engine.sweep.outcomes import Outcome
 from engine.sweep.plans import numbers, shown
@@ -116,7 +116,7 @@ def pareto(outcomes: list[Outcome]) -> bytes:
                 axis.plot(*zip(*means, strict=True), "-o", color=colour, linewidth=1.6, markersize=7, label=shown(label)[:40])
             axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
             axis.margins(0.08)
-            axis.set(xlabel=f"improvement of {name[:40]}, held out\n({UNIT})", ylabel=f"reward improvement, held out\n({UNIT})")
+            axis.set(xlabel=f"improvement of {name[:40]}, held out\n({AXIS_UNIT})", ylabel=f"reward improvement, held out\n({AXIS_UNIT})")
             frame(axis, "Means over seeds; runs with 95 % intervals" if _seeds(outcomes) > 1 else "Runs with 95 % intervals")
         return figure
 
@@ -158,7 +158,7 @@ def multipliers(outcomes: list[Outcome]) -> bytes:
             left.set(
                 xlabel="iteration (level lines: algorithms that have none)", ylabel=f"lambda of {name[:40]} (run's units)", ylim=(0, None)
             )
-            right.set(xlabel="iteration", ylabel=f"slack of {name[:40]}, \u00b11.96 se\n({UNIT})")
+            right.set(xlabel="iteration", ylabel=f"slack of {name[:40]}, \u00b11.96 se\n({AXIS_UNIT})")
             frame(left, "Multipliers")
             frame(right, "Measured slack (improvement - aim)")
         return figure
