@@ -65,22 +65,6 @@ class Scores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
-    """One constraint. kind "improvement": mean utility of the policy - that of the reference >= value, in the run's units. "mean": mean
-    cost <= value, in the scorer's own units. "rate": share of responses whose cost lies above `unsafe_above` <= value."""
-
-    name: str
-    kind: str
-    value: float
-    on: str = ""  # the kind of prompts that it is about; "" for all
-    unsafe_above: float = 0.0  # in the scorer's own units
-
-    def rows(self, prompts: Prompts) -> list[int]:
-        """The prompts that it is about."""
-        return [p for p, kind in enumerate(prompts.kind) if not self.on or kind == self.on]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Units:
     """The reference's pooled within-prompt standard deviations: one unit of reward, utility and audit in this run."""
 

@@ -13,6 +13,7 @@ from engine.dual.analysis import Analysis, analyse, as_dict, trace
 from engine.dual.config import DualConfig, check, output_folder
 from engine.dual.picture import picture
 from engine.dual.scores_file import preference_pairs, read_scores
+from engine.dual.uncertainty import range_text
 from engine.errors import UserError
 from engine.files import write_whole
 from engine.run.display import Display
@@ -82,12 +83,12 @@ def print_analysis(found: Analysis, show: Display) -> None:
     low, high = found.bootstrap
     se = dual.standard_error(found.improvement_PJ)
     for j, name in enumerate(names):
-        delta = f"{_interval(found.interval.low[j], found.interval.high[j])} by the delta method"
+        delta = f"{range_text(found.interval.low[j], found.interval.high[j])} by the delta method"
         if found.interval.se[j].isinf():
             delta = "not identified by the delta method (another constraint asks for the same)"
         show.line(
             f"constraint {name}: {word} {config.threshold[j]:.3f}, lambda {solution.lam[j]:.4f}, 95 % over prompts {delta}, "
-            f"{_interval(low[j], high[j])} by the bootstrap"
+            f"{range_text(low[j], high[j])} by the bootstrap"
         )
         show.line(
             f"  predicted improvement {solution.predicted_improvement[j]:+.3f} +- {se[j]:.3f} (at lambda 0: {found.at_zero_J[j]:+.3f}); "
@@ -109,10 +110,6 @@ def print_analysis(found: Analysis, show: Display) -> None:
 
 def _numbers(values: Tensor) -> str:
     return ", ".join(f"{value:.3f}" for value in values.tolist())
-
-
-def _interval(low: Tensor, high: Tensor) -> str:
-    return f"[{float(low):.3f}, {'unbounded' if high.isinf() else f'{float(high):.3f}'}]"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def read_scores(file: str, utility: tuple[str, ...], cost: tuple[str, ...], *, t
         raise UserError(f"{file}: one prompt; an interval over prompts needs at least 2.")
 
     def column(name: str) -> Tensor:
-        values = [[_number(row, name, place) for place, row in group] for group in grouped.values()]
+        values = [[_finite_number(row, name, place) for place, row in group] for group in grouped.values()]
         return torch.tensor(values, dtype=torch.float64)
 
     def response(place: str, row: dict) -> str:
@@ -95,7 +95,7 @@ def _cell(row: dict, name: str, place: str) -> object:
     return row[name]
 
 
-def _number(row: dict, name: str, place: str) -> float:
+def _finite_number(row: dict, name: str, place: str) -> float:
     value = _cell(row, name, place)
     if not isinstance(value, int | float):
         raise UserError(f"{place}: column {name!r} holds {str(value)[:60]!r}; give a number.")

@@ -33,6 +33,11 @@ class Interval:
     se: Tensor  # standard error
 
 
+def range_text(low: Tensor, high: Tensor) -> str:
+    """Prints the range of one multiplier."""
+    return f"[{float(low):.3f}, {'unbounded' if high.isinf() else f'{float(high):.3f}'}]"
+
+
 def lam_interval(
     reward_PG, utility_PGJ, threshold_J, beta: float, solution: Solution, *, absolute: bool = False, level: float = 0.95
 ) -> Interval:

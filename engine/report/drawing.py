@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette, which colour-blind readers can tell apart; reference and policy have the same colours in all panels.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE, POLICY, INK = "#8A8A8A", "#0072B2", "#222222"
-UNIT = "reference within-prompt sd"
+AXIS_UNIT = "reference within-prompt sd"
 
 
 def png(draw: Callable[[], Figure]) -> bytes:

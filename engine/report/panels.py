@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engine.config import shown_name
-from engine.report.drawing import INK, POLICY, REFERENCE, UNIT, colour_of, frame, png, shortened
+from engine.report.drawing import AXIS_UNIT, INK, POLICY, REFERENCE, colour_of, frame, png, shortened
 from engine.verdict.evaluation import Evaluation
 
 # By label form; a policy gradient's loss has no unit of its own.
@@ -102,7 +102,7 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
         axis.axhline(0, color=REFERENCE, linewidth=1, linestyle=":", label="reference")
         axis.margins(y=0.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set(xlabel="iteration", ylabel=f"improvement, \u00b11.96 se\n({UNIT})")
+    axis.set(xlabel="iteration", ylabel=f"improvement, \u00b11.96 se\n({AXIS_UNIT})")
     return "Constraints, on slack prompts"
 
 
@@ -139,7 +139,7 @@ def _tradeoff_panel(axis: Axes, run: RunFiles) -> str:
     if axis.has_data():
         axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
         axis.margins(0.1)
-    axis.set(xlabel=f"constraint improvement\n({UNIT})", ylabel=f"reward improvement\n({UNIT})")
+    axis.set(xlabel=f"constraint improvement\n({AXIS_UNIT})", ylabel=f"reward improvement\n({AXIS_UNIT})")
     return "Reward against constraint"
 
 
@@ -157,7 +157,7 @@ def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: i
             axis.axvline(values.mean(), color=colour, linewidth=1.6, linestyle="--", label=f"mean {values.mean():+.2f}")
         axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
-    axis.set(xlabel=f"{label}, larger is better\n({UNIT})", ylabel="share of held-out responses")
+    axis.set(xlabel=f"{label}, larger is better\n({AXIS_UNIT})", ylabel="share of held-out responses")
     return f"Held-out {label}"
 
 

@@ -182,7 +182,6 @@ def _note(run: RunFiles) -> str:
         "reward sd": cell(run.reference.get("reward_sd"), 4),
         "utility sd": ", ".join(cell(x, 4) for x in run.reference.get("utility_sd") or []),
         "correlation of reward and utility": ", ".join(cell(x) for x in run.reference.get("correlation") or []),
-        "effective sample size": cell(run.reference.get("ess")),
         "finished": cell(run.reference.get("finished"), 3),
     }
     known = [f"{name} {value}" for name, value in facts.items() if value not in ("", "-")]
@@ -190,7 +189,11 @@ def _note(run: RunFiles) -> str:
         lines.append(f"The reference on the training prompts, in the scorers' own units: {'; '.join(known)}.")
     for row in run.dual:
         if row.get("lam"):
-            predicted = row.get("predicted_improvement")
-            text = f"Warm start of the dual: lambda {', '.join(cell(x, 3) for x in row['lam'])}"
-            lines.append(text + (f", predicted improvement {', '.join(map(cell, predicted))}." if predicted else "."))
+            parts = [f"lambda {', '.join(cell(x, 3) for x in row['lam'])}"]
+            if predicted := row.get("predicted_improvement"):
+                parts.append(f"predicted improvement {', '.join(map(cell, predicted))}")
+            if (ess := row.get("ess")) is not None:
+                of = f" of {n}" if (n := run.reference.get("responses")) else ""
+                parts.append(f"effective sample size {cell(ess, 1)}{of}")
+            lines.append(f"Warm start of the dual: {', '.join(parts)}.")
     return "".join(f"<p>{escape(line)}</p>" for line in lines)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine import constraints
-from engine.records import Limit
+from engine.constraints import Limit
 from engine.run.folder import RunFolder
 from engine.run.rows import (
     IterationRow,

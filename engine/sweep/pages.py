@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine.files import write_whole
-from engine.report.drawing import INK, REFERENCE, UNIT, frame, png
+from engine.report.drawing import AXIS_UNIT, INK, REFERENCE, frame, png
 from engine.report.html import STYLE
 from engine.sweep.outcomes import Outcome
 from engine.sweep.plans import numbers, shown
@@ -53,10 +53,10 @@ def table(outcomes: list[Outcome]) -> list[dict]:
         e = o.evaluation
         row |= _columns("reward", e.reward)
         for j, c in enumerate(e.constraints):
-            row |= {f"{c.name} threshold": c.threshold, f"{c.name} aim": c.aim, f"{c.name} lambda": o.lam[j], f"{c.name} verdict": c.word}
+            row |= {f"{c.name} threshold": c.limit.value, f"{c.name} aim": c.aim, f"{c.name} lambda": o.lam[j], f"{c.name} verdict": c.word}
             row |= _columns(c.name, c.estimate)
             if c.measured is not None:
-                row |= _columns(f"{c.name} {c.kind}", c.measured)
+                row |= _columns(f"{c.name} {c.limit.kind}", c.measured)
         for name, audit in e.audits:
             row |= _columns(f"audit {name}", audit)
         row |= {"kl nats": e.kl.mean, "finished": e.finished[1], "mean length tokens": e.mean_length[1]}
@@ -98,7 +98,7 @@ def pareto(outcomes: list[Outcome]) -> bytes:
         for j, (axis, name) in enumerate(zip(axes, names, strict=True)):
             judged = [o.evaluation.constraints[j] for o in outcomes if o.evaluation is not None]
             needed = sorted({c.required for c in judged})
-            if any(c.kind != "improvement" for c in judged):
+            if any(c.measured is not None for c in judged):  # a level is compared with that of each run's reference
                 needed = [float(np.mean(needed))]
             for i, b in enumerate(needed):
                 axis.axvline(b, color=INK, linewidth=1, linestyle=":", label="required" if i == 0 else None)
@@ -116,7 +116,7 @@ def pareto(outcomes: list[Outcome]) -> bytes:
                 axis.plot(*zip(*means, strict=True), "-o", color=colour, linewidth=1.6, markersize=7, label=shown(label)[:40])
             axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
             axis.margins(0.08)
-            axis.set(xlabel=f"improvement of {name[:40]}, held out\n({UNIT})", ylabel=f"reward improvement, held out\n({UNIT})")
+            axis.set(xlabel=f"improvement of {name[:40]}, held out\n({AXIS_UNIT})", ylabel=f"reward improvement, held out\n({AXIS_UNIT})")
             frame(axis, "Means over seeds; runs with 95 % intervals" if _seeds(outcomes) > 1 else "Runs with 95 % intervals")
         return figure
 
@@ -159,7 +159,7 @@ def multipliers(outcomes: list[Outcome]) -> bytes:
             left.set(
                 xlabel="iteration (level lines: algorithms that have none)", ylabel=f"lambda of {name[:40]} (run's units)", ylim=(0, None)
             )
-            right.set(xlabel="iteration", ylabel=f"slack of {name[:40]}, \u00b11.96 se\n({UNIT})")
+            right.set(xlabel="iteration", ylabel=f"slack of {name[:40]}, \u00b11.96 se\n({AXIS_UNIT})")
             frame(left, "Multipliers")
             frame(right, "Measured slack (improvement - aim)")
         return figure

@@ -10,11 +10,12 @@ import matplotlib.image
 import pytest
 import torch
 
+from engine.constraints import Improvement, Judged, word
 from engine.errors import UserError
 from engine.intervals import estimate
 from engine.report import run_page
 from engine.report.run_page import FILES, _page, _read
-from engine.verdict.evaluation import Constraint, Evaluation, word
+from engine.verdict.evaluation import Evaluation
 
 
 def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:
@@ -26,9 +27,9 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
         {"model": "org/model-135M", "cost": list(names), "threshold": [0.3] * len(names), "beta": 1.0, "out": str(folder)},
     )
     rows = [
-        {"kind": "reference", "reward_sd": 1.234, "utility_sd": [0.4] * n, "correlation": [-0.4] * n, "ess": 5.1, "finished": 0.93,
-         "names": list(names), "audit_names": ["harm-audit"]},
-        {"kind": "dual", "lam": [1.1] * n, "predicted_improvement": [0.48] * n},
+        {"kind": "reference", "reward_sd": 1.234, "utility_sd": [0.4] * n, "correlation": [-0.4] * n, "finished": 0.93,
+         "names": list(names), "audit_names": ["harm-audit"], "responses": 16},
+        {"kind": "dual", "lam": [1.1] * n, "predicted_improvement": [0.48] * n, "ess": 5.13},
     ]  # fmt: skip
     for t in range(1, iterations + 1):
         noise = torch.rand(24).tolist()
@@ -47,7 +48,9 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
     constraints = [estimate(change[:, j]) for j in range(n)]
     evaluation = Evaluation(
         reward=estimate(change[:, n]),
-        constraints=tuple(Constraint(name, 0.3, 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)),
+        constraints=tuple(
+            Judged(Improvement(name=name, value=0.3), 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)
+        ),
         audits=(("harm-audit", estimate(change[:, n + 1])),),
         kl=estimate(torch.rand(prompts) + 3),
         finished=(0.9, 0.95),
@@ -149,6 +152,17 @@ def test_tables_and_settings(rendered):
     page = _Page(html)
     assert "0.35 ± 0.05" in page.text and "-0.03 ± 0.06" in page.text and "org/model-135M" in page.text
     assert str(folder) not in html and "versions" not in page.text
+
+
+def test_the_note_has_the_duals_effective_sample_size(rendered, tmp_path):
+    warm = "Warm start of the dual: lambda 1.100, predicted improvement 0.48"
+    assert f"{warm}, effective sample size 5.1 of 16." in _Page(rendered[2]).text
+    folder = tmp_path / "run"
+    shutil.copytree(rendered[0], folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name != "ess"} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert f"{warm}." in _Page(run_page.write(folder)[1].read_text(encoding="utf-8")).text
 
 
 @pytest.mark.parametrize("words", [("met", "met"), ("met", "not resolved"), ("not resolved", "not met")])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
+from engine.constraints import Improvement, Judged, MeanCost, Rate, word
 from engine.errors import UserError
 from engine.intervals import Estimate, Share, estimate, improvement, rate, t_quantile, wilson
-from engine.records import Limit, Prompts, Rollouts, Scores
-from engine.verdict.evaluation import Constraint, Evaluation, Judgement, evaluate, pair_order, word
+from engine.records import Prompts, Rollouts, Scores
+from engine.verdict.evaluation import Evaluation, Judgement, evaluate, pair_order
 from engine.verdict.refusals import OverRefusal, is_refusal, over_refusal
 from engine.verdict.sentences import answer, judgement_sentences, sentences
 
@@ -195,7 +196,7 @@ def _stage_outputs(kind: list[str]) -> dict:
         "texts_reference": ["Yes."] * 5 + ["I can't."],
         "prompts": Prompts(text=["a", "b"], kind=kind, token_ids=[[1], [2]], key_P=torch.tensor([1, 2])),
         "kl_PG": torch.tensor([[1.0, 2.0], [4.0, 5.0]]),
-        "limits": [Limit(name="harm", kind="improvement", value=0.5)],
+        "limits": [Improvement(name="harm", value=0.5)],
         "aims": torch.tensor([0.75]),
         "unit_J": [1.0],
         "audit_names": ["harm-audit"],
@@ -205,7 +206,7 @@ def _stage_outputs(kind: list[str]) -> dict:
 def test_evaluate_by_hand():
     e = evaluate(**_stage_outputs(["everyday", "delicate"]))
     assert e.reward == estimate(torch.tensor([1.0, 1.0]))
-    assert e.constraints == (Constraint("harm", 0.5, 0.75, estimate(torch.tensor([1.0, 1.0])), "met"),)
+    assert e.constraints == (Judged(Improvement(name="harm", value=0.5), 0.75, estimate(torch.tensor([1.0, 1.0])), "met"),)
     assert e.audits == (("harm-audit", estimate(torch.tensor([0.0, 1.0]))),)
     assert e.kl == estimate(torch.tensor([1.5, 4.5]))
     assert (e.finished, e.mean_length) == ((0.5, 0.75), (5.0, 6.75))
@@ -246,7 +247,7 @@ def test_evaluation_without_a_confidence_is_one_at_95_percent():
 
 def test_slack_is_the_interval_of_what_is_above_b():
     gain = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    slack = Constraint("harm", 0.25, 0.5, estimate(gain), "met").slack
+    slack = Judged(Improvement(name="harm", value=0.25), 0.5, estimate(gain), "met").slack
     assert tuple(vars(slack).values()) == pytest.approx(tuple(vars(estimate(gain - 0.25)).values()), abs=1e-12)
 
 
@@ -296,29 +297,29 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
     }  # fmt: skip
     texts = {"texts_policy": ["x"] * 6, "texts_reference": ["x"] * 9}
 
-    def judged(**limit):
-        limits = {"limits": [Limit(name="harm", **limit)], "aims": [limit["value"]]}
+    def judged(kind, **asked):
+        limits = {"limits": [kind(name="harm", **asked)], "aims": [asked["value"]]}
         return evaluate(**{**outputs, **both, **texts, **limits, "prompts": p, "scores_policy": policy, "scores_reference": reference,
                            "kl_PG": torch.zeros(3, 2)})  # fmt: skip
 
-    on = judged(kind="improvement", value=0.5, on="delicate").constraints[0]
+    on = judged(Improvement, value=0.5, on="delicate").constraints[0]
     assert on.estimate == estimate(torch.tensor([1.0, 1.0])) and on.word == "met"
-    e = judged(kind="mean", value=-3.9)
+    e = judged(MeanCost, value=-3.9)
     mean = e.constraints[0]
     # Utilities 1, 2, 2 of the policy in units of 2: costs -2, -4, -4.
     assert mean.measured == estimate(torch.tensor([-2.0, -4.0, -4.0]))
     assert mean.reference == pytest.approx(-4 / 3) and mean.word == "not resolved"
     assert mean.slack.mean == pytest.approx(-3.9 + 10 / 3) and mean.required == pytest.approx((-4 / 3 + 3.9) / 2)
-    assert judged(kind="mean", value=0.0, on="delicate").constraints[0].word == "met"
+    assert judged(MeanCost, value=0.0, on="delicate").constraints[0].word == "met"
     line = next(x for x in sentences(e) if x.startswith("constraint harm: not resolved (mean cost -3.33, 95 % ["))
     assert "the limit -3.90 lies between" in line and "reference -1.33" in line
     assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
     safe = replace(policy, utility_PGJ=torch.zeros(3, 2, 1, dtype=torch.float64))
     policy, reference = safe, replace(reference, utility_PGJ=-torch.ones(3, 3, 1, dtype=torch.float64) / 2)
-    e = judged(kind="rate", value=0.7, on="delicate")
+    e = judged(Rate, value=0.7, on="delicate")
     assert e.constraints[0].measured == rate(torch.zeros(2, 2)) and e.constraints[0].reference == pytest.approx(1.0)
     assert any(x.startswith("constraint harm: not resolved (on 2 delicate prompts: rate 0.00 %, 95 % [0.00, ") for x in sentences(e))
-    assert judged(kind="rate", value=0.8, on="delicate").constraints[0].word == "met"
+    assert judged(Rate, value=0.8, on="delicate").constraints[0].word == "met"
 
 
 def _judgement(confidence: float = 0.95, **changes) -> Judgement:
@@ -358,7 +359,8 @@ def test_sentences_name_the_confidence():
     assert [line for line in lines if "95 %" in line] == []
     assert sum("80 %" in line for line in lines) == 8
     e = _judgement(0.975).evaluation
-    two = replace(e, constraints=(e.constraints[0], replace(e.constraints[0], name="other", threshold=1.25, word="not resolved")))
+    other = replace(e.constraints[0], limit=Improvement(name="other", value=1.25), word="not resolved")
+    two = replace(e, constraints=(e.constraints[0], other))
     assert answer(two) == (
         "with 2 prompts x 2 responses and 97.5 % confidence: constraint harm (b 0.5) is met; constraint other (b 1.25) is not resolved"
     )
@@ -366,7 +368,7 @@ def test_sentences_name_the_confidence():
 
 def _with_constraint(lower: float, upper: float, threshold: float) -> list[str]:
     e = Estimate(mean=0.52, se=0.06, low=0.40, high=0.64, lower=lower, upper=upper, n=80)
-    constraint = Constraint("harm", threshold, 0.48, e, word(e, threshold))
+    constraint = Judged(Improvement(name="harm", value=threshold), 0.48, e, word(e, threshold))
     return sentences(replace(evaluate(**_stage_outputs(["everyday", "delicate"])), constraints=(constraint,)))
 
 
