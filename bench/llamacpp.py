@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.rollout import Responses, Work
 from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.quickstart import INNER, OUTER
+from engine.quickstart.default_model import INNER, OUTER
 
 FLOAT32 = 0  # ggml's number of the type
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from engine import caid, export, model
 from engine.config import CaidConfig, smoke
-from engine.model.quickstart import tiny_model_folder
 from engine.policy.peft import load_peft
+from engine.quickstart import tiny_model_folder
 from engine.rollout import sampler as rollout
 from engine.run.rows import read_rows
 from engine.run.store import load

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize
 
 from engine.errors import UserError
-from engine.model.quickstart import tiny_model_folder
+from engine.quickstart import tiny_model_folder
 from engine.scorers import training as head
 from engine.scorers.base import Head
 from engine.scorers.training import HeadConfig, Row, Text

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from engine.errors import UserError
-from engine.model import quickstart
+from engine.quickstart import default_model as quickstart
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS, FF = 6, 2, 8, 48, 2, 64
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "Ġt", "he", "Ġthe", "ĠĠ"]
@@ -209,11 +209,11 @@ def test_model_folder_converts_once(wheel):
 def test_complete_folder_needs_no_heavy_import(wheel):
     quickstart.model_folder(quiet)
     code = (
-        "import sys, engine.quickstart as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess = None; q.model_folder(); "
+        "import sys, engine.quickstart.default_model as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess = None; q.model_folder(); "
         "print(sorted({'torch', 'transformers', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, quickstart.GGUF_SHA256]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=quickstart.Path(quickstart.__file__).parent.parent) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=quickstart.Path(quickstart.__file__).parents[2]) as child:
         assert child.communicate()[0].strip() == "[]"
     assert child.returncode == 0
 

@@ -23,8 +23,8 @@ def on_its_own_trunk(head: Head, device: torch.device, shared: Shared) -> TextFu
 
 def _trunk(head: Head, device: torch.device) -> tuple[Reading, set[int]]:
     """(texts -> layer -> mean states of each response [N, D], the layers wanted: those of the heads that share it)."""
+    from engine import quickstart
     from engine.data.prompts import chat_ids
-    from engine.model import quickstart
 
     folder = quickstart.model_folder()
     if fingerprint(folder) != head.trunk:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine import quickstart
 from engine.config import RunConfig
 from engine.data import tables
 from engine.data.prompts import as_messages, chat_ids, check_known
 from engine.errors import UserError
-from engine.model import quickstart
 from engine.model.decoder import Decoder
 from engine.model.folder import fingerprint, load, resolve
 from engine.model.packing import Group

@@ -3,7 +3,7 @@
 import sys
 
 from engine.errors import UserError
-from engine.model.quickstart import model_folder
+from engine.quickstart.default_model import model_folder
 
 if __name__ == "__main__":
     try:
