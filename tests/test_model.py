@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from engine import model as M
 from engine.errors import UserError
-from engine.model.architecture import HARMLESS, ModelConfig
+from engine.model.architecture import ModelConfig
 from engine.model.attention import Layout
 from engine.model.decoder import Decoder
-from engine.model.names import named_targets
+from engine.model.families import HARMLESS
+from engine.model.names import to_hugging_face
 from engine.policy.lora import Adapter
 from engine.policy.peft import load_peft, save_peft
 
@@ -57,7 +58,7 @@ def test_gradients_of_every_weight_equal_transformers(tmp_path, name):
     # The names that stand for views of our weights now stand for views of their gradients.
     for weight in ours.parameters():
         weight.data = weight.grad
-    gradients, oracle = named_targets(ours), {n: p.grad for n, p in network.named_parameters()}
+    gradients, oracle = to_hugging_face(ours.state_dict(), ours.config), {n: p.grad for n, p in network.named_parameters()}
     assert gradients.keys() == oracle.keys()
     for key, expected in oracle.items():
         assert (gradients[key] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-5, key
@@ -79,7 +80,8 @@ def test_saved_folder_loads_in_transformers_with_equal_weights(tmp_path, name):
 def test_weights_are_read_into_the_wanted_dtype(tmp_path, stored, wanted):
     network = write_model(tmp_path, "qwen 2").to(stored)
     network.save_pretrained(tmp_path)
-    for name, weight in named_targets(M.load(tmp_path, dtype=wanted)).items():
+    ours = M.load(tmp_path, dtype=wanted)
+    for name, weight in to_hugging_face(ours.state_dict(), ours.config).items():
         assert weight.dtype == wanted and torch.equal(weight, network.get_parameter(name).to(wanted)), name
 
 
@@ -115,7 +117,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, stored, wan
     raw = {**json.loads((tmp_path / "small" / "config.json").read_text()), **sizes, "head_dim": 128}
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "config.json").write_text(json.dumps(raw))
-    shapes = named_targets(Decoder(ModelConfig.from_json(raw, tmp_path), raw, stored, torch.device("meta")))
+    config = ModelConfig.from_json(raw, tmp_path)
+    shapes = to_hugging_face(Decoder(config, raw, stored, torch.device("meta")).state_dict(), config)
     save_file({name: torch.ones_like(t, device="cpu") for name, t in shapes.items()}, tmp_path / "large" / "model.safetensors")
     command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large"), wanted]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
@@ -142,9 +145,9 @@ def test_shared_prompt_layout_equals_separate_sequences(tmp_path, name):
     (p1, a, b, p2, c), _, _ = ragged([6, 4, 9, 3, 5])
     layout = Layout.shared_prompt([6, 3], [[4, 9], [5]])
     with torch.no_grad():
-        together = ours.run(ours.embed_tokens(torch.cat([p1, a, b, p2, c])), layout, 0, 3)
+        together = ours(torch.cat([p1, a, b, p2, c]), layout, stop=3)
         alone = [
-            ours.run(ours.embed_tokens(x), Layout.packed(torch.tensor([0, len(x)])), 0, 3)
+            ours(x, torch.tensor([0, len(x)]), stop=3)
             for x in map(torch.cat, ([p1, a], [p1, b], [p2, c]))
         ]
     expected = torch.cat([alone[0], alone[1][6:], alone[2]])

@@ -1,7 +1,7 @@
-"""Attention by torch: of packed sequences, and of one new token per row over a cache.
+"""Attention over packed sequences, and what a layer asks of any attention.
 
-Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths: flash-attn's where it is installed, else torch's, which has
-no softcap. All others stand on a padded grid for `scaled_dot_product_attention`.
+Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths: flash-attn's where it is installed,
+else torch's, which has no softcap. All others are laid out on a padded grid for `scaled_dot_product_attention`.
 """
 
 import inspect
@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,9 @@ class Runs:
     cu_query: Tensor  # int32 [N+1]
     cu_key: Tensor  # int32 [N+1]
     longest: tuple[int, int]  # queries of a run, keys of a run
-    key: Tensor | None  # int64 [S]: the packed tokens whose keys the runs are made of; None: all tokens, in order
+    key: (
+        Tensor | None
+    )  # int64 [S]: the packed tokens whose keys the runs are made of; None: all tokens, in order
 
     @staticmethod
     def of(queries: list[int], keys: list[int], key: Tensor | None) -> "Runs":
@@ -32,7 +35,12 @@ class Runs:
 
     def to(self, device: torch.device) -> "Runs":
         """The same with its tensors on `device`."""
-        return Runs(self.cu_query.to(device), self.cu_key.to(device), self.longest, None if self.key is None else self.key.to(device))
+        return Runs(
+            self.cu_query.to(device),
+            self.cu_key.to(device),
+            self.longest,
+            None if self.key is None else self.key.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,9 @@ class Layout:
     slot: Tensor  # int64 [M]: index into the flattened [B, T] grid
     shape: tuple[int, int]  # B, T
     runs: Runs
-    segment: Tensor | None  # int64 [B, T]: 0 in a prompt, i in its response i, -1 behind; None: each row of the grid is one causal sequence
+    segment: (
+        Tensor | None
+    )  # int64 [B, T]: 0 in a prompt, i in its response i, -1 behind; None: each row of the grid is one causal sequence
     window: int | None = None  # how many positions a query sees, its own included; None = all
 
     @staticmethod
@@ -80,7 +90,13 @@ class Layout:
                 start += r
             slots.append(torch.arange(totals[b]) + b * longest)
             base += totals[b]
-        return Layout(torch.cat(positions), torch.cat(slots), (len(totals), longest), Runs.of(queries, keys, torch.cat(seen)), segment)
+        return Layout(
+            torch.cat(positions),
+            torch.cat(slots),
+            (len(totals), longest),
+            Runs.of(queries, keys, torch.cat(seen)),
+            segment,
+        )
 
     def windowed(self, window: int | None) -> "Layout":
         """The same layout where a query sees only the keys less than `window` positions before it."""
@@ -89,7 +105,14 @@ class Layout:
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on `device`."""
         segment = None if self.segment is None else self.segment.to(device)
-        return Layout(self.position.to(device), self.slot.to(device), self.shape, self.runs.to(device), segment, self.window)
+        return Layout(
+            self.position.to(device),
+            self.slot.to(device),
+            self.shape,
+            self.runs.to(device),
+            segment,
+            self.window,
+        )
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -99,9 +122,15 @@ class Layout:
             return None
         mask = torch.ones(1, longest, longest, dtype=torch.bool, device=self.slot.device).tril()
         if self.segment is not None:
-            mask = mask & ((self.segment[:, :, None] == self.segment[:, None, :]) | (self.segment == 0)[:, None, :])
+            mask = mask & (
+                (self.segment[:, :, None] == self.segment[:, None, :]) | (self.segment == 0)[:, None, :]
+            )
         if self.window is not None:
-            position = self.position.new_zeros(rows * longest).index_copy(0, self.slot, self.position).view(rows, longest)
+            position = (
+                self.position.new_zeros(rows * longest)
+                .index_copy(0, self.slot, self.position)
+                .view(rows, longest)
+            )
             mask = mask & (position[:, :, None] - position[:, None, :] < self.window)
         return mask[:, None]
 
@@ -113,7 +142,73 @@ class Layout:
         return x.view(rows, longest, *x.shape[1:]).transpose(1, 2)
 
 
-def attend_packed(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, softcap: float | None) -> Tensor:
+class Attention(Protocol):
+    """How the tokens of a pass through the decoder see each other, and those before them."""
+
+    @property
+    def position(self) -> Tensor:
+        """The position of each token in its sequence, int64 [M]."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attends in one layer: query [M, H, d]; key, value [M, Hkv, d] -> [M, H d].
+
+        scale, softcap: see `attend`. window: how many tokens a token sees, itself included; None = all before it.
+        """
+
+
+class PackedAttention:
+    """Attention among the tokens of a layout, as in training and scoring."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.position = layout.position
+        # The mask of a layout is computed once for all layers with the same window.
+        self._layouts: dict[int | None, Layout] = {None: layout}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attends as `Attention.attend` says; all layers see the same tokens."""
+        if window not in self._layouts:
+            self._layouts[window] = self._layouts[None].windowed(window)
+        return attend_packed(query, key, value, self._layouts[window], scale, softcap).flatten(1)
+
+
+class KeepingAttention(PackedAttention):
+    """Packed attention that keeps the keys and values of every layer, with which a prompt's responses are decoded."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self.kept: list[tuple[Tensor, Tensor]] = []  # per layer: rotated keys and values [M, Hkv, d]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: float | None
+    ) -> Tensor:
+        """Attends as `PackedAttention` does; a pass calls this once for each layer, in order."""
+        self.kept.append((key, value))
+        return super().attend(layer, query, key, value, **options)
+
+
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, softcap: float | None
+) -> Tensor:
     """Attention of packed tokens: query [M, H, d]; key, value [M, Hkv, d] -> [M, H, d]. scale, softcap: see `attend`."""
     kernel = runs_kernel(query, softcap) if len(query) else None
     if kernel is not None:
@@ -121,14 +216,21 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sca
         if runs.key is not None:
             key, value = key[runs.key], value[runs.key]
         return kernel(query, key, value, runs, scale, softcap, layout.window)
-    mixed = attend(*(layout.grid(x) for x in (query, key, value)), layout.mask, scale, softcap).transpose(1, 2)
+    mixed = attend(*(layout.grid(x) for x in (query, key, value)), layout.mask, scale, softcap).transpose(
+        1, 2
+    )
     mixed = mixed.reshape(-1, *query.shape[1:])
     return mixed if len(mixed) == len(query) else mixed.index_select(0, layout.slot)
 
 
 def runs_kernel(query: Tensor, softcap: float | None) -> Callable[..., Tensor] | None:
     """What takes (query [M, H, d], key, value [S, Hkv, d], runs, scale, softcap, window) -> [M, H, d] for such inputs, if there is one."""
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[2] > 256 or query.shape[2] % 8:
+    if (
+        not query.is_cuda
+        or query.dtype not in (torch.float16, torch.bfloat16)
+        or query.shape[2] > 256
+        or query.shape[2] % 8
+    ):
         return None
     if _flash_attn() is not None:
         return _by_flash_attn
@@ -145,7 +247,13 @@ def _flash_attn() -> Callable[..., Tensor] | None:
 
 
 def _by_flash_attn(
-    query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None, softcap: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Runs,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
 ) -> Tensor:
     return _flash_attn()(
         query, key, value, runs.cu_query, runs.cu_key, *runs.longest, softmax_scale=scale, causal=True,
@@ -154,12 +262,26 @@ def _by_flash_attn(
 
 
 def _by_torch(
-    query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None, softcap: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Runs,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(
-        query, key, value, runs.cu_query, runs.cu_key, *runs.longest, scale=scale, window_size=_beside(window), **_grouped(varlen_attn)
+        query,
+        key,
+        value,
+        runs.cu_query,
+        runs.cu_key,
+        *runs.longest,
+        scale=scale,
+        window_size=_beside(window),
+        **_grouped(varlen_attn),
     )
 
 
@@ -174,7 +296,9 @@ def _beside(window: int | None) -> tuple[int, int]:
     return -1 if window is None else window - 1, 0
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+) -> Tensor:
     """softmax(softcap * tanh(scale * query key^T / softcap) + mask) value: [B, H, T, d].
 
     query [B, H, T, d]; key, value [B, Hkv, S, d], H a multiple of Hkv. mask: bool (True = visible) or additive, of a shape that
@@ -182,7 +306,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """
     if softcap is None:
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap)

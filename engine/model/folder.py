@@ -13,10 +13,15 @@ from safetensors.torch import save_file
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.names import named_targets
-from engine.policy.lora import Adapter
+from engine.model.low_rank import LowRank
+from engine.model.names import to_hugging_face
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -29,7 +34,9 @@ class Stored:
     dtype: str  # as safetensors names it
 
 
-def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu") -> Decoder:
+def load(
+    path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+) -> Decoder:
     """The decoder of a Hugging Face folder or hub id (safetensors only), frozen, in `dtype` on `device`.
 
     Raises: UserError naming the file and the tensor or switch that cannot be used.
@@ -41,7 +48,7 @@ def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, de
     config = ModelConfig.from_json(raw, folder / "config.json")
     stored = check_weights(folder, config)
     model = Decoder(config, raw, DTYPES.get(dtype, dtype), torch.device(device))
-    targets = named_targets(model)
+    targets = to_hugging_face(model.state_dict(), config)
     for file in sorted({tensor.file for tensor in stored.values()}):
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(n for n, tensor in stored.items() if tensor.file == file):
@@ -57,11 +64,13 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     stored = stored_tensors(folder)
     if config.tied:
         stored.pop("lm_head.weight", None)
-    wanted = named_targets(Decoder(config, {}, torch.float32, torch.device("meta")))
+    wanted = to_hugging_face(Decoder(config, {}, torch.float32, torch.device("meta")).state_dict(), config)
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
     if missing or extra:
         kind, names = ("lacks", missing) if missing else ("has unknown", extra)
-        raise UserError(f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); use a complete checkpoint.")
+        raise UserError(
+            f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); use a complete checkpoint."
+        )
     for name, tensor in stored.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(
@@ -83,14 +92,20 @@ def resolve(path_or_id: str | Path) -> Path:
         return folder
     name = str(path_or_id)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name; give an existing folder.")
+        raise UserError(
+            f"model {name}: no such folder, and not a hub id of the form owner/name; give an existing folder."
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {name}: not a local folder, and the hub did not give it ({reason}); give a local folder.") from error
+        raise UserError(
+            f"model {name}: not a local folder, and the hub did not give it ({reason}); give a local folder."
+        ) from error
 
 
 def read_config(folder: Path) -> dict:
@@ -112,7 +127,9 @@ def read_json(file: Path) -> dict:
     return contents
 
 
-def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, tokenizer_from: Path | None = None) -> None:
+def save(
+    model: Decoder, folder: str | Path, *, adapter: LowRank | None = None, tokenizer_from: Path | None = None
+) -> None:
     """Write a Hugging Face folder (config.json, model.safetensors) that transformers and vLLM load, with `adapter` merged if given.
 
     The folder appears whole or not at all. Files of `tokenizer_from` other than weights and config are copied along.
@@ -120,13 +137,19 @@ def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, 
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is {'not empty' if folder.is_dir() else 'a file'}; choose another folder.")
+        raise UserError(
+            f"{folder} exists and is {'not empty' if folder.is_dir() else 'a file'}; choose another folder."
+        )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     merged = {} if adapter is None else adapter.deltas()
     tensors = {}
-    for name, weight in named_targets(model).items():
+    for name, weight in to_hugging_face(model.state_dict(), model.config).items():
         delta = merged.get(name)
-        tensors[name] = (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype)).contiguous().cpu()
+        tensors[name] = (
+            (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype))
+            .contiguous()
+            .cpu()
+        )
     raw = {**model.raw_config, "dtype": str(model.dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)
     try:
@@ -141,7 +164,9 @@ def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, 
             folder.rmdir()
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); choose a folder with room for it.") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error}); choose a folder with room for it."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -171,11 +196,17 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         file = folder / "model.safetensors"
         if not file.is_file():
             pickles = sorted(p.name for p in folder.glob("*.bin"))
-            why = f"only {pickles[0]}, a pickle, which is never executed" if pickles else "no model.safetensors"
+            why = (
+                f"only {pickles[0]}, a pickle, which is never executed" if pickles else "no model.safetensors"
+            )
             raise UserError(f"{folder}: {why}; use a safetensors checkpoint.")
         return _header(file)
     weight_map = read_json(index).get("weight_map")
-    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not weight_map
+        or not isinstance(weight_map, dict)
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise UserError(f"{index}: no weight_map that names the file of each tensor; fetch it again.")
     weight_map = {name: folder / file for name, file in weight_map.items() if _is_weight(name)}
     stored = {}
@@ -194,7 +225,10 @@ def _header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys() if _is_weight(name)}
-            return {name: Stored(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype()) for name, part in parts.items()}
+            return {
+                name: Stored(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype())
+                for name, part in parts.items()
+            }
     except Exception as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again.") from error
 

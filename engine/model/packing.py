@@ -41,7 +41,11 @@ def groups(prompts: Prompts, rollouts: Rollouts) -> list[Group]:
     n = rollouts.n
     rows = [list(range(p * n, (p + 1) * n)) for p in range(len(prompts))]
     return [
-        Group(prompts.token_ids[p], [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in chosen], chosen)
+        Group(
+            prompts.token_ids[p],
+            [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in chosen],
+            chosen,
+        )
         for p, chosen in enumerate(rows)
     ]
 
@@ -95,7 +99,9 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
             predict += [last, *stand[:-1]] if response else []
             lengths.append(len(response))
             base += len(response)
-    layout = Layout.shared_prompt([len(g.prompt) for g in batch], [[len(r) for r in g.responses] for g in batch])
+    layout = Layout.shared_prompt(
+        [len(g.prompt) for g in batch], [[len(r) for r in g.responses] for g in batch]
+    )
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (tokens, state, predict, target)]
     return Packed(index[0], layout.to(device), *index[1:], cu_seqlens)
@@ -120,4 +126,6 @@ class LowerStates:
 
     def of(self, batch: list[Group]) -> Tensor:
         """The states [M, D] of a batch of kept groups or parts of them, as `pack` orders the tokens."""
-        return torch.cat([x for g in batch for x in (self.prompt[g.rows[0]], *(self.response[r] for r in g.rows))])
+        return torch.cat(
+            [x for g in batch for x in (self.prompt[g.rows[0]], *(self.response[r] for r in g.rows))]
+        )
