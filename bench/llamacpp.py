@@ -99,7 +99,7 @@ def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Query or key rows in llama.cpp's order; `engine.quickstart.undo_permutation` turns them back."""
+    """Query or key rows in llama.cpp's order; `engine.quickstart.gguf_file.undo_permutation` turns them back."""
     rows, width = weight.shape
     return np.ascontiguousarray(weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width))
 
