@@ -17,7 +17,7 @@ from engine.model.architecture import ModelConfig
 from engine.model.attention import Layout
 from engine.model.decoder import Decoder
 from engine.model.families import HARMLESS
-from engine.model.names import to_hugging_face
+from engine.model.names import from_gguf, to_gguf, to_hugging_face
 from engine.policy.lora import Adapter
 from engine.policy.peft import load_peft, save_peft
 
@@ -124,6 +124,40 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, stored, wan
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     peak, weights = map(int, ended.stdout.split())
     assert weights > 100e6 and 0.9 * weights < peak < 1.1 * weights
+
+
+def test_the_decoder_loads_without_what_stands_above_it():
+    code = "import sys, engine.model; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    loaded = set(ended.stdout.split())
+    assert "engine.model.decoder" in loaded
+    packages = {name.partition(".")[0] for name in loaded}
+    assert not packages & {"rich", "matplotlib", "transformers", "tokenizers", "gguf"}
+    parts = {name.split(".")[1] for name in loaded if name.startswith("engine.")}
+    assert parts <= {"errors", "records", "files", "model"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 3"])
+def test_a_pass_can_begin_and_end_at_any_layer_and_shows_the_states_between(tmp_path, name):
+    write_model(tmp_path, name)
+    ours, (_, tokens, cu) = M.load(tmp_path), ragged([5, 9])
+    adapter, seen = Adapter.on(ours, rank=2, alpha=4.0, share=0.4, seed=0), {}
+    with torch.no_grad():
+        for value in adapter.up.values():
+            value.normal_(generator=torch.Generator().manual_seed(0))
+        whole = ours(tokens, cu, adapter=adapter, tap=seen.__setitem__)
+        assert sorted(seen) == [0, 1, 2, 3]
+        for layer, states in seen.items():
+            assert torch.equal(ours(tokens, cu, adapter=adapter, stop=layer), states)
+            assert torch.equal(ours(tokens, cu, adapter=adapter, lower=(layer, states)), whole)
+        assert torch.equal(ours(tokens, cu, stop=1), seen[1]) and not torch.equal(ours(tokens, cu, stop=2), seen[2])
+
+
+def test_names_of_a_llama_in_gguf_and_hugging_face(tmp_path):
+    write_model(tmp_path, "llama, one head per query, own head")
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert len(names) == 3 + 3 * 9 and all(from_gguf(to_gguf(name)) == name for name in names)
+    assert to_gguf("model.layers.2.mlp.up_proj.weight") == "blk.2.ffn_up.weight"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen 3", "gemma 2", "gemma 3"])

@@ -41,8 +41,8 @@ class ModelConfig:
     def from_json(raw: dict, file: Path) -> "ModelConfig":
         """Reads a config.json. Where a key is missing its default is the one of transformers.
 
-        Raises: UserError naming the architecture or switch that is not supported, the key that is missing, or the
-        value that cannot be.
+        Raises: UserError naming the architecture or switch that is not supported, the key that is missing, or
+        the value that cannot be.
         """
         return ModelConfig(**families.sizes_and_switches(raw, file))
 

@@ -1,7 +1,8 @@
 """Attention over packed sequences, and what a layer asks of any attention.
 
-Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths: flash-attn's where it is installed,
-else torch's, which has no softcap. All others are laid out on a padded grid for `scaled_dot_product_attention`.
+Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths: flash-attn's where it is
+installed, else torch's, which has no softcap. All others are laid out on a padded grid for
+`scaled_dot_product_attention`.
 """
 
 import inspect
@@ -18,47 +19,44 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of packed queries and of the keys that they see: a run's last query sees all of its keys, each one before it one less."""
+    """Runs of packed queries and of the keys that they see.
+
+    The last query of a run sees all of the run's keys, and each query before it sees one less.
+    """
 
     cu_query: Tensor  # int32 [N+1]
     cu_key: Tensor  # int32 [N+1]
     longest: tuple[int, int]  # queries of a run, keys of a run
-    key: (
-        Tensor | None
-    )  # int64 [S]: the packed tokens whose keys the runs are made of; None: all tokens, in order
+    key: Tensor | None  # int64 [S]: the packed tokens whose keys the runs consist of; None: all, in order
 
     @staticmethod
     def of(queries: list[int], keys: list[int], key: Tensor | None) -> "Runs":
-        """From the lengths of the runs."""
+        """Makes runs of these lengths."""
         cu_query, cu_key = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys))
         return Runs(cu_query, cu_key, (max(queries, default=0), max(keys, default=0)), key)
 
     def to(self, device: torch.device) -> "Runs":
-        """The same with its tensors on `device`."""
-        return Runs(
-            self.cu_query.to(device),
-            self.cu_key.to(device),
-            self.longest,
-            None if self.key is None else self.key.to(device),
-        )
+        """Moves the tensors to `device`."""
+        key = None if self.key is None else self.key.to(device)
+        return Runs(self.cu_query.to(device), self.cu_key.to(device), self.longest, key)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where packed tokens [M] stand: their positions, the padded [B, T] grid on which attention runs, and the same as runs."""
+    """Which sequences packed tokens [M] belong to: on a padded [B, T] grid for attention, and as runs."""
 
     position: Tensor  # int64 [M]
     slot: Tensor  # int64 [M]: index into the flattened [B, T] grid
     shape: tuple[int, int]  # B, T
     runs: Runs
-    segment: (
-        Tensor | None
-    )  # int64 [B, T]: 0 in a prompt, i in its response i, -1 behind; None: each row of the grid is one causal sequence
+    # int64 [B, T]: 0 in a prompt, i in its response i, -1 behind. None: each row of the grid is one causal
+    # sequence.
+    segment: Tensor | None
     window: int | None = None  # how many positions a query sees, its own included; None = all
 
     @staticmethod
     def packed(cu_seqlens: Tensor) -> "Layout":
-        """Independent causal sequences: cu_seqlens int [N+1]."""
+        """Lays out independent causal sequences: cu_seqlens int [N+1]."""
         cu = cu_seqlens.to("cpu", torch.int64)
         length = cu[1:] - cu[:-1]
         longest = int(length.max()) if len(length) else 0
@@ -69,7 +67,10 @@ class Layout:
 
     @staticmethod
     def shared_prompt(prompt_length: list[int], response_length: list[list[int]]) -> "Layout":
-        """Groups [prompt, response 1, ..., response n]: each response sees the prompt and itself, never another response."""
+        """Lays out groups [prompt, response 1, ..., response n].
+
+        Each response sees the prompt and itself, never another response.
+        """
         totals = [p + sum(r) for p, r in zip(prompt_length, response_length, strict=True)]
         longest, base = max(totals), 0
         segment = torch.full((len(totals), longest), -1)
@@ -99,11 +100,11 @@ class Layout:
         )
 
     def windowed(self, window: int | None) -> "Layout":
-        """The same layout where a query sees only the keys less than `window` positions before it."""
+        """Returns the layout in which a query sees only the keys less than `window` positions before it."""
         return self if window is None or self.shape[1] <= window else replace(self, window=window)
 
     def to(self, device: torch.device) -> "Layout":
-        """The same layout with its tensors on `device`."""
+        """Moves the tensors to `device`."""
         segment = None if self.segment is None else self.segment.to(device)
         return Layout(
             self.position.to(device),
@@ -116,7 +117,10 @@ class Layout:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Which keys of the grid its queries see, bool [B or 1, 1, T, T], True = visible; None: all up to their own."""
+        """The keys of the grid that its queries see, bool [B or 1, 1, T, T], True = visible.
+
+        None: each query sees all keys up to itself.
+        """
         rows, longest = self.shape
         if self.segment is None and self.window is None:
             return None
@@ -135,7 +139,7 @@ class Layout:
         return mask[:, None]
 
     def grid(self, x: Tensor) -> Tensor:
-        """Packed x [M, n, d] on the grid: [B, n, T, d]."""
+        """Spreads packed x [M, n, d] over the grid: [B, n, T, d]."""
         rows, longest = self.shape
         if rows * longest != x.shape[0]:
             x = x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, self.slot, x)
@@ -162,7 +166,8 @@ class Attention(Protocol):
     ) -> Tensor:
         """Attends in one layer: query [M, H, d]; key, value [M, Hkv, d] -> [M, H d].
 
-        scale, softcap: see `attend`. window: how many tokens a token sees, itself included; None = all before it.
+        scale, softcap: see `attend`. window: how many tokens a token sees, itself included; None = all before
+        it.
         """
 
 
@@ -192,7 +197,7 @@ class PackedAttention:
 
 
 class KeepingAttention(PackedAttention):
-    """Packed attention that keeps the keys and values of every layer, with which a prompt's responses are decoded."""
+    """Packed attention that keeps keys and values of every layer, from which responses are decoded."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
@@ -209,7 +214,10 @@ class KeepingAttention(PackedAttention):
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """Attention of packed tokens: query [M, H, d]; key, value [M, Hkv, d] -> [M, H, d]. scale, softcap: see `attend`."""
+    """Attends among packed tokens: query [M, H, d]; key, value [M, Hkv, d] -> [M, H, d].
+
+    scale, softcap: see `attend`.
+    """
     kernel = runs_kernel(query, softcap) if len(query) else None
     if kernel is not None:
         runs = layout.runs
@@ -224,7 +232,10 @@ def attend_packed(
 
 
 def runs_kernel(query: Tensor, softcap: float | None) -> Callable[..., Tensor] | None:
-    """What takes (query [M, H, d], key, value [S, Hkv, d], runs, scale, softcap, window) -> [M, H, d] for such inputs, if there is one."""
+    """Returns the kernel for runs that takes such queries, or None where the grid must do.
+
+    A kernel maps (query [M, H, d], key, value [S, Hkv, d], runs, scale, softcap, window) to [M, H, d].
+    """
     if (
         not query.is_cuda
         or query.dtype not in (torch.float16, torch.bfloat16)
@@ -256,9 +267,17 @@ def _by_flash_attn(
     window: int | None,
 ) -> Tensor:
     return _flash_attn()(
-        query, key, value, runs.cu_query, runs.cu_key, *runs.longest, softmax_scale=scale, causal=True,
-        window_size=_beside(window), softcap=softcap or 0.0,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        runs.cu_query,
+        runs.cu_key,
+        *runs.longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_beside(window),
+        softcap=softcap or 0.0,
+    )
 
 
 def _by_torch(
@@ -287,22 +306,23 @@ def _by_torch(
 
 @cache
 def _grouped(varlen_attn: Callable[..., Tensor]) -> dict[str, bool]:
-    """Before torch 2.12 it takes fewer heads of keys without being told."""
+    """Returns the argument that allows fewer heads of keys, which torch asks for from 2.12 on."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def _beside(window: int | None) -> tuple[int, int]:
-    """How many keys a query sees on either side of its own; -1 is all of them."""
+    """Counts the keys that a query sees before and behind its own token's; -1 is all of them."""
     return -1 if window is None else window - 1, 0
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """softmax(softcap * tanh(scale * query key^T / softcap) + mask) value: [B, H, T, d].
+    """Computes softmax(softcap * tanh(scale * query key^T / softcap) + mask) value: [B, H, T, d].
 
-    query [B, H, T, d]; key, value [B, Hkv, S, d], H a multiple of Hkv. mask: bool (True = visible) or additive, of a shape that
-    spreads to [B, H, T, S]; None = causal, S = T. scale None is d ** -0.5; softcap None leaves the scores as they are.
+    query [B, H, T, d]; key, value [B, Hkv, S, d], H a multiple of Hkv. mask: bool (True = visible) or
+    additive, of a shape that spreads to [B, H, T, S]; None = causal, S = T. scale None is d ** -0.5; softcap
+    None leaves the scores as they are.
     """
     if softcap is None:
         grouped = query.shape[1] != key.shape[1]

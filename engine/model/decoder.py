@@ -1,9 +1,12 @@
-"""One decoder for sampling, scoring and training: Llama 2/3, SmolLM2, Qwen2/2.5, Qwen3, Mistral, Gemma 2 and Gemma 3 text.
+"""One decoder for sampling, scoring and training.
 
-Packed sequences (training, scoring, prompts) and decoding steps take the same path through a layer and differ only in
-the attention that is handed in, so the log-probs that are sampled are the ones that are trained. The weights are
-frozen: a low-rank adapter passed to a call is added to them, and a call without one computes the reference model. A
-policy whose weights are all trained is a decoder with other weights (`engine.policy.full`).
+It computes Llama 2 and 3, SmolLM2, Qwen 2, 2.5 and 3, Mistral, Gemma 2 and the text model of Gemma 3.
+
+Packed sequences (training, scoring, prompts) and decoding steps take the same path through a layer and differ
+only in the attention that is handed in, so the log-probs that are sampled are the ones that are trained. The
+weights are
+frozen: a low-rank adapter passed to a call is added to them, and a call without one computes the reference
+model. A policy whose weights are all trained is a decoder with other weights (`engine.policy.full`).
 """
 
 from collections.abc import Callable
@@ -28,7 +31,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.ge
 
 
 class Decoder(nn.Module):
-    """A frozen decoder: `forward` gives hidden states after the final norm, `head_weight` is the output matrix."""
+    """A frozen decoder: `forward` gives states after the final norm, `head_weight` is the output matrix."""
 
     def __init__(
         self, config: ModelConfig, raw_config: dict, dtype: torch.dtype, device: torch.device
@@ -46,9 +49,8 @@ class Decoder(nn.Module):
         )
         ropes = [rope for rope in (c.rope, c.local_rope) if rope is not None]
         frequency = torch.stack([rope.inverse_frequency(c.head_dim) for rope in ropes])
-        self.register_buffer(
-            "inverse_frequency", frequency.to(device), persistent=False
-        )  # float32 [1 or 2, d / 2]
+        # float32 [1 or 2, d / 2]
+        self.register_buffer("inverse_frequency", frequency.to(device), persistent=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -78,14 +80,16 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Computes the hidden states [M, D] of `tokens` int64 [M] after the final norm.
 
-        sequences: how the tokens belong together: cu_seqlens int [N+1] of packed sequences, positions restarting at 0
-        in each; a layout; or an attention, such as a cache of the tokens before.
+        sequences: how the tokens belong together: cu_seqlens int [N+1] of packed sequences, positions
+        restarting at 0 in each; a layout; or an attention, such as a cache of the tokens before.
         adapter: is added to the weights; without one this is the reference. Layers below it need no gradient.
-        lower: (layer, states [M, D]) that are known already: the residual stream before that layer, which replaces
-        the embedding and the layers below.
+        lower: (layer, states [M, D]) that are known already: the residual stream before that layer, which
+        replaces the embedding and the layers below.
         tap: is shown the residual stream before each layer and after the last one.
-        stop: leaves out the layers from there on and the final norm: the result is the residual stream before it.
-        checkpointed: the backward pass computes each layer again from its input instead of keeping what is in it.
+        stop: leaves out the layers from there on and the final norm: the result is the residual stream before
+        it.
+        checkpointed: the backward pass computes each layer again from its input instead of keeping what is in
+        it.
         """
         if isinstance(sequences, Tensor):
             sequences = Layout.packed(sequences).to(self.device)
@@ -121,7 +125,10 @@ class Decoder(nn.Module):
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def rotary(self, position: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Computes cosine and sine [M, head_dim] of rotary positions in the model's dtype, at `layer.rope` for a layer."""
+        """Computes cosine and sine [M, head_dim] of rotary positions in the model's dtype.
+
+        A layer uses those at `layer.rope`.
+        """
         pairs = []
         for inverse_frequency in self.inverse_frequency:
             angle = position.to(torch.float32)[..., None] * inverse_frequency
@@ -135,9 +142,10 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer. q, k, v are one matrix and gate, up are one matrix; saving splits them (`engine.model.names`).
+    """One decoder layer. q, k, v are one matrix, and so are gate and up; `engine.model.names` splits them.
 
-    Attention and the MLP share this one module: names and order of its weights stand in the files of trained weights.
+    Attention and the MLP share this one module: names and order of its weights stand in the files of trained
+    weights.
     """
 
     def __init__(self, c: ModelConfig, index: int, **options) -> None:
@@ -170,7 +178,10 @@ class Layer(nn.Module):
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention, lora: LayerMatrices | None
     ) -> Tensor:
-        """Computes the residual stream [M, D] after the layer. rotary: cosine and sine [M, d] of the positions."""
+        """Computes the residual stream [M, D] after the layer.
+
+        rotary: cosine and sine [M, d] of the positions. lora: the layer's adapted matrices.
+        """
         qkv = self._queries_keys_values(_norm(hidden, self.norm1, self.config), rotary, lora)
         mixed = attention.attend(self.index, *qkv, **self.attention_options)
         out = _linear(mixed, self.o, self.o_bias, lora, "o")
@@ -208,7 +219,10 @@ def _frozen(*shape: int, **options) -> nn.Parameter:
 
 
 def _norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
-    """Computes the RMS norm of the last dimension; one that multiplies by 1 + weight does so in float32 before it rounds."""
+    """Computes the RMS norm of the last dimension.
+
+    A norm that multiplies by 1 + weight does so in float32, before it rounds.
+    """
     if not c.norms_add_one:
         return rms_norm(x, weight, c.rms_eps)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -1,7 +1,7 @@
 """From the config.json of each family of models to the decoder's sizes and switches.
 
-Every key that is read is taken out of the file's contents. What is left at the end is a switch that this engine does
-not know: it is refused by name, never ignored.
+Every key that is read is taken out of the file's contents. What is left at the end is a switch that this
+engine does not know: it is refused by name, never ignored.
 """
 
 import math
@@ -24,22 +24,25 @@ METADATA = {
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
     "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation",
     "initializer_range", "pretraining_tp", "_attn_implementation", "_attn_implementation_autoset",
-    "attn_implementation", "return_dict", "id2label", "label2id", "problem_type", "tokenizer_class", "is_llama_config",
-    "unsloth_version", "unsloth_fixed", "max_length", "do_sample", "temperature", "top_p", "top_k",
+    "attn_implementation", "return_dict", "id2label", "label2id", "problem_type", "tokenizer_class",
+    "is_llama_config", "unsloth_version", "unsloth_fixed", "max_length", "do_sample", "temperature", "top_p",
+    "top_k",
     # Gemma 3 writes this one beside layer_types, which say the same, and nothing reads it.
     "_sliding_window_pattern",
 }  # fmt: skip
-# Published files also write these keys of other families, of training and of sampling; at these values they leave
-# log-probs as they are.
+# Published files also write these keys of other families, of training and of sampling; at these values they
+# leave log-probs as they are.
 HARMLESS = {
     "attention_bias": False, "mlp_bias": False, "rope_interleaved": False, "use_mrope": False,
     "use_bidirectional_attention": False, "attention_dropout": 0, "hidden_dropout": 0, "embd_pdrop": 0,
     "resid_pdrop": 0, "gradient_checkpointing": False, "is_encoder_decoder": False, "is_decoder": False,
-    "add_cross_attention": False, "tie_encoder_decoder": False, "pruned_heads": {}, "chunk_size_feed_forward": 0,
+    "add_cross_attention": False, "tie_encoder_decoder": False, "pruned_heads": {},
+    "chunk_size_feed_forward": 0,
     "output_attentions": False, "output_hidden_states": False, "torchscript": False, "use_bfloat16": False,
-    "tf_legacy_loss": False, "_flash_attn_2_enabled": False, "min_length": 0, "num_beams": 1, "num_beam_groups": 1,
-    "diversity_penalty": 0, "early_stopping": False, "typical_p": 1, "repetition_penalty": 1, "length_penalty": 1,
-    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "num_return_sequences": 1, "output_scores": False,
+    "tf_legacy_loss": False, "_flash_attn_2_enabled": False, "min_length": 0, "num_beams": 1,
+    "num_beam_groups": 1, "diversity_penalty": 0, "early_stopping": False, "typical_p": 1,
+    "repetition_penalty": 1, "length_penalty": 1, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "num_return_sequences": 1, "output_scores": False,
     "return_dict_in_generate": False, "remove_invalid_values": False,
 }  # fmt: skip
 # The values of these keys, where they are not null, must be whole numbers above 0,
@@ -203,7 +206,8 @@ def sizes_and_switches(raw: dict, file: Path) -> dict[str, Any]:
     positions = rest.pop("max_position_embeddings", None) or 2048
     if heads % kv_heads or head_dim % 2:
         raise UserError(
-            f"{file}: {heads} heads of size {head_dim} with {kv_heads} key heads do not fit; fetch the file again."
+            f"{file}: {heads} heads of size {head_dim} with {kv_heads} key heads do not fit; "
+            "fetch the file again."
         )
     activation = rest.pop("hidden_act", None) or "silu"
     if family.gemma:
@@ -229,7 +233,8 @@ def sizes_and_switches(raw: dict, file: Path) -> dict[str, Any]:
     for key, value in rest.items():
         if value is not None and not (key in HARMLESS and HARMLESS[key] == value):
             raise UserError(
-                f"{file}: {key} {str(value)[:60]} is not supported for {architecture}; use a checkpoint without it."
+                f"{file}: {key} {str(value)[:60]} is not supported for {architecture}; "
+                "use a checkpoint without it."
             )
     return fields
 
@@ -271,7 +276,8 @@ def _rope_and_local_rope(config: ConfigFile) -> tuple[Rope, Rope]:
     for key, value in parameters.items():
         if not isinstance(value, dict | None):
             raise UserError(
-                f"{config.file}: rope_parameters {key} is {value!r:.60}; it must be an object: fetch the file again."
+                f"{config.file}: rope_parameters {key} is {value!r:.60}; it must be an object: "
+                "fetch the file again."
             )
     full, local = ({**(parameters.get(key) or {})} for key in ("full_attention", "sliding_attention"))
     return _rope({**full, **scaling}, theta or 1_000_000.0, config), _rope(
@@ -302,7 +308,8 @@ def _rope(given: dict, theta: float, config: ConfigFile) -> Rope:
     for key, value in {"rope_theta": theta, **parameters}.items():
         if not _is_positive(value):
             raise UserError(
-                f"{file}: {key} of rope type {kind} is {value!r:.60}; it must be a number above 0: fetch the file again."
+                f"{file}: {key} of rope type {kind} is {value!r:.60}; it must be a number above 0: "
+                "fetch the file again."
             )
     for key, value in given.items():
         if value is not None:
@@ -318,7 +325,8 @@ def _windows_from_a_layer_on(config: ConfigFile) -> dict[str, Any]:
     used, first = config.take("use_sliding_window", False), config.take("max_window_layers", 28)
     if type(first) is not int:
         raise UserError(
-            f"{config.file}: max_window_layers is {first!r:.60}; it must be a whole number: fetch the file again."
+            f"{config.file}: max_window_layers is {first!r:.60}; it must be a whole number: "
+            "fetch the file again."
         )
     sliding = [bool(used) and window is not None and layer >= first for layer in range(config.layers)]
     return _windows(config, window if used else None, _layer_types(config, sliding))
@@ -348,6 +356,7 @@ def _windows(config: ConfigFile, window: int | None, sliding: list[bool]) -> dic
     chosen = tuple(layer for layer in range(config.layers) if sliding[layer])
     if chosen and not (isinstance(window, int) and window > 0):
         raise UserError(
-            f"{config.file}: layers with sliding_attention, but sliding_window is {window}; fetch the file again."
+            f"{config.file}: layers with sliding_attention, but sliding_window is {window}; "
+            "fetch the file again."
         )
     return {"window": window, "window_layers": chosen} if chosen else {}

@@ -37,7 +37,7 @@ class Stored:
 def load(
     path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
 ) -> Decoder:
-    """The decoder of a Hugging Face folder or hub id (safetensors only), frozen, in `dtype` on `device`.
+    """Loads the decoder of a Hugging Face folder or hub id (safetensors only), its weights frozen.
 
     Raises: UserError naming the file and the tensor or switch that cannot be used.
     """
@@ -57,9 +57,10 @@ def load(
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """The stored tensor of each weight that `config` asks for, by name; only headers are read.
+    """Returns the stored tensor of each weight that `config` asks for, by name. Only headers are read.
 
-    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown, of another shape or of no floating dtype.
+    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown, of another shape or
+    of no floating dtype.
     """
     stored = stored_tensors(folder)
     if config.tied:
@@ -69,24 +70,28 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     if missing or extra:
         kind, names = ("lacks", missing) if missing else ("has unknown", extra)
         raise UserError(
-            f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); use a complete checkpoint."
+            f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); "
+            "use a complete checkpoint."
         )
     for name, tensor in stored.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(
-                f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json wants {tuple(wanted[name].shape)}; "
-                "use a config.json and weights that belong together."
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json wants "
+                f"{tuple(wanted[name].shape)}; use a config.json and weights that belong together."
             )
         if tensor.dtype not in STORED_DTYPES:
             raise UserError(
-                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}; use a checkpoint in {', '.join(STORED_DTYPES)}, "
-                "one that is not quantised."
+                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}; use a checkpoint in "
+                f"{', '.join(STORED_DTYPES)}, one that is not quantised."
             )
     return stored
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The local folder of a model: itself, or a hub id's files downloaded by huggingface_hub. Raises UserError when neither works."""
+    """Returns the local folder of a model: itself, or a hub id's files as huggingface_hub downloads them.
+
+    Raises: UserError when neither works.
+    """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
@@ -109,7 +114,7 @@ def resolve(path_or_id: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a model folder. Raises UserError when it is missing or malformed."""
+    """Reads config.json of a model folder. Raises: UserError when it is missing or malformed."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no config.json; give a Hugging Face model folder.")
@@ -117,7 +122,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises: UserError where it cannot be read, or is not one object."""
+    """Reads the object in a JSON file. Raises: UserError where it cannot be read, or is not one object."""
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -130,9 +135,10 @@ def read_json(file: Path) -> dict:
 def save(
     model: Decoder, folder: str | Path, *, adapter: LowRank | None = None, tokenizer_from: Path | None = None
 ) -> None:
-    """Write a Hugging Face folder (config.json, model.safetensors) that transformers and vLLM load, with `adapter` merged if given.
+    """Writes a Hugging Face folder (config.json, model.safetensors), with `adapter` merged if given.
 
-    The folder appears whole or not at all. Files of `tokenizer_from` other than weights and config are copied along.
+    transformers and vLLM load it. The folder appears whole or not at all. Files of `tokenizer_from` other
+    than weights and config are copied along.
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
@@ -172,7 +178,7 @@ def save(
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint: config.json, each file's size and tensor table, and samples of its bytes."""
+    """Computes a short hash of a checkpoint: config.json, and each file's size and samples of its bytes."""
     import hashlib
 
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -187,9 +193,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by name, from the headers of its safetensors files; positions that were saved as weights are left out.
+    """Finds every tensor of a checkpoint by name, from the headers of its safetensors files.
 
-    Raises: UserError naming the file that is missing, truncated, a pickle, or that its index says otherwise of.
+    Positions that were saved as weights are left out.
+
+    Raises: UserError naming the file that is missing, truncated, a pickle, or that its index says otherwise
+    of.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

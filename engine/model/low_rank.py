@@ -1,4 +1,7 @@
-"""What the decoder asks of an adapter. It knows no more of one, so `engine.policy.lora` stands above this package."""
+"""The decoder's view of an adapter.
+
+It asks no more than this, so that `engine.policy.lora` can stand above this package.
+"""
 
 from typing import Protocol
 
@@ -23,7 +26,7 @@ class LowRank(Protocol):
 
 
 class ReadyAdapter:
-    """An adapter with its matrices computed once, for calls between which no weight changes, such as decoding steps."""
+    """An adapter whose matrices are computed once, for decoding steps, between which no weight changes."""
 
     def __init__(self, adapter: LowRank, num_layers: int) -> None:
         self.first_layer = adapter.first_layer

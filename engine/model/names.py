@@ -1,4 +1,7 @@
-"""The names of weights: the decoder's, which fuses matrices that read the same input, Hugging Face's, and GGUF's."""
+"""The names of weights: the decoder's, Hugging Face's and GGUF's.
+
+The decoder fuses matrices that read the same input, the files do not.
+"""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Log-probs and states of given responses. Scoring, training and the comparison with the sampler share this forward."""
+"""Log-probs and states of given responses, for scoring, training and the comparison with the sampler."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def states_and_head(
     tap: Tap | None = None,
     checkpointed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the states [T, D] that predict the response tokens of a batch, and the head [V, D] that they meet.
+    """Computes the states [T, D] that predict a batch's response tokens; returns them with the head [V, D].
 
     network, adapter: a policy as `policy_of` gives it. The others: see `Decoder.forward`.
     """
@@ -52,11 +52,11 @@ def frozen_forward(
     adapter: Weights | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Runs the reference, or the policy `adapter`, over all groups, in their order and that of their responses.
+    """Runs the reference, or the policy `adapter`, over all groups, response by response in their order.
 
-    Returns: mean states of each response [N, D] before each of `layers` (the number of layers stands for the end of
-    the last one), and log-probs float64 [N] at `temperature`. With temperature None the log-probs are 0, and the layers
-    above the highest one asked for are skipped.
+    Returns: mean states of each response [N, D] before each of `layers` (the number of layers stands for the
+    end of the last one), and log-probs float64 [N] at `temperature`. With temperature None the log-probs are
+    0, and the layers above the highest one asked for are skipped.
 
     lower: the states of these groups below some layer, which need not be computed again.
     adapter: a policy of all weights has no `layers`, as heads read the reference.
@@ -67,7 +67,8 @@ def frozen_forward(
     for layer in layers:
         if not 0 <= layer <= network.config.num_layers:
             raise UserError(
-                f"a head reads layer {layer}, the model has {network.config.num_layers}; use a head made for this model."
+                f"a head reads layer {layer}, the model has {network.config.num_layers}; "
+                "use a head made for this model."
             )
     pooled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     logprobs = []
@@ -114,7 +115,7 @@ def _logprobs(
 
 @dataclass(frozen=True, kw_only=True)
 class LogprobGap:
-    """How far the sampler's log-probs of the tokens that it drew lie from the training forward's; nats per token."""
+    """How far the sampler's log-probs of its tokens lie from the training forward's, in nats per token."""
 
     mean: float  # of absolute differences
     max: float

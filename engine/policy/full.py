@@ -8,10 +8,12 @@ from engine.policy.parameters import PolicyWeights
 
 
 class FullWeights(PolicyWeights):
-    """Trainable copies of all weights of a decoder: float32 unless the model is float64, as 16 bits lose most of a step.
+    """Trainable copies of all weights of a decoder.
 
-    It stands wherever an `engine.policy.lora.Adapter` may stand; `engine.policy.weights.policy_of` gives the decoder
-    that computes with these weights in the model's dtype.
+    They are float32 unless the model is float64: 16-bit weights would lose most of a step.
+
+    It stands wherever an `engine.policy.lora.Adapter` may stand; `engine.policy.weights.policy_of` gives the
+    decoder that computes with these weights in the model's dtype.
     """
 
     def __init__(self, network: Decoder) -> None:

@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the linears of a range of layers.
 
-An adapter is never merged in place: it is passed to each call of the model, and a call without it gives the reference.
+An adapter is never merged in place: it is passed to each call of the model, and a call without it gives the
+reference.
 """
 
 import math
@@ -77,8 +78,8 @@ class Adapter(PolicyWeights):
     def fused(self, start: int, stop: int) -> dict[int, LayerMatrices]:
         """Computes A and B of the decoder's fused matrices in layers start..stop-1.
 
-        The linears in a matrix keep their ranks side by side: A is [parts * rank, in], and B, times alpha / rank, is
-        block-diagonal, [out, parts * rank].
+        The linears in a matrix keep their ranks side by side: A is [parts * rank, in], and B, times alpha /
+        rank, is block-diagonal, [out, parts * rank].
         """
         first, last = max(start, self.placement.first_layer), min(stop, self.placement.last_layer)
         matrices = {
@@ -116,7 +117,7 @@ def first_layer(num_layers: int, share: float) -> int:
 
 
 def key_of(layer: int, name: str) -> str:
-    """Returns the key of a linear in `Adapter.down` and `Adapter.up`, in which a module's parameters take no dots."""
+    """Returns the key of a linear in `Adapter.down` and `Adapter.up`; parameters take no dots."""
     return f"{layer}|{name.replace('.', '|')}"
 
 

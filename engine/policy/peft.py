@@ -16,15 +16,15 @@ from engine.model.decoder import Decoder
 from engine.model.names import LINEARS
 from engine.policy.lora import Adapter, Placement, layer_and_name
 
-# These keys of adapter_config.json are read, or leave what an adapter computes as it is. Which linears it has is known
-# from its tensors.
+# These keys of adapter_config.json are read, or leave what an adapter computes as it is. Which linears it has
+# is known from its tensors.
 KNOWN = {
-    "r", "lora_alpha", "peft_type", "bias", "init_lora_weights", "base_model_name_or_path", "revision", "task_type",
-    "peft_version", "auto_mapping", "inference_mode", "lora_dropout", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+    "r", "lora_alpha", "peft_type", "bias", "init_lora_weights", "base_model_name_or_path", "revision",
+    "task_type", "peft_version", "auto_mapping", "inference_mode", "lora_dropout", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-# These starts of A and B leave the base weights alone. Others (PiSSA, OLoRA, LoftQ) change them, so that an adapter does
-# not fit the model as it was published.
+# These starts of A and B leave the base weights alone. Others (PiSSA, OLoRA, LoftQ) change them, so that an
+# adapter does not fit the model as it was published.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model.model.layers."
 
@@ -63,7 +63,8 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
 def load_peft(folder: str | Path, model: Decoder) -> Adapter:
     """Reads the adapter of a PEFT folder for `model`, on any linears of consecutive layers.
 
-    Raises: UserError naming the switch or module that is not supported, or the tensor that does not fit the model.
+    Raises: UserError naming the switch or module that is not supported, or the tensor that does not fit the
+    model.
     """
     folder = Path(folder)
     try:
@@ -83,8 +84,8 @@ def load_peft(folder: str | Path, model: Decoder) -> Adapter:
     placement = Placement(config=model.config, **_adapted(tensors, file))
     if placement.last_layer > model.config.num_layers:
         raise UserError(
-            f"{folder}: this adapter does not fit the model: it adapts layer {placement.last_layer - 1} and the model "
-            f"has {model.config.num_layers}; give the model it was trained on."
+            f"{folder}: this adapter does not fit the model: it adapts layer {placement.last_layer - 1} and "
+            f"the model has {model.config.num_layers}; give the model it was trained on."
         )
     adapter = Adapter(placement, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=0)
     wanted = _by_peft_name(adapter)
@@ -115,7 +116,10 @@ def _by_peft_name(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _check_config(config: object, file: Path) -> tuple[int, float]:
-    """Returns rank and alpha of an adapter_config.json. Raises: UserError naming the key that is not supported."""
+    """Returns rank and alpha of an adapter_config.json.
+
+    Raises: UserError naming the key that is not supported.
+    """
     if not isinstance(config, dict):
         raise UserError(f"{file}: a JSON {type(config).__name__}, not an object; fetch the file again.")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
@@ -141,7 +145,9 @@ def _check_config(config: object, file: Path) -> tuple[int, float]:
 
 
 def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:
-    """Finds where an adapter sits, from the names of its tensors: first_layer, last_layer and linears of a `Placement`.
+    """Finds where an adapter sits from the names of its tensors.
+
+    Returns: first_layer, last_layer and linears of a `Placement`.
 
     Raises: UserError naming a module that is not supported.
     """
@@ -164,12 +170,14 @@ def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:
     for layer in range(first, last + 1):
         if layer not in modules:
             raise UserError(
-                f"{file}: an adapter on layers {first} and {last} without layer {layer} is not supported; {supported}."
+                f"{file}: an adapter on layers {first} and {last} without layer {layer} is not supported; "
+                f"{supported}."
             )
         uneven = sorted(modules[layer] ^ modules[first])
         if uneven:
             raise UserError(
-                f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not supported; {supported}."
+                f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not supported; "
+                f"{supported}."
             )
     halves = [module.partition(".lora_")[0] for module in modules[first]]
     alone = sorted(linear for linear in halves if halves.count(linear) == 1)

@@ -19,9 +19,9 @@ def new_cache(
 ) -> "AnyCache":
     """Makes a cache for n rows per prompt, prompt-major, with room for `room` new tokens each.
 
-    kept: per layer the prompts' rotated keys and values, packed by cu_seqlens [P+1]. windows: per layer how many tokens
-    a token sees, itself included, as `attend` will be given them. Only the keys that new tokens see are kept; the cache
-    with torch's attention keeps all.
+    kept: per layer the prompts' rotated keys and values, packed by cu_seqlens [P+1]. windows: per layer how
+    many tokens a token sees, itself included, as `attend` will be given them. Only the keys that new tokens
+    see are kept; the cache with torch's attention keeps all.
     """
     key = kept[0][0]
     if native.serves(key.device, key.dtype):
@@ -34,10 +34,10 @@ def new_cache(
 def _prompt_grids(
     kept: list[KeysAndValues], cu_seqlens: Tensor, windows: list[int | None] | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Lays out each layer's prompts: keys and values [P, T, Hkv, d], and lengths int64 [P] on the keys' device.
+    """Lays out the prompts of each layer: keys and values [P, T, Hkv, d], lengths int64 [P] on their device.
 
-    Zeros stand behind a prompt's end. A layer with a window keeps only the tokens that the first new one sees, and at
-    least one.
+    Zeros stand behind a prompt's end. A layer with a window keeps only the tokens that the first new one
+    sees, and at least one.
     """
     full = cu_seqlens.diff().to("cpu", torch.int64)
     prompts, device = len(full), kept[0][0].device
@@ -106,7 +106,7 @@ class Cache(_Positions):
         self._mask = self._new_mask()
 
     def _new_mask(self) -> Tensor:
-        """Makes the additive mask [R, 1, 1, used + 1]: 0 where a key is visible, -inf in front of the prompt."""
+        """Makes the additive mask [R, 1, 1, used + 1]: 0 for visible keys, -inf in front of the prompt."""
         slot = torch.arange(self.used + 1, device=self.first.device)
         hidden = slot < self.first[:, None]
         dtype = self.slabs[0][0].dtype
@@ -124,8 +124,12 @@ class Cache(_Positions):
         softcap: float | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Stores one token's key and value [R, Hkv, d] of each row in a layer, and attends to all of the row so far, or
-        to the last `window` with the token itself: query [R, H, d] -> [R, H d]."""
+        """Stores one token of each row in a layer, and attends to all of its row so far: [R, H d].
+
+        query [R, H, d]; key, value [R, Hkv, d]. window: attends to the last `window` tokens only, this one
+        included.
+        scale, softcap: see `engine.model.attention.attend`.
+        """
         stop = self.used + 1
         start = 0 if window is None else max(0, stop - window)
         for slab, x in zip(self.slabs[layer], (key, value), strict=True):

@@ -1,4 +1,4 @@
-"""Decodes rows side by side: draws a token for each, feeds it to the model, and drops rows that have ended."""
+"""Decodes rows side by side: draws a token for each, feeds it to the model, drops rows that have ended."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +13,11 @@ from engine.rollout.cache import AnyCache, GpuCache
 from engine.rollout.states import Collector
 from kernels.sampling import sample_with_gap
 
-# The batch is compacted when at most this share of its rows still runs. On a GPU that costs a new CUDA graph, hence
-# the lower share.
+# The batch is compacted when at most this share of its rows still runs. On a GPU that costs a new CUDA graph,
+# hence the lower share.
 COMPACT_AT, COMPACT_AT_ON_GPU = 0.85, 0.5
-# Two best perturbed logits this close may change places with the shape of a batch, which decides how sums are rounded.
+# Two best perturbed logits this close may change places with the shape of a batch, which decides how sums are
+# rounded.
 NEAR_TIE = 1e-4
 # A GPU takes this many steps between two looks of the host.
 STEPS_UNSEEN = 8
@@ -35,8 +36,8 @@ class Drawing(NamedTuple):
 class Rows:
     """The rows of a batch that are decoded side by side, and the tokens drawn for all rows of the batch.
 
-    All tensors lie on the model's device and change in place. `draw` and `feed` never wait for it, so that a CUDA graph
-    can hold them.
+    All tensors lie on the model's device and change in place. `draw` and `feed` never wait for it, so that a
+    CUDA graph can hold them.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class Rows:
         adapter: LowRank | None = None,
         collector: Collector | None = None,
     ) -> None:
-        """hidden: states [R, D] of each row's last token of the prompt; key: int64 [R], of the random numbers."""
+        """Starts at the prompts' ends.
+
+        hidden: states [R, D] of the last token of each row's prompt. key: int64 [R], keys the random numbers.
+        """
         rows, device = len(hidden), hidden.device
         self.model, self.cache, self.adapter, self.collector, self.drawing = (
             model,
@@ -66,8 +70,8 @@ class Rows:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # tokens of each row that have been fed
-        # The rest is about the rows side by side. `row` is a row's place in the batch, `token` its last token, `fed`
-        # whether that is still to be fed, and `alive` whether others follow it.
+        # The rest is about the rows side by side. `row` is a row's place in the batch, `token` its last
+        # token, `fed` whether that is still to be fed, and `alive` whether others follow it.
         self.row, self.token = torch.arange(rows, device=device), torch.zeros_like(self.length)
         self.fed, self.alive = torch.ones_like(self.finished), torch.ones_like(self.finished)
         self.hidden, self.key = hidden, key.to(device)

@@ -1,4 +1,7 @@
-"""Prompts -> Rollouts: batched sampling with keyed random numbers. A prompt is computed once for its n responses."""
+"""Prompts -> Rollouts: batched sampling with keyed random numbers.
+
+A prompt is computed once for all its responses.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,17 +45,16 @@ def generate(
 ) -> Rollouts:
     """Samples n responses to each prompt (lists of token ids), prompt-major: row p * n + i.
 
-    Random numbers depend only on (seed, prompt_key, sample, step), never on batch size or order; prompt_key int64 [P]
-    defaults to a hash of the prompt's token ids. In float32 on a CPU the shape of a batch changes a response at most
-    from its first near tie on.
-    At most `max_rows` rows are decoded side by side; rows that finish are dropped from the batch.
-    No stop token is drawn among the first `min_new_tokens`; model_logprob still counts them.
-    `on_step(tokens)` is called after each step with the number of tokens drawn in it; it may raise to stop. `states` is
-    filled with the states of the responses, for which each response's last token passes the layers below `states.top`
-    too.
+    Random numbers depend only on (seed, prompt_key, sample, step), never on batch size or order; prompt_key
+    int64 [P] defaults to a hash of the prompt's token ids. In float32 on a CPU the shape of a batch changes a
+    response at most from its first near tie on. At most `max_rows` rows are decoded side by side; rows that
+    finish are dropped from the batch. No stop token is drawn among the first `min_new_tokens`; model_logprob
+    still counts them. `on_step(tokens)` is called after each step with the number of tokens drawn in it; it
+    may raise to stop. `states` is filled with the states of the responses, for which each response's last
+    token passes the layers below `states.top` too.
 
-    Raises: UserError for an argument that cannot be used, an empty prompt, an unknown token id, or a prompt that leaves
-    no room in the model's context; and where memory runs out.
+    Raises: UserError for an argument that cannot be used, an empty prompt, an unknown token id, or a prompt
+    that leaves no room in the model's context; and where memory runs out.
     """
     network, low_rank = policy_of(model, adapter)
     try:
@@ -118,8 +120,8 @@ def _check_stop_tokens(model: Decoder, min_new_tokens: int, stop_token_ids: tupl
     vocabulary = model.config.vocab_size
     if min_new_tokens and len(set(stop_token_ids)) == vocabulary:
         raise UserError(
-            f"generate: min_new_tokens = {min_new_tokens} leaves no token to draw, as stop_token_ids holds all "
-            f"{vocabulary}; set min_new_tokens to 0 or stop at fewer tokens."
+            f"generate: min_new_tokens = {min_new_tokens} leaves no token to draw, as stop_token_ids holds "
+            f"all {vocabulary}; set min_new_tokens to 0 or stop at fewer tokens."
         )
 
 
@@ -130,7 +132,8 @@ def _check_prompts(model: Decoder, prompts: list[list[int]], max_new_tokens: int
             raise UserError(f"prompt {p} is empty; give at least one token.")
         if len(prompt) + max_new_tokens > context:
             raise UserError(
-                f"prompt {p}: {len(prompt)} tokens + {max_new_tokens} new ones pass the model's context of {context}."
+                f"prompt {p}: {len(prompt)} tokens + {max_new_tokens} new ones pass the model's context of "
+                f"{context}."
             )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise UserError(
@@ -152,7 +155,7 @@ def _empty_rollouts(rows: int, n: int, max_new_tokens: int) -> Rollouts:
 
 @contextmanager
 def _explaining_memory(rows: int, tokens: int, model: Decoder) -> Iterator[None]:
-    """Raises a UserError where memory runs out for `rows` rows side by side, each of at most `tokens` tokens."""
+    """Raises a UserError where memory runs out for `rows` rows side by side of at most `tokens` tokens."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -163,15 +166,17 @@ def _explaining_memory(rows: int, tokens: int, model: Decoder) -> Iterator[None]
             raise
         row = tokens * cache_bytes(model.config, model.dtype)
         raise UserError(
-            f"memory ran out while sampling {rows} responses side by side, each of up to {tokens} tokens with its "
-            f"prompt; keys and values take up to {row} bytes a response, {rows * row} in all: lower --rollout-rows or "
-            "--max-new-tokens."
+            f"memory ran out while sampling {rows} responses side by side, each of up to {tokens} tokens "
+            f"with its prompt; keys and values take up to {row} bytes a response, {rows * row} in all: lower "
+            "--rollout-rows or --max-new-tokens."
         ) from error
 
 
 def _batches(rows: int, n: int, max_rows: int) -> list[tuple[int, int]]:
-    """Returns first row and end of each batch: as many prompts with all their n rows as max_rows holds, else some rows
-    of one prompt."""
+    """Returns first row and end of each batch.
+
+    A batch has as many prompts with all their n rows as max_rows holds, else some rows of one prompt.
+    """
     size, span = (max_rows // n * n, max(rows, 1)) if n <= max_rows else (max_rows, n)
     return [
         (row, min(row + size, first + span))

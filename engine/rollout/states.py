@@ -13,15 +13,14 @@ from engine.model.packing import LowerStates
 class States:
     """The reference's states of sampled responses, taken while they are sampled.
 
-    Adapters sit above these layers, so that the policy's states there are the reference's, and heads need no forward of
-    their own.
+    Adapters sit above these layers, so that the policy's states there are the reference's, and heads need no
+    forward of their own.
     """
 
     layers: list[int]  # to pool for heads
     lower: LowerStates | None  # keeps the states below its layer
-    pooled: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # layer -> mean states of each response, float32 [R, D]
+    # layer -> mean states of each response, float32 [R, D]
+    pooled: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def top(self) -> int:
@@ -30,7 +29,7 @@ class States:
 
 
 class Collector:
-    """Takes the states of one batch of prompts and of their responses, step by step, and never waits for the device."""
+    """Takes the states of a batch of prompts and responses, step by step, without waiting for the device."""
 
     def __init__(
         self,
@@ -58,8 +57,8 @@ class Collector:
     def take(self, row: Tensor, step: Tensor, counts: Tensor, layer: int, states: Tensor) -> None:
         """Takes the states [rows side by side, D] of response token `step` (int64 [1]) before a layer.
 
-        row: the rows' places in the batch, int64; counts: false for those that ended before, bool. With these a tap of
-        a decoding step.
+        row: the rows' places in the batch, int64; counts: false for those that ended before, bool. With these
+        a tap of a decoding step.
         """
         if layer in self.sums:
             self.sums[layer].index_add_(0, row, torch.where(counts[:, None], states.float(), 0.0))
