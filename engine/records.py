@@ -51,7 +51,7 @@ class Rollouts:
     finished: Tensor  # bool [R]: ended by a stop token, not by the limit
     logprob: Tensor  # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
     model_logprob: Tensor  # float32 [R, max_new_tokens]: under the model at that temperature
-    near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.NEAR_TIE`
+    near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.decoding.NEAR_TIE`
 
 
 @dataclass(frozen=True, kw_only=True)

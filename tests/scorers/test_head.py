@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize
 
 from engine.errors import UserError
-from engine.model.quickstart import tiny_model_folder
+from engine.quickstart import tiny_model_folder
 from engine.scorers import training
 from engine.scorers.base import Head
 from engine.scorers.head_data import Row, Text, hold_out, read_head_rows, response_ids
