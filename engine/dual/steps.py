@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.dual.solver import solve_psd
+from engine.dual.problem import solve_psd
 from engine.errors import UserError
 from engine.intervals import float64
 

@@ -6,20 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.dual.solver import (
-    ACCEPTED,
-    Solution,
-    check_problem,
-    descend,
-    dimensionless,
-    dimensionless_start,
-    listed,
-    single_direction,
-    solve,
-    solve_psd,
-    tilted_improvement,
-    within_std,
-)
+from engine.dual.problem import check_problem, dimensionless, dimensionless_start, listed, solve_psd, within_std
+from engine.dual.solver import ACCEPTED, Solution, descend, single_direction, solve, tilted_improvement
 from engine.errors import UserError
 from engine.intervals import float64, t_quantile
 
