@@ -182,8 +182,7 @@ def trace_curve(analysis: Analysis, points: int = 61) -> Curve:
     """Solve the dual along rising thresholds.
 
     The threshold of one constraint goes from its improvement at lambda 0 to near the largest that is
-    supported.
-    Those of several have a common factor, from 0 on.
+    supported. Those of several have a common factor, from 0 on.
     """
     config, b = analysis.config, analysis.b_J
     reward, utility, J = analysis.reward_PG, analysis.utility_PGJ, len(b)

@@ -46,9 +46,8 @@ def lam_interval(
 
     The mean that an improvement is measured from comes from the same samples, and as all prompts have G
     responses it is a mean over prompts as well. So Var(lambda) = H^-1 Cov_p(u_p) / P H^-1 with the dual's
-    Hessian H.
-    Quantiles are Student's with P - 1 degrees of freedom. Not in the interval: the bias of G responses (see
-    `ess_warning`), and that units were estimated.
+    Hessian H. Quantiles are Student's with P - 1 degrees of freedom. Not in the interval: the bias of G
+    responses (see `ess_warning`), and that units were estimated.
 
     A constraint at 0 with room is treated as if it alone were let go below 0: its Newton step ends at a value
     below 0 with a standard error, and the interval is [0, max(0, value + t se)]. It is [0, 0] where the room
@@ -120,9 +119,8 @@ def bootstrap(
     """Solve the dual for `draws` samples of P prompts, drawn with replacement.
 
     Returns the multipliers, float64 [draws, J]. A prompt is drawn with all its responses. Each solve starts
-    at `start_J`, such as the solution's lambda.
-    The row of a draw is inf where its thresholds are not supported, or only just, so that lambda has no
-    accurate value.
+    at `start_J`, such as the solution's lambda. The row of a draw is inf where its thresholds are not
+    supported, or only just, so that lambda has no accurate value.
 
     Raises: UserError as `solve`.
     """
@@ -156,8 +154,7 @@ def ess_warning(ess_P: Tensor, G: int) -> str | None:
     """Warn in one line where the mean effective number of responses is below G / 4.
 
     lambda is over-estimated then. In one case 8 responses a prompt, of an effective size of 1.4, gave lambda
-    0.39, and 4 of them 0.57.
-    `half_sample` estimates by how much. Returns None where no warning is due.
+    0.39, and 4 of them 0.57. `half_sample` estimates by how much. Returns None where no warning is due.
     """
     ess = float(float64(ess_P).mean())
     if ess >= G / 4:
