@@ -42,9 +42,9 @@ def loop(stages: Stages, config: CaidConfig):
 
 
 def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, config: CaidConfig) -> Tensor:
-    """The next multipliers from the rows (lambda, slack, standard error) so far, by the step that the config names; see `engine.dual`.
+    """Returns the next multipliers from the rows (lambda, slack, standard error) so far, by the step that the config names.
 
-    None is moved by a slack within one standard error. Beyond it newton, the paper's step, takes the slack as it was measured, as half a
+    See `engine.dual` for the steps. No multiplier is moved by a slack within one standard error. Beyond it newton, the paper's step, takes the slack as it was measured, as half a
     step averages noise already; the others shrink it (`engine.dual.resolved`).
     """
     bounds = {"max_change": config.lam_max_change, "lam_max": config.lam_max}

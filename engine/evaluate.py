@@ -36,8 +36,8 @@ from engine.scorers.base import Scorers
 from engine.scorers.find import load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages import preference
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, read_prompts
-from engine.stages.job import Subject, heldout_prompts, reference_prompts
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
+from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
 from engine.stages.sampling import gap_text, respond, sample
 from engine.stages.verdict import Bar, judge, write_heldout
@@ -63,7 +63,7 @@ class Phase:
         self._display.line(f"{self.name}: {gap_text(row)}")
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """A progress bar; `unit` is a plural such as "tokens"."""
+        """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._display.progress(total, unit, what)
 
     def log_speed(self, row: SpeedRow) -> None:
@@ -114,23 +114,24 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     )  # fmt: skip
     if config.eval_responses < 2:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
-    inputs = Inputs.of(config)
+    prepare_process(config.threads)
+    inputs = read_inputs(config)
     Run.check_model(run, inputs.fingerprint)
-    pool = read_prompts(flags.prompts, config, inputs.tokenizer, inputs.shape) if flags.prompts else inputs.heldout
+    pool = read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column) if flags.prompts else inputs.heldout
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
-    prompts = heldout_prompts(replace(config, eval_prompts=n), pool)
+    prompts = heldout_prompts(pool, n, config.seed)
     common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
     if common:
         shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    own = heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
-    selection = own if flags.best_feasible else None
+    judged_on = heldout_prompts(inputs.heldout, min(config.eval_prompts, len(inputs.heldout)), config.seed)
+    selection = judged_on if flags.best_feasible else None
     if selection:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
-    lookalikes = read_prompts(lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
+    lookalikes = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits)
     asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
@@ -146,9 +147,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     return Question(
         run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection, by_preference=by_preference,
         units=units, limits=limits, aimed=aimed, inputs=inputs,
-        trained_on=reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
+        trained_on=training_prompts(inputs.train, config.n_prompts, config.seed), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
         lookalikes=lookalikes, safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=_judged_before(run, prompts, own), fewer_rows=fewer,
+        judged_before=_judged_before(run, prompts, judged_on), fewer_rows=fewer,
     )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
     with whole_folder(out) as folder, display:
-        subject = Subject.load(replace(config, seed=flags.seed), q.inputs, q.scorers)
+        subject = Subject.load(replace(SamplingSettings.of(config), seed=flags.seed), q.inputs, q.scorers)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
         adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
@@ -228,12 +229,12 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
 
 
 def _hash(prompts: Prompts) -> str:
-    """Of a set of prompts, whatever their order."""
+    """Hashes a set of prompts, independent of their order."""
     return hashlib.sha256(json.dumps(sorted(prompts.text)).encode()).hexdigest()
 
 
 def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
-    """How many final verdicts these prompts have given on the run. own: those of the run's own verdict."""
+    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own verdict."""
     paths = RunFolder(run)
     known = [_hash(own)] if paths.evaluation.is_file() else []
     if paths.judged.is_file():
@@ -276,7 +277,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
     """Returns what the run scored by. units: of its scorers."""
     if q.by_preference:
-        return preference.restored(RunFolder(q.run), subject, units)
+        return preference.restored(RunFolder(q.run), q.config, subject, units)
     return ByScorers(units=units, audit_names=[s.name for s in q.scorers.audits])
 
 
@@ -285,7 +286,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
 
 
 def best_feasible(rows: list[dict]) -> int:
-    """The iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
+    """Chooses the iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
     feasible = [row for row in rows if min(row["room"]) >= 0]
     best = max(feasible, key=lambda row: row["reward"]) if feasible else max(rows, key=lambda row: min(row["room"]))
     return best["iterate"]
@@ -296,8 +297,8 @@ def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sa
     groups = packing.groups(prompts, sampled.rollouts)
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
-            subject.model, groups, [], temperature=subject.config.temperature,
-            memory_budget_bytes=subject.config.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
+            subject.model, groups, [], temperature=subject.settings.temperature,
+            memory_budget_bytes=subject.settings.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
         )  # fmt: skip
     return logprob.view(len(prompts), -1)
 
@@ -305,8 +306,9 @@ def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sa
 
 
 def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
-    """The iterate to judge (0: the last one), or every one, with the multipliers it was trained at. Those past --max-kl were put aside by
-    the run.
+    """Finds the iterate to judge (0: the last one), or every one, with the multipliers it was trained at.
+
+    Iterates past --max-kl were put aside by the run and are not among them.
 
     Raises: UserError when there is none, or not the wanted one.
     """
@@ -321,7 +323,7 @@ def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
 
 
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
-    """What is judged, and how the responses are drawn."""
+    """Says what is judged, and how the responses are drawn."""
     config, inputs = q.config, q.inputs
     lam = ", ".join(f"{x:.3f}" for x in list(q.iterates.values())[-1])
     which = f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
@@ -341,7 +343,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
 
 
 def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
-    """The run's units, and those of audits that the run did not know, measured on the reference's responses."""
+    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's units."""
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name
@@ -354,7 +356,7 @@ def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         run = ""

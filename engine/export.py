@@ -31,7 +31,7 @@ def export(run: str | Path, folder: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         print("usage: python -m engine.export RUN FOLDER", file=sys.stderr)

@@ -29,7 +29,7 @@ class Prompts:
         return len(self.text)
 
     def select(self, index: list[int]) -> "Prompts":
-        """The prompts at `index`, in that order."""
+        """Returns the prompts at `index`, in that order."""
         return Prompts(
             text=[self.text[i] for i in index],
             kind=[self.kind[i] for i in index],
@@ -56,7 +56,7 @@ class Rollouts:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What the scorers say of P * G responses, in the scorers' own units; larger is better (a cost is already negated)."""
+    """The scores of P * G responses; larger is better (a cost is already negated)."""
 
     reward_PG: Tensor  # float64 [P, G]
     utility_PGJ: Tensor  # float64 [P, G, J]
@@ -90,7 +90,7 @@ class Units:
     unsafe_above_J: list[float | None] = field(default_factory=list)  # a utility with a number here is -1 where its cost lies above, else 0
 
     def apply(self, scores: Scores) -> Scores:
-        """The same scores in these units."""
+        """Returns the same scores in these units."""
         return Scores(
             reward_PG=scores.reward_PG / self.reward,
             utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J) / torch.tensor(self.utility_J, dtype=torch.float64),
@@ -140,7 +140,7 @@ Rule = Callable[[Scored], Tensor]
 
 
 def lagrangian(lam_J: Tensor) -> Rule:
-    """The score r + lambda . g, of which a policy update maximises the mean less beta x KL (arXiv 2505.19387, Algorithm 2)."""
+    """Builds the rule r + lambda . g, of which a policy update maximises the mean less beta x KL (arXiv 2505.19387, Algorithm 2)."""
     return lambda scored: scored.reward_PG + scored.counted_PGJ @ lam_J
 
 
@@ -198,7 +198,7 @@ class Pairs:
 
 
 def utility_of_cost(cost: Tensor) -> Tensor:
-    """The utility that a cost stands for: larger is better."""
+    """Turns a cost into a utility, of which larger is better: the only place where a sign changes."""
     return -cost
 
 

@@ -46,7 +46,7 @@ def loop(stages: Stages, config: PdDpoConfig):
 
 
 def safety(lam_J: torch.Tensor, beta: float, helpful) -> Target:
-    """The alignment to sum_j lambda_j g_j / sum_j lambda_j from the policy of the reward, with coefficient beta / sum_j lambda_j."""
+    """Builds the target of an alignment to sum_j lambda_j g_j / sum_j lambda_j from the policy of the reward, with coefficient beta / sum_j lambda_j."""
     total = float(lam_J.sum())
     share_J = lam_J / total
     return Target(lam_J=lam_J, score=lambda s: s.counted_PGJ @ share_J, coefficient=beta / total, start=helpful, anchor=helpful)

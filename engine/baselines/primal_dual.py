@@ -50,7 +50,7 @@ def descend(lam_J: Tensor, slack_J: Tensor, config: PrimalDualConfig) -> Tensor:
 
 
 def penalised(lam_J: Tensor, advantage: str) -> Rule:
-    """The score r + lambda . g; with "group_norm" of reward and utilities that are standardised on each prompt.
+    """Builds the score r + lambda . g; with "group_norm" reward and utilities are standardised on each prompt first.
 
     lam_J: [J], or [P, 1, J] where it differs between prompts.
     """
@@ -65,7 +65,7 @@ def penalised(lam_J: Tensor, advantage: str) -> Rule:
 
 
 def standardised(x_PGJ: Tensor, share_PG: Tensor | None) -> Tensor:
-    """Zero mean and unit population standard deviation over the responses of each prompt; 0 where all are equal."""
+    """Shifts and scales scores to mean 0 and population standard deviation 1 over the responses of each prompt; 0 where all are equal."""
 
     def mean(values: Tensor) -> Tensor:
         if share_PG is None:

@@ -43,7 +43,7 @@ def loop(stages: Stages, config: RepoConfig):
 
 
 def rectified(lam_J: Tensor, advantage: str) -> Rule:
-    """The score r + lambda . g in which lambda counts only on prompts whose samples miss the aim."""
+    """Builds the score r + lambda . g in which lambda counts only on prompts whose samples miss the aim."""
 
     def score(scored: Scored) -> Tensor:
         lam_PJ = lam_J * (scored.missing_PJ > 0)

@@ -36,7 +36,7 @@ def loop(stages: Stages, config: SafeDpoConfig):
     above_J = torch.tensor(unsafe_above(config), dtype=torch.float64)
 
     def unsafe(scored: Scored) -> Tensor:
-        """bool [P, G]: responses of which a cost lies above its number, where its constraint is about that prompt."""
+        """Marks responses of which a cost lies above its number, where its constraint is about that prompt; bool [P, G]."""
         return ((scored.cost_PGJ > above_J) & (scored.weight_PJ[:, None] > 0)).any(dim=2)
 
     target = Target(

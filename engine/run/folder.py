@@ -83,30 +83,30 @@ class RunFolder:
         return self.path / "nonfinite.safetensors"
 
     def stage_stem(self, number: int, name: str) -> str:
-        """The beginning of the names of a stage's files; stages are counted from 1."""
+        """Returns the beginning of the names of a stage's files; stages are counted from 1."""
         return f"{number:02d}-{name.replace('/', '-')}"
 
     def stage_file(self, name: str) -> Path | None:
-        """The result of a stage, whatever its number; None where it has none yet."""
+        """Finds the result of a stage, whatever its number; None where it has none yet."""
         wanted = f"{name.replace('/', '-')}.safetensors"
         found = [path for path in sorted(self.stages.glob("*-*")) if path.name.partition("-")[2] == wanted]
         return found[0] if found else None
 
     def iterate(self, iteration: int) -> Path:
-        """The folder of an iterate's weights."""
+        """Returns the folder of an iterate's weights."""
         return self.adapters / f"{ITERATE}{iteration}"
 
     def rejected(self, iteration: int) -> Path:
-        """The folder of an iterate that went past --max-kl."""
+        """Returns the folder of an iterate that went past --max-kl."""
         return self.adapters / f"{REJECTED}{iteration}"
 
     def iterates(self) -> dict[int, Path]:
-        """The folders of iterates by number, ascending; their contents may be half written."""
+        """Lists the folders of iterates by number, ascending; their contents may be half written."""
         numbered = {int(path.name.removeprefix(ITERATE)): path for path in self.adapters.glob(f"{ITERATE}*")}
         return dict(sorted(numbered.items()))
 
     def next_evaluation(self) -> Path:
-        """The first folder evaluation-N that does not exist yet."""
+        """Returns the first folder evaluation-N that does not exist yet."""
         number = 1
         while (self.path / f"evaluation-{number}").exists():
             number += 1

@@ -216,7 +216,7 @@ def plain(value: Any) -> Any:
 
 
 def read_rows(folder: str | Path, cls: type[RowT]) -> list[RowT]:
-    """The metrics rows of one kind, in order.
+    """Reads the metrics rows of one kind, in order.
 
     Raises: UserError when there are none to read, or a row lacks a field of its class.
     """
@@ -224,17 +224,20 @@ def read_rows(folder: str | Path, cls: type[RowT]) -> list[RowT]:
 
 
 def read_timing(folder: str | Path, cls: type[RowT]) -> list[RowT]:
-    """The rows of timing.jsonl of one kind, in order, those of interrupted attempts among them. Raises: UserError as `read_rows`."""
+    """Reads the rows of timing.jsonl of one kind, in order, those of interrupted attempts among them.
+
+    Raises: UserError as `read_rows`.
+    """
     return _typed(RunFolder(Path(folder)).timing, cls)
 
 
 def raw_rows(folder: str | Path) -> list[dict]:
-    """All metrics rows as they are written, in order. Raises: UserError when there are none to read."""
+    """Reads all metrics rows as they are written, in order. Raises: UserError when there are none to read."""
     return list(_lines(RunFolder(Path(folder)).metrics))
 
 
 def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
-    """Where the time went: (stage, seconds, share of all stages), in order; the time of interrupted attempts is included.
+    """Says where the time went: (stage, seconds, share of all stages), in order; the time of interrupted attempts is included.
 
     Raises: UserError when the folder holds no timing.jsonl.
     """

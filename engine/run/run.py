@@ -29,7 +29,7 @@ def _append(path: Path, row: dict) -> None:
 
 
 class Stage:
-    """What a stage's function is given: rows, timing, progress, partial results and the question whether to stop."""
+    """A stage while it runs, as its function sees it: rows, timing, progress, partial results and the question whether to stop."""
 
     def __init__(self, run: "Run", number: int, name: str) -> None:
         self.name, self.number = name, number
@@ -56,11 +56,11 @@ class Stage:
         return self._run.paths
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """A progress bar; `unit` is a plural such as "tokens"."""
+        """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._run.display.progress(total, unit, what)
 
     def partial(self, cls: type[RecordT]) -> RecordT | None:
-        """The last whole partial of this stage, or None. The rows logged up to it replace those logged since."""
+        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged since."""
         for path in (self.partial_path, self.previous_path):
             try:
                 record, content = self._run.read(path, cls, self.name)
@@ -181,7 +181,7 @@ class Run:
 
     @staticmethod
     def read_config(folder: str | Path) -> tuple[str, dict]:
-        """(algorithm, settings) of a run; sequences come back as tuples.
+        """Reads (algorithm, settings) of a run; sequences come back as tuples.
 
         Raises: UserError when there is no whole config.json.
         """
@@ -227,7 +227,9 @@ class Run:
         return lock
 
     def stage(self, name: str, cls: type[RecordT], compute: Callable[[Stage], RecordT]) -> RecordT:
-        """The result of stage `name`: loaded if it is on disk and whole, else computed and saved. Both ways give equal records.
+        """Returns the result of stage `name`: loaded if it is on disk and whole, else computed and saved.
+
+        Both ways give equal records.
 
         Raises: Interrupted, UserError, and what `compute` raises.
         """
@@ -267,11 +269,14 @@ class Run:
         return record
 
     def origin(self, name: str) -> dict:
-        """What ties a file of stage `name` to this run: the model, and the checksum of the stage before it."""
+        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage before it."""
         return {"stage": name, "fingerprint": self.fingerprint, "after": self._last_checksum}
 
     def read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
-        """A stage's file, whole or partial, and its JSON. Raises: Torn also when it comes from another run, stage or earlier result."""
+        """Reads a stage's file, whole or partial, and its JSON.
+
+        Raises: Torn also when it comes from another run, stage or earlier result.
+        """
         tensors, content = read_whole(path)
         if {key: content.get(key) for key in self.origin(name)} != self.origin(name):
             raise Torn(f"{path} does not follow from the stages before it")
@@ -330,7 +335,7 @@ class Run:
             self.display.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Give the folder and Ctrl-C back."""
+        """Releases the lock and restores the previous SIGINT handler."""
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None

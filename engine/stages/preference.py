@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import keys
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model import packing
 from engine.policy import update
@@ -28,7 +29,7 @@ from engine.run.rows import PreferenceRow, read_rows
 from engine.run.run import Stage
 from engine.run.store import load
 from engine.scorers.base import Scorers
-from engine.stages.job import Job, Subject
+from engine.stages.job import Job, Subject, new_adapter
 from engine.stages.reference import Reference, aims, reference_units, within_correlation
 from kernels.sampling import combine
 
@@ -49,8 +50,8 @@ class LogRatios:
         with stage.progress(len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios") as progress:
             for adapter in self.aligned:
                 logprob = frozen_forward(
-                    subject.model, groups, [], temperature=subject.config.temperature,
-                    memory_budget_bytes=subject.config.memory_budget_bytes, adapter=adapter, on_tokens=progress.advance,
+                    subject.model, groups, [], temperature=subject.settings.temperature,
+                    memory_budget_bytes=subject.settings.memory_budget_bytes, adapter=adapter, on_tokens=progress.advance,
                 )[1]  # fmt: skip
                 ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
                 stage.check_stop()
@@ -88,14 +89,14 @@ def audit_names(scorers: Scorers) -> list[str]:
     return [*(f"{s.name} (its scorer)" for s in by_scorers), *(s.name for s in scorers.audits)]
 
 
-def restored(run: RunFolder, subject: Subject, scorer_units: Units) -> ByLogRatios:
+def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: Units) -> ByLogRatios:
     """Returns what a run on preferences with an iterate scores by. Raises: UserError where a policy it aligned is missing."""
     (row,), aligned = read_rows(run.path, PreferenceRow), []
     for name in row.names:
         file = run.stage_file(f"preference/{name}")
         if file is None:
             raise UserError(f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the run to have it again.")
-        aligned.append(_adapter(subject))
+        aligned.append(new_adapter(subject, config))
         aligned[-1].set_tensors(load(file, Policy).adapter)
     log_ratios = LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units)
     return ByLogRatios.of(log_ratios, row.log_ratio_sd[0], row.log_ratio_sd[1:])
@@ -131,15 +132,10 @@ def align(job: Job, reference: Reference) -> Reference:
     return replace(reference, scoring=scoring, scores=scores, **fixed)
 
 
-def _adapter(subject: Subject) -> Adapter:
-    config = subject.config
-    return Adapter.on(subject.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
-
-
 def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tensor) -> Adapter:
     """Stage preference/NAME: plain DPO on the preferences of one kind, drawn independently of the others'."""
     config = job.config
-    adapter = _adapter(job)
+    adapter = new_adapter(job, config)
     seed = int(combine(config.seed, keys.preference(number)))
     settings = replace(config, steps=config.preference_steps, labels="sampled", seed=seed)
     target = ScoredTarget(score_PG=label_PG, coefficient=config.beta)
@@ -154,12 +150,12 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
 
 
 def _from_scorers(reference: Reference) -> tuple[Samples, Tensor]:
-    """Reference samples, and the scores [P, G, 1 + J] from which labels are drawn."""
+    """Returns the reference's samples, and the scores [P, G, 1 + J] from which labels are drawn."""
     return reference.samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
 
 
 def _from_file(job: Job) -> tuple[Samples, Tensor]:
-    """The file's responses with their log-probs under the reference, and what gives their labels."""
+    """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of their labels."""
     config, file = job.config, job.preferences
     logprob_N = frozen_forward(
         job.model, packing.groups(file.prompts, file.rollouts), [], temperature=config.temperature,
@@ -177,7 +173,7 @@ def _from_file(job: Job) -> tuple[Samples, Tensor]:
 
 
 def _agreement(ratios: Scores, scores: Scores) -> list[float]:
-    """Pooled within-prompt correlation of each log-ratio with the scorer of its kind."""
+    """Correlates each log-ratio with the scorer of its kind, within prompts."""
     pairs = [(ratios.reward_PG, scores.reward_PG)]
     pairs += [(ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])]
     return [within_correlation(a, b) for a, b in pairs]

@@ -17,13 +17,13 @@ from engine.records import Prompts, Sampled, Scored, Scores, Units, unsafe_count
 from engine.run.rows import ReferenceRow, read_rows
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
-from engine.stages.job import Job, heldout_prompts, reference_prompts
+from engine.stages.job import Job
 from engine.stages.sampling import gap_of, log_gap, sample, samples_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSamples:
-    """What stage 1 leaves: the samples, and the states below the adapter in the order of their packed groups."""
+    """The result of stage reference: the samples, and the states below the adapter in the order of their packed groups."""
 
     sampled: Sampled
     lower_MD: Tensor | None
@@ -90,16 +90,15 @@ class Reference:
         return self.scores.reward_PG, self.scored(self.samples).counted_PGJ
 
     def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:
-        """What each of the prompts `chosen` misses of its own constraints, float64 [P, J]; utilities of its responses, in units."""
+        """Measures what each of the prompts `chosen` misses of its constraints, float64 [P, J]; utilities in units."""
         before_PGJ = self.scores.utility_PGJ[list(chosen)]
         return constraints.missing(self.limits, self.aimed, self.aim_J, self.units, utility_PGJ, before_PGJ)
 
 
 def sample_reference(job: Job) -> Reference:
-    """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
+    """Runs stage reference: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
     config = job.config
-    prompts = reference_prompts(config, job.train)
-
+    prompts = job.train
     shared = samples_of(job, "reference", ReferenceSamples)
 
     def compute(stage: Stage) -> ReferenceSamples:
@@ -153,7 +152,7 @@ def sample_reference(job: Job) -> Reference:
 
 
 def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerStates | None) -> Reference:
-    """What reference samples fix."""
+    """Fixes units, required improvements and aims from reference samples."""
     limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
     units = reference_units(sampled.scores, job.scorers, limits, prompts)
     scores = units.apply(sampled.scores)
@@ -169,18 +168,18 @@ def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerState
 
 
 def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units: Units) -> dict:
-    """The fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples, in units."""
+    """Returns the fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples, in units."""
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
     aimed = constraints.aims(
-        limits, scores, prompts, units, margin=config.margin, heldout=heldout_prompts(config, job.heldout),
+        limits, scores, prompts, units, margin=config.margin, heldout=job.heldout,
         n_responses=config.eval_responses,
     )  # fmt: skip
     return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
 
 
 def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
-    """Pooled within-prompt standard deviations of the reference's scores on `prompts`.
+    """Measures the pooled within-prompt standard deviations of the reference's scores on `prompts`.
 
     Raises: UserError for a scorer that is constant within every prompt, also where it is so on those that its constraint is about.
     """
@@ -204,7 +203,7 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], p
 
 
 def _deviation(score_PG: Tensor, name: str) -> float:
-    """`dual.within_deviation`, and a score that is one number everywhere is named with it."""
+    """Measures `dual.within_deviation`; a score that is one number everywhere is an error that names the number."""
     if score_PG.min() == score_PG.max():
         raise UserError(
             f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is nothing to align; use another one, or "
@@ -219,6 +218,6 @@ def units_of(row: ReferenceRow, limits: Sequence[Limit]) -> Units:
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
-    """Pooled correlation of two scores within prompts."""
+    """Correlates two scores within prompts, pooled."""
     a, b = a_PG - a_PG.mean(1, keepdim=True), b_PG - b_PG.mean(1, keepdim=True)
     return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())

@@ -9,12 +9,11 @@ from torch import Tensor
 from engine import dual
 from engine.config import RunConfig
 from engine.policy.full import FullWeights
-from engine.policy.lora import Adapter
 from engine.policy.update import Policy
 from engine.policy.weights import Weights
 from engine.records import Rule, Target
 from engine.stages import preference, slack
-from engine.stages.job import Job, open_job
+from engine.stages.job import Job, new_adapter, open_job
 from engine.stages.protocol import Result, Slack
 from engine.stages.reference import Reference, sample_reference
 from engine.stages.sampling import gap_of
@@ -32,10 +31,7 @@ def open_stages(algorithm: str, config: RunConfig, resume: str | None) -> Iterat
 
 def new_weights(job: Job) -> Weights:
     """Returns what the run trains, still equal to the reference."""
-    config = job.config
-    if config.tune == "full":
-        return FullWeights(job.model)
-    return Adapter.on(job.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
+    return FullWeights(job.model) if job.config.tune == "full" else new_adapter(job, job.config)
 
 
 class RunStages:

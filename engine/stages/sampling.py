@@ -31,22 +31,32 @@ GAP_PROMPTS = 4
 def respond(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, states: States | None = None
 ) -> tuple[Rollouts, list[str]]:
-    """n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
+    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
 
     stage: of a run, or anything else with `progress` and `check_stop`.
     """
-    config = job.config
+    settings = job.settings
 
     def on_step(tokens: int) -> None:
         made.advance(tokens)
         stage.check_stop()
 
-    with stage.progress(len(prompts) * n * config.max_new_tokens, "tokens", "sampling") as made:
+    with stage.progress(len(prompts) * n * settings.max_new_tokens, "tokens", "sampling") as made:
         rollouts = generate(
-            job.model, prompts.token_ids, n=n, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            stop_token_ids=job.stop_token_ids, seed=int(combine(config.seed, purpose)), prompt_key=prompts.key_P, adapter=adapter,
-            max_rows=config.rollout_rows, on_step=on_step, states=states,
-        )  # fmt: skip
+            job.model,
+            prompts.token_ids,
+            n=n,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            stop_token_ids=job.stop_token_ids,
+            seed=int(combine(settings.seed, purpose)),
+            prompt_key=prompts.key_P,
+            adapter=adapter,
+            max_rows=settings.rows,
+            on_step=on_step,
+            states=states,
+        )
     texts = [
         job.tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
@@ -57,7 +67,7 @@ def respond(
 def sample(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
-    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
+    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
     gets the `log_gap` of these samples.
 
     The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
@@ -65,13 +75,13 @@ def sample(
     sampler are the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios
     start at 1.
     """
-    config = job.config
+    settings = job.settings
     start = time.monotonic()
-    # Of a policy whose weights are all its own nothing equals the reference's states.
-    below = first_layer(job.model.config.num_layers, config.lora_from) if config.tune == "lora" else -1
+    # With --tune full every layer differs from the reference's, so no states can be shared.
+    below = -1 if settings.adapter_from is None else first_layer(job.model.config.num_layers, settings.adapter_from)
     own = adapter is None and job.model.dtype == torch.float32
     small = kept_states_bytes(
-        [len(ids) for ids in prompts.token_ids], n * config.max_new_tokens, job.model.config.hidden_size, job.model.dtype
+        [len(ids) for ids in prompts.token_ids], n * settings.max_new_tokens, job.model.config.hidden_size, job.model.dtype
     )
     lower = LowerStates(below) if below >= 0 and small and (keep or not own) else None
     layers = job.scorers.layers
@@ -87,8 +97,8 @@ def sample(
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
     with stage.progress(total, "tokens", "scoring") as scored:
         forward = ReferenceForward(
-            temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_bytes,
+            temperature=settings.temperature,
+            memory_budget_bytes=settings.memory_budget_bytes,
             logprob=not own,
             states=states,
         )
@@ -115,9 +125,9 @@ def sample(
 def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None) -> None:
     """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward under the same weights, on the
     responses to the first prompts (`LogprobGap`, nats per token); and in how many of all draws the two best were nearly alike."""
-    config, groups = job.config, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
+    settings, groups = job.settings, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
     gap = logprob_gap(
-        job.model, groups, rollouts, temperature=config.temperature, memory_budget_bytes=config.memory_budget_bytes, adapter=adapter
+        job.model, groups, rollouts, temperature=settings.temperature, memory_budget_bytes=settings.memory_budget_bytes, adapter=adapter
     )
     stage.log(
         SampledRow(
@@ -141,7 +151,7 @@ def gap_of(run: Path, stage: str) -> str:
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
-    """The record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
+    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
     if not job.config.samples_of:
         return None
     folder = RunFolder(Path(job.config.samples_of))

@@ -16,7 +16,7 @@ from engine.stages.solve import listed, warn_of_lam_max
 
 
 def stage_name(iteration: int) -> str:
-    """The stage in which an iterate's slack is measured."""
+    """Names the stage in which an iterate's slack is measured."""
     return f"iteration-{iteration}/slack"
 
 

@@ -13,7 +13,7 @@ from engine.scorers.base import Head
 
 
 def smoke_folder() -> Path:
-    """The folder in the user's cache, made on first use in a second; it appears whole or not at all."""
+    """Finds the folder in the user's cache, made on first use in a second; it appears whole or not at all."""
     folder = cache_folder() / "smoke"
     if is_complete(folder):
         return folder

@@ -1,4 +1,4 @@
-"""Stage dual: the one-shot multipliers from reference samples, with intervals over prompts."""
+"""Runs stage dual: the one-shot multipliers from reference samples, with intervals over prompts."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from engine.stages.reference import Reference
 
 
 def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> dual.Solution:
-    """The multipliers for the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
+    """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
     bounds = [0.0 if limit.kind == "rate" else None for limit in reference.limits]  # such a utility is minus the share of unsafe responses
     try:
@@ -89,11 +89,11 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
 
 
 def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
-    """Standard errors of the predicted improvements, each over the prompts that its constraint is about. float64 [J]."""
+    """Computes the standard errors of the predicted improvements, each over the prompts that its constraint is about. float64 [J]."""
     found = []
     for j, limit in enumerate(reference.limits):
         own = limit.rows(reference.prompts)
-        # Their weight in the Lagrangian taken out.
+        # Undo the weight that the Lagrangian gives to this subset of prompts.
         found.append(dual.standard_error(improvement_PJ[own, j] * len(own) / len(reference.prompts)))
     return torch.stack(found)
 
@@ -105,7 +105,7 @@ def _interval(interval: dual.Interval, j: int) -> str:
 
 
 def held_by_lam_max(config: RunConfig, lam_J: Tensor, gradient_J: Tensor) -> Tensor:
-    """bool [J]: multipliers that would rise if lam_max let them."""
+    """Marks multipliers that would rise if lam_max let them; bool [J]."""
     return (lam_J >= config.lam_max * (1 - 1e-12)) & (gradient_J < 0)
 
 

@@ -55,11 +55,11 @@ class Updates:
         self.untrained = weights.tensors()
 
     def hold(self, policy: Policy | None) -> None:
-        """Make the weights those of an iterate, None the reference."""
+        """Gives the weights the values of an iterate; None is the reference."""
         self.weights.set_tensors(self.untrained if policy is None else policy.adapter)
 
     def fit(self, target: Target, iteration: int) -> Policy:
-        """The target fitted on pairs of responses (`_learned_from`)."""
+        """Fits the target on pairs of responses (`_learned_from`)."""
         job = self.job
         anchor = None if target.anchor is None else copy_of(self.weights, target.anchor.adapter)
 
@@ -73,7 +73,7 @@ class Updates:
         return self._iterate(target.start, target.lam_J, iteration, compute)
 
     def ascend(self, start: Policy | None, lam_J: Tensor, rule: Rule, iteration: int) -> Policy:
-        """Policy-gradient steps on fresh samples of the policy, scored by the rule less beta x log-ratio."""
+        """Takes policy-gradient steps on fresh samples of the policy, scored by the rule less beta x log-ratio."""
         job, reference, config = self.job, self.reference, self.job.config
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
@@ -86,11 +86,11 @@ class Updates:
         return self._iterate(start, lam_J, iteration, compute)
 
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
-        """No step: a policy that exists already becomes this iterate too, with a folder and a row of its own."""
+        """Takes no step: a policy that exists already becomes this iterate too, with a folder and a row of its own."""
         return self._iterate(policy, lam_J, iteration, lambda stage: policy)
 
     def _iterate(self, start: Policy | None, lam_J: Tensor, iteration: int, compute: Callable[[Stage], Policy]) -> Policy:
-        """The stage around an update from `start`; the iterate goes to adapters/iteration-t."""
+        """Runs the stage around an update from `start`; the iterate goes to adapters/iteration-t."""
         job, name, folder = self.job, f"iteration-{iteration}/policy", self.job.run.paths.iterate(iteration)
         job.run.display.line(f"iteration {iteration}: lambda {listed(lam_J)}")
         self.hold(start)
@@ -110,7 +110,7 @@ class Updates:
         return policy
 
     def _learned_from(self, stage: Stage, start: Policy | None, iteration: int) -> tuple[Samples, list[int]]:
-        """The responses that an update learns from (--pairs), and which of their prompts to use.
+        """Chooses the responses that an update learns from (--pairs), and which of their prompts to use.
 
         The policy's own are drawn afresh; the first update starts at the reference, whose samples exist already. Of a file's rows
         those whose prompt measures this iteration's slack are left out.
@@ -133,7 +133,7 @@ class Updates:
         return reference.samples, train_on
 
     def _fresh(self, stage: Stage, chosen: list[int], iteration: int) -> Samples:
-        """New responses of the policy that the weights hold to the prompts `chosen` of the reference's."""
+        """Samples new responses of the policy that the weights hold to the prompts `chosen` of the reference's."""
         job, prompts = self.job, self.reference.prompts.select(chosen)
         sampled, lower = sample(job, stage, prompts, self.weights, n=job.config.n_responses, purpose=keys.fresh(iteration), keep=True)
         scores = self.reference.scoring(stage, prompts, sampled)

@@ -17,7 +17,7 @@ from engine.report import run_page
 from engine.run.display import duration
 from engine.run.rows import time_table
 from engine.run.run import Stage
-from engine.stages.job import Job, heldout_prompts
+from engine.stages.job import Job
 from engine.stages.protocol import Result
 from engine.stages.reference import Reference
 from engine.stages.sampling import log_gap, sample, samples_of
@@ -47,7 +47,7 @@ class Bar:
 
 def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> HeldOut:
     """Stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the held-out prompts."""
-    config, prompts = job.config, heldout_prompts(job.config, job.heldout)
+    config, prompts = job.config, job.heldout
     name = "heldout/reference" if weights is None else "heldout/policy"
     purpose = keys.HELDOUT_REFERENCE if weights is None else keys.HELDOUT_POLICY
 
@@ -65,7 +65,7 @@ def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> H
 
 def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOut, lam_J: Tensor) -> Result:
     """Judge the policy's held-out responses (`after`) against the reference's; writes evaluation.json, heldout.jsonl and the report."""
-    run, prompts = job.run, heldout_prompts(job.config, job.heldout)
+    run, prompts = job.run, job.heldout
     sides = [Samples(prompts=prompts, sampled=side.sampled, scores=side.scores) for side in (before, after)]
     bar = Bar(
         limits=reference.limits,
