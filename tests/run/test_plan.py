@@ -12,7 +12,8 @@ from engine.errors import UserError
 from engine.evaluate import main as evaluate
 from engine.model.architecture import ModelConfig, Rope
 from engine.run import plan as memory
-from engine.run.plan import KEPT_STATES_BYTES, Plan, available_memory, evaluation_rows, kept_states_bytes, rows_that_fit
+from engine.run.machine import available_memory
+from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_states_bytes, rows_that_fit
 from engine.run.run import Run
 
 SHAPE = ModelConfig(
@@ -23,7 +24,7 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_matmul_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e11)
 
 
 def plan(prompts: int = 100, length: int = 20, dtype: torch.dtype = torch.float32, **changes) -> Plan:
@@ -57,7 +58,7 @@ def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
 
 def test_the_loss_head_counts_with_the_default_of_its_device(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**12)
-    monkeypatch.setattr(memory, "_matmul_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e12)
 
     def needed(device, **changes):
         return Plan.of(replace(CaidConfig(), **changes), SHAPE, torch.float32, torch.device(device), [20] * 100, [20] * 10).needed_bytes
