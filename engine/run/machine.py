@@ -9,7 +9,7 @@ import torch
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes free on the GPU; or in main memory, as far as the process's control groups let it go."""
+    """Return the bytes free on the GPU, or in main memory as far as the process's control groups let it go."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in (root / "proc/meminfo").read_text().splitlines():
@@ -19,8 +19,11 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def _cgroup_room(root: Path) -> float:
-    """Bytes left under the limits of the process's control group and of those above it, in version 2 or 1; inf without a limit. Cached
-    files that are not in use count as free, as the kernel drops them before it refuses memory."""
+    """Return the bytes left under the limits of the process's control group and of those above it; inf without a limit.
+
+    Both versions of control groups are read. Cached files that are not in use count as free, as the kernel drops them
+    before it refuses memory.
+    """
     room, groups = math.inf, root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.is_file() else []:
         _, controllers, path = line.split(":", 2)
@@ -34,7 +37,7 @@ def _cgroup_room(root: Path) -> float:
         else:
             continue
         inside = PurePosixPath(path.lstrip("/"))
-        # In a container the path may be the host's, and the own group stands at the mount.
+        # In a container the path may be the host's; the container's group then stands at the mount.
         for group in (mount / at for at in (inside, *inside.parents)):
             try:
                 limit, used = ((group / name).read_text().strip() for name in names[:2])
@@ -47,23 +50,27 @@ def _cgroup_room(root: Path) -> float:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Flop per second of a product of the engine's usual shape: the best of 30 or more within half a second or more, as an idle machine
-    starts slowly, and one that still reads its libraries from the disk a tenth as fast."""
-    a, b = (
-        torch.ones(256, 1024, dtype=dtype, device=device),
-        torch.ones(1024, 4096, dtype=dtype, device=device),
-    )
-    best, begun, made = float("inf"), time.perf_counter(), 0
-    while (past := time.perf_counter() - begun) < 0.5 or (made < 30 and past < 5):
+    """Time a matrix product of the engine's usual shape, in multiplications and additions per second.
+
+    The best of 30 or more products within half a second or more counts: an idle machine starts slowly, and one that
+    still reads its libraries from the disk runs a tenth as fast.
+    """
+    a = torch.ones(256, 1024, dtype=dtype, device=device)
+    b = torch.ones(1024, 4096, dtype=dtype, device=device)
+    best, begun, done = math.inf, time.perf_counter(), 0
+    while (past := time.perf_counter() - begun) < 0.5 or (done < 30 and past < 5):
         start = time.perf_counter()
         (a @ b)[0, 0].item()
-        best, made = min(best, time.perf_counter() - start), made + 1
+        best, done = min(best, time.perf_counter() - start), done + 1
     return 2 * 256 * 1024 * 4096 / best
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks of any size instead of giving them back: fresh pages for every large tensor cost more than the
-    arithmetic on it. Does nothing where the C library is another one."""
+    """Let glibc reuse freed blocks of any size instead of giving them back to the system.
+
+    Fresh pages for every large tensor cost more than the arithmetic on it. Where the C library is another one, nothing
+    happens.
+    """
     mmap_max, trim_threshold = -4, -1
     try:
         mallopt = ctypes.CDLL(None).mallopt
