@@ -9,7 +9,8 @@ import torch
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Return the bytes free on the GPU, or in main memory as far as the process's control groups let it go."""
+    """Return the bytes free on the GPU, or in main memory as far as the process's control groups let it
+    go."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in (root / "proc/meminfo").read_text().splitlines():
@@ -19,10 +20,11 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def _cgroup_room(root: Path) -> float:
-    """Return the bytes left under the limits of the process's control group and of those above it; inf without a limit.
+    """Return the bytes left under the limits of the process's control group and of those above it; inf
+    without a limit.
 
-    Both versions of control groups are read. Cached files that are not in use count as free, as the kernel drops them
-    before it refuses memory.
+    Both versions of control groups are read. Cached files that are not in use count as free, as the kernel
+    drops them before it refuses memory.
     """
     room, groups = math.inf, root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.is_file() else []:
@@ -52,8 +54,8 @@ def _cgroup_room(root: Path) -> float:
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Time a matrix product of the engine's usual shape, in multiplications and additions per second.
 
-    The best of 30 or more products within half a second or more counts: an idle machine starts slowly, and one that
-    still reads its libraries from the disk runs a tenth as fast.
+    The best of 30 or more products within half a second or more counts: an idle machine starts slowly, and
+    one that still reads its libraries from the disk runs a tenth as fast.
     """
     a = torch.ones(256, 1024, dtype=dtype, device=device)
     b = torch.ones(1024, 4096, dtype=dtype, device=device)
@@ -68,8 +70,8 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks of any size instead of giving them back to the system.
 
-    Fresh pages for every large tensor cost more than the arithmetic on it. Where the C library is another one, nothing
-    happens.
+    Fresh pages for every large tensor cost more than the arithmetic on it. Where the C library is another
+    one, nothing happens.
     """
     mmap_max, trim_threshold = -4, -1
     try:

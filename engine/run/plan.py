@@ -1,6 +1,7 @@
 """The time and memory that a run is predicted to need, printed before it starts.
 
-Where memory is short, fewer responses are decoded side by side; where it does not suffice even then, the run stops there.
+Where memory is short, fewer responses are decoded side by side; where it does not suffice even then, the run
+stops there.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from engine.model.architecture import ModelConfig
 from engine.run.machine import available_memory, matmul_rate
 from kernels.reference import budget_or_default
 
-# The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the printed prediction
-# depends on it.
+# The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
+# printed prediction depends on it.
 EFFICIENCY = 0.65
 ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
 KEPT_STATES_BYTES = 2 * 2**30
@@ -43,8 +44,8 @@ class Plan:
     ) -> "Plan":
         """Count the bytes and the products of a run, and time a matrix product for the rate.
 
-        train, heldout: lengths in tokens of the prompts that will be sampled. fewer_rows: `rows` may be lowered to
-        those that fit, down to the responses of one prompt.
+        train, heldout: lengths in tokens of the prompts that will be sampled. fewer_rows: `rows` may be
+        lowered to those that fit, down to the responses of one prompt.
         """
         lengths = train + heldout
         longest, mean = max(lengths), sum(lengths) / len(lengths)
@@ -76,8 +77,8 @@ class Plan:
     def sentence(self) -> str:
         """Say the prediction in one line for the user."""
         return (
-            f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of memory "
-            f"({self.available_bytes / 1e9:.1f} GB free)"
+            f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of "
+            f"memory ({self.available_bytes / 1e9:.1f} GB free)"
         )
 
 
@@ -114,8 +115,9 @@ def _kept_bytes(
     """Count what training keeps from step to step: the states below the adapter, or copies of all weights."""
     if config.tune != "full":
         return kept_states_bytes(train, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype)
-    # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with its moments,
-    # and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients, and a copy for the iterate.
+    # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with its
+    # moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients, and a
+    # copy for the iterate.
     return shape.parameter_count() * (28 if device.type == "cuda" else 60)
 
 
@@ -161,7 +163,8 @@ def _peak(counted: float) -> int:
 
 
 def rows_that_fit(rows: int, n: int, needed: Callable[[int], int], available: int) -> int:
-    """Lower `rows` by whole prompts of n responses until needed(rows) <= available bytes, down to one prompt."""
+    """Lower `rows` by whole prompts of n responses until needed(rows) <= available bytes, down to one
+    prompt."""
     while rows > n and needed(rows) > available:
         rows = max(n, rows - n)
     return rows
@@ -175,7 +178,8 @@ def evaluation_rows(
     heldout: list[int],
     n_prompts: int,
 ) -> int:
-    """Return how many responses `engine.evaluate` decodes side by side: config.rollout_rows, or as many as fit.
+    """Return how many responses `engine.evaluate` decodes side by side: config.rollout_rows, or as many as
+    fit.
 
     heldout: lengths in tokens of all prompts; n_prompts: the most that are scored at once.
     Raises: UserError where there is no room for one prompt's responses.
@@ -194,8 +198,8 @@ def evaluation_rows(
     rows = rows_that_fit(config.rollout_rows, n, needed, available)
     if needed(rows) > available:
         raise UserError(
-            f"this evaluation needs about {needed(rows) / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; "
-            "lower --n-prompts or --n-responses, or give shorter --prompts."
+            f"this evaluation needs about {needed(rows) / 1e9:.1f} GB of memory and {available / 1e9:.1f} "
+            "GB are free; lower --n-prompts or --n-responses, or give shorter --prompts."
         )
     return rows
 
@@ -203,7 +207,8 @@ def evaluation_rows(
 def kept_states_bytes(
     prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype
 ) -> int:
-    """Count the bytes, at most, of the states below the adapter of prompts with `new_tokens` response tokens each.
+    """Count the bytes, at most, of the states below the adapter of prompts with `new_tokens` response tokens
+    each.
 
     0 when they pass KEPT_STATES_BYTES, as then they are not kept but computed in every step.
     """

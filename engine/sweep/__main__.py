@@ -1,4 +1,5 @@
-"""Train several algorithms along a path of thresholds: `python -m engine.sweep [flags] [-- flags of engine.train]`.
+"""Train several algorithms along a path of thresholds: `python -m engine.sweep [flags] [-- flags of
+engine.train]`.
 
 Exit codes are those of `engine.train`; what a sweep does is said in `engine.sweep.runs`.
 """
@@ -70,8 +71,8 @@ def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
         return SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()}), preset
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--resume {folder}: no sweep is there ({type(error).__name__} at sweep.json); name the folder that --out "
-            "made."
+            f"--resume {folder}: no sweep is there ({type(error).__name__} at sweep.json); name the folder "
+            "that --out made."
         ) from error
 
 

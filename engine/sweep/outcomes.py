@@ -77,8 +77,8 @@ def kept_lam(folder: Path) -> list[float] | None:
 def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
     """Read the sampled tokens and the seconds of each stage of a run, by its name.
 
-    Only the last attempt at a stage counts: one that was interrupted had sampled the same responses. The seconds that a
-    policy stage took before an interruption are thus left out.
+    Only the last attempt at a stage counts: one that was interrupted had sampled the same responses. The
+    seconds that a policy stage took before an interruption are thus left out.
     """
     tokens = {row.stage: row.tokens for row in read_timing(folder, SpeedRow)}
     seconds = {row.stage: row.seconds for row in read_timing(folder, StageTimeRow)}

@@ -1,4 +1,5 @@
-"""From the settings of a sweep to its runs: every combination of algorithm, threshold and seed, checked before any compute."""
+"""From the settings of a sweep to its runs: every combination of algorithm, threshold and seed, checked
+before any compute."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +18,8 @@ class SweepConfig:
     out: str = "sweep"
     """Folder of the sweep, must not exist yet."""
     algorithms: tuple[str, ...] = ("caid", "mocan")
-    """Algorithms, with settings of their own where wanted: caid, mocan:steps=50, dpo:objective=safety,steps=30."""
+    """Algorithms, with settings of their own where wanted: caid, mocan:steps=50,
+    dpo:objective=safety,steps=30."""
     thresholds: tuple[str, ...] = ("0.2", "0.3", "0.4")
     """Values of --threshold, one run each; with several costs either one number for all, or 0.2,0.3."""
     seeds: tuple[int, ...] = (0,)
@@ -55,8 +57,8 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
         if name != "seed" and len(values := {getattr(plan.config, name) for plan in plans.values()}) > 1:
             shown = ", ".join(sorted(map(str, values)))
             raise UserError(
-                f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by "
-                "itself."
+                f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; "
+                "sweep each by itself."
             )
     known = {f.name for plan in plans.values() for f in fields(plan.config)}
     for name in _flag_names(sweep.flags):
@@ -74,7 +76,8 @@ def shown(label: str) -> str:
 
 
 def config_class(label: str) -> type[RunConfig]:
-    """Return the config class of a label's algorithm. Raises: UserError for an algorithm that does not exist."""
+    """Return the config class of a label's algorithm. Raises: UserError for an algorithm that does not
+    exist."""
     names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
     if name not in names:

@@ -1,10 +1,11 @@
-"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set of reference samples for each seed.
+"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set of reference samples
+for each seed.
 
-For each seed the reference is sampled once (run folder samples-seedSEED), and the dual is solved at all thresholds before
-anything is trained, each from its neighbour's multipliers and for each beta and margin. Thresholds that the samples do not
-support are named there, but not for algorithms that know none. Then every run is an ordinary run folder, made by
-`engine.train`'s functions with --samples-of. After each of them the sweep's files are written anew: table.csv, pareto.png,
-multipliers.png and index.html.
+For each seed the reference is sampled once (run folder samples-seedSEED), and the dual is solved at all
+thresholds before anything is trained, each from its neighbour's multipliers and for each beta and margin.
+Thresholds that the samples do not support are named there, but not for algorithms that know none. Then every
+run is an ordinary run folder, made by `engine.train`'s functions with --samples-of. After each of them the
+sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
 """
 
 import shutil
@@ -44,7 +45,8 @@ class OneShot(NamedTuple):
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
     """Do all runs that are not done yet and write the sweep's files.
 
-    Raises: UserError before anything is sampled, or where the samples do not support a threshold; Interrupted.
+    Raises: UserError before anything is sampled, or where the samples do not support a threshold;
+    Interrupted.
     """
     out = Path(sweep.out)
     plans = configs_of(sweep, preset)
@@ -73,9 +75,11 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
 
 
 def draw_samples(plans: list[Plan]) -> list[OneShot]:
-    """Draw the reference's samples of one seed and solve the dual along the thresholds for each beta and margin.
+    """Draw the reference's samples of one seed and solve the dual along the thresholds for each beta and
+    margin.
 
-    It is not solved for algorithms without thresholds, nor for scores that exist only after policies have been aligned.
+    It is not solved for algorithms without thresholds, nor for scores that exist only after policies have
+    been aligned.
     Raises: UserError for thresholds beyond what the samples support, before anything is trained.
     """
     # Any of the configs will do: the samples do not depend on the settings in which they differ.
@@ -101,8 +105,8 @@ def draw_samples(plans: list[Plan]) -> list[OneShot]:
                 solution = one_shot(plan_job, reference, start_J=guess_J)
             except UserError as error:
                 raise UserError(
-                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)}: {error} Or leave it out; all other flags of "
-                    "a sweep stand behind --."
+                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)}: {error} Or leave it out; "
+                    "all other flags of a sweep stand behind --."
                 ) from error
             solved.append(
                 OneShot(
@@ -122,13 +126,14 @@ def draw_samples(plans: list[Plan]) -> list[OneShot]:
 def _sentence(s: OneShot, n_responses: int) -> str:
     """Say a solution in one line for the user."""
     return (
-        f"b {numbers(s.threshold)} (beta {s.beta:g}, margin {s.margin:g}): aim {numbers(s.aim)}, one-shot lambda "
-        f"{numbers(s.lam)}, effective sample size {s.ess:.1f} of {n_responses}"
+        f"b {numbers(s.threshold)} (beta {s.beta:g}, margin {s.margin:g}): aim {numbers(s.aim)}, one-shot "
+        f"lambda {numbers(s.lam)}, effective sample size {s.ess:.1f} of {n_responses}"
     )
 
 
 def _train(plan: Plan) -> str:
-    """Do a run, or the rest of it, unless it is done; return the error that it failed with, or an empty text."""
+    """Do a run, or the rest of it, unless it is done; return the error that it failed with, or an empty
+    text."""
     if not RunFolder(plan.folder).evaluation.is_file():
         try:
             ALGORITHMS[plan.algorithm].train(plan.config, resume=_begun(plan.folder))
@@ -141,7 +146,8 @@ def _train(plan: Plan) -> str:
 
 
 def _begun(folder: Path) -> str | None:
-    """Return the folder where a run in it can be resumed; remove what a run left that was killed before it began."""
+    """Return the folder where a run in it can be resumed; remove what a run left that was killed before it
+    began."""
     if RunFolder(folder).config.is_file():
         return str(folder)
     shutil.rmtree(folder, ignore_errors=True)
