@@ -1,7 +1,8 @@
 """Train a policy: `python -m engine.train [ALGORITHM] [flags]`.
 
-The command line becomes one config dataclass, then the algorithm's file does the rest. All flags are checked before anything heavy is
-imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 user's error, 3 non-finite stop, 130 Ctrl-C.
+The command line becomes one config dataclass, then the algorithm's file does the rest. All flags are checked
+before anything heavy is imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 user's
+error, 3 non-finite stop, 130 Ctrl-C.
 """
 
 import sys
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(algorithm: str, flags: list[str]):
-    """The algorithm's config with `flags` on top of the defaults or the preset; None where help was asked for and printed.
+    """The algorithm's config with `flags` on top of the defaults or the preset; None where help was asked for
+    and printed.
 
     Raises: UserError for an unknown preset or flag, a stray word, or a value of the wrong type.
     """
@@ -84,7 +86,8 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
         return "caid", argv
     if argv[0] not in ALGORITHMS:
         raise UserError(
-            f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from {', '.join(ALGORITHMS)}."
+            f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from "
+            f"{', '.join(ALGORITHMS)}."
         )
     return argv[0], argv[1:]
 
@@ -93,7 +96,8 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
     """(algorithm, config) as saved in the run folder."""
     if flags:
         raise UserError(
-            f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own settings."
+            f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own "
+            "settings."
         )
     # Lazy: the checkpoint needs torch.
     from engine.run.run import Run
@@ -109,7 +113,8 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
     known = {field.name for field in fields(config_class)}
     if unknown := sorted(set(values) - known):
         raise UserError(
-            f"--resume {folder}: its config has the unknown field {unknown[0]!r}; resume with the version that started it."
+            f"--resume {folder}: its config has the unknown field {unknown[0]!r}; resume with the version "
+            "that started it."
         )
     return algorithm, config_class(**values)
 

@@ -3,8 +3,8 @@
     temperature: float = bounded(0.7, above=0)
     schedule: str = one_of("constant", "linear", "cosine")
 
-A subclass that only gives a field another default keeps its bound. What relates several settings is checked by the `check` of the config
-class that has them.
+A subclass that only gives a field another default keeps its bound. What relates several settings is checked
+by the `check` of the config class that has them.
 """
 
 import math
@@ -16,7 +16,8 @@ from engine.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers between bounds, of which at least one is given; `says` ends the message to a user who gives another number."""
+    """The numbers between bounds, of which at least one is given; `says` ends the message to a user who gives
+    another number."""
 
     above: float | None
     at_least: float | None
@@ -62,9 +63,11 @@ def bounded(
     infinite: bool = False,
     says: str = "",
 ) -> Any:
-    """Declare a field whose number, or each number of whose tuple, lies within these bounds; one below is always given.
+    """Declare a field whose number, or each number of whose tuple, lies within these bounds; one below is
+    always given.
 
-    infinite: an infinite value is accepted too. says: what follows the value in the message about another one, if not just the bounds.
+    infinite: an infinite value is accepted too. says: what follows the value in the message about another
+    one, if not just the bounds.
     """
     if at_most is None and below is None:
         bounds = f"must be above {above}" if at_least is None else f"must be at least {at_least}"

@@ -1,4 +1,5 @@
-"""From a command line to a config dataclass: every flag is checked first, so that a mistake costs one line."""
+"""From a command line to a config dataclass: every flag is checked first, so that a mistake costs one
+line."""
 
 import difflib
 from typing import Any, get_type_hints
@@ -69,7 +70,8 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
             flag = flag.replace("_", "-")
             if flag not in accepted and flag not in switches:
                 raise UserError(
-                    f"unknown flag {flag}.{suggest(flag, [*accepted, *sorted(switches), *others])} See --help."
+                    f"unknown flag {flag}.{suggest(flag, [*accepted, *sorted(switches), *others])} See "
+                    "--help."
                 )
             given.append((flag, [value] if equals else []))
         elif not given:

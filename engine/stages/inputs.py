@@ -15,7 +15,7 @@ from engine.model.architecture import ModelConfig
 from engine.model.folder import DTYPES, check_weights, read_config, read_json, resolve
 from engine.model.tokenizer import load_tokenizer
 from engine.records import Prompts
-from engine.run.plan import keep_freed_memory
+from engine.run.machine import keep_freed_memory
 from engine.stages.smoke import smoke_folder
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"

@@ -174,11 +174,11 @@ def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]]
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for name, png in pictures.items()
     )
     chain = [
-        [f"{x:g}" for x in (seed, row["beta"], row["margin"])]
-        + [numbers(row[name]) for name in ("threshold", "aim", "lam", "predicted")]
-        + [f"{row['ess']:.1f}"]
-        for seed, own in paths.items()
-        for row in own
+        [f"{x:g}" for x in (seed, one.beta, one.margin)]
+        + [numbers(values) for values in (one.threshold, one.aim, one.lam, one.predicted)]
+        + [f"{one.ess:.1f}"]
+        for seed, path in paths.items()
+        for one in path
     ]
     failed = "".join(f"<p>{escape(o.plan.folder.name)}: {escape(o.error)}</p>" for o in outcomes if o.error)
     return f"""<!doctype html>

@@ -143,13 +143,13 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
     labels = ("dpo", "pecan", "caid:scores=preference")
     assert draw_samples(plans(labels, "99")) == []
     rows = draw_samples(plans((*labels, "mocan", "mocan:beta=2", "mocan:margin=0.01", "caid"), "0.05"))
-    assert [(row["beta"], row["margin"]) for row in rows] == [(1, 0), (1, 0.01), (2, 0)]
-    assert rows[0]["aim"] == rows[2]["aim"] == [0.05] and rows[1]["aim"][0] > 0.05
+    assert [(row.beta, row.margin) for row in rows] == [(1, 0), (1, 0.01), (2, 0)]
+    assert rows[0].aim == rows[2].aim == [0.05] and rows[1].aim[0] > 0.05
     (units,) = read_rows(tmp_path / "samples-seed0", "reference")
     scores = load(tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.scores
     r, g = scores.reward_PG / units["reward_sd"], scores.utility_PGJ / torch.tensor(units["utility_sd"], dtype=torch.float64)
     for row in rows:
-        assert row["lam"] == pytest.approx(dual.solve(r, g, row["aim"], row["beta"]).lam.tolist(), rel=1e-8)
+        assert row.lam == pytest.approx(dual.solve(r, g, row.aim, row.beta).lam.tolist(), rel=1e-8)
 
 
 def test_a_first_iterate_past_max_kl_has_the_multipliers_of_its_iteration(tmp_path):

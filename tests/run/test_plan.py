@@ -12,7 +12,8 @@ from engine.errors import UserError
 from engine.evaluate import main as evaluate
 from engine.model.architecture import ModelConfig, Rope
 from engine.run import plan as memory
-from engine.run.plan import KEPT_STATES_BYTES, Plan, available_memory, evaluation_rows, kept_states_bytes, rows_that_fit
+from engine.run.machine import available_memory
+from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_states_bytes, rows_that_fit
 from engine.run.run import Run
 
 SHAPE = ModelConfig(
@@ -23,7 +24,7 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_matmul_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e11)
 
 
 def plan(prompts: int = 100, length: int = 20, dtype: torch.dtype = torch.float32, **changes) -> Plan:
@@ -57,7 +58,7 @@ def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
 
 def test_the_loss_head_counts_with_the_default_of_its_device(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**12)
-    monkeypatch.setattr(memory, "_matmul_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e12)
 
     def needed(device, **changes):
         return Plan.of(replace(CaidConfig(), **changes), SHAPE, torch.float32, torch.device(device), [20] * 100, [20] * 10).needed_bytes
@@ -93,8 +94,7 @@ def test_rows_are_lowered_by_whole_prompts_to_what_fits(monkeypatch):
     # Less than the responses of one prompt are never decoded, in the verdict neither.
     with pytest.raises(UserError, match=r"lower --rollout-rows \(here 8\), --prompts-per-step, --n-responses"):
         with_room(10**8).check()
-    config = replace(CaidConfig(), n_responses=4, eval_responses=6)
-    assert rows_that_fit(config, lambda rows: rows, 3) == 6 and rows_that_fit(config, lambda rows: rows, 30) == 30
+    assert rows_that_fit(384, 6, lambda rows: rows, 3) == 6 and rows_that_fit(384, 6, lambda rows: rows, 30) == 30
 
 
 def test_an_evaluation_is_given_the_rows_that_fit_or_refused(monkeypatch):
@@ -171,7 +171,7 @@ def test_free_memory_without_control_groups(tmp_path):
 def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(tmp_path, cache, capsys, monkeypatch):
     flags = ["mocan", "--preset", "smoke", "--threads", "1", "--steps", "1", "--force"]
     assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
-    monkeypatch.setattr(memory, "sampling_bytes", lambda config, shape, dtype, longest_prompt, rows: rows * 10**8)
+    monkeypatch.setattr(memory, "sampling_bytes", lambda shape, dtype, tokens, rows: rows * 10**8)
     monkeypatch.setattr(memory, "available_memory", lambda device: 3 * 10**9)
     assert train.main([*flags, "--out", str(tmp_path / "asked")]) == 2
     assert "needs about 4.3 GB of memory and 3.0 GB are free; lower --rollout-rows (here 32)" in capsys.readouterr().err
