@@ -17,8 +17,7 @@ from engine.stages.job import Job
 from engine.stages.protocol import Result
 from engine.stages.reference import Reference
 from engine.stages.sampling import Sampled
-from engine.verdict import evaluation as evaluation_module
-from engine.verdict.evaluation import Evaluation
+from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
 from engine.verdict.sentences import sentences
 
 
@@ -59,10 +58,9 @@ def judge(
     audit_names: list[str], confidence: float = 0.95,
 ) -> Evaluation:  # fmt: skip
     """The verdict on samples of the reference and of a policy, with scores in units."""
-    return evaluation_module.evaluate(
-        after.scores, before.scores, after.rollouts, before.rollouts, after.texts, before.texts, prompts, after.kl_PG, limits, aimed,
-        units.utility_J, audit_names, confidence,
-    )  # fmt: skip
+    policy, reference = (Side(rollouts=s.rollouts, texts=s.texts, scores=s.scores) for s in (after, before))
+    asked = Asked(limits=limits, aims=aimed, unit_J=units.utility_J)
+    return evaluate(policy, reference, prompts, after.kl_PG, asked, audit_names, confidence)
 
 
 def write_heldout(folder: Path, prompts: Prompts, before: Sampled, after: Sampled) -> None:
