@@ -1,48 +1,20 @@
 """The panels of a run's picture."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine.config import shown_name
 from engine.report.drawing import AXIS_UNIT, INK, POLICY, REFERENCE, colour_of, frame, png, shortened
-from engine.verdict.evaluation import Evaluation
+from engine.report.run_files import RunFiles
 
 # By label form; a policy gradient's loss has no unit of its own.
 LOSSES = {
     "soft": "cross-entropy per pair (nats)", "sampled": "cross-entropy per pair (nats)", "listwise": "cross-entropy per prompt (nats)",
     "regression": "half squared error per pair", "single": "half squared error per response",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFiles:
-    """What the run folder's files say; empty where a file or a kind of row is missing."""
-
-    config: dict  # {"algorithm", "config", "versions"}
-    reference: dict  # the metrics row of kind "reference"
-    dual: list[dict]
-    step: list[dict]
-    iteration: list[dict]
-    evaluation: Evaluation | None
-    heldout: list[dict]
-
-    @property
-    def names(self) -> list[str]:
-        """The constraints, from the first file that names them."""
-        if self.evaluation is not None:
-            return [c.name for c in self.evaluation.constraints]
-        return list(self.reference.get("names") or self.config.get("config", {}).get("cost") or [])
-
-    @property
-    def title(self) -> str:
-        algorithm = shown_name(str(self.config.get("algorithm") or "run"))
-        model = str(self.config.get("config", {}).get("model") or "the default model")
-        return f"{algorithm[0].upper()}{algorithm[1:]} on {shortened(model, 80)}"
 
 
 def picture(run: RunFiles) -> bytes:

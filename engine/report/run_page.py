@@ -5,17 +5,13 @@ utilities in these files are in the run's units, the reference's within-prompt s
 """
 
 import base64
-import json
 from html import escape
 from pathlib import Path
 
-from engine.errors import UserError
 from engine.report.html import STYLE, cell, item, table, with_se
-from engine.report.panels import RunFiles, picture
-from engine.verdict.evaluation import Evaluation
+from engine.report.panels import picture
+from engine.report.run_files import RunFiles, read
 from engine.verdict.sentences import sentences
-
-FILES = ("config.json", "metrics.jsonl", "evaluation.json", "heldout.jsonl")
 
 
 def write(folder: Path) -> list[Path]:
@@ -24,56 +20,13 @@ def write(folder: Path) -> list[Path]:
     Raises: UserError when the folder has none of a run's files, or one of them cannot be read as JSON.
     """
     folder = Path(folder)
-    run = _read(folder)
+    run = read(folder)
     image = picture(run)
     page = _page(run, image).encode("utf-8", "replace")
     paths = [folder / "report.png", folder / "report.html"]
     for path, content in zip(paths, (image, page), strict=True):
         path.write_bytes(content)
     return paths
-
-
-def _read(folder: Path) -> RunFiles:
-    if not any((folder / name).is_file() for name in FILES):
-        raise UserError(f"{folder}: no run folder (it has none of {', '.join(FILES)}); name the folder that engine.train wrote.")
-    metrics = _json_lines(folder / "metrics.jsonl")
-    kinds = {kind: [row for row in metrics if row.get("kind") == kind] for kind in ("reference", "dual", "step", "iteration")}
-    evaluation = _json(folder / "evaluation.json")
-    return RunFiles(
-        config=_json(folder / "config.json") or {},
-        reference=kinds["reference"][-1] if kinds["reference"] else {},
-        dual=kinds["dual"],
-        step=kinds["step"],
-        iteration=kinds["iteration"],
-        evaluation=Evaluation.from_dict(evaluation) if evaluation else None,
-        heldout=_json_lines(folder / "heldout.jsonl"),
-    )
-
-
-def _json(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete the file or run again.") from None
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """The rows of a jsonl file; a last line cut off by a stopped run is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if i < len(lines) - 1:
-                raise UserError(f"{path}: line {i + 1} is not JSON ({error}); delete that line.") from None
-    return rows
 
 
 def _page(run: RunFiles, picture: bytes) -> str:
