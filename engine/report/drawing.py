@@ -8,6 +8,8 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine.intervals import Estimate
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart; reference and policy have the same colours in all panels.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE, POLICY, INK = "#8A8A8A", "#0072B2", "#222222"
@@ -31,13 +33,18 @@ def frame(axis: Axes, title: str) -> None:
     lines = math.ceil(len(handles) / columns)
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=6 + 14 * max(lines, 2))
     if handles:
-        axis.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, borderaxespad=0.1,
-            borderpad=0.2, labelspacing=0.25, handlelength=1.8, columnspacing=1.2,
-        )  # fmt: skip
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": columns, "frameon": False}
+        spacing = {"borderaxespad": 0.1, "borderpad": 0.2, "labelspacing": 0.25, "handlelength": 1.8, "columnspacing": 1.2}
+        axis.legend(handles, labels, **place, **spacing)
     if not axis.has_data():
         axis.set(xticks=[], yticks=[])
         axis.text(0.5, 0.5, "not measured in this run", transform=axis.transAxes, ha="center", va="center", color=REFERENCE)
+
+
+def crossed_intervals(axis: Axes, x: Estimate, y: Estimate, **style) -> None:
+    """Draws a point with its two-sided intervals in both directions."""
+    bars = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+    axis.errorbar(x.mean, y.mean, **bars, **style)
 
 
 def colour_of(j: int) -> str:

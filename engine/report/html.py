@@ -2,6 +2,8 @@
 
 from html import escape
 
+from engine.intervals import number
+
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 0 auto; padding: 1rem; }
@@ -32,7 +34,7 @@ def item(row: dict, key: str, j: int) -> float | None:
 
 def cell(value: float | None, digits: int = 2) -> str:
     """A number with fixed digits, "-" where there is none."""
-    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+    return "-" if value is None else number(value, digits)
 
 
 def with_se(value: float | None, se: float | None) -> str:

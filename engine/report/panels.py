@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine.report.drawing import AXIS_UNIT, INK, POLICY, REFERENCE, colour_of, frame, png, shortened
+from engine.report.drawing import AXIS_UNIT, INK, POLICY, REFERENCE, colour_of, crossed_intervals, frame, png, shortened
 from engine.report.run_files import RunFiles
 
 # By label form; a policy gradient's loss has no unit of its own.
@@ -64,9 +64,8 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
             # Equal thresholds lie on each other: the later, thinner lines leave the earlier ones visible.
             shift, width = 0.12 * (j - (len(run.names) - 1) / 2), 1.3 + 1.5 * (len(run.names) - 1 - j)
             centre, error = _column(rows, "improvement", j), 1.96 * np.nan_to_num(_column(rows, "improvement_se", j))
-            axis.errorbar(
-                edges[:-1] + 0.5 + shift, centre, yerr=error, fmt="o", color=colour_of(j), markersize=5, capsize=3, label=shortened(name)
-            )
+            style = {"fmt": "o", "color": colour_of(j), "markersize": 5, "capsize": 3, "label": shortened(name)}
+            axis.errorbar(edges[:-1] + 0.5 + shift, centre, yerr=error, **style)
             axis.stairs(_column(rows, "threshold", j), edges, baseline=None, color=colour_of(j), linewidth=width)
             axis.stairs(_column(rows, "aim", j), edges, baseline=None, color=colour_of(j), linewidth=width, linestyle="--")
         axis.plot([], [], color=INK, linewidth=1.3, label="b (required)")
@@ -79,40 +78,38 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
 
 
 def _tradeoff_panel(axis: Axes, run: RunFiles) -> str:
-    """The path from the reference at (0, 0) through the numbered iterations, and the held-out result with its 95 % intervals."""
+    """Draws the path from the reference at (0, 0) through the numbered iterations, and the held-out result with its 95 % intervals."""
     rows = [row for row in run.iteration if row.get("improvement") and row.get("reward") is not None]
-    for j, name in enumerate(run.names):
-        safety, reward = _column(rows, "improvement", j), _column(rows, "reward")
+    for j in range(len(run.names)):
         if rows:
-            axis.plot(
-                np.append(0, safety), np.append(0, reward), "-o", color=colour_of(j), markersize=4, linewidth=1.2, label=shortened(name)
-            )
-            every = math.ceil(len(rows) * len(run.names) / 10)
-            for i in range(len(rows) - 1, -1, -every):
-                axis.annotate(
-                    str(rows[i].get("iteration", i)),
-                    (safety[i], reward[i]),
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=colour_of(j),
-                )
+            _draw_path(axis, run, rows, j)
+        b = None
         if run.evaluation is not None:
-            x, y, b = run.evaluation.constraints[j].estimate, run.evaluation.reward, run.evaluation.constraints[j].required
-            axis.errorbar(
-                x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]], yerr=[[y.mean - y.low], [y.high - y.mean]], fmt="none",
-                ecolor=colour_of(j), elinewidth=2.2, capsize=3, label="held out, 95 %" if j == 0 else None,
-            )  # fmt: skip
+            constraint, colour = run.evaluation.constraints[j], colour_of(j)
+            label = "held out, 95 %" if j == 0 else None
+            style = {"fmt": "none", "ecolor": colour, "elinewidth": 2.2, "capsize": 3, "label": label}
+            crossed_intervals(axis, constraint.estimate, run.evaluation.reward, **style)
+            b = constraint.required
+        elif rows and np.isfinite(threshold := _column(rows, "threshold", j)[-1]):
+            b = threshold
+        if b is not None:
             axis.axvline(b, color=colour_of(j), linewidth=1.3, label="b (required)" if j == 0 else None)
-        elif rows:
-            b = _column(rows, "threshold", j)[-1]
-            if np.isfinite(b):
-                axis.axvline(b, color=colour_of(j), linewidth=1.3, label="b (required)" if j == 0 else None)
     if axis.has_data():
         axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
         axis.margins(0.1)
     axis.set(xlabel=f"constraint improvement\n({AXIS_UNIT})", ylabel=f"reward improvement\n({AXIS_UNIT})")
     return "Reward against constraint"
+
+
+def _draw_path(axis: Axes, run: RunFiles, rows: list[dict], j: int) -> None:
+    """Draws the iterations' improvements of constraint j and of the reward, ten of them numbered at most."""
+    safety, reward, colour = _column(rows, "improvement", j), _column(rows, "reward"), colour_of(j)
+    style = {"color": colour, "markersize": 4, "linewidth": 1.2, "label": shortened(run.names[j])}
+    axis.plot(np.append(0, safety), np.append(0, reward), "-o", **style)
+    every = math.ceil(len(rows) * len(run.names) / 10)
+    for i in range(len(rows) - 1, -1, -every):
+        number, offset = str(rows[i].get("iteration", i)), {"xytext": (4, 4), "textcoords": "offset points"}
+        axis.annotate(number, (safety[i], reward[i]), **offset, fontsize=8, color=colour)
 
 
 def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: int | None) -> str:

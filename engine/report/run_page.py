@@ -75,9 +75,12 @@ def _iteration_table(run: RunFiles) -> str:
         for j in range(len(run.names)):
             value = {key: item(row, key, j) for key in "lam improvement improvement_se threshold aim slack slack_se".split()}
             cells += [
-                cell(value["lam"], 3), with_se(value["improvement"], value["improvement_se"]), cell(value["threshold"]),
-                cell(value["aim"]), with_se(value["slack"], value["slack_se"]),
-            ]  # fmt: skip
+                cell(value["lam"], 3),
+                with_se(value["improvement"], value["improvement_se"]),
+                cell(value["threshold"]),
+                cell(value["aim"]),
+                with_se(value["slack"], value["slack_se"]),
+            ]
         body.append(cells + [with_se(row.get("kl"), row.get("kl_se")), cell(row.get("loss"), 4)])
     return table(head, body)
 

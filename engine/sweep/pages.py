@@ -8,19 +8,11 @@ import math
 from html import escape
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
-
 from engine.files import write_whole
-from engine.report.drawing import AXIS_UNIT, INK, REFERENCE, frame, png
 from engine.report.html import STYLE
 from engine.sweep.outcomes import Outcome
+from engine.sweep.pictures import multipliers, pareto
 from engine.sweep.plans import numbers, shown
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999933", "#882255", "#44AA99")
-LINES = ("-", "--", ":", "-.")
 
 
 def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> None:
@@ -71,99 +63,6 @@ def table(outcomes: list[Outcome]) -> list[dict]:
 
 def _columns(name: str, e) -> dict:
     return {name: e.mean, f"{name} se": e.se, f"{name} low": e.low, f"{name} high": e.high}
-
-
-def _groups(outcomes: list[Outcome]) -> dict[str, dict[tuple, list[Outcome]]]:
-    """label -> threshold -> the outcomes of all seeds; labels in the order asked for, thresholds rising."""
-    groups: dict[str, dict[tuple, list[Outcome]]] = {}
-    for o in sorted((o for o in outcomes if o.evaluation is not None), key=lambda o: o.plan.threshold):
-        groups.setdefault(o.plan.label, {}).setdefault(o.plan.threshold, []).append(o)
-    order = list(dict.fromkeys(o.plan.label for o in outcomes))
-    return {label: groups[label] for label in order if label in groups}
-
-
-def _names(outcomes: list[Outcome]) -> list[str]:
-    """The constraints."""
-    return list(dict.fromkeys(c.name for o in outcomes if o.evaluation for c in o.evaluation.constraints)) or [""]
-
-
-def pareto(outcomes: list[Outcome]) -> bytes:
-    """Reward improvement against each constraint's improvement: runs with their 95 % intervals, and means over seeds joined along b."""
-
-    def draw() -> Figure:
-        groups = _groups(outcomes)
-        names = _names(outcomes)
-        figure = Figure(figsize=(6.5 * len(names), 5.6), dpi=130, layout="constrained")
-        axes = figure.subplots(1, len(names), squeeze=False)[0]
-        for j, (axis, name) in enumerate(zip(axes, names, strict=True)):
-            judged = [o.evaluation.constraints[j] for o in outcomes if o.evaluation is not None]
-            needed = sorted({c.required for c in judged})
-            if any(c.measured is not None for c in judged):  # a level is compared with that of each run's reference
-                needed = [float(np.mean(needed))]
-            for i, b in enumerate(needed):
-                axis.axvline(b, color=INK, linewidth=1, linestyle=":", label="required" if i == 0 else None)
-            for i, (label, by_b) in enumerate(groups.items()):
-                colour = COLOURS[i % len(COLOURS)]
-                means = []
-                for own in by_b.values():
-                    points = [(o.evaluation.constraints[j].estimate, o.evaluation.reward) for o in own]
-                    for x, y in points:
-                        axis.errorbar(
-                            x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]], yerr=[[y.mean - y.low], [y.high - y.mean]],
-                            fmt="none" if len(points) == 1 else "o", markersize=3, color=colour, elinewidth=0.8, alpha=0.45,
-                        )  # fmt: skip
-                    means.append((np.mean([x.mean for x, _ in points]), np.mean([y.mean for _, y in points])))
-                axis.plot(*zip(*means, strict=True), "-o", color=colour, linewidth=1.6, markersize=7, label=shown(label)[:40])
-            axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
-            axis.margins(0.08)
-            axis.set(xlabel=f"improvement of {name[:40]}, held out\n({AXIS_UNIT})", ylabel=f"reward improvement, held out\n({AXIS_UNIT})")
-            frame(axis, "Means over seeds; runs with 95 % intervals" if _seeds(outcomes) > 1 else "Runs with 95 % intervals")
-        return figure
-
-    return png(draw)
-
-
-def multipliers(outcomes: list[Outcome]) -> bytes:
-    """Lambda and slack of every iteration: colours are algorithms, line styles thresholds, a line is a run."""
-
-    def draw() -> Figure:
-        groups = _groups(outcomes)
-        names = _names(outcomes)
-        figure = Figure(figsize=(11, 4.6 * len(names)), dpi=130, layout="constrained")
-        axes = figure.subplots(len(names), 2, squeeze=False)
-        thresholds = sorted({o.plan.threshold for o in outcomes})
-        for j, (name, (left, right)) in enumerate(zip(names, axes, strict=True)):
-            for i, (label, by_b) in enumerate(groups.items()):
-                colour = COLOURS[i % len(COLOURS)]
-                for threshold, own in by_b.items():
-                    line = LINES[thresholds.index(threshold) % len(LINES)]
-                    for o in own:
-                        rows = o.iterations
-                        if rows:
-                            x = [row["iteration"] for row in rows]
-                            left.plot(x, [row["lam"][j] for row in rows], line, color=colour, marker="o", markersize=3)
-                            slack, se = (np.array([row[key][j] for row in rows]) for key in ("slack", "slack_se"))
-                            right.errorbar(x, slack, yerr=1.96 * se, fmt=line, color=colour, marker="o", markersize=3, elinewidth=0.6)
-                        else:
-                            left.axhline(o.lam[j], color=colour, linestyle=line, linewidth=1)
-                left.plot([], [], color=colour, label=shown(label)[:40])
-                if any(o.iterations for own in by_b.values() for o in own):
-                    right.plot([], [], color=colour, label=shown(label)[:40])
-            for number, threshold in enumerate(thresholds if len(thresholds) > 1 else []):
-                handle = Line2D([], [], color=INK, linestyle=LINES[number % len(LINES)], label=f"b {numbers(threshold)}")
-                left.add_line(handle)
-            right.axhline(0, color=REFERENCE, linewidth=1, linestyle=":")
-            for axis in (left, right):
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            left.set(
-                xlabel="iteration (level lines: algorithms that have none)", ylabel=f"lambda of {name[:40]} (run's units)", ylim=(0, None)
-            )
-            right.set(xlabel="iteration", ylabel=f"slack of {name[:40]}, \u00b11.96 se\n({AXIS_UNIT})")
-            frame(left, "Multipliers")
-            frame(right, "Measured slack (improvement - aim)")
-        return figure
-
-    return png(draw)
 
 
 def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]], pictures: dict[str, bytes]) -> str:
@@ -240,7 +139,3 @@ def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
 def _answer(name: str, row: dict, side: str) -> str:
     scores = f"reward {row[f'{side}_reward']:.2f}, utility {numbers(row[f'{side}_utility'])}"
     return f'<div><div class="small">{escape(name)}: {escape(scores)}</div><div class="text" dir="auto">{escape(row[side])}</div></div>'
-
-
-def _seeds(outcomes: list[Outcome]) -> int:
-    return len({o.plan.config.seed for o in outcomes})
