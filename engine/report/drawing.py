@@ -1,4 +1,4 @@
-"""What all pictures share: colours, frames and PNG bytes."""
+"""The parts that all pictures share: colours, frames and PNG bytes."""
 
 import io
 import math
@@ -10,15 +10,16 @@ from matplotlib.figure import Figure
 
 from engine.intervals import Estimate
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; reference and policy have the same colours in all panels.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Reference and policy have the same colours in all
+# panels.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE, POLICY, INK = "#8A8A8A", "#0072B2", "#222222"
 AXIS_UNIT = "reference within-prompt sd"
 
 
 def png(draw: Callable[[], Figure]) -> bytes:
-    """The PNG of the figure that `draw` makes; equal data give equal bytes."""
-    # The user's own matplotlibrc must not change the bytes, and a dollar sign in a name is no formula.
+    """Returns the PNG of the figure that `draw` returns; equal data give equal bytes."""
+    # A matplotlibrc of the user must not change the bytes, and a dollar sign in a name is no formula.
     with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]):
         buffer = io.BytesIO()
         draw().savefig(buffer, format="png", metadata={"Software": None})
@@ -26,7 +27,7 @@ def png(draw: Callable[[], Figure]) -> bytes:
 
 
 def frame(axis: Axes, title: str) -> None:
-    """Title and, between title and axes where it covers no data, the legend; a note where there is nothing to draw."""
+    """Adds the title and, between title and axes where it covers no data, the legend; a note where no data are."""
     axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axis.get_legend_handles_labels()
     columns = 2 if len(handles) > 1 else 1
@@ -38,7 +39,8 @@ def frame(axis: Axes, title: str) -> None:
         axis.legend(handles, labels, **place, **spacing)
     if not axis.has_data():
         axis.set(xticks=[], yticks=[])
-        axis.text(0.5, 0.5, "not measured in this run", transform=axis.transAxes, ha="center", va="center", color=REFERENCE)
+        middle = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+        axis.text(0.5, 0.5, "not measured in this run", color=REFERENCE, **middle)
 
 
 def crossed_intervals(axis: Axes, x: Estimate, y: Estimate, **style) -> None:
@@ -48,9 +50,10 @@ def crossed_intervals(axis: Axes, x: Estimate, y: Estimate, **style) -> None:
 
 
 def colour_of(j: int) -> str:
+    """Returns the colour of constraint j."""
     return COLOURS[j % len(COLOURS)]
 
 
 def shortened(text: str, most: int = 22) -> str:
-    """At most `most` characters: a long path keeps its end, which tells most."""
+    """Shortens a text to `most` characters: a long path keeps its end, which says most."""
     return text if len(text) <= most else "\u2026" + text[1 - most :]

@@ -18,10 +18,11 @@ LOSSES = {
 
 
 def picture(run: RunFiles) -> bytes:
-    """The PNG: lambda, improvement and trade-off per iteration, score histograms before and after, training loss; three panels a row."""
+    """Draws lambda, improvement and trade-off per iteration, scores before and after, and the loss; three panels a row."""
 
     def draw() -> Figure:
-        scores = [("reward", "reward", None)] + [(f"utility {shortened(name, 16)}", "utility", j) for j, name in enumerate(run.names)]
+        scores = [("reward", "reward", None)]
+        scores += [(f"utility {shortened(name, 16)}", "utility", j) for j, name in enumerate(run.names)]
         n_panels = 4 + len(scores)
         rows = math.ceil(n_panels / 3)
         figure = Figure(figsize=(12, 4.5 * rows), dpi=130, layout="constrained")
@@ -41,7 +42,7 @@ def picture(run: RunFiles) -> bytes:
 
 
 def _lambda_panel(axis: Axes, run: RunFiles) -> str:
-    """A step per iteration: the multiplier that iteration's policy was trained at."""
+    """Draws a step per iteration: the multiplier that its policy was trained at."""
     rows = [row for row in run.iteration if row.get("lam")]
     if rows:
         edges = _edges(rows)
@@ -56,7 +57,7 @@ def _lambda_panel(axis: Axes, run: RunFiles) -> str:
 
 
 def _improvement_panel(axis: Axes, run: RunFiles) -> str:
-    """Measured improvement with +-1.96 standard errors, against b (solid) and the aimed value (dashed)."""
+    """Draws the measured improvement with +-1.96 standard errors, against b (solid) and the aim (dashed)."""
     rows = [row for row in run.iteration if row.get("improvement")]
     if rows:
         edges = _edges(rows)
@@ -66,8 +67,9 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
             centre, error = _column(rows, "improvement", j), 1.96 * np.nan_to_num(_column(rows, "improvement_se", j))
             style = {"fmt": "o", "color": colour_of(j), "markersize": 5, "capsize": 3, "label": shortened(name)}
             axis.errorbar(edges[:-1] + 0.5 + shift, centre, yerr=error, **style)
-            axis.stairs(_column(rows, "threshold", j), edges, baseline=None, color=colour_of(j), linewidth=width)
-            axis.stairs(_column(rows, "aim", j), edges, baseline=None, color=colour_of(j), linewidth=width, linestyle="--")
+            style = {"baseline": None, "color": colour_of(j), "linewidth": width}
+            axis.stairs(_column(rows, "threshold", j), edges, **style)
+            axis.stairs(_column(rows, "aim", j), edges, linestyle="--", **style)
         axis.plot([], [], color=INK, linewidth=1.3, label="b (required)")
         axis.plot([], [], color=INK, linewidth=1.3, linestyle="--", label="aimed at")
         axis.axhline(0, color=REFERENCE, linewidth=1, linestyle=":", label="reference")
@@ -78,7 +80,7 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
 
 
 def _tradeoff_panel(axis: Axes, run: RunFiles) -> str:
-    """Draws the path from the reference at (0, 0) through the numbered iterations, and the held-out result with its 95 % intervals."""
+    """Draws the path from the reference at (0, 0) through the iterations, and the held-out result with its 95 % intervals."""
     rows = [row for row in run.iteration if row.get("improvement") and row.get("reward") is not None]
     for j in range(len(run.names)):
         if rows:
@@ -113,7 +115,7 @@ def _draw_path(axis: Axes, run: RunFiles, rows: list[dict], j: int) -> None:
 
 
 def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: int | None) -> str:
-    """Scores of the held-out responses before and after, in common bins, with their means as vertical lines."""
+    """Draws the scores of the held-out responses before and after, in common bins, their means as vertical lines."""
     sides = {side: _column(heldout, f"{side}_{key}", j) for side in ("reference", "policy")}
     sides = {side: values[np.isfinite(values)] for side, values in sides.items()}
     if all(len(values) for values in sides.values()):
@@ -131,14 +133,16 @@ def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: i
 
 
 def _loss_panel(axis: Axes, run: RunFiles) -> str:
-    """Training loss of each policy step, iterations one after another."""
+    """Draws the training loss of each policy step, iterations one after another."""
     steps = run.step
     if steps:
         x = np.arange(1, len(steps) + 1)
-        axis.plot(x, _column(steps, "loss"), color=POLICY, linewidth=1.2, marker="o" if len(steps) < 2 else None, label="loss")
+        marker = "o" if len(steps) < 2 else None
+        axis.plot(x, _column(steps, "loss"), color=POLICY, linewidth=1.2, marker=marker, label="loss")
         starts = [i for i in range(1, len(steps)) if steps[i].get("iteration") != steps[i - 1].get("iteration")]
         for i in starts:
-            axis.axvline(i + 0.5, color=REFERENCE, linewidth=1, linestyle=":", label="next iteration" if i == starts[0] else None)
+            label = "next iteration" if i == starts[0] else None
+            axis.axvline(i + 0.5, color=REFERENCE, linewidth=1, linestyle=":", label=label)
         axis.margins(y=0.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="policy step, all iterations", ylabel=LOSSES.get(run.config.get("config", {}).get("labels"), "loss"))
@@ -146,7 +150,7 @@ def _loss_panel(axis: Axes, run: RunFiles) -> str:
 
 
 def _column(rows: list[dict], key: str, j: int | None = None) -> np.ndarray:
-    """float64 [rows]: row[key] or row[key][j], NaN where it is missing."""
+    """Returns row[key], or row[key][j], of each row, float64; NaN where it is missing."""
     values = [row.get(key) for row in rows]
     if j is not None:
         values = [value[j] if value is not None and j < len(value) else None for value in values]
@@ -154,6 +158,6 @@ def _column(rows: list[dict], key: str, j: int | None = None) -> np.ndarray:
 
 
 def _edges(rows: list[dict]) -> np.ndarray:
-    """Borders half a unit around each iteration's number."""
+    """Returns the borders half a unit around each iteration's number."""
     first = rows[0].get("iteration", 0)
     return np.arange(len(rows) + 1) + first - 0.5

@@ -1,4 +1,4 @@
-"""A sweep's table, pictures and page."""
+"""A sweep's table and page."""
 
 import base64
 import csv
@@ -9,14 +9,18 @@ from html import escape
 from pathlib import Path
 
 from engine.files import write_whole
-from engine.report.html import STYLE
+from engine.intervals import Estimate
+from engine.report.html import SAMPLES_NOTE, document
 from engine.sweep.outcomes import Outcome
 from engine.sweep.pictures import multipliers, pareto
 from engine.sweep.plans import numbers, shown
 
+STYLE = ".sides { grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }"
+PARTS = (" se", " low", " high")  # the columns that follow a mean; the page shows the interval beside it
+
 
 def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> None:
-    """Write table.csv, pareto.png, multipliers.png and index.html of the runs so far."""
+    """Writes table.csv, pareto.png, multipliers.png and index.html of the runs so far."""
     rows = table(outcomes)
     write_table(out / "table.csv", rows)
     pictures = {"pareto.png": pareto(outcomes), "multipliers.png": multipliers(outcomes)}
@@ -26,7 +30,7 @@ def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> N
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """The rows of `table` as CSV."""
+    """Writes the rows of `table` as CSV."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -35,7 +39,7 @@ def write_table(path: Path, rows: list[dict]) -> None:
 
 
 def table(outcomes: list[Outcome]) -> list[dict]:
-    """A row per run: what was asked for, the held-out verdict in the run's units, and what it cost."""
+    """Returns a row for each run: what was asked for, the held-out verdict in the run's units, and what it cost."""
     rows = []
     for o in outcomes:
         row: dict = {"algorithm": o.plan.label, "seed": o.plan.config.seed}
@@ -45,7 +49,8 @@ def table(outcomes: list[Outcome]) -> list[dict]:
         e = o.evaluation
         row |= _columns("reward", e.reward)
         for j, c in enumerate(e.constraints):
-            row |= {f"{c.name} threshold": c.limit.value, f"{c.name} aim": c.aim, f"{c.name} lambda": o.lam[j], f"{c.name} verdict": c.word}
+            row |= {f"{c.name} threshold": c.limit.value, f"{c.name} aim": c.aim}
+            row |= {f"{c.name} lambda": o.lam[j], f"{c.name} verdict": c.word}
             row |= _columns(c.name, c.estimate)
             if c.measured is not None:
                 row |= _columns(f"{c.name} {c.limit.kind}", c.measured)
@@ -61,50 +66,51 @@ def table(outcomes: list[Outcome]) -> list[dict]:
     return [{name: row.get(name, "") for name in names} for row in rows]
 
 
-def _columns(name: str, e) -> dict:
+def _columns(name: str, e: Estimate) -> dict:
     return {name: e.mean, f"{name} se": e.se, f"{name} low": e.low, f"{name} high": e.high}
 
 
 def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]], pictures: dict[str, bytes]) -> str:
-    """index.html: pictures, the table, the dual along the thresholds, and the first seed's responses side by side. It loads nothing."""
+    """Returns index.html: pictures, the table, the dual along the thresholds, the first seed's responses side by side."""
     done = [o for o in outcomes if o.evaluation is not None]
     images = "".join(
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for name, png in pictures.items()
     )
+    names = [name for name in rows[0] if not name.endswith(PARTS)]
+    of_seed = [o for o in done if o.plan.config.seed == done[0].plan.config.seed]
     chain = [
         [f"{x:g}" for x in (seed, row["beta"], row["margin"])]
         + [numbers(row[name]) for name in ("threshold", "aim", "lam", "predicted")]
         + [f"{row['ess']:.1f}"]
-        for seed, own in paths.items()
-        for row in own
+        for seed, rows_of_seed in paths.items()
+        for row in rows_of_seed
     ]
     failed = "".join(f"<p>{escape(o.plan.folder.name)}: {escape(o.error)}</p>" for o in outcomes if o.error)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Sweep</title><style>{STYLE}.sides {{ grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }}</style></head><body>
-<h1>{escape(", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes)))}: {len(done)} runs</h1>
+    body = f"""<h1>{escape(", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes)))}: {len(done)} runs</h1>
 <p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations; intervals are 95 % over prompts.
 Sampled tokens and seconds are those of training; the reference's samples, which the runs of a seed share, are a column of their own.</p>
 {failed}
 {images}
 <h2>Runs</h2>
-{_html([name for name in rows[0] if not name.endswith((" se", " low", " high"))], [_shown(row) for row in rows])}
+{_html(names, [_shown(row) for row in rows])}
 <h2>The dual along the thresholds</h2>
 {_html(["seed", "beta", "margin", "b", "aim", "one-shot lambda", "predicted improvement", "effective sample size"], chain)}
 <h2>Side by side</h2>
-{_side_by_side([o for o in done if o.plan.config.seed == done[0].plan.config.seed]) if done else ""}
-</body></html>
-"""
+{_side_by_side(of_seed) if done else ""}"""
+    return document("Sweep", body, STYLE)
 
 
 def _shown(row: dict) -> list[str]:
     cells = []
     for name, value in row.items():
-        if not name.endswith((" se", " low", " high")):
-            text = f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
-            text = shown(text) if name == "algorithm" else text
-            cells.append(f"{text} [{row[f'{name} low']:.2f}, {row[f'{name} high']:.2f}]" if row.get(f"{name} low", "") != "" else text)
+        if name.endswith(PARTS):
+            continue
+        text = f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+        if name == "algorithm":
+            text = shown(text)
+        if row.get(f"{name} low", "") != "":
+            text += f" [{row[f'{name} low']:.2f}, {row[f'{name} high']:.2f}]"
+        cells.append(text)
     return cells
 
 
@@ -115,27 +121,29 @@ def _html(head: list[str], body: list[list[str]]) -> str:
 
 
 def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
-    """The first response of the reference and of each run to the first few delicate and other prompts."""
-    read = {
-        o.plan.folder.name: [json.loads(line) for line in (o.plan.folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n") if line]
-        for o in outcomes
-    }
-    first = {name: {row["prompt"]: row for row in rows if row["sample"] == 0} for name, rows in read.items()}
+    """Shows the first response of the reference and of each run to the first few delicate and other prompts."""
+    first = {o.plan.folder.name: _first_responses(o.plan.folder) for o in outcomes}
     prompts = list(next(iter(first.values())).values())
-    delicate = [row for row in prompts if row["kind"] == "delicate"]
-    chosen = [*delicate[: most // 2], *[row for row in prompts if row["kind"] != "delicate"][: most - min(len(delicate), most // 2)]]
+    chosen = [row for row in prompts if row["kind"] == "delicate"][: most // 2]
+    chosen += [row for row in prompts if row["kind"] != "delicate"][: most - len(chosen)]
     blocks = []
     for row in chosen:
         sides = [_answer("reference", row, "reference")]
         sides += [_answer(name, rows[row["prompt"]], "policy") for name, rows in first.items() if row["prompt"] in rows]
         prompt = f'<div class="text prompt" dir="auto">{escape(row["prompt"])}</div>'
-        blocks.append(
-            f'<div class="sample"><div class="small">{escape(row["kind"])}</div>{prompt}<div class="sides">{"".join(sides)}</div></div>'
-        )
-    note = "<p class='small'>The first of each kind, not chosen; they may be offensive or wrong. Larger scores are better.</p>"
-    return note + "\n".join(blocks)
+        kind = f'<div class="small">{escape(row["kind"])}</div>'
+        blocks.append(f'<div class="sample">{kind}{prompt}<div class="sides">{"".join(sides)}</div></div>')
+    return SAMPLES_NOTE + "\n".join(blocks)
+
+
+def _first_responses(folder: Path) -> dict[str, dict]:
+    """Reads the rows of a run's first held-out responses, by prompt."""
+    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    return {row["prompt"]: row for row in rows if row["sample"] == 0}
 
 
 def _answer(name: str, row: dict, side: str) -> str:
     scores = f"reward {row[f'{side}_reward']:.2f}, utility {numbers(row[f'{side}_utility'])}"
-    return f'<div><div class="small">{escape(name)}: {escape(scores)}</div><div class="text" dir="auto">{escape(row[side])}</div></div>'
+    text = f'<div class="text" dir="auto">{escape(row[side])}</div>'
+    return f'<div><div class="small">{escape(name)}: {escape(scores)}</div>{text}</div>'
