@@ -113,52 +113,63 @@ def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95)
     return replace(e, low=max(0.0, e.low), high=min(1.0, e.high), lower=max(0.0, e.lower), upper=min(1.0, e.upper))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A policy's responses to the held-out prompts."""
+
+    rollouts: Rollouts
+    texts: Sequence[str]  # [R] decoded, prompt-major
+    scores: Scores  # in the run's units (`Units.apply`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The constraints of a run, and what training aimed at for their sake."""
+
+    limits: Sequence[Limit]
+    aims: Sequence[float]  # each in its constraint's measure
+    unit_J: Sequence[float]  # one of the run's units in the scorer's
+
+
 def evaluate(
-    scores_policy: Scores,
-    scores_reference: Scores,
-    rollouts_policy: Rollouts,
-    rollouts_reference: Rollouts,
-    texts_policy: Sequence[str],
-    texts_reference: Sequence[str],
+    policy: Side,
+    reference: Side,
     prompts: Prompts,
     kl_PG: Tensor,
-    limits: Sequence[Limit],
-    aims: Sequence[float],
-    unit_J: Sequence[float],
+    asked: Asked,
     audit_names: Sequence[str],
     confidence: float = 0.95,
 ) -> Evaluation:
-    """The verdict on one policy.
+    """Judges a policy by its responses and the reference's to the same prompts; their numbers per prompt may differ.
 
-    Scores are in the run's units (`Units.apply`), of which one is `unit_J` of the scorers' own; aims are in each limit's own measure. Texts
-    are the R decoded responses, prompt-major. kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's own
-    responses in nats: its mean is KL(policy || reference).
+    kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats: its mean is KL(policy || reference).
     Raises: UserError for fewer than two prompts, or for a constraint, or scores that are not finite.
     """
-    for rollouts, texts in ((rollouts_policy, texts_policy), (rollouts_reference, texts_reference)):
-        assert len(texts) == len(prompts) * rollouts.n == rollouts.length.numel(), (len(texts), len(prompts), rollouts.n)
-    assert len(limits) == len(unit_J) == len(aims) == scores_policy.utility_PGJ.shape[2], (limits, unit_J, aims)
-    assert len(audit_names) == scores_policy.audit_PGA.shape[2], audit_names
+    for side in (policy, reference):
+        n = side.rollouts.n
+        assert len(side.texts) == len(prompts) * n == side.rollouts.length.numel(), (len(side.texts), len(prompts), n)
+    assert len(asked.limits) == policy.scores.utility_PGJ.shape[2], asked.limits
+    assert len(audit_names) == policy.scores.audit_PGA.shape[2], audit_names
 
     constraints = []
-    for j, (limit, aim, unit) in enumerate(zip(limits, aims, unit_J, strict=True)):
+    for j, (limit, aim, unit) in enumerate(zip(asked.limits, asked.aims, asked.unit_J, strict=True)):
         about = limit.rows(prompts)
-        policy_PG, reference_PG = (scores.utility_PGJ[about, :, j] for scores in (scores_policy, scores_reference))
+        policy_PG, reference_PG = (side.scores.utility_PGJ[about, :, j] for side in (policy, reference))
         constraints.append(judge(limit, float(aim), policy_PG, reference_PG, unit, confidence))
     audits = [
-        (name, improvement(scores_policy.audit_PGA[..., a], scores_reference.audit_PGA[..., a], confidence))
+        (name, improvement(policy.scores.audit_PGA[..., a], reference.scores.audit_PGA[..., a], confidence))
         for a, name in enumerate(audit_names)
     ]
-    both = (rollouts_reference, rollouts_policy)
+    both = (reference.rollouts, policy.rollouts)
     return Evaluation(
-        reward=improvement(scores_policy.reward_PG, scores_reference.reward_PG, confidence),
+        reward=improvement(policy.scores.reward_PG, reference.scores.reward_PG, confidence),
         constraints=tuple(constraints),
         audits=tuple(audits),
         kl=estimate(kl_PG.double().mean(1), confidence),
         finished=tuple(r.finished.double().mean().item() for r in both),
         mean_length=tuple(r.length.double().mean().item() for r in both),
-        refusal_harmless=refusal_shares(texts_reference, texts_policy, prompts.kind),
+        refusal_harmless=refusal_shares(reference.texts, policy.texts, prompts.kind),
         n_prompts=len(prompts),
-        n_responses=rollouts_policy.n,
+        n_responses=policy.rollouts.n,
         confidence=confidence,
     )

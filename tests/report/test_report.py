@@ -14,7 +14,8 @@ from engine.constraints import Improvement, Judged, word
 from engine.errors import UserError
 from engine.intervals import estimate
 from engine.report import run_page
-from engine.report.run_page import FILES, _page, _read
+from engine.report.run_files import FILES, read
+from engine.report.run_page import _page
 from engine.verdict.evaluation import Evaluation
 
 
@@ -172,7 +173,7 @@ def test_the_box_has_the_colour_of_the_worst_word(rendered, tmp_path, words):
     evaluation = json.loads((rendered[0] / "evaluation.json").read_text())
     evaluation["constraints"] = [{**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    page = _Page(_page(_read(folder), b""))
+    page = _Page(_page(read(folder), b""))
     assert ("div", {"class": "verdict " + words[1].replace(" ", "-")}) in page.tags
     assert all(f"constraint c{i}: {w} (" in page.text for i, w in enumerate(words))
 
@@ -194,7 +195,7 @@ def test_a_missing_file_leaves_the_rest(rendered, tmp_path, missing):
 @pytest.mark.parametrize(("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")])
 def test_the_title_calls_a_reading_a_reading(tmp_path, algorithm, shown):
     (tmp_path / "config.json").write_text(json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}}))
-    assert _read(tmp_path).title == f"{shown} on org/model-135M"
+    assert read(tmp_path).title == f"{shown} on org/model-135M"
 
 
 def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):

@@ -12,7 +12,7 @@ from engine.constraints import Improvement, Judged, MeanCost, Rate, word
 from engine.errors import UserError
 from engine.intervals import Estimate, Share, estimate, improvement, rate, t_quantile, wilson
 from engine.records import Prompts, Rollouts, Scores
-from engine.verdict.evaluation import Evaluation, Judgement, evaluate, pair_order
+from engine.verdict.evaluation import Asked, Evaluation, Judgement, Side, evaluate, pair_order
 from engine.verdict.refusals import OverRefusal, is_refusal, over_refusal
 from engine.verdict.sentences import answer, judgement_sentences, sentences
 
@@ -174,6 +174,12 @@ def test_the_wilson_interval_covers_however_responses_are_clustered():
         assert covered > 0.95 - 4 * math.sqrt(0.05 * 0.95 / runs), (alike, covered)
 
 
+def _rollouts(n: int, length: list[int], finished: list[bool]) -> Rollouts:
+    empty = torch.zeros(len(length), 9)
+    length, finished = torch.tensor(length), torch.tensor(finished)
+    return Rollouts(n=n, tokens=empty.long(), length=length, finished=finished, logprob=empty, model_logprob=empty, near_tie=empty > 0)
+
+
 def _stage_outputs(kind: list[str]) -> dict:
     """Two prompts, 2 responses of the policy and 3 of the reference, one constraint and one audit."""
 
@@ -182,23 +188,22 @@ def _stage_outputs(kind: list[str]) -> dict:
         reward = torch.tensor(reward, dtype=torch.float64)
         return Scores(reward_PG=reward, utility_PGJ=as_3d[0], audit_PGA=as_3d[1], ref_logprob_PG=torch.zeros_like(reward))
 
-    def rollouts(n, length, finished):
-        empty = torch.zeros(len(length), 9)
-        length, finished = torch.tensor(length), torch.tensor(finished)
-        return Rollouts(n=n, tokens=empty.long(), length=length, finished=finished, logprob=empty, model_logprob=empty, near_tie=empty > 0)
-
+    policy = Side(
+        scores=scores([[1.0, 3.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 1.0]], [[0.0, 0.0], [0.0, 2.0]]),
+        rollouts=_rollouts(2, [4, 6, 8, 9], [True, True, True, False]),
+        texts=["Yes.", "I cannot.", "I'm sorry, but no.", "No."],
+    )
+    reference = Side(
+        scores=scores([[0.0, 0.0, 3.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [[0.0] * 3, [0.0] * 3]),
+        rollouts=_rollouts(3, [9, 9, 9, 1, 1, 1], [False] * 3 + [True] * 3),
+        texts=["Yes."] * 5 + ["I can't."],
+    )
     return {
-        "scores_policy": scores([[1.0, 3.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 1.0]], [[0.0, 0.0], [0.0, 2.0]]),
-        "scores_reference": scores([[0.0, 0.0, 3.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [[0.0] * 3, [0.0] * 3]),
-        "rollouts_policy": rollouts(2, [4, 6, 8, 9], [True, True, True, False]),
-        "rollouts_reference": rollouts(3, [9, 9, 9, 1, 1, 1], [False] * 3 + [True] * 3),
-        "texts_policy": ["Yes.", "I cannot.", "I'm sorry, but no.", "No."],
-        "texts_reference": ["Yes."] * 5 + ["I can't."],
+        "policy": policy,
+        "reference": reference,
         "prompts": Prompts(text=["a", "b"], kind=kind, token_ids=[[1], [2]], key_P=torch.tensor([1, 2])),
         "kl_PG": torch.tensor([[1.0, 2.0], [4.0, 5.0]]),
-        "limits": [Improvement(name="harm", value=0.5)],
-        "aims": torch.tensor([0.75]),
-        "unit_J": [1.0],
+        "asked": Asked(limits=[Improvement(name="harm", value=0.5)], aims=[0.75], unit_J=[1.0]),
         "audit_names": ["harm-audit"],
     }
 
@@ -234,7 +239,8 @@ def test_the_confidence_reaches_every_estimate():
     assert e.kl == estimate(torch.tensor([1.5, 4.5]), 0.8)
     assert e.constraints[0].estimate == estimate(torch.tensor([1.0, 1.0]), 0.8)
     uneven = _stage_outputs(["", ""])
-    uneven["scores_policy"] = replace(uneven["scores_policy"], utility_PGJ=torch.tensor([[1.0, 1.0], [3.0, 5.0]])[..., None].double())
+    utility_PGJ = torch.tensor([[1.0, 1.0], [3.0, 5.0]])[..., None].double()
+    uneven["policy"] = replace(uneven["policy"], scores=replace(uneven["policy"].scores, utility_PGJ=utility_PGJ))
     assert [evaluate(**uneven, confidence=c).constraints[0].word for c in (0.6, 0.95)] == ["met", "not resolved"]
 
 
@@ -276,31 +282,24 @@ def test_rate_bounds_keep_their_confidence_however_responses_are_clustered(p, al
 
 
 def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
-    outputs = _stage_outputs(["everyday", "delicate"]) | {"unit_J": [2.0]}
-    outputs = {k: v for k, v in outputs.items() if not k.startswith("texts_")}
-    rows = [0, 1, 1]
-
-    def thrice(name):
-        scores = outputs[name]
-        changes = {f: getattr(scores, f)[rows] for f in ("reward_PG", "utility_PGJ", "audit_PGA", "ref_logprob_PG")}
-        return replace(scores, **changes)
-
+    outputs = _stage_outputs(["everyday", "delicate"])
     p = Prompts(text=list("abc"), kind=["everyday", "delicate", "delicate"], token_ids=[[1], [2], [3]], key_P=torch.arange(3))
-    policy, reference = thrice("scores_policy"), thrice("scores_reference")
-    empty = torch.zeros(9, 9)
-    both = {
-        f"rollouts_{side}": Rollouts(
-            n=n, tokens=empty[: 3 * n].long(), length=torch.ones(3 * n), finished=torch.ones(3 * n) > 0, logprob=empty[: 3 * n],
-            model_logprob=empty[: 3 * n], near_tie=empty[: 3 * n] > 0,
-        )
-        for side, n in (("policy", 2), ("reference", 3))
-    }  # fmt: skip
-    texts = {"texts_policy": ["x"] * 6, "texts_reference": ["x"] * 9}
 
-    def judged(kind, **asked):
-        limits = {"limits": [kind(name="harm", **asked)], "aims": [asked["value"]]}
-        return evaluate(**{**outputs, **both, **texts, **limits, "prompts": p, "scores_policy": policy, "scores_reference": reference,
-                           "kl_PG": torch.zeros(3, 2)})  # fmt: skip
+    def thrice(side):
+        """The scores of the first prompt, and those of the second for two prompts."""
+        names = ("reward_PG", "utility_PGJ", "audit_PGA", "ref_logprob_PG")
+        n = side.rollouts.n
+        return Side(
+            scores=replace(side.scores, **{name: getattr(side.scores, name)[[0, 1, 1]] for name in names}),
+            rollouts=_rollouts(n, [1] * 3 * n, [True] * 3 * n),
+            texts=["x"] * 3 * n,
+        )
+
+    policy, reference = thrice(outputs["policy"]), thrice(outputs["reference"])
+
+    def judged(kind, **values):
+        asked = Asked(limits=[kind(name="harm", **values)], aims=[values["value"]], unit_J=[2.0])
+        return evaluate(policy, reference, p, torch.zeros(3, 2), asked, ["harm-audit"])
 
     on = judged(Improvement, value=0.5, on="delicate").constraints[0]
     assert on.estimate == estimate(torch.tensor([1.0, 1.0])) and on.word == "met"
@@ -314,8 +313,10 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
     line = next(x for x in sentences(e) if x.startswith("constraint harm: not resolved (mean cost -3.33, 95 % ["))
     assert "the limit -3.90 lies between" in line and "reference -1.33" in line
     assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
-    safe = replace(policy, utility_PGJ=torch.zeros(3, 2, 1, dtype=torch.float64))
-    policy, reference = safe, replace(reference, utility_PGJ=-torch.ones(3, 3, 1, dtype=torch.float64) / 2)
+    # From here on no response of the policy is unsafe, and every one of the reference.
+    safe, unsafe = torch.zeros(3, 2, 1, dtype=torch.float64), -torch.ones(3, 3, 1, dtype=torch.float64) / 2
+    policy = replace(policy, scores=replace(policy.scores, utility_PGJ=safe))
+    reference = replace(reference, scores=replace(reference.scores, utility_PGJ=unsafe))
     e = judged(Rate, value=0.7, on="delicate")
     assert e.constraints[0].measured == rate(torch.zeros(2, 2)) and e.constraints[0].reference == pytest.approx(1.0)
     assert any(x.startswith("constraint harm: not resolved (on 2 delicate prompts: rate 0.00 %, 95 % [0.00, ") for x in sentences(e))
