@@ -17,7 +17,8 @@ import torch
 
 from bench.exact_world import ExactWorld, Update, local_maxima, make, maximiser, soft
 from bench.optima import Optima, Policy
-from engine import caid, cdpo, dual, mocan
+from engine import caid, dual, mocan
+from engine.baselines import cdpo
 from engine.config import CaidConfig, CdpoConfig, MocanConfig
 from engine.records import Target
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from engine import dual
 from engine.config import PrimalDualConfig, RunConfig
 from engine.records import Scores, Target
-from engine.stages import Slack
+from engine.stages.protocol import Slack
 
 # Rounding is taken for convergence where a Newton step would gain less than this.
 SMALLEST_GAIN = 1e-24

@@ -26,16 +26,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from engine import dual, stages
-from engine.checkpoint import RecordT, Run, Torn, load, write_whole
+from engine import dual
 from engine.config import RunConfig, was_by_preference
 from engine.errors import UserError
-from engine.evaluate import Evaluation
-from engine.metrics import read_rows
+from engine.files import write_json, write_whole
 from engine.records import Scores, Units
-from engine.report import png
-from engine.stages import ReferenceSamples
-from engine.sweep import kept_lam
+from engine.report.drawing import png
+from engine.run.rows import read_rows
+from engine.run.run import Run
+from engine.run.store import RecordT, Torn, load
+from engine.stages.inputs import DEFAULT_MODEL
+from engine.stages.reference import ReferenceSamples, units_of
+from engine.sweep.outcomes import kept_lam
+from engine.verdict.evaluation import Evaluation
 
 DOCS = Path(__file__).parent.parent / "docs"
 DRAWS = 60
@@ -74,13 +77,13 @@ def stored(folder: Path) -> Stored:
         aim = _row(folder, "dual")["aim"]
     else:
         scores = _load(folder, "01-reference.safetensors", ReferenceSamples).sampled.scores
-        units, aim = stages.units_of(_row(folder, "reference"), []), _row(folder, "reference")["aim"]
+        units, aim = units_of(_row(folder, "reference"), []), _row(folder, "reference")["aim"]
     scores = units.apply(scores)
     versions = json.loads((folder / "config.json").read_text())["versions"]
     shown = ", ".join(f"{name} {value[:12]}" for name, value in sorted(versions.items()))
     return Stored(
         scores.reward_PG, scores.utility_PGJ, torch.tensor(aim, dtype=torch.float64), config.beta,
-        f"`{folder.name}`: {algorithm}, seed {config.seed}, {config.model or stages.DEFAULT_MODEL}; {shown}",
+        f"`{folder.name}`: {algorithm}, seed {config.seed}, {config.model or DEFAULT_MODEL}; {shown}",
     )  # fmt: skip
 
 
@@ -381,7 +384,7 @@ def main() -> int:
         write_whole(DOCS / "figures-realised.png", png(lambda: draw_realised(rows)))
     if calibrated:
         write_whole(DOCS / "figures-calibration.png", png(lambda: draw_calibration(calibrated)))
-    stages.write_json(DOCS / "figures.json", {"subsets": found, "realised": rows, "calibration": calibrated})
+    write_json(DOCS / "figures.json", {"subsets": found, "realised": rows, "calibration": calibrated})
     write_whole(DOCS / "figures.md", page(command, samples, found, rows, runs, calibrated).encode())
     print(f"written: {DOCS / 'figures.md'}")
     return 0

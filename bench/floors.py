@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.architecture import ModelConfig
+from engine.model.architecture import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from bench import floors, run
 from bench.measure import interleaved, origin
-from engine.attention import Layout, attend_packed
-from engine.checkpoint import write_whole
+from engine.files import write_whole
+from engine.model.attention import Layout, attend_packed
 from kernels import sample, triton_decode, triton_forward, triton_rows
 from kernels.decode_attention import decode_attention
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from matplotlib.figure import Figure
 
 from bench import rollout, train_step
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 
 GROUP, PROMPT = 8, 64
 # The common size, and what is tried in place of each; layers in thirtieths of the model's.

@@ -18,12 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import data, head, quickstart
+from engine import quickstart
 from engine.config import RunConfig
-from engine.model import load, load_tokenizer
-from engine.packing import groups
-from engine.rollout import generate
-from engine.score import Head, frozen_forward
+from engine.data import tables
+from engine.data.prompts import load_prompts, shipped_prompts
+from engine.model.folder import load
+from engine.model.packing import groups
+from engine.model.tokenizer import load_tokenizer
+from engine.policy.forward import frozen_forward
+from engine.rollout.sampler import generate
+from engine.scorers import training
+from engine.scorers.base import Head
+from engine.scorers.head_figures import auc
+from engine.scorers.head_fit import newton
 
 OWN = Path(__file__).parent / "heads"
 SYSTEM = RunConfig.system
@@ -102,7 +109,7 @@ def train(name: str, folder: Path, out: Path, scratch: Path) -> Head:
     for part, chosen in zip(("train", "test"), rows, strict=True):
         (scratch / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     reward = name == "helpfulness"
-    config = head.HeadConfig(
+    config = training.HeadConfig(
         data=(str(scratch / "train.jsonl"),),
         test=(str(scratch / "test.jsonl"),),
         out=str(out),
@@ -114,12 +121,12 @@ def train(name: str, folder: Path, out: Path, scratch: Path) -> Head:
         licence=(LICENCES["own"],) if reward else tuple(LICENCES.values()),
         limits=LIMITS["reward" if reward else "cost"],
     )
-    return head.train(config, command="python -m bench.heads --data FOLDER --out FOLDER")
+    return training.train(config, command="python -m bench.heads --data FOLDER --out FOLDER")
 
 
 def own_rows(kind: str) -> list[dict]:
     """The rows of bench/heads/KIND.jsonl."""
-    return [row for _, row in data.read_rows(str(OWN / f"{kind}.jsonl"))]
+    return [row for _, row in tables.read_rows(str(OWN / f"{kind}.jsonl"))]
 
 
 def part_of(text: str, parts: int) -> int:
@@ -287,7 +294,7 @@ def bag_of_words_auc(folder: Path, buckets: int = 2**16) -> float:
     label = torch.tensor([r["label"] for r in test])
     weight = torch.full((len(train),), 1 / len(train), dtype=torch.float64)
     return max(
-        head.auc(z[len(train) :] @ head.newton(z[: len(train)] * sign[:, None], weight, l2), label) for l2 in (1e-4, 3e-4, 1e-3, 3e-3)
+        auc(z[len(train) :] @ newton(z[: len(train)] * sign[:, None], weight, l2), label) for l2 in (1e-4, 3e-4, 1e-3, 3e-3)
     )
 
 
@@ -295,7 +302,7 @@ def samples():
     """(prompts, rollouts, decoded texts): 8 answers of the reference to 32 delicate and 32 everyday training prompts."""
     folder = quickstart.model_folder()
     tokenizer, model = load_tokenizer(folder), load(folder)
-    prompts = data.load_prompts(data.shipped_prompts("train"), tokenizer, system=SYSTEM, max_prompt_tokens=512)
+    prompts = load_prompts(shipped_prompts("train"), tokenizer, system=SYSTEM, max_prompt_tokens=512)
     prompts = prompts.select([i for kind in ("delicate", "everyday") for i in [j for j, k in enumerate(prompts.kind) if k == kind][:32]])
     rollouts = generate(
         model, prompts.token_ids, n=8, max_new_tokens=48, temperature=0.7, stop_token_ids=(tokenizer.eos_token_id,), seed=0,

@@ -20,12 +20,12 @@ from bench import floors
 from bench.measure import summary
 from bench.train_step import LINEARS, RATE, stepper
 from engine import caid
-from engine.architecture import ModelConfig
 from engine.config import CaidConfig
-from engine.data import load_prompts, shipped_prompts
-from engine.lora import first_layer
-from engine.metrics import read_timing
-from engine.smoke import write_random_heads
+from engine.data.prompts import load_prompts, shipped_prompts
+from engine.model.architecture import ModelConfig
+from engine.policy.lora import first_layer
+from engine.run.rows import read_timing
+from engine.stages.smoke import write_random_heads
 
 N = 2  # responses to a prompt
 SLACK_SHARE = 4  # one prompt measures the slack for as many that are trained on

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.data import load_prompts, shipped_prompts
-from engine.model import Decoder
-from engine.packing import Group
+from engine.data.prompts import load_prompts, shipped_prompts
+from engine.model.decoder import Decoder
+from engine.model.packing import Group
+from engine.policy.forward import LogprobGap, logprob_gap
 from engine.records import Rollouts
-from engine.rollout import generate
-from engine.score import LogprobGap, logprob_gap
-from engine.stages import stop_tokens
+from engine.rollout.sampler import generate
+from engine.stages.inputs import stop_tokens
 from kernels.products import linear
 from kernels.sampling import combine
 

@@ -20,12 +20,12 @@ from rich.table import Table
 from bench import floors, growth, iteration, llamacpp, loss_head, rollout, shapes, train_step
 from bench.measure import interleaved, origin, peak_bytes
 from engine import dual
-from engine.checkpoint import write_whole
-from engine.memory import keep_freed_memory
-from engine.model import load
-from engine.report import png
-from engine.score import LogprobGap
-from engine.stages import model_folder
+from engine.files import write_whole
+from engine.model.folder import load
+from engine.policy.forward import LogprobGap
+from engine.report.drawing import png
+from engine.run.machine import keep_freed_memory
+from engine.stages.inputs import model_folder
 from kernels import dual_moments
 
 HERE = Path(__file__).parent

@@ -7,10 +7,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from engine.architecture import ModelConfig
-from engine.model import Decoder, load, save
-from engine.smoke import smoke_folder
-from engine.stages import model_folder
+from engine.model.architecture import ModelConfig
+from engine.model.decoder import Decoder
+from engine.model.folder import load, save
+from engine.stages.inputs import model_folder
+from engine.stages.smoke import smoke_folder
 
 
 def _shape(

@@ -34,13 +34,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from engine import constraints, sweep
-from engine.checkpoint import write_whole
+from engine import constraints
 from engine.errors import UserError
-from engine.metrics import read_timing
-from engine.report import png
-from engine.stages import write_json
-from engine.sweep import COLOURS, SweepConfig
+from engine.files import write_json, write_whole
+from engine.report.drawing import png
+from engine.run.rows import read_timing
+from engine.sweep import pages
+from engine.sweep.outcomes import finished, read_run
+from engine.sweep.pages import write_table
+from engine.sweep.pictures import COLOURS
+from engine.sweep.plans import SweepConfig, config_class, configs_of
+from engine.sweep.runs import run_sweep
 
 ROOT = Path(__file__).parent
 DOCS = ROOT.parent / "docs"
@@ -251,7 +255,7 @@ def _keys(settings: dict, table: list[dict]) -> list[tuple]:
 
 def _free(label: str) -> bool:
     """Whether an algorithm knows no threshold."""
-    return issubclass(sweep.config_class(label), sweep.FREE)
+    return not config_class(label).has_thresholds
 
 
 def _run(key: tuple) -> str:
@@ -272,7 +276,7 @@ def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, .
     """
     config = SweepConfig(out=str(out), algorithms=labels, thresholds=thresholds, seeds=tuple(seeds), flags=(*FLAGS, *flags))
     settings = {"seeds": seeds, "algorithms": labels, "thresholds": thresholds, "flags": _shown(config.flags)}
-    plans = sweep.configs_of(config, None)
+    plans = configs_of(config, None)
     kept = docs / "study" / f"part-{out.name}.csv"
     others = {key: path for path, theirs, table in _tables(kept.parent) if path != kept for key in _keys(theirs, table)}
     asked = [
@@ -283,12 +287,12 @@ def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, .
     for key in _keys(settings, asked):
         if key in others:
             raise UserError(f"{_run(key)} is in {others[key]} already; leave it out, or delete that table and its .json.")
-    if all(sweep.finished(plan) for plan in plans):
-        outcomes = [sweep.read_run(plan) for plan in plans]
+    if all(finished(plan) for plan in plans):
+        outcomes = [read_run(plan) for plan in plans]
     else:
-        outcomes = sweep.run_sweep(config, resume=(out / "sweep.json").is_file())
+        outcomes = run_sweep(config, resume=(out / "sweep.json").is_file())
     kept.parent.mkdir(parents=True, exist_ok=True)
-    sweep.write_table(kept, sweep.table(outcomes))
+    write_table(kept, pages.table(outcomes))
     spent = [row["seconds"] for path in out.glob("*/timing.jsonl") for row in read_timing(path.parent) if row["kind"] == "stage"]
     versions = json.loads((plans[0].folder / "config.json").read_text())["versions"]
     write_json(kept.with_suffix(".json"), {**settings, "versions": versions, "hours": round(sum(spent) / 3600, 3)})

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import growth, loss_head, rollout, train_step
-from engine.model import load
-from engine.smoke import smoke_folder
+from engine.model.folder import load
+from engine.stages.smoke import smoke_folder
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen"])

@@ -26,8 +26,8 @@ from rich.table import Table
 from bench import bounds as papers
 from bench.exact_world import ExactWorld, Problem, Update, listwise, make, maximiser, preferred, regression, sampled, single, soft
 from bench.optima import Optima
-from engine import caid, cdpo, dpo, mocan, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
-from engine.checkpoint import write_whole
+from engine import caid, mocan
+from engine.baselines import cdpo, dpo, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.config import (
     CaidConfig,
     CdpoConfig,
@@ -41,7 +41,8 @@ from engine.config import (
     SafeDpoConfig,
 )  # fmt: skip
 from engine.errors import UserError
-from engine.pairs import within_prompts
+from engine.files import write_whole
+from engine.policy.pairs import within_prompts
 from engine.records import Target
 
 PAGE = Path(__file__).parent / "theory.md"

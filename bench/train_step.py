@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from bench.rollout import bare_products
-from engine import packing, policy
 from engine.config import DpoConfig
-from engine.full import FullWeights
-from engine.lora import Adapter
-from engine.model import Decoder
-from engine.pairs import within_prompts
+from engine.model import packing
+from engine.model.decoder import Decoder
+from engine.policy.forward import frozen_forward
+from engine.policy.full import FullWeights
+from engine.policy.lora import Adapter
+from engine.policy.pairs import within_prompts
+from engine.policy.update import Samples, _add_gradient, _preference_loss, _share, parts
 from engine.records import Prompts, Rollouts, Scores, Target
-from engine.score import frozen_forward
 
 RANK, BETA, RATE = 8, 0.1, 1e-4
 # Expected Bradley-Terry labels of scores so far apart are those of the responses called chosen.
@@ -55,21 +56,21 @@ def ours(model: Decoder, groups: list[packing.Group], reference: Tensor, *, full
 
     def add_gradients() -> float:
         total = 0.0
-        for part, first in policy.parts(pairs, groups, CONFIG.tokens_per_forward):
-            result = policy._preference_loss(CONFIG, model, samples, target, weights, None, part, 0, first)
-            total += policy._add_gradient(result.loss, policy._share(CONFIG.labels, part, pairs))
+        for part, first in parts(pairs, groups, CONFIG.tokens_per_forward):
+            result = _preference_loss(CONFIG, model, samples, target, weights, None, part, 0, first)
+            total += _add_gradient(result.loss, _share(CONFIG.labels, part, pairs))
         return total
 
     return stepper(list(weights.parameters()), add_gradients, full)
 
 
-def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[policy.Samples, Target]:
+def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, Target]:
     """The groups as scored samples of a run, and what a step fits: the first response of each pair is chosen."""
     count, lengths = len(groups), torch.tensor([len(r) for g in groups for r in g.responses])
     tokens = torch.tensor([r + [0] * (int(lengths.max()) - len(r)) for g in groups for r in g.responses])
     score_PG = torch.tensor([[CHOSEN, REJECTED]], dtype=torch.float64).expand(count, 2)
     none = torch.zeros(count, 2, 0, dtype=torch.float64)
-    samples = policy.Samples(
+    samples = Samples(
         prompts=Prompts(text=[""] * count, kind=[""] * count, token_ids=[g.prompt for g in groups], key_P=torch.arange(count)),
         rollouts=Rollouts(
             n=2, tokens=tokens, length=lengths, finished=torch.ones(2 * count, dtype=torch.bool), logprob=torch.zeros(tokens.shape),

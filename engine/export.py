@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 from engine import model
-from engine.checkpoint import Run
 from engine.errors import UserError
-from engine.full import is_saved, load_weights, policy_of
-from engine.stages import model_folder
+from engine.model.folder import fingerprint
+from engine.policy.iterates import is_saved, load_weights
+from engine.policy.weights import policy_of
+from engine.run.folder import RunFolder
+from engine.run.run import Run
+from engine.stages.inputs import model_folder
 
 
 def export(run: str | Path, folder: str | Path) -> None:
@@ -17,18 +20,18 @@ def export(run: str | Path, folder: str | Path) -> None:
     """
     run, folder = Path(run), Path(folder)
     _, config = Run.read_config(run)
-    numbered = {int(p.name.rpartition("-")[2]): p for p in (run / "adapters").glob("iteration-*") if is_saved(p)}
+    numbered = {number: path for number, path in RunFolder(run).iterates().items() if is_saved(path)}
     if not numbered:
         raise UserError(f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}.")
     base = model_folder(config["model"])
-    Run.check_model(run, model.fingerprint(base))
+    Run.check_model(run, fingerprint(base))
     network = model.load(base, dtype="float32")
     policy, adapter = policy_of(network, load_weights(numbered[max(numbered)], network))
     model.save(policy, folder, adapter=adapter, tokenizer_from=base)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         print("usage: python -m engine.export RUN FOLDER", file=sys.stderr)

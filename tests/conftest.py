@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engine.smoke import write_smoke_model
+    from engine.stages.smoke import write_smoke_model
 
     return write_smoke_model(tmp_path_factory.mktemp("tiny") / "model")
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench import floors, gpu, iteration, run, shapes, train_step
-from engine.architecture import ModelConfig, Rope
-from engine.model import load
-from engine.smoke import smoke_folder
+from engine.model.architecture import ModelConfig, Rope
+from engine.model.folder import load
+from engine.stages.smoke import smoke_folder
 
 # 120 weights in the products of each layer, 40 in the head, 300 in all; in 2 bytes a token's keys and values take 8 in each layer.
 CONFIG = ModelConfig(

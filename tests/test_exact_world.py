@@ -12,7 +12,8 @@ from scipy.special import log_softmax
 from bench import bounds, theory
 from bench.exact_world import ExactWorld, listwise, make, maximiser, preferred, regression, sampled, single, soft, standardised
 from bench.optima import Optima
-from engine import caid, cdpo, dual, mocan, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
+from engine import caid, dual, mocan
+from engine.baselines import cdpo, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.config import (
     CaidConfig,
     CdpoConfig,

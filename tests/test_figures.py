@@ -8,10 +8,10 @@ import torch
 
 from bench import figures
 from engine import caid, dual, pecan
-from engine.checkpoint import Run
 from engine.config import CaidConfig, PecanConfig, smoke
 from engine.errors import UserError
-from engine.metrics import read_rows
+from engine.run.rows import read_rows
+from engine.run.run import Run
 
 
 def test_subsets_show_the_spread_of_prompts_and_the_bias_of_few_responses():

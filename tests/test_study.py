@@ -13,8 +13,11 @@ from scipy import stats
 
 from bench import study
 from bench.study import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
+from engine.constraints import Improvement, Judged
 from engine.errors import NonFiniteError, UserError
-from engine.evaluate import Constraint, Estimate, Evaluation
+from engine.intervals import Estimate
+from engine.sweep import runs as sweep_runs
+from engine.verdict.evaluation import Evaluation
 
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
@@ -262,7 +265,7 @@ def trained(monkeypatch) -> Trained:
         def estimate(mean: float) -> Estimate:
             return Estimate(mean, 0.05, mean - 0.1, mean + 0.1, mean - 0.1, mean + 0.1, 208)
 
-        harm = Constraint("harm", b, b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
+        harm = Judged(Improvement(name="harm", value=b), b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
         evaluation = Evaluation(
             reward=estimate(0.2), constraints=(harm,), audits=(), kl=estimate(1.0), finished=(1, 1), mean_length=(9, 9),
             refusal_harmless=None,
@@ -277,9 +280,9 @@ def trained(monkeypatch) -> Trained:
         (folder / "timing.jsonl").write_text(lines({"kind": "timing", "stage": "reference", "tokens": 1000}))
         return []
 
-    monkeypatch.setattr(study.sweep, "import_module", lambda name: SimpleNamespace(train=train))
-    monkeypatch.setattr(study.sweep, "draw_samples", draw_samples)
-    monkeypatch.setattr(study.sweep, "write", lambda *a: None)
+    monkeypatch.setattr(sweep_runs, "import_module", lambda name: SimpleNamespace(train=train))
+    monkeypatch.setattr(sweep_runs, "draw_samples", draw_samples)
+    monkeypatch.setattr(sweep_runs, "write", lambda *a: None)
     return names
 
 
@@ -321,7 +324,7 @@ def test_parts_are_run_gone_on_with_and_collected(tmp_path, trained, monkeypatch
 
 
 def test_the_test_prompts_are_new_and_enough():
-    from engine.data import lookalike_prompts, shipped_prompts
+    from engine.data.prompts import lookalike_prompts, shipped_prompts
 
     def texts(path):
         return [json.loads(line)["prompt"] for line in open(path, encoding="utf-8")]

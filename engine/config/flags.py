@@ -1,0 +1,109 @@
+"""From a command line to a config dataclass: every flag is checked first, so that a mistake costs one
+line."""
+
+import difflib
+from typing import Any, get_type_hints
+
+from engine.errors import UserError
+
+
+def parse_flags(
+    config_class: type,
+    flags: list[str],
+    *,
+    prog: str,
+    usage: str,
+    first: str,
+    default: Any,
+    others: tuple[str, ...] = (),
+) -> Any | None:
+    """`default` with `flags` on top; None where help was asked for and printed, `usage` above the flags.
+
+    first: what stands before the flags; others: flags that are no fields. Both are for messages only.
+    Raises: UserError for an unknown flag, a stray word, or a value of the wrong type.
+    """
+    help_wanted = "--help" in flags or "-h" in flags
+    if help_wanted:
+        print(usage)
+        flags = ["--help"]
+    else:
+        _check(flags, config_class, first, others)
+
+    import tyro
+
+    try:
+        return tyro.cli(config_class, prog=prog, args=flags, default=default)
+    except SystemExit as stop:
+        if help_wanted and not stop.code:
+            return None
+        raise
+
+
+def take(flags: list[str], name: str) -> tuple[list[str], str | None]:
+    """`flags` without `name VALUE` or `name=VALUE`, and the value; None where the flag is absent."""
+    rest, value, words = [], None, iter(flags)
+    for word in words:
+        if word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+        elif word == name:
+            value = next(words, "")
+        else:
+            rest.append(word)
+            continue
+        if not value or value.startswith("--"):
+            raise UserError(f"{name}: a value is missing; see --help.")
+    return rest, value
+
+
+def _check(flags: list[str], config_class: type, first: str, others: tuple[str, ...]) -> None:
+    """Name the first flag or value that cannot be used, in one line and with a suggestion."""
+    types = get_type_hints(config_class)
+    accepted = {f"--{name.replace('_', '-')}": kind for name, kind in types.items()}
+    switches = {
+        switch for flag, kind in accepted.items() if kind is bool for switch in (flag, f"--no-{flag[2:]}")
+    }
+    given: list[tuple[str, list[str]]] = []
+    for word in flags:
+        # A single dash starts a negative number, not a flag.
+        if word.startswith("--") or (word.startswith("-") and not _is(float, word)):
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            if flag not in accepted and flag not in switches:
+                raise UserError(
+                    f"unknown flag {flag}.{suggest(flag, [*accepted, *sorted(switches), *others])} See "
+                    "--help."
+                )
+            given.append((flag, [value] if equals else []))
+        elif not given:
+            raise UserError(f"unexpected word {word!r}; the {first} comes first, then flags; see --help.")
+        else:
+            given[-1][1].append(word)
+    for number, (flag, values) in enumerate(given):
+        kind = accepted.get(flag, bool)
+        if kind is bool and values:
+            raise UserError(f"{flag} {' '.join(values)}: takes no value; write {flag} alone.")
+        if kind in (int, float, str) and len(values) != 1:
+            raise UserError(f"{flag} {' '.join(values) or 'without a value'}: takes one value; see --help.")
+        several = getattr(kind, "__origin__", None) is tuple
+        if several and flag in [other for other, _ in given[:number]]:
+            raise UserError(f"{flag} is given twice; give it once, with all its values.")
+        element = kind.__args__[0] if several else kind
+        for value in values:
+            if element in (int, float) and not _is(element, value):
+                raise UserError(
+                    f"{flag} {value}: must be {'a whole number' if element is int else 'a number'}."
+                )
+
+
+def suggest(word: str, accepted: list[str]) -> str:
+    """` Did you mean ...?` with the nearest of the accepted words, or nothing."""
+    near = difflib.get_close_matches(word, accepted, 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _is(kind: type, text: str) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True

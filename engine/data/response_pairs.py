@@ -1,0 +1,97 @@
+"""Files with two responses to each prompt: people's preferences, or pairs to learn from.
+
+Preferences are the data set of Algorithm 2 in arXiv 2405.19544.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.data import tables
+from engine.data.prompts import TextLimits, chat_ids, check_known, check_length
+from engine.errors import UserError
+from engine.records import Prompts, Rollouts
+
+# The score that stands for a label of a file: the Bradley-Terry probability sigmoid(2 * SURE) is 1.
+SURE = 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsePairs:
+    """The rows of a file. A prompt may stand in several rows, so its key here is the row's number."""
+
+    prompts: Prompts
+    rollouts: Rollouts  # n = 2, without log-probs
+    texts: list[str]
+    # float64 [P, 2, O]: in each of the O label columns SURE for the better response, -SURE for the other one.
+    label_PGO: Tensor
+
+
+def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: TextLimits) -> ResponsePairs:
+    """Read a jsonl, csv or parquet file with the columns prompt, response_0, response_1, and `columns`.
+
+    The column "kind" is optional. Each of `columns` holds 0 or 1: the number of the better response. Where no
+    columns are asked for, the responses may also stand in chosen and rejected.
+
+    Raises: UserError naming the row and the column: one that is missing, a prompt or response that is not
+    text, a label that is neither 0 nor 1.
+    """
+    prompts, tokens, texts, labels = [], [], [], []
+    for place, row in tables.read_rows(source):
+        pair = ("chosen", "rejected") if not columns and "chosen" in row else ("response_0", "response_1")
+        _check_row(row, pair, columns, place)
+        ids = chat_ids([{"role": "user", "content": row["prompt"]}], tokenizer, limits.system, place)
+        check_length(ids, limits.max_prompt_tokens, place)
+        check_known(ids, limits.vocab_size, place)
+        prompts.append((row["prompt"], str(row.get("kind") or ""), ids))
+        for name in pair:
+            response = tokenizer(row[name], add_special_tokens=False)["input_ids"]
+            check_known(response, limits.vocab_size, place)
+            tokens.append((response + [tokenizer.eos_token_id])[: limits.max_new_tokens])
+            texts.append(tokenizer.decode(tokens[-1], skip_special_tokens=True))
+        labels.append([[SURE if int(row[name]) == i else -SURE for name in columns] for i in (0, 1)])
+    if not prompts:
+        raise UserError(f"{source}: no rows in it; give at least one.")
+    text, kind, token_ids = (list(column) for column in zip(*prompts, strict=True))
+    return ResponsePairs(
+        prompts=Prompts(text=text, kind=kind, token_ids=token_ids, key_P=torch.arange(len(text))),
+        rollouts=_as_rollouts(tokens, limits.max_new_tokens),
+        texts=texts,
+        label_PGO=torch.tensor(labels, dtype=torch.float64).view(len(text), 2, len(columns)),
+    )
+
+
+def _check_row(row: dict, pair: tuple[str, str], columns: Sequence[str], place: str) -> None:
+    wanted = ("prompt", *pair, *columns)
+    missing = [name for name in wanted if name not in row]
+    if missing:
+        raise UserError(f"{place}: no column {missing[0]!r}; wanted are {', '.join(wanted)}.")
+    for name in ("prompt", *pair):
+        # A response may be empty, a prompt may not.
+        if not isinstance(row[name], str) or not (row[name].strip() or name in pair):
+            raise UserError(f"{place}: {name} is {row[name]!r:.60}; give text, or remove the row.")
+    for name in columns:
+        if str(row[name]) not in ("0", "1"):
+            raise UserError(
+                f"{place}: {name} is {row[name]!r}; give 0 or 1, the response that is better in it."
+            )
+
+
+def _as_rollouts(tokens: list[list[int]], max_new_tokens: int) -> Rollouts:
+    """Pad the responses, two per prompt, as if they had been sampled; their log-probs are zeros."""
+    length = torch.tensor([len(response) for response in tokens])
+    padded = torch.zeros(len(tokens), max_new_tokens, dtype=torch.int64)
+    for row, response in enumerate(tokens):
+        padded[row, : len(response)] = torch.tensor(response)
+    zeros = torch.zeros(padded.shape)
+    return Rollouts(
+        n=2,
+        tokens=padded,
+        length=length,
+        finished=length < max_new_tokens,
+        logprob=zeros,
+        model_logprob=zeros,
+        near_tie=zeros.bool(),
+    )

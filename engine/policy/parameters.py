@@ -1,0 +1,18 @@
+"""The base of everything that is trained."""
+
+import torch
+from torch import Tensor, nn
+
+
+class PolicyWeights(nn.Module):
+    """The trained weights of a policy, read and set by name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies all parameters, detached, by name."""
+        return {name: value.detach().clone() for name, value in self.named_parameters()}
+
+    @torch.no_grad()
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over the values that `tensors` of an equal module returned."""
+        for name, value in self.named_parameters():
+            value.copy_(tensors[name])

@@ -1,0 +1,356 @@
+"""A run folder and its stages: each result is computed once, saved whole, and loaded when the run goes on."""
+
+import fcntl
+import json
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+from engine.errors import Interrupted, UserError
+from engine.files import sync_folder, write_whole, writing
+from engine.run.display import Display, Progress
+from engine.run.folder import RunFolder
+from engine.run.rows import Row, SpeedRow, StageTimeRow
+from engine.run.store import RecordT, Torn, dumps, pack, read_whole, save, sha256_of, unpack, unpack_file
+from engine.run.tensorboard import TensorBoard, tensorboard_writer
+
+
+def _append(path: Path, row: dict) -> None:
+    text = dumps(row) + "\n"
+    with writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+class Stage:
+    """A stage while it runs, as its function sees it: rows, timing, progress, partial results and the question whether to stop."""
+
+    def __init__(self, run: "Run", number: int, name: str) -> None:
+        self.name, self.number = name, number
+        self.rows: list[dict] = []
+        self._run = run
+        stem = run.paths.stage_stem(number, name)
+        self.path = run.paths.stages / f"{stem}.safetensors"
+        self.partial_path = run.paths.stages / f"{stem}.partial.safetensors"
+        self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
+
+    def log(self, row: Row) -> None:
+        """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is saved."""
+        written = replace(row, stage=self.name).as_dict()
+        self.rows.append(written)
+        _append(self._run.paths.metrics, written)
+
+    def log_speed(self, row: SpeedRow) -> None:
+        """Log seconds and speeds, to timing.jsonl only."""
+        _append(self._run.paths.timing, replace(row, stage=self.name).as_dict())
+
+    @property
+    def paths(self) -> RunFolder:
+        """The run folder that the stage belongs to."""
+        return self._run.paths
+
+    def progress(self, total: int, unit: str, what: str) -> Progress:
+        """Opens a progress bar; `unit` is a plural such as "tokens"."""
+        return self._run.display.progress(total, unit, what)
+
+    def partial(self, cls: type[RecordT]) -> RecordT | None:
+        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged since."""
+        for path in (self.partial_path, self.previous_path):
+            try:
+                record, content = self._run.read(path, cls, self.name)
+            except FileNotFoundError:
+                continue
+            except Torn as error:
+                self._run.display.warn(f"{error}; going back to the state before it")
+                # Else the next save would move the damaged file over the good one.
+                path.unlink()
+                continue
+            self.rows = content["rows"]
+            self._run.align(self.rows)
+            return record
+        return None
+
+    def save_partial(self, record: Any) -> None:
+        """Commit a state inside the stage; the one before it is kept beside it.
+
+        Raises: UserError on a full disk; the last partial stays.
+        """
+        save(self.partial_path, record, previous=self.previous_path, rows=self.rows, **self._run.origin(self.name))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether Ctrl-C was pressed: time to save a partial before `check_stop`."""
+        return self._run.stopping
+
+    def check_stop(self) -> None:
+        """Raises: Interrupted when Ctrl-C was pressed."""
+        self._run.check_stop()
+
+
+class Run:
+    """One run folder, locked by this process.
+
+    >>> with Run.create("runs/a", "caid", {"seed": 0}, versions={"commit": "1f3"}, fingerprint="9c") as run:  # doctest: +SKIP
+    ...     units = run.stage("reference", Units, lambda stage: ...)
+
+    As a context manager it starts the display and handles Ctrl-C: the first press lets the step end, the second stops at once.
+    """
+
+    def __init__(self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool) -> None:
+        self.folder, self.paths = folder, RunFolder(folder)
+        self.algorithm: str = contents["algorithm"]
+        self.config: dict = contents["config"]
+        self.versions: dict = contents["versions"]
+        self.fingerprint: str = contents["fingerprint"]
+        self.display = display or Display()
+        self.stopping = False
+        self._lock = lock
+        self._rows: list[dict] = []
+        self._names: list[str] = []
+        self._open = False
+        self._last_checksum = ""
+        self._old_handler: Any = None
+        self._tensorboard: TensorBoard | None = tensorboard_writer(folder) if tensorboard else None
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        algorithm: str,
+        config: dict,
+        *,
+        versions: dict,
+        fingerprint: str,
+        display: Display | None = None,
+        tensorboard: bool = False,
+    ) -> "Run":
+        """Make the folder and its config.json; `config`'s field "out" is left out, as it says nothing about the results.
+
+        Raises: UserError when the folder exists or cannot be made.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise UserError(f"run folder {folder} exists; choose another --out, or go on with --resume {folder}") from error
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder} ({error.strerror}); choose another --out") from error
+        try:
+            lock = cls._take_lock(folder)
+            (folder / "stages").mkdir()
+            settings = _tuples({name: value for name, value in config.items() if name != "out"})
+            contents = {"algorithm": algorithm, "config": settings, "fingerprint": fingerprint, "versions": versions}
+            run = cls(folder, lock, contents, display, tensorboard)
+            # config.json comes last: a folder that has it is complete.
+            tree = {**contents, "config": pack(_lists(settings))[1]}
+            whole = {**tree, "sha256": sha256_of({}, dumps(tree))}
+            text = json.dumps(whole, sort_keys=True, allow_nan=False, indent=1)
+            write_whole(folder / "config.json", (text + "\n").encode())
+            sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        return run
+
+    @classmethod
+    def resume(cls, folder: str | Path, *, fingerprint: str, display: Display | None = None, tensorboard: bool = False) -> "Run":
+        """Open an existing run.
+
+        Raises: UserError when it is missing, damaged, in use, or was made from another model.
+        """
+        folder = Path(folder)
+        contents = cls._read_contents(folder)
+        cls.check_model(folder, fingerprint)
+        run = cls(folder, cls._take_lock(folder), contents, display, tensorboard)
+        (folder / "stages").mkdir(exist_ok=True)
+        for left in folder.glob("adapters/.*.tmp"):  # a whole checkpoint, half written
+            shutil.rmtree(left, ignore_errors=True)
+        for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
+            left.unlink()
+        timing = run.paths.timing
+        if timing.exists() and timing.read_bytes()[-1:] not in (b"", b"\n"):
+            with writing(timing, 1), open(timing, "a") as file:
+                file.write("\n")
+        return run
+
+    @staticmethod
+    def read_config(folder: str | Path) -> tuple[str, dict]:
+        """Reads (algorithm, settings) of a run; sequences come back as tuples.
+
+        Raises: UserError when there is no whole config.json.
+        """
+        contents = Run._read_contents(Path(folder))
+        return contents["algorithm"], contents["config"]
+
+    @staticmethod
+    def check_model(folder: str | Path, fingerprint: str) -> None:
+        """Raises: UserError when the run was made from another model than the one with this fingerprint."""
+        own = Run._read_contents(Path(folder))["fingerprint"]
+        if own != fingerprint:
+            raise UserError(f"{folder} was trained from another model (sha {own[:12]}, here sha {fingerprint[:12]}); put the original back")
+
+    @staticmethod
+    def _read_contents(folder: Path) -> dict:
+        path = folder / "config.json"
+        if not folder.is_dir():
+            raise UserError(f"run folder {folder} does not exist; name the folder that --out made")
+        try:
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            checksum = contents.pop("sha256")
+            changed = sha256_of({}, dumps(contents)) != checksum
+            contents["config"] = _tuples(unpack(dict, {}, contents["config"]))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} has no config.json, so it is no run folder or its run never began; start with another --out"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({type(error).__name__}); start a new run with another --out") from error
+        if changed:
+            raise UserError(f"{path} was changed after the run began; undo the change, or start a new run with another --out")
+        return contents
+
+    @staticmethod
+    def _take_lock(folder: Path) -> IO[bytes]:
+        with writing(folder / ".lock", 0):
+            lock = open(folder / ".lock", "ab")  # noqa: SIM115, the run holds it to its end
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(f"run folder {folder} is in use by another process; wait for it to end, or stop it") from error
+        return lock
+
+    def stage(self, name: str, cls: type[RecordT], compute: Callable[[Stage], RecordT]) -> RecordT:
+        """Returns the result of stage `name`: loaded if it is on disk and whole, else computed and saved.
+
+        Both ways give equal records.
+
+        Raises: Interrupted, UserError, and what `compute` raises.
+        """
+        assert re.fullmatch(r"[\w/-]+", name) and name not in self._names, f"stage name {name!r} is used twice or no file name"
+        assert not self._open, f"stage {name} inside stage {self._names[-1]}"
+        self.check_stop()
+        self._names.append(name)
+        stage = Stage(self, len(self._names), name)
+        try:
+            record, content = self.read(stage.path, cls, name)
+        except FileNotFoundError:
+            if self._forget(stage, keep=(stage.partial_path, stage.previous_path)):
+                self.display.warn(f"{stage.path} is missing; computing it and all later stages again")
+        except Torn as error:
+            self.display.warn(f"{error}; computing it and all later stages again")
+            self._forget(stage)
+        else:
+            self.display.stage(stage.number, name, loaded=True)
+            self._commit(stage, content)
+            return record
+        self.display.stage(stage.number, name)
+        self.align([])
+        self._open, start = True, time.monotonic()
+        try:
+            result = compute(stage)
+            save(stage.path, result, rows=stage.rows, **self.origin(name))
+        except KeyboardInterrupt:
+            self._time(stage, start)
+            raise
+        finally:
+            self._open = False
+        # Read back, so that a first run and a resumed one go on from the same objects.
+        record, content = self.read(stage.path, cls, name)
+        self._commit(stage, content)
+        self.align([])
+        self._time(stage, start)
+        return record
+
+    def origin(self, name: str) -> dict:
+        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage before it."""
+        return {"stage": name, "fingerprint": self.fingerprint, "after": self._last_checksum}
+
+    def read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
+        """Reads a stage's file, whole or partial, and its JSON.
+
+        Raises: Torn also when it comes from another run, stage or earlier result.
+        """
+        tensors, content = read_whole(path)
+        if {key: content.get(key) for key in self.origin(name)} != self.origin(name):
+            raise Torn(f"{path} does not follow from the stages before it")
+        return unpack_file(path, cls, tensors, content["record"]), content
+
+    def align(self, rows: list[dict]) -> None:
+        """Make metrics.jsonl hold exactly the committed rows and then `rows`."""
+        path = self.paths.metrics
+        data = "".join(dumps(row) + "\n" for row in self._rows + rows).encode()
+        if not path.exists() or path.read_bytes() != data:
+            write_whole(path, data)
+
+    def check_stop(self) -> None:
+        """Raises: Interrupted when Ctrl-C was pressed."""
+        if self.stopping:
+            raise Interrupted(f"stopped; go on with --resume {self.folder}")
+
+    def _commit(self, stage: Stage, content: dict) -> None:
+        self._rows += content["rows"]
+        self._last_checksum = content["sha256"]
+        for path in (stage.previous_path, stage.partial_path):
+            path.unlink(missing_ok=True)
+        if self._tensorboard is not None:
+            self._tensorboard.write(content["rows"])
+
+    def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
+        """Delete the stage's files and all later ones; returns how many. The last go first, so that a kill leaves no gap."""
+        numbered = [(int(path.name.split("-")[0]), path) for path in stage.path.parent.iterdir() if re.match(r"\d+-", path.name)]
+        stale = [path for number, path in sorted(numbered, reverse=True) if number >= stage.number and path not in keep]
+        for path in stale:
+            path.unlink()
+        return len(stale)
+
+    def _time(self, stage: Stage, start: float) -> None:
+        _append(self.paths.timing, StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict())
+
+    def _on_sigint(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.display.notice("finishing the current step, press Ctrl-C again to stop at once")
+
+    def __enter__(self) -> "Run":
+        self.display.__enter__()
+        # Python allows signal handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGINT, self._on_sigint)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.align([])
+        finally:
+            self.close()
+            self.display.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Releases the lock and restores the previous SIGINT handler."""
+        if self._old_handler is not None:
+            signal.signal(signal.SIGINT, self._old_handler)
+            self._old_handler = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._lock.close()
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

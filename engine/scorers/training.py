@@ -1,0 +1,105 @@
+"""Train a score head: `python -m engine.train head --data FILE.jsonl --name harm --layer 15 --out FOLDER`.
+
+A head is a linear score of the frozen trunk's mean state over a response (`engine.scorers.base.Head`). Pairs
+are fitted by Bradley-Terry on state differences, labels by logistic regression; both are one convex problem,
+solved by Newton's method in float64, so that equal data give equal heads. States are read by the same forward
+that scores responses in a run.
+"""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine import quickstart
+from engine.data.prompts import TextLimits
+from engine.errors import UserError
+from engine.files import write_whole
+from engine.model.decoder import Decoder
+from engine.model.folder import fingerprint, load, resolve
+from engine.model.packing import Group
+from engine.model.tokenizer import load_tokenizer
+from engine.policy.forward import frozen_forward
+from engine.scorers.base import Head
+from engine.scorers.head_card import command_line, figures_table, model_card
+from engine.scorers.head_config import HeadConfig, check
+from engine.scorers.head_data import (
+    check_classes,
+    encode,
+    hold_out,
+    read_head_rows,
+    unique_texts,
+    without_shared_texts,
+)
+from engine.scorers.head_figures import heldout_figures
+from engine.scorers.head_fit import fit_head
+
+__all__ = ["HeadConfig", "train"]
+
+
+def train(config: HeadConfig, *, command: str = "") -> Head:
+    """Fit a head, print its held-out figures and write it with its model card.
+
+    command: the command line that the card shows; the default is made from `config`.
+    Raises: UserError for a setting or a row that cannot be used.
+    """
+    check(config)
+    rows, test = read_head_rows(config.data, config.loss), read_head_rows(config.test, config.loss)
+    if not test:
+        rows, test = hold_out(rows, config.seed)
+    n_rows = len(rows)
+    rows = without_shared_texts(rows, test)
+    removed = n_rows - len(rows)
+    if removed:
+        print(f"{removed} training rows removed: their texts are also in the test rows")
+    check_classes(rows)
+
+    folder = resolve(config.model) if config.model else quickstart.model_folder()
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    if not 0 <= config.layer <= model.config.num_layers:
+        layers = model.config.num_layers
+        raise UserError(f"--layer {config.layer}: the model has {layers} layers; give at most that many.")
+    limits = TextLimits(
+        system=config.system,
+        max_positions=model.config.max_positions,
+        max_new_tokens=config.max_new_tokens,
+        vocab_size=model.config.vocab_size,
+    )
+    texts = unique_texts([*rows, *test])
+    start = time.perf_counter()
+    pooled_ND = pooled_states(model, encode(texts, tokenizer, limits), config.layer)
+    print(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
+
+    index = {text: i for i, text in enumerate(texts)}
+    weight_D, bias = fit_head(rows, pooled_ND, index, config.l2)
+    name = config.name or Path(config.out).name
+    head = Head(name=name, layer=config.layer, weight_D=weight_D, bias=bias, trunk=fingerprint(folder))
+    figures = {
+        "name": name,
+        "layer": config.layer,
+        "l2": config.l2,
+        "trunk": head.trunk,
+        "train_rows": len(rows),
+        "test_rows": len(test),
+        "removed_shared_rows": removed,
+        "rows_by_source": dict(sorted(Counter(row.source for row in rows).items())),
+        "test": heldout_figures(test, head(pooled_ND), index),
+    }
+    print(figures_table(figures["test"]))
+    out = Path(config.out)
+    head.save(out)
+    write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
+    write_whole(out / "README.md", model_card(config, figures, command or command_line(config)).encode())
+    print(f"written: {out / 'head.safetensors'}, metrics.json, README.md")
+    return head
+
+
+def pooled_states(model: Decoder, groups: list[Group], layer: int) -> Tensor:
+    """Compute the mean state of each response after `layer` layers: float32 [N, D], in the order of
+    `rows`."""
+    pooled, _ = frozen_forward(model, groups, [layer], temperature=None)
+    order = torch.tensor([row for group in groups for row in group.rows])
+    return pooled[layer][order.argsort()]

@@ -1,0 +1,162 @@
+"""Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+from engine.model import packing
+from engine.model.packing import LowerStates
+from engine.policy.forward import LogprobGap, logprob_gap
+from engine.policy.lora import first_layer
+from engine.policy.weights import Weights
+from engine.records import Prompts, Rollouts, Sampled
+from engine.rollout.decoding import NEAR_TIE
+from engine.rollout.sampler import generate
+from engine.rollout.states import States
+from engine.run.folder import RunFolder
+from engine.run.plan import kept_states_bytes
+from engine.run.rows import SampledRow, SpeedRow, read_rows
+from engine.run.run import Stage
+from engine.run.store import RecordT, load
+from engine.scorers.scoring import ReferenceForward, Responses, score
+from engine.stages.job import Job, Subject
+from kernels.sampling import combine
+
+# Prompts of each sampling whose samples are run through the training forward again.
+GAP_PROMPTS = 4
+
+
+def respond(
+    job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, states: States | None = None
+) -> tuple[Rollouts, list[str]]:
+    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
+
+    stage: of a run, or anything else with `progress` and `check_stop`.
+    """
+    settings = job.settings
+
+    def on_step(tokens: int) -> None:
+        made.advance(tokens)
+        stage.check_stop()
+
+    with stage.progress(len(prompts) * n * settings.max_new_tokens, "tokens", "sampling") as made:
+        rollouts = generate(
+            job.model,
+            prompts.token_ids,
+            n=n,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            stop_token_ids=job.stop_token_ids,
+            seed=int(combine(settings.seed, purpose)),
+            prompt_key=prompts.key_P,
+            adapter=adapter,
+            max_rows=settings.rows,
+            on_step=on_step,
+            states=states,
+        )
+    texts = [
+        job.tokenizer.decode(row[:length], skip_special_tokens=True)
+        for row, length in zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
+    ]
+    return rollouts, texts
+
+
+def sample(
+    job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
+) -> tuple[Sampled, LowerStates | None]:
+    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
+    gets the `log_gap` of these samples.
+
+    The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
+    large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
+    sampler are the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios
+    start at 1.
+    """
+    settings = job.settings
+    start = time.monotonic()
+    # With --tune full every layer differs from the reference's, so no states can be shared.
+    below = -1 if settings.adapter_from is None else first_layer(job.model.config.num_layers, settings.adapter_from)
+    own = adapter is None and job.model.dtype == torch.float32
+    small = kept_states_bytes(
+        [len(ids) for ids in prompts.token_ids], n * settings.max_new_tokens, job.model.config.hidden_size, job.model.dtype
+    )
+    lower = LowerStates(below) if below >= 0 and small and (keep or not own) else None
+    layers = job.scorers.layers
+    states = States(layers, lower) if max(layers, default=0) <= below and (layers or lower) else None
+
+    rollouts, texts = respond(job, stage, prompts, adapter, n=n, purpose=purpose, states=states)
+    sampled = time.monotonic()
+
+    def on_tokens(tokens: int) -> None:
+        scored.advance(tokens)
+        stage.check_stop()
+
+    total = sum(g.tokens for g in packing.groups(prompts, rollouts))
+    with stage.progress(total, "tokens", "scoring") as scored:
+        forward = ReferenceForward(
+            temperature=settings.temperature,
+            memory_budget_bytes=settings.memory_budget_bytes,
+            logprob=not own,
+            states=states,
+        )
+        responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts)
+        scores = score(job.model, job.scorers, responses, forward, on_tokens=on_tokens)
+    tokens = int(rollouts.length.sum())
+    stage.log_speed(
+        SpeedRow(
+            tokens=tokens,
+            sampling_s=sampled - start,
+            scoring_s=time.monotonic() - sampled,
+            tokens_per_s=tokens / (sampled - start),
+            scored_tokens_per_s=scored.done / (time.monotonic() - sampled),
+        )
+    )
+    logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
+    if own:
+        scores = replace(scores, ref_logprob_PG=logprob_PG)
+    log_gap(job, stage, prompts, rollouts, adapter)
+    sampled = Sampled(rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG)
+    return sampled, states.lower if states and keep else None
+
+
+def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None) -> None:
+    """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward under the same weights, on the
+    responses to the first prompts (`LogprobGap`, nats per token); and in how many of all draws the two best were nearly alike."""
+    settings, groups = job.settings, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
+    gap = logprob_gap(
+        job.model, groups, rollouts, temperature=settings.temperature, memory_budget_bytes=settings.memory_budget_bytes, adapter=adapter
+    )
+    stage.log(
+        SampledRow(
+            prompts=len(groups),
+            responses=rollouts.n,
+            logprob_gap=asdict(gap),
+            near_ties=int(rollouts.near_tie.sum()),
+            draws=int(rollouts.length.sum()),
+        )
+    )
+
+
+def gap_text(row: SampledRow) -> str:
+    """Says a row of `log_gap` in words."""
+    return f"{LogprobGap(**row.logprob_gap)}; two best within {NEAR_TIE:g} in {row.near_ties} of {row.draws} draws"
+
+
+def gap_of(run: Path, stage: str) -> str:
+    """Says what `log_gap` found in a stage of a run; empty where nothing was sampled there."""
+    return next((gap_text(row) for row in read_rows(run, SampledRow) if row.stage == stage), "")
+
+
+def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
+    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
+    if not job.config.samples_of:
+        return None
+    folder = RunFolder(Path(job.config.samples_of))
+    file = folder.stage_file(stage)
+    if file is None:
+        raise UserError(f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first (--resume {folder.path}).")
+    return load(file, cls)

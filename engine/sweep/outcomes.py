@@ -1,0 +1,90 @@
+"""The outcome of a finished or failed run of a sweep, read from its folder."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine import constraints
+from engine.constraints import Limit
+from engine.run.folder import RunFolder
+from engine.run.rows import (
+    IterationRow,
+    PolicyRow,
+    ReferenceRow,
+    SpeedRow,
+    StageTimeRow,
+    StepRow,
+    read_rows,
+    read_timing,
+)
+from engine.sweep.plans import Plan
+from engine.verdict.evaluation import Evaluation
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """A finished or failed run: its verdict, or its error, and what it cost."""
+
+    plan: Plan
+    evaluation: Evaluation | None = None
+    error: str = ""
+    limits: list[Limit] = field(default_factory=list)  # the constraints
+    lam: list[float] = field(default_factory=list)  # multipliers of the last policy
+    iterations: list[IterationRow] = field(default_factory=list)
+    tokens: int = 0  # sampled in training by this run
+    reference_tokens: int = 0  # of the reference's samples for training, which the runs of a seed share
+    steps: int = 0  # policy steps
+    seconds: float = 0.0  # of training, without the reference's samples
+
+
+def finished(plan: Plan) -> bool:
+    """Tell whether a run has its verdict and its report."""
+    paths = RunFolder(plan.folder)
+    return paths.evaluation.is_file() and paths.report_html.is_file()
+
+
+def read_run(plan: Plan, error: str = "") -> Outcome:
+    """Read the folder of a run that is done, or has failed with `error`."""
+    (reference,) = read_rows(plan.folder, ReferenceRow)
+    tokens, seconds = effort(plan.folder)
+    reference_tokens, _ = effort(Path(plan.config.samples_of))
+    outcome = Outcome(
+        plan=plan,
+        error=error,
+        limits=constraints.limits(plan.config, reference.names),
+        tokens=sum(n for stage, n in tokens.items() if is_training(stage)),
+        reference_tokens=reference_tokens.get("reference", 0),
+        steps=len(read_rows(plan.folder, StepRow)),
+        seconds=sum(s for stage, s in seconds.items() if is_training(stage)),
+        iterations=read_rows(plan.folder, IterationRow),
+    )
+    if not error:
+        outcome.evaluation = Evaluation.from_dict(json.loads(RunFolder(plan.folder).evaluation.read_text()))
+        outcome.lam = kept_lam(plan.folder) or outcome.iterations[0].lam
+    return outcome
+
+
+def kept_lam(folder: Path) -> list[float] | None:
+    """Read the multipliers that the judged policy of a run was trained at.
+
+    None where --max-kl rejected the first policy, so that the verdict is on the reference.
+    """
+    paths = RunFolder(folder)
+    kept = [row for row in read_rows(folder, PolicyRow) if not paths.rejected(row.iteration).is_dir()]
+    return kept[-1].lam if kept else None
+
+
+def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """Read the sampled tokens and the seconds of each stage of a run, by its name.
+
+    Only the last attempt at a stage counts: one that was interrupted had sampled the same responses. The
+    seconds that a policy stage took before an interruption are thus left out.
+    """
+    tokens = {row.stage: row.tokens for row in read_timing(folder, SpeedRow)}
+    seconds = {row.stage: row.seconds for row in read_timing(folder, StageTimeRow)}
+    return tokens, seconds
+
+
+def is_training(stage: str) -> bool:
+    """Tell whether a stage belongs to training: the reference's samples and the verdict do not."""
+    return stage != "reference" and not stage.startswith("heldout/")

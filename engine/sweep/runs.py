@@ -1,0 +1,154 @@
+"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set of reference samples
+for each seed.
+
+For each seed the reference is sampled once (run folder samples-seedSEED), and the dual is solved at all
+thresholds before anything is trained, each from its neighbour's multipliers and for each beta and margin.
+Thresholds that the samples do not support are named there, but not for algorithms that know none. Then every
+run is an ordinary run folder, made by `engine.train`'s functions with --samples-of. After each of them the
+sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
+"""
+
+import shutil
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine.config import ALGORITHMS, fit
+from engine.errors import NonFiniteError, UserError
+from engine.files import write_json
+from engine.report import run_page
+from engine.run.folder import RunFolder
+from engine.stages.job import open_job
+from engine.stages.reference import reference_of
+from engine.stages.run import RunStages
+from engine.stages.solve import one_shot
+from engine.sweep.outcomes import Outcome, finished, read_run
+from engine.sweep.pages import write
+from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
+
+
+class OneShot(NamedTuple):
+    """The dual's solution on a seed's reference samples for one problem of the sweep."""
+
+    threshold: tuple[float, ...]
+    beta: float
+    margin: float
+    aim: list[float]
+    lam: list[float]
+    predicted: list[float]  # improvement at these multipliers
+    ess: float  # mean effective sample size of a prompt
+
+
+def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
+    """Do all runs that are not done yet and write the sweep's files.
+
+    Raises: UserError before anything is sampled, or where the samples do not support a threshold;
+    Interrupted.
+    """
+    out = Path(sweep.out)
+    plans = configs_of(sweep, preset)
+    if not resume:
+        # A sweep that was killed before sweep.json was whole has left nothing else.
+        if out.exists() and not (
+            out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}
+        ):
+            raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "preset": preset,
+            **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"},
+        }
+        write_json(out / "sweep.json", settings)
+    paths = {seed: draw_samples([plan for plan in plans if plan.config.seed == seed]) for seed in sweep.seeds}
+    outcomes: list[Outcome] = []
+    for number, plan in enumerate(plans, 1):
+        print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
+        outcomes.append(read_run(plan, _train(plan)))
+        write(out, outcomes, paths)
+    print(
+        f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}"
+    )
+    return outcomes
+
+
+def draw_samples(plans: list[Plan]) -> list[OneShot]:
+    """Draw the reference's samples of one seed and solve the dual along the thresholds for each beta and
+    margin.
+
+    It is not solved for algorithms without thresholds, nor for scores that exist only after policies have
+    been aligned.
+    Raises: UserError for thresholds beyond what the samples support, before anything is trained.
+    """
+    # Any of the configs will do: the samples do not depend on the settings in which they differ.
+    config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
+    solved, seen = [], []
+    with open_job("samples", config, _begun(Path(config.out)), n_stages=2) as job:
+        stages = RunStages(job)
+        stages.sample_reference()
+        stages.heldout(None)
+        for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
+            if not plan.config.has_thresholds or plan.config.by_preference:
+                continue
+            fitted, _ = fit(plan.config, len(job.train), len(job.heldout))
+            plan_job = replace(job, config=fitted)
+            reference = reference_of(plan_job, stages.reference.prompts, stages.reference.sampled, None)
+            aim = reference.aim_J.tolist()
+            problem = aim, reference.limits, fitted.beta, fitted.lam_max, fitted.force
+            if problem in seen:
+                continue
+            seen.append(problem)
+            guess_J = torch.tensor(solved[-1].lam, dtype=torch.float64) if solved else None
+            try:
+                solution = one_shot(plan_job, reference, start_J=guess_J)
+            except UserError as error:
+                raise UserError(
+                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)}: {error} Or leave it out; "
+                    "all other flags of a sweep stand behind --."
+                ) from error
+            solved.append(
+                OneShot(
+                    threshold=plan.threshold,
+                    beta=fitted.beta,
+                    margin=fitted.margin,
+                    aim=aim,
+                    lam=solution.lam.tolist(),
+                    predicted=solution.predicted_improvement.tolist(),
+                    ess=float(solution.ess.mean()),
+                )
+            )
+            job.run.display.line(_sentence(solved[-1], fitted.n_responses))
+    return solved
+
+
+def _sentence(s: OneShot, n_responses: int) -> str:
+    """Say a solution in one line for the user."""
+    return (
+        f"b {numbers(s.threshold)} (beta {s.beta:g}, margin {s.margin:g}): aim {numbers(s.aim)}, one-shot "
+        f"lambda {numbers(s.lam)}, effective sample size {s.ess:.1f} of {n_responses}"
+    )
+
+
+def _train(plan: Plan) -> str:
+    """Do a run, or the rest of it, unless it is done; return the error that it failed with, or an empty
+    text."""
+    if not RunFolder(plan.folder).evaluation.is_file():
+        try:
+            ALGORITHMS[plan.algorithm].train(plan.config, resume=_begun(plan.folder))
+        except NonFiniteError as stop:
+            print(f"error: {stop}", file=sys.stderr)
+            return str(stop)
+    elif not finished(plan):
+        run_page.write(plan.folder)
+    return ""
+
+
+def _begun(folder: Path) -> str | None:
+    """Return the folder where a run in it can be resumed; remove what a run left that was killed before it
+    began."""
+    if RunFolder(folder).config.is_file():
+        return str(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None

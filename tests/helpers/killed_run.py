@@ -1,0 +1,83 @@
+"""Program of test_runs.py: smoke runs in forked children that are killed at chosen events. `killed_run.py FOLDER SEED`.
+
+An event is a step of progress or an fsync inside the write of a checkpoint. Run `whole` is not disturbed and gives the list of events;
+run `killed` is killed once in each stage, at a seeded event, and resumed each time. Prints the stages and kinds of event killed at.
+"""
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import engine.caid  # noqa: F401, imported before the forks
+from engine import train
+from engine.run.display import Progress
+from engine.run.run import Stage
+
+FLAGS = ["--preset", "smoke", "--iterations", "2", "--seed", "3", "--threads", "1"]
+
+
+def run(argv: list[str], on_event) -> int:
+    """Run the command line in a child whose events call on_event(stage, kind); returns its exit code, negative for a signal."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    current = {"stage": "start"}
+    stage_init, advance, fsync = Stage.__init__, Progress.advance, os.fsync
+
+    def opened(self, run, number, name):
+        current["stage"] = name
+        stage_init(self, run, number, name)
+
+    def advanced(self, n=1):
+        advance(self, n)
+        on_event(current["stage"], "progress")
+
+    def synced(handle):
+        on_event(current["stage"], "write")
+        fsync(handle)
+
+    Stage.__init__, Progress.advance, os.fsync = opened, advanced, synced
+    sys.stdout = open(os.devnull, "w")
+    code = train.main(argv)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+    log = folder / "events.txt"
+
+    def record(stage: str, kind: str) -> None:
+        with open(log, "a") as file:
+            file.write(f"{stage} {kind}\n")
+
+    assert run([*FLAGS, "--out", str(folder / "whole")], record) == 0
+    events: dict[str, list[str]] = {}
+    for line in log.read_text().splitlines():
+        stage, kind = line.split()
+        events.setdefault(stage, []).append(kind)
+    events.pop("start", None)
+
+    argv = [*FLAGS, "--out", str(folder / "killed")]
+    for stage, kinds in events.items():
+        # Half of the kills fall into a write where the stage has progress too.
+        writes = [i for i, kind in enumerate(kinds) if kind == "write"]
+        chosen = rng.choice(writes) if rng.random() < 0.5 else rng.randrange(len(kinds))
+        seen = {"n": 0}
+
+        def kill(at: str, kind: str, stage=stage, chosen=chosen, seen=seen) -> None:
+            if at == stage:
+                if seen["n"] == chosen:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen["n"] += 1
+
+        assert run(argv, kill) == -signal.SIGKILL, (stage, chosen)
+        print(stage, kinds[chosen])
+        argv = ["--resume", str(folder / "killed")]
+    assert run(argv, lambda stage, kind: None) == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The order of the packages, and that every import of engine/ and kernels/ follows it."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A module imports from the lines above its own, and within its own package. `kernels` may be imported from everywhere.
+LAYERS = """
+errors
+records files intervals keys
+config model
+data run constraints quickstart
+verdict
+report policy
+rollout dual
+scorers
+stages
+caid mocan baselines
+pecan
+train evaluate export sweep
+""".strip()
+LEVEL = {name: level for level, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted name -> file of every module of a package."""
+    found = {}
+    for file in sorted((ROOT / package).rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules("engine") | modules("kernels")
+
+
+def imports(name: str, source: str) -> set[str]:
+    """The modules of this project that a module imports anywhere in it, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}: a relative import"
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                found.add(below if below in MODULES else node.module)
+    return {module for module in found if module in MODULES and module != name}
+
+
+IMPORTS = {name: imports(name, file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+
+
+def part(module: str) -> str:
+    """The package or file of engine/ that a module belongs to."""
+    return module.split(".")[1]
+
+
+def upward(name: str, imported: set[str]) -> list[str]:
+    """What a module of engine/ imports from its own line or from below."""
+    return sorted(
+        module
+        for module in imported
+        if module.startswith("engine.") and part(module) != part(name) and LEVEL[part(module)] >= LEVEL[part(name)]
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("engine.")])
+def test_imports_point_to_lower_layers(name):
+    assert part(name) in LEVEL, f"{name}: give {part(name)} a place in LAYERS"
+    assert not upward(name, IMPORTS[name])
+
+
+def test_no_circle_of_modules():
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_kernels_know_nothing_of_the_engine():
+    assert not {name for name in IMPORTS if name.startswith("kernels") and any(m.startswith("engine") for m in IMPORTS[name])}
+
+
+def test_lazy_imports_count():
+    source = "def f():\n    from engine.stages import job\n    import engine.caid\n"
+    assert upward("engine.data.tables", imports("engine.data.tables", source)) == ["engine.caid", "engine.stages.job"]
+
+
+def test_a_circle_is_found():
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_file_is_long(name):
+    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= 500
