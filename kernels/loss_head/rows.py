@@ -7,7 +7,7 @@ p)/d(logits before the softcap),
     J     = (softmax(z) - onehot(y)) (1 - tanh(u / softcap)^2) / temperature,  u = h W^T + bias
     dH_t  = -a_t J_t W,  dW = -sum_t a_t J_t^T H_t,  dbias = -sum_t a_t J_t,  a_t = d loss / d log p_t
 
-The backward pass computes the logits again; `kernels.loss_head` has the schemes that do not.
+The backward pass computes the logits again; `kernels.loss_head.passes` has the schemes that do not.
 """
 
 from collections.abc import Iterator

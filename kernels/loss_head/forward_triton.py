@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_rows import _logit
+from kernels.loss_head.rows_triton import _logit
 
 
 class Blocks(NamedTuple):

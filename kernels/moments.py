@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_dual, check_dual_values
-from kernels.reference import DualMoments, tilted_moments
+from kernels.loss_head.rows import DualMoments, tilted_moments
 
 
 @torch.library.custom_op("dualign::dual_moments", mutates_args=(), device_types=("cpu", "cuda"))

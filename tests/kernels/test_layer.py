@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import compiled, layer, native
+from kernels import compiled
+from kernels.layer import layer
+from kernels.loss_head import rows_native as native
 
 pytestmark = pytest.mark.skipif(not compiled.instructions, reason="no compiled kernels")
 SIZES = [(1, 2), (3, 30), (5, 64), (7, 577), (2, 4098)]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from interpreter import compiled, interpreted, run_interpreted
 
-from kernels import reference
-from kernels.decode_attention import decode_attention, store
+from kernels.attention.decode import decode_attention, store
+from kernels.loss_head import rows as reference
+from tests.helpers.interpreter import compiled, interpreted, run_interpreted
 
 
 def problem(groups=(2, 0, 3), length=(20, 9, 5), heads=4, kv_heads=2, width=16, room=8, used=5, dtype=torch.float32, device="cpu") -> dict:
@@ -117,7 +117,7 @@ def test_bad_arguments(change, message):
 
 
 def test_parts_fill_the_processors_and_are_not_too_short():
-    triton_decode = pytest.importorskip("kernels.triton_decode", reason="needs triton")
+    triton_decode = pytest.importorskip("kernels.attention.decode_triton", reason="needs triton")
     for programs, longest, window, parts in ((1, 4096, None, 32), (8, 4096, None, 32), (64, 4096, None, 4), (64, 4096, 200, 2),
                                              (500, 4096, None, 1), (1, 100, None, 1), (1, 0, None, 1)):  # fmt: skip
         assert triton_decode.parts_of(longest, window, programs) == parts
@@ -148,7 +148,7 @@ def poisoned():
 
 
 def by_triton(data: dict, scale=None, softcap=None, window=None, **plan) -> torch.Tensor:
-    from kernels import triton_decode
+    from kernels.attention import decode_triton as triton_decode
 
     plan = {"shared": triton_decode.INTERPRETED, "own": triton_decode.INTERPRETED} | plan
     return triton_decode.decode_attention(**data, scale=scale, softcap=softcap, window=window, **plan)
@@ -177,7 +177,7 @@ SHAPES = {
 @interpreted
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_interpreted_shapes(shape, poisoned):
-    from kernels import triton_decode
+    from kernels.attention import decode_triton as triton_decode
 
     data = problem(**shape)
     group = data["query"].shape[1] // data["own_keys"].shape[1]
@@ -212,7 +212,7 @@ def test_interpreted_large_scores():
 
 @interpreted
 def test_interpreted_store():
-    from kernels import triton_decode
+    from kernels.attention import decode_triton as triton_decode
 
     own, data = torch.full((2, 2, 3, 4, 5), torch.nan), torch.randn(2, 2, 3, 5)
     twin = own.clone()

@@ -1,7 +1,7 @@
 """hidden x head -> log-probs and gradients: what is kept, what is formed at once and what is computed again, as torch.library ops.
 
 The matrix products are the cost: 2 T D V flop each, T rows. A row's coefficient a_t = d loss / d log p_t is a factor of all it adds
-(`kernels.reference`), so it may become known after the logits are gone. Schemes, by what the caller differentiates and the memory budget:
+(`kernels.loss_head.rows`), so it may become known after the logits are gone. Schemes, by what the caller differentiates and the memory budget:
 
 - forward only: 1 product.
 - frozen head (C): the forward pass also forms J W [T, D]; the backward pass scales its rows. 2 products. Where that does not fit, a
@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import native
 from kernels.checks import check_policy_values, check_preference_values, check_row_values
-from kernels.reference import (
+from kernels.loss_head import rows_native as native
+from kernels.loss_head.rows import (
     VECTOR_BYTES_PER_ROW,
     Sizes,
     TorchRows,
@@ -50,7 +50,7 @@ from kernels.reference import (
 def row_workspace(hidden: Tensor) -> type:
     """Who does the row arithmetic for these inputs: Triton on a GPU and compiled code on the CPU (not in float64), else plain torch."""
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
-        from kernels.triton_rows import TritonRows
+        from kernels.loss_head.rows_triton import TritonRows
 
         return TritonRows
     return native.NativeRows if native.serves(hidden.device, statistics_dtype(hidden.dtype)) else TorchRows
@@ -59,7 +59,7 @@ def row_workspace(hidden: Tensor) -> type:
 class Plan(NamedTuple):
     """How one call is done."""
 
-    kind: str  # what is asked of the workspace, see `kernels.reference.TorchRows`
+    kind: str  # what is asked of the workspace, see `kernels.loss_head.rows.TorchRows`
     sizes: Sizes
     rows: int  # rows of hidden in a chunk
     kept: int  # rows whose z the forward pass keeps

@@ -1,6 +1,6 @@
 """Sampling on a GPU: a program for each part of a row of logits, which are read once, and one program a row that joins its parts; with
 top-k or top-p, before these, one program a row that finds which tokens are kept, by a search that reads the row 19 times for one of the
-two and 35 times for both. See `kernels.sampling`."""
+two and 35 times for both. See `kernels.sampling.draw`."""
 
 import torch
 import triton
@@ -20,7 +20,7 @@ def _scrambled(x):
 
 @triton.jit
 def _log_exponential(o, stream):
-    """Logarithm of the exponential numbers `o` (int32) of a stream, as `kernels.sampling.exponential` makes them, in float32."""
+    """Logarithm of the exponential numbers `o` (int32) of a stream, as `kernels.sampling.draw.exponential` makes them, in float32."""
     low, high = (stream & 0xFFFFFFFF).to(tl.uint32), ((stream >> 32) & 0xFFFFFFFF).to(tl.uint32)
     bits = _scrambled(_scrambled(o.to(tl.uint32) * 0x9E3779B9 + low) ^ high)
     more = (_scrambled(_scrambled(bits * 0x9E3779B9 + high) ^ low) | 1).to(tl.float32) * 2.3283064e-10
@@ -224,7 +224,7 @@ def join_kernel(
 def sample_rows(
     logits: Tensor, stream: Tensor | None, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token int64 [R], its logprob and model_logprob float32 [R] and the gap float32 [R] (see `kernels.sampling.sample_with_gap`); the
+    """Token int64 [R], its logprob and model_logprob float32 [R] and the gap float32 [R] (see `kernels.sampling.draw.sample_with_gap`); the
     likeliest token (the first of equals) and logprob 0 where stream is None, whatever top_k and top_p.
 
     logits [R, V] of any float dtype, read as float32; stream int64 [R], the rows' random numbers. Sums over parts are float64. A token

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import compiled, native, reference, sample, sequence_logprob
-from kernels.loss_head import row_workspace
-from kernels.sampling import _truncate, exponential, sample_with_gap, stream
+from kernels import compiled, sample, sequence_logprob
+from kernels.loss_head import rows as reference
+from kernels.loss_head import rows_native as native
+from kernels.loss_head.passes import row_workspace
+from kernels.sampling.draw import _truncate, exponential, sample_with_gap, stream
 
 # -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
 SIZES = [7, 127, 128, 129, 32001, 49152]

@@ -1,4 +1,4 @@
-"""The schemes of the loss head against dense float64 autograd, by the error rule of test_kernels_reference; and its torch.library ops."""
+"""The schemes of the loss head against dense float64 autograd, by the error rule of test_losses; and its torch.library ops."""
 
 import math
 
@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_reference import assert_close, dense_dpo, dense_logprob, make, preference_gradients, reordered
+from test_losses import assert_close, dense_dpo, dense_logprob, make, preference_gradients, reordered
 
 from bench.measure import peak_bytes
-from kernels import lagrangian_policy_loss, lagrangian_preference_loss, loss_head, reference, sequence_logprob
-from kernels.loss_head import plan, row_workspace
+from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
+from kernels.loss_head import passes as loss_head
+from kernels.loss_head import rows as reference
+from kernels.loss_head.passes import plan, row_workspace
 
 # A few pairs in a row, a sequence in several pairs, one in none, an empty one, one with itself.
 LENGTHS = (5, 7, 0, 4, 6, 3, 9, 2, 5, 1)

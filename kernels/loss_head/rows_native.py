@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels import compiled
 from kernels.compiled import _native
+from kernels.loss_head.rows import Sizes, TorchRows, chunks, head_columns
 from kernels.products import add_product, times_transposed
-from kernels.reference import Sizes, TorchRows, chunks, head_columns
 
 NO_WINDOW = 2**62
 _told = False
@@ -31,7 +31,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class NativeRows(TorchRows):
-    """`kernels.reference.TorchRows` in which logits are worked on a tile at a time, between its product and the next, while it is in cache.
+    """`kernels.loss_head.rows.TorchRows` in which logits are worked on a tile at a time, between its product and the next, while it is in cache.
 
     - Values and J W take the logits in as they are made, with a running maximum, and keep none of them.
     - For gradients z keeps the logits (before the temperature, their tanh where there is a softcap), column part by column part. J is
@@ -207,7 +207,7 @@ def sample_rows(
     logits: Tensor, stream: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token int64 [R], its log-prob among the tokens kept, its log-prob under softmax(logits / temperature) and the gap, float32 [R]; see
-    `kernels.sampling.sample_with_gap`.
+    `kernels.sampling.draw.sample_with_gap`.
 
     logits: float32 [R, V] on the CPU; stream: int64 [R], the rows' random numbers. `kept`, float32 [R, V], takes exp((logits - largest) /
     temperature) of the tokens kept and 0 of the others; only where some may be left out. Mass below exp(-87.3) of the largest is 0, and a
@@ -250,7 +250,7 @@ def decode_attention(
 
 
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, or x itself, and its RMS norm times weight); x, delta float32 [R, N] on the CPU. See `kernels.layer`."""
+    """(x + delta, or x itself, and its RMS norm times weight); x, delta float32 [R, N] on the CPU. See `kernels.layer.layer`."""
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
     out = torch.empty_like(x)
@@ -262,7 +262,7 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
 
 
 def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.layer.split_rotated`; float32 on the CPU."""
+    """See `kernels.layer.layer.split_rotated`; float32 on the CPU."""
     q = qkv.new_empty(len(qkv), heads, cos.shape[1])
     k, v = (qkv.new_empty(len(qkv), kv_heads, cos.shape[1]) for _ in range(2))
     _native.split_rotated(
@@ -272,7 +272,7 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: i
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    """See `kernels.layer.gated_silu`; float32 on the CPU."""
+    """See `kernels.layer.layer.gated_silu`; float32 on the CPU."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     _native.gated_silu(gate_up.contiguous(), out, torch.get_num_threads(), compiled.make.instructions)
     return out

@@ -3,23 +3,26 @@
 import math
 
 import pytest
-import test_kernels_loss_head
-import test_kernels_suite as suite
+import test_schemes
+import test_hard_cases as suite
 import torch
-from interpreter import compiled, interpreted, run_interpreted
-from test_kernels_suite import device, taken  # noqa: F401
+from test_hard_cases import device, taken  # noqa: F401
+
+from tests.helpers.interpreter import compiled, interpreted, run_interpreted
 
 pytest.importorskip("triton")
 
-from kernels import lagrangian, loss_head, sequence_logprob  # noqa: E402
+from kernels import sequence_logprob
+from kernels.loss_head import losses as lagrangian
+from kernels.loss_head import passes as loss_head  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def triton_rows(monkeypatch):
     """The ops do their rows with Triton, on the CPU."""
-    from kernels.triton_rows import TritonRows
+    from kernels.loss_head.rows_triton import TritonRows
 
-    for module in (loss_head, lagrangian, test_kernels_loss_head):
+    for module in (loss_head, lagrangian, test_schemes):
         monkeypatch.setattr(module, "row_workspace", lambda hidden: TritonRows)
 
 
@@ -69,7 +72,7 @@ def run(function, leaves, needs, coefficient):
 
 
 def check(data, needs, temperature=1.0, softcap=None, budget=None):
-    """Triton's rows in the interpreter against dense float64, by the error rule of test_kernels_reference."""
+    """Triton's rows in the interpreter against dense float64, by the error rule of test_losses."""
     data = {"bias": None} | data
     coefficient = torch.linspace(-1, 1.5, len(data["target"]))
     needs = [name for name in needs if data[name] is not None]
@@ -145,7 +148,7 @@ def test_every_scheme(scheme, dtype, taken):  # noqa: F811
 @interpreted
 @NEEDS
 def test_several_blocks_and_chunks(needs, monkeypatch):
-    from kernels.triton_rows import TritonRows
+    from kernels.loss_head.rows_triton import TritonRows
 
     monkeypatch.setattr(TritonRows, "MAX_BLOCK", 128)
     check(make(rows=11, vocabulary=300, bias=True), needs, budget=12000, softcap=4.0)
@@ -168,7 +171,7 @@ def test_large_common_offset():
 @interpreted
 def test_minus_infinity(monkeypatch):
     """A whole first block of -inf, then a finite one; a target of -inf has log-prob -inf."""
-    from kernels.triton_rows import TritonRows
+    from kernels.loss_head.rows_triton import TritonRows
 
     monkeypatch.setattr(TritonRows, "MAX_BLOCK", 16)
     data = make(bias=True)
@@ -255,7 +258,7 @@ def test_empty_batch():
 )
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 3.0}], ids=["plain", "softcap"])
 def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options):
-    from kernels import triton_forward
+    from kernels.loss_head import forward_triton as triton_forward
 
     data = make(max(1, rows), width, vocabulary, dtype, bias=bool(options))
     data = {k: v[:rows] if k in ("hidden", "target") else v for k, v in data.items()}
@@ -273,7 +276,7 @@ def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options
 @interpreted
 def test_vocabulary_parts_join_past_minus_infinity_and_offsets():
     """Whole tiles of -inf before and after the finite ones, and logits near 2^24."""
-    from kernels import triton_forward
+    from kernels.loss_head import forward_triton as triton_forward
 
     bias = torch.full((300,), -math.inf)
     bias[[140, 141]] = 2.0**24
@@ -285,8 +288,8 @@ def test_vocabulary_parts_join_past_minus_infinity_and_offsets():
 
 @interpreted
 def test_forward_passes_of_small_heads_store_no_logits(monkeypatch):
-    from kernels import triton_forward
-    from kernels.triton_rows import TritonRows
+    from kernels.loss_head import forward_triton as triton_forward
+    from kernels.loss_head.rows_triton import TritonRows
 
     data = make(dtype=torch.bfloat16)
     stored = token_logprob(**data | {"hidden": data["hidden"].requires_grad_()}).detach()

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import compiled, interpreted, run_interpreted
 
-from kernels import layer
+from kernels.layer import layer
+from tests.helpers.interpreter import compiled, interpreted, run_interpreted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -32,7 +32,7 @@ def test_interpreter():
 @pytest.mark.parametrize("rows, width", [(1, 2), (3, 577), (2, 1024)])
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
 def test_interpreted_norm(rows, width, scale, dtype):
-    from kernels import triton_layer
+    from kernels.layer import layer_triton as triton_layer
 
     x, weight = normal(rows, width, dtype=dtype, scale=scale), normal(width, dtype=dtype)
     delta = normal(rows, 2 * width, dtype=dtype, scale=scale)[:, ::2]
@@ -50,7 +50,7 @@ def test_interpreted_norm(rows, width, scale, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, d", [(1, 1, 2), (9, 3, 64), (4, 2, 10), (3, 1, 48)])
 def test_interpreted_rotation_and_split(heads, kv_heads, d, dtype):
-    from kernels import triton_layer
+    from kernels.layer import layer_triton as triton_layer
 
     rows = 3
     wide, angle = normal(rows, (heads + 2 * kv_heads) * d + 5, dtype=dtype), normal(rows, d, dtype=torch.float32, scale=3.0)
@@ -67,7 +67,7 @@ def test_interpreted_rotation_and_split(heads, kv_heads, d, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, width", [(1, 1), (3, 1030), (2, 1024)])
 def test_interpreted_gate(rows, width, dtype):
-    from kernels import triton_layer
+    from kernels.layer import layer_triton as triton_layer
 
     gate_up = normal(rows, 2 * width, dtype=dtype, scale=20.0)
     gate, up = gate_up.double().chunk(2, 1)
@@ -78,7 +78,7 @@ def test_interpreted_gate(rows, width, dtype):
 
 @interpreted
 def test_interpreted_ends_of_the_gate():
-    from kernels import triton_layer
+    from kernels.layer import layer_triton as triton_layer
 
     gate_up = torch.tensor([[-1e4, -90.0, -1.0, 0.0, 1.0, 90.0, 1e4, torch.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
     torch.testing.assert_close(triton_layer.gated_silu(gate_up), F.silu(gate_up[:, :8]), rtol=1e-6, atol=1e-30, equal_nan=True)
@@ -97,7 +97,7 @@ def test_kernels_compile_for_sm_90():
 
 def test_who_serves():
     pytest.importorskip("triton")
-    from kernels import triton_layer
+    from kernels.layer import layer_triton as triton_layer
 
     def asked(dtype=torch.bfloat16, is_cuda=True, rows=3, step=1, other=torch.bfloat16):
         x = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, numel=lambda: 8 * rows, stride=lambda i: step)

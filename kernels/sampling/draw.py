@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels import native
 from kernels.checks import FLOATS, check_sampling, check_tensor
+from kernels.loss_head import rows_native as native
 
 _WORD = (1 << 32) - 1
 
@@ -37,7 +37,7 @@ def sample_with_gap(
         raise ValueError(f"logits has shape {list(logits.shape)}: expected at least one column")
     check_sampling(temperature, top_p, top_k)
     if logits.is_cuda:
-        from kernels import triton_sampling
+        from kernels.sampling import draw_triton as triton_sampling
 
         return triton_sampling.sample_rows(logits, stream(key, step) if temperature else None, temperature or 1.0, top_k, top_p)
     z = logits.detach().float()

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import compiled, lagrangian_preference_loss, reference, sequence_logprob
-from kernels.native import NativeRows
-from kernels.reference import TorchRows
+from kernels import compiled, lagrangian_preference_loss, sequence_logprob
+from kernels.loss_head import rows as reference
+from kernels.loss_head.rows import TorchRows
+from kernels.loss_head.rows_native import NativeRows
 
 OPS = [sequence_logprob, reference.sequence_logprob]
 

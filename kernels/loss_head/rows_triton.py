@@ -1,5 +1,5 @@
 """The GPU row pass: a matrix product into a chunk of float32 logits, then one Triton program a row for log p and J. See
-`kernels.reference` for the mathematics.
+`kernels.loss_head.rows` for the mathematics.
 
 Imported only where it runs, because Triton is not installed everywhere.
 """
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.reference import Sizes, TorchRows
+from kernels.loss_head.rows import Sizes, TorchRows
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def row_kernel(
 
 
 class TritonRows(TorchRows):
-    """`kernels.reference.TorchRows` on a GPU, not for float64. Beside a cuBLAS product of float32 logits stands one Triton program a row.
+    """`kernels.loss_head.rows.TorchRows` on a GPU, not for float64. Beside a cuBLAS product of float32 logits stands one Triton program a row.
 
     J is kept in the dtype of the inputs, whole (state 1), in rows that start at multiples of 16 elements also where V is odd, so that loads
     stay wide.
@@ -110,7 +110,7 @@ class TritonRows(TorchRows):
     def sizes(cls, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, rows: int, budget: int, kind: str) -> Sizes:
         (vocabulary, width), stride = weight.shape, cls._stride(weight)
         if kind == "values":
-            from kernels.triton_forward import PARTS_PER_ROW_BLOCK
+            from kernels.loss_head.forward_triton import PARTS_PER_ROW_BLOCK
 
             return Sizes(vocabulary, 0, 0, 3 * 4 * PARTS_PER_ROW_BLOCK if cls._blocks(weight) else 4 * stride, 0)
         own_logits = weight.dtype != torch.float32
@@ -128,7 +128,7 @@ class TritonRows(TorchRows):
     @staticmethod
     def _blocks(weight: torch.Tensor):
         """How the kernel that stores no logits goes through a head of this shape; None where the product of a library is faster."""
-        from kernels import triton_forward
+        from kernels.loss_head import forward_triton as triton_forward
 
         return triton_forward.blocks_for(weight.shape[1], weight.dtype)
 
@@ -143,7 +143,7 @@ class TritonRows(TorchRows):
     def values(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.blocks is None:
             return super().values(hidden, target)
-        from kernels import triton_forward
+        from kernels.loss_head import forward_triton as triton_forward
 
         out = hidden.new_empty(len(hidden), dtype=torch.float32)
         triton_forward.token_logprob(hidden, self.weight, self.bias, target, self.temperature, self.softcap, self.blocks, out)

@@ -3,8 +3,8 @@
 import torch
 
 from kernels.checks import check_rows
-from kernels.loss_head import sequence_logprob_op
-from kernels.reference import budget_or_default
+from kernels.loss_head.passes import sequence_logprob_op
+from kernels.loss_head.rows import budget_or_default
 
 
 def needs_gradient(*values: torch.Tensor | None) -> bool:
@@ -36,7 +36,7 @@ def sequence_logprob(
       has log-prob 0.
     - token_weight [T], default 1: a row of weight 0 adds nothing. bias [V].
     - memory_budget_bytes bounds memory beyond inputs, returned gradients and one float32 accumulator of the head's gradient (formula: top
-      of kernels/loss_head.py); default 256 MiB, on a GPU 4 GiB (`kernels.reference.DEFAULT_MEMORY_BUDGET_BYTES`).
+      of kernels/loss_head.py); default 256 MiB, on a GPU 4 GiB (`kernels.loss_head.rows.DEFAULT_MEMORY_BUDGET_BYTES`).
     - debug=True also reads the values of tensors on a GPU, which makes the host wait.
 
     Returns logprob [N], or (logprob [N], token_logprob [T], unweighted) with return_token_logprob; float32 (float64 for float64 inputs),

@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
-from interpreter import compiled, interpreted, run_interpreted
+
+from tests.helpers.interpreter import compiled, interpreted, run_interpreted
 
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
 from kernels import sample  # noqa: E402
-from kernels.sampling import combine, exponential, sample_with_gap, stream  # noqa: E402
-from kernels.triton_sampling import _log_exponential  # noqa: E402
+from kernels.sampling.draw import combine, exponential, sample_with_gap, stream  # noqa: E402
+from kernels.sampling.draw_triton import _log_exponential  # noqa: E402
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def by_triton(logits, streams, temperature=1.0, part=4096):
 
 
 def truncated_by_triton(logits, streams, temperature, top_k, top_p, part):
-    from kernels import triton_sampling
+    from kernels.sampling import draw_triton as triton_sampling
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_sampling, "PART", part)

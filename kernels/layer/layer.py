@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import native
+from kernels.loss_head import rows_native as native
 
 
 def _compiled(x: Tensor, *others: Tensor) -> ModuleType | None:
@@ -21,7 +21,7 @@ def _compiled(x: Tensor, *others: Tensor) -> ModuleType | None:
     if native.serves(x.device, x.dtype):
         return native
     if x.is_cuda:
-        from kernels import triton_layer
+        from kernels.layer import layer_triton as triton_layer
 
         return triton_layer if triton_layer.serves(x, *others) else None
     return None

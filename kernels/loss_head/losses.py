@@ -3,7 +3,8 @@
 import torch
 
 from kernels.checks import check_policy, check_preference, check_rows
-from kernels.loss_head import (
+from kernels.loss_head.logprob import needs_gradient
+from kernels.loss_head.passes import (
     group_advantage_op,
     plan,
     policy_pass_op,
@@ -13,8 +14,7 @@ from kernels.loss_head import (
     row_workspace,
     sequence_logprob_op,
 )
-from kernels.reference import PolicyLoss, PreferenceLoss, budget_or_default, draw_uniform
-from kernels.sequence_logprob import needs_gradient
+from kernels.loss_head.rows import PolicyLoss, PreferenceLoss, budget_or_default, draw_uniform
 
 
 def lagrangian_preference_loss(

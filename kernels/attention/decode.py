@@ -11,8 +11,8 @@ but tensors depends on it, and the launches depend on shapes alone, so that a ca
 import torch
 from torch import Tensor
 
-from kernels import reference
 from kernels.checks import check_decode, check_decode_values, check_tensor
+from kernels.loss_head import rows as reference
 
 
 def decode_attention(
@@ -41,7 +41,7 @@ def decode_attention(
     arguments = query, prompt_keys, prompt_values, prompt_length, owner_offsets, own_keys, own_values, used
     with torch.no_grad():
         if query.is_cuda and query.dtype != torch.float64:
-            from kernels import triton_decode
+            from kernels.attention import decode_triton as triton_decode
 
             return triton_decode.decode_attention(*arguments, scale, softcap, window)
         return reference.decode_attention(*arguments, scale=scale, softcap=softcap, window=window)
@@ -57,7 +57,7 @@ def store(own_keys: Tensor, own_values: Tensor, key: Tensor, value: Tensor, used
         check_tensor(name, x, (rows, heads, width), here[:1], here[1:])
     check_tensor("used", used, (1,), (torch.int64,), here[1:])
     if own_keys.is_cuda and own_keys.dtype != torch.float64:
-        from kernels import triton_decode
+        from kernels.attention import decode_triton as triton_decode
 
         triton_decode.store(own_keys, own_values, key, value, used)
         return

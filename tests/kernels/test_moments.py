@@ -100,7 +100,7 @@ def test_bad_arguments(change, message):
 
 
 def test_opcheck_and_fullgraph_compile():
-    from kernels.dual_moments import dual_moments_op
+    from kernels.moments import dual_moments_op
 
     torch._dynamo.reset()
     r, g, lam = torch.randn(3, 4), torch.randn(3, 4, 2), torch.tensor([0.5, 0.1])

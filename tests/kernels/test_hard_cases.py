@@ -1,7 +1,7 @@
-"""Hard cases of the loss head through every scheme of `kernels.loss_head`, against dense float64 autograd.
+"""Hard cases of the loss head through every scheme of `kernels.loss_head.passes`, against dense float64 autograd.
 
-The error rule is that of test_kernels_reference; plain torch is `kernels.reference` on the same inputs. What those tests or
-test_kernels_loss_head hold already is not repeated.
+The error rule is that of test_losses; plain torch is `kernels.loss_head.rows` on the same inputs. What those tests or
+test_schemes hold already is not repeated.
 """
 
 import math
@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_loss_head import budget_of, dense_advantage, dense_policy
-from test_kernels_reference import assert_close, dense_dpo, dense_logprob, make, reordered
+from test_losses import assert_close, dense_dpo, dense_logprob, make, reordered
+from test_schemes import budget_of, dense_advantage, dense_policy
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 from bench.measure import peak_bytes
-from kernels import dual_moments, loss_head, reference
+from kernels import dual_moments
+from kernels.loss_head import passes as loss_head
+from kernels.loss_head import rows as reference
 
 # One member of the second pair is empty, both of the last; sequences 2 and 3 are together longer than a chunk of E; 5 stands in no pair.
 LENGTHS = (6, 0, 9, 4, 0, 18)
@@ -31,7 +33,7 @@ class Scheme(NamedTuple):
     share: float | None  # rows of a chunk, as a share of all; None: memory for all rows at once
 
 
-# The first letter is the scheme's in the docstring of `kernels.loss_head`.
+# The first letter is the scheme's in the docstring of `kernels.loss_head.passes`.
 SCHEMES = {
     "A": Scheme("logprob", FULL, 0.2),
     "B": Scheme("logprob", FULL, None),
@@ -120,7 +122,7 @@ def mixed(logprob, token):
 
 
 def fused(ops, op, data, keywords, budget=None, options=None):
-    """(what is differentiated, values) from the ops of a module: `kernels` or `kernels.reference`."""
+    """(what is differentiated, values) from the ops of a module: `kernels` or `kernels.loss_head.rows`."""
     everything = data | keywords | (options or {}) | {"memory_budget_bytes": budget}
     if op == "logprob":
         return mixed(*ops.sequence_logprob(**everything, return_token_logprob=True))

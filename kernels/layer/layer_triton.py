@@ -1,4 +1,4 @@
-"""RMS norm, rotary positions and gated SiLU on a GPU, a kernel each for what takes torch two to eight. See `kernels.layer`.
+"""RMS norm, rotary positions and gated SiLU on a GPU, a kernel each for what takes torch two to eight. See `kernels.layer.layer`.
 
 Arithmetic is float32, and each result is rounded to the dtype once. In a step of decoding a layer launches 9 kernels less for it: 12.
 """
@@ -121,7 +121,7 @@ def norm_warps(block: int) -> int:
 
 
 def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.layer.split_rotated`; the three are contiguous."""
+    """See `kernels.layer.layer.split_rotated`; the three are contiguous."""
     rows, d = len(qkv), cos.shape[1]
     query, key, value = (qkv.new_empty(rows, n, d) for n in (heads, kv_heads, kv_heads))
     with torch.cuda.device_of(qkv):

@@ -1,5 +1,5 @@
 """Decode attention on a GPU: a pass over the prompts on tensor cores, and a pass over each row's own tokens that joins both. See
-`kernels.decode_attention`.
+`kernels.attention.decode`.
 
 The queries of all rows of a prompt that share a key head go through the prompt's tokens together and leave (max, sum, weighted values) per
 part of the prompt, float32. Which prompt a program serves it finds itself, so that the grid depends on shapes alone: block b belongs to the
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_rows import _tanh
+from kernels.loss_head.rows_triton import _tanh
 
 LOG2_E = 1.4426950408889634
 # Two programs for each of an H100's processors; below that a prompt's tokens are dealt to parts, of this many tokens or more, since a part
@@ -298,7 +298,7 @@ def decode_attention(
 
 
 def store(own_keys: Tensor, own_values: Tensor, key: Tensor, value: Tensor, used: Tensor) -> None:
-    """See `kernels.decode_attention.store`."""
+    """See `kernels.attention.decode.store`."""
     rows, heads, room, width = own_keys.shape
     if key.numel() == 0:
         return
