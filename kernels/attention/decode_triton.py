@@ -1,9 +1,10 @@
-"""Decode attention on a GPU: a pass over the prompts on tensor cores, and a pass over each row's own tokens that joins both. See
-`kernels.attention.decode`.
+"""Decode attention on a GPU (see `kernels.attention.decode`): a pass over the prompts on tensor cores, and a
+pass over each row's own tokens that joins both.
 
-The queries of all rows of a prompt that share a key head go through the prompt's tokens together and leave (max, sum, weighted values) per
-part of the prompt, float32. Which prompt a program serves it finds itself, so that the grid depends on shapes alone: block b belongs to the
-last prompt p with floor(offset_p group / queries) + p <= b, which gives every prompt enough blocks and at most one too many.
+The queries of all rows of a prompt that share a key head go through the prompt's tokens together and leave
+(max, sum, weighted values) per part of the prompt, float32. Each program finds the prompt that it serves, so
+that the grid depends on shapes alone: block b belongs to the last prompt p with floor(offset_p group /
+queries) + p <= b, which gives every prompt enough blocks and at most one too many.
 """
 
 from typing import NamedTuple
@@ -13,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.loss_head.rows_triton import _tanh
+from kernels.attention.records import Caches, Score
+from kernels.triton_math import tanh
 
 LOG2_E = 1.4426950408889634
-# Two programs for each of an H100's processors; below that a prompt's tokens are dealt to parts, of this many tokens or more, since a part
-# costs 8 d bytes a query beside the 2 d itemsize of a token.
+# There are two programs for each of an H100's processors. Where there would be fewer, a prompt's tokens are
+# dealt to parts, of this many tokens or more, since a part costs 8 d bytes a query beside the 2 d itemsize of
+# a token.
 PROGRAMS = 264
 LEAST_TOKENS = 128
 
@@ -31,12 +34,23 @@ class Tiles(NamedTuple):
     stages: int
 
 
+class Plan(NamedTuple):
+    """How both passes go through their tokens; None leaves the choice to the rules below."""
+
+    shared: Tiles | None = None  # of the pass over prompts
+    own: Tiles | None = None  # of the pass over each row's own tokens
+    parts: int | None = None  # that a prompt's tokens are dealt to
+
+
 INTERPRETED = Tiles(16, 16, 4, 1)
 
 
 def prompt_tiles(width: int, dtype: torch.dtype, queries: int) -> Tiles:
-    """For `queries` a prompt and key head on average. 64 rows are what Hopper's warp-group products take; with less the older products do,
-    since 16 queries a token are bound by bytes."""
+    """Return the tiles for this number of queries of a prompt and key head on average.
+
+    Hopper's warp-group products take 64 rows. With fewer the older products do, since 16 queries a token are
+    bound by bytes.
+    """
     if dtype == torch.float32:
         return Tiles(16, 16, 4, 3 if width <= 128 else 2)
     if queries <= 16:
@@ -45,12 +59,12 @@ def prompt_tiles(width: int, dtype: torch.dtype, queries: int) -> Tiles:
 
 
 def own_tiles(width: int, dtype: torch.dtype, group: int) -> Tiles:
-    """For the `group` query heads of one row that share a key head."""
+    """Return the tiles for the `group` query heads of one row that share a key head."""
     return prompt_tiles(width, dtype, 1)._replace(queries=max(16, triton.next_power_of_2(group)))
 
 
 def parts_of(longest: int, window: int | None, programs: int) -> int:
-    """How many parts a prompt's tokens are dealt to where there are `programs` of them without."""
+    """Return how many parts a prompt's tokens are dealt to; programs: the grid's without parts."""
     seen = longest if window is None else min(longest, window)
     return max(1, min(PROGRAMS // max(1, programs), triton.cdiv(seen, LEAST_TOKENS)))
 
@@ -81,7 +95,10 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(max [BLOCK_M], sum, weighted values [BLOCK_M, BLOCK_D]) over the tiles, each of which holds a visible token; float32."""
+    """Return max [BLOCK_M], sum and weighted values [BLOCK_M, BLOCK_D] over the tiles, float32.
+
+    Each of the tiles holds a visible token.
+    """
     o_d, o_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     in_d = o_d < WIDTH
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -90,10 +107,11 @@ def _attend(
     for tile in range(first_tile, stop_tile):
         o_t = tile * BLOCK_N + o_n
         seen = (o_t >= first) & (o_t < stop)
-        k = tl.load(p_keys + o_t[None, :] * WIDTH + o_d[:, None], mask=seen[None, :] & in_d[:, None], other=0.0)
+        in_k = seen[None, :] & in_d[:, None]
+        k = tl.load(p_keys + o_t[None, :] * WIDTH + o_d[:, None], mask=in_k, other=0.0)
         s = _dot(q, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
         if HAS_SOFTCAP:
-            bent, _ = _tanh(s * inner)
+            bent, _ = tanh(s * inner)
             s = bent * outer
         else:
             s *= inner
@@ -102,7 +120,8 @@ def _attend(
         p = tl.exp2(s - largest[:, None])
         before = tl.exp2(m - largest)
         total = total * before + tl.sum(p, 1)
-        v = tl.load(p_values + o_t[:, None] * WIDTH + o_d[None, :], mask=seen[:, None] & in_d[None, :], other=0.0)
+        in_v = seen[:, None] & in_d[None, :]
+        v = tl.load(p_values + o_t[:, None] * WIDTH + o_d[None, :], mask=in_v, other=0.0)
         acc = _dot(p.to(v.dtype), v, acc * before[:, None], UPCAST)
         m = largest
     return m, total, acc
@@ -165,9 +184,22 @@ def prompt_kernel(
     stop_tile = tl.minimum(first_tile + share, stop_tile)
     cache = (i_prompt.to(tl.int64) * heads + i_head) * longest * WIDTH
     m, total, acc = _attend(
-        q, p_keys + cache, p_values + cache, first, length, first_tile, stop_tile, inner, outer, HAS_SOFTCAP, UPCAST, WIDTH, BLOCK_M,
-        BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        q,
+        p_keys + cache,
+        p_values + cache,
+        first,
+        length,
+        first_tile,
+        stop_tile,
+        inner,
+        outer,
+        HAS_SOFTCAP,
+        UPCAST,
+        WIDTH,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
     at += i_part.to(tl.int64) * rows * heads * GROUP
     tl.store(p_max + at, m, mask=in_m)
     tl.store(p_sum + at, total, mask=in_m)
@@ -212,23 +244,38 @@ def own_kernel(
         first = tl.maximum(used - window, 0)
     cache = (i_row * heads + i_head) * room * WIDTH
     m, total, acc = _attend(
-        q, p_keys + cache, p_values + cache, first, used, first // BLOCK_N, tl.cdiv(used, BLOCK_N), inner, outer, HAS_SOFTCAP, UPCAST,
-        WIDTH, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        q,
+        p_keys + cache,
+        p_values + cache,
+        first,
+        used,
+        first // BLOCK_N,
+        tl.cdiv(used, BLOCK_N),
+        inner,
+        outer,
+        HAS_SOFTCAP,
+        UPCAST,
+        WIDTH,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
     stride = rows * heads * GROUP
     source = at
     for _ in range(parts):
         part_max = tl.load(p_max + source, mask=in_m, other=float("-inf"))
         part_sum = tl.load(p_sum + source, mask=in_m, other=0.0)
-        part_acc = tl.load(p_acc + source[:, None] * WIDTH + o_d[None, :], mask=in_md & (part_sum != 0)[:, None], other=0.0)
-        # The own maximum is finite: the current token is always visible.
+        in_part = in_md & (part_sum != 0)[:, None]
+        part_acc = tl.load(p_acc + source[:, None] * WIDTH + o_d[None, :], mask=in_part, other=0.0)
+        # The row's own maximum is finite, because the current token is always visible.
         largest = tl.maximum(m, part_max)
         before, here = tl.exp2(m - largest), tl.exp2(part_max - largest)
         total = total * before + part_sum * here
         acc = acc * before[:, None] + part_acc * here[:, None]
         m = largest
         source += stride
-    tl.store(p_out + at[:, None] * WIDTH + o_d[None, :], (acc / total[:, None]).to(p_out.dtype.element_ty), mask=in_md)
+    out = (acc / total[:, None]).to(p_out.dtype.element_ty)
+    tl.store(p_out + at[:, None] * WIDTH + o_d[None, :], out, mask=in_md)
 
 
 @triton.jit
@@ -252,23 +299,22 @@ def store_kernel(
     tl.store(p_values + target, tl.load(p_value + source, mask=inside), mask=inside)
 
 
-def decode_attention(
-    query: Tensor, prompt_keys: Tensor, prompt_values: Tensor, prompt_length: Tensor, owner_offsets: Tensor, own_keys: Tensor,
-    own_values: Tensor, used: Tensor, scale: float | None, softcap: float | None, window: int | None, *, shared: Tiles | None = None,
-    own: Tiles | None = None, parts: int | None = None,
-) -> Tensor:  # fmt: skip
-    """See `kernels.decode_attention.decode_attention`; arguments are checked already. `shared`, `own`: the tiles of the pass over prompts
-    and over own tokens, `parts` those of a prompt; by the rules above where not given. Memory beside the output: 4 parts R H (d + 2)
-    bytes."""
-    (rows, heads, width), (prompts, kv_heads, longest) = query.shape, prompt_keys.shape[:3]
+def decode_attention(query: Tensor, caches: Caches, score: Score, plan: Plan | None = None) -> Tensor:
+    """Return what `kernels.attention.decode.decode_attention` does, of arguments that are checked already.
+
+    Memory beside the output: 4 parts R H (d + 2) bytes.
+    """
+    (rows, heads, width), (prompts, kv_heads, longest) = query.shape, caches.prompt_keys.shape[:3]
     query, out = query.contiguous(), query.new_empty(rows, heads * width)
     if out.numel() == 0:
         return out
     group = heads // kv_heads
+    shared, own, parts = plan or Plan()
+    scale, softcap, window = score
     shared = shared or prompt_tiles(width, query.dtype, triton.cdiv(rows * group, prompts))
     own = own or own_tiles(width, query.dtype, group)
-    parts = parts or parts_of(longest, window, max(prompts, triton.cdiv(rows * group, shared.queries)) * kv_heads)
-    scale = width**-0.5 if scale is None else scale
+    programs = max(prompts, triton.cdiv(rows * group, shared.queries)) * kv_heads
+    parts = parts or parts_of(longest, window, programs)
     scalars = (
         0 if window is None else window,
         float(scale * LOG2_E if softcap is None else scale / softcap),
@@ -286,24 +332,56 @@ def decode_attention(
     acc = query.new_empty(parts, rows, heads, width, dtype=torch.float32)
     with torch.cuda.device_of(query):
         prompt_kernel[(rows * group // shared.queries + prompts, kv_heads, parts)](
-            query, prompt_keys, prompt_values, prompt_length, owner_offsets, used, *statistics, acc, rows, prompts, longest, *scalars,
-            **flags, BLOCK_P=triton.next_power_of_2(prompts), BLOCK_M=shared.queries, BLOCK_N=shared.tokens, num_warps=shared.warps,
+            query,
+            *caches[:4],
+            caches.used,
+            *statistics,
+            acc,
+            rows,
+            prompts,
+            longest,
+            *scalars,
+            **flags,
+            BLOCK_P=triton.next_power_of_2(prompts),
+            BLOCK_M=shared.queries,
+            BLOCK_N=shared.tokens,
+            num_warps=shared.warps,
             num_stages=shared.stages,
-        )  # fmt: skip
+        )
         own_kernel[(rows, kv_heads)](
-            query, own_keys, own_values, used, *statistics, acc, out, rows, parts, own_keys.shape[2], *scalars, **flags,
-            BLOCK_M=own.queries, BLOCK_N=own.tokens, num_warps=own.warps, num_stages=own.stages,
-        )  # fmt: skip
+            query,
+            *caches[4:],
+            *statistics,
+            acc,
+            out,
+            rows,
+            parts,
+            caches.own_keys.shape[2],
+            *scalars,
+            **flags,
+            BLOCK_M=own.queries,
+            BLOCK_N=own.tokens,
+            num_warps=own.warps,
+            num_stages=own.stages,
+        )
     return out
 
 
 def store(own_keys: Tensor, own_values: Tensor, key: Tensor, value: Tensor, used: Tensor) -> None:
-    """See `kernels.attention.decode.store`."""
+    """Put a token as `kernels.attention.decode.store` does, of arguments that are checked already."""
     rows, heads, room, width = own_keys.shape
     if key.numel() == 0:
         return
     with torch.cuda.device_of(own_keys):
         store_kernel[(rows,)](
-            own_keys, own_values, key.contiguous(), value.contiguous(), used, room, heads, WIDTH=width,
-            BLOCK=triton.next_power_of_2(heads * width), num_warps=4,
-        )  # fmt: skip
+            own_keys,
+            own_values,
+            key.contiguous(),
+            value.contiguous(),
+            used,
+            room,
+            heads,
+            WIDTH=width,
+            BLOCK=triton.next_power_of_2(heads * width),
+            num_warps=4,
+        )

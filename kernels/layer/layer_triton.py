@@ -1,6 +1,7 @@
-"""RMS norm, rotary positions and gated SiLU on a GPU, a kernel each for what takes torch two to eight. See `kernels.layer.layer`.
+"""RMS norm, rotary positions and gated SiLU on a GPU: a kernel each, where torch takes two to eight.
 
-Arithmetic is float32, and each result is rounded to the dtype once. In a step of decoding a layer launches 9 kernels less for it: 12.
+`kernels.layer.layer` says what they do. Arithmetic is float32, and each result is rounded to the dtype once.
+Each layer launches 12 kernels per decoding step instead of 21.
 """
 
 import torch
@@ -29,7 +30,8 @@ def norm_kernel(
     inside = o < width
     x = tl.load(p_x + i_row * x_stride + o, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        total = (x + tl.load(p_delta + i_row * delta_stride + o, mask=inside, other=0.0).to(tl.float32)).to(p_total.dtype.element_ty)
+        delta = tl.load(p_delta + i_row * delta_stride + o, mask=inside, other=0.0)
+        total = (x + delta.to(tl.float32)).to(p_total.dtype.element_ty)
         tl.store(p_total + i_row * width + o, total, mask=inside)
         x = total.to(tl.float32)
     weight = tl.load(p_weight + o, mask=inside, other=0.0).to(tl.float32)
@@ -53,15 +55,21 @@ def rotate_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    i_row, o_h, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    i_row, o_h, o_d = (
+        tl.program_id(0).to(tl.int64),
+        tl.arange(0, BLOCK_H)[:, None],
+        tl.arange(0, BLOCK_D)[None, :],
+    )
     in_d = o_d < HALF
     inside = (o_h < HEADS + KV_HEADS) & in_d
     source = p_qkv + i_row * qkv_stride + o_h * 2 * HALF + o_d
     lower = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     upper = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
     angle = i_row * 2 * HALF + o_d
-    cos_low, cos_up = (tl.load(p_cos + angle, mask=in_d, other=0.0), tl.load(p_cos + angle + HALF, mask=in_d, other=0.0))
-    sin_low, sin_up = (tl.load(p_sin + angle, mask=in_d, other=0.0), tl.load(p_sin + angle + HALF, mask=in_d, other=0.0))
+    cos_low = tl.load(p_cos + angle, mask=in_d, other=0.0)
+    cos_up = tl.load(p_cos + angle + HALF, mask=in_d, other=0.0)
+    sin_low = tl.load(p_sin + angle, mask=in_d, other=0.0)
+    sin_up = tl.load(p_sin + angle + HALF, mask=in_d, other=0.0)
     low = lower * cos_low.to(tl.float32) - upper * sin_low.to(tl.float32)
     up = upper * cos_up.to(tl.float32) + lower * sin_up.to(tl.float32)
     kind = p_query.dtype.element_ty
@@ -94,13 +102,16 @@ def gate_kernel(
 
 
 def serves(x: Tensor, *others: Tensor) -> bool:
-    """Whether these kernels take x [R, N] and what goes with it: on a GPU, in one dtype of up to 32 bits, and not empty."""
+    """Return whether these kernels take x [R, N] and the tensors with it.
+
+    They take tensors on a GPU, in one dtype of up to 32 bits, and not empty.
+    """
     alike = x.is_cuda and x.dtype != torch.float64 and all(t.dtype == x.dtype for t in others)
     return alike and x.numel() > 0 and x.stride(1) == 1
 
 
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, or x without a delta; its norm), [R, N] each."""
+    """Return x + delta, or x itself without a delta, and its norm, [R, N] each."""
     rows, width = x.shape
     out = x.new_empty(rows, width)
     total = x if delta is None else torch.empty_like(out)
@@ -109,34 +120,59 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         norm_kernel[(rows,)](
-            x, delta, weight, total, out, x.stride(0), delta.stride(0), width, epsilon, ADD=total is not x, BLOCK=block,
+            x,
+            delta,
+            weight,
+            total,
+            out,
+            x.stride(0),
+            delta.stride(0),
+            width,
+            epsilon,
+            ADD=total is not x,
+            BLOCK=block,
             num_warps=norm_warps(block),
-        )  # fmt: skip
+        )
     return total, out
 
 
 def norm_warps(block: int) -> int:
-    """About 8 numbers a thread, of 1 to 16 warps."""
+    """Return 1 to 16 warps, for about 8 numbers a thread."""
     return max(1, min(16, block // 256))
 
 
-def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.layer.layer.split_rotated`; the three are contiguous."""
+def split_rotated(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `kernels.layer.layer.split_rotated` does, as three contiguous tensors."""
     rows, d = len(qkv), cos.shape[1]
     query, key, value = (qkv.new_empty(rows, n, d) for n in (heads, kv_heads, kv_heads))
     with torch.cuda.device_of(qkv):
         rotate_kernel[(rows,)](
-            qkv, cos.contiguous(), sin.contiguous(), query, key, value, qkv.stride(0), HEADS=heads, KV_HEADS=kv_heads, HALF=d // 2,
-            BLOCK_H=triton.next_power_of_2(heads + kv_heads), BLOCK_D=triton.next_power_of_2(d // 2),
-            BLOCK_V=triton.next_power_of_2(kv_heads * d), num_warps=4,
-        )  # fmt: skip
+            qkv,
+            cos.contiguous(),
+            sin.contiguous(),
+            query,
+            key,
+            value,
+            qkv.stride(0),
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HALF=d // 2,
+            BLOCK_H=triton.next_power_of_2(heads + kv_heads),
+            BLOCK_D=triton.next_power_of_2(d // 2),
+            BLOCK_V=triton.next_power_of_2(kv_heads * d),
+            num_warps=4,
+        )
     return query, key, value
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, [R, N]."""
+    """Return silu(gate) * up, [R, N]."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     with torch.cuda.device_of(gate_up):
-        gate_kernel[(rows, triton.cdiv(width, GATE_BLOCK))](gate_up, out, gate_up.stride(0), width, BLOCK=GATE_BLOCK, num_warps=4)
+        gate_kernel[(rows, triton.cdiv(width, GATE_BLOCK))](
+            gate_up, out, gate_up.stride(0), width, BLOCK=GATE_BLOCK, num_warps=4
+        )
     return out

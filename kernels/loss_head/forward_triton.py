@@ -1,7 +1,9 @@
-"""Log-probs without stored logits: a Triton matrix kernel that keeps only the running maximum and sum of each row. Forward passes alone.
+"""Log-probs without stored logits, for forward passes alone: a Triton matrix kernel keeps only the running
+maximum and sum of each row.
 
-A program takes BLOCK_M rows and one part of the vocabulary, whose (max, sum, target logit) it leaves; a second kernel joins the parts of a
-row in their order. All shapes of blocks are in `TABLE`; nothing is tuned at run time.
+A program takes BLOCK_M rows and one part of the vocabulary, and leaves (max, sum, target logit) of each row;
+a second kernel joins the parts of a row in their order. All shapes of blocks are in `TABLE`; nothing is tuned
+at run time.
 """
 
 from typing import NamedTuple
@@ -9,8 +11,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels.loss_head.rows_triton import _logit
+from kernels.loss_head.records import Head
+from kernels.triton_math import logit
 
 
 class Blocks(NamedTuple):
@@ -23,18 +27,20 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# (largest D, blocks). Up to D = 1024 reading stored logits back costs more than the products that this kernel makes more slowly than
-# cuBLAS: 26 to 46 % of them in 16 bits, 51 to 91 % in float32 by the floors of bytes and flops. Above it the row kernel on cuBLAS's
-# logits is used. Not measured on a GPU yet; compiled for sm_90 by bench/sm90.py.
+# Each entry is (largest D, blocks). Up to D = 1024 reading stored logits back costs more than the products
+# that this kernel makes more slowly than cuBLAS: 26 to 46 % of them in 16 bits, 51 to 91 % in float32 by the
+# floors of bytes and flops. Above it the row kernel works on cuBLAS's logits. None of this is measured on a
+# GPU yet; bench/sm90.py compiles it for sm_90.
 TABLE = ((640, Blocks(128, 128, 64, 8, 3)), (1024, Blocks(128, 256, 64, 8, 3)))
 INTERPRETED = Blocks(16, 32, 16, 4, 1)
 PARTS_PER_ROW_BLOCK = 8
 
 
 def blocks_for(width: int, dtype: torch.dtype) -> Blocks | None:
-    """The tiles for D = width, or None where stored logits are better."""
+    """Return the tiles for D = width, or None where stored logits are better."""
     if dtype == torch.float32:
-        return None  # tl.dot would round to TF32, or leave the tensor cores
+        # tl.dot would round to TF32, or leave the tensor cores.
+        return None
     return next((blocks for largest, blocks in TABLE if width <= largest), None)
 
 
@@ -66,7 +72,7 @@ def part_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = o_m < rows
     o_d = tl.arange(0, BLOCK_D)
-    # Rows past the end read the last one: their results are not stored.
+    # Rows past the end read the last one; their results are not stored.
     row = tl.minimum(o_m, rows - 1).to(tl.int64)
     target = tl.load(p_target + row)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -79,19 +85,21 @@ def part_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         for start in range(0, width, BLOCK_D):
             inside = start + o_d < width
-            a = tl.load(p_hidden + row[:, None] * hidden_stride + (start + o_d)[None, :], mask=inside[None, :], other=0.0)
-            b = tl.load(p_weight + column[None, :] * weight_stride + (start + o_d)[:, None], mask=inside[:, None], other=0.0)
+            at_a = p_hidden + row[:, None] * hidden_stride + (start + o_d)[None, :]
+            at_b = p_weight + column[None, :] * weight_stride + (start + o_d)[:, None]
+            a = tl.load(at_a, mask=inside[None, :], other=0.0)
+            b = tl.load(at_b, mask=inside[:, None], other=0.0)
             if UPCAST:
                 acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
             else:
                 acc = tl.dot(a, b, acc)
         if HAS_BIAS:
             acc += tl.load(p_bias + column).to(tl.float32)[None, :]
-        z, _ = _logit(acc, softcap, temperature, HAS_SOFTCAP)
+        z, _ = logit(acc, softcap, temperature, HAS_SOFTCAP)
         z = tl.where((o_v < vocabulary)[None, :], z, float("-inf"))
         z_y = tl.maximum(z_y, tl.max(tl.where(o_v[None, :] == target[:, None], z, float("-inf")), 1))
         largest = tl.maximum(m, tl.max(z, 1))
-        # A tile of -inf only: -inf - -inf would be NaN.
+        # In a tile of -inf only, -inf - -inf would be NaN.
         shift = tl.where(largest == float("-inf"), 0.0, largest)
         total = total * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
         m = largest
@@ -103,7 +111,8 @@ def part_kernel(
 
 @triton.jit
 def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    # int64 here, not by rows.to(): a single row is a constant of the compiler's.
+    # The program number is converted here instead of rows, because the compiler takes a single row as a
+    # constant.
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < rows
     m = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -121,11 +130,9 @@ def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constex
     tl.store(p_logprob + o, (z_y - m) - tl.log(total), mask=inside)
 
 
-def token_logprob(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, temperature: float, softcap: float | None,
-    blocks: Blocks, out: torch.Tensor,
-) -> None:  # fmt: skip
-    """log p to out [T], float32, of rows hidden [T, D] under the head weight [V, D]; memory 3 x 8 x T float32 numbers."""
+def token_logprob(hidden: Tensor, head: Head, target: Tensor, blocks: Blocks, out: Tensor) -> None:
+    """Set out [T], float32, to log p of rows hidden [T, D]; memory 3 x 8 x T float32 numbers."""
+    weight, bias, temperature, softcap = head
     rows, (vocabulary, width) = len(hidden), weight.shape
     if rows == 0:
         return

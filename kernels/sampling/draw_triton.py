@@ -1,6 +1,9 @@
-"""Sampling on a GPU: a program for each part of a row of logits, which are read once, and one program a row that joins its parts; with
-top-k or top-p, before these, one program a row that finds which tokens are kept, by a search that reads the row 19 times for one of the
-two and 35 times for both. See `kernels.sampling.draw`."""
+"""Sampling on a GPU (see `kernels.sampling.draw`).
+
+A program for each part of a row reads its logits once, and one program a row joins the parts. With top-k or
+top-p a program a row runs before these and finds which tokens are kept, by a search that reads the row 19
+times for one of the two and 35 times for both.
+"""
 
 import torch
 import triton
@@ -20,11 +23,14 @@ def _scrambled(x):
 
 @triton.jit
 def _log_exponential(o, stream):
-    """Logarithm of the exponential numbers `o` (int32) of a stream, as `kernels.sampling.draw.exponential` makes them, in float32."""
+    """Return the logarithm of the exponential numbers `o` (int32) of a stream, float32.
+
+    `kernels.random.exponential` makes the same numbers.
+    """
     low, high = (stream & 0xFFFFFFFF).to(tl.uint32), ((stream >> 32) & 0xFFFFFFFF).to(tl.uint32)
     bits = _scrambled(_scrambled(o.to(tl.uint32) * 0x9E3779B9 + low) ^ high)
     more = (_scrambled(_scrambled(bits * 0x9E3779B9 + high) ^ low) | 1).to(tl.float32) * 2.3283064e-10
-    # v, and 1 - v from the bits' complement: both keep all digits near 0.
+    # 1 - v comes from the bits' complement, so that v and 1 - v both keep all digits near 0.
     v = (bits.to(tl.float32) + more) * 2.3283064e-10
     rest = ((bits ^ 0xFFFFFFFF).to(tl.float32) + (1 - more)) * 2.3283064e-10
     s = v / (2 - v)
@@ -35,18 +41,30 @@ def _log_exponential(o, stream):
 
 @triton.jit
 def _distances(raw, temperature, top):
-    """From the row's largest z = logit / temperature, `top`, down to others: 0 or more, so that their bits have their order."""
+    """Return the distance from the row's largest z = logit / temperature, `top`, down to other ones.
+
+    It is 0 or more, so that the order of its bits is its own order.
+    """
     return tl.abs(top - tl.div_rn(raw.to(tl.float32), temperature))
 
 
 @triton.jit
 def _nearer(p_row, vocabulary, temperature, top, one, two, three, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums, float64, over a row's tokens whose distance has bits below `one`, `two` and `three`; a token counts 1 where COUNTED, else its
-    mass exp(-distance). The order of additions is fixed, and the sum never falls where the bound grows."""
+    """Sum over a row's tokens whose distance has bits below `one`, `two` and `three`, float64.
+
+    A token counts 1 where COUNTED, else its mass exp(-distance). The order of additions is fixed, and the sum
+    never falls where the bound grows.
+    """
     o = tl.arange(0, BLOCK)
-    b_one, b_two, b_three = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    b_one, b_two, b_three = (
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+    )
     for first in range(0, vocabulary, BLOCK):
-        distance = _distances(tl.load(p_row + first + o, mask=first + o < vocabulary, other=float("-inf")), temperature, top)
+        distance = _distances(
+            tl.load(p_row + first + o, mask=first + o < vocabulary, other=float("-inf")), temperature, top
+        )
         bits = distance.to(tl.uint32, bitcast=True)
         if COUNTED:
             weight = tl.full([BLOCK], 1.0, tl.float32)
@@ -60,12 +78,18 @@ def _nearer(p_row, vocabulary, temperature, top, one, two, three, COUNTED: tl.co
 
 @triton.jit
 def _prefix(p_row, vocabulary, temperature, top, limit, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """The prefix of a row's tokens in order of distance whose elements each have less than `limit` (see `_nearer`) before them: the largest
-    distance's bits, how many tokens at this distance belong to it, and the sum over the nearer ones. Two bits a pass, the highest first."""
+    """Find the prefix of a row's tokens, in order of distance, whose elements each have less than `limit`
+    before them (see `_nearer`).
+
+    Returns the bits of its largest distance, how many tokens at this distance belong to it, and the sum over
+    the nearer ones. A pass finds two bits, the highest first.
+    """
     bits, step = tl.full((), 0, tl.uint32), tl.full((), 1 << 30, tl.uint32)
     before = tl.full((), 0.0, tl.float64)
     for _ in range(16):
-        one, two, three = _nearer(p_row, vocabulary, temperature, top, bits + step, bits + 2 * step, bits + 3 * step, COUNTED, BLOCK)
+        one, two, three = _nearer(
+            p_row, vocabulary, temperature, top, bits + step, bits + 2 * step, bits + 3 * step, COUNTED, BLOCK
+        )
         digit = (one < limit).to(tl.uint32) + (two < limit).to(tl.uint32) + (three < limit).to(tl.uint32)
         before = tl.where(digit == 0, before, tl.where(digit == 1, one, tl.where(digit == 2, two, three)))
         bits += digit * step
@@ -73,7 +97,7 @@ def _prefix(p_row, vocabulary, temperature, top, limit, COUNTED: tl.constexpr, B
     if COUNTED:
         equals = limit - before
     else:
-        # At a mass of 0 rounding has hidden the boundary: all are kept.
+        # At a mass of 0 rounding has hidden the boundary, and all tokens are kept.
         mass = tl.exp(-bits.to(tl.float32, bitcast=True)).to(tl.float64)
         equals = tl.where(mass > 0, tl.ceil((limit - before) / tl.where(mass > 0, mass, 1.0)), vocabulary)
     return bits, tl.minimum(tl.maximum(equals, 1.0), vocabulary), before
@@ -102,7 +126,9 @@ def keep_kernel(
         b_top = tl.maximum(b_top, raw)
     top = tl.div_rn(tl.max(b_top, 0), temperature)
     if TOP_K > 0:
-        bits, equals, _ = _prefix(p_row, vocabulary, temperature, top, tl.full((), TOP_K, tl.float64), True, BLOCK)
+        bits, equals, _ = _prefix(
+            p_row, vocabulary, temperature, top, tl.full((), TOP_K, tl.float64), True, BLOCK
+        )
         kept, _, _ = _nearer(p_row, vocabulary, temperature, top, bits, bits, bits, False, BLOCK)
         kept += equals * tl.exp(-bits.to(tl.float32, bitcast=True))
     else:
@@ -117,7 +143,9 @@ def keep_kernel(
     far = bits.to(tl.float32, bitcast=True)
     seen, b_last = tl.full((), 0, tl.int32), tl.full([BLOCK], -1, tl.int32)
     for first in range(0, vocabulary, BLOCK):
-        distance = _distances(tl.load(p_row + first + o, mask=first + o < vocabulary, other=float("-inf")), temperature, top)
+        distance = _distances(
+            tl.load(p_row + first + o, mask=first + o < vocabulary, other=float("-inf")), temperature, top
+        )
         at = (distance == far).to(tl.int32)
         b_last = tl.where((at == 1) & (seen + tl.cumsum(at, 0) <= equals.to(tl.int32)), first + o, b_last)
         seen += tl.sum(at, 0)
@@ -153,17 +181,19 @@ def part_kernel(
     raw = tl.load(p_raw + i_row * row_stride + o_v, mask=o_v < vocabulary, other=float("-inf")).to(tl.float32)
     z = tl.div_rn(raw, temperature)
     m = tl.max(z, 0)
-    # A part of -inf only: -inf - -inf would be NaN.
+    # In a part of -inf only, -inf - -inf would be NaN.
     z -= tl.where(m == float("-inf"), 0.0, m)
     mass = tl.exp(z)
     if GREEDY:
         lead = z
     else:
-        # What has no mass is never drawn.
+        # A token without mass is never drawn.
         lead = tl.where(mass > 0, z - _log_exponential(o_v, tl.load(p_stream + i_row)), float("-inf"))
     if TRUNCATED:
         distance, far = _distances(raw, temperature, tl.load(p_top + i_row)), tl.load(p_far + i_row)
-        lead = tl.where((distance < far) | ((distance == far) & (o_v <= tl.load(p_last + i_row))), lead, float("-inf"))
+        lead = tl.where(
+            (distance < far) | ((distance == far) & (o_v <= tl.load(p_last + i_row))), lead, float("-inf")
+        )
     best = tl.max(lead, 0)
     i_out = i_row * parts + i_part
     tl.store(p_max + i_out, m)
@@ -208,7 +238,7 @@ def join_kernel(
     best = tl.max(lead, 0)
     part = tl.min(tl.where(lead == best, o_p, parts - 1), 0)
     gap = best - tl.max(tl.where(o_p == part, second, lead), 0)
-    # NaN, no finite logit, or infinity (whose mass is NaN).
+    # A row is lost with a NaN, an infinity (whose mass is NaN) or no finite logit.
     lost = (total > 0) == 0
     token = tl.where(lost, 0, tl.load(p_place + i_row * parts + part))
     chosen = tl.div_rn(tl.load(p_raw + i_row * row_stride + token).to(tl.float32), temperature)
@@ -224,16 +254,20 @@ def join_kernel(
 def sample_rows(
     logits: Tensor, stream: Tensor | None, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token int64 [R], its logprob and model_logprob float32 [R] and the gap float32 [R] (see `kernels.sampling.draw.sample_with_gap`); the
-    likeliest token (the first of equals) and logprob 0 where stream is None, whatever top_k and top_p.
+    """Draw a token per row and return what `kernels.sampling.draw.sample_with_gap` does.
 
-    logits [R, V] of any float dtype, read as float32; stream int64 [R], the rows' random numbers. Sums over parts are float64. A token
-    without mass is never drawn. A row with NaN or without a finite maximum gives token 0 and else NaN (a greedy logprob stays 0).
+    - logits [R, V]: any float dtype, read as float32.
+    - stream int64 [R] names the rows' random numbers. None takes the likeliest token (the first of equals)
+      with logprob 0, whatever top_k and top_p.
+
+    Sums over parts are float64. A token without mass is never drawn. A row with NaN or without a finite
+    maximum gives token 0 and NaN for the rest (a greedy logprob stays 0).
     """
     rows, vocabulary = logits.shape
     logits = logits.detach()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    token, (model_logprob, gap) = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(2, rows, dtype=torch.float32)
+    token = logits.new_empty(rows, dtype=torch.int64)
+    model_logprob, gap = logits.new_empty(2, rows, dtype=torch.float32)
     logprob = torch.zeros_like(gap)
     if rows == 0:
         return token, logprob, model_logprob, gap
@@ -242,7 +276,10 @@ def sample_rows(
     truncated = not greedy and (top_k > 0 or top_p < 1)
     block = min(PART, triton.next_power_of_2(vocabulary))
     parts = triton.cdiv(vocabulary, block)
-    statistics = *logits.new_empty(4, rows, parts, dtype=torch.float32), logits.new_empty(rows, parts, dtype=torch.int64)
+    statistics = (
+        *logits.new_empty(4, rows, parts, dtype=torch.float32),
+        logits.new_empty(rows, parts, dtype=torch.int64),
+    )
     bounds, kept = (gap, gap, token), gap
     with torch.cuda.device_of(logits):
         if truncated:
@@ -250,17 +287,46 @@ def sample_rows(
             kept = logits.new_empty(rows, dtype=torch.float64)
             row_block = min(ROW_BLOCK, triton.next_power_of_2(vocabulary))
             keep_kernel[(rows,)](
-                logits, *bounds, kept, vocabulary, logits.stride(0), temperature,
-                TOP_K=top_k, TOP_P=float(top_p), BLOCK=row_block, num_warps=ROW_WARPS,
-            )  # fmt: skip
+                logits,
+                *bounds,
+                kept,
+                vocabulary,
+                logits.stride(0),
+                temperature,
+                TOP_K=top_k,
+                TOP_P=float(top_p),
+                BLOCK=row_block,
+                num_warps=ROW_WARPS,
+            )
         part_kernel[(rows, parts)](
-            logits, token if greedy else stream, *bounds, *statistics, vocabulary, parts, logits.stride(0), temperature,
-            GREEDY=greedy, TRUNCATED=truncated, BLOCK=block, num_warps=4 if block < PART else 8,
-        )  # fmt: skip
+            logits,
+            token if greedy else stream,
+            *bounds,
+            *statistics,
+            vocabulary,
+            parts,
+            logits.stride(0),
+            temperature,
+            GREEDY=greedy,
+            TRUNCATED=truncated,
+            BLOCK=block,
+            num_warps=4 if block < PART else 8,
+        )
         join_kernel[(rows,)](
-            logits, *statistics, kept, token, logprob, model_logprob, gap, parts, logits.stride(0), temperature,
-            TRUNCATED=truncated, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1,
-        )  # fmt: skip
+            logits,
+            *statistics,
+            kept,
+            token,
+            logprob,
+            model_logprob,
+            gap,
+            parts,
+            logits.stride(0),
+            temperature,
+            TRUNCATED=truncated,
+            BLOCK_PARTS=triton.next_power_of_2(parts),
+            num_warps=1,
+        )
     if not greedy and not truncated:
         logprob.copy_(model_logprob)
     return token, logprob, model_logprob, gap

@@ -1,87 +1,37 @@
-"""Decode attention against dense float64 attention, row by row: the torch twin, and the Triton kernels in Triton's interpreter."""
+"""Decode attention against `kernels.reference`: in plain torch, and the Triton kernels in Triton's interpreter."""
 
 import pytest
 import torch
 
-from kernels.attention.decode import decode_attention, store
-from kernels.loss_head import rows as reference
+from kernels import decode_attention
+from kernels.attention.decode import store
+from kernels.attention.records import Caches, Score
+from tests.helpers.decode import OPTIONS, assert_as_good_as_torch, dense, problem
 from tests.helpers.interpreter import compiled, interpreted, run_interpreted
 
 
-def problem(groups=(2, 0, 3), length=(20, 9, 5), heads=4, kv_heads=2, width=16, room=8, used=5, dtype=torch.float32, device="cpu") -> dict:
-    """Rows of ragged prompts; what is not stored yet is NaN."""
-    rows, prompts, generator = sum(groups), len(groups), torch.Generator().manual_seed(0)
-    shapes = {
-        "query": (rows, heads, width),
-        "prompt_keys": (prompts, kv_heads, max(length), width),
-        "prompt_values": (prompts, kv_heads, max(length), width),
-        "own_keys": (rows, kv_heads, room, width),
-        "own_values": (rows, kv_heads, room, width),
-    }
-    data = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    for name in ("keys", "values"):
-        for p, n in enumerate(length):
-            data[f"prompt_{name}"][p, :, n:] = torch.nan
-        data[f"own_{name}"][:, :, used:] = torch.nan
-    data = {name: x.to(device, dtype) for name, x in data.items()}
-    offsets = torch.tensor([0, *groups]).cumsum(0)
-    return data | {
-        name: torch.as_tensor(x, device=device)
-        for name, x in (("prompt_length", list(length)), ("owner_offsets", offsets), ("used", [used]))
-    }
-
-
-def dense(data: dict, scale=None, softcap=None, window=None) -> torch.Tensor:
-    """Row by row and head by head, float64."""
-    query, offsets, used = data["query"], data["owner_offsets"].tolist(), int(data["used"])
-    heads, width = query.shape[1:]
-    group = heads // data["own_keys"].shape[1]
-    out = torch.empty(query.shape, dtype=torch.float64)
-    for p, n in enumerate(data["prompt_length"].tolist()):
-        for r in range(offsets[p], offsets[p + 1]):
-            for h in range(heads):
-                k, v = (
-                    torch.cat([data[f"prompt_{x}"][p, h // group, :n], data[f"own_{x}"][r, h // group, :used]]).double().cpu()
-                    for x in ("keys", "values")
-                )
-                if window is not None:
-                    k, v = k[-window:], v[-window:]
-                scores = k @ query[r, h].double().cpu() * (width**-0.5 if scale is None else scale)
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                out[r, h] = scores.softmax(0) @ v
-    return out.flatten(1)
-
-
-def assert_as_good_as_torch(got: torch.Tensor, data: dict, options: dict, rounding: float = 0.0) -> None:
-    """At most twice the error of the twin in this dtype, one more rounding and float32's exponentials, relative to the largest output."""
-    exact, plain = dense(data, **options), reference.decode_attention(**data, **options)
-    assert got.dtype == data["query"].dtype and got.shape == exact.shape
-    error, bound = ((x.double().cpu() - exact).abs().max().item() / exact.abs().max().item() for x in (got, plain))
-    slack = torch.finfo(got.dtype).eps + 4 * torch.finfo(torch.float32).eps
-    assert error <= 2 * bound + slack + rounding, f"{error} against {bound}"
-
-
-WINDOWS = [None, 2, 5, 6, 12, 100]
-OPTIONS = [{"window": window} for window in WINDOWS] + [{"softcap": 0.7, "scale": 0.4}, {"softcap": 1.5, "window": 12}]
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_twin_is_dense_attention(options):
+def test_plain_torch_is_dense_attention(options):
     data = problem(dtype=torch.float64)
-    torch.testing.assert_close(decode_attention(**data, **options), dense(data, **options), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        decode_attention(**data, **options), dense(data, options), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_twin_rounds_once(dtype):
+def test_plain_torch_rounds_once(dtype):
     data = problem(dtype=dtype)
-    torch.testing.assert_close(decode_attention(**data), dense(data).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(
+        decode_attention(**data), dense(data, {}).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("groups,length", [((0, 0, 0), (4, 4, 4)), ((0, 2, 0), (3, 0, 1)), ((1,), (1,))], ids=str)
-def test_twin_of_few_rows_and_empty_prompts(groups, length):
+@pytest.mark.parametrize(
+    "groups,length", [((0, 0, 0), (4, 4, 4)), ((0, 2, 0), (3, 0, 1)), ((1,), (1,))], ids=str
+)
+def test_plain_torch_of_few_rows_and_empty_prompts(groups, length):
     data = problem(groups, length, used=1, dtype=torch.float64)
-    torch.testing.assert_close(decode_attention(**data), dense(data), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(decode_attention(**data), dense(data, {}), rtol=1e-12, atol=1e-12)
 
 
 def test_store_puts_the_token_before_the_count():
@@ -117,10 +67,10 @@ def test_bad_arguments(change, message):
 
 
 def test_parts_fill_the_processors_and_are_not_too_short():
-    triton_decode = pytest.importorskip("kernels.attention.decode_triton", reason="needs triton")
+    decode_triton = pytest.importorskip("kernels.attention.decode_triton", reason="needs triton")
     for programs, longest, window, parts in ((1, 4096, None, 32), (8, 4096, None, 32), (64, 4096, None, 4), (64, 4096, 200, 2),
                                              (500, 4096, None, 1), (1, 100, None, 1), (1, 0, None, 1)):  # fmt: skip
-        assert triton_decode.parts_of(longest, window, programs) == parts
+        assert decode_triton.parts_of(longest, window, programs) == parts
 
 
 @compiled
@@ -133,7 +83,11 @@ def test_kernels_compile_for_sm_90():
     pytest.importorskip("triton")
     from bench import sm90
 
-    chosen = [x for x in sm90.decode_kernels() if x.dtype == "bf16" and x.constants["WIDTH"] == 64 and "softcap" not in x.name]
+    chosen = [
+        x
+        for x in sm90.decode_kernels()
+        if x.dtype == "bf16" and x.constants["WIDTH"] == 64 and "softcap" not in x.name
+    ]
     assert len(chosen) == 6
     for kernel in chosen:
         assert not sm90.failures(kernel, sm90.compiled(kernel)), kernel
@@ -148,10 +102,13 @@ def poisoned():
 
 
 def by_triton(data: dict, scale=None, softcap=None, window=None, **plan) -> torch.Tensor:
-    from kernels.attention import decode_triton as triton_decode
+    from kernels.attention import decode_triton
 
-    plan = {"shared": triton_decode.INTERPRETED, "own": triton_decode.INTERPRETED} | plan
-    return triton_decode.decode_attention(**data, scale=scale, softcap=softcap, window=window, **plan)
+    plan = {"shared": decode_triton.INTERPRETED, "own": decode_triton.INTERPRETED} | plan
+    query = data["query"]
+    caches = Caches(**{name: x for name, x in data.items() if name != "query"})
+    score = Score(query.shape[2] ** -0.5 if scale is None else scale, softcap, window)
+    return decode_triton.decode_attention(query, caches, score, decode_triton.Plan(**plan))
 
 
 @interpreted
@@ -177,11 +134,11 @@ SHAPES = {
 @interpreted
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_interpreted_shapes(shape, poisoned):
-    from kernels.attention import decode_triton as triton_decode
+    from kernels.attention import decode_triton
 
     data = problem(**shape)
     group = data["query"].shape[1] // data["own_keys"].shape[1]
-    own = triton_decode.INTERPRETED._replace(queries=16 if group <= 16 else 32)
+    own = decode_triton.INTERPRETED._replace(queries=16 if group <= 16 else 32)
     assert_as_good_as_torch(by_triton(data, parts=2, own=own), data, {})
 
 
@@ -212,11 +169,11 @@ def test_interpreted_large_scores():
 
 @interpreted
 def test_interpreted_store():
-    from kernels.attention import decode_triton as triton_decode
+    from kernels.attention import decode_triton
 
     own, data = torch.full((2, 2, 3, 4, 5), torch.nan), torch.randn(2, 2, 3, 5)
     twin = own.clone()
     for used in (1, 4):
-        triton_decode.store(*own, *data, torch.tensor([used]))
+        decode_triton.store(*own, *data, torch.tensor([used]))
         store(*twin, *data, torch.tensor([used]))
     assert torch.equal(own.nan_to_num(7), twin.nan_to_num(7))

@@ -12,7 +12,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kernels import sample  # noqa: E402
-from kernels.sampling.draw import combine, exponential, sample_with_gap, stream  # noqa: E402
+from kernels.random import combine, exponential, stream  # noqa: E402
+from kernels.sampling.draw import sample_with_gap  # noqa: E402
 from kernels.sampling.draw_triton import _log_exponential  # noqa: E402
 
 
@@ -25,7 +26,9 @@ def write_log_exponential(p_stream, p_out, COUNT: tl.constexpr):
 def by_triton(logits, streams, temperature=1.0, part=4096):
     """Token, model_logprob and gap of plain sampling."""
     token, logprob, model_logprob, gap = truncated_by_triton(logits, streams, temperature, 0, 1.0, part)
-    assert torch.equal(logprob.nan_to_num(), torch.zeros_like(gap) if streams is None else model_logprob.nan_to_num())
+    assert torch.equal(
+        logprob.nan_to_num(), torch.zeros_like(gap) if streams is None else model_logprob.nan_to_num()
+    )
     return token, model_logprob, gap
 
 
@@ -83,7 +86,9 @@ def test_exponential_numbers_are_those_of_plain_torch():
         for i in range(len(streams)):
             out = torch.empty(1024)
             write_log_exponential[(1,)](streams[i : i + 1], out, COUNT=1024)
-            torch.testing.assert_close(out.double(), exponential(streams[i : i + 1], 1024)[0].log(), rtol=1e-6, atol=2e-6)
+            torch.testing.assert_close(
+                out.double(), exponential(streams[i : i + 1], 1024)[0].log(), rtol=1e-6, atol=2e-6
+            )
             seen.append(out.exp())
     # Both ways of making them, and the ends of each.
     seen = torch.cat(seen)
@@ -119,7 +124,11 @@ TRUNCATIONS = [(5, 1.0), (1, 1.0), (33, 1.0), (10**6, 1.0), (0, 0.9), (0, 1e-6),
     [(33, "plain", torch.float32, x) for x in TRUNCATIONS]
     + [
         (columns, kind, dtype, x)
-        for columns, kind, dtype in ((33, "equals", torch.bfloat16), (33, "no mass", torch.float16), (7, "flat", torch.float32))
+        for columns, kind, dtype in (
+            (33, "equals", torch.bfloat16),
+            (33, "no mass", torch.float16),
+            (7, "flat", torch.float32),
+        )
         for x in ((5, 1.0), (0, 0.9), (20, 0.8))
     ],
 )
@@ -131,14 +140,18 @@ def test_truncated_sampling_is_that_of_plain_torch(columns, kind, dtype, truncat
         logits[:] = 0.25
     if kind == "no mass":
         logits[:, 1::3] = -torch.inf
-    assert_is_the_twin_s(truncated_by_triton(logits, stream(key, 3), 0.7, top_k, top_p, 32), logits, key, top_k, top_p)
+    assert_is_the_twin_s(
+        truncated_by_triton(logits, stream(key, 3), 0.7, top_k, top_p, 32), logits, key, top_k, top_p
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("top_k,top_p", [(300, 1.0), (0, 0.9), (300, 0.7)])
 def test_truncated_sampling_of_many_tokens(top_k, top_p, plain_torch):
     logits, key = logits_of(2, 5003), torch.arange(2)
-    assert_is_the_twin_s(truncated_by_triton(logits, stream(key, 3), 0.7, top_k, top_p, 2048), logits, key, top_k, top_p)
+    assert_is_the_twin_s(
+        truncated_by_triton(logits, stream(key, 3), 0.7, top_k, top_p, 2048), logits, key, top_k, top_p
+    )
 
 
 def assert_is_the_twin_s(got, logits, key, top_k, top_p):
@@ -155,7 +168,9 @@ def test_of_equals_the_first_are_kept(top_k, top_p, kept):
     """Of 10 equals after one unlikely token, in parts of 8: 0.8 of 10 is 8 exactly."""
     logits, rows = torch.zeros(1, 11), 3
     logits[:, 0] = -torch.inf
-    token, logprob, model_logprob, _ = truncated_by_triton(logits.expand(rows, -1), stream(torch.arange(rows), 1), 1.0, top_k, top_p, 8)
+    token, logprob, model_logprob, _ = truncated_by_triton(
+        logits.expand(rows, -1), stream(torch.arange(rows), 1), 1.0, top_k, top_p, 8
+    )
     assert set(token.tolist()) <= set(range(1, kept + 1))
     torch.testing.assert_close(logprob, torch.full([rows], -math.log(kept)))
     torch.testing.assert_close(model_logprob, torch.full([rows], -math.log(10)))
@@ -176,7 +191,9 @@ def test_a_token_without_mass_is_never_drawn(step):
 def test_offset_of_2_to_the_24_changes_nothing():
     # Multiples of 2 stay exact under this offset.
     logits, streams = (logits_of(6, 100).round() * 2).clamp(-20, 20), stream(torch.arange(6), 1)
-    for a, b in zip(by_triton(logits, streams, part=32), by_triton(logits + 2.0**24, streams, part=32), strict=True):
+    for a, b in zip(
+        by_triton(logits, streams, part=32), by_triton(logits + 2.0**24, streams, part=32), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -189,8 +206,15 @@ def test_nan_reaches_the_results_of_its_own_row_only():
         logits[1 + row, place], logits[4 + row, place] = torch.nan, torch.inf
     logits[7] = -torch.inf
     for top_k, top_p in ((0, 1.0), (9, 0.9)):
-        token, logprob, model_logprob, gap = truncated_by_triton(logits, stream(torch.arange(9), 0), 1.0, top_k, top_p, 32)
-        assert logprob.isnan().tolist() == model_logprob.isnan().tolist() == gap.isnan().tolist() == [False, *[True] * 7, False]
+        token, logprob, model_logprob, gap = truncated_by_triton(
+            logits, stream(torch.arange(9), 0), 1.0, top_k, top_p, 32
+        )
+        assert (
+            logprob.isnan().tolist()
+            == model_logprob.isnan().tolist()
+            == gap.isnan().tolist()
+            == [False, *[True] * 7, False]
+        )
         assert token[1:8].tolist() == [0] * 7
 
 
@@ -200,7 +224,9 @@ def test_16_bit_logits_and_rows_apart(dtype):
     padded, streams = logits_of(5, 96).to(dtype), stream(torch.arange(5), 2)
     padded[:, 70:] = 100
     for a, b in zip(
-        by_triton(padded[:, :70], streams, part=32), by_triton(padded[:, :70].float().contiguous(), streams, part=32), strict=True
+        by_triton(padded[:, :70], streams, part=32),
+        by_triton(padded[:, :70].float().contiguous(), streams, part=32),
+        strict=True,
     ):
         assert torch.equal(a, b)
 

@@ -1,203 +1,50 @@
-"""Hard cases of the loss head through every scheme of `kernels.loss_head.passes`, against dense float64 autograd.
-
-The error rule is that of test_losses; plain torch is `kernels.loss_head.rows` on the same inputs. What those tests or
-test_schemes hold already is not repeated.
+"""Hard cases of the loss head through every scheme of `kernels.loss_head.schemes`, against dense float64 autograd, by the
+error rule of tests/helpers/losses.py. What test_losses and test_schemes hold already is not repeated.
 """
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import assert_close, dense_dpo, dense_logprob, make, reordered
-from test_schemes import budget_of, dense_advantage, dense_policy
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 from bench.measure import peak_bytes
-from kernels import dual_moments
-from kernels.loss_head import passes as loss_head
-from kernels.loss_head import rows as reference
+from kernels import dual_moments, reference
+from kernels.loss_head.rows import TorchRows
+from kernels.loss_head.schemes import row_workspace
+from tests.helpers.losses import assert_close
+from tests.helpers.schemes import (
+    ALL_OPTIONS,
+    FROZEN,
+    FULL,
+    SCHEMES,
+    Scheme,
+    budget_for,
+    check,
+    fused,
+    inputs,
+    keywords_of,
+    run,
+    with_gradients,
+)
 
-# One member of the second pair is empty, both of the last; sequences 2 and 3 are together longer than a chunk of E; 5 stands in no pair.
-LENGTHS = (6, 0, 9, 4, 0, 18)
-PAIRS = torch.tensor([[2, 3], [0, 1], [3, 2], [2, 3], [4, 1]])
-FULL, FROZEN = ("hidden", "weight", "bias"), ("hidden",)
-
-
-class Scheme(NamedTuple):
-    op: str
-    needs: tuple[str, ...]  # gradients
-    share: float | None  # rows of a chunk, as a share of all; None: memory for all rows at once
-
-
-# The first letter is the scheme's in the docstring of `kernels.loss_head.passes`.
-SCHEMES = {
-    "A": Scheme("logprob", FULL, 0.2),
-    "B": Scheme("logprob", FULL, None),
-    "C": Scheme("logprob", FROZEN, None),
-    "D": Scheme("preference", FULL, 0.42),
-    "E": Scheme("preference", FULL, 0.2),
-    "F": Scheme("policy", FULL, 0.2),
-    "F, frozen head": Scheme("policy", FROZEN, 0.2),
-    "B, preference": Scheme("preference", FULL, None),
-    "C, preference": Scheme("preference", FROZEN, None),
-}
 EACH_SCHEME = pytest.mark.parametrize("scheme", list(SCHEMES)[:7])
-EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
-ALL_OPTIONS = {"temperature": 0.7, "softcap": 3.0}
-
-
-class Taken(set):
-    """Letters of schemes, and where the calls are made."""
-
-    device = torch.device("cpu")
-
-
-@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
-def device(request):
-    return torch.device(request.param)
-
-
-@pytest.fixture
-def taken(monkeypatch, device):
-    """The letters of the schemes that calls took: a case of one scheme must not turn into one of another unseen."""
-    letters, plan, parts, policy_terms = Taken(), loss_head.plan, loss_head._parts, loss_head.policy_terms
-    letters.device = device
-
-    def planned(workspace, hidden, *rest):
-        p = plan(workspace, hidden, *rest)
-        letters.add({"values": "A", "product": "C"}.get(p.kind) or ("B" if p.kept == len(hidden) else "part of B"))
-        return p
-
-    def parted(pairs, lengths, chunk):
-        found = parts(pairs, lengths, chunk)
-        letters.add("E" if any(part.opposite for part in found) else "D")
-        return found
-
-    monkeypatch.setattr(loss_head, "plan", planned)
-    monkeypatch.setattr(loss_head, "_parts", parted)
-    monkeypatch.setattr(loss_head, "policy_terms", lambda *x: letters.add("F") or policy_terms(*x))
-    return letters
-
-
-def inputs(dtype=torch.float32, vocabulary=141, width=12, lengths=LENGTHS, seed=4, bias=True, **shape):
-    data = make(sum(lengths), width, vocabulary, lengths, dtype, seed, bias, **shape)
-    # The last column is a part of its own in most splits of the vocabulary.
-    data["target"][:1] = data["target"][-1:] = vocabulary - 1
-    return data
-
-
-def keywords_of(op, data, options=None, seed=7):
-    """What the op takes beyond rows and options; references are near the present log-probs."""
-    if op == "logprob":
-        return {}
-    g, n = torch.Generator().manual_seed(seed), len(data["cu_seqlens"]) - 1
-    logprob, token = dense_logprob(**{k: v.double() if v.is_floating_point() else v for k, v in data.items()}, **options or {})
-
-    def near(x, distance):
-        return (x + distance * torch.randn(len(x), generator=g)).float()
-
-    # Long sequences score high: neither the policy loss nor a pair's sigmoid(margin) - label is the small difference of larger numbers,
-    # whose relative error would be a matter of luck.
-    lengths = data["cu_seqlens"].diff()
-    scores = {
-        "reward": 2 * lengths / lengths.float().mean(),
-        "utility": 0.1 * torch.randn(n, 2, generator=g),
-        "lam": torch.tensor([0.5, 2.0]),
-    }
-    if op == "preference":
-        return scores | {"pairs": PAIRS, "ref_logprob": near(logprob, 10.0), "beta": 0.1}
-    references = {"old_logprob": near(token, 0.3), "ref_logprob": near(token, 0.5)}
-    return scores | references | {"group": torch.arange(n) % 2, "clip": (0.2, 0.3), "kl_coef": 0.1, "kl": "k3"}
-
-
-def mixed(logprob, token):
-    """(a number that depends on both, the values)."""
-    ends = ((-1, 2), logprob), ((0.5, -1), token)
-    mix, mix_token = (torch.linspace(*limits, len(x), dtype=x.dtype, device=x.device) for limits, x in ends)
-    return (logprob * mix).sum() + (token * mix_token).sum(), {"logprob": logprob.detach(), "token": token.detach()}
-
-
-def fused(ops, op, data, keywords, budget=None, options=None):
-    """(what is differentiated, values) from the ops of a module: `kernels` or `kernels.loss_head.rows`."""
-    everything = data | keywords | (options or {}) | {"memory_budget_bytes": budget}
-    if op == "logprob":
-        return mixed(*ops.sequence_logprob(**everything, return_token_logprob=True))
-    if op == "preference":
-        result = ops.lagrangian_preference_loss(**everything)
-        return result.loss, {"loss": result.loss.detach(), "margin": result.margin}
-    result = ops.lagrangian_policy_loss(**everything)
-    return result.loss, {"loss": result.loss.detach(), "token": result.token_logprob}
-
-
-def dense(op, data, keywords, options=None):
-    """The same by autograd from whole logits."""
-    options = options or {}
-    if op == "logprob":
-        return mixed(*dense_logprob(**data, **options))
-    if op == "preference":
-        loss, margin, _ = dense_dpo(data, options, keywords, keywords["beta"], keywords.get("preference"))
-        return loss, {"loss": loss.detach(), "margin": margin}
-    advantage = dense_advantage(*(keywords[k] for k in ("group", "reward", "utility", "lam")), "rloo")
-    rest = (keywords[k] for k in ("old_logprob", "ref_logprob", "clip", "kl_coef", "kl"))
-    loss = dense_policy(data, advantage, None, *rest, "token", **options)
-    return loss, {"loss": loss.detach(), "token": dense_logprob(**data, **options)[1].detach()}
-
-
-def with_gradients(function, data, needs, cast=None):
-    """The values of function(data) and the gradients of three times what it differentiates."""
-    leaves = {k: v.detach().to(cast) if cast and v.is_floating_point() else v.detach() for k, v in data.items()}
-    for name in needs:
-        leaves[name].requires_grad_()
-    loss, values = function(leaves)
-    (3 * loss).backward()
-    return values | {f"d_{name}": leaves[name].grad for name in needs}
-
-
-def budget_for(scheme, data, options=None):
-    if scheme.share is None:
-        return 1 << 30
-    rows = len(data["hidden"])
-    beside = 2 * reference.VECTOR_BYTES_PER_ROW * rows if scheme.op == "policy" else 0
-    return beside + budget_of(data, int(scheme.share * rows), (options or {}).get("softcap"))
-
-
-def placed(values, device):
-    """On the device, but for what schemes are chosen from."""
-    stay = "cu_seqlens", "pairs"
-    return {k: v.to(device) if isinstance(v, torch.Tensor) and k not in stay else v for k, v in values.items()}
-
-
-def run(name, data, keywords, options=None, needs=None, device="cpu"):
-    """Values and gradients by one scheme."""
-    scheme, data, keywords = SCHEMES[name], placed(data, device), placed(keywords, device)
-    budget = budget_for(scheme, data, options)
-    found = with_gradients(lambda leaves: fused(kernels, scheme.op, leaves, keywords, budget, options), data, needs or scheme.needs)
-    return placed(found, "cpu")
-
-
-def check(name, data, taken, keywords=None, options=None, needs=None):
-    """The error rule for one scheme, and that this scheme is what ran; returns its results."""
-    scheme = SCHEMES[name]
-    keywords, needs = keywords or keywords_of(scheme.op, data, options), [k for k in needs or scheme.needs if k in data]
-    got = run(name, data, keywords, options, needs, taken.device)
-    assert taken == {name[0]}
-    plain = reordered(
-        lambda moved: with_gradients(lambda leaves: fused(reference, scheme.op, leaves, keywords, None, options), moved, needs), data
-    )
-    assert_close(got, plain, with_gradients(lambda leaves: dense(scheme.op, leaves, keywords, options), data, needs, torch.float64))
-    for leaf in needs:
-        assert got[f"d_{leaf}"].dtype == data[leaf].dtype
-    return got
+EACH_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+)
 
 
 @pytest.mark.parametrize(
     "scheme,dtype",
     [(name, torch.float16) for name in SCHEMES if name not in ("B", "C")]
-    + [(name, dtype) for name in ("F", "F, frozen head") for dtype in (torch.float32, torch.float64, torch.bfloat16)],
+    + [
+        (name, dtype)
+        for name in ("F", "F, frozen head")
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    ],
 )
 def test_all_options_at_once(scheme, dtype, taken):
     """Ragged, empty in one and in both members, repeated sequences, bias, token weights, temperature, softcap, upstream scalar 3."""
@@ -223,7 +70,7 @@ def test_rows_of_extreme_values(scheme, dtype, softcap, taken):
         data["target"][rows] = target
     got = check(scheme, data, taken, options={"softcap": softcap})
     assert all(x.isfinite().all() for x in got.values())
-    if SCHEMES[scheme].op == "logprob" and loss_head.row_workspace(data["hidden"].to(taken.device)) is not reference.TorchRows:
+    if SCHEMES[scheme].op == "logprob" and row_workspace(data["hidden"].to(taken.device)) is not TorchRows:
         assert got["token"][0].item() == pytest.approx(-math.log(141), rel=1e-6)
         difference = 18 if softcap is None else 30 * (math.tanh(3 / 30) + math.tanh(15 / 30))
         assert got["token"][5].item() == pytest.approx(-math.log1p(140 * math.exp(-difference)), rel=1e-4)
@@ -260,7 +107,9 @@ def test_minus_infinity(scheme, dtype, taken):
 
 
 @pytest.mark.parametrize("scheme", ["D", "E", "B, preference", "C, preference"])
-@pytest.mark.parametrize("dtype,size", [(torch.float32, 1e3), (torch.float32, 1e6), (torch.bfloat16, 1e3), (torch.float16, 1e6)])
+@pytest.mark.parametrize(
+    "dtype,size", [(torch.float32, 1e3), (torch.float32, 1e6), (torch.bfloat16, 1e3), (torch.float16, 1e6)]
+)
 @pytest.mark.parametrize("kind", ["given", "huge lambda", "lambda 0"])
 def test_saturated_margins(scheme, dtype, size, kind, taken):
     """|margin| far beyond what a sigmoid resolves, both ways, for labels 0, 1/2, 1, ties and labels that are saturated themselves."""
@@ -318,7 +167,18 @@ def test_real_vocabulary_and_width(scheme, vocabulary, width, dtype, taken):
 
 @pytest.mark.parametrize(
     "scheme,rows",
-    [("B", 1), ("C", 1), ("A", 127), ("A", 128), ("A", 129), ("B", 129), ("A", 2049), ("B", 2049), ("C", 2049), ("F", 2049)],
+    [
+        ("B", 1),
+        ("C", 1),
+        ("A", 127),
+        ("A", 128),
+        ("A", 129),
+        ("B", 129),
+        ("A", 2049),
+        ("B", 2049),
+        ("C", 2049),
+        ("F", 2049),
+    ],
 )
 def test_numbers_of_rows(scheme, rows, taken):
     """One row, both sides of a block, and more rows than a tile holds."""
@@ -396,12 +256,20 @@ def test_vmap_is_a_clear_error(op):
 def test_tied_embeddings(scheme, taken):
     """The head made the states too: its gradient is the sum of both uses."""
     data = inputs(torch.float64)
-    op, keywords, budget = SCHEMES[scheme].op, keywords_of(SCHEMES[scheme].op, data), budget_for(SCHEMES[scheme], data)
+    op, keywords, budget = (
+        SCHEMES[scheme].op,
+        keywords_of(SCHEMES[scheme].op, data),
+        budget_for(SCHEMES[scheme], data),
+    )
     embedding, tokens, gradients = data.pop("weight"), torch.arange(37) * 5 % 141, []
     for is_fused in (True, False):
         weight = embedding.clone().requires_grad_()
         leaves = data | {"weight": weight, "hidden": torch.tanh(weight[tokens])}
-        (fused(kernels, op, leaves, keywords, budget) if is_fused else dense(op, leaves, keywords))[0].backward()
+        (
+            fused(kernels, op, leaves, keywords, budget)
+            if is_fused
+            else fused(reference, op, leaves, keywords)
+        )[0].backward()
         gradients.append(weight.grad)
     assert taken == {scheme}
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
@@ -412,7 +280,9 @@ def test_strided_inputs(scheme):
     """Transposed matrices and every second element of vectors: equal but for the order inside products."""
     data = inputs(weighted=True)
     keywords = keywords_of(SCHEMES[scheme].op, data)
-    strided = {k: v.t().contiguous().t() if v.dim() == 2 else torch.stack([v, v], 1)[:, 1] for k, v in data.items()}
+    strided = {
+        k: v.t().contiguous().t() if v.dim() == 2 else torch.stack([v, v], 1)[:, 1] for k, v in data.items()
+    }
     assert not any(v.is_contiguous() for v in strided.values())
     got, want = run(scheme, strided, keywords), run(scheme, data, keywords)
     for name, x in want.items():
@@ -443,8 +313,19 @@ def test_two_losses_on_the_same_states():
         leaves = {k: v.clone().requires_grad_(k in FULL) for k, v in data.items()}
         total = 0
         for name, factor in (("A", 1), ("E", -2), ("F", 1)):
-            op, keywords, budget = SCHEMES[name].op, keywords_of(SCHEMES[name].op, data), budget_for(SCHEMES[name], data)
-            total += factor * (fused(kernels, op, leaves, keywords, budget) if is_fused else dense(op, leaves, keywords))[0]
+            op, keywords, budget = (
+                SCHEMES[name].op,
+                keywords_of(SCHEMES[name].op, data),
+                budget_for(SCHEMES[name], data),
+            )
+            total += (
+                factor
+                * (
+                    fused(kernels, op, leaves, keywords, budget)
+                    if is_fused
+                    else fused(reference, op, leaves, keywords)
+                )[0]
+            )
         total.backward()
         results.append([leaves[name].grad for name in FULL])
     for got, want in zip(*results, strict=True):
@@ -473,7 +354,9 @@ def test_gradients_scale_with_sigmoid_of_the_margin_less_the_label(scheme, seed,
     one, two = (run(scheme, data, keywords | label) for label in given_label)
     factor_one, factor_two = (torch.sigmoid(one["margin"][0]) - q for q in labels)
     for name in SCHEMES[scheme].needs:
-        torch.testing.assert_close(one[f"d_{name}"] * factor_two, two[f"d_{name}"] * factor_one, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            one[f"d_{name}"] * factor_two, two[f"d_{name}"] * factor_one, rtol=1e-9, atol=1e-12
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -483,16 +366,26 @@ def test_gradients_scale_with_sigmoid_of_the_margin_less_the_label(scheme, seed,
     width=st.integers(1, 9),
     share=st.floats(0.1, 1),
     seed=st.integers(0, 999),
-    options=st.sampled_from([{}, {"temperature": 1.4}, {"softcap": 2.0}, {"softcap": 5.0, "temperature": 0.6}]),
+    options=st.sampled_from(
+        [{}, {"temperature": 1.4}, {"softcap": 2.0}, {"softcap": 5.0, "temperature": 0.6}]
+    ),
 )
 def test_any_policy_loss_agrees_with_dense(lengths, vocabulary, width, share, seed, options):
     data = inputs(torch.float64, vocabulary, width, tuple(lengths), seed)
     keywords, rows = keywords_of("policy", data, options, seed), sum(lengths)
     for needs in (FULL, FROZEN):
         budget = budget_for(Scheme("policy", needs, max(share, 1 / rows)), data, options)
-        got = with_gradients(lambda leaves, b=budget: fused(kernels, "policy", leaves, keywords, b, options), data, needs)
+        got = with_gradients(
+            lambda leaves, b=budget: fused(kernels, "policy", leaves, keywords, b, options), data, needs
+        )
         # Float64 has its own bound in the rule.
-        assert_close(got, [got], with_gradients(lambda leaves: dense("policy", leaves, keywords, options), data, needs))
+        assert_close(
+            got,
+            [got],
+            with_gradients(
+                lambda leaves: fused(reference, "policy", leaves, keywords, options=options), data, needs
+            ),
+        )
 
 
 @pytest.mark.parametrize("scheme", ["B, preference", "D", "E"])
@@ -534,6 +427,8 @@ def test_dual_moments_in_every_dtype(dtype):
     lam = torch.tensor([0.5, 0.0, 2.0]).to(dtype)
     want = dual_moments(reward.double(), utility.double(), lam.double(), 0.3, threshold=0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        got = dual_moments(reward.requires_grad_(), utility.requires_grad_(), lam.requires_grad_(), 0.3, threshold=0.1)
+        got = dual_moments(
+            reward.requires_grad_(), utility.requires_grad_(), lam.requires_grad_(), 0.3, threshold=0.1
+        )
     for x, wide in zip(got, want, strict=True):
         assert x.dtype == torch.float64 and not x.requires_grad and torch.equal(x, wide)

@@ -19,7 +19,9 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 def assert_as_good_as_torch(got, plain, exact) -> None:
     """At most twice torch's error and two roundings: the interpreter cuts bfloat16 off instead of rounding it."""
     assert got.dtype == plain.dtype and got.shape == exact.shape and got.is_contiguous()
-    error, bound = ((x.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30) for x in (got, plain))
+    error, bound = (
+        (x.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30) for x in (got, plain)
+    )
     assert error <= 2 * bound + 2 * torch.finfo(got.dtype).eps, f"{error} against {bound}"
 
 
@@ -53,7 +55,10 @@ def test_interpreted_rotation_and_split(heads, kv_heads, d, dtype):
     from kernels.layer import layer_triton as triton_layer
 
     rows = 3
-    wide, angle = normal(rows, (heads + 2 * kv_heads) * d + 5, dtype=dtype), normal(rows, d, dtype=torch.float32, scale=3.0)
+    wide, angle = (
+        normal(rows, (heads + 2 * kv_heads) * d + 5, dtype=dtype),
+        normal(rows, d, dtype=torch.float32, scale=3.0),
+    )
     qkv, cos, sin = wide[:, :-5], angle.cos().to(dtype), angle.sin().to(dtype)
     got = triton_layer.split_rotated(qkv, cos, sin, heads, kv_heads)
     plain = layer.split_rotated(qkv.clone().requires_grad_(), cos, sin, heads, kv_heads)
@@ -72,7 +77,9 @@ def test_interpreted_gate(rows, width, dtype):
     gate_up = normal(rows, 2 * width, dtype=dtype, scale=20.0)
     gate, up = gate_up.double().chunk(2, 1)
     assert_as_good_as_torch(
-        triton_layer.gated_silu(gate_up), layer.gated_silu(gate_up.clone().requires_grad_()).detach(), F.silu(gate) * up
+        triton_layer.gated_silu(gate_up),
+        layer.gated_silu(gate_up.clone().requires_grad_()).detach(),
+        F.silu(gate) * up,
     )
 
 
@@ -80,8 +87,12 @@ def test_interpreted_gate(rows, width, dtype):
 def test_interpreted_ends_of_the_gate():
     from kernels.layer import layer_triton as triton_layer
 
-    gate_up = torch.tensor([[-1e4, -90.0, -1.0, 0.0, 1.0, 90.0, 1e4, torch.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
-    torch.testing.assert_close(triton_layer.gated_silu(gate_up), F.silu(gate_up[:, :8]), rtol=1e-6, atol=1e-30, equal_nan=True)
+    gate_up = torch.tensor(
+        [[-1e4, -90.0, -1.0, 0.0, 1.0, 90.0, 1e4, torch.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    )
+    torch.testing.assert_close(
+        triton_layer.gated_silu(gate_up), F.silu(gate_up[:, :8]), rtol=1e-6, atol=1e-30, equal_nan=True
+    )
 
 
 @compiled
@@ -89,7 +100,11 @@ def test_kernels_compile_for_sm_90():
     pytest.importorskip("triton")
     from bench import sm90
 
-    chosen = [x for x in sm90.layer_kernels() if x.dtype == "bf16" and x.name in ("norm of 4096, added", "rotate 32 + 8 of 128", "gate")]
+    chosen = [
+        x
+        for x in sm90.layer_kernels()
+        if x.dtype == "bf16" and x.name in ("norm of 4096, added", "rotate 32 + 8 of 128", "gate")
+    ]
     assert len(chosen) == 3
     for kernel in chosen:
         assert not sm90.failures(kernel, sm90.compiled(kernel)), kernel

@@ -1,140 +1,37 @@
-"""The loss ops on a CPU against dense float64 autograd.
+"""The loss ops on a CPU against dense float64 autograd, by the error rule of tests/helpers/losses.py."""
 
-Error rule: max|x - x64| / max|x64| <= 2 x that of plain torch in the same dtype + 4 eps, where plain torch is the worst of three orders of
-the vocabulary, so that one lucky rounding does not set the bound. Float64 has nothing more exact beside it: 1e-12.
-"""
-
+import importlib
 import inspect
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import compiled, lagrangian_preference_loss, sequence_logprob
-from kernels.loss_head import rows as reference
+from kernels import compiled, lagrangian_policy_loss, lagrangian_preference_loss, reference, sequence_logprob
 from kernels.loss_head.rows import TorchRows
 from kernels.loss_head.rows_native import NativeRows
-
-OPS = [sequence_logprob, reference.sequence_logprob]
-
-
-def dense_logprob(hidden, weight, target, cu_seqlens, token_weight=None, bias=None, temperature=1.0, softcap=None):
-    """(logprob [N], token_logprob [T]) from whole logits, in float32 where the inputs are 16-bit."""
-    hidden, weight = (x.float() if x.dtype.itemsize == 2 else x for x in (hidden, weight))
-    logits = hidden @ weight.T
-    if bias is not None:
-        logits = logits + bias.to(logits.dtype)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    token = (logits / temperature).log_softmax(1).gather(1, target[:, None].long())[:, 0]
-    weighted = token if token_weight is None else token * token_weight.to(token.dtype)
-    bounds = cu_seqlens.tolist()
-    sums = [weighted[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    return (torch.stack(sums) if sums else weighted.new_zeros(0)), token
+from tests.helpers.losses import (
+    FEATURES,
+    assert_close,
+    check_against,
+    check_against_dense,
+    dense_dpo,
+    dense_results,
+    make,
+    preference_gradients,
+    reordered,
+)
 
 
-def make(rows=13, width=8, vocabulary=33, lengths=(5, 0, 7, 1), dtype=torch.float32, seed=0, bias=False, weighted=False):
-    g = torch.Generator().manual_seed(seed)
-    data = {
-        "hidden": torch.randn(rows, width, generator=g).to(dtype),
-        "weight": torch.randn(vocabulary, width, generator=g).to(dtype),
-        "target": torch.randint(vocabulary, (rows,), generator=g),
-        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),
-    }
-    if bias:
-        data["bias"] = torch.randn(vocabulary, generator=g).to(dtype)
-    if weighted:
-        data["token_weight"] = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) > 0.3)
-    return data
-
-
-def gradients(function, data, options, needs=("hidden", "weight", "bias"), cast=None):
-    """The output of `function` and its gradients in `needs`, for a fixed mix of all outputs."""
-    leaves = {k: v.detach().to(cast) if cast and v.is_floating_point() else v.detach() for k, v in data.items()}
-    for name in needs:
-        if name in leaves:
-            leaves[name].requires_grad_()
-    logprob, token = function(**leaves, **options)
-    mix = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
-    mix_token = torch.linspace(0.5, -1, len(token), dtype=token.dtype)
-    ((logprob * mix).sum() + (token * mix_token).sum()).backward()
-    return {"logprob": logprob.detach(), "token": token.detach()} | {f"d_{k}": leaves[k].grad for k in needs if k in leaves}
-
-
-def reordered(function, data):
-    """Results of function(data) for three orders of the vocabulary, the gradients put back in the first."""
-    results = []
-    for seed in range(3):
-        order = torch.randperm(len(data["weight"]), generator=torch.Generator().manual_seed(seed))
-        back = order.argsort()
-        moved = {k: v[order] if k in ("weight", "bias") else back[v.long()] if k == "target" else v for k, v in data.items()}
-        result = function(moved)
-        results.append({k: v[back] if k in ("d_weight", "d_bias") else v for k, v in result.items()})
-    return results
-
-
-def assert_close(got, plain, exact):
-    """The error rule of the module docstring, for dictionaries of tensors; `plain` is a list of them."""
-    for name, true in exact.items():
-        x = got[name]
-        assert x.shape == true.shape, name
-        if not true.numel():
-            continue
-        scale = true.abs().max().clamp_min(1e-30)
-        error = ((x.double() - true).abs().max() / scale).item()
-        worst = max(((p[name].double() - true).abs().max() / scale).item() for p in plain)
-        bound = 1e-12 if x.dtype == torch.float64 else 2 * worst + 4 * torch.finfo(x.dtype).eps
-        assert error <= bound, f"{name}: {error} against {bound}"
-
-
-def dense_results(data, needs, options):
-    """(values and gradients of plain torch for three orders of the vocabulary, those in float64)."""
-    plain = reordered(lambda moved: gradients(dense_logprob, moved, options, needs), data)
-    return plain, gradients(dense_logprob, data, options, needs, torch.float64)
-
-
-def check_against(dense, function, data, needs, **options):
-    """The error rule for the values and gradients of `function`; dense: from `dense_results`."""
-    budget = options.pop("memory_budget_bytes", None)
-
-    def fused(**keywords):
-        return function(**keywords, return_token_logprob=True, memory_budget_bytes=budget)
-
-    got = gradients(fused, data, options, needs)
-    wide = torch.float64 if data["hidden"].dtype == torch.float64 else torch.float32
-    assert got["logprob"].dtype == got["token"].dtype == wide
-    for name in needs:
-        if name in data:
-            assert got[f"d_{name}"].dtype == data[name].dtype
-    assert_close(got, *dense)
-
-
-def check_against_dense(function, data, needs=("hidden", "weight", "bias"), memory_budget_bytes=None, **options):
-    dense = dense_results(data, needs, options)
-    check_against(dense, function, data, needs, memory_budget_bytes=memory_budget_bytes, **options)
-
-
-FEATURES = {
-    "plain": ({}, {}),
-    "weights": ({"weighted": True}, {}),
-    "bias": ({"bias": True}, {}),
-    "temperature": ({}, {"temperature": 0.7}),
-    "softcap": ({}, {"softcap": 2.0}),
-    "all": ({"bias": True, "weighted": True}, {"temperature": 1.3, "softcap": 3.0}),
-}
-
-
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
-def test_values_and_gradients(op, dtype, feature, needs):
+def test_values_and_gradients(either_rows, dtype, feature, needs):
     shape, options = FEATURES[feature]
-    check_against_dense(op, make(dtype=dtype, **shape), needs, **options)
+    check_against_dense(sequence_logprob, make(dtype=dtype, **shape), needs, **options)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -157,18 +54,40 @@ def test_chunks_do_not_change_the_result(needs, dtype, monkeypatch):
     sizes = []
     for cls, name in ((TorchRows, "_logprob"), (NativeRows, "_forward")):
         original = getattr(cls, name)
-        monkeypatch.setattr(cls, name, lambda self, h, *rest, original=original: sizes.append(len(h)) or original(self, h, *rest))
+        monkeypatch.setattr(
+            cls,
+            name,
+            lambda self, h, *rest, original=original: sizes.append(len(h)) or original(self, h, *rest),
+        )
     data = make(rows=130, vocabulary=257, lengths=(50, 0, 79, 1), bias=True, weighted=True, dtype=dtype)
-    check_against_dense(sequence_logprob, data, needs, softcap=4.0, memory_budget_bytes=14_000 if needs == ("hidden",) else 22_000)
+    check_against_dense(
+        sequence_logprob,
+        data,
+        needs,
+        softcap=4.0,
+        memory_budget_bytes=14_000 if needs == ("hidden",) else 22_000,
+    )
     assert max(sizes) < 100 and len(sizes) > 2
 
 
 @pytest.mark.parametrize(
-    "vocabulary,width", [(7, 8192), (32001, 896), (49152, 64), (50257, 576), (128256, 128), (151936, 64), (262144, 64), (2000, 4096)]
+    "vocabulary,width",
+    [
+        (7, 8192),
+        (32001, 896),
+        (49152, 64),
+        (50257, 576),
+        (128256, 128),
+        (151936, 64),
+        (262144, 64),
+        (2000, 4096),
+    ],
 )
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
 def test_real_vocabulary(vocabulary, width, needs):
-    check_against_dense(sequence_logprob, make(rows=6, width=width, vocabulary=vocabulary, lengths=(2, 4)), needs)
+    check_against_dense(
+        sequence_logprob, make(rows=6, width=width, vocabulary=vocabulary, lengths=(2, 4)), needs
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +125,9 @@ def test_integer_dtypes(integers):
 
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
 def test_gradcheck(needs):
-    data = make(rows=4, width=3, vocabulary=5, lengths=(3, 0, 1), dtype=torch.float64, bias=True, weighted=True)
+    data = make(
+        rows=4, width=3, vocabulary=5, lengths=(3, 0, 1), dtype=torch.float64, bias=True, weighted=True
+    )
     leaves = [data[name].requires_grad_() for name in needs]
 
     def call(*values):
@@ -321,14 +242,21 @@ def test_memory_stays_within_the_budget(needs, options, dtype):
         if needs:
             logprob.sum().backward()
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    )
     used = peak = 0
     for event in events:
         used += event.nbytes()
         peak = max(peak, used)
-    allowed = sum(data[name].nbytes for name in needs) + (4 * data["weight"].numel() if "weight" in needs else 0)
+    allowed = sum(data[name].nbytes for name in needs) + (
+        4 * data["weight"].numel() if "weight" in needs else 0
+    )
     # Below, the profile has not seen the tiles.
     assert 0.05 * budget < peak <= budget + allowed
     assert budget < 300 * 4099 * 4
@@ -340,9 +268,17 @@ def test_budget_too_small_for_one_row():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=6), st.integers(1, 40), st.integers(1, 9), st.integers(0, 999), st.integers(4000, 9000))
+@given(
+    st.lists(st.integers(0, 5), max_size=6),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(0, 999),
+    st.integers(4000, 9000),
+)
 def test_any_shape_agrees_with_dense(lengths, vocabulary, width, seed, budget):
-    data = make(sum(lengths), width, vocabulary, tuple(lengths), torch.float64, seed, bias=True, weighted=True)
+    data = make(
+        sum(lengths), width, vocabulary, tuple(lengths), torch.float64, seed, bias=True, weighted=True
+    )
     check_against_dense(sequence_logprob, data, memory_budget_bytes=budget, temperature=0.9)
     check_against_dense(sequence_logprob, data, ("hidden",), memory_budget_bytes=budget, softcap=1.5)
 
@@ -366,52 +302,31 @@ def make_pairs(dtype=torch.float32, seed=1, **shape):
         "reward": torch.randn(4, generator=g),
         "utility": torch.randn(4, 2, generator=g),
         "lam": torch.tensor([0.5, 2.0], dtype=torch.float64),
-        "ref_logprob": sequence_logprob(**{k: data[k] for k in ("hidden", "weight", "target", "cu_seqlens")}).float()
+        "ref_logprob": sequence_logprob(
+            **{k: data[k] for k in ("hidden", "weight", "target", "cu_seqlens")}
+        ).float()
         + torch.randn(4, generator=g),
     }
     return data, labels
 
 
-def dense_dpo(data, options, labels, beta, q=None):
-    """Textbook DPO with soft labels by autograd; written without the op's helpers."""
-    logprob, _ = dense_logprob(**data, **options)
-    kind = logprob.dtype
-    a, b = labels["pairs"].long().T
-    if q is None:
-        score = labels["reward"].double() + (labels["utility"].double() * labels["lam"].double()).sum(1)
-        q = 1 / (1 + torch.exp(score[b] - score[a]))
-    q = q.to(kind)
-    ref = labels["ref_logprob"].to(kind)
-    margin = beta * ((logprob[a] - logprob[b]) - (ref[a] - ref[b]))
-    loss = F.binary_cross_entropy_with_logits(margin, q, reduction="mean")
-    return loss, margin.detach(), q
-
-
-def preference_gradients(function, data, cast=None, needs=("hidden", "weight", "bias")):
-    leaves = {k: v.detach().to(cast) if cast and v.is_floating_point() else v.detach() for k, v in data.items()}
-    for name in needs:
-        if name in leaves:
-            leaves[name].requires_grad_()
-    loss, margin, q = function(leaves)
-    (3 * loss).backward()
-    return {"loss": loss.detach(), "margin": margin, "q": q} | {f"d_{k}": leaves[k].grad for k in needs if k in leaves}
-
-
-@pytest.mark.parametrize("op", [lagrangian_preference_loss, reference.lagrangian_preference_loss])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_preference_loss_against_autograd(op, dtype, needs, feature):
+def test_preference_loss_against_autograd(either_rows, dtype, needs, feature):
     shape, options = FEATURES[feature]
     data, labels = make_pairs(dtype, **shape)
 
     def fused(leaves):
-        result = op(**leaves, **labels, beta=0.4, **options)
+        result = lagrangian_preference_loss(**leaves, **labels, beta=0.4, **options)
         assert not any(x.requires_grad for x in result[1:])
         return result.loss, result.margin, result.preference
 
     got = preference_gradients(fused, data, needs=needs)
-    plain = reordered(lambda moved: preference_gradients(lambda d: dense_dpo(d, options, labels, 0.4), moved, needs=needs), data)
+    plain = reordered(
+        lambda moved: preference_gradients(lambda d: dense_dpo(d, options, labels, 0.4), moved, needs=needs),
+        data,
+    )
     exact = preference_gradients(lambda d: dense_dpo(d, options, labels, 0.4), data, torch.float64, needs)
     assert_close(got, plain, exact)
 
@@ -420,7 +335,8 @@ def test_preference_gradcheck():
     data, labels = make_pairs(torch.float64, rows=13, width=2, vocabulary=4)
     leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
     assert torch.autograd.gradcheck(
-        lambda h, w: lagrangian_preference_loss(**data | {"hidden": h, "weight": w}, **labels, beta=0.7).loss, leaves
+        lambda h, w: lagrangian_preference_loss(**data | {"hidden": h, "weight": w}, **labels, beta=0.7).loss,
+        leaves,
     )
 
 
@@ -431,14 +347,26 @@ def test_label_kinds():
     uniform = torch.tensor([0.0, 0.999999, p[2].item(), 0.49], dtype=torch.float64)
     sampled = lagrangian_preference_loss(**data, **labels, beta=1.0, labels="sampled", uniform=uniform)
     assert sampled.preference.tolist() == [1, 0, 0, 1]
-    bare = {"pairs": PAIRS, "reward": None, "utility": None, "lam": None, "ref_logprob": labels["ref_logprob"]}
-    fixed = lagrangian_preference_loss(**data, **bare, beta=1.0, labels="given", preference=sampled.preference)
+    bare = {
+        "pairs": PAIRS,
+        "reward": None,
+        "utility": None,
+        "lam": None,
+        "ref_logprob": labels["ref_logprob"],
+    }
+    fixed = lagrangian_preference_loss(
+        **data, **bare, beta=1.0, labels="given", preference=sampled.preference
+    )
     assert fixed.loss == sampled.loss
     expected, _, _ = dense_dpo(data, {}, labels, 1.0, sampled.preference)
     torch.testing.assert_close(fixed.loss, expected)
     draws = [
         lagrangian_preference_loss(
-            **data, **labels | {"pairs": PAIRS[:1].expand(4000, 2)}, beta=1.0, labels="sampled", generator=torch.Generator().manual_seed(7)
+            **data,
+            **labels | {"pairs": PAIRS[:1].expand(4000, 2)},
+            beta=1.0,
+            labels="sampled",
+            generator=torch.Generator().manual_seed(7),
         ).preference
         for _ in range(2)
     ]
@@ -457,13 +385,20 @@ def test_accuracy_and_ties():
     torch.testing.assert_close(result.margin, torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=torch.float64))
     assert result.accuracy.item() == 0.5
     three = labels | {"pairs": labels["pairs"][[0, 0, 0, 2]]}
-    assert lagrangian_preference_loss(**data, **three, beta=1.0, labels="given", preference=torch.ones(4)).accuracy.item() == 0.875
+    assert (
+        lagrangian_preference_loss(
+            **data, **three, beta=1.0, labels="given", preference=torch.ones(4)
+        ).accuracy.item()
+        == 0.875
+    )
 
 
 def test_no_pairs_and_no_rows():
     data, labels = make_pairs()
     data["hidden"].requires_grad_()
-    result = lagrangian_preference_loss(**data, **labels | {"pairs": torch.zeros(0, 2, dtype=torch.int64)}, beta=1.0)
+    result = lagrangian_preference_loss(
+        **data, **labels | {"pairs": torch.zeros(0, 2, dtype=torch.int64)}, beta=1.0
+    )
     result.loss.backward()
     assert result.loss.item() == 0 and data["hidden"].grad.eq(0).all() and result.accuracy.isnan()
     data = make(rows=0, lengths=(0, 0, 0, 0))
@@ -481,7 +416,9 @@ def test_extreme_margins_keep_finite_loss_and_gradient():
     labels["ref_logprob"] = torch.tensor([-1e6, 0, 1e6, 0])
     for q in (0.0, 0.3, 1.0):
         given = labels | {"reward": None, "utility": None, "lam": None}
-        result = lagrangian_preference_loss(**data, **given, beta=1.0, labels="given", preference=torch.full((4,), q))
+        result = lagrangian_preference_loss(
+            **data, **given, beta=1.0, labels="given", preference=torch.full((4,), q)
+        )
         (gradient,) = torch.autograd.grad(result.loss, data["hidden"])
         assert result.loss.isfinite() and gradient.isfinite().all()
 
@@ -518,7 +455,11 @@ def bad(name, value, message):
         bad("hidden", torch.zeros(13, 8, dtype=torch.int64), "hidden has dtype int64"),
         bad("weight", torch.zeros(33, 8, dtype=torch.float64), "weight has dtype float64: expected float32"),
         bad("weight", torch.zeros(33, 9), r"weight has shape \[33, 9\]: expected \[any, 8\]"),
-        bad("weight", torch.eye(33, 8).to_sparse(), "weight has layout torch.sparse_coo: expected a dense tensor"),
+        bad(
+            "weight",
+            torch.eye(33, 8).to_sparse(),
+            "weight has layout torch.sparse_coo: expected a dense tensor",
+        ),
         bad("weight", torch.zeros(0, 8), "at least one vocabulary row"),
         bad("target", torch.full((13,), 33), r"target\[0\] = 33: expected a token id in \[0, 33\)"),
         bad("target", torch.full((13,), -100), r"target\[0\] = -100"),
@@ -540,10 +481,18 @@ def bad(name, value, message):
         bad("memory_budget_bytes", 1.5, "memory_budget_bytes = 1.5"),
     ],
 )
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [sequence_logprob, lagrangian_preference_loss, lagrangian_policy_loss])
 def test_bad_row_arguments(op, name, value, message):
+    """Every loss op checks what it shares with the others."""
+    n = max(0, len(value) - 1) if name == "cu_seqlens" else 4
+    more, scores = {}, {"reward": torch.zeros(n), "utility": torch.zeros(n, 2), "lam": torch.zeros(2)}
+    if op is lagrangian_preference_loss:
+        pairs = torch.zeros(0, 2, dtype=torch.int64)
+        more = scores | {"pairs": pairs, "ref_logprob": torch.zeros(n), "beta": 1.0}
+    elif op is lagrangian_policy_loss:
+        more = scores | {"group": torch.arange(n)}
     with pytest.raises(ValueError, match=message):
-        op(**make() | {name: value})
+        op(**make() | more | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -565,21 +514,55 @@ def test_bad_row_arguments(op, name, value, message):
         bad("preference", torch.zeros(4), "preference is given with labels = 'soft'"),
     ],
 )
-@pytest.mark.parametrize("op", [lagrangian_preference_loss, reference.lagrangian_preference_loss])
-def test_bad_preference_arguments(op, name, value, message):
+def test_bad_preference_arguments(name, value, message):
     data, labels = make_pairs()
     with pytest.raises(ValueError, match=message):
-        op(**data | labels | {"beta": 1.0} | ({"labels": "sampled"} if name == "generator" else {}) | {name: value})
+        lagrangian_preference_loss(
+            **data
+            | labels
+            | {"beta": 1.0}
+            | ({"labels": "sampled"} if name == "generator" else {})
+            | {name: value}
+        )
 
 
 def test_preference_out_of_range():
     data, labels = make_pairs()
     for value in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"preference\[0\] = .*expected a probability"):
-            lagrangian_preference_loss(**data, **labels, beta=1.0, labels="given", preference=torch.full((4,), value))
+            lagrangian_preference_loss(
+                **data, **labels, beta=1.0, labels="given", preference=torch.full((4,), value)
+            )
 
 
-def test_public_names_and_signatures():
-    for name in ("dual_moments", "lagrangian_policy_loss", "lagrangian_preference_loss", "sequence_logprob"):
-        assert name in kernels.__all__
-        assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(reference, name))
+def test_public_names_and_the_arguments_of_their_definitions():
+    """`kernels.reference` defines each op by the same arguments, but for the memory budget and `debug`."""
+    assert {"decode_attention", "sample", *DEFINED} == set(kernels.__all__)
+    for name in DEFINED:
+        op, definition = (
+            inspect.signature(getattr(module, name)).parameters for module in (kernels, reference)
+        )
+        options = inspect.signature(reference.sequence_logprob).parameters
+        theirs = {
+            k: v.default
+            for k, v in (options | definition).items()
+            if k not in ("options", "return_token_logprob")
+        }
+        ours = {
+            k: v.default
+            for k, v in op.items()
+            if k not in ("memory_budget_bytes", "debug", "return_token_logprob")
+        }
+        assert ours == (
+            theirs if "options" in definition else {k: v for k, v in theirs.items() if k in definition}
+        )
+
+
+DEFINED = ["dual_moments", "lagrangian_policy_loss", "lagrangian_preference_loss", "sequence_logprob"]
+
+
+def test_no_module_has_the_name_of_a_public_op():
+    for name in kernels.__all__:
+        assert callable(getattr(kernels, name))
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(f"kernels.{name}")

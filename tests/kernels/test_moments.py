@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import dual_moments
+from kernels import dual_moments, reference
 
 
 def scores(prompts=5, responses=7, constraints=3, seed=0):
@@ -27,7 +27,22 @@ def test_gradient_and_hessian_are_finite_differences(prompts, responses, constra
     for j, unit in enumerate(torch.eye(constraints, dtype=torch.float64) * step):
         up, down = (dual_moments(reward, utility, lam + side * unit, beta, **options) for side in (1, -1))
         assert ((up.value - down.value) / (2 * step)).item() == pytest.approx(at.gradient[j].item(), abs=1e-7)
-        torch.testing.assert_close((up.gradient - down.gradient) / (2 * step), at.hessian[:, j], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            (up.gradient - down.gradient) / (2 * step), at.hessian[:, j], rtol=1e-5, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"threshold": 0.2}, {"utility_mean": torch.tensor([0.1, -0.2, 0.3]), "threshold": torch.ones(3)}],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_moments_are_those_of_the_definition(options, dtype):
+    arguments = *(x.to(dtype) for x in scores()), 0.6
+    for got, want in zip(
+        dual_moments(*arguments, **options), reference.dual_moments(*arguments, **options), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
 def test_value_is_the_plain_formula():
@@ -35,7 +50,10 @@ def test_value_is_the_plain_formula():
     mean, threshold, beta = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64), 0.25, 0.7
     total = 0.0
     for p in range(5):
-        terms = [math.exp((reward[p, i] + lam @ (utility[p, i] - mean - threshold)).item() / beta) for i in range(7)]
+        terms = [
+            math.exp((reward[p, i] + lam @ (utility[p, i] - mean - threshold)).item() / beta)
+            for i in range(7)
+        ]
         total += math.log(sum(terms) / 7)
     got = dual_moments(reward, utility, lam, beta, utility_mean=mean, threshold=threshold)
     assert got.value.item() == pytest.approx(beta / 5 * total, rel=1e-12)
@@ -111,4 +129,6 @@ def test_opcheck_and_fullgraph_compile():
     def caller(r, g, lam):
         return lam - 0.1 * dual_moments(r * 2, g, lam, 0.7, threshold=0.2).gradient
 
-    torch.testing.assert_close(torch.compile(caller, fullgraph=True, backend="aot_eager")(r, g, lam), caller(r, g, lam))
+    torch.testing.assert_close(
+        torch.compile(caller, fullgraph=True, backend="aot_eager")(r, g, lam), caller(r, g, lam)
+    )

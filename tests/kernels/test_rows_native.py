@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import compiled, sample, sequence_logprob
-from kernels.loss_head import rows as reference
-from kernels.loss_head import rows_native as native
-from kernels.loss_head.passes import row_workspace
-from kernels.sampling.draw import _truncate, exponential, sample_with_gap, stream
+from kernels import compiled, reference, sample, sequence_logprob
+from kernels.loss_head.records import Head
+from kernels.loss_head.rows import Kept, Sums, TorchRows
+from kernels.loss_head.rows_native import NativeRows
+from kernels.loss_head.schemes import row_workspace
+from kernels.random import exponential, stream
+from kernels.sampling.draw import _truncate, sample_with_gap
+from kernels.sampling.draw_native import sample_rows
 
 # -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
 SIZES = [7, 127, 128, 129, 32001, 49152]
@@ -39,16 +42,41 @@ def rows_in_parts(logits, target, temperature, width=None, instructions=None, th
     instructions, width = instructions or compiled.instructions[0], width or logits.shape[1]
     rows, columns = logits.shape
     largest, own, logprob, scale = torch.full((4, rows), -torch.inf).unbind()
-    others, state, jacobian = torch.zeros(rows, dtype=torch.float64), torch.empty(rows, 3), torch.empty_like(logits)
+    others, state, jacobian = (
+        torch.zeros(rows, dtype=torch.float64),
+        torch.empty(rows, 3),
+        torch.empty_like(logits),
+    )
     parts = [slice(first, min(first + width, columns)) for first in range(0, columns, width)]
     kept = logits.clone()
     for part in parts:
-        native._native.accumulate(kept[:, part], target, part.start, 1 / temperature, largest, others, own, None, threads, instructions)
+        compiled._native.accumulate(
+            kept[:, part],
+            target,
+            part.start,
+            1 / temperature,
+            largest,
+            others,
+            own,
+            None,
+            threads,
+            instructions,
+        )
     assert torch.equal(kept.nan_to_num(7), logits.nan_to_num(7))
-    native._native.finish(1 / temperature, 1 / temperature, largest, others, own, logprob, state, scale)
+    compiled._native.finish(1 / temperature, 1 / temperature, largest, others, own, logprob, state, scale)
     for part in parts:
         out = torch.empty(rows, part.stop - part.start)
-        native._native.jacobian(kept[:, part], target, part.start, 1 / temperature, state, torch.ones(rows), out, threads, instructions)
+        compiled._native.jacobian(
+            kept[:, part],
+            target,
+            part.start,
+            1 / temperature,
+            state,
+            torch.ones(rows),
+            out,
+            threads,
+            instructions,
+        )
         jacobian[:, part] = out
     return logprob, jacobian
 
@@ -56,14 +84,22 @@ def rows_in_parts(logits, target, temperature, width=None, instructions=None, th
 def exact_gap(race: torch.Tensor) -> torch.Tensor:
     """Between the logarithms of the two largest of each row."""
     best = race.topk(min(2, race.shape[1])).values.log()
-    return best[:, 0] - best[:, -1] if race.shape[1] > 1 else torch.full((len(race),), torch.inf, dtype=race.dtype)
+    return (
+        best[:, 0] - best[:, -1]
+        if race.shape[1] > 1
+        else torch.full((len(race),), torch.inf, dtype=race.dtype)
+    )
 
 
 def clear_wins(logits: torch.Tensor, streams: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Rows whose winner arrives at least 1e-5 of its time before the next, bool [R]."""
     arrival = exponential(streams, logits.shape[1]) / (logits.double() / temperature).softmax(1)
     first = arrival.topk(min(2, arrival.shape[1]), largest=False).values
-    return first[:, -1] > first[:, 0] * (1 + 1e-5) if arrival.shape[1] > 1 else torch.ones(len(logits), dtype=torch.bool)
+    return (
+        first[:, -1] > first[:, 0] * (1 + 1e-5)
+        if arrival.shape[1] > 1
+        else torch.ones(len(logits), dtype=torch.bool)
+    )
 
 
 def all_paths(call) -> list[tuple[torch.Tensor, ...]]:
@@ -82,16 +118,29 @@ def assert_same_bits(results: list[tuple[torch.Tensor, ...]]) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_tokens_are_the_twin_s(columns, temperature):
     logits, streams = logits_of(64, columns), stream(torch.arange(64), 3)
-    token, logprob, model_logprob, gap = native.sample_rows(logits, streams, temperature)
+    token, logprob, model_logprob, gap = sample_rows(logits, streams, temperature)
     race = (logits.double() / temperature).softmax(1) / exponential(streams, columns)
     clear = clear_wins(logits, streams, temperature)
     assert int(clear.sum()) >= 62 and torch.equal(token[clear], race.argmax(1)[clear])
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, token, temperature), rtol=1e-6, atol=0)
-    assert torch.equal(logprob, model_logprob) and torch.allclose(gap.double(), exact_gap(race), rtol=1e-6, atol=1e-5)
+    assert torch.equal(logprob, model_logprob) and torch.allclose(
+        gap.double(), exact_gap(race), rtol=1e-6, atol=1e-5
+    )
 
 
 # A few of many, most of the mass, all, one, more than there are, both; equals that only one of the two would cut.
-TRUNCATIONS = [(50, 1.0), (1000, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6), (1, 1.0), (10**6, 1.0), (50, 0.9), (1000, 0.5), (10**6, 0.95)]
+TRUNCATIONS = [
+    (50, 1.0),
+    (1000, 1.0),
+    (0, 0.9),
+    (0, 0.3),
+    (0, 1e-6),
+    (1, 1.0),
+    (10**6, 1.0),
+    (50, 0.9),
+    (1000, 0.5),
+    (10**6, 0.95),
+]
 
 
 @needs_native
@@ -107,7 +156,7 @@ def test_kept_tokens_are_the_twin_s(columns, kind):
         logits = torch.full((6, columns), 0.25)
     for top_k, top_p in TRUNCATIONS:
         kept = torch.empty(6, columns) if top_p < 1 or top_k < columns else None
-        token, logprob, model_logprob, gap = native.sample_rows(logits, streams, 0.8, top_k, top_p, kept)
+        token, logprob, model_logprob, gap = sample_rows(logits, streams, 0.8, top_k, top_p, kept)
         mass = ((logits - logits.amax(1, keepdim=True)).double() / 0.8).exp()
         ordered, order = mass.sort(dim=1, descending=True, stable=True)
         ordered[:, top_k or columns :] = 0
@@ -126,8 +175,15 @@ def test_kept_tokens_are_the_twin_s(columns, kind):
         race = torch.where(expected, mass, 0) / exponential(streams, columns)
         assert torch.equal(token, race.argmax(1))
         torch.testing.assert_close(gap.double(), exact_gap(race), rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(logprob.double(), exact_logprob(logits.where(expected, -torch.inf), token, 0.8), rtol=2e-6, atol=1e-12)
-        torch.testing.assert_close(model_logprob.double(), exact_logprob(logits, token, 0.8), rtol=2e-6, atol=1e-12)
+        torch.testing.assert_close(
+            logprob.double(),
+            exact_logprob(logits.where(expected, -torch.inf), token, 0.8),
+            rtol=2e-6,
+            atol=1e-12,
+        )
+        torch.testing.assert_close(
+            model_logprob.double(), exact_logprob(logits, token, 0.8), rtol=2e-6, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("built", [pytest.param(True, marks=needs_native), False])
@@ -136,9 +192,13 @@ def test_gap_of_the_two_best_perturbed_logits(built, top_k, top_p, monkeypatch):
     if not built:
         monkeypatch.setattr(compiled, "make", compiled.MAKES["none"])
     logits, key = logits_of(300, 1001), torch.arange(300)
-    token, logprob, model_logprob, gap = sample_with_gap(logits, key=key, step=9, temperature=0.7, top_k=top_k, top_p=top_p)
+    token, logprob, model_logprob, gap = sample_with_gap(
+        logits, key=key, step=9, temperature=0.7, top_k=top_k, top_p=top_p
+    )
     for a, b in zip(
-        sample(logits, key=key, step=9, temperature=0.7, top_k=top_k, top_p=top_p), (token, logprob, model_logprob), strict=True
+        sample(logits, key=key, step=9, temperature=0.7, top_k=top_k, top_p=top_p),
+        (token, logprob, model_logprob),
+        strict=True,
     ):
         assert torch.equal(a, b)
     p = (logits.double() / 0.7).softmax(1)
@@ -148,11 +208,35 @@ def test_gap_of_the_two_best_perturbed_logits(built, top_k, top_p, monkeypatch):
     race = torch.zeros_like(p).scatter_(1, order, ordered) / exponential(stream(key, 9), 1001)
     assert torch.equal(token, race.argmax(1)) and int((gap < 0.01).sum()) > 0
     torch.testing.assert_close(gap.double(), exact_gap(race), rtol=1e-6, atol=1e-5)
-    greedy, two = sample_with_gap(logits, key=key, step=9, temperature=0, top_k=top_k, top_p=top_p), logits.topk(2).values
+    greedy, two = (
+        sample_with_gap(logits, key=key, step=9, temperature=0, top_k=top_k, top_p=top_p),
+        logits.topk(2).values,
+    )
     assert torch.equal(greedy[3], two[:, 0] - two[:, 1])
     for temperature in (0, 1.0):
-        one = sample_with_gap(torch.zeros(1, 1), key=key[:1], step=0, temperature=temperature, top_k=top_k, top_p=top_p)
+        one = sample_with_gap(
+            torch.zeros(1, 1), key=key[:1], step=0, temperature=temperature, top_k=top_k, top_p=top_p
+        )
         assert [float(x) for x in one] == [0, 0, 0, torch.inf]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 40},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"top_k": 300, "top_p": 0.7},
+    ],
+)
+def test_samples_are_those_of_the_definition(options, processor):
+    logits, key = logits_of(200, 1001), torch.arange(200)
+    got = sample(logits, key=key, step=9, **options)
+    want = reference.sample(logits, exponential(stream(key, 9), 1001), **options)
+    assert torch.equal(got[0], want[0])
+    for x, true in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(x.double(), true, rtol=2e-6, atol=2e-6)
 
 
 @needs_native
@@ -160,7 +244,7 @@ def test_a_change_of_rounding_changes_no_token():
     """A flat distribution, where most tokens have a probability below the rounding of a cumulative sum."""
     logits, streams = logits_of(500, 20_000), stream(torch.arange(500), 1)
     noise = 1 + 2e-7 * (torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) - 0.5)
-    token, moved = (native.sample_rows(x, streams, 1.0)[0] for x in (logits, logits * noise))
+    token, moved = (sample_rows(x, streams, 1.0)[0] for x in (logits, logits * noise))
     clear = clear_wins(logits, streams)
     assert int(clear.sum()) >= 498 and torch.equal(token[clear], moved[clear])
 
@@ -172,7 +256,7 @@ def test_a_token_without_mass_is_never_drawn(step):
         logits = torch.full((columns, columns), -torch.inf).fill_diagonal_(-3.0)
         # Far below the largest: this mass is 0 in float32.
         logits[:, 5] = torch.where(torch.arange(columns) == 5, -3.0, -200.0)
-        token, logprob, _, gap = native.sample_rows(logits, stream(torch.arange(columns), step), 1.0)
+        token, logprob, _, gap = sample_rows(logits, stream(torch.arange(columns), step), 1.0)
         assert torch.equal(token, torch.arange(columns))
         assert bool((logprob == 0).all()) and bool((gap == torch.inf).all())
 
@@ -182,7 +266,7 @@ def test_offset_of_2_to_the_24_changes_nothing():
     # Multiples of 2 stay exact under this offset.
     logits = (logits_of(16, 1000).round() * 2).clamp(-20, 20)
     streams = stream(torch.arange(16), 1)
-    assert_same_bits([native.sample_rows(logits, streams, 1.0), native.sample_rows(logits + 2.0**24, streams, 1.0)])
+    assert_same_bits([sample_rows(logits, streams, 1.0), sample_rows(logits + 2.0**24, streams, 1.0)])
 
 
 @needs_native
@@ -190,13 +274,15 @@ def test_peaked_rows_keep_the_digits_of_small_log_probs():
     logits = logits_of(32, 32001, 1.0)
     target = torch.arange(32) * 997
     logits[torch.arange(32), target] = torch.linspace(20, 60, 32)
-    token, logprob, _, _ = native.sample_rows(logits, stream(torch.arange(32), 0), 1.0)
+    token, logprob, _, _ = sample_rows(logits, stream(torch.arange(32), 0), 1.0)
     assert torch.equal(token, target)
     torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
     for width in (None, 1000):
         logprob, jacobian = rows_in_parts(logits, target, 1.0, width)
         torch.testing.assert_close(logprob.double(), exact_logprob(logits, target), rtol=1e-6, atol=0)
-        torch.testing.assert_close(jacobian.double(), exact_gradient(logits, target, 1.0), rtol=1e-5, atol=1e-37)
+        torch.testing.assert_close(
+            jacobian.double(), exact_gradient(logits, target, 1.0), rtol=1e-5, atol=1e-37
+        )
 
 
 @needs_native
@@ -210,8 +296,12 @@ def test_log_probs_and_gradient_rows(columns, temperature, width):
     target = (torch.arange(16) * 7919) % columns
     target[5] = columns - 1
     logprob, jacobian = rows_in_parts(logits, target, temperature, width)
-    torch.testing.assert_close(logprob.double(), exact_logprob(logits, target, temperature), rtol=1e-6, atol=0)
-    torch.testing.assert_close(jacobian.double(), exact_gradient(logits, target, temperature), rtol=1e-5, atol=1e-37)
+    torch.testing.assert_close(
+        logprob.double(), exact_logprob(logits, target, temperature), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        jacobian.double(), exact_gradient(logits, target, temperature), rtol=1e-5, atol=1e-37
+    )
 
 
 @needs_native
@@ -230,9 +320,10 @@ def test_product_with_the_head_of_rows_whose_largest_logit_grows(softcap, budget
     hidden, weight = logits_of(9, 24, 1.0), logits_of(1000, 24, 1.0) * torch.linspace(0.1, 3, 1000)[:, None]
     target = torch.arange(9) * 111
     weight[222] = hidden[2] * 2
-    sizes = native.NativeRows.sizes(weight, None, softcap, 9, budget, "product")
+    head = Head(weight, None, 0.8, softcap)
+    sizes = NativeRows.sizes(head, 9, budget, "product")
     assert (sizes.columns < 300) == (budget < 1 << 30)
-    work, out = native.NativeRows(weight, None, 0.8, softcap, sizes, 9, "product"), torch.empty(9, 24)
+    work, out = NativeRows(head, sizes, 9, "product"), torch.empty(9, 24)
     logprob = work.product(hidden, target, out)
     leaf = hidden.double().requires_grad_()
     logits = leaf @ weight.double().t()
@@ -249,7 +340,9 @@ def test_same_bits_for_every_thread_count_and_instruction_set():
 
     def sampled(instructions: str, threads: int, truncation: tuple[int, float]) -> tuple[torch.Tensor, ...]:
         token, floats = torch.empty(37, dtype=torch.int64), [torch.empty(37) for _ in range(3)]
-        native._native.sample_rows(logits, streams, 1 / 0.9, *truncation, token, *floats, None, threads, instructions)
+        compiled._native.sample_rows(
+            logits, streams, 1 / 0.9, *truncation, token, *floats, None, threads, instructions
+        )
         return token, *floats
 
     def normalised(instructions: str, threads: int) -> tuple[torch.Tensor, ...]:
@@ -267,7 +360,7 @@ def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
     logits = logits_of(3, 257)
     logits[1, place] = bad
     for truncation in ((0, 1.0), (9, 1.0), (0, 0.9), (200, 0.9)):
-        token, *floats = native.sample_rows(logits, stream(torch.arange(3), 0), 1.0, *truncation)
+        token, *floats = sample_rows(logits, stream(torch.arange(3), 0), 1.0, *truncation)
         assert [x.isnan().tolist() for x in floats] == [[False, True, False]] * 3
     assert 0 <= token[1] < 257
     # The target of the middle row is the bad place itself for place = 256.
@@ -279,7 +372,7 @@ def test_nan_reaches_the_results_of_its_own_row_only(bad, place):
 def test_row_without_finite_logits_is_nan():
     logits = torch.full((1, 130), -torch.inf)
     for truncation in ((0, 1.0), (9, 1.0), (0, 0.9)):
-        assert all(x.isnan().all() for x in native.sample_rows(logits, torch.tensor([7]), 1.0, *truncation)[1:])
+        assert all(x.isnan().all() for x in sample_rows(logits, torch.tensor([7]), 1.0, *truncation)[1:])
     assert rows_in_parts(logits, torch.tensor([0]), 1.0)[0].isnan().all()
 
 
@@ -315,9 +408,9 @@ def test_sequence_logprob_agrees_with_the_torch_twin(softcap, dtype, processor):
 
 
 def test_sequence_logprob_uses_the_compiled_rows_where_they_are(processor):
-    workspace = reference.TorchRows if processor.instructions is None else native.NativeRows
+    workspace = TorchRows if processor.instructions is None else NativeRows
     assert row_workspace(torch.zeros(2, 3)) is workspace
-    assert row_workspace(torch.zeros(2, 3, dtype=torch.float64)) is reference.TorchRows
+    assert row_workspace(torch.zeros(2, 3, dtype=torch.float64)) is TorchRows
 
 
 @needs_native
@@ -330,30 +423,36 @@ def test_j_in_place_of_the_logits_gives_the_same_gradients(softcap, processor, m
     """
     if processor.instructions is None:
         pytest.skip("plain torch has no tiles")
-    monkeypatch.setattr(native.NativeRows, "TILE_ROWS", 4)
+    monkeypatch.setattr(NativeRows, "TILE_ROWS", 4)
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*shape, generator=g) for shape in ((9, 24), (333, 24), (333,)))
     target, factor = torch.randint(333, (9,), generator=g), torch.randn(9, generator=g)
     factor[2] = factor[5] = 0
     hidden[5] = torch.nan
-    sizes = native.NativeRows.sizes(weight, bias, softcap, 9, 60_000, "kept")
+    head = Head(weight, bias, 0.8, softcap)
+    sizes = NativeRows.sizes(head, 9, 60_000, "kept")
     assert sizes.columns < 333 and sizes.tile_rows < 9
     results = []
     for kind in ("kept", "spent"):
-        work = native.NativeRows(weight, bias, 0.8, softcap, sizes, 9, kind)
+        work = NativeRows(head, sizes, 9, kind)
         z, total = work.new_z(weight, 9), [torch.zeros(9, 24), torch.zeros(333, 24), torch.zeros(333)]
         logprob, state = work.keep(hidden, target, z)
         before = z.clone()
-        work.add_gradients(z, state, target, hidden, factor, None, total[0], total[1], True, total[2])
+        work.add_gradients(Kept(z, state, target, hidden), factor, None, Sums(*total[:2], True, total[2]))
         assert torch.equal(z.nan_to_num(), before.nan_to_num()) == (kind == "kept")
         results.append([logprob[factor != 0], *total])
         assert all(x.isfinite().all() for x in results[-1])
     if processor.compiles_products:
         assert_same_bits(results)
-    exact, plain = (dense_gradients(hidden, weight, bias, target, factor, 0.8, softcap, dtype) for dtype in (torch.float64, torch.float32))
+    exact, plain = (
+        dense_gradients(hidden, weight, bias, target, factor, 0.8, softcap, dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
     for result in results:
         for x, near, true in zip(result, plain, exact, strict=True):
-            bound = 2 * (near.double() - true).abs().max() + 4 * torch.finfo(torch.float32).eps * true.abs().max()
+            bound = (
+                2 * (near.double() - true).abs().max() + 4 * torch.finfo(torch.float32).eps * true.abs().max()
+            )
             assert (x.double() - true).abs().max() <= bound
 
 
@@ -368,16 +467,16 @@ def dense_gradients(hidden, weight, bias, target, factor, temperature, softcap, 
 
 
 def test_missing_module_is_said_once(plain_torch, monkeypatch, caplog):
-    monkeypatch.setattr(native, "_told", False)
+    monkeypatch.setattr(compiled, "_warned", False)
     for _ in range(2):
-        assert not native.serves(torch.device("cpu"), torch.float32)
+        assert not compiled.serves(torch.device("cpu"), torch.float32)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "\n" not in caplog.text.strip()
 
 
 def test_other_rows_are_left_to_torch():
-    assert not native.serves(torch.device("cpu"), torch.float64)
-    assert not native.serves(torch.device("cuda"), torch.float32)
+    assert not compiled.serves(torch.device("cpu"), torch.float64)
+    assert not compiled.serves(torch.device("cuda"), torch.float32)
 
 
 @needs_native
@@ -387,7 +486,7 @@ def test_compiled_code_refuses_what_it_cannot_read():
 
     def halved(gate_up) -> torch.Tensor:
         out = torch.empty(3, 4)
-        native._native.gated_silu(gate_up, out, 1, compiled.instructions[0])
+        compiled._native.gated_silu(gate_up, out, 1, compiled.instructions[0])
         return out
 
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -398,7 +497,16 @@ def test_compiled_code_refuses_what_it_cannot_read():
     torch.testing.assert_close(halved(torch.nn.Parameter(x)), want)
     with FakeTensorMode():
         fake = torch.randn(3, 8)
-    for wrong in (x.double(), x[0], torch.randn(3, 16)[:, ::2], x.t().contiguous().t(), x.to("meta"), x.numpy(), None, fake):
+    for wrong in (
+        x.double(),
+        x[0],
+        torch.randn(3, 16)[:, ::2],
+        x.t().contiguous().t(),
+        x.to("meta"),
+        x.numpy(),
+        None,
+        fake,
+    ):
         with pytest.raises(TypeError, match="incompatible function arguments"):
             halved(wrong)
 

@@ -1,20 +1,19 @@
 """The Triton row kernel: values and gradients in Triton's interpreter, and a compile for sm_90."""
 
 import math
+from functools import partial
 
 import pytest
-import test_schemes
-import test_hard_cases as suite
 import torch
-from test_hard_cases import device, taken  # noqa: F401
 
+from kernels import reference, sequence_logprob
+from kernels.loss_head import losses as losses_module
+from kernels.loss_head import ops, passes
+from kernels.loss_head.records import Head
+from tests.helpers import losses, schemes
 from tests.helpers.interpreter import compiled, interpreted, run_interpreted
 
 pytest.importorskip("triton")
-
-from kernels import sequence_logprob
-from kernels.loss_head import losses as lagrangian
-from kernels.loss_head import passes as loss_head  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +21,7 @@ def triton_rows(monkeypatch):
     """The ops do their rows with Triton, on the CPU."""
     from kernels.loss_head.rows_triton import TritonRows
 
-    for module in (loss_head, lagrangian, test_schemes):
+    for module in (ops, passes, losses_module, losses):
         monkeypatch.setattr(module, "row_workspace", lambda hidden: TritonRows)
 
 
@@ -30,7 +29,9 @@ def token_logprob(hidden, weight, target, bias=None, temperature=1.0, softcap=No
     """log p of every row."""
     cu_seqlens = torch.tensor([0, len(target)])
     options = {"temperature": temperature, "softcap": softcap, "memory_budget_bytes": budget}
-    return sequence_logprob(hidden, weight, target, cu_seqlens, bias=bias, return_token_logprob=True, **options)[1]
+    return sequence_logprob(
+        hidden, weight, target, cu_seqlens, bias=bias, return_token_logprob=True, **options
+    )[1]
 
 
 @compiled
@@ -54,55 +55,27 @@ def test_every_configuration_compiles_for_sm_90():
     assert not wrong
 
 
-def dense(hidden, weight, target, bias, temperature, softcap):
-    logits = hidden @ weight.T
-    if bias is not None:
-        logits = logits + bias
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return (logits / temperature).log_softmax(1).gather(1, target[:, None].long())[:, 0]
+def dense(hidden, weight, target, bias=None, **options):
+    """log p of every row from whole logits."""
+    rows = hidden, weight, target, torch.tensor([0, len(target)])
+    return reference.sequence_logprob(*rows, bias=bias, return_token_logprob=True, **options)[1]
 
 
-def run(function, leaves, needs, coefficient):
-    for name in needs:
-        leaves[name].requires_grad_()
-    token = function(**leaves)
-    (token * coefficient.to(token.dtype)).sum().backward()
-    return {"token": token.detach()} | {name: leaves[name].grad for name in needs}
+def check(data, needs, budget=None, **options):
+    """Triton's rows in the interpreter against dense float64, by the error rule of tests/helpers/losses.py."""
+    needs = [name for name in needs if name in data]
 
+    def run(function, data, cast=None):
+        leaves = {k: v.detach().clone() for k, v in data.items()}
+        leaves |= {k: v.to(cast) for k, v in leaves.items() if cast and v.is_floating_point()}
+        for name in needs:
+            leaves[name].requires_grad_()
+        token = function(**leaves, **options)
+        (token * torch.linspace(-1, 1.5, len(token), dtype=token.dtype)).sum().backward()
+        return {"token": token.detach()} | {f"d_{name}": leaves[name].grad for name in needs}
 
-def check(data, needs, temperature=1.0, softcap=None, budget=None):
-    """Triton's rows in the interpreter against dense float64, by the error rule of test_losses."""
-    data = {"bias": None} | data
-    coefficient = torch.linspace(-1, 1.5, len(data["target"]))
-    needs = [name for name in needs if data[name] is not None]
-
-    def copy(dtype=None):
-        return {k: v.detach().clone().to(dtype) if v is not None and v.is_floating_point() else v for k, v in data.items()}
-
-    def fused(hidden, weight, target, bias):
-        return token_logprob(hidden, weight, target, bias, temperature, softcap, budget)
-
-    def plain(hidden, weight, target, bias):
-        return dense(hidden.float(), weight.float(), target, None if bias is None else bias.float(), temperature, softcap)
-
-    got = run(fused, copy(), needs, coefficient)
-    # The worst of three orders of the vocabulary, so that one lucky rounding does not set the bound.
-    same = []
-    for seed in range(3):
-        order = torch.randperm(len(data["weight"]), generator=torch.Generator().manual_seed(seed))
-        moved = copy()
-        moved |= {k: moved[k][order] for k in ("weight", "bias") if moved[k] is not None} | {
-            "target": order.argsort()[moved["target"].long()]
-        }
-        result = run(plain, moved, needs, coefficient)
-        same.append({k: v[order.argsort()] if k in ("weight", "bias") else v for k, v in result.items()})
-    exact = run(lambda **k: dense(**k, temperature=temperature, softcap=softcap), copy(torch.float64), needs, coefficient)
-    for name, true in exact.items():
-        scale = true.abs().max().clamp_min(1e-30).item()
-        error = (got[name].double() - true).abs().max().item() / scale
-        bound = max((x[name].double() - true).abs().max().item() for x in same) / scale
-        assert error <= 2 * bound + 4 * torch.finfo(got[name].dtype).eps, f"{name}: {error} against {bound}"
+    got = run(partial(token_logprob, budget=budget), data)
+    losses.assert_close(got, losses.reordered(partial(run, dense), data), run(dense, data, torch.float64))
     return got
 
 
@@ -120,7 +93,13 @@ def make(rows=9, width=8, vocabulary=33, dtype=torch.float32, bias=False):
 NEEDS = pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
 
 
-OPTIONS = [{}, {"temperature": 0.6}, {"softcap": 2.0}, {"softcap": 30.0, "temperature": 1.7}, {"softcap": 1e4}]
+OPTIONS = [
+    {},
+    {"temperature": 0.6},
+    {"softcap": 2.0},
+    {"softcap": 30.0, "temperature": 1.7},
+    {"softcap": 1e4},
+]
 
 
 @interpreted
@@ -138,11 +117,14 @@ def test_values_and_gradients(needs, vocabulary, dtype, options):
 @interpreted
 @pytest.mark.parametrize(
     "scheme,dtype",
-    [(name, torch.float32) for name in suite.SCHEMES] + [(name, d) for name in "CDEF" for d in (torch.bfloat16, torch.float16)],
+    [(name, torch.float32) for name in schemes.SCHEMES]
+    + [(name, d) for name in "CDEF" for d in (torch.bfloat16, torch.float16)],
 )
-def test_every_scheme(scheme, dtype, taken):  # noqa: F811
+def test_every_scheme(scheme, dtype, taken):
     """Preference and policy losses too."""
-    suite.check(scheme, suite.inputs(dtype, vocabulary=61, weighted=True), taken, options=suite.ALL_OPTIONS)
+    schemes.check(
+        scheme, schemes.inputs(dtype, vocabulary=61, weighted=True), taken, options=schemes.ALL_OPTIONS
+    )
 
 
 @interpreted
@@ -158,7 +140,11 @@ def test_several_blocks_and_chunks(needs, monkeypatch):
 @interpreted
 def test_all_negative_logits_and_a_ragged_last_block():
     """A tail read as 0 would add exp(0) to a row whose logits are all far below it; a maximum that starts at 0 would lose it."""
-    data = {"hidden": -torch.ones(2, 1), "weight": torch.linspace(200, 300, 33)[:, None], "target": torch.tensor([0, 32])}
+    data = {
+        "hidden": -torch.ones(2, 1),
+        "weight": torch.linspace(200, 300, 33)[:, None],
+        "target": torch.tensor([0, 32]),
+    }
     check(data, ("hidden", "weight"))
 
 
@@ -200,7 +186,9 @@ def test_row_of_weight_zero_adds_nothing_even_nan(softcap):
         data["hidden"][4] = value
         leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
         token_weight = torch.ones(9).index_fill(0, torch.tensor([4]), 0)
-        total = sequence_logprob(**data, cu_seqlens=torch.tensor([0, 9]), token_weight=token_weight, softcap=softcap)
+        total = sequence_logprob(
+            **data, cu_seqlens=torch.tensor([0, 9]), token_weight=token_weight, softcap=softcap
+        )
         gradients.append(torch.autograd.grad(total.sum(), leaves))
     for clean, spoiled in zip(*gradients, strict=True):
         torch.testing.assert_close(clean, spoiled, rtol=1e-6, atol=1e-6)
@@ -220,7 +208,7 @@ def test_sequences_and_token_weights(needs):
         if dtype == torch.float32:
             total = sequence_logprob(**leaves, cu_seqlens=cu_seqlens, token_weight=token_weight)
         else:
-            token = dense(**leaves, temperature=1.0, softcap=None) * token_weight
+            token = dense(**leaves) * token_weight
             total = torch.stack([token[:3].sum(), token[:0].sum(), token[3:].sum()])
         (total * torch.tensor([1.0, 5.0, -2.0], dtype=dtype)).sum().backward()
         results.append([total.detach().double(), *(leaves[name].grad.double() for name in needs)])
@@ -253,48 +241,52 @@ def test_empty_batch():
 @interpreted
 @pytest.mark.parametrize(
     "dtype,rows,width,vocabulary",
-    [(x, *shape) for x in (torch.float32, torch.bfloat16, torch.float16) for shape in ((9, 8, 33), (16, 16, 32), (1, 16, 7), (0, 8, 9))]
+    [
+        (x, *shape)
+        for x in (torch.float32, torch.bfloat16, torch.float16)
+        for shape in ((9, 8, 33), (16, 16, 32), (1, 16, 7), (0, 8, 9))
+    ]
     + [(x, 33, 40, 1000) for x in (torch.float32, torch.bfloat16, torch.float16)],
 )
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 3.0}], ids=["plain", "softcap"])
 def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options):
-    from kernels.loss_head import forward_triton as triton_forward
+    from kernels.loss_head import forward_triton
 
     data = make(max(1, rows), width, vocabulary, dtype, bias=bool(options))
     data = {k: v[:rows] if k in ("hidden", "target") else v for k, v in data.items()}
-    options = {"temperature": 1.0, "softcap": None} | options
     out = torch.full((rows,), math.nan)
-    triton_forward.token_logprob(
-        data["hidden"], data["weight"], data.get("bias"), data["target"], options["temperature"], options["softcap"],
-        triton_forward.INTERPRETED, out,
-    )  # fmt: skip
-    leaves = {k: v.double() if v.is_floating_point() else v for k, v in ({"bias": None} | data).items() if v is not None}
-    want = dense(**({"bias": None} | leaves), **options)
+    head = Head(data["weight"], data.get("bias"), options.get("temperature", 1.0), options.get("softcap"))
+    forward_triton.token_logprob(data["hidden"], head, data["target"], forward_triton.INTERPRETED, out)
+    want = dense(**{k: v.double() if v.is_floating_point() else v for k, v in data.items()}, **options)
     torch.testing.assert_close(out.double(), want, rtol=2e-6, atol=2e-6)
 
 
 @interpreted
 def test_vocabulary_parts_join_past_minus_infinity_and_offsets():
     """Whole tiles of -inf before and after the finite ones, and logits near 2^24."""
-    from kernels.loss_head import forward_triton as triton_forward
+    from kernels.loss_head import forward_triton
 
     bias = torch.full((300,), -math.inf)
     bias[[140, 141]] = 2.0**24
     out = torch.empty(2)
-    arguments = torch.zeros(2, 16), torch.zeros(300, 16), bias, torch.tensor([140, 5]), 1.0, None, triton_forward.INTERPRETED, out
-    triton_forward.token_logprob(*arguments)
+    head = Head(torch.zeros(300, 16), bias, 1.0, None)
+    target = torch.tensor([140, 5])
+    forward_triton.token_logprob(torch.zeros(2, 16), head, target, forward_triton.INTERPRETED, out)
     assert out[0].item() == pytest.approx(-math.log(2), rel=1e-6) and out[1] == -math.inf
 
 
 @interpreted
 def test_forward_passes_of_small_heads_store_no_logits(monkeypatch):
-    from kernels.loss_head import forward_triton as triton_forward
+    from kernels.loss_head import forward_triton
     from kernels.loss_head.rows_triton import TritonRows
 
     data = make(dtype=torch.bfloat16)
     stored = token_logprob(**data | {"hidden": data["hidden"].requires_grad_()}).detach()
     data["hidden"] = data["hidden"].detach()
-    monkeypatch.setattr(triton_forward, "TABLE", ((640, triton_forward.INTERPRETED),))
+    monkeypatch.setattr(forward_triton, "TABLE", ((640, forward_triton.INTERPRETED),))
     monkeypatch.setattr(TritonRows, "_logprob", None)
     torch.testing.assert_close(token_logprob(**data), stored, rtol=1e-6, atol=1e-6)
-    assert triton_forward.blocks_for(4096, torch.bfloat16) is None and triton_forward.blocks_for(576, torch.float32) is None
+    assert (
+        forward_triton.blocks_for(4096, torch.bfloat16) is None
+        and forward_triton.blocks_for(576, torch.float32) is None
+    )

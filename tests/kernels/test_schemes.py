@@ -1,4 +1,4 @@
-"""The schemes of the loss head against dense float64 autograd, by the error rule of test_losses; and its torch.library ops."""
+"""The schemes of the loss head against dense float64 autograd, by the error rule, and its torch.library ops."""
 
 import math
 
@@ -6,58 +6,43 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import assert_close, dense_dpo, dense_logprob, make, preference_gradients, reordered
 
 from bench.measure import peak_bytes
-from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
-from kernels.loss_head import passes as loss_head
-from kernels.loss_head import rows as reference
-from kernels.loss_head.passes import plan, row_workspace
-
-# A few pairs in a row, a sequence in several pairs, one in none, an empty one, one with itself.
-LENGTHS = (5, 7, 0, 4, 6, 3, 9, 2, 5, 1)
-PAIRS = torch.tensor([[0, 1], [3, 2], [4, 3], [6, 8], [9, 9], [8, 6]])
-
-
-def problem(dtype=torch.float32, lengths=LENGTHS, pairs=PAIRS, vocabulary=211, width=8, seed=3, **shape):
-    g = torch.Generator().manual_seed(seed)
-    data = make(sum(lengths), width, vocabulary, lengths, dtype, seed, **shape)
-    n = len(lengths)
-    logprob = dense_logprob(**{k: data[k] for k in ("hidden", "weight", "target", "cu_seqlens")})[0]
-    labels = {
-        "pairs": pairs,
-        "reward": torch.randn(n, generator=g),
-        "utility": torch.randn(n, 2, generator=g),
-        "lam": torch.tensor([0.5, 2.0]),
-        "ref_logprob": logprob.float() + torch.randn(n, generator=g),
-    }
-    return data, labels
-
-
-def budget_of(data, rows, softcap=None):
-    """Bytes in which a chunk of `rows` rows of the preference pass fits, and one row of any op."""
-    workspace, weight, hidden = row_workspace(data["hidden"]), data["weight"], data["hidden"]
-    budgets = []
-    for kind, fitting in (("spent", rows), ("kept", 1)):
-        # Tiles and the converted parts of the head grow with the budget.
-        budget = 0
-        for _ in range(60):
-            sizes = workspace.sizes(weight, data.get("bias"), softcap, len(hidden), budget, kind)
-            per_row = sizes.row + sizes.scratch + hidden.element_size() * hidden.shape[1]
-            budget = sizes.fixed + reference.VECTOR_BYTES_PER_ROW * len(hidden) + fitting * per_row
-        budgets.append(budget)
-    return max(budgets)
+from kernels import lagrangian_policy_loss, lagrangian_preference_loss, reference, sequence_logprob
+from kernels.loss_head import ops
+from kernels.loss_head.records import Head
+from kernels.loss_head.rows import TorchRows
+from kernels.loss_head.rows_native import NativeRows
+from kernels.loss_head.schemes import plan, row_workspace
+from tests.helpers.losses import (
+    LENGTHS,
+    PAIRS,
+    assert_close,
+    budget_of,
+    dense_dpo,
+    dense_logprob,
+    make,
+    policy,
+    preference_gradients,
+    problem,
+    reordered,
+)
 
 
 def check(data, labels, needs=("hidden", "weight", "bias"), budget=None, options=None, beta=0.4):
     options = options or {}
 
     def fused(leaves):
-        result = lagrangian_preference_loss(**leaves, **labels, beta=beta, memory_budget_bytes=budget, **options)
+        result = lagrangian_preference_loss(
+            **leaves, **labels, beta=beta, memory_budget_bytes=budget, **options
+        )
         return result.loss, result.margin, result.preference
 
     got = preference_gradients(fused, data, needs=needs)
-    plain = reordered(lambda moved: preference_gradients(lambda d: dense_dpo(d, options, labels, beta), moved, needs=needs), data)
+    plain = reordered(
+        lambda moved: preference_gradients(lambda d: dense_dpo(d, options, labels, beta), moved, needs=needs),
+        data,
+    )
     exact = preference_gradients(lambda d: dense_dpo(d, options, labels, beta), data, torch.float64, needs)
     assert_close(got, plain, exact)
     return got
@@ -68,19 +53,20 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.forward = self.hidden = self.weight = 0
-        for cls in (reference.TorchRows, loss_head.native.NativeRows):
+        for cls in (TorchRows, NativeRows):
             for name in ("values", "product", "keep", "add_gradients"):
                 monkeypatch.setattr(cls, name, self.counted(vars(cls)[name], name))
 
     def counted(self, original, name):
         def call(work, *arguments):
-            rows = len(arguments[0])
             if name != "add_gradients":
+                rows = len(arguments[0])
                 self.forward += rows
                 self.hidden += rows * (name == "product")
             else:
-                self.hidden += rows * (arguments[6] is not None)
-                self.weight += rows * (arguments[7] is not None)
+                kept, *_, sums = arguments
+                self.hidden += len(kept.z) * (sums.d_hidden is not None)
+                self.weight += len(kept.z) * (sums.d_weight is not None)
             return original(work, *arguments)
 
         return call
@@ -88,14 +74,17 @@ class Spy:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
-    "rows,options", [(12, {}), (26, {}), (40, {}), (12, {"softcap": 3.0, "temperature": 0.7}), (16, {"softcap": 3.0})], ids=str
+    "rows,options",
+    [(12, {}), (26, {}), (40, {}), (12, {"softcap": 3.0, "temperature": 0.7}), (16, {"softcap": 3.0})],
+    ids=str,
 )
 def test_whole_pairs_in_a_chunk(dtype, rows, options, monkeypatch):
     """Scheme D, and E for the two sequences of 14 rows where a chunk holds 12: three products of every row that stands in a pair."""
     data, labels = problem(dtype, bias=True, weighted=True)
     spy, softcap = Spy(monkeypatch), options.get("softcap")
     budget = budget_of(data, rows, softcap)
-    assert plan(row_workspace(data["hidden"]), data["hidden"], data["weight"], data["bias"], softcap, budget, True, True).kept < 42
+    head = Head(data["weight"], data["bias"], 1.0, softcap)
+    assert plan(row_workspace(data["hidden"]), data["hidden"], head, budget, True, True).kept < 42
     check(data, labels, budget=budget, options=options)
     unpaired = LENGTHS[5] + LENGTHS[7]
     assert (spy.forward, spy.hidden, spy.weight) == (42, 42 - unpaired, 42 - unpaired)
@@ -109,7 +98,9 @@ def test_subsets_of_gradients_in_chunks(needs):
 
 def test_two_sequences_longer_than_a_chunk(monkeypatch):
     """Scheme E: one unknown scale for the difference of two sums, over many chunks; three products."""
-    data, labels = problem(lengths=(50, 3, 41), pairs=torch.tensor([[2, 0], [0, 2]]), bias=True, weighted=True)
+    data, labels = problem(
+        lengths=(50, 3, 41), pairs=torch.tensor([[2, 0], [0, 2]]), bias=True, weighted=True
+    )
     # A negative weight must not be taken for the second sequence's sign.
     data["token_weight"][[1, 60]] = -0.5
     spy = Spy(monkeypatch)
@@ -155,7 +146,9 @@ def test_row_of_weight_zero_adds_nothing_even_nan_in_every_scheme(dtype, rtol, s
             budget = None if budget_rows is None else budget_of(data, budget_rows, softcap)
             data["hidden"][[2, 14, 30]] = value
             leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
-            loss = lagrangian_preference_loss(**data, **labels, beta=0.5, memory_budget_bytes=budget, softcap=softcap).loss
+            loss = lagrangian_preference_loss(
+                **data, **labels, beta=0.5, memory_budget_bytes=budget, softcap=softcap
+            ).loss
             results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
         for clean, spoiled in zip(*results, strict=True):
             torch.testing.assert_close(clean, spoiled, rtol=rtol, atol=rtol)
@@ -182,7 +175,9 @@ def test_part_of_the_rows_kept(dtype, monkeypatch):
             spy = Spy(patch)
             leaves = [data[name].detach().requires_grad_() for name in ("hidden", "weight", "bias")]
             keywords = data | dict(zip(("hidden", "weight", "bias"), leaves, strict=True))
-            torch.autograd.grad(sequence_logprob(**keywords, memory_budget_bytes=int(whole * share)).sum(), leaves)
+            torch.autograd.grad(
+                sequence_logprob(**keywords, memory_budget_bytes=int(whole * share)).sum(), leaves
+            )
             counts.append(spy.forward)
     assert counts[0] == 100 < counts[1] < 150 and counts[2] == 200
 
@@ -210,7 +205,13 @@ def test_two_runs_are_bitwise_equal(budget):
 def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, lengths, budget, upstream):
     """Peak of all allocations beyond inputs, minus the returned gradients and one float32 accumulator; and the gradient in the states,
     where it is formed before a loss is scaled."""
-    data, labels = problem(dtype, lengths=lengths, pairs=torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=vocabulary, width=width)
+    data, labels = problem(
+        dtype,
+        lengths=lengths,
+        pairs=torch.tensor([[0, 1], [2, 3], [4, 5]]),
+        vocabulary=vocabulary,
+        width=width,
+    )
     leaves = [data[name].requires_grad_() for name in needs]
 
     def step():
@@ -230,11 +231,15 @@ def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, len
 def test_a_frozen_head_needs_no_third_product_in_a_small_budget(monkeypatch):
     """J W of all rows does not fit beside the gradient, so that it is formed in its place."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        data, labels = problem(dtype, tuple(60 * n for n in LENGTHS), vocabulary=50, width=512, bias=True, weighted=True)
+        data, labels = problem(
+            dtype, tuple(60 * n for n in LENGTHS), vocabulary=50, width=512, bias=True, weighted=True
+        )
         data["weight"] /= 512**0.5
         data["token_weight"][3] = 0
         budget = int(1.8 * data["hidden"].nbytes)
-        assert plan(row_workspace(data["hidden"]), data["hidden"], data["weight"], data["bias"], None, budget, True, False).kind == "values"
+        head = Head(data["weight"], data["bias"], 1.0, None)
+        planned = plan(row_workspace(data["hidden"]), data["hidden"], head, budget, True, False)
+        assert planned.kind == "values"
         with monkeypatch.context() as patch:
             spy = Spy(patch)
             got = check(data, labels, ("hidden",), budget)
@@ -250,11 +255,15 @@ def test_a_frozen_head_needs_no_third_product_in_a_small_budget(monkeypatch):
     st.integers(0, 999),
 )
 def test_any_pairs_agree_with_dense(lengths, pairs, vocabulary, rows, seed):
-    pairs = torch.tensor([(a % len(lengths), b % len(lengths)) for a, b in pairs], dtype=torch.int64).view(-1, 2)
+    pairs = torch.tensor([(a % len(lengths), b % len(lengths)) for a, b in pairs], dtype=torch.int64).view(
+        -1, 2
+    )
     data, labels = problem(torch.float64, tuple(lengths), pairs, vocabulary, seed=seed, weighted=True)
     if not len(pairs):
         data["hidden"].requires_grad_()
-        loss = lagrangian_preference_loss(**data, **labels, beta=0.4, memory_budget_bytes=budget_of(data, rows)).loss
+        loss = lagrangian_preference_loss(
+            **data, **labels, beta=0.4, memory_budget_bytes=budget_of(data, rows)
+        ).loss
         assert loss == 0 and not torch.autograd.grad(loss, data["hidden"])[0].any()
         return
     check(data, labels, ("hidden", "weight"), budget_of(data, rows))
@@ -263,7 +272,9 @@ def test_any_pairs_agree_with_dense(lengths, pairs, vocabulary, rows, seed):
 def test_gradients_that_were_formed_in_the_forward_pass_survive_a_second_backward_pass():
     data, labels = problem(torch.float64)
     leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
-    loss = lagrangian_preference_loss(**data, **labels, beta=0.5, memory_budget_bytes=budget_of(data, 16)).loss
+    loss = lagrangian_preference_loss(
+        **data, **labels, beta=0.5, memory_budget_bytes=budget_of(data, 16)
+    ).loss
     first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
     loss.backward(retain_graph=True)
     for leaf in leaves:
@@ -288,7 +299,9 @@ def test_tied_embeddings_accumulation_and_repeated_sequences(budget):
         for beta in (0.3, 0.7):
             leaves = data | {"hidden": torch.tanh(weight[tokens]) * 3, "weight": weight}
             if fused:
-                loss = lagrangian_preference_loss(**leaves, **labels, beta=beta, memory_budget_bytes=budget).loss
+                loss = lagrangian_preference_loss(
+                    **leaves, **labels, beta=beta, memory_budget_bytes=budget
+                ).loss
             else:
                 loss = dense_dpo(leaves, {}, labels, beta)[0]
             (loss * 2.5).backward()
@@ -301,7 +314,10 @@ def test_loss_falls_along_the_gradient_and_scales_with_kappa():
     leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
     loss = lagrangian_preference_loss(**data, **labels, beta=0.5).loss
     gradients = torch.autograd.grad(loss, leaves)
-    moved = {name: (x - 1e-3 * g).detach() for name, x, g in zip(("hidden", "weight"), leaves, gradients, strict=True)}
+    moved = {
+        name: (x - 1e-3 * g).detach()
+        for name, x, g in zip(("hidden", "weight"), leaves, gradients, strict=True)
+    }
     assert lagrangian_preference_loss(**data | moved, **labels, beta=0.5).loss < loss
 
 
@@ -320,7 +336,10 @@ def test_rows_in_any_order_of_sequences(needs):
     for d, chosen in ((data, labels), (moved, moved_labels)):
         leaves = [d[name].detach().requires_grad_() for name in needs]
         loss = lagrangian_preference_loss(
-            **d | dict(zip(needs, leaves, strict=True)), **chosen, beta=0.5, memory_budget_bytes=budget_of(data, 12)
+            **d | dict(zip(needs, leaves, strict=True)),
+            **chosen,
+            beta=0.5,
+            memory_budget_bytes=budget_of(data, 12),
         ).loss
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     results[0][1] = results[0][1][rows]
@@ -333,7 +352,7 @@ def test_plan_prefers_three_products_then_memory():
     hidden, weight = data["hidden"], data["weight"]
 
     def made(budget, *needs):
-        return plan(reference.TorchRows, hidden, weight, None, None, budget, *needs)
+        return plan(TorchRows, hidden, Head(weight, None, 1.0, None), budget, *needs)
 
     whole = made(1 << 30, True, True)
     assert (whole.kind, whole.rows, whole.kept) == ("kept", 64, 64)
@@ -344,84 +363,42 @@ def test_plan_prefers_three_products_then_memory():
         made(1000, True, True)
 
 
-# The policy loss.
-
-
-def policy(data, labels, group=None, **options):
-    n = len(data["cu_seqlens"]) - 1
-    group = torch.arange(n) % 3 if group is None else group
-    return lagrangian_policy_loss(**data, group=group, reward=labels["reward"], utility=labels["utility"], lam=labels["lam"], **options)
-
-
-def dense_advantage(group, reward, utility, lam, kind):
-    """By loops over groups, float64."""
-    result = torch.zeros(len(group), dtype=torch.float64)
-    reward, utility, lam = reward.double(), utility.double(), lam.double()
-    for value in group.unique():
-        here = (group == value).nonzero()[:, 0]
-        if len(here) == 1:
-            continue
-        if kind == "rloo":
-            s = reward[here] + utility[here] @ lam
-            result[here] = s - (s.sum() - s) / (len(s) - 1)
-        else:
-            for x, factor in [(reward, 1.0), *((utility[:, j], lam[j]) for j in range(len(lam)))]:
-                deviation = x[here].std(correction=0)
-                if deviation > 1e-12:
-                    result[here] += factor * (x[here] - x[here].mean()) / deviation
-    return result
-
-
-def dense_policy(data, advantage, options, old, ref, clip, kl_coef, kl, normalize, temperature=1.0, softcap=None):
-    token = dense_logprob(**data, temperature=temperature, softcap=softcap)[1].double()
-    ratio = torch.exp(token - (token.detach() if old is None else old.double()))
-    lengths = data["cu_seqlens"].diff()
-    a = advantage.repeat_interleave(lengths)
-    gain = ratio * a
-    if clip is not None:
-        gain = torch.minimum(gain, ratio.clamp(1 - clip[0], 1 + clip[1]) * a)
-    term = -gain
-    if kl_coef:
-        d = ref.double() - token
-        term = term + kl_coef * (d**2 / 2 if kl == "k2" else d.exp() - d - 1)
-    w = data["token_weight"].double() if "token_weight" in data else torch.ones_like(term)
-    if normalize == "token":
-        return (w * term).sum() / w.sum()
-    total, bounds = 0, data["cu_seqlens"].tolist()
-    for i, j in zip(bounds[:-1], bounds[1:], strict=True):
-        if w[i:j].sum() > 0:
-            total = total + (w[i:j] * term[i:j]).sum() / w[i:j].sum()
-    return total / len(lengths)
-
-
-@pytest.mark.parametrize("op", [lagrangian_policy_loss, reference.lagrangian_policy_loss])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
 @pytest.mark.parametrize("advantage,normalize", [("rloo", "token"), ("group_norm", "sequence")])
-@pytest.mark.parametrize("clip,kl_coef,kl", [(None, 0.0, "k2"), ((0.2, 0.3), 0.1, "k2"), ((0.1, 0.1), 0.5, "k3")])
-def test_policy_loss_against_autograd(op, dtype, needs, advantage, normalize, clip, kl_coef, kl):
+@pytest.mark.parametrize(
+    "clip,kl_coef,kl", [(None, 0.0, "k2"), ((0.2, 0.3), 0.1, "k2"), ((0.1, 0.1), 0.5, "k3")]
+)
+def test_policy_loss_against_autograd(either_rows, dtype, needs, advantage, normalize, clip, kl_coef, kl):
     data, labels = problem(dtype, bias=True, weighted=clip is not None)
     group = torch.tensor([7, -1, 7, 7, -1, -1, 2**40, 3, 3, 7])
     g = torch.Generator().manual_seed(8)
     token = dense_logprob(**{k: v for k, v in data.items() if k != "token_weight"})[1].double()
     old = (token + 0.3 * torch.randn(42, generator=g)).float() if clip else None
     ref = (token + torch.randn(42, generator=g)).float() if kl_coef else None
-    options = {"old_logprob": old, "ref_logprob": ref, "clip": clip, "kl_coef": kl_coef, "kl": kl, "normalize": normalize}
-    exact_advantage = dense_advantage(group, labels["reward"], labels["utility"], labels["lam"], advantage)
+    options = {
+        "old_logprob": old,
+        "ref_logprob": ref,
+        "clip": clip,
+        "kl_coef": kl_coef,
+        "kl": kl,
+        "normalize": normalize,
+    }
+    options |= {"group": group, "advantage": advantage} | {k: labels[k] for k in ("reward", "utility", "lam")}
+    exact_advantage = reference.group_advantage(
+        *(options[k] for k in ("group", "reward", "utility", "lam")), advantage
+    )
+    budget = None if dtype.itemsize == 2 else 40_000
 
     def fused(leaves):
-        scores = {k: labels[k] for k in ("reward", "utility", "lam")}
-        result = op(
-            **leaves, group=group, **scores, advantage=advantage, **options, memory_budget_bytes=None if dtype.itemsize == 2 else 40_000
-        )
+        result = lagrangian_policy_loss(**leaves, **options, memory_budget_bytes=budget)
         torch.testing.assert_close(result.advantage, exact_advantage, rtol=1e-12, atol=1e-12)
         assert not any(x.requires_grad for x in result[1:])
         return result.loss, result.logprob, result.token_logprob
 
     def dense(leaves):
-        loss = dense_policy(leaves, exact_advantage, None, old, ref, clip, kl_coef, kl, normalize)
-        values = dense_logprob(**leaves)
-        return loss.to(values[1].dtype), values[0].detach(), values[1].detach()
+        result = reference.lagrangian_policy_loss(**leaves, **options)
+        return result.loss, result.logprob, result.token_logprob
 
     got = preference_gradients(fused, data, needs=needs)
     plain = reordered(lambda moved: preference_gradients(dense, moved, needs=needs), data)
@@ -463,7 +440,13 @@ def test_policy_gradcheck():
     leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
 
     def call(hidden, weight):
-        return policy(data | {"hidden": hidden, "weight": weight}, labels, old_logprob=old, ref_logprob=old - 0.3, kl_coef=0.2).loss
+        return policy(
+            data | {"hidden": hidden, "weight": weight},
+            labels,
+            old_logprob=old,
+            ref_logprob=old - 0.3,
+            kl_coef=0.2,
+        ).loss
 
     assert torch.autograd.gradcheck(call, leaves)
 
@@ -500,10 +483,12 @@ def test_double_backward_is_a_clear_error(op):
 )
 def test_bad_policy_arguments(options, message):
     data, labels = problem()
-    for op in (lagrangian_policy_loss, reference.lagrangian_policy_loss):
-        scores = {"group": torch.zeros(10, dtype=torch.int64), **{k: labels[k] for k in ("reward", "utility", "lam")}}
-        with pytest.raises(ValueError, match=message):
-            op(**data, **scores | options)
+    scores = {
+        "group": torch.zeros(10, dtype=torch.int64),
+        **{k: labels[k] for k in ("reward", "utility", "lam")},
+    }
+    with pytest.raises(ValueError, match=message):
+        lagrangian_policy_loss(**data, **scores | options)
 
 
 # torch.library.
@@ -521,18 +506,40 @@ def op_calls():
     scores = [labels[k] for k in ("reward", "utility", "lam")]
     detached = rows[0].detach()
     return {
-        "full": (loss_head.sequence_logprob_op, (*leaves, 0.8, 3.0, 1 << 28, True, True, False)),
-        "frozen": (loss_head.sequence_logprob_op, (*frozen, 0.8, 3.0, 1 << 28, True, False, False)),
-        "recomputed": (loss_head.sequence_logprob_op, (*leaves, 0.8, None, budget, True, True, False)),
-        "labels": (loss_head.preference_labels_op, (detached, PAIRS, *scores, labels["ref_logprob"], "soft", None, None, False)),
-        "terms": (loss_head.preference_terms_op, (torch.randn(10).requires_grad_(), PAIRS, q, labels["ref_logprob"], 0.3)),
-        "pass": (
-            loss_head.preference_pass_op,
-            (*leaves, PAIRS, q, labels["ref_logprob"], 0.3, 0.8, 3.0, budget_of(data, 12, 3.0), True, True, True, False),
+        "full": (ops.sequence_logprob_op, (*leaves, 0.8, 3.0, 1 << 28, True, True, False)),
+        "frozen": (ops.sequence_logprob_op, (*frozen, 0.8, 3.0, 1 << 28, True, False, False)),
+        "recomputed": (ops.sequence_logprob_op, (*leaves, 0.8, None, budget, True, True, False)),
+        "labels": (
+            ops.preference_labels_op,
+            (detached, PAIRS, *scores, labels["ref_logprob"], "soft", None, None, False),
         ),
-        "advantage": (loss_head.group_advantage_op, (detached, torch.arange(10) % 3, *scores, None, None, "rloo", False)),
+        "terms": (
+            ops.preference_terms_op,
+            (torch.randn(10).requires_grad_(), PAIRS, q, labels["ref_logprob"], 0.3),
+        ),
+        "pass": (
+            ops.preference_pass_op,
+            (
+                *leaves,
+                PAIRS,
+                q,
+                labels["ref_logprob"],
+                0.3,
+                0.8,
+                3.0,
+                budget_of(data, 12, 3.0),
+                True,
+                True,
+                True,
+                False,
+            ),
+        ),
+        "advantage": (
+            ops.group_advantage_op,
+            (detached, torch.arange(10) % 3, *scores, None, None, "rloo", False),
+        ),
         "policy": (
-            loss_head.policy_pass_op,
+            ops.policy_pass_op,
             # Without a reference the KL is NaN, which is not equal to itself.
             (
                 *leaves,
@@ -556,7 +563,9 @@ def op_calls():
     }
 
 
-@pytest.mark.parametrize("name", ["full", "frozen", "recomputed", "labels", "terms", "pass", "advantage", "policy"])
+@pytest.mark.parametrize(
+    "name", ["full", "frozen", "recomputed", "labels", "terms", "pass", "advantage", "policy"]
+)
 def test_opcheck(name):
     torch._dynamo.reset()
     op, arguments = op_calls()[name]
@@ -574,17 +583,26 @@ def test_fullgraph_compile_of_a_caller(small, needs):
 
     def caller(hidden, weight, lam):
         rest = {k: data[k] for k in ("target", "cu_seqlens")}
-        loss = lagrangian_preference_loss(hidden * 2, weight, **rest, **labels | {"lam": lam}, beta=0.3, memory_budget_bytes=budget).loss
+        loss = lagrangian_preference_loss(
+            hidden * 2, weight, **rest, **labels | {"lam": lam}, beta=0.3, memory_budget_bytes=budget
+        ).loss
         group = torch.arange(10) % 3
         scores = {"reward": labels["reward"], "utility": labels["utility"], "lam": lam}
-        return loss + lagrangian_policy_loss(hidden, weight, **rest, group=group, **scores, memory_budget_bytes=budget).loss
+        return (
+            loss
+            + lagrangian_policy_loss(
+                hidden, weight, **rest, group=group, **scores, memory_budget_bytes=budget
+            ).loss
+        )
 
     def gradients(function):
         leaves = {k: data[k].detach().requires_grad_(k in needs) for k in ("hidden", "weight")}
         loss = function(leaves["hidden"], leaves["weight"], labels["lam"])
         return [loss.detach(), *torch.autograd.grad(loss, [leaves[k] for k in needs])]
 
-    for got, want in zip(gradients(torch.compile(caller, fullgraph=True, backend="aot_eager")), gradients(caller), strict=True):
+    for got, want in zip(
+        gradients(torch.compile(caller, fullgraph=True, backend="aot_eager")), gradients(caller), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
@@ -600,11 +618,20 @@ def test_a_compiled_caller_takes_batches_of_other_sizes_and_other_options(op):
         if op == "preference":
             return lagrangian_preference_loss(**leaves, **labels, beta=beta, temperature=temperature).loss
         references = {"ref_logprob": torch.full((len(data["target"]),), -5.0), "kl_coef": beta}
-        return policy(leaves, labels, torch.arange(len(labels["reward"])) % 2, **references, temperature=temperature).loss
+        return policy(
+            leaves, labels, torch.arange(len(labels["reward"])) % 2, **references, temperature=temperature
+        ).loss
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
-    for lengths, beta, temperature in (((5, 3, 4), 0.3, 1.0), ((7, 2, 0, 6), 0.4, 0.8), ((3, 9), 0.25, 1.3), ((8, 8, 1, 2, 2), 0.7, 0.9)):
-        data, labels = problem(lengths=lengths, pairs=torch.tensor([[0, 1], [1, 0], [0, 1]])[: len(lengths) - 1])
+    for lengths, beta, temperature in (
+        ((5, 3, 4), 0.3, 1.0),
+        ((7, 2, 0, 6), 0.4, 0.8),
+        ((3, 9), 0.25, 1.3),
+        ((8, 8, 1, 2, 2), 0.7, 0.9),
+    ):
+        data, labels = problem(
+            lengths=lengths, pairs=torch.tensor([[0, 1], [1, 0], [0, 1]])[: len(lengths) - 1]
+        )
         found = []
         for function in (compiled, caller):
             leaves = data | {k: data[k].detach().requires_grad_() for k in ("hidden", "weight")}
