@@ -7,11 +7,10 @@
 #include <nanobind/nanobind.h>
 
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "arrays.h"
+#include "dispatch.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -116,32 +115,25 @@ INLINE void attend_head(const float* q, int64_t queries, int64_t d, const Segmen
 
 using AttendHead = void (*)(const float*, int64_t, int64_t, const Segment (&)[2], const Score&, float*, float*);
 
-#if defined(__x86_64__) || defined(__i386__)
-AVX512 void attend_avx512(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], const Score& score, float* scores,
-                          float* out) {
-    attend_head<16>(q, n, d, segments, score, scores, out);
-}
-AVX2 void attend_avx2(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], const Score& score, float* scores, float* out) {
-    attend_head<8>(q, n, d, segments, score, scores, out);
-}
-AttendHead attend_of(const std::string& instructions) {
-    return instructions == "avx512" ? attend_avx512 : instructions == "avx2" ? attend_avx2 : nullptr;
-}
+#define ATTEND(name, target, W)                                                                                                 \
+    target void attend_##name(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], const Score& score, float* scores, \
+                              float* out) {                                                                                     \
+        attend_head<W>(q, n, d, segments, score, scores, out);                                                                  \
+    }
+
+#ifdef AVX512
+ATTEND(avx512, AVX512, 16)
+ATTEND(avx2, AVX2, 8)
+constexpr Versions<AttendHead> kVersions = {{attend_avx512, attend_avx2}};
 #else
-void attend_generic(const float* q, int64_t n, int64_t d, const Segment (&segments)[2], const Score& score, float* scores, float* out) {
-    attend_head<4>(q, n, d, segments, score, scores, out);
-}
-AttendHead attend_of(const std::string& instructions) { return instructions == "generic" ? attend_generic : nullptr; }
+ATTEND(generic, , 4)
+constexpr Versions<AttendHead> kVersions = {{attend_generic}};
 #endif
 
 using Blocks = Array<float, -1, -1, -1, -1, kLanes>;
 using Values = Array<float, -1, -1, -1, -1>;
 using Rows = Array<float, -1, -1, -1>;
 using Numbers = Array<int64_t, -1>;
-
-void check(bool good, const char* what) {
-    if (!good) throw std::invalid_argument(what);
-}
 
 void decode_attention(const Rows& q, const Rows& key, const Rows& value, const Blocks& prompt_keys, const Values& prompt_values,
                       const Numbers& prompt_tokens, const Numbers& owner, const Blocks& own_keys, const Values& own_values, int64_t used,
@@ -156,7 +148,7 @@ void decode_attention(const Rows& q, const Rows& key, const Rows& value, const B
         {own_values.shape(1), kv_heads}, {key.shape(2), d}, {value.shape(2), d}, {out.shape(2), d},
         {prompt_keys.shape(3), d}, {prompt_values.shape(3), d}, {own_keys.shape(3), d},
         {own_values.shape(3), d}, {prompt_values.shape(0), prompts}, {prompt_tokens.shape(0), prompts}};
-    for (const auto& pair : sizes) check(pair[0] == pair[1], "shapes do not agree");
+    check_equal(sizes);
     check(kv_heads > 0 && heads % kv_heads == 0, "query heads must be a multiple of key heads");
     check(prompt_blocks * kLanes >= prompt_room && own_blocks * kLanes >= own_room, "too few key blocks");
     check(used >= 0 && used < own_room, "the cache is full");
@@ -164,8 +156,7 @@ void decode_attention(const Rows& q, const Rows& key, const Rows& value, const B
     const int64_t *tokens = prompt_tokens.data(), *of = owner.data();
     for (size_t p = 0; p < prompts; ++p) check(tokens[p] >= 0 && tokens[p] <= prompt_room, "a prompt is longer than its room");
     for (size_t r = 0; r < rows; ++r) check(of[r] >= 0 && of[r] < int64_t(prompts), "a row has no prompt");
-    const AttendHead attend_row = attend_of(instructions);
-    check(attend_row != nullptr, "this processor does not run these instructions");
+    const AttendHead attend_row = kVersions.of(instructions);
     const int64_t group = heads / kv_heads, queries = group < 4 ? group : 4, width = d, key_heads = kv_heads, all_rows = rows;
     const float *qs = q.data(), *ks = key.data(), *vs = value.data(), *pk = prompt_keys.data(), *pv = prompt_values.data();
     const Score score = {scale, softcap};

@@ -9,10 +9,9 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
-#include <stdexcept>
-#include <string>
 
 #include "arrays.h"
+#include "dispatch.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -121,37 +120,25 @@ struct Kernels {
     target void gated_##name(const float* gate_up, int64_t n, float* out) { gated<width>(gate_up, n, out); }                  \
     constexpr Kernels k_##name = {norm_##name, rotate_##name, gated_##name};
 
-#if defined(__x86_64__) || defined(__i386__)
+#ifdef AVX512
 KERNELS(avx512, AVX512, 16)
 KERNELS(avx2, AVX2, 8)
+constexpr Versions<Kernels> kVersions = {{k_avx512, k_avx2}};
 #else
 KERNELS(generic, , 4)
+constexpr Versions<Kernels> kVersions = {{k_generic}};
 #endif
-
-const Kernels& kernels_of(const std::string& instructions) {
-#if defined(__x86_64__) || defined(__i386__)
-    if (instructions == "avx512") return k_avx512;
-    if (instructions == "avx2") return k_avx2;
-#else
-    if (instructions == "generic") return k_generic;
-#endif
-    throw std::invalid_argument("this processor does not run these instructions");
-}
 
 using Matrix = Array<float, -1, -1>;
 using Vector = Array<float, -1>;
 using Heads = Array<float, -1, -1, -1>;
-
-void check(bool good, const char* what) {
-    if (!good) throw std::invalid_argument(what);
-}
 
 void rms_norm(const Matrix& x, const std::optional<Matrix>& delta, const Vector& weight, float epsilon, const std::optional<Matrix>& sum,
               const Matrix& out, int threads, const char* instructions) {
     const int64_t rows = x.shape(0), n = x.shape(1);
     const auto like = [&](const Matrix& y) { return int64_t(y.shape(0)) == rows && int64_t(y.shape(1)) == n; };
     check(int64_t(weight.shape(0)) == n && like(out) && (!delta || (sum && like(*delta) && like(*sum))), "x, delta, sum, out [R, N]; weight [N]");
-    const Kernels& kernels = kernels_of(instructions);
+    const Kernels& kernels = kVersions.of(instructions);
     const float *xs = x.data(), *deltas = delta ? delta->data() : nullptr, *w = weight.data();
     float *sums = delta ? sum->data() : nullptr, *outs = out.data();
     nb::gil_scoped_release release;
@@ -167,9 +154,9 @@ void split_rotated(const Matrix& qkv, const Matrix& cos, const Matrix& sin, cons
                                {k.shape(0), qkv.shape(0)},   {v.shape(0), qkv.shape(0)},   {v.shape(1), k.shape(1)},
                                {k.shape(2), q.shape(2)},     {v.shape(2), q.shape(2)},     {cos.shape(1), q.shape(2)},
                                {sin.shape(1), q.shape(2)}};
-    for (const auto& pair : sizes) check(pair[0] == pair[1], "shapes do not agree");
+    check_equal(sizes);
     check(width == (heads + 2 * kv_heads) * d && d % 2 == 0, "qkv [R, (H + 2 Hkv) d] with an even d is wanted");
-    const Kernels& kernels = kernels_of(instructions);
+    const Kernels& kernels = kVersions.of(instructions);
     const float *from = qkv.data(), *cosines = cos.data(), *sines = sin.data();
     float *qs = q.data(), *ks = k.data(), *vs = v.data();
     nb::gil_scoped_release release;
@@ -187,7 +174,7 @@ void split_rotated(const Matrix& qkv, const Matrix& cos, const Matrix& sin, cons
 void gated_silu(const Matrix& gate_up, const Matrix& out, int threads, const char* instructions) {
     const int64_t rows = out.shape(0), n = out.shape(1);
     check(gate_up.shape(0) == out.shape(0) && int64_t(gate_up.shape(1)) == 2 * n, "gate_up [R, 2 N] and out [R, N] are wanted");
-    const Kernels& kernels = kernels_of(instructions);
+    const Kernels& kernels = kVersions.of(instructions);
     const float* from = gate_up.data();
     float* to = out.data();
     nb::gil_scoped_release release;

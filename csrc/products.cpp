@@ -13,10 +13,9 @@
 #include <memory>
 #include <new>
 #include <optional>
-#include <stdexcept>
-#include <string>
 
 #include "arrays.h"
+#include "dispatch.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -175,7 +174,7 @@ Buffer packed_rows(const float* x, int64_t rows, int64_t width, int R) {
     return packed;
 }
 
-#if defined(__x86_64__) || defined(__i386__)
+#ifdef AVX512
 
 // How many numbers of each of the matrix's rows are turned at a time: a panel stays in the second cache.
 constexpr int64_t kDeep = 1024;
@@ -331,27 +330,19 @@ struct Kernels {
 #define PANELS(name, target, width, tall, vectors) \
     target void panels_##name(const Product& p, int64_t begin, int64_t end) { by_panels<width, tall, vectors>(p, begin, end); }
 
-#if defined(__x86_64__) || defined(__i386__)
+#ifdef AVX512
 FEW_ROWS(avx512, AVX512, 16, 8, 2)
 PANELS(avx512, AVX512, 16, 8, 3)
-constexpr Kernels k_avx512 = {8, 2, several_avx512, one_avx512, 8, 48, panels_avx512};
 FEW_ROWS(avx2, AVX2, 8, 4, 1)
 PANELS(avx2, AVX2, 8, 6, 2)
-constexpr Kernels k_avx2 = {4, 1, several_avx2, one_avx2, 6, 16, panels_avx2};
+constexpr Versions<Kernels> kVersions = {{
+    {8, 2, several_avx512, one_avx512, 8, 48, panels_avx512},
+    {4, 1, several_avx2, one_avx2, 6, 16, panels_avx2},
+}};
 #else
 FEW_ROWS(generic, , 4, 2, 1)
-constexpr Kernels k_generic = {2, 1, several_generic, one_generic, 1, 1, nullptr};
+constexpr Versions<Kernels> kVersions = {{{2, 1, several_generic, one_generic, 1, 1, nullptr}}};
 #endif
-
-const Kernels& kernels_of(const std::string& instructions) {
-#if defined(__x86_64__) || defined(__i386__)
-    if (instructions == "avx512") return k_avx512;
-    if (instructions == "avx2") return k_avx2;
-#else
-    if (instructions == "generic") return k_generic;
-#endif
-    throw std::invalid_argument("this processor does not run these instructions");
-}
 
 using Matrix = Array<float, -1, -1>;
 using Vector = Array<float, -1>;
@@ -362,9 +353,9 @@ struct Shape {
 
     Shape(const Matrix& x, const Matrix& matrix, const std::optional<Vector>& bias, const Matrix& out, bool turned = false)
         : rows(x.shape(0)), width(x.shape(1)), count(matrix.shape(turned ? 1 : 0)) {
-        if (int64_t(matrix.shape(turned ? 0 : 1)) != width || int64_t(out.shape(0)) != rows || int64_t(out.shape(1)) != count ||
-            (bias && int64_t(bias->shape(0)) != count))
-            throw std::invalid_argument("x [R, K], weight [N, K], bias [N] and out [R, N] are wanted");
+        const bool alike = int64_t(matrix.shape(turned ? 0 : 1)) == width && int64_t(out.shape(0)) == rows;
+        check(alike && int64_t(out.shape(1)) == count && (!bias || int64_t(bias->shape(0)) == count),
+              "x [R, K], weight [N, K], bias [N] and out [R, N] are wanted");
     }
 };
 
@@ -372,7 +363,7 @@ void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>
               const char* instructions) {
     const Shape shape(x, weight, bias, out);
     const int64_t rows = shape.rows, width = shape.width, count = shape.count;
-    const Kernels& kernels = kernels_of(instructions);
+    const Kernels& kernels = kVersions.of(instructions);
     const float *ws = weight.data(), *add = bias ? bias->data() : nullptr;
     float* outs = out.data();
     const int64_t together = kernels.columns, groups = (count + together - 1) / together;
@@ -393,8 +384,8 @@ void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>
 void panels(const Matrix& x, const Matrix& matrix, bool turned, const std::optional<Vector>& bias, const Matrix& out, bool add, int threads,
             const char* instructions) {
     const Shape shape(x, matrix, bias, out, turned);
-    const Kernels& kernels = kernels_of(instructions);
-    if (kernels.panels == nullptr) throw std::invalid_argument("panels are made for AVX2 and AVX-512 only");
+    const Kernels& kernels = kVersions.of(instructions);
+    check(kernels.panels != nullptr, "panels are compiled for AVX2 and AVX-512 only");
     const Product product = {x.data(), shape.rows, shape.width, shape.count, matrix.data(), turned,
                              bias ? bias->data() : nullptr, out.data(), add};
     const int64_t parts = (shape.rows + kernels.tall - 1) / kernels.tall * ((shape.count + kernels.wide - 1) / kernels.wide);

@@ -9,18 +9,13 @@
 #include <algorithm>
 #include <functional>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "arrays.h"
+#include "dispatch.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
-
-void bind_attention(nb::module_& m);
-void bind_layer(nb::module_& m);
-void bind_products(nb::module_& m);
 
 namespace {
 
@@ -351,81 +346,42 @@ using SampleRow = Sampled (*)(const float*, int64_t, uint64_t, double, const Tru
 using AccumulatePart = void (*)(float*, int64_t, int64_t, float, int64_t, const Running&, float*, int64_t);
 using JacobianPart = void (*)(const float*, int64_t, int64_t, float, float, float, float, float*);
 
-struct Rows {
-    const char* name;
+struct Kernels {
     SampleRow sample;
     AccumulatePart accumulate;
     JacobianPart jacobian;
 };
 
-#if defined(__x86_64__) || defined(__i386__)
+#define KERNELS(name, target, W)                                                                                                 \
+    target Sampled sample_##name(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation, \
+                                 Scratch& scratch) {                                                                             \
+        return sample_row<W>(row, columns, stream, inverse, truncation, scratch);                                                \
+    }                                                                                                                            \
+    target void accumulate_##name(float* z, int64_t columns, int64_t target_column, float inverse, int64_t r,                    \
+                                  const Running& running, float* product, int64_t width) {                                       \
+        accumulate_part<W>(z, columns, target_column, inverse, r, running, product, width);                                      \
+    }                                                                                                                            \
+    target void jacobian_##name(const float* z, int64_t columns, int64_t target_column, float inverse, float shift, float factor, \
+                                float own, float* out) {                                                                         \
+        jacobian_part<W>(z, columns, target_column, inverse, shift, factor, own, out);                                           \
+    }                                                                                                                            \
+    constexpr Kernels k_##name = {sample_##name, accumulate_##name, jacobian_##name};
 
-AVX512 Sampled sample_row_avx512(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation,
-    Scratch& scratch) {
-    return sample_row<16>(row, columns, stream, inverse, truncation, scratch);
-}
-AVX512 void accumulate_avx512(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
-    int64_t width) {
-    accumulate_part<16>(z, columns, target, inverse, r, running, product, width);
-}
-AVX512 void jacobian_avx512(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
-    jacobian_part<16>(z, columns, target, inverse, shift, factor, own, out);
-}
-AVX2 Sampled sample_row_avx2(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation,
-    Scratch& scratch) {
-    return sample_row<8>(row, columns, stream, inverse, truncation, scratch);
-}
-AVX2 void accumulate_avx2(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
-    int64_t width) {
-    accumulate_part<8>(z, columns, target, inverse, r, running, product, width);
-}
-AVX2 void jacobian_avx2(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
-    jacobian_part<8>(z, columns, target, inverse, shift, factor, own, out);
-}
-
-std::vector<Rows> supported() {
-    __builtin_cpu_init();
-    std::vector<Rows> found;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        found.push_back({"avx512", sample_row_avx512, accumulate_avx512, jacobian_avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", sample_row_avx2, accumulate_avx2, jacobian_avx2});
-    return found;
-}
-
+#ifdef AVX512
+KERNELS(avx512, AVX512, 16)
+KERNELS(avx2, AVX2, 8)
+constexpr Versions<Kernels> kVersions = {{k_avx512, k_avx2}};
 #else
-
-Sampled sample_row_generic(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation,
-    Scratch& scratch) {
-    return sample_row<4>(row, columns, stream, inverse, truncation, scratch);
-}
-void accumulate_generic(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
-    int64_t width) {
-    accumulate_part<4>(z, columns, target, inverse, r, running, product, width);
-}
-void jacobian_generic(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
-    jacobian_part<4>(z, columns, target, inverse, shift, factor, own, out);
-}
-
-std::vector<Rows> supported() { return {{"generic", sample_row_generic, accumulate_generic, jacobian_generic}}; }
-
+KERNELS(generic, , 4)
+constexpr Versions<Kernels> kVersions = {{k_generic}};
 #endif
-
-const std::vector<Rows> kSupported = supported();
-
-const Rows& rows_of(const char* instructions) {
-    for (const Rows& rows : kSupported)
-        if (std::strcmp(rows.name, instructions) == 0) return rows;
-    throw std::invalid_argument(std::string("this processor does not run ") + instructions);
-}
 
 using Matrix = Array<float, -1, -1>;
 template <typename T>
 using Vector = Array<T, -1>;
 
 void check_rows(const Matrix& logits, size_t a, size_t b) {
-    if (logits.shape(0) != a || logits.shape(0) != b || logits.shape(1) == 0)
-        throw std::invalid_argument("logits [R, V] with V > 0 and vectors [R] are wanted");
+    check(logits.shape(0) == a && logits.shape(0) == b && logits.shape(1) > 0, "logits [R, V] with V > 0 and vectors [R] are wanted");
 }
 
 // `kept`, where it is given, gets the masses of the tokens kept, in units of the largest.
@@ -435,12 +391,12 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
     check_rows(logits, stream.shape(0), token.shape(0));
     check_rows(logits, logprob.shape(0), model_logprob.shape(0));
     check_rows(logits, gap.shape(0), kept ? kept->shape(0) : gap.shape(0));
-    const SampleRow one = rows_of(instructions).sample;
+    const SampleRow one = kVersions.of(instructions).sample;
     const int64_t rows = logits.shape(0), columns = logits.shape(1);
     // All tokens are the top ones.
     const Truncation truncation{top_k < columns ? top_k : 0, top_p};
-    if (top_k < 0 || !(top_p > 0) || (kept && (static_cast<int64_t>(kept->shape(1)) != columns || !truncation.any())))
-        throw std::invalid_argument("top_k >= 0 and top_p > 0 are wanted, and kept [R, V] only where they leave tokens out");
+    const bool fits = !kept || (static_cast<int64_t>(kept->shape(1)) == columns && truncation.any());
+    check(top_k >= 0 && top_p > 0 && fits, "top_k >= 0 and top_p > 0 are wanted, and kept [R, V] only where they leave tokens out");
     const float* z = logits.data();
     const int64_t* streams = stream.data();
     float* masses = kept ? kept->data() : nullptr;
@@ -464,7 +420,7 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
 using Part = StridedArray<float, -1, -1>;
 
 void check_part(const Part& part, size_t rows) {
-    if (part.shape(0) != rows || (part.shape(1) != 1 && part.stride(1) != 1)) throw std::invalid_argument("a part [R, B] with dense columns is wanted");
+    check(part.shape(0) == rows && (part.shape(1) == 1 || part.stride(1) == 1), "a part [R, B] with dense columns is wanted");
 }
 
 void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse, const Vector<float>& largest,
@@ -472,10 +428,10 @@ void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first
                 const char* instructions) {
     const int64_t rows = logits.shape(0), columns = logits.shape(1), stride = logits.stride(0);
     check_part(logits, target.shape(0));
-    if (largest.shape(0) != target.shape(0) || others.shape(0) != target.shape(0) || own.shape(0) != target.shape(0) ||
-        (product && product->shape(0) != target.shape(0)))
-        throw std::invalid_argument("vectors and product of R rows are wanted");
-    const AccumulatePart one = rows_of(instructions).accumulate;
+    const size_t count = target.shape(0);
+    const bool alike = largest.shape(0) == count && others.shape(0) == count && own.shape(0) == count;
+    check(alike && (!product || product->shape(0) == count), "vectors and product of R rows are wanted");
+    const AccumulatePart one = kVersions.of(instructions).accumulate;
     const Running running{largest.data(), others.data(), own.data()};
     float* z = logits.data();
     const int64_t* y = target.data();
@@ -511,10 +467,10 @@ void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, 
               const Vector<float>& factor, const Matrix& out, int threads, const char* instructions) {
     const int64_t rows = logits.shape(0), columns = logits.shape(1), stride = logits.stride(0);
     check_part(logits, target.shape(0));
-    if (state.shape(0) != target.shape(0) || state.shape(1) != 3 || factor.shape(0) != target.shape(0) ||
-        out.shape(0) != target.shape(0) || out.shape(1) != logits.shape(1))
-        throw std::invalid_argument("state [R, 3], factor [R] and out [R, B] are wanted");
-    const JacobianPart one = rows_of(instructions).jacobian;
+    const size_t count = target.shape(0);
+    const bool alike = state.shape(0) == count && factor.shape(0) == count && out.shape(0) == count;
+    check(alike && state.shape(1) == 3 && out.shape(1) == logits.shape(1), "state [R, 3], factor [R] and out [R, B] are wanted");
+    const JacobianPart one = kVersions.of(instructions).jacobian;
     const float* z = logits.data();
     const int64_t* y = target.data();
     const float* known = state.data();
@@ -532,12 +488,7 @@ void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, 
 
 }  // namespace
 
-NB_MODULE(_native, m) {
-    m.doc() = "Row arithmetic over logits on the CPU; call it through kernels.native.";
-    nb::list names;
-    for (const Rows& rows : kSupported) names.append(rows.name);
-    // Fastest first; empty where this processor runs none of them.
-    m.attr("instructions") = nb::tuple(names);
+void bind_rows(nb::module_& m) {
     m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("stream"), nb::arg("inverse_temperature"), nb::arg("top_k"),
           nb::arg("top_p"), nb::arg("token"), nb::arg("logprob"), nb::arg("model_logprob"), nb::arg("gap"), nb::arg("kept").none(),
           nb::arg("threads"), nb::arg("instructions"));
@@ -547,7 +498,4 @@ NB_MODULE(_native, m) {
           nb::arg("logprob"), nb::arg("state"), nb::arg("product_scale"));
     m.def("jacobian", &jacobian, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("state"),
           nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
-    bind_attention(m);
-    bind_layer(m);
-    bind_products(m);
 }

@@ -1,4 +1,5 @@
-// Vectors of W floats for GCC and Clang, and what the kernels share. Included by one file for each kernel; no names leave it.
+// Vectors of W floats for GCC and Clang, and functions of them that the kernels share. Each kernel's file includes it, and no name
+// leaves that file.
 
 #pragma once
 
@@ -114,10 +115,5 @@ INLINE float lane_sum(const float* lanes) {
     const Floats<4> four = (load<4>(lanes) + load<4>(lanes + 8)) + (load<4>(lanes + 4) + load<4>(lanes + 12));
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
-
-#if defined(__x86_64__) || defined(__i386__)
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
-#define AVX2 __attribute__((target("avx2,fma")))
-#endif
 
 }  // namespace
