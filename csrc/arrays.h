@@ -19,7 +19,7 @@ public:
     size_t shape(int i) const { return sizes[i]; }
     int64_t stride(int i) const { return strides[i]; }
 
-    // Whether the tensor is of this type and shape, and has memory: a FakeTensor has none.
+    // Takes the tensor where it is of this type and shape and has memory, which a FakeTensor has not; returns whether it did.
     bool take(const nanobind::dlpack::dltensor& from) {
         using namespace nanobind;
         constexpr uint8_t code = std::is_floating_point_v<T> ? uint8_t(dlpack::dtype_code::Float) : uint8_t(dlpack::dtype_code::Int);
@@ -58,12 +58,12 @@ struct ExchangeTable {
     void* stream;
 };
 
-// Whether `object` is of a type whose tensors can be lent; then `out` is one.
+// Lends the tensor `object` to `out` where its type allows it; returns whether it did.
 inline bool lent(PyObject* object, nanobind::dlpack::dltensor* out) {
     static PyObject* const name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
     PyObject* capsule = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(object)), name);
     void* table = capsule == nullptr ? nullptr : PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-    // The table is there as long as the process is.
+    // The table lives as long as the process.
     Py_XDECREF(capsule);
     const ExchangeTable* exchange = static_cast<const ExchangeTable*>(table);
     if (exchange != nullptr && exchange->major == 1 && exchange->lend != nullptr && exchange->lend(object, out) == 0) return true;

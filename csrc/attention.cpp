@@ -17,7 +17,7 @@ namespace nb = nanobind;
 
 namespace {
 
-// Keys and values of one head, one after the other; a row sees those at skip, ..., tokens - 1.
+// Keys and values of one head, token after token. A row sees the tokens skip, ..., tokens - 1.
 struct Segment {
     const float* keys;
     const float* values;
@@ -26,20 +26,20 @@ struct Segment {
     int64_t padded() const { return (tokens + kLanes - 1) / kLanes * kLanes; }
 };
 
-// The tokens first, ..., tokens - 1 of keys [blocks, d, kLanes] and values [tokens, d], from the block that holds the first.
+// Returns the tokens first, ..., tokens - 1 of keys [blocks, d, kLanes] and values [tokens, d], from the block that holds the first.
 Segment segment_from(const float* keys, const float* values, int64_t first, int64_t tokens, int64_t d) {
     if (first >= tokens) return {keys, values, 0, 0};
     const int64_t skip = first > 0 ? first % kLanes : 0, begin = first > 0 ? first - skip : 0;
     return {keys + begin * d, values + begin * d, skip, tokens - begin};
 }
 
-// What is made of the product of a query and a key.
+// How the product of a query and a key becomes a score.
 struct Score {
     float scale;
     float softcap;  // 0 for none
 };
 
-// Q queries q [Q, d] of one key head against both segments; out [Q, d]; scores is room for Q times all padded tokens.
+// Attends with Q queries q [Q, d] of one key head to both segments; out [Q, d]. scores has room for Q times all padded tokens.
 template <int W, int Q>
 INLINE void attend(const float* q, int64_t d, const Segment (&segments)[2], const Score& score, float* scores, float* out) {
     constexpr int vectors = kLanes / W;
@@ -174,7 +174,7 @@ void decode_attention(const Rows& q, const Rows& key, const Rows& value, const B
                 for (int64_t i = 0; i < width; ++i) block[i * kLanes] = ks[at * width + i];
                 float* values = ov + at * own_room * width;
                 std::memcpy(values + used * width, vs + at * width, width * sizeof(float));
-                // The first position in the window, counted from the prompt's first token.
+                // `first` is the first position in the window, counted from the prompt's first token.
                 const int64_t length = tokens[of[r]], first = length + used + 1 - window;
                 const Segment segments[2] = {
                     segment_from(pk + from * prompt_blocks * kLanes * width, pv + from * prompt_room * width, first, length, width),

@@ -1,4 +1,4 @@
-// Instruction sets: each kernel is compiled once for each of them, and a call names the one that it wants. And the checks of arguments.
+// Instruction sets: each kernel is compiled once for each of them, and a call names the one that it wants. Checks of arguments too.
 
 #pragma once
 
@@ -20,7 +20,7 @@ inline constexpr const char* kInstructionSets[] = {"avx512", "avx2"};
 inline constexpr const char* kInstructionSets[] = {"generic"};
 #endif
 
-// Whether this processor runs an instruction set of this name.
+// Returns whether this processor runs an instruction set of this name.
 inline bool runs(const char* name) {
 #ifdef AVX512
     __builtin_cpu_init();
@@ -50,7 +50,7 @@ inline void check(bool good, const char* wanted) {
     if (!good) throw std::invalid_argument(wanted);
 }
 
-// Sizes that must be equal, in pairs.
+// Throws unless the two sizes of each pair are equal.
 template <size_t N>
 void check_equal(const size_t (&sizes)[N][2]) {
     for (const auto& pair : sizes) check(pair[0] == pair[1], "shapes do not agree");

@@ -18,7 +18,7 @@ namespace nb = nanobind;
 
 namespace {
 
-// out = s / sqrt(mean(s^2) + epsilon) * weight with s = x + delta, which is stored in sum; delta and sum may be null.
+// Sets out to s / sqrt(mean(s^2) + epsilon) * weight with s = x + delta, which goes to sum; delta and sum may be null.
 template <int W>
 INLINE void norm(const float* x, const float* delta, const float* weight, int64_t n, float epsilon, float* sum, float* out) {
     constexpr int vectors = kLanes / W;
@@ -47,7 +47,7 @@ INLINE void norm(const float* x, const float* delta, const float* weight, int64_
     for (; i < n; ++i) out[i] = from[i] * scale * weight[i];
 }
 
-// W numbers of both halves of a head: x cos + (-second, first) sin. Two lengths of vectors make the same products and sums of them.
+// Turns W numbers of both halves of a head: x cos + (-second, first) sin. AVX2 and AVX-512 fuse the same products and sums here.
 template <int W>
 INLINE void rotate_part(const float* first, const float* second, const float* cos, const float* sin, int64_t half, float* out) {
     const Floats<W> a = load<W>(first), b = load<W>(second);
@@ -56,7 +56,7 @@ INLINE void rotate_part(const float* first, const float* second, const float* co
     store<W>(out + half, x2 + a * load<W>(sin + half));
 }
 
-// All numbers of both halves of a head x [d]; the last ones in vectors filled up with zeros.
+// Turns all numbers of both halves of a head x [d]; the last ones stand in vectors filled up with zeros.
 template <int W>
 INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t d, float* out) {
     const int64_t half = d / 2;
@@ -77,7 +77,7 @@ INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t d
     }
 }
 
-// gate / (1 + exp(-gate)) * up of gate_up [2 n].
+// Sets out [n] to gate / (1 + exp(-gate)) * up of gate_up [2 n].
 template <int W>
 INLINE void gated(const float* gate_up, int64_t n, float* out) {
     float padded[2][W];

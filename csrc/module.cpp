@@ -16,7 +16,7 @@ NB_MODULE(_native, m) {
     nb::list names;
     for (const char* name : kInstructionSets)
         if (runs(name)) names.append(name);
-    // Fastest first, and empty where this processor runs none of them.
+    // The list is empty where this processor runs none of them.
     m.attr("instructions") = nb::tuple(names);
     bind_attention(m);
     bind_layer(m);

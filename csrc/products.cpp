@@ -22,7 +22,7 @@ namespace nb = nanobind;
 
 namespace {
 
-// The sums of the lanes of R x C vectors, [R][C] in the order of rows: in the order of `lane_sum`, whatever the width.
+// Sums the lanes of each of R x C vectors to out [R][C], in the order of `lane_sum` whatever the width.
 template <int W, int R, int C>
 INLINE void totals(const Floats<W> (&sums)[R][C][kLanes / W], float* out) {
     for (int i = 0; i < R * C; ++i) {
@@ -42,7 +42,7 @@ INLINE void totals(const Floats<W> (&sums)[R][C][kLanes / W], float* out) {
 #define SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, Vectors<8>::Ints{__VA_ARGS__})
 #endif
 
-// The same for sixteen vectors together: each step adds the halves of two vectors and packs them into one.
+// Does the same for sixteen vectors together: each step adds the halves of two vectors and packs them into one.
 INLINE void totals_of_sixteen(const Floats<16> (&sums)[8][2][1], float* out) {
     Floats<16> x[16];
     for (int r = 0; r < 8; ++r)
@@ -67,7 +67,7 @@ INLINE void totals_of_sixteen(const Floats<16> (&sums)[8][2][1], float* out) {
                        SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31));
 }
 
-// Rows to columns.
+// Turns rows into columns.
 INLINE void transpose(Floats<16> (&x)[16]) {
     Floats<16> y[16];
     for (int i = 0; i < 16; i += 2) {
@@ -105,18 +105,18 @@ INLINE void transpose(Floats<8> (&x)[8]) {
     for (int i = 0; i < 8; ++i) x[i] = y[i];
 }
 
-// How far ahead w is asked for, in floats: two rows side by side are too short for the processor to see where the reads go.
+// w is asked for so many floats ahead, because two rows side by side are too short for the processor to see where the reads go.
 constexpr int64_t kAhead = 2048;
 
-// The products of R packed rows with C rows of w: out[R][C].
+// Multiplies R packed rows with C rows of w: out[R][C].
 template <int W, int R, int C>
 INLINE void dots(const float* x, const float* w, int64_t width, float* out) {
     constexpr int vectors = kLanes / W;
     Floats<W> sums[R][C][vectors] = {};
-    const auto add = [&](const float* own, int64_t ldw) __attribute__((always_inline)) {
+    const auto add = [&](const float* from, int64_t ldw) __attribute__((always_inline)) {
         for (int v = 0; v < vectors; ++v) {
             Floats<W> b[C];
-            for (int c = 0; c < C; ++c) b[c] = load<W>(own + c * ldw + v * W);
+            for (int c = 0; c < C; ++c) b[c] = load<W>(from + c * ldw + v * W);
             for (int r = 0; r < R; ++r) {
                 const Floats<W> a = load<W>(x + r * kLanes + v * W);
                 for (int c = 0; c < C; ++c) sums[r][c][v] += a * b[c];
@@ -141,15 +141,15 @@ INLINE void dots(const float* x, const float* w, int64_t width, float* out) {
     }
 }
 
-// All rows with C rows of w, which stay in cache from the first group of R rows to the last; out + r * ldo takes C numbers.
+// Multiplies all rows with C rows of w, which stay in cache from the first group of R rows to the last; out + r * ldo takes C numbers.
 template <int W, int R, int C>
 INLINE void columns(const float* packed, int64_t rows, const float* w, int64_t width, const float* bias, float* out, int64_t ldo) {
     const int64_t group = R * kLanes * ((width + kLanes - 1) / kLanes);
     for (int64_t first = 0; first < rows; first += R, packed += group) {
-        float own[R * C];
-        dots<W, R, C>(packed, w, width, own);
+        float products[R * C];
+        dots<W, R, C>(packed, w, width, products);
         for (int64_t r = 0; r < R && first + r < rows; ++r)
-            for (int c = 0; c < C; ++c) out[(first + r) * ldo + c] = own[r * C + c] + (bias != nullptr ? bias[c] : 0.0f);
+            for (int c = 0; c < C; ++c) out[(first + r) * ldo + c] = products[r * C + c] + (bias != nullptr ? bias[c] : 0.0f);
     }
 }
 
@@ -158,10 +158,10 @@ struct Free {
 };
 using Buffer = std::unique_ptr<float[], Free>;
 
-// Whole cache lines: a vector that lies across two of them takes twice as long to load.
+// Returns whole cache lines, because a vector that lies across two of them takes twice as long to load.
 Buffer buffer(int64_t size) { return Buffer(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(64)))); }
 
-// [rows, width] to groups of R rows [width / lanes][R][lanes], filled up with zeros.
+// Packs [rows, width] into groups of R rows [width / lanes][R][lanes], filled up with zeros.
 Buffer packed_rows(const float* x, int64_t rows, int64_t width, int R) {
     const int64_t blocks = (width + kLanes - 1) / kLanes, groups = (rows + R - 1) / R, size = groups * blocks * R * kLanes;
     Buffer packed = buffer(size);
@@ -176,14 +176,14 @@ Buffer packed_rows(const float* x, int64_t rows, int64_t width, int R) {
 
 #ifdef AVX512
 
-// How many numbers of each of the matrix's rows are turned at a time: a panel stays in the second cache.
+// A panel holds so many numbers of each of the matrix's rows that it stays in the second cache.
 constexpr int64_t kDeep = 1024;
-// Steps along the width between two times of asking for what comes next.
+// The next panel's memory is asked for once in so many steps along the width.
 constexpr int kAsk = 8;
-// So many products are added up on their own before they are added to the rest, as long sums round more.
+// So many products are added up apart before they are added to the rest, because long sums round more.
 constexpr int64_t kShort = 128;
 
-// out [rows, count] = x [rows, width] times a matrix, plus bias; or, where `add`, added to what is there. The matrix is [count, width],
+// out [rows, count] becomes x [rows, width] times a matrix, plus bias; with `add` the product is added to it. The matrix is [count, width],
 // or [width, count] where `turned`.
 struct Product {
     const float* x;
@@ -195,7 +195,7 @@ struct Product {
     bool add;
 };
 
-// Lines of the matrix that the next panel is made of, asked for one by one.
+// The cache lines of the matrix that the next panel is made of, which are asked for one by one.
 struct Ahead {
     const float* row;
     int64_t step, lines, rows;  // floats from one row to the next, cache lines of each, rows left
@@ -209,7 +209,7 @@ struct Ahead {
     }
 };
 
-// `deep` numbers of `count` rows of w, `width` apart, as panel[deep][wide], filled up with zeros.
+// Turns `deep` numbers of `count` rows of w, `width` apart, into panel[deep][wide], filled up with zeros.
 template <int W, int Vectors>
 INLINE void turn(const float* w, int64_t width, int64_t count, int64_t deep, float* panel) {
     constexpr int64_t wide = W * Vectors;
@@ -228,7 +228,7 @@ INLINE void turn(const float* w, int64_t width, int64_t count, int64_t deep, flo
     for (int64_t k = 0; count < wide && k < deep; ++k) std::fill(panel + k * wide + count, panel + (k + 1) * wide, 0.0f);
 }
 
-// The same of a matrix that is turned already: `deep` rows of w, `step` apart.
+// Makes the same panel of a matrix that is turned already, from `deep` rows of w, `step` apart.
 template <int W, int Vectors>
 INLINE void gather(const float* w, int64_t step, int64_t count, int64_t deep, float* panel) {
     constexpr int64_t wide = W * Vectors;
@@ -242,7 +242,7 @@ INLINE void gather(const float* w, int64_t step, int64_t count, int64_t deep, fl
     }
 }
 
-// sums [rows <= Tall, wide] += x [rows, deep] times the panel.
+// Adds x [rows, deep] times the panel to total [rows <= Tall, wide].
 template <int W, int Tall, int Vectors>
 INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel, int64_t deep, float (*total)[W * Vectors], Ahead& ahead,
                  int64_t lines) {
@@ -265,8 +265,8 @@ INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel
     }
 }
 
-// A share of the product: panel by panel, of each all rows. Shares are counted in panels of a group of Tall rows, [begin, end), so that
-// threads have the same number of them, and two may have parts of the same panel.
+// Makes a share of the product, panel by panel. Shares are counted in panels of a group of Tall rows, [begin, end): threads then have about
+// the same number of them, and two may have parts of the same panel.
 template <int W, int Tall, int Vectors>
 INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
     constexpr int64_t wide = W * Vectors;
@@ -282,7 +282,7 @@ INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
             else
                 turn<W, Vectors>(p.matrix + c * p.width + k, p.width, count, deep, panel.get());
             const bool whole = k + deep == p.width;
-            // What comes next: the rest of this panel, or the next one.
+            // Next comes the rest of this panel, or the next panel.
             const int64_t next = whole ? std::min(c + wide, p.count) : c, from = whole ? 0 : k + deep;
             const int64_t columns = std::min(wide, p.count - next), numbers = std::min(kDeep, p.width - from);
             Ahead ahead = p.turned ? Ahead{p.matrix + from * p.count + next, p.count, (columns + 15) / 16, columns > 0 ? numbers : 0}
@@ -313,10 +313,10 @@ using Columns = void (*)(const float*, int64_t, const float*, int64_t, const flo
 using Panels = void (*)(const Product&, int64_t, int64_t);
 
 struct Kernels {
-    int rows, columns;  // that go together
+    int rows, columns;  // of `several`, which go together
     Columns several;
     Columns one;
-    int tall, wide;  // of a tile of the product, whose sums fill the registers
+    int tall, wide;  // rows and columns of a tile of panels, whose sums fill the registers
     Panels panels;
 };
 
@@ -347,7 +347,7 @@ constexpr Versions<Kernels> kVersions = {{{2, 1, several_generic, one_generic, 1
 using Matrix = Array<float, -1, -1>;
 using Vector = Array<float, -1>;
 
-// (rows, width, count) of x [rows, width] times a matrix [count, width], or [width, count] where `turned`.
+// The sizes of x [rows, width] times a matrix [count, width], or [width, count] where `turned`.
 struct Shape {
     int64_t rows, width, count;
 

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 
-// The 128 logits of block b; past the row's end -inf, by a copy into `padded`.
+// Returns the 128 logits of block b; a last one that is not whole is copied into `padded`, with -inf past the row's end.
 INLINE const float* block_of(const float* row, int64_t columns, int64_t b, float* padded) {
     const int64_t left = columns - b * kBlock;
     if (left >= kBlock) return row + b * kBlock;
@@ -29,7 +29,7 @@ INLINE const float* block_of(const float* row, int64_t columns, int64_t b, float
     return padded;
 }
 
-// Sum of exp((z - m) inverse) over 128 logits; the terms go to `out` where it is not null.
+// Returns the sum of exp((z - m) inverse) over 128 logits; the terms go to `out` where it is not null.
 template <int W>
 INLINE float block_mass(const float* z, float m, float inverse, float* out) {
     constexpr int vectors = kLanes / W;
@@ -46,10 +46,10 @@ INLINE float block_mass(const float* z, float m, float inverse, float* out) {
     return lane_sum(lanes);
 }
 
-// log p of an outcome that has mass `own` = exp(shifted) where all the others have `others`. The others are summed apart from it, so
-// that nothing is lost where p is close to 1.
-INLINE float log_share(double shifted, double own, double others) {
-    return static_cast<float>(own == 1 ? -std::log1p(others) : shifted - std::log(own + others));
+// Returns log p of an outcome that has mass `mass` = exp(shifted) where all the others have `others`. The others are summed apart from it,
+// so that nothing is lost where p is close to 1.
+INLINE float log_share(double shifted, double mass, double others) {
+    return static_cast<float>(mass == 1 ? -std::log1p(others) : shifted - std::log(mass + others));
 }
 
 struct Sampled {
@@ -59,14 +59,14 @@ struct Sampled {
     float gap;            // between the logarithms of the two best speeds of the race
 };
 
-// Which tokens are kept: the top_k largest (0: all), then the fewest of these that hold top_p of their mass.
+// The top_k largest tokens are kept (0: all), then the fewest of these that hold top_p of their mass.
 struct Truncation {
     int64_t top_k;
     double top_p;
     bool any() const { return top_k > 0 || top_p < 1; }
 };
 
-// What one thread works in.
+// The memory that one thread works in.
 struct Scratch {
     std::vector<float> sums, kept_sums, mass, largest;
     std::vector<uint32_t> keys;
@@ -80,7 +80,7 @@ struct Scratch {
     }
 };
 
-// lowbias32, a bijection of 32 bits whose outputs look random.
+// Applies lowbias32, a bijection of 32 bits whose outputs look random.
 template <typename T>
 INLINE T scrambled(T x) {
     x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -88,20 +88,20 @@ INLINE T scrambled(T x) {
     return x ^ (x >> 16);
 }
 
-// Random bits of column i in a row's stream: see kernels.sampling.exponential.
+// Returns the random bits of column i in a row's stream; see kernels.random.exponential.
 template <typename T>
 INLINE T random_bits(T i, uint32_t low, uint32_t high) {
     return scrambled(scrambled(i * 0x9e3779b9u + low) ^ high);
 }
 
-// A race: column i arrives at time E_i / mass_i, E_i exponential, and the first one is drawn, each with a probability in proportion to its
-// mass.
+// In a race column i arrives at time E_i / mass_i with an exponential E_i, and the first one is drawn: each with a probability in proportion
+// to its mass.
 struct Race {
     double best = -1, second = -1;  // the largest mass_i / E_i so far
     int64_t token = 0;
 };
 
-// The 128 columns from `first` on. E is made only where it can come second: -log(1 - v) is at least v.
+// Lets the 128 columns from `first` on run. E is computed only where a column can come second, because -log(1 - v) is at least v.
 template <int W>
 INLINE void race_block(const float* mass, int64_t first, uint64_t stream, Race& race) {
     using Words = typename Vectors<W>::Words;
@@ -110,13 +110,13 @@ INLINE void race_block(const float* mass, int64_t first, uint64_t stream, Race& 
     uint32_t bits[kBlock];
     Words lane;
     for (int j = 0; j < W; ++j) lane[j] = j;
-    // A little below `second`, so that rounding never hides a column.
+    // The bound is a little below `second`, so that rounding never hides a column.
     const float bound = static_cast<float>(race.second * 0x0.fffffp-31);
     Ints may = {};
     for (int64_t i = 0; i < kBlock; i += W) {
-        const Words own = random_bits<Words>(lane + static_cast<uint32_t>(first + i), low, high);
-        std::memcpy(bits + i, &own, sizeof own);
-        may |= load<W>(mass + i) >= __builtin_convertvector((Ints)(own >> 1), Floats<W>) * bound;
+        const Words words = random_bits<Words>(lane + static_cast<uint32_t>(first + i), low, high);
+        std::memcpy(bits + i, &words, sizeof words);
+        may |= load<W>(mass + i) >= __builtin_convertvector((Ints)(words >> 1), Floats<W>) * bound;
     }
     if (!any<W>(may)) return;
     for (int64_t i = 0; i < kBlock; ++i) {
@@ -133,16 +133,17 @@ INLINE void race_block(const float* mass, int64_t first, uint64_t stream, Race& 
     }
 }
 
-// A prefix of a row's masses in falling order, equals in the order of their columns: all above `mass`, and the first `equals` equal to it.
+// A prefix of a row's masses in falling order, where equal masses have the order of their columns: all masses above `mass`, and the first
+// `equals` of those equal to it.
 struct Prefix {
     float mass;
     int64_t equals;
 };
 
-// The prefix of `keys`, the bits of masses in (0, 1], whose elements each have less than `limit` before them; an element counts 1 where
-// `counted`, else its mass. By the digits of the boundary's key, the highest first; `keys` is used up.
+// Finds the prefix of `keys`, the bits of masses in (0, 1], whose elements each have less than `limit` before them; an element counts 1
+// where `counted`, else its mass. The digits of the boundary's key are found one by one, the highest first; `keys` is used up.
 INLINE Prefix find_prefix(uint32_t* keys, int64_t count, double limit, bool counted, double* weights) {
-    // Bits of masses have the order of the masses.
+    // The bits of masses have the order of the masses.
     const auto mass_of = [](uint32_t key) {
         float mass;
         std::memcpy(&mass, &key, sizeof mass);
@@ -174,8 +175,8 @@ INLINE Prefix find_prefix(uint32_t* keys, int64_t count, double limit, bool coun
     return prefix;
 }
 
-// Zero the masses outside the prefix that `limit` makes (see find_prefix); nothing below `bound` > 0 lies in it. `kept_sums` gets the sums of
-// blocks; returns that of all.
+// Zeroes the masses outside the prefix that `limit` makes (see find_prefix); no mass below `bound` > 0 lies in it. `kept_sums` takes the
+// sums of blocks. Returns the sum of all.
 template <int W>
 INLINE double keep_prefix(float bound, double limit, bool counted, Scratch& scratch) {
     using Ints = typename Vectors<W>::Ints;
@@ -197,11 +198,11 @@ INLINE double keep_prefix(float bound, double limit, bool counted, Scratch& scra
         for (int64_t i = b * kBlock; i < (b + 1) * kBlock; i += kLanes) {
             for (int j = 0; j < vectors; ++j) {
                 float* at = mass + i + j * W;
-                const Floats<W> own = load<W>(at);
-                Floats<W> kept = own > prefix.mass ? own : Floats<W>{};
-                if (any<W>((Ints)(own == prefix.mass)))
+                const Floats<W> masses = load<W>(at);
+                Floats<W> kept = masses > prefix.mass ? masses : Floats<W>{};
+                if (any<W>((Ints)(masses == prefix.mass)))
                     for (int lane = 0; lane < W; ++lane)
-                        if (own[lane] == prefix.mass && prefix.equals-- > 0) kept[lane] = prefix.mass;
+                        if (masses[lane] == prefix.mass && prefix.equals-- > 0) kept[lane] = prefix.mass;
                 store<W>(at, kept);
                 sums[j] += kept;
             }
@@ -213,13 +214,13 @@ INLINE double keep_prefix(float bound, double limit, bool counted, Scratch& scra
     return total;
 }
 
-// Zero the masses of a row, `total` in all, that are not kept.
+// Zeroes the masses of a row, `total` in all, that are not kept.
 template <int W>
 INLINE void truncate(const Truncation& truncation, double total, Scratch& scratch) {
     constexpr float smallest = std::numeric_limits<float>::min();
     int64_t most = scratch.mass.size();
     if (const int64_t k = truncation.top_k; k > 0 && k < most) {
-        // The k-th of the blocks' largest is no larger than the k-th of all.
+        // The k-th largest of the blocks' largest masses is no larger than the k-th of all.
         float bound = smallest;
         if (k <= static_cast<int64_t>(scratch.largest.size())) {
             for (size_t b = 0; b < scratch.largest.size(); ++b) scratch.largest[b] = row_max<W>(scratch.mass.data() + b * kBlock, kBlock);
@@ -236,7 +237,7 @@ INLINE void truncate(const Truncation& truncation, double total, Scratch& scratc
     }
 }
 
-// Draws from what is kept of a row. NaN in, NaN out.
+// Draws from the tokens that are kept of a row. A row with NaN gives NaN.
 template <int W>
 INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation, Scratch& scratch) {
     const float m = row_max<W>(row, columns), scale = static_cast<float>(inverse);
@@ -267,7 +268,7 @@ INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, do
     }
     const int64_t token = race.token, chosen = token / kBlock, within = token % kBlock;
     const double shifted = (static_cast<double>(row[token]) - m) * inverse;
-    // Of the token among all columns that have mass, given the sums of blocks and the masses of its own.
+    // Returns the token's log-prob among the columns that have mass, from the sums of blocks and the masses of its block.
     const auto logprob = [&](const float* of_blocks, const float* near) {
         double others = 0;
         for (int64_t b = 0; b < blocks; ++b)
@@ -281,23 +282,23 @@ INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, do
     return {token, cut ? logprob(scratch.kept_sums.data(), scratch.mass.data() + chosen * kBlock) : model, model, gap};
 }
 
-// What is known of a row of logits while its columns come in parts; the target's own logit is kept apart from the others, so that nothing
-// is lost where its probability is close to 1.
+// The state of rows of logits while their columns come in parts. The target's logit is kept apart from the others, so that nothing is lost
+// where its probability is close to 1.
 struct Running {
     float* largest;   // [R] of the others so far; -inf before the first
     double* others;   // [R] sum of exp((z - largest) inverse) over the others so far
-    float* own;       // [R] the target's logit, once its column was seen
+    float* target_z;  // [R] the target's logit, once its column was seen
 };
 
-// Take in one part of a row. With `product` (width floats) z is overwritten by exp((z - largest) inverse), the target's by 0, and `product`,
-// a sum of such terms of earlier parts, is brought to the present `largest`.
+// Takes in one part of a row. With `product` (width floats) z is overwritten by exp((z - largest) inverse), the target's by 0, and
+// `product`, a sum of such terms of earlier parts, is brought to the present `largest`.
 template <int W>
 INLINE void accumulate_part(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
                             int64_t width) {
-    const bool mine = target >= 0 && target < columns;
-    const float own = mine ? z[target] : 0.0f;
-    if (mine) {
-        running.own[r] = own;
+    const bool has_target = target >= 0 && target < columns;
+    const float target_z = has_target ? z[target] : 0.0f;
+    if (has_target) {
+        running.target_z[r] = target_z;
         z[target] = -kInfinity;
     }
     float m = running.largest[r];
@@ -312,7 +313,7 @@ INLINE void accumulate_part(float* z, int64_t columns, int64_t target, float inv
         }
         running.largest[r] = m = top;
     }
-    // Only -inf so far, or NaN, which the row's maximum passes over but its sum must not.
+    // A maximum of -inf stands for -inf only, or for NaN, which the row's maximum passes over but its sum must not.
     const float shift = m == -kInfinity ? 0.0f : m;
     float padded[kBlock], mass[kBlock];
     const int64_t whole = columns / kBlock;
@@ -321,12 +322,13 @@ INLINE void accumulate_part(float* z, int64_t columns, int64_t target, float inv
         others += block_mass<W>(block_of(z, columns, whole, padded), shift, inverse, product ? mass : nullptr);
         if (product != nullptr) std::memcpy(z + whole * kBlock, mass, rest * sizeof(float));
     }
-    if (mine) z[target] = product ? 0.0f : own;
+    if (has_target) z[target] = product ? 0.0f : target_z;
 }
 
-// One part of a row of J times `factor`: exp((z - shift) inverse) factor, and `own` at the target. All 0 where factor is.
+// Sets out to one part of a row of J times `factor`: exp((z - shift) inverse) factor, and `target_j` at the target. All of it is 0 where
+// factor is.
 template <int W>
-INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float own, float* out) {
+INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float target_j, float* out) {
     if (factor == 0) {
         std::memset(out, 0, columns * sizeof(float));
         return;
@@ -339,7 +341,7 @@ INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float
         store<W>(padded, exp_negative<W>((load<W>(padded) - shift) * inverse) * factor);
         std::memcpy(out + i, padded, (columns - i) * sizeof(float));
     }
-    if (target >= 0 && target < columns) out[target] = own;
+    if (target >= 0 && target < columns) out[target] = target_j;
 }
 
 using SampleRow = Sampled (*)(const float*, int64_t, uint64_t, double, const Truncation&, Scratch&);
@@ -362,8 +364,8 @@ struct Kernels {
         accumulate_part<W>(z, columns, target_column, inverse, r, running, product, width);                                      \
     }                                                                                                                            \
     target void jacobian_##name(const float* z, int64_t columns, int64_t target_column, float inverse, float shift, float factor, \
-                                float own, float* out) {                                                                         \
-        jacobian_part<W>(z, columns, target_column, inverse, shift, factor, own, out);                                           \
+                                float target_j, float* out) {                                                                    \
+        jacobian_part<W>(z, columns, target_column, inverse, shift, factor, target_j, out);                                           \
     }                                                                                                                            \
     constexpr Kernels k_##name = {sample_##name, accumulate_##name, jacobian_##name};
 
@@ -384,7 +386,7 @@ void check_rows(const Matrix& logits, size_t a, size_t b) {
     check(logits.shape(0) == a && logits.shape(0) == b && logits.shape(1) > 0, "logits [R, V] with V > 0 and vectors [R] are wanted");
 }
 
-// `kept`, where it is given, gets the masses of the tokens kept, in units of the largest.
+// Draws a token for each row. `kept`, where it is given, takes the masses of the tokens kept, in units of the largest.
 void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inverse, int64_t top_k, double top_p, const Vector<int64_t>& token,
                  const Vector<float>& logprob, const Vector<float>& model_logprob, const Vector<float>& gap, std::optional<Matrix> kept,
                  int threads, const char* instructions) {
@@ -393,7 +395,7 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
     check_rows(logits, gap.shape(0), kept ? kept->shape(0) : gap.shape(0));
     const SampleRow one = kVersions.of(instructions).sample;
     const int64_t rows = logits.shape(0), columns = logits.shape(1);
-    // All tokens are the top ones.
+    // Where top_k holds all tokens, none is left out.
     const Truncation truncation{top_k < columns ? top_k : 0, top_p};
     const bool fits = !kept || (static_cast<int64_t>(kept->shape(1)) == columns && truncation.any());
     check(top_k >= 0 && top_p > 0 && fits, "top_k >= 0 and top_p > 0 are wanted, and kept [R, V] only where they leave tokens out");
@@ -416,7 +418,7 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
     }
 }
 
-// A part [R, B] of the columns of logits: rows may lie further apart than B.
+// A part [R, B] of the columns of logits, whose rows may lie further apart than B.
 using Part = StridedArray<float, -1, -1>;
 
 void check_part(const Part& part, size_t rows) {
@@ -424,15 +426,15 @@ void check_part(const Part& part, size_t rows) {
 }
 
 void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse, const Vector<float>& largest,
-                const Vector<double>& others, const Vector<float>& own, std::optional<Matrix> product, int threads,
+                const Vector<double>& others, const Vector<float>& target_z, std::optional<Matrix> product, int threads,
                 const char* instructions) {
     const int64_t rows = logits.shape(0), columns = logits.shape(1), stride = logits.stride(0);
     check_part(logits, target.shape(0));
     const size_t count = target.shape(0);
-    const bool alike = largest.shape(0) == count && others.shape(0) == count && own.shape(0) == count;
+    const bool alike = largest.shape(0) == count && others.shape(0) == count && target_z.shape(0) == count;
     check(alike && (!product || product->shape(0) == count), "vectors and product of R rows are wanted");
     const AccumulatePart one = kVersions.of(instructions).accumulate;
-    const Running running{largest.data(), others.data(), own.data()};
+    const Running running{largest.data(), others.data(), target_z.data()};
     float* z = logits.data();
     const int64_t* y = target.data();
     float* sums = product ? product->data() : nullptr;
@@ -443,19 +445,19 @@ void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first
         one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), r, running, sums ? sums + r * width : nullptr, width);
 }
 
-// Log-probs once all columns were taken in, and what J is made of: J = exp((z - shift) inverse) scale, own at the target. `product_scale`
-// is to `largest` what scale is to shift. A row without a log-prob has NaN in all of them.
-void finish(double inverse, double slope, const Vector<float>& largest, const Vector<double>& others, const Vector<float>& own,
+// Sets the log-probs, after all columns were taken in, and the state (shift, scale, target's J) that J = exp((z - shift) inverse) scale is
+// made of. `product_scale` is to `largest` what scale is to shift. A row without a log-prob has NaN in all of them.
+void finish(double inverse, double slope, const Vector<float>& largest, const Vector<double>& others, const Vector<float>& target_z,
             const Vector<float>& logprob, const Matrix& state, const Vector<float>& product_scale) {
     const int64_t rows = logprob.shape(0);
     float* out = state.data();
     for (int64_t r = 0; r < rows; ++r) {
-        const float z = own.data()[r], m = largest.data()[r];
+        const float z = target_z.data()[r], m = largest.data()[r];
         const double shift = z > m || z != z ? z : m;
         const double shrink = m == shift ? 1 : std::exp((m - shift) * inverse), rest = others.data()[r] * shrink;
-        const double mine = z == shift ? 1 : std::exp((z - shift) * inverse);
-        const double total = std::isfinite(shift) ? mine + rest : std::numeric_limits<double>::quiet_NaN();
-        logprob.data()[r] = total == total ? log_share((z - shift) * inverse, mine, rest) : static_cast<float>(total);
+        const double mass = z == shift ? 1 : std::exp((z - shift) * inverse);
+        const double total = std::isfinite(shift) ? mass + rest : std::numeric_limits<double>::quiet_NaN();
+        logprob.data()[r] = total == total ? log_share((z - shift) * inverse, mass, rest) : static_cast<float>(total);
         out[3 * r] = static_cast<float>(shift);
         out[3 * r + 1] = static_cast<float>(slope / total);
         out[3 * r + 2] = static_cast<float>(-slope * (rest / total));
@@ -480,7 +482,7 @@ void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, 
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
         const float* row = known + 3 * r;
-        // 0 times NaN: a row of factor 0 is 0, whatever it holds.
+        // A row of factor 0 is 0, whatever it holds, and 0 times NaN is not.
         const float scale = a[r] == 0 ? 0.0f : row[1] * a[r];
         one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), row[0], scale, row[2] * a[r], to + r * columns);
     }
@@ -493,8 +495,8 @@ void bind_rows(nb::module_& m) {
           nb::arg("top_p"), nb::arg("token"), nb::arg("logprob"), nb::arg("model_logprob"), nb::arg("gap"), nb::arg("kept").none(),
           nb::arg("threads"), nb::arg("instructions"));
     m.def("accumulate", &accumulate, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("largest"),
-          nb::arg("others"), nb::arg("own"), nb::arg("product").none(), nb::arg("threads"), nb::arg("instructions"));
-    m.def("finish", &finish, nb::arg("inverse"), nb::arg("slope"), nb::arg("largest"), nb::arg("others"), nb::arg("own"),
+          nb::arg("others"), nb::arg("target_z"), nb::arg("product").none(), nb::arg("threads"), nb::arg("instructions"));
+    m.def("finish", &finish, nb::arg("inverse"), nb::arg("slope"), nb::arg("largest"), nb::arg("others"), nb::arg("target_z"),
           nb::arg("logprob"), nb::arg("state"), nb::arg("product_scale"));
     m.def("jacobian", &jacobian, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("state"),
           nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));

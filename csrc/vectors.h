@@ -42,7 +42,7 @@ INLINE Floats<W> spread(float x) {
     return x - Floats<W>{};
 }
 
-// exp(x) = (1 + rest) * power for -87.3 <= x <= 0: x = k ln 2 + r with |r| <= ln(2) / 2, power = 2^k, and
+// Splits exp(x) into (1 + rest) * power for -87.3 <= x <= 0: x = k ln 2 + r with |r| <= ln(2) / 2, power = 2^k, and
 // 1 + rest = exp(r) = 1 + r + r^2 q(r), q the least-error polynomial of degree 4 (relative error 3e-9).
 template <int W>
 INLINE void split_exp(const Floats<W>& x, Floats<W>& rest, Floats<W>& power) {
@@ -50,7 +50,7 @@ INLINE void split_exp(const Floats<W>& x, Floats<W>& rest, Floats<W>& power) {
     constexpr float round = 12582912.0f;
     const Floats<W> shifted = x * 1.44269504f + round;
     const Floats<W> k = shifted - round;
-    // ln 2 in two parts; k times the first is exact.
+    // ln 2 stands in two parts, and k times the first is exact.
     const Floats<W> r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     Floats<W> q = r * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
     q = q * r + 0x1.5558f2p-5f;
@@ -63,7 +63,7 @@ INLINE void split_exp(const Floats<W>& x, Floats<W>& rest, Floats<W>& power) {
 
 constexpr float kSmallestExp = -87.3f;
 
-// exp(x) for x <= 0 to 2 units in the last place; exactly 0 below exp(-87.3), NaN for NaN.
+// Returns exp(x) for x <= 0 to 2 units in the last place; exactly 0 below exp(-87.3), NaN for NaN.
 template <int W>
 INLINE Floats<W> exp_negative(const Floats<W>& x) {
     Floats<W> rest, power;
@@ -71,7 +71,7 @@ INLINE Floats<W> exp_negative(const Floats<W>& x) {
     return x < kSmallestExp ? Floats<W>{} : (rest + 1.0f) * power;
 }
 
-// tanh(x) to a few units in the last place, NaN for NaN: with m = exp(-2 |x|) - 1, |tanh x| = -m / (m + 2).
+// Returns tanh(x) to a few units in the last place, NaN for NaN: with m = exp(-2 |x|) - 1, |tanh x| = -m / (m + 2).
 template <int W>
 INLINE Floats<W> tanh_of(const Floats<W>& x) {
     const Floats<W> twice = x < 0.0f ? x * 2.0f : x * -2.0f;
@@ -82,7 +82,7 @@ INLINE Floats<W> tanh_of(const Floats<W>& x) {
     return x < 0.0f ? size : -size;
 }
 
-// Whether any lane of a comparison holds.
+// Returns whether any lane of a comparison holds.
 template <int W, typename Mask>
 INLINE bool any(const Mask& mask) {
     int64_t words[W / 2], joined = 0;
@@ -110,7 +110,7 @@ INLINE float row_max(const float* row, int64_t columns) {
     return result;
 }
 
-// Sum of kLanes floats, in one order for every W.
+// Returns the sum of kLanes floats, added in one order for every W.
 INLINE float lane_sum(const float* lanes) {
     const Floats<4> four = (load<4>(lanes) + load<4>(lanes + 8)) + (load<4>(lanes + 4) + load<4>(lanes + 12));
     return (four[0] + four[2]) + (four[1] + four[3]);
