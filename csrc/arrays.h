@@ -1,4 +1,5 @@
-// torch tensors on the CPU as arguments, by DLPack's C exchange functions: 0.1 us each, where a tensor's own __dlpack__ takes 7.
+// torch tensors on the CPU as arguments, by DLPack's C exchange functions: 0.1 us each, where a tensor's own
+// __dlpack__ takes 7.
 
 #pragma once
 
@@ -19,10 +20,12 @@ public:
     size_t shape(int i) const { return sizes[i]; }
     int64_t stride(int i) const { return strides[i]; }
 
-    // Takes the tensor where it is of this type and shape and has memory, which a FakeTensor has not; returns whether it did.
+    // Takes the tensor where it is of this type and shape and has memory, which a FakeTensor has not; returns
+    // whether it did.
     bool take(const nanobind::dlpack::dltensor& from) {
         using namespace nanobind;
-        constexpr uint8_t code = std::is_floating_point_v<T> ? uint8_t(dlpack::dtype_code::Float) : uint8_t(dlpack::dtype_code::Int);
+        constexpr uint8_t code = std::is_floating_point_v<T> ? uint8_t(dlpack::dtype_code::Float)
+                                                             : uint8_t(dlpack::dtype_code::Int);
         if (from.device.device_type != device::cpu::value || from.ndim != dims || from.dtype.code != code ||
             from.dtype.bits != 8 * sizeof(T) || from.dtype.lanes != 1)
             return false;
@@ -66,7 +69,9 @@ inline bool lent(PyObject* object, nanobind::dlpack::dltensor* out) {
     // The table lives as long as the process.
     Py_XDECREF(capsule);
     const ExchangeTable* exchange = static_cast<const ExchangeTable*>(table);
-    if (exchange != nullptr && exchange->major == 1 && exchange->lend != nullptr && exchange->lend(object, out) == 0) return true;
+    if (exchange != nullptr && exchange->major == 1 && exchange->lend != nullptr &&
+        exchange->lend(object, out) == 0)
+        return true;
     PyErr_Clear();
     return false;
 }

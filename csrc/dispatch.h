@@ -1,4 +1,5 @@
-// Instruction sets: each kernel is compiled once for each of them, and a call names the one that it wants. Checks of arguments too.
+// Instruction sets: each kernel is compiled once for each of them, and a call names the one that it wants.
+// Checks of arguments too.
 
 #pragma once
 
@@ -7,7 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-// AVX512 and AVX2 stand before a function that is compiled for that instruction set. On other processors than x86 there is one version.
+// AVX512 and AVX2 stand before a function that is compiled for that instruction set. On other processors than
+// x86 there is one version.
 #if defined(__x86_64__) || defined(__i386__)
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 #define AVX2 __attribute__((target("avx2,fma")))
@@ -25,8 +27,8 @@ inline bool runs(const char* name) {
 #ifdef AVX512
     __builtin_cpu_init();
     if (std::strcmp(name, "avx512") == 0)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl");
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return std::strcmp(name, "generic") == 0;

@@ -1,7 +1,8 @@
-// What a decoder layer does between its matrix products, forward only: RMS norm, rotary positions, gated SiLU.
+// What a decoder layer does between its matrix products, forward only: RMS norm, rotary positions, gated
+// SiLU.
 //
-// One thread does one row, in an order that depends on the row alone: results are bit for bit the same for any number of threads and rows,
-// and for AVX2 and AVX-512.
+// One thread does one row, in an order that depends on the row alone: results are bit for bit the same for
+// any number of threads and rows, and for AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -18,9 +19,11 @@ namespace nb = nanobind;
 
 namespace {
 
-// Sets out to s / sqrt(mean(s^2) + epsilon) * weight with s = x + delta, which goes to sum; delta and sum may be null.
+// Sets out to s / sqrt(mean(s^2) + epsilon) * weight with s = x + delta, which goes to sum; delta and sum may
+// be null.
 template <int W>
-INLINE void norm(const float* x, const float* delta, const float* weight, int64_t n, float epsilon, float* sum, float* out) {
+INLINE void norm(const float* x, const float* delta, const float* weight, int64_t n, float epsilon,
+                 float* sum, float* out) {
     constexpr int vectors = kLanes / W;
     Floats<W> squares[vectors] = {};
     int64_t i = 0;
@@ -47,9 +50,11 @@ INLINE void norm(const float* x, const float* delta, const float* weight, int64_
     for (; i < n; ++i) out[i] = from[i] * scale * weight[i];
 }
 
-// Turns W numbers of both halves of a head: x cos + (-second, first) sin. AVX2 and AVX-512 fuse the same products and sums here.
+// Turns W numbers of both halves of a head: x cos + (-second, first) sin. AVX2 and AVX-512 fuse the same
+// products and sums here.
 template <int W>
-INLINE void rotate_part(const float* first, const float* second, const float* cos, const float* sin, int64_t half, float* out) {
+INLINE void rotate_part(const float* first, const float* second, const float* cos, const float* sin,
+                        int64_t half, float* out) {
     const Floats<W> a = load<W>(first), b = load<W>(second);
     const Floats<W> x1 = a * load<W>(cos), x2 = b * load<W>(cos + half);
     store<W>(out, x1 - b * load<W>(sin));
@@ -109,15 +114,15 @@ struct Kernels {
     void (*gated)(const float*, int64_t, float*);
 };
 
-#define KERNELS(name, target, width)                                                                                          \
-    target void norm_##name(const float* x, const float* delta, const float* weight, int64_t n, float epsilon, float* sum,    \
-                            float* out) {                                                                                     \
-        norm<width>(x, delta, weight, n, epsilon, sum, out);                                                                  \
-    }                                                                                                                         \
-    target void rotate_##name(const float* x, const float* cos, const float* sin, int64_t d, float* out) {                    \
-        rotate<width>(x, cos, sin, d, out);                                                                                   \
-    }                                                                                                                         \
-    target void gated_##name(const float* gate_up, int64_t n, float* out) { gated<width>(gate_up, n, out); }                  \
+#define KERNELS(name, target, width)                                                                         \
+    target void norm_##name(const float* x, const float* delta, const float* weight, int64_t n,              \
+                            float epsilon, float* sum, float* out) {                                         \
+        norm<width>(x, delta, weight, n, epsilon, sum, out);                                                 \
+    }                                                                                                        \
+    target void rotate_##name(const float* x, const float* cos, const float* sin, int64_t d, float* out) {   \
+        rotate<width>(x, cos, sin, d, out);                                                                  \
+    }                                                                                                        \
+    target void gated_##name(const float* gate_up, int64_t n, float* out) { gated<width>(gate_up, n, out); } \
     constexpr Kernels k_##name = {norm_##name, rotate_##name, gated_##name};
 
 #ifdef AVX512
@@ -133,29 +138,36 @@ using Matrix = Array<float, -1, -1>;
 using Vector = Array<float, -1>;
 using Heads = Array<float, -1, -1, -1>;
 
-void rms_norm(const Matrix& x, const std::optional<Matrix>& delta, const Vector& weight, float epsilon, const std::optional<Matrix>& sum,
-              const Matrix& out, int threads, const char* instructions) {
+void rms_norm(const Matrix& x, const std::optional<Matrix>& delta, const Vector& weight, float epsilon,
+              const std::optional<Matrix>& sum, const Matrix& out, int threads, const char* instructions) {
     const int64_t rows = x.shape(0), n = x.shape(1);
-    const auto like = [&](const Matrix& y) { return int64_t(y.shape(0)) == rows && int64_t(y.shape(1)) == n; };
-    check(int64_t(weight.shape(0)) == n && like(out) && (!delta || (sum && like(*delta) && like(*sum))), "x, delta, sum, out [R, N]; weight [N]");
+    const auto like = [&](const Matrix& y) {
+        return int64_t(y.shape(0)) == rows && int64_t(y.shape(1)) == n;
+    };
+    check(int64_t(weight.shape(0)) == n && like(out) && (!delta || (sum && like(*delta) && like(*sum))),
+          "x, delta, sum, out [R, N]; weight [N]");
     const Kernels& kernels = kVersions.of(instructions);
     const float *xs = x.data(), *deltas = delta ? delta->data() : nullptr, *w = weight.data();
     float *sums = delta ? sum->data() : nullptr, *outs = out.data();
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r)
-        kernels.norm(xs + r * n, deltas ? deltas + r * n : nullptr, w, n, epsilon, sums ? sums + r * n : nullptr, outs + r * n);
+        kernels.norm(xs + r * n, deltas ? deltas + r * n : nullptr, w, n, epsilon,
+                     sums ? sums + r * n : nullptr, outs + r * n);
 }
 
-void split_rotated(const Matrix& qkv, const Matrix& cos, const Matrix& sin, const Heads& q, const Heads& k, const Heads& v, int threads,
-                   const char* instructions) {
-    const int64_t rows = qkv.shape(0), width = qkv.shape(1), d = q.shape(2), heads = q.shape(1), kv_heads = k.shape(1);
-    const size_t sizes[][2] = {{cos.shape(0), qkv.shape(0)}, {sin.shape(0), qkv.shape(0)}, {q.shape(0), qkv.shape(0)},
-                               {k.shape(0), qkv.shape(0)},   {v.shape(0), qkv.shape(0)},   {v.shape(1), k.shape(1)},
-                               {k.shape(2), q.shape(2)},     {v.shape(2), q.shape(2)},     {cos.shape(1), q.shape(2)},
-                               {sin.shape(1), q.shape(2)}};
+void split_rotated(const Matrix& qkv, const Matrix& cos, const Matrix& sin, const Heads& q, const Heads& k,
+                   const Heads& v, int threads, const char* instructions) {
+    const int64_t rows = qkv.shape(0), width = qkv.shape(1), d = q.shape(2), heads = q.shape(1),
+                  kv_heads = k.shape(1);
+    const size_t sizes[][2] = {{cos.shape(0), qkv.shape(0)}, {sin.shape(0), qkv.shape(0)},
+                               {q.shape(0), qkv.shape(0)},   {k.shape(0), qkv.shape(0)},
+                               {v.shape(0), qkv.shape(0)},   {v.shape(1), k.shape(1)},
+                               {k.shape(2), q.shape(2)},     {v.shape(2), q.shape(2)},
+                               {cos.shape(1), q.shape(2)},   {sin.shape(1), q.shape(2)}};
     check_equal(sizes);
-    check(width == (heads + 2 * kv_heads) * d && d % 2 == 0, "qkv [R, (H + 2 Hkv) d] with an even d is wanted");
+    check(width == (heads + 2 * kv_heads) * d && d % 2 == 0,
+          "qkv [R, (H + 2 Hkv) d] with an even d is wanted");
     const Kernels& kernels = kVersions.of(instructions);
     const float *from = qkv.data(), *cosines = cos.data(), *sines = sin.data();
     float *qs = q.data(), *ks = k.data(), *vs = v.data();
@@ -173,7 +185,8 @@ void split_rotated(const Matrix& qkv, const Matrix& cos, const Matrix& sin, cons
 
 void gated_silu(const Matrix& gate_up, const Matrix& out, int threads, const char* instructions) {
     const int64_t rows = out.shape(0), n = out.shape(1);
-    check(gate_up.shape(0) == out.shape(0) && int64_t(gate_up.shape(1)) == 2 * n, "gate_up [R, 2 N] and out [R, N] are wanted");
+    check(gate_up.shape(0) == out.shape(0) && int64_t(gate_up.shape(1)) == 2 * n,
+          "gate_up [R, 2 N] and out [R, N] are wanted");
     const Kernels& kernels = kVersions.of(instructions);
     const float* from = gate_up.data();
     float* to = out.data();
@@ -185,9 +198,10 @@ void gated_silu(const Matrix& gate_up, const Matrix& out, int threads, const cha
 }  // namespace
 
 void bind_layer(nb::module_& m) {
-    m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("delta").none(), nb::arg("weight"), nb::arg("epsilon"), nb::arg("sum").none(),
-          nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
-    m.def("split_rotated", &split_rotated, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
-          nb::arg("threads"), nb::arg("instructions"));
-    m.def("gated_silu", &gated_silu, nb::arg("gate_up"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("delta").none(), nb::arg("weight"), nb::arg("epsilon"),
+          nb::arg("sum").none(), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("split_rotated", &split_rotated, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("q"),
+          nb::arg("k"), nb::arg("v"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("gated_silu", &gated_silu, nb::arg("gate_up"), nb::arg("out"), nb::arg("threads"),
+          nb::arg("instructions"));
 }

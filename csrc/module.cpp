@@ -1,4 +1,5 @@
-// The module kernels._native: what each file of this folder binds, and the instruction sets that this processor runs.
+// The module kernels._native: what each file of this folder binds, and the instruction sets that this
+// processor runs.
 
 #include <nanobind/nanobind.h>
 

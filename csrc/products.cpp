@@ -1,9 +1,10 @@
-// Products of rows with a large matrix, whose elements are read once. `few_rows` sums along its rows as they lie, at the speed of
-// memory. `panels` lays some of its rows at a time out as columns of vectors in cache, which pays where many rows share them; it takes
-// a matrix that lies column by column too, and can add the product to a sum.
+// Products of rows with a large matrix, whose elements are read once. `few_rows` sums along its rows as they
+// lie, at the speed of memory. `panels` lays some of its rows at a time out as columns of vectors in cache,
+// which pays where many rows share them; it takes a matrix that lies column by column too, and can add the
+// product to a sum.
 //
-// Each sums every output in one order, that of its row and column alone: results are bit for bit the same for any number of threads and
-// rows, and for AVX2 and AVX-512.
+// Each sums every output in one order, that of its row and column alone: results are bit for bit the same for
+// any number of threads and rows, and for AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -42,7 +43,8 @@ INLINE void totals(const Floats<W> (&sums)[R][C][kLanes / W], float* out) {
 #define SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, Vectors<8>::Ints{__VA_ARGS__})
 #endif
 
-// Does the same for sixteen vectors together: each step adds the halves of two vectors and packs them into one.
+// Does the same for sixteen vectors together: each step adds the halves of two vectors and packs them into
+// one.
 INLINE void totals_of_sixteen(const Floats<16> (&sums)[8][2][1], float* out) {
     Floats<16> x[16];
     for (int r = 0; r < 8; ++r)
@@ -105,7 +107,8 @@ INLINE void transpose(Floats<8> (&x)[8]) {
     for (int i = 0; i < 8; ++i) x[i] = y[i];
 }
 
-// w is asked for so many floats ahead, because two rows side by side are too short for the processor to see where the reads go.
+// w is asked for so many floats ahead, because two rows side by side are too short for the processor to see
+// where the reads go.
 constexpr int64_t kAhead = 2048;
 
 // Multiplies R packed rows with C rows of w: out[R][C].
@@ -141,15 +144,18 @@ INLINE void dots(const float* x, const float* w, int64_t width, float* out) {
     }
 }
 
-// Multiplies all rows with C rows of w, which stay in cache from the first group of R rows to the last; out + r * ldo takes C numbers.
+// Multiplies all rows with C rows of w, which stay in cache from the first group of R rows to the last; out +
+// r * ldo takes C numbers.
 template <int W, int R, int C>
-INLINE void columns(const float* packed, int64_t rows, const float* w, int64_t width, const float* bias, float* out, int64_t ldo) {
+INLINE void columns(const float* packed, int64_t rows, const float* w, int64_t width, const float* bias,
+                    float* out, int64_t ldo) {
     const int64_t group = R * kLanes * ((width + kLanes - 1) / kLanes);
     for (int64_t first = 0; first < rows; first += R, packed += group) {
         float products[R * C];
         dots<W, R, C>(packed, w, width, products);
         for (int64_t r = 0; r < R && first + r < rows; ++r)
-            for (int c = 0; c < C; ++c) out[(first + r) * ldo + c] = products[r * C + c] + (bias != nullptr ? bias[c] : 0.0f);
+            for (int c = 0; c < C; ++c)
+                out[(first + r) * ldo + c] = products[r * C + c] + (bias != nullptr ? bias[c] : 0.0f);
     }
 }
 
@@ -159,11 +165,14 @@ struct Free {
 using Buffer = std::unique_ptr<float[], Free>;
 
 // Returns whole cache lines, because a vector that lies across two of them takes twice as long to load.
-Buffer buffer(int64_t size) { return Buffer(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(64)))); }
+Buffer buffer(int64_t size) {
+    return Buffer(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(64))));
+}
 
 // Packs [rows, width] into groups of R rows [width / lanes][R][lanes], filled up with zeros.
 Buffer packed_rows(const float* x, int64_t rows, int64_t width, int R) {
-    const int64_t blocks = (width + kLanes - 1) / kLanes, groups = (rows + R - 1) / R, size = groups * blocks * R * kLanes;
+    const int64_t blocks = (width + kLanes - 1) / kLanes, groups = (rows + R - 1) / R,
+                  size = groups * blocks * R * kLanes;
     Buffer packed = buffer(size);
     std::fill_n(packed.get(), size, 0.0f);
     for (int64_t row = 0; row < rows; ++row) {
@@ -183,8 +192,8 @@ constexpr int kAsk = 8;
 // So many products are added up apart before they are added to the rest, because long sums round more.
 constexpr int64_t kShort = 128;
 
-// out [rows, count] becomes x [rows, width] times a matrix, plus bias; with `add` the product is added to it. The matrix is [count, width],
-// or [width, count] where `turned`.
+// out [rows, count] becomes x [rows, width] times a matrix, plus bias; with `add` the product is added to it.
+// The matrix is [count, width], or [width, count] where `turned`.
 struct Product {
     const float* x;
     int64_t rows, width, count;
@@ -225,7 +234,8 @@ INLINE void turn(const float* w, int64_t width, int64_t count, int64_t deep, flo
     }
     for (int64_t c = 0; c < count; ++c)
         for (int64_t k = c < whole ? i : 0; k < deep; ++k) panel[k * wide + c] = w[c * width + k];
-    for (int64_t k = 0; count < wide && k < deep; ++k) std::fill(panel + k * wide + count, panel + (k + 1) * wide, 0.0f);
+    for (int64_t k = 0; count < wide && k < deep; ++k)
+        std::fill(panel + k * wide + count, panel + (k + 1) * wide, 0.0f);
 }
 
 // Makes the same panel of a matrix that is turned already, from `deep` rows of w, `step` apart.
@@ -244,8 +254,8 @@ INLINE void gather(const float* w, int64_t step, int64_t count, int64_t deep, fl
 
 // Adds x [rows, deep] times the panel to total [rows <= Tall, wide].
 template <int W, int Tall, int Vectors>
-INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel, int64_t deep, float (*total)[W * Vectors], Ahead& ahead,
-                 int64_t lines) {
+INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel, int64_t deep,
+                 float (*total)[W * Vectors], Ahead& ahead, int64_t lines) {
     constexpr int64_t wide = W * Vectors;
     const float* each[Tall];
     UNROLL for (int r = 0; r < Tall; ++r) each[r] = x + std::min<int64_t>(r, rows - 1) * width;
@@ -260,13 +270,13 @@ INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel
                 UNROLL for (int c = 0; c < Vectors; ++c) sums[r][c] += a * b[c];
             }
         }
-        UNROLL for (int r = 0; r < Tall; ++r)
-            UNROLL for (int c = 0; c < Vectors; ++c) store<W>(total[r] + c * W, load<W>(total[r] + c * W) + sums[r][c]);
+        UNROLL for (int r = 0; r < Tall; ++r) UNROLL for (int c = 0; c < Vectors; ++c)
+            store<W>(total[r] + c * W, load<W>(total[r] + c * W) + sums[r][c]);
     }
 }
 
-// Makes a share of the product, panel by panel. Shares are counted in panels of a group of Tall rows, [begin, end): threads then have about
-// the same number of them, and two may have parts of the same panel.
+// Makes a share of the product, panel by panel. Shares are counted in panels of a group of Tall rows, [begin,
+// end): threads then have about the same number of them, and two may have parts of the same panel.
 template <int W, int Tall, int Vectors>
 INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
     constexpr int64_t wide = W * Vectors;
@@ -274,7 +284,8 @@ INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
     const Buffer panel = buffer(std::min(kDeep, p.width) * wide);
     for (int64_t n = begin / groups; n * groups < end; ++n) {
         const int64_t c = n * wide, count = std::min(wide, p.count - c);
-        const int64_t first = std::max(begin - n * groups, int64_t(0)) * Tall, last = std::min((end - n * groups) * Tall, p.rows);
+        const int64_t first = std::max(begin - n * groups, int64_t(0)) * Tall,
+                      last = std::min((end - n * groups) * Tall, p.rows);
         for (int64_t k = 0; k < p.width; k += kDeep) {
             const int64_t deep = std::min(kDeep, p.width - k);
             if (p.turned)
@@ -285,8 +296,10 @@ INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
             // Next comes the rest of this panel, or the next panel.
             const int64_t next = whole ? std::min(c + wide, p.count) : c, from = whole ? 0 : k + deep;
             const int64_t columns = std::min(wide, p.count - next), numbers = std::min(kDeep, p.width - from);
-            Ahead ahead = p.turned ? Ahead{p.matrix + from * p.count + next, p.count, (columns + 15) / 16, columns > 0 ? numbers : 0}
-                                   : Ahead{p.matrix + next * p.width + from, p.width, (numbers + 15) / 16, columns};
+            Ahead ahead =
+                p.turned ? Ahead{p.matrix + from * p.count + next, p.count, (columns + 15) / 16,
+                                 columns > 0 ? numbers : 0}
+                         : Ahead{p.matrix + next * p.width + from, p.width, (numbers + 15) / 16, columns};
             const int64_t asks = (last - first + Tall - 1) / Tall * ((deep + kAsk - 1) / kAsk);
             const int64_t lines = (ahead.lines * ahead.rows + asks - 1) / asks;
             for (int64_t r = first; r < last; r += Tall) {
@@ -294,8 +307,10 @@ INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
                 float* out = p.out + r * p.count + c;
                 float total[Tall][wide] = {};
                 if (k > 0 && !p.add)
-                    for (int64_t i = 0; i < rows; ++i) std::memcpy(total[i], out + i * p.count, count * sizeof(float));
-                tile<W, Tall, Vectors>(p.x + r * p.width + k, p.width, rows, panel.get(), deep, total, ahead, lines);
+                    for (int64_t i = 0; i < rows; ++i)
+                        std::memcpy(total[i], out + i * p.count, count * sizeof(float));
+                tile<W, Tall, Vectors>(p.x + r * p.width + k, p.width, rows, panel.get(), deep, total, ahead,
+                                       lines);
                 const float* bias = whole && p.bias != nullptr ? p.bias + c : nullptr;
                 for (int64_t i = 0; i < rows; ++i)
                     for (int64_t j = 0; j < count; ++j) {
@@ -320,15 +335,19 @@ struct Kernels {
     Panels panels;
 };
 
-#define FEW_ROWS(name, target, width, rows, count)                                                                               \
-    target void several_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias, float* out, int64_t ldo) { \
-        columns<width, rows, count>(x, n, w, k, bias, out, ldo);                                                                 \
-    }                                                                                                                            \
-    target void one_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias, float* out, int64_t ldo) {   \
-        columns<width, rows, 1>(x, n, w, k, bias, out, ldo);                                                                     \
+#define FEW_ROWS(name, target, width, rows, count)                                                      \
+    target void several_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias, \
+                               float* out, int64_t ldo) {                                               \
+        columns<width, rows, count>(x, n, w, k, bias, out, ldo);                                        \
+    }                                                                                                   \
+    target void one_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias,     \
+                           float* out, int64_t ldo) {                                                   \
+        columns<width, rows, 1>(x, n, w, k, bias, out, ldo);                                            \
     }
-#define PANELS(name, target, width, tall, vectors) \
-    target void panels_##name(const Product& p, int64_t begin, int64_t end) { by_panels<width, tall, vectors>(p, begin, end); }
+#define PANELS(name, target, width, tall, vectors)                            \
+    target void panels_##name(const Product& p, int64_t begin, int64_t end) { \
+        by_panels<width, tall, vectors>(p, begin, end);                       \
+    }
 
 #ifdef AVX512
 FEW_ROWS(avx512, AVX512, 16, 8, 2)
@@ -351,7 +370,8 @@ using Vector = Array<float, -1>;
 struct Shape {
     int64_t rows, width, count;
 
-    Shape(const Matrix& x, const Matrix& matrix, const std::optional<Vector>& bias, const Matrix& out, bool turned = false)
+    Shape(const Matrix& x, const Matrix& matrix, const std::optional<Vector>& bias, const Matrix& out,
+          bool turned = false)
         : rows(x.shape(0)), width(x.shape(1)), count(matrix.shape(turned ? 1 : 0)) {
         const bool alike = int64_t(matrix.shape(turned ? 0 : 1)) == width && int64_t(out.shape(0)) == rows;
         check(alike && int64_t(out.shape(1)) == count && (!bias || int64_t(bias->shape(0)) == count),
@@ -359,8 +379,8 @@ struct Shape {
     }
 };
 
-void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out, int threads,
-              const char* instructions) {
+void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out,
+              int threads, const char* instructions) {
     const Shape shape(x, weight, bias, out);
     const int64_t rows = shape.rows, width = shape.width, count = shape.count;
     const Kernels& kernels = kVersions.of(instructions);
@@ -373,32 +393,43 @@ void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * together, end = std::min(first + together, count);
         if (end - first == together) {
-            kernels.several(packed.get(), rows, ws + first * width, width, add ? add + first : nullptr, outs + first, count);
+            kernels.several(packed.get(), rows, ws + first * width, width, add ? add + first : nullptr,
+                            outs + first, count);
         } else {
             for (int64_t c = first; c < end; ++c)
-                kernels.one(packed.get(), rows, ws + c * width, width, add ? add + c : nullptr, outs + c, count);
+                kernels.one(packed.get(), rows, ws + c * width, width, add ? add + c : nullptr, outs + c,
+                            count);
         }
     }
 }
 
-void panels(const Matrix& x, const Matrix& matrix, bool turned, const std::optional<Vector>& bias, const Matrix& out, bool add, int threads,
-            const char* instructions) {
+void panels(const Matrix& x, const Matrix& matrix, bool turned, const std::optional<Vector>& bias,
+            const Matrix& out, bool add, int threads, const char* instructions) {
     const Shape shape(x, matrix, bias, out, turned);
     const Kernels& kernels = kVersions.of(instructions);
     check(kernels.panels != nullptr, "panels are compiled for AVX2 and AVX-512 only");
-    const Product product = {x.data(), shape.rows, shape.width, shape.count, matrix.data(), turned,
-                             bias ? bias->data() : nullptr, out.data(), add};
-    const int64_t parts = (shape.rows + kernels.tall - 1) / kernels.tall * ((shape.count + kernels.wide - 1) / kernels.wide);
+    const Product product = {x.data(),
+                             shape.rows,
+                             shape.width,
+                             shape.count,
+                             matrix.data(),
+                             turned,
+                             bias ? bias->data() : nullptr,
+                             out.data(),
+                             add};
+    const int64_t parts =
+        (shape.rows + kernels.tall - 1) / kernels.tall * ((shape.count + kernels.wide - 1) / kernels.wide);
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < threads; ++t) kernels.panels(product, parts * t / threads, parts * (t + 1) / threads);
+    for (int64_t t = 0; t < threads; ++t)
+        kernels.panels(product, parts * t / threads, parts * (t + 1) / threads);
 }
 
 }  // namespace
 
 void bind_products(nb::module_& m) {
-    m.def("few_rows", &few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("threads"),
-          nb::arg("instructions"));
-    m.def("panels", &panels, nb::arg("x"), nb::arg("matrix"), nb::arg("turned"), nb::arg("bias").none(), nb::arg("out"), nb::arg("add"),
+    m.def("few_rows", &few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"),
           nb::arg("threads"), nb::arg("instructions"));
+    m.def("panels", &panels, nb::arg("x"), nb::arg("matrix"), nb::arg("turned"), nb::arg("bias").none(),
+          nb::arg("out"), nb::arg("add"), nb::arg("threads"), nb::arg("instructions"));
 }

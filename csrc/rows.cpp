@@ -1,7 +1,7 @@
 // Row arithmetic over logits on the CPU: sampling, and log-probs with their gradient.
 //
-// One thread does one row, in an order that depends on V alone: results are bit for bit the same for any number of threads, and for
-// AVX2 and AVX-512.
+// One thread does one row, in an order that depends on V alone: results are bit for bit the same for any
+// number of threads, and for AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 
-// Returns the 128 logits of block b; a last one that is not whole is copied into `padded`, with -inf past the row's end.
+// Returns the 128 logits of block b; a last one that is not whole is copied into `padded`, with -inf past the
+// row's end.
 INLINE const float* block_of(const float* row, int64_t columns, int64_t b, float* padded) {
     const int64_t left = columns - b * kBlock;
     if (left >= kBlock) return row + b * kBlock;
@@ -46,8 +47,8 @@ INLINE float block_mass(const float* z, float m, float inverse, float* out) {
     return lane_sum(lanes);
 }
 
-// Returns log p of an outcome that has mass `mass` = exp(shifted) where all the others have `others`. The others are summed apart from it,
-// so that nothing is lost where p is close to 1.
+// Returns log p of an outcome that has mass `mass` = exp(shifted) where all the others have `others`. The
+// others are summed apart from it, so that nothing is lost where p is close to 1.
 INLINE float log_share(double shifted, double mass, double others) {
     return static_cast<float>(mass == 1 ? -std::log1p(others) : shifted - std::log(mass + others));
 }
@@ -94,14 +95,15 @@ INLINE T random_bits(T i, uint32_t low, uint32_t high) {
     return scrambled(scrambled(i * 0x9e3779b9u + low) ^ high);
 }
 
-// In a race column i arrives at time E_i / mass_i with an exponential E_i, and the first one is drawn: each with a probability in proportion
-// to its mass.
+// In a race column i arrives at time E_i / mass_i with an exponential E_i, and the first one is drawn: each
+// with a probability in proportion to its mass.
 struct Race {
     double best = -1, second = -1;  // the largest mass_i / E_i so far
     int64_t token = 0;
 };
 
-// Lets the 128 columns from `first` on run. E is computed only where a column can come second, because -log(1 - v) is at least v.
+// Lets the 128 columns from `first` on run. E is computed only where a column can come second, because -log(1
+// - v) is at least v.
 template <int W>
 INLINE void race_block(const float* mass, int64_t first, uint64_t stream, Race& race) {
     using Words = typename Vectors<W>::Words;
@@ -133,15 +135,16 @@ INLINE void race_block(const float* mass, int64_t first, uint64_t stream, Race& 
     }
 }
 
-// A prefix of a row's masses in falling order, where equal masses have the order of their columns: all masses above `mass`, and the first
-// `equals` of those equal to it.
+// A prefix of a row's masses in falling order, where equal masses have the order of their columns: all masses
+// above `mass`, and the first `equals` of those equal to it.
 struct Prefix {
     float mass;
     int64_t equals;
 };
 
-// Finds the prefix of `keys`, the bits of masses in (0, 1], whose elements each have less than `limit` before them; an element counts 1
-// where `counted`, else its mass. The digits of the boundary's key are found one by one, the highest first; `keys` is used up.
+// Finds the prefix of `keys`, the bits of masses in (0, 1], whose elements each have less than `limit` before
+// them; an element counts 1 where `counted`, else its mass. The digits of the boundary's key are found one by
+// one, the highest first; `keys` is used up.
 INLINE Prefix find_prefix(uint32_t* keys, int64_t count, double limit, bool counted, double* weights) {
     // The bits of masses have the order of the masses.
     const auto mass_of = [](uint32_t key) {
@@ -153,7 +156,8 @@ INLINE Prefix find_prefix(uint32_t* keys, int64_t count, double limit, bool coun
     for (const int shift : {18, 9, 0}) {
         const uint32_t most = shift == 18 ? 0x3f800000 >> 18 : 511, mask = shift == 18 ? ~0u : 511;
         std::memset(weights, 0, (most + 1) * sizeof(double));
-        for (int64_t i = 0; i < count; ++i) weights[keys[i] >> shift & mask] += counted ? 1.0 : mass_of(keys[i]);
+        for (int64_t i = 0; i < count; ++i)
+            weights[keys[i] >> shift & mask] += counted ? 1.0 : mass_of(keys[i]);
         uint32_t boundary = 0;
         double above = before;
         for (uint32_t digit = most + 1; digit-- > 0;) {
@@ -175,8 +179,8 @@ INLINE Prefix find_prefix(uint32_t* keys, int64_t count, double limit, bool coun
     return prefix;
 }
 
-// Zeroes the masses outside the prefix that `limit` makes (see find_prefix); no mass below `bound` > 0 lies in it. `kept_sums` takes the
-// sums of blocks. Returns the sum of all.
+// Zeroes the masses outside the prefix that `limit` makes (see find_prefix); no mass below `bound` > 0 lies
+// in it. `kept_sums` takes the sums of blocks. Returns the sum of all.
 template <int W>
 INLINE double keep_prefix(float bound, double limit, bool counted, Scratch& scratch) {
     using Ints = typename Vectors<W>::Ints;
@@ -223,8 +227,10 @@ INLINE void truncate(const Truncation& truncation, double total, Scratch& scratc
         // The k-th largest of the blocks' largest masses is no larger than the k-th of all.
         float bound = smallest;
         if (k <= static_cast<int64_t>(scratch.largest.size())) {
-            for (size_t b = 0; b < scratch.largest.size(); ++b) scratch.largest[b] = row_max<W>(scratch.mass.data() + b * kBlock, kBlock);
-            std::nth_element(scratch.largest.begin(), scratch.largest.begin() + (k - 1), scratch.largest.end(), std::greater<float>());
+            for (size_t b = 0; b < scratch.largest.size(); ++b)
+                scratch.largest[b] = row_max<W>(scratch.mass.data() + b * kBlock, kBlock);
+            std::nth_element(scratch.largest.begin(), scratch.largest.begin() + (k - 1),
+                             scratch.largest.end(), std::greater<float>());
             bound = std::max(bound, scratch.largest[k - 1]);
         }
         total = keep_prefix<W>(bound, static_cast<double>(k), true, scratch);
@@ -239,7 +245,8 @@ INLINE void truncate(const Truncation& truncation, double total, Scratch& scratc
 
 // Draws from the tokens that are kept of a row. A row with NaN gives NaN.
 template <int W>
-INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation, Scratch& scratch) {
+INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, double inverse,
+                          const Truncation& truncation, Scratch& scratch) {
     const float m = row_max<W>(row, columns), scale = static_cast<float>(inverse);
     const int64_t blocks = (columns + kBlock - 1) / kBlock;
     const bool cut = truncation.any();
@@ -264,11 +271,13 @@ INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, do
     if (cut) {
         truncate<W>(truncation, total, scratch);
         for (int64_t b = 0; b < blocks; ++b)
-            if (scratch.kept_sums[b] > 0) race_block<W>(scratch.mass.data() + b * kBlock, b * kBlock, stream, race);
+            if (scratch.kept_sums[b] > 0)
+                race_block<W>(scratch.mass.data() + b * kBlock, b * kBlock, stream, race);
     }
     const int64_t token = race.token, chosen = token / kBlock, within = token % kBlock;
     const double shifted = (static_cast<double>(row[token]) - m) * inverse;
-    // Returns the token's log-prob among the columns that have mass, from the sums of blocks and the masses of its block.
+    // Returns the token's log-prob among the columns that have mass, from the sums of blocks and the masses
+    // of its block.
     const auto logprob = [&](const float* of_blocks, const float* near) {
         double others = 0;
         for (int64_t b = 0; b < blocks; ++b)
@@ -278,23 +287,26 @@ INLINE Sampled sample_row(const float* row, int64_t columns, uint64_t stream, do
         return log_share(shifted, near[within], others);
     };
     block_mass<W>(block_of(row, columns, chosen, padded), m, scale, mass);
-    const float model = logprob(sums, mass), gap = race.second > 0 ? std::log(race.best / race.second) : kInfinity;
-    return {token, cut ? logprob(scratch.kept_sums.data(), scratch.mass.data() + chosen * kBlock) : model, model, gap};
+    const float model = logprob(sums, mass),
+                gap = race.second > 0 ? std::log(race.best / race.second) : kInfinity;
+    return {token, cut ? logprob(scratch.kept_sums.data(), scratch.mass.data() + chosen * kBlock) : model,
+            model, gap};
 }
 
-// The state of rows of logits while their columns come in parts. The target's logit is kept apart from the others, so that nothing is lost
-// where its probability is close to 1.
+// The state of rows of logits while their columns come in parts. The target's logit is kept apart from the
+// others, so that nothing is lost where its probability is close to 1.
 struct Running {
     float* largest;   // [R] of the others so far; -inf before the first
     double* others;   // [R] sum of exp((z - largest) inverse) over the others so far
     float* target_z;  // [R] the target's logit, once its column was seen
 };
 
-// Takes in one part of a row. With `product` (width floats) z is overwritten by exp((z - largest) inverse), the target's by 0, and
-// `product`, a sum of such terms of earlier parts, is brought to the present `largest`.
+// Takes in one part of a row. With `product` (width floats) z is overwritten by exp((z - largest) inverse),
+// the target's by 0, and `product`, a sum of such terms of earlier parts, is brought to the present
+// `largest`.
 template <int W>
-INLINE void accumulate_part(float* z, int64_t columns, int64_t target, float inverse, int64_t r, const Running& running, float* product,
-                            int64_t width) {
+INLINE void accumulate_part(float* z, int64_t columns, int64_t target, float inverse, int64_t r,
+                            const Running& running, float* product, int64_t width) {
     const bool has_target = target >= 0 && target < columns;
     const float target_z = has_target ? z[target] : 0.0f;
     if (has_target) {
@@ -313,28 +325,33 @@ INLINE void accumulate_part(float* z, int64_t columns, int64_t target, float inv
         }
         running.largest[r] = m = top;
     }
-    // A maximum of -inf stands for -inf only, or for NaN, which the row's maximum passes over but its sum must not.
+    // A maximum of -inf stands for -inf only, or for NaN, which the row's maximum passes over but its sum
+    // must not.
     const float shift = m == -kInfinity ? 0.0f : m;
     float padded[kBlock], mass[kBlock];
     const int64_t whole = columns / kBlock;
-    for (int64_t b = 0; b < whole; ++b) others += block_mass<W>(z + b * kBlock, shift, inverse, product ? z + b * kBlock : nullptr);
+    for (int64_t b = 0; b < whole; ++b)
+        others += block_mass<W>(z + b * kBlock, shift, inverse, product ? z + b * kBlock : nullptr);
     if (const int64_t rest = columns - whole * kBlock) {
-        others += block_mass<W>(block_of(z, columns, whole, padded), shift, inverse, product ? mass : nullptr);
+        others +=
+            block_mass<W>(block_of(z, columns, whole, padded), shift, inverse, product ? mass : nullptr);
         if (product != nullptr) std::memcpy(z + whole * kBlock, mass, rest * sizeof(float));
     }
     if (has_target) z[target] = product ? 0.0f : target_z;
 }
 
-// Sets out to one part of a row of J times `factor`: exp((z - shift) inverse) factor, and `target_j` at the target. All of it is 0 where
-// factor is.
+// Sets out to one part of a row of J times `factor`: exp((z - shift) inverse) factor, and `target_j` at the
+// target. All of it is 0 where factor is.
 template <int W>
-INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float inverse, float shift, float factor, float target_j, float* out) {
+INLINE void jacobian_part(const float* z, int64_t columns, int64_t target, float inverse, float shift,
+                          float factor, float target_j, float* out) {
     if (factor == 0) {
         std::memset(out, 0, columns * sizeof(float));
         return;
     }
     int64_t i = 0;
-    for (; i + W <= columns; i += W) store<W>(out + i, exp_negative<W>((load<W>(z + i) - shift) * inverse) * factor);
+    for (; i + W <= columns; i += W)
+        store<W>(out + i, exp_negative<W>((load<W>(z + i) - shift) * inverse) * factor);
     if (i < columns) {
         float padded[W];
         for (int j = 0; j < W; ++j) padded[j] = i + j < columns ? z[i + j] : -kInfinity;
@@ -354,19 +371,19 @@ struct Kernels {
     JacobianPart jacobian;
 };
 
-#define KERNELS(name, target, W)                                                                                                 \
-    target Sampled sample_##name(const float* row, int64_t columns, uint64_t stream, double inverse, const Truncation& truncation, \
-                                 Scratch& scratch) {                                                                             \
-        return sample_row<W>(row, columns, stream, inverse, truncation, scratch);                                                \
-    }                                                                                                                            \
-    target void accumulate_##name(float* z, int64_t columns, int64_t target_column, float inverse, int64_t r,                    \
-                                  const Running& running, float* product, int64_t width) {                                       \
-        accumulate_part<W>(z, columns, target_column, inverse, r, running, product, width);                                      \
-    }                                                                                                                            \
-    target void jacobian_##name(const float* z, int64_t columns, int64_t target_column, float inverse, float shift, float factor, \
-                                float target_j, float* out) {                                                                    \
-        jacobian_part<W>(z, columns, target_column, inverse, shift, factor, target_j, out);                                           \
-    }                                                                                                                            \
+#define KERNELS(name, target, W)                                                                       \
+    target Sampled sample_##name(const float* row, int64_t columns, uint64_t stream, double inverse,   \
+                                 const Truncation& truncation, Scratch& scratch) {                     \
+        return sample_row<W>(row, columns, stream, inverse, truncation, scratch);                      \
+    }                                                                                                  \
+    target void accumulate_##name(float* z, int64_t columns, int64_t target_column, float inverse,     \
+                                  int64_t r, const Running& running, float* product, int64_t width) {  \
+        accumulate_part<W>(z, columns, target_column, inverse, r, running, product, width);            \
+    }                                                                                                  \
+    target void jacobian_##name(const float* z, int64_t columns, int64_t target_column, float inverse, \
+                                float shift, float factor, float target_j, float* out) {               \
+        jacobian_part<W>(z, columns, target_column, inverse, shift, factor, target_j, out);            \
+    }                                                                                                  \
     constexpr Kernels k_##name = {sample_##name, accumulate_##name, jacobian_##name};
 
 #ifdef AVX512
@@ -383,12 +400,15 @@ template <typename T>
 using Vector = Array<T, -1>;
 
 void check_rows(const Matrix& logits, size_t a, size_t b) {
-    check(logits.shape(0) == a && logits.shape(0) == b && logits.shape(1) > 0, "logits [R, V] with V > 0 and vectors [R] are wanted");
+    check(logits.shape(0) == a && logits.shape(0) == b && logits.shape(1) > 0,
+          "logits [R, V] with V > 0 and vectors [R] are wanted");
 }
 
-// Draws a token for each row. `kept`, where it is given, takes the masses of the tokens kept, in units of the largest.
-void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inverse, int64_t top_k, double top_p, const Vector<int64_t>& token,
-                 const Vector<float>& logprob, const Vector<float>& model_logprob, const Vector<float>& gap, std::optional<Matrix> kept,
+// Draws a token for each row. `kept`, where it is given, takes the masses of the tokens kept, in units of the
+// largest.
+void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inverse, int64_t top_k,
+                 double top_p, const Vector<int64_t>& token, const Vector<float>& logprob,
+                 const Vector<float>& model_logprob, const Vector<float>& gap, std::optional<Matrix> kept,
                  int threads, const char* instructions) {
     check_rows(logits, stream.shape(0), token.shape(0));
     check_rows(logits, logprob.shape(0), model_logprob.shape(0));
@@ -398,7 +418,8 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
     // Where top_k holds all tokens, none is left out.
     const Truncation truncation{top_k < columns ? top_k : 0, top_p};
     const bool fits = !kept || (static_cast<int64_t>(kept->shape(1)) == columns && truncation.any());
-    check(top_k >= 0 && top_p > 0 && fits, "top_k >= 0 and top_p > 0 are wanted, and kept [R, V] only where they leave tokens out");
+    check(top_k >= 0 && top_p > 0 && fits,
+          "top_k >= 0 and top_p > 0 are wanted, and kept [R, V] only where they leave tokens out");
     const float* z = logits.data();
     const int64_t* streams = stream.data();
     float* masses = kept ? kept->data() : nullptr;
@@ -408,12 +429,14 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
         Scratch scratch((columns + kBlock - 1) / kBlock, truncation);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
-            const Sampled sampled = one(z + r * columns, columns, static_cast<uint64_t>(streams[r]), inverse, truncation, scratch);
+            const Sampled sampled = one(z + r * columns, columns, static_cast<uint64_t>(streams[r]), inverse,
+                                        truncation, scratch);
             token.data()[r] = sampled.token;
             logprob.data()[r] = sampled.logprob;
             model_logprob.data()[r] = sampled.model_logprob;
             gap.data()[r] = sampled.gap;
-            if (masses != nullptr) std::memcpy(masses + r * columns, scratch.mass.data(), columns * sizeof(float));
+            if (masses != nullptr)
+                std::memcpy(masses + r * columns, scratch.mass.data(), columns * sizeof(float));
         }
     }
 }
@@ -422,12 +445,13 @@ void sample_rows(const Matrix& logits, const Vector<int64_t>& stream, double inv
 using Part = StridedArray<float, -1, -1>;
 
 void check_part(const Part& part, size_t rows) {
-    check(part.shape(0) == rows && (part.shape(1) == 1 || part.stride(1) == 1), "a part [R, B] with dense columns is wanted");
+    check(part.shape(0) == rows && (part.shape(1) == 1 || part.stride(1) == 1),
+          "a part [R, B] with dense columns is wanted");
 }
 
-void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse, const Vector<float>& largest,
-                const Vector<double>& others, const Vector<float>& target_z, std::optional<Matrix> product, int threads,
-                const char* instructions) {
+void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse,
+                const Vector<float>& largest, const Vector<double>& others, const Vector<float>& target_z,
+                std::optional<Matrix> product, int threads, const char* instructions) {
     const int64_t rows = logits.shape(0), columns = logits.shape(1), stride = logits.stride(0);
     check_part(logits, target.shape(0));
     const size_t count = target.shape(0);
@@ -442,22 +466,27 @@ void accumulate(const Part& logits, const Vector<int64_t>& target, int64_t first
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r)
-        one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), r, running, sums ? sums + r * width : nullptr, width);
+        one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), r, running,
+            sums ? sums + r * width : nullptr, width);
 }
 
-// Sets the log-probs, after all columns were taken in, and the state (shift, scale, target's J) that J = exp((z - shift) inverse) scale is
-// made of. `product_scale` is to `largest` what scale is to shift. A row without a log-prob has NaN in all of them.
-void finish(double inverse, double slope, const Vector<float>& largest, const Vector<double>& others, const Vector<float>& target_z,
-            const Vector<float>& logprob, const Matrix& state, const Vector<float>& product_scale) {
+// Sets the log-probs, after all columns were taken in, and the state (shift, scale, target's J) that J =
+// exp((z - shift) inverse) scale is made of. `product_scale` is to `largest` what scale is to shift. A row
+// without a log-prob has NaN in all of them.
+void finish(double inverse, double slope, const Vector<float>& largest, const Vector<double>& others,
+            const Vector<float>& target_z, const Vector<float>& logprob, const Matrix& state,
+            const Vector<float>& product_scale) {
     const int64_t rows = logprob.shape(0);
     float* out = state.data();
     for (int64_t r = 0; r < rows; ++r) {
         const float z = target_z.data()[r], m = largest.data()[r];
         const double shift = z > m || z != z ? z : m;
-        const double shrink = m == shift ? 1 : std::exp((m - shift) * inverse), rest = others.data()[r] * shrink;
+        const double shrink = m == shift ? 1 : std::exp((m - shift) * inverse),
+                     rest = others.data()[r] * shrink;
         const double mass = z == shift ? 1 : std::exp((z - shift) * inverse);
         const double total = std::isfinite(shift) ? mass + rest : std::numeric_limits<double>::quiet_NaN();
-        logprob.data()[r] = total == total ? log_share((z - shift) * inverse, mass, rest) : static_cast<float>(total);
+        logprob.data()[r] =
+            total == total ? log_share((z - shift) * inverse, mass, rest) : static_cast<float>(total);
         out[3 * r] = static_cast<float>(shift);
         out[3 * r + 1] = static_cast<float>(slope / total);
         out[3 * r + 2] = static_cast<float>(-slope * (rest / total));
@@ -465,13 +494,15 @@ void finish(double inverse, double slope, const Vector<float>& largest, const Ve
     }
 }
 
-void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse, const Matrix& state,
-              const Vector<float>& factor, const Matrix& out, int threads, const char* instructions) {
+void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, double inverse,
+              const Matrix& state, const Vector<float>& factor, const Matrix& out, int threads,
+              const char* instructions) {
     const int64_t rows = logits.shape(0), columns = logits.shape(1), stride = logits.stride(0);
     check_part(logits, target.shape(0));
     const size_t count = target.shape(0);
     const bool alike = state.shape(0) == count && factor.shape(0) == count && out.shape(0) == count;
-    check(alike && state.shape(1) == 3 && out.shape(1) == logits.shape(1), "state [R, 3], factor [R] and out [R, B] are wanted");
+    check(alike && state.shape(1) == 3 && out.shape(1) == logits.shape(1),
+          "state [R, 3], factor [R] and out [R, B] are wanted");
     const JacobianPart one = kVersions.of(instructions).jacobian;
     const float* z = logits.data();
     const int64_t* y = target.data();
@@ -484,20 +515,22 @@ void jacobian(const Part& logits, const Vector<int64_t>& target, int64_t first, 
         const float* row = known + 3 * r;
         // A row of factor 0 is 0, whatever it holds, and 0 times NaN is not.
         const float scale = a[r] == 0 ? 0.0f : row[1] * a[r];
-        one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), row[0], scale, row[2] * a[r], to + r * columns);
+        one(z + r * stride, columns, y[r] - first, static_cast<float>(inverse), row[0], scale, row[2] * a[r],
+            to + r * columns);
     }
 }
 
 }  // namespace
 
 void bind_rows(nb::module_& m) {
-    m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("stream"), nb::arg("inverse_temperature"), nb::arg("top_k"),
-          nb::arg("top_p"), nb::arg("token"), nb::arg("logprob"), nb::arg("model_logprob"), nb::arg("gap"), nb::arg("kept").none(),
-          nb::arg("threads"), nb::arg("instructions"));
-    m.def("accumulate", &accumulate, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("largest"),
-          nb::arg("others"), nb::arg("target_z"), nb::arg("product").none(), nb::arg("threads"), nb::arg("instructions"));
-    m.def("finish", &finish, nb::arg("inverse"), nb::arg("slope"), nb::arg("largest"), nb::arg("others"), nb::arg("target_z"),
-          nb::arg("logprob"), nb::arg("state"), nb::arg("product_scale"));
-    m.def("jacobian", &jacobian, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"), nb::arg("state"),
-          nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("sample_rows", &sample_rows, nb::arg("logits"), nb::arg("stream"), nb::arg("inverse_temperature"),
+          nb::arg("top_k"), nb::arg("top_p"), nb::arg("token"), nb::arg("logprob"), nb::arg("model_logprob"),
+          nb::arg("gap"), nb::arg("kept").none(), nb::arg("threads"), nb::arg("instructions"));
+    m.def("accumulate", &accumulate, nb::arg("logits"), nb::arg("target"), nb::arg("first"),
+          nb::arg("inverse"), nb::arg("largest"), nb::arg("others"), nb::arg("target_z"),
+          nb::arg("product").none(), nb::arg("threads"), nb::arg("instructions"));
+    m.def("finish", &finish, nb::arg("inverse"), nb::arg("slope"), nb::arg("largest"), nb::arg("others"),
+          nb::arg("target_z"), nb::arg("logprob"), nb::arg("state"), nb::arg("product_scale"));
+    m.def("jacobian", &jacobian, nb::arg("logits"), nb::arg("target"), nb::arg("first"), nb::arg("inverse"),
+          nb::arg("state"), nb::arg("factor"), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
 }

@@ -1,5 +1,5 @@
-// Vectors of W floats for GCC and Clang, and functions of them that the kernels share. Each kernel's file includes it, and no name
-// leaves that file.
+// Vectors of W floats for GCC and Clang, and functions of them that the kernels share. Each kernel's file
+// includes it, and no name leaves that file.
 
 #pragma once
 
@@ -42,8 +42,9 @@ INLINE Floats<W> spread(float x) {
     return x - Floats<W>{};
 }
 
-// Splits exp(x) into (1 + rest) * power for -87.3 <= x <= 0: x = k ln 2 + r with |r| <= ln(2) / 2, power = 2^k, and
-// 1 + rest = exp(r) = 1 + r + r^2 q(r), q the least-error polynomial of degree 4 (relative error 3e-9).
+// Splits exp(x) into (1 + rest) * power for -87.3 <= x <= 0: x = k ln 2 + r with |r| <= ln(2) / 2, power =
+// 2^k, and 1 + rest = exp(r) = 1 + r + r^2 q(r), q the least-error polynomial of degree 4 (relative error
+// 3e-9).
 template <int W>
 INLINE void split_exp(const Floats<W>& x, Floats<W>& rest, Floats<W>& power) {
     using Ints = typename Vectors<W>::Ints;
@@ -71,7 +72,8 @@ INLINE Floats<W> exp_negative(const Floats<W>& x) {
     return x < kSmallestExp ? Floats<W>{} : (rest + 1.0f) * power;
 }
 
-// Returns tanh(x) to a few units in the last place, NaN for NaN: with m = exp(-2 |x|) - 1, |tanh x| = -m / (m + 2).
+// Returns tanh(x) to a few units in the last place, NaN for NaN: with m = exp(-2 |x|) - 1, |tanh x| = -m / (m
+// + 2).
 template <int W>
 INLINE Floats<W> tanh_of(const Floats<W>& x) {
     const Floats<W> twice = x < 0.0f ? x * 2.0f : x * -2.0f;
