@@ -12,7 +12,7 @@ import torch
 from engine import constraints, dual, mocan
 from engine.baselines import repo, safe_dpo
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, SafeDpoConfig, check, smoke
-from engine.constraints import KINDS, Improvement, MeanCost, Rate
+from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
