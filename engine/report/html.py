@@ -21,11 +21,14 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: right
 """
 
 
-SAMPLES_NOTE = "<p class='small'>The first of each kind, not chosen; they may be offensive or wrong. Larger scores are better.</p>"
+SAMPLES_NOTE = (
+    "<p class='small'>The first of each kind, not chosen; they may be offensive or wrong. "
+    "Larger scores are better.</p>"
+)
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """Returns a whole page; its policy forbids scripts and loads from elsewhere. `title` and `body` are HTML already."""
+    """Returns a whole page that forbids scripts and loads from elsewhere; title and body are HTML."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -36,9 +39,11 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def table(head: list[str], body: list[list[str]], kind: str = "") -> str:
-    """Returns a table of escaped texts that scrolls sideways where it is too wide; `kind` is its class in the style."""
+    """Returns a table of escaped texts; `kind` is its class in the style."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in body)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in body
+    )
     return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>\n{rows}</table></div>'
 
 
