@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.files import write_whole
 from engine.intervals import Estimate
-from engine.report.html import SAMPLES_NOTE, document
+from engine.report import html
 from engine.sweep.outcomes import Outcome
 from engine.sweep.pictures import multipliers, pareto
 from engine.sweep.plans import numbers, shown
@@ -94,17 +94,18 @@ def page(
     algorithms = ", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes))
     chain_head = ["seed", "beta", "margin", "b", "aim", "one-shot lambda", "predicted improvement"]
     body = f"""<h1>{escape(algorithms)}: {len(done)} runs</h1>
-<p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations; intervals are 95 % over prompts.
-Sampled tokens and seconds are those of training; the reference's samples, which the runs of a seed share, are a column of their own.</p>
+<p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations;
+intervals are 95 % over prompts. Sampled tokens and seconds are those of training; the reference's samples,
+which the runs of a seed share, are a column of their own.</p>
 {failed}
 {images}
 <h2>Runs</h2>
-{_html(names, [_shown(row) for row in rows])}
+{html.table(names, [_shown(row) for row in rows])}
 <h2>The dual along the thresholds</h2>
-{_html([*chain_head, "effective sample size"], chain)}
+{html.table([*chain_head, "effective sample size"], chain)}
 <h2>Side by side</h2>
 {_side_by_side(of_seed) if done else ""}"""
-    return document("Sweep", body, STYLE)
+    return html.document("Sweep", body, STYLE)
 
 
 def _shown(row: dict) -> list[str]:
@@ -119,14 +120,6 @@ def _shown(row: dict) -> list[str]:
             text += f" [{row[f'{name} low']:.2f}, {row[f'{name} high']:.2f}]"
         cells.append(text)
     return cells
-
-
-def _html(head: list[str], body: list[list[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in body
-    )
-    return f'<div class="scroll"><table><tr>{top}</tr>\n{lines}</table></div>'
 
 
 def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
@@ -146,7 +139,7 @@ def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
         prompt = f'<div class="text prompt" dir="auto">{escape(row["prompt"])}</div>'
         kind = f'<div class="small">{escape(row["kind"])}</div>'
         blocks.append(f'<div class="sample">{kind}{prompt}<div class="sides">{"".join(sides)}</div></div>')
-    return SAMPLES_NOTE + "\n".join(blocks)
+    return html.SAMPLES_NOTE + "\n".join(blocks)
 
 
 def _first_responses(folder: Path) -> dict[str, dict]:
