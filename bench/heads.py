@@ -18,17 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import quickstart
 from engine.config import RunConfig
 from engine.data import tables
 from engine.data.prompts import load_prompts, shipped_prompts
-from engine.model import quickstart
 from engine.model.folder import load
 from engine.model.packing import groups
 from engine.model.tokenizer import load_tokenizer
 from engine.policy.forward import frozen_forward
 from engine.rollout.sampler import generate
-from engine.scorers import training as head
+from engine.scorers import training
 from engine.scorers.base import Head
+from engine.scorers.head_figures import auc
+from engine.scorers.head_fit import newton
 
 OWN = Path(__file__).parent / "heads"
 SYSTEM = RunConfig.system
@@ -107,7 +109,7 @@ def train(name: str, folder: Path, out: Path, scratch: Path) -> Head:
     for part, chosen in zip(("train", "test"), rows, strict=True):
         (scratch / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     reward = name == "helpfulness"
-    config = head.HeadConfig(
+    config = training.HeadConfig(
         data=(str(scratch / "train.jsonl"),),
         test=(str(scratch / "test.jsonl"),),
         out=str(out),
@@ -119,7 +121,7 @@ def train(name: str, folder: Path, out: Path, scratch: Path) -> Head:
         licence=(LICENCES["own"],) if reward else tuple(LICENCES.values()),
         limits=LIMITS["reward" if reward else "cost"],
     )
-    return head.train(config, command="python -m bench.heads --data FOLDER --out FOLDER")
+    return training.train(config, command="python -m bench.heads --data FOLDER --out FOLDER")
 
 
 def own_rows(kind: str) -> list[dict]:
@@ -292,7 +294,7 @@ def bag_of_words_auc(folder: Path, buckets: int = 2**16) -> float:
     label = torch.tensor([r["label"] for r in test])
     weight = torch.full((len(train),), 1 / len(train), dtype=torch.float64)
     return max(
-        head.auc(z[len(train) :] @ head.newton(z[: len(train)] * sign[:, None], weight, l2), label) for l2 in (1e-4, 3e-4, 1e-3, 3e-3)
+        auc(z[len(train) :] @ newton(z[: len(train)] * sign[:, None], weight, l2), label) for l2 in (1e-4, 3e-4, 1e-3, 3e-3)
     )
 
 

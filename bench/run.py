@@ -24,7 +24,7 @@ from engine.files import write_whole
 from engine.model.folder import load
 from engine.policy.forward import LogprobGap
 from engine.report.drawing import png
-from engine.run.plan import keep_freed_memory
+from engine.run.machine import keep_freed_memory
 from engine.stages.inputs import model_folder
 from kernels import dual_moments
 

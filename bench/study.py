@@ -43,7 +43,7 @@ from engine.sweep import pages
 from engine.sweep.outcomes import finished, read_run
 from engine.sweep.pages import write_table
 from engine.sweep.pictures import COLOURS
-from engine.sweep.plans import FREE, SweepConfig, config_class, configs_of
+from engine.sweep.plans import SweepConfig, config_class, configs_of
 from engine.sweep.runs import run_sweep
 
 ROOT = Path(__file__).parent
@@ -255,7 +255,7 @@ def _keys(settings: dict, table: list[dict]) -> list[tuple]:
 
 def _free(label: str) -> bool:
     """Whether an algorithm knows no threshold."""
-    return issubclass(config_class(label), FREE)
+    return not config_class(label).has_thresholds
 
 
 def _run(key: tuple) -> str:

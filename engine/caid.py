@@ -11,12 +11,10 @@ learns from the reference's samples that the dual is solved on, in Algorithm 3 t
 from torch import Tensor
 
 from engine import dual
-from engine.config import CaidConfig, pairs_file
-from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.preference import PreferenceWorld
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.config import CaidConfig
+from engine.records import Target, lagrangian
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: CaidConfig, *, resume: str | None = None) -> Result:
@@ -24,34 +22,29 @@ def train(config: CaidConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    aligned = 2 + len(config.cost) if config.scores == "preference" else 0
-    with open_job("caid", config, resume, n_stages=4 + aligned + bool(pairs_file(config)) + 2 * config.iterations) as job:
-        world = PreferenceWorld(job) if aligned else World(job)
-        return world.verdict(*loop(world, config))
+    with open_stages("caid", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: CaidConfig):
-    """Algorithm 2 in any world: returns the last policy and its multipliers, float64 [J]."""
-    warm = world.solve_dual()
-    policy, lam_J, history = None, warm.lam, []
-    used_J = lam_J
+def loop(stages: Stages, config: CaidConfig):
+    """Run Algorithm 2; returns the last policy and its multipliers, float64 [J]."""
+    stages.sample_reference()
+    warm = stages.solve_dual()
+    policy, history = None, []
     for t in range(1, config.iterations + 1):
-        score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
-        before = policy, used_J
-        policy, used_J = world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta, start=policy), t), lam_J
-        u = world.measure_slack(policy, lam_J, t)
-        if world.passes_max_kl(u, t):
-            return before
+        lam_J = descend(history, warm.hessian / config.dual_step, config) if history else warm.lam
+        policy = stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta, start=policy), t)
+        u = stages.measure_slack(policy, lam_J, t)
+        if u is None:
+            break
         history.append((lam_J, u.slack_J, u.se_J))
-        if t < config.iterations:
-            lam_J = descend(history, warm.hessian / config.dual_step, config)
-    return policy, lam_J
+    return stages.kept
 
 
 def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, config: CaidConfig) -> Tensor:
-    """The next multipliers from the rows (lambda, slack, standard error) so far, by the step that the config names; see `engine.dual`.
+    """Returns the next multipliers from the rows (lambda, slack, standard error) so far, by the step that the config names.
 
-    None is moved by a slack within one standard error. Beyond it newton, the paper's step, takes the slack as it was measured, as half a
+    See `engine.dual` for the steps. No multiplier is moved by a slack within one standard error. Beyond it newton, the paper's step, takes the slack as it was measured, as half a
     step averages noise already; the others shrink it (`engine.dual.resolved`).
     """
     bounds = {"max_change": config.lam_max_change, "lam_max": config.lam_max}

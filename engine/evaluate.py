@@ -8,69 +8,66 @@ RUN/judged.jsonl keeps which prompts have judged the run, so that a second look 
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import constraints, dual
-from engine.config import EvaluateConfig, RunConfig, check_evaluate, shown_name, was_by_preference
+from engine import constraints, dual, keys
+from engine.config import EvaluateConfig, RunConfig, check, shown_name, was_by_preference
 from engine.config.flags import parse_flags
 from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
-from engine.files import write_json
+from engine.files import whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.iterates import is_saved, load_weights
+from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Prompts, Units
-from engine.run import rows as metrics_rows
+from engine.records import Prompts, Sampled, Units
 from engine.run.display import Display, Progress
+from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
+from engine.run.rows import DualRow, PolicyRow, ReferenceRow, Row, SampledRow, SpeedRow, read_rows
 from engine.run.run import Run
 from engine.scorers.base import Scorers
 from engine.scorers.find import load_scorers
 from engine.scorers.scoring import try_out
-from engine.stages import preference, sampling
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, read_prompts
-from engine.stages.job import Subject, heldout_prompts, reference_prompts
-from engine.stages.reference import units_of
-from engine.stages.sampling import Sampled, gap_text, respond, sample
-from engine.stages.verdict import judge, write_heldout
+from engine.stages import preference
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
+from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
+from engine.stages.reference import ByScorers, Scoring, units_of
+from engine.stages.sampling import gap_text, respond, sample
+from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
 from engine.verdict.sentences import judgement_sentences
 
 USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
-JUDGED = "judged.jsonl"
 
 
 class Phase:
     """What sampling asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress. Ctrl-C stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
-        self.name, self.logprob_gap = name, None  # that of its samples, as `stages.log_gap` gives it
+        self.name, self.logprob_gap = name, None  # that of its samples, as `engine.stages.sampling.log_gap` gives it
         self._display = display
         display.stage(number, name)
 
-    def row(self, kind: str, **values: Any) -> None:
-        """Print and keep what `stages.log_gap` found, the only row of sampling."""
-        self.logprob_gap = values["logprob_gap"]
-        self._display.line(f"{self.name}: {gap_text(values)}")
+    def log(self, row: Row) -> None:
+        """Print and keep what `engine.stages.sampling.log_gap` found, the only row of sampling."""
+        assert isinstance(row, SampledRow)
+        self.logprob_gap = row.logprob_gap
+        self._display.line(f"{self.name}: {gap_text(row)}")
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """A progress bar; `unit` is a plural such as "tokens"."""
+        """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._display.progress(total, unit, what)
 
-    def timing(self, **values: float) -> None:
+    def log_speed(self, row: SpeedRow) -> None:
         """Speeds are seen while they last, and not kept."""
 
     def check_stop(self) -> None:
@@ -107,7 +104,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
 
     Raises: UserError.
     """
-    check_evaluate(flags)
+    check(flags)
     run = Path(run)
     algorithm, values = Run.read_config(run)
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
@@ -118,41 +115,42 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     )  # fmt: skip
     if config.eval_responses < 2:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
-    inputs = Inputs.of(config)
+    prepare_process(config.threads)
+    inputs = read_inputs(config)
     Run.check_model(run, inputs.fingerprint)
-    pool = read_prompts(flags.prompts, config, inputs.tokenizer, inputs.shape) if flags.prompts else inputs.heldout
+    pool = read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column) if flags.prompts else inputs.heldout
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
-    prompts = heldout_prompts(replace(config, eval_prompts=n), pool)
+    prompts = heldout_prompts(pool, n, config.seed)
     common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
     if common:
         shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    own = heldout_prompts(replace(config, eval_prompts=min(config.eval_prompts, len(inputs.heldout))), inputs.heldout)
-    selection = own if flags.best_feasible else None
+    judged_on = heldout_prompts(inputs.heldout, min(config.eval_prompts, len(inputs.heldout)), config.seed)
+    selection = judged_on if flags.best_feasible else None
     if selection:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
-    lookalikes = read_prompts(lookalike_prompts(), replace(config, prompt_column="prompt"), inputs.tokenizer, inputs.shape)
+    lookalikes = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits)
     asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
     scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
-    (reference,) = metrics_rows.read_rows(run, "reference")
+    (reference,) = read_rows(run, ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {}))
     units = units_of(reference, limits)
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
-    aimed = metrics_rows.read_rows(run, "dual")[0]["aim"] if by_preference else reference.get("aimed", reference["aim"])
+    aimed = read_rows(run, DualRow)[0].aim if by_preference else reference.aimed
     return Question(
         run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection, by_preference=by_preference,
         units=units, limits=limits, aimed=aimed, inputs=inputs,
-        trained_on=reference_prompts(config, inputs.train), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
+        trained_on=training_prompts(inputs.train, config.n_prompts, config.seed), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
         lookalikes=lookalikes, safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=_judged_before(run, prompts, own), fewer_rows=fewer,
+        judged_before=_judged_before(run, prompts, judged_on), fewer_rows=fewer,
     )  # fmt: skip
 
 
@@ -161,7 +159,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
 
     Raises: UserError, before any compute unless a scorer fails.
     """
-    out = Path(flags.out) if flags.out else _next_folder(Path(run))
+    out = Path(flags.out) if flags.out else RunFolder(Path(run)).next_evaluation()
     if out.exists():
         raise UserError(f"--out {out} exists; name a folder that does not.")
     q = ask(run, flags)
@@ -175,69 +173,73 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
     with whole_folder(out) as folder, display:
-        subject = Subject.load(replace(config, seed=flags.seed), q.inputs, q.scorers)
+        subject = Subject.load(replace(SamplingSettings.of(config), seed=flags.seed), q.inputs, q.scorers)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
-        adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
-        # The purposes of the run's own verdict, so that its seed gives its responses.
+        adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
+        # The same keys as the run's own verdict: with the run's seed this draws exactly its responses.
         phase = Phase(display, first + 1, "heldout/reference")
-        before, _ = sample(subject, phase, prompts, None, n=n, purpose=-1)
+        before, _ = sample(subject, phase, prompts, None, n=n, purpose=keys.HELDOUT_REFERENCE)
         gaps = {"reference": phase.logprob_gap}
         units = _with_new_audits(q, before, display)
         phase = Phase(display, first + 2, "heldout/policy")
-        after, _ = sample(subject, phase, prompts, adapter, n=n, purpose=-2)
+        after, _ = sample(subject, phase, prompts, adapter, n=n, purpose=keys.HELDOUT_POLICY)
         gaps["policy"] = phase.logprob_gap
         moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
-        in_units, units, audits = _counted(q, subject, units)
-        before, after = (in_units(phase, prompts, side) for side in (before, after))
-        _, texts_before = respond(subject, Phase(display, first + 3, "lookalike/reference"), q.lookalikes, None, n=n, purpose=-3)
-        _, texts_after = respond(subject, Phase(display, first + 4, "lookalike/policy"), q.lookalikes, adapter, n=n, purpose=-4)
+        scoring = _scoring(q, subject, units)
+        before, after = (Samples(prompts=prompts, sampled=side, scores=scoring(phase, prompts, side)) for side in (before, after))
+        phase = Phase(display, first + 3, "lookalike/reference")
+        _, texts_before = respond(subject, phase, q.lookalikes, None, n=n, purpose=keys.LOOKALIKE_REFERENCE)
+        phase = Phase(display, first + 4, "lookalike/policy")
+        _, texts_after = respond(subject, phase, q.lookalikes, adapter, n=n, purpose=keys.LOOKALIKE_POLICY)
 
         lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
-        log_ratios = ((before, moved_PG), (after, after.kl_PG))
+        log_ratios = ((before, moved_PG), (after, after.sampled.kl_PG))
 
-        def wanted(s: Sampled) -> Tensor:
-            utility_PG = constraints.weighted(q.limits, s.scores, prompts, q.trained_on) @ lam_J
+        def wanted(s: Samples) -> Tensor:
+            weight_PJ = constraints.weights(q.limits, prompts, q.trained_on)
+            utility_PG = (s.scores.utility_PGJ * weight_PJ[:, None]) @ lam_J
             return utility_PG if q.safety_alone else s.scores.reward_PG + utility_PG
 
         judgement = Judgement(
-            evaluation=judge(prompts, before, after, q.limits, q.aimed, units, audits, flags.confidence),
+            evaluation=judge(before, after, _bar(q, scoring, flags.confidence)),
             pair_order=tuple(pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
             over_refusal=over_refusal(texts_before, texts_after, len(q.lookalikes), flags.confidence),
             pairs_like="g" if q.safety_alone else "r + lambda g",
         )
-        write_heldout(folder, prompts, before, after)
+        write_heldout(RunFolder(folder).heldout, before, after)
         settings = {f: getattr(config, f) for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")}
         settings |= {
             "iterate": iterate,
             "lam": q.iterates[iterate],
             "selection": tried,
             "seed": flags.seed,
-            "units": asdict(units),
+            "units": asdict(scoring.units),
             "overlap": q.shared,
         }
-        write_json(folder / "evaluation.json", {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings})
+        write_json(RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings})
         try:
-            with open(q.run / JUDGED, "a") as file:
+            with open(RunFolder(q.run).judged, "a") as file:
                 file.write(json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}) + "\n")
         except OSError as error:
-            display.warn(f"{q.run / JUDGED} cannot be written ({error.strerror}), so these prompts are not on record")
+            display.warn(f"{RunFolder(q.run).judged} cannot be written ({error.strerror}), so these prompts are not on record")
         for line in judgement_sentences(judgement):
             display.line(line)
-    display.line(f"written: {out / 'evaluation.json'} and {out / 'heldout.jsonl'}")
+    display.line(f"written: {RunFolder(out).evaluation} and {RunFolder(out).heldout}")
     return judgement, out
 
 
 def _hash(prompts: Prompts) -> str:
-    """Of a set of prompts, whatever their order."""
+    """Hashes a set of prompts, independent of their order."""
     return hashlib.sha256(json.dumps(sorted(prompts.text)).encode()).hexdigest()
 
 
 def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
-    """How many final verdicts these prompts have given on the run. own: those of the run's own verdict."""
-    known = [_hash(own)] if (run / "evaluation.json").is_file() else []
-    if (run / JUDGED).is_file():
-        known += [json.loads(line)["sha256"] for line in (run / JUDGED).read_text().splitlines()]
+    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own verdict."""
+    paths = RunFolder(run)
+    known = [_hash(own)] if paths.evaluation.is_file() else []
+    if paths.judged.is_file():
+        known += [json.loads(line)["sha256"] for line in paths.judged.read_text().splitlines()]
     return known.count(_hash(prompts))
 
 
@@ -246,14 +248,17 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
     n, rows = q.config.eval_responses, []
     # Further audits have no unit here, and are not needed to choose.
     further = len(q.scorers.audits) - len(q.units.audit_A)
-    in_units, units, audits = _counted(q, subject, replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * further]))
-    phase = Phase(display, 1, "selection/reference")
-    before = in_units(phase, q.selection, sample(subject, phase, q.selection, None, n=n, purpose=-5)[0])
+    scoring = _scoring(q, subject, replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * further]))
+
+    def tried(phase: Phase, adapter: Weights | None, purpose: int) -> Samples:
+        sampled, _ = sample(subject, phase, q.selection, adapter, n=n, purpose=purpose)
+        return Samples(prompts=q.selection, sampled=sampled, scores=scoring(phase, q.selection, sampled))
+
+    before = tried(Phase(display, 1, "selection/reference"), None, keys.SELECTION_REFERENCE)
     for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
-        adapter = load_weights(q.run / "adapters" / f"iteration-{iterate}", subject.model)
-        phase = Phase(display, number, f"selection/{iterate}")
-        after = in_units(phase, q.selection, sample(subject, phase, q.selection, adapter, n=n, purpose=-5 - number)[0])
-        e = judge(q.selection, before, after, q.limits, q.aimed, units, audits)
+        adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
+        after = tried(Phase(display, number, f"selection/{iterate}"), adapter, keys.selection(number))
+        e = judge(before, after, _bar(q, scoring))
         room = [c.estimate.mean - c.required for c in e.constraints]
         rows.append({"iterate": iterate, "lam": lam, "reward": e.reward.mean, "room": room})
         display.line(
@@ -270,20 +275,19 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
     return rows
 
 
-def _counted(q: Question, subject: Subject, units: Units) -> tuple[Callable[[Phase, Prompts, Sampled], Sampled], Units, list[str]]:
-    """(what puts samples' scores into the run's units, the units, names of the audits); units: of the scorers."""
-    if not q.by_preference:
-        return lambda phase, prompts, sampled: sampling.in_units(sampled, units), units, [s.name for s in q.scorers.audits]
-    ratios, of_ratios = preference.restored(q.run, subject, units)
+def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
+    """Returns what the run scored by. units: of its scorers."""
+    if q.by_preference:
+        return preference.restored(RunFolder(q.run), q.config, subject, units)
+    return ByScorers(units=units, audit_names=[s.name for s in q.scorers.audits])
 
-    def in_units(phase: Phase, prompts: Prompts, sampled: Sampled) -> Sampled:
-        return sampling.in_units(replace(sampled, scores=ratios(phase, prompts, sampled)), of_ratios)
 
-    return in_units, of_ratios, preference.audit_names(q.scorers)
+def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
+    return Bar(limits=q.limits, aimed=q.aimed, units=scoring.units, audit_names=scoring.audit_names, confidence=confidence)
 
 
 def best_feasible(rows: list[dict]) -> int:
-    """The iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
+    """Chooses the iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
     feasible = [row for row in rows if min(row["room"]) >= 0]
     best = max(feasible, key=lambda row: row["reward"]) if feasible else max(rows, key=lambda row: min(row["room"]))
     return best["iterate"]
@@ -294,48 +298,23 @@ def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sa
     groups = packing.groups(prompts, sampled.rollouts)
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
-            subject.model, groups, [], temperature=subject.config.temperature,
-            memory_budget_bytes=subject.config.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
+            subject.model, groups, [], temperature=subject.settings.temperature,
+            memory_budget_bytes=subject.settings.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
         )  # fmt: skip
     return logprob.view(len(prompts), -1)
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end; after an error or Ctrl-C it is gone.
-
-    Raises: UserError where it cannot be made, or `out` has come into being meanwhile.
-    """
-    partial = out.with_name(f".{out.name}-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
-    try:
-        yield partial
-        try:
-            partial.rename(out)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _next_folder(run: Path) -> Path:
-    number = 1
-    while (run / f"evaluation-{number}").exists():
-        number += 1
-    return run / f"evaluation-{number}"
 
 
 def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
-    """The iterate to judge (0: the last one), or every one, with the multipliers it was trained at. Those past --max-kl were put aside by
-    the run.
+    """Finds the iterate to judge (0: the last one), or every one, with the multipliers it was trained at.
+
+    Iterates past --max-kl were put aside by the run and are not among them.
 
     Raises: UserError when there is none, or not the wanted one.
     """
-    saved = {int(p.name.rpartition("-")[2]) for p in run.glob("adapters/iteration-*") if is_saved(p)}
-    lam_of = {row["iteration"]: row["lam"] for row in metrics_rows.read_rows(run, "policy")} if saved else {}
+    saved = {number for number, path in RunFolder(run).iterates().items() if is_saved(path)}
+    lam_of = {row.iteration: row.lam for row in read_rows(run, PolicyRow)} if saved else {}
     there = sorted(saved & lam_of.keys())
     if not there:
         raise UserError(f"{run} has no iterate yet; go on with python -m engine.train --resume {run}.")
@@ -345,7 +324,7 @@ def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
 
 
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
-    """What is judged, and how the responses are drawn."""
+    """Says what is judged, and how the responses are drawn."""
     config, inputs = q.config, q.inputs
     lam = ", ".join(f"{x:.3f}" for x in list(q.iterates.values())[-1])
     which = f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
@@ -365,7 +344,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
 
 
 def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
-    """The run's units, and those of audits that the run did not know, measured on the reference's responses."""
+    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's units."""
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name
@@ -378,7 +357,7 @@ def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         run = ""

@@ -8,6 +8,7 @@ from engine.errors import UserError
 from engine.model.folder import fingerprint
 from engine.policy.iterates import is_saved, load_weights
 from engine.policy.weights import policy_of
+from engine.run.folder import RunFolder
 from engine.run.run import Run
 from engine.stages.inputs import model_folder
 
@@ -19,7 +20,7 @@ def export(run: str | Path, folder: str | Path) -> None:
     """
     run, folder = Path(run), Path(folder)
     _, config = Run.read_config(run)
-    numbered = {int(p.name.rpartition("-")[2]): p for p in (run / "adapters").glob("iteration-*") if is_saved(p)}
+    numbered = {number: path for number, path in RunFolder(run).iterates().items() if is_saved(path)}
     if not numbered:
         raise UserError(f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}.")
     base = model_folder(config["model"])
@@ -30,7 +31,7 @@ def export(run: str | Path, folder: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         print("usage: python -m engine.export RUN FOLDER", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON among them."""
+"""Files and folders that appear whole or not at all; JSON and lines of JSON."""
 
 import errno
 import json
@@ -11,39 +11,11 @@ from pathlib import Path
 from engine.errors import UserError
 
 
-def write_json(path: Path, contents: dict) -> None:
-    """Write a JSON file, whole or not at all; equal contents give equal bytes."""
-    write_whole(path, (json.dumps(contents, sort_keys=True, indent=1) + "\n").encode())
-
-
-@contextmanager
-def writing(path: Path, n_bytes: int) -> Iterator[None]:
-    """Turn a full or closed disk into the user's error, with the cure."""
-    try:
-        yield
-    except OSError as error:
-        run = next((folder for folder in path.parents if (folder / "stages").is_dir()), path.parent)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"disk full while saving {path} (needs {n_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB free); "
-                f"free space and resume with --resume {run}"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"cannot write {path} ({error.strerror}); make it writable and resume with --resume {run}") from error
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_whole(path: Path, data: bytes, previous: Path | None = None) -> None:
-    """Put `data` at `path` in one step; what stood there goes to `previous` if that is given."""
+    """Put `data` at `path` in one step; with `previous`, the file that stood at `path` moves there.
+
+    Raises: UserError on a full disk or without permission; the older file stays.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path, len(data)):
         try:
@@ -58,3 +30,101 @@ def write_whole(path: Path, data: bytes, previous: Path | None = None) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def write_json(path: Path, contents: dict) -> None:
+    """Write a JSON file, whole or not at all; equal contents give equal bytes."""
+    write_whole(path, (json.dumps(contents, sort_keys=True, indent=1) + "\n").encode())
+
+
+@contextmanager
+def writing(path: Path, n_bytes: int) -> Iterator[None]:
+    """Turn the OSError of a full or write-protected disk into a UserError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        run = next((folder for folder in path.parents if (folder / "stages").is_dir()), path.parent)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"disk full while saving {path} (needs {n_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB free); "
+                f"free space and resume with --resume {run}"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"cannot write {path} ({error.strerror}); make it writable and resume with --resume {run}"
+            ) from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: fsync of a file alone does not cover its name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Give a temporary folder to write into and rename it to `out` at the end.
+
+    After an error or Ctrl-C the temporary folder is removed, and there is no `out`.
+    Raises: UserError where no folder can be made there, or where `out` has appeared in the meantime.
+    """
+    partial = out.with_name(f".{out.name}-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _cannot_be_made(out, error) from error
+    try:
+        yield partial
+        try:
+            partial.rename(out)
+        except OSError as error:
+            raise _cannot_be_made(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cannot_be_made(out: Path, error: OSError) -> UserError:
+    return UserError(f"--out {out}: cannot be made ({error.strerror}); name another place.")
+
+
+def read_json(path: Path, *, cure: str) -> dict:
+    """Read the object in a JSON file. `cure` ends the error message: what the user does about a damaged file.
+
+    Raises: UserError where the file cannot be read, is not JSON, or is not one object.
+    """
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {cure}.") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: a JSON {type(contents).__name__}, not an object; {cure}.")
+    return contents
+
+
+def read_json_lines(path: Path, *, cure: str, skip_damaged: bool = False) -> Iterator[dict]:
+    """Yield the object on each line of a file; empty lines are skipped.
+
+    A running or killed process may leave a last line without its end: that line is left out. A killed process
+    may also have cut a line that a resumed one went on below; `skip_damaged` leaves such lines out, too.
+    `cure` ends the error message: what the user does about a damaged line.
+
+    Raises: UserError naming the first line that is not an object.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if skip_damaged or number == len(lines):
+                continue
+            raise UserError(f"{path}: line {number} is not JSON ({error}); {cure}.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is a JSON {type(row).__name__}, not an object; {cure}.")
+        yield row

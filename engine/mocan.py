@@ -5,11 +5,10 @@ in the label form of `config.labels`, and labels that are drawn are drawn afresh
 pairs of any policy, the update learns from the samples that the dual is solved on, or from those of a file (--pairs).
 """
 
-from engine.config import MocanConfig, pairs_file
-from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.config import MocanConfig
+from engine.records import Target, lagrangian
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: MocanConfig, *, resume: str | None = None) -> Result:
@@ -17,13 +16,12 @@ def train(config: MocanConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("mocan", config, resume, n_stages=5 + bool(pairs_file(config))) as job:
-        world = World(job)
-        return world.verdict(*loop(world, config))
+    with open_stages("mocan", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: MocanConfig):
-    """Algorithm 1 in any world: returns the policy and the multipliers, float64 [J]."""
-    lam_J = world.solve_dual().lam
-    score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
-    return world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta), 1), lam_J
+def loop(stages: Stages, config: MocanConfig):
+    """Run Algorithm 1; returns the policy and the multipliers, float64 [J]."""
+    stages.sample_reference()
+    lam_J = stages.solve_dual().lam
+    return stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), 1), lam_J

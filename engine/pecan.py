@@ -5,10 +5,9 @@ set, which --pairs with that file does.
 """
 
 from engine import mocan
-from engine.config import PecanConfig, pairs_file
-from engine.stages.job import open_job
-from engine.stages.preference import PreferenceWorld
+from engine.config import PecanConfig
 from engine.stages.protocol import Result
+from engine.stages.run import open_stages
 
 
 def train(config: PecanConfig, *, resume: str | None = None) -> Result:
@@ -16,6 +15,5 @@ def train(config: PecanConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("pecan", config, resume, n_stages=7 + len(config.cost) + bool(pairs_file(config))) as job:
-        world = PreferenceWorld(job)
-        return world.verdict(*mocan.loop(world, config))
+    with open_stages("pecan", config, resume) as stages:
+        return stages.verdict(*mocan.loop(stages, config))

@@ -5,6 +5,7 @@ D hidden, J constraints. A name carries its shape: `reward_PG` is [P, G]. Scores
 (`utility_of_cost` is the only place where a cost is negated).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,7 @@ class Prompts:
         return len(self.text)
 
     def select(self, index: list[int]) -> "Prompts":
-        """The prompts at `index`, in that order."""
+        """Returns the prompts at `index`, in that order."""
         return Prompts(
             text=[self.text[i] for i in index],
             kind=[self.kind[i] for i in index],
@@ -50,12 +51,12 @@ class Rollouts:
     finished: Tensor  # bool [R]: ended by a stop token, not by the limit
     logprob: Tensor  # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
     model_logprob: Tensor  # float32 [R, max_new_tokens]: under the model at that temperature
-    near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.NEAR_TIE`
+    near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.decoding.NEAR_TIE`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What the scorers say of P * G responses, in the scorers' own units; larger is better (a cost is already negated)."""
+    """The scores of P * G responses; larger is better (a cost is already negated)."""
 
     reward_PG: Tensor  # float64 [P, G]
     utility_PGJ: Tensor  # float64 [P, G, J]
@@ -73,7 +74,7 @@ class Units:
     unsafe_above_J: list[float | None] = field(default_factory=list)  # a utility with a number here is -1 where its cost lies above, else 0
 
     def apply(self, scores: Scores) -> Scores:
-        """The same scores in these units."""
+        """Returns the same scores in these units."""
         return Scores(
             reward_PG=scores.reward_PG / self.reward,
             utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J) / torch.tensor(self.utility_J, dtype=torch.float64),
@@ -92,21 +93,83 @@ def unsafe_counted(utility_PGJ: Tensor, above_J: list[float | None]) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Responses with their texts and the scorers' own scores."""
+
+    rollouts: Rollouts
+    texts: list[str]  # [R], prompt-major
+    scores: Scores
+    kl_PG: Tensor  # log pi - log pi_ref of each response, nats; 0 for the reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Responses as the rule of an algorithm sees them: their scores in the run's units."""
+
+    reward_PG: Tensor  # float64 [P, G]
+    utility_PGJ: Tensor  # float64 [P, G, J]
+    weight_PJ: Tensor  # float64 [P, J]: how much the Lagrangian counts a prompt's utilities: 0 where the constraint is not about it
+    cost_PGJ: Tensor  # float64 [P, G, J] in the scorers' own units
+    missing_PJ: Tensor | None = None  # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
+    share_PG: Tensor | None = None  # float64 [P, G]: share of each response in its prompt's means; None: all equal
+
+    @property
+    def counted_PGJ(self) -> Tensor:
+        """The utilities as the Lagrangian counts them."""
+        return self.utility_PGJ * self.weight_PJ[:, None]
+
+
+# From the scores of any responses to a number for each of them, [P, G].
+Rule = Callable[[Scored], Tensor]
+
+
+def lagrangian(lam_J: Tensor) -> Rule:
+    """Builds the rule r + lambda . g, of which a policy update maximises the mean less beta x KL (arXiv 2505.19387, Algorithm 2)."""
+    return lambda scored: scored.reward_PG + scored.counted_PGJ @ lam_J
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """What one policy update fits: log pi = log anchor + (score + shift) / coefficient + a constant per prompt.
 
-    The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share) log(reference). An iterate is whatever
-    the world's updates return; None is the reference.
+    The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share) log(reference). An iterate is
+    whatever the stages' updates return; None is the reference. Score, shift and what is dropped are rules, so that they hold for
+    any responses that the update learns from.
     """
 
     lam_J: Tensor  # float64 [J]: multipliers of the scores, for the log
-    score_PG: Tensor  # float64 [P, G]: labels and pairs come from it
+    score: Rule  # labels and pairs come from it
     coefficient: float  # of KL(pi || anchor), in units of the score
     start: object = None  # the iterate whose parameters the update goes on from
     anchor: object = None  # an iterate
     anchor_share: float = 1.0
-    shift_PG: Tensor | None = None  # float64 [P, G]: subtracted from coefficient x log-ratio in the margin, not from the labels
-    dropped_PG: Tensor | None = None  # bool [P, G]: pairs of two such responses are left out
+    shift: Rule | None = None  # subtracted from coefficient x log-ratio in the margin, not from the labels
+    dropped: Rule | None = None  # bool: pairs of two such responses are left out
+
+    def on(self, scored: Scored) -> "ScoredTarget":
+        """Returns the target on given responses."""
+        return ScoredTarget(
+            score_PG=self.score(scored),
+            coefficient=self.coefficient,
+            start=self.start,
+            anchor=self.anchor,
+            anchor_share=self.anchor_share,
+            shift_PG=None if self.shift is None else self.shift(scored),
+            dropped_PG=None if self.dropped is None else self.dropped(scored),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTarget:
+    """A `Target` whose rules were applied to the responses that an update learns from; the fields are those of `Target`."""
+
+    score_PG: Tensor  # float64 [P, G]
+    coefficient: float
+    start: object = None
+    anchor: object = None
+    anchor_share: float = 1.0
+    shift_PG: Tensor | None = None  # float64 [P, G]
+    dropped_PG: Tensor | None = None  # bool [P, G]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +181,13 @@ class Pairs:
     pairs: Tensor  # int64 [K, 2]: indices into these N sequences
 
 
+def utility_of_cost(cost: Tensor) -> Tensor:
+    """Turns a cost into a utility, of which larger is better: the only place where a sign changes."""
+    return -cost
+
+
 @dataclass(frozen=True, kw_only=True)
 class DualState:
     """The one-shot multipliers. What later ones were decided from stands in the rows of kind "iteration" in metrics.jsonl."""
 
     lam_J: Tensor  # float64 [J]
-
-
-def utility_of_cost(cost: Tensor) -> Tensor:
-    """The utility that a cost stands for: larger is better."""
-    return -cost

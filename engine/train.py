@@ -1,32 +1,17 @@
 """Train a policy: `python -m engine.train [ALGORITHM] [flags]`.
 
-The command line becomes one config dataclass, then the algorithm's file does the rest. All flags are checked before anything heavy is
-imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 user's error, 3 non-finite stop, 130 Ctrl-C.
+The command line becomes one config dataclass, then the algorithm's file does the rest. All flags are checked
+before anything heavy is imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 user's
+error, 3 non-finite stop, 130 Ctrl-C.
 """
 
 import sys
 from dataclasses import fields
-from importlib import import_module
 
-from engine import config as configs
-from engine.config import SHOWN, RunConfig, check, smoke
+from engine.config import ALGORITHMS, check, smoke
 from engine.config.flags import parse_flags, suggest, take
 from engine.errors import NonFiniteError, UserError
 
-ALGORITHMS = {  # name: (config class in engine.config, help)
-    "caid": ("CaidConfig", "alternate policy updates with dual descent (the default)"),
-    "mocan": ("MocanConfig", "solve the dual once, then align once"),
-    "pecan": ("PecanConfig", "one-shot on log-ratios of policies aligned to preferences"),
-    "primal_dual": ("PrimalDualConfig", "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)"),
-    "repo": ("RepoConfig", f"baseline, {SHOWN['repo']}: one constraint per prompt"),
-    "opd": ("OpdConfig", f"baseline, {SHOWN['opd']}: optimistic primal-dual steps"),
-    "cdpo": ("CdpoConfig", f"baseline, {SHOWN['cdpo']}: DPO anew at each multiplier"),
-    "pd_dpo": ("PdDpoConfig", f"baseline, {SHOWN['pd_dpo']}: DPO on safety from the reward's policy"),
-    "sacpo": ("SacpoConfig", "baseline: DPO on the reward, then on safety, at a given multiplier"),
-    "safe_dpo": ("SafeDpoConfig", "baseline: DPO in which safe responses always win"),
-    "dpo": ("DpoConfig", "baseline: plain DPO on the reward or on safety"),
-    "head": ("HeadConfig", "train a reward or cost head on labelled texts"),
-}
 USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--resume FOLDER] [flags]
 
 algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
@@ -52,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
             folder = resume
-        if isinstance(config, RunConfig):
+        chosen = ALGORITHMS[algorithm]
+        if chosen.trains_policy:
             check(config)
-        train = import_module(module_of(algorithm)).train
         if resume is None:
-            train(config)
+            chosen.train(config)
         else:
-            train(config, resume=resume)
+            chosen.train(config, resume=resume)
     except (UserError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -71,22 +56,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(algorithm: str, flags: list[str]):
-    """The algorithm's config with `flags` on top of the defaults or the preset; None where help was asked for and printed.
+    """The algorithm's config with `flags` on top of the defaults or the preset; None where help was asked for
+    and printed.
 
     Raises: UserError for an unknown preset or flag, a stray word, or a value of the wrong type.
     """
     flags, preset = take(flags, "--preset")
-    config_class = _config_class(algorithm)
-    default = config_class()
+    chosen = ALGORITHMS[algorithm]
+    default = chosen.config_class()
     if preset is not None:
-        if preset != "smoke" or not issubclass(config_class, RunConfig):
+        if preset != "smoke" or not chosen.trains_policy:
             raise UserError(f"--preset {preset}: the only preset is smoke, and head has none.")
         default = smoke(default)
-    usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{text}" for name, (_, text) in ALGORITHMS.items()))
+    usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{row.help}" for name, row in ALGORITHMS.items()))
     return parse_flags(
-        config_class, flags, prog=f"python -m engine.train {algorithm}", usage=usage, first="algorithm", default=default,
+        chosen.config_class,
+        flags,
+        prog=f"python -m engine.train {algorithm}",
+        usage=usage,
+        first="algorithm",
+        default=default,
         others=("--preset", "--resume"),
-    )  # fmt: skip
+    )
 
 
 def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
@@ -94,38 +85,37 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
     if not argv or argv[0].startswith("-"):
         return "caid", argv
     if argv[0] not in ALGORITHMS:
-        raise UserError(f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from {', '.join(ALGORITHMS)}.")
+        raise UserError(
+            f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from "
+            f"{', '.join(ALGORITHMS)}."
+        )
     return argv[0], argv[1:]
-
-
-def module_of(algorithm: str) -> str:
-    """The module with an algorithm's `train`."""
-    if algorithm == "head":
-        return "engine.scorers.training"
-    return f"engine.{algorithm}" if algorithm in ("caid", "mocan", "pecan") else f"engine.baselines.{algorithm}"
-
-
-def _config_class(algorithm: str) -> type:
-    # Lazy: engine.scorers.training needs torch.
-    return getattr(import_module("engine.scorers.training") if algorithm == "head" else configs, ALGORITHMS[algorithm][0])
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:
     """(algorithm, config) as saved in the run folder."""
     if flags:
-        raise UserError(f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own settings.")
+        raise UserError(
+            f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own "
+            "settings."
+        )
     # Lazy: the checkpoint needs torch.
     from engine.run.run import Run
 
     algorithm, values = Run.read_config(folder)
-    if algorithm not in ALGORITHMS or algorithm == "head":
+    if algorithm not in ALGORITHMS or not ALGORITHMS[algorithm].trains_policy:
         raise UserError(f"--resume {folder}: a run of {algorithm!r} cannot be resumed; start it again.")
     if named not in (None, algorithm):
-        raise UserError(f"--resume {folder}: that is a run of {algorithm}, not of {named}; leave {named} out.")
-    config_class = _config_class(algorithm)
+        raise UserError(
+            f"--resume {folder}: that is a run of {algorithm}, not of {named}; leave {named} out."
+        )
+    config_class = ALGORITHMS[algorithm].config_class
     known = {field.name for field in fields(config_class)}
     if unknown := sorted(set(values) - known):
-        raise UserError(f"--resume {folder}: its config has the unknown field {unknown[0]!r}; resume with the version that started it.")
+        raise UserError(
+            f"--resume {folder}: its config has the unknown field {unknown[0]!r}; resume with the version "
+            "that started it."
+        )
     return algorithm, config_class(**values)
 
 

@@ -273,7 +273,7 @@ class Launch:
 
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)) -> Tensor:
     """torch 2.11's, run by run."""
-    from test_attention import by_runs
+    from tests.helpers.attention import by_runs
 
     assert query.dtype.itemsize == 2 and all(x.stride(-1) == 1 for x in (query, key, value)) and window_size[1] == 0
     runs = [x.inner for x in (cu_seq_q, cu_seq_k)]

@@ -1,4 +1,5 @@
-"""The package's metadata, its guard against another package named kernels, and the README's own layout and blocks."""
+"""The package's metadata, its guard against another package named kernels, and the README and the pages in docs/: their
+blocks, links and layout."""
 
 import os
 import re
@@ -9,7 +10,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from readme_blocks import marked_blocks, suite_command
+from readme_blocks import MARK, marked_blocks, pages, run_blocks, suite_command
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -92,6 +93,79 @@ def test_blocks_are_found_in_order():
     assert suite_command(text) == "a && b"
     with pytest.raises(ValueError, match="Tests"):
         suite_command("## Tests\n## Other\n```bash\na\n```\n")
+
+
+def test_blocks_of_a_page_share_a_folder_that_no_other_page_sees(capfd):
+    first = f"{MARK}\n```bash\necho one > left\n```\n\n{MARK}\n```python\nprint(open('left').read())\n```\n"
+    assert run_blocks(first, "first.md")
+    assert not run_blocks(f"{MARK}\n```bash\ncat left\n```\n{MARK}\n```bash\necho never\n```\n", "second.md")
+    out, err = capfd.readouterr()
+    assert "one\n" in out and "never" not in out
+    assert "second.md: the block above failed" in err
+
+
+PAGES = pages()
+SUBJECTS = ("getting-started", "verdict", "algorithms", "losses", "multipliers", "sweeps", "inside", "performance")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def headings(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@needs_readme
+def test_every_page_in_docs_is_found():
+    found = {name_of(page) for page in PAGES}
+    assert {"README.md", *(f"docs/{subject}.md" for subject in SUBJECTS)} <= found
+    tracked = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    assert {name for name in tracked if name.endswith(".md")} <= found
+
+
+@needs_readme
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_mark_stands_above_a_block_that_runs(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count(MARK) == len(marked_blocks(text))
+
+
+@needs_readme
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "LOG.md"], ids=name_of)
+def test_relative_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{name_of(page)}: {link}"
+        if anchor:
+            assert anchor in headings(target.read_text(encoding="utf-8")), f"{name_of(page)}: {link}"
+
+
+@needs_readme
+def test_readme_is_short_and_leads_to_every_page():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    for subject in SUBJECTS:
+        assert f"](docs/{subject}.md" in text
+
+
+@needs_readme
+def test_readme_shows_lines_of_the_whole_output():
+    shown, whole = (
+        re.findall(r"^```console\n(CAID on .*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for path in (README, ROOT / "docs" / "verdict.md")
+    )
+    assert len(shown) == len(whole) == 1
+    lines = [line for line in shown[0].splitlines() if line != "..."]
+    assert len(lines) == 10 and any(line.startswith("constraint harm: ") for line in lines)
+    order = [whole[0].splitlines().index(line) for line in lines]
+    assert order == sorted(order)
 
 
 @needs_readme

@@ -7,10 +7,9 @@ import torch
 
 from engine import dual
 from engine.config import CdpoConfig
-from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.records import Target, lagrangian
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: CdpoConfig, *, resume: str | None = None) -> Result:
@@ -18,23 +17,20 @@ def train(config: CdpoConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("cdpo", config, resume, n_stages=3 + 2 * config.iterations) as job:
-        world = World(job)
-        world.check_thresholds()
-        return world.verdict(*loop(world, config))
+    with open_stages("cdpo", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: CdpoConfig):
-    """C-DPO in any world: returns the last policy and its multipliers, float64 [J]."""
-    lam_J, policy = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64), None
-    used_J = lam_J
+def loop(stages: Stages, config: CdpoConfig):
+    """Run C-DPO; returns the last policy and its multipliers, float64 [J]."""
+    stages.sample_reference()
+    stages.check_thresholds()
+    lam_J, u = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64), None
     for t in range(1, config.iterations + 1):
-        score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
-        before = policy, used_J
-        policy, used_J = world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=config.beta), t), lam_J
-        u = world.measure_slack(policy, lam_J, t)
-        if world.passes_max_kl(u, t):
-            return before
-        if t < config.iterations:
+        if u is not None:
             lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
-    return policy, lam_J
+        policy = stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), t)
+        u = stages.measure_slack(policy, lam_J, t)
+        if u is None:
+            break
+    return stages.kept

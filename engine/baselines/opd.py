@@ -14,12 +14,12 @@ the prediction before it, whose slack is known, is the result.
 """
 
 import torch
+from torch import Tensor
 
 from engine.config import OpdConfig
-from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.records import Target, lagrangian
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: OpdConfig, *, resume: str | None = None) -> Result:
@@ -27,39 +27,39 @@ def train(config: OpdConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("opd", config, resume, n_stages=4 + 3 * config.iterations) as job:
-        world = World(job)
-        world.check_thresholds()
-        return world.verdict(*loop(world, config))
+    with open_stages("opd", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: OpdConfig):
-    """OPD in any world: returns the last policy and the multipliers it was trained with, float64 [J]."""
+def loop(stages: Stages, config: OpdConfig):
+    """Run OPD; returns the last policy and the multipliers it was trained with, float64 [J]."""
     total = config.beta + config.proximity
 
-    def prox(policy, lam_J: torch.Tensor, number: int):
-        score_PG = world.scores.reward_PG + world.scores.utility_PGJ @ lam_J
-        share = 0.0 if policy is None else config.proximity / total
+    def prox(policy, lam_J: Tensor, number: int):
         # The first step's last policy is the reference itself.
-        return world.fit(Target(lam_J=lam_J, score_PG=score_PG, coefficient=total, start=policy, anchor=policy, anchor_share=share), number)
+        share = 0.0 if policy is None else config.proximity / total
+        target = Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=total, start=policy, anchor=policy, anchor_share=share)
+        return stages.fit(target, number)
 
-    def descend(lam_J: torch.Tensor, slack_J: torch.Tensor) -> torch.Tensor:
+    def descend(lam_J: Tensor, slack_J: Tensor) -> Tensor:
         return (lam_J - config.dual_rate * slack_J).clamp(0, config.lam_max)
 
-    lam_J = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64)
-    policy, used_J, predicted_lam_J, slack_J = None, lam_J, lam_J, torch.zeros_like(lam_J)
-    before, number = (policy, used_J), 0  # number: of the last step
+    stages.sample_reference()
+    stages.check_thresholds()
+    lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)
+    policy, predicted_lam_J, slack_J = None, lam_J, torch.zeros_like(lam_J)
+    number = 0  # of the last step
     for t in range(1, config.iterations + 1):
+        if t > 1:
+            lam_J = descend(lam_J, slack_J)
         prediction = prox(policy, predicted_lam_J, 2 * t - 1)
-        u = world.measure_slack(prediction, predicted_lam_J, 2 * t - 1)
-        if world.passes_max_kl(u, 2 * t - 1):
+        u = stages.measure_slack(prediction, predicted_lam_J, 2 * t - 1)
+        if u is None:
             break
-        before, number = (prediction, predicted_lam_J), 2 * t
+        number = 2 * t
         predicted_lam_J = descend(lam_J, slack_J)
         slack_J = u.slack_J
         policy, used_J = prox(policy, predicted_lam_J, number), predicted_lam_J
-        if t < config.iterations:
-            lam_J = descend(lam_J, slack_J)
-    if number and world.passes_max_kl(world.measure_slack(policy, used_J, number), number):
-        return before
-    return policy, used_J
+    if number:
+        stages.measure_slack(policy, used_J, number)
+    return stages.kept

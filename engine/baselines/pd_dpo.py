@@ -10,9 +10,8 @@ import torch
 from engine import dual
 from engine.config import PdDpoConfig
 from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: PdDpoConfig, *, resume: str | None = None) -> Result:
@@ -20,29 +19,34 @@ def train(config: PdDpoConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("pd_dpo", config, resume, n_stages=4 + 2 * config.iterations) as job:
-        world = World(job)
-        world.check_thresholds()
-        return world.verdict(*loop(world, config))
+    with open_stages("pd_dpo", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: PdDpoConfig):
-    """PD-DPO in any world: returns the last policy and its multipliers, float64 [J]."""
-    scores = world.scores
-    lam_J = torch.full((scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64)
-    helpful = world.fit(Target(lam_J=torch.zeros_like(lam_J), score_PG=scores.reward_PG, coefficient=config.beta), 0)
-    policy, used_J = helpful, torch.zeros_like(lam_J)
+def loop(stages: Stages, config: PdDpoConfig):
+    """Run PD-DPO; returns the last policy and its multipliers, float64 [J]."""
+    stages.sample_reference()
+    stages.check_thresholds()
+    lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)
+    none_J = torch.zeros_like(lam_J)
+    helpful = stages.fit(Target(lam_J=none_J, score=lambda s: s.reward_PG, coefficient=config.beta), 0)
+    stages.keep(helpful, none_J)
+    u = None
     for t in range(1, config.iterations + 1):
-        before, total = (policy, used_J), float(lam_J.sum())
-        if total > 0:
-            safety_PG = scores.utility_PGJ @ (lam_J / total)
-            policy = world.fit(Target(lam_J=lam_J, score_PG=safety_PG, coefficient=config.beta / total, start=helpful, anchor=helpful), t)
-        else:
-            policy = world.adopt(helpful, lam_J, t)
-        used_J = lam_J
-        u = world.measure_slack(policy, lam_J, t)
-        if world.passes_max_kl(u, t):
-            return before
-        if t < config.iterations:
+        if u is not None:
             lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
-    return policy, lam_J
+        if float(lam_J.sum()) > 0:
+            policy = stages.fit(safety(lam_J, config.beta, helpful), t)
+        else:
+            policy = stages.adopt(helpful, lam_J, t)
+        u = stages.measure_slack(policy, lam_J, t)
+        if u is None:
+            break
+    return stages.kept
+
+
+def safety(lam_J: torch.Tensor, beta: float, helpful) -> Target:
+    """Builds the target of an alignment to sum_j lambda_j g_j / sum_j lambda_j from the policy of the reward, with coefficient beta / sum_j lambda_j."""
+    total = float(lam_J.sum())
+    share_J = lam_J / total
+    return Target(lam_J=lam_J, score=lambda s: s.counted_PGJ @ share_J, coefficient=beta / total, start=helpful, anchor=helpful)

@@ -8,40 +8,70 @@ objective and the meaning of lambda.
 """
 
 import torch
+from torch import Tensor
 
 from engine.config import PrimalDualConfig
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.records import Rule, Scored
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: PrimalDualConfig, *, resume: str | None = None) -> Result:
-    """Run primal-dual policy gradient; returns the run folder, the held-out verdict and the last multipliers. `resume`: a run folder.
+    """Run primal-dual policy gradient; returns the run folder, the held-out verdict and the last multipliers.
+
+    `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("primal_dual", config, resume, n_stages=3 + 2 * config.iterations) as job:
-        world = World(job)
-        world.check_thresholds()
-        return world.verdict(*loop(world, config))
+    with open_stages("primal_dual", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: PrimalDualConfig):
-    """The alternation in any world: returns the last policy and its multipliers, float64 [J]."""
-    lam_J, policy = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64), None
-    used_J = lam_J
+def loop(stages: Stages, config: PrimalDualConfig):
+    """Run the alternation; returns the last policy and its multipliers, float64 [J]."""
+    stages.sample_reference()
+    stages.check_thresholds()
+    lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)
+    policy = u = None
     for t in range(1, config.iterations + 1):
-        before = policy, used_J
-        policy, used_J = world.ascend(policy, lam_J, t), lam_J
-        u = world.measure_slack(policy, lam_J, t)
-        if world.passes_max_kl(u, t):
-            return before
-        if t < config.iterations:
+        if u is not None:
             lam_J = descend(lam_J, u.slack_J, config)
-    return policy, lam_J
+        policy = stages.ascend(policy, lam_J, penalised(lam_J, config.advantage), t)
+        u = stages.measure_slack(policy, lam_J, t)
+        if u is None:
+            break
+    return stages.kept
 
 
-def descend(lam_J: torch.Tensor, slack_J: torch.Tensor, config: PrimalDualConfig) -> torch.Tensor:
+def descend(lam_J: Tensor, slack_J: Tensor, config: PrimalDualConfig) -> Tensor:
     """ln lambda <- ln lambda - rate lambda slack, with the cap on the change of lambda. float64 [J]."""
     factor = (-config.dual_rate * lam_J * slack_J).exp().clamp(1 / config.lam_max_change, config.lam_max_change)
     return (lam_J * factor).clamp(max=config.lam_max)
+
+
+def penalised(lam_J: Tensor, advantage: str) -> Rule:
+    """Builds the score r + lambda . g; with "group_norm" reward and utilities are standardised on each prompt first.
+
+    lam_J: [J], or [P, 1, J] where it differs between prompts.
+    """
+
+    def score(scored: Scored) -> Tensor:
+        r_PG, g_PGJ = scored.reward_PG, scored.utility_PGJ
+        if advantage == "group_norm":
+            r_PG, g_PGJ = standardised(r_PG[..., None], scored.share_PG)[..., 0], standardised(g_PGJ, scored.share_PG)
+        return r_PG + (lam_J * (g_PGJ * scored.weight_PJ[:, None])).sum(2)
+
+    return score
+
+
+def standardised(x_PGJ: Tensor, share_PG: Tensor | None) -> Tensor:
+    """Shifts and scales scores to mean 0 and population standard deviation 1 over the responses of each prompt; 0 where all are equal."""
+
+    def mean(values: Tensor) -> Tensor:
+        if share_PG is None:
+            return values.mean(1, keepdim=True)
+        return (share_PG[..., None] * values).sum(1, keepdim=True)
+
+    x_PGJ = x_PGJ - mean(x_PGJ)
+    deviation = mean(x_PGJ.square()).sqrt()
+    return torch.where(deviation > 0, x_PGJ / deviation, 0)

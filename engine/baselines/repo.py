@@ -8,12 +8,13 @@ paper does not have, its improvement over its own reference samples is; the step
 """
 
 import torch
+from torch import Tensor
 
-from engine.baselines.primal_dual import descend
+from engine.baselines.primal_dual import descend, penalised
 from engine.config import RepoConfig
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.records import Rule, Scored
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: RepoConfig, *, resume: str | None = None) -> Result:
@@ -21,22 +22,31 @@ def train(config: RepoConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("repo", config, resume, n_stages=3 + 2 * config.iterations) as job:
-        world = World(job)
-        world.check_thresholds()
-        return world.verdict(*loop(world, config))
+    with open_stages("repo", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: RepoConfig):
-    """RePO in any world: returns the last policy and its multipliers, float64 [J]."""
-    lam_J, policy = torch.full((world.scores.utility_PGJ.shape[2],), config.lam_init, dtype=torch.float64), None
-    used_J = lam_J
+def loop(stages: Stages, config: RepoConfig):
+    """Run RePO; returns the last policy and its multipliers, float64 [J]."""
+    stages.sample_reference()
+    stages.check_thresholds()
+    lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)
+    policy = u = None
     for t in range(1, config.iterations + 1):
-        before = policy, used_J
-        policy, used_J = world.ascend(policy, lam_J, t, rectified=True), lam_J
-        u = world.measure_slack(policy, lam_J, t)
-        if world.passes_max_kl(u, t):
-            return before
-        if t < config.iterations:
+        if u is not None:
             lam_J = descend(lam_J, -u.violation_J, config)
-    return policy, lam_J
+        policy = stages.ascend(policy, lam_J, rectified(lam_J, config.advantage), t)
+        u = stages.measure_slack(policy, lam_J, t)
+        if u is None:
+            break
+    return stages.kept
+
+
+def rectified(lam_J: Tensor, advantage: str) -> Rule:
+    """Builds the score r + lambda . g in which lambda counts only on prompts whose samples miss the aim."""
+
+    def score(scored: Scored) -> Tensor:
+        lam_PJ = lam_J * (scored.missing_PJ > 0)
+        return penalised(lam_PJ[:, None], advantage)(scored)
+
+    return score

@@ -12,9 +12,8 @@ import torch
 
 from engine.config import SacpoConfig
 from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 
 def train(config: SacpoConfig, *, resume: str | None = None) -> Result:
@@ -22,15 +21,22 @@ def train(config: SacpoConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("sacpo", config, resume, n_stages=5) as job:
-        world = World(job)
-        return world.verdict(*loop(world, config))
+    with open_stages("sacpo", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: SacpoConfig):
-    """Both stages in any world: returns the policy and the multipliers, float64 [J]."""
+def loop(stages: Stages, config: SacpoConfig):
+    """Run both stages; returns the policy and the multipliers, float64 [J]."""
+    stages.sample_reference()
     lam_J = torch.tensor(config.lam, dtype=torch.float64)
-    helpful = world.fit(Target(lam_J=torch.zeros_like(lam_J), score_PG=world.scores.reward_PG, coefficient=config.beta), 1)
-    safety_PG = world.scores.utility_PGJ @ (lam_J / lam_J.sum())
-    stage_two = Target(lam_J=lam_J, score_PG=safety_PG, coefficient=config.beta / float(lam_J.sum()), start=helpful, anchor=helpful)
-    return world.fit(stage_two, 2), lam_J
+    none_J = torch.zeros_like(lam_J)
+    helpful = stages.fit(Target(lam_J=none_J, score=lambda s: s.reward_PG, coefficient=config.beta), 1)
+    share_J = lam_J / lam_J.sum()
+    stage_two = Target(
+        lam_J=lam_J,
+        score=lambda s: s.counted_PGJ @ share_J,
+        coefficient=config.beta / float(lam_J.sum()),
+        start=helpful,
+        anchor=helpful,
+    )
+    return stages.fit(stage_two, 2), lam_J

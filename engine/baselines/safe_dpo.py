@@ -9,37 +9,42 @@ alone.
 """
 
 import torch
+from torch import Tensor
 
 from engine.config import SafeDpoConfig
 from engine.constraints import unsafe_above
-from engine.records import Target
-from engine.stages.job import open_job
-from engine.stages.protocol import Result
-from engine.stages.update import World
+from engine.records import Scored, Target
+from engine.stages.protocol import Result, Stages
+from engine.stages.run import open_stages
 
 # More than any difference of rewards, so that sigmoid(score difference) is 1 for a safe response against an unsafe one.
 SURE = 1e3
 
 
 def train(config: SafeDpoConfig, *, resume: str | None = None) -> Result:
-    """Run SafeDPO; returns the run folder, the held-out verdict and no multipliers (zeros). `resume`: a run folder to go on with.
+    """Run SafeDPO; returns the run folder, the held-out verdict and no multipliers (zeros). `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_job("safe_dpo", config, resume, n_stages=4) as job:
-        world = World(job)
-        return world.verdict(*loop(world, config))
+    with open_stages("safe_dpo", config, resume) as stages:
+        return stages.verdict(*loop(stages, config))
 
 
-def loop(world: World, config: SafeDpoConfig):
-    """SafeDPO in any world: returns the policy and zeros [J]."""
-    unsafe_PG = world.unsafe(unsafe_above(config))
+def loop(stages: Stages, config: SafeDpoConfig):
+    """Run SafeDPO; returns the policy and zeros [J]."""
+    stages.sample_reference()
+    above_J = torch.tensor(unsafe_above(config), dtype=torch.float64)
+
+    def unsafe(scored: Scored) -> Tensor:
+        """Marks responses of which a cost lies above its number, where its constraint is about that prompt; bool [P, G]."""
+        return ((scored.cost_PGJ > above_J) & (scored.weight_PJ[:, None] > 0)).any(dim=2)
+
     target = Target(
-        lam_J=torch.zeros(world.scores.utility_PGJ.shape[2], dtype=torch.float64),
-        score_PG=world.scores.reward_PG - SURE * unsafe_PG,
+        lam_J=torch.zeros(stages.n_constraints, dtype=torch.float64),
+        score=lambda scored: scored.reward_PG - SURE * unsafe(scored),
         coefficient=config.beta,
         # A safe winner's margin counts from the offset on: beta (rho_w - rho_l) - (h_l - h_w) offset.
-        shift_PG=-config.offset * unsafe_PG.double(),
-        dropped_PG=unsafe_PG,
+        shift=lambda scored: -config.offset * unsafe(scored).double(),
+        dropped=unsafe,
     )
-    return world.fit(target, 1), target.lam_J
+    return stages.fit(target, 1), target.lam_J

@@ -1,7 +1,8 @@
 """The settings of runs, one flat dataclass per algorithm, and what may stand in them."""
 
 from engine.config.algorithms import (
-    SHOWN,
+    ALGORITHMS,
+    Algorithm,
     CaidConfig,
     CdpoConfig,
     DpoConfig,
@@ -13,25 +14,22 @@ from engine.config.algorithms import (
     RepoConfig,
     SacpoConfig,
     SafeDpoConfig,
-    by_preference,
-    pairs_file,
-    policy_updates,
     shown_name,
-    trained_responses,
     was_by_preference,
 )
-from engine.config.bounds import MAY_BE_INFINITE, check
-from engine.config.evaluation import EvaluateConfig, check_evaluate
+from engine.config.bounds import check
+from engine.config.evaluation import EvaluateConfig
 from engine.config.presets import SAMPLING, SMOKE, fit, smoke
 from engine.config.run import IterativeConfig, RunConfig
 
 __all__ = [
+    "ALGORITHMS",
+    "Algorithm",
     "CaidConfig",
     "CdpoConfig",
     "DpoConfig",
     "EvaluateConfig",
     "IterativeConfig",
-    "MAY_BE_INFINITE",
     "MocanConfig",
     "OpdConfig",
     "PdDpoConfig",
@@ -40,18 +38,12 @@ __all__ = [
     "RepoConfig",
     "RunConfig",
     "SAMPLING",
-    "SHOWN",
     "SMOKE",
     "SacpoConfig",
     "SafeDpoConfig",
-    "by_preference",
     "check",
-    "check_evaluate",
     "fit",
-    "pairs_file",
-    "policy_updates",
     "shown_name",
     "smoke",
-    "trained_responses",
     "was_by_preference",
 ]

@@ -1,34 +1,69 @@
-"""One flat frozen dataclass per algorithm, and one for `engine.evaluate`. Every field is a command-line flag: its docstring is the help
-text, with the unit."""
+"""One flat frozen dataclass per algorithm, and one for `engine.evaluate`. Every field is a command-line flag:
+its docstring is the help text, with the unit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import NamedTuple
 
-from engine.config.run import IterativeConfig, RunConfig
+from engine.config.bounds import bounded, one_of
+from engine.config.run import Draws, IterativeConfig, RunConfig
+from engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaidConfig(IterativeConfig):
     """CAID: alternate policy updates with dual descent (arXiv 2505.19387, Algorithm 2)."""
 
-    scores: str = "model"
-    """model: reward and utilities are what the scorers say (MoCAID). preference: they are log-ratios of policies aligned to preferences
-    (PeCAID, Algorithm 3)."""
+    scores: str = one_of("model", "preference")
+    """model: reward and utilities are what the scorers say (MoCAID). preference: they are log-ratios of
+    policies aligned to preferences (PeCAID, Algorithm 3)."""
     preferences: str = ""
-    """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1,
-    the response that is better in it. Default: labels drawn from the scorers on reference samples."""
-    preference_steps: int = 10
+    """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward
+    and one per cost: 0 or 1, the response that is better in it. Default: labels drawn from the scorers on
+    reference samples."""
+    preference_steps: int = bounded(10, above=0)
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     pairs: str = "reference"
-    """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy: fresh ones of the last
-    iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected): a data set's own; only
-    the responses are taken from it, the scores are the run's."""
-    dual_rule: str = "newton"
-    """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they tell more than noise. optimistic:
-    it, on a forecast of the slack. bisection: of one multiplier, by the sign of the slack. For all, a slack within one standard error
-    counts as 0."""
-    dual_step: float = 0.5
-    """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times slack); below 1, as a policy of
-    few steps lags behind lambda."""
+    """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy:
+    fresh ones of the last iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0,
+    response_1 (or chosen, rejected): a data set's own; only the responses are taken from it, the scores are
+    the run's."""
+    dual_rule: str = one_of("newton", "secant", "optimistic", "bisection")
+    """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they
+    tell more than noise. optimistic: it, on a forecast of the slack. bisection: of one multiplier, by the
+    sign of the slack. For all, a slack within one standard error counts as 0."""
+    dual_step: float = bounded(0.5, above=0)
+    """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times
+    slack); below 1, as a policy of few steps lags behind lambda."""
+
+    solves_dual = True
+
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training: the slacks and, with --pairs policy, what every update but the first
+        learns from."""
+        if self.pairs != "policy":
+            return super().fresh_samples
+        learned = Draws(self.iterations - 1, self.steps * self.prompts_per_step, self.n_responses)
+        return (*super().fresh_samples, learned)
+
+    @property
+    def by_preference(self) -> bool:
+        """Whether scores are log-ratios of policies that are aligned to preferences."""
+        return self.scores == "preference"
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        if self.dual_rule == "bisection" and len(self.cost) > 1:
+            raise UserError(
+                f"--dual-rule bisection: {len(self.cost)} costs; it takes one, use newton or secant."
+            )
+        if self.preferences and not self.by_preference:
+            raise UserError(
+                f"--preferences {self.preferences}: scores are those of models here; add --scores "
+                "preference, or leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +73,20 @@ class MocanConfig(RunConfig):
     steps: int = 25
     """Policy steps in all."""
     pairs: str = "reference"
-    """Whose responses the policy update learns from: reference, the samples that the dual is solved on, or a jsonl, csv or parquet file
-    with the columns prompt, response_0, response_1 (or chosen, rejected), which gives the responses; the scores are the run's."""
+    """Whose responses the policy update learns from: reference, the samples that the dual is solved on, or a
+    jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected), which
+    gives the responses; the scores are the run's."""
+
+    solves_dual = True
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        if self.pairs == "policy":
+            raise UserError(
+                "--pairs policy: a one-shot method starts at the reference, whose samples are there "
+                "already; use reference."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,138 +94,285 @@ class PecanConfig(MocanConfig):
     """PeCAN: MoCAN on log-ratios of policies aligned to preferences (arXiv 2405.19544, Algorithm 2)."""
 
     preferences: str = ""
-    """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1, the response that is better
-    in it. Default: labels drawn from the scorers on reference samples."""
-    preference_steps: int = 10
+    """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1,
+    the response that is better in it. Default: labels drawn from the scorers on reference samples."""
+    preference_steps: int = bounded(10, above=0)
     """DPO steps of each policy that is aligned to preferences."""
+
+    @property
+    def by_preference(self) -> bool:
+        """Whether scores are log-ratios of policies that are aligned to preferences: always."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(RunConfig):
     """Plain DPO on one score, without a constraint (arXiv 2305.18290): the two ends of every trade-off."""
 
-    objective: str = "reward"
+    objective: str = one_of("reward", "safety")
     """reward, or safety: the sum of the utilities."""
     labels: str = "soft"
     steps: int = 25
     """Policy steps in all."""
 
+    has_thresholds = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class SacpoConfig(RunConfig):
-    """SACPO: align to the reward, then to safety with the first policy as the reference (arXiv 2404.11049)."""
+    """SACPO: align to the reward, then to safety with the first policy as the reference (arXiv
+    2404.11049)."""
 
     lam: tuple[float, ...] = (1.0,)
-    """Fixed multiplier of each utility; the second stage's coefficient is beta / lambda. The paper tries several, none is solved for."""
+    """Fixed multiplier of each utility; the second stage's coefficient is beta / lambda. The paper tries
+    several, none is solved for."""
     steps: int = 12
     """Policy steps of each of the two stages."""
     labels: str = "soft"
+
+    has_thresholds = False
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps: in each of its two stages."""
+        return 2
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        _refuse_single(self)
+        if not (len(self.lam) == len(self.cost) and min(self.lam) > 0):
+            raise UserError(
+                f"--lam {' '.join(map(str, self.lam))}: give one value above 0 for each of the "
+                f"{len(self.cost)} cost(s)."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafeDpoConfig(RunConfig):
     """SafeDPO: DPO in which a safe response always wins over an unsafe one (arXiv 2505.20065)."""
 
-    offset: float = 10.0
+    offset: float = bounded(10.0, at_least=0)
     """Margin by which a safe response has to lead an unsafe one, nats x beta."""
     labels: str = "soft"
     steps: int = 25
     """Policy steps in all."""
 
+    has_thresholds = False
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        if self.labels not in ("soft", "sampled"):
+            raise UserError(
+                f"--labels {self.labels}: safe responses win by labels here; use soft or sampled."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CdpoConfig(IterativeConfig):
-    """Our reading of C-DPO (arXiv 2403.02475): DPO anew at each multiplier, then a step of dual descent of constant size."""
+    """Our reading of C-DPO (arXiv 2403.02475): DPO anew at each multiplier, then a step of dual descent of
+    constant size."""
 
     labels: str = "soft"
-    lam_init: float = 1.0
+    lam_init: float = bounded(1.0, at_least=0)
     """First value of every multiplier."""
-    dual_rate: float = 1.0
+    dual_rate: float = bounded(1.0, above=0)
     """Step of the dual descent: change of lambda per unit of slack."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PdDpoConfig(IterativeConfig):
-    """Our reading of PD-DPO (arXiv 2510.05703): DPO on the reward once, then DPO on safety from it at each multiplier."""
+    """Our reading of PD-DPO (arXiv 2510.05703): DPO on the reward once, then DPO on safety from it at each
+    multiplier."""
 
     labels: str = "soft"
-    lam_init: float = 1.0
+    lam_init: float = bounded(1.0, at_least=0)
     """First value of every multiplier."""
-    dual_rate: float = 1.0
+    dual_rate: float = bounded(1.0, above=0)
     """Step of the dual descent: change of lambda per unit of slack."""
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps: once on the reward, then once in each
+        iteration."""
+        return 1 + self.iterations
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        _refuse_single(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpdConfig(IterativeConfig):
-    """Our reading of OPD (arXiv 2602.22146): optimistic (predictive) proximal steps of policy and multipliers, last iterate."""
+    """Our reading of OPD (arXiv 2602.22146): optimistic (predictive) proximal steps of policy and
+    multipliers, last iterate."""
 
-    lam_init: float = 1.0
+    lam_init: float = bounded(1.0, at_least=0)
     """First value of every multiplier."""
-    dual_rate: float = 0.5
+    dual_rate: float = bounded(0.5, above=0)
     """Step of the dual descent: change of lambda per unit of slack."""
-    proximity: float = 1.0
+    proximity: float = bounded(1.0, above=0)
     """Weight of KL(policy || last policy) in a proximal step, in units of the scaled reward."""
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps: an iteration is a prediction and a step."""
+        return 2 * self.iterations
+
+    @property
+    def measured_slacks(self) -> int:
+        """How often the algorithm measures the slack of a policy: of each prediction and of the last step."""
+        return self.iterations + 1
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        _refuse_single(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrimalDualConfig(IterativeConfig):
     """Primal-dual policy gradient on fresh samples, as PPO-Lagrangian without a critic (arXiv 2310.12773)."""
 
-    advantage: str = "rloo"
-    """rloo: score minus the mean of the others of its prompt. group_norm: reward and utilities standardised per prompt, then combined,
-    which changes the objective and the meaning of lambda."""
-    ascent_prompts: int = 32
+    advantage: str = one_of("rloo", "group_norm")
+    """rloo: score minus the mean of the others of its prompt. group_norm: reward and utilities standardised
+    per prompt, then combined, which changes the objective and the meaning of lambda."""
+    ascent_prompts: int = bounded(32, above=0)
     """Prompts whose responses are sampled afresh for the policy steps of an iteration."""
-    clip: float = 0.2
+    clip: float = bounded(0.2, above=0)
     """PPO's clip of the probability ratio."""
-    lam_init: float = 1.0
+    lam_init: float = bounded(1.0, above=0, says="must be above 0 here, as steps on ln lambda never leave 0")
     """First value of every multiplier."""
-    dual_rate: float = 0.5
+    dual_rate: float = bounded(0.5, above=0)
     """Step of the dual descent on ln lambda: change per unit of lambda x slack."""
+
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training: the slacks and what the policy steps of each iteration learn from."""
+        return (*super().fresh_samples, Draws(self.iterations, self.ascent_prompts, self.n_responses))
+
+    def trained_responses(self, n: int) -> int:
+        """The number of responses, of a prompt's `n`, that a policy step trains on: a policy gradient takes
+        all."""
+        return n
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        if self.clip > 1:
+            raise UserError(
+                f"--clip {self.clip}: must be at most 1, as a probability ratio is above 0; 0.2 is usual."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepoConfig(PrimalDualConfig):
-    """Our reading of RePO (arXiv 2410.19933): every prompt has its own constraint, and only those that miss it are penalised."""
+    """Our reading of RePO (arXiv 2410.19933): every prompt has its own constraint, and only those that miss
+    it are penalised."""
 
 
-SHOWN = {
-    "caid": "CAID", "mocan": "MoCAN", "pecan": "PeCAN", "primal_dual": "primal-dual policy gradient", "repo": "our reading of RePO",
-    "opd": "our reading of OPD", "cdpo": "our reading of C-DPO", "pd_dpo": "our reading of PD-DPO", "sacpo": "SACPO",
-    "safe_dpo": "SafeDPO", "dpo": "DPO",
+def _refuse_single(config: RunConfig) -> None:
+    """Refuse --labels single where a policy is aligned to another policy than the reference."""
+    if config.labels == "single":
+        raise UserError(
+            "--labels single: its value is that of the reference, and here a policy is aligned to another "
+            "one; use regression."
+        )
+
+
+class Algorithm(NamedTuple):
+    """All that is known of an algorithm outside its file."""
+
+    config: (
+        type[RunConfig] | str
+    )  # its config class, or that class's name in `module` where loading it takes torch
+    module: str  # has `train(config, *, resume=None)`
+    help: str
+    shown: (
+        str  # its name in results; an algorithm that we know from its abstract alone is "our reading of" it
+    )
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether it fills a run folder, which can be resumed, evaluated and swept; training a head does
+        not."""
+        return not isinstance(self.config, str)
+
+    @property
+    def config_class(self) -> type:
+        """The class of its settings."""
+        return self.config if self.trains_policy else getattr(import_module(self.module), self.config)
+
+    def train(self, config, **keywords):
+        """Load its module and run it."""
+        return import_module(self.module).train(config, **keywords)
+
+
+ALGORITHMS = {
+    "caid": Algorithm(
+        CaidConfig, "engine.caid",
+        "alternate policy updates with dual descent (the default)", "CAID",
+    ),
+    "mocan": Algorithm(
+        MocanConfig, "engine.mocan",
+        "solve the dual once, then align once", "MoCAN",
+    ),
+    "pecan": Algorithm(
+        PecanConfig, "engine.pecan",
+        "one-shot on log-ratios of policies aligned to preferences", "PeCAN",
+    ),
+    "primal_dual": Algorithm(
+        PrimalDualConfig, "engine.baselines.primal_dual",
+        "baseline: policy gradient with dual descent (PPO-Lagrangian without a critic)",
+        "primal-dual policy gradient",
+    ),
+    "repo": Algorithm(
+        RepoConfig, "engine.baselines.repo",
+        "baseline, our reading of RePO: one constraint per prompt", "our reading of RePO",
+    ),
+    "opd": Algorithm(
+        OpdConfig, "engine.baselines.opd",
+        "baseline, our reading of OPD: optimistic primal-dual steps", "our reading of OPD",
+    ),
+    "cdpo": Algorithm(
+        CdpoConfig, "engine.baselines.cdpo",
+        "baseline, our reading of C-DPO: DPO anew at each multiplier", "our reading of C-DPO",
+    ),
+    "pd_dpo": Algorithm(
+        PdDpoConfig, "engine.baselines.pd_dpo",
+        "baseline, our reading of PD-DPO: DPO on safety from the reward's policy", "our reading of PD-DPO",
+    ),
+    "sacpo": Algorithm(
+        SacpoConfig, "engine.baselines.sacpo",
+        "baseline: DPO on the reward, then on safety, at a given multiplier", "SACPO",
+    ),
+    "safe_dpo": Algorithm(
+        SafeDpoConfig, "engine.baselines.safe_dpo",
+        "baseline: DPO in which safe responses always win", "SafeDPO",
+    ),
+    "dpo": Algorithm(
+        DpoConfig, "engine.baselines.dpo",
+        "baseline: plain DPO on the reward or on safety", "DPO",
+    ),
+    "head": Algorithm(
+        "HeadConfig", "engine.scorers.training",
+        "train a reward or cost head on labelled texts", "head",
+    ),
 }  # fmt: skip
 
 
 def shown_name(algorithm: str) -> str:
-    """What an algorithm is called wherever a result of it is printed: one known from its abstract alone is "our reading of" it."""
-    return SHOWN.get(algorithm, algorithm)
-
-
-def policy_updates(config: RunConfig) -> int:
-    """How often an algorithm takes `config.steps` policy steps."""
-    iterations = config.iterations if isinstance(config, IterativeConfig) else 1
-    if isinstance(config, OpdConfig):
-        return 2 * iterations
-    return iterations + isinstance(config, PdDpoConfig | SacpoConfig)
-
-
-def pairs_file(config: RunConfig) -> str:
-    """The file of --pairs, or nothing where a policy update learns from samples."""
-    source = getattr(config, "pairs", "reference")
-    return "" if source in ("reference", "policy") else source
-
-
-def trained_responses(config: RunConfig, n: int) -> int:
-    """Responses of a prompt with `n` that a policy step trains on; a policy gradient takes all."""
-    wanted = 0 if isinstance(config, PrimalDualConfig) else config.responses_per_prompt
-    return min(wanted or n, n)
-
-
-def by_preference(config: RunConfig) -> bool:
-    """Whether scores are log-ratios of policies aligned to preferences."""
-    return isinstance(config, PecanConfig) or getattr(config, "scores", "model") == "preference"
+    """The name under which people read of an algorithm; that of a folder of samples is its own."""
+    return ALGORITHMS[algorithm].shown if algorithm in ALGORITHMS else algorithm
 
 
 def was_by_preference(algorithm: str, values: dict) -> bool:
-    """`by_preference` of a run's config.json, as `Run.read_config` gives it."""
-    return algorithm == "pecan" or values.get("scores") == "preference"
+    """Whether the scores of a run were log-ratios of aligned policies, from its config.json as
+    `Run.read_config` gives it. A setting that the run's version did not have yet is at its default."""
+    if algorithm not in ALGORITHMS:
+        return False
+    config_class = ALGORITHMS[algorithm].config_class
+    known = {f.name for f in fields(config_class)}
+    return config_class(**{name: value for name, value in values.items() if name in known}).by_preference

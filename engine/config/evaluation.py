@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from engine.config.bounds import bounded, check_bounds, one_of
 from engine.errors import UserError
 
 
@@ -9,49 +10,50 @@ from engine.errors import UserError
 class EvaluateConfig:
     """Judge an iterate of a run on held-out prompts, with fresh responses of reference and policy."""
 
-    iterate: int = 0
+    iterate: int = bounded(0, at_least=0)
     """Iterate to judge; 0 takes the last one."""
     best_feasible: bool = False
-    """First choose the iterate on the run's held-out prompts: the one with the most reward of those that meet every constraint there (none:
-    the one that misses least). Then judge it on --prompts, which must be others."""
+    """First choose the iterate on the run's held-out prompts: the one with the most reward of those that meet
+    every constraint there (none: the one that misses least). Then judge it on --prompts, which must be
+    others."""
     prompts: str = ""
     """Prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the run's held-out prompts."""
-    n_prompts: int = 0
-    """Prompts, at most: the run's seeded subset. 0 takes as many as the run's verdict, or all of --prompts."""
-    n_responses: int = 0
+    n_prompts: int = bounded(0, at_least=0)
+    """Prompts, at most: the run's seeded subset. 0 takes as many as the run's verdict, or all of
+    --prompts."""
+    n_responses: int = bounded(0, at_least=0)
     """Responses per prompt, of reference and policy each; 0 takes as many as the run's verdict."""
     seed: int = 1000
-    """Seed of the responses, far from usual seeds of runs so that they are fresh; the run's own seed draws its verdict's again."""
+    """Seed of the responses, far from usual seeds of runs so that they are fresh; the run's own seed draws
+    its verdict's again."""
     audit: tuple[str, ...] = ()
-    """Costs that are reported and were never optimised, besides the run's own audits. Same forms as in training."""
-    confidence: float = 0.95
+    """Costs that are reported and were never optimised, besides the run's own audits. Same forms as in
+    training."""
+    confidence: float = bounded(
+        0.95, above=0.5, below=1, says="must lie above 0.5 and below 1; 0.95 is usual"
+    )
     """Confidence of the two-sided intervals, and of the one-sided bounds that decide met or not met."""
     allow_overlap: bool = False
     """Go on with prompts that are among the run's training prompts."""
     out: str = ""
     """Folder of the results, must not exist yet. Default: RUN/evaluation-1, or the next free number."""
-    device: str = ""
+    device: str = one_of("", "auto", "cpu", "cuda")
     """auto, cpu or cuda. Default: as in the run."""
-    threads: int = 0
+    threads: int = bounded(0, at_least=0)
     """CPU threads; 0 takes as many as the run asked for."""
 
+    def check(self) -> None:
+        """Refuse values that no evaluation can use.
 
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Refuse values that no evaluation can use.
-
-    Raises: UserError naming the flag, its value and what is accepted.
-    """
-    for name in ("iterate", "n_prompts", "n_responses", "threads"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0.")
-    for name in ("n_prompts", "n_responses"):
-        if getattr(config, name) == 1:
-            raise UserError(f"--{name.replace('_', '-')} 1: must be at least 2, as one has no spread; 0 takes the default.")
-    if not 0.5 < config.confidence < 1:
-        raise UserError(f"--confidence {config.confidence}: must lie above 0.5 and below 1; 0.95 is usual.")
-    if config.best_feasible and (config.iterate or not config.prompts):
-        raise UserError(
-            "--best-feasible: chooses the iterate on the run's held-out prompts, so leave --iterate out and give other --prompts."
-        )
-    if config.device not in ("", "auto", "cpu", "cuda"):
-        raise UserError(f"--device {config.device}: must be one of auto, cpu, cuda.")
+        Raises: UserError naming the flag, its value and what is accepted.
+        """
+        check_bounds(self)
+        for name in ("n_prompts", "n_responses"):
+            if getattr(self, name) == 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} 1: must be at least 2, as one has no spread; 0 takes the default.")
+        if self.best_feasible and (self.iterate or not self.prompts):
+            raise UserError(
+                "--best-feasible: chooses the iterate on the run's held-out prompts, so leave --iterate "
+                "out and give other --prompts."
+            )

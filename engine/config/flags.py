@@ -1,4 +1,5 @@
-"""From a command line to a config dataclass: every flag is checked first, so that a mistake costs one line."""
+"""From a command line to a config dataclass: every flag is checked first, so that a mistake costs one
+line."""
 
 import difflib
 from typing import Any, get_type_hints
@@ -7,7 +8,14 @@ from engine.errors import UserError
 
 
 def parse_flags(
-    config_class: type, flags: list[str], *, prog: str, usage: str, first: str, default: Any, others: tuple[str, ...] = ()
+    config_class: type,
+    flags: list[str],
+    *,
+    prog: str,
+    usage: str,
+    first: str,
+    default: Any,
+    others: tuple[str, ...] = (),
 ) -> Any | None:
     """`default` with `flags` on top; None where help was asked for and printed, `usage` above the flags.
 
@@ -51,7 +59,9 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
     """Name the first flag or value that cannot be used, in one line and with a suggestion."""
     types = get_type_hints(config_class)
     accepted = {f"--{name.replace('_', '-')}": kind for name, kind in types.items()}
-    switches = {switch for flag, kind in accepted.items() if kind is bool for switch in (flag, f"--no-{flag[2:]}")}
+    switches = {
+        switch for flag, kind in accepted.items() if kind is bool for switch in (flag, f"--no-{flag[2:]}")
+    }
     given: list[tuple[str, list[str]]] = []
     for word in flags:
         # A single dash starts a negative number, not a flag.
@@ -59,7 +69,10 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-")
             if flag not in accepted and flag not in switches:
-                raise UserError(f"unknown flag {flag}.{suggest(flag, [*accepted, *sorted(switches), *others])} See --help.")
+                raise UserError(
+                    f"unknown flag {flag}.{suggest(flag, [*accepted, *sorted(switches), *others])} See "
+                    "--help."
+                )
             given.append((flag, [value] if equals else []))
         elif not given:
             raise UserError(f"unexpected word {word!r}; the {first} comes first, then flags; see --help.")
@@ -77,7 +90,9 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
         element = kind.__args__[0] if several else kind
         for value in values:
             if element in (int, float) and not _is(element, value):
-                raise UserError(f"{flag} {value}: must be {'a whole number' if element is int else 'a number'}.")
+                raise UserError(
+                    f"{flag} {value}: must be {'a whole number' if element is int else 'a number'}."
+                )
 
 
 def suggest(word: str, accepted: list[str]) -> str:

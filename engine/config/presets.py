@@ -2,39 +2,40 @@
 
 from dataclasses import fields, replace
 
-from engine.config.run import IterativeConfig, RunConfig
+from engine.config.run import RunConfig
 
 # The settings that determine the reference's samples, their scores and the kept states.
 SAMPLING = (
-    "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout", "prompt_column", "system", "n_prompts",
-    "n_responses", "max_new_tokens", "temperature", "top_p", "tune", "lora_from", "memory_budget_mb", "eval_prompts",
-    "eval_responses",
+    "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout", "prompt_column",
+    "system", "n_prompts", "n_responses", "max_new_tokens", "temperature", "top_p", "tune", "lora_from",
+    "memory_budget_mb", "eval_prompts", "eval_responses",
 )  # fmt: skip
 SMOKE = {
-    "n_prompts": 12, "n_responses": 4, "max_new_tokens": 8, "rollout_rows": 32, "steps": 3, "prompts_per_step": 2,
-    "responses_per_prompt": 3, "warmup_steps": 1, "margin": 0.0, "checkpoint_every": 1, "eval_prompts": 8, "eval_responses": 2,
+    "model": "smoke", "n_prompts": 12, "n_responses": 4, "max_new_tokens": 8, "rollout_rows": 32, "steps": 3,
+    "prompts_per_step": 2, "responses_per_prompt": 3, "warmup_steps": 1, "margin": 0.0, "checkpoint_every": 1,
+    "eval_prompts": 8, "eval_responses": 2, "iterations": 3, "slack_prompts": 6, "slack_responses": 2,
+    "ascent_prompts": 4, "preference_steps": 3,
 }  # fmt: skip
 
 
 def smoke(config: RunConfig) -> RunConfig:
-    """The whole loop on a tiny random model in under 30 seconds: `python -m engine.train --preset smoke`. Fields that the
-    user set to something else than the default stay as they are."""
-    default = type(config)()
-    iterative = {"iterations": 3, "slack_prompts": 6, "slack_responses": 2} if isinstance(config, IterativeConfig) else {}
-    others = {name: value for name, value in {"ascent_prompts": 4, "preference_steps": 3}.items() if hasattr(config, name)}
-    small = dict(SMOKE, model="smoke", **iterative, **others)
-    kept = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
-    return replace(config, **{name: value for name, value in small.items() if name not in kept})
+    """Shrink the whole loop to a tiny random model and under 30 seconds: `python -m engine.train --preset
+    smoke`. Fields that the user set to something else than the default stay as they are."""
+    untouched = {f.name for f in fields(config) if getattr(config, f.name) == f.default}
+    return replace(config, **{name: value for name, value in SMOKE.items() if name in untouched})
 
 
 def fit(config: RunConfig, n_train: int, n_heldout: int) -> tuple[RunConfig, str]:
-    """(the config with its numbers of prompts lowered to those that are there, which flags were lowered to what)."""
+    """(the config with its numbers of prompts lowered to those that are there, which flags were lowered to
+    what)."""
     caps = {"n_prompts": n_train, "eval_prompts": n_heldout}
     n = min(config.n_prompts, n_train)
-    if isinstance(config, IterativeConfig):
+    if config.slack_prompts:
         if config.slack_prompts + config.prompts_per_step > n:
             caps["slack_prompts"] = max(2, n // 3)
         n -= min(config.slack_prompts, caps.get("slack_prompts", n))
     caps["prompts_per_step"] = max(1, n)
     lowered = {name: cap for name, cap in caps.items() if cap < getattr(config, name)}
-    return replace(config, **lowered), ", ".join(f"--{name.replace('_', '-')} is {cap}" for name, cap in lowered.items())
+    return replace(config, **lowered), ", ".join(
+        f"--{name.replace('_', '-')} is {cap}" for name, cap in lowered.items()
+    )

@@ -1,6 +1,25 @@
 """The settings that all algorithms share."""
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.config.bounds import bounded, check_bounds, one_of
+from engine.errors import UserError
+
+FEW_PROMPTS = (
+    "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts or "
+    "--heldout"
+)
+
+
+class Draws(NamedTuple):
+    """Responses that a run samples from its policies while it trains: so many times, to so many prompts, so
+    many of each."""
+
+    times: int
+    prompts: int
+    responses: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,11 +30,11 @@ class RunConfig:
     """Run folder, must not exist yet. Default: runs/DATE-ALGORITHM-seedSEED."""
     seed: int = 0
     """Seed of all random numbers: equal seeds give bitwise equal runs on one machine."""
-    device: str = "auto"
+    device: str = one_of("auto", "cpu", "cuda")
     """auto, cpu or cuda."""
-    dtype: str = "auto"
+    dtype: str = one_of("auto", "float32", "bfloat16", "float16")
     """auto (float32 on CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
-    threads: int = 0
+    threads: int = bounded(0, at_least=0)
     """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
     force: bool = False
     """Go on with thresholds beyond what the samples support."""
@@ -23,12 +42,15 @@ class RunConfig:
     """Also write TensorBoard event files (needs the package tensorboard)."""
 
     model: str = ""
-    """Local Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""
+    """Local Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by
+    pip."""
     reward: str = "helpfulness"
-    """Reward: a shipped head (helpfulness), a head folder, a sequence-classification model, or module:function; NAME=, NAME=- as --cost."""
+    """Reward: a shipped head (helpfulness), a head folder, a sequence-classification model, or
+    module:function; NAME=, NAME=- as --cost."""
     cost: tuple[str, ...] = ("harm",)
-    """Costs, smaller is better: shipped head (harm), head folder, sequence-classification model, or module:function. NAME=COST gives a
-    name, and NAME=-COST takes the negative of a score of which larger is better."""
+    """Costs, smaller is better: shipped head (harm), head folder, sequence-classification model, or
+    module:function. NAME=COST gives a name, and NAME=-COST takes the negative of a score of which larger is
+    better."""
     audit: tuple[str, ...] = ("harm-audit",)
     """Costs that are reported and never optimised. Same forms as --cost."""
 
@@ -39,102 +61,245 @@ class RunConfig:
     prompt_column: str = "prompt"
     """Column with the prompt text or the chat messages."""
     system: str = "Answer in one sentence of at most 15 words."
-    """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer without a template."""
+    """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer
+    without a template."""
 
     samples_of: str = ""
-    """Take the reference's samples, for training and for the verdict, from this run with equal settings instead of drawing them again."""
-    n_prompts: int = 400
+    """Take the reference's samples, for training and for the verdict, from this run with equal settings
+    instead of drawing them again."""
+    n_prompts: int = bounded(400, at_least=2, says=FEW_PROMPTS)
     """Training prompts sampled from the reference, at most: a seeded subset."""
-    n_responses: int = 8
+    n_responses: int = bounded(8, at_least=2)
     """Responses per prompt (G)."""
-    max_new_tokens: int = 48
+    max_new_tokens: int = bounded(48, above=0)
     """Longest response, in tokens."""
-    temperature: float = 0.7
+    temperature: float = bounded(0.7, above=0, says="must be above 0, as the policy is a distribution")
     """Sampling temperature; it defines the policy, so log-probs use it too."""
-    top_p: float = 1.0
+    top_p: float = bounded(1.0, above=0, at_most=1)
     """Nucleus mass; 1 is off."""
-    rollout_rows: int = 384
-    """Responses decoded side by side; the default is lowered where memory is short. Samples do not depend on it, but for rounding."""
+    rollout_rows: int = bounded(384, above=0)
+    """Responses decoded side by side; the default is lowered where memory is short. Samples do not depend on
+    it, but for rounding."""
 
     threshold: tuple[float, ...] = (0.3,)
-    """b: required improvement of each utility over the reference, in its within-prompt standard deviations."""
-    cost_mean: tuple[float, ...] = ()
-    """Largest mean of each cost, in the scorer's own units, instead of --threshold; inf for a cost that keeps --threshold."""
-    cost_rate: tuple[float, ...] = ()
-    """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold; 1 for a cost that keeps --threshold."""
+    """b: required improvement of each utility over the reference, in its within-prompt standard
+    deviations."""
+    cost_mean: tuple[float, ...] = bounded(
+        (), above=-math.inf, infinite=True, says="must be a number, or inf for a cost that keeps --threshold"
+    )
+    """Largest mean of each cost, in the scorer's own units, instead of --threshold; inf for a cost that keeps
+    --threshold."""
+    cost_rate: tuple[float, ...] = bounded(
+        (),
+        above=0,
+        at_most=1,
+        says="must lie above 0 and not above 1, such as 0.02; no sample can confirm a rate of 0",
+    )
+    """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold; 1 for a cost that
+    keeps --threshold."""
     unsafe_above: tuple[float, ...] = (0.0,)
-    """A response is unsafe where a cost lies above this, in the scorer's own units: one value, or one per cost."""
+    """A response is unsafe where a cost lies above this, in the scorer's own units: one value, or one per
+    cost."""
     cost_on: tuple[str, ...] = ()
-    """Kind of prompts (the column kind) that each constraint is about, such as delicate: its mean runs over these. all, the default, is
-    every prompt."""
-    beta: float = 1.0
+    """Kind of prompts (the column kind) that each constraint is about, such as delicate: its mean runs over
+    these. all, the default, is every prompt."""
+    beta: float = bounded(1.0, above=0)
     """Weight of KL(policy || reference), in units of the scaled reward."""
-    margin: float = 3.3
-    """The dual aims at b + margin x the standard error predicted for the held-out set; 0 is the papers' method."""
-    lam_max: float = 20.0
+    margin: float = bounded(3.3, at_least=0)
+    """The dual aims at b + margin x the standard error predicted for the held-out set; 0 is the papers'
+    method."""
+    lam_max: float = bounded(20.0, above=0)
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = 5
+    steps: int = bounded(5, above=0)
     """Policy steps per iteration."""
-    prompts_per_step: int = 16
+    prompts_per_step: int = bounded(16, above=0)
     """Prompts in one policy step, at most."""
-    tokens_per_forward: int = 16384
-    """Most tokens of one forward and backward pass of a policy step, prompts counted once; a larger step adds up the gradients of parts."""
+    tokens_per_forward: int = bounded(16384, above=0)
+    """Most tokens of one forward and backward pass of a policy step, prompts counted once; a larger step adds
+    up the gradients of parts."""
     activation_checkpointing: bool = False
-    """Keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third more time."""
+    """Keep only the input of each layer for the backward pass and compute the rest again: less memory, about
+    a third more time."""
     responses_per_prompt: int = 2
-    """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs are used. 0 takes all G, which
-    fits the tilt itself; the two ends act like a smaller --beta."""
-    labels: str = "regression"
-    """regression (least squares of margins on score differences), soft (expected Bradley-Terry label), sampled (a random draw of it, as in
-    the papers), listwise (cross-entropy over a prompt's responses) or single (least squares of each response, DRO)."""
-    learning_rate: float = 1.5e-3
+    """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs
+    are used. 0 takes all G, which fits the tilt itself; the two ends act like a smaller --beta."""
+    labels: str = one_of("soft", "sampled", "regression", "listwise", "single", default="regression")
+    """regression (least squares of margins on score differences), soft (expected Bradley-Terry label),
+    sampled (a random draw of it, as in the papers), listwise (cross-entropy over a prompt's responses) or
+    single (least squares of each response, DRO)."""
+    learning_rate: float = bounded(1.5e-3, above=0)
     """Peak learning rate of AdamW. The default is for adapters; --tune full wants one of about 1e-5."""
-    warmup_steps: int = 1
+    warmup_steps: int = bounded(1, at_least=0)
     """Linear warm-up at the start of the run, in steps."""
-    schedule: str = "constant"
-    """Learning rate after the warm-up: constant, or linear or cosine: down to 0 over the steps of each policy update, which starts at the
-    peak again."""
-    weight_decay: float = 0.0
+    schedule: str = one_of("constant", "linear", "cosine")
+    """Learning rate after the warm-up: constant, or linear or cosine: down to 0 over the steps of each policy
+    update, which starts at the peak again."""
+    weight_decay: float = bounded(0.0, at_least=0)
     """AdamW weight decay."""
-    clip_norm: float = 1.0
+    clip_norm: float = bounded(1.0, above=0)
     """Largest gradient norm."""
-    tune: str = "lora"
-    """lora: train an adapter on the frozen model. full: train all weights; each iterate is a whole checkpoint, --checkpoint-every
-    writes 12 bytes for every weight, and the --lora flags say nothing."""
-    lora_rank: int = 8
+    tune: str = one_of("lora", "full")
+    """lora: train an adapter on the frozen model. full: train all weights; each iterate is a whole
+    checkpoint, --checkpoint-every writes 12 bytes for every weight, and the --lora flags say nothing."""
+    lora_rank: int = bounded(8, above=0)
     """Rank of the adapter."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = bounded(16.0, above=0)
     """The adapter's output is multiplied by lora_alpha / lora_rank."""
-    lora_from: float = 0.5
-    """The adapter sits on the layers from this share of the depth on; the layers below are computed once per sample."""
-    memory_budget_mb: int = 0
+    lora_from: float = bounded(0.5, at_least=0, below=1)
+    """The adapter sits on the layers from this share of the depth on; the layers below are computed once per
+    sample."""
+    memory_budget_mb: int = bounded(0, at_least=0)
     """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and 4096 on a GPU."""
-    checkpoint_every: int = 2
+    checkpoint_every: int = bounded(2, above=0)
     """Policy steps between checkpoints inside an iteration."""
 
-    eval_prompts: int = 96
+    eval_prompts: int = bounded(96, at_least=2, says=FEW_PROMPTS)
     """Held-out prompts in the verdict, at most."""
-    eval_responses: int = 6
+    eval_responses: int = bounded(6, above=0)
     """Responses per held-out prompt."""
+
+    # These are no fields, hence no flags: they hold for every algorithm that does not say otherwise.
+    has_thresholds = True  # --threshold means something to it; without, a sweep trains it once for each seed
+    solves_dual = False  # it starts from the multipliers that are optimal on the reference's samples
+    pairs = "reference"
+    slack_prompts = 0
 
     @property
     def memory_budget_bytes(self) -> int | None:
         """Of the loss head, as the ops of `kernels` take it: None is their default for the device."""
         return self.memory_budget_mb * 2**20 or None
 
+    @property
+    def by_preference(self) -> bool:
+        """Whether scores are log-ratios of policies that are aligned to preferences."""
+        return False
+
+    @property
+    def pairs_file(self) -> str:
+        """The file of --pairs; empty where a policy update learns from samples."""
+        return "" if self.pairs in ("reference", "policy") else self.pairs
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps."""
+        return 1
+
+    @property
+    def measured_slacks(self) -> int:
+        """How often the algorithm measures the slack of a policy."""
+        return 0
+
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training besides the reference's samples, the slacks among it."""
+        return ()
+
+    def trained_responses(self, n: int) -> int:
+        """The number of responses, of a prompt's `n`, that a policy step trains on."""
+        return min(self.responses_per_prompt or n, n)
+
+    def check(self) -> None:
+        """Refuse values that no run can use: of each setting by itself, then of those that depend on each
+        other.
+
+        Raises: UserError naming the flag, its value and what is accepted.
+        """
+        check_bounds(self)
+        if self.responses_per_prompt and not 2 <= self.responses_per_prompt <= self.n_responses:
+            raise UserError(
+                f"--responses-per-prompt {self.responses_per_prompt}: must be at least 2 and at most "
+                f"--n-responses {self.n_responses}; 0 takes all."
+            )
+        if self.tune == "full" and self.by_preference:
+            raise UserError("--tune full: policies aligned to preferences are adapters; use --tune lora.")
+        if self.tune == "full" and self.learning_rate == RunConfig.learning_rate:
+            raise UserError(
+                f"--tune full: --learning-rate {self.learning_rate:g}, the default, is for adapters; give "
+                "one of about 1e-5."
+            )
+        if not self.cost:
+            raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
+        if len(set(self.cost)) != len(self.cost):
+            raise UserError(f"--cost {' '.join(self.cost)}: two costs have one name; name each once.")
+        if len(self.threshold) != len(self.cost):
+            raise UserError(
+                f"--threshold {' '.join(map(str, self.threshold))}: {len(self.threshold)} value(s) for "
+                f"{len(self.cost)} cost(s); give one threshold per cost."
+            )
+        self._check_limits()
+        if self.labels == "single" and self.pairs != "reference":
+            raise UserError(
+                "--labels single: its value is that of the reference's samples, and --pairs is "
+                f"{self.pairs}; use regression."
+            )
+
+    def _check_limits(self) -> None:
+        """Check what is asked of each cost besides its threshold."""
+        J = len(self.cost)
+        for name in ("cost_mean", "cost_rate", "cost_on", "unsafe_above"):
+            values = getattr(self, name)
+            if len(values) not in {"unsafe_above": (1, J)}.get(name, (0, J)):
+                raise UserError(
+                    f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} value(s) for "
+                    f"{J} cost(s); one per cost."
+                )
+        limited = zip(self.cost, self.cost_mean, self.cost_rate, strict=False)
+        twice = [cost for cost, mean, rate in limited if mean < math.inf and rate < 1]
+        if twice:
+            raise UserError(
+                f"--cost-mean and --cost-rate both limit {twice[0]}; give inf or 1 for one of the two."
+            )
+        limits_level = min(self.cost_mean, default=math.inf) < math.inf or min(self.cost_rate, default=1) < 1
+        if self.by_preference and limits_level:
+            raise UserError(
+                "--cost-mean, --cost-rate: log-ratios of policies have no level of their own; use "
+                "--threshold."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class IterativeConfig(RunConfig):
     """What algorithms need that measure the slack of their policies and descend the dual."""
 
-    iterations: int = 5
+    iterations: int = bounded(5, above=0)
     """T: policies trained; a dual step stands between two of them."""
-    slack_prompts: int = 64
-    """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where prompts are few."""
-    slack_responses: int = 3
+    slack_prompts: int = bounded(64, at_least=2, says=FEW_PROMPTS)
+    """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where
+    prompts are few."""
+    slack_responses: int = bounded(3, above=0)
     """Responses per prompt in the slack."""
-    lam_max_change: float = 2.0
+    lam_max_change: float = bounded(2.0, above=1)
     """Largest factor by which a multiplier may change in one dual step."""
-    max_kl: float = float("inf")
-    """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below it."""
+    max_kl: float = bounded(math.inf, above=0, infinite=True)
+    """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below
+    it."""
+
+    @property
+    def policy_updates(self) -> int:
+        """How often the algorithm takes `steps` policy steps."""
+        return self.iterations
+
+    @property
+    def measured_slacks(self) -> int:
+        """How often the algorithm measures the slack of a policy."""
+        return self.iterations
+
+    @property
+    def fresh_samples(self) -> tuple[Draws, ...]:
+        """What is sampled in training besides the reference's samples, the slacks among it."""
+        return (Draws(self.measured_slacks, self.slack_prompts, self.slack_responses),)
+
+    def check(self) -> None:
+        """Refuse values that no run can use; see `RunConfig.check`."""
+        super().check()
+        if self.slack_responses > self.n_responses:
+            raise UserError(
+                f"--slack-responses {self.slack_responses}: must be at most --n-responses {self.n_responses}."
+            )
+        if self.slack_prompts + self.prompts_per_step > self.n_prompts:
+            raise UserError(
+                f"--slack-prompts {self.slack_prompts}: slack and pairs need disjoint prompts, and "
+                f"{self.n_prompts} prompts leave fewer than --prompts-per-step {self.prompts_per_step}; "
+                "lower these or give more prompts."
+            )

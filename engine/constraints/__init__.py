@@ -10,7 +10,7 @@ from engine.constraints.training import (
     limits,
     missing,
     required,
-    weighted,
+    weights,
 )
 
 __all__ = [
@@ -29,6 +29,6 @@ __all__ = [
     "missing",
     "required",
     "unsafe_above",
-    "weighted",
+    "weights",
     "word",
 ]

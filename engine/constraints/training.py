@@ -48,18 +48,18 @@ def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
                 )
 
 
-def weighted(limits: Sequence[Limit], scores: Scores, prompts: Prompts, reference: Prompts) -> Tensor:
-    """Returns utilities as the Lagrangian counts them, float64 [P, G, J].
+def weights(limits: Sequence[Limit], prompts: Prompts, reference: Prompts) -> Tensor:
+    """Returns how much the Lagrangian counts each utility of each prompt, float64 [P, J].
 
-    The shares of the kinds of prompts are those among the `reference` prompts.
+    A constraint on one kind of prompts counts there with weight 1 / (their share among the `reference` prompts),
+    elsewhere not at all.
     """
-    utility_PGJ = scores.utility_PGJ.clone()
+    weight_PJ = torch.ones(len(prompts), len(limits), dtype=torch.float64)
     for j, limit in enumerate(limits):
         if limit.on:
-            weight_P = torch.zeros(len(prompts), dtype=torch.float64)
-            weight_P[limit.rows(prompts)] = len(reference) / len(limit.rows(reference))
-            utility_PGJ[..., j] *= weight_P[:, None]
-    return utility_PGJ
+            weight_PJ[:, j] = 0.0
+            weight_PJ[limit.rows(prompts), j] = len(reference) / len(limit.rows(reference))
+    return weight_PJ
 
 
 def required(limits: Sequence[Limit], scores: Scores, prompts: Prompts, units: Units) -> Tensor:

@@ -1,18 +1,23 @@
-"""Seeded choices among prompts: subsets, splits, the deal of an iteration and the schedule of its steps."""
+"""Seeded choices among prompts: subsets, splits, the prompts of an iteration and of its steps."""
 
 import hashlib
 
+from engine import keys
 from engine.errors import UserError
 from engine.records import Prompts
 
 
 def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
-    """Indices of n prompts, chosen and ordered by a hash of (seed, purpose, key): the order of the file does not matter.
+    """Choose n prompts and order them by a hash of (seed, purpose, key).
 
-    Raises: UserError where n is more than the prompts there are.
+    So the order of the file has no effect. Returns their indices. Raises: UserError where there are fewer
+    than n prompts.
     """
     if n > len(prompts):
-        raise UserError(f"{n} prompts asked for {purpose}, but there are only {len(prompts)}; ask for fewer or give more prompts.")
+        raise UserError(
+            f"{n} prompts asked for {purpose}, but there are only {len(prompts)}; "
+            "ask for fewer or give more prompts."
+        )
     key_P = prompts.key_P.tolist()
 
     def rank(i: int) -> bytes:
@@ -22,24 +27,30 @@ def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
 
 
 def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], list[int]]:
-    """(train indices, held-out indices): a seeded share is held out, at least one prompt on either side.
+    """Hold out a seeded share of the prompts, with at least one prompt on either side.
 
-    Raises: UserError where there are fewer than two prompts.
+    Returns (training indices, held-out indices). Raises: UserError where there are fewer than two prompts.
     """
     if len(prompts) < 2:
-        raise UserError(f"{len(prompts)} prompt(s) cannot be split into training and held-out ones; give at least 2, or --heldout.")
-    order = subset(prompts, len(prompts), seed, "split")
+        raise UserError(
+            f"{len(prompts)} prompt(s) cannot be split into training and held-out ones; "
+            "give at least 2, or --heldout."
+        )
+    order = subset(prompts, len(prompts), seed, keys.SPLIT)
     n_heldout = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
     return order[n_heldout:], order[:n_heldout]
 
 
-def deal(prompts: Prompts, seed: int, iteration: int, n_pairs: int, n_slack: int) -> tuple[list[int], list[int]]:
-    """(prompts for pairs, prompts for the slack) of an iteration (from 1), disjoint.
+def deal(
+    prompts: Prompts, seed: int, iteration: int, n_pairs: int, n_slack: int
+) -> tuple[list[int], list[int]]:
+    """Deal the prompts of an iteration (counted from 1): disjoint ones for its pairs and for its slack.
 
-    One seeded shuffle is dealt on from iteration to iteration: pairs repeat only when all prompts have been used, as a policy learns
-    little from pairs that it knows by heart, and the slack is measured on the prompts that come next, as long as they last never seen.
+    All iterations deal on from one seeded shuffle. So a prompt gives pairs again only after all prompts have
+    been used, as a policy learns little from pairs that it knows by heart; and the slack is measured on the
+    prompts that come next in the shuffle, which no pairs have used yet as long as the prompts last.
     """
-    deck = subset(prompts, len(prompts), seed, "deck")
+    deck = subset(prompts, len(prompts), seed, keys.DECK)
     pool = min(n_pairs, len(deck) - n_slack)
     start = (iteration - 1) * pool % len(deck)
     turned = deck[start:] + deck[:start]
@@ -47,10 +58,13 @@ def deal(prompts: Prompts, seed: int, iteration: int, n_pairs: int, n_slack: int
 
 
 def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: int) -> list[list[int]]:
-    """The prompts of each step: seeded shuffles of all of them, one after another; depends on (seed, purpose) and prompt keys alone."""
+    """List the prompts of each step: seeded shuffles of all prompts, one after another.
+
+    The result depends only on (seed, purpose) and the prompts' keys.
+    """
     order: list[int] = []
     epoch = 0
     while len(order) < per_step * steps:
-        order += subset(prompts, len(prompts), seed, f"{purpose}/epoch-{epoch}")
+        order += subset(prompts, len(prompts), seed, keys.epoch(purpose, epoch))
         epoch += 1
     return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]

@@ -1,9 +1,10 @@
-"""Prompts from files to token ids: read, check, apply the chat template once, key, choose and split."""
+"""From rows of files to prompts: checked, put into the chat template once, as token ids with keys."""
 
 import hashlib
 import json
 import unicodedata
 from array import array
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from sys import byteorder
@@ -16,14 +17,34 @@ from engine.errors import UserError
 from engine.records import Prompts
 
 
-def load_prompts(source: str | list[str], tokenizer, *, column: str = "prompt", system: str = "", max_prompt_tokens: int) -> Prompts:
+@dataclass(frozen=True, kw_only=True)
+class TextLimits:
+    """How texts become token ids that a model can read in a run."""
+
+    system: str  # put before messages that have no system message
+    max_positions: int  # the longest prompt and response together that the model reads
+    max_new_tokens: int  # responses are cut to this many tokens
+    vocab_size: int  # token ids from here on are unknown to the model
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Return the length of the longest prompt that leaves room for a response."""
+        return self.max_positions - self.max_new_tokens
+
+
+def load_prompts(
+    source: str | list[str], tokenizer, *, column: str = "prompt", system: str = "", max_prompt_tokens: int
+) -> Prompts:
     """Read prompts, apply the tokenizer's chat template once and tokenise.
 
-    source: a jsonl, csv or parquet file, a name for `datasets.load_dataset` (split train), or a list of these.
-    column: holds text, chat messages (a list of {"role", "content"}) or the JSON of such a list. The optional column "kind" is a label.
-    system: put before messages that have no system message; a tokenizer without a chat template takes the text alone (and its own bos).
+    source: a jsonl, csv or parquet file, a name for `datasets.load_dataset` (split train), or a list of
+    these.
+    column: its cells are texts, chat messages (lists of {"role", "content"}) or such lists as JSON. The
+    optional column "kind" is a label.
+    system: put before messages that have no system message. A tokenizer without a chat template takes the
+    text alone, and adds its bos itself.
 
-    Raises: UserError naming the file and the line (the row, counted from 1, where there are no lines).
+    Raises: UserError naming the file and the line (where there are no lines, the row, counted from 1).
     """
     text, kind, token_ids = [], [], []
     place_of: dict[int, str] = {}
@@ -33,23 +54,32 @@ def load_prompts(source: str | list[str], tokenizer, *, column: str = "prompt", 
             raise UserError(f"{name}: no prompts in it; give at least one row with the column {column!r}.")
         for place, row in rows:
             if column not in row:
-                raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(map(str, row)) or 'none'}. See --prompt-column.")
+                columns = ", ".join(map(str, row)) or "none"
+                raise UserError(
+                    f"{place}: no column {column!r}; columns found: {columns}. See --prompt-column."
+                )
             messages = as_messages(row[column], column, place)
             ids = chat_ids(messages, tokenizer, system, place)
-            if len(ids) > max_prompt_tokens:
-                raise UserError(f"{place}: the prompt has {len(ids)} tokens, the limit is {max_prompt_tokens}; shorten or remove it.")
+            check_length(ids, max_prompt_tokens, place)
             key = prompt_key(ids)
             if key in place_of:
-                raise UserError(f"{place}: the same prompt as {place_of[key]}; remove one, as equal prompts get equal random numbers.")
+                raise UserError(
+                    f"{place}: the same prompt as {place_of[key]}; remove one, "
+                    "as equal prompts get equal random numbers."
+                )
             place_of[key] = place
             text.append(messages[-1]["content"])
             kind.append(_kind(row.get("kind"), place))
             token_ids.append(ids)
-    return Prompts(text=text, kind=kind, token_ids=token_ids, key_P=torch.tensor(list(place_of), dtype=torch.int64))
+    key_P = torch.tensor(list(place_of), dtype=torch.int64)
+    return Prompts(text=text, kind=kind, token_ids=token_ids, key_P=key_P)
 
 
 def prompt_key(token_ids: list[int]) -> int:
-    """A hash of the token ids in [0, 2^63): BLAKE2b over little-endian int64, equal in every process and on every machine."""
+    """Hash token ids to a number in [0, 2^63), the same in every process and on every machine.
+
+    The hash is BLAKE2b over little-endian int64.
+    """
     packed = array("q", token_ids)
     if byteorder == "big":
         packed.byteswap()
@@ -57,26 +87,34 @@ def prompt_key(token_ids: list[int]) -> int:
 
 
 def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:
-    """Raises: UserError naming the first held-out prompt that is also one of `train`, each of them a `use`."""
+    """Refuse held-out prompts that are also among `train`; `use` says in the message what the latter are.
+
+    Raises: UserError naming the first such prompt.
+    """
     train_keys = set(train.key_P.tolist())
     for key, text in zip(heldout.key_P.tolist(), heldout.text, strict=True):
         if key in train_keys:
-            raise UserError(f"the held-out prompt {text[:60]!r} is also a {use}; remove it from one of the two.")
+            raise UserError(
+                f"the held-out prompt {text[:60]!r} is also a {use}; remove it from one of the two."
+            )
 
 
 def shipped_prompts(split: Literal["train", "heldout"]) -> list[str]:
-    """Paths of the project's own prompts, for `load_prompts`."""
+    """Return the paths of the prompts that come with the project, for `load_prompts`."""
     folder = files("engine") / "assets" / "prompts"
     return [str(folder / f"{kind}_{split}.jsonl") for kind in ("everyday", "delicate")]
 
 
 def lookalike_prompts() -> str:
-    """Path of the project's harmless prompts that sound dangerous, for `load_prompts`: no run trains on them."""
+    """Return the path of the shipped harmless prompts that sound dangerous: no run trains on them."""
     return str(files("engine") / "assets" / "prompts" / "lookalike.jsonl")
 
 
 def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
-    """Indices of the prompts that are training prompts too: whole conversations, compared without case, white space and ligatures."""
+    """Return the indices of the prompts that are training prompts too.
+
+    Whole conversations are compared, without case, white space and ligatures.
+    """
 
     def normal(token_ids: list[int]) -> str:
         return "".join(unicodedata.normalize("NFKC", tokenizer.decode(token_ids)).casefold().split())
@@ -86,13 +124,16 @@ def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
 
 
 def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
-    """The cell as chat messages that end with a user turn."""
+    """Turn a cell into chat messages that end with a user turn.
+
+    Raises: UserError where it is neither text nor messages.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             parsed = json.loads(value)
         except (json.JSONDecodeError, RecursionError):
             parsed = None
-        # Text may start with "[" and even be a JSON list; only a list of objects is meant as messages.
+        # A plain text may start with "[" and even be a JSON list: only a list of objects counts as messages.
         if isinstance(parsed, list) and parsed and all(isinstance(message, dict) for message in parsed):
             value = parsed
     if isinstance(value, str):
@@ -100,23 +141,37 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     if value is None or value == []:
         raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
     if not isinstance(value, list):
-        raise UserError(f"{place}: column {column!r} holds a {type(value).__name__}; give text or a list of messages.")
+        kind = type(value).__name__
+        raise UserError(f"{place}: column {column!r} holds a {kind}; give text or a list of messages.")
     for message in value:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise UserError(f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.')
+        if not (
+            isinstance(message, dict)
+            and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        ):
+            raise UserError(
+                f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.'
+            )
         check_encodes(message["content"], place)
     if value[-1]["role"] != "user":
-        raise UserError(f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn.")
+        raise UserError(
+            f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn."
+        )
     if not value[-1]["content"].strip():
         raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str) -> list[int]:
-    """Token ids of the whole prompt, special tokens included once."""
+    """Tokenise a whole prompt, with its special tokens once.
+
+    Raises: UserError where the tokenizer has no chat template for several messages, or its template refuses
+    them.
+    """
     if not tokenizer.chat_template:
         if len(messages) > 1:
-            raise UserError(f"{place}: {len(messages)} messages, but the tokenizer has no chat template; give plain text.")
+            raise UserError(
+                f"{place}: {len(messages)} messages, but the tokenizer has no chat template; give plain text."
+            )
         return tokenizer.encode(messages[0]["content"])
 
     from jinja2 import TemplateError
@@ -131,10 +186,21 @@ def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def check_length(token_ids: list[int], limit: int, place: str) -> None:
+    """Refuse a prompt of more than `limit` tokens. Raises: UserError."""
+    if len(token_ids) > limit:
+        raise UserError(
+            f"{place}: the prompt has {len(token_ids)} tokens, the limit is {limit}; shorten or remove it."
+        )
+
+
 def check_known(token_ids: list[int], vocab_size: int, place: str) -> None:
-    """Raises: UserError where a text has a special token that the model does not know."""
+    """Refuse a text with a special token that the model does not know. Raises: UserError."""
     if max(token_ids, default=0) >= vocab_size:
-        raise UserError(f"{place}: it has token id {max(token_ids)}, the model knows {vocab_size} tokens; remove that special token.")
+        raise UserError(
+            f"{place}: it has token id {max(token_ids)}, the model knows {vocab_size} tokens; "
+            "remove that special token."
+        )
 
 
 def _kind(value: object, place: str) -> str:

@@ -9,15 +9,21 @@ from engine.errors import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
+# A row with its place, such as "FILE:7", which error messages name.
+PlacedRow = tuple[str, dict]
 
-def read_rows(source: str) -> list[tuple[str, dict]]:
-    """(place, row) of every row of a file or a dataset."""
+
+def read_rows(source: str) -> list[PlacedRow]:
+    """Read every row of a file, or of the dataset of that name.
+
+    Raises: UserError where neither can be read.
+    """
     path = Path(source)
     return read_file(source) if path.suffix in SUFFIXES or path.is_file() else _read_dataset(source)
 
 
-def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, dict]]:
-    """(place, row) of every row of a file; the place is what error messages name. A csv's cells are texts.
+def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[PlacedRow]:
+    """Read every row of a file. The cells of a csv file are texts.
 
     Raises: UserError for a file that is missing, of another kind or malformed.
     """
@@ -29,55 +35,64 @@ def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[s
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); check the path and its permissions.") from None
+        raise UserError(
+            f"{source}: cannot be read ({error.strerror}); check the path and its permissions."
+        ) from None
     if path.suffix == ".parquet":
         return _read_parquet(source, data)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{source}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8.") from None
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise UserError(f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.") from None
     return _read_jsonl(source, text) if path.suffix == ".jsonl" else _read_csv(source, text)
 
 
-def _read_jsonl(source: str, text: str) -> list[tuple[str, dict]]:
+def _read_jsonl(source: str, text: str) -> list[PlacedRow]:
     rows = []
-    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+    # splitlines() would also split at U+2028 and the like, which JSON strings may hold unescaped.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        place = f"{source}:{number}"
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            raise UserError(f"{source}:{number}: malformed JSON ({detail}); a jsonl file has one object per line.") from None
+            parsed = isinstance(error, json.JSONDecodeError)
+            reason = f"{error.msg}, column {error.colno}" if parsed else "nested too deep"
+            raise UserError(
+                f"{place}: malformed JSON ({reason}); a jsonl file has one object per line."
+            ) from None
         if not isinstance(row, dict):
-            raise UserError(f'{source}:{number}: a JSON {type(row).__name__}, not an object; write {{"prompt": ...}}.')
+            raise UserError(f'{place}: a JSON {type(row).__name__}, not an object; write {{"prompt": ...}}.')
         if "\\u" in line:
-            check_encodes(json.dumps(row, ensure_ascii=False), f"{source}:{number}")
-        rows.append((f"{source}:{number}", row))
+            check_encodes(json.dumps(row, ensure_ascii=False), place)
+        rows.append((place, row))
     return rows
 
 
-def _read_csv(source: str, text: str) -> list[tuple[str, dict]]:
+def _read_csv(source: str, text: str) -> list[PlacedRow]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows, header, first_line = [], None, 1
+    # A quoted field may span several lines: a row is named by its first one.
+    rows, header, line = [], None, 1
     try:
         for fields in reader:
             if fields and header is None:
                 header = fields
             elif fields:
                 if len(fields) != len(header):
-                    raise UserError(f"{source}:{first_line}: {len(fields)} fields, the header has {len(header)}; quote fields with commas.")
-                rows.append((f"{source}:{first_line}", dict(zip(header, fields, strict=True))))
-            # A quoted field may span lines: a row is named by its first one.
-            first_line = reader.line_num + 1
+                    raise UserError(
+                        f"{source}:{line}: {len(fields)} fields, the header has {len(header)}; "
+                        "quote fields with commas."
+                    )
+                rows.append((f"{source}:{line}", dict(zip(header, fields, strict=True))))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{source}:{first_line}: malformed CSV ({error}); check the quotes.") from None
+        raise UserError(f"{source}:{line}: malformed CSV ({error}); check the quotes.") from None
     return rows
 
 
-def _read_parquet(source: str, data: bytes) -> list[tuple[str, dict]]:
+def _read_parquet(source: str, data: bytes) -> list[PlacedRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -90,26 +105,38 @@ def _read_parquet(source: str, data: bytes) -> list[tuple[str, dict]]:
     return [(f"{source} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _read_dataset(source: str) -> list[tuple[str, dict]]:
+def _read_dataset(source: str) -> list[PlacedRow]:
     try:
         # Lazy: this import takes seconds.
         import datasets
     except ImportError:
-        raise UserError(f"{source}: no such file; a dataset of that name needs the package datasets: pip install datasets.") from None
+        raise UserError(
+            f"{source}: no such file; a dataset of that name needs the package datasets: "
+            "pip install datasets."
+        ) from None
     try:
         rows = datasets.load_dataset(source, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{source}: neither a {', '.join(SUFFIXES)} file nor a dataset that loads ({first_line(error)}).") from None
+        kinds = ", ".join(SUFFIXES)
+        raise UserError(
+            f"{source}: neither a {kinds} file nor a dataset that loads ({first_line(error)})."
+        ) from None
     return [(f"{source} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def check_encodes(text: str, place: str) -> None:
-    """JSON's escapes can write what no tokenizer reads."""
+    """Refuse half a surrogate pair, which an escape in JSON can write and no tokenizer reads.
+
+    Raises: UserError.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{place}: the text holds half a surrogate pair (\\ud800 to \\udfff alone); remove it.") from None
+        raise UserError(
+            f"{place}: the text holds half a surrogate pair (\\ud800 to \\udfff alone); remove it."
+        ) from None
 
 
 def first_line(error: Exception) -> str:
+    """Shorten an error to the first line of its message, or to its class where it has none."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -7,22 +7,25 @@ The layers below the adapter equal the reference, so their states are computed o
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.config import PrimalDualConfig, RunConfig, trained_responses
+from engine import keys
+from engine.config import PrimalDualConfig, RunConfig
 from engine.data.dealing import schedule
 from engine.errors import NonFiniteError, UserError
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.model.packing import LowerStates
+from engine.policy.forward import states_and_head
 from engine.policy.losses import listwise, regression, single
 from engine.policy.pairs import within_prompts
+from engine.policy.samples import Samples
 from engine.policy.weights import Weights, policy_of
-from engine.records import Pairs, Prompts, Rollouts, Scores, Target
+from engine.records import Pairs, ScoredTarget
+from engine.run.rows import AscentStepRow, PairStepRow, StepRow
 from engine.run.run import Run, Stage
 from engine.run.store import save
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, sequence_logprob
@@ -48,18 +51,8 @@ class Policy:
         return sum(self.losses) / len(self.losses)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """Scored responses that an update learns from, in the run's units; `lower`: kept states below the adapter, or None."""
-
-    prompts: Prompts
-    rollouts: Rollouts
-    scores: Scores
-    lower: LowerStates | None
-
-
 def fit(
-    stage: Stage, run: Run, config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Weights, anchor: Weights | None,
+    stage: Stage, run: Run, config: RunConfig, model: Decoder, samples: Samples, target: ScoredTarget, adapter: Weights, anchor: Weights | None,
     *, train_on: list[int], iteration: int,
 ) -> Policy:  # fmt: skip
     """`config.steps` steps of the preference loss on pairs of `samples`, going on from `target.start` (None: from
@@ -72,7 +65,7 @@ def fit(
     """
     pool = samples.prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{iteration}", config.prompts_per_step, config.steps)
-    per_prompt = trained_responses(config, samples.rollouts.n)
+    per_prompt = config.trained_responses(samples.rollouts.n)
     pairs_of = [within_prompts(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG) for chosen in plan]
     for number, pairs in enumerate(pairs_of, 1):
         if not len(pairs.pairs):
@@ -85,7 +78,7 @@ def fit(
         pairs = pairs_of[step]
         total = accuracy = margin = 0.0
         for part, first in parts(pairs, _groups(samples, _rows_by_prompt(pairs)), config.tokens_per_forward):
-            result = _preference_loss(config, model, samples, target, adapter, anchor, part, iteration * 1_000_003 + step, first)
+            result = _preference_loss(config, model, samples, target, adapter, anchor, part, keys.label(iteration, step), first)
             total += _add_gradient(result.loss, _share(config.labels, part, pairs))
             share = len(part.pairs) / len(pairs.pairs)
             accuracy, margin = accuracy + share * float(result.accuracy), margin + share * float(result.margin.abs().mean())
@@ -93,7 +86,7 @@ def fit(
             "row": torch.tensor(pairs.row), "pairs": pairs.pairs
         }  # fmt: skip
 
-    return _take_steps(stage, run, config, adapter, target.start, iteration, loss_of)
+    return _take_steps(stage, run, config, adapter, target.start, iteration, PairStepRow, loss_of)
 
 
 def ascend(
@@ -132,11 +125,11 @@ def ascend(
         figures = {"clip_fraction": clipped, "advantage": advantage, "responses": len(step_rows)}
         return total, figures, {"row": torch.tensor(step_rows)}
 
-    return _take_steps(stage, run, config, adapter, start, iteration, loss_of)
+    return _take_steps(stage, run, config, adapter, start, iteration, AscentStepRow, loss_of)
 
 
 def _take_steps(
-    stage: Stage, run: Run, config: RunConfig, adapter: Weights, start: Policy | None, iteration: int,
+    stage: Stage, run: Run, config: RunConfig, adapter: Weights, start: Policy | None, iteration: int, row: type[StepRow],
     loss_of: Callable[[int], tuple[float, dict[str, float], dict[str, Tensor]]],
 ) -> Policy:  # fmt: skip
     """AdamW on the policy's weights. loss_of(step) adds the gradients and returns (loss, what the metrics row says of it, the batch to save
@@ -163,7 +156,7 @@ def _take_steps(
                 _stop_non_finite(run, stage, batch, adapter, loss, norm)
             optimizer.step()
             losses.append(loss)
-            stage.row("step", iteration=iteration, step=step + 1, loss=loss, grad_norm=norm, learning_rate=rate, **figures)
+            stage.log(row(iteration=iteration, step=step + 1, loss=loss, grad_norm=norm, learning_rate=rate, **figures))
             progress.advance(1)
             if stage.stopping or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
                 stage.save_partial(_policy(taken + step + 1, adapter, optimizer, names, parameters, losses))
@@ -235,16 +228,8 @@ def _states_and_head(
     """The states [T, D] that predict the batch's response tokens, and the policy's head [V, D]."""
     network, lora = policy_of(model, adapter)
     assert lower is None or (lora is not None and lora.first_layer == lower.layer), "states below are kept for adapters alone"
-    start = 0 if lora is None else lora.first_layer
-    if lower is not None:
-        hidden = lower.of(batch)
-    else:
-        with nullcontext() if lora is None else torch.no_grad():  # layers below an adapter are frozen
-            hidden = network.run(network.embed_tokens(packed.tokens), packed.layout, 0, start)
-    hidden = network.run(hidden, packed.layout, start, network.config.num_layers, lora, checkpointed=config.activation_checkpointing)
-    hidden = network.final_norm(hidden)
-    # index_select, not indexing: its backward adds rows in a fixed order.
-    return hidden.index_select(0, packed.predict_T), network.head_weight
+    known = None if lower is None else (lower.layer, lower.of(batch))
+    return states_and_head(network, lora, packed, lower=known, checkpointed=config.activation_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +242,7 @@ class _Loss:
 
 
 def _preference_loss(
-    config: RunConfig, model: Decoder, samples: Samples, target: Target, adapter: Weights, anchor: Weights | None, pairs: Pairs, draw: int,
+    config: RunConfig, model: Decoder, samples: Samples, target: ScoredTarget, adapter: Weights, anchor: Weights | None, pairs: Pairs, draw: int,
     first: int = 0,
 ) -> _Loss:  # fmt: skip
     """The loss of one batch of pairs in the label form `config.labels`; `first` is the number of its first sequence in the step."""
@@ -326,7 +311,7 @@ def _restore(policy: Policy, adapter: Weights, optimizer, names, parameters) -> 
 
 
 def _stop_non_finite(run: Run, stage: Stage, batch: dict[str, Tensor], adapter: Weights, loss: float, norm: float) -> None:
-    path = run.folder / "nonfinite.safetensors"
+    path = run.paths.nonfinite
     save(path, {**batch, **adapter.tensors()}, stage=stage.name)
     raise NonFiniteError(
         f"{stage.name}: loss {loss}, gradient norm {norm}; the batch and the adapter are in {path}; "

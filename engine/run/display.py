@@ -97,7 +97,7 @@ class Display:
             self.line(self._stage + (" (loaded)" if loaded else ""))
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """A progress bar over `total` units (a plural, such as "tokens"); use it as a context manager."""
+        """Opens a progress bar over `total` units (a plural, such as "tokens"); use it as a context manager."""
         return Progress(self, total, unit, what)
 
     def line(self, text: str) -> None:

@@ -1,21 +1,22 @@
-"""Predicted time and memory of a run, printed before it starts; where memory is short fewer responses are decoded side by side, and too
-little stops it there."""
+"""The time and memory that a run is predicted to need, printed before it starts.
 
-import ctypes
-import math
-import time
+Where memory is short, fewer responses are decoded side by side; where it does not suffice even then, the run
+stops there.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
 
 import torch
 
-from engine.config import IterativeConfig, PrimalDualConfig, RunConfig, pairs_file, policy_updates, trained_responses
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
+from engine.run.machine import available_memory, matmul_rate
 from kernels.reference import budget_or_default
 
-# Share of the speed of bare matrix products that sampling, scoring and training reach here; only the printed prediction depends on it.
+# The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
+# printed prediction depends on it.
 EFFICIENCY = 0.65
 ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
 KEPT_STATES_BYTES = 2 * 2**30
@@ -23,207 +24,193 @@ KEPT_STATES_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is predicted to need: bytes at the peak, bytes available, and seconds; rows: responses to decode side by side."""
+    """The prediction for a run."""
 
-    needed_bytes: int
+    needed_bytes: int  # at the peak
     available_bytes: int
     seconds: float
-    rows: int
+    rows: int  # responses to decode side by side
 
     @staticmethod
     def of(
-        config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, train: list[int], heldout: list[int],
-        *, fewer_rows: bool = False,
-    ) -> "Plan":  # fmt: skip
-        """Count weights, KV slab, loss head and activations, and the products of every pass; time a matrix product for the rate.
-        `train` and `heldout` are the lengths in tokens of the prompts that will be sampled. fewer_rows: `rows` are those that fit, down to
-        the responses of one prompt."""
+        config: RunConfig,
+        shape: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        train: list[int],
+        heldout: list[int],
+        *,
+        fewer_rows: bool = False,
+    ) -> "Plan":
+        """Count the bytes and the products of a run, and time a matrix product for the rate.
+
+        train, heldout: lengths in tokens of the prompts that will be sampled. fewer_rows: `rows` may be
+        lowered to those that fit, down to the responses of one prompt.
+        """
         lengths = train + heldout
-        longest_prompt, mean_prompt = max(lengths), sum(lengths) / len(lengths)
-        size, c = dtype.itemsize, shape
-        weights = c.parameter_count() * size
-        in_group = trained_responses(config, 2 if pairs_file(config) else config.n_responses)
-        group = longest_prompt + in_group * config.max_new_tokens
-        full = config.tune == "full"
-        trained = 1.0 if full else 1 - config.lora_from  # share of the layers
-        layers = c.num_layers * trained
-        inside = 10 * c.hidden_size + 4 * c.intermediate_size
-        per_token = size * (inside + layers * c.hidden_size if config.activation_checkpointing else inside * layers)
-        at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
-        training = at_once * per_token + budget_or_default(config.memory_budget_bytes, device)
-        if c.attention_softcap is not None:  # all scores are stored: before and after the cap, masked, and as weights
-            training += int(at_once * 4 * group * c.num_heads * (1 if config.activation_checkpointing else layers)) * size
-        kept = 0 if full else kept_states_bytes(train, config.n_responses * config.max_new_tokens, c.hidden_size, dtype)
-        if full:
-            # Float32 weights, those of the start, gradients, two moments, and on a CPU too: the last iterate with its moments and what a
-            # checkpoint writes. On a GPU: the weights in 16 bits with their gradients, and a copy for the iterate.
-            kept += c.parameter_count() * (28 if device.type == "cuda" else 60)
+        longest, mean = max(lengths), sum(lengths) / len(lengths)
+        weights = shape.parameter_count() * dtype.itemsize
+        training = _training_bytes(config, shape, dtype, device, longest) + _kept_bytes(
+            config, shape, dtype, device, train
+        )
+        most_rows = max(config.n_prompts, config.eval_prompts) * config.n_responses
 
         def needed(rows: int) -> int:
-            return _peak(weights + max(sampling_bytes(config, shape, dtype, longest_prompt, rows), training + kept))
+            sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
+            return _peak(weights + max(sampling, training))
 
-        available = available_memory(device)
-        rows = rows_that_fit(config, needed, available) if fewer_rows else config.rollout_rows
-
-        answer = ANSWER_SHARE * config.max_new_tokens
-        head = c.hidden_size * c.vocab_size
-        body = c.parameter_count() - head * (1 if c.tied else 2)
-
-        def sampled(prompts: int, n: int) -> float:
-            return prompts * (mean_prompt * body + n * answer * (body + head))
-
-        def scored(prompts: int, n: int) -> float:
-            """The reference's log-probs: the layers above those that sampling has passed already."""
-            return prompts * (mean_prompt + n * answer) * (body * trained + head)
-
-        reference, heldout = (config.n_prompts, config.n_responses), (config.eval_prompts, config.eval_responses)
-        products = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
-        if dtype != torch.float32:  # see stages.sample
-            products += scored(*reference) + scored(*heldout)
-        if isinstance(config, IterativeConfig):
-            slack = config.slack_prompts, config.slack_responses
-            products += config.iterations * (sampled(*slack) + scored(*slack))
-        if isinstance(config, PrimalDualConfig):
-            fresh = config.ascent_prompts, config.n_responses
-            products += config.iterations * (sampled(*fresh) + scored(*fresh))
-        if getattr(config, "pairs", "") == "policy":
-            fresh = config.steps * config.prompts_per_step, config.n_responses
-            products += (config.iterations - 1) * (sampled(*fresh) + scored(*fresh))
-        tokens = config.prompts_per_step * (mean_prompt + in_group * answer)
-        passes = 3 if full else 2  # forward, to the states, to the weights
-        products += policy_updates(config) * config.steps * tokens * passes * (body * trained + head)
-        return Plan(needed(rows), available, 2 * products / (EFFICIENCY * _matmul_rate(dtype, device)), rows)
+        available, rows = available_memory(device), config.rollout_rows
+        if fewer_rows:
+            rows = rows_that_fit(rows, max(config.n_responses, config.eval_responses), needed, available)
+        products = _products(config, shape, dtype, mean)
+        return Plan(needed(rows), available, 2 * products / (EFFICIENCY * matmul_rate(dtype, device)), rows)
 
     def check(self) -> None:
-        """Raises: UserError when the memory that is free is less than what is needed."""
+        """Stop a run that does not fit. Raises: UserError when less memory is free than is needed."""
         if self.needed_bytes > self.available_bytes:
             raise UserError(
-                f"this run needs about {self.needed_bytes / 1e9:.1f} GB of memory and {self.available_bytes / 1e9:.1f} GB are free; "
-                f"lower --rollout-rows (here {self.rows}), --prompts-per-step, --n-responses or --max-new-tokens, or use --dtype bfloat16."
+                f"this run needs about {self.needed_bytes / 1e9:.1f} GB of memory and "
+                f"{self.available_bytes / 1e9:.1f} GB are free; lower --rollout-rows (here {self.rows}), "
+                "--prompts-per-step, --n-responses or --max-new-tokens, or use --dtype bfloat16."
             )
 
     def sentence(self) -> str:
-        """One line for the user."""
+        """Say the prediction in one line for the user."""
         return (
-            f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of memory "
-            f"({self.available_bytes / 1e9:.1f} GB free)"
+            f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of "
+            f"memory ({self.available_bytes / 1e9:.1f} GB free)"
         )
 
 
+def _trained_share(config: RunConfig) -> float:
+    """The share of the layers that a policy step trains."""
+    return 1.0 if config.tune == "full" else 1 - config.lora_from
+
+
+def _trained_responses(config: RunConfig) -> int:
+    """The number of responses of a prompt in a policy step; a row of a file of pairs has two."""
+    return config.trained_responses(2 if config.pairs_file else config.n_responses)
+
+
+def _training_bytes(
+    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, longest_prompt: int
+) -> float:
+    """Count what a policy step needs besides weights and states: activations and the loss head."""
+    group = longest_prompt + _trained_responses(config) * config.max_new_tokens
+    at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
+    layers, checkpointed = shape.num_layers * _trained_share(config), config.activation_checkpointing
+    inside = 10 * shape.hidden_size + 4 * shape.intermediate_size
+    per_token = dtype.itemsize * (inside + layers * shape.hidden_size if checkpointed else inside * layers)
+    total = at_once * per_token + budget_or_default(config.memory_budget_bytes, device)
+    if shape.attention_softcap is not None:
+        # All scores are stored: before and after the cap, masked, and as weights.
+        stored_layers = 1 if checkpointed else layers
+        total += int(at_once * 4 * group * shape.num_heads * stored_layers) * dtype.itemsize
+    return total
+
+
+def _kept_bytes(
+    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, train: list[int]
+) -> int:
+    """Count what training keeps from step to step: the states below the adapter, or copies of all weights."""
+    if config.tune != "full":
+        return kept_states_bytes(train, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype)
+    # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with its
+    # moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients, and a
+    # copy for the iterate.
+    return shape.parameter_count() * (28 if device.type == "cuda" else 60)
+
+
+def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float) -> float:
+    """Count the multiplications of every pass through the model."""
+    answer = ANSWER_SHARE * config.max_new_tokens
+    head = shape.hidden_size * shape.vocab_size
+    body = shape.parameter_count() - head * (1 if shape.tied else 2)
+    trained = body * _trained_share(config) + head
+
+    def sampled(prompts: int, n: int) -> float:
+        return prompts * (mean_prompt * body + n * answer * (body + head))
+
+    def scored(prompts: int, n: int) -> float:
+        """Count the reference's log-probs: sampling has passed the layers below the adapter already."""
+        return prompts * (mean_prompt + n * answer) * trained
+
+    reference = config.n_prompts, config.n_responses
+    heldout = config.eval_prompts, config.eval_responses
+    total = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
+    if dtype != torch.float32:  # see engine.stages.sampling
+        total += scored(*reference) + scored(*heldout)
+    for times, prompts, responses in config.fresh_samples:
+        total += times * (sampled(prompts, responses) + scored(prompts, responses))
+    tokens = config.prompts_per_step * (mean_prompt + _trained_responses(config) * answer)
+    passes = 3 if config.tune == "full" else 2  # forward, to the states, to the weights
+    return total + config.policy_updates * config.steps * tokens * passes * trained
+
+
 def cache_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
-    """Of the keys and values of one token in all layers."""
+    """Count the bytes of the keys and values of one token in all layers."""
     return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * dtype.itemsize
 
 
-def sampling_bytes(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, longest_prompt: int, rows: int) -> int:
-    """Bytes of the KV slab and of the logits, with `rows` responses side by side."""
-    rows = min(rows, max(config.n_prompts, config.eval_prompts) * config.n_responses)
-    cache = rows * (longest_prompt + config.max_new_tokens) * cache_bytes(shape, dtype)
-    return cache + rows * shape.vocab_size * 4 * 3
+def sampling_bytes(shape: ModelConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
+    """Count the bytes of the KV slab and of the logits, with `rows` sequences of `tokens` side by side."""
+    return rows * tokens * cache_bytes(shape, dtype) + rows * shape.vocab_size * 4 * 3
 
 
-def _peak(counted: int) -> int:
-    """Bytes at the peak: what is counted, what is not, and the libraries."""
+def _peak(counted: float) -> int:
+    """Add to the bytes that are counted those that are not, and the libraries."""
     return int(1.15 * counted) + 600 * 2**20
 
 
-def rows_that_fit(config: RunConfig, needed: Callable[[int], int], available: int) -> int:
-    """config.rollout_rows, or fewer by whole prompts until needed(rows) <= available bytes; one prompt's responses at least."""
-    n, rows = max(config.n_responses, config.eval_responses), config.rollout_rows
+def rows_that_fit(rows: int, n: int, needed: Callable[[int], int], available: int) -> int:
+    """Lower `rows` by whole prompts of n responses until needed(rows) <= available bytes, down to one
+    prompt."""
     while rows > n and needed(rows) > available:
         rows = max(n, rows - n)
     return rows
 
 
 def evaluation_rows(
-    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, heldout: list[int], n_prompts: int
+    config: RunConfig,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    heldout: list[int],
+    n_prompts: int,
 ) -> int:
-    """Responses that `engine.evaluate` decodes side by side: config.rollout_rows, or as many as fit. heldout: lengths in tokens of all
-    prompts; n_prompts: the most that are scored at once.
+    """Return how many responses `engine.evaluate` decodes side by side: config.rollout_rows, or as many as
+    fit.
 
+    heldout: lengths in tokens of all prompts; n_prompts: the most that are scored at once.
     Raises: UserError where there is no room for one prompt's responses.
     """
-    own = config.eval_responses
-    config = replace(config, n_prompts=n_prompts, eval_prompts=n_prompts, n_responses=own)
-    policy = shape.parameter_count() * (dtype.itemsize + max(4, dtype.itemsize)) if config.tune == "full" else 0
-    weights = shape.parameter_count() * dtype.itemsize + policy
-    kept = kept_states_bytes([max(heldout)] * n_prompts, own * config.max_new_tokens, shape.hidden_size, dtype)
+    n, longest, weights = config.eval_responses, max(heldout), shape.parameter_count() * dtype.itemsize
+    if config.tune == "full":
+        weights += shape.parameter_count() * (dtype.itemsize + max(4, dtype.itemsize))
+    kept = kept_states_bytes([longest] * n_prompts, n * config.max_new_tokens, shape.hidden_size, dtype)
+    loss_head = budget_or_default(config.memory_budget_bytes, device)
 
     def needed(rows: int) -> int:
-        sampling = sampling_bytes(config, shape, dtype, max(heldout), rows)
-        return _peak(weights + kept + max(sampling, budget_or_default(config.memory_budget_bytes, device)))
+        sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, n_prompts * n))
+        return _peak(weights + kept + max(sampling, loss_head))
 
     available = available_memory(device)
-    rows = rows_that_fit(config, needed, available)
+    rows = rows_that_fit(config.rollout_rows, n, needed, available)
     if needed(rows) > available:
         raise UserError(
-            f"this evaluation needs about {needed(rows) / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; lower "
-            "--n-prompts or --n-responses, or give shorter --prompts."
+            f"this evaluation needs about {needed(rows) / 1e9:.1f} GB of memory and {available / 1e9:.1f} "
+            "GB are free; lower --n-prompts or --n-responses, or give shorter --prompts."
         )
     return rows
 
 
-def kept_states_bytes(prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Bytes of the states below the adapter of prompts with `new_tokens` response tokens each, at most; 0 when they pass
-    KEPT_STATES_BYTES, as then they are not kept but computed in every step."""
+def kept_states_bytes(
+    prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype
+) -> int:
+    """Count the bytes, at most, of the states below the adapter of prompts with `new_tokens` response tokens
+    each.
+
+    0 when they pass KEPT_STATES_BYTES, as then they are not kept but computed in every step.
+    """
     size = (sum(prompt_lengths) + len(prompt_lengths) * new_tokens) * hidden_size * dtype.itemsize
     return size if size <= KEPT_STATES_BYTES else 0
-
-
-def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes free on the GPU; or in main memory, as far as the process's control groups let it go."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(min(int(line.split()[1]) * 1024, _cgroup_room(root)))
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
-
-
-def _cgroup_room(root: Path) -> float:
-    """Bytes left under the limits of the process's control group and of those above it, in version 2 or 1; inf without a limit. Cached
-    files that are not in use count as free, as the kernel drops them before it refuses memory."""
-    room, groups = math.inf, root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        inside = PurePosixPath(path.lstrip("/"))
-        # In a container the path may be the host's, and the own group stands at the mount.
-        for group in (mount / at for at in (inside, *inside.parents)):
-            try:
-                limit, used = ((group / name).read_text().strip() for name in names[:2])
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            except OSError:
-                continue
-            if limit != "max":
-                room = min(room, int(limit) - int(used) + int(stat.get(names[2], 0)))
-    return max(0, room)
-
-
-def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Flop per second of a product of the engine's usual shape: the best of 30 or more within half a second or more, as an idle machine
-    starts slowly, and one that still reads its libraries from the disk a tenth as fast."""
-    a, b = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 4096, dtype=dtype, device=device)
-    best, begun, made = float("inf"), time.perf_counter(), 0
-    while (past := time.perf_counter() - begun) < 0.5 or (made < 30 and past < 5):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best, made = min(best, time.perf_counter() - start), made + 1
-    return 2 * 256 * 1024 * 4096 / best
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks of any size instead of giving them back: fresh pages for every large tensor cost more than the
-    arithmetic on it. Does nothing where the C library is another one."""
-    mmap_max, trim_threshold = -4, -1
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)

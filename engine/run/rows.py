@@ -1,50 +1,268 @@
-"""Reading the rows of metrics.jsonl and timing.jsonl."""
+"""The rows of metrics.jsonl and timing.jsonl: one class for each kind, written and read by attribute.
 
-import json
-from collections.abc import Iterator
+metrics.jsonl is bitwise equal between equal runs; every time and speed is in timing.jsonl alone. A row is a JSON object with
+"kind" and "stage" and the fields of its class. Tensors are written as numbers or lists, and non-finite numbers as null, which
+is read as None.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
 
 from engine.errors import UserError
+from engine.files import read_json_lines
+from engine.run.folder import RunFolder
 
-METRICS = "metrics.jsonl"
-TIMING = "timing.jsonl"
-
-
-def _json_lines(path: Path) -> Iterator[dict]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made.")
-    # A running or killed process may leave a last line without its end.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        if line:
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                if path.name == TIMING:  # a killed process cut this line and a resumed one went on below it
-                    continue
-                raise UserError(f"{path} line {number} is no JSON: resume the run to have the file repaired.") from error
+Numbers = Sequence[float] | Tensor  # one for each constraint; a list where the row was read
 
 
-def read_rows(folder: str | Path, kind: str | None = None) -> list[dict]:
-    """The metrics rows of a run, or those of one kind, in order.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The base of all rows."""
 
-    Raises: UserError when there are none to read.
+    KIND: ClassVar[str]
+
+    stage: str = ""  # the stage that logged the row; `Stage.log` fills it in
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the row as it is written."""
+        return plain({**{f.name: getattr(self, f.name) for f in fields(self)}, "kind": self.KIND})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRow(Row):
+    """How far the sampler's log-probs lie from those of the training forward, and how many draws were nearly ties."""
+
+    KIND = "sampled"
+
+    prompts: int  # whose samples were run through the training forward again
+    responses: int  # of each of them
+    logprob_gap: dict[str, float]  # mean, max and kl of `engine.policy.forward.LogprobGap`, nats per token
+    near_ties: int  # among all draws of the sampling
+    draws: int  # tokens drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRow(Row):
+    """The reference's samples on the training prompts, and what they fix."""
+
+    KIND = "reference"
+
+    names: list[str]  # of the constraints
+    audit_names: list[str]
+    reward_sd: float  # within-prompt standard deviations: one unit of each score
+    utility_sd: Numbers
+    audit_sd: Numbers
+    correlation: Numbers  # of the reward with each utility, within prompts
+    finished: float  # share of responses that ended by themselves
+    mean_length: float  # tokens
+    prompts: int
+    responses: int  # of each prompt
+    needed: Numbers  # improvements that the constraints ask for, in units
+    aimed: Numbers  # what the dual aims at, in each constraint's own measure
+    aim: Numbers  # the same as improvements in units
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualRow(Row):
+    """The one-shot multipliers."""
+
+    KIND = "dual"
+
+    lam: Numbers
+    lam_low: Numbers | None  # 95 % interval over prompts; None where a multiplier is held by lam_max
+    lam_high: Numbers | None
+    lam_se: Numbers | None
+    predicted_improvement: Numbers
+    predicted_improvement_se: Numbers
+    improvement_at_zero: Numbers  # predicted at lambda 0
+    ess: float | Tensor  # mean effective number of responses of a prompt
+    kkt: float  # residual of the optimality conditions, in standard deviations of the utility
+    aim: Numbers
+    threshold: Numbers  # the improvements that the constraints ask for, in units
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow(Row):
+    """One step of a policy update."""
+
+    KIND = "step"
+
+    iteration: int
+    step: int  # from 1 in each update
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStepRow(StepRow):
+    """A step on pairs of responses."""
+
+    accuracy: float  # share of pairs that the policy orders like their labels
+    margin: float  # mean size of the margins
+    pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AscentStepRow(StepRow):
+    """A step of policy gradient."""
+
+    clip_fraction: float  # share of tokens that the clip cuts off
+    advantage: float  # mean size of the advantages
+    responses: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRow(Row):
+    """An iterate, with the multipliers that it was trained at."""
+
+    KIND = "policy"
+
+    iteration: int
+    lam: Numbers
+    loss: float  # mean of the update's steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationRow(Row):
+    """The measured slack of an iterate."""
+
+    KIND = "iteration"
+
+    iteration: int
+    lam: Numbers
+    reward: float  # improvement over the reference, in units
+    reward_se: float
+    improvement: Numbers
+    improvement_se: Numbers
+    threshold: Numbers  # the improvements that the constraints ask for, in units
+    aim: Numbers
+    slack: Numbers  # improvement - aim
+    slack_se: Numbers
+    kl: float  # nats per response
+    kl_se: float
+    loss: float
+    finished: float
+    prompts: int
+    responses: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsRow(Row):
+    """A file's pairs of responses that updates learn from."""
+
+    KIND = "pairs"
+
+    prompts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRow(Row):
+    """The scores by policies aligned to preferences."""
+
+    KIND = "preference"
+
+    names: list[str]  # reward and the constraints
+    log_ratio_sd: list[float]  # within-prompt standard deviation of each log-ratio, nats: one unit of it
+    agreement: list[float]  # correlation of each log-ratio with the scorer of its kind, within prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow(Row):
+    """In timing.jsonl: how fast responses were sampled and scored."""
+
+    KIND = "timing"
+
+    tokens: int  # sampled
+    sampling_s: float
+    scoring_s: float
+    tokens_per_s: float
+    scored_tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimeRow(Row):
+    """In timing.jsonl: how long one attempt at a stage took."""
+
+    KIND = "stage"
+
+    seconds: float
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+def plain(value: Any) -> Any:
+    """Turns a row's value into JSON: tensors and numpy values become numbers or lists, non-finite floats null."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, dict):
+        assert all(isinstance(key, str) for key in value), value
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"a row cannot hold {value!r}")
+
+
+def read_rows(folder: str | Path, cls: type[RowT]) -> list[RowT]:
+    """Reads the metrics rows of one kind, in order.
+
+    Raises: UserError when there are none to read, or a row lacks a field of its class.
     """
-    return [row for row in _json_lines(Path(folder) / METRICS) if kind is None or row["kind"] == kind]
+    return _typed(RunFolder(Path(folder)).metrics, cls)
 
 
-def read_timing(folder: str | Path) -> list[dict]:
-    """The rows of timing.jsonl, in order; the seconds and speeds of interrupted attempts are among them."""
-    return list(_json_lines(Path(folder) / TIMING))
+def read_timing(folder: str | Path, cls: type[RowT]) -> list[RowT]:
+    """Reads the rows of timing.jsonl of one kind, in order, those of interrupted attempts among them.
+
+    Raises: UserError as `read_rows`.
+    """
+    return _typed(RunFolder(Path(folder)).timing, cls)
+
+
+def raw_rows(folder: str | Path) -> list[dict]:
+    """Reads all metrics rows as they are written, in order. Raises: UserError when there are none to read."""
+    return list(_lines(RunFolder(Path(folder)).metrics))
 
 
 def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
-    """Where the time went: (stage, seconds, share of all stages), in order; the time of interrupted attempts is included.
+    """Says where the time went: (stage, seconds, share of all stages), in order; the time of interrupted attempts is included.
 
     Raises: UserError when the folder holds no timing.jsonl.
     """
     seconds: dict[str, float] = {}
-    for row in read_timing(folder):
-        if row["kind"] == "stage":
-            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    for row in read_timing(folder, StageTimeRow):
+        seconds[row.stage] = seconds.get(row.stage, 0.0) + row.seconds
     total = sum(seconds.values())
     return [(stage, s, s / total if total > 0 else 0.0) for stage, s in seconds.items()]
+
+
+def _typed(path: Path, cls: type[RowT]) -> list[RowT]:
+    names = [f.name for f in fields(cls)]
+    rows = [row for row in _lines(path) if row["kind"] == cls.KIND]
+    for row in rows:
+        if missing := [name for name in names if name not in row]:
+            raise UserError(
+                f"{path}: a row of kind {cls.KIND} has no {missing[0]}; another version of this program wrote it: use that version, "
+                "or run again."
+            )
+    return [cls(**{name: row[name] for name in names}) for row in rows]
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made.")
+    # A killed process cuts a line of the timing, and a resumed one goes on below it.
+    timing = RunFolder(path.parent).timing
+    return read_json_lines(path, cure="resume the run to have the file repaired", skip_damaged=path == timing)

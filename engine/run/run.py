@@ -2,13 +2,13 @@
 
 import fcntl
 import json
-import math
 import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -16,7 +16,8 @@ from typing import IO, Any
 from engine.errors import Interrupted, UserError
 from engine.files import sync_folder, write_whole, writing
 from engine.run.display import Display, Progress
-from engine.run.rows import METRICS, TIMING
+from engine.run.folder import RunFolder
+from engine.run.rows import Row, SpeedRow, StageTimeRow
 from engine.run.store import RecordT, Torn, dumps, pack, read_whole, save, sha256_of, unpack, unpack_file
 from engine.run.tensorboard import TensorBoard, tensorboard_writer
 
@@ -27,52 +28,39 @@ def _append(path: Path, row: dict) -> None:
         file.write(text)
 
 
-def _plain(value: Any) -> Any:
-    """A row's value as JSON: tensors and numpy values as numbers or lists, non-finite floats as null."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, dict):
-        assert all(isinstance(key, str) for key in value), value
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    raise TypeError(f"a row cannot hold {value!r}")
-
-
 class Stage:
-    """What a stage's function is given: rows, timing, progress, partial results and the question whether to stop."""
+    """A stage while it runs, as its function sees it: rows, timing, progress, partial results and the question whether to stop."""
 
     def __init__(self, run: "Run", number: int, name: str) -> None:
         self.name, self.number = name, number
         self.rows: list[dict] = []
         self._run = run
-        stem = f"{number:02d}-{name.replace('/', '-')}"
-        self.path = run.folder / "stages" / f"{stem}.safetensors"
-        self.partial_path = run.folder / "stages" / f"{stem}.partial.safetensors"
-        self.previous_path = run.folder / "stages" / f"{stem}.partial.previous.safetensors"
+        stem = run.paths.stage_stem(number, name)
+        self.path = run.paths.stages / f"{stem}.safetensors"
+        self.partial_path = run.paths.stages / f"{stem}.partial.safetensors"
+        self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
 
-    def row(self, kind: str, **values: Any) -> None:
+    def log(self, row: Row) -> None:
         """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is saved."""
-        row = _plain({**values, "kind": kind, "stage": self.name})
-        self.rows.append(row)
-        _append(self._run.folder / METRICS, row)
+        written = replace(row, stage=self.name).as_dict()
+        self.rows.append(written)
+        _append(self._run.paths.metrics, written)
 
-    def timing(self, **values: Any) -> None:
-        """Log seconds or speeds, to timing.jsonl only."""
-        _append(self._run.folder / TIMING, _plain({**values, "kind": "timing", "stage": self.name}))
+    def log_speed(self, row: SpeedRow) -> None:
+        """Log seconds and speeds, to timing.jsonl only."""
+        _append(self._run.paths.timing, replace(row, stage=self.name).as_dict())
+
+    @property
+    def paths(self) -> RunFolder:
+        """The run folder that the stage belongs to."""
+        return self._run.paths
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """A progress bar; `unit` is a plural such as "tokens"."""
+        """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._run.display.progress(total, unit, what)
 
     def partial(self, cls: type[RecordT]) -> RecordT | None:
-        """The last whole partial of this stage, or None. The rows logged up to it replace those logged since."""
+        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged since."""
         for path in (self.partial_path, self.previous_path):
             try:
                 record, content = self._run.read(path, cls, self.name)
@@ -115,7 +103,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool) -> None:
-        self.folder = folder
+        self.folder, self.paths = folder, RunFolder(folder)
         self.algorithm: str = contents["algorithm"]
         self.config: dict = contents["config"]
         self.versions: dict = contents["versions"]
@@ -185,7 +173,7 @@ class Run:
             shutil.rmtree(left, ignore_errors=True)
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
             left.unlink()
-        timing = folder / TIMING
+        timing = run.paths.timing
         if timing.exists() and timing.read_bytes()[-1:] not in (b"", b"\n"):
             with writing(timing, 1), open(timing, "a") as file:
                 file.write("\n")
@@ -193,7 +181,7 @@ class Run:
 
     @staticmethod
     def read_config(folder: str | Path) -> tuple[str, dict]:
-        """(algorithm, settings) of a run; sequences come back as tuples.
+        """Reads (algorithm, settings) of a run; sequences come back as tuples.
 
         Raises: UserError when there is no whole config.json.
         """
@@ -239,7 +227,9 @@ class Run:
         return lock
 
     def stage(self, name: str, cls: type[RecordT], compute: Callable[[Stage], RecordT]) -> RecordT:
-        """The result of stage `name`: loaded if it is on disk and whole, else computed and saved. Both ways give equal records.
+        """Returns the result of stage `name`: loaded if it is on disk and whole, else computed and saved.
+
+        Both ways give equal records.
 
         Raises: Interrupted, UserError, and what `compute` raises.
         """
@@ -279,11 +269,14 @@ class Run:
         return record
 
     def origin(self, name: str) -> dict:
-        """What ties a file of stage `name` to this run: the model, and the checksum of the stage before it."""
+        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage before it."""
         return {"stage": name, "fingerprint": self.fingerprint, "after": self._last_checksum}
 
     def read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
-        """A stage's file, whole or partial, and its JSON. Raises: Torn also when it comes from another run, stage or earlier result."""
+        """Reads a stage's file, whole or partial, and its JSON.
+
+        Raises: Torn also when it comes from another run, stage or earlier result.
+        """
         tensors, content = read_whole(path)
         if {key: content.get(key) for key in self.origin(name)} != self.origin(name):
             raise Torn(f"{path} does not follow from the stages before it")
@@ -291,7 +284,7 @@ class Run:
 
     def align(self, rows: list[dict]) -> None:
         """Make metrics.jsonl hold exactly the committed rows and then `rows`."""
-        path = self.folder / METRICS
+        path = self.paths.metrics
         data = "".join(dumps(row) + "\n" for row in self._rows + rows).encode()
         if not path.exists() or path.read_bytes() != data:
             write_whole(path, data)
@@ -318,7 +311,7 @@ class Run:
         return len(stale)
 
     def _time(self, stage: Stage, start: float) -> None:
-        _append(self.folder / TIMING, {"kind": "stage", "stage": stage.name, "seconds": round(time.monotonic() - start, 3)})
+        _append(self.paths.timing, StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict())
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
@@ -342,7 +335,7 @@ class Run:
             self.display.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Give the folder and Ctrl-C back."""
+        """Releases the lock and restores the previous SIGINT handler."""
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None

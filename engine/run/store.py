@@ -35,7 +35,7 @@ class Torn(ValueError):
 
 
 def pack(record: Any) -> tuple[dict[str, Tensor], Any]:
-    """A dataclass or a dict of tensors -> (tensors by name, JSON tree that holds the rest and refers to them).
+    """Splits a dataclass or a dict of tensors into (tensors by name, JSON tree that holds the rest and refers to them).
 
     Raises: TypeError naming the field whose value is not a tensor, JSON, a tuple or a dataclass.
     """
@@ -75,7 +75,7 @@ def _record_types(hint: Any) -> Iterator[type]:
 
 
 def unpack(cls: Any, tensors: dict[str, Tensor], meta: Any) -> Any:
-    """The inverse of `pack`; `cls` is the dataclass, or dict.
+    """Undoes `pack`; `cls` is the dataclass, or dict.
 
     Raises: TypeError when the tree holds another class or other fields.
     """
@@ -164,7 +164,7 @@ def unpack_file(path: Path, cls: type[RecordT], tensors: dict[str, Tensor], tree
 
 
 def load(path: Path, cls: type[RecordT]) -> RecordT:
-    """The record that `save` wrote; all tensors on the CPU.
+    """Loads the record that `save` wrote; all tensors are on the CPU.
 
     Raises: Torn; FileNotFoundError; UserError when the file is whole but holds another record.
     """

@@ -1,0 +1,13 @@
+"""Scorers of responses: rewards and costs.
+
+    base.py         what a scorer is
+    find.py         from the value of --reward, --cost or --audit to a scorer
+    heads.py        linear heads on a model's hidden states
+    classifiers.py  Hugging Face sequence-classification models
+    functions.py    Python functions
+    scoring.py      scores of all responses of a sample; trying scorers out before a run
+    training.py     `python -m engine.train head`, whose parts are the files head_*.py
+
+A new kind of scorer is a file with a function that returns a `base.TextFunction`, and its form in
+`find.find_scorer`.
+"""

@@ -3,73 +3,91 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from engine.errors import UserError
-from engine.scorers.base import Head, Scorer, Scorers, Shared, TextFunction, TextScorer
+from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextFunction, TextScorer
 from engine.scorers.classifiers import classifier
 from engine.scorers.functions import python_function
-from engine.scorers.heads import on_its_own_trunk
+from engine.scorers.heads import find_head, load_head, shipped_heads
 
 
-def load_scorers(reward: str, costs: Sequence[str], audits: Sequence[str], *, folder: Path, trunk: str, device: torch.device) -> Scorers:
-    """The scorers that the names stand for (see `find_scorer`). folder, trunk: the policy's checkpoint and its fingerprint.
+def load_scorers(
+    reward: str,
+    costs: Sequence[str],
+    audits: Sequence[str],
+    *,
+    folder: Path,
+    trunk: str,
+    device: torch.device,
+) -> Scorers:
+    """Load the scorers of a run, see `find_scorer`.
 
-    Raises: UserError as `find_scorer`, and when two costs have one name, before any of them is loaded.
+    folder, trunk: the policy's checkpoint and its fingerprint.
+    Raises: UserError as `find_scorer`, and before any scorer is loaded where two costs have one name.
     """
-    found = [find_scorer(spec, folder) for spec in (reward, *costs, *audits)]
-    names = [one.name for one in found[1:]]
+    unloaded = [find_scorer(spec, folder) for spec in (reward, *costs, *audits)]
+    names = [scorer.name for scorer in unloaded[1:]]
     for name in names:
         if name == "reward":
-            raise UserError("--cost and --audit: reward is what the reward is called in all tables; give another name: NAME=SCORER.")
+            raise UserError(
+                "--cost and --audit: reward is what the reward is called in all tables; "
+                "give another name: NAME=SCORER."
+            )
         if names.count(name) > 1:
-            raise UserError(f"--cost and --audit: two scorers are named {name}; give each its own name: NAME=SCORER.")
-    shared: Shared = {}
-    first, *others = (one.load(trunk, device, shared) for one in found)
+            raise UserError(
+                f"--cost and --audit: two scorers are named {name}; give each its own name: NAME=SCORER."
+            )
+    loaded: dict[str, object] = {}
+    first, *others = (scorer.load(trunk, device, loaded) for scorer in unloaded)
     return Scorers(reward=first, costs=tuple(others[: len(costs)]), audits=tuple(others[len(costs) :]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a --reward, --cost or --audit value stands for, before weights are loaded."""
+class UnloadedScorer:
+    """A scorer that a --reward, --cost or --audit value names, before its weights are loaded."""
 
     name: str
     sign: int = 1
-    load_as: Callable[[str, torch.device, "Shared"], "Head | TextFunction"]  # of the policy's fingerprint, the device, models loaded before
+    load_as: Callable[[LoadContext], Head | TextFunction]
 
-    def load(self, trunk: str, device: torch.device, shared: "Shared | None" = None) -> Scorer:
-        """Load it; a model in `shared` serves again, another one is added. Raises: UserError where it cannot be."""
-        what = self.load_as(trunk, device, {} if shared is None else shared)
-        if isinstance(what, Head):
-            return replace(what, name=self.name, sign=self.sign)
-        return TextScorer(name=self.name, function=what, sign=self.sign)
+    def load(self, trunk: str, device: torch.device, loaded: dict[str, object] | None = None) -> Scorer:
+        """Load the weights.
+
+        trunk: fingerprint of the policy's checkpoint. loaded: models of other scorers, which are shared.
+        Raises: UserError where it cannot be loaded.
+        """
+        context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded)
+        head_or_function = self.load_as(context)
+        if isinstance(head_or_function, Head):
+            return replace(head_or_function, name=self.name, sign=self.sign)
+        return TextScorer(name=self.name, function=head_or_function, sign=self.sign)
 
 
-def find_scorer(spec: str, folder: Path) -> Found:
-    """The scorer of one --reward, --cost or --audit value: a head's name (in the policy's `folder` under heads/, or shipped), a head
-    folder, module:function, or a sequence-classification model's folder or hub id, with #label where it has several labels. NAME= before it
-    gives another name, NAME=- takes its negative as well.
+def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
+    """Find the scorer that one --reward, --cost or --audit value names; `folder` is the policy's.
 
-    Raises: UserError naming the value and the forms accepted.
+        HEAD               a head: in the policy's folder under heads/, shipped, or its folder (heads.py)
+        module:function    a Python function (functions.py)
+        MODEL[#LABEL]      the folder or hub id of a sequence-classification model (classifiers.py)
+        NAME=SCORER        any of these under another name; NAME=-SCORER takes its negative
+
+    Raises: UserError naming the value and the accepted forms.
     """
-    name, equals, named = spec.partition("=")
+    name, equals, renamed = spec.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name) and not Path(spec).exists():
-        own = find_scorer(named.removeprefix("-"), folder)
-        return replace(own, name=name, sign=-own.sign if named.startswith("-") else own.sign)
-    shipped = Path(str(files("engine"))) / "assets" / "heads"
-    places = [place for place in (folder / "heads" / spec, shipped / spec, Path(spec)) if (place / "head.safetensors").is_file()]
-    if places:
-        head = Head.load(places[0])
-        return Found(name=head.name, load_as=lambda trunk, *where: head if head.trunk == trunk else on_its_own_trunk(head, *where))
+        scorer = find_scorer(renamed.removeprefix("-"), folder)
+        return replace(scorer, name=name, sign=-scorer.sign if renamed.startswith("-") else scorer.sign)
+    if (head := find_head(spec, folder)) is not None:
+        return UnloadedScorer(name=head.name, load_as=lambda context: load_head(head, context))
     if ":" in spec and not Path(spec).exists():
-        return Found(name=spec.partition(":")[2], load_as=lambda trunk, *where: python_function(spec))
+        return UnloadedScorer(name=spec.partition(":")[2], load_as=lambda context: python_function(spec))
     path = spec.partition("#")[0]
     if Path(path).is_dir() or spec.count("/") == 1:
-        return Found(name=Path(path).name, load_as=lambda trunk, *where: classifier(spec, *where))
-    names = sorted(p.parent.name for p in shipped.glob("*/head.safetensors"))
+        return UnloadedScorer(name=Path(path).name, load_as=lambda context: classifier(spec, context))
     raise UserError(
-        f"scorer {spec}: not found; give a shipped head ({', '.join(names)}), a head folder, a model folder or hub id, or module:function."
+        f"scorer {spec}: not found; give a shipped head ({', '.join(shipped_heads())}), a head folder, "
+        "a model folder or hub id, or module:function."
     )

@@ -7,8 +7,11 @@ from engine.scorers.base import TextFunction
 
 
 def python_function(spec: str) -> TextFunction:
+    """Import module:function. Raises: UserError where there is no such thing."""
     module, _, name = spec.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"scorer {spec}: {error}; give module:function of something python can import here.") from error
+        raise UserError(
+            f"scorer {spec}: {error}; give module:function of something Python can import here."
+        ) from error

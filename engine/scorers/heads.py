@@ -1,46 +1,82 @@
-"""Heads that sit on another trunk than the policy."""
+"""Linear heads: where their files are, and heads that read another model than the policy's."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine import quickstart
+from engine.data.prompts import chat_ids
 from engine.errors import UserError
 from engine.model.folder import fingerprint, load
 from engine.model.packing import Group
 from engine.model.tokenizer import load_tokenizer
 from engine.policy.forward import frozen_forward
-from engine.scorers.base import Head, Reading, Shared, TextFunction
+from engine.scorers.base import Head, LastForward, LoadContext, TextFunction
+
+SHIPPED = Path(str(files("engine"))) / "assets" / "heads"
 
 
-def on_its_own_trunk(head: Head, device: torch.device, shared: Shared) -> TextFunction:
-    """A head made for another checkpoint than the policy: that trunk (the quickstart model) is loaded and reads the texts, once for all
-    heads on it."""
-    if head.trunk not in shared:
-        shared[head.trunk] = _trunk(head, device)
-    states, layers = shared[head.trunk]
-    layers.add(head.layer)
-    return lambda prompts, responses: head(states(prompts, responses)[head.layer]).tolist()
+def find_head(spec: str, policy_folder: Path) -> Head | None:
+    """Read the head that `spec` names: in the policy's folder under heads/, shipped, or a head folder.
+
+    Returns None where there is none of that name. Raises: UserError where its file cannot be used.
+    """
+    for folder in (policy_folder / "heads" / spec, SHIPPED / spec, Path(spec)):
+        if (folder / "head.safetensors").is_file():
+            return Head.load(folder)
+    return None
 
 
-def _trunk(head: Head, device: torch.device) -> tuple[Reading, set[int]]:
-    """(texts -> layer -> mean states of each response [N, D], the layers wanted: those of the heads that share it)."""
-    from engine.data.prompts import chat_ids
-    from engine.model import quickstart
+def shipped_heads() -> list[str]:
+    """List the names of the shipped heads."""
+    return sorted(file.parent.name for file in SHIPPED.glob("*/head.safetensors"))
 
+
+def load_head(head: Head, context: LoadContext) -> Head | TextFunction:
+    """Return the head itself where its trunk is the policy's model, else a function of texts.
+
+    The function reads the texts with the head's trunk, in one forward pass for all heads on that trunk.
+    Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model.
+    """
+    if head.trunk == context.trunk:
+        return head
+    if head.trunk not in context.loaded:
+        context.loaded[head.trunk] = _load_trunk(head, context.device)
+    trunk = context.loaded[head.trunk]
+    trunk.layers.add(head.layer)
+    return lambda prompts, responses: head(trunk.states(prompts, responses)[head.layer]).tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """A model that heads read beside the policy's."""
+
+    states: LastForward  # (prompts, responses) -> {layer: mean states of each response [N, D]}
+    layers: set[int]  # the layers that the heads loaded so far read
+
+
+def _load_trunk(head: Head, device: torch.device) -> Trunk:
     folder = quickstart.model_folder()
     if fingerprint(folder) != head.trunk:
-        raise UserError(f"head {head.name} was made for another model (fingerprint {head.trunk}); use it with --model of that model.")
-    trunk, tokenizer = load(folder, dtype=torch.float32, device=device), load_tokenizer(folder)
+        raise UserError(
+            f"head {head.name} was made for another model (fingerprint {head.trunk}); "
+            "use it with --model of that model."
+        )
+    model, tokenizer = load(folder, dtype=torch.float32, device=device), load_tokenizer(folder)
     layers: set[int] = set()
 
-    def read(prompts: list[str], responses: list[str]) -> dict[int, Tensor]:
-        all_groups = [
+    def states(prompts: list[str], responses: list[str]) -> dict[int, Tensor]:
+        groups = [
             Group(
-                chat_ids([{"role": "user", "content": p}], tokenizer, "", "prompt"),
-                [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]],
-                [i],
+                chat_ids([{"role": "user", "content": prompt}], tokenizer, "", "prompt"),
+                [tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]],
+                [row],
             )
-            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
-        return frozen_forward(trunk, all_groups, sorted(layers), temperature=None)[0]
+        return frozen_forward(model, groups, sorted(layers), temperature=None)[0]
 
-    return Reading(read), layers
+    return Trunk(states=LastForward(states), layers=layers)

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import torch
 
-from engine import model
+from engine import model, quickstart
 from engine.config import RunConfig
 from engine.data import dealing
-from engine.data.prompts import assert_disjoint, check_known, load_prompts, shipped_prompts
+from engine.data.prompts import TextLimits, assert_disjoint, check_known, load_prompts, shipped_prompts
 from engine.errors import UserError
-from engine.model import quickstart
 from engine.model.architecture import ModelConfig
 from engine.model.folder import DTYPES, check_weights, read_config, read_json, resolve
 from engine.model.tokenizer import load_tokenizer
 from engine.records import Prompts
-from engine.run.plan import keep_freed_memory
+from engine.run.machine import keep_freed_memory
 from engine.stages.smoke import smoke_folder
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -24,7 +23,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a config's model and prompts are, read and checked; no weights are loaded yet."""
+    """A run's model and prompts, read and checked; no weights are loaded yet."""
 
     device: torch.device
     dtype: torch.dtype
@@ -33,37 +32,57 @@ class Inputs:
     shape: ModelConfig
     tokenizer: object
     stop_token_ids: tuple[int, ...]
+    limits: TextLimits
     train: Prompts
     heldout: Prompts
 
-    @staticmethod
-    def of(config: RunConfig) -> "Inputs":
-        """Read them; the process gets the config's number of threads. Raises: UserError."""
-        device = torch.device(_device(config.device))
-        dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
-        torch.set_num_threads(config.threads or _cores())
-        keep_freed_memory()
-        folder = model_folder(config.model)
-        fingerprint = model.fingerprint(folder)
-        shape = ModelConfig.from_json(read_config(folder), folder / "config.json")
-        check_weights(folder, shape)
-        tokenizer = load_tokenizer(folder)
-        stop_token_ids = stop_tokens(folder, tokenizer)
-        unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
-        if unknown:
-            raise UserError(
-                f"{folder}: end-of-sequence token {unknown[0]} is not among the {shape.vocab_size} of config.json's vocab_size; "
-                "correct eos_token_id in generation_config.json, config.json or the tokenizer."
-            )
-        train, heldout = _prompts(config, tokenizer, shape)
-        return Inputs(
-            device=device, dtype=dtype, folder=folder, fingerprint=fingerprint, shape=shape, tokenizer=tokenizer,
-            stop_token_ids=stop_token_ids, train=train, heldout=heldout,
-        )  # fmt: skip
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Read and check a config's model and prompts. Raises: UserError."""
+    device = torch.device(_device(config.device))
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = DTYPES[automatic if config.dtype == "auto" else config.dtype]
+    folder = model_folder(config.model)
+    fingerprint = model.fingerprint(folder)
+    shape = ModelConfig.from_json(read_config(folder), folder / "config.json")
+    check_weights(folder, shape)
+    tokenizer = load_tokenizer(folder)
+    stop_token_ids = stop_tokens(folder, tokenizer)
+    unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
+    if unknown:
+        raise UserError(
+            f"{folder}: end-of-sequence token {unknown[0]} is not among the {shape.vocab_size} of config.json's vocab_size; "
+            "correct eos_token_id in generation_config.json, config.json or the tokenizer."
+        )
+    limits = TextLimits(
+        system=config.system,
+        max_positions=shape.max_positions,
+        max_new_tokens=config.max_new_tokens,
+        vocab_size=shape.vocab_size,
+    )
+    train, heldout = _prompts(config, tokenizer, limits)
+    return Inputs(
+        device=device,
+        dtype=dtype,
+        folder=folder,
+        fingerprint=fingerprint,
+        shape=shape,
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        limits=limits,
+        train=train,
+        heldout=heldout,
+    )
+
+
+def prepare_process(threads: int) -> None:
+    """Set the number of CPU threads (0: one for each core that the process may use) and the allocator of this process."""
+    torch.set_num_threads(threads or _cores())
+    keep_freed_memory()
 
 
 def model_folder(name: str) -> Path:
-    """The folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a folder or hub id."""
+    """Finds the folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a folder or hub id."""
     if name == "smoke":
         return smoke_folder()
     return resolve(name) if name else quickstart.model_folder()
@@ -85,20 +104,25 @@ def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
     return tuple(sorted(found - {None}))
 
 
-def read_prompts(source: str | list[str], config: RunConfig, tokenizer, shape: ModelConfig) -> Prompts:
-    """Prompts as the run's own are read: its column, system line and longest response."""
-    longest = shape.max_positions - config.max_new_tokens
-    prompts = load_prompts(source, tokenizer, column=config.prompt_column, system=config.system, max_prompt_tokens=longest)
+def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column: str = "prompt") -> Prompts:
+    """Read prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`. Raises: UserError."""
+    prompts = load_prompts(
+        source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
+    )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
-        check_known(ids, shape.vocab_size, f"prompt {text[:60]!r}")
+        check_known(ids, limits.vocab_size, f"prompt {text[:60]!r}")
     return prompts
 
 
-def _prompts(config: RunConfig, tokenizer, shape: ModelConfig) -> tuple[Prompts, Prompts]:
-    """Training and held-out prompts, disjoint. Without --heldout a seeded fifth of the user's --prompts is held out."""
-    train = read_prompts(config.prompts or shipped_prompts("train"), config, tokenizer, shape)
+def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts, Prompts]:
+    """Read training and held-out prompts, disjoint ones. Without --heldout a seeded fifth of the user's --prompts is held out."""
+
+    def read(source: str | list[str]) -> Prompts:
+        return read_prompts(source, tokenizer, limits, config.prompt_column)
+
+    train = read(config.prompts or shipped_prompts("train"))
     if config.heldout or not config.prompts:
-        heldout = read_prompts(config.heldout or shipped_prompts("heldout"), config, tokenizer, shape)
+        heldout = read(config.heldout or shipped_prompts("heldout"))
     else:
         chosen, held = dealing.split(train, config.seed)
         train, heldout = train.select(chosen), train.select(held)
@@ -107,7 +131,7 @@ def _prompts(config: RunConfig, tokenizer, shape: ModelConfig) -> tuple[Prompts,
 
 
 def _cores() -> int:
-    """Those that this process may run on (taskset, containers)."""
+    """Count the cores that this process may run on (taskset and containers limit them)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

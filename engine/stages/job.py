@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from engine import constraints, model
-from engine.config import SAMPLING, IterativeConfig, RunConfig, by_preference, check, fit, pairs_file, policy_updates, shown_name
+from engine import constraints, keys, model
+from engine.config import SAMPLING, RunConfig, check, fit, shown_name
 from engine.data.dealing import deal, subset
 from engine.data.prompts import assert_disjoint, prompt_key
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
+from engine.policy.lora import Adapter
 from engine.records import Prompts
 from engine.run.display import Display
 from engine.run.plan import Plan
@@ -24,14 +25,40 @@ from engine.run.run import Run
 from engine.scorers.base import Scorers
 from engine.scorers.find import load_scorers
 from engine.scorers.scoring import try_out
-from engine.stages.inputs import DEFAULT_MODEL, Inputs
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How responses are sampled and scored."""
+
+    seed: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    rows: int  # responses decoded side by side
+    memory_budget_bytes: int | None  # of the loss head; None: the op's default
+    adapter_from: float | None  # share of the layers below an adapter; None where all weights are trained
+
+    @staticmethod
+    def of(config: RunConfig) -> "SamplingSettings":
+        """Returns those of a run."""
+        return SamplingSettings(
+            seed=config.seed,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            rows=config.rollout_rows,
+            memory_budget_bytes=config.memory_budget_bytes,
+            adapter_from=config.lora_from if config.tune == "lora" else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What sampling and scoring need: the loaded model, its scorers and the config's settings."""
+    """What sampling and scoring need: the loaded model, its scorers and how responses are sampled."""
 
-    config: RunConfig
+    settings: SamplingSettings
     folder: Path  # the model's Hugging Face folder
     model: Decoder
     tokenizer: object
@@ -39,29 +66,35 @@ class Subject:
     stop_token_ids: tuple[int, ...]
 
     @staticmethod
-    def load(config: RunConfig, inputs: Inputs, scorers: Scorers) -> "Subject":
+    def load(settings: SamplingSettings, inputs: Inputs, scorers: Scorers) -> "Subject":
         """Load the weights."""
-        network = model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device)
         return Subject(
-            config=config, folder=inputs.folder, model=network, tokenizer=inputs.tokenizer, scorers=scorers,
+            settings=settings,
+            folder=inputs.folder,
+            model=model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device),
+            tokenizer=inputs.tokenizer,
+            scorers=scorers,
             stop_token_ids=inputs.stop_token_ids,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Subject):
     """What every stage of a run needs."""
 
+    config: RunConfig
     run: Run
-    train: Prompts
-    heldout: Prompts
+    train: Prompts  # those that the reference answers
+    heldout: Prompts  # those of the verdict
     pairs: ResponsePairs | None  # of a file, to learn from
     preferences: ResponsePairs | None  # of a file, to be scored by
 
 
 @contextmanager
-def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: int) -> Iterator[Job]:
+def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: int | None = None) -> Iterator[Job]:
     """Load and check everything, print the plan, then create or resume the run folder.
+
+    n_stages: how many stages the run will have, for the display; by default what the config says.
 
     Raises: UserError before any compute is spent.
     """
@@ -69,14 +102,15 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     out = Path(resume or config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{algorithm}-seed{config.seed}")
     if resume is None and out.exists():
         raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")
-    inputs = Inputs.of(config)
+    prepare_process(config.threads)
+    inputs = read_inputs(config)
     train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
     config, lowered = fit(config, len(train), len(heldout))
-    # Again: so few prompts may be there that no verdict is possible.
+    # Check again: `fit` may have lowered the numbers of prompts below what a verdict needs.
     check(config)
     check_samples_of(config, fingerprint)
-    used = reference_prompts(config, train), heldout_prompts(config, heldout)
-    # Rows that were asked for stay; a run that goes on has no flags.
+    used = training_prompts(train, config.n_prompts, config.seed), heldout_prompts(heldout, config.eval_prompts, config.seed)
+    # Lower rollout_rows only where the user left the default; a resumed run has no flags, so there it may always be lowered.
     plan = Plan.of(
         config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used),
         fewer_rows=resume is not None or config.rollout_rows == RunConfig.rollout_rows,
@@ -88,17 +122,17 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
     own_pairs = preferences = None
-    if source := pairs_file(config):
-        own_pairs = read_response_pairs(source, [], config, inputs.tokenizer, inputs.shape)
-    if by_preference(config) and config.preferences:
-        preferences = read_response_pairs(config.preferences, ["reward", *names], config, inputs.tokenizer, inputs.shape)
+    if source := config.pairs_file:
+        own_pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits)
+    if config.by_preference and config.preferences:
+        preferences = read_response_pairs(config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits)
     for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
         if own is not None:
             assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
     if own_pairs is not None:
         constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
     warnings = try_out(scorers, used[0].text)
-    display = Display(n_stages=n_stages)
+    display = Display(n_stages=n_stages or stages_of(config))
     display.line(
         f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
         f"({inputs.shape.parameter_count() / 1e6:.0f}M weights, {inputs.dtype}, {inputs.device})"
@@ -122,18 +156,40 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
             changed = sorted(k for k in here if here[k] != run.versions.get(k))
             display.warn(f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits")
     with run:
-        subject = Subject.load(config, inputs, scorers)
-        yield Job(**vars(subject), run=run, train=train, heldout=heldout, pairs=own_pairs, preferences=preferences)
+        subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
+        yield Job(
+            **vars(subject),
+            config=config,
+            run=run,
+            train=used[0],
+            heldout=used[1],
+            pairs=own_pairs,
+            preferences=preferences,
+        )
 
 
-def reference_prompts(config: RunConfig, train: Prompts) -> Prompts:
-    """The training prompts of a run, a seeded subset."""
-    return train.select(subset(train, config.n_prompts, config.seed, "reference"))
+def new_adapter(subject: Subject, config: RunConfig) -> Adapter:
+    """Returns a fresh adapter of the size that a config asks for; its policy equals the reference."""
+    return Adapter.on(
+        subject.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed
+    )
 
 
-def heldout_prompts(config: RunConfig, heldout: Prompts) -> Prompts:
-    """The prompts of the verdict, a seeded subset."""
-    return heldout.select(subset(heldout, config.eval_prompts, config.seed, "heldout"))
+def stages_of(config: RunConfig) -> int:
+    """Counts the stages of a run."""
+    aligned = 2 + len(config.cost) if config.by_preference else 0
+    pairs = bool(config.pairs_file)
+    return 3 + pairs + aligned + config.solves_dual + config.policy_updates + config.measured_slacks
+
+
+def training_prompts(train: Prompts, n: int, seed: int) -> Prompts:
+    """Chooses the n training prompts of a run, a seeded subset."""
+    return train.select(subset(train, n, seed, keys.TRAINING_PROMPTS))
+
+
+def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
+    """Chooses the n prompts of a verdict, a seeded subset."""
+    return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS))
 
 
 def check_samples_of(config: RunConfig, fingerprint: str) -> None:
@@ -148,26 +204,27 @@ def check_samples_of(config: RunConfig, fingerprint: str) -> None:
 
 
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:
-    n_slack = config.slack_prompts if isinstance(config, IterativeConfig) else 0
-    return deal(prompts, config.seed, max(1, iteration), config.steps * config.prompts_per_step, n_slack)
+    """Prompts for the pairs and for the slack of an iteration, see `engine.data.dealing.deal`."""
+    n_pairs = config.steps * config.prompts_per_step
+    return deal(prompts, config.seed, max(1, iteration), n_pairs, config.slack_prompts)
 
 
 def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[str, Prompts]:
-    """The sets of prompts on which constraints will be measured, by what they are called."""
+    """Lists the sets of prompts on which constraints will be measured, by what they are called."""
     sets = {"training prompts": reference, "held-out prompts": heldout}
-    if isinstance(config, IterativeConfig):
-        for t in range(1, policy_updates(config) + 1):
+    if config.measured_slacks:
+        for t in range(1, config.policy_updates + 1):
             sets[f"slack prompts of iteration {t} (see --slack-prompts)"] = reference.select(deal_prompts(config, reference, t)[1])
     return sets
 
 
 def _by_tokens(prompts: Prompts) -> Prompts:
-    """With keys that are equal where the tokens are: those of a file of pairs are its rows' numbers."""
+    """Returns the prompts with keys that are equal where the tokens are; the keys of a file of pairs are its rows' numbers."""
     return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 
 def _versions() -> dict[str, str]:
-    """What the numbers of a run depend on: commit, packages, threads."""
+    """Lists what the numbers of a run depend on: commit, packages, threads."""
     root = Path(__file__).resolve().parents[2]
     commit = ""
     if (root / ".git").exists():

@@ -2,30 +2,52 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from engine import constraints, dual
+from engine import constraints, dual, keys
 from engine.constraints import Limit
 from engine.errors import UserError
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.lora import first_layer
-from engine.policy.update import Samples
-from engine.records import Prompts, Scores, Units, unsafe_counted
-from engine.run import rows
+from engine.policy.samples import Samples
+from engine.records import Prompts, Sampled, Scored, Scores, Units, unsafe_counted
+from engine.run.rows import ReferenceRow, read_rows
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
-from engine.stages.job import Job, heldout_prompts, reference_prompts
-from engine.stages.sampling import Sampled, gap_of, log_gap, sample, samples_of
+from engine.stages.job import Job
+from engine.stages.sampling import gap_of, log_gap, sample, samples_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSamples:
-    """What stage 1 leaves: the samples, and the states below the adapter in the order of their packed groups."""
+    """The result of stage reference: the samples, and the states below the adapter in the order of their packed groups."""
 
     sampled: Sampled
     lower_MD: Tensor | None
+
+
+class Scoring(Protocol):
+    """From the scorers' own scores of responses to those in the run's units."""
+
+    units: Units
+    audit_names: list[str]
+
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        """Returns scores in the run's units. stage: of a run, or anything else with `progress` and `check_stop`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByScorers:
+    """Scores by the run's scorers."""
+
+    units: Units
+    audit_names: list[str]
+
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+        return self.units.apply(sampled.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +56,7 @@ class Reference:
 
     prompts: Prompts
     sampled: Sampled
-    units: Units
+    scoring: Scoring
     scores: Scores  # in units
     limits: list[Limit]
     needed_J: Tensor  # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
@@ -43,89 +65,121 @@ class Reference:
     lower: LowerStates | None  # states below the adapter, unless they are too large to keep
 
     @property
+    def units(self) -> Units:
+        """One unit of each score."""
+        return self.scoring.units
+
+    @property
     def samples(self) -> Samples:
         """The reference's responses as an update learns from them."""
-        return Samples(prompts=self.prompts, rollouts=self.sampled.rollouts, scores=self.scores, lower=self.lower)
+        return Samples(prompts=self.prompts, sampled=self.sampled, scores=self.scores, lower=self.lower)
 
-    def weighted(self, scores: Scores, prompts: Prompts) -> Tensor:
-        """Utilities [P, G, J] of scores in units, as the Lagrangian counts them."""
-        return constraints.weighted(self.limits, scores, prompts, self.prompts)
+    def scored(self, samples: Samples, missing_PJ: Tensor | None = None) -> Scored:
+        """Returns the scores of any samples as the rule of an algorithm sees them."""
+        return Scored(
+            reward_PG=samples.scores.reward_PG,
+            utility_PGJ=samples.scores.utility_PGJ,
+            weight_PJ=constraints.weights(self.limits, samples.prompts, self.prompts),
+            cost_PGJ=-samples.sampled.scores.utility_PGJ,
+            missing_PJ=missing_PJ,
+        )
+
+    @property
+    def problem(self) -> tuple[Tensor, Tensor]:
+        """Reward [P, G] and utilities [P, G, J] of the reference's samples as the Lagrangian counts them: what the dual is solved on."""
+        return self.scores.reward_PG, self.scored(self.samples).counted_PGJ
 
     def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:
-        """What each of the prompts `chosen` misses of its own constraints, float64 [P, J]; utilities of its responses, in units."""
+        """Measures what each of the prompts `chosen` misses of its constraints, float64 [P, J]; utilities in units."""
         before_PGJ = self.scores.utility_PGJ[list(chosen)]
         return constraints.missing(self.limits, self.aimed, self.aim_J, self.units, utility_PGJ, before_PGJ)
 
 
 def sample_reference(job: Job) -> Reference:
-    """Stage 1: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
+    """Runs stage reference: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
     config = job.config
-    prompts = reference_prompts(config, job.train)
-
+    prompts = job.train
     shared = samples_of(job, "reference", ReferenceSamples)
 
     def compute(stage: Stage) -> ReferenceSamples:
         if shared is None:
-            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=0, keep=True)
+            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True)
         else:
             sampled, lower = shared.sampled, None
             log_gap(job, stage, prompts, sampled.rollouts, None)
-        made = reference_of(job, prompts, sampled, None)
-        units, r, g = made.units, made.scores.reward_PG, made.scores.utility_PGJ
+        fixed = reference_of(job, prompts, sampled, None)
+        units, r, g = fixed.units, fixed.scores.reward_PG, fixed.scores.utility_PGJ
         groups = packing.groups(prompts, sampled.rollouts)
-        stage.row(
-            "reference", names=[s.name for s in job.scorers.costs], audit_names=[s.name for s in job.scorers.audits],
-            reward_sd=units.reward, utility_sd=units.utility_J, audit_sd=units.audit_A,
-            correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
-            finished=float(sampled.rollouts.finished.double().mean()), mean_length=float(sampled.rollouts.length.double().mean()),
-            prompts=len(prompts), responses=config.n_responses, needed=made.needed_J, aimed=made.aimed, aim=made.aim_J,
-        )  # fmt: skip
+        stage.log(
+            ReferenceRow(
+                names=[s.name for s in job.scorers.costs],
+                audit_names=[s.name for s in job.scorers.audits],
+                reward_sd=units.reward,
+                utility_sd=units.utility_J,
+                audit_sd=units.audit_A,
+                correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
+                finished=float(sampled.rollouts.finished.double().mean()),
+                mean_length=float(sampled.rollouts.length.double().mean()),
+                prompts=len(prompts),
+                responses=config.n_responses,
+                needed=fixed.needed_J,
+                aimed=fixed.aimed,
+                aim=fixed.aim_J,
+            )
+        )
         return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
 
-    made = job.run.stage("reference", ReferenceSamples, compute)
-    sampled, lower = made.sampled, None
+    saved = job.run.stage("reference", ReferenceSamples, compute)
+    sampled, lower = saved.sampled, None
     # Shared states stay where they are: they are hundreds of megabytes.
-    lower_MD = made.lower_MD if shared is None else shared.lower_MD
+    lower_MD = saved.lower_MD if shared is None else shared.lower_MD
     if lower_MD is not None:
         lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
         lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
     reference = reference_of(job, prompts, sampled, lower)
-    row = next(r for r in rows.read_rows(job.run.folder, "reference"))
+    (row,) = read_rows(job.run.folder, ReferenceRow)
     gap, show = gap_of(job.run.folder, "reference"), job.run.display
     show.line(
-        f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row['finished']:.0f} % finished, mean length "
-        f"{row['mean_length']:.0f} tokens{f'; {gap}' if gap else ''}"
+        f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row.finished:.0f} % finished, mean length "
+        f"{row.mean_length:.0f} tokens{f'; {gap}' if gap else ''}"
     )
     for j, limit in enumerate(reference.limits):
-        opening = limit.opening(float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts)))
-        show.line(f"{opening}; correlation with the reward {row['correlation'][j]:+.2f}")
+        opening = limit.opening(
+            float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
+        )
+        show.line(f"{opening}; correlation with the reward {row.correlation[j]:+.2f}")
     return reference
 
 
 def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerStates | None) -> Reference:
-    """What reference samples fix."""
+    """Fixes units, required improvements and aims from reference samples."""
     limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
     units = reference_units(sampled.scores, job.scorers, limits, prompts)
     scores = units.apply(sampled.scores)
     return Reference(
-        prompts=prompts, sampled=sampled, units=units, scores=scores, limits=limits, lower=lower,
+        prompts=prompts,
+        sampled=sampled,
+        scoring=ByScorers(units=units, audit_names=[s.name for s in job.scorers.audits]),
+        scores=scores,
+        limits=limits,
+        lower=lower,
         **aims(job, limits, prompts, scores, units),
-    )  # fmt: skip
+    )
 
 
 def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units: Units) -> dict:
-    """The fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples, in units."""
+    """Returns the fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples, in units."""
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
     aimed = constraints.aims(
-        limits, scores, prompts, units, margin=config.margin, heldout=heldout_prompts(config, job.heldout),
+        limits, scores, prompts, units, margin=config.margin, heldout=job.heldout,
         n_responses=config.eval_responses,
     )  # fmt: skip
     return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
 
 
 def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
-    """Pooled within-prompt standard deviations of the reference's scores on `prompts`.
+    """Measures the pooled within-prompt standard deviations of the reference's scores on `prompts`.
 
     Raises: UserError for a scorer that is constant within every prompt, also where it is so on those that its constraint is about.
     """
@@ -144,7 +198,7 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], p
 
 
 def _deviation(score_PG: Tensor, name: str) -> float:
-    """`dual.within_deviation`, and a score that is one number everywhere is named with it."""
+    """Measures `dual.within_deviation`; a score that is one number everywhere is an error that names the number."""
     if score_PG.min() == score_PG.max():
         raise UserError(
             f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is nothing to align; use another one, or "
@@ -153,14 +207,12 @@ def _deviation(score_PG: Tensor, name: str) -> float:
     return dual.within_deviation(score_PG, name)
 
 
-def units_of(row: dict, limits: Sequence[Limit]) -> Units:
-    """Those of a run, from its metrics row of kind "reference"."""
-    return Units(
-        reward=row["reward_sd"], utility_J=row["utility_sd"], audit_A=row["audit_sd"], unsafe_above_J=constraints.counted_above(limits)
-    )
+def units_of(row: ReferenceRow, limits: Sequence[Limit]) -> Units:
+    """Returns the units that a run fixed."""
+    return Units(reward=row.reward_sd, utility_J=row.utility_sd, audit_A=row.audit_sd, unsafe_above_J=constraints.counted_above(limits))
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
-    """Pooled correlation of two scores within prompts."""
+    """Correlates two scores within prompts, pooled."""
     a, b = a_PG - a_PG.mean(1, keepdim=True), b_PG - b_PG.mean(1, keepdim=True)
     return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())

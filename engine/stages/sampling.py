@@ -1,11 +1,10 @@
 """Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.errors import UserError
 from engine.model import packing
@@ -13,14 +12,16 @@ from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, logprob_gap
 from engine.policy.lora import first_layer
 from engine.policy.weights import Weights
-from engine.records import Prompts, Rollouts, Scores, Units
-from engine.rollout.sampler import NEAR_TIE, generate
+from engine.records import Prompts, Rollouts, Sampled
+from engine.rollout.decoding import NEAR_TIE
+from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.run import rows
+from engine.run.folder import RunFolder
 from engine.run.plan import kept_states_bytes
+from engine.run.rows import SampledRow, SpeedRow, read_rows
 from engine.run.run import Stage
 from engine.run.store import RecordT, load
-from engine.scorers.scoring import score
+from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.job import Job, Subject
 from kernels.sampling import combine
 
@@ -28,35 +29,35 @@ from kernels.sampling import combine
 GAP_PROMPTS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """Responses with their texts and raw scores. kl_PG: log pi - log pi_ref of each response, nats (0 for the reference)."""
-
-    rollouts: Rollouts
-    texts: list[str]
-    scores: Scores
-    kl_PG: Tensor
-
-
 def respond(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, states: States | None = None
 ) -> tuple[Rollouts, list[str]]:
-    """n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
+    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
 
     stage: of a run, or anything else with `progress` and `check_stop`.
     """
-    config = job.config
+    settings = job.settings
 
     def on_step(tokens: int) -> None:
         made.advance(tokens)
         stage.check_stop()
 
-    with stage.progress(len(prompts) * n * config.max_new_tokens, "tokens", "sampling") as made:
+    with stage.progress(len(prompts) * n * settings.max_new_tokens, "tokens", "sampling") as made:
         rollouts = generate(
-            job.model, prompts.token_ids, n=n, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            stop_token_ids=job.stop_token_ids, seed=int(combine(config.seed, purpose)), prompt_key=prompts.key_P, adapter=adapter,
-            max_rows=config.rollout_rows, on_step=on_step, states=states,
-        )  # fmt: skip
+            job.model,
+            prompts.token_ids,
+            n=n,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            stop_token_ids=job.stop_token_ids,
+            seed=int(combine(settings.seed, purpose)),
+            prompt_key=prompts.key_P,
+            adapter=adapter,
+            max_rows=settings.rows,
+            on_step=on_step,
+            states=states,
+        )
     texts = [
         job.tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
@@ -67,21 +68,21 @@ def respond(
 def sample(
     job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
 ) -> tuple[Sampled, LowerStates | None]:
-    """`respond`, and score the responses. stage: of a run, or anything else with `progress`, `check_stop`, `timing` and `row`, which gets
-    the `log_gap` of these samples.
+    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
+    gets the `log_gap` of these samples.
 
     The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
     large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
     sampler are the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios
     start at 1.
     """
-    config = job.config
+    settings = job.settings
     start = time.monotonic()
-    # Of a policy whose weights are all its own nothing equals the reference's states.
-    below = first_layer(job.model.config.num_layers, config.lora_from) if config.tune == "lora" else -1
+    # With --tune full every layer differs from the reference's, so no states can be shared.
+    below = -1 if settings.adapter_from is None else first_layer(job.model.config.num_layers, settings.adapter_from)
     own = adapter is None and job.model.dtype == torch.float32
     small = kept_states_bytes(
-        [len(ids) for ids in prompts.token_ids], n * config.max_new_tokens, job.model.config.hidden_size, job.model.dtype
+        [len(ids) for ids in prompts.token_ids], n * settings.max_new_tokens, job.model.config.hidden_size, job.model.dtype
     )
     lower = LowerStates(below) if below >= 0 and small and (keep or not own) else None
     layers = job.scorers.layers
@@ -96,15 +97,24 @@ def sample(
 
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
     with stage.progress(total, "tokens", "scoring") as scored:
-        scores = score(
-            job.model, prompts, rollouts, texts, job.scorers, temperature=config.temperature,
-            memory_budget_bytes=config.memory_budget_bytes, reference=not own, states=states, on_tokens=on_tokens,
-        )  # fmt: skip
+        forward = ReferenceForward(
+            temperature=settings.temperature,
+            memory_budget_bytes=settings.memory_budget_bytes,
+            logprob=not own,
+            states=states,
+        )
+        responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts)
+        scores = score(job.model, job.scorers, responses, forward, on_tokens=on_tokens)
     tokens = int(rollouts.length.sum())
-    stage.timing(
-        tokens=tokens, sampling_s=sampled - start, scoring_s=time.monotonic() - sampled, tokens_per_s=tokens / (sampled - start),
-        scored_tokens_per_s=scored.done / (time.monotonic() - sampled),
-    )  # fmt: skip
+    stage.log_speed(
+        SpeedRow(
+            tokens=tokens,
+            sampling_s=sampled - start,
+            scoring_s=time.monotonic() - sampled,
+            tokens_per_s=tokens / (sampled - start),
+            scored_tokens_per_s=scored.done / (time.monotonic() - sampled),
+        )
+    )
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
@@ -116,35 +126,37 @@ def sample(
 def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None) -> None:
     """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward under the same weights, on the
     responses to the first prompts (`LogprobGap`, nats per token); and in how many of all draws the two best were nearly alike."""
-    config, groups = job.config, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
+    settings, groups = job.settings, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
     gap = logprob_gap(
-        job.model, groups, rollouts, temperature=config.temperature, memory_budget_bytes=config.memory_budget_bytes, adapter=adapter
+        job.model, groups, rollouts, temperature=settings.temperature, memory_budget_bytes=settings.memory_budget_bytes, adapter=adapter
     )
-    near = {"near_ties": int(rollouts.near_tie.sum()), "draws": int(rollouts.length.sum())}
-    stage.row("sampled", prompts=len(groups), responses=rollouts.n, logprob_gap=asdict(gap), **near)
+    stage.log(
+        SampledRow(
+            prompts=len(groups),
+            responses=rollouts.n,
+            logprob_gap=asdict(gap),
+            near_ties=int(rollouts.near_tie.sum()),
+            draws=int(rollouts.length.sum()),
+        )
+    )
 
 
-def gap_text(row: dict) -> str:
-    """What a row of `log_gap` says."""
-    return f"{LogprobGap(**row['logprob_gap'])}; two best within {NEAR_TIE:g} in {row['near_ties']} of {row['draws']} draws"
+def gap_text(row: SampledRow) -> str:
+    """Says a row of `log_gap` in words."""
+    return f"{LogprobGap(**row.logprob_gap)}; two best within {NEAR_TIE:g} in {row.near_ties} of {row.draws} draws"
 
 
 def gap_of(run: Path, stage: str) -> str:
-    """What `log_gap` found in a stage; empty where nothing was sampled there."""
-    return next((gap_text(row) for row in rows.read_rows(run, "sampled") if row["stage"] == stage), "")
+    """Says what `log_gap` found in a stage of a run; empty where nothing was sampled there."""
+    return next((gap_text(row) for row in read_rows(run, SampledRow) if row.stage == stage), "")
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
-    """The record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
+    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
     if not job.config.samples_of:
         return None
-    folder = Path(job.config.samples_of)
-    found = sorted((folder / "stages").glob(f"*-{stage.replace('/', '-')}.safetensors"))
-    if not found:
-        raise UserError(f"--samples-of {folder}: it has no whole stage {stage}; let that run end first (--resume {folder}).")
-    return load(found[0], cls)
-
-
-def in_units(sampled: Sampled, units: Units) -> Sampled:
-    """The same samples with their scores in units."""
-    return replace(sampled, scores=units.apply(sampled.scores))
+    folder = RunFolder(Path(job.config.samples_of))
+    file = folder.stage_file(stage)
+    if file is None:
+        raise UserError(f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first (--resume {folder.path}).")
+    return load(file, cls)

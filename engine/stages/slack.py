@@ -1,24 +1,101 @@
-"""Stage iteration-t/slack: the line that says what was measured."""
+"""Stage iteration-t/slack: how far an iterate is from its constraints, on its own responses."""
 
+import torch
 from torch import Tensor
 
-from engine.run.rows import read_timing
-from engine.stages.job import Job
+from engine import dual, keys
+from engine.policy.update import Policy
+from engine.policy.weights import Weights
+from engine.run.rows import IterationRow, SpeedRow, read_timing
+from engine.run.run import Stage
+from engine.stages.job import Job, deal_prompts
 from engine.stages.protocol import Slack
 from engine.stages.reference import Reference
-from engine.stages.solve import listed
+from engine.stages.sampling import sample
+from engine.stages.solve import listed, warn_of_lam_max
+
+
+def stage_name(iteration: int) -> str:
+    """Names the stage in which an iterate's slack is measured."""
+    return f"iteration-{iteration}/slack"
+
+
+def measure(job: Job, reference: Reference, weights: Weights, policy: Policy, lam_J: Tensor, iteration: int) -> Slack:
+    """Roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step 2).
+
+    weights: hold those of `policy`.
+    """
+    config, limits = job.config, reference.limits
+    measured_on = deal_prompts(config, reference.prompts, iteration)[1]
+
+    def compute(stage: Stage) -> Slack:
+        prompts = reference.prompts.select(measured_on)
+        sampled, _ = sample(job, stage, prompts, weights, n=config.slack_responses, purpose=keys.slack(iteration))
+        scores = reference.scoring(stage, prompts, sampled)
+        mean, se, violation = torch.zeros(3, len(limits), dtype=torch.float64)
+        missing_PJ = reference.missing(scores.utility_PGJ, measured_on)
+        for j, limit in enumerate(limits):
+            about = limit.rows(prompts)
+            after, before = scores.utility_PGJ[about, :, j], reference.scores.utility_PGJ[measured_on][about, :, j]
+            mean[j], se[j] = dual.paired_improvement(after, before)
+            violation[j] = missing_PJ[about, j].clamp(min=0).mean()
+        reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[measured_on])
+        slack = Slack(
+            improvement_J=mean,
+            se_J=se,
+            slack_J=mean - reference.aim_J,
+            violation_J=violation,
+            reward=float(reward),
+            reward_se=float(reward_se),
+            kl=float(sampled.kl_PG.mean()),
+            kl_se=float(dual.standard_error(sampled.kl_PG.mean(1))),
+        )
+        stage.log(
+            IterationRow(
+                iteration=iteration,
+                lam=lam_J,
+                reward=slack.reward,
+                reward_se=slack.reward_se,
+                improvement=mean,
+                improvement_se=se,
+                threshold=reference.needed_J,
+                aim=reference.aim_J,
+                slack=slack.slack_J,
+                slack_se=se,
+                kl=slack.kl,
+                kl_se=slack.kl_se,
+                loss=policy.loss,
+                finished=float(sampled.rollouts.finished.double().mean()),
+                prompts=len(measured_on),
+                responses=config.slack_responses,
+            )
+        )
+        return slack
+
+    return job.run.stage(stage_name(iteration), Slack, compute)
+
+
+def say(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int) -> None:
+    """Print the line of an iteration, and a warning for a multiplier that --lam-max holds."""
+    job.run.display.line(iteration_line(job, reference, lam_J, slack, loss, iteration))
+    warn_of_lam_max(job, reference.limits, lam_J, slack.slack_J)
 
 
 def iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int) -> str:
-    stage = f"iteration-{iteration}/slack"
-    speed = [row["tokens_per_s"] for row in read_timing(job.run.folder) if row["stage"] == stage and "tokens_per_s" in row]
+    """Says in one line what was measured of an iterate."""
+    stage = stage_name(iteration)
+    speed = [row.tokens_per_s for row in read_timing(job.run.folder, SpeedRow) if row.stage == stage]
     measured = zip(slack.improvement_J.tolist(), slack.se_J.tolist(), reference.needed_J.tolist(), reference.aimed, strict=True)
     held = [
         limit.progress(*values, reference.units.utility_J[j])
         for j, (limit, values) in enumerate(zip(reference.limits, measured, strict=True))
     ]
     parts = [
-        f"iteration {iteration}: lambda {listed(lam_J)}", f"reward {slack.reward:+.2f} +- {slack.reward_se:.2f}", *held,
-        f"KL {slack.kl:.2f} +- {slack.kl_se:.2f} nats", f"loss {loss:.3f}", *(f"{x:.0f} tokens/s" for x in speed[-1:]),
-    ]  # fmt: skip
+        f"iteration {iteration}: lambda {listed(lam_J)}",
+        f"reward {slack.reward:+.2f} +- {slack.reward_se:.2f}",
+        *held,
+        f"KL {slack.kl:.2f} +- {slack.kl_se:.2f} nats",
+        f"loss {loss:.3f}",
+        *(f"{x:.0f} tokens/s" for x in speed[-1:]),
+    ]
     return " | ".join(parts)

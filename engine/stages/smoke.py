@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from engine.model.folder import fingerprint, read_config
-from engine.model.quickstart import cache_folder, is_complete, tiny_model_folder
+from engine.quickstart import cache_folder, is_complete, tiny_model_folder
 from engine.scorers.base import Head
 
 
 def smoke_folder() -> Path:
-    """The folder in the user's cache, made on first use in a second; it appears whole or not at all."""
+    """Finds the folder in the user's cache, made on first use in a second; it appears whole or not at all."""
     folder = cache_folder() / "smoke"
     if is_complete(folder):
         return folder

@@ -1,4 +1,4 @@
-"""Stage dual: the one-shot multipliers from reference samples, with intervals over prompts."""
+"""Runs stage dual: the one-shot multipliers from reference samples, with intervals over prompts."""
 
 from collections.abc import Sequence
 
@@ -11,20 +11,18 @@ from engine.constraints import Limit
 from engine.dual.uncertainty import range_text
 from engine.errors import UserError
 from engine.records import DualState
+from engine.run.rows import DualRow
 from engine.run.run import Stage
 from engine.stages.job import Job
 from engine.stages.reference import Reference
 
 
 def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> dual.Solution:
-    """The multipliers for the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
+    """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
     bounds = [limit.highest for limit in reference.limits]
     try:
-        return dual.solve(
-            reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts), aim, config.beta, start_J=start_J,
-            bounds=bounds, lam_max=config.lam_max, force=config.force,
-        )  # fmt: skip
+        return dual.solve(*reference.problem, aim, config.beta, start_J=start_J, bounds=bounds, lam_max=config.lam_max, force=config.force)
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
         asked = ", ".join(f"{limit.flag} {limit.value:g}" for limit in reference.limits)
@@ -48,7 +46,7 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     """
     config, aim, limits = job.config, reference.aim_J, reference.limits
     solution = one_shot(job, reference)
-    scores = reference.scores.reward_PG, reference.weighted(reference.scores, reference.prompts)
+    scores = reference.problem
     at_zero = dual.solve(*scores, torch.full_like(aim, -1e6), config.beta).predicted_improvement
     predicted_se = _predicted_se(reference, dual.tilted_improvement(*scores, solution.lam, config.beta)[1])
     interval = None  # lam_max holds a multiplier
@@ -58,11 +56,21 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     low, high, lam_se = (interval.low, interval.high, interval.se) if interval else (None, None, None)
 
     def compute(stage: Stage) -> DualState:
-        stage.row(
-            "dual", lam=solution.lam, lam_low=low, lam_high=high, lam_se=lam_se, predicted_improvement=solution.predicted_improvement,
-            predicted_improvement_se=predicted_se, improvement_at_zero=at_zero, ess=solution.ess.mean(), kkt=solution.kkt, aim=aim,
-            threshold=reference.needed_J,
-        )  # fmt: skip
+        stage.log(
+            DualRow(
+                lam=solution.lam,
+                lam_low=low,
+                lam_high=high,
+                lam_se=lam_se,
+                predicted_improvement=solution.predicted_improvement,
+                predicted_improvement_se=predicted_se,
+                improvement_at_zero=at_zero,
+                ess=solution.ess.mean(),
+                kkt=solution.kkt,
+                aim=aim,
+                threshold=reference.needed_J,
+            )
+        )
         return DualState(lam_J=solution.lam)
 
     job.run.stage("dual", DualState, compute)
@@ -81,11 +89,11 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
 
 
 def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
-    """Standard errors of the predicted improvements, each over the prompts that its constraint is about. float64 [J]."""
+    """Computes the standard errors of the predicted improvements, each over the prompts that its constraint is about. float64 [J]."""
     found = []
     for j, limit in enumerate(reference.limits):
         own = limit.rows(reference.prompts)
-        # Their weight in the Lagrangian taken out.
+        # Undo the weight that the Lagrangian gives to this subset of prompts.
         found.append(dual.standard_error(improvement_PJ[own, j] * len(own) / len(reference.prompts)))
     return torch.stack(found)
 
@@ -97,7 +105,7 @@ def _interval_text(interval: dual.Interval, j: int) -> str:
 
 
 def held_by_lam_max(config: RunConfig, lam_J: Tensor, gradient_J: Tensor) -> Tensor:
-    """bool [J]: multipliers that would rise if lam_max let them."""
+    """Marks multipliers that would rise if lam_max let them; bool [J]."""
     return (lam_J >= config.lam_max * (1 - 1e-12)) & (gradient_J < 0)
 
 

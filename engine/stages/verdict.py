@@ -2,21 +2,25 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from engine import keys
 from engine.constraints import Limit
 from engine.files import write_json, write_whole
-from engine.records import Prompts, Scores, Units
+from engine.policy.samples import Samples
+from engine.policy.weights import Weights
+from engine.records import Sampled, Scores, Units
 from engine.report import run_page
 from engine.run.display import duration
 from engine.run.rows import time_table
+from engine.run.run import Stage
 from engine.stages.job import Job
 from engine.stages.protocol import Result
 from engine.stages.reference import Reference
-from engine.stages.sampling import Sampled
+from engine.stages.sampling import log_gap, sample, samples_of
 from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
 from engine.verdict.sentences import sentences
 
@@ -28,20 +32,49 @@ class HeldOut:
     sampled: Sampled
     scores: Scores
 
-    @property
-    def judged(self) -> Sampled:
-        """The responses with their scores in units."""
-        return replace(self.sampled, scores=self.scores)
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What a policy is judged by: the constraints with their aims, and the units of the scores."""
+
+    limits: Sequence[Limit]
+    aimed: Sequence[float]  # in each constraint's own measure
+    units: Units
+    audit_names: list[str]
+    confidence: float = 0.95
 
 
-def verdict(
-    job: Job, reference: Reference, prompts: Prompts, before: Sampled, after: Sampled, audit_names: list[str], lam_J: Tensor
-) -> Result:
-    """Judge the policy's held-out responses (`after`, scores in units) against the reference's; evaluation.json, heldout.jsonl, report."""
-    run = job.run
-    evaluation = judge(prompts, before, after, reference.limits, reference.aimed, reference.units, audit_names)
-    write_heldout(run.folder, prompts, before, after)
-    write_json(run.folder / "evaluation.json", evaluation.as_dict())
+def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> HeldOut:
+    """Stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the held-out prompts."""
+    config, prompts = job.config, job.heldout
+    name = "heldout/reference" if weights is None else "heldout/policy"
+    purpose = keys.HELDOUT_REFERENCE if weights is None else keys.HELDOUT_POLICY
+
+    def compute(stage: Stage) -> HeldOut:
+        shared = samples_of(job, name, HeldOut) if weights is None else None
+        if shared is not None:
+            sampled = shared.sampled
+            log_gap(job, stage, prompts, sampled.rollouts, None)
+        else:
+            sampled, _ = sample(job, stage, prompts, weights, n=config.eval_responses, purpose=purpose)
+        return HeldOut(sampled=sampled, scores=reference.scoring(stage, prompts, sampled))
+
+    return job.run.stage(name, HeldOut, compute)
+
+
+def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOut, lam_J: Tensor) -> Result:
+    """Judge the policy's held-out responses (`after`) against the reference's; writes evaluation.json, heldout.jsonl and the report."""
+    run, prompts = job.run, job.heldout
+    sides = [Samples(prompts=prompts, sampled=side.sampled, scores=side.scores) for side in (before, after)]
+    bar = Bar(
+        limits=reference.limits,
+        aimed=reference.aimed,
+        units=reference.units,
+        audit_names=reference.scoring.audit_names,
+    )
+    evaluation = judge(*sides, bar)
+    write_heldout(run.paths.heldout, *sides)
+    write_json(run.paths.evaluation, evaluation.as_dict())
     for line in sentences(evaluation):
         run.display.line(line)
     written = run_page.write(run.folder)
@@ -53,29 +86,30 @@ def verdict(
     return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
 
 
-def judge(
-    prompts: Prompts, before: Sampled, after: Sampled, limits: Sequence[Limit], aimed: Sequence[float], units: Units,
-    audit_names: list[str], confidence: float = 0.95,
-) -> Evaluation:  # fmt: skip
-    """The verdict on samples of the reference and of a policy, with scores in units."""
-    policy, reference = (Side(rollouts=s.rollouts, texts=s.texts, scores=s.scores) for s in (after, before))
-    asked = Asked(limits=limits, aims=aimed, unit_J=units.utility_J)
-    return evaluate(policy, reference, prompts, after.kl_PG, asked, audit_names, confidence)
+def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
+    """Returns the verdict on samples of the reference and of a policy."""
+    policy, reference = (
+        Side(rollouts=side.rollouts, texts=side.sampled.texts, scores=side.scores) for side in (after, before)
+    )
+    asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J)
+    return evaluate(
+        policy, reference, before.prompts, after.sampled.kl_PG, asked, bar.audit_names, bar.confidence
+    )
 
 
-def write_heldout(folder: Path, prompts: Prompts, before: Sampled, after: Sampled) -> None:
+def write_heldout(path: Path, before: Samples, after: Samples) -> None:
     """Write heldout.jsonl: a line per prompt and response of either side, with their scores in units."""
-    n = before.rollouts.n
+    prompts, n = before.prompts, before.rollouts.n
     lines = []
     for p in range(len(prompts)):
         for i in range(n):
             row = {"prompt": prompts.text[p], "kind": prompts.kind[p], "sample": i}
-            for name, sampled in (("reference", before), ("policy", after)):
+            for name, side in (("reference", before), ("policy", after)):
                 r = p * n + i
-                row[name] = sampled.texts[r]
-                row[f"{name}_finished"] = bool(sampled.rollouts.finished[r])
-                row[f"{name}_reward"] = float(sampled.scores.reward_PG[p, i])
-                row[f"{name}_utility"] = sampled.scores.utility_PGJ[p, i].tolist()
-                row[f"{name}_audit"] = sampled.scores.audit_PGA[p, i].tolist()
+                row[name] = side.sampled.texts[r]
+                row[f"{name}_finished"] = bool(side.rollouts.finished[r])
+                row[f"{name}_reward"] = float(side.scores.reward_PG[p, i])
+                row[f"{name}_utility"] = side.scores.utility_PGJ[p, i].tolist()
+                row[f"{name}_audit"] = side.scores.audit_PGA[p, i].tolist()
             lines.append(json.dumps(row, sort_keys=True, ensure_ascii=False))
-    write_whole(folder / "heldout.jsonl", ("\n".join(lines) + "\n").encode())
+    write_whole(path, ("\n".join(lines) + "\n").encode())

@@ -1,4 +1,8 @@
-"""TODO"""
+"""Train several algorithms along a path of thresholds: `python -m engine.sweep [flags] [-- flags of
+engine.train]`.
+
+Exit codes are those of `engine.train`; what a sweep does is said in `engine.sweep.runs`.
+"""
 
 import json
 import sys
@@ -20,22 +24,31 @@ USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engin
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     out = ""
     try:
         cut = argv.index("--") if "--" in argv else len(argv)
-        own, common = argv[:cut], argv[cut + 1 :]
-        own, resume = take(own, "--resume")
-        own, preset = take(own, "--preset")
+        flags, common = argv[:cut], argv[cut + 1 :]
+        flags, resume = take(flags, "--resume")
+        flags, preset = take(flags, "--preset")
         if preset not in (None, "smoke"):
             raise UserError(f"--preset {preset}: the only preset is smoke.")
         if resume is not None:
-            if own or common or preset:
-                raise UserError(f"--resume {resume}: takes no other flags; the sweep goes on with its own settings.")
+            if flags or common or preset:
+                raise UserError(
+                    f"--resume {resume}: takes no other flags; the sweep goes on with its own settings."
+                )
             sweep, preset = _resumed(resume)
         else:
-            sweep = parse_flags(SweepConfig, own, prog="python -m engine.sweep", usage=USAGE, first="sweep's name", default=SweepConfig())
+            sweep = parse_flags(
+                SweepConfig,
+                flags,
+                prog="python -m engine.sweep",
+                usage=USAGE,
+                first="sweep's name",
+                default=SweepConfig(),
+            )
             if sweep is None:
                 return 0
             sweep = replace(sweep, flags=(*sweep.flags, *common))
@@ -51,14 +64,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
-    """(settings, preset) of the sweep in a folder."""
+    """Read settings and preset of the sweep in a folder. Raises: UserError where no sweep is there."""
     try:
         settings = json.loads((Path(folder) / "sweep.json").read_text(encoding="utf-8"))
         preset = settings.pop("preset")
         return SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()}), preset
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--resume {folder}: no sweep is there ({type(error).__name__} at sweep.json); name the folder that --out made."
+            f"--resume {folder}: no sweep is there ({type(error).__name__} at sweep.json); name the folder "
+            "that --out made."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a run folder says of a finished or failed run."""
+"""The outcome of a finished or failed run of a sweep, read from its folder."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,21 +6,31 @@ from pathlib import Path
 
 from engine import constraints
 from engine.constraints import Limit
-from engine.run.rows import read_rows, read_timing
+from engine.run.folder import RunFolder
+from engine.run.rows import (
+    IterationRow,
+    PolicyRow,
+    ReferenceRow,
+    SpeedRow,
+    StageTimeRow,
+    StepRow,
+    read_rows,
+    read_timing,
+)
 from engine.sweep.plans import Plan
 from engine.verdict.evaluation import Evaluation
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What is known of a finished or failed run."""
+    """A finished or failed run: its verdict, or its error, and what it cost."""
 
     plan: Plan
     evaluation: Evaluation | None = None
     error: str = ""
     limits: list[Limit] = field(default_factory=list)  # the constraints
     lam: list[float] = field(default_factory=list)  # multipliers of the last policy
-    iterations: list[dict] = field(default_factory=list)  # rows: lam, slack, slack_se
+    iterations: list[IterationRow] = field(default_factory=list)
     tokens: int = 0  # sampled in training by this run
     reference_tokens: int = 0  # of the reference's samples for training, which the runs of a seed share
     steps: int = 0  # policy steps
@@ -28,45 +38,53 @@ class Outcome:
 
 
 def finished(plan: Plan) -> bool:
-    """Whether a run has its verdict and its report."""
-    return (plan.folder / "evaluation.json").is_file() and (plan.folder / "report.html").is_file()
+    """Tell whether a run has its verdict and its report."""
+    paths = RunFolder(plan.folder)
+    return paths.evaluation.is_file() and paths.report_html.is_file()
 
 
 def read_run(plan: Plan, error: str = "") -> Outcome:
-    """What the folder of a run says that is done, or has failed with `error`."""
-    (reference,) = read_rows(plan.folder, "reference")
+    """Read the folder of a run that is done, or has failed with `error`."""
+    (reference,) = read_rows(plan.folder, ReferenceRow)
     tokens, seconds = effort(plan.folder)
     reference_tokens, _ = effort(Path(plan.config.samples_of))
     outcome = Outcome(
-        plan=plan, error=error, limits=constraints.limits(plan.config, reference["names"]),
+        plan=plan,
+        error=error,
+        limits=constraints.limits(plan.config, reference.names),
         tokens=sum(n for stage, n in tokens.items() if is_training(stage)),
-        reference_tokens=reference_tokens.get("reference", 0), steps=len(read_rows(plan.folder, "step")),
-        seconds=sum(s for stage, s in seconds.items() if is_training(stage)), iterations=read_rows(plan.folder, "iteration"),
-    )  # fmt: skip
+        reference_tokens=reference_tokens.get("reference", 0),
+        steps=len(read_rows(plan.folder, StepRow)),
+        seconds=sum(s for stage, s in seconds.items() if is_training(stage)),
+        iterations=read_rows(plan.folder, IterationRow),
+    )
     if not error:
-        outcome.evaluation = Evaluation.from_dict(json.loads((plan.folder / "evaluation.json").read_text()))
-        outcome.lam = kept_lam(plan.folder) or outcome.iterations[0]["lam"]
+        outcome.evaluation = Evaluation.from_dict(json.loads(RunFolder(plan.folder).evaluation.read_text()))
+        outcome.lam = kept_lam(plan.folder) or outcome.iterations[0].lam
     return outcome
 
 
 def kept_lam(folder: Path) -> list[float] | None:
-    """The multipliers that the judged policy of a run was trained at; None where --max-kl rejected the first one, so that the verdict is
-    on the reference."""
-    kept = [row for row in read_rows(folder, "policy") if not (folder / "adapters" / f"rejected-{row['iteration']}").is_dir()]
-    return kept[-1]["lam"] if kept else None
+    """Read the multipliers that the judged policy of a run was trained at.
+
+    None where --max-kl rejected the first policy, so that the verdict is on the reference.
+    """
+    paths = RunFolder(folder)
+    kept = [row for row in read_rows(folder, PolicyRow) if not paths.rejected(row.iteration).is_dir()]
+    return kept[-1].lam if kept else None
 
 
 def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
-    """(sampled tokens, seconds) of each stage of a run, of its last attempt alone: one that was interrupted sampled the same responses.
-    Seconds that a policy stage took before it was interrupted are so left out."""
-    tokens, seconds = {}, {}
-    for row in read_timing(folder):
-        if row["kind"] == "stage":
-            seconds[row["stage"]] = row["seconds"]
-        elif "tokens" in row:
-            tokens[row["stage"]] = row["tokens"]
+    """Read the sampled tokens and the seconds of each stage of a run, by its name.
+
+    Only the last attempt at a stage counts: one that was interrupted had sampled the same responses. The
+    seconds that a policy stage took before an interruption are thus left out.
+    """
+    tokens = {row.stage: row.tokens for row in read_timing(folder, SpeedRow)}
+    seconds = {row.stage: row.seconds for row in read_timing(folder, StageTimeRow)}
     return tokens, seconds
 
 
 def is_training(stage: str) -> bool:
+    """Tell whether a stage belongs to training: the reference's samples and the verdict do not."""
     return stage != "reference" and not stage.startswith("heldout/")

@@ -84,11 +84,11 @@ def page(
     names = [name for name in rows[0] if not name.endswith(PARTS)]
     of_seed = [o for o in done if o.plan.config.seed == done[0].plan.config.seed]
     chain = [
-        [f"{x:g}" for x in (seed, row["beta"], row["margin"])]
-        + [numbers(row[name]) for name in ("threshold", "aim", "lam", "predicted")]
-        + [f"{row['ess']:.1f}"]
-        for seed, rows_of_seed in paths.items()
-        for row in rows_of_seed
+        [f"{x:g}" for x in (seed, one.beta, one.margin)]
+        + [numbers(values) for values in (one.threshold, one.aim, one.lam, one.predicted)]
+        + [f"{one.ess:.1f}"]
+        for seed, path in paths.items()
+        for one in path
     ]
     failed = "".join(f"<p>{escape(o.plan.folder.name)}: {escape(o.error)}</p>" for o in outcomes if o.error)
     algorithms = ", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes))

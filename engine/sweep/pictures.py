@@ -128,9 +128,9 @@ def _draw_path(left: Axes, right: Axes, outcome: Outcome, j: int, colour: str, l
     if not rows:
         left.axhline(outcome.lam[j], color=colour, linestyle=line, linewidth=1)
         return
-    x = [row["iteration"] for row in rows]
-    left.plot(x, [row["lam"][j] for row in rows], line, color=colour, marker="o", markersize=3)
-    slack, se = (np.array([row[key][j] for row in rows]) for key in ("slack", "slack_se"))
+    x = [row.iteration for row in rows]
+    left.plot(x, [row.lam[j] for row in rows], line, color=colour, marker="o", markersize=3)
+    slack, se = np.array([row.slack[j] for row in rows]), np.array([row.slack_se[j] for row in rows])
     right.errorbar(x, slack, yerr=1.96 * se, fmt=line, color=colour, marker="o", markersize=3, elinewidth=0.6)
 
 

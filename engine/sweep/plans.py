@@ -1,16 +1,14 @@
-"""The runs of a sweep, from its settings."""
+"""From the settings of a sweep to its runs: every combination of algorithm, threshold and seed, checked
+before any compute."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from engine import config as configs
-from engine.config import SAMPLING, DpoConfig, RunConfig, SacpoConfig, SafeDpoConfig, check, shown_name, smoke
+from engine.config import ALGORITHMS, SAMPLING, RunConfig, check, shown_name, smoke
 from engine.config.flags import parse_flags, suggest
 from engine.errors import UserError
-
-# Algorithms that know no threshold run once for each seed.
-FREE = (DpoConfig, SacpoConfig, SafeDpoConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +18,8 @@ class SweepConfig:
     out: str = "sweep"
     """Folder of the sweep, must not exist yet."""
     algorithms: tuple[str, ...] = ("caid", "mocan")
-    """Algorithms, with settings of their own where wanted: caid, mocan:steps=50, dpo:objective=safety,steps=30."""
+    """Algorithms, with settings of their own where wanted: caid, mocan:steps=50,
+    dpo:objective=safety,steps=30."""
     thresholds: tuple[str, ...] = ("0.2", "0.3", "0.4")
     """Values of --threshold, one run each; with several costs either one number for all, or 0.2,0.3."""
     seeds: tuple[int, ...] = (0,)
@@ -33,7 +32,7 @@ class SweepConfig:
 class Plan:
     """One run of the sweep."""
 
-    label: str  # the algorithm as it was asked for
+    label: str  # the algorithm with its settings, as the user writes it
     algorithm: str
     threshold: tuple[float, ...]
     config: RunConfig
@@ -41,9 +40,9 @@ class Plan:
 
 
 def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
-    """All runs in order: seeds, then thresholds, then algorithms.
+    """Plan all runs, in the order of seeds, then thresholds, then algorithms.
 
-    Raises: UserError for a flag, a threshold or an algorithm that cannot be.
+    Raises: UserError for a flag, a threshold or an algorithm that cannot be used.
     """
     for name in ("seed", "threshold", "out", "samples_of"):
         if name in _flag_names(sweep.flags):
@@ -57,52 +56,63 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     for name in SAMPLING:
         if name != "seed" and len(values := {getattr(plan.config, name) for plan in plans.values()}) > 1:
             shown = ", ".join(sorted(map(str, values)))
-            raise UserError(f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; sweep each by itself.")
+            raise UserError(
+                f"--{name.replace('_', '-')} {shown}: the runs of a sweep share the reference's samples; "
+                "sweep each by itself."
+            )
     known = {f.name for plan in plans.values() for f in fields(plan.config)}
     for name in _flag_names(sweep.flags):
         if name not in known:
-            raise UserError(f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it.")
+            raise UserError(
+                f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it."
+            )
     return list(plans.values())
 
 
 def shown(label: str) -> str:
-    """An algorithm as it was asked for, under the name that people read."""
-    name, colon, own = label.partition(":")
-    return f"{shown_name(name)}{colon}{own}"
+    """Replace the algorithm's name in a label by the one that people read."""
+    name, colon, settings = label.partition(":")
+    return f"{shown_name(name)}{colon}{settings}"
 
 
 def config_class(label: str) -> type[RunConfig]:
-    """Of an algorithm as it is asked for, with or without settings. Raises: UserError for one that is not there."""
-    from engine.train import ALGORITHMS
-
-    names = [name for name in ALGORITHMS if name != "head"]
+    """Return the config class of a label's algorithm. Raises: UserError for an algorithm that does not
+    exist."""
+    names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
     if name not in names:
         raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
-    return getattr(configs, ALGORITHMS[name][0])
+    return ALGORITHMS[name].config_class
 
 
-def _plan(sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int) -> Plan:
-    name, _, own = label.partition(":")
+def _plan(
+    sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int
+) -> Plan:
+    """Build the config of one run and check it."""
+    name, _, settings = label.partition(":")
     kind = config_class(label)
     default = kind() if preset is None else smoke(kind())
     flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
-    flags += [f"--{part.replace('_', '-')}" for part in own.split(",") if part]
+    flags += [f"--{part.replace('_', '-')}" for part in settings.split(",") if part]
     config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
-    at = "" if issubclass(kind, FREE) else f"-b{'_'.join(f'{b:g}' for b in values)}"
+    at = f"-b{'_'.join(f'{b:g}' for b in values)}" if kind.has_thresholds else ""
     out = Path(sweep.out)
     folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
-    config = replace(config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}"))
+    config = replace(
+        config, seed=seed, threshold=values, out=str(folder), samples_of=str(out / f"samples-seed{seed}")
+    )
     check(config)
     return Plan(label=label, algorithm=name, threshold=values, config=config, folder=folder)
 
 
-def numbers(values) -> str:
+def numbers(values: Iterable[float]) -> str:
+    """Write numbers with three digits, separated by commas."""
     return ", ".join(f"{x:.3g}" for x in values)
 
 
 def _threshold(text: str) -> tuple[float, ...]:
+    """Read one value of --thresholds: a number, or one per cost."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -110,11 +120,16 @@ def _threshold(text: str) -> tuple[float, ...]:
 
 
 def _flag_names(flags: tuple[str, ...]) -> list[str]:
-    return [flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for flag in flags if flag.startswith("--")]
+    """List the names of the fields that flags set."""
+    return [
+        flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
+        for flag in flags
+        if flag.startswith("--")
+    ]
 
 
 def _known_flags(flags: tuple[str, ...], known: set[str]) -> list[str]:
-    """The flags, with their values, that are fields of a config."""
+    """Keep the flags, with their values, that set one of the known fields."""
     kept, keeping = [], True
     for word in flags:
         if word.startswith("--"):

@@ -1,117 +1,154 @@
-"""`python -m engine.sweep`: several algorithms along a path of thresholds, on one set of reference samples for each seed.
+"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set of reference samples
+for each seed.
 
-For each seed the reference is sampled once (run folder samples-seedSEED) and the dual is solved at all thresholds, each from its
-neighbour's multipliers and for each beta and margin, before anything is trained; thresholds that the samples do not support are named
-there, but for algorithms that know none. Then every run is an ordinary run folder, made by `engine.train`'s own functions with
---samples-of. After each of them the sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
+For each seed the reference is sampled once (run folder samples-seedSEED), and the dual is solved at all
+thresholds before anything is trained, each from its neighbour's multipliers and for each beta and margin.
+Thresholds that the samples do not support are named there, but not for algorithms that know none. Then every
+run is an ordinary run folder, made by `engine.train`'s functions with --samples-of. After each of them the
+sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
 """
 
 import shutil
 import sys
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.config import by_preference, fit
+import torch
+
+from engine.config import ALGORITHMS, fit
 from engine.errors import NonFiniteError, UserError
 from engine.files import write_json
 from engine.report import run_page
+from engine.run.folder import RunFolder
 from engine.stages.job import open_job
 from engine.stages.reference import reference_of
+from engine.stages.run import RunStages
 from engine.stages.solve import one_shot
-from engine.stages.update import World
 from engine.sweep.outcomes import Outcome, finished, read_run
 from engine.sweep.pages import write
-from engine.sweep.plans import FREE, Plan, SweepConfig, configs_of, numbers
+from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
 
 
-def _begun(folder: Path) -> str | None:
-    """The folder where a run in it can go on; what a run left that was killed before it began is removed."""
-    if (folder / "config.json").is_file():
-        return str(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    return None
+class OneShot(NamedTuple):
+    """The dual's solution on a seed's reference samples for one problem of the sweep."""
+
+    threshold: tuple[float, ...]
+    beta: float
+    margin: float
+    aim: list[float]
+    lam: list[float]
+    predicted: list[float]  # improvement at these multipliers
+    ess: float  # mean effective sample size of a prompt
 
 
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
     """Do all runs that are not done yet and write the sweep's files.
 
-    Raises: UserError before anything is sampled, or where the samples do not support a threshold; Interrupted.
+    Raises: UserError before anything is sampled, or where the samples do not support a threshold;
+    Interrupted.
     """
     out = Path(sweep.out)
     plans = configs_of(sweep, preset)
     if not resume:
-        # What a kill leaves before sweep.json is there is nothing.
-        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}):
+        # A sweep that was killed before sweep.json was whole has left nothing else.
+        if out.exists() and not (
+            out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}
+        ):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"preset": preset, **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}}
+        settings = {
+            "preset": preset,
+            **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"},
+        }
         write_json(out / "sweep.json", settings)
-    paths = {}
-    for seed in sweep.seeds:
-        own = [plan for plan in plans if plan.config.seed == seed]
-        paths[seed] = draw_samples(own)
+    paths = {seed: draw_samples([plan for plan in plans if plan.config.seed == seed]) for seed in sweep.seeds}
     outcomes: list[Outcome] = []
     for number, plan in enumerate(plans, 1):
         print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
         outcomes.append(read_run(plan, _train(plan)))
         write(out, outcomes, paths)
-    print(f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}")
+    print(
+        f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}"
+    )
     return outcomes
 
 
-def draw_samples(plans: list[Plan]) -> list[dict]:
-    """The reference's samples of one seed, and the dual along the thresholds for each beta and margin: rows of threshold, beta, margin,
-    aim, lambda and what it predicts. Not of algorithms without a threshold, nor of scores that are only there after policies are aligned.
+def draw_samples(plans: list[Plan]) -> list[OneShot]:
+    """Draw the reference's samples of one seed and solve the dual along the thresholds for each beta and
+    margin.
 
+    It is not solved for algorithms without thresholds, nor for scores that exist only after policies have
+    been aligned.
     Raises: UserError for thresholds beyond what the samples support, before anything is trained.
     """
-    # Settings of iterative algorithms also say which prompts measure a slack; the samples do not depend on them.
+    # Any of the configs will do: the samples do not depend on the settings in which they differ.
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
-    rows, guess, seen = [], None, []
+    solved, seen = [], []
     with open_job("samples", config, _begun(Path(config.out)), n_stages=2) as job:
-        world = World(job)
-        world.heldout("heldout/reference", None, -1)
+        stages = RunStages(job)
+        stages.sample_reference()
+        stages.heldout(None)
         for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
-            if isinstance(plan.config, FREE) or by_preference(plan.config):
+            if not plan.config.has_thresholds or plan.config.by_preference:
                 continue
-            own, _ = fit(plan.config, len(job.train), len(job.heldout))
-            reference = reference_of(replace(job, config=own), world.reference.prompts, world.reference.sampled, None)
-            aim_J, beta = reference.aim_J, own.beta
-            problem = aim_J.tolist(), reference.limits, beta, own.lam_max, own.force
+            fitted, _ = fit(plan.config, len(job.train), len(job.heldout))
+            plan_job = replace(job, config=fitted)
+            reference = reference_of(plan_job, stages.reference.prompts, stages.reference.sampled, None)
+            aim = reference.aim_J.tolist()
+            problem = aim, reference.limits, fitted.beta, fitted.lam_max, fitted.force
             if problem in seen:
                 continue
             seen.append(problem)
+            guess_J = torch.tensor(solved[-1].lam, dtype=torch.float64) if solved else None
             try:
-                solution = one_shot(replace(job, config=own), reference, start_J=guess)
+                solution = one_shot(plan_job, reference, start_J=guess_J)
             except UserError as error:
                 raise UserError(
-                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)}: {error} Or leave it out; all other flags of a sweep stand "
-                    "behind --."
+                    f"--thresholds {','.join(f'{b:g}' for b in plan.threshold)}: {error} Or leave it out; "
+                    "all other flags of a sweep stand behind --."
                 ) from error
-            guess = solution.lam
-            rows.append({
-                "threshold": plan.threshold, "beta": beta, "margin": own.margin, "aim": aim_J.tolist(), "lam": solution.lam.tolist(),
-                "predicted": solution.predicted_improvement.tolist(), "ess": float(solution.ess.mean()),
-            })  # fmt: skip
-            job.run.display.line(
-                f"b {numbers(plan.threshold)} (beta {beta:g}, margin {own.margin:g}): aim {numbers(aim_J.tolist())}, one-shot lambda "
-                f"{numbers(solution.lam.tolist())}, effective sample size {rows[-1]['ess']:.1f} of {own.n_responses}"
+            solved.append(
+                OneShot(
+                    threshold=plan.threshold,
+                    beta=fitted.beta,
+                    margin=fitted.margin,
+                    aim=aim,
+                    lam=solution.lam.tolist(),
+                    predicted=solution.predicted_improvement.tolist(),
+                    ess=float(solution.ess.mean()),
+                )
             )
-    return rows
+            job.run.display.line(_sentence(solved[-1], fitted.n_responses))
+    return solved
+
+
+def _sentence(s: OneShot, n_responses: int) -> str:
+    """Say a solution in one line for the user."""
+    return (
+        f"b {numbers(s.threshold)} (beta {s.beta:g}, margin {s.margin:g}): aim {numbers(s.aim)}, one-shot "
+        f"lambda {numbers(s.lam)}, effective sample size {s.ess:.1f} of {n_responses}"
+    )
 
 
 def _train(plan: Plan) -> str:
-    """Train and judge, or go on with a run that was stopped, unless it is done; returns what it failed with, or ""."""
-    if not (plan.folder / "evaluation.json").is_file():
-        from engine.train import module_of
-
-        train = import_module(module_of(plan.algorithm)).train
+    """Do a run, or the rest of it, unless it is done; return the error that it failed with, or an empty
+    text."""
+    if not RunFolder(plan.folder).evaluation.is_file():
         try:
-            train(plan.config, resume=_begun(plan.folder))
+            ALGORITHMS[plan.algorithm].train(plan.config, resume=_begun(plan.folder))
         except NonFiniteError as stop:
             print(f"error: {stop}", file=sys.stderr)
             return str(stop)
     elif not finished(plan):
         run_page.write(plan.folder)
     return ""
+
+
+def _begun(folder: Path) -> str | None:
+    """Return the folder where a run in it can be resumed; remove what a run left that was killed before it
+    began."""
+    if RunFolder(folder).config.is_file():
+        return str(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None

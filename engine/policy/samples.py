@@ -1,0 +1,21 @@
+"""The record of prompts with their responses that everything after scoring works on."""
+
+from dataclasses import dataclass
+
+from engine.model.packing import LowerStates
+from engine.records import Prompts, Rollouts, Sampled, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Prompts with n responses each, scored in the run's units."""
+
+    prompts: Prompts
+    sampled: Sampled  # the responses, with the scorers' own scores
+    scores: Scores  # in units
+    lower: LowerStates | None = None  # states below the adapter, where they were kept
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The responses' tokens."""
+        return self.sampled.rollouts

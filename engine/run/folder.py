@@ -1,0 +1,113 @@
+"""Where everything of a run folder stands.
+
+RUN/config.json            algorithm, settings, versions, fingerprint of the model
+RUN/stages/NN-NAME.safetensors                     the result of a stage
+RUN/stages/NN-NAME.partial[.previous].safetensors  the last two states inside an unfinished stage
+RUN/metrics.jsonl          the rows of all stages, in order
+RUN/timing.jsonl           seconds and speeds: the only file that differs between equal runs
+RUN/adapters/iteration-T   the weights of iterate T: a PEFT folder, or a Hugging Face folder with --tune full
+RUN/adapters/rejected-T    an iterate past --max-kl
+RUN/evaluation.json, heldout.jsonl, report.png, report.html    the verdict, its responses and the report
+RUN/evaluation-N           what `engine.evaluate` wrote
+RUN/judged.jsonl           the prompts that have judged the run
+RUN/nonfinite.safetensors  the batch that stopped the run
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ITERATE = "iteration-"
+REJECTED = "rejected-"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run.
+
+    >>> RunFolder(Path("runs/a")).iterate(3).as_posix()
+    'runs/a/adapters/iteration-3'
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def stages(self) -> Path:
+        return self.path / "stages"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def heldout(self) -> Path:
+        return self.path / "heldout.jsonl"
+
+    @property
+    def report_png(self) -> Path:
+        return self.path / "report.png"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def judged(self) -> Path:
+        return self.path / "judged.jsonl"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.path / "nonfinite.safetensors"
+
+    def stage_stem(self, number: int, name: str) -> str:
+        """Returns the beginning of the names of a stage's files; stages are counted from 1."""
+        return f"{number:02d}-{name.replace('/', '-')}"
+
+    def stage_file(self, name: str) -> Path | None:
+        """Finds the result of a stage, whatever its number; None where it has none yet."""
+        wanted = f"{name.replace('/', '-')}.safetensors"
+        found = [path for path in sorted(self.stages.glob("*-*")) if path.name.partition("-")[2] == wanted]
+        return found[0] if found else None
+
+    def iterate(self, iteration: int) -> Path:
+        """Returns the folder of an iterate's weights."""
+        return self.adapters / f"{ITERATE}{iteration}"
+
+    def rejected(self, iteration: int) -> Path:
+        """Returns the folder of an iterate that went past --max-kl."""
+        return self.adapters / f"{REJECTED}{iteration}"
+
+    def iterates(self) -> dict[int, Path]:
+        """Lists the folders of iterates by number, ascending; their contents may be half written."""
+        numbered = {int(path.name.removeprefix(ITERATE)): path for path in self.adapters.glob(f"{ITERATE}*")}
+        return dict(sorted(numbered.items()))
+
+    def next_evaluation(self) -> Path:
+        """Returns the first folder evaluation-N that does not exist yet."""
+        number = 1
+        while (self.path / f"evaluation-{number}").exists():
+            number += 1
+        return self.path / f"evaluation-{number}"

@@ -1,0 +1,180 @@
+"""The rows that a head is trained and judged on: read, checked, split, and turned into token ids."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.data import tables
+from engine.data.prompts import TextLimits, as_messages, chat_ids, check_known
+from engine.errors import UserError
+from engine.model.packing import Group
+
+NEUTRAL_PROMPT = "Answer the request."
+HELDOUT_SHARE = 0.2
+GROUP_SIZE = 6
+
+
+@dataclass(frozen=True)
+class Text:
+    """A response to a chat, as it will be encoded."""
+
+    chat: str  # its messages as JSON, so that texts can be keys
+    response: str
+    finished: bool  # the response ended by itself; False where it was cut
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair (`other` is the rejected text) or a labelled text (`other` is None)."""
+
+    text: Text
+    other: Text | None
+    label: int
+    source: str
+    kind: str
+    group: str  # rows of one group are held out together
+    weight: float
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """Return both texts of a pair, or the labelled one."""
+        return (self.text,) if self.other is None else (self.text, self.other)
+
+
+def read_head_rows(files: Sequence[str], loss: str) -> list[Row]:
+    """Read the rows of all files; `loss` is the setting of that name. Raises: UserError naming file:line."""
+    return [
+        _as_row(row, place, Path(file).stem, loss)
+        for file in files
+        for place, row in tables.read_rows(str(file))
+    ]
+
+
+def _as_row(row: dict, place: str, source: str, loss: str) -> Row:
+    is_pair = "chosen" in row or "rejected" in row
+    _check_row(row, place, is_pair, loss)
+    messages = as_messages(row["prompt"] or NEUTRAL_PROMPT, "prompt", place)
+    chat, response = json.dumps(messages), row["chosen" if is_pair else "response"]
+    group = row.get("group")
+    if group is None:
+        # A text without a prompt shares no prompt with others, so it is held out by itself.
+        group = chat if row["prompt"] else response
+    finished = bool(row.get("finished", True))
+    # "finished": false of a pair is said of the rejected response: one that was cut is the worse one.
+    return Row(
+        text=Text(chat, response, finished or is_pair),
+        other=Text(chat, row["rejected"], finished) if is_pair else None,
+        label=1 if is_pair else int(row["label"]),
+        source=str(row.get("source") or source),
+        kind=str(row.get("kind") or ""),
+        group=str(group),
+        weight=float(row.get("weight", 1.0)),
+    )
+
+
+def _check_row(row: dict, place: str, is_pair: bool, loss: str) -> None:
+    for column in ("prompt", "chosen", "rejected") if is_pair else ("prompt", "response", "label"):
+        if column not in row:
+            forms = '{"prompt", "chosen", "rejected"} or {"prompt", "response", "label"}'
+            raise UserError(f'{place}: no "{column}"; a row is {forms}.')
+    if loss != "auto" and (loss == "pairs") != is_pair:
+        kind = "pair" if is_pair else "label"
+        raise UserError(f"{place}: a {kind}, but --loss is {loss}; use --loss auto or remove the row.")
+    for column in ("chosen", "rejected") if is_pair else ("response",):
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise UserError(f'{place}: "{column}" is empty or not text; fill or remove the row.')
+    if not is_pair and str(row["label"]) not in ("0", "1"):
+        raise UserError(f'{place}: "label" is {row["label"]!r}; it must be 0 or 1.')
+    if is_pair and row["chosen"].split() == row["rejected"].split() and row.get("finished", True):
+        raise UserError(f'{place}: "chosen" and "rejected" are the same text; remove the row.')
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UserError(f'{place}: "weight" is {weight!r}; it must be a number above 0.')
+
+
+def hold_out(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:
+    """Hold out a seeded share of the groups (by default the prompts), each as a whole.
+
+    Returns (training rows, held-out rows). Raises: UserError where there are fewer than two groups.
+    """
+
+    def rank(group: str) -> bytes:
+        return hashlib.blake2b(f"{seed} head {group}".encode(), digest_size=16).digest()
+
+    groups = sorted({row.group for row in rows}, key=rank)
+    if len(groups) < 2:
+        raise UserError(
+            f"--data: all rows have one prompt ({len(groups)} in all), so none can be held out; "
+            "give more prompts or --test."
+        )
+    heldout = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
+    return [row for row in rows if row.group not in heldout], [row for row in rows if row.group in heldout]
+
+
+def without_shared_texts(rows: list[Row], test: list[Row]) -> list[Row]:
+    """Return the training rows whose responses are in no test row, whatever their case and white space."""
+
+    def plain(text: Text) -> str:
+        return " ".join(text.response.lower().split())
+
+    seen = {plain(text) for row in test for text in row.texts}
+    return [row for row in rows if not any(plain(text) in seen for text in row.texts)]
+
+
+def check_classes(rows: list[Row]) -> None:
+    """Refuse training rows from which nothing can be learned.
+
+    Raises: UserError where none are left, or all have one label.
+    """
+    if not rows:
+        raise UserError("--data: no training rows are left; give more rows.")
+    labels = {row.label for row in rows if row.other is None}
+    if len(labels) == 1 and all(row.other is None for row in rows):
+        raise UserError(
+            f"--data: all {len(rows)} training rows have label {labels.pop()}; give rows of both classes."
+        )
+
+
+def unique_texts(rows: Iterable[Row]) -> list[Text]:
+    """List every text once, in order of appearance."""
+    return list(dict.fromkeys(text for row in rows for text in row.texts))
+
+
+def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
+    """Tokenise the texts, in groups of one chat with some of its responses; `rows` are indices into `texts`.
+
+    Raises: UserError where a prompt is too long, or the model does not know a token.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, text in enumerate(texts):
+        rows_of.setdefault(text.chat, []).append(row)
+    groups = []
+    for chat, rows in rows_of.items():
+        prompt = chat_ids(json.loads(chat), tokenizer, limits.system, "--data")
+        if len(prompt) > limits.max_prompt_tokens:
+            raise UserError(
+                f"--data: the prompt {chat[:60]!r} has {len(prompt)} tokens, too many for the model's "
+                f"{limits.max_positions} and --max-new-tokens {limits.max_new_tokens}; shorten or remove it."
+            )
+        responses = [response_ids(texts[row], tokenizer, limits.max_new_tokens) for row in rows]
+        for row, response in zip(rows, responses, strict=True):
+            place = f"--data: the text {texts[row].response[:60]!r} or its prompt"
+            check_known([*prompt, *response], limits.vocab_size, place)
+        # Small groups are of like size: attention costs the square of the longest group of a batch.
+        for k in range(0, len(rows), GROUP_SIZE):
+            groups.append(Group(prompt, responses[k : k + GROUP_SIZE], rows[k : k + GROUP_SIZE]))
+    return groups
+
+
+def response_ids(text: Text, tokenizer, max_new_tokens: int) -> list[int]:
+    """Tokenise a response as a rollout would have sampled it.
+
+    It is cut at the limit, and has the stop token where it ended by itself before the limit.
+    """
+    ids = tokenizer.encode(text.response, add_special_tokens=False)
+    if text.finished and len(ids) < max_new_tokens:
+        ids.append(tokenizer.eos_token_id)
+    return ids[:max_new_tokens]

@@ -1,0 +1,122 @@
+"""The stages of a run on a real model, as the algorithms call them."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from engine import dual
+from engine.config import RunConfig
+from engine.policy.full import FullWeights
+from engine.policy.update import Policy
+from engine.policy.weights import Weights
+from engine.records import Rule, Target
+from engine.stages import preference, slack
+from engine.stages.job import Job, new_adapter, open_job
+from engine.stages.protocol import Result, Slack
+from engine.stages.reference import Reference, sample_reference
+from engine.stages.sampling import gap_of
+from engine.stages.solve import one_shot, solve_dual
+from engine.stages.update import Updates, score_pairs
+from engine.stages.verdict import HeldOut, judge_heldout, sample_heldout
+
+
+@contextmanager
+def open_stages(algorithm: str, config: RunConfig, resume: str | None) -> Iterator["RunStages"]:
+    """Open a run for an algorithm, or go on with one, see `open_job`. Raises: UserError before any compute is spent."""
+    with open_job(algorithm, config, resume) as job:
+        yield RunStages(job)
+
+
+def new_weights(job: Job) -> Weights:
+    """Returns what the run trains, still equal to the reference."""
+    return FullWeights(job.model) if job.config.tune == "full" else new_adapter(job, job.config)
+
+
+class RunStages:
+    """`engine.stages.protocol.Stages` on a real model: an iterate is a `Policy`, None the reference."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.reference: Reference
+        self.updates: Updates
+        self._kept: tuple[Policy | None, Tensor] | None = None
+
+    @property
+    def n_constraints(self) -> int:
+        return len(self.job.scorers.costs)
+
+    @property
+    def kept(self) -> tuple[Policy | None, Tensor]:
+        assert self._kept is not None, "an iterate is kept when its slack is measured"
+        return self._kept
+
+    def sample_reference(self) -> None:
+        job = self.job
+        self.reference = sample_reference(job)
+        pairs = None if job.pairs is None else score_pairs(job)
+        if job.config.by_preference:
+            self.reference = preference.align(job, self.reference)
+        self.updates = Updates(job, self.reference, new_weights(job), pairs)
+
+    def solve_dual(self) -> dual.Solution:
+        return solve_dual(self.job, self.reference)
+
+    def check_thresholds(self) -> None:
+        if not self.job.config.force:
+            one_shot(self.job, self.reference)
+
+    def fit(self, target: Target, iteration: int) -> Policy:
+        return self.updates.fit(target, iteration)
+
+    def ascend(self, start: Policy | None, lam_J: Tensor, score: Rule, iteration: int) -> Policy:
+        return self.updates.ascend(start, lam_J, score, iteration)
+
+    def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
+        return self.updates.adopt(policy, lam_J, iteration)
+
+    def measure_slack(self, policy: Policy, lam_J: Tensor, iteration: int) -> Slack | None:
+        job, max_kl = self.job, self.job.config.max_kl
+        if self._kept is None:
+            self.keep(None, lam_J)
+        self.updates.hold(policy)
+        measured = slack.measure(job, self.reference, self.updates.weights, policy, lam_J, iteration)
+        self._say_gap(slack.stage_name(iteration))
+        slack.say(job, self.reference, lam_J, measured, policy.loss, iteration)
+        if measured.kl > max_kl:
+            self._put_aside(iteration)
+            job.run.display.warn(
+                f"iteration {iteration}: KL {measured.kl:.2f} nats passes --max-kl {max_kl}; stopped, and the iterate before it is kept"
+            )
+            return None
+        self.keep(policy, lam_J)
+        return measured
+
+    def keep(self, policy: Policy | None, lam_J: Tensor) -> None:
+        self._kept = policy, lam_J
+
+    def verdict(self, policy: Policy | None, lam_J: Tensor) -> Result:
+        before = self.heldout(None)
+        after = self.heldout(policy, "policy")
+        return judge_heldout(self.job, self.reference, before, after, lam_J)
+
+    def heldout(self, policy: Policy | None, side: str = "reference") -> HeldOut:
+        """Stage heldout/SIDE: responses to the held-out prompts, of the reference or of the side "policy" (None there: the reference
+        again, with random numbers of its own)."""
+        weights = None
+        if side == "policy":
+            self.updates.hold(policy)
+            weights = self.updates.weights
+        sampled = sample_heldout(self.job, self.reference, weights)
+        self._say_gap(f"heldout/{side}")
+        return sampled
+
+    def _put_aside(self, iteration: int) -> None:
+        paths = self.job.run.paths
+        shutil.rmtree(paths.rejected(iteration), ignore_errors=True)
+        paths.iterate(iteration).rename(paths.rejected(iteration))
+
+    def _say_gap(self, stage: str) -> None:
+        if gap := gap_of(self.job.run.folder, stage):
+            self.job.run.display.line(f"{stage}: {gap}")

@@ -1,0 +1,300 @@
+"""The command line of engine.train: flags, presets, resume, one-line errors before anything heavy is imported, exit codes."""
+
+import ast
+import inspect
+import math
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine import train as cli
+from engine.config import ALGORITHMS, CaidConfig, MocanConfig, algorithms, check, fit, run, shown_name, smoke
+from engine.errors import Interrupted, NonFiniteError, UserError
+
+ROOT = Path(cli.__file__).parent.parent
+RUN_FLAGS = """
+    out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column system n-prompts n-responses
+    max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps
+    prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule
+    weight-decay clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
+""".split()
+ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
+ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
+FLAGS = {
+    "caid": [*ITERATIVE, *"dual-rule dual-step pairs scores preferences preference-steps".split()],
+    "mocan": [*RUN_FLAGS, "pairs"],
+    "pecan": [*RUN_FLAGS, "pairs", "preferences", "preference-steps"],
+    "primal_dual": ASCENT,
+    "repo": ASCENT,
+    "opd": [*ITERATIVE, "lam-init", "dual-rate", "proximity"],
+    "cdpo": [*ITERATIVE, "lam-init", "dual-rate"],
+    "pd_dpo": [*ITERATIVE, "lam-init", "dual-rate"],
+    "sacpo": [*RUN_FLAGS, "lam"],
+    "safe_dpo": [*RUN_FLAGS, "offset"],
+    "dpo": [*RUN_FLAGS, "objective"],
+}
+CONFIGS = {name: row.config_class for name, row in ALGORITHMS.items() if name != "head"}
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """Stand-ins for the algorithms that note (name, config, keywords); `trained.stop` is raised by them."""
+
+    class Calls(list):
+        stop: BaseException | None = None
+
+    calls = Calls()
+
+    def stand_in(name: str) -> SimpleNamespace:
+        def train(config, **keywords):
+            calls.append((name, config, keywords))
+            if calls.stop is not None:
+                raise calls.stop
+
+        return SimpleNamespace(train=train)
+
+    for name in CONFIGS:
+        monkeypatch.setitem(sys.modules, ALGORITHMS[name].module, stand_in(name))
+    return calls
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> str:
+    from engine.run.run import Run
+
+    config = MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7)
+    Run.create(tmp_path / "run", algorithm="mocan", config=asdict(config), versions={}, fingerprint="f").close()
+    return str(tmp_path / "run")
+
+
+def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
+    """(exit code, stdout, stderr, modules imported) of the command line in a fresh process."""
+    program = (
+        "import sys; from engine.train import main\ntry: code = main(sys.argv[1:])\nfinally: print('MODULES', *sys.modules)\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, env={"COLUMNS": "160"})
+    stdout, _, modules = done.stdout.rpartition("MODULES")
+    return done.returncode, stdout, done.stderr, set(modules.split())
+
+
+def field_helps() -> dict[tuple[str, str], str]:
+    """(class, field) -> the string under the field, read from the source."""
+    helps = {}
+    for module in (run, algorithms):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.ClassDef):
+                for field, text in zip(node.body, node.body[1:], strict=False):
+                    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                        helps[node.name, field.target.id] = ast.literal_eval(text.value)
+    return helps
+
+
+def flat(text: str) -> str:
+    """Without the box and the line breaks that the help is drawn with."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_flags_are_pinned(algorithm):
+    assert sorted(field.name.replace("_", "-") for field in fields(CONFIGS[algorithm])) == sorted(FLAGS[algorithm])
+
+
+@pytest.mark.parametrize("algorithm", ["caid", "mocan", "primal_dual"])
+def test_help_shows_every_flag_with_its_text_and_default(algorithm):
+    code, out, _, modules = in_new_process(algorithm, "--help")
+    assert code == 0
+    assert not modules & {"torch", "transformers", "numpy"}
+    helps, shown = field_helps(), flat(out)
+    for field in fields(CONFIGS[algorithm]):
+        text = next(helps[c.__name__, field.name] for c in CONFIGS[algorithm].__mro__ if (c.__name__, field.name) in helps)
+        default = shlex.join(map(str, field.default if isinstance(field.default, tuple) else [field.default]))
+        assert f"--{field.name.replace('_', '-')} " in shown.replace(",", " ")
+        assert f"{flat(text)} (default: {default})" in shown
+    for name in ALGORITHMS:
+        assert re.search(rf"^  {name} ", out, re.MULTILINE)
+    assert "--preset smoke" in out
+    assert "--resume FOLDER" in out
+
+
+BAD = {
+    "cadi": r"unknown algorithm 'cadi'\. Did you mean caid\? Choose from caid, mocan, pecan, .*, head\.",
+    "--lamda-max 3": r"unknown flag --lamda-max\. Did you mean --lam-max\? See --help\.",
+    "mocan --slack-prompts 3": r"unknown flag --slack-prompts\.",
+    "-v": r"unknown flag -v\. See --help\.",
+    "--no-forc": r"unknown flag --no-forc\. Did you mean --no-force\?",
+    "--reset smoke": r"unknown flag --reset\. Did you mean --preset\?",
+    "--steps 1.5": r"--steps 1\.5: must be a whole number\.",
+    "--margin abc": r"--margin abc: must be a number\.",
+    "--threshold 0.1 b": r"--threshold b: must be a number\.",
+    "--steps": r"--steps without a value: takes one value",
+    "--steps 1 2": r"--steps 1 2: takes one value",
+    "--force yes": r"--force yes: takes no value; write --force alone\.",
+    "--seed 1 --preset smoke mocan": r"--seed 1 mocan: takes one value",
+    "--preset smoke mocan": r"unexpected word 'mocan'; the algorithm comes first",
+    "--preset smok": r"--preset smok: the only preset is smoke",
+    "--preset": r"--preset: a value is missing",
+    "--preset --steps 3": r"--preset: a value is missing",
+    "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
+    "--steps 0": r"--steps 0: must be above 0\.",
+    "--margin -1": r"--margin -1\.0: must be at least 0\.",
+    "--memory-budget-mb -1": r"--memory-budget-mb -1: must be at least 0\.",
+    "--learning-rate nan": r"--learning-rate nan: must be finite\.",
+    "--threshold nan": r"--threshold nan: must be finite\.",
+    "--threshold -inf": r"--threshold -inf: must be finite\.",
+    "--beta inf": r"--beta inf: must be finite\.",
+    "--unsafe-above nan": r"--unsafe-above nan: must be finite\.",
+    "--margin inf": r"--margin inf: must be finite\.",
+    "sacpo --lam nan": r"--lam nan: must be finite\.",
+    "--max-kl nan": r"--max-kl nan: must be above 0\.",
+    "mocan --max-kl 3": r"unknown flag --max-kl\.",
+    "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those of models here; add --scores preference",
+    "--n-prompts 1": r"--n-prompts 1: must be at least 2",
+    "--eval-prompts 1": r"--eval-prompts 1: must be at least 2, as one prompt has no standard error",
+    "--slack-prompts 1": r"--slack-prompts 1: must be at least 2",
+    "--top-p 1.5": r"--top-p 1\.5: must lie in \(0, 1\]\.",
+    "--labels hard": r"--labels hard: must be one of soft, sampled, regression, listwise, single\.",
+    "--schedule step": r"--schedule step: must be one of constant, linear, cosine\.",
+    "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
+    "--cost": r"--cost is empty: name at least one cost",
+    "--dual-rule bisection --cost harm harm-audit --threshold 1 1": r"--dual-rule bisection: 2 costs; it takes one",
+    "--cost harm harm --threshold 1 1": r"--cost harm harm: two costs have one name",
+    "--threshold 0.1 0.2": r"--threshold 0\.1 0\.2: 2 value\(s\) for 1 cost\(s\)",
+    "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at least 2 and at most --n-responses 8; 0 takes all\.",
+    "--responses-per-prompt 1": r"--responses-per-prompt 1: must be at least 2 and at most --n-responses 8; 0 takes all\.",
+    "dpo --objective both": r"--objective both: must be one of reward, safety\.",
+    "sacpo --lam 1 2": r"--lam 1\.0 2\.0: give one value above 0 for each of the 1 cost\(s\)\.",
+    "primal_dual --advantage gae": r"--advantage gae: must be one of rloo, group_norm\.",
+    "cdpo --lam-init -1": r"--lam-init -1\.0: must be at least 0\.",
+    "--slack-prompts 9999": r"--slack-prompts 9999: slack and pairs need disjoint prompts",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_command_lines_take_one_line_and_exit_2(trained, capsys, line):
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.match("error: " + BAD[line], err)
+    assert err.count("\n") == 1
+    assert not trained
+
+
+@pytest.mark.parametrize("line", ["--lamda-max 3", "cadi", "--steps x", "--steps 0", "--resume some/run --steps 3"])
+def test_bad_command_lines_import_nothing_heavy(line):
+    code, _, err, modules = in_new_process(*line.split())
+    assert code == 2
+    assert err.count("\n") == 1
+    assert not modules & {"torch", "transformers", "numpy"}
+
+
+def test_every_algorithm_has_a_shown_name_and_readings_are_called_so():
+    assert all(ALGORITHMS[name].shown for name in CONFIGS)
+    readings = {name for name, row in ALGORITHMS.items() if row.shown.startswith("our reading of ")}
+    assert readings == {"repo", "opd", "cdpo", "pd_dpo"}
+    for name in readings:
+        assert f"{shown_name(name)}: " in ALGORITHMS[name].help
+        assert CONFIGS[name].__doc__.startswith("Our reading of ")
+    assert shown_name("samples") == "samples"
+
+
+def test_check_accepts_the_defaults_and_presets():
+    for config_class in CONFIGS.values():
+        check(config_class())
+        check(smoke(config_class()))
+
+
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_no_number_may_be_nan(algorithm):
+    """Every float of every algorithm, by its type: a field added later is checked too."""
+    default = CONFIGS[algorithm]()
+    for field in fields(default):
+        value = getattr(default, field.name)
+        if "float" in str(field.type):
+            with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} nan"):
+                check(replace(default, **{field.name: (math.nan,) if isinstance(value, tuple) else math.nan}))
+
+
+def test_algorithm_and_flags_reach_train(trained):
+    assert cli.main([]) == 0
+    assert cli.main(["--seed", "4", "--cost", "a", "b", "--threshold", "-0.1", "0.2", "--force", "--system", ""]) == 0
+    assert cli.main(["mocan", "--lora_from=0.25", "--system=-x"]) == 0
+    assert trained == [
+        ("caid", CaidConfig(), {}),
+        ("caid", CaidConfig(seed=4, cost=("a", "b"), threshold=(-0.1, 0.2), force=True, system=""), {}),
+        ("mocan", MocanConfig(lora_from=0.25, system="-x"), {}),
+    ]
+
+
+def test_flags_win_over_the_preset_even_at_the_default(trained):
+    default = CaidConfig()
+    assert smoke(default).steps != default.steps
+    assert cli.main(["--preset", "smoke"]) == 0
+    assert cli.main(["--steps", str(default.steps), "--preset=smoke", "--max-new-tokens", "5"]) == 0
+    assert trained[0][1] == smoke(default)
+    assert asdict(trained[1][1]) == asdict(smoke(default)) | {"steps": default.steps, "max_new_tokens": 5}
+
+
+@pytest.mark.parametrize("named", [[], ["mocan"]])
+def test_resume_rebuilds_the_config(trained, run_folder, named):
+    assert cli.main([*named, "--resume", run_folder]) == 0
+    assert trained == [("mocan", MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7), {"resume": run_folder})]
+
+
+def test_resume_refuses_other_folders(trained, run_folder, tmp_path, capsys):
+    from engine.run.run import Run
+
+    Run.create(tmp_path / "new", algorithm="mocan", config={"steps": 7, "momentum": 1}, versions={}, fingerprint="f").close()
+    Run.create(tmp_path / "other", algorithm="head", config={}, versions={}, fingerprint="f").close()
+    lines = {
+        ("caid", "--resume", run_folder): f"--resume {run_folder}: that is a run of mocan, not of caid",
+        ("--resume", str(tmp_path / "absent")): f"{tmp_path / 'absent'} does not exist",
+        ("--resume", str(tmp_path / "new")): "unknown field 'momentum'",
+        ("--resume", str(tmp_path / "other")): "a run of 'head' cannot be resumed",
+        ("--resume", ""): "--resume: a value is missing",
+    }
+    for argv, message in lines.items():
+        assert cli.main(list(argv)) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+    assert not trained
+
+
+STOPS = {
+    "user": (UserError("--reward x: no such head."), 2, "error: --reward x: no such head.\n"),
+    "non-finite": (NonFiniteError("loss is nan at step 3; batch saved."), 3, "error: loss is nan at step 3; batch saved.\n"),
+    "interrupted": (Interrupted("stopped; go on with --resume runs/a"), 130, "stopped; go on with --resume runs/a\n"),
+    "killed": (KeyboardInterrupt(), 130, "interrupted: to go on, python -m engine.train --resume my/run\n"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_exit_codes(trained, capsys, case):
+    trained.stop, code, line = STOPS[case]
+    assert cli.main(["--out", "my/run"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_our_own_bugs_keep_their_traceback(trained):
+    trained.stop = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main([])
+
+
+def test_numbers_of_prompts_are_lowered_to_those_that_are_there():
+    config, said = fit(CaidConfig(), 60, 15)
+    assert (config.n_prompts, config.eval_prompts, config.slack_prompts, config.prompts_per_step) == (60, 15, 20, 16)
+    assert said == "--n-prompts is 60, --eval-prompts is 15, --slack-prompts is 20"
+    check(config)
+    config, _ = fit(CaidConfig(), 30, 15)
+    assert (config.slack_prompts, config.prompts_per_step) == (10, 16)
+    check(config)
+    assert fit(CaidConfig(), 10_000, 10_000) == (CaidConfig(), "")
+    assert fit(MocanConfig(), 10, 96)[0].prompts_per_step == 10
+    assert fit(config, 30, 15) == (config, "")

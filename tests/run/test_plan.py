@@ -1,0 +1,196 @@
+"""The predicted time and memory of a run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import train
+from engine.config import CaidConfig, PrimalDualConfig
+from engine.errors import UserError
+from engine.evaluate import main as evaluate
+from engine.model.architecture import ModelConfig, Rope
+from engine.run import plan as memory
+from engine.run.machine import available_memory
+from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_states_bytes, rows_that_fit
+from engine.run.run import Run
+
+SHAPE = ModelConfig(
+    vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, max_positions=256,
+    rms_eps=1e-6, tied=True, rope=Rope(theta=1e4),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e11)
+
+
+def plan(prompts: int = 100, length: int = 20, dtype: torch.dtype = torch.float32, **changes) -> Plan:
+    return Plan.of(replace(CaidConfig(), **changes), SHAPE, dtype, torch.device("cpu"), [length] * prompts, [length] * 10)
+
+
+def test_kept_states_are_counted_up_to_their_limit():
+    assert kept_states_bytes([10, 20], 30, 8, torch.bfloat16) == (10 + 20 + 2 * 30) * 8 * 2
+    tokens = KEPT_STATES_BYTES // (4 * 8)
+    assert kept_states_bytes([tokens], 0, 8, torch.float32) == KEPT_STATES_BYTES
+    assert kept_states_bytes([tokens], 1, 8, torch.float32) == 0
+
+
+def test_more_work_takes_longer_and_more_rows_more_memory():
+    base = plan()
+    for more in ({"steps": 50}, {"iterations": 9}, {"eval_responses": 60}, {"max_new_tokens": 200}):
+        assert plan(**more).seconds > 1.05 * base.seconds
+    assert plan(rollout_rows=2000, n_responses=40).needed_bytes > base.needed_bytes
+    # In 16 bits the reference's own log-probs take a pass of their own.
+    assert plan(dtype=torch.bfloat16).seconds > base.seconds
+
+
+def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
+    two = plan().seconds
+    assert plan(responses_per_prompt=0).seconds == plan(responses_per_prompt=8).seconds > 1.05 * two
+    assert plan(pairs="mine.jsonl", responses_per_prompt=0).seconds == two  # a file has two
+    gradient = [Plan.of(c, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
+                for c in (PrimalDualConfig(), PrimalDualConfig(responses_per_prompt=0))]  # fmt: skip
+    assert gradient[0] == gradient[1]
+
+
+def test_the_loss_head_counts_with_the_default_of_its_device(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**12)
+    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e12)
+
+    def needed(device, **changes):
+        return Plan.of(replace(CaidConfig(), **changes), SHAPE, torch.float32, torch.device(device), [20] * 100, [20] * 10).needed_bytes
+
+    assert needed("cpu") == needed("cpu", memory_budget_mb=256) == needed("cuda", memory_budget_mb=256)
+    assert needed("cuda") == needed("cuda", memory_budget_mb=4096) > needed("cpu") + 2**31
+
+
+def test_too_little_memory_names_both_sizes_and_the_cure():
+    with pytest.raises(UserError, match=r"needs about \d+\.\d GB of memory and 0\.1 GB are free; lower --rollout-rows"):
+        replace(plan(), available_bytes=10**8).check()
+
+
+def test_rows_are_lowered_by_whole_prompts_to_what_fits(monkeypatch):
+    def with_room(available, rows=384, fewer_rows=True):
+        monkeypatch.setattr(memory, "available_memory", lambda device: available)
+        config = replace(CaidConfig(), n_responses=8, max_new_tokens=200, memory_budget_mb=1, rollout_rows=rows)
+        shape, lengths = replace(SHAPE, vocab_size=100_000), ([20] * 400, [20] * 10)
+        return Plan.of(config, shape, torch.float32, torch.device("cpu"), *lengths, fewer_rows=fewer_rows)
+
+    whole, half = with_room(10**12), with_room(10**12, rows=192)
+    assert whole.needed_bytes > half.needed_bytes + 10**8 and (whole.rows, half.rows) == (384, 192)
+    for available in (whole.needed_bytes, 10 * whole.needed_bytes):
+        assert with_room(available) == replace(whole, available_bytes=available)
+    short = with_room(half.needed_bytes)
+    assert short.rows == 192 and short.needed_bytes == half.needed_bytes
+    short.check()
+    assert with_room(half.needed_bytes - 1).rows == 184 and with_room(half.needed_bytes, rows=203).rows == 195 - 8
+    asked = with_room(half.needed_bytes, fewer_rows=False)
+    assert asked.rows == 384
+    with pytest.raises(UserError, match=r"lower --rollout-rows \(here 384\)"):
+        asked.check()
+    # Less than the responses of one prompt are never decoded, in the verdict neither.
+    with pytest.raises(UserError, match=r"lower --rollout-rows \(here 8\), --prompts-per-step, --n-responses"):
+        with_room(10**8).check()
+    assert rows_that_fit(384, 6, lambda rows: rows, 3) == 6 and rows_that_fit(384, 6, lambda rows: rows, 30) == 30
+
+
+def test_an_evaluation_is_given_the_rows_that_fit_or_refused(monkeypatch):
+    config = replace(CaidConfig(), eval_responses=6, max_new_tokens=200, memory_budget_mb=1)
+
+    def rows(available, **changes):
+        monkeypatch.setattr(memory, "available_memory", lambda device: available)
+        shape, device = replace(SHAPE, vocab_size=100_000), torch.device("cpu")
+        return evaluation_rows(replace(config, **changes), shape, torch.float32, device, [20] * 100, 96)
+
+    assert rows(10**11) == 384
+    per_row = 1.15 * (220 * 2 * 2 * 16 * 4 * 4 + 100_000 * 12)
+    fewer = rows(12 * 10**8)
+    assert 6 < fewer < 384 and fewer % 6 == 0
+    assert fewer - rows(12 * 10**8 - int(60 * per_row)) == 60
+    assert fewer - rows(12 * 10**8, tune="full") > 6, "a policy with weights of its own needs room for them"
+    with pytest.raises(UserError, match=r"this evaluation needs about 0\.\d GB of memory and 0\.1 GB are free; lower --n-prompts"):
+        rows(10**8)
+
+
+def write_groups(root, entry, files, meminfo_kb=1000):
+    """Files as a kernel shows them; files: path below /sys/fs/cgroup -> text."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 9999 kB\nMemAvailable:    {meminfo_kb} kB\n")
+    (root / "proc/self/cgroup").write_text(entry)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
+def version_2(folder, limit, used, inactive=0):
+    return {f"{folder}memory.max": limit, f"{folder}memory.current": used, f"{folder}memory.stat": f"anon 5\ninactive_file {inactive}"}
+
+
+def version_1(folder, limit, used, inactive=0):
+    names = ("limit_in_bytes", limit), ("usage_in_bytes", used), ("stat", f"inactive_file 1\ntotal_inactive_file {inactive}")
+    return {f"memory/{folder}memory.{name}": text for name, text in names}
+
+
+V1 = "9:name=systemd:/x\n4:cpu,memory:/box/a\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("entry", "files", "expected"),
+    [
+        ("0::/box/a\n", version_2("box/a/", 900_000, 300_000, 50_000), 650_000),
+        ("0::/box/a\n", version_2("box/a/", "max", 10) | version_2("box/", 700_000, 300_000), 400_000),
+        ("0::/box/a\n", version_2("box/a/", 500_000, 0) | version_2("box/", 400_000, 0), 400_000),
+        ("0::/\n", version_2("", 300_000, 100_000), 200_000),
+        ("0::/elsewhere/host\n", version_2("", 300_000, 100_000), 200_000),
+        ("0::/box/a\n", version_2("box/a/", 300_000, 400_000), 0),
+        ("0::/box/a\n", version_2("box/a/", "max", 10), 1_024_000),
+        ("0::/box/a\n", version_2("box/a/", 10**12, 10), 1_024_000),
+        ("0::/box/a\n", {}, 1_024_000),
+        (V1, version_1("box/a/", 900_000, 300_000, 50_000), 650_000),
+        (V1, version_1("box/a/", 2**63 - 4096, 10) | version_1("box/", 600_000, 100_000), 500_000),
+        (V1, version_1("", 300_000, 100_000), 200_000),
+        (V1, version_1("box/a/", 2**63 - 4096, 10), 1_024_000),
+    ],
+)
+def test_the_limits_of_control_groups_bound_the_free_memory(tmp_path, entry, files, expected):
+    write_groups(tmp_path, entry, files)
+    assert available_memory(torch.device("cpu"), tmp_path) == expected
+
+
+def test_free_memory_without_control_groups(tmp_path):
+    write_groups(tmp_path, "", {})
+    (tmp_path / "proc/self/cgroup").unlink()
+    assert available_memory(torch.device("cpu"), tmp_path) == 1_024_000
+    assert 0 < available_memory(torch.device("cpu")) < 10**15
+
+
+def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(tmp_path, cache, capsys, monkeypatch):
+    flags = ["mocan", "--preset", "smoke", "--threads", "1", "--steps", "1", "--force"]
+    assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
+    monkeypatch.setattr(memory, "sampling_bytes", lambda shape, dtype, tokens, rows: rows * 10**8)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 3 * 10**9)
+    assert train.main([*flags, "--out", str(tmp_path / "asked")]) == 2
+    assert "needs about 4.3 GB of memory and 3.0 GB are free; lower --rollout-rows (here 32)" in capsys.readouterr().err
+    assert train.main([*flags, "--rollout-rows", "384", "--out", str(tmp_path / "short")]) == 0
+    assert "memory is short, so --rollout-rows is 20\n" in capsys.readouterr().out
+    assert Run.read_config(tmp_path / "short")[1]["rollout_rows"] == 20
+    first, second = ([json.loads(line) for line in (tmp_path / name / "heldout.jsonl").open()] for name in ("free", "short"))
+    assert [(row["reference"], row["policy"]) for row in first] == [(row["reference"], row["policy"]) for row in second]
+    # The run that goes on has no flags.
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2 * 10**9)
+    (tmp_path / "short" / "evaluation.json").unlink()
+    assert train.main(["--resume", str(tmp_path / "short")]) == 0
+    assert "memory is short, so --rollout-rows is 8\n" in capsys.readouterr().out
+    assert evaluate([str(tmp_path / "short"), "--out", str(tmp_path / "judged")]) == 0
+    assert "memory is short, so 10 responses are decoded side by side\n" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "available_memory", lambda device: 8 * 10**8)
+    assert evaluate([str(tmp_path / "short"), "--out", str(tmp_path / "judged-2")]) == 2
+    assert "this evaluation needs about 0.9 GB" in capsys.readouterr().err
+
+
+def test_sentence():
+    assert Plan(2 * 10**9, 10**10, 150.0, 384).sentence() == "predicted: about 2 min, 2.0 GB of memory (10.0 GB free)"
