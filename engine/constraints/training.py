@@ -51,8 +51,8 @@ def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
 def weights(limits: Sequence[Limit], prompts: Prompts, reference: Prompts) -> Tensor:
     """Returns how much the Lagrangian counts each utility of each prompt, float64 [P, J].
 
-    A constraint on one kind of prompts counts there with weight 1 / (their share among the `reference` prompts),
-    elsewhere not at all.
+    A constraint on one kind of prompts counts there with weight 1 / (their share among the `reference`
+    prompts), elsewhere not at all.
     """
     weight_PJ = torch.ones(len(prompts), len(limits), dtype=torch.float64)
     for j, limit in enumerate(limits):
