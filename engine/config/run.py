@@ -8,14 +8,14 @@ from engine.config.bounds import bounded, check_bounds, one_of
 from engine.errors import UserError
 
 FEW_PROMPTS = (
-    "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts or "
-    "--heldout"
+    "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "
+    "or --heldout"
 )
 
 
 class Draws(NamedTuple):
-    """Responses that a run samples from its policies while it trains: so many times, to so many prompts, so
-    many of each."""
+    """Counts the responses that a run samples while it trains: so many times, to so many prompts, so many
+    each."""
 
     times: int
     prompts: int
@@ -159,15 +159,15 @@ class RunConfig:
     eval_responses: int = bounded(6, above=0)
     """Responses per held-out prompt."""
 
-    # These are no fields, hence no flags: they hold for every algorithm that does not say otherwise.
-    has_thresholds = True  # --threshold means something to it; without, a sweep trains it once for each seed
-    solves_dual = False  # it starts from the multipliers that are optimal on the reference's samples
+    # The following are no fields, hence no flags. They hold for an algorithm that does not say otherwise.
+    has_thresholds = True  # without thresholds, a sweep trains the algorithm once for each seed
+    solves_dual = False  # solves the dual on the reference's samples, as a stage of the run
     pairs = "reference"
     slack_prompts = 0
 
     @property
     def memory_budget_bytes(self) -> int | None:
-        """Of the loss head, as the ops of `kernels` take it: None is their default for the device."""
+        """The loss head's memory budget in bytes; None lets the op choose for the device."""
         return self.memory_budget_mb * 2**20 or None
 
     @property
@@ -192,16 +192,16 @@ class RunConfig:
 
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
-        """What is sampled in training besides the reference's samples, the slacks among it."""
+        """The responses sampled in training besides the reference's, those that measure slacks among them."""
         return ()
 
     def trained_responses(self, n: int) -> int:
-        """The number of responses, of a prompt's `n`, that a policy step trains on."""
+        """Return how many of a prompt's `n` responses a policy step trains on."""
         return min(self.responses_per_prompt or n, n)
 
     def check(self) -> None:
-        """Refuse values that no run can use: of each setting by itself, then of those that depend on each
-        other.
+        """Refuse values that no run can use, first of each setting alone, then of settings that depend on
+        each other.
 
         Raises: UserError naming the flag, its value and what is accepted.
         """
@@ -235,7 +235,7 @@ class RunConfig:
             )
 
     def _check_limits(self) -> None:
-        """Check what is asked of each cost besides its threshold."""
+        """Check the settings that have one value per cost, besides the threshold."""
         J = len(self.cost)
         for name in ("cost_mean", "cost_rate", "cost_on", "unsafe_above"):
             values = getattr(self, name)
@@ -287,11 +287,11 @@ class IterativeConfig(RunConfig):
 
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
-        """What is sampled in training besides the reference's samples, the slacks among it."""
+        """The responses sampled in training besides the reference's, those that measure slacks among them."""
         return (Draws(self.measured_slacks, self.slack_prompts, self.slack_responses),)
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.slack_responses > self.n_responses:
             raise UserError(

@@ -16,14 +16,14 @@ from matplotlib.ticker import MaxNLocator
 from engine.files import write_whole
 from engine.report.drawing import INK, REFERENCE, UNIT, frame, png
 from engine.report.html import STYLE
-from engine.sweep.outcomes import Outcome
+from engine.sweep.outcomes import OneShot, Outcome
 from engine.sweep.plans import numbers, shown
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999933", "#882255", "#44AA99")
 LINES = ("-", "--", ":", "-.")
 
 
-def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> None:
+def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[OneShot]]) -> None:
     """Write table.csv, pareto.png, multipliers.png and index.html of the runs so far."""
     rows = table(outcomes)
     write_table(out / "table.csv", rows)
@@ -167,7 +167,7 @@ def multipliers(outcomes: list[Outcome]) -> bytes:
     return png(draw)
 
 
-def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]], pictures: dict[str, bytes]) -> str:
+def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[OneShot]], pictures: dict[str, bytes]) -> str:
     """index.html: pictures, the table, the dual along the thresholds, and the first seed's responses side by side. It loads nothing."""
     done = [o for o in outcomes if o.evaluation is not None]
     images = "".join(
