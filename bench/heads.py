@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import quickstart
 from engine.config import RunConfig
 from engine.data import tables
 from engine.data.prompts import load_prompts, shipped_prompts
-from engine.model import quickstart
 from engine.model.folder import load
 from engine.model.packing import groups
 from engine.model.tokenizer import load_tokenizer

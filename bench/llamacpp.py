@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.rollout import Responses, Work
 from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.quickstart import INNER, OUTER
+from engine.model.names import to_gguf
 
 FLOAT32 = 0  # ggml's number of the type
 
@@ -61,8 +61,8 @@ def _generate(work: Work, temperature: float) -> Responses:
 @torch.no_grad()
 def log_probs(model: Decoder, prompt: list[int]) -> Tensor:
     """This engine's [V] of the token after `prompt`."""
-    hidden, _ = model.prefill(torch.tensor(prompt), torch.tensor([0, len(prompt)]), None)
-    return model.logits(hidden)[0].log_softmax(0)
+    hidden = model(torch.tensor(prompt), torch.tensor([0, len(prompt)]))
+    return model.logits(hidden[-1:])[0].log_softmax(0)
 
 
 def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
@@ -91,7 +91,7 @@ def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
                     weight = permuted(weight, config.num_heads)
                 elif kind.endswith("k_proj"):
                     weight = permuted(weight, config.num_kv_heads)
-                writer.add_tensor(gguf_name(kind) + ".weight", weight)
+                writer.add_tensor(to_gguf(name), weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,17 +99,9 @@ def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Query or key rows in llama.cpp's order; `engine.quickstart.undo_permutation` turns them back."""
+    """Query or key rows in llama.cpp's order; `engine.quickstart.gguf_file.undo_permutation` turns them back."""
     rows, width = weight.shape
     return np.ascontiguousarray(weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width))
-
-
-def gguf_name(name: str) -> str:
-    """A Hugging Face tensor name without its suffix in GGUF's terms."""
-    if name.startswith("model.layers."):
-        layer, inner = name.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}." + next(mine for mine, theirs in INNER.items() if theirs == inner)
-    return next(mine for mine, theirs in OUTER.items() if theirs == name)
 
 
 class LlamaCpp:

@@ -41,7 +41,8 @@ from engine.report.drawing import png
 from engine.run.rows import read_timing
 from engine.sweep import pages
 from engine.sweep.outcomes import finished, read_run
-from engine.sweep.pages import COLOURS, write_table
+from engine.sweep.pages import write_table
+from engine.sweep.pictures import COLOURS
 from engine.sweep.plans import SweepConfig, config_class, configs_of
 from engine.sweep.runs import run_sweep
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine import constraints, dual, keys
 from engine.config import EvaluateConfig, RunConfig, check, shown_name, was_by_preference
 from engine.config.flags import parse_flags
+from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
 from engine.files import whole_folder, write_json
@@ -26,7 +27,7 @@ from engine.policy.forward import frozen_forward
 from engine.policy.iterates import is_saved, load_weights
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Limit, Prompts, Sampled, Units
+from engine.records import Prompts, Sampled, Units
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows

@@ -109,9 +109,9 @@ def read_json(path: Path, *, cure: str) -> dict:
 def read_json_lines(path: Path, *, cure: str, skip_damaged: bool = False) -> Iterator[dict]:
     """Yield the object on each line of a file; empty lines are skipped.
 
-    A running or killed process may leave a last line without its end: that line is left out. A killed process may
-    also have cut a line that a resumed one went on below; `skip_damaged` leaves such lines out, too. `cure` ends the
-    error message: what the user does about a damaged line.
+    A running or killed process may leave a last line without its end: that line is left out. A killed process
+    may also have cut a line that a resumed one went on below; `skip_damaged` leaves such lines out, too.
+    `cure` ends the error message: what the user does about a damaged line.
 
     Raises: UserError naming the first line that is not an object.
     """

@@ -1,4 +1,4 @@
-"""Means over prompts with their standard errors and intervals; improvements over the reference, shares and rates."""
+"""Means over prompts with their standard errors and intervals: improvements over the reference, shares and rates; how they are printed."""
 
 import math
 from dataclasses import dataclass, replace
@@ -163,3 +163,18 @@ def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def number(value: float, digits: int = 2, sign: str = "") -> str:
+    """Prints a number with fixed digits, never as "-0.00"."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def interval_text(result: Estimate | Share, confidence: float, digits: int = 2, scale: float = 1) -> str:
+    """Prints a two-sided interval with its confidence."""
+    return f"{100 * confidence:g} % [{number(scale * result.low, digits)}, {number(scale * result.high, digits)}]"
+
+
+def improvement_text(result: Estimate, confidence: float) -> str:
+    """Prints an improvement over the reference with its interval."""
+    return f"improvement {number(result.mean, sign='+')}, {interval_text(result, confidence)}"

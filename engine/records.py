@@ -51,7 +51,7 @@ class Rollouts:
     finished: Tensor  # bool [R]: ended by a stop token, not by the limit
     logprob: Tensor  # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
     model_logprob: Tensor  # float32 [R, max_new_tokens]: under the model at that temperature
-    near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.NEAR_TIE`
+    near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.decoding.NEAR_TIE`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +62,6 @@ class Scores:
     utility_PGJ: Tensor  # float64 [P, G, J]
     audit_PGA: Tensor  # float64 [P, G, A]: utilities of scorers that are never optimised
     ref_logprob_PG: Tensor  # float64 [P, G]: log-prob of each response under the reference at the sampling temperature
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """One constraint. kind "improvement": mean utility of the policy - that of the reference >= value, in the run's units. "mean": mean
-    cost <= value, in the scorer's own units. "rate": share of responses whose cost lies above `unsafe_above` <= value."""
-
-    name: str
-    kind: str
-    value: float
-    on: str = ""  # the kind of prompts that it is about; "" for all
-    unsafe_above: float = 0.0  # in the scorer's own units
-
-    def rows(self, prompts: Prompts) -> list[int]:
-        """The prompts that it is about."""
-        return [p for p, kind in enumerate(prompts.kind) if not self.on or kind == self.on]
 
 
 @dataclass(frozen=True, kw_only=True)

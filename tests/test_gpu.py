@@ -16,7 +16,8 @@ from engine.model.packing import Group, LowerStates
 from engine.policy.forward import logprob_gap
 from engine.policy.lora import Adapter
 from engine.rollout import sampler as rollout
-from engine.rollout.sampler import _decode, generate
+from engine.rollout.decoding import decode
+from engine.rollout.sampler import generate
 from engine.rollout.states import States
 from kernels import lagrangian_preference_loss, layer, reference, sample, sequence_logprob
 from kernels.decode_attention import decode_attention, store
@@ -377,19 +378,19 @@ def test_16_bit_log_probs_of_the_sampler_are_near_those_of_the_training_forward(
 
 
 def test_the_host_never_waits_for_a_step_of_decoding(tiny_folder, monkeypatch):
-    model, decode = load(tiny_folder, dtype=torch.bfloat16, device="cuda"), _decode
+    model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
 
-    def watched(made, room, on_step):
-        made.draw()
-        made.feed()  # compiles
+    def watched(rows, room, on_step):
+        rows.draw()
+        rows.feed()  # compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            made.draw()
-            made.feed()
+            rows.draw()
+            rows.feed()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        decode(made, room - 2, on_step)
+        decode(rows, room - 2, on_step)
 
-    monkeypatch.setattr(rollout, "_decode", watched)
+    monkeypatch.setattr(rollout, "decode", watched)
     assert generate(model, PROMPTS, states=States([1], None), **SAMPLING).length.max() > 2

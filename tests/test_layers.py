@@ -12,7 +12,7 @@ LAYERS = """
 errors
 records files intervals keys
 config model
-data run constraints
+data run constraints quickstart
 verdict
 report policy
 rollout dual
@@ -20,7 +20,7 @@ scorers
 stages
 caid mocan baselines
 pecan
-train evaluate export sweep quickstart
+train evaluate export sweep
 """.strip()
 LEVEL = {name: level for level, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 

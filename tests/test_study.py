@@ -13,10 +13,11 @@ from scipy import stats
 
 from bench import study
 from bench.study import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
+from engine.constraints import Improvement, Judged
 from engine.errors import NonFiniteError, UserError
 from engine.intervals import Estimate
 from engine.sweep import runs as sweep_runs
-from engine.verdict.evaluation import Constraint, Evaluation
+from engine.verdict.evaluation import Evaluation
 
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
@@ -264,7 +265,7 @@ def trained(monkeypatch) -> Trained:
         def estimate(mean: float) -> Estimate:
             return Estimate(mean, 0.05, mean - 0.1, mean + 0.1, mean - 0.1, mean + 0.1, 208)
 
-        harm = Constraint("harm", b, b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
+        harm = Judged(Improvement(name="harm", value=b), b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
         evaluation = Evaluation(
             reward=estimate(0.2), constraints=(harm,), audits=(), kl=estimate(1.0), finished=(1, 1), mean_length=(9, 9),
             refusal_harmless=None,

@@ -1,8 +1,38 @@
-"""The Lagrange dual: solve it from reference samples, descend it from measured slack, and say how sure the multipliers are."""
+"""The Lagrange dual: solved from samples of the reference, descended from measured slack, with intervals.
 
-from engine.dual.solver import Infeasible, Solution, largest_multiple, largest_threshold, solve, tilted_improvement
+The library (names below; below the report and the run folder)
+
+    problem.py      the input, checked and scaled
+    solver.py       solve; the limits of what thresholds samples support
+    steps.py        the next multipliers from measured slack
+    uncertainty.py  intervals of the multipliers
+
+The command `python -m engine.dual SCORES`
+
+    __main__.py     the command line and what it prints
+    config.py       its flags
+    scores_file.py  files of scores, and the pairs that are made from them
+    analysis.py     multipliers, their intervals and the trade-off along the thresholds
+    picture.py      dual.png
+"""
+
+from engine.dual.solver import (
+    Infeasible,
+    Solution,
+    largest_multiple,
+    largest_threshold,
+    solve,
+    tilted_improvement,
+)
 from engine.dual.steps import bisection_step, optimistic_step, resolved, secant_step, step
-from engine.dual.uncertainty import Interval, bootstrap, ess_warning, half_sample, lam_interval, percentiles
+from engine.dual.uncertainty import (
+    Interval,
+    bootstrap,
+    ess_warning,
+    half_sample,
+    lam_interval,
+    percentiles,
+)
 from engine.intervals import paired_improvement, predicted_se, standard_error, within_deviation
 
 __all__ = [

@@ -1,4 +1,10 @@
-"""TODO"""
+"""What a threshold costs, from a file of scores and without training.
+
+    python -m engine.dual SCORES.jsonl --cost harm --threshold 0.3
+
+Prints the multipliers, their intervals and the predicted improvements, and writes dual.json, dual.png and, on
+request, preference pairs. `scores_file.py` says what SCORES looks like.
+"""
 
 import json
 import math
@@ -9,7 +15,7 @@ from torch import Tensor
 
 from engine import dual
 from engine.config.flags import parse_flags
-from engine.dual.analysis import Analysis, analyse, as_dict, trace
+from engine.dual.analysis import Analysis, analyse, as_dict, trace_curve
 from engine.dual.config import DualConfig, check, output_folder
 from engine.dual.picture import picture
 from engine.dual.scores_file import preference_pairs, read_scores
@@ -19,8 +25,9 @@ from engine.run.display import Display
 
 USAGE = """usage: python -m engine.dual SCORES.(jsonl|parquet) --threshold B [B ...] [flags]
 
-SCORES has one row per response: prompt (text or a whole number), reward, one column per utility or cost, and response where pairs are
-exported. Thresholds stand in the order of the --utility names, then the --cost names.
+SCORES has one row per response: prompt (text or a whole number), reward, one column per utility or cost,
+and response where pairs are exported. Give the thresholds in the order of the --utility names, then of the
+--cost names.
 """
 
 
@@ -29,7 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         file, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-        config = parse_flags(DualConfig, flags, prog="python -m engine.dual SCORES", usage=USAGE, first="scores file", default=DualConfig())
+        config = parse_flags(
+            DualConfig,
+            flags,
+            prog="python -m engine.dual SCORES",
+            usage=USAGE,
+            first="scores file",
+            default=DualConfig(),
+        )
         if config is None:
             return 0
         check(file, config)
@@ -46,72 +60,97 @@ def main(argv: list[str] | None = None) -> int:
 def run(file: str, config: DualConfig) -> None:
     """Solve, print, and write dual.json, dual.png and the pairs.
 
-    Raises: UserError; dual.Infeasible (one too) with the largest thresholds that are supported.
+    Raises: UserError; dual.Infeasible, a UserError too, with the largest thresholds that are supported.
     """
     table = read_scores(file, config.utility, config.cost, texts=bool(config.export_pairs))
-    found = analyse(file, table, config)
+    analysis = analyse(file, table, config)
     out = output_folder(file, config)
     out.mkdir(parents=True, exist_ok=True)
-    show = Display()
-    print_analysis(found, show)
-    curve = trace(found)
-    write_whole(out / "dual.json", (json.dumps(as_dict(found, curve), indent=2, allow_nan=False) + "\n").encode())
-    write_whole(out / "dual.png", picture(found, curve))
-    show.line(f"wrote {out / 'dual.json'} and {out / 'dual.png'}")
+    display = Display()
+    print_analysis(analysis, display)
+    curve = trace_curve(analysis)
+    content = json.dumps(as_dict(analysis, curve), indent=2, allow_nan=False) + "\n"
+    write_whole(out / "dual.json", content.encode())
+    write_whole(out / "dual.png", picture(analysis, curve))
+    display.line(f"wrote {out / 'dual.json'} and {out / 'dual.png'}")
     if config.export_pairs:
-        rows, alike = preference_pairs(table, found.reward_PG + found.utility_PGJ @ found.solution.lam, config.seed)
+        score_PG = analysis.reward_PG + analysis.utility_PGJ @ analysis.solution.lam
+        rows, n_alike = preference_pairs(table, score_PG, config.seed)
         write_whole(Path(config.export_pairs), "".join(json.dumps(row) + "\n" for row in rows).encode())
-        left_out = f", {alike} prompt(s) left out, as their best and worst response are alike" if alike else ""
-        show.line(f"wrote {config.export_pairs}: {len(rows)} pairs{left_out}")
+        left_out = (
+            f", {n_alike} prompt(s) left out, as their best and worst response are alike" if n_alike else ""
+        )
+        display.line(f"wrote {config.export_pairs}: {len(rows)} pairs{left_out}")
 
 
-def print_analysis(found: Analysis, show: Display) -> None:
-    """The tables and sentences."""
-    config, solution, names = found.config, found.solution, found.table.names
-    P, G, J = found.utility_PGJ.shape
-    roles = [f"{name} is a {'cost, negated' if name in config.cost else 'utility, larger is better'}" for name in names]
-    show.line(f"{found.file}: {P} prompts x {G} responses; {'; '.join(roles)}")
-    sizes = ", ".join(f"{name} {unit:.4g}" for name, unit in zip(["reward", *names], found.units, strict=True))
-    if config.raw:
-        show.line(f"units: those of the file; beta {config.beta:g}, b and lambda are in them")
-    else:
-        show.line(
-            f"units: within-prompt standard deviations, which are {sizes} of the file's; beta {config.beta:g}, b and lambda are in them"
-        )
-    word = "level" if config.absolute else "b"
-    low, high = found.bootstrap
-    se = dual.standard_error(found.improvement_PJ)
-    for j, name in enumerate(names):
-        delta = f"{_interval(found.interval.low[j], found.interval.high[j])} by the delta method"
-        if found.interval.se[j].isinf():
-            delta = "not identified by the delta method (another constraint asks for the same)"
-        show.line(
-            f"constraint {name}: {word} {config.threshold[j]:.3f}, lambda {solution.lam[j]:.4f}, 95 % over prompts {delta}, "
-            f"{_interval(low[j], high[j])} by the bootstrap"
-        )
-        show.line(
-            f"  predicted improvement {solution.predicted_improvement[j]:+.3f} +- {se[j]:.3f} (at lambda 0: {found.at_zero_J[j]:+.3f}); "
-            f"largest supported {word} {found.alone_J[j] + found.shift_J[j]:.3f}{' alone' if J > 1 else ''}"
-        )
-    if J > 1 and found.multiple == math.inf:
-        show.line("any multiple of the required improvements is supported, as none is above 0")
-    elif J > 1:
-        together = _numbers(found.b_J * found.multiple + found.shift_J)
-        show.line(f"largest supported together: {found.multiple:.3f} x the required improvements, {word} = {together}")
-    gain, gain_se = float(found.gain_P.mean()), float(dual.standard_error(found.gain_P))
-    show.line(f"reward: predicted improvement {gain:+.3f} +- {gain_se:.3f} (at lambda 0: {found.gain_at_zero:+.3f})")
-    show.line(
-        f"effective sample size {solution.ess.mean():.1f} of {G}; value of the dual {solution.value:.6g}; KKT residual {solution.kkt:.1e}"
+def print_analysis(analysis: Analysis, display: Display) -> None:
+    """Print what was read, a paragraph for each constraint, the reward and the warnings."""
+    config, solution, (P, G, J) = analysis.config, analysis.solution, analysis.utility_PGJ.shape
+    names = analysis.table.names
+    roles = [
+        f"{name} is a {'cost, negated' if name in config.cost else 'utility, larger is better'}"
+        for name in names
+    ]
+    display.line(f"{analysis.file}: {P} prompts x {G} responses; {'; '.join(roles)}")
+    units = zip(["reward", *names], analysis.units, strict=True)
+    sizes = ", ".join(f"{name} {unit:.4g}" for name, unit in units)
+    which = (
+        "those of the file"
+        if config.raw
+        else f"within-prompt standard deviations, which are {sizes} of the file's"
     )
-    for warning in found.warnings:
-        show.warn(warning)
+    display.line(f"units: {which}; beta {config.beta:g}, b and lambda are in them")
+    for j in range(J):
+        for line in _constraint_lines(analysis, j):
+            display.line(line)
+    if J > 1 and analysis.multiple == math.inf:
+        display.line("any multiple of the required improvements is supported, as none is above 0")
+    elif J > 1:
+        together = _decimals(analysis.b_J * analysis.multiple + analysis.shift_J)
+        display.line(
+            f"largest supported together: {analysis.multiple:.3f} x the required improvements, "
+            f"{_word(config)} = {together}"
+        )
+    gain, gain_se = float(analysis.gain_P.mean()), float(dual.standard_error(analysis.gain_P))
+    at_zero = f"(at lambda 0: {analysis.gain_at_zero:+.3f})"
+    display.line(f"reward: predicted improvement {gain:+.3f} +- {gain_se:.3f} {at_zero}")
+    display.line(
+        f"effective sample size {solution.ess.mean():.1f} of {G}; value of the dual {solution.value:.6g}; "
+        f"KKT residual {solution.kkt:.1e}"
+    )
+    for warning in analysis.warnings:
+        display.warn(warning)
 
 
-def _numbers(values: Tensor) -> str:
+def _constraint_lines(analysis: Analysis, j: int) -> list[str]:
+    config, solution, interval = analysis.config, analysis.solution, analysis.interval
+    word, (low_J, high_J) = _word(config), analysis.bootstrap
+    se_J = dual.standard_error(analysis.improvement_PJ)
+    if interval.se[j].isinf():
+        delta = "not identified by the delta method (another constraint asks for the same)"
+    else:
+        delta = f"{range_text(interval.low[j], interval.high[j])} by the delta method"
+    largest = analysis.alone_J[j] + analysis.shift_J[j]
+    alone = " alone" if len(analysis.table.names) > 1 else ""
+    return [
+        f"constraint {analysis.table.names[j]}: {word} {config.threshold[j]:.3f}, "
+        f"lambda {solution.lam[j]:.4f}, 95 % over prompts {delta}, "
+        f"{range_text(low_J[j], high_J[j])} by the bootstrap",
+        f"  predicted improvement {solution.predicted_improvement[j]:+.3f} +- {se_J[j]:.3f} "
+        f"(at lambda 0: {analysis.at_zero_J[j]:+.3f}); largest supported {word} {largest:.3f}{alone}",
+    ]
+
+
+def _word(config: DualConfig) -> str:
+    """Name what --threshold gives."""
+    return "level" if config.absolute else "b"
+
+
+def _decimals(values: Tensor) -> str:
     return ", ".join(f"{value:.3f}" for value in values.tolist())
 
 
-def _interval(low: Tensor, high: Tensor) -> str:
+def range_text(low: Tensor, high: Tensor) -> str:
     return f"[{float(low):.3f}, {'unbounded' if high.isinf() else f'{float(high):.3f}'}]"
 
 

@@ -1,8 +1,4 @@
-"""What `python -m engine.dual SCORES --threshold B` does: multipliers, their uncertainty and the trade-off, from a file of scores.
-
-SCORES is jsonl or parquet with one row per response: `prompt` (text or a whole number), `reward`, one column for each utility or cost,
-and `response` where pairs are exported. All prompts have the same number of responses; their rows need not stand together.
-"""
+"""What `python -m engine.dual` computes: multipliers, their intervals, and the trade-off by threshold."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +9,7 @@ from torch import Tensor
 
 from engine import dual
 from engine.dual.config import DualConfig
-from engine.dual.scores_file import Table, listed
+from engine.dual.scores_file import Table, joined
 from engine.errors import UserError
 
 
@@ -35,7 +31,7 @@ class Analysis:
     file: str
     config: DualConfig
     table: Table
-    units: list[float]  # of the reward and each utility, in the file's
+    units: list[float]  # one unit of the reward and of each utility, in the file's units
     reward_PG: Tensor
     utility_PGJ: Tensor
     mean_J: Tensor
@@ -45,20 +41,21 @@ class Analysis:
     bootstrap: tuple[Tensor, Tensor]  # low, high, each [J]
     lost: int  # bootstrap samples that do not support the thresholds
     gain_P: Tensor  # predicted improvement of the reward
-    improvement_PJ: Tensor
-    gain_at_zero: float  # the same at lambda 0
-    at_zero_J: Tensor
-    alone_J: Tensor  # largest improvements that are supported
-    multiple: float  # of the required improvements, supported together
+    improvement_PJ: Tensor  # predicted improvement of the utilities
+    gain_at_zero: float  # mean of gain_P at lambda 0
+    at_zero_J: Tensor  # mean of improvement_PJ at lambda 0
+    alone_J: Tensor  # largest improvement that each constraint alone supports
+    multiple: float  # largest multiple of the required improvements that is supported for all together
     warnings: list[str]
 
     @property
     def unit(self) -> str:
+        """Name the unit of the numbers."""
         return "units of the file" if self.config.raw else "within-prompt sd"
 
     @property
     def shift_J(self) -> Tensor:
-        """From an improvement to a threshold."""
+        """Return what is to be added to an improvement to give a threshold as the user writes it."""
         return self.mean_J if self.config.absolute else torch.zeros_like(self.mean_J)
 
 
@@ -69,105 +66,173 @@ def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
     """
     J = len(table.names)
     if len(config.threshold) != J:
+        values = " ".join(map(str, config.threshold))
         raise UserError(
-            f"--threshold {' '.join(map(str, config.threshold))}: {len(config.threshold)} value(s) for {J} constraint(s) "
-            f"({listed(table.names)}); give one per constraint, or name the columns meant with --utility and --cost."
+            f"--threshold {values}: {len(config.threshold)} value(s) for {J} constraint(s) "
+            f"({joined(table.names)}); give one per constraint, "
+            "or name the columns meant with --utility and --cost."
         )
     columns = {"reward": table.reward_PG, **dict(zip(table.names, table.utility_PGJ.unbind(2), strict=True))}
-    deviations = [dual.within_deviation(column, f"{file}: column {name!r}") for name, column in columns.items()]
+    deviations = [dual.within_deviation(x_PG, f"{file}: column {name!r}") for name, x_PG in columns.items()]
     units = [1.0] * (1 + J) if config.raw else deviations
-    reward, utility = table.reward_PG / units[0], table.utility_PGJ / torch.tensor(units[1:], dtype=torch.float64)
+    reward, utility = (
+        table.reward_PG / units[0],
+        table.utility_PGJ / torch.tensor(units[1:], dtype=torch.float64),
+    )
     threshold, mean = torch.tensor(config.threshold, dtype=torch.float64), utility.mean((0, 1))
-    problem = {"reward_PG": reward, "utility_PGJ": utility, "threshold_J": threshold, "beta": config.beta, "absolute": config.absolute}
+    problem = {
+        "reward_PG": reward,
+        "utility_PGJ": utility,
+        "threshold_J": threshold,
+        "beta": config.beta,
+        "absolute": config.absolute,
+    }
     solution = dual.solve(**problem)
     draws = dual.bootstrap(**problem, draws=config.draws, seed=config.seed, start_J=solution.lam)
     gain_P, improvement_PJ = dual.tilted_improvement(reward, utility, solution.lam, config.beta)
-    gain_at_zero, at_zero = dual.tilted_improvement(reward, utility, torch.zeros(J), config.beta)
+    gain_at_zero_P, at_zero_PJ = dual.tilted_improvement(reward, utility, torch.zeros(J), config.beta)
     lost = int(draws[:, 0].isinf().sum())
     warnings = []
     if warning := dual.ess_warning(solution.ess, reward.shape[1]):
         warnings.append(warning + dual.half_sample(**problem, lam_J=solution.lam, seed=config.seed))
     if lost:
-        warnings.append(f"{lost} of {config.draws} bootstrap samples do not support the thresholds; they count as infinite multipliers.")
+        warnings.append(
+            f"{lost} of {config.draws} bootstrap samples do not support the thresholds; "
+            "they count as infinite multipliers."
+        )
     return Analysis(
-        file=file, config=config, table=table, units=units, reward_PG=reward, utility_PGJ=utility, mean_J=mean,
-        b_J=threshold - mean if config.absolute else threshold, solution=solution, interval=dual.lam_interval(**problem, solution=solution),
-        bootstrap=dual.percentiles(draws), lost=lost, gain_P=gain_P, improvement_PJ=improvement_PJ,
-        gain_at_zero=float(gain_at_zero.mean()), at_zero_J=at_zero.mean(0), alone_J=dual.largest_threshold(utility),
-        multiple=dual.largest_multiple(utility, threshold, absolute=config.absolute), warnings=warnings,
-    )  # fmt: skip
+        file=file,
+        config=config,
+        table=table,
+        units=units,
+        reward_PG=reward,
+        utility_PGJ=utility,
+        mean_J=mean,
+        b_J=threshold - mean if config.absolute else threshold,
+        solution=solution,
+        interval=dual.lam_interval(**problem, solution=solution),
+        bootstrap=dual.percentiles(draws),
+        lost=lost,
+        gain_P=gain_P,
+        improvement_PJ=improvement_PJ,
+        gain_at_zero=float(gain_at_zero_P.mean()),
+        at_zero_J=at_zero_PJ.mean(0),
+        alone_J=dual.largest_threshold(utility),
+        multiple=dual.largest_multiple(utility, threshold, absolute=config.absolute),
+        warnings=warnings,
+    )
 
 
-def as_dict(found: Analysis, curve: Curve) -> dict:
-    """The content of dual.json; null stands for what is unbounded, lam_se null for a multiplier that the scores do not identify."""
-    config, solution = found.config, found.solution
-    se = dual.standard_error(found.improvement_PJ)
-    constraints = [
-        {
-            "name": name, "negated": name in config.cost, "unit": found.units[1 + j], "threshold": config.threshold[j],
-            "b": float(found.b_J[j]), "lam": float(solution.lam[j]), "lam_se": finite_or_none(found.interval.se[j]),
-            "lam_delta": [finite_or_none(found.interval.low[j]), finite_or_none(found.interval.high[j])],
-            "lam_bootstrap": [finite_or_none(bound[j]) for bound in found.bootstrap], "slack": float(solution.gradient[j]),
-            "improvement": float(solution.predicted_improvement[j]), "improvement_se": float(se[j]),
-            "improvement_at_zero": float(found.at_zero_J[j]), "largest_improvement": float(found.alone_J[j]),
-        }
-        for j, name in enumerate(found.table.names)
-    ]  # fmt: skip
-    P, G = found.reward_PG.shape
+def as_dict(analysis: Analysis, curve: Curve) -> dict:
+    """Return the content of dual.json.
+
+    null stands for what is unbounded; lam_se is null for a multiplier that the scores do not identify.
+    """
+    config, solution, (P, G) = analysis.config, analysis.solution, analysis.reward_PG.shape
     return {
-        "scores": found.file, "prompts": P, "responses": G, "beta": config.beta, "absolute": config.absolute, "raw": config.raw,
-        "draws": config.draws, "seed": config.seed, "reward_unit": found.units[0], "constraints": constraints,
-        "largest_multiple": finite_or_none(found.multiple), "reward_improvement": float(found.gain_P.mean()),
-        "reward_improvement_se": float(dual.standard_error(found.gain_P)), "reward_improvement_at_zero": found.gain_at_zero,
-        "ess": float(solution.ess.mean()), "value": solution.value, "kkt": solution.kkt, "unsupported_draws": found.lost,
-        "warnings": found.warnings,
-        "curve": {"x": curve.x_K.tolist(), "lam": curve.lam_KJ.tolist(), "reward_improvement": curve.gain_K.tolist()},
-    }  # fmt: skip
+        "scores": analysis.file,
+        "prompts": P,
+        "responses": G,
+        "beta": config.beta,
+        "absolute": config.absolute,
+        "raw": config.raw,
+        "draws": config.draws,
+        "seed": config.seed,
+        "reward_unit": analysis.units[0],
+        "constraints": [_constraint(analysis, j) for j in range(len(analysis.table.names))],
+        "largest_multiple": finite_or_none(analysis.multiple),
+        "reward_improvement": float(analysis.gain_P.mean()),
+        "reward_improvement_se": float(dual.standard_error(analysis.gain_P)),
+        "reward_improvement_at_zero": analysis.gain_at_zero,
+        "ess": float(solution.ess.mean()),
+        "value": solution.value,
+        "kkt": solution.kkt,
+        "unsupported_draws": analysis.lost,
+        "warnings": analysis.warnings,
+        "curve": {
+            "x": curve.x_K.tolist(),
+            "lam": curve.lam_KJ.tolist(),
+            "reward_improvement": curve.gain_K.tolist(),
+        },
+    }
 
 
-def trace(found: Analysis, points: int = 61) -> Curve:
-    """The dual's solutions as the thresholds rise: one constraint from its improvement at lambda 0 to near the largest supported one,
-    several by a common factor from 0 on."""
-    config, b = found.config, found.b_J
-    J = len(b)
+def _constraint(analysis: Analysis, j: int) -> dict:
+    name, config, solution = analysis.table.names[j], analysis.config, analysis.solution
+    interval = analysis.interval
+    return {
+        "name": name,
+        "negated": name in config.cost,
+        "unit": analysis.units[1 + j],
+        "threshold": config.threshold[j],
+        "b": float(analysis.b_J[j]),
+        "lam": float(solution.lam[j]),
+        "lam_se": finite_or_none(interval.se[j]),
+        "lam_delta": [finite_or_none(interval.low[j]), finite_or_none(interval.high[j])],
+        "lam_bootstrap": [finite_or_none(bound[j]) for bound in analysis.bootstrap],
+        "slack": float(solution.gradient[j]),
+        "improvement": float(solution.predicted_improvement[j]),
+        "improvement_se": float(dual.standard_error(analysis.improvement_PJ)[j]),
+        "improvement_at_zero": float(analysis.at_zero_J[j]),
+        "largest_improvement": float(analysis.alone_J[j]),
+    }
+
+
+def trace_curve(analysis: Analysis, points: int = 61) -> Curve:
+    """Solve the dual along rising thresholds.
+
+    The threshold of one constraint goes from its improvement at lambda 0 to near the largest that is
+    supported. Those of several have a common factor, from 0 on.
+    """
+    config, b = analysis.config, analysis.b_J
+    reward, utility, J = analysis.reward_PG, analysis.utility_PGJ, len(b)
     if J == 1:
-        low, own, top = min(float(found.at_zero_J), float(b)), float(b), float(found.alone_J)
+        low, asked, top = min(float(analysis.at_zero_J), float(b)), float(b), float(analysis.alone_J)
     else:
-        low, own, top = 0.0, 1.0, min(found.multiple, 3.0)
-    x_K = np.unique([*np.linspace(low, max(low + 0.95 * (top - low), own), points), own])
+        low, asked, top = 0.0, 1.0, min(analysis.multiple, 3.0)
+    x_K = np.unique([*np.linspace(low, max(low + 0.95 * (top - low), asked), points), asked])
     lam, lams, gains = None, [], []
     for x in x_K:
         try:
-            lam = dual.solve(found.reward_PG, found.utility_PGJ, b * x if J > 1 else [x], config.beta, start_J=lam).lam
+            lam = dual.solve(reward, utility, b * x if J > 1 else [x], config.beta, start_J=lam).lam
         except UserError:  # so near to the limit that lambda has no accurate value
             break
         lams.append(lam.numpy())
-        gains.append(dual.tilted_improvement(found.reward_PG, found.utility_PGJ, lam, config.beta)[0])
-    x_K = x_K[: len(lams)]
+        gains.append(dual.tilted_improvement(reward, utility, lam, config.beta)[0])
+    x_K, lam_KJ = x_K[: len(lams)], np.stack(lams)
+    shift = float(analysis.shift_J) if J == 1 else 0.0
     return Curve(
-        x_K=x_K + float(found.shift_J) if J == 1 else x_K,
-        lam_KJ=np.stack(lams),
+        x_K=x_K + shift if J == 1 else x_K,
+        lam_KJ=lam_KJ,
         gain_K=np.array([float(gain_P.mean()) for gain_P in gains]),
         gain_se_K=np.array([float(dual.standard_error(gain_P)) for gain_P in gains]),
-        band=_band(found, x_K + float(found.shift_J), np.stack(lams).max()) if J == 1 else None,
+        band=_band(analysis, x_K + shift, lam_KJ.max()) if J == 1 else None,
     )
 
 
-def _band(found: Analysis, x_K: np.ndarray, lam_max: float) -> tuple[np.ndarray, np.ndarray]:
-    """The bootstrap's 95 % interval of one multiplier at all thresholds: a sample's improvement at lambda is a mean over its prompts, so
-    a table of every prompt's improvement serves all samples, and lambda is read off backwards."""
-    P = len(found.reward_PG)
+def _band(analysis: Analysis, x_K: np.ndarray, lam_max: float) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the bootstrap's 95 % interval of one multiplier at all thresholds.
+
+    A bootstrap sample's improvement at lambda is a mean over its prompts. So one table of every prompt's
+    improvement on a grid of lambdas serves all samples, and lambda is read off backwards.
+    """
+    config, P = analysis.config, len(analysis.reward_PG)
     grid = np.linspace(0, 3 * max(lam_max, 1e-3), 150)
-    level_P = found.utility_PGJ[..., 0].mean(1) if found.config.absolute else torch.zeros(P, dtype=torch.float64)
-    table_LP = torch.stack(
-        [
-            dual.tilted_improvement(found.reward_PG, found.utility_PGJ, torch.tensor([lam]), found.config.beta)[1][:, 0] + level_P
-            for lam in grid
-        ]
-    )
-    generator = torch.Generator().manual_seed(found.config.seed)
+    level_P = torch.zeros(P, dtype=torch.float64)
+    if config.absolute:
+        level_P = analysis.utility_PGJ[..., 0].mean(1)
+
+    def reached_P(lam: float) -> Tensor:
+        lam_J = torch.tensor([lam])
+        improvement_PJ = dual.tilted_improvement(
+            analysis.reward_PG, analysis.utility_PGJ, lam_J, config.beta
+        )[1]
+        return improvement_PJ[:, 0] + level_P
+
+    table_LP = torch.stack([reached_P(lam) for lam in grid])
+    generator = torch.Generator().manual_seed(config.seed)
     draws = []
-    for _ in range(found.config.draws):
+    for _ in range(config.draws):
         reached_L = table_LP[:, torch.randint(P, (P,), generator=generator)].mean(1).numpy()
         draws.append(np.interp(x_K, reached_L, grid, left=0.0, right=math.inf))
     low, high = dual.percentiles(np.stack(draws))
@@ -175,4 +240,5 @@ def _band(found: Analysis, x_K: np.ndarray, lam_max: float) -> tuple[np.ndarray,
 
 
 def finite_or_none(value: Tensor | float) -> float | None:
+    """Convert a number for JSON, which has no infinity."""
     return float(value) if math.isfinite(value) else None

@@ -14,37 +14,56 @@ class DualConfig:
     """Multipliers of a threshold from a file of scores, without training."""
 
     threshold: tuple[float, ...] = ()
-    """b of each constraint: required improvement over the mean of the column, in units of --raw or its default."""
+    """b of each constraint: required improvement over the mean of its column, in units as --raw says."""
     absolute: bool = False
     """The thresholds are levels of the utility (of minus the cost), not improvements."""
     beta: float = 1.0
     """Weight of KL(policy || reference), in units of the reward."""
     utility: tuple[str, ...] = ()
-    """Columns that are larger where better. Default, where no --cost is given either: all other columns with numbers."""
+    """Columns that are larger where better. Default without --cost: all other columns with numbers."""
     cost: tuple[str, ...] = ()
     """Columns that are smaller where better: they are negated once."""
     raw: bool = False
-    """Keep the file's units. Default: every column is divided by its pooled within-prompt standard deviation, as a run does."""
+    """Keep the file's units. Default: divide columns by their within-prompt deviations, as a run does."""
     draws: int = 400
     """Bootstrap samples of the prompts."""
     seed: int = 0
     """Seed of the bootstrap and of the labels of pairs."""
     out: str = ""
-    """Folder for dual.json and dual.png, which are overwritten. Default: the name of SCORES with -dual, in this folder."""
+    """Folder for dual.json and dual.png, which are overwritten. Default: NAME-dual for NAME.jsonl."""
     export_pairs: str = ""
-    """Also write the best and the worst response of each prompt at lambda to this jsonl file: prompt, chosen, rejected. Which of the two is
-    chosen is drawn, with the probability sigmoid(difference of reward + lambda utility)."""
+    """Also write the best and the worst response of each prompt at lambda to this jsonl file: prompt, chosen,
+    rejected. Which of the two is chosen is drawn, with the probability sigmoid(difference of reward + lambda
+    utility)."""
+
+
+def output_folder(file: str, config: DualConfig) -> Path:
+    """Return the folder of --out, by default one named after the scores file."""
+    return Path(config.out or f"{Path(file).stem}-dual")
 
 
 def check(file: str, config: DualConfig) -> None:
-    """Refuse what cannot be used before the file is read.
+    """Refuse flags that cannot be used, before the scores file is read.
 
     Raises: UserError naming the flag, its value and what is accepted.
     """
     if not file:
-        raise UserError("the scores file is missing: python -m engine.dual SCORES.jsonl --threshold B; see --help.")
+        raise UserError(
+            "the scores file is missing: python -m engine.dual SCORES.jsonl --threshold B; see --help."
+        )
+    _check_numbers(config)
+    _check_names(config)
+    _check_out(output_folder(file, config))
+    if config.export_pairs:
+        _check_export(Path(config.export_pairs), Path(file))
+
+
+def _check_numbers(config: DualConfig) -> None:
     if not config.threshold:
-        raise UserError("--threshold is missing: give the required improvement of each constraint, for example --threshold 0.3.")
+        raise UserError(
+            "--threshold is missing: give the required improvement of each constraint, "
+            "for example --threshold 0.3."
+        )
     for b in config.threshold:
         if not math.isfinite(b):
             raise UserError(f"--threshold {b}: must be finite.")
@@ -54,13 +73,17 @@ def check(file: str, config: DualConfig) -> None:
         raise UserError(f"--draws {config.draws}: a 95 % interval needs at least 40.")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must lie between 0 and {2**63 - 1}.")
-    named = [*config.utility, *config.cost]
-    for name, count in Counter(named).items():
+
+
+def _check_names(config: DualConfig) -> None:
+    for name, count in Counter([*config.utility, *config.cost]).items():
         if count > 1:
             raise UserError(f"--utility and --cost: two constraints are named {name}; name each column once.")
         if name in ("prompt", "response", "reward"):
             raise UserError(f"--utility or --cost {name}: that column has its own meaning; name another one.")
-    out = output_folder(file, config)
+
+
+def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: that is a file; name a folder.")
     for name in ("dual.json", "dual.png"):
@@ -69,19 +92,17 @@ def check(file: str, config: DualConfig) -> None:
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"--out {out}: no folder can be made in {above}; name another one.")
-    if config.export_pairs:
-        target = Path(config.export_pairs)
-        if target.suffix != ".jsonl":
-            raise UserError(f"--export-pairs {target}: must end in .jsonl.")
-        if target.resolve() == Path(file).resolve():
-            raise UserError(f"--export-pairs {target}: that is the scores file; name another one.")
-        if target.is_dir():
-            raise UserError(f"--export-pairs {target}: that is a folder; name a file.")
-        if not target.parent.is_dir():
-            raise UserError(f"--export-pairs {target}: the folder {target.parent} does not exist; make it first.")
-        if not os.access(target.parent, os.W_OK):
-            raise UserError(f"--export-pairs {target}: no file can be made in {target.parent}; name another folder.")
 
 
-def output_folder(file: str, config: DualConfig) -> Path:
-    return Path(config.out or f"{Path(file).stem}-dual")
+def _check_export(target: Path, scores: Path) -> None:
+    flag = f"--export-pairs {target}"
+    if target.suffix != ".jsonl":
+        raise UserError(f"{flag}: must end in .jsonl.")
+    if target.resolve() == scores.resolve():
+        raise UserError(f"{flag}: that is the scores file; name another one.")
+    if target.is_dir():
+        raise UserError(f"{flag}: that is a folder; name a file.")
+    if not target.parent.is_dir():
+        raise UserError(f"{flag}: the folder {target.parent} does not exist; make it first.")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{flag}: no file can be made in {target.parent}; name another folder.")

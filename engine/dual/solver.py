@@ -1,45 +1,68 @@
-"""The Lagrange dual of constrained alignment: solve it from reference samples, descend it from measured slack.
+"""The Lagrange dual of constrained alignment, solved from samples of the reference.
 
-Distribution-space dual (arXiv 2405.19544, and 2505.19387 section 2), g the utilities, h = g - mean(g) - b:
+The dual in the space of distributions (arXiv 2405.19544, and 2505.19387 section 2), with the utilities g and
+h = g - mean(g) - b:
 
-    D(lambda) = beta E_x ln E_{y ~ reference} exp((r + lambda . h) / beta),    grad D = E h under the tilted policy
+    D(lambda) = beta E_x ln E_{y ~ reference} exp((r + lambda . h) / beta)
+    grad D    = E h under the tilted policy
 
-Its minimiser over lambda >= 0 needs samples of the reference only. A positive gradient is slack: that constraint holds with room.
+Finding its minimiser over lambda >= 0 takes samples of the reference only. A positive gradient is slack: that
+constraint holds with room.
 
     solve(reward_PG, utility_PGJ, [0.3], beta=1.0).lam
 
-The same without Python, on a file of scores (engine/dual_command.py): python -m engine.dual SCORES.jsonl --cost harm --threshold 0.3
+The same for a file of scores, without Python: python -m engine.dual SCORES.jsonl --cost harm --threshold 0.3
 """
 
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.dual.problem import (
+    as_float64,
+    check_problem,
+    dimensionless,
+    dimensionless_start,
+    in_brackets,
+    solve_psd,
+)
 from engine.errors import UserError
 from engine.intervals import float64
 from kernels import dual_moments
 from kernels.dual_moments import DualMoments
 
-TOLERANCE = 1e-10  # KKT residual, in standard deviations of the utility
-ACCEPTED = 100 * TOLERANCE  # where rounding stops the solver before
+TOLERANCE = 1e-10  # KKT residual, in standard deviations of the utility, at which the solver stops
+ACCEPTED = 100 * TOLERANCE  # KKT residual that is accepted where rounding stops the solver before
 
 
 class Infeasible(UserError):
     """No finite multipliers exist: no re-weighting of the given responses meets the thresholds.
 
     Attributes, in the utilities' units:
-    - largest_improvement: float64 [J], the best response of every prompt, averaged, minus the mean: each constraint alone.
-      With `bounds`, the highest possible value in place of the best response; inf where it has none.
-    - direction: float64 [J], v >= 0 with sum 1 and mean_p max_i v . (g_pi - mean) < v . b, which certifies the claim.
+    - largest_improvement: float64 [J], the best response of every prompt, averaged, minus the mean: what each
+      constraint alone supports. With `bounds`, the highest possible value stands in place of the best
+      response; inf where a utility has none.
+    - direction: float64 [J], v >= 0 with sum 1 and mean_p max_i v . (g_pi - mean) < v . b, which certifies
+    the
+      claim.
     - largest_multiple: float, thresholds up to this multiple of b are supported together, to 0.1 %.
-    - proven: bool, for all policies: the responses were enumerated, or a bound of a score is asked for. Else it is the samples' limit.
+    - proven: bool, True where the claim holds for all policies, because the responses were enumerated or the
+      bound of a score is asked for. False where it is the limit of these samples.
     """
 
-    def __init__(self, message: str, largest_improvement: Tensor, direction: Tensor, largest_multiple: float, proven: bool):
+    def __init__(
+        self,
+        message: str,
+        largest_improvement: Tensor,
+        direction: Tensor,
+        largest_multiple: float,
+        proven: bool,
+    ) -> None:
         super().__init__(message)
         self.proven = proven
         self.largest_improvement = largest_improvement
@@ -77,19 +100,25 @@ def solve(
 ) -> Solution:
     """Minimise the plug-in dual over 0 <= lambda <= lam_max (arXiv 2405.19544, appendix E, and its Hessian).
 
-    reward [P, G], utility [P, G, J], threshold [J] (or a number): numpy, torch or lists, any float type. The threshold is the
-    required improvement over the mean of the utility, or a level with `absolute`. `enumerated` says that the G responses are all
-    there are, equally likely, so that infeasibility is proven. `bounds` [J] are the highest values that the utilities can take at all, None
-    where that is not known: a threshold that asks for so much on average is proven infeasible, whatever the samples. `force` goes on with
-    unsupported thresholds; it needs a finite lam_max, where such multipliers end. `start_J` is a guess of lambda, by default 0.
+    reward [P, G], utility [P, G, J], threshold [J] (or a number): numpy, torch or lists, any float type.
 
-    `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps, of length 1 / (largest eigenvalue of
-    the Hessian) in units of each utility's standard deviation, and needs more of them. Both stop by the same rule, so their optima agree.
+    - The threshold is the required improvement over the mean of the utility, or a level with `absolute`.
+    - `enumerated` says that the G responses are all there are, equally likely, so that infeasibility is
+    proven.
+    - `bounds` [J] are the highest values that the utilities can take at all, None where that is not known. A
+      threshold that asks for so much on average is proven infeasible, whatever the samples.
+    - `force` goes on with unsupported thresholds. It needs a finite lam_max, where such multipliers end.
+    - `start_J` is a guess of lambda, by default 0.
+    - `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps, of
+    length
+      1 / (largest eigenvalue of the Hessian) in units of each utility's standard deviation, and needs more of
+      them. Both stop by the same rule, so their optima agree.
 
     A constant added to one prompt's reward or utility changes neither the multipliers nor the policies.
 
-    Raises: Infeasible; UserError for shapes, values that are not finite, beta <= 0, a utility that never varies within a prompt, and
-    where rounding keeps the solver from the optimum. Warns (UserWarning) where it stops it short of a KKT residual of 1e-10.
+    Raises: Infeasible. UserError for shapes, values that are not finite, beta <= 0, a utility that never
+    varies within a prompt, and where rounding keeps the solver from the optimum. Warns (UserWarning) where
+    rounding stops it short of a KKT residual of 1e-10.
     """
     reward, utility, threshold = check_problem(reward_PG, utility_PGJ, threshold_J, beta, lam_max, force)
     if method not in STEPS:
@@ -103,38 +132,48 @@ def solve(
         _check_bounds(bounds, utility, threshold, mean, scale, absolute)
     unsupported = None if force else single_direction(g, b)
     if unsupported is None:
-        x, moments, kkt, iterations, unsupported = descend(r, g, b, lam_max * scale / beta, start, method=method, certify=not force)
+        descent = descend(r, g, b, lam_max * scale / beta, start, method=method, certify=not force)
+        unsupported = descent.unsupported
     if unsupported is not None:
         raise _infeasible(g, b, unsupported, scale, mean if absolute else None, enumerated)
-    if kkt > TOLERANCE:
-        stopped = f"the dual solver stopped at KKT residual {kkt:.2g} after {iterations} iterations"
-        if kkt > ACCEPTED:
+    moments = descent.moments
+    if descent.kkt > TOLERANCE:
+        stopped = (
+            f"the dual solver stopped at KKT residual {descent.kkt:.2g} after {descent.iterations} iterations"
+        )
+        if descent.kkt > ACCEPTED:
             raise UserError(f"{stopped}; raise beta {beta} or lower the threshold.")
-        warnings.warn(f"{stopped}, above {TOLERANCE:g}: lambda is known to fewer digits; raise beta {beta} for more.", stacklevel=2)
+        warnings.warn(
+            f"{stopped}, above {TOLERANCE:g}: lambda is known to fewer digits; raise beta {beta} for more.",
+            stacklevel=2,
+        )
 
     gradient = moments.gradient * scale
     return Solution(
-        lam=(x * beta / scale).clamp(max=lam_max),
+        lam=(descent.x * beta / scale).clamp(max=lam_max),
         value=float(moments.value * beta + reward.mean()),
         gradient=gradient,
         hessian=moments.hessian * scale[:, None] * scale / beta,
-        kkt=kkt,
+        kkt=descent.kkt,
         ess=moments.ess,
-        iterations=iterations,
+        iterations=descent.iterations,
         predicted_improvement=gradient + threshold,
     )
 
 
 def largest_threshold(utility_PGJ) -> Tensor:
-    """Largest improvement each constraint alone supports: mean over prompts of the best response, minus the mean. float64 [J]."""
+    """Compute the largest improvement that each constraint alone supports, float64 [J].
+
+    It is the mean over prompts of the best response, minus the mean.
+    """
     utility = float64(utility_PGJ)
     return utility.amax(1).mean(0) - utility.mean((0, 1))
 
 
 def largest_multiple(utility_PGJ, threshold_J, *, absolute: bool = False) -> float:
-    """Improvements up to this multiple of b are supported together, to 0.1 %; inf where no b is above 0. With `absolute`, b is the
-    threshold minus the mean of the utility.
+    """Find the largest multiple of the improvements b that is supported for all together, to 0.1 %.
 
+    It is inf where no b is above 0. With `absolute`, b is the threshold minus the mean of the utility.
     Raises: UserError as `solve`.
     """
     utility = float64(utility_PGJ)
@@ -148,118 +187,69 @@ def largest_multiple(utility_PGJ, threshold_J, *, absolute: bool = False) -> flo
 
 
 def tilted_improvement(reward_PG, utility_PGJ, lam_J, beta: float) -> tuple[Tensor, Tensor]:
-    """Predicted improvement of each prompt's mean reward [P] and utility [P, J] when its responses are re-weighted by
-    exp((reward + lambda . utility) / beta). float64; the mean over prompts of the second, minus b, is the dual's gradient."""
+    """Predict the improvement of each prompt's mean reward [P] and utility [P, J] at lambda, float64.
+
+    The prompt's responses are re-weighted by exp((reward + lambda . utility) / beta). The mean over prompts
+    of the second value, minus b, is the dual's gradient.
+    """
     reward, utility, lam = float64(reward_PG), float64(utility_PGJ), float64(lam_J)
     change_PG = ((reward + utility @ lam) / beta).softmax(1) - 1 / reward.shape[1]
     return (change_PG * reward).sum(1), torch.einsum("pg,pgj->pj", change_PG, utility)
 
 
-def _argument(name: str, values) -> Tensor:
-    try:
-        return float64(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name} is {str(values)[:60]!r}: give numbers, in lists of equal length, a numpy array or a tensor.") from None
+def _check_bounds(
+    bounds, utility: Tensor, threshold: Tensor, mean: Tensor, scale: Tensor, absolute: bool
+) -> None:
+    """Refuse a required improvement that takes a utility to its highest possible value or above.
 
-
-def _is_above_0(value) -> bool:
-    try:
-        return bool(value > 0)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-
-
-def check_problem(reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, force: bool) -> tuple[Tensor, Tensor, Tensor]:
-    reward, utility = _argument("reward", reward_PG), _argument("utility", utility_PGJ)
-    threshold = _argument("threshold", threshold_J).reshape(-1)
-    if reward.ndim != 2 or utility.ndim != 3 or utility.shape[:2] != reward.shape or utility.numel() == 0:
-        raise UserError(f"reward {list(reward.shape)}, utility {list(utility.shape)}: give [P, G] and [P, G, J], none of them 0.")
-    if len(threshold) != utility.shape[2]:
-        raise UserError(f"{len(threshold)} threshold(s) for {utility.shape[2]} utilities: give one per utility.")
-    for name, values in {"reward": reward, "utility": utility, "threshold": threshold}.items():
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            index = tuple(bad[0].tolist())
-            raise UserError(f"{name}{list(index)} is {values[index].item()}: it must be finite; drop or repair {len(bad)} such value(s).")
-    if not (_is_above_0(beta) and math.isfinite(beta)):
-        raise UserError(f"beta {beta}: must be above 0 and finite.")
-    if not _is_above_0(lam_max):
-        raise UserError(f"lam_max {lam_max}: must be above 0.")
-    if force and not math.isfinite(lam_max):
-        raise UserError(f"force with lam_max {lam_max}: give a finite lam_max, where unsupported multipliers end.")
-    spread = (utility.amax(1) - utility.amin(1)).amax(0)
-    for j in (spread <= 1e-12 * utility.abs().amax((0, 1))).nonzero()[:, 0].tolist():
-        raise UserError(f"utility {j} (counting from 0) is the same for all responses of every prompt: sample more responses or drop it.")
-    return reward, utility, threshold
-
-
-def _check_bounds(bounds, utility: Tensor, threshold: Tensor, mean: Tensor, scale: Tensor, absolute: bool) -> None:
-    """Raises: Infeasible where a required improvement (`threshold`) takes a utility to the highest value that it can have, or above."""
-    highest = _argument("bounds", [math.inf if bound is None else bound for bound in bounds])
+    Raises: Infeasible; UserError for bounds that are not one number or None per utility, or are passed
+    already.
+    """
+    highest = as_float64("bounds", [math.inf if bound is None else bound for bound in bounds])
     if highest.shape != threshold.shape or highest.isnan().any():
-        raise UserError(f"bounds {list(bounds)}: give a number or None for each of the {len(threshold)} utilities.")
+        J = len(threshold)
+        raise UserError(f"bounds {list(bounds)}: give a number or None for each of the {J} utilities.")
     above = utility.amax((0, 1)) > highest
     if above.any():
         j = int(above.nonzero()[0])
-        raise UserError(f"bounds: utility {j} (counting from 0) reaches {utility[..., j].max():.6g}, above its bound {highest[j]:.6g}.")
+        raise UserError(
+            f"bounds: utility {j} (counting from 0) reaches {utility[..., j].max():.6g}, "
+            f"above its bound {highest[j]:.6g}."
+        )
     best = highest - mean
     room = (best - threshold) / scale
     if room.min() > TOLERANCE:
         return
-    direction = torch.eye(len(best), dtype=torch.float64)[room.argmin()]
     shift, shown = (mean, "level") if absolute else (torch.zeros_like(mean), "b")
     raise Infeasible(
-        f"threshold {shown} = {listed(shift + threshold)} is infeasible, which is proven as the utilities are never above "
-        f"{listed(highest)}; largest {shown} that can be asked for lies below {listed(shift + best)} alone.",
-        best, direction, float(torch.where(threshold > 0, best / threshold, math.inf).min()), True,
-    )  # fmt: skip
-
-
-def within_std(utility_PGJ: Tensor) -> Tensor:
-    """Pooled within-prompt standard deviation of each utility, [J]."""
-    return utility_PGJ.var(1, correction=0).mean(0).sqrt()
-
-
-def dimensionless(reward: Tensor, utility: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(r, g, scale): per-prompt constants cancel, so both are centred and then divided, r by beta and g by its standard deviation [J]: the
-    solver has one scale. Its x is lambda * scale / beta."""
-    scale = within_std(utility)
-    return (reward - reward.mean(1, keepdim=True)) / beta, (utility - utility.mean(1, keepdim=True)) / scale, scale
-
-
-def dimensionless_start(lam_J, per_x: Tensor) -> Tensor:
-    if lam_J is None:
-        return torch.zeros_like(per_x)
-    lam = _argument("start_J", lam_J).reshape(-1)
-    if lam.shape != per_x.shape or not lam.isfinite().all():
-        raise UserError(f"start_J {lam.tolist()}: give {len(per_x)} finite number(s), a guess of lambda.")
-    return (lam * per_x).clamp(min=0)
-
-
-def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix^-1 right (a vector or a matrix) for a positive semi-definite matrix whose smallest eigenvalues are raised to 1e-12 of the
-    largest."""
-    eigenvalue, basis = torch.linalg.eigh(matrix)
-    smallest = (1e-12 * eigenvalue.max()).clamp(min=1e-100) if len(right) else 0.0
-    eigenvalue = eigenvalue.clamp(min=smallest)
-    return basis @ ((basis.T @ right) / (eigenvalue if right.ndim == 1 else eigenvalue[:, None]))
+        f"threshold {shown} = {in_brackets(shift + threshold)} is infeasible, which is proven as the "
+        f"utilities are never above {in_brackets(highest)}; largest {shown} that can be asked for lies below "
+        f"{in_brackets(shift + best)} alone.",
+        largest_improvement=best,
+        direction=torch.eye(len(best), dtype=torch.float64)[room.argmin()],
+        largest_multiple=float(torch.where(threshold > 0, best / threshold, math.inf).min()),
+        proven=True,
+    )
 
 
 def _support(g_PGJ: Tensor, direction_J: Tensor) -> float:
-    """mean_p max_i v . g_pi: the largest improvement of v . g that any re-weighting of the responses reaches (g centred)."""
+    """Compute mean_p max_i v . g_pi, with g centred: the largest improvement of v . g by re-weighting."""
     return float((g_PGJ @ direction_J).amax(1).mean())
 
 
 def single_direction(g_PGJ: Tensor, b_J: Tensor) -> Tensor | None:
-    """The unit vector of a constraint that cannot be met alone, or None. At the limit itself lambda is infinite: refused too."""
+    """Return the unit vector of a constraint that cannot be met alone, or None.
+
+    A constraint exactly at its limit counts as one that cannot be met: its lambda would be infinite.
+    """
     room = g_PGJ.amax(1).mean(0) - b_J
     if room.min() > TOLERANCE:
         return None
     return torch.eye(len(b_J), dtype=torch.float64)[room.argmin()]
 
 
-def _newton_trial(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
-    """Projected Newton with an active set (Bertsekas 1982): the change of x."""
+def _newton_change(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
+    """Compute the change of x in a projected Newton step with an active set (Bertsekas 1982)."""
     gradient = moments.gradient
     near = min(1e-3, float((x - (x - gradient).clamp(min=0).minimum(cap)).abs().max()))
     to_zero, to_cap = (x <= near) & (gradient > 0), (x >= cap - near) & (gradient < 0)
@@ -269,26 +259,38 @@ def _newton_trial(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
     return change
 
 
-def _gradient_trial(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
-    """Projected gradient with step 1 / (largest eigenvalue of the Hessian) (arXiv 2405.19544, Theorem 2): the change of x."""
+def _gradient_change(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
+    """Compute the change of x in a projected gradient step (arXiv 2405.19544, Theorem 2).
+
+    The step length is 1 / (largest eigenvalue of the Hessian).
+    """
     step = 1 / torch.linalg.eigvalsh(moments.hessian)[-1].clamp(min=1e-100)
     return (x - step * moments.gradient).clamp(min=0).minimum(cap) - x
 
 
-STEPS = {"newton": (_newton_trial, 500), "pgd": (_gradient_trial, 50_000)}  # (change, most iterations)
+STEPS = {"newton": (_newton_change, 500), "pgd": (_gradient_change, 50_000)}  # (change of x, most iterations)
 
 
-def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool):
+class Descent(NamedTuple):
+    """Where `descend` has ended."""
+
+    x: Tensor
+    moments: DualMoments
+    kkt: float  # KKT residual
+    iterations: int
+    unsupported: Tensor | None  # the direction that certifies infeasibility, if x went that way
+
+
+def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool) -> Descent:
     """Minimise the dual over 0 <= x <= cap with Armijo backtracking along the projected change of `method`.
 
-    If the thresholds cannot be met together the dual is unbounded below and the iterates go to infinity; since
-    D(x) >= mean_p max_i x . h + mean_p min_i r - ln G, their own direction certifies it after finitely many steps. Where it
-    converges, the tilted policy itself meets the thresholds. So the path decides feasibility exactly and needs no linear program.
-
-    Returns: x, moments, KKT residual, iterations, certified direction or None.
+    If the thresholds cannot be met together the dual is unbounded below and the iterates go to infinity.
+    Since D(x) >= mean_p max_i x . h + mean_p min_i r - ln G, their direction then certifies it after finitely
+    many steps. Where the descent converges, the tilted policy itself meets the thresholds. So the path
+    decides feasibility exactly and needs no linear program. `certify` asks for that decision.
     """
     zero = torch.zeros_like(b)
-    trial_change, most = STEPS[method]
+    change_of, most = STEPS[method]
 
     def moments_at(x):
         return dual_moments(r, g, x, 1.0, utility_mean=zero, threshold=b)
@@ -298,15 +300,17 @@ def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool):
     moments = moments_at(x)
     for iteration in range(most):
         gradient = moments.gradient
-        # x - clip(x - gradient) is the size of the projected gradient; the sharper residual counts |gradient| off the bounds.
-        residual = torch.where(x <= 0, -gradient, torch.where(x >= cap, gradient, gradient.abs())).clamp(min=0).max().item()
+        # The size of the projected gradient would be x - clip(x - gradient). This residual is sharper: off
+        # the bounds it counts all of |gradient|.
+        residual = torch.where(x <= 0, -gradient, torch.where(x >= cap, gradient, gradient.abs()))
+        residual = residual.clamp(min=0).max().item()
         if residual <= TOLERANCE:
             break
         if certify and x.max() > 0:
             direction = x / x.sum()
             if _support(g, direction) - float(direction @ b) < -1e-12:
-                return x, moments, residual, iteration, direction
-        change = trial_change(x, moments, cap)
+                return Descent(x, moments, residual, iteration, direction)
+        change = change_of(x, moments, cap)
         change *= min(1.0, 10 * max(1.0, float(x.max())) / max(float(change.abs().max()), 1e-300))
         slope = float(gradient @ change)
         for halving in range(60):
@@ -318,18 +322,26 @@ def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool):
         else:
             break
         x, moments = trial, trial_moments
-    return x, moments, residual, iteration, None
+    return Descent(x, moments, residual, iteration, None)
 
 
 def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, Tensor]:
-    """Multiples of b up to this one are supported, to 0.1 %, and the direction that shows it, given one with direction . b > 0."""
+    """Find the largest supported multiple of b, to 0.1 %, and the direction that shows it to be the largest.
+
+    direction: one to start from, with direction . b > 0.
+    """
     multiple = _support(g, direction) / float(direction @ b)
-    # Each round either finds the next lower multiple or shows 0.999 of this one to be supported (Dinkelbach's iteration).
+    no_reward, unbounded, start = (
+        torch.zeros_like(g[..., 0]),
+        torch.full_like(b, math.inf),
+        torch.zeros_like(b),
+    )
+    # Each round finds a lower limit, or shows that 0.999 of this one is supported (Dinkelbach's iteration).
     for _ in range(40 if len(b) > 1 else 0):
         target = 0.999 * multiple * b
         better = single_direction(g, target)
         if better is None:
-            better = descend(torch.zeros_like(g[..., 0]), g, target, torch.full_like(b, math.inf), torch.zeros_like(b), certify=True)[-1]
+            better = descend(no_reward, g, target, unbounded, start, certify=True).unsupported
         if better is None:
             break
         direction, multiple = better, _support(g, better) / float(better @ b)
@@ -337,23 +349,33 @@ def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, T
 
 
 def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
-    """The error with its certificate, in the caller's units (g, b, direction are in standard deviations)."""
+    """Build the error with its certificate, in the caller's units.
+
+    g, b, direction: in standard deviations. mean: of the utilities where the thresholds are levels, else
+    None.
+    """
     multiple, direction = _largest_multiple(g, b, direction)
     best = g.amax(1).mean(0) * scale
     v = direction / scale
     shown = "level" if mean is not None else "b"
     offset = mean if mean is not None else torch.zeros_like(scale)
-    why = (
-        "is infeasible, which is proven as all responses are enumerated"
-        if enumerated
-        else f"is beyond what the {g.shape[1]} samples of each prompt show (best of {g.shape[1]}), which is no proof of infeasibility"
-    )
-    together = f", together {listed(offset + multiple * b * scale)}" if len(b) > 1 else ""
+    if enumerated:
+        why = "is infeasible, which is proven as all responses are enumerated"
+    else:
+        G = g.shape[1]
+        why = (
+            f"is beyond what the {G} samples of each prompt show (best of {G}), "
+            "which is no proof of infeasibility"
+        )
+    together = f", together {in_brackets(offset + multiple * b * scale)}" if len(b) > 1 else ""
     message = (
-        f"threshold {shown} = {listed(offset + b * scale)} {why}; largest supported {shown} = {listed(offset + best)} alone{together}."
+        f"threshold {shown} = {in_brackets(offset + b * scale)} {why}; "
+        f"largest supported {shown} = {in_brackets(offset + best)} alone{together}."
     )
-    return Infeasible(message, best, v / v.sum(), multiple, enumerated)
-
-
-def listed(values: Tensor) -> str:
-    return "[" + ", ".join(f"{value:.4g}" for value in values.tolist()) + "]"
+    return Infeasible(
+        message,
+        largest_improvement=best,
+        direction=v / v.sum(),
+        largest_multiple=multiple,
+        proven=enumerated,
+    )

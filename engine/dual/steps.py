@@ -1,4 +1,4 @@
-"""Steps of the dual descent from measured slack."""
+"""Steps of the dual descent from measured slack: the next multipliers from those tried so far."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.dual.solver import solve_psd
+from engine.dual.problem import solve_psd
 from engine.errors import UserError
 from engine.intervals import float64
 
@@ -20,30 +20,38 @@ def step(
     lam_max: float = math.inf,
     floor: float = 0.05,
 ) -> Tensor:
-    """One projected dual descent step, lambda <- [lambda - eta * slack]_+ (arXiv 2505.19387, Algorithm 2). float64 [J].
+    """Take one projected dual descent step: lambda <- [lambda - eta * slack]_+, float64 [J].
 
-    slack = measured improvement - threshold. Each multiplier stays in [0, lam_max] and changes at most by the factor max_change, so that
-    a policy not yet trained out does not wind it up. At or below `floor` it may fall to 0 or rise to floor * max_change.
+    This is arXiv 2505.19387, Algorithm 2, with slack = measured improvement - threshold. Each multiplier
+    stays in [0, lam_max] and changes at most by the factor max_change, so that a policy that has not been
+    trained out does not wind it up. At or below `floor` it may fall to 0 or rise to floor * max_change.
 
-    `eta` is a number, or the Hessian H [J, J] of the dual: then the change d minimises the dual's model slack . d + d . H d / 2 within
-    these bounds, so that no multiplier makes up for a change of another one that the bounds cut off.
+    `eta` is a number, or the Hessian H [J, J] of the dual. With the Hessian the change d minimises the dual's
+    model slack . d + d . H d / 2 within these bounds, so that no multiplier makes up for a change of another
+    one that the bounds cut off.
 
     Raises: UserError if slack or multipliers are not finite.
     """
     lam, slack = float64(lam_J), float64(slack_J)
     eta = float64(eta)
     if not (lam.isfinite().all() and slack.isfinite().all() and eta.isfinite().all()):
-        raise UserError(f"dual step: lambda {lam.tolist()}, slack {slack.tolist()}, step {eta.tolist()} must be finite.")
+        values = f"lambda {lam.tolist()}, slack {slack.tolist()}, step {eta.tolist()}"
+        raise UserError(f"dual step: {values} must be finite.")
     lower, upper = _bounds(lam, max_change, lam_max, floor)
-    return (lam - eta * slack).clamp(min=lower, max=upper) if eta.ndim == 0 else _model_minimum(lam, slack, eta, lower, upper)
+    if eta.ndim:
+        return _model_minimum(lam, slack, eta, lower, upper)
+    return (lam - eta * slack).clamp(min=lower, max=upper)
 
 
 def resolved(slack_J: Tensor, se_J: Tensor) -> Tensor:
-    """slack x max(0, 1 - (se / slack)^2): what of a measured slack stands out of its noise, float64 [J].
+    """Shrink a measured slack to what stands out of its noise, float64 [J].
 
-    The positive-part shrinkage of James and Stein, one coordinate at a time. A slack within one standard error counts as 0 and moves
-    no multiplier, one of three standard errors keeps 8/9 of itself, and one known exactly (se 0) all. `optimistic_step`, `secant_step` and
-    `bisection_step` shrink the slack by themselves; give `step` what comes out of this.
+        slack x max(0, 1 - (se / slack)^2)
+
+    This is the positive-part shrinkage of James and Stein, one coordinate at a time. A slack within one
+    standard error counts as 0 and moves no multiplier, one of three standard errors keeps 8/9 of itself, and
+    one that is known exactly (se 0) keeps all. `optimistic_step`, `secant_step` and `bisection_step` shrink
+    the slack themselves; `step` does not, so pass it the result of this function.
 
     Raises: UserError if a value is not finite.
     """
@@ -61,11 +69,12 @@ def optimistic_step(
     lam_max: float = math.inf,
     floor: float = 0.05,
 ) -> Tensor:
-    """`step` on a forecast of the slack: lambda <- [lambda - eta (2 u_t - u_{t-1})]_+ (arXiv 2602.22146, dual side). float64 [J].
+    """Take a `step` on a forecast of the slack: lambda <- [lambda - eta (2 u_t - u_{t-1})]_+, float64 [J].
 
-    Against a policy that follows lambda slowly, plain descent circles; the forecast damps it, so that the last iterate converges.
-    history: rows (lambda, slack measured there, its standard errors), oldest first; with one row this is the plain step. The forecast is
-    shrunk (`resolved`) by its own standard error, sqrt(4 se_t^2 + se_{t-1}^2).
+    This is the dual side of arXiv 2602.22146. Against a policy that follows lambda slowly, plain descent
+    circles; the forecast damps it, so that the last iterate converges. history: rows (lambda, slack measured
+    there, its standard errors), oldest first; with one row this is the plain step. The forecast is shrunk
+    (`resolved`) by its standard error, sqrt(4 se_t^2 + se_{t-1}^2).
 
     Raises: UserError as `step`; if history is empty.
     """
@@ -86,33 +95,42 @@ def secant_step(
     lam_max: float = math.inf,
     floor: float = 0.05,
 ) -> Tensor:
-    """A quasi-Newton step from the last of `history`, rows (lambda, slack measured there, its standard errors), oldest first. float64 [J].
+    """Take a quasi-Newton step from the last row of `history`, float64 [J].
 
-    The slack is the dual's gradient, so its differences measure the curvature. Starting from `hessian_JJ`, the model H is corrected by each
-    measured pair dlambda, du with Powell's damped BFGS update, which keeps it positive semi-definite. With one row this is `step`. The
-    slack of the last row, from which the step is taken, is shrunk by its standard error (`resolved`).
+    history: rows (lambda, slack measured there, its standard errors), oldest first. The slack is the dual's
+    gradient, so its differences measure the curvature. Starting from `hessian_JJ`, the model H is corrected
+    by each measured pair dlambda, du with Powell's damped BFGS update, which keeps it positive semi-definite.
+    With one row this is `step`. The slack of the last row, from which the step is taken, is shrunk by its
+    standard error (`resolved`).
 
-    Noise: with n the standard error of dlambda . du and d the larger of |dlambda . du| and dlambda . H dlambda, the measured du counts with
-    weight 1 - (2 n / d)^2 and the model's own H dlambda with the rest. Below two standard errors the model does not change at all, and the
-    older end of the pair is kept, until the multipliers have moved far enough to tell.
+    Noise: let n be the standard error of dlambda . du, and d the larger of |dlambda . du| and
+    dlambda . H dlambda. The measured du then counts with weight 1 - (2 n / d)^2, and the model's H dlambda
+    with the rest. Below two standard errors the model does not change at all, and the older end of the pair
+    is kept until the multipliers have moved far enough to tell.
 
-    Trust region: a point where the slack is further from 0 than at the best point so far, by more than the noise, and asks for the way
-    back, has passed the optimum. The next multipliers then lie within half that distance of the best point; each good step doubles the
-    radius. Distances are in the metric of `hessian_JJ`. The bounds of `step` on each change hold as well.
+    Trust region: a point has passed the optimum where the slack is further from 0 than at the best point so
+    far, by more than the noise, and asks for the way back. The next multipliers then lie within half that
+    distance of the best point; each good step doubles the radius. Distances are in the metric of
+    `hessian_JJ`. The bounds of `step` on each change hold as well.
 
     Raises: UserError if a value is not finite or history is empty.
     """
     points = [tuple(float64(x) for x in row) for row in history]
     metric = model = float64(hessian_JJ)
     if not points or not all(x.isfinite().all() for x in (model, *(x for point in points for x in point))):
-        raise UserError(f"dual step: history {points} and Hessian {model.tolist()} must be finite, and history not empty.")
+        raise UserError(
+            f"dual step: history {points} and Hessian {model.tolist()} must be finite, and history not empty."
+        )
     anchor = best = points[0]
     radius = math.inf
     for point in points[1:]:
         model, anchor = _learned(model, anchor, point)
         way = point[0] - best[0]
         noise = float(solve_psd(metric, torch.diag(point[2] ** 2 + best[2] ** 2)).trace()) ** 0.5
-        if float(way @ point[1]) > 0 and _distance_from_0(metric, point) > _distance_from_0(metric, best) + noise:
+        if (
+            float(way @ point[1]) > 0
+            and _distance_from_0(metric, point) > _distance_from_0(metric, best) + noise
+        ):
             radius = float(way @ metric @ way) ** 0.5 / 2
         else:
             best, radius = point, 2 * radius
@@ -127,14 +145,19 @@ def secant_step(
 
 
 def bisection_step(
-    history: Sequence[tuple[Tensor, Tensor, Tensor]], *, max_change: float = 2.0, lam_max: float = math.inf, floor: float = 0.05
+    history: Sequence[tuple[Tensor, Tensor, Tensor]],
+    *,
+    max_change: float = 2.0,
+    lam_max: float = math.inf,
+    floor: float = 0.05,
 ) -> Tensor:
-    """The middle of the bracket that `history`, rows (lambda, slack measured there, its standard error), oldest first, leaves for one
-    constraint. float64 [1].
+    """Return the middle of the bracket that `history` leaves for the lambda of one constraint, float64 [1].
 
-    It knows the slack's sign alone. Without a bracket, lambda changes by the factor max_change. A later point overrules earlier ones
-    on its other side: a policy that lags behind lambda can close the bracket at the wrong place. A slack within one standard error of 0 has
-    no sign: it leaves the bracket as it is, and where it is the last one, lambda stays.
+    history: rows (lambda, slack measured there, its standard error), oldest first. The step uses only the
+    sign of the slack. Without a bracket, lambda changes by the factor max_change. A later point overrules
+    earlier ones on its other side, as a policy that lags behind lambda can close the bracket at the wrong
+    place. A slack within one standard error of 0 has no sign: it leaves the bracket as it is, and where it is
+    the last one, lambda stays.
 
     Raises: UserError if a value is not finite, history is empty or there is more than one constraint.
     """
@@ -162,8 +185,13 @@ def bisection_step(
     return target.clamp(min=lower, max=upper)
 
 
-def _learned(model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The model corrected by the pair (old, new), and the older end of the next pair; see `secant_step`."""
+def _learned(
+    model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Correct the model by the pair (old, new), see `secant_step`.
+
+    Returns the model and the older end of the next pair.
+    """
     way, change = new[0] - old[0], new[1] - old[1]
     expected = model @ way
     curvature = float(way @ expected)
@@ -182,38 +210,44 @@ def _learned(model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) ->
 
 
 def _distance_from_0(hessian: Tensor, point: tuple[Tensor, ...]) -> float:
-    """Length of the slack that is still to be worked off, in the metric of the inverse Hessian."""
+    """Measure the slack that is still to be worked off, in the metric of the inverse Hessian."""
     lam, slack, _ = point
     open_slack = torch.where(lam > 0, slack, slack.clamp(max=0))
     return float(open_slack @ solve_psd(hessian, open_slack)) ** 0.5
 
 
 def _model_minimum(lam: Tensor, slack: Tensor, hessian: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """The x in [lower, upper] that minimises slack . (x - lam) + (x - lam) . H (x - lam) / 2, by an active set: a coordinate that meets a
-    bound is fixed there and the others are solved again; at the minimum over these, the one that pulls hardest away from its bound is
-    let go. Where H is singular the change is the shortest one, if there is a shortest."""
+    """Find the x in [lower, upper] that minimises slack . (x - lam) + (x - lam) . H (x - lam) / 2.
+
+    The method is an active set: a coordinate that meets a bound is fixed there and the others are solved
+    again; at the minimum over these, the fixed one that pulls hardest away from its bound is let go. Where H
+    is singular the change is the shortest one, if there is a shortest.
+    """
     x, at_lower, at_upper = lam.clamp(min=lower, max=upper), lam <= lower, lam >= upper
     fixed = (at_lower & (slack >= 0)) | (at_upper & (slack <= 0))
-    for _ in range(20 * len(lam)):  # a few are enough: the model falls from one set's minimum to the next
+    # A few rounds are enough, as the model falls from one set's minimum to the next.
+    for _ in range(20 * len(lam)):
         gradient = slack + hessian @ (x - lam)
         free, change = ~fixed, torch.zeros_like(x)
         change[free] = -solve_psd(hessian[free][:, free], gradient[free])
         room = torch.where(change > 0, upper - x, lower - x)
         share = torch.where(change.abs() > room.abs(), room / change, 1.0)
         if share.min() < 1:
-            x = torch.where(share == share.min(), torch.where(change > 0, upper, lower), x + share.min() * change)
-            fixed = fixed | (share == share.min())
+            first = share == share.min()
+            x = torch.where(first, torch.where(change > 0, upper, lower), x + share.min() * change)
+            fixed = fixed | first
             continue
         x = x + change
-        pull = torch.where(x <= lower, -1.0, 1.0) * (slack + hessian @ (x - lam)) / hessian.diagonal().clamp(min=1e-100).sqrt()
+        scale = hessian.diagonal().clamp(min=1e-100).sqrt()
+        pull = torch.where(x <= lower, -1.0, 1.0) * (slack + hessian @ (x - lam)) / scale
         pull = torch.where(fixed & (lower < upper), pull, 0.0)
-        if pull.max() <= 1e-12 * (slack.abs() / hessian.diagonal().clamp(min=1e-100).sqrt()).max():
+        if pull.max() <= 1e-12 * (slack.abs() / scale).max():
             break
         fixed[pull.argmax()] = False
     return x.clamp(min=lower, max=upper)
 
 
 def _bounds(lam: Tensor, max_change: float, lam_max: float, floor: float) -> tuple[Tensor, Tensor]:
-    """(least, largest) next multipliers, see `step`."""
+    """Return the least and the largest next multipliers, see `step`."""
     lower = torch.where(lam > floor, lam / max_change, 0.0)
     return lower.clamp(max=lam_max), (lam.clamp(min=floor) * max_change).clamp(max=lam_max)

@@ -13,10 +13,15 @@ from safetensors.torch import save_file
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.names import named_targets
-from engine.policy.lora import Adapter
+from engine.model.low_rank import LowRank
+from engine.model.names import to_hugging_face
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -29,8 +34,10 @@ class Stored:
     dtype: str  # as safetensors names it
 
 
-def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu") -> Decoder:
-    """The decoder of a Hugging Face folder or hub id (safetensors only), frozen, in `dtype` on `device`.
+def load(
+    path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+) -> Decoder:
+    """Loads the decoder of a Hugging Face folder or hub id (safetensors only), its weights frozen.
 
     Raises: UserError naming the file and the tensor or switch that cannot be used.
     """
@@ -41,7 +48,7 @@ def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, de
     config = ModelConfig.from_json(raw, folder / "config.json")
     stored = check_weights(folder, config)
     model = Decoder(config, raw, DTYPES.get(dtype, dtype), torch.device(device))
-    targets = named_targets(model)
+    targets = to_hugging_face(model.state_dict(), config)
     for file in sorted({tensor.file for tensor in stored.values()}):
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(n for n, tensor in stored.items() if tensor.file == file):
@@ -50,51 +57,64 @@ def load(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, de
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """The stored tensor of each weight that `config` asks for, by name; only headers are read.
+    """Returns the stored tensor of each weight that `config` asks for, by name. Only headers are read.
 
-    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown, of another shape or of no floating dtype.
+    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown, of another shape or
+    of no floating dtype.
     """
     stored = stored_tensors(folder)
     if config.tied:
         stored.pop("lm_head.weight", None)
-    wanted = named_targets(Decoder(config, {}, torch.float32, torch.device("meta")))
+    wanted = to_hugging_face(Decoder(config, {}, torch.float32, torch.device("meta")).state_dict(), config)
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
     if missing or extra:
         kind, names = ("lacks", missing) if missing else ("has unknown", extra)
-        raise UserError(f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); use a complete checkpoint.")
+        raise UserError(
+            f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); "
+            "use a complete checkpoint."
+        )
     for name, tensor in stored.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(
-                f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json wants {tuple(wanted[name].shape)}; "
-                "use a config.json and weights that belong together."
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json wants "
+                f"{tuple(wanted[name].shape)}; use a config.json and weights that belong together."
             )
         if tensor.dtype not in STORED_DTYPES:
             raise UserError(
-                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}; use a checkpoint in {', '.join(STORED_DTYPES)}, "
-                "one that is not quantised."
+                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}; use a checkpoint in "
+                f"{', '.join(STORED_DTYPES)}, one that is not quantised."
             )
     return stored
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The local folder of a model: itself, or a hub id's files downloaded by huggingface_hub. Raises UserError when neither works."""
+    """Returns the local folder of a model: itself, or a hub id's files as huggingface_hub downloads them.
+
+    Raises: UserError when neither works.
+    """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
     name = str(path_or_id)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name; give an existing folder.")
+        raise UserError(
+            f"model {name}: no such folder, and not a hub id of the form owner/name; give an existing folder."
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {name}: not a local folder, and the hub did not give it ({reason}); give a local folder.") from error
+        raise UserError(
+            f"model {name}: not a local folder, and the hub did not give it ({reason}); give a local folder."
+        ) from error
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a model folder. Raises UserError when it is missing or malformed."""
+    """Reads config.json of a model folder. Raises: UserError when it is missing or malformed."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no config.json; give a Hugging Face model folder.")
@@ -102,7 +122,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises: UserError where it cannot be read, or is not one object."""
+    """Reads the object in a JSON file. Raises: UserError where it cannot be read, or is not one object."""
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -112,21 +132,30 @@ def read_json(file: Path) -> dict:
     return contents
 
 
-def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, tokenizer_from: Path | None = None) -> None:
-    """Write a Hugging Face folder (config.json, model.safetensors) that transformers and vLLM load, with `adapter` merged if given.
+def save(
+    model: Decoder, folder: str | Path, *, adapter: LowRank | None = None, tokenizer_from: Path | None = None
+) -> None:
+    """Writes a Hugging Face folder (config.json, model.safetensors), with `adapter` merged if given.
 
-    The folder appears whole or not at all. Files of `tokenizer_from` other than weights and config are copied along.
+    transformers and vLLM load it. The folder appears whole or not at all. Files of `tokenizer_from` other
+    than weights and config are copied along.
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is {'not empty' if folder.is_dir() else 'a file'}; choose another folder.")
+        raise UserError(
+            f"{folder} exists and is {'not empty' if folder.is_dir() else 'a file'}; choose another folder."
+        )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     merged = {} if adapter is None else adapter.deltas()
     tensors = {}
-    for name, weight in named_targets(model).items():
+    for name, weight in to_hugging_face(model.state_dict(), model.config).items():
         delta = merged.get(name)
-        tensors[name] = (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype)).contiguous().cpu()
+        tensors[name] = (
+            (weight if delta is None else (weight.float() + delta.float()).to(weight.dtype))
+            .contiguous()
+            .cpu()
+        )
     raw = {**model.raw_config, "dtype": str(model.dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)
     try:
@@ -141,13 +170,15 @@ def save(model: Decoder, folder: str | Path, *, adapter: Adapter | None = None, 
             folder.rmdir()
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); choose a folder with room for it.") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error}); choose a folder with room for it."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint: config.json, each file's size and tensor table, and samples of its bytes."""
+    """Computes a short hash of a checkpoint: config.json, and each file's size and samples of its bytes."""
     import hashlib
 
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -162,20 +193,29 @@ def fingerprint(folder: Path) -> str:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by name, from the headers of its safetensors files; positions that were saved as weights are left out.
+    """Finds every tensor of a checkpoint by name, from the headers of its safetensors files.
 
-    Raises: UserError naming the file that is missing, truncated, a pickle, or that its index says otherwise of.
+    Positions that were saved as weights are left out.
+
+    Raises: UserError naming the file that is missing, truncated, a pickle, or that its index says otherwise
+    of.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         file = folder / "model.safetensors"
         if not file.is_file():
             pickles = sorted(p.name for p in folder.glob("*.bin"))
-            why = f"only {pickles[0]}, a pickle, which is never executed" if pickles else "no model.safetensors"
+            why = (
+                f"only {pickles[0]}, a pickle, which is never executed" if pickles else "no model.safetensors"
+            )
             raise UserError(f"{folder}: {why}; use a safetensors checkpoint.")
         return _header(file)
     weight_map = read_json(index).get("weight_map")
-    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not weight_map
+        or not isinstance(weight_map, dict)
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise UserError(f"{index}: no weight_map that names the file of each tensor; fetch it again.")
     weight_map = {name: folder / file for name, file in weight_map.items() if _is_weight(name)}
     stored = {}
@@ -194,7 +234,10 @@ def _header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys() if _is_weight(name)}
-            return {name: Stored(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype()) for name, part in parts.items()}
+            return {
+                name: Stored(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype())
+                for name, part in parts.items()
+            }
     except Exception as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again.") from error
 

@@ -1,34 +1,106 @@
-"""Hugging Face tensor names of the decoder's weights."""
+"""The names of weights: the decoder's, Hugging Face's and GGUF's.
+
+The decoder fuses matrices that read the same input, the files do not.
+"""
+
+from typing import NamedTuple
 
 from torch import Tensor
 
-from engine.model.decoder import Decoder
+from engine.model.architecture import ModelConfig
 
 
-def named_targets(model: Decoder) -> dict[str, Tensor]:
-    """Hugging Face tensor names -> views of this model's weights."""
-    c, named = model.config, {"model.embed_tokens.weight": model.embed.data, "model.norm.weight": model.norm.data}
-    if model.head is not None:
-        named["lm_head.weight"] = model.head.data
+class Weight(NamedTuple):
+    """A weight as Hugging Face stores it."""
+
+    parameter: str  # the decoder's, which is this weight or holds it as some of its rows
+    name: str  # Hugging Face's, without "model.layers.3." and ".weight"
+    gguf: str  # the name in a GGUF file, without "blk.3." and ".weight"; "" where no such file is read
+
+
+OUTER = (
+    Weight("embed", "model.embed_tokens", "token_embd"),
+    Weight("norm", "model.norm", "output_norm"),
+    Weight("head", "lm_head", "output"),
+)
+# The layer of a Llama. The parts of a fused matrix stand in the order of its rows.
+LAYER = (
+    Weight("norm1", "input_layernorm", "attn_norm"),
+    Weight("qkv", "self_attn.q_proj", "attn_q"),
+    Weight("qkv", "self_attn.k_proj", "attn_k"),
+    Weight("qkv", "self_attn.v_proj", "attn_v"),
+    Weight("o", "self_attn.o_proj", "attn_output"),
+    Weight("norm2", "post_attention_layernorm", "ffn_norm"),
+    Weight("gate_up", "mlp.gate_proj", "ffn_gate"),
+    Weight("gate_up", "mlp.up_proj", "ffn_up"),
+    Weight("down", "mlp.down_proj", "ffn_down"),
+)
+QK_NORMS = (Weight("q_norm", "self_attn.q_norm", ""), Weight("k_norm", "self_attn.k_norm", ""))
+# With norms after the blocks too, the second of a Llama's names means another norm.
+NORMS_AFTER_BLOCKS = (
+    Weight("after_attention", "post_attention_layernorm", ""),
+    Weight("norm2", "pre_feedforward_layernorm", ""),
+    Weight("after_mlp", "post_feedforward_layernorm", ""),
+)
+# The decoder's matrix -> the names of the linears in it, in the order of its rows.
+FUSED = {
+    matrix: tuple(weight.name for weight in LAYER if weight.parameter == matrix)
+    for matrix in ("qkv", "o", "gate_up", "down")
+}
+LINEARS = tuple(name for names in FUSED.values() for name in names)
+
+
+def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns (out, in) features of each linear of a layer."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    for i, layer in enumerate(model.layers):
-        prefix, own = f"model.layers.{i}.", {}
-        for kind, qkv, gate_up, o, down in (
-            ("weight", layer.qkv, layer.gate_up, layer.o, layer.down),
-            ("bias", layer.qkv_bias, layer.gate_up_bias, layer.o_bias, layer.down_bias),
-        ):
-            q_part, k_part, v_part = (None,) * 3 if qkv is None else qkv.split([q, kv, kv])
-            gate, up = (None,) * 2 if gate_up is None else gate_up.chunk(2)
-            own |= {f"self_attn.q_proj.{kind}": q_part, f"self_attn.k_proj.{kind}": k_part, f"self_attn.v_proj.{kind}": v_part}
-            own |= {f"self_attn.o_proj.{kind}": o, f"mlp.gate_proj.{kind}": gate, f"mlp.up_proj.{kind}": up, f"mlp.down_proj.{kind}": down}
-        own |= {"self_attn.q_norm.weight": layer.q_norm, "self_attn.k_norm.weight": layer.k_norm, "input_layernorm.weight": layer.norm1}
-        if c.gemma:
-            own |= {
-                "post_attention_layernorm.weight": layer.after_attention,
-                "pre_feedforward_layernorm.weight": layer.norm2,
-                "post_feedforward_layernorm.weight": layer.after_mlp,
-            }
-        else:
-            own["post_attention_layernorm.weight"] = layer.norm2
-        named |= {prefix + name: weight.data for name, weight in own.items() if weight is not None}
+    return {
+        "self_attn.q_proj": (q, c.hidden_size),
+        "self_attn.k_proj": (kv, c.hidden_size),
+        "self_attn.v_proj": (kv, c.hidden_size),
+        "self_attn.o_proj": (c.hidden_size, q),
+        "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
+        "mlp.up_proj": (c.intermediate_size, c.hidden_size),
+        "mlp.down_proj": (c.hidden_size, c.intermediate_size),
+    }
+
+
+def to_hugging_face(state: dict[str, Tensor], c: ModelConfig) -> dict[str, Tensor]:
+    """Splits the tensors of a decoder's `state_dict()` into Hugging Face's, by name.
+
+    They are views: what is copied into them is loaded into the decoder, without a second copy of its weights.
+    """
+    shapes = linear_shapes(c)
+    layer = LAYER + QK_NORMS
+    if c.norms_after_blocks:
+        layer = tuple(weight for weight in layer if weight.parameter != "norm2") + NORMS_AFTER_BLOCKS
+    named = {}
+    for key, tensor in state.items():
+        path, _, parameter = key.rpartition(".")
+        kind = "bias" if parameter.endswith("_bias") else "weight"
+        prefix, weights = (f"model.{path}.", layer) if path else ("", OUTER)
+        names = [weight.name for weight in weights if weight.parameter == parameter.removesuffix("_bias")]
+        parts = tensor.split([shapes[name][0] for name in names]) if len(names) > 1 else (tensor,)
+        named |= {f"{prefix}{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
     return named
+
+
+def from_gguf(name: str) -> str:
+    """Returns the Hugging Face name of a tensor of a Llama's GGUF file."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("blk."):
+        return f"{_row(OUTER, 'gguf', stem).name}.{kind}"
+    _, layer, inner = stem.split(".")
+    return f"model.layers.{layer}.{_row(LAYER, 'gguf', inner).name}.{kind}"
+
+
+def to_gguf(name: str) -> str:
+    """Returns the GGUF name of a tensor of a Llama's Hugging Face checkpoint."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{_row(OUTER, 'name', stem).gguf}.{kind}"
+    layer, inner = stem.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{_row(LAYER, 'name', inner).gguf}.{kind}"
+
+
+def _row(weights: tuple[Weight, ...], field: str, value: str) -> Weight:
+    return next(weight for weight in weights if getattr(weight, field) == value)

@@ -1,4 +1,4 @@
-"""Prompts with their responses as one packed batch: each prompt stands once, its responses follow and see it, not each other."""
+"""Packs prompts with their responses: a prompt stands once, and its responses see it but not each other."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from engine.records import Prompts, Rollouts
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and some of its responses, as token ids (stop token included), with the rows they have in their rollouts."""
+    """A prompt and some of its responses as token ids, stop token included, and their rows in rollouts."""
 
     prompt: list[int]
     responses: list[list[int]]
@@ -20,13 +20,16 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the group, the prompt counted once."""
+        """Counts the tokens of the group, the prompt once."""
         return len(self.prompt) + sum(map(len, self.responses))
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of groups. T counts response tokens, M all tokens; sequences stand in the order of groups and their responses."""
+    """A batch of groups, with its sequences in the order of groups and their responses.
+
+    T counts response tokens, M all tokens.
+    """
 
     tokens: Tensor  # int64 [M]
     layout: Layout
@@ -37,17 +40,24 @@ class Packed:
 
 
 def groups(prompts: Prompts, rollouts: Rollouts) -> list[Group]:
-    """One group per prompt, with all its responses."""
+    """Makes one group per prompt, with all its responses."""
     n = rollouts.n
     rows = [list(range(p * n, (p + 1) * n)) for p in range(len(prompts))]
     return [
-        Group(prompts.token_ids[p], [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in chosen], chosen)
+        Group(
+            prompts.token_ids[p],
+            [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in chosen],
+            chosen,
+        )
         for p, chosen in enumerate(rows)
     ]
 
 
 def batches(all_groups: list[Group], token_budget: int, longest: int = 1024) -> Iterator[list[Group]]:
-    """Consecutive groups of about `token_budget` tokens; a group longer than `longest` is cut, its prompt repeated."""
+    """Batches consecutive groups to about `token_budget` tokens.
+
+    A group longer than `longest` is cut, and its prompt repeated.
+    """
     batch: list[Group] = []
     for whole in all_groups:
         for group in _cut(whole, longest):
@@ -60,7 +70,10 @@ def batches(all_groups: list[Group], token_budget: int, longest: int = 1024) -> 
 
 
 def of_like_length(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
-    """Where sequences of these lengths stand, shortest first, in batches of at most `token_budget` tokens with their padding, or of one."""
+    """Batches sequences of these lengths, shortest first, and yields their places.
+
+    A batch has at most `token_budget` tokens with its padding, or one sequence.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[i] > token_budget:
@@ -82,7 +95,7 @@ def _cut(group: Group, longest: int) -> Iterator[Group]:
 
 
 def pack(batch: list[Group], device: torch.device) -> Packed:
-    """The batch on `device`. Empty responses have no rows."""
+    """Packs a batch on `device`. Empty responses have no rows."""
     tokens, state, predict, target, lengths, base = [], [], [], [], [], 0
     for group in batch:
         tokens += group.prompt
@@ -95,7 +108,9 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
             predict += [last, *stand[:-1]] if response else []
             lengths.append(len(response))
             base += len(response)
-    layout = Layout.shared_prompt([len(g.prompt) for g in batch], [[len(r) for r in g.responses] for g in batch])
+    layout = Layout.shared_prompt(
+        [len(g.prompt) for g in batch], [[len(r) for r in g.responses] for g in batch]
+    )
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (tokens, state, predict, target)]
     return Packed(index[0], layout.to(device), *index[1:], cu_seqlens)
@@ -103,15 +118,18 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
 
 @dataclass(frozen=True)
 class LowerStates:
-    """The reference's residual stream before `layer`, kept per prompt and response while they are sampled, so that the layers below an
-    adapter run once per sample for sampling, scores, reference log-probs and all policy steps."""
+    """The reference's residual stream before `layer`, kept per prompt and response while they are sampled.
+
+    So the layers below an adapter run once per sample for sampling, scores, reference log-probs and all
+    policy steps.
+    """
 
     layer: int
     prompt: dict[int, Tensor] = field(default_factory=dict)  # row -> states of its prompt [tokens, D]
     response: dict[int, Tensor] = field(default_factory=dict)  # row -> states [tokens, D]
 
     def keep(self, batch: list[Group], hidden: Tensor) -> None:
-        """Take over the states [M, D] of a packed batch."""
+        """Takes over the states [M, D] of a packed batch."""
         parts = iter(hidden.split([n for g in batch for n in (len(g.prompt), *map(len, g.responses))]))
         for group in batch:
             prompt = next(parts)
@@ -119,5 +137,7 @@ class LowerStates:
                 self.prompt[row], self.response[row] = prompt, next(parts)
 
     def of(self, batch: list[Group]) -> Tensor:
-        """The states [M, D] of a batch of kept groups or parts of them, as `pack` orders the tokens."""
-        return torch.cat([x for g in batch for x in (self.prompt[g.rows[0]], *(self.response[r] for r in g.rows))])
+        """Returns the states [M, D] of kept groups, or parts of them, as `pack` orders the tokens."""
+        return torch.cat(
+            [x for g in batch for x in (self.prompt[g.rows[0]], *(self.response[r] for r in g.rows))]
+        )

@@ -8,7 +8,10 @@ from engine.model.folder import read_config, read_json
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a model folder. Raises: UserError where it cannot be loaded, brings code, or has more tokens than the model."""
+    """Loads the tokenizer of a model folder.
+
+    Raises: UserError where it cannot be loaded, brings code, or has more tokens than the model.
+    """
     from transformers import AutoTokenizer
 
     refuse_code(folder)
@@ -17,8 +20,11 @@ def load_tokenizer(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: no tokenizer could be loaded ({reason}); give a complete model folder.") from error
-    # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them, and prompts that name them are refused.
+        raise UserError(
+            f"{folder}: no tokenizer could be loaded ({reason}); give a complete model folder."
+        ) from error
+    # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them, and prompts that name
+    # them are refused.
     plain = (number for number, token in tokenizer.added_tokens_decoder.items() if not token.special)
     if max(tokenizer.vocab_size, 1 + max(plain, default=-1)) > size:
         raise UserError(
@@ -29,7 +35,10 @@ def load_tokenizer(folder: Path):
 
 
 def refuse_code(folder: Path) -> None:
-    """Raises: UserError where a model folder asks for code of its own to be run."""
+    """Raises a UserError where a model folder asks for code that it brings along to be run."""
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         if file.is_file() and "auto_map" in read_json(file):
-            raise UserError(f"{file}: auto_map names code that comes with the checkpoint, which is never run; use a checkpoint without it.")
+            raise UserError(
+                f"{file}: auto_map names code that comes with the checkpoint, which is never run; "
+                "use a checkpoint without it."
+            )

@@ -1,21 +1,43 @@
-"""Log-probs and states of given responses, by the same forward that training uses."""
+"""Log-probs and states of given responses, for scoring, training and the comparison with the sampler."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.model import packing
-from engine.model.decoder import Decoder
-from engine.model.packing import Group, LowerStates
+from engine.model.decoder import Decoder, Tap
+from engine.model.low_rank import LowRank
+from engine.model.packing import Group, LowerStates, Packed
 from engine.policy.full import FullWeights
 from engine.policy.weights import Weights, policy_of
 from engine.records import Rollouts
 from kernels import sequence_logprob
 
 TOKENS_PER_FORWARD = 2048
+
+
+def states_and_head(
+    network: Decoder,
+    adapter: LowRank | None,
+    packed: Packed,
+    *,
+    lower: tuple[int, Tensor] | None = None,
+    tap: Tap | None = None,
+    checkpointed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Computes the states [T, D] that predict a batch's response tokens; returns them with the head [V, D].
+
+    network, adapter: a policy as `policy_of` gives it. The others: see `Decoder.forward`.
+    """
+    hidden = network(
+        packed.tokens, packed.layout, adapter=adapter, lower=lower, tap=tap, checkpointed=checkpointed
+    )
+    # index_select, unlike indexing, has a backward pass that adds rows in a fixed order.
+    return hidden.index_select(0, packed.predict_T), network.head_weight
 
 
 @torch.no_grad()
@@ -30,50 +52,70 @@ def frozen_forward(
     adapter: Weights | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """One forward of the reference, or of the policy `adapter`, over all groups: layer -> mean states of each response [N, D], and
-    log-probs float64 [N].
+    """Runs the reference, or the policy `adapter`, over all groups, response by response in their order.
 
-    The log-probs are those at `temperature`; with None the layers above the highest one asked for are skipped and they are 0. With
-    `adapter` states and log-probs are those of its policy; whose weights are all trained has no `layers`, as heads read the reference.
-    `lower` holds the states of these groups already, so that only the layers above them run. Sequences stand in the order of groups
-    and their responses.
+    Returns: mean states of each response [N, D] before each of `layers` (the number of layers stands for the
+    end of the last one), and log-probs float64 [N] at `temperature`. With temperature None the log-probs are
+    0, and the layers above the highest one asked for are skipped.
+
+    lower: the states of these groups below some layer, which need not be computed again.
+    adapter: a policy of all weights has no `layers`, as heads read the reference.
     """
     if isinstance(adapter, FullWeights):
         assert not layers and lower is None, "heads read the reference's states"
-    model, adapter = policy_of(model, adapter)
+    network, low_rank = policy_of(model, adapter)
     for layer in layers:
-        if not 0 <= layer <= model.config.num_layers:
-            raise UserError(f"a head reads layer {layer}, the model has {model.config.num_layers}; use a head made for this model.")
+        if not 0 <= layer <= network.config.num_layers:
+            raise UserError(
+                f"a head reads layer {layer}, the model has {network.config.num_layers}; "
+                "use a head made for this model."
+            )
     pooled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     logprobs = []
     for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
-        packed = packing.pack(batch, model.device)
-        hidden, done = (lower.of(batch), lower.layer) if lower else (model.embed_tokens(packed.tokens), 0)
-        for layer in layers:
-            hidden, done = model.run(hidden, packed.layout, done, layer, adapter), layer
-            pooled[layer].append(mean_states(hidden, packed))
+        packed = packing.pack(batch, network.device)
+        known = None if lower is None else (lower.layer, lower.of(batch))
+        tap = partial(_pool, pooled, packed) if layers else None
         if temperature is None:
+            top = max(layers, default=0)
+            network(packed.tokens, packed.layout, adapter=low_rank, lower=known, tap=tap, stop=top)
             logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))
         else:
-            hidden = model.run(hidden, packed.layout, done, model.config.num_layers, adapter)
-            logprobs.append(_logprob(model, hidden, packed, temperature, memory_budget_bytes)[0].double().cpu())
+            states = states_and_head(network, low_rank, packed, lower=known, tap=tap)
+            logprob, _ = _logprobs(network, packed, states, temperature, memory_budget_bytes)
+            logprobs.append(logprob.double().cpu())
         on_tokens(len(packed.tokens))
     return {layer: torch.cat(parts).cpu() for layer, parts in pooled.items()}, torch.cat(logprobs)
 
 
-def _logprob(
-    model: Decoder, hidden: Tensor, packed: packing.Packed, temperature: float, memory_budget_bytes: int | None
+def _pool(pooled: dict[int, list[Tensor]], packed: Packed, layer: int, hidden: Tensor) -> None:
+    """Adds the mean states of a batch before `layer` where they are wanted."""
+    if layer in pooled:
+        pooled[layer].append(mean_states(hidden, packed))
+
+
+def _logprobs(
+    network: Decoder,
+    packed: Packed,
+    states_and_head: tuple[Tensor, Tensor],
+    temperature: float,
+    memory_budget_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [N] of the responses and [T] of their tokens, from the residual stream after the last layer."""
+    """Computes the log-probs [N] of a batch's responses and [T] of their tokens."""
     return sequence_logprob(
-        model.final_norm(hidden)[packed.predict_T], model.head_weight, packed.target_T, packed.cu_seqlens, temperature=temperature,
-        softcap=model.config.logit_softcap, memory_budget_bytes=memory_budget_bytes, return_token_logprob=True,
-    )  # fmt: skip
+        *states_and_head,
+        packed.target_T,
+        packed.cu_seqlens,
+        temperature=temperature,
+        softcap=network.config.logit_softcap,
+        memory_budget_bytes=memory_budget_bytes,
+        return_token_logprob=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogprobGap:
-    """How far the sampler's log-probs of the tokens that it drew lie from those of the training forward; nats per token."""
+    """How far the sampler's log-probs of its tokens lie from the training forward's, in nats per token."""
 
     mean: float  # of absolute differences
     max: float
@@ -86,24 +128,30 @@ class LogprobGap:
 
 @torch.no_grad()
 def logprob_gap(
-    model: Decoder, all_groups: list[Group], rollouts: Rollouts, *, temperature: float, memory_budget_bytes: int | None = None,
+    model: Decoder,
+    all_groups: list[Group],
+    rollouts: Rollouts,
+    *,
+    temperature: float,
+    memory_budget_bytes: int | None = None,
     adapter: Weights | None = None,
-) -> LogprobGap:  # fmt: skip
-    """Of the rollouts at the groups' rows, which have at least one token."""
-    model, adapter = policy_of(model, adapter)
+) -> LogprobGap:
+    """Compares the rollouts at the groups' rows, which have at least one token, with the training forward."""
+    network, low_rank = policy_of(model, adapter)
     differences = []
     for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
-        packed = packing.pack(batch, model.device)
-        hidden = model.run(model.embed_tokens(packed.tokens), packed.layout, 0, model.config.num_layers, adapter)
-        trained = _logprob(model, hidden, packed, temperature, memory_budget_bytes)[1].double().cpu()
-        sampled = torch.cat([rollouts.model_logprob[r, : len(t)] for g in batch for r, t in zip(g.rows, g.responses, strict=True)])
-        differences.append(trained - sampled.double())
+        packed = packing.pack(batch, network.device)
+        states = states_and_head(network, low_rank, packed)
+        _, trained = _logprobs(network, packed, states, temperature, memory_budget_bytes)
+        rows = [(r, len(response)) for g in batch for r, response in zip(g.rows, g.responses, strict=True)]
+        sampled = torch.cat([rollouts.model_logprob[r, :length] for r, length in rows])
+        differences.append(trained.double().cpu() - sampled.double())
     d = torch.cat(differences)
     return LogprobGap(mean=float(d.abs().mean()), max=float(d.abs().max()), kl=float((d.expm1() - d).mean()))
 
 
-def mean_states(hidden: Tensor, packed: packing.Packed) -> Tensor:
-    """Mean state of each response's tokens [N, D] in float32; zeros for an empty response."""
+def mean_states(hidden: Tensor, packed: Packed) -> Tensor:
+    """Computes the mean state of each response's tokens [N, D] in float32; zeros for an empty response."""
     length = (packed.cu_seqlens[1:] - packed.cu_seqlens[:-1]).to(hidden.device)
     states = hidden[packed.state_T].float()
     return torch.segment_reduce(states, "sum", lengths=length, unsafe=True) / length.clamp(min=1)[:, None]

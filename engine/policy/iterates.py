@@ -12,7 +12,10 @@ from engine.policy.weights import Weights
 
 
 def save_weights(weights: Weights, folder: Path, base_model: str, tokenizer_from: Path) -> None:
-    """Write an iterate: a PEFT folder, or a Hugging Face folder of all weights. Raises: UserError on a full or closed disk."""
+    """Writes an iterate: an adapter as PEFT's folder, all weights as a Hugging Face folder.
+
+    Raises: UserError on a full or closed disk.
+    """
     if isinstance(weights, Adapter):
         save_peft(weights, folder, base_model)
     else:
@@ -20,15 +23,17 @@ def save_weights(weights: Weights, folder: Path, base_model: str, tokenizer_from
 
 
 def load_weights(folder: Path, network: Decoder) -> Weights:
-    """What `save_weights` wrote, for the model `network`. Raises: UserError where they do not belong together."""
+    """Reads an iterate of the model `network`. Raises: UserError where they do not belong together."""
     if (folder / "adapter_config.json").is_file():
         return load_peft(folder, network)
-    own = model.load(folder, dtype=network.dtype, device=network.device)
-    if own.config != network.config:
-        raise UserError(f"{folder}: these weights are of another model; give the model they were trained from.")
-    return FullWeights(own)
+    trained = model.load(folder, dtype=network.dtype, device=network.device)
+    if trained.config != network.config:
+        raise UserError(
+            f"{folder}: these weights are of another model; give the model they were trained from."
+        )
+    return FullWeights(trained)
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `folder` holds what `save_weights` writes."""
+    """Tells whether `folder` holds an iterate."""
     return any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))

@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 
 class PolicyWeights(nn.Module):
-    """What is trained of a policy."""
+    """The trained weights of a policy, read and set by name."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Detached copies of all parameters, by name."""
+        """Copies all parameters, detached, by name."""
         return {name: value.detach().clone() for name, value in self.named_parameters()}
 
     @torch.no_grad()
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` of an equal module returned."""
+        """Takes over the values that `tensors` of an equal module returned."""
         for name, value in self.named_parameters():
             value.copy_(tensors[name])

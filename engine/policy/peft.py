@@ -12,29 +12,29 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import write_whole
-from engine.policy.lora import Adapter, Shape, layer_and_name
+from engine.model.decoder import Decoder
+from engine.model.names import LINEARS
+from engine.policy.lora import Adapter, Placement, layer_and_name
 
-# Keys of adapter_config.json that are read, or that leave what an adapter computes as it is; the tensors say which linears it has.
+# These keys of adapter_config.json are read, or leave what an adapter computes as it is. Which linears it has
+# is known from its tensors.
 KNOWN = {
-    "r", "lora_alpha", "peft_type", "bias", "init_lora_weights", "base_model_name_or_path", "revision", "task_type", "peft_version",
-    "auto_mapping", "inference_mode", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "megatron_core", "qalora_group_size",
+    "r", "lora_alpha", "peft_type", "bias", "init_lora_weights", "base_model_name_or_path", "revision",
+    "task_type", "peft_version", "auto_mapping", "inference_mode", "lora_dropout", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-# Starts of A and B that leave the base weights alone; others (PiSSA, OLoRA, LoftQ) change them, and the adapter is not for the model alone.
+# These starts of A and B leave the base weights alone. Others (PiSSA, OLoRA, LoftQ) change them, so that an
+# adapter does not fit the model as it was published.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model.model.layers."
 
 
 def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft reads them, each whole or not at all.
+    """Writes adapter_config.json and adapter_model.safetensors as peft reads them, each whole or not at all.
 
     base_model: folder or id of the base model. Raises: UserError on a full or closed disk.
     """
-    tensors = {}
-    for key in adapter.down:
-        layer, name = layer_and_name(key)
-        tensors[f"{_PREFIX}{layer}.{name}.lora_A.weight"] = adapter.down[key].detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{layer}.{name}.lora_B.weight"] = adapter.up[key].detach().cpu().contiguous()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _by_peft_name(adapter).items()}
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -42,24 +42,29 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": "layers",
-        "layers_to_transform": list(range(adapter.shape.first_layer, adapter.shape.last_layer)),
+        "layers_to_transform": list(range(adapter.first_layer, adapter.placement.last_layer)),
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": adapter.rank,
-        "target_modules": sorted({n.split(".")[-1] for n in adapter.shape.linears}),
+        "target_modules": sorted({n.split(".")[-1] for n in adapter.placement.linears}),
         "task_type": "CAUSAL_LM",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_whole(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_whole(
+        folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"})
+    )
+    write_whole(
+        folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    )
 
 
-def load_peft(folder: str | Path, model) -> Adapter:
-    """The adapter of a PEFT folder for `model`, on any linears of consecutive layers.
+def load_peft(folder: str | Path, model: Decoder) -> Adapter:
+    """Reads the adapter of a PEFT folder for `model`, on any linears of consecutive layers.
 
-    Raises: UserError naming the switch or module that is not supported, or the tensor that does not fit the model.
+    Raises: UserError naming the switch or module that is not supported, or the tensor that does not fit the
+    model.
     """
     folder = Path(folder)
     try:
@@ -68,44 +73,59 @@ def load_peft(folder: str | Path, model) -> Adapter:
         raise UserError(f"{folder}: not a PEFT adapter folder ({error}).") from error
     file = folder / "adapter_model.safetensors"
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
-        raise UserError(f"{folder}: only adapter_model.bin, a pickle, which is never executed; use a safetensors adapter.")
+        raise UserError(
+            f"{folder}: only adapter_model.bin, a pickle, which is never executed; use a safetensors adapter."
+        )
     try:
         tensors = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again.") from error
     rank, alpha = _check_config(config, folder / "adapter_config.json")
-    shape = Shape.of(model, **_adapted(tensors, file))
-    if shape.last_layer > model.config.num_layers:
+    placement = Placement(config=model.config, **_adapted(tensors, file))
+    if placement.last_layer > model.config.num_layers:
         raise UserError(
-            f"{folder}: this adapter does not fit the model: it adapts layer {shape.last_layer - 1} and the model has "
-            f"{model.config.num_layers}; give the model it was trained on."
+            f"{folder}: this adapter does not fit the model: it adapts layer {placement.last_layer - 1} and "
+            f"the model has {model.config.num_layers}; give the model it was trained on."
         )
-    adapter = Adapter(shape, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=0)
-    wanted = {}
-    for key in adapter.down:
-        layer, name = layer_and_name(key)
-        wanted[f"{_PREFIX}{layer}.{name}.lora_A.weight"] = adapter.down[key]
-        wanted[f"{_PREFIX}{layer}.{name}.lora_B.weight"] = adapter.up[key]
+    adapter = Adapter(placement, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=0)
+    wanted = _by_peft_name(adapter)
     for name, value in tensors.items():
         if value.shape != wanted[name].shape:
             raise UserError(
-                f"{folder}: this adapter does not fit the model: {name} has shape {tuple(value.shape)}, not {tuple(wanted[name].shape)}; "
-                "give the model it was trained on."
+                f"{folder}: this adapter does not fit the model: {name} has shape {tuple(value.shape)}, "
+                f"not {tuple(wanted[name].shape)}; give the model it was trained on."
             )
         if not value.is_floating_point() or value.element_size() == 1:
-            raise UserError(f"{folder}: {name} is stored as {value.dtype}; use an adapter that is not quantised.")
+            raise UserError(
+                f"{folder}: {name} is stored as {value.dtype}; use an adapter that is not quantised."
+            )
     with torch.no_grad():
         for name, value in tensors.items():
             wanted[name].copy_(value)
     return adapter
 
 
+def _by_peft_name(adapter: Adapter) -> dict[str, Tensor]:
+    """Returns the parameters of an adapter under the names that they have in PEFT's file."""
+    named = {}
+    for key in adapter.down:
+        layer, name = layer_and_name(key)
+        named[f"{_PREFIX}{layer}.{name}.lora_A.weight"] = adapter.down[key]
+        named[f"{_PREFIX}{layer}.{name}.lora_B.weight"] = adapter.up[key]
+    return named
+
+
 def _check_config(config: object, file: Path) -> tuple[int, float]:
-    """Rank and alpha of an adapter_config.json. Raises: UserError naming the key that is not supported."""
+    """Returns rank and alpha of an adapter_config.json.
+
+    Raises: UserError naming the key that is not supported.
+    """
     if not isinstance(config, dict):
         raise UserError(f"{file}: a JSON {type(config).__name__}, not an object; fetch the file again.")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise UserError(f"{file}: only LoRA adapters without biases are supported; peft_type and bias say otherwise.")
+        raise UserError(
+            f"{file}: only LoRA adapters without biases are supported; peft_type and bias say otherwise."
+        )
     for key, value in config.items():
         if value and key not in KNOWN:
             raise UserError(f"{file}: {key} {str(value)[:60]} is not supported; use a plain LoRA adapter.")
@@ -116,34 +136,51 @@ def _check_config(config: object, file: Path) -> tuple[int, float]:
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise UserError(f"{file}: r is {rank!r:.60}; it must be a whole number above 0: fetch the file again.")
+        raise UserError(
+            f"{file}: r is {rank!r:.60}; it must be a whole number above 0: fetch the file again."
+        )
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise UserError(f"{file}: lora_alpha is {alpha!r:.60}; it must be a number: fetch the file again.")
     return rank, alpha
 
 
 def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:
-    """first_layer, last_layer and linears of the `Shape` that an adapter's tensors have. Raises: UserError naming another module."""
-    supported = f"adapters on the same of {', '.join(n.split('.')[-1] for n in Shape.linears)} in consecutive layers are"
-    linears: dict[int, set[str]] = {}
+    """Finds where an adapter sits from the names of its tensors.
+
+    Returns: first_layer, last_layer and linears of a `Placement`.
+
+    Raises: UserError naming a module that is not supported.
+    """
+    short = ", ".join(name.split(".")[-1] for name in LINEARS)
+    supported = f"adapters on the same of {short} in consecutive layers are"
+    modules: dict[
+        int, set[str]
+    ] = {}  # layer -> its adapted linears, each with .lora_A.weight and .lora_B.weight
     for name in tensors:
         layer, _, module = name.removeprefix(_PREFIX).partition(".")
         linear, _, matrix = module.partition(".lora_")
-        if not (name.startswith(_PREFIX) and layer.isdecimal() and linear in Shape.linears and matrix in ("A.weight", "B.weight")):
+        in_a_layer = name.startswith(_PREFIX) and layer.isdecimal()
+        if not (in_a_layer and linear in LINEARS and matrix in ("A.weight", "B.weight")):
             shown = name.removeprefix("base_model.model.").removesuffix(".weight")
             raise UserError(f"{file}: an adapter with {shown} is not supported; {supported}.")
-        linears.setdefault(int(layer), set()).add(module)
-    if not linears:
+        modules.setdefault(int(layer), set()).add(module)
+    if not modules:
         raise UserError(f"{file}: no tensors in it; fetch it again.")
-    first, last = min(linears), max(linears)
+    first, last = min(modules), max(modules)
     for layer in range(first, last + 1):
-        if layer not in linears:
-            raise UserError(f"{file}: an adapter on layers {first} and {last} without layer {layer} is not supported; {supported}.")
-        uneven = sorted(linears[layer] ^ linears[first])
+        if layer not in modules:
+            raise UserError(
+                f"{file}: an adapter on layers {first} and {last} without layer {layer} is not supported; "
+                f"{supported}."
+            )
+        uneven = sorted(modules[layer] ^ modules[first])
         if uneven:
-            raise UserError(f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not supported; {supported}.")
-    adapted = {module.partition(".lora_")[0] for module in linears[first]}
-    alone = sorted(linear for linear in adapted if len([m for m in linears[first] if m.startswith(f"{linear}.lora_")]) == 1)
+            raise UserError(
+                f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not supported; "
+                f"{supported}."
+            )
+    halves = [module.partition(".lora_")[0] for module in modules[first]]
+    alone = sorted(linear for linear in halves if halves.count(linear) == 1)
     if alone:
         raise UserError(f"{file}: {alone[0]} has only one of lora_A and lora_B; fetch it again.")
-    return {"first_layer": first, "last_layer": last + 1, "linears": tuple(n for n in Shape.linears if n in adapted)}
+    return {"first_layer": first, "last_layer": last + 1, "linears": tuple(n for n in LINEARS if n in halves)}

@@ -7,7 +7,6 @@ The layers below the adapter equal the reference, so their states are computed o
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from engine.errors import NonFiniteError, UserError
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.model.packing import LowerStates
+from engine.policy.forward import states_and_head
 from engine.policy.losses import listwise, regression, single
 from engine.policy.pairs import within_prompts
 from engine.policy.samples import Samples
@@ -228,16 +228,8 @@ def _states_and_head(
     """The states [T, D] that predict the batch's response tokens, and the policy's head [V, D]."""
     network, lora = policy_of(model, adapter)
     assert lower is None or (lora is not None and lora.first_layer == lower.layer), "states below are kept for adapters alone"
-    start = 0 if lora is None else lora.first_layer
-    if lower is not None:
-        hidden = lower.of(batch)
-    else:
-        with nullcontext() if lora is None else torch.no_grad():  # layers below an adapter are frozen
-            hidden = network.run(network.embed_tokens(packed.tokens), packed.layout, 0, start)
-    hidden = network.run(hidden, packed.layout, start, network.config.num_layers, lora, checkpointed=config.activation_checkpointing)
-    hidden = network.final_norm(hidden)
-    # index_select, not indexing: its backward adds rows in a fixed order.
-    return hidden.index_select(0, packed.predict_T), network.head_weight
+    known = None if lower is None else (lower.layer, lower.of(batch))
+    return states_and_head(network, lora, packed, lower=known, checkpointed=config.activation_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,17 +8,17 @@ from engine.model.decoder import Decoder
 from engine.policy.full import FullWeights
 from engine.policy.lora import Adapter
 
-# What makes a policy of the reference model.
+# Either makes a policy of the reference model.
 Weights = Adapter | FullWeights
 
 
 def policy_of(network: Decoder, weights: Weights | None) -> tuple[Decoder, Adapter | None]:
-    """The decoder and the adapter to call it with; weights None is the reference."""
+    """Returns a policy's decoder and the adapter to call it with; weights None is the reference."""
     return (weights.decoder(), None) if isinstance(weights, FullWeights) else (network, weights)
 
 
 def copy_of(weights: Weights, tensors: dict[str, Tensor]) -> Weights:
-    """Weights of the same kind with other values, as their `tensors` returned them."""
+    """Makes weights of the same kind with other values, as their `tensors` returned them."""
     other = copy.deepcopy(weights) if isinstance(weights, Adapter) else FullWeights(weights.decoder())
     other.set_tensors(tensors)
     return other

@@ -1,6 +1,8 @@
-"""What all pages share: style, tables and cells."""
+"""The parts that all pages share: the document with its style, tables and cells."""
 
 from html import escape
+
+from engine.intervals import number
 
 STYLE = """
 :root { color-scheme: light; }
@@ -19,21 +21,38 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: right
 """
 
 
+SAMPLES_NOTE = "<p class='small'>The first of each kind, not chosen; they may be offensive or wrong. Larger scores are better.</p>"
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """Returns a whole page; its policy forbids scripts and loads from elsewhere. `title` and `body` are HTML already."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{STYLE}{style}</style></head><body>
+{body}
+</body></html>
+"""
+
+
 def table(head: list[str], body: list[list[str]], kind: str = "") -> str:
+    """Returns a table of escaped texts that scrolls sideways where it is too wide; `kind` is its class in the style."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in body)
     return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>\n{rows}</table></div>'
 
 
 def item(row: dict, key: str, j: int) -> float | None:
+    """Returns the j-th number under a key of a row, None where the row has none."""
     value = row.get(key)
     return value[j] if value is not None and j < len(value) else None
 
 
 def cell(value: float | None, digits: int = 2) -> str:
-    """A number with fixed digits, "-" where there is none."""
-    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+    """Prints a number with fixed digits, "-" where there is none."""
+    return "-" if value is None else number(value, digits)
 
 
 def with_se(value: float | None, se: float | None) -> str:
+    """Prints a number with its standard error, where it has one."""
     return cell(value) if se is None else f"{cell(value)} \u00b1 {cell(se)}"

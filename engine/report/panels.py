@@ -1,16 +1,14 @@
 """The panels of a run's picture."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine.config import shown_name
-from engine.report.drawing import INK, POLICY, REFERENCE, UNIT, colour_of, frame, png, shortened
-from engine.verdict.evaluation import Evaluation
+from engine.report.drawing import AXIS_UNIT, INK, POLICY, REFERENCE, colour_of, crossed_intervals, frame, png, shortened
+from engine.report.run_files import RunFiles
 
 # By label form; a policy gradient's loss has no unit of its own.
 LOSSES = {
@@ -19,37 +17,12 @@ LOSSES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunFiles:
-    """What the run folder's files say; empty where a file or a kind of row is missing."""
-
-    config: dict  # {"algorithm", "config", "versions"}
-    reference: dict  # the metrics row of kind "reference"
-    dual: list[dict]
-    step: list[dict]
-    iteration: list[dict]
-    evaluation: Evaluation | None
-    heldout: list[dict]
-
-    @property
-    def names(self) -> list[str]:
-        """The constraints, from the first file that names them."""
-        if self.evaluation is not None:
-            return [c.name for c in self.evaluation.constraints]
-        return list(self.reference.get("names") or self.config.get("config", {}).get("cost") or [])
-
-    @property
-    def title(self) -> str:
-        algorithm = shown_name(str(self.config.get("algorithm") or "run"))
-        model = str(self.config.get("config", {}).get("model") or "the default model")
-        return f"{algorithm[0].upper()}{algorithm[1:]} on {shortened(model, 80)}"
-
-
 def picture(run: RunFiles) -> bytes:
-    """The PNG: lambda, improvement and trade-off per iteration, score histograms before and after, training loss; three panels a row."""
+    """Draws lambda, improvement and trade-off per iteration, scores before and after, and the loss; three panels a row."""
 
     def draw() -> Figure:
-        scores = [("reward", "reward", None)] + [(f"utility {shortened(name, 16)}", "utility", j) for j, name in enumerate(run.names)]
+        scores = [("reward", "reward", None)]
+        scores += [(f"utility {shortened(name, 16)}", "utility", j) for j, name in enumerate(run.names)]
         n_panels = 4 + len(scores)
         rows = math.ceil(n_panels / 3)
         figure = Figure(figsize=(12, 4.5 * rows), dpi=130, layout="constrained")
@@ -69,7 +42,7 @@ def picture(run: RunFiles) -> bytes:
 
 
 def _lambda_panel(axis: Axes, run: RunFiles) -> str:
-    """A step per iteration: the multiplier that iteration's policy was trained at."""
+    """Draws a step per iteration: the multiplier that its policy was trained at."""
     rows = [row for row in run.iteration if row.get("lam")]
     if rows:
         edges = _edges(rows)
@@ -84,7 +57,7 @@ def _lambda_panel(axis: Axes, run: RunFiles) -> str:
 
 
 def _improvement_panel(axis: Axes, run: RunFiles) -> str:
-    """Measured improvement with +-1.96 standard errors, against b (solid) and the aimed value (dashed)."""
+    """Draws the measured improvement with +-1.96 standard errors, against b (solid) and the aim (dashed)."""
     rows = [row for row in run.iteration if row.get("improvement")]
     if rows:
         edges = _edges(rows)
@@ -92,59 +65,57 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
             # Equal thresholds lie on each other: the later, thinner lines leave the earlier ones visible.
             shift, width = 0.12 * (j - (len(run.names) - 1) / 2), 1.3 + 1.5 * (len(run.names) - 1 - j)
             centre, error = _column(rows, "improvement", j), 1.96 * np.nan_to_num(_column(rows, "improvement_se", j))
-            axis.errorbar(
-                edges[:-1] + 0.5 + shift, centre, yerr=error, fmt="o", color=colour_of(j), markersize=5, capsize=3, label=shortened(name)
-            )
-            axis.stairs(_column(rows, "threshold", j), edges, baseline=None, color=colour_of(j), linewidth=width)
-            axis.stairs(_column(rows, "aim", j), edges, baseline=None, color=colour_of(j), linewidth=width, linestyle="--")
+            style = {"fmt": "o", "color": colour_of(j), "markersize": 5, "capsize": 3, "label": shortened(name)}
+            axis.errorbar(edges[:-1] + 0.5 + shift, centre, yerr=error, **style)
+            style = {"baseline": None, "color": colour_of(j), "linewidth": width}
+            axis.stairs(_column(rows, "threshold", j), edges, **style)
+            axis.stairs(_column(rows, "aim", j), edges, linestyle="--", **style)
         axis.plot([], [], color=INK, linewidth=1.3, label="b (required)")
         axis.plot([], [], color=INK, linewidth=1.3, linestyle="--", label="aimed at")
         axis.axhline(0, color=REFERENCE, linewidth=1, linestyle=":", label="reference")
         axis.margins(y=0.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set(xlabel="iteration", ylabel=f"improvement, \u00b11.96 se\n({UNIT})")
+    axis.set(xlabel="iteration", ylabel=f"improvement, \u00b11.96 se\n({AXIS_UNIT})")
     return "Constraints, on slack prompts"
 
 
 def _tradeoff_panel(axis: Axes, run: RunFiles) -> str:
-    """The path from the reference at (0, 0) through the numbered iterations, and the held-out result with its 95 % intervals."""
+    """Draws the path from the reference at (0, 0) through the iterations, and the held-out result with its 95 % intervals."""
     rows = [row for row in run.iteration if row.get("improvement") and row.get("reward") is not None]
-    for j, name in enumerate(run.names):
-        safety, reward = _column(rows, "improvement", j), _column(rows, "reward")
+    for j in range(len(run.names)):
         if rows:
-            axis.plot(
-                np.append(0, safety), np.append(0, reward), "-o", color=colour_of(j), markersize=4, linewidth=1.2, label=shortened(name)
-            )
-            every = math.ceil(len(rows) * len(run.names) / 10)
-            for i in range(len(rows) - 1, -1, -every):
-                axis.annotate(
-                    str(rows[i].get("iteration", i)),
-                    (safety[i], reward[i]),
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=colour_of(j),
-                )
+            _draw_path(axis, run, rows, j)
+        b = None
         if run.evaluation is not None:
-            x, y, b = run.evaluation.constraints[j].estimate, run.evaluation.reward, run.evaluation.constraints[j].required
-            axis.errorbar(
-                x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]], yerr=[[y.mean - y.low], [y.high - y.mean]], fmt="none",
-                ecolor=colour_of(j), elinewidth=2.2, capsize=3, label="held out, 95 %" if j == 0 else None,
-            )  # fmt: skip
+            constraint, colour = run.evaluation.constraints[j], colour_of(j)
+            label = "held out, 95 %" if j == 0 else None
+            style = {"fmt": "none", "ecolor": colour, "elinewidth": 2.2, "capsize": 3, "label": label}
+            crossed_intervals(axis, constraint.estimate, run.evaluation.reward, **style)
+            b = constraint.required
+        elif rows and np.isfinite(threshold := _column(rows, "threshold", j)[-1]):
+            b = threshold
+        if b is not None:
             axis.axvline(b, color=colour_of(j), linewidth=1.3, label="b (required)" if j == 0 else None)
-        elif rows:
-            b = _column(rows, "threshold", j)[-1]
-            if np.isfinite(b):
-                axis.axvline(b, color=colour_of(j), linewidth=1.3, label="b (required)" if j == 0 else None)
     if axis.has_data():
         axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
         axis.margins(0.1)
-    axis.set(xlabel=f"constraint improvement\n({UNIT})", ylabel=f"reward improvement\n({UNIT})")
+    axis.set(xlabel=f"constraint improvement\n({AXIS_UNIT})", ylabel=f"reward improvement\n({AXIS_UNIT})")
     return "Reward against constraint"
 
 
+def _draw_path(axis: Axes, run: RunFiles, rows: list[dict], j: int) -> None:
+    """Draws the iterations' improvements of constraint j and of the reward, ten of them numbered at most."""
+    safety, reward, colour = _column(rows, "improvement", j), _column(rows, "reward"), colour_of(j)
+    style = {"color": colour, "markersize": 4, "linewidth": 1.2, "label": shortened(run.names[j])}
+    axis.plot(np.append(0, safety), np.append(0, reward), "-o", **style)
+    every = math.ceil(len(rows) * len(run.names) / 10)
+    for i in range(len(rows) - 1, -1, -every):
+        number, offset = str(rows[i].get("iteration", i)), {"xytext": (4, 4), "textcoords": "offset points"}
+        axis.annotate(number, (safety[i], reward[i]), **offset, fontsize=8, color=colour)
+
+
 def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: int | None) -> str:
-    """Scores of the held-out responses before and after, in common bins, with their means as vertical lines."""
+    """Draws the scores of the held-out responses before and after, in common bins, their means as vertical lines."""
     sides = {side: _column(heldout, f"{side}_{key}", j) for side in ("reference", "policy")}
     sides = {side: values[np.isfinite(values)] for side, values in sides.items()}
     if all(len(values) for values in sides.values()):
@@ -157,19 +128,21 @@ def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: i
             axis.axvline(values.mean(), color=colour, linewidth=1.6, linestyle="--", label=f"mean {values.mean():+.2f}")
         axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
-    axis.set(xlabel=f"{label}, larger is better\n({UNIT})", ylabel="share of held-out responses")
+    axis.set(xlabel=f"{label}, larger is better\n({AXIS_UNIT})", ylabel="share of held-out responses")
     return f"Held-out {label}"
 
 
 def _loss_panel(axis: Axes, run: RunFiles) -> str:
-    """Training loss of each policy step, iterations one after another."""
+    """Draws the training loss of each policy step, iterations one after another."""
     steps = run.step
     if steps:
         x = np.arange(1, len(steps) + 1)
-        axis.plot(x, _column(steps, "loss"), color=POLICY, linewidth=1.2, marker="o" if len(steps) < 2 else None, label="loss")
+        marker = "o" if len(steps) < 2 else None
+        axis.plot(x, _column(steps, "loss"), color=POLICY, linewidth=1.2, marker=marker, label="loss")
         starts = [i for i in range(1, len(steps)) if steps[i].get("iteration") != steps[i - 1].get("iteration")]
         for i in starts:
-            axis.axvline(i + 0.5, color=REFERENCE, linewidth=1, linestyle=":", label="next iteration" if i == starts[0] else None)
+            label = "next iteration" if i == starts[0] else None
+            axis.axvline(i + 0.5, color=REFERENCE, linewidth=1, linestyle=":", label=label)
         axis.margins(y=0.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="policy step, all iterations", ylabel=LOSSES.get(run.config.get("config", {}).get("labels"), "loss"))
@@ -177,7 +150,7 @@ def _loss_panel(axis: Axes, run: RunFiles) -> str:
 
 
 def _column(rows: list[dict], key: str, j: int | None = None) -> np.ndarray:
-    """float64 [rows]: row[key] or row[key][j], NaN where it is missing."""
+    """Returns row[key], or row[key][j], of each row, float64; NaN where it is missing."""
     values = [row.get(key) for row in rows]
     if j is not None:
         values = [value[j] if value is not None and j < len(value) else None for value in values]
@@ -185,6 +158,6 @@ def _column(rows: list[dict], key: str, j: int | None = None) -> np.ndarray:
 
 
 def _edges(rows: list[dict]) -> np.ndarray:
-    """Borders half a unit around each iteration's number."""
+    """Returns the borders half a unit around each iteration's number."""
     first = rows[0].get("iteration", 0)
     return np.arange(len(rows) + 1) + first - 0.5

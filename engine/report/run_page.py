@@ -1,30 +1,26 @@
 """report.png and report.html of a run folder, a pure function of the files in it: equal files give equal bytes.
 
-Reads config.json, metrics.jsonl, evaluation.json and heldout.jsonl; what a stopped run has not written is named as missing. Rewards and
-utilities in these files are in the run's units, the reference's within-prompt standard deviations. The page loads nothing from elsewhere.
+The page names what a stopped run has not written as missing. Rewards and utilities in the files are in the run's units, the
+reference's within-prompt standard deviations. The page loads nothing from elsewhere.
 """
 
 import base64
-import json
 from html import escape
 from pathlib import Path
 
-from engine.errors import UserError
-from engine.report.html import STYLE, cell, item, table, with_se
-from engine.report.panels import RunFiles, picture
-from engine.verdict.evaluation import Evaluation
+from engine.report.html import SAMPLES_NOTE, cell, document, item, table, with_se
+from engine.report.panels import picture
+from engine.report.run_files import RunFiles, read
 from engine.verdict.sentences import sentences
-
-FILES = ("config.json", "metrics.jsonl", "evaluation.json", "heldout.jsonl")
 
 
 def write(folder: Path) -> list[Path]:
-    """Write report.png and report.html into the run folder and return their paths.
+    """Writes report.png and report.html into the run folder and returns their paths.
 
     Raises: UserError when the folder has none of a run's files, or one of them cannot be read as JSON.
     """
     folder = Path(folder)
-    run = _read(folder)
+    run = read(folder)
     image = picture(run)
     page = _page(run, image).encode("utf-8", "replace")
     paths = [folder / "report.png", folder / "report.html"]
@@ -33,57 +29,10 @@ def write(folder: Path) -> list[Path]:
     return paths
 
 
-def _read(folder: Path) -> RunFiles:
-    if not any((folder / name).is_file() for name in FILES):
-        raise UserError(f"{folder}: no run folder (it has none of {', '.join(FILES)}); name the folder that engine.train wrote.")
-    metrics = _json_lines(folder / "metrics.jsonl")
-    kinds = {kind: [row for row in metrics if row.get("kind") == kind] for kind in ("reference", "dual", "step", "iteration")}
-    evaluation = _json(folder / "evaluation.json")
-    return RunFiles(
-        config=_json(folder / "config.json") or {},
-        reference=kinds["reference"][-1] if kinds["reference"] else {},
-        dual=kinds["dual"],
-        step=kinds["step"],
-        iteration=kinds["iteration"],
-        evaluation=Evaluation.from_dict(evaluation) if evaluation else None,
-        heldout=_json_lines(folder / "heldout.jsonl"),
-    )
-
-
-def _json(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete the file or run again.") from None
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """The rows of a jsonl file; a last line cut off by a stopped run is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if i < len(lines) - 1:
-                raise UserError(f"{path}: line {i + 1} is not JSON ({error}); delete that line.") from None
-    return rows
-
-
 def _page(run: RunFiles, picture: bytes) -> str:
-    """The HTML page. Every text from a file is escaped, and the policy in the head forbids scripts and loads from elsewhere."""
+    """Returns the HTML page, in which every text from a file is escaped."""
     title = escape(run.title)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>{STYLE}</style></head><body>
-<h1>{title}</h1>
+    body = f"""<h1>{title}</h1>
 {_verdict(run)}
 <h2>Pictures</h2>
 <p><img alt="Multipliers, constraints, trade-off, score histograms and training loss of this run"
@@ -95,18 +44,21 @@ src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>
 <h2>Settings</h2>
 {_settings(run)}
 <h2>What the numbers mean</h2>
-{_note(run)}
-</body></html>
-"""
+{_note(run)}"""
+    return document(title, body)
 
 
 def _verdict(run: RunFiles) -> str:
     if run.evaluation is None:
-        return '<div class="verdict none"><p>No verdict: this run has no held-out evaluation yet (evaluation.json is missing).</p></div>'
+        text = "No verdict: this run has no held-out evaluation yet (evaluation.json is missing)."
+        return f'<div class="verdict none"><p>{text}</p></div>'
     words = {c.word for c in run.evaluation.constraints}
     worst = next((word for word in ("not met", "not resolved", "met") if word in words), "none")
-    lines = [f"<strong>{escape(s)}</strong>" if s.startswith("constraint ") else escape(s) for s in sentences(run.evaluation)]
-    return f'<div class="verdict {worst.replace(" ", "-")}">' + "".join(f"<p>{line}</p>" for line in lines) + "</div>"
+    lines = [
+        f"<p><strong>{escape(line)}</strong></p>" if line.startswith("constraint ") else f"<p>{escape(line)}</p>"
+        for line in sentences(run.evaluation)
+    ]
+    return f'<div class="verdict {worst.replace(" ", "-")}">{"".join(lines)}</div>'
 
 
 def _iteration_table(run: RunFiles) -> str:
@@ -122,22 +74,24 @@ def _iteration_table(run: RunFiles) -> str:
         for j in range(len(run.names)):
             value = {key: item(row, key, j) for key in "lam improvement improvement_se threshold aim slack slack_se".split()}
             cells += [
-                cell(value["lam"], 3), with_se(value["improvement"], value["improvement_se"]), cell(value["threshold"]),
-                cell(value["aim"]), with_se(value["slack"], value["slack_se"]),
-            ]  # fmt: skip
+                cell(value["lam"], 3),
+                with_se(value["improvement"], value["improvement_se"]),
+                cell(value["threshold"]),
+                cell(value["aim"]),
+                with_se(value["slack"], value["slack_se"]),
+            ]
         body.append(cells + [with_se(row.get("kl"), row.get("kl_se")), cell(row.get("loss"), 4)])
     return table(head, body)
 
 
 def _samples(run: RunFiles) -> str:
-    """The first response of the first 10 delicate and the first 6 other prompts, in the file's order."""
+    """Shows the first response to the first 10 delicate and the first 6 other prompts, in the order of the file."""
     first = [row for row in run.heldout if row.get("sample", 0) == 0]
     delicate = [row for row in first if row.get("kind") == "delicate"][:10]
     rows = delicate + [row for row in first if row.get("kind") != "delicate"][: 6 if delicate else 16]
     if not rows:
         return "<p>No held-out responses were written (heldout.jsonl is missing or empty).</p>"
-    note = "<p class='small'>The first of each kind, not chosen; they may be offensive or wrong. Larger scores are better.</p>"
-    return note + "".join(_sample(run, row) for row in rows)
+    return SAMPLES_NOTE + "".join(_sample(run, row) for row in rows)
 
 
 def _sample(run: RunFiles, row: dict) -> str:
@@ -145,7 +99,8 @@ def _sample(run: RunFiles, row: dict) -> str:
     for side, name in (("reference", "Before"), ("policy", "After")):
         scores = [f"reward {cell(row.get(f'{side}_reward'))}"]
         scores += [f"utility {constraint} {cell(item(row, f'{side}_utility', j))}" for j, constraint in enumerate(run.names)]
-        audits = run.reference.get("audit_names") or [audit for audit, _ in (run.evaluation.audits if run.evaluation else ())]
+        judged_audits = [name for name, _ in run.evaluation.audits] if run.evaluation else []
+        audits = run.reference.get("audit_names") or judged_audits
         scores += [f"utility {audit} {cell(item(row, f'{side}_audit', a))}" for a, audit in enumerate(audits)]
         cut = "" if row.get(f"{side}_finished", True) else " (cut off at the length limit)"
         sides.append(
@@ -158,16 +113,16 @@ def _sample(run: RunFiles, row: dict) -> str:
 
 
 def _settings(run: RunFiles) -> str:
-    """The configuration without `out`: where a run was written does not change what it is."""
+    """Shows the configuration without `out`: where a run was written does not change what it is."""
     config = {name: value for name, value in run.config.get("config", {}).items() if name != "out"}
     if not config:
         return "<p>The settings are not known (config.json is missing).</p>"
-    shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in config.items()}
-    return table(["setting", "value"], [[name, value] for name, value in shown.items()], "settings")
+    shown = [[name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)] for name, value in config.items()]
+    return table(["setting", "value"], shown, "settings")
 
 
 def _note(run: RunFiles) -> str:
-    """What the numbers mean, and the reference's own figures."""
+    """Explains the numbers, and gives the reference's."""
     lines = [
         "One unit of reward, of a utility and of an audit is that score's standard deviation within one prompt among the reference's "
         "responses. A utility is a cost with its sign changed, so larger is better everywhere. All improvements are over the reference.",
@@ -182,7 +137,6 @@ def _note(run: RunFiles) -> str:
         "reward sd": cell(run.reference.get("reward_sd"), 4),
         "utility sd": ", ".join(cell(x, 4) for x in run.reference.get("utility_sd") or []),
         "correlation of reward and utility": ", ".join(cell(x) for x in run.reference.get("correlation") or []),
-        "effective sample size": cell(run.reference.get("ess")),
         "finished": cell(run.reference.get("finished"), 3),
     }
     known = [f"{name} {value}" for name, value in facts.items() if value not in ("", "-")]
@@ -190,7 +144,11 @@ def _note(run: RunFiles) -> str:
         lines.append(f"The reference on the training prompts, in the scorers' own units: {'; '.join(known)}.")
     for row in run.dual:
         if row.get("lam"):
-            predicted = row.get("predicted_improvement")
-            text = f"Warm start of the dual: lambda {', '.join(cell(x, 3) for x in row['lam'])}"
-            lines.append(text + (f", predicted improvement {', '.join(map(cell, predicted))}." if predicted else "."))
+            parts = [f"lambda {', '.join(cell(x, 3) for x in row['lam'])}"]
+            if predicted := row.get("predicted_improvement"):
+                parts.append(f"predicted improvement {', '.join(map(cell, predicted))}")
+            if (ess := row.get("ess")) is not None:
+                of = f" of {n}" if (n := run.reference.get("responses")) else ""
+                parts.append(f"effective sample size {cell(ess, 1)}{of}")
+            lines.append(f"Warm start of the dual: {', '.join(parts)}.")
     return "".join(f"<p>{escape(line)}</p>" for line in lines)

@@ -11,12 +11,16 @@ from engine.model.packing import LowerStates
 
 @dataclass
 class States:
-    """The reference's states of sampled responses, taken while they are sampled: adapters sit above these layers, so the policy's
-    states there are the reference's, and heads need no forward of their own."""
+    """The reference's states of sampled responses, taken while they are sampled.
+
+    Adapters sit above these layers, so that the policy's states there are the reference's, and heads need no
+    forward of their own.
+    """
 
     layers: list[int]  # to pool for heads
     lower: LowerStates | None  # keeps the states below its layer
-    pooled: dict[int, Tensor] = field(default_factory=dict)  # layer -> mean states of each response, float32 [R, D]
+    # layer -> mean states of each response, float32 [R, D]
+    pooled: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def top(self) -> int:
@@ -25,9 +29,17 @@ class States:
 
 
 class Collector:
-    """Takes the states of one batch of prompts and of their responses, step by step; nothing here waits for the device."""
+    """Takes the states of a batch of prompts and responses, step by step, without waiting for the device."""
 
-    def __init__(self, states: States, first_row: int, batch: list[list[int]], n: int, max_new_tokens: int, model: Decoder) -> None:
+    def __init__(
+        self,
+        states: States,
+        first_row: int,
+        batch: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        model: Decoder,
+    ) -> None:
         self.states, self.first_row, self.n = states, first_row, n
         self.lengths = [len(prompt) for prompt in batch]
         rows, hidden = len(batch) * n, model.config.hidden_size
@@ -38,23 +50,27 @@ class Collector:
         self.prompts: tuple[Tensor, ...] = ()
 
     def take_prompts(self, layer: int, states: Tensor) -> None:
-        """Before each layer of the prefill: states [M, D]."""
+        """Takes the prompts' states [M, D] before a layer; a tap of the pass over the prompts."""
         if self.kept is not None and layer == self.states.lower.layer:
             self.prompts = states.split(self.lengths)
 
     def take(self, row: Tensor, step: Tensor, counts: Tensor, layer: int, states: Tensor) -> None:
-        """Before each layer of a decoding step: states [rows side by side, D] of response token `step` (int64 [1]) of the rows `row`
-        (int64) of the batch; those without `counts` (bool) ended before."""
+        """Takes the states [rows side by side, D] of response token `step` (int64 [1]) before a layer.
+
+        row: the rows' places in the batch, int64; counts: false for those that ended before, bool. With these
+        a tap of a decoding step.
+        """
         if layer in self.sums:
             self.sums[layer].index_add_(0, row, torch.where(counts[:, None], states.float(), 0.0))
         if self.kept is not None and layer == self.states.lower.layer:
             self.kept[row, step] = states
 
     def finish(self, length: Tensor) -> None:
-        """Pool the batch's states and hand them over; length: int64 [rows]."""
+        """Pools the batch's states and hands them over; length: int64 [rows]."""
+        pooled = self.states.pooled
         for layer, total in self.sums.items():
             mean = (total / length.to(total.device)[:, None].clamp(min=1)).cpu()
-            self.states.pooled[layer] = torch.cat([self.states.pooled[layer], mean]) if layer in self.states.pooled else mean
+            pooled[layer] = torch.cat([pooled[layer], mean]) if layer in pooled else mean
         if self.kept is not None:
             for i, size in enumerate(length.tolist()):
                 self.states.lower.prompt[self.first_row + i] = self.prompts[i // self.n]

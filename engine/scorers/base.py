@@ -15,9 +15,8 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.files import write_whole
 
-TextFunction = Callable[
-    [list[str], list[str]], Sequence[float]
-]  # (prompts, responses) -> one score per response
+# (prompts, responses) -> one score per response
+TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +135,5 @@ class LoadContext:
 
     trunk: str  # fingerprint of the policy's checkpoint
     device: torch.device
-    loaded: dict[
-        str, Any
-    ]  # the models of scorers loaded before, by fingerprint or folder; loading adds to it
+    # The models that scorers have loaded before, by fingerprint or folder; loading another one adds it.
+    loaded: dict[str, Any]

@@ -22,11 +22,9 @@ class HeadConfig:
     name: str = ""
     """Name of the head in reports. Default: the last part of --out."""
     model: str = ""
-    """Local Hugging Face folder or hub id of the trunk. Default: SmolLM2-135M-Instruct, fetched once by
-    pip."""
+    """Hugging Face folder or hub id of the trunk. Default: SmolLM2-135M-Instruct, fetched once by pip."""
     layer: int = 15
-    """The head reads the states after this many layers; at most half the depth keeps it in the part that a
-    run shares."""
+    """Read the states after this many layers; a run shares those up to half of the model's depth."""
     loss: str = "auto"
     """auto (by row), pairs (Bradley-Terry; labels are refused) or labels (logistic; pairs are refused)."""
     l2: float = 0.3

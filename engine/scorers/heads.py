@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import quickstart
 from engine.data.prompts import chat_ids
 from engine.errors import UserError
-from engine.model import quickstart
 from engine.model.folder import fingerprint, load
 from engine.model.packing import Group
 from engine.model.tokenizer import load_tokenizer

@@ -67,9 +67,7 @@ class ReferenceForward:
     temperature: float  # of the log-probs
     memory_budget_bytes: int | None = None  # of the loss head
     logprob: bool = True  # False leaves the log-probs out, as zeros
-    states: States | None = (
-        None  # those taken during the rollout, so that the layers below need not run again
-    )
+    states: States | None = None  # taken during the rollout: the layers below need not run again
 
 
 def score(

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import quickstart
 from engine.data.prompts import TextLimits
 from engine.errors import UserError
 from engine.files import write_whole
-from engine.model import quickstart
 from engine.model.decoder import Decoder
 from engine.model.folder import fingerprint, load, resolve
 from engine.model.packing import Group

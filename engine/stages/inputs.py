@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 
-from engine import model
+from engine import model, quickstart
 from engine.config import RunConfig
 from engine.data import dealing
 from engine.data.prompts import TextLimits, assert_disjoint, check_known, load_prompts, shipped_prompts
 from engine.errors import UserError
-from engine.model import quickstart
 from engine.model.architecture import ModelConfig
 from engine.model.folder import DTYPES, check_weights, read_config, read_json, resolve
 from engine.model.tokenizer import load_tokenizer

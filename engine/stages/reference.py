@@ -144,8 +144,8 @@ def sample_reference(job: Job) -> Reference:
         f"{row.mean_length:.0f} tokens{f'; {gap}' if gap else ''}"
     )
     for j, limit in enumerate(reference.limits):
-        opening = constraints.opening(
-            limit, float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
+        opening = limit.opening(
+            float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
         )
         show.line(f"{opening}; correlation with the reward {row.correlation[j]:+.2f}")
     return reference
@@ -187,12 +187,7 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], p
     utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
     for limit, utility_PG in zip(limits, utility_PGJ.unbind(2), strict=True):
         on, own_PG = f" on {limit.on} prompts" if limit.on else "", utility_PG[limit.rows(prompts)]
-        if limit.kind == "rate" and own_PG.min() == own_PG.max():
-            side = "above" if own_PG.min() < 0 else "at or below"
-            raise UserError(
-                f"--unsafe-above {limit.unsafe_above:g}: every cost {limit.name} of the reference{on} lies {side} it, so that a rate says "
-                "nothing; choose a value among the costs."
-            )
+        limit.check_reference(own_PG)
         _deviation(-own_PG, f"scorer {limit.name}{on}")
     return Units(
         reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),

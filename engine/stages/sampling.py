@@ -13,7 +13,8 @@ from engine.policy.forward import LogprobGap, logprob_gap
 from engine.policy.lora import first_layer
 from engine.policy.weights import Weights
 from engine.records import Prompts, Rollouts, Sampled
-from engine.rollout.sampler import NEAR_TIE, generate
+from engine.rollout.decoding import NEAR_TIE
+from engine.rollout.sampler import generate
 from engine.rollout.states import States
 from engine.run.folder import RunFolder
 from engine.run.plan import kept_states_bytes

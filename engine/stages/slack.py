@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine import constraints, dual, keys
+from engine import dual, keys
 from engine.policy.update import Policy
 from engine.policy.weights import Weights
 from engine.run.rows import IterationRow, SpeedRow, read_timing
@@ -87,7 +87,7 @@ def iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, 
     speed = [row.tokens_per_s for row in read_timing(job.run.folder, SpeedRow) if row.stage == stage]
     measured = zip(slack.improvement_J.tolist(), slack.se_J.tolist(), reference.needed_J.tolist(), reference.aimed, strict=True)
     held = [
-        constraints.text(limit, *values, reference.units.utility_J[j])
+        limit.progress(*values, reference.units.utility_J[j])
         for j, (limit, values) in enumerate(zip(reference.limits, measured, strict=True))
     ]
     parts = [

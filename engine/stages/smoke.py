@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.model.folder import fingerprint, read_config
-from engine.model.quickstart import cache_folder, is_complete, tiny_model_folder
+from engine.quickstart import cache_folder, is_complete, tiny_model_folder
 from engine.scorers.base import Head
 
 

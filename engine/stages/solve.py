@@ -8,6 +8,7 @@ from torch import Tensor
 from engine import dual
 from engine.config import RunConfig
 from engine.constraints import Limit
+from engine.dual.uncertainty import range_text
 from engine.errors import UserError
 from engine.records import DualState
 from engine.run.rows import DualRow
@@ -19,13 +20,12 @@ from engine.stages.reference import Reference
 def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> dual.Solution:
     """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
-    bounds = [0.0 if limit.kind == "rate" else None for limit in reference.limits]  # such a utility is minus the share of unsafe responses
+    bounds = [limit.highest for limit in reference.limits]
     try:
         return dual.solve(*reference.problem, aim, config.beta, start_J=start_J, bounds=bounds, lam_max=config.lam_max, force=config.force)
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
-        flags = {"improvement": "--threshold", "mean": "--cost-mean", "rate": "--cost-rate"}
-        asked = ", ".join(f"{flags[limit.kind]} {limit.value:g}" for limit in reference.limits)
+        asked = ", ".join(f"{limit.flag} {limit.value:g}" for limit in reference.limits)
         opening = f"{asked} (with its margin the dual aims at an improvement of {listed(aim)})"
         if error.proven:
             raise UserError(
@@ -78,7 +78,7 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     if warning := dual.ess_warning(solution.ess, config.n_responses):
         show.warn(warning + dual.half_sample(*scores, aim, config.beta, solution.lam, seed=config.seed))
     warn_of_lam_max(job, limits, solution.lam, solution.gradient)
-    shown = [f"{lam:.3f}" + (f" {_interval(interval, j)}" if interval else "") for j, lam in enumerate(solution.lam.tolist())]
+    shown = [f"{lam:.3f}" + (f" {_interval_text(interval, j)}" if interval else "") for j, lam in enumerate(solution.lam.tolist())]
     predicted = zip(solution.predicted_improvement.tolist(), predicted_se.tolist(), strict=True)
     show.line(
         f"one-shot lambda {', '.join(shown)}{' (95 % over prompts)' if interval else ''}: predicted improvement "
@@ -98,10 +98,10 @@ def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _interval(interval: dual.Interval, j: int) -> str:
+def _interval_text(interval: dual.Interval, j: int) -> str:
     if interval.se[j].isinf():
         return "(not identified)"
-    return f"[{interval.low[j]:.3f}, {interval.high[j]:.3f}]"
+    return range_text(interval.low[j], interval.high[j])
 
 
 def held_by_lam_max(config: RunConfig, lam_J: Tensor, gradient_J: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ from engine.stages.job import Job
 from engine.stages.protocol import Result
 from engine.stages.reference import Reference
 from engine.stages.sampling import log_gap, sample, samples_of
-from engine.verdict import evaluation as evaluation_module
-from engine.verdict.evaluation import Evaluation
+from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
 from engine.verdict.sentences import sentences
 
 
@@ -89,10 +88,13 @@ def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOu
 
 def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     """Returns the verdict on samples of the reference and of a policy."""
-    return evaluation_module.evaluate(
-        after.scores, before.scores, after.rollouts, before.rollouts, after.sampled.texts, before.sampled.texts, before.prompts,
-        after.sampled.kl_PG, bar.limits, bar.aimed, bar.units.utility_J, bar.audit_names, bar.confidence,
-    )  # fmt: skip
+    policy, reference = (
+        Side(rollouts=side.rollouts, texts=side.sampled.texts, scores=side.scores) for side in (after, before)
+    )
+    asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J)
+    return evaluate(
+        policy, reference, before.prompts, after.sampled.kl_PG, asked, bar.audit_names, bar.confidence
+    )
 
 
 def write_heldout(path: Path, before: Samples, after: Samples) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine import constraints
-from engine.records import Limit
+from engine.constraints import Limit
 from engine.run.folder import RunFolder
 from engine.run.rows import (
     IterationRow,

@@ -11,40 +11,11 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
+from engine.constraints import KINDS, Judged, Limit, judge
 from engine.errors import UserError
-from engine.intervals import Estimate, estimate, improvement, negated, rate
-from engine.records import Limit, Prompts, Rollouts, Scores
+from engine.intervals import Estimate, estimate, improvement
+from engine.records import Prompts, Rollouts, Scores
 from engine.verdict.refusals import OverRefusal, refusal_shares
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """One constraint's result: `threshold` is what it asks for and `aim` what the dual aimed at, in its own measure (see `Limit`),
-    `estimate` the improvement over the reference in units, `word` the verdict."""
-
-    name: str
-    threshold: float
-    aim: float
-    estimate: Estimate
-    word: str
-    kind: str = "improvement"
-    on: str = ""
-    measured: Estimate | None = None  # mean cost in the scorer's units, or rate, of the policy; None for an improvement
-    reference: float | None = None  # the same of the reference
-    unit: float = 1.0  # one unit of the improvement, in the scorer's units
-
-    @property
-    def required(self) -> float:
-        """The improvement over the held-out reference, in units, at which the constraint just holds."""
-        return self.threshold if self.measured is None else (self.reference - self.threshold) / self.unit
-
-    @property
-    def slack(self) -> Estimate:
-        """What is left to what the constraint asks for, in its own measure: above 0 it holds with room."""
-        e, b = self.estimate, self.threshold
-        if self.measured is not None:
-            e, b = negated(self.measured), -b
-        return replace(e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +23,7 @@ class Evaluation:
     """All that a verdict prints. Improvements are policy minus reference in the run's units; pairs are (reference, policy)."""
 
     reward: Estimate
-    constraints: tuple[Constraint, ...]
+    constraints: tuple[Judged, ...]
     audits: tuple[tuple[str, Estimate], ...]  # (name, improvement of the negated cost)
     kl: Estimate  # KL(policy || reference), nats per response
     finished: tuple[float, float]  # share of responses that ended by a stop token
@@ -64,7 +35,7 @@ class Evaluation:
 
     def as_dict(self) -> dict:
         """Plain numbers, strings, lists and dictionaries for JSON."""
-        return asdict(self)
+        return {**asdict(self), "constraints": [_constraint_as_dict(c) for c in self.constraints]}
 
     @classmethod
     def from_dict(cls, data: dict) -> "Evaluation":
@@ -72,10 +43,7 @@ class Evaluation:
         refusal = data["refusal_harmless"]
         return cls(
             reward=Estimate(**data["reward"]),
-            constraints=tuple(
-                Constraint(**{**item, **{k: Estimate(**item[k]) for k in ("estimate", "measured") if item.get(k)}})
-                for item in data["constraints"]
-            ),
+            constraints=tuple(_constraint_from_dict(item) for item in data["constraints"]),
             audits=tuple((name, Estimate(**item)) for name, item in data["audits"]),
             kl=Estimate(**data["kl"]),
             finished=tuple(data["finished"]),
@@ -86,6 +54,19 @@ class Evaluation:
             # Runs made before there was a choice have no such key.
             confidence=data.get("confidence", 0.95),
         )
+
+
+def _constraint_as_dict(c: Judged) -> dict:
+    limit = {"name": c.limit.name, "threshold": c.limit.value, "kind": c.limit.kind, "on": c.limit.on}
+    return {**limit, **{key: value for key, value in asdict(c).items() if key != "limit"}}
+
+
+def _constraint_from_dict(data: dict) -> Judged:
+    # Runs that are older than the other kinds have improvements alone.
+    limit = KINDS[data.get("kind", "improvement")](name=data["name"], value=data["threshold"], on=data.get("on", ""))
+    known = {key: data[key] for key in ("aim", "word", "reference", "unit") if key in data}
+    estimates = {key: Estimate(**data[key]) for key in ("estimate", "measured") if data.get(key)}
+    return Judged(limit=limit, **known, **estimates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +87,6 @@ class Judgement:
             "over_refusal": asdict(self.over_refusal),
             "pairs_like": self.pairs_like,
         }
-
-
-def word(estimate: Estimate, threshold: float) -> str:
-    """ "met": the one-sided lower bound reaches the threshold. "not met": the upper bound is below it. Else "not resolved"."""
-    if estimate.lower >= threshold:
-        return "met"
-    return "not met" if estimate.upper < threshold else "not resolved"
 
 
 def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95) -> Estimate | None:
@@ -139,63 +113,63 @@ def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95)
     return replace(e, low=max(0.0, e.low), high=min(1.0, e.high), lower=max(0.0, e.lower), upper=min(1.0, e.upper))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A policy's responses to the held-out prompts."""
+
+    rollouts: Rollouts
+    texts: Sequence[str]  # [R] decoded, prompt-major
+    scores: Scores  # in the run's units (`Units.apply`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The constraints of a run, and what training aimed at for their sake."""
+
+    limits: Sequence[Limit]
+    aims: Sequence[float]  # each in its constraint's measure
+    unit_J: Sequence[float]  # one of the run's units in the scorer's
+
+
 def evaluate(
-    scores_policy: Scores,
-    scores_reference: Scores,
-    rollouts_policy: Rollouts,
-    rollouts_reference: Rollouts,
-    texts_policy: Sequence[str],
-    texts_reference: Sequence[str],
+    policy: Side,
+    reference: Side,
     prompts: Prompts,
     kl_PG: Tensor,
-    limits: Sequence[Limit],
-    aims: Sequence[float],
-    unit_J: Sequence[float],
+    asked: Asked,
     audit_names: Sequence[str],
     confidence: float = 0.95,
 ) -> Evaluation:
-    """The verdict on one policy.
+    """Judges a policy by its responses and the reference's to the same prompts; their numbers per prompt may differ.
 
-    Scores are in the run's units (`Units.apply`), of which one is `unit_J` of the scorers' own; aims are in each limit's own measure. Texts
-    are the R decoded responses, prompt-major. kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's own
-    responses in nats: its mean is KL(policy || reference).
+    kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats: its mean is KL(policy || reference).
     Raises: UserError for fewer than two prompts, or for a constraint, or scores that are not finite.
     """
-    for rollouts, texts in ((rollouts_policy, texts_policy), (rollouts_reference, texts_reference)):
-        assert len(texts) == len(prompts) * rollouts.n == rollouts.length.numel(), (len(texts), len(prompts), rollouts.n)
-    assert len(limits) == len(unit_J) == len(aims) == scores_policy.utility_PGJ.shape[2], (limits, unit_J, aims)
-    assert len(audit_names) == scores_policy.audit_PGA.shape[2], audit_names
+    for side in (policy, reference):
+        n = side.rollouts.n
+        assert len(side.texts) == len(prompts) * n == side.rollouts.length.numel(), (len(side.texts), len(prompts), n)
+    assert len(asked.limits) == policy.scores.utility_PGJ.shape[2], asked.limits
+    assert len(audit_names) == policy.scores.audit_PGA.shape[2], audit_names
 
     constraints = []
-    for j, limit in enumerate(limits):
-        own = limit.rows(prompts)
-        policy_PG, reference_PG = scores_policy.utility_PGJ[own, :, j], scores_reference.utility_PGJ[own, :, j]
-        result = improvement(policy_PG, reference_PG, confidence)
-        constraint = Constraint(
-            name=limit.name, threshold=limit.value, aim=float(aims[j]), estimate=result, word=word(result, limit.value), kind=limit.kind,
-            on=limit.on, unit=unit_J[j],
-        )  # fmt: skip
-        if limit.kind != "improvement":
-            cost_PG = -policy_PG * unit_J[j]
-            # A rate's costs are 0 or 1 up to rounding of the unit.
-            measured = rate(cost_PG.round(), confidence) if limit.kind == "rate" else estimate(cost_PG.mean(1), confidence)
-            reference = float(-reference_PG.mean()) * unit_J[j]
-            constraint = replace(constraint, measured=measured, reference=reference, word=word(negated(measured), -limit.value))
-        constraints.append(constraint)
+    for j, (limit, aim, unit) in enumerate(zip(asked.limits, asked.aims, asked.unit_J, strict=True)):
+        about = limit.rows(prompts)
+        policy_PG, reference_PG = (side.scores.utility_PGJ[about, :, j] for side in (policy, reference))
+        constraints.append(judge(limit, float(aim), policy_PG, reference_PG, unit, confidence))
     audits = [
-        (name, improvement(scores_policy.audit_PGA[..., a], scores_reference.audit_PGA[..., a], confidence))
+        (name, improvement(policy.scores.audit_PGA[..., a], reference.scores.audit_PGA[..., a], confidence))
         for a, name in enumerate(audit_names)
     ]
-    both = (rollouts_reference, rollouts_policy)
+    both = (reference.rollouts, policy.rollouts)
     return Evaluation(
-        reward=improvement(scores_policy.reward_PG, scores_reference.reward_PG, confidence),
+        reward=improvement(policy.scores.reward_PG, reference.scores.reward_PG, confidence),
         constraints=tuple(constraints),
         audits=tuple(audits),
         kl=estimate(kl_PG.double().mean(1), confidence),
         finished=tuple(r.finished.double().mean().item() for r in both),
         mean_length=tuple(r.length.double().mean().item() for r in both),
-        refusal_harmless=refusal_shares(texts_reference, texts_policy, prompts.kind),
+        refusal_harmless=refusal_shares(reference.texts, policy.texts, prompts.kind),
         n_prompts=len(prompts),
-        n_responses=rollouts_policy.n,
+        n_responses=policy.rollouts.n,
         confidence=confidence,
     )

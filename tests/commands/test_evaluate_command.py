@@ -19,7 +19,7 @@ from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
 from engine.data.prompts import load_prompts, lookalike_prompts, overlap, shipped_prompts
 from engine.evaluate import ask, main
 from engine.intervals import estimate
-from engine.model.quickstart import tiny_model_folder
+from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
 from engine.run import rows as metrics_rows
 from engine.run.display import Progress

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from engine.data.dealing import split, subset
 from engine.data.prompts import assert_disjoint, load_prompts, prompt_key, shipped_prompts
 from engine.errors import UserError
-from engine.model.quickstart import tiny_model_folder
+from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is rain?"}]

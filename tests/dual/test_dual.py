@@ -1,5 +1,7 @@
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -796,3 +798,10 @@ def test_bisection_by_hand():
     assert after((1.0, -0.1), (3.0, -0.05, 0.1), (2.0, 0.1)) == 1.5
     with pytest.raises(UserError, match="finite"):
         after((1.0, math.nan))
+
+
+def test_the_library_loads_without_the_report_and_the_run_folder():
+    program = "import sys, engine.dual; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert "engine.dual" in loaded
+    assert not {"matplotlib", "rich", "transformers", "engine.run", "engine.report"} & set(loaded)

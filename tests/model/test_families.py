@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from engine import caid, export, model
 from engine.config import CaidConfig, smoke
-from engine.model.quickstart import tiny_model_folder
 from engine.policy.peft import load_peft
-from engine.rollout import sampler as rollout
+from engine.quickstart import tiny_model_folder
+from engine.rollout import decoding
 from engine.run.rows import read_rows
 from engine.run.store import load
 from engine.stages.reference import ReferenceSamples
@@ -20,7 +20,7 @@ from tests.helpers.architectures import write_model
 
 @pytest.mark.parametrize("name", ["qwen 3, biases, windows, one key head", "mistral", "gemma 2", "gemma 3"])
 def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rollout, "NEAR_TIE", 0.1)
+    monkeypatch.setattr(decoding, "NEAR_TIE", 0.1)
     folder = tiny_model_folder(tmp_path / "model")
     write_model(folder, name, vocab_size=384, max_position_embeddings=2048)
     write_random_heads(folder)

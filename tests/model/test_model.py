@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from engine import model as M
 from engine.errors import UserError
-from engine.model.architecture import HARMLESS, ModelConfig
+from engine.model.architecture import ModelConfig
 from engine.model.attention import Layout
 from engine.model.decoder import Decoder
-from engine.model.names import named_targets
+from engine.model.families import HARMLESS
+from engine.model.names import from_gguf, to_gguf, to_hugging_face
 from engine.policy.lora import Adapter
 from engine.policy.peft import load_peft, save_peft
 from tests.helpers.architectures import VARIANTS, VOCABULARY, write_model
@@ -57,7 +58,7 @@ def test_gradients_of_every_weight_equal_transformers(tmp_path, name):
     # The names that stand for views of our weights now stand for views of their gradients.
     for weight in ours.parameters():
         weight.data = weight.grad
-    gradients, oracle = named_targets(ours), {n: p.grad for n, p in network.named_parameters()}
+    gradients, oracle = to_hugging_face(ours.state_dict(), ours.config), {n: p.grad for n, p in network.named_parameters()}
     assert gradients.keys() == oracle.keys()
     for key, expected in oracle.items():
         assert (gradients[key] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-5, key
@@ -79,7 +80,8 @@ def test_saved_folder_loads_in_transformers_with_equal_weights(tmp_path, name):
 def test_weights_are_read_into_the_wanted_dtype(tmp_path, stored, wanted):
     network = write_model(tmp_path, "qwen 2").to(stored)
     network.save_pretrained(tmp_path)
-    for name, weight in named_targets(M.load(tmp_path, dtype=wanted)).items():
+    ours = M.load(tmp_path, dtype=wanted)
+    for name, weight in to_hugging_face(ours.state_dict(), ours.config).items():
         assert weight.dtype == wanted and torch.equal(weight, network.get_parameter(name).to(wanted)), name
 
 
@@ -115,12 +117,47 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, stored, wan
     raw = {**json.loads((tmp_path / "small" / "config.json").read_text()), **sizes, "head_dim": 128}
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "config.json").write_text(json.dumps(raw))
-    shapes = named_targets(Decoder(ModelConfig.from_json(raw, tmp_path), raw, stored, torch.device("meta")))
+    config = ModelConfig.from_json(raw, tmp_path)
+    shapes = to_hugging_face(Decoder(config, raw, stored, torch.device("meta")).state_dict(), config)
     save_file({name: torch.ones_like(t, device="cpu") for name, t in shapes.items()}, tmp_path / "large" / "model.safetensors")
     command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large"), wanted]
     ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     peak, weights = map(int, ended.stdout.split())
     assert weights > 100e6 and 0.9 * weights < peak < 1.1 * weights
+
+
+def test_the_decoder_loads_without_what_stands_above_it():
+    code = "import sys, engine.model; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    loaded = set(ended.stdout.split())
+    assert "engine.model.decoder" in loaded
+    packages = {name.partition(".")[0] for name in loaded}
+    assert not packages & {"rich", "matplotlib", "transformers", "tokenizers", "gguf"}
+    parts = {name.split(".")[1] for name in loaded if name.startswith("engine.")}
+    assert parts <= {"errors", "records", "files", "model"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 3"])
+def test_a_pass_can_begin_and_end_at_any_layer_and_shows_the_states_between(tmp_path, name):
+    write_model(tmp_path, name)
+    ours, (_, tokens, cu) = M.load(tmp_path), ragged([5, 9])
+    adapter, seen = Adapter.on(ours, rank=2, alpha=4.0, share=0.4, seed=0), {}
+    with torch.no_grad():
+        for value in adapter.up.values():
+            value.normal_(generator=torch.Generator().manual_seed(0))
+        whole = ours(tokens, cu, adapter=adapter, tap=seen.__setitem__)
+        assert sorted(seen) == [0, 1, 2, 3]
+        for layer, states in seen.items():
+            assert torch.equal(ours(tokens, cu, adapter=adapter, stop=layer), states)
+            assert torch.equal(ours(tokens, cu, adapter=adapter, lower=(layer, states)), whole)
+        assert torch.equal(ours(tokens, cu, stop=1), seen[1]) and not torch.equal(ours(tokens, cu, stop=2), seen[2])
+
+
+def test_names_of_a_llama_in_gguf_and_hugging_face(tmp_path):
+    write_model(tmp_path, "llama, one head per query, own head")
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert len(names) == 3 + 3 * 9 and all(from_gguf(to_gguf(name)) == name for name in names)
+    assert to_gguf("model.layers.2.mlp.up_proj.weight") == "blk.2.ffn_up.weight"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen 3", "gemma 2", "gemma 3"])
@@ -142,9 +179,9 @@ def test_shared_prompt_layout_equals_separate_sequences(tmp_path, name):
     (p1, a, b, p2, c), _, _ = ragged([6, 4, 9, 3, 5])
     layout = Layout.shared_prompt([6, 3], [[4, 9], [5]])
     with torch.no_grad():
-        together = ours.run(ours.embed_tokens(torch.cat([p1, a, b, p2, c])), layout, 0, 3)
+        together = ours(torch.cat([p1, a, b, p2, c]), layout, stop=3)
         alone = [
-            ours.run(ours.embed_tokens(x), Layout.packed(torch.tensor([0, len(x)])), 0, 3)
+            ours(x, torch.tensor([0, len(x)]), stop=3)
             for x in map(torch.cat, ([p1, a], [p1, b], [p2, c]))
         ]
     expected = torch.cat([alone[0], alone[1][6:], alone[2]])

@@ -11,7 +11,7 @@ from engine import export, model, train
 from engine.config import CaidConfig, smoke
 from engine.evaluate import main as evaluate
 from engine.model import packing
-from engine.model.names import named_targets
+from engine.model.names import to_hugging_face
 from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.full import FullWeights
 from engine.policy.iterates import load_weights
@@ -98,7 +98,8 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     tolerance = 1e-5 if dtype == torch.float64 else 1e-4
     assert float(result.loss.detach()) == pytest.approx(float(loss.detach()), rel=tolerance)
     # The gradients under the names of a checkpoint.
-    gradients = named_targets(copy_of(weights, {name: value.grad for name, value in weights.named_parameters()}).decoder())
+    moved_by = copy_of(weights, {name: value.grad for name, value in weights.named_parameters()}).decoder()
+    gradients = to_hugging_face(moved_by.state_dict(), network.config)
     expected = {name: value.grad for name, value in oracle.named_parameters()}
     assert expected.keys() == gradients.keys()
     for name, gradient in gradients.items():

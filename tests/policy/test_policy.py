@@ -67,7 +67,7 @@ def kept_states(network, prompts, rollouts, layer):
     whole = packing.groups(prompts, rollouts)
     packed = packing.pack(whole, network.device)
     lower = LowerStates(layer)
-    lower.keep(whole, network.run(network.embed_tokens(packed.tokens), packed.layout, 0, layer))
+    lower.keep(whole, network(packed.tokens, packed.layout, stop=layer))
     return lower
 
 
@@ -357,7 +357,7 @@ def test_lower_states_of_chosen_responses_equal_a_direct_run(world):
     lower = kept_states(network, prompts, rollouts, 2)
     chosen = packing.Group(whole[1].prompt, [whole[1].responses[i] for i in (0, 3)], [4, 7])
     packed = packing.pack([chosen, whole[0]], network.device)
-    direct = network.run(network.embed_tokens(packed.tokens), packed.layout, 0, 2)
+    direct = network(packed.tokens, packed.layout, stop=2)
     assert (lower.of([chosen, whole[0]]) - direct).abs().max() < 1e-5
 
 

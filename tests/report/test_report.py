@@ -10,11 +10,13 @@ import matplotlib.image
 import pytest
 import torch
 
+from engine.constraints import Improvement, Judged, word
 from engine.errors import UserError
 from engine.intervals import estimate
 from engine.report import run_page
-from engine.report.run_page import FILES, _page, _read
-from engine.verdict.evaluation import Constraint, Evaluation, word
+from engine.report.run_files import FILES, read
+from engine.report.run_page import _page
+from engine.verdict.evaluation import Evaluation
 
 
 def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:
@@ -26,9 +28,9 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
         {"model": "org/model-135M", "cost": list(names), "threshold": [0.3] * len(names), "beta": 1.0, "out": str(folder)},
     )
     rows = [
-        {"kind": "reference", "reward_sd": 1.234, "utility_sd": [0.4] * n, "correlation": [-0.4] * n, "ess": 5.1, "finished": 0.93,
-         "names": list(names), "audit_names": ["harm-audit"]},
-        {"kind": "dual", "lam": [1.1] * n, "predicted_improvement": [0.48] * n},
+        {"kind": "reference", "reward_sd": 1.234, "utility_sd": [0.4] * n, "correlation": [-0.4] * n, "finished": 0.93,
+         "names": list(names), "audit_names": ["harm-audit"], "responses": 16},
+        {"kind": "dual", "lam": [1.1] * n, "predicted_improvement": [0.48] * n, "ess": 5.13},
     ]  # fmt: skip
     for t in range(1, iterations + 1):
         noise = torch.rand(24).tolist()
@@ -47,7 +49,9 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
     constraints = [estimate(change[:, j]) for j in range(n)]
     evaluation = Evaluation(
         reward=estimate(change[:, n]),
-        constraints=tuple(Constraint(name, 0.3, 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)),
+        constraints=tuple(
+            Judged(Improvement(name=name, value=0.3), 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)
+        ),
         audits=(("harm-audit", estimate(change[:, n + 1])),),
         kl=estimate(torch.rand(prompts) + 3),
         finished=(0.9, 0.95),
@@ -151,6 +155,17 @@ def test_tables_and_settings(rendered):
     assert str(folder) not in html and "versions" not in page.text
 
 
+def test_the_note_has_the_duals_effective_sample_size(rendered, tmp_path):
+    warm = "Warm start of the dual: lambda 1.100, predicted improvement 0.48"
+    assert f"{warm}, effective sample size 5.1 of 16." in _Page(rendered[2]).text
+    folder = tmp_path / "run"
+    shutil.copytree(rendered[0], folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name != "ess"} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert f"{warm}." in _Page(run_page.write(folder)[1].read_text(encoding="utf-8")).text
+
+
 @pytest.mark.parametrize("words", [("met", "met"), ("met", "not resolved"), ("not resolved", "not met")])
 def test_the_box_has_the_colour_of_the_worst_word(rendered, tmp_path, words):
     folder = tmp_path / "run"
@@ -158,7 +173,7 @@ def test_the_box_has_the_colour_of_the_worst_word(rendered, tmp_path, words):
     evaluation = json.loads((rendered[0] / "evaluation.json").read_text())
     evaluation["constraints"] = [{**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    page = _Page(_page(_read(folder), b""))
+    page = _Page(_page(read(folder), b""))
     assert ("div", {"class": "verdict " + words[1].replace(" ", "-")}) in page.tags
     assert all(f"constraint c{i}: {w} (" in page.text for i, w in enumerate(words))
 
@@ -180,7 +195,7 @@ def test_a_missing_file_leaves_the_rest(rendered, tmp_path, missing):
 @pytest.mark.parametrize(("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")])
 def test_the_title_calls_a_reading_a_reading(tmp_path, algorithm, shown):
     (tmp_path / "config.json").write_text(json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}}))
-    assert _read(tmp_path).title == f"{shown} on org/model-135M"
+    assert read(tmp_path).title == f"{shown} on org/model-135M"
 
 
 def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):

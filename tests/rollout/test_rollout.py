@@ -14,6 +14,7 @@ from engine.model.packing import LowerStates
 from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.records import Prompts
+from engine.rollout import decoding
 from engine.rollout import sampler as rollout
 from engine.rollout.cache import GpuCache
 from engine.rollout.sampler import generate
@@ -152,7 +153,7 @@ def test_states_taken_while_sampling_equal_those_of_the_reference_over_whole_res
         assert states.pooled[layer].shape == pooled[layer].shape
         assert (states.pooled[layer] - pooled[layer]).abs().max() < 1e-5
     packed = packing.pack(whole, tiny.device)
-    direct = tiny.run(tiny.embed_tokens(packed.tokens), packed.layout, 0, 2)
+    direct = tiny(packed.tokens, packed.layout, stop=2)
     assert (states.lower.of(whole) - direct).abs().max() < 1e-5
     _, expected = frozen_forward(tiny, whole, [], temperature=0.9, memory_budget_bytes=2**20)
     _, logprob = frozen_forward(tiny, whole, [], temperature=0.9, memory_budget_bytes=2**20, lower=states.lower)
@@ -193,7 +194,7 @@ def test_shape_of_a_batch_changes_a_response_at_most_from_its_first_near_tie_on(
 
 @pytest.mark.parametrize("temperature", [0.9, 0])
 def test_near_ties_are_those_of_the_perturbed_logits(tiny, temperature, monkeypatch, every_cache):
-    monkeypatch.setattr(rollout, "NEAR_TIE", 0.2)
+    monkeypatch.setattr(decoding, "NEAR_TIE", 0.2)
     out = generate(tiny, PROMPTS, n=4, max_new_tokens=20, temperature=temperature, seed=5, stop_token_ids=(2, *range(50, 65)))
     for r in range(12):
         prompt, size = PROMPTS[r // 4], int(out.length[r])

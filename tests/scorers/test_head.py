@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from scipy.optimize import minimize
 
 from engine.errors import UserError
-from engine.model.quickstart import tiny_model_folder
+from engine.quickstart import tiny_model_folder
 from engine.scorers import training
 from engine.scorers.base import Head
 from engine.scorers.head_data import Row, Text, hold_out, read_head_rows, response_ids
@@ -249,3 +251,8 @@ def test_the_auditor_is_another_head():
     harm, audit = Head.load(HEADS / "harm"), Head.load(HEADS / "harm-audit")
     assert harm.layer != audit.layer
     assert harm.trunk == audit.trunk
+
+
+def test_the_flags_need_no_torch():
+    program = "import sys, engine.scorers.head_config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "False\n"

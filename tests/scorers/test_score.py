@@ -10,11 +10,10 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from engine import model
+from engine import model, quickstart
 from engine.config import CaidConfig, smoke
 from engine.data.prompts import chat_ids, load_prompts
 from engine.errors import UserError
-from engine.model import quickstart
 from engine.model.packing import batches, groups
 from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
@@ -285,7 +284,7 @@ def counted(monkeypatch, owner, name):
 
 def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder, tmp_path, monkeypatch):
     _, tokenizer, prompts, _, texts = world
-    monkeypatch.setattr("engine.model.quickstart.model_folder", lambda: tiny_folder)
+    monkeypatch.setattr("engine.quickstart.model_folder", lambda: tiny_folder)
     weights = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for name, layer, weight in zip("abc", (1, 3, 3), weights, strict=True):
         Head(name=name, layer=layer, weight_D=weight, bias=0.5, trunk=fingerprint(tiny_folder)).save(tmp_path / name)

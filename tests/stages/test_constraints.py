@@ -2,21 +2,29 @@
 
 import json
 import math
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
 from engine import constraints, dual, mocan
-from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, check, smoke
+from engine.baselines import repo, safe_dpo
+from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, SafeDpoConfig, check, smoke
+from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
-from engine.records import Limit, Prompts, Scores, Units
-from engine.stages import update
-from engine.stages.reference import Reference, reference_units
-from engine.stages.sampling import Sampled
-from engine.stages.update import World
-from engine.verdict.sentences import judgement_sentences
+from engine.intervals import estimate
+from engine.policy.samples import Samples
+from engine.records import Prompts, Sampled, Scored, Scores, Units
+from engine.run.folder import RunFolder
+from engine.stages import slack, update
+from engine.stages.reference import ByScorers, Reference, reference_units
+from engine.stages.update import Updates
+from engine.verdict.evaluation import Evaluation
+from engine.verdict.sentences import answer, judgement_sentences
+from tests.helpers.samples import samples_of
 from tests.helpers.scorers import brevity
 
 DTYPE = torch.float64
@@ -28,7 +36,19 @@ def prompts_of(kinds: list[str]) -> Prompts:
 
 def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) -> Scores:
     reward_PG = utility_PGJ[..., 0] if reward_PG is None else reward_PG
-    return Scores(reward_PG=reward_PG, utility_PGJ=utility_PGJ, audit_PGA=utility_PGJ[..., :0], ref_logprob_PG=torch.zeros_like(reward_PG))
+    return Scores(
+        reward_PG=reward_PG,
+        utility_PGJ=utility_PGJ,
+        audit_PGA=utility_PGJ[..., :0],
+        ref_logprob_PG=torch.zeros_like(reward_PG),
+    )
+
+
+def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **fixed) -> Reference:
+    """The reference with these scores in units, which asks for nothing unless `fixed` says so."""
+    nothing = {"needed_J": torch.zeros(len(limits)), "aimed": [0.0] * len(limits), "aim_J": torch.zeros(len(limits))}
+    scoring = ByScorers(units=units, audit_names=[])
+    return Reference(prompts=prompts, sampled=None, scoring=scoring, scores=scores, limits=limits, lower=None, **{**nothing, **fixed})
 
 
 def units_of(*unit: float, above: list | None = None) -> Units:
@@ -42,10 +62,11 @@ def test_each_cost_has_the_limit_that_is_set_for_it():
     )  # fmt: skip
     check(config)
     found = constraints.limits(config, ["A", "B", "C"])
-    assert [(x.name, x.kind, x.value, x.on) for x in found] == [
-        ("A", "improvement", 0.1, "delicate"), ("B", "mean", -1.5, ""), ("C", "rate", 0.02, ""),
-    ]  # fmt: skip
-    assert found[2].unsafe_above == 0.5
+    assert found == [
+        Improvement(name="A", value=0.1, on="delicate"),
+        MeanCost(name="B", value=-1.5),
+        Rate(name="C", value=0.02, unsafe_above=0.5),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,8 +93,8 @@ def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
     kinds = ["delicate"] * 5 + ["everyday"] * 15
     r = torch.randn(20, 8, generator=generator, dtype=DTYPE)
     g = torch.randn(20, 8, 1, generator=generator, dtype=DTYPE) - 0.5 * r[..., None]
-    prompts, limit = prompts_of(kinds), Limit(name="harm", kind="improvement", value=0.3, on="delicate")
-    weighted = constraints.weighted([limit], scores_of(g, r), prompts, prompts)
+    prompts, limit = prompts_of(kinds), Improvement(name="harm", value=0.3, on="delicate")
+    weighted = g * constraints.weights([limit], prompts, prompts)[:, None]
     assert (weighted[5:] == 0).all() and torch.equal(weighted[:5], 4 * g[:5])
     lam = dual.solve(r, weighted, [0.3], 1.0).lam
     tilt = (r + weighted @ lam).softmax(1)
@@ -83,14 +104,20 @@ def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
     assert torch.equal(tilt[5:], r[5:].softmax(1))
     # On other prompts of another mixture the weights are those of the training prompts.
     other = prompts_of(["everyday", "delicate"])
-    assert torch.equal(constraints.weighted([limit], scores_of(g[:2], r[:2]), other, prompts)[1], 4 * g[1])
+    assert torch.equal((g[:2] * constraints.weights([limit], other, prompts)[:, None])[1], 4 * g[1])
+    # The stages count the utilities so, both for the dual and for the rules of the algorithms.
+    reference = reference_of(scores_of(g, r), units_of(1.0), [limit], prompts)
+    samples = samples_of(other, None, scores_of(g[:2], r[:2]))
+    assert torch.equal(reference.scored(samples).counted_PGJ[1], 4 * g[1])
+    reference = replace(reference, sampled=samples_of(prompts, None, scores_of(g, r)).sampled)
+    assert torch.equal(reference.problem[0], r) and torch.equal(reference.problem[1], weighted)
 
 
 def test_levels_become_the_improvements_that_reach_them():
     generator = torch.Generator().manual_seed(1)
     cost = torch.randn(40, 6, 2, generator=generator, dtype=DTYPE) + 0.7
     prompts = prompts_of(["delicate", "everyday"] * 20)
-    limits = [Limit(name="a", kind="mean", value=0.2, on="delicate"), Limit(name="b", kind="rate", value=0.1, unsafe_above=0.5)]
+    limits = [MeanCost(name="a", value=0.2, on="delicate"), Rate(name="b", value=0.1, unsafe_above=0.5)]
     units = units_of(2.0, 0.4, above=[None, 0.5])
     scores = units.apply(scores_of(-cost))
     needed = constraints.required(limits, scores, prompts, units)
@@ -113,11 +140,11 @@ def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
     cost = own + 0.5 * torch.randn(P, 8, 1, generator=generator, dtype=DTYPE)
     prompts, heldout, units = prompts_of(["x"] * P), prompts_of(["x"] * n), units_of(1.0)
     (aimed,) = constraints.aims(
-        [Limit(name="a", kind="mean", value=1.0)], scores_of(-cost), prompts, units, margin=2.0, heldout=heldout, n_responses=m
+        [MeanCost(name="a", value=1.0)], scores_of(-cost), prompts, units, margin=2.0, heldout=heldout, n_responses=m
     )
     assert (1.0 - aimed) / 2 == pytest.approx(math.sqrt((1 + 0.25 / m) / n), rel=0.03)
     unsafe = (torch.rand(P, 8, 1, generator=generator) < 0.3).double()
-    limit = Limit(name="a", kind="rate", value=0.1)
+    limit = Rate(name="a", value=0.1)
     (a,) = constraints.aims([limit], scores_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m)
     assert a + 2 * math.sqrt(a * (1 - a) / (n * m)) == pytest.approx(0.1, rel=0.01)
 
@@ -133,13 +160,17 @@ def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
     ("limit", "costs", "said"),
     [
         (
-            {"kind": "rate", "value": 0.02},
+            Rate(name="harm", value=0.02, on="delicate"),
             [-1.0, -1.0],
             r"--unsafe-above 0: every cost harm of the reference on delicate prompts lies at or below",
         ),
-        ({"kind": "rate", "value": 0.02}, [1.0, 2.0], r"every cost harm of the reference on delicate prompts lies above it"),
-        ({"kind": "improvement", "value": 0.3}, [2.5, 2.5], r"scorer harm on delicate prompts gave 2.5 for every response"),
-        ({"kind": "mean", "value": 0.3}, [1.0, 2.0], r"scorer harm on delicate prompts gives all responses of a prompt one score"),
+        (Rate(name="harm", value=0.02, on="delicate"), [1.0, 2.0], r"every cost harm of the reference on delicate prompts lies above it"),
+        (Improvement(name="harm", value=0.3, on="delicate"), [2.5, 2.5], r"scorer harm on delicate prompts gave 2.5 for every response"),
+        (
+            MeanCost(name="harm", value=0.3, on="delicate"),
+            [1.0, 2.0],
+            r"scorer harm on delicate prompts gives all responses of a prompt one score",
+        ),
     ],
 )
 def test_a_cost_that_is_constant_where_its_constraint_looks_is_named(limit, costs, said):
@@ -151,75 +182,80 @@ def test_a_cost_that_is_constant_where_its_constraint_looks_is_named(limit, cost
     scorers = SimpleNamespace(reward=SimpleNamespace(name="good"), costs=(harm,), audits=())
     scores = scores_of(-cost, torch.randn(6, 4, generator=generator, dtype=DTYPE))
     with pytest.raises(UserError, match=said):
-        reference_units(scores, scorers, [Limit(name="harm", on="delicate", **limit)], prompts)
-    if limit["kind"] != "rate":
-        everywhere = reference_units(scores, scorers, [Limit(name="harm", **limit)], prompts)
+        reference_units(scores, scorers, [limit], prompts)
+    if not isinstance(limit, Rate):
+        everywhere = reference_units(scores, scorers, [replace(limit, on="")], prompts)
         assert everywhere.utility_J == pytest.approx([float(cost[..., 0].var(1).mean().sqrt())])
 
 
 def test_a_response_is_unsafe_only_where_its_constraint_looks():
     cost = torch.tensor([[[1.0, -1.0], [-1.0, 0.7]], [[1.0, -1.0], [-1.0, 0.7]]], dtype=DTYPE)
-    limits = [Limit(name="a", kind="improvement", value=0.3, on="delicate"), Limit(name="b", kind="improvement", value=0.3)]
-    reference = SimpleNamespace(
-        sampled=SimpleNamespace(scores=scores_of(-cost)), limits=limits, prompts=prompts_of(["delicate", "everyday"])
-    )  # fmt: skip
-    world = SimpleNamespace(reference=reference)
-    assert World.unsafe(world, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
-    assert World.unsafe(world, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
+    limits = [Improvement(name="a", value=0.3, on="delicate"), Improvement(name="b", value=0.3)]
+    prompts = prompts_of(["delicate", "everyday"])
+    sampled = samples_of(prompts, None, scores_of(-cost))
+    # The costs are compared in the scorers' units, whatever one unit is in the run.
+    units = units_of(2.0, 0.25)
+    reference = reference_of(units.apply(sampled.scores), units, limits, prompts)
+    scored = reference.scored(Samples(prompts=prompts, sampled=sampled.sampled, scores=reference.scores))
+    assert unsafe_of(scored, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
+    assert unsafe_of(scored, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
+
+
+def unsafe_of(scored: Scored, above: tuple[float, ...]) -> torch.Tensor:
+    """The pairs of responses that SafeDPO's update is told to drop."""
+    config = SafeDpoConfig(cost=("a", "b"), unsafe_above=above)
+    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, iteration: target)
+    target, _ = safe_dpo.loop(stages, config)
+    return target.dropped(scored)
 
 
 @pytest.mark.parametrize(("kind", "unit", "aimed"), [("mean", 2.0, 1.0), ("rate", 0.5, 0.25)])
-def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, kind, unit, aimed):
+def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path, kind, unit, aimed):
     """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only prompt 1 misses."""
     before = torch.tensor([[0.0, 0.0, 0.0, 0.0], [10.0, 10.0, 10.0, 10.0]], dtype=DTYPE)
     after = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]], dtype=DTYPE)
     if kind == "rate":
         before, after = (before > 0).double(), torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=DTYPE)
-    limit, units = Limit(name="harm", kind=kind, value=aimed), units_of(unit)
-    old, new = (scores_of(-cost[..., None] / unit) for cost in (before, after))
+    limit, units = KINDS[kind](name="harm", value=aimed), Units(reward=unit, utility_J=[unit], audit_A=[])
+    old, new = (units.apply(scores_of(-cost[..., None])) for cost in (before, after))
     prompts = prompts_of(["x", "x"])
     needed = constraints.required([limit], old, prompts, units)
     level = after[1].mean() / unit - aimed / unit
-    assert constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ)[:, 0].tolist() == pytest.approx(
-        [-aimed / unit, float(level)]
-    )
+    missing_PJ = constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ)
+    assert missing_PJ[:, 0].tolist() == pytest.approx([-aimed / unit, float(level)])
     # The mean over prompts is what the constraint itself misses.
-    assert float(constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ).mean()) == pytest.approx(
-        float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean()))
-    )
+    assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean())))
     # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and 0.
-    reference = Reference(
-        prompts=prompts, sampled=None, units=units, scores=old, limits=[limit], needed_J=needed, aimed=[aimed], aim_J=needed, lower=None
-    )
-    taken = {}
+    reference = reference_of(old, units, [limit], prompts, needed_J=needed, aimed=[aimed], aim_J=needed)
+    rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
+    sampled = Sampled(rollouts=rollouts, texts=[], scores=scores_of(-after[..., None]), kl_PG=torch.zeros(2, 4, dtype=DTYPE))
+    taken, logged = {}, []
 
     def one_stage(name, cls, compute):
-        taken[name] = compute(SimpleNamespace(row=lambda *a, **b: None))
+        taken[name] = compute(SimpleNamespace(log=logged.append))
         return taken[name]
-
-    rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
-    sampled = Sampled(rollouts=rollouts, texts=[], scores=new, kl_PG=torch.zeros(2, 4, dtype=DTYPE))
-    monkeypatch.setattr(update, "sample", lambda *a, **b: (sampled, None))
-    monkeypatch.setattr(update, "iteration_line", lambda *a: "")
 
     def ascend(stage, run, config, model, samples, score_PG, *rest, **options):
         taken["score"] = score_PG
-        return SimpleNamespace(loss=0.0)
+        return SimpleNamespace(adapter={}, loss=0.0)
 
-    monkeypatch.setattr(update, "ascend", ascend)
-    show = SimpleNamespace(line=lambda text: None)
-    job = SimpleNamespace(config=smoke(RepoConfig(beta=1.0)), model=None, run=SimpleNamespace(stage=one_stage, display=show, folder=None))
-    world = SimpleNamespace(
-        job=job, reference=reference, adapter=SimpleNamespace(set_tensors=lambda x: None), deal=lambda t: ([0, 1], [0, 1]),
-        rescore=lambda stage, prompts, sampled: sampled.scores, _begin=lambda *a: None, _end=lambda trained, t: trained,
-        _folder=lambda t: "/nonexistent/adapter", _tell_gap=lambda stage: None,
-    )  # fmt: skip
+    monkeypatch.setattr("engine.policy.update.ascend", ascend)
+    for module in (update, slack):
+        monkeypatch.setattr(module, "sample", lambda *a, **b: (sampled, None))
+        monkeypatch.setattr(module, "deal_prompts", lambda *a: ([0, 1], [0, 1]))
+    monkeypatch.setattr(update, "gap_of", lambda *a: "")
+    monkeypatch.setattr(update, "save_weights", lambda *a: None)
+    config, show = smoke(RepoConfig(beta=1.0)), SimpleNamespace(line=lambda text: None)
+    run = SimpleNamespace(stage=one_stage, display=show, folder=tmp_path, paths=RunFolder(tmp_path))
+    job = SimpleNamespace(config=config, model=None, folder=None, run=run)
+    weights = SimpleNamespace(tensors=dict, set_tensors=lambda x: None)
     lam = torch.tensor([3.0], dtype=DTYPE)
-    World.ascend(world, None, lam, 1, rectified=True)
+    Updates(job, reference, weights, None).ascend(None, lam, repo.rectified(lam, config.advantage), 1)
     utility = new.utility_PGJ[..., 0]
     assert torch.equal(taken["score"], new.reward_PG + torch.tensor([[0.0], [3.0]], dtype=DTYPE) * utility)
-    slack = World.measure_slack(world, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
-    assert float(slack.violation_J[0]) == pytest.approx(float(level) / 2)
+    measured = slack.measure(job, reference, weights, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
+    assert float(measured.violation_J[0]) == pytest.approx(float(level) / 2)
+    assert [row.KIND for row in logged] == ["policy", "iteration"] and logged[1].slack is measured.slack_J
 
 
 @pytest.mark.parametrize("kind", ["mean", "rate"])
@@ -236,9 +272,9 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     )  # fmt: skip
     result = caid.train(config)
     first, second = result.evaluation.constraints
-    assert (first.name, first.kind, first.on) == ("harm", "improvement", "delicate")
+    assert (first.name, first.limit.kind, first.limit.on) == ("harm", "improvement", "delicate")
     assert first.estimate.n < result.evaluation.n_prompts == second.estimate.n
-    assert (second.name, second.kind) == ("length", kind)
+    assert (second.name, second.limit.kind) == ("length", kind)
     rows = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
     # brevity is larger for shorter answers and enters with a minus: the cost is what it negates.
     costs = [-brevity([""], [row["policy"]])[0] for row in rows]
@@ -255,3 +291,56 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
 
 
 COST_MIDDLE = 12.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstTenth(MeanCost):
+    """Mean cost of the worst tenth of each prompt's responses <= value: a kind that the engine does not have."""
+
+    kind: ClassVar[str] = "worst"
+    measured: ClassVar[str] = "worst tenth"
+
+    def prompt_levels(self, utility_PG):
+        return -utility_PG.sort(1).values[:, : math.ceil(utility_PG.shape[1] / 10)].mean(1)
+
+    def level(self, utility_PG):
+        return float(self.prompt_levels(utility_PG).mean())
+
+    def aim(self, utility_PG, unit, *, margin, n_prompts, n_responses):
+        return self.value - margin * unit * float(self.prompt_levels(utility_PG).std()) / math.sqrt(n_prompts)
+
+    def measure(self, policy_PG, unit, confidence):
+        return estimate(self.prompt_levels(policy_PG) * unit, confidence)
+
+
+def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
+    """Costs 0 to 9 for each of two prompts, the first shifted by 10, so that the worst tenth has 19 and 9; the policy's is 3 less."""
+    cost = torch.arange(10, dtype=DTYPE).repeat(2, 1) + torch.tensor([[10.0], [0.0]], dtype=DTYPE)
+    before, after, units, prompts = -cost[..., None] / 2, -(cost[..., None] - 3) / 2, units_of(2.0), prompts_of(["x", "x"])
+    limit = WorstTenth(name="harm", value=12.0)
+    needed = constraints.required([limit], scores_of(before), prompts, units)
+    assert needed.tolist() == [(14 - 12) / 2]
+    aimed = constraints.aims([limit], scores_of(before), prompts, units, margin=1.0, heldout=prompts_of(["x"] * 50), n_responses=10)
+    assert aimed == pytest.approx([12 - math.sqrt(50) / math.sqrt(50)])
+    aim = constraints.aimed_improvement([limit], aimed, needed, units)
+    assert aim.tolist() == pytest.approx([1.5])
+    missing = constraints.missing([limit], aimed, aim, units, after, before)
+    assert missing[:, 0].tolist() == pytest.approx([(16 - 11) / 2, (6 - 11) / 2])
+    judged = constraints.judge(limit, aimed[0], after[..., 0], before[..., 0], 2.0)
+    assert judged.measured == estimate(torch.tensor([16.0, 6.0])) and judged.word == "not resolved" and judged.reference == 14
+    assert judged.required == 1 and judged.slack.mean == pytest.approx(1.0)
+    assert limit.opening(1.0, 11.0, 2.0, 2).startswith("constraint harm: worst tenth at most 12, aim 11; the reference has 14; ")
+    assert limit.progress(1.5, 0.25, 1.0, 11.0, 2.0) == "harm worst tenth 11 +- 0.5 (at most 12, aim 11)"
+    said = limit.verdict_text(judged, 0.95)
+    assert said.startswith("constraint harm: not resolved (worst tenth 11.00, 95 % [")
+    assert said.endswith("reference 14.00; improvement +1.50, 95 % [1.50, 1.50])")
+    assert limit.slack_text(judged.slack, 0.95).startswith("slack harm (limit - worst tenth): +1.00, 95 % [")
+    # A verdict that was written is read again once the kind stands in the table.
+    monkeypatch.setitem(KINDS, "worst", WorstTenth)
+    still = estimate(torch.zeros(2))
+    whole = Evaluation(
+        reward=still, constraints=(judged,), audits=(), kl=still, finished=(1, 1), mean_length=(9, 9), refusal_harmless=None,
+        n_prompts=2, n_responses=10,
+    )  # fmt: skip
+    assert Evaluation.from_dict(json.loads(json.dumps(whole.as_dict()))) == whole
+    assert answer(whole).endswith("constraint harm (worst tenth at most 12) is not resolved")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
+from engine.constraints import Improvement, Judged, MeanCost, Rate, word
 from engine.errors import UserError
 from engine.intervals import Estimate, Share, estimate, improvement, rate, t_quantile, wilson
-from engine.records import Limit, Prompts, Rollouts, Scores
-from engine.verdict.evaluation import Constraint, Evaluation, Judgement, evaluate, pair_order, word
+from engine.records import Prompts, Rollouts, Scores
+from engine.verdict.evaluation import Asked, Evaluation, Judgement, Side, evaluate, pair_order
 from engine.verdict.refusals import OverRefusal, is_refusal, over_refusal
 from engine.verdict.sentences import answer, judgement_sentences, sentences
 
@@ -173,6 +174,12 @@ def test_the_wilson_interval_covers_however_responses_are_clustered():
         assert covered > 0.95 - 4 * math.sqrt(0.05 * 0.95 / runs), (alike, covered)
 
 
+def _rollouts(n: int, length: list[int], finished: list[bool]) -> Rollouts:
+    empty = torch.zeros(len(length), 9)
+    length, finished = torch.tensor(length), torch.tensor(finished)
+    return Rollouts(n=n, tokens=empty.long(), length=length, finished=finished, logprob=empty, model_logprob=empty, near_tie=empty > 0)
+
+
 def _stage_outputs(kind: list[str]) -> dict:
     """Two prompts, 2 responses of the policy and 3 of the reference, one constraint and one audit."""
 
@@ -181,23 +188,22 @@ def _stage_outputs(kind: list[str]) -> dict:
         reward = torch.tensor(reward, dtype=torch.float64)
         return Scores(reward_PG=reward, utility_PGJ=as_3d[0], audit_PGA=as_3d[1], ref_logprob_PG=torch.zeros_like(reward))
 
-    def rollouts(n, length, finished):
-        empty = torch.zeros(len(length), 9)
-        length, finished = torch.tensor(length), torch.tensor(finished)
-        return Rollouts(n=n, tokens=empty.long(), length=length, finished=finished, logprob=empty, model_logprob=empty, near_tie=empty > 0)
-
+    policy = Side(
+        scores=scores([[1.0, 3.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 1.0]], [[0.0, 0.0], [0.0, 2.0]]),
+        rollouts=_rollouts(2, [4, 6, 8, 9], [True, True, True, False]),
+        texts=["Yes.", "I cannot.", "I'm sorry, but no.", "No."],
+    )
+    reference = Side(
+        scores=scores([[0.0, 0.0, 3.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [[0.0] * 3, [0.0] * 3]),
+        rollouts=_rollouts(3, [9, 9, 9, 1, 1, 1], [False] * 3 + [True] * 3),
+        texts=["Yes."] * 5 + ["I can't."],
+    )
     return {
-        "scores_policy": scores([[1.0, 3.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 1.0]], [[0.0, 0.0], [0.0, 2.0]]),
-        "scores_reference": scores([[0.0, 0.0, 3.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [[0.0] * 3, [0.0] * 3]),
-        "rollouts_policy": rollouts(2, [4, 6, 8, 9], [True, True, True, False]),
-        "rollouts_reference": rollouts(3, [9, 9, 9, 1, 1, 1], [False] * 3 + [True] * 3),
-        "texts_policy": ["Yes.", "I cannot.", "I'm sorry, but no.", "No."],
-        "texts_reference": ["Yes."] * 5 + ["I can't."],
+        "policy": policy,
+        "reference": reference,
         "prompts": Prompts(text=["a", "b"], kind=kind, token_ids=[[1], [2]], key_P=torch.tensor([1, 2])),
         "kl_PG": torch.tensor([[1.0, 2.0], [4.0, 5.0]]),
-        "limits": [Limit(name="harm", kind="improvement", value=0.5)],
-        "aims": torch.tensor([0.75]),
-        "unit_J": [1.0],
+        "asked": Asked(limits=[Improvement(name="harm", value=0.5)], aims=[0.75], unit_J=[1.0]),
         "audit_names": ["harm-audit"],
     }
 
@@ -205,7 +211,7 @@ def _stage_outputs(kind: list[str]) -> dict:
 def test_evaluate_by_hand():
     e = evaluate(**_stage_outputs(["everyday", "delicate"]))
     assert e.reward == estimate(torch.tensor([1.0, 1.0]))
-    assert e.constraints == (Constraint("harm", 0.5, 0.75, estimate(torch.tensor([1.0, 1.0])), "met"),)
+    assert e.constraints == (Judged(Improvement(name="harm", value=0.5), 0.75, estimate(torch.tensor([1.0, 1.0])), "met"),)
     assert e.audits == (("harm-audit", estimate(torch.tensor([0.0, 1.0]))),)
     assert e.kl == estimate(torch.tensor([1.5, 4.5]))
     assert (e.finished, e.mean_length) == ((0.5, 0.75), (5.0, 6.75))
@@ -233,7 +239,8 @@ def test_the_confidence_reaches_every_estimate():
     assert e.kl == estimate(torch.tensor([1.5, 4.5]), 0.8)
     assert e.constraints[0].estimate == estimate(torch.tensor([1.0, 1.0]), 0.8)
     uneven = _stage_outputs(["", ""])
-    uneven["scores_policy"] = replace(uneven["scores_policy"], utility_PGJ=torch.tensor([[1.0, 1.0], [3.0, 5.0]])[..., None].double())
+    utility_PGJ = torch.tensor([[1.0, 1.0], [3.0, 5.0]])[..., None].double()
+    uneven["policy"] = replace(uneven["policy"], scores=replace(uneven["policy"].scores, utility_PGJ=utility_PGJ))
     assert [evaluate(**uneven, confidence=c).constraints[0].word for c in (0.6, 0.95)] == ["met", "not resolved"]
 
 
@@ -246,7 +253,7 @@ def test_evaluation_without_a_confidence_is_one_at_95_percent():
 
 def test_slack_is_the_interval_of_what_is_above_b():
     gain = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    slack = Constraint("harm", 0.25, 0.5, estimate(gain), "met").slack
+    slack = Judged(Improvement(name="harm", value=0.25), 0.5, estimate(gain), "met").slack
     assert tuple(vars(slack).values()) == pytest.approx(tuple(vars(estimate(gain - 0.25)).values()), abs=1e-12)
 
 
@@ -275,50 +282,45 @@ def test_rate_bounds_keep_their_confidence_however_responses_are_clustered(p, al
 
 
 def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
-    outputs = _stage_outputs(["everyday", "delicate"]) | {"unit_J": [2.0]}
-    outputs = {k: v for k, v in outputs.items() if not k.startswith("texts_")}
-    rows = [0, 1, 1]
-
-    def thrice(name):
-        scores = outputs[name]
-        changes = {f: getattr(scores, f)[rows] for f in ("reward_PG", "utility_PGJ", "audit_PGA", "ref_logprob_PG")}
-        return replace(scores, **changes)
-
+    outputs = _stage_outputs(["everyday", "delicate"])
     p = Prompts(text=list("abc"), kind=["everyday", "delicate", "delicate"], token_ids=[[1], [2], [3]], key_P=torch.arange(3))
-    policy, reference = thrice("scores_policy"), thrice("scores_reference")
-    empty = torch.zeros(9, 9)
-    both = {
-        f"rollouts_{side}": Rollouts(
-            n=n, tokens=empty[: 3 * n].long(), length=torch.ones(3 * n), finished=torch.ones(3 * n) > 0, logprob=empty[: 3 * n],
-            model_logprob=empty[: 3 * n], near_tie=empty[: 3 * n] > 0,
+
+    def thrice(side):
+        """The scores of the first prompt, and those of the second for two prompts."""
+        names = ("reward_PG", "utility_PGJ", "audit_PGA", "ref_logprob_PG")
+        n = side.rollouts.n
+        return Side(
+            scores=replace(side.scores, **{name: getattr(side.scores, name)[[0, 1, 1]] for name in names}),
+            rollouts=_rollouts(n, [1] * 3 * n, [True] * 3 * n),
+            texts=["x"] * 3 * n,
         )
-        for side, n in (("policy", 2), ("reference", 3))
-    }  # fmt: skip
-    texts = {"texts_policy": ["x"] * 6, "texts_reference": ["x"] * 9}
 
-    def judged(**limit):
-        limits = {"limits": [Limit(name="harm", **limit)], "aims": [limit["value"]]}
-        return evaluate(**{**outputs, **both, **texts, **limits, "prompts": p, "scores_policy": policy, "scores_reference": reference,
-                           "kl_PG": torch.zeros(3, 2)})  # fmt: skip
+    policy, reference = thrice(outputs["policy"]), thrice(outputs["reference"])
 
-    on = judged(kind="improvement", value=0.5, on="delicate").constraints[0]
+    def judged(kind, **values):
+        asked = Asked(limits=[kind(name="harm", **values)], aims=[values["value"]], unit_J=[2.0])
+        return evaluate(policy, reference, p, torch.zeros(3, 2), asked, ["harm-audit"])
+
+    on = judged(Improvement, value=0.5, on="delicate").constraints[0]
     assert on.estimate == estimate(torch.tensor([1.0, 1.0])) and on.word == "met"
-    e = judged(kind="mean", value=-3.9)
+    e = judged(MeanCost, value=-3.9)
     mean = e.constraints[0]
     # Utilities 1, 2, 2 of the policy in units of 2: costs -2, -4, -4.
     assert mean.measured == estimate(torch.tensor([-2.0, -4.0, -4.0]))
     assert mean.reference == pytest.approx(-4 / 3) and mean.word == "not resolved"
     assert mean.slack.mean == pytest.approx(-3.9 + 10 / 3) and mean.required == pytest.approx((-4 / 3 + 3.9) / 2)
-    assert judged(kind="mean", value=0.0, on="delicate").constraints[0].word == "met"
+    assert judged(MeanCost, value=0.0, on="delicate").constraints[0].word == "met"
     line = next(x for x in sentences(e) if x.startswith("constraint harm: not resolved (mean cost -3.33, 95 % ["))
     assert "the limit -3.90 lies between" in line and "reference -1.33" in line
     assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
-    safe = replace(policy, utility_PGJ=torch.zeros(3, 2, 1, dtype=torch.float64))
-    policy, reference = safe, replace(reference, utility_PGJ=-torch.ones(3, 3, 1, dtype=torch.float64) / 2)
-    e = judged(kind="rate", value=0.7, on="delicate")
+    # From here on no response of the policy is unsafe, and every one of the reference.
+    safe, unsafe = torch.zeros(3, 2, 1, dtype=torch.float64), -torch.ones(3, 3, 1, dtype=torch.float64) / 2
+    policy = replace(policy, scores=replace(policy.scores, utility_PGJ=safe))
+    reference = replace(reference, scores=replace(reference.scores, utility_PGJ=unsafe))
+    e = judged(Rate, value=0.7, on="delicate")
     assert e.constraints[0].measured == rate(torch.zeros(2, 2)) and e.constraints[0].reference == pytest.approx(1.0)
     assert any(x.startswith("constraint harm: not resolved (on 2 delicate prompts: rate 0.00 %, 95 % [0.00, ") for x in sentences(e))
-    assert judged(kind="rate", value=0.8, on="delicate").constraints[0].word == "met"
+    assert judged(Rate, value=0.8, on="delicate").constraints[0].word == "met"
 
 
 def _judgement(confidence: float = 0.95, **changes) -> Judgement:
@@ -358,7 +360,8 @@ def test_sentences_name_the_confidence():
     assert [line for line in lines if "95 %" in line] == []
     assert sum("80 %" in line for line in lines) == 8
     e = _judgement(0.975).evaluation
-    two = replace(e, constraints=(e.constraints[0], replace(e.constraints[0], name="other", threshold=1.25, word="not resolved")))
+    other = replace(e.constraints[0], limit=Improvement(name="other", value=1.25), word="not resolved")
+    two = replace(e, constraints=(e.constraints[0], other))
     assert answer(two) == (
         "with 2 prompts x 2 responses and 97.5 % confidence: constraint harm (b 0.5) is met; constraint other (b 1.25) is not resolved"
     )
@@ -366,7 +369,7 @@ def test_sentences_name_the_confidence():
 
 def _with_constraint(lower: float, upper: float, threshold: float) -> list[str]:
     e = Estimate(mean=0.52, se=0.06, low=0.40, high=0.64, lower=lower, upper=upper, n=80)
-    constraint = Constraint("harm", threshold, 0.48, e, word(e, threshold))
+    constraint = Judged(Improvement(name="harm", value=threshold), 0.48, e, word(e, threshold))
     return sentences(replace(evaluate(**_stage_outputs(["everyday", "delicate"])), constraints=(constraint,)))
 
 

@@ -1,9 +1,9 @@
-"""Make the default model by hand and print its folder: `python -m engine.quickstart`."""
+"""Fetches the default model on first use and prints its folder: `python -m engine.quickstart`."""
 
 import sys
 
 from engine.errors import UserError
-from engine.model.quickstart import model_folder
+from engine.quickstart import model_folder
 
 if __name__ == "__main__":
     try:

@@ -1,0 +1,243 @@
+"""The kinds of constraints: an improvement over the reference, a mean cost, and a rate of unsafe responses.
+
+A further kind is one more class, and its entry in `KINDS`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from engine import intervals
+from engine.config import RunConfig
+from engine.constraints.limit import Judged, Limit, comparable
+from engine.errors import UserError
+from engine.intervals import Estimate, improvement_text, interval_text, negated, number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvement(Limit):
+    """Mean utility of the policy - that of the reference >= value, in the run's units."""
+
+    kind: ClassVar[str] = "improvement"
+    flag: ClassVar[str] = "--threshold"
+
+    @classmethod
+    def asked(cls, config: RunConfig, j: int) -> float | None:
+        return config.threshold[j]
+
+    def required(self, utility_PG: Tensor, unit: float) -> float:
+        return self.value
+
+    def aim(self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int) -> float:
+        """Returns value + margin x standard error predicted for the held-out prompts."""
+        return self.value + margin * intervals.predicted_se(utility_PG, n_prompts, n_responses)
+
+    def room(self, aimed: float, unit: float) -> float:
+        return aimed - self.value
+
+    def missing(self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float) -> Tensor:
+        return aim - (policy_PG.mean(1) - reference_PG.mean(1))
+
+    def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> None:
+        return None
+
+    def reference_level(self, reference_PG: Tensor, unit: float) -> None:
+        return None
+
+    def as_utility(self, judged: Estimate) -> tuple[Estimate, float]:
+        return judged, self.value
+
+    def progress(self, improvement: float, se: float, needed: float, aimed: float, unit: float) -> str:
+        on = f" on {self.on}" if self.on else ""
+        return f"{self.name}{on} {improvement:+.2f} +- {se:.2f} (b {self.value:.2f}, aim {aimed:.2f})"
+
+    def opening(self, needed: float, aimed: float, unit: float, n_prompts: int) -> str:
+        on = f" on {self.on} prompts ({n_prompts})" if self.on else ""
+        return (
+            f"constraint {self.name}{on}: b {self.value:.2f} + margin {aimed - self.value:.2f} = aim {aimed:.2f} "
+            f"(within-prompt standard deviations; one is {unit:.3g} of the scorer's units)"
+        )
+
+    def asked_text(self) -> str:
+        return f"b {self.value:g}"
+
+    def slack_text(self, slack: Estimate, confidence: float) -> str:
+        text = f"{number(slack.mean, sign='+')}, {interval_text(slack, confidence)}"
+        return f"slack {self.name} (improvement - b): {text}"
+
+    def verdict_text(self, judged: Judged, confidence: float) -> str:
+        lower, upper, b = comparable(judged.estimate.lower, judged.estimate.upper, self.value)
+        reason = {
+            "met": f"one-sided lower bound {lower} >= b {b}",
+            "not met": f"one-sided upper bound {upper} < b {b}",
+            "not resolved": f"b {b} lies between the one-sided bounds {lower} and {upper}",
+        }[judged.word]
+        return (
+            f"constraint {self.name}: {judged.word} ({judged.prompts_text}{improvement_text(judged.estimate, confidence)}, {reason}, "
+            f"aimed at {number(judged.aim)})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanCost(Limit):
+    """Mean cost of the policy <= value, in the scorer's own units.
+
+    Another limit on a level of the policy is a subclass that measures it differently and has its own words for it.
+    """
+
+    kind: ClassVar[str] = "mean"
+    flag: ClassVar[str] = "--cost-mean"
+    measured: ClassVar[str] = "mean cost"  # the name of the level in sentences
+    scale: ClassVar[int] = 1  # from a level to the number that is printed
+    percent: ClassVar[str] = ""  # what follows a number that is printed
+    formats: ClassVar[tuple[str, str]] = (".3g", ".2g")  # of a level and of its standard error
+
+    @classmethod
+    def asked(cls, config: RunConfig, j: int) -> float | None:
+        return config.cost_mean[j] if config.cost_mean and config.cost_mean[j] < math.inf else None
+
+    @property
+    def meaning(self) -> str:
+        """Names the level in the words of the opening line."""
+        return self.measured
+
+    def level(self, utility_PG: Tensor) -> float:
+        """Returns the level of all prompts together, in units."""
+        return float(-utility_PG.mean())
+
+    def prompt_levels(self, utility_PG: Tensor) -> Tensor:
+        """Returns the level of each prompt, in units, float64 [P]."""
+        return -utility_PG.mean(1)
+
+    def required(self, utility_PG: Tensor, unit: float) -> float:
+        return -self.value / unit + self.level(utility_PG)
+
+    def aim(self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int) -> float:
+        """Returns value - margin x standard error predicted for the mean cost of the held-out prompts, which vary too."""
+        within, between = variances(utility_PG)
+        return self.value - margin * unit * math.sqrt((between + within / n_responses) / n_prompts)
+
+    def room(self, aimed: float, unit: float) -> float:
+        return (self.value - aimed) / unit
+
+    def missing(self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float) -> Tensor:
+        """Compares the prompt's own level, so that one below the limit already misses nothing (arXiv 2410.19933: E_x [E_y c - d]+)."""
+        return self.prompt_levels(policy_PG) - aimed / unit
+
+    def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> Estimate:
+        return intervals.estimate((-policy_PG * unit).mean(1), confidence)
+
+    def reference_level(self, reference_PG: Tensor, unit: float) -> float:
+        return self.level(reference_PG) * unit
+
+    def as_utility(self, judged: Estimate) -> tuple[Estimate, float]:
+        return negated(judged), -self.value
+
+    def progress(self, improvement: float, se: float, needed: float, aimed: float, unit: float) -> str:
+        on = f" on {self.on}" if self.on else ""
+        level, se, (of_level, of_se) = self.value + (needed - improvement) * unit, se * unit, self.formats
+        return (
+            f"{self.name}{on} {self.measured} {self.scale * level:{of_level}} +- {self.scale * se:{of_se}}{self.percent} "
+            f"(at most {self.scale * self.value:g}{self.percent}, aim {self.scale * aimed:{of_level}}{self.percent})"
+        )
+
+    def opening(self, needed: float, aimed: float, unit: float, n_prompts: int) -> str:
+        on = f" on {self.on} prompts ({n_prompts})" if self.on else ""
+        level, of_level = self.value + needed * unit, self.formats[0]
+        return (
+            f"constraint {self.name}{on}: {self.meaning} at most {self.scale * self.value:g}{self.percent}, "
+            f"aim {self.scale * aimed:{of_level}}{self.percent}; "
+            f"the reference has {self.scale * level:{of_level}}{self.percent}; "
+            f"needed improvement {needed:.2f} (within-prompt standard deviations, {unit:.3g} each)"
+        )
+
+    def asked_text(self) -> str:
+        return f"{self.measured} at most {self.scale * self.value:g}{self.percent}"
+
+    def slack_text(self, slack: Estimate, confidence: float) -> str:
+        in_percent = f",{self.percent}" if self.percent else ""
+        text = f"{number(self.scale * slack.mean, sign='+')}, {interval_text(slack, confidence, scale=self.scale)}"
+        return f"slack {self.name} (limit - {self.measured}{in_percent}): {text}"
+
+    def verdict_text(self, judged: Judged, confidence: float) -> str:
+        level, scale, percent = judged.measured, self.scale, self.percent
+        lower, upper, limit = comparable(scale * level.lower, scale * level.upper, scale * self.value)
+        reason = {
+            "met": f"one-sided upper bound {upper} <= {limit}{percent}",
+            "not met": f"one-sided lower bound {lower} > {limit}{percent}",
+            "not resolved": f"the limit {limit}{percent} lies between the one-sided bounds {lower} and {upper}",
+        }[judged.word]
+        values = f"{number(scale * level.mean)}{percent}, {interval_text(level, confidence, scale=scale)}"
+        return (
+            f"constraint {self.name}: {judged.word} ({judged.prompts_text}{self.measured} {values}, {reason}, "
+            f"aimed at {number(scale * judged.aim)}{percent}, reference {number(scale * judged.reference)}{percent}; "
+            f"{improvement_text(judged.estimate, confidence)})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(MeanCost):
+    """Share of responses whose cost lies above `unsafe_above` <= value: a mean of costs that count as 1 or 0."""
+
+    kind: ClassVar[str] = "rate"
+    flag: ClassVar[str] = "--cost-rate"
+    measured: ClassVar[str] = "rate"
+    scale: ClassVar[int] = 100
+    percent: ClassVar[str] = " %"
+    formats: ClassVar[tuple[str, str]] = (".1f", ".1f")
+    highest: ClassVar[float | None] = 0.0  # a utility is minus the share of unsafe responses
+
+    unsafe_above: float = 0.0  # in the scorer's own units; evaluation.json does not have it, and a verdict read from there has 0
+
+    @classmethod
+    def asked(cls, config: RunConfig, j: int) -> float | None:
+        return config.cost_rate[j] if config.cost_rate and config.cost_rate[j] < 1 else None
+
+    @classmethod
+    def of(cls, config: RunConfig, j: int, name: str, value: float) -> Self:
+        return replace(super().of(config, j, name, value), unsafe_above=unsafe_above(config)[j])
+
+    @property
+    def meaning(self) -> str:
+        return f"share of responses with a cost above {self.unsafe_above:g}"
+
+    @property
+    def counted_above(self) -> float:
+        return self.unsafe_above
+
+    def check_reference(self, utility_PG: Tensor) -> None:
+        if utility_PG.min() == utility_PG.max():
+            on = f" on {self.on} prompts" if self.on else ""
+            side = "above" if utility_PG.min() < 0 else "at or below"
+            raise UserError(
+                f"--unsafe-above {self.unsafe_above:g}: every cost {self.name} of the reference{on} lies {side} it, so that a rate "
+                "says nothing; choose a value among the costs."
+            )
+
+    def aim(self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int) -> float:
+        """Returns the a with a + margin sqrt(a (1 - a) / n) = value, n the effective number of responses: it lies above 0 always."""
+        within, between = variances(utility_PG)
+        effective = n_prompts * n_responses / (1 + (n_responses - 1) * between / (between + within))
+        a, q = margin**2 / effective, self.value
+        return (q + a / 2 - math.sqrt(a * q * (1 - q) + a * a / 4)) / (1 + a)
+
+    def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> Estimate:
+        # The costs are 0 or 1 up to rounding of the unit.
+        return intervals.rate((-policy_PG * unit).round(), confidence)
+
+
+# By the name in evaluation.json. The settings are asked in this order, and the last kind is that of every cost without another one.
+KINDS: dict[str, type[Limit]] = {kind.kind: kind for kind in (MeanCost, Rate, Improvement)}
+
+
+def unsafe_above(config: RunConfig) -> tuple[float, ...]:
+    """Returns --unsafe-above for each cost: one value serves all."""
+    return config.unsafe_above * len(config.cost) if len(config.unsafe_above) == 1 else config.unsafe_above
+
+
+def variances(x_PG: Tensor) -> tuple[float, float]:
+    """Returns the variance of a score within prompts, and that of the prompts' true means."""
+    within = float(x_PG.var(1).mean())
+    return within, max(0.0, float(x_PG.mean(1).var()) - within / x_PG.shape[1])
