@@ -17,7 +17,8 @@ USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--resume 
 algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 {algorithms}
 
---preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win (not for head)
+--preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win
+                  (not for head)
 --resume FOLDER   go on with the interrupted run in FOLDER, with its own settings: takes no other flags
 """
 

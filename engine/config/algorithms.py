@@ -22,19 +22,19 @@ class CaidConfig(IterativeConfig):
     policies aligned to preferences (PeCAID, Algorithm 3)."""
     preferences: str = ""
     """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward
-    and one per cost: 0 or 1, the response that is better in it. Default: labels drawn from the scorers on
-    reference samples."""
+    and one per cost: 0 or 1, the number of the response that is better in that respect. Default: labels drawn
+    from the scorers on reference samples."""
     preference_steps: int = bounded(10, above=0)
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     pairs: str = "reference"
     """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy:
-    fresh ones of the last iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0,
-    response_1 (or chosen, rejected): a data set's own; only the responses are taken from it, the scores are
-    the run's."""
+    fresh samples of the last iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0,
+    response_1 (or chosen, rejected): only its responses are taken, and the run's scorers score them."""
     dual_rule: str = one_of("newton", "secant", "optimistic", "bisection")
-    """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they
-    tell more than noise. optimistic: it, on a forecast of the slack. bisection: of one multiplier, by the
-    sign of the slack. For all, a slack within one standard error counts as 0."""
+    """The step of the multipliers. newton: as --dual-step says. secant: the same, with the curvature
+    corrected by the measured slacks where they tell more than noise. optimistic: the same, on a forecast of
+    the slack. bisection: for one multiplier, by the sign of the slack. In all of them a slack within one
+    standard error counts as 0."""
     dual_step: float = bounded(0.5, above=0)
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times
     slack); below 1, as a policy of few steps lags behind lambda."""
@@ -76,9 +76,9 @@ class MocanConfig(RunConfig):
     steps: int = 25
     """Policy steps in all."""
     pairs: str = "reference"
-    """Whose responses the policy update learns from: reference, the samples that the dual is solved on, or a
-    jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected), which
-    gives the responses; the scores are the run's."""
+    """Whose responses the policy update learns from. reference: the samples that the dual is solved on. Or a
+    jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected): only its
+    responses are taken, and the run's scorers score them."""
 
     solves_dual = True
 
@@ -98,7 +98,8 @@ class PecanConfig(MocanConfig):
 
     preferences: str = ""
     """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1,
-    the response that is better in it. Default: labels drawn from the scorers on reference samples."""
+    the number of the response that is better in that respect. Default: labels drawn from the scorers on
+    reference samples."""
     preference_steps: int = bounded(10, above=0)
     """DPO steps of each policy that is aligned to preferences."""
 
