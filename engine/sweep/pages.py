@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.files import write_whole
 from engine.intervals import Estimate
 from engine.report import html
-from engine.sweep.outcomes import Outcome
+from engine.sweep.outcomes import OneShot, Outcome
 from engine.sweep.pictures import multipliers, pareto
 from engine.sweep.plans import numbers, shown
 
@@ -19,7 +19,7 @@ STYLE = ".sides { grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
 PARTS = (" se", " low", " high")  # the columns that follow a mean; the page shows the interval beside it
 
 
-def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> None:
+def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[OneShot]]) -> None:
     """Writes table.csv, pareto.png, multipliers.png and index.html of the runs so far."""
     rows = table(outcomes)
     write_table(out / "table.csv", rows)
@@ -73,7 +73,10 @@ def _columns(name: str, e: Estimate) -> dict:
 
 
 def page(
-    outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]], pictures: dict[str, bytes]
+    outcomes: list[Outcome],
+    rows: list[dict],
+    paths: dict[int, list[OneShot]],
+    pictures: dict[str, bytes],
 ) -> str:
     """Returns index.html: pictures, table, the dual along the thresholds, and responses side by side."""
     done = [o for o in outcomes if o.evaluation is not None]
