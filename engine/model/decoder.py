@@ -83,10 +83,10 @@ class Decoder(nn.Module):
         sequences: how the tokens belong together: cu_seqlens int [N+1] of packed sequences, in each of which
         positions restart at 0; a layout; or an attention, such as a cache of the tokens before.
         adapter: is added to the weights; without one this is the reference. Layers below it need no gradient.
-        lower: (layer, states [M, D]): the residual stream before that layer, which is known already. It replaces
-        the embedding and the layers below.
+        lower: (layer, states [M, D]): the residual stream before that layer, where it is known already. The
+        embedding and the layers below are left out.
         tap: is shown the residual stream before each layer and after the last one.
-        stop: leaves out the final norm and the layers from this one on, and returns the residual stream there.
+        stop: leaves out the final norm and the layers from this one on; returns the residual stream there.
         checkpointed: the backward pass computes each layer again from its input, and keeps nothing in it.
         """
         if isinstance(sequences, Tensor):

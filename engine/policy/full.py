@@ -20,8 +20,8 @@ class FullWeights(PolicyWeights):
         super().__init__()
         master = torch.float64 if network.dtype == torch.float64 else torch.float32
         self.compute_dtype = network.dtype
-        # A module's parameters take no dots in their names. A ParameterDict sorts the names of a dict, and in that
-        # order the norms of gradients are added up.
+        # Parameters take no dots in their names. A ParameterDict sorts the names of a dict, which is
+        # the order in which the norms of gradients are added up.
         trained = {
             name.replace(".", "|"): nn.Parameter(value.detach().to(master, copy=True))
             for name, value in network.named_parameters()
