@@ -30,7 +30,8 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
     )
     se, b, aim = [0.06] * n, [0.3] * n, [0.48] * n
     reference = replace(REFERENCE, names=list(names), prompts=prompts, responses=16, reward_sd=1.234)
-    reference = replace(reference, finished=0.93, utility_sd=[0.4] * n, correlation=[-0.4] * n, needed=b, aimed=aim, aim=aim)
+    reference = replace(reference, finished=0.93, utility_sd=[0.4] * n, correlation=[-0.4] * n)
+    reference = replace(reference, needed=b, aimed=aim, aim=aim)
     dual = replace(DUAL, lam=[1.1] * n, lam_low=[0.9] * n, lam_high=[1.3] * n, lam_se=[0.1] * n, ess=5.13)
     dual = replace(dual, predicted_improvement=aim, predicted_improvement_se=se, improvement_at_zero=se)
     rows = [reference, replace(dual, aim=aim, threshold=b)]

@@ -41,7 +41,7 @@ def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) 
 
 
 def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **changes) -> Reference:
-    """Returns a reference with these scores in units; its constraints ask for nothing but what `changes` says."""
+    """Returns a reference with these scores in units, which asks for nothing but what `changes` says."""
     none_J = torch.zeros(len(limits), dtype=DTYPE)
     reference = Reference(
         prompts=prompts,
