@@ -21,13 +21,15 @@ from engine.evaluate import ask, main
 from engine.intervals import estimate
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
-from engine.run import rows as metrics_rows
 from engine.run.display import Progress
+from engine.run.folder import RunFolder
+from engine.run.rows import DualRow, IterationRow, ReferenceRow, SampledRow, read_rows
 from engine.run.run import Run
 from engine.stages.sampling import gap_text
 from engine.verdict import evaluation
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.sentences import sentences
+from tests.helpers.rows import POLICY, REFERENCE, write_metrics
 from tests.helpers.runs import SMOKE
 from tests.helpers.scorers import vowels
 
@@ -71,8 +73,8 @@ def test_the_seed_of_the_run_gives_its_verdict_again(finished, tmp_path, capsys)
     assert {name: again[name] for name in verdict} == verdict
     printed = capsys.readouterr().out
     for side in ("reference", "policy"):
-        (row,) = (row for row in metrics_rows.read_rows(finished, "sampled") if row["stage"] == f"heldout/{side}")
-        assert again["logprob_gap"][side] == row["logprob_gap"] and 0 < row["logprob_gap"]["max"] < 1e-4
+        (row,) = (row for row in read_rows(finished, SampledRow) if row.stage == f"heldout/{side}")
+        assert again["logprob_gap"][side] == row.logprob_gap and 0 < row.logprob_gap["max"] < 1e-4
         assert printed.count(f"heldout/{side}: {gap_text(row)}\n") == 1
     assert "the random numbers are those of its verdict" in printed
     assert all(line in printed for line in sentences(Evaluation.from_dict(verdict)))
@@ -111,10 +113,11 @@ def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time
 
 
 def test_units_are_the_runs_and_a_new_audit_gets_its_own(finished, judged):
-    row = metrics_rows.read_rows(finished, "reference")[0]
+    row = read_rows(finished, ReferenceRow)[0]
     settings = found(judged)["settings"]
     units = settings["units"]
-    assert (units["reward"], units["utility_J"], units["audit_A"][:1]) == (row["reward_sd"], row["utility_sd"], row["audit_sd"])
+    assert (units["reward"], units["utility_J"]) == (row.reward_sd, row.utility_sd)
+    assert units["audit_A"][:1] == row.audit_sd
     assert settings["audit"] == ["harm-audit", "tests.helpers.scorers:vowels"]
     raw = torch.tensor(vowels([], [r["reference"] for r in rows(judged)]), dtype=torch.float64).view(8, 4)
     assert units["audit_A"][1] == pytest.approx(raw.var(1).mean().sqrt().item())
@@ -154,7 +157,7 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
 
     monkeypatch.setattr(evaluate_command, "policy_logprob", both)
     assert main([str(finished), "--iterate", "2", "--confidence", "0.8", "--out", str(tmp_path / "o")]) == 0
-    result, lam = found(tmp_path / "o"), metrics_rows.read_rows(finished, "iteration")[1]["lam"]
+    result, lam = found(tmp_path / "o"), read_rows(finished, IterationRow)[1].lam
     assert result["settings"]["iterate"] == 2 and result["settings"]["lam"] == lam
     assert [a[2] for a in asked] == [0.8, 0.8]
     for name, (log_ratio, score, _) in zip(("reference", "policy"), asked, strict=True):
@@ -191,7 +194,7 @@ def test_a_run_of_mocan_has_the_lambda_of_its_dual(tmp_path):
     assert train.main(["mocan", *SMOKE, "--out", str(tmp_path / "m")]) == 0
     assert main([str(tmp_path / "m"), "--n-prompts", "3", "--n-responses", "2"]) == 0
     result = found(tmp_path / "m" / "evaluation-1")
-    assert result["settings"]["lam"] == metrics_rows.read_rows(tmp_path / "m", "dual")[0]["lam"]
+    assert result["settings"]["lam"] == read_rows(tmp_path / "m", DualRow)[0].lam
     assert (result["n_prompts"], result["n_responses"]) == (3, 2)
     assert [row["prompt"] for row in rows(tmp_path / "m")][:6] == [row["prompt"] for row in rows(tmp_path / "m" / "evaluation-1")]
 
@@ -244,11 +247,11 @@ def stopped_run(folder: Path, config, *, iterates: list[int], trained: list[int]
     """A run folder with adapter folders `iterates` and rows of the policies `trained`, and nothing else."""
     algorithm = "caid" if isinstance(config, CaidConfig) else "mocan"
     Run.create(folder, algorithm, asdict(config), versions={}, fingerprint=fingerprint).close()
-    logged = [{"kind": "reference"}, *({"kind": "policy", "iteration": t, "lam": [float(t)]} for t in trained)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    write_metrics(folder, [REFERENCE, *(replace(POLICY, iteration=t, lam=[float(t)]) for t in trained)])
     for t in iterates:
-        (folder / "adapters" / f"iteration-{t}").mkdir(parents=True)
-        (folder / "adapters" / f"iteration-{t}" / "adapter_config.json").write_text("{}")
+        adapter = RunFolder(folder).iterate(t)
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text("{}")
     return folder
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,23 @@ import torch
 from engine import caid, dual
 from engine.config import CaidConfig, smoke
 from engine.errors import UserError
-from engine.run.rows import IterationRow, PolicyRow, ReferenceRow, SpeedRow, StageTimeRow, StepRow, read_rows, read_timing
+from engine.run.rows import (
+    IterationRow,
+    PolicyRow,
+    ReferenceRow,
+    SpeedRow,
+    StageTimeRow,
+    StepRow,
+    read_rows,
+    read_timing,
+)
 from engine.run.store import load
 from engine.stages.reference import ReferenceSamples
 from engine.sweep import __main__ as sweep_main
 from engine.sweep.outcomes import effort, kept_lam
 from engine.sweep.plans import Plan, SweepConfig, configs_of
 from engine.sweep.runs import draw_samples
+from tests.helpers.rows import SPEED, write_timing
 
 COMMON = ["--", "--threads", "1", "--force"]
 ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]
@@ -52,7 +63,8 @@ def test_the_table_has_the_verdict_of_every_run(swept):
     # MoCAN samples nothing in training, and neither verdict is counted.
     slack = [row.tokens for row in read_timing(swept / runs[0], SpeedRow) if row.stage.endswith("slack")]
     assert caid_tokens == sum(slack) > 0 and mocan_tokens == 0
-    (reference,) = [row.tokens for row in read_timing(swept / "samples-seed3", SpeedRow) if row.stage == "reference"]
+    speeds = read_timing(swept / "samples-seed3", SpeedRow)
+    (reference,) = [row.tokens for row in speeds if row.stage == "reference"]
     assert {int(row["reference tokens"]) for row in rows} == {reference}
     assert len(read_rows(swept / runs[0], IterationRow)) == 2
 
@@ -71,18 +83,18 @@ def test_runs_of_a_seed_share_the_reference_and_end_like_runs_alone(swept, tmp_p
 
 def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
     """What Ctrl-C (a stage row) and a kill (none) leave before the whole attempt."""
-    slack, speed = "iteration-1/slack", {"sampling_s": 1.0, "scoring_s": 1.0, "tokens_per_s": 70.0, "scored_tokens_per_s": 70.0}
-    sampled = SpeedRow(stage=slack, tokens=70, **speed)
-    timing = [
-        sampled,
-        StageTimeRow(stage=slack, seconds=3.0),
-        sampled,
-        sampled,
-        StageTimeRow(stage=slack, seconds=5.0),
-        StageTimeRow(stage="heldout/policy", seconds=9.0),
-    ]
-    rows = [json.dumps(row.as_dict()) for row in timing]
-    (tmp_path / "timing.jsonl").write_text("\n".join(rows) + "\n")
+    slack = "iteration-1/slack"
+    write_timing(
+        tmp_path,
+        [
+            replace(SPEED, stage=slack, tokens=70),
+            StageTimeRow(stage=slack, seconds=3.0),
+            replace(SPEED, stage=slack, tokens=70),
+            replace(SPEED, stage=slack, tokens=70),
+            StageTimeRow(stage=slack, seconds=5.0),
+            StageTimeRow(stage="heldout/policy", seconds=9.0),
+        ],
+    )
     assert effort(tmp_path) == ({"iteration-1/slack": 70}, {"iteration-1/slack": 5.0, "heldout/policy": 9.0})
 
 
@@ -152,7 +164,8 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
     assert rows[0].aim == rows[2].aim == [0.05] and rows[1].aim[0] > 0.05
     (units,) = read_rows(tmp_path / "samples-seed0", ReferenceRow)
     scores = load(tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.scores
-    r, g = scores.reward_PG / units.reward_sd, scores.utility_PGJ / torch.tensor(units.utility_sd, dtype=torch.float64)
+    r = scores.reward_PG / units.reward_sd
+    g = scores.utility_PGJ / torch.tensor(units.utility_sd, dtype=torch.float64)
     for row in rows:
         assert row.lam == pytest.approx(dual.solve(r, g, row.aim, row.beta).lam.tolist(), rel=1e-8)
 

@@ -16,11 +16,11 @@ from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.full import FullWeights
 from engine.policy.iterates import load_weights
 from engine.policy.pairs import within_prompts
-from engine.policy.update import Samples, _preference_loss
+from engine.policy.update import _preference_loss
 from engine.policy.weights import copy_of
-from engine.records import Prompts, Scores, Target
+from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
-from engine.run.rows import read_rows
+from engine.run.rows import IterationRow, read_rows
 from engine.run.run import Run, Stage
 from engine.run.store import load
 from engine.stages.inputs import Inputs
@@ -29,18 +29,19 @@ from engine.stages.smoke import smoke_folder
 from engine.stages.verdict import HeldOut
 from tests.helpers.architectures import write_model
 from tests.helpers.runs import SMOKE, files
+from tests.helpers.samples import samples_of
 
 PROMPTS = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[1, 70, 75, 80], [1, 90]], key_P=torch.tensor([11, 22]))
 FULL = ["--tune", "full", "--learning-rate", "1e-3"]
 
 
-def samples_of(network):
+def sampled_from(network):
     """Sampled responses with random scores."""
     rollouts = generate(network, PROMPTS.token_ids, n=3, max_new_tokens=7, seed=0, stop_token_ids=(2, *range(60, 80)), temperature=0.8)
     logprob = frozen_forward(network, packing.groups(PROMPTS, rollouts), [], temperature=0.8, memory_budget_bytes=2**20)[1]
     score = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = Scores(reward_PG=score, utility_PGJ=score[..., None], audit_PGA=score.new_zeros(2, 3, 0), ref_logprob_PG=logprob.view(2, 3))
-    return Samples(prompts=PROMPTS, rollouts=rollouts, scores=scores, lower=None)
+    return samples_of(PROMPTS, rollouts, scores)
 
 
 def heldout_of(run):
@@ -65,12 +66,12 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     """With an anchor, which is a policy of all weights too."""
     write_model(tmp_path / "base", variant)
     network = model.load(tmp_path / "base", dtype=dtype)
-    samples, weights = samples_of(network), moved(network)
+    samples, weights = sampled_from(network), moved(network)
     anchor = copy_of(weights, moved(network, seed=2).tensors())
     before = {name: value.clone() for name, value in network.named_parameters()}
     pairs = within_prompts(samples.scores.reward_PG, [1, 0], 3)
     config = smoke(CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed))
-    target = Target(lam_J=torch.zeros(1), score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
+    target = ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
     result = _preference_loss(config, network, samples, target, weights, anchor, pairs, draw=0)
     result.loss.backward()
 
@@ -143,8 +144,8 @@ def test_a_whole_run_can_be_resumed_judged_and_exported(tmp_path, cache):
     assert train.main(["--resume", str(run)]) == 0
     again = files(run)
     assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
-    rows = read_rows(run, "iteration")
-    assert len(rows) == 2 and rows[1]["kl"] > 1e-3
+    rows = read_rows(run, IterationRow)
+    assert len(rows) == 2 and rows[1].kl > 1e-3
 
     network = model.load(smoke_folder())
     weights = load_weights(run / "adapters" / "iteration-2", network)

@@ -24,11 +24,12 @@ from engine.policy.full import FullWeights
 from engine.policy.lora import Adapter
 from engine.policy.pairs import within_prompts
 from engine.policy.peft import save_peft
-from engine.policy.update import Samples, _preference_loss, _take_steps, ascend, learning_rate_factor
-from engine.records import Prompts, Scores, Target
+from engine.policy.update import _preference_loss, _take_steps, ascend, learning_rate_factor
+from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
-from engine.run.rows import read_rows
+from engine.run.rows import AscentStepRow, PairStepRow, StepRow, read_rows
 from tests.helpers.architectures import write_model
+from tests.helpers.samples import samples_of
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
 
@@ -105,10 +106,15 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
             value.copy_(0.3 * torch.randn(value.shape, generator=generator))
     shift = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     dropped = torch.tensor([[True, False, True, False], [True, True, True, False], [False, False, False, True]])
-    target = Target(
-        lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3, shift_PG=shift, dropped_PG=dropped
+    target = ScoredTarget(
+        score_PG=scores.reward_PG,
+        coefficient=0.4,
+        anchor="any",
+        anchor_share=0.3,
+        shift_PG=shift,
+        dropped_PG=dropped,
     )
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = samples_of(prompts, rollouts, scores)
     pairs = within_prompts(target.score_PG, [2, 1, 0], 4, dropped)
     kept = [(pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()]
     assert len(kept) == 3 * 6 - 1 - 3 and not any(dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept)
@@ -138,7 +144,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
 def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(world, folder, tmp_path, monkeypatch):
     network, prompts, rollouts, scores, adapter = world
     config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = samples_of(prompts, rollouts, scores)
     seen = []
     monkeypatch.setattr(policy, "_take_steps", lambda *rest: seen.append(rest[-1]))
     ascend(None, None, config, network, samples, scores.reward_PG, adapter, start=None, iteration=1)
@@ -165,8 +171,8 @@ def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept)
     lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
     config = smoke(CaidConfig(beta=beta, temperature=0.8, labels="soft"))
     lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
-    target = Target(lam_J=lam, score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=lower)
+    target = ScoredTarget(score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
+    samples = samples_of(prompts, rollouts, scores, lower)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
     result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
@@ -194,8 +200,8 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     network, prompts, rollouts, scores, adapter = world
     config = smoke(CaidConfig(temperature=0.8, labels=labels))
     beta, shift = 0.4, torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-    target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    target = ScoredTarget(score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
+    samples = samples_of(prompts, rollouts, scores)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
     result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
@@ -239,7 +245,8 @@ def test_few_responses_of_a_prompt_are_those_at_both_ends_of_the_score():
 def test_no_number_of_responses_takes_all_of_them(tmp_path, cache):
     config = replace(smoke(CaidConfig(iterations=1)), threads=1, force=True, responses_per_prompt=0, out=str(tmp_path / "run"))
     caid.train(config)
-    assert {row["pairs"] for row in read_rows(tmp_path / "run", "step")} == {2 * 6}  # two prompts with four responses each
+    pairs = {row.pairs for row in read_rows(tmp_path / "run", PairStepRow)}
+    assert pairs == {2 * 6}  # two prompts with four responses each
 
 
 def test_schedule_covers_all_prompts_before_it_repeats(world):
@@ -257,7 +264,7 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
     (last,) = schedule(prompts, config.seed, "iteration-1", 1, 3)[2]
     dropped = torch.zeros(3, 4, dtype=torch.bool)
     dropped[last] = True
-    target = Target(lam_J=torch.zeros(1), score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
+    target = ScoredTarget(score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
     samples = SimpleNamespace(prompts=prompts, rollouts=SimpleNamespace(n=4))
     # No stage, run, model or adapter: nothing is done before.
     with pytest.raises(UserError, match="policy update 1: no pair of the 1 prompts of step 3 has a safe response"):
@@ -304,8 +311,8 @@ class Steps:
     def progress(self, *args):
         return nullcontext(SimpleNamespace(advance=lambda n: None))
 
-    def row(self, kind, **values):
-        self.rows.append(values)
+    def log(self, row):
+        self.rows.append(row)
 
     def save_partial(self, state):
         tensors = {key: {n: t.clone() for n, t in getattr(state, key).items()} for key in ("adapter", "first_moment", "second_moment")}
@@ -331,7 +338,7 @@ def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
             loss.backward()
             return float(loss.detach()), {}, {}
 
-        return _take_steps(stage, None, config, adapter, start, 1, loss_of)
+        return _take_steps(stage, None, config, adapter, start, 1, StepRow, loss_of)
 
     start = None
     for _ in range(2):
@@ -345,7 +352,7 @@ def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
         resumed = take(again, start)
         assert again.rows == whole.rows and resumed.steps == made.steps and resumed.losses == made.losses
         assert all(torch.equal(value, resumed.adapter[key]) for key, value in made.adapter.items())
-        rates = [row["learning_rate"] / config.learning_rate for row in whole.rows]
+        rates = [row.learning_rate / config.learning_rate for row in whole.rows]
         assert max(rates) == 1 and (rates[-1] == 1) == (name == "constant")
         start = made
     assert start.steps == 18
@@ -407,7 +414,8 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, 
     for name, changes in changed.items():
         train = (primal_dual if gradient else caid).train
         train(replace(config, out=str(tmp_path / name), **changes))
-        rows[name] = read_rows(tmp_path / name, "step")
+        cls = AscentStepRow if gradient else PairStepRow
+        rows[name] = [row.as_dict() for row in read_rows(tmp_path / name, cls)]
     assert len(rows["whole"]) == 2 and rows.get("again", rows["whole"]) == rows["whole"]
     assert rows["parts"] != rows["whole"]
     for part, whole in zip(rows["parts"], rows["whole"], strict=True):
@@ -433,10 +441,10 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folde
     with torch.no_grad():
         for value in weights.parameters():
             value.add_(0.05 * torch.randn(value.shape, generator=generator))
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = samples_of(prompts, rollouts, scores)
     # A prompt with fewer pairs than the others.
     dropped = torch.tensor([[False] * 4, [True, True, True, False], [False] * 4])
-    target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
+    target = ScoredTarget(score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
     cls, own = (PrimalDualConfig, {}) if labels == "policy gradient" else (CaidConfig, {"labels": labels})
     base = smoke(cls(temperature=0.8, tune=tune, learning_rate=1e-5, steps=1, prompts_per_step=3, responses_per_prompt=4, **own))
     taken, batches = [], []

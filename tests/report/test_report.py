@@ -1,7 +1,9 @@
 """The report: a pure function of the run folder, deterministic, self-contained, escaped, and sensible where files are missing."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from engine.report import run_page
 from engine.report.run_files import FILES, read
 from engine.report.run_page import _page
 from engine.verdict.evaluation import Evaluation
+from tests.helpers.rows import DUAL, ITERATION, REFERENCE, STEP, write_metrics
 
 
 def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:
@@ -27,23 +30,21 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
         len(names),
         {"model": "org/model-135M", "cost": list(names), "threshold": [0.3] * len(names), "beta": 1.0, "out": str(folder)},
     )
-    rows = [
-        {"kind": "reference", "reward_sd": 1.234, "utility_sd": [0.4] * n, "correlation": [-0.4] * n, "finished": 0.93,
-         "names": list(names), "audit_names": ["harm-audit"], "responses": 16},
-        {"kind": "dual", "lam": [1.1] * n, "predicted_improvement": [0.48] * n, "ess": 5.13},
-    ]  # fmt: skip
+    se, b, aim = [0.06] * n, [0.3] * n, [0.48] * n
+    reference = replace(REFERENCE, names=list(names), prompts=prompts, responses=16, reward_sd=1.234)
+    reference = replace(reference, finished=0.93, utility_sd=[0.4] * n, correlation=[-0.4] * n)
+    reference = replace(reference, needed=b, aimed=aim, aim=aim)
+    dual = replace(DUAL, lam=[1.1] * n, lam_low=[0.9] * n, lam_high=[1.3] * n, lam_se=[0.1] * n, ess=5.13)
+    dual = replace(dual, predicted_improvement=aim, predicted_improvement_se=se, improvement_at_zero=se)
+    rows = [reference, replace(dual, aim=aim, threshold=b)]
     for t in range(1, iterations + 1):
         noise = torch.rand(24).tolist()
-        rows += [
-            {"kind": "step", "iteration": t, "step": i, "loss": 0.69 - 0.01 * i + 0.03 * noise[i], "accuracy": 0.6, "grad_norm": 0.5,
-             "learning_rate": 1e-3} for i in range(24)
-        ]  # fmt: skip
+        losses = [0.69 - 0.01 * i + 0.03 * noise[i] for i in range(24)]
+        rows += [replace(STEP, iteration=t, step=i, loss=loss) for i, loss in enumerate(losses, 1)]
         gain = [0.15 * t + 0.1 * j for j in range(n)]
-        rows.append(
-            {"kind": "iteration", "iteration": t, "lam": [1.1 - 0.1 * t + 0.4 * j for j in range(n)], "reward": 0.2 + 0.05 * t,
-             "reward_se": 0.05, "improvement": gain, "improvement_se": [0.06] * n, "threshold": [0.3] * n, "aim": [0.48] * n,
-             "slack": [x - 0.48 for x in gain], "slack_se": [0.06] * n, "kl": 1.5 * t, "loss": 0.6}
-        )  # fmt: skip
+        row = replace(ITERATION, iteration=t, lam=[1.1 - 0.1 * t + 0.4 * j for j in range(n)], kl=1.5 * t)
+        row = replace(row, reward=0.2 + 0.05 * t, improvement=gain, slack=[x - 0.48 for x in gain])
+        rows.append(replace(row, improvement_se=se, slack_se=se, threshold=b, aim=aim))
     before, after = torch.randn(prompts, 8, n + 2, dtype=torch.float64), torch.randn(prompts, 8, n + 2, dtype=torch.float64) + 0.6
     change = (after - before).mean(1)
     constraints = [estimate(change[:, j]) for j in range(n)]
@@ -70,7 +71,7 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
         for p in range(prompts) for i in range(8)
     ]  # fmt: skip
     (folder / "config.json").write_text(json.dumps({"algorithm": "caid", "config": config, "versions": {"torch": "0"}}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_metrics(folder, rows)
     (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heldout))
     return folder
@@ -201,10 +202,11 @@ def test_the_title_calls_a_reading_a_reading(tmp_path, algorithm, shown):
 def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    iteration = {"kind": "iteration", "iteration": 1, "lam": [1.0], "reward": None, "improvement": [None], "kl": None}
-    steps = [{"kind": "step", "iteration": 1, "step": 0, "loss": None}, {"kind": "step", "iteration": 1, "step": 1, "loss": 0.5}]
+    iteration = replace(ITERATION, reward=math.nan, improvement=[math.nan], slack=[math.nan], kl=math.nan)
+    steps = [replace(STEP, step=1, loss=math.nan), replace(STEP, step=2, loss=0.5)]
     shutil.copy(rendered[0] / "config.json", folder)
-    lines = [json.dumps(row) for row in [*steps, iteration]]
+    lines = [json.dumps(row.as_dict()) for row in [*steps, iteration]]
+    assert '"loss": null' in lines[0] and '"improvement": [null]' in lines[2]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "ste')
     page = _Page(run_page.write(folder)[1].read_text(encoding="utf-8"))
     assert "No verdict" in page.text and "harm: slack" in page.text

@@ -20,9 +20,10 @@ from engine.errors import Interrupted, UserError
 from engine.records import DualState, Pairs, Prompts
 from engine.run import run as run_module
 from engine.run.display import Display
-from engine.run.rows import read_rows
+from engine.run.rows import Row, raw_rows, read_rows
 from engine.run.run import Run, Stage
 from engine.run.store import Torn, load, pack, save, unpack
+from tests.helpers.rows import SPEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,14 +216,33 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, w
 # A run of three stages with partials
 
 STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnRow(Row):
+    KIND = "drawn"
+
+    reward: float
+    kl: float
+    lam: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenRow(Row):
+    KIND = "taken"
+
+    step: int
+    loss: float
+
+
 ARGUMENTS = {"versions": {"commit": "abc", "torch": "2"}, "fingerprint": "f" * 64}
 
 
 def reference(stage: Stage) -> Pairs:
     with stage.progress(2, "responses", "rollout") as progress:
         progress.advance(2)
-    stage.row("reference", reward=0.1 + 0.2, kl=math.nan, lam=torch.tensor([0.1], dtype=torch.float64))
-    stage.timing(tokens_per_s=5.0)
+    stage.log(DrawnRow(reward=0.1 + 0.2, kl=math.nan, lam=torch.tensor([0.1], dtype=torch.float64)))
+    stage.log_speed(SPEED)
     return Pairs(prompt=[0, 1], row=[3, 4], pairs=torch.tensor([[0, 1]]))
 
 
@@ -232,7 +252,7 @@ def policy(stage: Stage, pairs: Pairs) -> dict[str, Tensor]:
     for step in range(int(state["step"]), STEPS):
         w = torch.sin(state["w"] * 3 + step)
         state = {"step": torch.tensor(step + 1), "w": w}
-        stage.row("step", step=step, loss=float(w.sum()))
+        stage.log(TakenRow(step=step, loss=float(w.sum())))
         if step % 2 and step < STEPS - 1:
             stage.save_partial(state)
         stage.check_stop()
@@ -275,9 +295,11 @@ def test_files_of_a_run(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None
     assert sorted(uninterrupted) == [".lock", "config.json", "metrics.jsonl", *stages]
     go(tmp_path / "again")
     assert files(tmp_path / "again") == uninterrupted
-    rows = read_rows(tmp_path / "again")
-    assert rows[0] == {"kind": "reference", "stage": "reference", "reward": 0.1 + 0.2, "kl": None, "lam": [0.1]}
-    assert [(r["stage"], r["step"]) for r in rows[1:]] == [(f"iteration-{t}/policy", s) for t in (1, 2) for s in range(STEPS)]
+    rows = raw_rows(tmp_path / "again")
+    assert rows[0] == {"kind": "drawn", "stage": "reference", "reward": 0.1 + 0.2, "kl": None, "lam": [0.1]}
+    steps = [(f"iteration-{t}/policy", s) for t in (1, 2) for s in range(STEPS)]
+    assert [(row["stage"], row["step"]) for row in rows[1:]] == steps
+    assert [(row.stage, row.step) for row in read_rows(tmp_path / "again", TakenRow)] == steps
 
 
 def test_a_whole_stage_is_not_computed_again(tmp_path: Path) -> None:
@@ -373,7 +395,7 @@ def test_partials(tmp_path: Path, uninterrupted: dict[str, bytes], how: str, bot
         state = stage.partial(dict)
         # A damaged partial must be gone, else the next one would push it over the whole one before it.
         assert last.exists() == (how == "whole") and before.exists() == (how == "whole" or not both)
-        seen.append((int(state["step"]) if state else 0, [r["step"] for r in read_rows(folder, "step")]))
+        seen.append((int(state["step"]) if state else 0, [row.step for row in read_rows(folder, TakenRow)]))
         return policy(stage, pairs)
 
     capsys.readouterr()
@@ -671,7 +693,7 @@ def test_first_interrupt_ends_the_step_second_stops(
     assert "finishing the current step, press Ctrl-C again to stop at once" in capfd.readouterr().err
 
     def two(stage: Stage) -> None:
-        stage.row("lost")
+        stage.log(TakenRow(step=0, loss=0.0))
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted):
             stage.check_stop()

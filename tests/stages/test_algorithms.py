@@ -8,6 +8,7 @@ from bench.exact_world import ExactWorld, make, maximiser, regression, soft
 from bench.optima import Optima
 from engine.baselines import dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.config import DpoConfig, PrimalDualConfig, RepoConfig, SacpoConfig, SafeDpoConfig
+from tests.helpers.samples import scored_of
 
 # Without a gap the features are (r, g), so that theta holds the weights of reward and utilities.
 
@@ -67,7 +68,8 @@ def test_safe_dpo_counts_a_response_unsafe_that_breaks_any_limit(J):
     theta, lam = safe_dpo.loop(world, config)
     unsafe = (problem.utility_PYJ < -torch.tensor(config.unsafe_above, dtype=torch.float64)).any(2)
     (target, _) = world.fitted[0]
-    assert torch.equal(target.dropped_PG, unsafe) and unsafe.any() and not unsafe.all()
+    dropped = target.dropped(scored_of(problem.reward_PY, problem.utility_PYJ))
+    assert torch.equal(dropped, unsafe) and unsafe.any() and not unsafe.all()
     before, after = (float((problem.policy_PY(x) * unsafe).sum(1).mean()) for x in (None, theta))
     assert after < before and lam.tolist() == [0.0] * J
     # Each further limit can only add unsafe responses.

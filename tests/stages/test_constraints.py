@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
 from engine.policy.samples import Samples
-from engine.records import Prompts, Sampled, Scored, Scores, Units
+from engine.records import Prompts, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
 from engine.stages.reference import ByScorers, Reference, reference_units
@@ -44,11 +44,21 @@ def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) 
     )
 
 
-def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **fixed) -> Reference:
-    """The reference with these scores in units, which asks for nothing unless `fixed` says so."""
-    nothing = {"needed_J": torch.zeros(len(limits)), "aimed": [0.0] * len(limits), "aim_J": torch.zeros(len(limits))}
-    scoring = ByScorers(units=units, audit_names=[])
-    return Reference(prompts=prompts, sampled=None, scoring=scoring, scores=scores, limits=limits, lower=None, **{**nothing, **fixed})
+def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **changes) -> Reference:
+    """Returns a reference with these scores in units, which asks for nothing but what `changes` says."""
+    none_J = torch.zeros(len(limits), dtype=DTYPE)
+    reference = Reference(
+        prompts=prompts,
+        sampled=None,
+        scoring=ByScorers(units=units, audit_names=[]),
+        scores=scores,
+        limits=limits,
+        needed_J=none_J,
+        aimed=none_J.tolist(),
+        aim_J=none_J,
+        lower=None,
+    )
+    return replace(reference, **changes)
 
 
 def units_of(*unit: float, above: list | None = None) -> Units:
@@ -204,7 +214,7 @@ def test_a_response_is_unsafe_only_where_its_constraint_looks():
 def unsafe_of(scored: Scored, above: tuple[float, ...]) -> torch.Tensor:
     """The pairs of responses that SafeDPO's update is told to drop."""
     config = SafeDpoConfig(cost=("a", "b"), unsafe_above=above)
-    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, iteration: target)
+    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, t: target)
     target, _ = safe_dpo.loop(stages, config)
     return target.dropped(scored)
 
@@ -224,11 +234,12 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     missing_PJ = constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ)
     assert missing_PJ[:, 0].tolist() == pytest.approx([-aimed / unit, float(level)])
     # The mean over prompts is what the constraint itself misses.
-    assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean())))
+    improvement = new.utility_PGJ.mean() - old.utility_PGJ.mean()
+    assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - improvement))
     # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and 0.
     reference = reference_of(old, units, [limit], prompts, needed_J=needed, aimed=[aimed], aim_J=needed)
     rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
-    sampled = Sampled(rollouts=rollouts, texts=[], scores=scores_of(-after[..., None]), kl_PG=torch.zeros(2, 4, dtype=DTYPE))
+    sampled = samples_of(prompts, rollouts, scores_of(-after[..., None])).sampled
     taken, logged = {}, []
 
     def one_stage(name, cls, compute):

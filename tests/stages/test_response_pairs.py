@@ -103,7 +103,8 @@ def test_a_file_is_refused_before_any_compute(tmp_path, capsys, flags, rows, sai
 
 
 def steps_of(folder: Path) -> list[tuple[int, float]]:
-    return [(row.iteration, row.loss) for row in read_rows(folder, StepRow) if row.stage.startswith("iteration")]
+    steps = [row for row in read_rows(folder, StepRow) if row.stage.startswith("iteration")]
+    return [(row.iteration, row.loss) for row in steps]
 
 
 def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(tmp_path):

@@ -89,7 +89,8 @@ def test_what_a_run_writes(finished):
 def have_the_fields_of_their_classes(rows: list[dict]) -> bool:
     """Whether each of the rows, as they are written, has the fields of a class of its kind and no others."""
     classes = [cls for cls in vars(run_rows).values() if isinstance(cls, type) and issubclass(cls, Row)]
-    known = {(cls.KIND, frozenset(f.name for f in fields(cls))) for cls in classes if cls not in (Row, StepRow)}
+    whole = [cls for cls in classes if cls not in (Row, StepRow)]
+    known = {(cls.KIND, frozenset(f.name for f in fields(cls))) for cls in whole}
     return all((row["kind"], frozenset(row) - {"kind"}) in known for row in rows)
 
 
@@ -155,7 +156,8 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     assert have_the_fields_of_their_classes(raw_rows(tmp_path / "run"))
     assert all(len(x) == J for row in measured for x in (row.lam, row.slack, row.slack_se, row.aim))
     assert all(len(row.lam) == J for row in read_rows(tmp_path / "run", PolicyRow))
-    assert len({row.iteration for row in read_rows(tmp_path / "run", StepRow)} - {0}) == len(set(iterates) - {0})
+    trained = {row.iteration for row in read_rows(tmp_path / "run", StepRow)}
+    assert len(trained - {0}) == len(set(iterates) - {0})
     # Every sampling is run through the training forward of its own weights, and told of.
     sampled = read_rows(tmp_path / "run", SampledRow)
     where = ["policy", "slack"] if algorithm in ("primal_dual", "repo") else ["slack"]
@@ -234,7 +236,8 @@ def test_each_kind_of_preference_has_its_own_draws(tmp_path):
     flags = ["--cost", "same=-helpfulness", "--threshold", "0.05", "--force"]
     assert train.main(["pecan", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
     steps = read_rows(tmp_path / "run", StepRow)
-    reward, same = ([row.loss for row in steps if row.stage == f"preference/{name}"] for name in ("reward", "same"))
+    stages = [f"preference/{name}" for name in ("reward", "same")]
+    reward, same = ([row.loss for row in steps if row.stage == stage] for stage in stages)
     # The first loss is ln 2 for any label.
     assert len(reward) == len(same) == 3 and all(a != b for a, b in zip(reward[1:], same[1:], strict=True))
 
