@@ -48,21 +48,33 @@ INLINE void norm(const float* x, const float* delta, const float* weight, int64_
     for (; i < n; ++i) out[i] = from[i] * scale * weight[i];
 }
 
-// Both halves of a head x [d]: x cos + (-second, first) sin.
+// W numbers of both halves of a head: x cos + (-second, first) sin. Two lengths of vectors make the same products and sums of them.
+template <int W>
+INLINE void rotate_part(const float* first, const float* second, const float* cos, const float* sin, int64_t half, float* out) {
+    const Floats<W> a = load<W>(first), b = load<W>(second);
+    const Floats<W> x1 = a * load<W>(cos), x2 = b * load<W>(cos + half);
+    store<W>(out, x1 - b * load<W>(sin));
+    store<W>(out + half, x2 + a * load<W>(sin + half));
+}
+
+// All numbers of both halves of a head x [d]; the last ones in vectors filled up with zeros.
 template <int W>
 INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t d, float* out) {
     const int64_t half = d / 2;
     int64_t i = 0;
-    for (; i + W <= half; i += W) {
-        const Floats<W> a = load<W>(x + i), b = load<W>(x + half + i);
-        const Floats<W> x1 = a * load<W>(cos + i), x2 = b * load<W>(cos + half + i);
-        store<W>(out + i, x1 - b * load<W>(sin + i));
-        store<W>(out + half + i, x2 + a * load<W>(sin + half + i));
-    }
-    for (; i < half; ++i) {
-        const float a = x[i], b = x[half + i], x1 = a * cos[i], x2 = b * cos[half + i];
-        out[i] = std::fma(-b, sin[i], x1);
-        out[half + i] = std::fma(a, sin[half + i], x2);
+    for (; i + W <= half; i += W) rotate_part<W>(x + i, x + half + i, cos + i, sin + i, half, out + i);
+    if (i == half) return;
+    float padded[4][2 * W] = {};
+    const float* from[] = {x, cos, sin};
+    for (int64_t j = 0; j < half - i; ++j)
+        for (int part = 0; part < 3; ++part) {
+            padded[part][j] = from[part][i + j];
+            padded[part][W + j] = from[part][half + i + j];
+        }
+    rotate_part<W>(padded[0], padded[0] + W, padded[1], padded[2], W, padded[3]);
+    for (int64_t j = 0; j < half - i; ++j) {
+        out[i + j] = padded[3][j];
+        out[half + i + j] = padded[3][W + j];
     }
 }
 

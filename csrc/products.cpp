@@ -1,8 +1,9 @@
-// Products of rows with a large matrix, whose elements are read once. `few_rows` sums along its rows as they lie, at the speed of memory.
-// `panels` turns some of its rows at a time into columns of vectors in cache, which pays where many rows share them; for AVX-512.
+// Products of rows with a large matrix, whose elements are read once. `few_rows` sums along its rows as they lie, at the speed of
+// memory. `panels` lays some of its rows at a time out as columns of vectors in cache, which pays where many rows share them; it takes
+// a matrix that lies column by column too, and can add the product to a sum.
 //
 // Each sums every output in one order, that of its row and column alone: results are bit for bit the same for any number of threads and
-// rows, and those of `few_rows` for AVX2 and AVX-512.
+// rows, and for AVX2 and AVX-512.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -35,9 +36,11 @@ INLINE void totals(const Floats<W> (&sums)[R][C][kLanes / W], float* out) {
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE8 SHUFFLE
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vectors<16>::Ints{__VA_ARGS__})
+#define SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, Vectors<8>::Ints{__VA_ARGS__})
 #endif
 
 // The same for sixteen vectors together: each step adds the halves of two vectors and packs them into one.
@@ -84,6 +87,23 @@ INLINE void transpose(Floats<16> (&x)[16]) {
         x[i] = SHUFFLE(y[i], y[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
         x[i + 8] = SHUFFLE(y[i], y[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     }
+}
+
+INLINE void transpose(Floats<8> (&x)[8]) {
+    Floats<8> y[8];
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = SHUFFLE8(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        y[i + 1] = SHUFFLE8(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += i % 2 ? 3 : 1) {
+        x[i] = SHUFFLE8(y[i], y[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        x[i + 2] = SHUFFLE8(y[i], y[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int i = 0; i < 4; ++i) {
+        y[i] = SHUFFLE8(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        y[i + 4] = SHUFFLE8(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int i = 0; i < 8; ++i) x[i] = y[i];
 }
 
 // How far ahead w is asked for, in floats: two rows side by side are too short for the processor to see where the reads go.
@@ -157,90 +177,133 @@ Buffer packed_rows(const float* x, int64_t rows, int64_t width, int R) {
 
 #if defined(__x86_64__) || defined(__i386__)
 
-// Rows and columns of a tile of the product, whose sums fill the registers.
-constexpr int kTall = 8, kVectors = 3;
-constexpr int64_t kWide = kVectors * 16;
 // How many numbers of each of the matrix's rows are turned at a time: a panel stays in the second cache.
-constexpr int64_t kDeep = 2048;
+constexpr int64_t kDeep = 1024;
 // Steps along the width between two times of asking for what comes next.
 constexpr int kAsk = 8;
 // So many products are added up on their own before they are added to the rest, as long sums round more.
 constexpr int64_t kShort = 128;
 
-// Rows of the matrix that are turned next, line by line.
+// out [rows, count] = x [rows, width] times a matrix, plus bias; or, where `add`, added to what is there. The matrix is [count, width],
+// or [width, count] where `turned`.
+struct Product {
+    const float* x;
+    int64_t rows, width, count;
+    const float* matrix;
+    bool turned;
+    const float* bias;
+    float* out;
+    bool add;
+};
+
+// Lines of the matrix that the next panel is made of, asked for one by one.
 struct Ahead {
     const float* row;
-    int64_t width, lines, rows;  // floats from one row to the next, cache lines of each, rows left
+    int64_t step, lines, rows;  // floats from one row to the next, cache lines of each, rows left
     int64_t line = 0;
 
     void ask(int64_t count) {
         for (; count > 0 && rows > 0; --count) {
             __builtin_prefetch(row + line * 16, 0, 2);
-            if (++line == lines) line = 0, row += width, --rows;
+            if (++line == lines) line = 0, row += step, --rows;
         }
     }
 };
 
-// `deep` numbers of `count` rows of w, `width` apart, as panel[deep][kWide], filled up with zeros.
-AVX512 void turn(const float* w, int64_t width, int64_t count, int64_t deep, float* panel) {
-    const int64_t whole = count / 16 * 16;
+// `deep` numbers of `count` rows of w, `width` apart, as panel[deep][wide], filled up with zeros.
+template <int W, int Vectors>
+INLINE void turn(const float* w, int64_t width, int64_t count, int64_t deep, float* panel) {
+    constexpr int64_t wide = W * Vectors;
+    const int64_t whole = count / W * W;
     int64_t i = 0;
-    for (; i + 16 <= deep; i += 16) {
-        for (int64_t first = 0; first < whole; first += 16) {
-            Floats<16> x[16];
-            for (int j = 0; j < 16; ++j) x[j] = load<16>(w + (first + j) * width + i);
+    for (; i + W <= deep; i += W) {
+        for (int64_t first = 0; first < whole; first += W) {
+            Floats<W> x[W];
+            for (int j = 0; j < W; ++j) x[j] = load<W>(w + (first + j) * width + i);
             transpose(x);
-            for (int j = 0; j < 16; ++j) store<16>(panel + (i + j) * kWide + first, x[j]);
+            for (int j = 0; j < W; ++j) store<W>(panel + (i + j) * wide + first, x[j]);
         }
     }
     for (int64_t c = 0; c < count; ++c)
-        for (int64_t k = c < whole ? i : 0; k < deep; ++k) panel[k * kWide + c] = w[c * width + k];
-    for (int64_t k = 0; count < kWide && k < deep; ++k) std::fill(panel + k * kWide + count, panel + (k + 1) * kWide, 0.0f);
+        for (int64_t k = c < whole ? i : 0; k < deep; ++k) panel[k * wide + c] = w[c * width + k];
+    for (int64_t k = 0; count < wide && k < deep; ++k) std::fill(panel + k * wide + count, panel + (k + 1) * wide, 0.0f);
 }
 
-// out [rows <= kTall, count <= kWide] = x [rows, deep] times the panel, added to what is there unless it is the `first`; plus bias.
-AVX512 void tile(const float* x, int64_t width, int64_t rows, const float* panel, int64_t deep, bool first, const float* bias,
-                 int64_t count, float* out, int64_t ldo, Ahead& ahead, int64_t lines) {
-    float own[kTall][kWide] = {};
-    if (!first)
-        for (int64_t r = 0; r < rows; ++r) std::memcpy(own[r], out + r * ldo, count * sizeof(float));
-    const float* each[kTall];
-    UNROLL for (int r = 0; r < kTall; ++r) each[r] = x + std::min<int64_t>(r, rows - 1) * width;
+// The same of a matrix that is turned already: `deep` rows of w, `step` apart.
+template <int W, int Vectors>
+INLINE void gather(const float* w, int64_t step, int64_t count, int64_t deep, float* panel) {
+    constexpr int64_t wide = W * Vectors;
+    for (int64_t k = 0; k < deep; ++k, w += step, panel += wide) {
+        if (count == wide) {
+            UNROLL for (int c = 0; c < Vectors; ++c) store<W>(panel + c * W, load<W>(w + c * W));
+        } else {
+            std::memcpy(panel, w, count * sizeof(float));
+            std::fill(panel + count, panel + wide, 0.0f);
+        }
+    }
+}
+
+// sums [rows <= Tall, wide] += x [rows, deep] times the panel.
+template <int W, int Tall, int Vectors>
+INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel, int64_t deep, float (*total)[W * Vectors], Ahead& ahead,
+                 int64_t lines) {
+    constexpr int64_t wide = W * Vectors;
+    const float* each[Tall];
+    UNROLL for (int r = 0; r < Tall; ++r) each[r] = x + std::min<int64_t>(r, rows - 1) * width;
     for (int64_t from = 0; from < deep; from += kShort) {
-        Floats<16> sums[kTall][kVectors] = {};
+        Floats<W> sums[Tall][Vectors] = {};
         for (int64_t i = from; i < std::min(from + kShort, deep); ++i) {
             if (i % kAsk == 0) ahead.ask(lines);
-            Floats<16> b[kVectors];
-            UNROLL for (int c = 0; c < kVectors; ++c) b[c] = load<16>(panel + i * kWide + c * 16);
-            UNROLL for (int r = 0; r < kTall; ++r) {
+            Floats<W> b[Vectors];
+            UNROLL for (int c = 0; c < Vectors; ++c) b[c] = load<W>(panel + i * wide + c * W);
+            UNROLL for (int r = 0; r < Tall; ++r) {
                 const float a = each[r][i];
-                UNROLL for (int c = 0; c < kVectors; ++c) sums[r][c] += a * b[c];
+                UNROLL for (int c = 0; c < Vectors; ++c) sums[r][c] += a * b[c];
             }
         }
-        UNROLL for (int r = 0; r < kTall; ++r)
-            UNROLL for (int c = 0; c < kVectors; ++c) store<16>(own[r] + c * 16, load<16>(own[r] + c * 16) + sums[r][c]);
+        UNROLL for (int r = 0; r < Tall; ++r)
+            UNROLL for (int c = 0; c < Vectors; ++c) store<W>(total[r] + c * W, load<W>(total[r] + c * W) + sums[r][c]);
     }
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < count; ++c) out[r * ldo + c] = bias != nullptr ? own[r][c] + bias[c] : own[r][c];
 }
 
-// All rows of x with the columns [begin, end) of the product, a panel at a time.
-void by_panels(const float* x, int64_t rows, const float* w, int64_t width, const float* bias, float* out, int64_t ldo, int64_t begin,
-               int64_t end) {
-    const Buffer panel = buffer(std::min(kDeep, width) * kWide);
-    for (int64_t c = begin; c < end; c += kWide) {
-        const int64_t count = std::min(kWide, end - c);
-        for (int64_t k = 0; k < width; k += kDeep) {
-            const int64_t deep = std::min(kDeep, width - k);
-            turn(w + c * width + k, width, count, deep, panel.get());
-            const bool last = k + deep == width;
-            const int64_t next = last ? std::min(c + kWide, end) : c, from = last ? 0 : k + deep;
-            Ahead ahead = {w + next * width + from, width, (std::min(kDeep, width - from) + 15) / 16, std::min(kWide, end - next)};
-            const int64_t asks = (rows + kTall - 1) / kTall * ((deep + kAsk - 1) / kAsk);
-            const int64_t lines = (ahead.lines * kWide + asks - 1) / asks;
-            for (int64_t r = 0; r < rows; r += kTall)
-                tile(x + r * width + k, width, std::min<int64_t>(kTall, rows - r), panel.get(), deep, k == 0,
-                     last && bias != nullptr ? bias + c : nullptr, count, out + r * ldo + c, ldo, ahead, lines);
+// A share of the product: panel by panel, of each all rows. Shares are counted in panels of a group of Tall rows, [begin, end), so that
+// threads have the same number of them, and two may have parts of the same panel.
+template <int W, int Tall, int Vectors>
+INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
+    constexpr int64_t wide = W * Vectors;
+    const int64_t groups = (p.rows + Tall - 1) / Tall;
+    const Buffer panel = buffer(std::min(kDeep, p.width) * wide);
+    for (int64_t n = begin / groups; n * groups < end; ++n) {
+        const int64_t c = n * wide, count = std::min(wide, p.count - c);
+        const int64_t first = std::max(begin - n * groups, int64_t(0)) * Tall, last = std::min((end - n * groups) * Tall, p.rows);
+        for (int64_t k = 0; k < p.width; k += kDeep) {
+            const int64_t deep = std::min(kDeep, p.width - k);
+            if (p.turned)
+                gather<W, Vectors>(p.matrix + k * p.count + c, p.count, count, deep, panel.get());
+            else
+                turn<W, Vectors>(p.matrix + c * p.width + k, p.width, count, deep, panel.get());
+            const bool whole = k + deep == p.width;
+            // What comes next: the rest of this panel, or the next one.
+            const int64_t next = whole ? std::min(c + wide, p.count) : c, from = whole ? 0 : k + deep;
+            const int64_t columns = std::min(wide, p.count - next), numbers = std::min(kDeep, p.width - from);
+            Ahead ahead = p.turned ? Ahead{p.matrix + from * p.count + next, p.count, (columns + 15) / 16, columns > 0 ? numbers : 0}
+                                   : Ahead{p.matrix + next * p.width + from, p.width, (numbers + 15) / 16, columns};
+            const int64_t asks = (last - first + Tall - 1) / Tall * ((deep + kAsk - 1) / kAsk);
+            const int64_t lines = (ahead.lines * ahead.rows + asks - 1) / asks;
+            for (int64_t r = first; r < last; r += Tall) {
+                const int64_t rows = std::min<int64_t>(Tall, last - r);
+                float* out = p.out + r * p.count + c;
+                float total[Tall][wide] = {};
+                if (k > 0 && !p.add)
+                    for (int64_t i = 0; i < rows; ++i) std::memcpy(total[i], out + i * p.count, count * sizeof(float));
+                tile<W, Tall, Vectors>(p.x + r * p.width + k, p.width, rows, panel.get(), deep, total, ahead, lines);
+                const float* bias = whole && p.bias != nullptr ? p.bias + c : nullptr;
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int64_t j = 0; j < count; ++j) {
+                        const float sum = bias != nullptr ? total[i][j] + bias[j] : total[i][j];
+                        out[i * p.count + j] = p.add ? out[i * p.count + j] + sum : sum;
+                    }
+            }
         }
     }
 }
@@ -248,27 +311,36 @@ void by_panels(const float* x, int64_t rows, const float* w, int64_t width, cons
 #endif
 
 using Columns = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*, int64_t);
+using Panels = void (*)(const Product&, int64_t, int64_t);
 
 struct Kernels {
     int rows, columns;  // that go together
     Columns several;
     Columns one;
+    int tall, wide;  // of a tile of the product, whose sums fill the registers
+    Panels panels;
 };
 
-#define KERNELS(name, target, width, rows, count)                                                                                \
+#define FEW_ROWS(name, target, width, rows, count)                                                                               \
     target void several_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias, float* out, int64_t ldo) { \
         columns<width, rows, count>(x, n, w, k, bias, out, ldo);                                                                 \
     }                                                                                                                            \
     target void one_##name(const float* x, int64_t n, const float* w, int64_t k, const float* bias, float* out, int64_t ldo) {   \
         columns<width, rows, 1>(x, n, w, k, bias, out, ldo);                                                                     \
-    }                                                                                                                            \
-    constexpr Kernels k_##name = {rows, count, several_##name, one_##name};
+    }
+#define PANELS(name, target, width, tall, vectors) \
+    target void panels_##name(const Product& p, int64_t begin, int64_t end) { by_panels<width, tall, vectors>(p, begin, end); }
 
 #if defined(__x86_64__) || defined(__i386__)
-KERNELS(avx512, AVX512, 16, 8, 2)
-KERNELS(avx2, AVX2, 8, 4, 1)
+FEW_ROWS(avx512, AVX512, 16, 8, 2)
+PANELS(avx512, AVX512, 16, 8, 3)
+constexpr Kernels k_avx512 = {8, 2, several_avx512, one_avx512, 8, 48, panels_avx512};
+FEW_ROWS(avx2, AVX2, 8, 4, 1)
+PANELS(avx2, AVX2, 8, 6, 2)
+constexpr Kernels k_avx2 = {4, 1, several_avx2, one_avx2, 6, 16, panels_avx2};
 #else
-KERNELS(generic, , 4, 2, 1)
+FEW_ROWS(generic, , 4, 2, 1)
+constexpr Kernels k_generic = {2, 1, several_generic, one_generic, 1, 1, nullptr};
 #endif
 
 const Kernels& kernels_of(const std::string& instructions) {
@@ -284,13 +356,13 @@ const Kernels& kernels_of(const std::string& instructions) {
 using Matrix = Array<float, -1, -1>;
 using Vector = Array<float, -1>;
 
-// (rows, width, count) of x [rows, width] times weight [count, width] transposed.
+// (rows, width, count) of x [rows, width] times a matrix [count, width], or [width, count] where `turned`.
 struct Shape {
     int64_t rows, width, count;
 
-    Shape(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out)
-        : rows(x.shape(0)), width(x.shape(1)), count(weight.shape(0)) {
-        if (int64_t(weight.shape(1)) != width || int64_t(out.shape(0)) != rows || int64_t(out.shape(1)) != count ||
+    Shape(const Matrix& x, const Matrix& matrix, const std::optional<Vector>& bias, const Matrix& out, bool turned = false)
+        : rows(x.shape(0)), width(x.shape(1)), count(matrix.shape(turned ? 1 : 0)) {
+        if (int64_t(matrix.shape(turned ? 0 : 1)) != width || int64_t(out.shape(0)) != rows || int64_t(out.shape(1)) != count ||
             (bias && int64_t(bias->shape(0)) != count))
             throw std::invalid_argument("x [R, K], weight [N, K], bias [N] and out [R, N] are wanted");
     }
@@ -318,19 +390,17 @@ void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>
     }
 }
 
-void panels(const Matrix& x, const Matrix& weight, const std::optional<Vector>& bias, const Matrix& out, int threads) {
-    const Shape shape(x, weight, bias, out);
-#if defined(__x86_64__) || defined(__i386__)
-    const int64_t rows = shape.rows, width = shape.width, count = shape.count, all = (count + kWide - 1) / kWide;
-    const float *xs = x.data(), *ws = weight.data(), *add = bias ? bias->data() : nullptr;
-    float* outs = out.data();
+void panels(const Matrix& x, const Matrix& matrix, bool turned, const std::optional<Vector>& bias, const Matrix& out, bool add, int threads,
+            const char* instructions) {
+    const Shape shape(x, matrix, bias, out, turned);
+    const Kernels& kernels = kernels_of(instructions);
+    if (kernels.panels == nullptr) throw std::invalid_argument("panels are made for AVX2 and AVX-512 only");
+    const Product product = {x.data(), shape.rows, shape.width, shape.count, matrix.data(), turned,
+                             bias ? bias->data() : nullptr, out.data(), add};
+    const int64_t parts = (shape.rows + kernels.tall - 1) / kernels.tall * ((shape.count + kernels.wide - 1) / kernels.wide);
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < threads; ++t)
-        by_panels(xs, rows, ws, width, add, outs, count, all * t / threads * kWide, std::min(all * (t + 1) / threads * kWide, count));
-#else
-    throw std::invalid_argument("this processor has no AVX-512");
-#endif
+    for (int64_t t = 0; t < threads; ++t) kernels.panels(product, parts * t / threads, parts * (t + 1) / threads);
 }
 
 }  // namespace
@@ -338,5 +408,6 @@ void panels(const Matrix& x, const Matrix& weight, const std::optional<Vector>& 
 void bind_products(nb::module_& m) {
     m.def("few_rows", &few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("threads"),
           nb::arg("instructions"));
-    m.def("panels", &panels, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("threads"));
+    m.def("panels", &panels, nb::arg("x"), nb::arg("matrix"), nb::arg("turned"), nb::arg("bias").none(), nb::arg("out"), nb::arg("add"),
+          nb::arg("threads"), nb::arg("instructions"));
 }

@@ -1,4 +1,9 @@
-"""The compiled module of csrc/, where it was built."""
+"""The compiled module of csrc/, where it was built, and how this make of processor multiplies float32 matrices."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 try:
     from kernels import _native
@@ -7,3 +12,38 @@ except ImportError:
 
 # Instruction sets that this processor runs, fastest first.
 instructions: tuple[str, ...] = () if _native is None else _native.instructions
+
+
+class Make(NamedTuple):
+    """How float32 work on the CPU is done on one make of processor (LOG.md has the measurements behind the numbers)."""
+
+    instructions: str | None  # the instruction set of the compiled code; None: plain torch does all the work
+    few_rows: int  # a layer's product of at most this many rows sums along the rows of the matrix as they lie
+    panel_rows: int | None  # one of at most this many rows takes the matrix in panels; None: so does every product
+
+    @property
+    def compiles_products(self) -> bool:
+        """Whether compiled code makes every product with a frozen matrix, also those of the loss head."""
+        return self.instructions is not None and self.panel_rows is None
+
+
+# Every make that is told apart. The tests run each of them wherever the processor has the instructions.
+MAKES = {
+    "intel": Make("avx512", few_rows=16, panel_rows=96),
+    "intel, avx2": Make("avx2", few_rows=8, panel_rows=0),
+    "amd": Make("avx512", few_rows=16, panel_rows=None),
+    "avx2": Make("avx2", few_rows=8, panel_rows=None),
+    "generic": Make("generic", few_rows=0, panel_rows=0),
+    "none": Make(None, few_rows=0, panel_rows=0),
+}
+
+
+def _make() -> Make:
+    """The make of this processor. On Intel processors MKL, torch's choice there, multiplies many rows fastest."""
+    file = Path("/proc/cpuinfo")
+    intel = torch.backends.mkl.is_available() and file.is_file() and "GenuineIntel" in file.read_text()
+    names = {"avx512": ("amd", "intel"), "avx2": ("avx2", "intel, avx2"), "generic": ("generic", "generic")}
+    return MAKES[names[instructions[0]][intel] if instructions else "none"]
+
+
+make = _make()

@@ -13,12 +13,13 @@ The matrix products are the cost: 2 T D V flop each, T rows. A row's coefficient
   coefficients differ only in sign, so the difference of both sums is formed over many chunks and scaled at the end. 3 products.
 - policy loss (F): a row's coefficient follows from its own log-prob. 3 products, 2 with a frozen head, in any chunks.
 
-Memory beyond inputs, returned gradients and one float32 (float64) accumulator of the head's gradient is at most `memory_budget_bytes`. Each
-op counts 64 bytes a row of hidden and what `sizes` of its workspace says. Compiled code on the CPU keeps tiles of at most 4 MiB (32 MiB on
-Intel processors, where the gradients of a loss that takes several chunks need none; an eighth of the budget on all), 4 D bytes for each of
-a tile's rows, and 4 (V + 3 D + 12) bytes for each row of which logits are kept: those of a chunk, or all in scheme B; none for a forward
-pass and a frozen head. Where a loss that has its gradients already is scaled before its backward pass (on a GPU it is), hidden's gradient
-is there once more. Everything is summed in an order that depends on shapes alone.
+Memory beyond inputs, returned gradients and one float32 (float64) accumulator of the head's gradient is at most
+`memory_budget_bytes`. Each op counts 64 bytes a row of hidden and what `sizes` of its workspace says. Compiled code on
+the CPU keeps tiles of at most 4 MiB and a sixth of the budget (on Intel processors of at most 32 MiB and an eighth, with
+4 D bytes for each of a tile's rows), but none for the gradients of a loss that takes several chunks, and
+4 (V + 3 D + 12) bytes for each row of which logits are kept: those of a chunk, or all in scheme B; none for a forward
+pass and a frozen head. Where a loss that has its gradients already is scaled before its backward pass (on a GPU it
+is), hidden's gradient is there once more. Everything is summed in an order that depends on shapes alone.
 """
 
 from collections.abc import Callable

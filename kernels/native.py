@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.compiled import _native, instructions
-from kernels.products import MKL_IS_FASTER, times_transposed
+from kernels import compiled
+from kernels.compiled import _native
+from kernels.products import add_product, times_transposed
 from kernels.reference import Sizes, TorchRows, chunks, head_columns
 
-available = bool(instructions)
 NO_WINDOW = 2**62
 _told = False
 
@@ -21,6 +21,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     global _told
     if device.type != "cpu" or dtype != torch.float32:
         return False
+    available = compiled.make.instructions is not None
     if not available and not _told:
         _told = True
         logging.getLogger(__name__).warning(
@@ -40,17 +41,18 @@ class NativeRows(TorchRows):
 
     STATE = 3
     TILE_ROWS = 1024
-    # MKL multiplies small tiles more slowly; oneDNN does not, and they stay in cache.
-    TILE_BYTES = 2**25 if MKL_IS_FASTER else 2**22
-    # oneDNN's products need a tile of their own before they come to z.
-    IN_PLACE = MKL_IS_FASTER
+    # Tiles of compiled products stay in cache; MKL multiplies small tiles more slowly.
+    TILE_BYTES, MKL_TILE_BYTES = 2**22, 2**25
 
     @classmethod
     def sizes(cls, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int, budget: int, kind: str) -> Sizes:
         vocabulary, width = weight.shape
-        in_place = kind == "spent" and cls.IN_PLACE
+        compiled_products = compiled.make.compiles_products
+        # With MKL a tile's share of J W needs memory too.
+        largest, part = (cls.TILE_BYTES, 6) if compiled_products else (cls.MKL_TILE_BYTES, 8)
+        in_place = kind == "spent"
         tiles = (not in_place) + (softcap is not None and kind != "values")
-        elements = max(1, min(cls.TILE_BYTES, budget // 8) // 4 // tiles) if tiles else cls.TILE_BYTES // 4
+        elements = max(1, min(largest, budget // part) // 4 // tiles) if tiles else largest // 4
         tile_rows = max(1, min(_even(rows, cls.TILE_ROWS), elements // 64))
         columns = max(1, min(vocabulary, elements // tile_rows))
         converted = weight.dtype != torch.float32
@@ -58,8 +60,8 @@ class NativeRows(TorchRows):
             columns = min(columns, head_columns(weight, budget))
         # An odd number of cache lines: rows a power of two apart would share few places of the cache.
         columns = max(columns // 32 * 32 - 16, columns % 32 if columns < 32 else 16)
-        # A tile's share of J W, too, before it is added.
-        shared = 1 if in_place else tile_rows
+        # By MKL a tile's share of J W, too, before it is added.
+        shared = 1 if in_place or compiled_products else tile_rows
         fixed = 4 * (tile_rows * tiles * columns + shared * width + (2 * columns * width if converted else 0))
         fixed += 0 if bias is None or bias.dtype == torch.float32 else 4 * vocabulary
         return Sizes(columns, tile_rows, fixed, 4 * (3 * width + 12) + (4 * vocabulary if kind in ("kept", "spent") else 0), 0)
@@ -68,7 +70,7 @@ class NativeRows(TorchRows):
         self, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, sizes: Sizes, rows: int, kind: str
     ) -> None:
         super().__init__(weight, bias, temperature, softcap, sizes, 0, kind)
-        self.tile_rows, self.in_place = sizes.tile_rows, kind == "spent" and self.IN_PLACE
+        self.tile_rows, self.in_place = sizes.tile_rows, kind == "spent"
         self.inverse = (1 if softcap is None else softcap) / temperature
 
     def values(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -115,16 +117,16 @@ class NativeRows(TorchRows):
                     slope = torch.mul(logits, logits, out=_shaped(buffers[-1], logits.shape)).neg_().add_(1)
                 _native.jacobian(
                     logits, target[tile], part.start, self.inverse, state[tile], factor[tile], jacobian, torch.get_num_threads(),
-                    instructions[0],
+                    compiled.make.instructions,
                 )  # fmt: skip
                 if self.softcap is not None:
                     jacobian.mul_(slope)
                     if some_unused:
                         jacobian.masked_fill_(unused[tile][:, None], 0)
-                if sums is not None and self.in_place:
-                    _add_in_place(sums[tile], jacobian, head, part.start == 0)
+                if sums is not None and self.in_place and not compiled.make.compiles_products:
+                    _add_by_mkl(sums[tile], jacobian, head, part.start == 0)
                 elif sums is not None:
-                    _add(sums[tile], times_transposed(jacobian, head.t()), part.start == 0)
+                    add_product(sums[tile], jacobian, head, part.start == 0)
                 if d_weight is not None:
                     d_weight[part].addmm_(jacobian.t(), hidden[tile], beta=0 if first and i == 0 else 1)
                 if d_bias is not None:
@@ -162,10 +164,10 @@ class NativeRows(TorchRows):
                 into = None if sums is None else sums[tile]
                 _native.accumulate(
                     logits, target[tile], part.start, self.inverse, largest[tile], others[tile], own[tile], into, torch.get_num_threads(),
-                    instructions[0],
+                    compiled.make.instructions,
                 )  # fmt: skip
                 if into is not None:
-                    _add(into, times_transposed(logits if slope is None else logits.mul_(slope), head.t()), part.start == 0)
+                    add_product(into, logits if slope is None else logits.mul_(slope), head, part.start == 0)
                 # Before the next tile is made.
                 del logits, slope
         state = hidden.new_empty(rows, 3)
@@ -175,20 +177,14 @@ class NativeRows(TorchRows):
         return logprob, state, scale
 
 
-def _add(total: Tensor, share: Tensor, first: bool) -> None:
-    """total += share, or = where it is the `first`."""
-    total.copy_(share) if first else total.add_(share)
-
-
-def _add_in_place(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
-    """total += x head, or = where it is the `first`, by MKL and without memory for more than a row."""
+def _add_by_mkl(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
+    """`kernels.products.add_product` by MKL, without memory for more than a row."""
     if len(x) > 1:
         total.addmm_(x, head, beta=0 if first else 1)
         return
     # A single row is added up one product after the other: long sums round more.
-    share = torch.empty_like(total)
     for i, part in enumerate(chunks(0, len(head), 4096)):
-        _add(total, torch.mm(x[:, part], head[part], out=share), first and i == 0)
+        add_product(total, x[:, part], head[part], first and i == 0)
 
 
 def _shaped(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -219,7 +215,16 @@ def sample_rows(
     """
     token, floats = torch.empty(len(stream), dtype=torch.int64), [torch.empty(len(stream)) for _ in range(3)]
     _native.sample_rows(
-        logits.contiguous(), stream, 1 / temperature, top_k, top_p, token, *floats, kept, torch.get_num_threads(), instructions[0]
+        logits.contiguous(),
+        stream,
+        1 / temperature,
+        top_k,
+        top_p,
+        token,
+        *floats,
+        kept,
+        torch.get_num_threads(),
+        compiled.make.instructions,
     )
     return token, *floats
 
@@ -239,7 +244,7 @@ def decode_attention(
     _native.decode_attention(
         query.contiguous(), key.contiguous(), value.contiguous(), prompt_keys, prompt_values, prompt_length, owner, own_keys, own_values,
         used, query.shape[2] ** -0.5 if scale is None else scale, softcap or 0.0, NO_WINDOW if window is None else window, out,
-        torch.get_num_threads(), instructions[0],
+        torch.get_num_threads(), compiled.make.instructions,
     )  # fmt: skip
     return out.flatten(1)
 
@@ -251,7 +256,7 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
     out = torch.empty_like(x)
     _native.rms_norm(
         x, None if delta is None else delta.contiguous(), weight, epsilon, None if delta is None else total, out,
-        torch.get_num_threads(), instructions[0],
+        torch.get_num_threads(), compiled.make.instructions,
     )  # fmt: skip
     return total, out
 
@@ -260,12 +265,14 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: i
     """See `kernels.layer.split_rotated`; float32 on the CPU."""
     q = qkv.new_empty(len(qkv), heads, cos.shape[1])
     k, v = (qkv.new_empty(len(qkv), kv_heads, cos.shape[1]) for _ in range(2))
-    _native.split_rotated(qkv.contiguous(), cos.contiguous(), sin.contiguous(), q, k, v, torch.get_num_threads(), instructions[0])
+    _native.split_rotated(
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), q, k, v, torch.get_num_threads(), compiled.make.instructions
+    )
     return q, k, v
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """See `kernels.layer.gated_silu`; float32 on the CPU."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    _native.gated_silu(gate_up.contiguous(), out, torch.get_num_threads(), instructions[0])
+    _native.gated_silu(gate_up.contiguous(), out, torch.get_num_threads(), compiled.make.instructions)
     return out

@@ -1,88 +1,92 @@
-"""Products with frozen matrices. In float32 on a CPU that is not Intel's oneDNN, which is part of torch, does them: there MKL, torch's own
-choice, leaves half of the arithmetic unused. On Intel's MKL is the faster. A few rows go to compiled code (csrc/products.cpp), which reads
-the matrix once, as fast as memory gives it. With MKL so do up to a hundred, as it is slow in laying the matrix out for them (LOG.md)."""
+"""Products with frozen matrices. For float32 on a CPU compiled code (csrc/products.cpp) makes them, except on Intel
+processors, where MKL is faster at many rows. A few rows read the matrix once, as fast as memory gives it; more rows
+take it in panels of columns. `kernels.compiled.Make` says which way goes when.
 
-from pathlib import Path
+The terms of a panel's sums are added up 128 at a time, so that rounding errors are as small as MKL's. oneDNN adds
+more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10 times in a gradient (LOG.md).
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.compiled import _native, instructions
-
-# From this number of rows on oneDNN, which reads the matrix in parts that stay in cache, is as fast.
-FEW_ROWS = {"avx512": 16, "avx2": 8}.get(instructions[0], 0) if instructions else 0
-_AVAILABLE = torch.backends.mkldnn.is_available()
-
-
-def _mkl_is_faster() -> bool:
-    """Whether torch has MKL and the processor is Intel's."""
-    file = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and file.is_file() and "GenuineIntel" in file.read_text()
-
-
-MKL_IS_FASTER = _mkl_is_faster()
-# Up to this number of rows compiled code is faster than MKL.
-PANEL_ROWS = 96 if MKL_IS_FASTER and instructions and instructions[0] == "avx512" else 0
+from kernels import compiled
+from kernels.compiled import _native
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], with the gradient in x alone where oneDNN does it.
+    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], with the gradient in x alone where compiled code does it.
 
     weight and bias are frozen there (no gradient is asked of them); anything else goes to `torch.nn.functional.linear`.
     """
     if torch.is_grad_enabled():
-        if weight.requires_grad or (bias is not None and bias.requires_grad) or not serves(x, weight):
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        if not frozen or not serves(x, weight):
             return F.linear(x, weight, bias)
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
-    elif _on_cpu(x, weight) and x.shape[0] <= max(FEW_ROWS, PANEL_ROWS) and weight.is_contiguous() and not torch.compiler.is_compiling():
-        return few_rows(x, weight, bias, instructions[0]) if x.shape[0] <= FEW_ROWS else panels(x, weight, bias)
+    elif _on_cpu(x, weight) and weight.is_contiguous():
+        make = compiled.make
+        if len(x) <= make.few_rows:
+            return few_rows(x, weight, bias, make.instructions)
+        if make.panel_rows is not None and len(x) <= make.panel_rows:
+            return panels(x, weight, bias, make.instructions)
     return times_transposed(x, weight, bias)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN does the product: two float32 matrices on the CPU, neither empty, where MKL is not the faster."""
-    # The switch cannot be read while a caller is traced.
-    usable = _AVAILABLE and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
-    return usable and not MKL_IS_FASTER and _on_cpu(x, weight)
+    """Whether compiled code makes every product of these: two float32 matrices on the CPU, neither empty, weight dense by rows or by
+    columns, on a make of processor where it is the fastest."""
+    return _on_cpu(x, weight) and compiled.make.compiles_products and (weight.is_contiguous() or weight.t().is_contiguous())
 
 
 def _on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Two float32 matrices on the CPU, neither empty."""
+    """Two float32 matrices on the CPU, neither empty, outside of what torch.compile traces."""
     both = x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.is_cpu
-    return both and x.numel() > 0 and weight.numel() > 0
+    return both and x.numel() > 0 and weight.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """`linear` without a gradient. out: where the product is to stand; without a bias."""
+    """`linear` without a gradient. out: a contiguous matrix for the product, without a bias."""
     if serves(x, weight):
-        product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product if out is None else out.copy_(product)
-    if out is None and not (_on_cpu(x, weight) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        return panels(x, weight, bias, compiled.make.instructions, out=out)
+    if out is None and not (_on_cpu(x, weight) and not torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
-    # Into what is there already, as autocast rounds nothing then; nor does oneDNN's operator.
+    # torch.mm with `out`, because autocast rounds nothing there; nor does it in compiled code.
     out = torch.mm(x, weight.t(), out=x.new_empty(len(x), len(weight)) if out is None else out)
     return out if bias is None else out.add_(bias)
 
 
+def add_product(total: Tensor, x: Tensor, matrix: Tensor, first: bool) -> None:
+    """total [R, N] += x [R, K] times matrix [K, N], or = where it is the `first`; all of it float32 on the CPU, total contiguous."""
+    if serves(x, matrix.t()):
+        panels(x, matrix.t(), None, compiled.make.instructions, out=total.zero_() if first else total, add=True)
+        return
+    share = torch.mm(x, matrix, out=x.new_empty(total.shape))
+    total.copy_(share) if first else total.add_(share)
+
+
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str) -> Tensor:
     """`linear` without a gradient for float32 on the CPU, weight contiguous: bit for bit the same for any number of rows and threads."""
-    arrays = _arrays(x, weight, bias)
-    _native.few_rows(*arrays, torch.get_num_threads(), instruction_set)
-    return arrays[-1]
+    out = x.new_empty(len(x), len(weight))
+    _native.few_rows(x.contiguous(), weight, _dense(bias), out, torch.get_num_threads(), instruction_set)
+    return out
 
 
-def panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `few_rows`, for many rows and a processor with AVX-512; the order of its sums is another."""
-    arrays = _arrays(x, weight, bias)
-    _native.panels(*arrays, torch.get_num_threads())
-    return arrays[-1]
+def panels(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str, *, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """As `few_rows`, for many rows and AVX2 or AVX-512; the order of its sums is another. weight or its transpose is contiguous.
+
+    out: a contiguous matrix for the product; with `add` the product is added to it, 1024 terms of each sum at a time.
+    """
+    out = x.new_empty(len(x), len(weight)) if out is None else out
+    turned = not weight.is_contiguous()
+    matrix = weight.t() if turned else weight
+    _native.panels(x.contiguous(), matrix, turned, _dense(bias), out, add, torch.get_num_threads(), instruction_set)
+    return out
 
 
-def _arrays(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """What compiled code takes, and where the product is to stand."""
-    return x.contiguous(), weight, None if bias is None else bias.contiguous(), x.new_empty(x.shape[0], weight.shape[0])
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 class _Linear(torch.autograd.Function):

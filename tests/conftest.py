@@ -1,4 +1,5 @@
-"""Shared fixtures: a tiny model folder with heads, a cache folder, and what keeps runs within tests cheap."""
+"""Shared fixtures: a tiny model folder with heads, a cache folder, the makes of processor, and what keeps runs within
+tests cheap."""
 
 import functools
 import os
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from kernels import compiled
 
 torch.set_num_threads(1)
 
@@ -43,3 +46,19 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert threads == 1, f"{threads} threads: give the test's runs --threads 1"
+
+
+@pytest.fixture(params=compiled.MAKES)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> compiled.Make:
+    """Each make of processor in turn; one whose instructions this processor lacks is skipped."""
+    make = compiled.MAKES[request.param]
+    if make.instructions not in (None, *compiled.instructions):
+        pytest.skip(f"this processor does not run {make.instructions}")
+    monkeypatch.setattr(compiled, "make", make)
+    return make
+
+
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the compiled module was not built."""
+    monkeypatch.setattr(compiled, "make", compiled.MAKES["none"])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import lagrangian_preference_loss, reference, sequence_logprob
+from kernels import compiled, lagrangian_preference_loss, reference, sequence_logprob
 from kernels.native import NativeRows
 from kernels.reference import TorchRows
 
@@ -90,21 +90,31 @@ def assert_close(got, plain, exact):
         assert error <= bound, f"{name}: {error} against {bound}"
 
 
-def check_against_dense(function, data, needs=("hidden", "weight", "bias"), **options):
+def dense_results(data, needs, options):
+    """(values and gradients of plain torch for three orders of the vocabulary, those in float64)."""
+    plain = reordered(lambda moved: gradients(dense_logprob, moved, options, needs), data)
+    return plain, gradients(dense_logprob, data, options, needs, torch.float64)
+
+
+def check_against(dense, function, data, needs, **options):
+    """The error rule for the values and gradients of `function`; dense: from `dense_results`."""
     budget = options.pop("memory_budget_bytes", None)
 
     def fused(**keywords):
         return function(**keywords, return_token_logprob=True, memory_budget_bytes=budget)
 
     got = gradients(fused, data, options, needs)
-    plain = reordered(lambda moved: gradients(dense_logprob, moved, options, needs), data)
-    exact = gradients(dense_logprob, data, options, needs, torch.float64)
     wide = torch.float64 if data["hidden"].dtype == torch.float64 else torch.float32
     assert got["logprob"].dtype == got["token"].dtype == wide
     for name in needs:
         if name in data:
             assert got[f"d_{name}"].dtype == data[name].dtype
-    assert_close(got, plain, exact)
+    assert_close(got, *dense)
+
+
+def check_against_dense(function, data, needs=("hidden", "weight", "bias"), memory_budget_bytes=None, **options):
+    dense = dense_results(data, needs, options)
+    check_against(dense, function, data, needs, memory_budget_bytes=memory_budget_bytes, **options)
 
 
 FEATURES = {
@@ -124,6 +134,14 @@ FEATURES = {
 def test_values_and_gradients(op, dtype, feature, needs):
     shape, options = FEATURES[feature]
     check_against_dense(op, make(dtype=dtype, **shape), needs, **options)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
+def test_values_and_gradients_on_each_make_of_processor(processor, feature, needs):
+    shape, options = FEATURES[feature]
+    for dtype in (torch.float32, torch.bfloat16):
+        check_against_dense(sequence_logprob, make(dtype=dtype, **shape), needs, **options)
 
 
 @pytest.mark.parametrize("needs", [("weight",), ("bias",), ("weight", "bias"), ("hidden", "bias")])
@@ -150,6 +168,25 @@ def test_chunks_do_not_change_the_result(needs, dtype, monkeypatch):
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
 def test_real_vocabulary(vocabulary, width, needs):
     check_against_dense(sequence_logprob, make(rows=6, width=width, vocabulary=vocabulary, lengths=(2, 4)), needs)
+
+
+@pytest.mark.parametrize(
+    "rows,width,vocabulary,needs",
+    [
+        (6, 4096, 2000, ("hidden",)),
+        (64, 4096, 500, ("hidden", "weight")),
+        (64, 4096, 500, ("hidden",)),
+        (1, 16, 151936, ("hidden", "weight")),
+    ],
+)
+def test_width_of_a_large_model_on_each_make_of_processor(rows, width, vocabulary, needs, monkeypatch):
+    """Logits are sums of up to 4096 products, and J W of up to 151936."""
+    data = make(rows=rows, width=width, vocabulary=vocabulary, lengths=(rows // 3, rows - rows // 3))
+    dense = dense_results(data, needs, {})
+    for processor in compiled.MAKES.values():
+        if processor.instructions in (None, *compiled.instructions):
+            monkeypatch.setattr(compiled, "make", processor)
+            check_against(dense, sequence_logprob, data, needs)
 
 
 def test_long_row_sum_is_not_rounded_term_by_term():

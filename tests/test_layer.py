@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import layer, native
+from kernels import compiled, layer, native
 
-pytestmark = pytest.mark.skipif(not native.available, reason="no compiled kernels")
+pytestmark = pytest.mark.skipif(not compiled.instructions, reason="no compiled kernels")
 SIZES = [(1, 2), (3, 30), (5, 64), (7, 577), (2, 4098)]
 
 
@@ -68,9 +68,9 @@ def test_ends_of_the_gate():
     torch.testing.assert_close(own, F.silu(gate_up[:, :8]), rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.parametrize("instructions", native.instructions)
+@pytest.mark.parametrize("instructions", compiled.instructions)
 def test_instructions_threads_and_batches_change_no_bit(instructions, monkeypatch):
-    monkeypatch.setattr(native, "instructions", (instructions,))
+    monkeypatch.setattr(compiled, "make", compiled.make._replace(instructions=instructions))
     x, delta, weight, angle = normal(37, 90), normal(37, 90, scale=2.0), normal(90), normal(37, 18)
 
     def all_of(part: slice) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ def test_instructions_threads_and_batches_change_no_bit(instructions, monkeypatc
         ]  # fmt: skip
 
     whole = all_of(slice(None))
-    monkeypatch.setattr(native, "instructions", native.instructions[-1:])
+    monkeypatch.setattr(compiled, "make", compiled.make._replace(instructions=compiled.instructions[-1]))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -102,4 +102,4 @@ def test_no_rows_and_wrong_shapes():
     with pytest.raises(ValueError, match="qkv"):
         layer.split_rotated(torch.ones(2, 9), torch.ones(2, 2), torch.ones(2, 2), 2, 1)
     with pytest.raises(ValueError, match="gate_up"):
-        native._native.gated_silu(torch.ones(2, 7), torch.ones(2, 3), 1, native.instructions[0])
+        native._native.gated_silu(torch.ones(2, 7), torch.ones(2, 3), 1, compiled.instructions[0])

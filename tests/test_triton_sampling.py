@@ -62,14 +62,13 @@ def test_kernels_compile_for_sm_90():
 @interpreted
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("columns,part", [(7, 4096), (1000, 4096), (1000, 128), (5003, 4096), (5003, 1024)])
-def test_tokens_and_log_probs_are_those_of_plain_torch(columns, part, temperature, monkeypatch):
+def test_tokens_and_log_probs_are_those_of_plain_torch(columns, part, temperature, plain_torch):
     logits, key = logits_of(8, columns), torch.arange(8)
     token, logprob, gap = by_triton(logits, stream(key, 3), temperature, part)
     exact = logits.double() / temperature
     race = (exact - exponential(stream(key, 3), columns).log()).topk(2).values
     assert (race[:, 0] - race[:, 1]).amin() > 1e-5, "no row of this seed may depend on rounding"
     torch.testing.assert_close(gap.double(), race[:, 0] - race[:, 1], rtol=1e-6, atol=1e-5)
-    monkeypatch.setattr("kernels.native.available", False)
     twin, twin_logprob, _ = sample(logits, key=key, step=3, temperature=temperature)
     assert torch.equal(token, twin)
     torch.testing.assert_close(logprob, twin_logprob, rtol=1e-6, atol=1e-6)
@@ -123,8 +122,7 @@ TRUNCATIONS = [(5, 1.0), (1, 1.0), (33, 1.0), (10**6, 1.0), (0, 0.9), (0, 1e-6),
         for x in ((5, 1.0), (0, 0.9), (20, 0.8))
     ],
 )
-def test_truncated_sampling_is_that_of_plain_torch(columns, kind, dtype, truncation, monkeypatch):
-    monkeypatch.setattr("kernels.native.available", False)
+def test_truncated_sampling_is_that_of_plain_torch(columns, kind, dtype, truncation, plain_torch):
     (top_k, top_p), logits, key = truncation, logits_of(2, columns).to(dtype), torch.arange(2)
     if kind == "equals":
         logits = logits.round()
@@ -137,8 +135,7 @@ def test_truncated_sampling_is_that_of_plain_torch(columns, kind, dtype, truncat
 
 @interpreted
 @pytest.mark.parametrize("top_k,top_p", [(300, 1.0), (0, 0.9), (300, 0.7)])
-def test_truncated_sampling_of_many_tokens(top_k, top_p, monkeypatch):
-    monkeypatch.setattr("kernels.native.available", False)
+def test_truncated_sampling_of_many_tokens(top_k, top_p, plain_torch):
     logits, key = logits_of(2, 5003), torch.arange(2)
     assert_is_the_twin_s(truncated_by_triton(logits, stream(key, 3), 0.7, top_k, top_p, 2048), logits, key, top_k, top_p)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from engine.rollout.cache import Cache, GpuCache, SharedCache, new_cache
-from kernels import native
+from kernels import compiled, native
 
-needs_native = pytest.mark.skipif(not native.available, reason="kernels._native is not built")
+needs_native = pytest.mark.skipif(not compiled.instructions, reason="kernels._native is not built")
 
 
 def prefilled(lengths, kv_heads, d, layers=1, seed=0):
@@ -133,7 +133,7 @@ def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, win
     query, key, value = (torch.randn(12, heads, 64, generator=g) for heads in (9, 3, 3))
     results = []
     score = (0.125, softcap, window)
-    for instructions in native.instructions:
+    for instructions in compiled.instructions:
         for threads in (1, 2):
             cache, out = SharedCache(kept, cu_seqlens, 4, 5), torch.empty_like(query)
             native._native.decode_attention(
@@ -171,5 +171,5 @@ def test_bad_calls():
 
 def test_who_attends():
     kept, cu_seqlens, _ = prefilled((4,), 1, 16)
-    assert isinstance(new_cache(kept, cu_seqlens, 1, 2), SharedCache if native.available else Cache)
+    assert isinstance(new_cache(kept, cu_seqlens, 1, 2), SharedCache if compiled.instructions else Cache)
     assert isinstance(new_cache([tuple(x.bfloat16() for x in pair) for pair in kept], cu_seqlens, 1, 2), Cache)

@@ -19,7 +19,7 @@ from engine.rollout import sampler as rollout
 from engine.rollout.cache import GpuCache
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from kernels import native, sample, sequence_logprob
+from kernels import compiled, native, sample, sequence_logprob
 from kernels.sampling import combine, exponential, stream, uniform
 from tests.helpers.architectures import VARIANTS, write_model
 
@@ -270,10 +270,10 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.3, 1.0, 4), (0.8, 0.9, 7)])
-@pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.skipif(not native.available, reason="not built")), False])
-def test_distribution_and_log_probs(temperature, top_p, top_k, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(native, "available", False)
+@pytest.mark.parametrize("built", [pytest.param(True, marks=pytest.mark.skipif(not compiled.instructions, reason="not built")), False])
+def test_distribution_and_log_probs(temperature, top_p, top_k, built, monkeypatch):
+    if not built:
+        monkeypatch.setattr(compiled, "make", compiled.MAKES["none"])
     rows, vocabulary = 40_000, 200
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(2)) * 2
     key = combine(7, torch.arange(rows))

@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from engine import constraints, dual, mocan
-from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, check, smoke
-from engine.constraints import KINDS, Improvement, MeanCost, Rate
+from engine.baselines import repo, safe_dpo
+from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, SafeDpoConfig, check, smoke
+from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
-from engine.records import Prompts, Scores, Units
-from engine.stages import update
-from engine.stages.reference import Reference, reference_units
-from engine.stages.sampling import Sampled
-from engine.stages.update import World
+from engine.policy.samples import Samples
+from engine.records import Prompts, Sampled, Scored, Scores, Units
+from engine.run.folder import RunFolder
+from engine.stages import slack, update
+from engine.stages.reference import ByScorers, Reference, reference_units
+from engine.stages.update import Updates
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.sentences import answer, judgement_sentences
+from tests.helpers.samples import samples_of
 from tests.helpers.scorers import brevity
 
 DTYPE = torch.float64
@@ -33,7 +36,19 @@ def prompts_of(kinds: list[str]) -> Prompts:
 
 def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) -> Scores:
     reward_PG = utility_PGJ[..., 0] if reward_PG is None else reward_PG
-    return Scores(reward_PG=reward_PG, utility_PGJ=utility_PGJ, audit_PGA=utility_PGJ[..., :0], ref_logprob_PG=torch.zeros_like(reward_PG))
+    return Scores(
+        reward_PG=reward_PG,
+        utility_PGJ=utility_PGJ,
+        audit_PGA=utility_PGJ[..., :0],
+        ref_logprob_PG=torch.zeros_like(reward_PG),
+    )
+
+
+def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **fixed) -> Reference:
+    """The reference with these scores in units, which asks for nothing unless `fixed` says so."""
+    nothing = {"needed_J": torch.zeros(len(limits)), "aimed": [0.0] * len(limits), "aim_J": torch.zeros(len(limits))}
+    scoring = ByScorers(units=units, audit_names=[])
+    return Reference(prompts=prompts, sampled=None, scoring=scoring, scores=scores, limits=limits, lower=None, **{**nothing, **fixed})
 
 
 def units_of(*unit: float, above: list | None = None) -> Units:
@@ -79,7 +94,7 @@ def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
     r = torch.randn(20, 8, generator=generator, dtype=DTYPE)
     g = torch.randn(20, 8, 1, generator=generator, dtype=DTYPE) - 0.5 * r[..., None]
     prompts, limit = prompts_of(kinds), Improvement(name="harm", value=0.3, on="delicate")
-    weighted = constraints.weighted([limit], scores_of(g, r), prompts, prompts)
+    weighted = g * constraints.weights([limit], prompts, prompts)[:, None]
     assert (weighted[5:] == 0).all() and torch.equal(weighted[:5], 4 * g[:5])
     lam = dual.solve(r, weighted, [0.3], 1.0).lam
     tilt = (r + weighted @ lam).softmax(1)
@@ -89,7 +104,13 @@ def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
     assert torch.equal(tilt[5:], r[5:].softmax(1))
     # On other prompts of another mixture the weights are those of the training prompts.
     other = prompts_of(["everyday", "delicate"])
-    assert torch.equal(constraints.weighted([limit], scores_of(g[:2], r[:2]), other, prompts)[1], 4 * g[1])
+    assert torch.equal((g[:2] * constraints.weights([limit], other, prompts)[:, None])[1], 4 * g[1])
+    # The stages count the utilities so, both for the dual and for the rules of the algorithms.
+    reference = reference_of(scores_of(g, r), units_of(1.0), [limit], prompts)
+    samples = samples_of(other, None, scores_of(g[:2], r[:2]))
+    assert torch.equal(reference.scored(samples).counted_PGJ[1], 4 * g[1])
+    reference = replace(reference, sampled=samples_of(prompts, None, scores_of(g, r)).sampled)
+    assert torch.equal(reference.problem[0], r) and torch.equal(reference.problem[1], weighted)
 
 
 def test_levels_become_the_improvements_that_reach_them():
@@ -129,7 +150,7 @@ def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
 
 
 def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
-    config = smoke(MocanConfig(cost_on=("delicat",), out=str(tmp_path / "run")))
+    config = smoke(MocanConfig(cost_on=("delicat",), threads=1, out=str(tmp_path / "run")))
     with pytest.raises(UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"):
         mocan.train(config)
     assert not (tmp_path / "run").exists()
@@ -170,66 +191,71 @@ def test_a_cost_that_is_constant_where_its_constraint_looks_is_named(limit, cost
 def test_a_response_is_unsafe_only_where_its_constraint_looks():
     cost = torch.tensor([[[1.0, -1.0], [-1.0, 0.7]], [[1.0, -1.0], [-1.0, 0.7]]], dtype=DTYPE)
     limits = [Improvement(name="a", value=0.3, on="delicate"), Improvement(name="b", value=0.3)]
-    reference = SimpleNamespace(
-        sampled=SimpleNamespace(scores=scores_of(-cost)), limits=limits, prompts=prompts_of(["delicate", "everyday"])
-    )  # fmt: skip
-    world = SimpleNamespace(reference=reference)
-    assert World.unsafe(world, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
-    assert World.unsafe(world, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
+    prompts = prompts_of(["delicate", "everyday"])
+    sampled = samples_of(prompts, None, scores_of(-cost))
+    # The costs are compared in the scorers' units, whatever one unit is in the run.
+    units = units_of(2.0, 0.25)
+    reference = reference_of(units.apply(sampled.scores), units, limits, prompts)
+    scored = reference.scored(Samples(prompts=prompts, sampled=sampled.sampled, scores=reference.scores))
+    assert unsafe_of(scored, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
+    assert unsafe_of(scored, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
+
+
+def unsafe_of(scored: Scored, above: tuple[float, ...]) -> torch.Tensor:
+    """The pairs of responses that SafeDPO's update is told to drop."""
+    config = SafeDpoConfig(cost=("a", "b"), unsafe_above=above)
+    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, iteration: target)
+    target, _ = safe_dpo.loop(stages, config)
+    return target.dropped(scored)
 
 
 @pytest.mark.parametrize(("kind", "unit", "aimed"), [("mean", 2.0, 1.0), ("rate", 0.5, 0.25)])
-def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, kind, unit, aimed):
+def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path, kind, unit, aimed):
     """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only prompt 1 misses."""
     before = torch.tensor([[0.0, 0.0, 0.0, 0.0], [10.0, 10.0, 10.0, 10.0]], dtype=DTYPE)
     after = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]], dtype=DTYPE)
     if kind == "rate":
         before, after = (before > 0).double(), torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=DTYPE)
-    limit, units = KINDS[kind](name="harm", value=aimed), units_of(unit)
-    old, new = (scores_of(-cost[..., None] / unit) for cost in (before, after))
+    limit, units = KINDS[kind](name="harm", value=aimed), Units(reward=unit, utility_J=[unit], audit_A=[])
+    old, new = (units.apply(scores_of(-cost[..., None])) for cost in (before, after))
     prompts = prompts_of(["x", "x"])
     needed = constraints.required([limit], old, prompts, units)
     level = after[1].mean() / unit - aimed / unit
-    assert constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ)[:, 0].tolist() == pytest.approx(
-        [-aimed / unit, float(level)]
-    )
+    missing_PJ = constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ)
+    assert missing_PJ[:, 0].tolist() == pytest.approx([-aimed / unit, float(level)])
     # The mean over prompts is what the constraint itself misses.
-    assert float(constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ).mean()) == pytest.approx(
-        float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean()))
-    )
+    assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean())))
     # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and 0.
-    reference = Reference(
-        prompts=prompts, sampled=None, units=units, scores=old, limits=[limit], needed_J=needed, aimed=[aimed], aim_J=needed, lower=None
-    )
-    taken = {}
+    reference = reference_of(old, units, [limit], prompts, needed_J=needed, aimed=[aimed], aim_J=needed)
+    rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
+    sampled = Sampled(rollouts=rollouts, texts=[], scores=scores_of(-after[..., None]), kl_PG=torch.zeros(2, 4, dtype=DTYPE))
+    taken, logged = {}, []
 
     def one_stage(name, cls, compute):
-        taken[name] = compute(SimpleNamespace(row=lambda *a, **b: None))
+        taken[name] = compute(SimpleNamespace(log=logged.append))
         return taken[name]
-
-    rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
-    sampled = Sampled(rollouts=rollouts, texts=[], scores=new, kl_PG=torch.zeros(2, 4, dtype=DTYPE))
-    monkeypatch.setattr(update, "sample", lambda *a, **b: (sampled, None))
-    monkeypatch.setattr(update, "iteration_line", lambda *a: "")
 
     def ascend(stage, run, config, model, samples, score_PG, *rest, **options):
         taken["score"] = score_PG
-        return SimpleNamespace(loss=0.0)
+        return SimpleNamespace(adapter={}, loss=0.0)
 
-    monkeypatch.setattr(update, "ascend", ascend)
-    show = SimpleNamespace(line=lambda text: None)
-    job = SimpleNamespace(config=smoke(RepoConfig(beta=1.0)), model=None, run=SimpleNamespace(stage=one_stage, display=show, folder=None))
-    world = SimpleNamespace(
-        job=job, reference=reference, adapter=SimpleNamespace(set_tensors=lambda x: None), deal=lambda t: ([0, 1], [0, 1]),
-        rescore=lambda stage, prompts, sampled: sampled.scores, _begin=lambda *a: None, _end=lambda trained, t: trained,
-        _folder=lambda t: "/nonexistent/adapter", _tell_gap=lambda stage: None,
-    )  # fmt: skip
+    monkeypatch.setattr("engine.policy.update.ascend", ascend)
+    for module in (update, slack):
+        monkeypatch.setattr(module, "sample", lambda *a, **b: (sampled, None))
+        monkeypatch.setattr(module, "deal_prompts", lambda *a: ([0, 1], [0, 1]))
+    monkeypatch.setattr(update, "gap_of", lambda *a: "")
+    monkeypatch.setattr(update, "save_weights", lambda *a: None)
+    config, show = smoke(RepoConfig(beta=1.0)), SimpleNamespace(line=lambda text: None)
+    run = SimpleNamespace(stage=one_stage, display=show, folder=tmp_path, paths=RunFolder(tmp_path))
+    job = SimpleNamespace(config=config, model=None, folder=None, run=run)
+    weights = SimpleNamespace(tensors=dict, set_tensors=lambda x: None)
     lam = torch.tensor([3.0], dtype=DTYPE)
-    World.ascend(world, None, lam, 1, rectified=True)
+    Updates(job, reference, weights, None).ascend(None, lam, repo.rectified(lam, config.advantage), 1)
     utility = new.utility_PGJ[..., 0]
     assert torch.equal(taken["score"], new.reward_PG + torch.tensor([[0.0], [3.0]], dtype=DTYPE) * utility)
-    slack = World.measure_slack(world, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
-    assert float(slack.violation_J[0]) == pytest.approx(float(level) / 2)
+    measured = slack.measure(job, reference, weights, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
+    assert float(measured.violation_J[0]) == pytest.approx(float(level) / 2)
+    assert [row.KIND for row in logged] == ["policy", "iteration"] and logged[1].slack is measured.slack_J
 
 
 @pytest.mark.parametrize("kind", ["mean", "rate"])
@@ -240,7 +266,7 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     config = smoke(
         CaidConfig(
             cost=("harm", "length=-tests.helpers.scorers:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
-            slack_prompts=12, eval_prompts=20,
+            slack_prompts=12, eval_prompts=20, threads=1,
             force=True, out=str(tmp_path / "run"), **own,
         )
     )  # fmt: skip

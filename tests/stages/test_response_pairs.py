@@ -17,7 +17,7 @@ from engine.data.response_pairs import SURE, read_response_pairs
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.folder import read_config
-from engine.run.rows import read_rows
+from engine.run.rows import PairsRow, PairStepRow, StepRow, read_rows
 from tests.helpers.runs import SMOKE, files, write
 
 ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(8)]
@@ -103,7 +103,7 @@ def test_a_file_is_refused_before_any_compute(tmp_path, capsys, flags, rows, sai
 
 
 def steps_of(folder: Path) -> list[tuple[int, float]]:
-    return [(row["iteration"], row["loss"]) for row in read_rows(folder, "step") if row["stage"].startswith("iteration")]
+    return [(row.iteration, row.loss) for row in read_rows(folder, StepRow) if row.stage.startswith("iteration")]
 
 
 def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(tmp_path):
@@ -143,9 +143,10 @@ def test_updates_learn_from_a_files_pairs(tmp_path):
     for name, rows in (("a", ROWS), ("b", chosen), ("c", turned)):
         file = write(tmp_path / f"{name}.jsonl", rows)
         assert train.main(["mocan", *SMOKE, "--pairs", file, "--out", str(tmp_path / name)]) == 0
-        assert [row["prompts"] for row in read_rows(tmp_path / name, "pairs")] == [8]
+        assert [row.prompts for row in read_rows(tmp_path / name, PairsRow)] == [8]
         losses.append([loss for _, loss in steps_of(tmp_path / name)])
-        assert {row["pairs"] for row in read_rows(tmp_path / name, "step")} == {2}, "two prompts a step, a pair each"
+        pairs = {row.pairs for row in read_rows(tmp_path / name, PairStepRow)}
+        assert pairs == {2}, "two prompts a step, a pair each"
     assert losses[0] == losses[1] and losses[2] == pytest.approx(losses[0], rel=1e-4)
     flags = ["--scores", "preference", "--preference-steps", "1", "--iterations", "1", "--force", "--pairs", str(tmp_path / "a.jsonl")]
     assert train.main(["caid", *SMOKE, *flags, "--out", str(tmp_path / "pecaid")]) == 0

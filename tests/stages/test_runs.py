@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,19 @@ from engine import caid, export, model, train
 from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
 from engine.model.tokenizer import load_tokenizer
-from engine.run.rows import read_rows
-from engine.run.run import Run
+from engine.run import rows as run_rows
+from engine.run.rows import (
+    DualRow,
+    IterationRow,
+    PolicyRow,
+    PreferenceRow,
+    Row,
+    SampledRow,
+    StepRow,
+    raw_rows,
+    read_rows,
+)
+from engine.run.run import Run, Stage
 from engine.stages.sampling import gap_text
 from tests.helpers.runs import SMOKE, files, write
 
@@ -54,17 +66,16 @@ def test_a_run_killed_in_every_stage_ends_bitwise_equal(tmp_path):
 
 
 def test_what_a_run_writes(finished):
-    rows = read_rows(finished)
-    kinds = [row["kind"] for row in rows]
+    kinds = [row["kind"] for row in raw_rows(finished)]
     assert kinds.count("reference") == 1 and kinds.count("dual") == 1 and kinds.count("iteration") == 3
-    steps = [(row["iteration"], row["step"]) for row in rows if row["kind"] == "step"]
+    steps = [(row.iteration, row.step) for row in read_rows(finished, StepRow)]
     assert steps == [(t, s) for t in (1, 2, 3) for s in (1, 2, 3)]
-    iterations = read_rows(finished, "iteration")
-    for row in iterations:
-        assert row["slack"][0] == pytest.approx(row["improvement"][0] - row["aim"][0])
-        assert 0 < row["kl_se"] < 10
-    dual = next(row for row in rows if row["kind"] == "dual")
-    assert dual["lam_low"][0] <= dual["lam"][0] <= dual["lam_high"][0] and dual["lam_se"][0] > 0 and dual["predicted_improvement_se"][0] > 0
+    for row in read_rows(finished, IterationRow):
+        assert row.slack[0] == pytest.approx(row.improvement[0] - row.aim[0])
+        assert 0 < row.kl_se < 10
+    (dual,) = read_rows(finished, DualRow)
+    assert dual.lam_low[0] <= dual.lam[0] <= dual.lam_high[0]
+    assert dual.lam_se[0] > 0 and dual.predicted_improvement_se[0] > 0
     config = json.loads((finished / "config.json").read_text())
     assert config["algorithm"] == "caid" and config["config"]["seed"] == 0 and "commit" in config["versions"]
     assert len((finished / "heldout.jsonl").read_text().splitlines()) == 8 * 2
@@ -75,23 +86,38 @@ def test_what_a_run_writes(finished):
     assert f"effective sample size {dual['ess']:.1f} of {reference['responses']}." in report
 
 
+def have_the_fields_of_their_classes(rows: list[dict]) -> bool:
+    """Whether each of the rows, as they are written, has the fields of a class of its kind and no others."""
+    classes = [cls for cls in vars(run_rows).values() if isinstance(cls, type) and issubclass(cls, Row)]
+    known = {(cls.KIND, frozenset(f.name for f in fields(cls))) for cls in classes if cls not in (Row, StepRow)}
+    return all((row["kind"], frozenset(row) - {"kind"}) in known for row in rows)
+
+
+def test_every_row_has_the_fields_of_its_class_and_no_others(finished):
+    timing = [json.loads(line) for line in (finished / "timing.jsonl").read_text().splitlines()]
+    for rows in (raw_rows(finished), timing):
+        assert len(rows) > 10 and have_the_fields_of_their_classes(rows)
+        more, fewer = rows[-1] | {"invented": 1}, {name: x for name, x in rows[-1].items() if name != "stage"}
+        assert not have_the_fields_of_their_classes([more]) and not have_the_fields_of_their_classes([fewer])
+
+
 def test_the_lambda_of_each_row_follows_from_the_row_before(finished):
     from engine.dual.steps import step
 
     config = smoke(CaidConfig())
-    dual = read_rows(finished, "dual")[0]
-    iterations = read_rows(finished, "iteration")
-    assert iterations[0]["lam"] == dual["lam"]
+    dual = read_rows(finished, DualRow)[0]
+    iterations = read_rows(finished, IterationRow)
+    assert iterations[0].lam == dual.lam
     for row, following in zip(iterations, iterations[1:], strict=False):
-        change = torch.tensor(following["lam"]) / torch.tensor(row["lam"])
+        change = torch.tensor(following.lam) / torch.tensor(row.lam)
         assert torch.all((change <= config.lam_max_change + 1e-9) & (change >= 1 / config.lam_max_change - 1e-9))
-        assert (following["lam"][0] - row["lam"][0]) * row["slack"][0] <= 0
-        assert step(torch.tensor(row["lam"]), torch.tensor(row["slack"]), 0.0).tolist() == pytest.approx(row["lam"])
+        assert (following.lam[0] - row.lam[0]) * row.slack[0] <= 0
+        assert step(torch.tensor(row.lam), torch.tensor(row.slack), 0.0).tolist() == pytest.approx(row.lam)
 
 
 def test_mocan_runs_on_the_same_stages(tmp_path):
     assert train.main(["mocan", *SMOKE, "--out", str(tmp_path / "m")]) == 0
-    assert [r["iteration"] for r in read_rows(tmp_path / "m", "step")] == [1, 1, 1]
+    assert [row.iteration for row in read_rows(tmp_path / "m", StepRow)] == [1, 1, 1]
     assert json.loads((tmp_path / "m" / "evaluation.json").read_text())["n_prompts"] == 8
     assert smoke(MocanConfig()).steps == 3
 
@@ -124,20 +150,21 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     out = capsys.readouterr().out
     assert out.startswith(f"{shown_name(algorithm)} on smoke (")
     assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [f"iteration-{i}" for i in iterates]
-    measured = read_rows(tmp_path / "run", "iteration")
-    assert [row["iteration"] for row in measured] == slacks
-    assert all(len(row[name]) == J for row in measured for name in ("lam", "slack", "slack_se", "aim"))
-    assert all(len(row["lam"]) == J for row in read_rows(tmp_path / "run", "policy"))
-    assert len({row["iteration"] for row in read_rows(tmp_path / "run", "step")} - {0}) == len(set(iterates) - {0})
+    measured = read_rows(tmp_path / "run", IterationRow)
+    assert [row.iteration for row in measured] == slacks
+    assert have_the_fields_of_their_classes(raw_rows(tmp_path / "run"))
+    assert all(len(x) == J for row in measured for x in (row.lam, row.slack, row.slack_se, row.aim))
+    assert all(len(row.lam) == J for row in read_rows(tmp_path / "run", PolicyRow))
+    assert len({row.iteration for row in read_rows(tmp_path / "run", StepRow)} - {0}) == len(set(iterates) - {0})
     # Every sampling is run through the training forward of its own weights, and told of.
-    sampled = read_rows(tmp_path / "run", "sampled")
+    sampled = read_rows(tmp_path / "run", SampledRow)
     where = ["policy", "slack"] if algorithm in ("primal_dual", "repo") else ["slack"]
     expected = ["reference", *(f"iteration-{i}/{name}" for i in slacks for name in where), "heldout/reference", "heldout/policy"]
-    assert [row["stage"] for row in sampled] == expected
+    assert [row.stage for row in sampled] == expected
     for row in sampled:
-        gap = row["logprob_gap"]
-        assert 0 < gap["mean"] <= gap["max"] < 1e-4 and 0 <= gap["kl"] < 1e-8 and row["prompts"] == 4
-        opening = "tokens; " if row["stage"] == "reference" else f"{row['stage']}: "
+        gap = row.logprob_gap
+        assert 0 < gap["mean"] <= gap["max"] < 1e-4 and 0 <= gap["kl"] < 1e-8 and row.prompts == 4
+        opening = "tokens; " if row.stage == "reference" else f"{row.stage}: "
         assert out.count(f"{opening}{gap_text(row)}\n") == 1
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
@@ -162,8 +189,8 @@ def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
     assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == kept
     folders = [tmp_path / "run" / "adapters" / name for name in kept]
     assert files(folders[0]) == files(folders[1])
-    assert [row["iteration"] for row in read_rows(tmp_path / "run", "policy")] == [0, 1]
-    assert [row["lam"] for row in read_rows(tmp_path / "run", "iteration")] == [[0.0]]
+    assert [row.iteration for row in read_rows(tmp_path / "run", PolicyRow)] == [0, 1]
+    assert [row.lam for row in read_rows(tmp_path / "run", IterationRow)] == [[0.0]]
     first = files(tmp_path / "run")
     (tmp_path / "run" / "evaluation.json").unlink()
     (tmp_path / "run" / "heldout.jsonl").unlink()
@@ -174,9 +201,9 @@ def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
 def test_the_last_iterate_of_opd_has_its_slack_and_can_be_refused(tmp_path):
     flags = ["opd", *SMOKE, "--iterations", "1", "--eval-prompts", "2"]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    policies, slacks = (read_rows(tmp_path / "run", kind) for kind in ("policy", "iteration"))
-    assert [(row["iteration"], row["lam"]) for row in slacks] == [(row["iteration"], row["lam"]) for row in policies]
-    kl = [row["kl"] for row in slacks]
+    policies, slacks = (read_rows(tmp_path / "run", cls) for cls in (PolicyRow, IterationRow))
+    assert [(row.iteration, row.lam) for row in slacks] == [(row.iteration, row.lam) for row in policies]
+    kl = [row.kl for row in slacks]
     assert kl[1] > 1.01 * kl[0], "else no --max-kl lies between them"
     assert train.main([*flags, "--max-kl", str((kl[0] + kl[1]) / 2), "--out", str(tmp_path / "stopped")]) == 0
     assert sorted(p.name for p in (tmp_path / "stopped" / "adapters").iterdir()) == ["iteration-1", "rejected-2"]
@@ -196,17 +223,18 @@ def test_a_multiplier_held_by_lam_max_is_warned_of(tmp_path, capsys):
     flags = ["--iterations", "1", "--eval-prompts", "2", "--lam-max", "0.01", "--threshold", "0.4"]
     assert train.main([*SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    found, missed = read_rows(tmp_path / "run", "dual")[0], read_rows(tmp_path / "run", "iteration")[0]["slack"][0] < 0
+    (found,), (iteration,) = (read_rows(tmp_path / "run", cls) for cls in (DualRow, IterationRow))
+    missed = iteration.slack[0] < 0
     assert out.count("lambda of harm is held by --lam-max 0.01") == 1 + missed
-    assert found["lam"] == [0.01] and found["lam_low"] is None and found["lam_se"] is None
+    assert found.lam == [0.01] and found.lam_low is None and found.lam_se is None
 
 
 def test_each_kind_of_preference_has_its_own_draws(tmp_path):
     """A cost that says what the reward says still gets labels that are other draws of it."""
     flags = ["--cost", "same=-helpfulness", "--threshold", "0.05", "--force"]
     assert train.main(["pecan", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
-    steps = read_rows(tmp_path / "run", "step")
-    reward, same = ([r["loss"] for r in steps if r["stage"] == f"preference/{name}"] for name in ("reward", "same"))
+    steps = read_rows(tmp_path / "run", StepRow)
+    reward, same = ([row.loss for row in steps if row.stage == f"preference/{name}"] for name in ("reward", "same"))
     # The first loss is ln 2 for any label.
     assert len(reward) == len(same) == 3 and all(a != b for a, b in zip(reward[1:], same[1:], strict=True))
 
@@ -219,10 +247,10 @@ def test_preferences_of_a_file_are_learned(tmp_path, capsys):
     file = write(tmp_path / "preferences.jsonl", rows)
     flags = ["--scores", "preference", "--preferences", file, "--preference-steps", "4", "--iterations", "1"]
     assert train.main(["caid", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
-    row = read_rows(tmp_path / "run", "preference")[0]
-    assert row["names"] == ["reward", "harm"] and all(sd > 0 for sd in row["log_ratio_sd"])
-    steps = [r for r in read_rows(tmp_path / "run", "step") if r["stage"] == "preference/harm"]
-    assert len(steps) == 4 and steps[-1]["loss"] < steps[0]["loss"]
+    row = read_rows(tmp_path / "run", PreferenceRow)[0]
+    assert row.names == ["reward", "harm"] and all(sd > 0 for sd in row.log_ratio_sd)
+    steps = [step for step in read_rows(tmp_path / "run", StepRow) if step.stage == "preference/harm"]
+    assert len(steps) == 4 and steps[-1].loss < steps[0].loss
     for change, message in (({"harm": 2}, "harm is 2; give 0 or 1"), ({"reward": None}, "reward is None")):
         file = write(tmp_path / "bad.jsonl", [rows[0] | change])
         assert train.main(["pecan", *SMOKE, "--preferences", file, "--out", str(tmp_path / message[:4])]) == 2
@@ -232,7 +260,7 @@ def test_preferences_of_a_file_are_learned(tmp_path, capsys):
 def test_from_python_and_max_kl_keeps_the_iterate_before(tmp_path):
     config = smoke(CaidConfig(out=str(tmp_path / "k"), max_kl=1e-9, learning_rate=0.05, threads=1))
     result = caid.train(config)
-    assert len(read_rows(result.folder, "iteration")) == 1
+    assert len(read_rows(result.folder, IterationRow)) == 1
     assert [p.name for p in (result.folder / "adapters").iterdir()] == ["rejected-1"]
     assert result.evaluation.kl.mean == pytest.approx(0, abs=1e-4), "the kept iterate is the reference"
 
@@ -410,19 +438,17 @@ def test_a_non_finite_loss_stops_with_the_batch_saved(tmp_path, capsys, monkeypa
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_resume(tmp_path, finished, capsys, monkeypatch):
-    from engine.run.run import Stage
+    log = Stage.log
 
-    row = Stage.row
-
-    def press(self, kind, **values):
-        row(self, kind, **values)
-        if kind == "step" and values["iteration"] == 2 and values["step"] == 2:
+    def press(self, row):
+        log(self, row)
+        if isinstance(row, StepRow) and row.iteration == 2 and row.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Stage, "row", press)
+    monkeypatch.setattr(Stage, "log", press)
     assert train.main([*SMOKE, "--out", str(tmp_path / "r")]) == 130
     assert f"--resume {tmp_path / 'r'}" in capsys.readouterr().err
-    assert read_rows(tmp_path / "r", "step")[-1]["step"] == 2
+    assert read_rows(tmp_path / "r", StepRow)[-1].step == 2
     monkeypatch.undo()
     assert train.main(["--resume", str(tmp_path / "r")]) == 0
     # The resumed command has no --threads flag of its own: it comes from the run's config.
