@@ -10,10 +10,15 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import engine.caid  # noqa: F401, imported before the forks
 from engine import train
+from engine.model.tokenizer import load_tokenizer
+from engine.run import plan
 from engine.run.display import Progress
 from engine.run.run import Stage
+from engine.stages.smoke import smoke_folder
 
 FLAGS = ["--preset", "smoke", "--iterations", "2", "--seed", "3", "--threads", "1"]
 
@@ -45,7 +50,15 @@ def run(argv: list[str], on_event) -> int:
     os._exit(code)
 
 
+def prepare() -> None:
+    """Do once, before the forks, what each child would do again: import the tokenizer's library, measure the machine."""
+    load_tokenizer(smoke_folder())
+    rate = plan.matmul_rate(torch.float32, torch.device("cpu"))
+    plan.matmul_rate = lambda dtype, device: rate
+
+
 def main() -> None:
+    prepare()
     folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
     log = folder / "events.txt"
 

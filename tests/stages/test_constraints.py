@@ -160,7 +160,7 @@ def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
 
 
 def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
-    config = smoke(MocanConfig(cost_on=("delicat",), out=str(tmp_path / "run")))
+    config = smoke(MocanConfig(cost_on=("delicat",), threads=1, out=str(tmp_path / "run")))
     with pytest.raises(UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"):
         mocan.train(config)
     assert not (tmp_path / "run").exists()
@@ -277,7 +277,7 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     config = smoke(
         CaidConfig(
             cost=("harm", "length=-tests.helpers.scorers:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
-            slack_prompts=12, eval_prompts=20,
+            slack_prompts=12, eval_prompts=20, threads=1,
             force=True, out=str(tmp_path / "run"), **own,
         )
     )  # fmt: skip
