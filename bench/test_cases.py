@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bench import growth, loss_head, rollout, train_step
+from bench.run import growth, loss_head, rollout, train_step
 from engine.model import load
 from engine.smoke import smoke_folder
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.exact_world import ExactWorld, make, maximiser, regression, soft
-from bench.optima import Optima
+from bench.theory.exact_stages import ExactWorld, make, maximiser, regression, soft
+from bench.theory.optima import Optima
 from engine import dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.config import DpoConfig, PrimalDualConfig, RepoConfig, SacpoConfig, SafeDpoConfig
 

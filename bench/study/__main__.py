@@ -42,7 +42,7 @@ from engine.report import png
 from engine.stages import write_json
 from engine.sweep import COLOURS, SweepConfig
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 DOCS = ROOT.parent / "docs"
 TEST_PROMPTS = ROOT / "prompts" / "test.jsonl"
 CAID, MOCAN = "caid", "mocan"
@@ -393,7 +393,7 @@ def page(rows: list[dict], settings: list[dict], shared: dict[str, tuple[str, ..
         "# Does CAID's last policy land nearer to the threshold than MoCAN's?",
         "",
         f"The question was fixed before the runs: |improvement - b| of CAID's last iterate against that of MoCAN's policy, both on "
-        f"{model}, paired by seed, seeds 0 to {SEEDS[-1]}, b {' and '.join(map(str, THRESHOLDS))} (`bench/study.py`). Improvements are "
+        f"{model}, paired by seed, seeds 0 to {SEEDS[-1]}, b {' and '.join(map(str, THRESHOLDS))} (`bench/study/`). Improvements are "
         f"those of {COST} on {sizes} that no setting was chosen on, in the reference's within-prompt standard deviations. The dual aims at "
         "b itself (`--margin 0`).",
         "",

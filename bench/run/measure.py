@@ -72,7 +72,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 def origin(device: torch.device) -> dict[str, object]:
     """Machine, versions, commit and date."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()

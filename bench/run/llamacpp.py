@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.rollout import Responses, Work
+from bench.run.rollout import Responses, Work
 from engine.architecture import ModelConfig
 from engine.model import Decoder
 from engine.quickstart import INNER, OUTER

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import linprog, minimize
 from scipy.special import log_softmax, logsumexp, softmax
 
-from bench.exact_world import Problem
+from bench.theory.exact_stages import Problem
 
 # A kink of D_p: no policy that maximises the Lagrangian meets the optimality conditions within this.
 KINK = 1e-5

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import floors
-from bench.measure import summary
-from bench.train_step import LINEARS, RATE, stepper
+from bench.run import floors
+from bench.run.measure import summary
+from bench.run.train_step import LINEARS, RATE, stepper
 from engine import caid
 from engine.architecture import ModelConfig
 from engine.config import CaidConfig

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from bench.exact_world import ExactWorld, Update, local_maxima, make, maximiser, soft
-from bench.optima import Optima, Policy
+from bench.theory.exact_stages import ExactWorld, Update, local_maxima, make, maximiser, soft
+from bench.theory.optima import Optima, Policy
 from engine import caid, cdpo, dual, mocan
 from engine.config import CaidConfig, CdpoConfig, MocanConfig
 from engine.records import Target

@@ -17,8 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import floors, growth, iteration, llamacpp, loss_head, rollout, shapes, train_step
-from bench.measure import interleaved, origin, peak_bytes
+from bench.run import floors, growth, iteration, llamacpp, loss_head, rollout, shapes, train_step
+from bench.run.measure import interleaved, origin, peak_bytes
 from engine import dual
 from engine.checkpoint import write_whole
 from engine.memory import keep_freed_memory
@@ -28,7 +28,7 @@ from engine.score import LogprobGap
 from engine.stages import model_folder
 from kernels import dual_moments
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import figures
+from bench.figures import __main__ as figures
 from engine import caid, dual, pecan
 from engine.checkpoint import Run
 from engine.config import CaidConfig, PecanConfig, smoke

@@ -37,7 +37,7 @@ from engine.report import png
 from engine.stages import ReferenceSamples
 from engine.sweep import kept_lam
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 DRAWS = 60
 PROMPTS = (25, 50, 100, 200, 400)
 RESPONSES = (2, 3, 4, 5, 6, 7, 8)

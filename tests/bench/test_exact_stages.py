@@ -9,9 +9,10 @@ import torch
 from scipy.optimize import linprog
 from scipy.special import log_softmax
 
-from bench import bounds, theory
-from bench.exact_world import ExactWorld, listwise, make, maximiser, preferred, regression, sampled, single, soft, standardised
-from bench.optima import Optima
+from bench.theory import __main__ as theory
+from bench.theory import bounds
+from bench.theory.exact_stages import ExactWorld, listwise, make, maximiser, preferred, regression, sampled, single, soft, standardised
+from bench.theory.optima import Optima
 from engine import caid, cdpo, dual, mocan, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.config import (
     CaidConfig,

@@ -23,9 +23,9 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from bench import bounds as papers
-from bench.exact_world import ExactWorld, Problem, Update, listwise, make, maximiser, preferred, regression, sampled, single, soft
-from bench.optima import Optima
+from bench.theory import bounds as papers
+from bench.theory.exact_stages import ExactWorld, Problem, Update, listwise, make, maximiser, preferred, regression, sampled, single, soft
+from bench.theory.optima import Optima
 from engine import caid, cdpo, dpo, mocan, opd, pd_dpo, primal_dual, repo, sacpo, safe_dpo
 from engine.checkpoint import write_whole
 from engine.config import (
@@ -44,7 +44,7 @@ from engine.errors import UserError
 from engine.pairs import within_prompts
 from engine.records import Target
 
-PAGE = Path(__file__).parent / "theory.md"
+PAGE = Path(__file__).parent / "page.md"
 FORMS: dict[str, Update] = {
     "Bradley-Terry, sampled": sampled, "Bradley-Terry, soft": soft, "pairwise regression": regression, "listwise": listwise,
     "single response (DRO)": single,

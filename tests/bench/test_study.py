@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench import study
-from bench.study import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
+from bench.study import __main__ as study
+from bench.study.__main__ import Arm, answer, arm, complete, matched, paired, remaining, reward_at_equal_safety, summary
 from engine.errors import NonFiniteError, UserError
 from engine.evaluate import Constraint, Estimate, Evaluation
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench import floors, gpu, iteration, run, shapes, train_step
+from bench.gpu import __main__ as gpu
+from bench.run import __main__ as run
+from bench.run import floors, iteration, shapes, train_step
 from engine.architecture import ModelConfig, Rope
 from engine.model import load
 from engine.smoke import smoke_folder

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
 
-from bench import rollout, train_step
+from bench.run import rollout, train_step
 from engine.model import Decoder
 
 GROUP, PROMPT = 8, 64

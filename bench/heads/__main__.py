@@ -25,7 +25,7 @@ from engine.packing import groups
 from engine.rollout import generate
 from engine.score import Head, frozen_forward
 
-OWN = Path(__file__).parent / "heads"
+OWN = Path(__file__).parent
 SYSTEM = RunConfig.system
 LAYER = {"helpfulness": 15, "harm": 15, "harm-audit": 11}
 L2 = {"helpfulness": 1.0, "harm": 0.3, "harm-audit": 0.5}

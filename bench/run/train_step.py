@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.rollout import bare_products
+from bench.run.rollout import bare_products
 from engine import packing, policy
 from engine.config import DpoConfig
 from engine.full import FullWeights

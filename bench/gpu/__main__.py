@@ -21,14 +21,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench import floors, run
-from bench.measure import interleaved, origin
+from bench.run import __main__ as run
+from bench.run import floors
+from bench.run.measure import interleaved, origin
 from engine.attention import Layout, attend_packed
 from engine.checkpoint import write_whole
 from kernels import sample, triton_decode, triton_forward, triton_rows
 from kernels.decode_attention import decode_attention
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 LIMIT_S = 8.5 * 60  # no step begins that is thought to end later
 BF16 = torch.bfloat16
 

@@ -2,7 +2,7 @@
 
 The floor is the bare matrix products of the same work, each by the faster of torch.mm and what the engine calls: a prefill of the prompts,
 and for every further token the layers and the head at all rows that are left. Rivals run what they offer on the same weights:
-transformers' `generate` and its continuous batching, vLLM, and llama.cpp (bench/llamacpp.py).
+transformers' `generate` and its continuous batching, vLLM, and llama.cpp (bench/run/llamacpp.py).
 """
 
 from bisect import bisect_left
