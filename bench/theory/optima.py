@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import linprog, minimize
 from scipy.special import log_softmax, logsumexp, softmax
 
-from bench.theory.exact_stages import Problem
+from bench.theory.problem import Problem
 
 # A kink of D_p: no policy that maximises the Lagrangian meets the optimality conditions within this.
 KINK = 1e-5
@@ -34,7 +34,9 @@ class Optima:
     """Closed forms, and searches by scipy, for one problem."""
 
     def __init__(self, problem: Problem) -> None:
-        self.r, self.h, self.phi = (x.numpy() for x in (problem.reward_PY, problem.shifted_PYJ, problem.features_PYF))
+        self.r, self.h, self.phi = (
+            x.numpy() for x in (problem.reward_PY, problem.shifted_PYJ, problem.features_PYF)
+        )
         self.beta = problem.beta
         self.P, self.Y, self.J = self.h.shape
         # M of assumption A3: a bound on |r| and |h|.
@@ -47,7 +49,12 @@ class Optima:
         log_ratio = log_softmax(z, axis=1) + math.log(self.Y)
         pi = np.exp(log_ratio) / self.Y
         kl = float((pi * log_ratio).sum(1).mean())
-        return Policy(log_ratio, float((pi * self.r).sum(1).mean()) - self.beta * kl, (pi[..., None] * self.h).sum(1).mean(0), theta)
+        return Policy(
+            log_ratio,
+            float((pi * self.r).sum(1).mean()) - self.beta * kl,
+            (pi[..., None] * self.h).sum(1).mean(0),
+            theta,
+        )
 
     def kl(self, policy: Policy) -> float:
         """E KL(policy || reference), nats."""
@@ -59,7 +66,9 @@ class Optima:
 
     def dual(self, lam: np.ndarray) -> float:
         """D(lambda) = beta E ln E_ref exp((r + lambda . h) / beta)."""
-        return float(self.beta * (logsumexp((self.r + self.h @ lam) / self.beta, axis=1) - math.log(self.Y)).mean())
+        return float(
+            self.beta * (logsumexp((self.r + self.h @ lam) / self.beta, axis=1) - math.log(self.Y)).mean()
+        )
 
     def hessian(self, lam: np.ndarray) -> np.ndarray:
         """Of D: mean covariance of h under pi*(lambda), over beta."""
@@ -85,7 +94,9 @@ class Optima:
         [S] and slacks [S, J]. With few features the landscape has few hills, but some lie far out, where policies are nearly one-hot."""
         F = self.phi.shape[2]
         theta_SF = np.random.default_rng(1).normal(size=(16384, F))
-        theta_SF *= 10 ** np.linspace(-1, math.log10(300), 16384)[:, None] / np.linalg.norm(theta_SF, axis=1, keepdims=True)
+        theta_SF *= 10 ** np.linspace(-1, math.log10(300), 16384)[:, None] / np.linalg.norm(
+            theta_SF, axis=1, keepdims=True
+        )
         value_S, slack_SJ = [], []
         for part in np.split(theta_SF, 16):
             log_ratio = log_softmax(np.einsum("pyf,sf->spy", self.phi, part), axis=2) + math.log(self.Y)
@@ -105,7 +116,9 @@ class Optima:
             inner = score - self.beta * z
             mean = (pi * inner).sum(1, keepdims=True)
             gradient = np.einsum("py,pyf->f", pi * (inner - mean), self.phi) / self.P
-            return -float((mean[:, 0] + self.beta * (logsumexp(z, axis=1) - math.log(self.Y))).mean()), -gradient
+            return -float(
+                (mean[:, 0] + self.beta * (logsumexp(z, axis=1) - math.log(self.Y))).mean()
+            ), -gradient
 
         def ascend(theta: np.ndarray) -> Policy:
             theta = minimize(function, theta, jac=True, method="BFGS", options={"gtol": 1e-10}).x
@@ -154,7 +167,10 @@ class Optima:
             # Minimise the largest of these lines.
             rows = np.array([[*p.slack, -1.0] for p in self.found])
             found = linprog(
-                [0.0] * self.J + [1.0], A_ub=rows, b_ub=[-p.value for p in self.found], bounds=[(0, 100)] * self.J + [(None, None)]
+                [0.0] * self.J + [1.0],
+                A_ub=rows,
+                b_ub=[-p.value for p in self.found],
+                bounds=[(0, 100)] * self.J + [(None, None)],
             )
             value, _ = function(found.x[:-1])
             # The linear program's own tolerance.
@@ -219,7 +235,12 @@ class Optima:
         theta_SF, value_S, slack_SJ = self.cloud
         feasible = np.where(slack_SJ.min(1) >= 0, value_S, -math.inf)
         rng = np.random.default_rng(2)
-        for start in (near, np.zeros(n), theta_SF[feasible.argmax()], *(near + rng.normal(0, 0.5 + np.abs(near).max(), (6, n)))):
+        for start in (
+            near,
+            np.zeros(n),
+            theta_SF[feasible.argmax()],
+            *(near + rng.normal(0, 0.5 + np.abs(near).max(), (6, n))),
+        ):
             found = minimize(
                 value, start, jac=True, method="SLSQP", constraints={"type": "ineq", "fun": slack, "jac": slope},
                 options={"ftol": 1e-15, "maxiter": 300},
@@ -265,7 +286,9 @@ class Optima:
 
         def forward(theta):
             z = self.phi @ theta
-            return -float((aim * log_softmax(z, axis=1)).sum(1).mean()), np.einsum("py,pyf->f", softmax(z, axis=1) - aim, self.phi) / self.P
+            return -float((aim * log_softmax(z, axis=1)).sum(1).mean()), np.einsum(
+                "py,pyf->f", softmax(z, axis=1) - aim, self.phi
+            ) / self.P
 
         def reverse(theta):
             z = self.phi @ theta
@@ -275,7 +298,9 @@ class Optima:
             mean = (p * inner).sum(1, keepdims=True)
             return float(mean.mean()), np.einsum("py,pyf->f", p * (inner - mean), self.phi) / self.P
 
-        first = minimize(forward, np.zeros(self.phi.shape[2]), jac=True, method="BFGS", options={"gtol": 1e-11}).x
+        first = minimize(
+            forward, np.zeros(self.phi.shape[2]), jac=True, method="BFGS", options={"gtol": 1e-11}
+        ).x
         second = minimize(reverse, first, jac=True, method="BFGS", options={"gtol": 1e-11}).x
         return min(self._distance(policy, self.policy(self.phi @ theta)) for theta in (first, second))
 
