@@ -1,7 +1,9 @@
-"""`python -m bench.theory`: the algorithms' own loops and the papers' statements on problems in which everything is enumerated.
+"""`python -m bench.theory`: the algorithms' loops and the papers' statements on problems in which everything
+is enumerated.
 
-Writes docs/theory.md with its tables and pictures, and docs/theory.json with the left and right side of every bound. `--quick` takes few
-problems, for a test. No GPU, no model; minutes on two CPU cores.
+Writes docs/theory.md with its tables and pictures, and docs/theory.json with the left and right side of every
+bound. `--quick` takes few problems, for a test. Needs no GPU and no model, and takes minutes on two CPU
+cores.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from engine.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 1 where a statement that must hold does not."""
+    """Runs the command; returns the exit code, 1 where a statement that must hold does not."""
     parser = argparse.ArgumentParser(prog="python -m bench.theory", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few problems, for a test")
     parser.add_argument(

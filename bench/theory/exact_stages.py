@@ -1,16 +1,14 @@
-"""Another implementation of `engine.stages.World`: every response is listed, the policy is log-linear, expectations are exact.
+"""Another implementation of `engine.stages.World`: every response is listed, policies are log-linear, and
+expectations are exact.
 
-The algorithms' own loops run in it. An iterate is a float64 vector theta [F], None the reference, which is uniform over Y responses:
-
-    log pi(y | x) = features(x, y) . theta - ln Z(x)
+The algorithms' loops run in it unchanged. An iterate is a vector theta (`bench.theory.problem`), None the
+reference.
 
     problem = make(seed=0, J=1, eps=0.3)
     world = ExactWorld(problem, CaidConfig(beta=problem.beta), maximiser)
     theta, lam_J = caid.loop(world, world.config)
 
-How a policy update is done is an argument: `maximiser` is the exact argmax of the Lagrangian over theta, to which the papers' theorems
-apply; `soft`, `sampled`, `regression`, `listwise` and `single` minimise the loss of a label form, over all responses (the population) or,
-with `draws`, over that many responses drawn from the reference for each prompt.
+The way a policy is updated is an argument, one of those in `bench.theory.updates`.
 """
 
 import math
@@ -31,7 +29,7 @@ from engine.stages import Slack
 
 @dataclass(frozen=True, kw_only=True)
 class Iterate:
-    """A measured policy: what an algorithm's loop knew of it."""
+    """A measured policy, with what the algorithm's loop knew of it."""
 
     lam_J: Tensor
     theta: Tensor
@@ -39,7 +37,10 @@ class Iterate:
 
 
 class ExactWorld:
-    """See the module. `history` holds the measured iterates, `fitted` every (target, theta) of the updates by `fit`."""
+    """The stages of one run on one problem.
+
+    `history` holds the measured iterates, `fitted` every (target, theta) of the updates by `fit`.
+    """
 
     def __init__(
         self,
@@ -53,10 +54,13 @@ class ExactWorld:
         ascent_rate: float = 0.2,
         seed: int = 0,
     ) -> None:
-        """lam_init [J] replaces the one-shot multipliers of `solve_dual`.
+        """Stores the arguments and draws the responses that updates see.
 
-        draws: responses per prompt that updates and `solve_dual` see, drawn from the reference, or from the policy in `ascend` (None: each
-        of the Y once, all moments exact). slack_draws: responses per prompt, drawn from the policy, in a measured slack (None: exact).
+        lam_init: multipliers [J] in place of the one-shot ones of `solve_dual`.
+        draws: responses per prompt that updates and `solve_dual` see, drawn from the reference, or from the
+          policy in `ascend`. With None they see each of the Y responses once, and all moments are exact.
+        slack_draws: responses per prompt, drawn from the policy, in a measured slack; None measures it
+          exactly.
         ascent_rate: natural-gradient step of `ascend`; 1 jumps to the maximiser where the class has it.
         """
         assert config.beta == problem.beta
@@ -70,57 +74,65 @@ class ExactWorld:
             self.index_PG = torch.randint(Y, (P, draws), generator=self.generator(0))
 
     def generator(self, purpose: int) -> torch.Generator:
-        """Random numbers of the world's seed and a purpose: 0 the draws, t > 0 an update's labels, t < 0 a slack."""
+        """Returns random numbers for a purpose: 0 draws the responses, t > 0 an update's labels, t < 0 a
+        slack."""
         return torch.Generator().manual_seed((1_000_003 * self.seed + purpose) % 2**63)
 
     def gather(self, values_PY: Tensor) -> Tensor:
-        """[P, Y, ...] at the responses that updates see, [P, G, ...]."""
+        """Picks from [P, Y, ...] the responses that updates see, [P, G, ...]."""
         return values_PY[torch.arange(len(values_PY))[:, None], self.index_PG]
 
     @property
     def scores(self) -> Scores:
-        """Of the responses that updates see."""
-        utility_PGJ, reference = (
-            self.gather(self.problem.utility_PYJ),
-            -math.log(self.problem.reward_PY.shape[1]),
-        )
+        """Returns the scores of the responses that updates see."""
+        utility_PGJ = self.gather(self.problem.utility_PYJ)
+        reference = -math.log(self.problem.reward_PY.shape[1])
         return Scores(
-            reward_PG=self.gather(self.problem.reward_PY), utility_PGJ=utility_PGJ, audit_PGA=utility_PGJ[..., :0],
+            reward_PG=self.gather(self.problem.reward_PY),
+            utility_PGJ=utility_PGJ,
+            audit_PGA=utility_PGJ[..., :0],
             ref_logprob_PG=torch.full(utility_PGJ.shape[:2], reference, dtype=torch.float64),
-        )  # fmt: skip
+        )
 
     def solve_dual(self) -> dual.Solution:
-        """The real solver on these scores."""
-        scores, problem = self.scores, self.problem
-        enumerated = self.index_PG.shape == problem.reward_PY.shape
+        """Solves the dual on these scores with the engine's solver."""
+        scores, problem, config = self.scores, self.problem, self.config
         solution = dual.solve(
-            scores.reward_PG, scores.utility_PGJ, problem.b_J, problem.beta, enumerated=enumerated, lam_max=self.config.lam_max,
-            force=self.config.force,
-        )  # fmt: skip
+            scores.reward_PG,
+            scores.utility_PGJ,
+            problem.b_J,
+            problem.beta,
+            enumerated=self.index_PG.shape == problem.reward_PY.shape,
+            lam_max=config.lam_max,
+            force=config.force,
+        )
         return solution if self.lam_init is None else replace(solution, lam=self.lam_init)
 
     def unsafe(self, above: Sequence[float]) -> Tensor:
-        """bool [P, G]: responses of which a cost, the negated utility, lies above its number here."""
+        """Marks the responses of which a cost, the negated utility, lies above its number here: bool [P,
+        G]."""
         return (self.scores.utility_PGJ < -torch.tensor(above, dtype=torch.float64)).any(dim=2)
 
     def fit(self, target: Target, iteration: int) -> Tensor:
-        """theta by `update`."""
+        """Fits theta to the target by `update`."""
         theta = self.update(self, target, iteration)
         self.fitted.append((target, theta))
         return theta
 
     def adopt(self, theta: Tensor, lam_J: Tensor, iteration: int) -> Tensor:
-        """theta itself."""
+        """Returns theta itself: nothing has to be written."""
         return theta
 
     def ascend(
         self, start: Tensor | None, lam_J: Tensor, iteration: int, *, rectified: bool = False
     ) -> Tensor:
-        """`config.steps` natural-gradient steps on r + lambda . g - beta ln(pi / reference), without PPO's clip.
+        """Takes `config.steps` natural-gradient steps on r + lambda . g - beta ln(pi / reference), without
+        PPO's clip.
 
-        theta <- theta + rate / beta x (E Cov(features))^-1 E Cov(features, score). The score's moments are those of the policy at that
-        step, or of `draws` responses from it with leave-one-out baselines; with group_norm reward and utilities are standardised per prompt
-        by them. `rectified`: lambda counts only on prompts that miss b.
+        theta <- theta + rate / beta x (E Cov(features))^-1 E Cov(features, score). The score's moments are
+        those of the policy at that step, or of `draws` responses from it with leave-one-out baselines; with
+        group_norm they also standardise reward and utilities per prompt. With `rectified` lambda counts only
+        on prompts that miss b.
         """
         problem, config = self.problem, self.config
         assert isinstance(config, PrimalDualConfig)
@@ -131,14 +143,12 @@ class ExactWorld:
         for _ in range(config.steps):
             pi = problem.policy_PY(theta)
             if self.draws is None:
-                seen, weight, own = self.index_PG, pi, 1.0
+                seen, weight, leave_one_out = self.index_PG, pi, 1.0
             else:
                 seen = torch.multinomial(pi, self.draws, replacement=True, generator=generator)
-                # A mean over the other draws, not over all.
-                weight, own = (
-                    torch.full(seen.shape, 1 / self.draws, dtype=torch.float64),
-                    self.draws / (self.draws - 1),
-                )
+                weight = torch.full(seen.shape, 1 / self.draws, dtype=torch.float64)
+                # This factor turns the mean over all draws into the mean over the other draws.
+                leave_one_out = self.draws / (self.draws - 1)
             r, g = problem.reward_PY[row, seen], problem.utility_PYJ[row, seen]
             lam_PJ = lam_J.expand(len(pi), -1)
             if rectified:
@@ -146,7 +156,7 @@ class ExactWorld:
             if config.advantage == "group_norm":
                 r, g = standardised(r[..., None], weight)[..., 0], standardised(g, weight)
             score = r + (g * lam_PJ[:, None]).sum(2) - problem.beta * problem.log_ratio_PY(theta)[row, seen]
-            advantage = own * (score - (weight * score).sum(1, keepdim=True))
+            advantage = leave_one_out * (score - (weight * score).sum(1, keepdim=True))
             centred = phi - (pi[..., None] * phi).sum(1, keepdim=True)
             gradient = torch.einsum("pg,pg,pgf->f", weight, advantage, centred[row, seen]) / len(pi)
             metric = torch.einsum("py,pyf,pyh->fh", pi, centred, centred) / len(pi)
@@ -155,40 +165,47 @@ class ExactWorld:
         return theta
 
     def measure_slack(self, theta: Tensor, lam_J: Tensor, iteration: int) -> Slack:
-        """E g - E_ref g - b of the policy, per prompt exact or the mean of `slack_draws` draws."""
+        """Measures E g - E_ref g - b of the policy, on each prompt exactly or as the mean of `slack_draws`
+        draws."""
         problem, pi = self.problem, self.problem.policy_PY(theta)
         if self.slack_draws is None:
             slack_PJ = (pi[..., None] * problem.shifted_PYJ).sum(1)
             se_J = torch.zeros_like(problem.b_J)
         else:
-            drawn = torch.multinomial(
-                pi, self.slack_draws, replacement=True, generator=self.generator(-iteration)
-            )
+            generator = self.generator(-iteration)
+            drawn = torch.multinomial(pi, self.slack_draws, replacement=True, generator=generator)
             slack_PGJ = problem.shifted_PYJ[torch.arange(len(pi))[:, None], drawn]
             slack_PJ = slack_PGJ.mean(1)
-            # These prompts are all there are: only the draws are random.
+            # The problem has no other prompts, so only the draws are random.
             se_J = (slack_PGJ.var(1) / self.slack_draws).sum(0).sqrt() / len(pi)
         slack_J = slack_PJ.mean(0)
         self.history.append(Iterate(lam_J=lam_J, theta=theta, slack_J=slack_J))
-        reward = float(((pi - 1 / pi.shape[1]) * problem.reward_PY).sum(1).mean())
         return Slack(
-            improvement_J=slack_J + problem.b_J, se_J=se_J, slack_J=slack_J, violation_J=(-slack_PJ).clamp(min=0).mean(0), reward=reward,
-            reward_se=0.0, kl=problem.kl(theta), kl_se=0.0,
-        )  # fmt: skip
+            improvement_J=slack_J + problem.b_J,
+            se_J=se_J,
+            slack_J=slack_J,
+            violation_J=(-slack_PJ).clamp(min=0).mean(0),
+            reward=float(((pi - 1 / pi.shape[1]) * problem.reward_PY).sum(1).mean()),
+            reward_se=0.0,
+            kl=problem.kl(theta),
+            kl_se=0.0,
+        )
 
     def passes_max_kl(self, slack: Slack, iteration: int) -> bool:
-        """Whether the policy is further than max_kl from the reference."""
+        """Returns whether the policy is further than max_kl from the reference."""
         return slack.kl > self.config.max_kl
 
 
+# (world, target, number of the update, which keys its random numbers) -> theta
 Update = Callable[[ExactWorld, Target, int], Tensor]
 
 
 def preferred(world: ExactWorld) -> Problem:
-    """What PeCAID and PeCAN see of the world's problem: reward and utilities are beta x log-ratios of policies aligned to each alone.
+    """Returns the problem as PeCAID and PeCAN see it: reward and utilities are beta x log-ratios of policies
+    aligned to each alone.
 
-    Aligned by the world's update from what it sees, or the exact tilts where it has none. beta keeps them in the units of the scores, where
-    the engine divides by their standard deviation.
+    The world's update aligns them from what it sees; without an update they are the exact tilts. The factor
+    beta keeps them in the units of the scores, where the engine divides by their standard deviation.
     """
     problem, scores = world.problem, world.scores
 
@@ -198,16 +215,21 @@ def preferred(world: ExactWorld) -> Problem:
         target = Target(lam_J=torch.zeros_like(problem.b_J), score_PG=score_PG, coefficient=problem.beta)
         return problem.log_ratio_PY(world.update(world, target, number))
 
-    ratios = [log_ratio_PY(problem.reward_PY, scores.reward_PG, 10_001)]
-    for j in range(len(problem.b_J)):
-        ratios.append(log_ratio_PY(problem.utility_PYJ[..., j], scores.utility_PGJ[..., j], 10_002 + j))
+    reward_PY = log_ratio_PY(problem.reward_PY, scores.reward_PG, 10_001)
+    utilities = [
+        log_ratio_PY(problem.utility_PYJ[..., j], scores.utility_PGJ[..., j], 10_002 + j)
+        for j in range(len(problem.b_J))
+    ]
     return replace(
-        problem, reward_PY=problem.beta * ratios[0], utility_PYJ=problem.beta * torch.stack(ratios[1:], dim=2)
+        problem,
+        reward_PY=problem.beta * reward_PY,
+        utility_PYJ=problem.beta * torch.stack(utilities, dim=2),
     )
 
 
 def standardised(values_PYJ: Tensor, pi_PY: Tensor) -> Tensor:
-    """Zero mean and unit standard deviation on each prompt under pi; 0 where all are equal."""
+    """Scales values to zero mean and unit standard deviation on each prompt under pi; equal values become
+    0."""
     centred = values_PYJ - (pi_PY[..., None] * values_PYJ).sum(1, keepdim=True)
     deviation = (pi_PY[..., None] * centred.square()).sum(1, keepdim=True).sqrt()
     return torch.where(deviation > 0, centred / deviation, 0)
