@@ -1,7 +1,9 @@
-"""Compile every Triton kernel that a table can choose for an H100 (sm_90), without a GPU, and check what the compiler made of it:
-`python -m bench.sm90`. Prints a table of registers, stack, shared memory and wgmma instructions; exits 1 where a gate fails.
+"""Compile every Triton kernel that a table can choose for an H100 (sm_90), without a GPU, and check what the
+compiler made of it: `python -m bench.sm90`. Prints a table of registers, stack, shared memory and wgmma
+instructions; exits 1 where a gate fails.
 
-Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0; another version only reports it.
+Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0; another version
+only reports it.
 """
 
 import itertools
@@ -93,8 +95,8 @@ def _switched(bias: bool, softcap: bool) -> str:
 
 
 def decode_kernels() -> list[Kernel]:
-    """Decode attention: every tile of the rules for heads of 64, 128 and 256, with 4 query heads a key head and up to 256 prompts. Products
-    of 16 queries are mma.sync, in float32 no tensor core's."""
+    """Decode attention: every tile of the rules for heads of 64, 128 and 256, with 4 query heads a key head
+    and up to 256 prompts. Products of 16 queries are mma.sync, in float32 no tensor core's."""
     found = []
     for dtype, width in itertools.product(DTYPES, (64, 128, 256)):
         for extra in (False, True):
@@ -133,7 +135,8 @@ def sampling_kernels() -> list[Kernel]:
 
 
 def layer_kernels() -> list[Kernel]:
-    """What stands between a layer's products: states of 576, 4096 and 8192, 12 and 40 heads in all, of 64 and 128."""
+    """What stands between a layer's products: states of 576, 4096 and 8192, 12 and 40 heads in all, of 64 and
+    128."""
     found = []
     for dtype in DTYPES:
         for width, add in itertools.product((576, 4096, 8192), (False, True)):

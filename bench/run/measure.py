@@ -1,23 +1,20 @@
-"""Interleaved timing, peak memory, and the line that says where a figure comes from."""
+"""Times candidates in turn, and measures their peak memory."""
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "llama-cpp-python", "vllm")
 
+def interleaved(
+    candidates: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Returns the seconds of each candidate: median, p20 and p80 over `repeats` rounds, after one round that
+    is not counted.
 
-def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of each candidate: median, p20 and p80 over `repeats` rounds in which every candidate runs once, after one round that is
-    not counted. A machine whose speed drifts then changes all alike."""
+    Every candidate runs once in a round, so a machine whose speed drifts changes all alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(repeats + 1):
         for name, step in candidates.items():
@@ -28,7 +25,7 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, devic
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, p20 and p80."""
+    """Returns median, p20 and p80."""
     values = sorted(values)
     return {
         "median": statistics.median(values),
@@ -52,7 +49,7 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that the step held at once beyond what was there before."""
+    """Returns the most bytes that the step held at once, beyond what was held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -60,48 +57,12 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     used = peak = 0
-    for event in events:
+    for event in sorted(events, key=lambda e: e.start_ns()):
         used += event.nbytes()
         peak = max(peak, used)
     return peak
-
-
-def origin(device: torch.device) -> dict[str, object]:
-    """Machine, versions, commit and date."""
-    root = Path(__file__).resolve().parent.parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "driver": _driver() if device.type == "cuda" else "",
-        "versions": found,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": date.today().isoformat(),
-    }
-
-
-def _processor() -> str:
-    text = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    wide = "AVX-512" if "avx512f" in text else "AVX2" if "avx2" in text else "no AVX"
-    return f"{names[0] if names else platform.processor()} ({wide})"
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[0]

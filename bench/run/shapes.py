@@ -1,9 +1,11 @@
-"""Models with random weights in the sizes of published ones, for figures that do not depend on what a model says."""
+"""Models with random weights in the sizes of published ones, for figures that do not depend on what a model
+says."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
@@ -13,42 +15,80 @@ from engine.smoke import smoke_folder
 from engine.stages import model_folder
 
 
-def _shape(
-    family: str, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, *, theta: float, context: int,
-    tied: bool = True, epsilon: float = 1e-5, **more,
-) -> dict:  # fmt: skip
+class Sizes(NamedTuple):
+    """The sizes of a published model."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+
+
+def config_json(family: str, sizes: Sizes, theta: float, context: int, **more) -> dict:
+    """Returns the contents of config.json; `more` adds to them or replaces them."""
     return {
-        "architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), "num_hidden_layers": layers, "hidden_size": hidden,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": vocabulary,
-        "max_position_embeddings": context, "rope_theta": theta, "rms_norm_eps": epsilon, "tie_word_embeddings": tied,
-        "hidden_act": "silu", **more,
-    }  # fmt: skip
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
+        "num_hidden_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "intermediate_size": sizes.intermediate,
+        "vocab_size": sizes.vocabulary,
+        "max_position_embeddings": context,
+        "rope_theta": theta,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        **more,
+    }
 
 
 def _llama3_rope(factor: float) -> dict:
     return {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
 
 
-# What the published config.json says.
+# These are the numbers of the published config.json files.
 SHAPES = {
-    "smollm2-135m": _shape("Llama", 30, 576, 9, 3, 1536, 49152, theta=1e5, context=8192),
-    "qwen2.5-0.5b": _shape("Qwen2", 24, 896, 14, 2, 4864, 151936, theta=1e6, context=32768, epsilon=1e-6),
-    "qwen3-0.6b": _shape("Qwen3", 28, 1024, 16, 8, 3072, 151936, theta=1e6, context=40960, epsilon=1e-6, head_dim=128),
-    "llama-3.2-1b": _shape(
-        "Llama", 16, 2048, 32, 8, 8192, 128256, theta=5e5, context=131072, head_dim=64, rope_scaling=_llama3_rope(32.0)
+    "smollm2-135m": config_json("Llama", Sizes(30, 576, 9, 3, 1536, 49152), 1e5, 8192),
+    "qwen2.5-0.5b": config_json("Qwen2", Sizes(24, 896, 14, 2, 4864, 151936), 1e6, 32768, rms_norm_eps=1e-6),
+    "qwen3-0.6b": config_json(
+        "Qwen3", Sizes(28, 1024, 16, 8, 3072, 151936), 1e6, 40960, rms_norm_eps=1e-6, head_dim=128
     ),
-    "qwen2.5-1.5b": _shape("Qwen2", 28, 1536, 12, 2, 8960, 151936, theta=1e6, context=32768, epsilon=1e-6),
-    "llama-3.1-8b": _shape(
-        "Llama", 32, 4096, 32, 8, 14336, 128256, theta=5e5, context=131072, tied=False, rope_scaling=_llama3_rope(8.0)
+    "llama-3.2-1b": config_json(
+        "Llama",
+        Sizes(16, 2048, 32, 8, 8192, 128256),
+        5e5,
+        131072,
+        head_dim=64,
+        rope_scaling=_llama3_rope(32.0),
     ),
-}  # fmt: skip
+    "qwen2.5-1.5b": config_json("Qwen2", Sizes(28, 1536, 12, 2, 8960, 151936), 1e6, 32768, rms_norm_eps=1e-6),
+    "llama-3.1-8b": config_json(
+        "Llama",
+        Sizes(32, 4096, 32, 8, 14336, 128256),
+        5e5,
+        131072,
+        tie_word_embeddings=False,
+        rope_scaling=_llama3_rope(8.0),
+    ),
+}
 
 
 @contextmanager
-def opened(model: str, shape: str, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Path, Decoder]]:
-    """(name, Hugging Face folder, decoder) of --model, or of random weights of --shape, whose folder is there meanwhile.
+def opened(
+    model: str, shape: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Path, Decoder]]:
+    """Yields (name, Hugging Face folder, decoder) of --model, or of random weights of --shape, whose folder
+    exists meanwhile.
 
     Raises: SystemExit where the shape is unknown or both are given.
     """
@@ -60,14 +100,15 @@ def opened(model: str, shape: str, dtype: torch.dtype, device: torch.device) -> 
         raise SystemExit(f"--shape {shape}: must be one of {', '.join(SHAPES)}, and --model left out.")
     with TemporaryDirectory() as scratch:
         decoder = random_model(SHAPES[shape], dtype, device)
-        # Any tokenizer will do: token ids are drawn.
+        # Token ids are drawn, so any tokenizer will do.
         save(decoder, folder := Path(scratch) / "model", tokenizer_from=smoke_folder())
         yield f"{shape}, random weights", folder, decoder
 
 
 @torch.no_grad()
 def random_model(config: dict, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Matrices from N(0, 0.02^2), norms 1, biases 0, made on the device; config: as config.json has it."""
+    """Makes a decoder on the device with matrices from N(0, 0.02^2), norms 1 and biases 0; config is that of
+    config.json."""
     model = Decoder(ModelConfig.from_json(config, Path("config.json")), config, dtype, device)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
