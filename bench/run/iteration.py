@@ -34,7 +34,7 @@ from engine.data.prompts import load_prompts, shipped_prompts
 from engine.model.architecture import ModelConfig
 from engine.policy.lora import first_layer
 from engine.run.machine import keep_freed_memory
-from engine.run.rows import read_timing
+from engine.run.rows import SpeedRow, StageTimeRow, read_timing
 from engine.stages.smoke import write_random_heads
 
 N = 2  # responses to a prompt
@@ -185,24 +185,24 @@ def timed_iterations(
         )
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             caid.train(config)
-        rows = read_timing(config.out)
-    stages = {(row["kind"], row["stage"]): row for row in rows}
-    return [_timed(stages, f"iteration-{t}") for t in range(2, 2 + iterations)]
+        speeds = {row.stage: row for row in read_timing(config.out, SpeedRow)}
+        seconds = {row.stage: row.seconds for row in read_timing(config.out, StageTimeRow)}
+    return [_timed(speeds, seconds, f"iteration-{t}") for t in range(2, 2 + iterations)]
 
 
-def _timed(stages: dict[tuple[str, str], dict], name: str) -> Timed:
-    """Reads one iteration from the rows of a run by (kind, stage)."""
-    policy, slack = (stages["timing", f"{name}/{stage}"] for stage in ("policy", "slack"))
-    policy_s, slack_s = (stages["stage", f"{name}/{stage}"]["seconds"] for stage in ("policy", "slack"))
+def _timed(speeds: dict[str, SpeedRow], spent: dict[str, float], name: str) -> Timed:
+    """Reads one iteration from the speeds and seconds of a run's stages."""
+    policy, slack = (speeds[f"{name}/{stage}"] for stage in ("policy", "slack"))
+    policy_s, slack_s = (spent[f"{name}/{stage}"] for stage in ("policy", "slack"))
     seconds = {
-        "rollout": policy["sampling_s"],
-        "scoring": policy["scoring_s"],
-        "policy steps": policy_s - policy["sampling_s"] - policy["scoring_s"],
-        "slack: rollout": slack["sampling_s"],
-        "slack: scoring": slack["scoring_s"],
-        "slack: rest": slack_s - slack["sampling_s"] - slack["scoring_s"],
+        "rollout": policy.sampling_s,
+        "scoring": policy.scoring_s,
+        "policy steps": policy_s - policy.sampling_s - policy.scoring_s,
+        "slack: rollout": slack.sampling_s,
+        "slack: scoring": slack.scoring_s,
+        "slack: rest": slack_s - slack.sampling_s - slack.scoring_s,
     }
-    return Timed(policy["tokens"], seconds)
+    return Timed(policy.tokens, seconds)
 
 
 def least(

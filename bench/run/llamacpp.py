@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.run.work import TEMPERATURE, Responses, Work
 from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
-from engine.quickstart import INNER, OUTER
+from engine.model.names import to_gguf
 
 FLOAT32 = 0  # ggml's number of the type
 
@@ -73,8 +73,8 @@ def _generate(work: Work) -> Responses:
 @torch.no_grad()
 def log_probs(model: Decoder, prompt: list[int]) -> Tensor:
     """Returns this engine's log-probs [V] of the token after `prompt`."""
-    hidden, _ = model.prefill(torch.tensor(prompt), torch.tensor([0, len(prompt)]), None)
-    return model.logits(hidden)[0].log_softmax(0)
+    hidden = model(torch.tensor(prompt), torch.tensor([0, len(prompt)]))
+    return model.logits(hidden[-1:])[0].log_softmax(0)
 
 
 def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
@@ -103,7 +103,7 @@ def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
                     weight = permuted(weight, config.num_heads)
                 elif kind.endswith("k_proj"):
                     weight = permuted(weight, config.num_kv_heads)
-                writer.add_tensor(gguf_name(kind) + ".weight", weight)
+                writer.add_tensor(to_gguf(name), weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -111,19 +111,11 @@ def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Returns query or key rows in llama.cpp's order; `engine.quickstart.undo_permutation` turns them
+    """Returns query or key rows in llama.cpp's order; `engine.quickstart.gguf_file.undo_permutation` turns them
     back."""
     rows, width = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, width)
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, width))
-
-
-def gguf_name(name: str) -> str:
-    """Returns GGUF's name of a Hugging Face tensor, both without their suffix."""
-    if name.startswith("model.layers."):
-        layer, inner = name.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}." + next(gguf for gguf, theirs in INNER.items() if theirs == inner)
-    return next(gguf for gguf, theirs in OUTER.items() if theirs == name)
 
 
 class LlamaCpp:

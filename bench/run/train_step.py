@@ -43,7 +43,7 @@ from engine.policy.full import FullWeights
 from engine.policy.lora import Adapter
 from engine.policy.pairs import within_prompts
 from engine.policy.update import Samples, _add_gradient, _preference_loss, _share
-from engine.records import Prompts, Rollouts, ScoredTarget, Scores, Target
+from engine.records import Prompts, Rollouts, Sampled, ScoredTarget, Scores
 from engine.run.machine import keep_freed_memory
 
 RANK, BETA, RATE = 8, 0.1, 1e-4
@@ -186,7 +186,7 @@ def ours(
     return stepper(list(weights.parameters()), add_gradients, full)
 
 
-def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, Target]:
+def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, ScoredTarget]:
     """Returns the groups as scored samples of a run, and a target in which the first response of each pair is
     chosen."""
     count, lengths = len(groups), torch.tensor([len(r) for g in groups for r in g.responses])
@@ -194,6 +194,21 @@ def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, T
     tokens = torch.tensor([r + [0] * (longest - len(r)) for g in groups for r in g.responses])
     score_PG = torch.tensor([[CHOSEN, REJECTED]], dtype=torch.float64).expand(count, 2)
     none = torch.zeros(count, 2, 0, dtype=torch.float64)
+    rollouts = Rollouts(
+        n=2,
+        tokens=tokens,
+        length=lengths,
+        finished=torch.ones(2 * count, dtype=torch.bool),
+        logprob=torch.zeros(tokens.shape),
+        model_logprob=torch.zeros(tokens.shape),
+        near_tie=torch.zeros(tokens.shape, dtype=torch.bool),
+    )
+    scores = Scores(
+        reward_PG=score_PG,
+        utility_PGJ=none,
+        audit_PGA=none,
+        ref_logprob_PG=reference.double().view(count, 2),
+    )
     samples = Samples(
         prompts=Prompts(
             text=[""] * count,
@@ -201,22 +216,13 @@ def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, T
             token_ids=[g.prompt for g in groups],
             key_P=torch.arange(count),
         ),
-        rollouts=Rollouts(
-            n=2,
-            tokens=tokens,
-            length=lengths,
-            finished=torch.ones(2 * count, dtype=torch.bool),
-            logprob=torch.zeros(tokens.shape),
-            model_logprob=torch.zeros(tokens.shape),
-            near_tie=torch.zeros(tokens.shape, dtype=torch.bool),
+        sampled=Sampled(
+            rollouts=rollouts,
+            texts=[""] * len(tokens),
+            scores=scores,
+            kl_PG=torch.zeros(count, 2, dtype=torch.float64),
         ),
-        scores=Scores(
-            reward_PG=score_PG,
-            utility_PGJ=none,
-            audit_PGA=none,
-            ref_logprob_PG=reference.double().view(count, 2),
-        ),
-        lower=None,
+        scores=scores,
     )
     target = ScoredTarget(score_PG=score_PG, coefficient=BETA)
     return samples, target

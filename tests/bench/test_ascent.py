@@ -1,7 +1,6 @@
 """Policy gradient on exact problems: its fixed points, its bias, and RePO's rectified multiplier."""
 
 import torch
-from tests.helpers.exact_problems import target_at
 
 from bench.theory.exact_stages import ExactStages
 from bench.theory.problem import make
@@ -9,6 +8,7 @@ from bench.theory.updates import maximiser
 from engine.baselines.primal_dual import penalised, standardised
 from engine.baselines.repo import rectified
 from engine.config import MocanConfig, PrimalDualConfig, RepoConfig
+from tests.helpers.exact_problems import target_at
 
 
 def test_policy_gradient_ends_at_the_maximiser_and_standardising_moves_it():

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.helpers.exact_problems import FORMS
 
 from bench.theory.exact_stages import ExactStages, preferred
 from bench.theory.failures import required_rule
@@ -29,6 +28,7 @@ from engine.config import (
 )
 from engine.errors import UserError
 from kernels import lagrangian_preference_loss
+from tests.helpers.exact_problems import FORMS
 
 
 def table_by_the_real_loss(world, target, number):

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from tests.helpers.tiny_shape import TINY
 from transformers import AutoModelForCausalLM
 
 from bench.run import iteration, results, rollout, shapes, train_step
@@ -13,6 +12,7 @@ from bench.run.candidates import add_rivals
 from bench.run.results import notes_of, table_of
 from engine.model.folder import load
 from engine.stages.smoke import smoke_folder
+from tests.helpers.tiny_shape import TINY
 
 
 def test_training_step_is_dpo():

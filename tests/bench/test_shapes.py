@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.helpers.tiny_shape import TINY
 from transformers import AutoModelForCausalLM
 
 from bench.run import floors, shapes
 from engine.model.architecture import ModelConfig
+from tests.helpers.tiny_shape import TINY
 
 # The published models' numbers of parameters, and the floor of a decode step in ms by weights, keys and
 # values alone: 32 prompts of 256 tokens x 8 responses of 512, bfloat16, 3.0 TB/s.

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.helpers.exact_problems import FORMS, target_at
 from scipy.optimize import linprog
 from scipy.special import log_softmax
 
@@ -15,6 +14,7 @@ from bench.theory.problem import make
 from bench.theory.updates import maximiser, regression, sampled, soft
 from engine.config import MocanConfig
 from engine.records import ScoredTarget
+from tests.helpers.exact_problems import FORMS, target_at
 
 
 @pytest.mark.parametrize("update", FORMS)
