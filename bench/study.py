@@ -38,7 +38,7 @@ from engine import constraints
 from engine.errors import UserError
 from engine.files import write_json, write_whole
 from engine.report.drawing import png
-from engine.run.rows import read_timing
+from engine.run.rows import StageTimeRow, read_timing
 from engine.sweep import pages
 from engine.sweep.outcomes import finished, read_run
 from engine.sweep.pages import write_table
@@ -293,7 +293,7 @@ def run_part(seeds: list[int], labels: tuple[str, ...], thresholds: tuple[str, .
         outcomes = run_sweep(config, resume=(out / "sweep.json").is_file())
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_table(kept, pages.table(outcomes))
-    spent = [row["seconds"] for path in out.glob("*/timing.jsonl") for row in read_timing(path.parent) if row["kind"] == "stage"]
+    spent = [row.seconds for path in out.glob("*/timing.jsonl") for row in read_timing(path.parent, StageTimeRow)]
     versions = json.loads((plans[0].folder / "config.json").read_text())["versions"]
     write_json(kept.with_suffix(".json"), {**settings, "versions": versions, "hours": round(sum(spent) / 3600, 3)})
 
