@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
+# Tests run side by side, a process on each core, so each has one thread. OpenBLAS reads this when numpy is
+# imported first, which torch does; its second thread doubles the time of the exact problems' small matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from kernels import compiled
 

@@ -9,7 +9,7 @@ from test_decode_attention import problem as decode_problem
 from test_kernels_loss_head import PAIRS, budget_of, policy, problem
 from test_kernels_reference import dense_dpo, preference_gradients
 
-from bench.measure import peak_bytes
+from bench.run.measure import peak_bytes
 from engine.model.attention import attend_packed, runs_kernel
 from engine.model.folder import load
 from engine.model.packing import Group, LowerStates

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_reference import assert_close, dense_dpo, dense_logprob, make, preference_gradients, reordered
 
-from bench.measure import peak_bytes
+from bench.run.measure import peak_bytes
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, loss_head, reference, sequence_logprob
 from kernels.loss_head import plan, row_workspace
 

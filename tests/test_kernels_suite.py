@@ -16,7 +16,7 @@ from test_kernels_reference import assert_close, dense_dpo, dense_logprob, make,
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from bench.measure import peak_bytes
+from bench.run.measure import peak_bytes
 from kernels import dual_moments, loss_head, reference
 
 # One member of the second pair is empty, both of the last; sequences 2 and 3 are together longer than a chunk of E; 5 stands in no pair.
