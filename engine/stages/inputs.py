@@ -106,9 +106,7 @@ def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
 
 def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column: str = "prompt") -> Prompts:
     """Read prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`. Raises: UserError."""
-    prompts = load_prompts(
-        source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
-    )
+    prompts = load_prompts(source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens)
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
         check_known(ids, limits.vocab_size, f"prompt {text[:60]!r}")
     return prompts

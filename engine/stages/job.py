@@ -170,9 +170,7 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 
 def new_adapter(subject: Subject, config: RunConfig) -> Adapter:
     """Returns a fresh adapter of the size that a config asks for; its policy equals the reference."""
-    return Adapter.on(
-        subject.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed
-    )
+    return Adapter.on(subject.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed)
 
 
 def stages_of(config: RunConfig) -> int:

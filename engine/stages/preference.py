@@ -22,7 +22,7 @@ from engine.policy import update
 from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
-from engine.policy.update import Policy
+from engine.policy.steps import Policy, Update
 from engine.records import Prompts, Sampled, ScoredTarget, Scores, Units
 from engine.run.folder import RunFolder
 from engine.run.rows import PreferenceRow, read_rows
@@ -141,9 +141,8 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
     target = ScoredTarget(score_PG=label_PG, coefficient=config.beta)
 
     def compute(stage: Stage) -> Policy:
-        return update.fit(
-            stage, job.run, settings, job.model, samples, target, adapter, None, train_on=list(range(len(samples.prompts))), iteration=0
-        )
+        step = Update(stage=stage, config=settings, model=job.model, weights=adapter, start=None, iteration=0)
+        return update.fit(step, samples, target, train_on=list(range(len(samples.prompts))))
 
     adapter.set_tensors(job.run.stage(f"preference/{name}", Policy, compute).adapter)
     return adapter

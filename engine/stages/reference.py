@@ -144,9 +144,7 @@ def sample_reference(job: Job) -> Reference:
         f"{row.mean_length:.0f} tokens{f'; {gap}' if gap else ''}"
     )
     for j, limit in enumerate(reference.limits):
-        opening = limit.opening(
-            float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
-        )
+        opening = limit.opening(float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts)))
         show.line(f"{opening}; correlation with the reward {row.correlation[j]:+.2f}")
     return reference
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine import dual
 from engine.config import RunConfig
 from engine.policy.full import FullWeights
-from engine.policy.update import Policy
+from engine.policy.steps import Policy
 from engine.policy.weights import Weights
 from engine.records import Rule, Target
 from engine.stages import preference, slack

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine import dual, keys
-from engine.policy.update import Policy
+from engine.policy.steps import Policy
 from engine.policy.weights import Weights
 from engine.run.rows import IterationRow, SpeedRow, read_timing
 from engine.run.run import Stage

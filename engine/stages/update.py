@@ -13,7 +13,7 @@ from engine.model import packing
 from engine.policy import update
 from engine.policy.iterates import is_saved, save_weights
 from engine.policy.samples import Samples
-from engine.policy.update import Policy
+from engine.policy.steps import Policy, Update
 from engine.policy.weights import Weights, copy_of
 from engine.records import Rule, Sampled, Target
 from engine.run.rows import PairsRow, PolicyRow
@@ -36,9 +36,7 @@ def score_pairs(job: Job) -> Sampled:
                 job.model,
                 job.scorers,
                 Responses(prompts=pairs.prompts, rollouts=pairs.rollouts, texts=pairs.texts),
-                ReferenceForward(
-                    temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes
-                ),
+                ReferenceForward(temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes),
                 on_tokens=scored.advance,
             )
         stage.log(PairsRow(prompts=len(pairs.prompts)))
@@ -60,34 +58,35 @@ class Updates:
 
     def fit(self, target: Target, iteration: int) -> Policy:
         """Fits the target on pairs of responses (`_learned_from`)."""
-        job = self.job
         anchor = None if target.anchor is None else copy_of(self.weights, target.anchor.adapter)
 
         def compute(stage: Stage) -> Policy:
             samples, train_on = self._learned_from(stage, target.start, iteration)
             scored = target.on(self.reference.scored(samples))
-            return update.fit(
-                stage, job.run, job.config, job.model, samples, scored, self.weights, anchor, train_on=train_on, iteration=iteration
-            )
+            return update.fit(self._update(stage, target.start, iteration), samples, scored, train_on, anchor)
 
         return self._iterate(target.start, target.lam_J, iteration, compute)
 
     def ascend(self, start: Policy | None, lam_J: Tensor, rule: Rule, iteration: int) -> Policy:
         """Takes policy-gradient steps on fresh samples of the policy, scored by the rule less beta x log-ratio."""
-        job, reference, config = self.job, self.reference, self.job.config
+        reference, config = self.reference, self.job.config
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
         def compute(stage: Stage) -> Policy:
             samples = self._fresh(stage, chosen, iteration)
             scored = reference.scored(samples, reference.missing(samples.scores.utility_PGJ, chosen))
             score_PG = rule(scored) - config.beta * samples.sampled.kl_PG
-            return update.ascend(stage, job.run, config, job.model, samples, score_PG, self.weights, start=start, iteration=iteration)
+            return update.ascend(self._update(stage, start, iteration), samples, score_PG)
 
         return self._iterate(start, lam_J, iteration, compute)
 
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
         """Takes no step: a policy that exists already becomes this iterate too, with a folder and a row of its own."""
         return self._iterate(policy, lam_J, iteration, lambda stage: policy)
+
+    def _update(self, stage: Stage, start: Policy | None, iteration: int) -> Update:
+        job = self.job
+        return Update(stage=stage, config=job.config, model=job.model, weights=self.weights, start=start, iteration=iteration)
 
     def _iterate(self, start: Policy | None, lam_J: Tensor, iteration: int, compute: Callable[[Stage], Policy]) -> Policy:
         """Runs the stage around an update from `start`; the iterate goes to adapters/iteration-t."""

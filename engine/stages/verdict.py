@@ -88,13 +88,9 @@ def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOu
 
 def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     """Returns the verdict on samples of the reference and of a policy."""
-    policy, reference = (
-        Side(rollouts=side.rollouts, texts=side.sampled.texts, scores=side.scores) for side in (after, before)
-    )
+    policy, reference = (Side(rollouts=side.rollouts, texts=side.sampled.texts, scores=side.scores) for side in (after, before))
     asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J)
-    return evaluate(
-        policy, reference, before.prompts, after.sampled.kl_PG, asked, bar.audit_names, bar.confidence
-    )
+    return evaluate(policy, reference, before.prompts, after.sampled.kl_PG, asked, bar.audit_names, bar.confidence)
 
 
 def write_heldout(path: Path, before: Samples, after: Samples) -> None:

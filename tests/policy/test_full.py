@@ -16,14 +16,14 @@ from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.full import FullWeights
 from engine.policy.iterates import load_weights
 from engine.policy.pairs import within_prompts
-from engine.policy.update import _preference_loss
+from engine.policy.preference_loss import PreferenceLoss
 from engine.policy.weights import copy_of
 from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
 from engine.run.rows import IterationRow, read_rows
 from engine.run.run import Run, Stage
 from engine.run.store import load
-from engine.stages.inputs import Inputs
+from engine.stages.inputs import read_inputs
 from engine.stages.job import heldout_prompts
 from engine.stages.smoke import smoke_folder
 from engine.stages.verdict import HeldOut
@@ -47,7 +47,7 @@ def sampled_from(network):
 def heldout_of(run):
     """The prompts of a run's verdict."""
     config = CaidConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()})
-    return heldout_prompts(config, Inputs.of(config).heldout)
+    return heldout_prompts(config, read_inputs(config).heldout)
 
 
 def moved(network, seed=1, scale=0.05):
@@ -72,7 +72,7 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     pairs = within_prompts(samples.scores.reward_PG, [1, 0], 3)
     config = smoke(CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed))
     target = ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
-    result = _preference_loss(config, network, samples, target, weights, anchor, pairs, draw=0)
+    result = PreferenceLoss(config=config, model=network, weights=weights, samples=samples, target=target, anchor=anchor)(pairs, draw=0)
     result.loss.backward()
 
     def transformers_of(policy_weights, folder):

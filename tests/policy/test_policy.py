@@ -18,13 +18,14 @@ from engine.errors import UserError
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy import update
-from engine.policy import update as policy
 from engine.policy.forward import frozen_forward
 from engine.policy.full import FullWeights
 from engine.policy.lora import Adapter
 from engine.policy.pairs import within_prompts
 from engine.policy.peft import save_peft
-from engine.policy.update import _preference_loss, _take_steps, ascend, learning_rate_factor
+from engine.policy.preference_loss import PreferenceLoss, parts
+from engine.policy.steps import Step, Update, learning_rate_factor, take_steps
+from engine.policy.update import ascend, fit
 from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
 from engine.run.rows import AscentStepRow, PairStepRow, StepRow, read_rows
@@ -32,6 +33,10 @@ from tests.helpers.architectures import write_model
 from tests.helpers.samples import samples_of
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
+
+
+def update_of(config, network, weights, stage=None, start=None):
+    return Update(stage=stage, config=config, model=network, weights=weights, start=start, iteration=1)
 
 
 @pytest.fixture(scope="module", params=["tiny", "gemma 2"])
@@ -120,7 +125,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
     assert len(kept) == 3 * 6 - 1 - 3 and not any(dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept)
     adapter.zero_grad()
     config = smoke(CaidConfig(temperature=0.8, labels="soft"))
-    result = _preference_loss(config, network, samples, target, adapter, anchor, pairs, draw=0)
+    result = PreferenceLoss(config=config, model=network, weights=adapter, samples=samples, target=target, anchor=anchor)(pairs, draw=0)
     result.loss.backward()
     with torch.no_grad():
         tuned, token_logprob = in_peft(anchor, folder, tmp_path / "anchor")
@@ -146,10 +151,10 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
     config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
     samples = samples_of(prompts, rollouts, scores)
     seen = []
-    monkeypatch.setattr(policy, "_take_steps", lambda *rest: seen.append(rest[-1]))
-    ascend(None, None, config, network, samples, scores.reward_PG, adapter, start=None, iteration=1)
+    monkeypatch.setattr(update, "take_steps", lambda *rest: seen.append(rest[-1]))
+    ascend(update_of(config, network, adapter), samples, scores.reward_PG)
     adapter.zero_grad()
-    loss, figures, _ = seen[0](0)
+    step = seen[0](0)
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     old, total, count = rollouts.model_logprob, 0.0, 0
     for r in range(12):
@@ -160,8 +165,8 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
         total = total - torch.minimum(ratio * advantage, ratio.clamp(0, 2) * advantage).sum()
         count += len(now)
     (total / count).backward()
-    assert loss == pytest.approx(float(total.detach()) / count, rel=1e-4)
-    assert figures["responses"] == 12
+    assert step.loss == pytest.approx(float(total.detach()) / count, rel=1e-4)
+    assert step.figures["responses"] == 12
     same_gradients(adapter, tuned)
 
 
@@ -175,7 +180,7 @@ def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept)
     samples = samples_of(prompts, rollouts, scores, lower)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
-    result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
+    result = PreferenceLoss(config=config, model=network, weights=adapter, samples=samples, target=target)(pairs, draw=0)
     result.loss.backward()
 
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
@@ -204,7 +209,7 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     samples = samples_of(prompts, rollouts, scores)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
-    result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
+    result = PreferenceLoss(config=config, model=network, weights=adapter, samples=samples, target=target)(pairs, draw=0)
     result.loss.backward()
 
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
@@ -266,9 +271,9 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
     dropped[last] = True
     target = ScoredTarget(score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
     samples = SimpleNamespace(prompts=prompts, rollouts=SimpleNamespace(n=4))
-    # No stage, run, model or adapter: nothing is done before.
+    # No stage, model or weights: nothing is done before.
     with pytest.raises(UserError, match="policy update 1: no pair of the 1 prompts of step 3 has a safe response"):
-        update.fit(None, None, config, None, samples, target, None, None, train_on=[0, 1, 2], iteration=1)
+        fit(update_of(config, None, None), samples, target, [0, 1, 2])
 
 
 def test_learning_rate_rises_then_stays():
@@ -333,12 +338,12 @@ def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
         adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
         parameters = list(adapter.parameters())
 
-        def loss_of(step):
-            loss = sum(((p - (step + 1) / 10) ** 2).sum() for p in parameters)
+        def step_of(i):
+            loss = sum(((p - (i + 1) / 10) ** 2).sum() for p in parameters)
             loss.backward()
-            return float(loss.detach()), {}, {}
+            return Step(loss=float(loss.detach()), figures={}, batch={})
 
-        return _take_steps(stage, None, config, adapter, start, 1, StepRow, loss_of)
+        return take_steps(update_of(config, network, adapter, stage, start), StepRow, step_of)
 
     start = None
     for _ in range(2):
@@ -394,7 +399,7 @@ def test_parts_are_whole_prompts_within_the_budget():
     rows = [pairs.row[i : i + 3] for i in range(0, 12, 3)]
     groups = [packing.Group([1] * 5, [[1, 2]] * 3, own) for own in rows]
     for budget, sizes in ((1, [3] * 4), (21, [3] * 4), (22, [6, 6]), (33, [9, 3]), (10**6, [12])):
-        found = update.parts(pairs, groups, budget)
+        found = parts(pairs, groups, budget)
         assert [len(part.row) for part, _ in found] == sizes
         assert [r for part, _ in found for r in part.row] == pairs.row and [p for part, _ in found for p in part.prompt] == pairs.prompt
         assert torch.equal(torch.cat([part.pairs + first for part, first in found]), pairs.pairs)
@@ -448,20 +453,21 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folde
     cls, own = (PrimalDualConfig, {}) if labels == "policy gradient" else (CaidConfig, {"labels": labels})
     base = smoke(cls(temperature=0.8, tune=tune, learning_rate=1e-5, steps=1, prompts_per_step=3, responses_per_prompt=4, **own))
     taken, batches = [], []
-    monkeypatch.setattr(policy, "_take_steps", lambda *rest: taken.append(rest[-1]))
+    monkeypatch.setattr(update, "take_steps", lambda *rest: taken.append(rest[-1]))
     pack = packing.pack
     monkeypatch.setattr(packing, "pack", lambda batch, device: batches.append(len(batch)) or pack(batch, device))
 
     def step(**changes):
         config = replace(base, **changes)
         if labels == "policy gradient":
-            ascend(None, None, config, network, samples, scores.reward_PG, weights, start=None, iteration=1)
+            ascend(update_of(config, network, weights), samples, scores.reward_PG)
         else:
-            update.fit(None, None, config, network, samples, target, weights, None, train_on=[0, 1, 2], iteration=1)
+            fit(update_of(config, network, weights), samples, target, [0, 1, 2])
         weights.zero_grad()
         batches.clear()
-        loss, figures, _ = taken[-1](0)
-        return list(batches), loss, figures, {name: value.grad.clone() for name, value in weights.named_parameters()}
+        found = taken[-1](0)
+        gradients = {name: value.grad.clone() for name, value in weights.named_parameters()}
+        return list(batches), found.loss, found.figures, gradients
 
     sizes, loss, figures, whole = step()
     assert sizes == [3]

@@ -246,7 +246,7 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
         taken[name] = compute(SimpleNamespace(log=logged.append))
         return taken[name]
 
-    def ascend(stage, run, config, model, samples, score_PG, *rest, **options):
+    def ascend(step, samples, score_PG):
         taken["score"] = score_PG
         return SimpleNamespace(adapter={}, loss=0.0)
 

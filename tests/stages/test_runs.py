@@ -434,7 +434,7 @@ def test_an_existing_folder_and_another_model_are_refused(finished, capsys):
 
 
 def test_a_non_finite_loss_stops_with_the_batch_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("engine.policy.update.learning_rate_factor", lambda *a: float("inf"))
+    monkeypatch.setattr("engine.policy.steps.learning_rate_factor", lambda *a: float("inf"))
     assert train.main([*SMOKE, "--out", str(tmp_path / "r")]) == 3
     assert "nonfinite.safetensors" in capsys.readouterr().err
     assert (tmp_path / "r" / "nonfinite.safetensors").is_file()
