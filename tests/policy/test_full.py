@@ -23,7 +23,7 @@ from engine.rollout.sampler import generate
 from engine.run.rows import IterationRow, read_rows
 from engine.run.run import Run, Stage
 from engine.run.store import load
-from engine.stages.inputs import Inputs
+from engine.stages.inputs import read_inputs
 from engine.stages.job import heldout_prompts
 from engine.stages.smoke import smoke_folder
 from engine.stages.verdict import HeldOut
@@ -47,7 +47,7 @@ def sampled_from(network):
 def heldout_of(run):
     """The prompts of a run's verdict."""
     config = CaidConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()})
-    return heldout_prompts(config, Inputs.of(config).heldout)
+    return heldout_prompts(read_inputs(config).heldout, config.eval_prompts, config.seed)
 
 
 def moved(network, seed=1, scale=0.05):

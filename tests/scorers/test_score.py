@@ -23,7 +23,7 @@ from engine.scorers import classifiers, heads, training
 from engine.scorers.base import Head, Scorers, TextScorer
 from engine.scorers.find import find_scorer, load_scorers
 from engine.scorers.scoring import ReferenceForward, Responses, score, try_out
-from engine.stages.inputs import Inputs
+from engine.stages.inputs import read_inputs
 
 CPU = torch.device("cpu")
 
@@ -248,7 +248,7 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_p
     rows.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": f"a{i}", "rejected": f"b{i}"}) + "\n" for i in range(6)))
     load = {
         "scorer": lambda: find_scorer(str(folder), tiny_folder).load("x", CPU),
-        "policy": lambda: Inputs.of(smoke(CaidConfig(model=str(folder), threads=1))),
+        "policy": lambda: read_inputs(smoke(CaidConfig(model=str(folder), threads=1))),
         "head": lambda: training.train(training.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
         "trunk": lambda: find_scorer(str(tmp_path / "head"), tiny_folder).load("x", CPU),
     }
