@@ -15,7 +15,7 @@ from bench.figures.subsets import draw_subsets, lam_of_subsets
 from engine import caid, dual, pecan
 from engine.config import CaidConfig, PecanConfig, smoke
 from engine.errors import UserError
-from engine.run.rows import IterationRow, ReferenceRow, read_rows
+from engine.run.rows import DualRow, IterationRow, ReferenceRow, read_rows
 from engine.run.run import Run
 
 

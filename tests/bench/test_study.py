@@ -4,8 +4,8 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +23,14 @@ from bench.study.__main__ import (
     reward_at_equal_safety,
     summary,
 )
+from engine.config import Algorithm
+from engine.constraints import Improvement, Judged
 from engine.errors import NonFiniteError, UserError
 from engine.intervals import Estimate
-from engine.verdict.evaluation import Constraint, Evaluation
+from engine.run.rows import StageTimeRow
+from engine.sweep import runs as sweep_runs
+from engine.verdict.evaluation import Evaluation
+from tests.helpers.rows import POLICY, REFERENCE, SPEED, STEP, write_metrics, write_timing
 
 
 def made(slack, se=0.1, reward=0.0) -> Arm:
@@ -371,10 +376,6 @@ def test_parts_have_folders_of_their_own():
     assert bisection == "caid-dual_rule-bisection-b-0.4-seeds-0-device-cuda"
 
 
-def lines(*rows: dict) -> str:
-    return "".join(json.dumps(r) + "\n" for r in rows)
-
-
 class Trained(list):
     """Names of runs in order, and which one is to be stopped or to diverge."""
 
@@ -395,21 +396,24 @@ def trained(monkeypatch) -> Trained:
         names.append(folder.name)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"versions": {"commit": "abc", "threads": "4"}}))
-        (folder / "timing.jsonl").write_text(lines(
-            {"kind": "stage", "stage": "reference", "seconds": 5.0}, {"kind": "timing", "stage": "iteration-1/slack", "tokens": 70},
-            {"kind": "stage", "stage": "iteration-1/slack", "seconds": 3.0}, {"kind": "timing", "stage": "heldout/policy", "tokens": 9000},
-            {"kind": "stage", "stage": "heldout/policy", "seconds": 900.0},
-        ))  # fmt: skip
-        (folder / "metrics.jsonl").write_text(lines(
-            {"kind": "reference", "names": ["harm"]}, {"kind": "step"}, {"kind": "step"}, {"kind": "policy", "iteration": 1, "lam": [0.7]}
-        ))  # fmt: skip
+        write_timing(
+            folder,
+            [
+                StageTimeRow(stage="reference", seconds=5.0),
+                replace(SPEED, tokens=70),
+                StageTimeRow(stage=SPEED.stage, seconds=3.0),
+                replace(SPEED, stage="heldout/policy", tokens=9000),
+                StageTimeRow(stage="heldout/policy", seconds=900.0),
+            ],
+        )
+        write_metrics(folder, [REFERENCE, STEP, STEP, replace(POLICY, lam=[0.7])])
         if folder.name == fail.get("diverge"):
             raise NonFiniteError("loss nan")
 
         def estimate(mean: float) -> Estimate:
             return Estimate(mean, 0.05, mean - 0.1, mean + 0.1, mean - 0.1, mean + 0.1, 208)
 
-        harm = Constraint("harm", b, b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
+        harm = Judged(Improvement(name="harm", value=b), b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
         evaluation = Evaluation(
             reward=estimate(0.2), constraints=(harm,), audits=(), kl=estimate(1.0), finished=(1, 1), mean_length=(9, 9),
             refusal_harmless=None,
@@ -421,12 +425,12 @@ def trained(monkeypatch) -> Trained:
     def draw_samples(plans):
         folder = Path(plans[0].config.samples_of)
         folder.mkdir(exist_ok=True)
-        (folder / "timing.jsonl").write_text(lines({"kind": "timing", "stage": "reference", "tokens": 1000}))
+        write_timing(folder, [replace(SPEED, stage="reference", tokens=1000)])
         return []
 
-    monkeypatch.setattr(study.sweep, "import_module", lambda name: SimpleNamespace(train=train))
-    monkeypatch.setattr(study.sweep, "draw_samples", draw_samples)
-    monkeypatch.setattr(study.sweep, "write", lambda *a: None)
+    monkeypatch.setattr(Algorithm, "train", lambda row, config, *, resume=None: train(config, resume=resume))
+    monkeypatch.setattr(sweep_runs, "draw_samples", draw_samples)
+    monkeypatch.setattr(sweep_runs, "write", lambda *a: None)
     return names
 
 
