@@ -24,6 +24,7 @@ from engine.run.rows import (
     IterationRow,
     PolicyRow,
     PreferenceRow,
+    ReferenceRow,
     Row,
     SampledRow,
     StepRow,
