@@ -246,7 +246,7 @@ def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_pat
 def stopped_run(folder: Path, config, *, iterates: list[int], trained: list[int], fingerprint: str = "f") -> Path:
     """A run folder with adapter folders `iterates` and rows of the policies `trained`, and nothing else."""
     algorithm = "caid" if isinstance(config, CaidConfig) else "mocan"
-    Run.create(folder, algorithm, asdict(config), versions={}, fingerprint=fingerprint).close()
+    Run.create(folder, algorithm, asdict(replace(config, threads=1)), versions={}, fingerprint=fingerprint).close()
     write_metrics(folder, [REFERENCE, *(replace(POLICY, iteration=t, lam=[float(t)]) for t in trained)])
     for t in iterates:
         adapter = RunFolder(folder).iterate(t)

@@ -24,6 +24,7 @@ from engine.run.rows import (
     IterationRow,
     PolicyRow,
     PreferenceRow,
+    ReferenceRow,
     Row,
     SampledRow,
     StepRow,
@@ -80,10 +81,10 @@ def test_what_a_run_writes(finished):
     assert config["algorithm"] == "caid" and config["config"]["seed"] == 0 and "commit" in config["versions"]
     assert len((finished / "heldout.jsonl").read_text().splitlines()) == 8 * 2
     assert {p.name for p in (finished / "adapters").iterdir()} == {"iteration-1", "iteration-2", "iteration-3"}
-    (reference,), report = read_rows(finished, "reference"), (finished / "report.html").read_text()
+    (reference,), report = read_rows(finished, ReferenceRow), (finished / "report.html").read_text()
     assert (finished / "report.png").stat().st_size > 10_000 and "constraint harm:" in report
-    # The report takes this number from a row that the engine wrote, see tests/test_report.py for the rest of it.
-    assert f"effective sample size {dual['ess']:.1f} of {reference['responses']}." in report
+    # The report takes this number from a row that the engine wrote, see tests/report/test_report.py for the rest of it.
+    assert f"effective sample size {dual.ess:.1f} of {reference.responses}." in report
 
 
 def have_the_fields_of_their_classes(rows: list[dict]) -> bool:
