@@ -63,14 +63,14 @@ def kernels() -> list[Kernel]:
 
 def loss_kernels() -> list[Kernel]:
     """Lists the kernels of log-probs and losses."""
-    found, switches = [], list(itertools.product((False, True), repeat=2))
+    listed, switches = [], list(itertools.product((False, True), repeat=2))
     for dtype, (bias, softcap), jacobian in itertools.product(DTYPES, switches, (True, False)):
         # A short vocabulary is one block, of fewer warps.
         blocks = ((triton_rows.TritonRows.MAX_BLOCK, 8), (1024, 4))
         for block, warps in blocks[: 2 if dtype == "bf16" else 1]:
             constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "JACOBIAN": jacobian, "BLOCK_V": block}
             name = f"rows of {block}{'' if jacobian else ', values'}{_switched(bias, softcap)}"
-            found.append(Kernel(name, triton_rows.row_kernel, dtype, constants, warps))
+            listed.append(Kernel(name, triton_rows.row_kernel, dtype, constants, warps))
     for _, blocks in triton_forward.TABLE:
         for dtype, (bias, softcap) in itertools.product(("bf16", "fp16"), switches):
             constants = {
@@ -83,12 +83,12 @@ def loss_kernels() -> list[Kernel]:
             }
             name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{_switched(bias, softcap)}"
             part = triton_forward.part_kernel
-            found.append(Kernel(name, part, dtype, constants, blocks.warps, blocks.stages, wgmma=True))
+            listed.append(Kernel(name, part, dtype, constants, blocks.warps, blocks.stages, wgmma=True))
     join = {"PARTS": triton_forward.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
     # A count of 1 reaches a kernel as a constant.
     for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):
-        found.append(Kernel(name, triton_forward.join_kernel, "fp32", constants, 4))
-    return found
+        listed.append(Kernel(name, triton_forward.join_kernel, "fp32", constants, 4))
+    return listed
 
 
 def _switched(bias: bool, softcap: bool) -> str:
@@ -102,7 +102,7 @@ def decode_kernels() -> list[Kernel]:
     Heads have 64, 128 and 256 numbers. Products of 16 queries are mma.sync, and in float32 they use no tensor
     core.
     """
-    found = []
+    listed = []
     for dtype, width, extra in itertools.product(DTYPES, (64, 128, 256), (False, True)):
         flags = {
             "HAS_SOFTCAP": extra,
@@ -119,47 +119,47 @@ def decode_kernels() -> list[Kernel]:
             name = f"decode, prompts {tiles.queries}x{tiles.tokens}x{width}{suffix}"
             wgmma = tiles.queries >= 64
             prompt = triton_decode.prompt_kernel
-            found.append(Kernel(name, prompt, dtype, constants, tiles.warps, tiles.stages, wgmma))
+            listed.append(Kernel(name, prompt, dtype, constants, tiles.warps, tiles.stages, wgmma))
         tiles = triton_decode.own_tiles(width, DTYPES[dtype], 4)
         constants = flags | {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
         name = f"decode, own {tiles.queries}x{tiles.tokens}x{width}{suffix}"
-        found.append(Kernel(name, triton_decode.own_kernel, dtype, constants, tiles.warps, tiles.stages))
+        listed.append(Kernel(name, triton_decode.own_kernel, dtype, constants, tiles.warps, tiles.stages))
     store = {"WIDTH": 128, "BLOCK": 1024}
-    found += [Kernel("decode, store", triton_decode.store_kernel, dtype, store, 4) for dtype in DTYPES]
-    return found + [_single(k) for k in found if k.dtype == "bf16" and k.constants["WIDTH"] == 64]
+    listed += [Kernel("decode, store", triton_decode.store_kernel, dtype, store, 4) for dtype in DTYPES]
+    return listed + [_single(k) for k in listed if k.dtype == "bf16" and k.constants["WIDTH"] == 64]
 
 
 def sampling_kernels() -> list[Kernel]:
     """Lists the kernels of sampling from real vocabularies, of up to 64 parts: plain, greedy, and with top-k,
     top-p or both."""
-    found = []
+    listed = []
     for dtype in DTYPES:
         for greedy, truncated in ((False, False), (True, False), (False, True)):
             constants = {"BLOCK": triton_sampling.PART, "GREEDY": greedy, "TRUNCATED": truncated}
             name = "sampling, parts" + ", greedy" * greedy + ", truncated" * truncated
-            found.append(Kernel(name, triton_sampling.part_kernel, dtype, constants, 8))
+            listed.append(Kernel(name, triton_sampling.part_kernel, dtype, constants, 8))
         for truncated in (False, True):
             constants = {"BLOCK_PARTS": 64, "TRUNCATED": truncated}
             name = "sampling, join" + ", truncated" * truncated
-            found.append(Kernel(name, triton_sampling.join_kernel, dtype, constants, 1))
+            listed.append(Kernel(name, triton_sampling.join_kernel, dtype, constants, 1))
         for top_k, top_p in ((50, 1.0), (0, 0.9), (50, 0.9)):
             constants = {"TOP_K": top_k, "TOP_P": top_p, "BLOCK": triton_sampling.ROW_BLOCK}
             name = "sampling, keep" + f", top-k {top_k}" * (top_k > 0) + f", top-p {top_p}" * (top_p < 1)
             keep, warps = triton_sampling.keep_kernel, triton_sampling.ROW_WARPS
-            found.append(Kernel(name, keep, dtype, constants, warps))
-    return found + [_single(k) for k in found if k.dtype == "bf16" and "parts" in k.function.arg_names]
+            listed.append(Kernel(name, keep, dtype, constants, warps))
+    return listed + [_single(k) for k in listed if k.dtype == "bf16" and "parts" in k.function.arg_names]
 
 
 def layer_kernels() -> list[Kernel]:
     """Lists the kernels between a layer's products: states of 576, 4096 and 8192 numbers, 12 heads of 64 and
     40 heads of 128."""
-    found = []
+    listed = []
     for dtype in DTYPES:
         for width, add in itertools.product((576, 4096, 8192), (False, True)):
             block = triton.next_power_of_2(width)
             constants, warps = {"ADD": add, "BLOCK": block}, triton_layer.norm_warps(block)
             name = f"norm of {width}" + ", added" * add
-            found.append(Kernel(name, triton_layer.norm_kernel, dtype, constants, warps))
+            listed.append(Kernel(name, triton_layer.norm_kernel, dtype, constants, warps))
         for heads, kv_heads, d in ((9, 3, 64), (32, 8, 128)):
             constants = {
                 "HEADS": heads,
@@ -170,10 +170,10 @@ def layer_kernels() -> list[Kernel]:
                 "BLOCK_V": triton.next_power_of_2(kv_heads * d),
             }
             name = f"rotate {heads} + {kv_heads} of {d}"
-            found.append(Kernel(name, triton_layer.rotate_kernel, dtype, constants, 4))
+            listed.append(Kernel(name, triton_layer.rotate_kernel, dtype, constants, 4))
         constants = {"BLOCK": triton_layer.GATE_BLOCK}
-        found.append(Kernel("gate", triton_layer.gate_kernel, dtype, constants, 4))
-    return found
+        listed.append(Kernel("gate", triton_layer.gate_kernel, dtype, constants, 4))
+    return listed
 
 
 def _single(kernel: Kernel) -> Kernel:

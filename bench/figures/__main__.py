@@ -45,19 +45,19 @@ def main() -> int:
         known = {folder: read_stored(folder) for folder in dict.fromkeys([given.samples, *given.runs])}
         samples, runs = known[given.samples], [known[run] for run in given.runs]
         calibrated = [] if given.preference is None else judge_preferences(given.preference)
-        found = lam_of_subsets(samples.reward_PG, samples.utility_PGJ, samples.aim_J, samples.beta)
+        by_size = lam_of_subsets(samples.reward_PG, samples.utility_PGJ, samples.aim_J, samples.beta)
         rows = [row for run in given.runs for row in realised(run, known[run])]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    write_whole(DOCS / "figures-subsets.png", png(lambda: draw_subsets(found)))
+    write_whole(DOCS / "figures-subsets.png", png(lambda: draw_subsets(by_size)))
     if rows:
         write_whole(DOCS / "figures-realised.png", png(lambda: draw_realised(rows)))
     if calibrated:
         write_whole(DOCS / "figures-calibration.png", png(lambda: draw_calibration(calibrated)))
-    contents = {"subsets": found, "realised": rows, "calibration": calibrated}
+    contents = {"subsets": by_size, "realised": rows, "calibration": calibrated}
     write_json(DOCS / "figures.json", contents)
-    text = page_text(_command(given), samples, found, rows, runs, calibrated)
+    text = page_text(_command(given), samples, by_size, rows, runs, calibrated)
     write_whole(DOCS / "figures.md", text.encode())
     print(f"written: {DOCS / 'figures.md'}")
     return 0

@@ -8,13 +8,13 @@ from bench.figures.subsets import DRAWS
 def page_text(
     command: str,
     samples: Stored,
-    found: dict[str, list],
+    by_size: dict[str, list],
     rows: list[dict],
     runs: list[Stored],
     calibrated: list[dict],
 ) -> str:
     """Returns the page, with the parts on runs and on calibration where there are any."""
-    lines = [*_head(command, samples), *_subsets(found)]
+    lines = [*_head(command, samples), *_subsets(by_size)]
     if rows:
         lines += _realised(rows, runs)
     if calibrated:
@@ -36,7 +36,7 @@ def _head(command: str, samples: Stored) -> list[str]:
     ]
 
 
-def _subsets(found: dict[str, list]) -> list[str]:
+def _subsets(by_size: dict[str, list]) -> list[str]:
     lines = [
         "",
         "![One-shot lambda of subsets](figures-subsets.png)",
@@ -46,7 +46,7 @@ def _subsets(found: dict[str, list]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for kind in ("prompts", "responses"):
-        for row in found[kind]:
+        for row in by_size[kind]:
             mean, half = (
                 ", ".join(f"{x:.3f}" for x in row[k]) if row[k] else "unsupported" for k in ("mean", "half")
             )
@@ -56,7 +56,7 @@ def _subsets(found: dict[str, list]) -> list[str]:
             ess = "unsupported" if row["ess"] is None else f"{row['ess']:.1f}"
             lacking = f"{row['unsupported']} of {DRAWS}"
             lines.append(f"| {kind} | {row['n']} | {mean} | {ends} | {half} | {ess} | {lacking} |")
-    lam = ", ".join(f"{x:.3f}" for x in found["full"])
+    lam = ", ".join(f"{x:.3f}" for x in by_size["full"])
     return [
         *lines,
         "",

@@ -1,4 +1,4 @@
-"""What a run folder holds of the reference's samples."""
+"""Reads the reference's samples of a run folder."""
 
 import json
 from dataclasses import dataclass, fields

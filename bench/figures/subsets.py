@@ -85,13 +85,13 @@ def _finite(values: Tensor) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
-def draw_subsets(found: dict[str, list]) -> Figure:
+def draw_subsets(by_size: dict[str, list]) -> Figure:
     """Draws lambda* against the numbers of prompts and responses."""
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     for axis, kind in zip(figure.subplots(1, 2), ("prompts", "responses"), strict=True):
-        rows = found[kind]
+        rows = by_size[kind]
         x = [row["n"] for row in rows]
-        for j, lam in enumerate(found["full"]):
+        for j, lam in enumerate(by_size["full"]):
             colour = f"C{j}"
 
             def label(text: str, first: bool = j == 0) -> str | None:

@@ -1,5 +1,5 @@
-"""What only a GPU can say, in six parts of under nine minutes each: `python -m bench.gpu --part N --out
-FOLDER`.
+"""Measures what only a GPU can show, in six parts of under nine minutes each: `python -m bench.gpu --part N
+--out FOLDER`.
 
 Each step of a part leaves one JSON line in FOLDER/part-N.jsonl when it ends, so that the same command goes on
 where it was cut off; a step that failed leaves its error and is tried again after the others. `python -m
@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -26,10 +27,14 @@ class Options:
 
     out: Path
     """Folder of the JSON lines."""
-    part: int = 0
-    """1: bare products and the loss head, 2: tests, 3: what was not known, 4: configurations, 5: rollout and
-    training step, 6: whole iterations; 0 adds what the folder holds to bench/results.jsonl and
-    bench/RESULTS.md."""
+    part: Annotated[
+        int,
+        tyro.conf.arg(
+            help="1: bare products and the loss head, 2: tests, 3: what was not known, 4: configurations, "
+            "5: rollout and training step, 6: whole iterations; 0 adds what the folder holds to "
+            "bench/results.jsonl and bench/RESULTS.md."
+        ),
+    ] = 0
 
 
 def collect(folder: Path) -> int:

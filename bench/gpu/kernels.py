@@ -1,5 +1,5 @@
-"""What a card gives to bare products, and what its kernels reach: attention, small launches, decode
-attention, sampling."""
+"""Ceilings of a card, and how near its kernels come: attention, small launches, decode attention,
+sampling."""
 
 import itertools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def ceilings(
     float32 and with 16-bit output."""
     copied = floors.probes(BF16, device)["copy"]
     s = per_call(lambda i: copied.step(), 4, device)
-    found = [["copy, GB/s", 1000 * s, copied.bytes / s / 1e9]]
+    measured = [["copy, GB/s", 1000 * s, copied.bytes / s / 1e9]]
     shapes = ((rows, width), (vocabulary, width), (rows, vocabulary))
     hidden, weight, z = (torch.randn(n, m, device=device).to(BF16) for n, m in shapes)
     a, b = (torch.randn(side, side, device=device).to(BF16) for _ in range(2))
@@ -40,14 +40,14 @@ def ceilings(
             flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
             out = torch.empty(left.shape[0], right.shape[1], dtype=kind, device=device)
             s = per_call(lambda i, left=left, right=right, out=out: product(left, right, out), 4, device)
-            found.append([f"{name}, {unit}", 1000 * s, flops / s / 1e12])
+            measured.append([f"{name}, {unit}", 1000 * s, flops / s / 1e12])
             if left is not a:
                 total_s, total = total_s + s, total + flops
             del out
-        found.append([f"the three, {unit}", 1000 * total_s, total / total_s / 1e12])
+        measured.append([f"the three, {unit}", 1000 * total_s, total / total_s / 1e12])
     head = f"loss head of {rows} rows x {width} x {vocabulary}"
     title = f"Ceilings: bfloat16 products of random numbers, {head}"
-    return [table(title, ["", "ms", "rate"], found, device=device)]
+    return [table(title, ["", "ms", "rate"], measured, device=device)]
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -80,7 +80,7 @@ def attention_kernels(
 ) -> list[dict]:
     """Measures packed attention by runs (GQA, runs with more keys than queries) against float64 on the grid:
     errors and times, both passes."""
-    found = []
+    measured = []
     small = Layout.shared_prompt([37, 5], [[9, 0, 20], [3]])
     large = Layout.shared_prompt([prompt] * groups, [[response] * 8] * groups)
     names = ("out", "dQ", "dK", "dV")
@@ -92,11 +92,11 @@ def attention_kernels(
         ]
         step = attention_step(large.to(device), heads, BF16, device)
         times = interleaved({"": step}, 10, device)[""]
-        found.append([str(heads), *errors, 1000 * times["median"]])
+        measured.append([str(heads), *errors, 1000 * times["median"]])
     tokens = groups * (prompt + 8 * response)
     title = "Packed attention in bfloat16: largest relative errors against float64; "
     title += f"ms of both passes over {tokens} tokens"
-    return [table(title, ["", *names, "ms"], found, device=device)]
+    return [table(title, ["", *names, "ms"], measured, device=device)]
 
 
 def attention_step(
@@ -148,7 +148,7 @@ CACHE = Cache()
 def decode(device: torch.device, cache: Cache = CACHE) -> list[dict]:
     """Measures GB/s of decode attention at the shapes of published models, with bytes counted as in the op's
     docstring."""
-    found, copied = [], copy_rate(device)
+    measured, copied = [], copy_rate(device)
     for shape, heads in (
         ("qwen2.5-0.5b", Heads(14, 2, 64)),
         ("llama-3.2-1b", Heads(32, 8, 64)),
@@ -160,10 +160,10 @@ def decode(device: torch.device, cache: Cache = CACHE) -> list[dict]:
             s = per_call(lambda i, data=data: decode_attention(**data[i]), cache.layers, device)
             tokens = cache.prompts * cache.longest + cache.prompts * cache.n * used
             moved = 2 * heads.key * heads.width * 2 * tokens
-            found.append([shape, used, 1e6 * s, moved / s / 1e9, 100 * moved / s / copied])
+            measured.append([shape, used, 1e6 * s, moved / s / 1e9, 100 * moved / s / copied])
             del data
     header = ["shape", "own tokens", "us", "GB/s", "% of a copy"]
-    return [table(f"{cache.title}, bfloat16", header, found, device=device)]
+    return [table(f"{cache.title}, bfloat16", header, measured, device=device)]
 
 
 def decode_problem(cache: Cache, heads: Heads, used: int, device: torch.device) -> dict[str, Tensor]:
@@ -187,12 +187,12 @@ def decode_problem(cache: Cache, heads: Heads, used: int, device: torch.device) 
 
 def sampling(device: torch.device, rows: int = 256) -> list[dict]:
     """Measures one token per row from real vocabularies; the logits are read once."""
-    found, key = [], torch.arange(rows, device=device)
+    measured, key = [], torch.arange(rows, device=device)
     step = torch.zeros(1, dtype=torch.int64, device=device)
     for columns, dtype in itertools.product((49152, 151936), (torch.float32, BF16)):
         logits = 3 * torch.randn(rows, columns, device=device).to(dtype)
         for options in ({}, {"temperature": 0.0}, {"top_k": 50}, {"top_p": 0.9}):
             s = per_call(lambda i, x=logits, o=options: sample(x, key=key, step=step, **o), 3, device)
             what = f"{rows} x {columns}, {_short(dtype)}, {options or 'plain'}"
-            found.append([what, 1000 * s, logits.nbytes / s / 1e9])
-    return [table("Sampling", ["", "ms", "GB/s of logits"], found, device=device)]
+            measured.append([what, 1000 * s, logits.nbytes / s / 1e9])
+    return [table("Sampling", ["", "ms", "GB/s of logits"], measured, device=device)]

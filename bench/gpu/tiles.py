@@ -29,7 +29,7 @@ def row_tiles(device: torch.device, rows: int = 8192, vocabulary: int = 151936) 
     jacobian = torch.empty(rows, vocabulary, dtype=BF16, device=device)
     target = torch.randint(vocabulary, (rows,), device=device)
     logprob, scale = torch.empty(2, rows, device=device)
-    moved, copied, found = 10 * rows * vocabulary, copy_rate(device), []
+    moved, copied, measured = 10 * rows * vocabulary, copy_rate(device), []
     for block, warps in itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32)):
         if not 64 <= block // warps <= 1024:
             continue
@@ -56,9 +56,11 @@ def row_tiles(device: torch.device, rows: int = 8192, vocabulary: int = 151936) 
 
         s = per_call(call, 2, device)
         chosen = block == triton_rows.TritonRows.MAX_BLOCK and warps == 8
-        found.append([block, warps, 1000 * s, moved / s / 1e9, 100 * moved / s / copied, "chosen" * chosen])
+        measured.append(
+            [block, warps, 1000 * s, moved / s / 1e9, 100 * moved / s / copied, "chosen" * chosen]
+        )
     title = f"Row kernel, {rows} x {vocabulary}: two reads of float32 logits, one write of bfloat16"
-    return [table(title, ["block", "warps", "ms", "GB/s", "% of a copy", ""], found, device=device)]
+    return [table(title, ["block", "warps", "ms", "GB/s", "% of a copy", ""], measured, device=device)]
 
 
 def forward_tiles(
@@ -66,7 +68,7 @@ def forward_tiles(
 ) -> list[dict]:
     """Measures log-probs without gradients: the kernel that stores no logits, in several tiles, against
     cuBLAS's logits and the row kernel."""
-    stored, found = "stored logits, row kernel", []
+    stored, measured = "stored logits, row kernel", []
     for width, vocabulary in heads:
         shapes = ((rows, width), (vocabulary, width))
         hidden, weight = (torch.randn(*shape, device=device).to(BF16) / width**0.25 for shape in shapes)
@@ -88,10 +90,10 @@ def forward_tiles(
         for name, way in ways.items():
             s = per_call(way, 3, device)
             share = 100 * bare / s
-            found.append([f"{width} x {vocabulary}", name, 1000 * s, share, "chosen" * (name == chosen)])
+            measured.append([f"{width} x {vocabulary}", name, 1000 * s, share, "chosen" * (name == chosen)])
         del hidden, weight, work, ways
     title = f"Log-probs of {rows} rows without gradients, bfloat16"
-    return [table(title, ["head", "", "ms", "% of the bare product", ""], found, device=device)]
+    return [table(title, ["head", "", "ms", "% of the bare product", ""], measured, device=device)]
 
 
 def _without(tile: tuple[int, ...]) -> str:
@@ -108,7 +110,7 @@ def decode_tiles(device: torch.device, cache: Cache = CACHE) -> list[dict]:
         triton_decode.prompt_tiles(heads.width, BF16, cache.n * group),
         triton_decode.own_tiles(heads.width, BF16, group),
     )
-    options, found = {"scale": None, "softcap": None, "window": None}, []
+    options, measured = {"scale": None, "softcap": None, "window": None}, []
     for shared, own, parts in itertools.product(SHARED_TILES, OWN_TILES, (1, 2, 4)):
         tiles = {
             "shared": triton_decode.Tiles(*shared),
@@ -121,7 +123,7 @@ def decode_tiles(device: torch.device, cache: Cache = CACHE) -> list[dict]:
             device,
         )
         names = ["x".join(map(str, tile)) for tile in (shared, own)]
-        found.append([*names, parts, 1e6 * s, "chosen" * ((shared, own) == chosen)])
+        measured.append([*names, parts, 1e6 * s, "chosen" * ((shared, own) == chosen)])
     title = f"{cache.title} of {used} own tokens, {heads}, bfloat16"
     header = ["prompts: queries x tokens x warps x stages", "own", "parts", "us", ""]
-    return [table(title, header, found, device=device)]
+    return [table(title, header, measured, device=device)]

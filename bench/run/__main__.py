@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in CASES:
         print("python -m bench.run CASE [--help]; cases:")
         for name, case in CASES.items():
-            print(f"  {name:12} {case.config.__doc__}")
+            print(f"  {name:12} {' '.join(case.config.__doc__.split())}")
         return 2 if arguments and arguments[0] not in ("-h", "--help") else 0
     name = arguments[0]
     config = tyro.cli(CASES[name].config, args=arguments[1:], prog=f"python -m bench.run {name}")

@@ -28,7 +28,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second."""
+    """The bytes and flops that a machine does in a second."""
 
     bytes_per_s: float
     flops_per_s: float

@@ -48,8 +48,7 @@ class Iteration:
     OnlineDPOTrainer."""
 
     model: str = ""
-    """Hugging Face folder; the quickstart's model where it is left out. A copy of it is given random score
-    heads."""
+    """Hugging Face folder, of which a copy gets random score heads; by default the quickstart's model."""
     shape: Shape = ""
     steps: int = 5
     """Policy steps of an iteration."""

@@ -296,13 +296,13 @@ def check(steps: dict[str, Step], x: Inputs) -> dict[str, dict[str, float]]:
     kinds = {name != WITHOUT_REFERENCE for name in steps}
     truth = {with_reference: exact(x, with_reference) for with_reference in kinds}
     twin = _errors(ours(x, 1 << 30, reference.lagrangian_preference_loss), truth[True])
-    found = {name: _errors(step, truth[name != WITHOUT_REFERENCE]) for name, step in steps.items()}
+    errors_of = {name: _errors(step, truth[name != WITHOUT_REFERENCE]) for name, step in steps.items()}
     eps = torch.finfo(x.hidden.dtype).eps
-    for name, errors in found.items():
+    for name, errors in errors_of.items():
         bad = {k: e for k, e in errors.items() if not e <= 2 * twin[k] + 4 * eps}
         if name.startswith("dualign") and bad:
             raise SystemExit(f"{name}: relative errors {bad} against {twin} of plain torch; nothing is timed")
-    return found
+    return errors_of
 
 
 def _errors(step: Step, truth: tuple[Tensor, list[Tensor]]) -> dict[str, float]:

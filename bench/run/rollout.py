@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
 from bench.run import engines, floors, llamacpp, shapes
 from bench.run.candidates import add_rivals, timed
@@ -51,9 +53,13 @@ class Rollout:
     shape: Shape = ""
     rows: int = 64
     """Responses sampled side by side, a multiple of 8: groups of 8 share a prompt."""
-    real: bool = False
-    """The quickstart's prompts, and responses that end where the model ends them; else random prompts, and no
-    stop token."""
+    real: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="The quickstart's prompts, and responses that end where the model ends them; else random "
+            "prompts, and no stop token."
+        ),
+    ] = False
     prompt: int = 64
     """Tokens of each random prompt."""
     new: int = 64

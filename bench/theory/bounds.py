@@ -41,7 +41,7 @@ class Bound:
 
 def all_bounds(f: Facts) -> list[Bound]:
     """Returns left and right side of every statement that applies to this problem."""
-    found = [
+    bounds = [
         *_values(f),
         *_off_along_h(f),
         *_lemma_3(f),
@@ -50,8 +50,8 @@ def all_bounds(f: Facts) -> list[Bound]:
         *_one_shot(f),
     ]
     for run in f.stochastic:
-        found += _stochastic(f, run)
-    return [*found, *_can(f)]
+        bounds += _stochastic(f, run)
+    return [*bounds, *_can(f)]
 
 
 def _B(f: Facts, *points: Point) -> float:
@@ -140,7 +140,7 @@ def _multi_shot(f: Facts) -> list[Bound]:
     off = float(np.linalg.norm(policy.slack - f.tilted_slack))
     u, r = _errors(f, policy)
     wide = math.sqrt(2 * f.L * max(p.gap, 0)) + f.L * float(np.linalg.norm(p.lam - f.star.lam))
-    found = [
+    bounds = [
         Bound("Lemma 5 with gap(lambda*_p)", "sharp", off**2, 2 * policy.bend * p.gap),
         Bound("Lemma 5 with B", "printed", off**2, 2 * f.L * B),
         Bound("Thm 3, U-OPT, with gap", "sharp", u, wide),
@@ -149,8 +149,8 @@ def _multi_shot(f: Facts) -> list[Bound]:
     ]
     if f.tighter is not None:
         wide = 2 * _norm1(p.lam) * math.sqrt(_L_hat(f) * B) + _B(f, f.tighter)
-        found.append(Bound("Thm 3, R-OPT", "printed", r, wide))
-    return found
+        bounds.append(Bound("Thm 3, R-OPT", "printed", r, wide))
+    return bounds
 
 
 def _one_shot(f: Facts) -> list[Bound]:
@@ -179,7 +179,7 @@ def _stochastic(f: Facts, run: Stochastic) -> list[Bound]:
     u, r = _errors(f, run.policy)
     printed = math.sqrt(_L_hat(f) * B + 2 / f.mu * noise)
     corrected = math.sqrt(_L_hat(f) * B + f.L**2 / f.mu * noise)
-    found = [
+    bounds = [
         Bound(f"Lemma 8 after {run.steps} steps, {kind}", "sharp", best - f.in_class.dual_in_class, after),
         Bound(f"Thm 5, lower side, with gap, {kind}", "sharp", P - best, run.best.gap),
         Bound(f"Thm 5, lower side, {kind}", "printed", P - best, B),
@@ -188,12 +188,12 @@ def _stochastic(f: Facts, run: Stochastic) -> list[Bound]:
     ]
     if f.tighter is not None:
         far, norm = _B(f, f.tighter, run.best), _norm1(run.best.lam)
-        found += [
+        bounds += [
             Bound(f"Thm 5, upper side, {kind}", "printed", best - P, noise + _B(f, f.tighter)),
             Bound(f"Thm 6, R-OPT, {kind}", "printed", r, 2 * norm * printed + far),
             Bound(f"Thm 6, R-OPT, {kind}", "corrected", r, 2 * norm * corrected + far),
         ]
-    return found
+    return bounds
 
 
 def _can(f: Facts) -> list[Bound]:

@@ -65,7 +65,7 @@ class Descent:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All that the bounds need of one problem."""
+    """Everything that the bounds need to know of one problem."""
 
     J: int
     eps: float

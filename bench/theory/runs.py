@@ -138,7 +138,7 @@ def curves(seed: int, eps: float, iterations: int) -> tuple[float, dict[tuple[st
     and J = 1."""
     problem = make(seed, eps=eps)
     lam_p, best = optimum_in_class(problem)
-    found = {}
+    by_start = {}
 
     def point(updates: int, slack_J: torch.Tensor, lam_J: torch.Tensor, theta: torch.Tensor) -> CurvePoint:
         return CurvePoint(updates, abs(float(slack_J[0])), float(lam_J[0]), problem.value(theta) - best)
@@ -150,8 +150,8 @@ def curves(seed: int, eps: float, iterations: int) -> tuple[float, dict[tuple[st
         ]
         # One-shot methods measure nothing.
         last = point(len(run.world.fitted), problem.slack_J(run.theta), run.lam, run.theta)
-        found[run.name, run.start] = points or [last]
-    return float(lam_p[0]), found
+        by_start[run.name, run.start] = points or [last]
+    return float(lam_p[0]), by_start
 
 
 class Standardised(NamedTuple):

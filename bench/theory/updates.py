@@ -54,8 +54,8 @@ def local_maxima(world: ExactStages, target: ScoredTarget) -> list[tuple[float, 
         value_S = pi_SN @ score.ravel() / P - c * kl_S
         thirds = zip(np.array_split(theta_SF, 3), np.array_split(value_S, 3), strict=True)
         starts += [theta[value.argmax()] for theta, value in thirds]
-    found = [minimise(derivatives, x) for x in starts]
-    return sorted(((-value, torch.from_numpy(theta)) for value, theta in found), key=lambda pair: -pair[0])
+    maxima = [minimise(derivatives, x) for x in starts]
+    return sorted(((-value, torch.from_numpy(theta)) for value, theta in maxima), key=lambda pair: -pair[0])
 
 
 def highest_lagrangian(problem: Problem, lam: Tensor, near: Tensor | None = None) -> float:

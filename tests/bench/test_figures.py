@@ -79,7 +79,7 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache, monkeyp
 
 
 def test_unsupported_draws_are_no_numbers(tmp_path):
-    # Hardly any subset of the responses reaches the aim; infinite ends are null in JSON and words in the page.
+    # Hardly any subset of the responses reaches the aim: infinite ends are null in JSON, words in the page.
     generator = torch.Generator().manual_seed(0)
     r, g = (torch.randn(30, 4, 1, generator=generator, dtype=torch.float64) for _ in range(2))
     aim = torch.tensor([0.8], dtype=torch.float64)

@@ -47,7 +47,7 @@ def sampled_from(network):
 def heldout_of(run):
     """The prompts of a run's verdict."""
     config = CaidConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()})
-    return heldout_prompts(config, read_inputs(config).heldout)
+    return heldout_prompts(read_inputs(config).heldout, config.eval_prompts, config.seed)
 
 
 def moved(network, seed=1, scale=0.05):
@@ -72,7 +72,9 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     pairs = within_prompts(samples.scores.reward_PG, [1, 0], 3)
     config = smoke(CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed))
     target = ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
-    result = PreferenceLoss(config=config, model=network, weights=weights, samples=samples, target=target, anchor=anchor)(pairs, draw=0)
+    result = PreferenceLoss(
+        config=config, model=network, weights=weights, samples=samples, target=target, anchor=anchor
+    )(pairs, draw=0)
     result.loss.backward()
 
     def transformers_of(policy_weights, folder):
