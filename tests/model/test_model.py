@@ -172,10 +172,11 @@ def test_bfloat16_is_as_near_to_float32_as_transformers(tmp_path, name):
     assert (logits - wanted).square().mean() < 1.5 * (rounded - wanted).square().mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma 2", "gemma 3"])
-def test_shared_prompt_layout_equals_separate_sequences(tmp_path, name):
+def test_shared_prompt_layout_equals_separate_sequences(tmp_path, name, dtype):
     write_model(tmp_path, name)
-    ours = M.load(tmp_path)
+    ours = M.load(tmp_path, dtype=dtype)
     (p1, a, b, p2, c), _, _ = ragged([6, 4, 9, 3, 5])
     layout = Layout.shared_prompt([6, 3], [[4, 9], [5]])
     with torch.no_grad():
@@ -185,7 +186,9 @@ def test_shared_prompt_layout_equals_separate_sequences(tmp_path, name):
             for x in map(torch.cat, ([p1, a], [p1, b], [p2, c]))
         ]
     expected = torch.cat([alone[0], alone[1][6:], alone[2]])
-    assert (together - expected).abs().max() < 1e-5
+    # A product of 27 rows may add its terms in another order than one of 15: a few roundings of the largest state in each sub-layer.
+    tolerance = 6 * 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+    assert (together - expected).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen 2", "gemma 2"])
