@@ -33,7 +33,9 @@ def loop(stages: Stages, config: CaidConfig):
     policy, history = None, []
     for t in range(1, config.iterations + 1):
         lam_J = descend(history, warm.hessian / config.dual_step, config) if history else warm.lam
-        policy = stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta, start=policy), t)
+        policy = stages.fit(
+            Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta, start=policy), t
+        )
         u = stages.measure_slack(policy, lam_J, t)
         if u is None:
             break

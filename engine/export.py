@@ -22,7 +22,9 @@ def export(run: str | Path, folder: str | Path) -> None:
     _, config = Run.read_config(run)
     numbered = {number: path for number, path in RunFolder(run).iterates().items() if is_saved(path)}
     if not numbered:
-        raise UserError(f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}.")
+        raise UserError(
+            f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}."
+        )
     base = model_folder(config["model"])
     Run.check_model(run, fingerprint(base))
     network = model.load(base, dtype="float32")

@@ -49,7 +49,9 @@ class Rollouts:
     tokens: Tensor  # int64 [R, max_new_tokens], padded
     length: Tensor  # int64 [R]: tokens sampled, a stop token included
     finished: Tensor  # bool [R]: ended by a stop token, not by the limit
-    logprob: Tensor  # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
+    logprob: (
+        Tensor  # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
+    )
     model_logprob: Tensor  # float32 [R, max_new_tokens]: under the model at that temperature
     near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.decoding.NEAR_TIE`
 
@@ -61,7 +63,9 @@ class Scores:
     reward_PG: Tensor  # float64 [P, G]
     utility_PGJ: Tensor  # float64 [P, G, J]
     audit_PGA: Tensor  # float64 [P, G, A]: utilities of scorers that are never optimised
-    ref_logprob_PG: Tensor  # float64 [P, G]: log-prob of each response under the reference at the sampling temperature
+    ref_logprob_PG: (
+        Tensor  # float64 [P, G]: log-prob of each response under the reference at the sampling temperature
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +75,16 @@ class Units:
     reward: float
     utility_J: list[float]
     audit_A: list[float]
-    unsafe_above_J: list[float | None] = field(default_factory=list)  # a utility with a number here is -1 where its cost lies above, else 0
+    unsafe_above_J: list[float | None] = field(
+        default_factory=list
+    )  # a utility with a number here is -1 where its cost lies above, else 0
 
     def apply(self, scores: Scores) -> Scores:
         """Returns the same scores in these units."""
         return Scores(
             reward_PG=scores.reward_PG / self.reward,
-            utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J) / torch.tensor(self.utility_J, dtype=torch.float64),
+            utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J)
+            / torch.tensor(self.utility_J, dtype=torch.float64),
             audit_PGA=scores.audit_PGA / torch.tensor(self.audit_A, dtype=torch.float64),
             ref_logprob_PG=scores.ref_logprob_PG,
         )
@@ -110,8 +117,12 @@ class Scored:
     utility_PGJ: Tensor  # float64 [P, G, J]
     weight_PJ: Tensor  # float64 [P, J]: how much the Lagrangian counts a prompt's utilities: 0 where the constraint is not about it
     cost_PGJ: Tensor  # float64 [P, G, J] in the scorers' own units
-    missing_PJ: Tensor | None = None  # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
-    share_PG: Tensor | None = None  # float64 [P, G]: share of each response in its prompt's means; None: all equal
+    missing_PJ: Tensor | None = (
+        None  # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
+    )
+    share_PG: Tensor | None = (
+        None  # float64 [P, G]: share of each response in its prompt's means; None: all equal
+    )
 
     @property
     def counted_PGJ(self) -> Tensor:

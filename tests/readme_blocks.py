@@ -42,7 +42,9 @@ def run_blocks(text: str, name: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         for language, code in marked_blocks(text):
             print(f"--- {name}: {language}\n{code}", flush=True)
-            command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else ["python", "-c", code]
+            command = (
+                ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else ["python", "-c", code]
+            )
             if status := subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL).returncode:
                 print(f"{name}: the block above failed with exit code {status}", file=sys.stderr)
                 return False

@@ -48,4 +48,6 @@ def test_each_way_to_import_counts(source):
 
 
 def test_other_imports_do_not_count():
-    assert not imported_tests("import pytest\nfrom tests.helpers.runs import SMOKE\nfrom kernels import test_x\n")
+    assert not imported_tests(
+        "import pytest\nfrom tests.helpers.runs import SMOKE\nfrom kernels import test_x\n"
+    )

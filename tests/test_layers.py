@@ -64,7 +64,9 @@ def upward(name: str, imported: set[str]) -> list[str]:
     return sorted(
         module
         for module in imported
-        if module.startswith("engine.") and part(module) != part(name) and LEVEL[part(module)] >= LEVEL[part(name)]
+        if module.startswith("engine.")
+        and part(module) != part(name)
+        and LEVEL[part(module)] >= LEVEL[part(name)]
     )
 
 
@@ -82,12 +84,19 @@ def test_no_circle_of_modules():
 
 
 def test_kernels_know_nothing_of_the_engine():
-    assert not {name for name in IMPORTS if name.startswith("kernels") and any(m.startswith("engine") for m in IMPORTS[name])}
+    assert not {
+        name
+        for name in IMPORTS
+        if name.startswith("kernels") and any(m.startswith("engine") for m in IMPORTS[name])
+    }
 
 
 def test_lazy_imports_count():
     source = "def f():\n    from engine.stages import job\n    import engine.caid\n"
-    assert upward("engine.data.tables", imports("engine.data.tables", source)) == ["engine.caid", "engine.stages.job"]
+    assert upward("engine.data.tables", imports("engine.data.tables", source)) == [
+        "engine.caid",
+        "engine.stages.job",
+    ]
 
 
 def test_a_circle_is_found():

@@ -95,13 +95,17 @@ def run(config: TrainStep) -> dict:
         if config.rivals and find_spec("trl"):
             options = {"full": full, "dtype": dtype, "device": device}
             makers["TRL DPOTrainer"] = lambda: trl(folder, groups, None, **options)
-            makers["TRL DPOTrainer, reference precomputed"] = lambda: trl(folder, groups, reference, **options)
+            makers["TRL DPOTrainer, reference precomputed"] = lambda: trl(
+                folder, groups, reference, **options
+            )
         losses = {"dualign": steps["dualign"]()}
         answers, not_run = add_rivals(steps, makers)
         for candidate, loss in (losses | answers).items():
             # The policy is the reference at first; 16 bits round log-probs that are summed over a response.
             if not abs(loss - math.log(2)) < (1e-4 if dtype == torch.float32 else 5e-2):
-                raise SystemExit(f"{candidate}: the loss of the first step is {loss}, not ln 2; nothing is timed")
+                raise SystemExit(
+                    f"{candidate}: the loss of the first step is {loss}, not ln 2; nothing is timed"
+                )
         parts = floors.training(model.config, dtype.itemsize, *sizes(groups), full=full)
         products = floor(model, groups, full=full)
         measured = timed(steps, products, config.repeats, device, parts=parts, dtype=dtype)
@@ -141,7 +145,10 @@ def batch(vocabulary: int, pairs: int, prompt: int, response: int) -> list[packi
     def draw(count: int) -> list[int]:
         return torch.randint(3, vocabulary // 2, (count,), generator=g).tolist()
 
-    return [packing.Group(draw(prompt), [draw(response), draw(response)], [2 * k, 2 * k + 1]) for k in range(pairs)]
+    return [
+        packing.Group(draw(prompt), [draw(response), draw(response)], [2 * k, 2 * k + 1])
+        for k in range(pairs)
+    ]
 
 
 @torch.no_grad()
@@ -158,7 +165,9 @@ def reference_logprob(model: Decoder, groups: list[packing.Group]) -> Tensor:
     return logprob
 
 
-def ours(model: Decoder, groups: list[packing.Group], reference: Tensor, *, full: bool = False) -> Callable[[], float]:
+def ours(
+    model: Decoder, groups: list[packing.Group], reference: Tensor, *, full: bool = False
+) -> Callable[[], float]:
     """Returns a step on an adapter of all layers, or on all weights: forward, loss, backward, clipping and
     AdamW. It returns the loss."""
     if full:
@@ -221,7 +230,9 @@ def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, S
     return samples, target
 
 
-def stepper(parameters: list[torch.nn.Parameter], add_gradients: Callable[[], float], full: bool) -> Callable[[], float]:
+def stepper(
+    parameters: list[torch.nn.Parameter], add_gradients: Callable[[], float], full: bool
+) -> Callable[[], float]:
     """Returns a step that adds gradients, clips them and takes a step of AdamW; it returns the loss."""
     # `engine.policy` has it fused in the same cases.
     optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=full or parameters[0].is_cuda)
@@ -258,7 +269,9 @@ def trl(
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rows = [{"prompt_ids": g.prompt, "chosen_ids": g.responses[0], "rejected_ids": g.responses[1]} for g in groups]
+    rows = [
+        {"prompt_ids": g.prompt, "chosen_ids": g.responses[0], "rejected_ids": g.responses[1]} for g in groups
+    ]
     if reference is not None:
         for row, (chosen, rejected) in zip(rows, reference.view(-1, 2).tolist(), strict=True):
             row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

@@ -43,8 +43,7 @@ class LabelProblem(NamedTuple):
         world = ExactStages(problem, MocanConfig(beta=problem.beta), update, draws=draws, seed=seed)
 
         def fit(start: torch.Tensor | None, number: int) -> torch.Tensor:
-            target = ScoredTarget(score_PG=self.score_PG(world), coefficient=problem.beta, start=start
-            )
+            target = ScoredTarget(score_PG=self.score_PG(world), coefficient=problem.beta, start=start)
             return update(world, target, number)
 
         if source == TWO_ENDS:

@@ -171,8 +171,7 @@ def stochastic(optima: Optima, in_class: Point, eta: float, kind: str, steps: in
         reached = highest = problem.lagrangian(iterate.theta, iterate.lam_J)
         if update is not maximiser:
             score = problem.reward_PY + problem.utility_PYJ @ iterate.lam_J
-            target = ScoredTarget(score_PG=score, coefficient=problem.beta, start=iterate.theta
-            )
+            target = ScoredTarget(score_PG=score, coefficient=problem.beta, start=iterate.theta)
             highest = problem.lagrangian(maximiser(world, target, 0), iterate.lam_J)
         eps_app = max(eps_app, highest - reached)
         points.append((highest, iterate))

@@ -28,7 +28,9 @@ def loop(stages: Stages, config: CdpoConfig):
     lam_J, u = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64), None
     for t in range(1, config.iterations + 1):
         if u is not None:
-            lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
+            lam_J = dual.step(
+                lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max
+            )
         policy = stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), t)
         u = stages.measure_slack(policy, lam_J, t)
         if u is None:

@@ -38,7 +38,14 @@ def loop(stages: Stages, config: OpdConfig):
     def prox(policy, lam_J: Tensor, number: int):
         # The first step's last policy is the reference itself.
         share = 0.0 if policy is None else config.proximity / total
-        target = Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=total, start=policy, anchor=policy, anchor_share=share)
+        target = Target(
+            lam_J=lam_J,
+            score=lagrangian(lam_J),
+            coefficient=total,
+            start=policy,
+            anchor=policy,
+            anchor_share=share,
+        )
         return stages.fit(target, number)
 
     def descend(lam_J: Tensor, slack_J: Tensor) -> Tensor:

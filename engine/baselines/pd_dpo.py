@@ -34,7 +34,9 @@ def loop(stages: Stages, config: PdDpoConfig):
     u = None
     for t in range(1, config.iterations + 1):
         if u is not None:
-            lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
+            lam_J = dual.step(
+                lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max
+            )
         if float(lam_J.sum()) > 0:
             policy = stages.fit(safety(lam_J, config.beta, helpful), t)
         else:
@@ -49,4 +51,10 @@ def safety(lam_J: torch.Tensor, beta: float, helpful) -> Target:
     """Builds the target of an alignment to sum_j lambda_j g_j / sum_j lambda_j from the policy of the reward, with coefficient beta / sum_j lambda_j."""
     total = float(lam_J.sum())
     share_J = lam_J / total
-    return Target(lam_J=lam_J, score=lambda s: s.counted_PGJ @ share_J, coefficient=beta / total, start=helpful, anchor=helpful)
+    return Target(
+        lam_J=lam_J,
+        score=lambda s: s.counted_PGJ @ share_J,
+        coefficient=beta / total,
+        start=helpful,
+        anchor=helpful,
+    )

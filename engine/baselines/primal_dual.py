@@ -45,7 +45,9 @@ def loop(stages: Stages, config: PrimalDualConfig):
 
 def descend(lam_J: Tensor, slack_J: Tensor, config: PrimalDualConfig) -> Tensor:
     """ln lambda <- ln lambda - rate lambda slack, with the cap on the change of lambda. float64 [J]."""
-    factor = (-config.dual_rate * lam_J * slack_J).exp().clamp(1 / config.lam_max_change, config.lam_max_change)
+    factor = (
+        (-config.dual_rate * lam_J * slack_J).exp().clamp(1 / config.lam_max_change, config.lam_max_change)
+    )
     return (lam_J * factor).clamp(max=config.lam_max)
 
 
@@ -58,7 +60,10 @@ def penalised(lam_J: Tensor, advantage: str) -> Rule:
     def score(scored: Scored) -> Tensor:
         r_PG, g_PGJ = scored.reward_PG, scored.utility_PGJ
         if advantage == "group_norm":
-            r_PG, g_PGJ = standardised(r_PG[..., None], scored.share_PG)[..., 0], standardised(g_PGJ, scored.share_PG)
+            r_PG, g_PGJ = (
+                standardised(r_PG[..., None], scored.share_PG)[..., 0],
+                standardised(g_PGJ, scored.share_PG),
+            )
         return r_PG + (lam_J * (g_PGJ * scored.weight_PJ[:, None])).sum(2)
 
     return score

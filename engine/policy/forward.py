@@ -34,13 +34,20 @@ def states_and_head(
 
     network, adapter: a policy as `policy_of` gives it. The others: see `Decoder.forward`.
     """
-    hidden = network(packed.tokens, packed.layout, adapter=adapter, lower=lower, tap=tap, checkpointed=checkpointed)
+    hidden = network(
+        packed.tokens, packed.layout, adapter=adapter, lower=lower, tap=tap, checkpointed=checkpointed
+    )
     # index_select, unlike indexing, has a backward pass that adds rows in a fixed order.
     return hidden.index_select(0, packed.predict_T), network.head_weight
 
 
 def policy_states(
-    config: RunConfig, model: Decoder, lower: LowerStates | None, batch: list[Group], packed: Packed, weights: Weights
+    config: RunConfig,
+    model: Decoder,
+    lower: LowerStates | None,
+    batch: list[Group],
+    packed: Packed,
+    weights: Weights,
 ) -> tuple[Tensor, Tensor]:
     """Computes the states [T, D] under the weights that predict a batch's response tokens; returns them with the head [V, D].
 
@@ -50,7 +57,9 @@ def policy_states(
     kept = low_rank is not None and lower is not None and low_rank.first_layer == lower.layer
     assert lower is None or kept, "states below are kept for adapters alone"
     known = None if lower is None else (lower.layer, lower.of(batch))
-    return states_and_head(network, low_rank, packed, lower=known, checkpointed=config.activation_checkpointing)
+    return states_and_head(
+        network, low_rank, packed, lower=known, checkpointed=config.activation_checkpointing
+    )
 
 
 @torch.no_grad()
@@ -79,7 +88,9 @@ def frozen_forward(
     network, low_rank = policy_of(model, adapter)
     for layer in layers:
         if not 0 <= layer <= network.config.num_layers:
-            raise UserError(f"a head reads layer {layer}, the model has {network.config.num_layers}; use a head made for this model.")
+            raise UserError(
+                f"a head reads layer {layer}, the model has {network.config.num_layers}; use a head made for this model."
+            )
     pooled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     logprobs = []
     for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):

@@ -22,7 +22,10 @@ class FullWeights(PolicyWeights):
         self.compute_dtype = network.dtype
         # Parameters take no dots in their names. A ParameterDict sorts the names of a dict, which is
         # the order in which the norms of gradients are added up.
-        trained = {name.replace(".", "|"): nn.Parameter(value.detach().to(master, copy=True)) for name, value in network.named_parameters()}
+        trained = {
+            name.replace(".", "|"): nn.Parameter(value.detach().to(master, copy=True))
+            for name, value in network.named_parameters()
+        }
         self.masters = nn.ParameterDict(trained)
         shell = Decoder(network.config, network.raw_config, network.dtype, torch.device("meta"))
         shell.inverse_frequency = network.inverse_frequency

@@ -28,7 +28,9 @@ def load_weights(folder: Path, network: Decoder) -> Weights:
         return load_peft(folder, network)
     trained = model.load(folder, dtype=network.dtype, device=network.device)
     if trained.config != network.config:
-        raise UserError(f"{folder}: these weights are of another model; give the model they were trained from.")
+        raise UserError(
+            f"{folder}: these weights are of another model; give the model they were trained from."
+        )
     return FullWeights(trained)
 
 

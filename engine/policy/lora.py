@@ -55,9 +55,13 @@ class Adapter(PolicyWeights):
                     continue
                 out, inside = self.shapes[name]
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) * 101 + number)
-                start = (torch.rand(rank, inside, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(inside)
+                start = (
+                    torch.rand(rank, inside, generator=generator, dtype=torch.float64) * 2 - 1
+                ) / math.sqrt(inside)
                 self.down[key_of(layer, name)] = nn.Parameter(start.to(device, master))
-                self.up[key_of(layer, name)] = nn.Parameter(torch.zeros(out, rank, dtype=master, device=device))
+                self.up[key_of(layer, name)] = nn.Parameter(
+                    torch.zeros(out, rank, dtype=master, device=device)
+                )
 
     @staticmethod
     def on(model: Decoder, *, rank: int, alpha: float, share: float, seed: int) -> "Adapter":
@@ -78,14 +82,22 @@ class Adapter(PolicyWeights):
         rank, is block-diagonal, [out, parts * rank].
         """
         first, last = max(start, self.placement.first_layer), min(stop, self.placement.last_layer)
-        matrices = {matrix: names for matrix, names in FUSED.items() if set(names) & set(self.placement.linears)}
-        return {layer: {matrix: self._fused(layer, names) for matrix, names in matrices.items()} for layer in range(first, last)}
+        matrices = {
+            matrix: names for matrix, names in FUSED.items() if set(names) & set(self.placement.linears)
+        }
+        return {
+            layer: {matrix: self._fused(layer, names) for matrix, names in matrices.items()}
+            for layer in range(first, last)
+        }
 
     def _fused(self, layer: int, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         adapted = [name for name in names if name in self.placement.linears]
         down = torch.cat([self.down[key_of(layer, name)] for name in adapted])
         # A linear that is not adapted is a block without columns.
-        blocks = [self.up[key_of(layer, name)] if name in adapted else down.new_zeros(self.shapes[name][0], 0) for name in names]
+        blocks = [
+            self.up[key_of(layer, name)] if name in adapted else down.new_zeros(self.shapes[name][0], 0)
+            for name in names
+        ]
         up = torch.block_diag(*blocks) * (self.alpha / self.rank)
         return down.to(self.compute_dtype), up.to(self.compute_dtype)
 

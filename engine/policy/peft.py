@@ -52,8 +52,12 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
         "task_type": "CAUSAL_LM",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_whole(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_whole(
+        folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"})
+    )
+    write_whole(
+        folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    )
 
 
 def load_peft(folder: str | Path, model: Decoder) -> Adapter:
@@ -69,7 +73,9 @@ def load_peft(folder: str | Path, model: Decoder) -> Adapter:
         raise UserError(f"{folder}: not a PEFT adapter folder ({error}).") from error
     file = folder / "adapter_model.safetensors"
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
-        raise UserError(f"{folder}: only adapter_model.bin, a pickle, which is never executed; use a safetensors adapter.")
+        raise UserError(
+            f"{folder}: only adapter_model.bin, a pickle, which is never executed; use a safetensors adapter."
+        )
     try:
         tensors = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
@@ -90,7 +96,9 @@ def load_peft(folder: str | Path, model: Decoder) -> Adapter:
                 f"not {tuple(wanted[name].shape)}; give the model it was trained on."
             )
         if not value.is_floating_point() or value.element_size() == 1:
-            raise UserError(f"{folder}: {name} is stored as {value.dtype}; use an adapter that is not quantised.")
+            raise UserError(
+                f"{folder}: {name} is stored as {value.dtype}; use an adapter that is not quantised."
+            )
     with torch.no_grad():
         for name, value in tensors.items():
             wanted[name].copy_(value)
@@ -115,7 +123,9 @@ def _check_config(config: object, file: Path) -> tuple[int, float]:
     if not isinstance(config, dict):
         raise UserError(f"{file}: a JSON {type(config).__name__}, not an object; fetch the file again.")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise UserError(f"{file}: only LoRA adapters without biases are supported; peft_type and bias say otherwise.")
+        raise UserError(
+            f"{file}: only LoRA adapters without biases are supported; peft_type and bias say otherwise."
+        )
     for key, value in config.items():
         if value and key not in KNOWN:
             raise UserError(f"{file}: {key} {str(value)[:60]} is not supported; use a plain LoRA adapter.")
@@ -126,7 +136,9 @@ def _check_config(config: object, file: Path) -> tuple[int, float]:
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise UserError(f"{file}: r is {rank!r:.60}; it must be a whole number above 0: fetch the file again.")
+        raise UserError(
+            f"{file}: r is {rank!r:.60}; it must be a whole number above 0: fetch the file again."
+        )
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise UserError(f"{file}: lora_alpha is {alpha!r:.60}; it must be a number: fetch the file again.")
     return rank, alpha
@@ -141,7 +153,9 @@ def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:
     """
     short = ", ".join(name.split(".")[-1] for name in LINEARS)
     supported = f"adapters on the same of {short} in consecutive layers are"
-    modules: dict[int, set[str]] = {}  # layer -> its adapted linears, each with .lora_A.weight and .lora_B.weight
+    modules: dict[
+        int, set[str]
+    ] = {}  # layer -> its adapted linears, each with .lora_A.weight and .lora_B.weight
     for name in tensors:
         layer, _, module = name.removeprefix(_PREFIX).partition(".")
         linear, _, matrix = module.partition(".lora_")
@@ -155,10 +169,14 @@ def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:
     first, last = min(modules), max(modules)
     for layer in range(first, last + 1):
         if layer not in modules:
-            raise UserError(f"{file}: an adapter on layers {first} and {last} without layer {layer} is not supported; {supported}.")
+            raise UserError(
+                f"{file}: an adapter on layers {first} and {last} without layer {layer} is not supported; {supported}."
+            )
         uneven = sorted(modules[layer] ^ modules[first])
         if uneven:
-            raise UserError(f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not supported; {supported}.")
+            raise UserError(
+                f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not supported; {supported}."
+            )
     halves = [module.partition(".lora_")[0] for module in modules[first]]
     alone = sorted(linear for linear in halves if halves.count(linear) == 1)
     if alone:

@@ -61,11 +61,19 @@ class PreferenceLoss:
         if config.labels in ("soft", "sampled"):
             key = combine(config.seed, draw, (pairs.pairs[:, 0] + first) * 65_537 + pairs.pairs[:, 1] + first)
             result = lagrangian_preference_loss(
-                hidden, head, *rows, pairs.pairs, score_N, score_N.new_zeros(len(score_N), 0), score_N.new_zeros(0), reference_N,
-                beta=target.coefficient, labels=config.labels,
+                hidden,
+                head,
+                *rows,
+                pairs.pairs,
+                score_N,
+                score_N.new_zeros(len(score_N), 0),
+                score_N.new_zeros(0),
+                reference_N,
+                beta=target.coefficient,
+                labels=config.labels,
                 uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
                 **options,
-            )  # fmt: skip
+            )
             return Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin)
         moved_N = target.coefficient * (sequence_logprob(hidden, head, *rows, **options) - reference_N)
         a, b = pairs.pairs.to(model.device).unbind(1)
@@ -73,7 +81,9 @@ class PreferenceLoss:
         accuracy = (((margin * (score_N[a] - score_N[b])).sign() + 1) / 2).mean()
         return Loss(loss=self._without_labels(moved_N, score_N, pairs), accuracy=accuracy, margin=margin)
 
-    def _anchor_logprob(self, batch: list[packing.Group], packed: packing.Packed, pairs: Pairs, options: dict) -> Tensor:
+    def _anchor_logprob(
+        self, batch: list[packing.Group], packed: packing.Packed, pairs: Pairs, options: dict
+    ) -> Tensor:
         """Returns float64 [N], from which log-ratios count: the log-prob under the anchor, plus shift / coefficient."""
         config, target, samples, model = self.config, self.target, self.samples, self.model
         index = torch.tensor(pairs.row)
@@ -84,7 +94,9 @@ class PreferenceLoss:
                 own_N = sequence_logprob(*states, packed.target_T, packed.cu_seqlens, **options)
             reference_N = torch.lerp(reference_N, own_N.double(), target.anchor_share)
         if target.shift_PG is not None:
-            reference_N = reference_N + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
+            reference_N = (
+                reference_N + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
+            )
         return reference_N
 
     def _without_labels(self, moved_N: Tensor, score_N: Tensor, pairs: Pairs) -> Tensor:
@@ -116,7 +128,16 @@ def parts(pairs: Pairs, groups: list[packing.Group], budget: int) -> list[tuple[
     for batch in packing.batches(groups, budget, packing.WHOLE):
         end = first + sum(len(g.rows) for g in batch)
         inside = (pairs.pairs[:, 0] >= first) & (pairs.pairs[:, 0] < end)
-        found.append((Pairs(prompt=pairs.prompt[first:end], row=pairs.row[first:end], pairs=pairs.pairs[inside] - first), first))
+        found.append(
+            (
+                Pairs(
+                    prompt=pairs.prompt[first:end],
+                    row=pairs.row[first:end],
+                    pairs=pairs.pairs[inside] - first,
+                ),
+                first,
+            )
+        )
         first = end
     return found
 

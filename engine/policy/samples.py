@@ -24,5 +24,6 @@ class Samples:
         """Returns the responses at `rows` of each prompt, with the prompt once."""
         tokens, length = self.rollouts.tokens, self.rollouts.length
         return [
-            Group(self.prompts.token_ids[p], [tokens[r, : int(length[r])].tolist() for r in chosen], chosen) for p, chosen in rows.items()
+            Group(self.prompts.token_ids[p], [tokens[r, : int(length[r])].tolist() for r in chosen], chosen)
+            for p, chosen in rows.items()
         ]

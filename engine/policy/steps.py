@@ -62,7 +62,9 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
     names, parameters = zip(*weights.named_parameters(), strict=True)
     # One pass over all weights and their moments; an adapter is too small to gain by it on a CPU.
     fused = config.tune == "full" or parameters[0].is_cuda
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=fused
+    )
     partial = stage.partial(Policy)
     losses = list(partial.losses) if partial else []
     done, taken = len(losses), start.steps if start else 0
@@ -81,7 +83,16 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
                 _stop_non_finite(stage, step, weights, norm)
             optimizer.step()
             losses.append(step.loss)
-            stage.log(row(iteration=update.iteration, step=i + 1, loss=step.loss, grad_norm=norm, learning_rate=rate, **step.figures))
+            stage.log(
+                row(
+                    iteration=update.iteration,
+                    step=i + 1,
+                    loss=step.loss,
+                    grad_norm=norm,
+                    learning_rate=rate,
+                    **step.figures,
+                )
+            )
             progress.advance(1)
             if stage.stopping or ((i + 1) % config.checkpoint_every == 0 and i + 1 < config.steps):
                 stage.save_partial(_policy(taken + i + 1, weights, optimizer, losses))
@@ -122,7 +133,9 @@ def _restore(policy: Policy, weights: Weights, optimizer: torch.optim.AdamW) -> 
     for name, value in weights.named_parameters():
         optimizer.state[value] = {
             # Where AdamW keeps it: beside the weights when it is fused.
-            "step": torch.tensor(float(policy.steps), device=value.device if optimizer.defaults["fused"] else "cpu"),
+            "step": torch.tensor(
+                float(policy.steps), device=value.device if optimizer.defaults["fused"] else "cpu"
+            ),
             # Copies: the optimizer changes them in place.
             "exp_avg": policy.first_moment[name].to(value.device, copy=True),
             "exp_avg_sq": policy.second_moment[name].to(value.device, copy=True),

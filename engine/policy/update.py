@@ -22,7 +22,9 @@ from engine.run.rows import AscentStepRow, PairStepRow
 from kernels import lagrangian_policy_loss
 
 
-def fit(update: Update, samples: Samples, target: ScoredTarget, train_on: list[int], anchor: Weights | None = None) -> Policy:
+def fit(
+    update: Update, samples: Samples, target: ScoredTarget, train_on: list[int], anchor: Weights | None = None
+) -> Policy:
     """Takes `config.steps` steps of the preference loss on pairs of `samples`.
 
     train_on: the prompts whose pairs may be used. anchor: the weights of `target.anchor`, None for the reference. Labels are drawn afresh
@@ -32,7 +34,14 @@ def fit(update: Update, samples: Samples, target: ScoredTarget, train_on: list[i
     """
     config = update.config
     pairs_of = _scheduled_pairs(update, samples, target, train_on)
-    loss_of = PreferenceLoss(config=config, model=update.model, weights=update.weights, samples=samples, target=target, anchor=anchor)
+    loss_of = PreferenceLoss(
+        config=config,
+        model=update.model,
+        weights=update.weights,
+        samples=samples,
+        target=target,
+        anchor=anchor,
+    )
 
     def step_of(i: int) -> Step:
         pairs = pairs_of[i]
@@ -57,7 +66,9 @@ def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
     Raises: NonFiniteError with the batch saved in the run folder.
     """
     config, model, rollouts = update.config, update.model, samples.rollouts
-    plan = schedule(samples.prompts, config.seed, f"iteration-{update.iteration}", config.prompts_per_step, config.steps)
+    plan = schedule(
+        samples.prompts, config.seed, f"iteration-{update.iteration}", config.prompts_per_step, config.steps
+    )
     n, length = rollouts.n, rollouts.length
 
     def step_of(i: int) -> Step:
@@ -69,12 +80,21 @@ def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
             row = torch.tensor([r for g in batch for r in g.rows])
             score = score_PG.reshape(-1)[row].to(model.device)
             found = lagrangian_policy_loss(
-                *policy_states(config, model, samples.lower, batch, packed, update.weights), packed.target_T, packed.cu_seqlens,
-                (row // n).to(model.device), score, score.new_zeros(len(row), 0), score.new_zeros(0),
-                old_logprob=torch.cat([rollouts.model_logprob[r, : int(length[r])] for r in row.tolist()]).to(model.device),
-                clip=(config.clip, config.clip), temperature=config.temperature, softcap=model.config.logit_softcap,
+                *policy_states(config, model, samples.lower, batch, packed, update.weights),
+                packed.target_T,
+                packed.cu_seqlens,
+                (row // n).to(model.device),
+                score,
+                score.new_zeros(len(row), 0),
+                score.new_zeros(0),
+                old_logprob=torch.cat([rollouts.model_logprob[r, : int(length[r])] for r in row.tolist()]).to(
+                    model.device
+                ),
+                clip=(config.clip, config.clip),
+                temperature=config.temperature,
+                softcap=model.config.logit_softcap,
                 memory_budget_bytes=config.memory_budget_bytes,
-            )  # fmt: skip
+            )
             # The loss is a mean over tokens.
             share = int(length[row].sum()) / max(1, int(length[step_rows].sum()))
             loss += add_gradient(found.loss, share)
@@ -93,13 +113,18 @@ def add_gradient(loss: Tensor, share: float) -> float:
     return float(value.detach())
 
 
-def _scheduled_pairs(update: Update, samples: Samples, target: ScoredTarget, train_on: list[int]) -> list[Pairs]:
+def _scheduled_pairs(
+    update: Update, samples: Samples, target: ScoredTarget, train_on: list[int]
+) -> list[Pairs]:
     """Forms the pairs of each step; raises UserError where a step has none."""
     config = update.config
     pool = samples.prompts.select(train_on)
     plan = schedule(pool, config.seed, f"iteration-{update.iteration}", config.prompts_per_step, config.steps)
     per_prompt = config.trained_responses(samples.rollouts.n)
-    pairs_of = [within_prompts(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG) for chosen in plan]
+    pairs_of = [
+        within_prompts(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG)
+        for chosen in plan
+    ]
     for number, pairs in enumerate(pairs_of, 1):
         if not len(pairs.pairs):
             raise UserError(

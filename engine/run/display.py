@@ -58,16 +58,22 @@ class Progress:
 
     def __str__(self) -> str:
         left = self.time_left()
-        return f"{self.what}: {self.done}/{self.total} {self.unit}, {self.speed():.1f} {self.unit}/s" + (f", {left}" if left else "")
+        return f"{self.what}: {self.done}/{self.total} {self.unit}, {self.speed():.1f} {self.unit}/s" + (
+            f", {left}" if left else ""
+        )
 
     def __enter__(self) -> "Progress":
         self._display.running.append(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._display.running.remove(self)
         if not self._display.live and self._printed > self._start and kind is None:
-            self._display.line(f"  {self.what}: {self.done} {self.unit} in {duration(self._display.clock() - self._start)}")
+            self._display.line(
+                f"  {self.what}: {self.done} {self.unit} in {duration(self._display.clock() - self._start)}"
+            )
 
 
 class Display:
@@ -76,7 +82,13 @@ class Display:
     As a context manager it draws the block and puts the terminal back at the end, also after an error.
     """
 
-    def __init__(self, *, n_stages: int | None = None, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        n_stages: int | None = None,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.n_stages, self.clock = n_stages, clock
         self.running: list[Progress] = []
         self._console = Console(file=file, highlight=False, emoji=False, markup=False)
@@ -133,7 +145,13 @@ class Display:
                 grid.add_column(no_wrap=True, justify="right")
             bar = ProgressBar(total=max(progress.total, 1), completed=progress.done)
             speed = f"{progress.speed():.1f} {progress.unit}/s"
-            grid.add_row(Text(progress.what), bar, Text(f"{progress.done}/{progress.total}"), Text(speed), Text(progress.time_left()))
+            grid.add_row(
+                Text(progress.what),
+                bar,
+                Text(f"{progress.done}/{progress.total}"),
+                Text(speed),
+                Text(progress.time_left()),
+            )
             lines.append(grid)
         if self._notice:
             lines.append(Text(self._notice, style="yellow", no_wrap=True, overflow="ellipsis"))
@@ -141,11 +159,15 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self._terminal:
-            self._live = Live(get_renderable=self._block, console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(
+                get_renderable=self._block, console=self._console, refresh_per_second=4, transient=True
+            )
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         live, self._live = self._live, None
         if live is not None:
             live.stop()

@@ -262,7 +262,9 @@ def _typed(path: Path, cls: type[RowT]) -> list[RowT]:
 
 def _lines(path: Path) -> Iterator[dict]:
     if not path.exists():
-        raise UserError(f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made.")
+        raise UserError(
+            f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made."
+        )
     # A killed process cuts a line of the timing, and a resumed one goes on below it.
     timing = RunFolder(path.parent).timing
     return read_json_lines(path, cure="resume the run to have the file repaired", skip_damaged=path == timing)

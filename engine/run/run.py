@@ -81,7 +81,13 @@ class Stage:
 
         Raises: UserError on a full disk; the last partial stays.
         """
-        save(self.partial_path, record, previous=self.previous_path, rows=self.rows, **self._run.origin(self.name))
+        save(
+            self.partial_path,
+            record,
+            previous=self.previous_path,
+            rows=self.rows,
+            **self._run.origin(self.name),
+        )
 
     @property
     def stopping(self) -> bool:
@@ -102,7 +108,9 @@ class Run:
     As a context manager it starts the display and handles Ctrl-C: the first press lets the step end, the second stops at once.
     """
 
-    def __init__(self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool
+    ) -> None:
         self.folder, self.paths = folder, RunFolder(folder)
         self.algorithm: str = contents["algorithm"]
         self.config: dict = contents["config"]
@@ -138,14 +146,23 @@ class Run:
         try:
             folder.mkdir(parents=True)
         except FileExistsError as error:
-            raise UserError(f"run folder {folder} exists; choose another --out, or go on with --resume {folder}") from error
+            raise UserError(
+                f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
+            ) from error
         except OSError as error:
-            raise UserError(f"cannot make the run folder {folder} ({error.strerror}); choose another --out") from error
+            raise UserError(
+                f"cannot make the run folder {folder} ({error.strerror}); choose another --out"
+            ) from error
         try:
             lock = cls._take_lock(folder)
             (folder / "stages").mkdir()
             settings = _tuples({name: value for name, value in config.items() if name != "out"})
-            contents = {"algorithm": algorithm, "config": settings, "fingerprint": fingerprint, "versions": versions}
+            contents = {
+                "algorithm": algorithm,
+                "config": settings,
+                "fingerprint": fingerprint,
+                "versions": versions,
+            }
             run = cls(folder, lock, contents, display, tensorboard)
             # config.json comes last: a folder that has it is complete.
             tree = {**contents, "config": pack(_lists(settings))[1]}
@@ -159,7 +176,14 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, folder: str | Path, *, fingerprint: str, display: Display | None = None, tensorboard: bool = False) -> "Run":
+    def resume(
+        cls,
+        folder: str | Path,
+        *,
+        fingerprint: str,
+        display: Display | None = None,
+        tensorboard: bool = False,
+    ) -> "Run":
         """Open an existing run.
 
         Raises: UserError when it is missing, damaged, in use, or was made from another model.
@@ -193,7 +217,9 @@ class Run:
         """Raises: UserError when the run was made from another model than the one with this fingerprint."""
         own = Run._read_contents(Path(folder))["fingerprint"]
         if own != fingerprint:
-            raise UserError(f"{folder} was trained from another model (sha {own[:12]}, here sha {fingerprint[:12]}); put the original back")
+            raise UserError(
+                f"{folder} was trained from another model (sha {own[:12]}, here sha {fingerprint[:12]}); put the original back"
+            )
 
     @staticmethod
     def _read_contents(folder: Path) -> dict:
@@ -210,9 +236,13 @@ class Run:
                 f"{folder} has no config.json, so it is no run folder or its run never began; start with another --out"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}); start a new run with another --out") from error
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}); start a new run with another --out"
+            ) from error
         if changed:
-            raise UserError(f"{path} was changed after the run began; undo the change, or start a new run with another --out")
+            raise UserError(
+                f"{path} was changed after the run began; undo the change, or start a new run with another --out"
+            )
         return contents
 
     @staticmethod
@@ -223,7 +253,9 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
-            raise UserError(f"run folder {folder} is in use by another process; wait for it to end, or stop it") from error
+            raise UserError(
+                f"run folder {folder} is in use by another process; wait for it to end, or stop it"
+            ) from error
         return lock
 
     def stage(self, name: str, cls: type[RecordT], compute: Callable[[Stage], RecordT]) -> RecordT:
@@ -233,7 +265,9 @@ class Run:
 
         Raises: Interrupted, UserError, and what `compute` raises.
         """
-        assert re.fullmatch(r"[\w/-]+", name) and name not in self._names, f"stage name {name!r} is used twice or no file name"
+        assert re.fullmatch(r"[\w/-]+", name) and name not in self._names, (
+            f"stage name {name!r} is used twice or no file name"
+        )
         assert not self._open, f"stage {name} inside stage {self._names[-1]}"
         self.check_stop()
         self._names.append(name)
@@ -304,14 +338,25 @@ class Run:
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
         """Delete the stage's files and all later ones; returns how many. The last go first, so that a kill leaves no gap."""
-        numbered = [(int(path.name.split("-")[0]), path) for path in stage.path.parent.iterdir() if re.match(r"\d+-", path.name)]
-        stale = [path for number, path in sorted(numbered, reverse=True) if number >= stage.number and path not in keep]
+        numbered = [
+            (int(path.name.split("-")[0]), path)
+            for path in stage.path.parent.iterdir()
+            if re.match(r"\d+-", path.name)
+        ]
+        stale = [
+            path
+            for number, path in sorted(numbered, reverse=True)
+            if number >= stage.number and path not in keep
+        ]
         for path in stale:
             path.unlink()
         return len(stale)
 
     def _time(self, stage: Stage, start: float) -> None:
-        _append(self.paths.timing, StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict())
+        _append(
+            self.paths.timing,
+            StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict(),
+        )
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
@@ -326,7 +371,9 @@ class Run:
             self._old_handler = signal.signal(signal.SIGINT, self._on_sigint)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.align([])

@@ -60,7 +60,9 @@ def pack(record: Any) -> tuple[dict[str, Tensor], Any]:
         if isinstance(value, list | tuple):
             items = [encode(item, f"{below}{i}") for i, item in enumerate(value)]
             return items if isinstance(value, list) else {"__tuple__": items}
-        if isinstance(value, dict) and all(isinstance(key, str) and not key.startswith("__") for key in value):
+        if isinstance(value, dict) and all(
+            isinstance(key, str) and not key.startswith("__") for key in value
+        ):
             return {key: encode(item, below + key) for key, item in value.items()}
         raise TypeError(f"{name or 'record'}: cannot save a {type(value).__name__} with value {value!r}")
 
@@ -149,7 +151,15 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise
     except PermissionError as error:
         raise UserError(f"cannot read {path}; make it readable") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise Torn(f"{path} is damaged ({type(error).__name__})") from error
     if sha256_of(tensors, text) != checksum:
         raise Torn(f"{path} does not match its checksum")
@@ -160,7 +170,9 @@ def unpack_file(path: Path, cls: type[RecordT], tensors: dict[str, Tensor], tree
     try:
         return unpack(cls, tensors, tree)
     except TypeError as error:
-        raise UserError(f"{path} {error}: another version of this program wrote it; resume with that version or start anew") from error
+        raise UserError(
+            f"{path} {error}: another version of this program wrote it; resume with that version or start anew"
+        ) from error
 
 
 def load(path: Path, cls: type[RecordT]) -> RecordT:

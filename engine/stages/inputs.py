@@ -99,14 +99,18 @@ def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
             ids = read_json(folder / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if not all(number is None or type(number) is int for number in ids):
-                raise UserError(f"{folder / name}: eos_token_id is {ids!r:.60}; it must be a token id, or a list of them.")
+                raise UserError(
+                    f"{folder / name}: eos_token_id is {ids!r:.60}; it must be a token id, or a list of them."
+                )
             found |= set(ids)
     return tuple(sorted(found - {None}))
 
 
 def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column: str = "prompt") -> Prompts:
     """Read prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`. Raises: UserError."""
-    prompts = load_prompts(source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens)
+    prompts = load_prompts(
+        source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
+    )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
         check_known(ids, limits.vocab_size, f"prompt {text[:60]!r}")
     return prompts

@@ -47,19 +47,28 @@ class LogRatios:
         subject, scores = self.subject, sampled.scores
         groups, n = packing.groups(prompts, sampled.rollouts), sampled.rollouts.n
         ratios = []
-        with stage.progress(len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios") as progress:
+        with stage.progress(
+            len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios"
+        ) as progress:
             for adapter in self.aligned:
                 logprob = frozen_forward(
-                    subject.model, groups, [], temperature=subject.settings.temperature,
-                    memory_budget_bytes=subject.settings.memory_budget_bytes, adapter=adapter, on_tokens=progress.advance,
-                )[1]  # fmt: skip
+                    subject.model,
+                    groups,
+                    [],
+                    temperature=subject.settings.temperature,
+                    memory_budget_bytes=subject.settings.memory_budget_bytes,
+                    adapter=adapter,
+                    on_tokens=progress.advance,
+                )[1]
                 ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
                 stage.check_stop()
         by_scorers = self.scorer_units.apply(scores)
         return Scores(
             reward_PG=ratios[0],
             utility_PGJ=torch.stack(ratios[1:], dim=2),
-            audit_PGA=torch.cat([by_scorers.reward_PG[..., None], by_scorers.utility_PGJ, by_scorers.audit_PGA], dim=2),
+            audit_PGA=torch.cat(
+                [by_scorers.reward_PG[..., None], by_scorers.utility_PGJ, by_scorers.audit_PGA], dim=2
+            ),
             ref_logprob_PG=scores.ref_logprob_PG,
         )
 
@@ -95,7 +104,9 @@ def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: 
     for name in row.names:
         file = run.stage_file(f"preference/{name}")
         if file is None:
-            raise UserError(f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the run to have it again.")
+            raise UserError(
+                f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the run to have it again."
+            )
         aligned.append(new_adapter(subject, config))
         aligned[-1].set_tensors(load(file, Policy).adapter)
     log_ratios = LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units)
@@ -150,16 +161,21 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
 
 def _from_scorers(reference: Reference) -> tuple[Samples, Tensor]:
     """Returns the reference's samples, and the scores [P, G, 1 + J] from which labels are drawn."""
-    return reference.samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
+    return reference.samples, torch.cat(
+        [reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2
+    )
 
 
 def _from_file(job: Job) -> tuple[Samples, Tensor]:
     """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of their labels."""
     config, file = job.config, job.preferences
     logprob_N = frozen_forward(
-        job.model, packing.groups(file.prompts, file.rollouts), [], temperature=config.temperature,
+        job.model,
+        packing.groups(file.prompts, file.rollouts),
+        [],
+        temperature=config.temperature,
         memory_budget_bytes=config.memory_budget_bytes,
-    )[1]  # fmt: skip
+    )[1]
     label = file.label_PGO
     scores = Scores(
         reward_PG=label[..., 0],
@@ -167,12 +183,16 @@ def _from_file(job: Job) -> tuple[Samples, Tensor]:
         audit_PGA=label[..., :0],
         ref_logprob_PG=logprob_N.view(-1, 2),
     )
-    sampled = Sampled(rollouts=file.rollouts, texts=file.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
+    sampled = Sampled(
+        rollouts=file.rollouts, texts=file.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG)
+    )
     return Samples(prompts=file.prompts, sampled=sampled, scores=scores), label
 
 
 def _agreement(ratios: Scores, scores: Scores) -> list[float]:
     """Correlates each log-ratio with the scorer of its kind, within prompts."""
     pairs = [(ratios.reward_PG, scores.reward_PG)]
-    pairs += [(ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])]
+    pairs += [
+        (ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])
+    ]
     return [within_correlation(a, b) for a, b in pairs]

@@ -103,7 +103,9 @@ def sample_reference(job: Job) -> Reference:
 
     def compute(stage: Stage) -> ReferenceSamples:
         if shared is None:
-            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True)
+            sampled, lower = sample(
+                job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True
+            )
         else:
             sampled, lower = shared.sampled, None
             log_gap(job, stage, prompts, sampled.rollouts, None)
@@ -144,7 +146,12 @@ def sample_reference(job: Job) -> Reference:
         f"{row.mean_length:.0f} tokens{f'; {gap}' if gap else ''}"
     )
     for j, limit in enumerate(reference.limits):
-        opening = limit.opening(float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts)))
+        opening = limit.opening(
+            float(reference.needed_J[j]),
+            reference.aimed[j],
+            reference.units.utility_J[j],
+            len(limit.rows(prompts)),
+        )
         show.line(f"{opening}; correlation with the reward {row.correlation[j]:+.2f}")
     return reference
 
@@ -170,10 +177,19 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units:
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
     aimed = constraints.aims(
-        limits, scores, prompts, units, margin=config.margin, heldout=job.heldout,
+        limits,
+        scores,
+        prompts,
+        units,
+        margin=config.margin,
+        heldout=job.heldout,
         n_responses=config.eval_responses,
-    )  # fmt: skip
-    return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
+    )
+    return {
+        "needed_J": needed_J,
+        "aimed": aimed,
+        "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units),
+    }
 
 
 def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
@@ -190,7 +206,9 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], p
     return Units(
         reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
         utility_J=[_deviation(-utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
-        audit_A=[_deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
+        audit_A=[
+            _deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)
+        ],
         unsafe_above_J=above_J,
     )
 
@@ -207,7 +225,12 @@ def _deviation(score_PG: Tensor, name: str) -> float:
 
 def units_of(row: ReferenceRow, limits: Sequence[Limit]) -> Units:
     """Returns the units that a run fixed."""
-    return Units(reward=row.reward_sd, utility_J=row.utility_sd, audit_A=row.audit_sd, unsafe_above_J=constraints.counted_above(limits))
+    return Units(
+        reward=row.reward_sd,
+        utility_J=row.utility_sd,
+        audit_A=row.audit_sd,
+        unsafe_above_J=constraints.counted_above(limits),
+    )
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:

@@ -22,7 +22,15 @@ def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> d
     config, aim = job.config, reference.aim_J
     bounds = [limit.highest for limit in reference.limits]
     try:
-        return dual.solve(*reference.problem, aim, config.beta, start_J=start_J, bounds=bounds, lam_max=config.lam_max, force=config.force)
+        return dual.solve(
+            *reference.problem,
+            aim,
+            config.beta,
+            start_J=start_J,
+            bounds=bounds,
+            lam_max=config.lam_max,
+            force=config.force,
+        )
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
         asked = ", ".join(f"{limit.flag} {limit.value:g}" for limit in reference.limits)
@@ -78,7 +86,10 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     if warning := dual.ess_warning(solution.ess, config.n_responses):
         show.warn(warning + dual.half_sample(*scores, aim, config.beta, solution.lam, seed=config.seed))
     warn_of_lam_max(job, limits, solution.lam, solution.gradient)
-    shown = [f"{lam:.3f}" + (f" {_interval_text(interval, j)}" if interval else "") for j, lam in enumerate(solution.lam.tolist())]
+    shown = [
+        f"{lam:.3f}" + (f" {_interval_text(interval, j)}" if interval else "")
+        for j, lam in enumerate(solution.lam.tolist())
+    ]
     predicted = zip(solution.predicted_improvement.tolist(), predicted_se.tolist(), strict=True)
     show.line(
         f"one-shot lambda {', '.join(shown)}{' (95 % over prompts)' if interval else ''}: predicted improvement "

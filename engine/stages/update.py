@@ -31,16 +31,25 @@ def score_pairs(job: Job) -> Sampled:
     pairs = job.pairs
 
     def compute(stage: Stage) -> Sampled:
-        with stage.progress(sum(g.tokens for g in packing.groups(pairs.prompts, pairs.rollouts)), "tokens", "scoring") as scored:
+        with stage.progress(
+            sum(g.tokens for g in packing.groups(pairs.prompts, pairs.rollouts)), "tokens", "scoring"
+        ) as scored:
             scores = score(
                 job.model,
                 job.scorers,
                 Responses(prompts=pairs.prompts, rollouts=pairs.rollouts, texts=pairs.texts),
-                ReferenceForward(temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes),
+                ReferenceForward(
+                    temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes
+                ),
                 on_tokens=scored.advance,
             )
         stage.log(PairsRow(prompts=len(pairs.prompts)))
-        return Sampled(rollouts=pairs.rollouts, texts=pairs.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
+        return Sampled(
+            rollouts=pairs.rollouts,
+            texts=pairs.texts,
+            scores=scores,
+            kl_PG=torch.zeros_like(scores.ref_logprob_PG),
+        )
 
     return job.run.stage("pairs", Sampled, compute)
 
@@ -86,9 +95,18 @@ class Updates:
 
     def _update(self, stage: Stage, start: Policy | None, iteration: int) -> Update:
         job = self.job
-        return Update(stage=stage, config=job.config, model=job.model, weights=self.weights, start=start, iteration=iteration)
+        return Update(
+            stage=stage,
+            config=job.config,
+            model=job.model,
+            weights=self.weights,
+            start=start,
+            iteration=iteration,
+        )
 
-    def _iterate(self, start: Policy | None, lam_J: Tensor, iteration: int, compute: Callable[[Stage], Policy]) -> Policy:
+    def _iterate(
+        self, start: Policy | None, lam_J: Tensor, iteration: int, compute: Callable[[Stage], Policy]
+    ) -> Policy:
         """Runs the stage around an update from `start`; the iterate goes to adapters/iteration-t."""
         job, name, folder = self.job, f"iteration-{iteration}/policy", self.job.run.paths.iterate(iteration)
         job.run.display.line(f"iteration {iteration}: lambda {listed(lam_J)}")
@@ -119,7 +137,9 @@ class Updates:
         if self.pairs is not None:
             prompts = job.pairs.prompts
             measured = {tuple(reference.prompts.token_ids[i]) for i in measured_on}
-            dealt = deal(prompts, job.config.seed, max(1, iteration), job.config.steps * job.config.prompts_per_step, 0)[0]
+            dealt = deal(
+                prompts, job.config.seed, max(1, iteration), job.config.steps * job.config.prompts_per_step, 0
+            )[0]
             train_on = [i for i in dealt if tuple(prompts.token_ids[i]) not in measured]
             if not train_on:
                 raise UserError(
@@ -134,6 +154,14 @@ class Updates:
     def _fresh(self, stage: Stage, chosen: list[int], iteration: int) -> Samples:
         """Samples new responses of the policy that the weights hold to the prompts `chosen` of the reference's."""
         job, prompts = self.job, self.reference.prompts.select(chosen)
-        sampled, lower = sample(job, stage, prompts, self.weights, n=job.config.n_responses, purpose=keys.fresh(iteration), keep=True)
+        sampled, lower = sample(
+            job,
+            stage,
+            prompts,
+            self.weights,
+            n=job.config.n_responses,
+            purpose=keys.fresh(iteration),
+            keep=True,
+        )
         scores = self.reference.scoring(stage, prompts, sampled)
         return Samples(prompts=prompts, sampled=sampled, scores=scores, lower=lower)

@@ -79,7 +79,10 @@ def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOu
         run.display.line(line)
     written = run_page.write(run.folder)
     run.display.table(
-        [[stage, duration(seconds), f"{100 * share:.0f} %"] for stage, seconds, share in time_table(run.folder)],
+        [
+            [stage, duration(seconds), f"{100 * share:.0f} %"]
+            for stage, seconds, share in time_table(run.folder)
+        ],
         ["where the time went", "time", "share"],
     )
     run.display.line(f"report: {' and '.join(map(str, written))}")
@@ -88,9 +91,13 @@ def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOu
 
 def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     """Returns the verdict on samples of the reference and of a policy."""
-    policy, reference = (Side(rollouts=side.rollouts, texts=side.sampled.texts, scores=side.scores) for side in (after, before))
+    policy, reference = (
+        Side(rollouts=side.rollouts, texts=side.sampled.texts, scores=side.scores) for side in (after, before)
+    )
     asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J)
-    return evaluate(policy, reference, before.prompts, after.sampled.kl_PG, asked, bar.audit_names, bar.confidence)
+    return evaluate(
+        policy, reference, before.prompts, after.sampled.kl_PG, asked, bar.audit_names, bar.confidence
+    )
 
 
 def write_heldout(path: Path, before: Samples, after: Samples) -> None:

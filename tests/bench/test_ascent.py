@@ -18,7 +18,9 @@ def test_policy_gradient_ends_at_the_maximiser_and_standardising_moves_it():
     away = {}
     for advantage in ("rloo", "group_norm"):
         config = PrimalDualConfig(beta=problem.beta, advantage=advantage, steps=150)
-        theta = ExactStages(problem, config, ascent_rate=0.5).ascend(None, lam, penalised(lam, config.advantage), 1)
+        theta = ExactStages(problem, config, ascent_rate=0.5).ascend(
+            None, lam, penalised(lam, config.advantage), 1
+        )
         away[advantage] = (problem.policy_PY(theta) - problem.policy_PY(best)).abs().max()
     assert away["rloo"] < 1e-8 and away["group_norm"] > 1e-2
 

@@ -126,7 +126,9 @@ def test_multi_shot_within_six_newton_steps(J):
     for seed in range(8):
         for eps in (0.1, 0.3):
             problem = make(seed, J=J, eps=eps)
-            world = ExactStages(problem, CaidConfig(beta=problem.beta, iterations=7, dual_step=1.0), maximiser)
+            world = ExactStages(
+                problem, CaidConfig(beta=problem.beta, iterations=7, dual_step=1.0), maximiser
+            )
             caid.loop(world, world.config)
             assert world.history[0].slack_J.abs().max() > 1e-4, "one-shot must not be the answer"
             assert world.history[-1].slack_J.abs().max() < 1e-4, (seed, eps)

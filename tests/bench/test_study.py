@@ -222,7 +222,12 @@ def trained(monkeypatch) -> Trained:
         def estimate(mean: float) -> Estimate:
             return Estimate(mean, 0.05, mean - 0.1, mean + 0.1, mean - 0.1, mean + 0.1, 208)
 
-        harm = Judged(Improvement(name="harm", value=b), b, estimate(b + (0.1 if "caid" in folder.name else -0.3)), "met")
+        harm = Judged(
+            Improvement(name="harm", value=b),
+            b,
+            estimate(b + (0.1 if "caid" in folder.name else -0.3)),
+            "met",
+        )
         evaluation = Evaluation(
             reward=estimate(0.2), constraints=(harm,), audits=(), kl=estimate(1.0), finished=(1, 1), mean_length=(9, 9),
             refusal_harmless=None,

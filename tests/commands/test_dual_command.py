@@ -25,7 +25,13 @@ def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
     harm = 0.2 * (rng.normal(size=(P, G)) + 0.4 * reward / 3) + 7
     wit = rng.normal(size=(P, G))
     return [
-        {"prompt": f"Question {p}?", "response": f"Answer {p}.{i}", "reward": reward[p, i], "harm": harm[p, i], "wit": wit[p, i]}
+        {
+            "prompt": f"Question {p}?",
+            "response": f"Answer {p}.{i}",
+            "reward": reward[p, i],
+            "harm": harm[p, i],
+            "wit": wit[p, i],
+        }
         for i in range(G)
         for p in range(P)
     ]
@@ -34,7 +40,10 @@ def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
 def arrays(rows: list[dict], *names: str) -> tuple[np.ndarray, ...]:
     """Each column as [P, G]."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    return tuple(np.array([[row[name] for row in rows if row["prompt"] == prompt] for prompt in prompts]) for name in names)
+    return tuple(
+        np.array([[row[name] for row in rows if row["prompt"] == prompt] for prompt in prompts])
+        for name in names
+    )
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -59,7 +68,9 @@ def result(capsys, *argv: str, folder: str = "scores-dual") -> tuple[dict, str]:
 
 def test_one_cost_in_standard_deviations(here, capsys):
     rows = scores_rows()
-    found, out = result(capsys, write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.3", "--draws", "60")
+    found, out = result(
+        capsys, write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.3", "--draws", "60"
+    )
     reward, harm = arrays(rows, "reward", "harm")
     sd = [np.sqrt(x.var(1, ddof=1).mean()) for x in (reward, harm)]
     expected = dual.solve(reward / sd[0], -harm[..., None] / sd[1], [0.3], 1.0)
@@ -69,7 +80,9 @@ def test_one_cost_in_standard_deviations(here, capsys):
     assert only["improvement"] == pytest.approx(0.3, abs=1e-9)
     assert only["improvement_at_zero"] < 0 < only["lam_delta"][0] < only["lam"] < only["lam_delta"][1]
     assert only["lam_bootstrap"][0] < only["lam"] < only["lam_bootstrap"][1]
-    assert only["largest_improvement"] == pytest.approx(dual.largest_threshold(-harm[..., None] / sd[1]).item())
+    assert only["largest_improvement"] == pytest.approx(
+        dual.largest_threshold(-harm[..., None] / sd[1]).item()
+    )
     assert found["largest_multiple"] == pytest.approx(only["largest_improvement"] / 0.3)
     assert found["value"] == pytest.approx(expected.value) and found["kkt"] <= 1e-10
     assert found["ess"] == pytest.approx(expected.ess.mean().item())
@@ -94,8 +107,12 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
     raw, out = result(capsys, file, "--cost", "harm", "--threshold", str(0.3 * sd_g), *raw_flags)
     assert "units: those of the file" in out
     for key in ("lam", "lam_se"):
-        assert raw["constraints"][0][key] == pytest.approx(scaled["constraints"][0][key] * sd_r / sd_g, rel=1e-6)
-    level, out = result(capsys, file, "--cost", "harm", f"--threshold={-harm.mean() + 0.3 * sd_g}", "--absolute", *raw_flags)
+        assert raw["constraints"][0][key] == pytest.approx(
+            scaled["constraints"][0][key] * sd_r / sd_g, rel=1e-6
+        )
+    level, out = result(
+        capsys, file, "--cost", "harm", f"--threshold={-harm.mean() + 0.3 * sd_g}", "--absolute", *raw_flags
+    )
     assert level["constraints"][0]["lam"] == pytest.approx(raw["constraints"][0]["lam"], rel=1e-6)
     assert level["constraints"][0]["b"] == pytest.approx(0.3 * sd_g) and "largest supported level" in out
     assert level["curve"]["x"][0] == pytest.approx(raw["curve"]["x"][0] - harm.mean())
@@ -103,11 +120,28 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
 
 def test_two_constraints_from_parquet(here, capsys):
     rows = scores_rows()
-    flags = ["--utility", "wit", "--cost", "harm", "--threshold", "0.2", "0.3", "--draws", "40", "--out", "two"]
+    flags = [
+        "--utility",
+        "wit",
+        "--cost",
+        "harm",
+        "--threshold",
+        "0.2",
+        "0.3",
+        "--draws",
+        "40",
+        "--out",
+        "two",
+    ]
     found, out = result(capsys, write(here / "scores.parquet", rows), *flags, folder="two")
-    assert [(c["name"], c["negated"], c["threshold"]) for c in found["constraints"]] == [("wit", False, 0.2), ("harm", True, 0.3)]
+    assert [(c["name"], c["negated"], c["threshold"]) for c in found["constraints"]] == [
+        ("wit", False, 0.2),
+        ("harm", True, 0.3),
+    ]
     reward, harm, wit = arrays(rows, "reward", "harm", "wit")
-    utility = np.stack([wit / np.sqrt(wit.var(1, ddof=1).mean()), -harm / np.sqrt(harm.var(1, ddof=1).mean())], -1)
+    utility = np.stack(
+        [wit / np.sqrt(wit.var(1, ddof=1).mean()), -harm / np.sqrt(harm.var(1, ddof=1).mean())], -1
+    )
     expected = dual.solve(reward / found["reward_unit"], utility, [0.2, 0.3], 1.0)
     np.testing.assert_allclose([c["lam"] for c in found["constraints"]], expected.lam, rtol=1e-8)
     assert found["largest_multiple"] == pytest.approx(dual.largest_multiple(utility, [0.2, 0.3]))
@@ -118,7 +152,9 @@ def test_two_constraints_from_parquet(here, capsys):
 def test_without_names_all_further_numbers_are_utilities(here, capsys):
     rows = [{key: row[key] for key in ("prompt", "reward", "wit")} for row in scores_rows()]
     found, out = result(capsys, write(here / "scores.jsonl", rows), "--threshold", "0.1", "--draws", "40")
-    assert [c["name"] for c in found["constraints"]] == ["wit"] and "wit is a utility, larger is better" in out
+    assert [c["name"] for c in found["constraints"]] == [
+        "wit"
+    ] and "wit is a utility, larger is better" in out
 
 
 def test_equal_commands_write_equal_files_and_prompts_may_be_numbers(here, capsys):
@@ -126,11 +162,16 @@ def test_equal_commands_write_equal_files_and_prompts_may_be_numbers(here, capsy
     file = write(here / "scores.jsonl", rows)
     written = []
     for out in ("a", "b"):
-        result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--out", out, folder=out)
+        result(
+            capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--out", out, folder=out
+        )
         written.append([(here / out / name).read_bytes() for name in ("dual.json", "dual.png")])
     assert written[0] == written[1]
     other, _ = result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--seed", "1")
-    assert other["constraints"][0]["lam_bootstrap"] != json.loads(written[0][0])["constraints"][0]["lam_bootstrap"]
+    assert (
+        other["constraints"][0]["lam_bootstrap"]
+        != json.loads(written[0][0])["constraints"][0]["lam_bootstrap"]
+    )
 
 
 def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, capsys):
@@ -138,12 +179,26 @@ def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, caps
     for row in rows:  # one prompt without a preference: all its responses are alike
         if row["prompt"] == "Question 3?":
             row.update(response="same", reward=1.0, harm=7.0)
-    argv = [write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.1", "--draws", "40", "--export-pairs", "pairs.jsonl"]
+    argv = [
+        write(here / "scores.jsonl", rows),
+        "--cost",
+        "harm",
+        "--threshold",
+        "0.1",
+        "--draws",
+        "40",
+        "--export-pairs",
+        "pairs.jsonl",
+    ]
     found, out = result(capsys, *argv)
     pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == 7 and "7 pairs, 1 prompt(s) left out" in out
     lam = found["constraints"][0]["lam"]
-    score = {row["response"]: row["reward"] / found["reward_unit"] - lam * row["harm"] / found["constraints"][0]["unit"] for row in rows}
+    score = {
+        row["response"]: row["reward"] / found["reward_unit"]
+        - lam * row["harm"] / found["constraints"][0]["unit"]
+        for row in rows
+    }
     for pair in pairs:
         assert list(pair) == ["prompt", "chosen", "rejected", "score_chosen", "score_rejected"]
         own = [row["response"] for row in rows if row["prompt"] == pair["prompt"]]
@@ -216,9 +271,14 @@ def test_ctrl_c_is_one_line_and_130(here, capsys, monkeypatch):
 
 def test_few_effective_responses_are_warned_of_with_what_half_of_them_gives(here, capsys):
     file = write(here / "scores.jsonl", scores_rows(G=8))
-    found, out = result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--beta", "0.05")
+    found, out = result(
+        capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--beta", "0.05"
+    )
     assert found["ess"] < 2
-    assert re.search(r"warning: The tilted weights rest on 1\.\d of 8 .* A random half of the responses gives lambda \d\.\d+", out)
+    assert re.search(
+        r"warning: The tilted weights rest on 1\.\d of 8 .* A random half of the responses gives lambda \d\.\d+",
+        out,
+    )
     assert found["warnings"]
     calm, out = result(capsys, file, "--cost", "harm", "--threshold", "0.1", "--draws", "40", "--beta", "2")
     assert calm["warnings"] == [] and "warning" not in out

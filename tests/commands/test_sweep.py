@@ -32,7 +32,19 @@ from engine.sweep.runs import draw_samples
 from tests.helpers.rows import SPEED, write_timing
 
 COMMON = ["--", "--threads", "1", "--force"]
-ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]
+ARGUMENTS = [
+    "--preset",
+    "smoke",
+    "--algorithms",
+    "caid:iterations=2",
+    "mocan",
+    "dpo",
+    "--thresholds",
+    "0.1",
+    "-0.2",
+    "--seeds",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +61,27 @@ def rows_of(out: Path) -> list[dict]:
 
 def test_the_table_has_the_verdict_of_every_run(swept):
     rows = rows_of(swept)
-    runs = ["caid-iterations=2-b0.1-seed3", "mocan-b0.1-seed3", "dpo-seed3", "caid-iterations=2-b-0.2-seed3", "mocan-b-0.2-seed3"]
-    assert [row["algorithm"] for row in rows] == ["caid:iterations=2", "mocan", "dpo", "caid:iterations=2", "mocan"]
+    runs = [
+        "caid-iterations=2-b0.1-seed3",
+        "mocan-b0.1-seed3",
+        "dpo-seed3",
+        "caid-iterations=2-b-0.2-seed3",
+        "mocan-b-0.2-seed3",
+    ]
+    assert [row["algorithm"] for row in rows] == [
+        "caid:iterations=2",
+        "mocan",
+        "dpo",
+        "caid:iterations=2",
+        "mocan",
+    ]
     for row, name in zip(rows, runs, strict=True):
         found = json.loads((swept / name / "evaluation.json").read_text())
         assert float(row["reward"]) == found["reward"]["mean"]
         constraint = found["constraints"][0]
-        assert float(row["harm"]) == constraint["estimate"]["mean"] and row["harm verdict"] == constraint["word"]
+        assert (
+            float(row["harm"]) == constraint["estimate"]["mean"] and row["harm verdict"] == constraint["word"]
+        )
         assert float(row["harm threshold"]) == constraint["threshold"]
         assert float(row["harm lambda"]) == read_rows(swept / name, PolicyRow)[-1].lam[0]
         assert int(row["policy steps"]) == len(read_rows(swept / name, StepRow))
@@ -71,7 +97,9 @@ def test_the_table_has_the_verdict_of_every_run(swept):
 
 def test_runs_of_a_seed_share_the_reference_and_end_like_runs_alone(swept, tmp_path):
     """A run with --samples-of gives the policy and the verdict of one that samples by itself."""
-    alone = smoke(CaidConfig(iterations=2, seed=3, threshold=(0.1,), threads=1, force=True, out=str(tmp_path / "alone")))
+    alone = smoke(
+        CaidConfig(iterations=2, seed=3, threshold=(0.1,), threads=1, force=True, out=str(tmp_path / "alone"))
+    )
     caid.train(alone)
     shared = swept / "caid-iterations=2-b0.1-seed3"
     for name in ("evaluation.json", "heldout.jsonl", "adapters/iteration-2/adapter_model.safetensors"):
@@ -101,10 +129,19 @@ def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
 def test_pictures_and_page_show_every_run(swept):
     page = (swept / "index.html").read_text()
     assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 2
-    for name in ("CAID:iterations=2", "MoCAN", "DPO", "one-shot lambda", "caid-iterations=2-b0.1-seed3", "dpo-seed3"):
+    for name in (
+        "CAID:iterations=2",
+        "MoCAN",
+        "DPO",
+        "one-shot lambda",
+        "caid-iterations=2-b0.1-seed3",
+        "dpo-seed3",
+    ):
         assert name in page
     for name in ("pareto.png", "multipliers.png"):
-        assert (swept / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (swept / name).stat().st_size > 20_000
+        assert (swept / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (
+            swept / name
+        ).stat().st_size > 20_000
 
 
 def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
@@ -122,7 +159,10 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     out.rename(swept)
     assert sweep_main.main(["--resume", str(swept)]) == 0
     drop = {"seconds"}
-    before, after = ([{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)] for o in (swept.with_name("old"), swept))
+    before, after = (
+        [{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)]
+        for o in (swept.with_name("old"), swept)
+    )
     assert before == after
     assert (swept / "pareto.png").read_bytes() == (swept.with_name("old") / "pareto.png").read_bytes()
 
@@ -134,7 +174,10 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
         (["--thresholds", "x"], "--thresholds x: must be a number"),
         (["--thresholds", "0.1,0.2"], "2 value\\(s\\) for 1 cost"),
         (["--algorithms", "caid:stps=3"], "unknown flag --stps"),
-        (["--algorithms", "caid", "mocan:tune=full,learning_rate=1e-5"], "--tune full, lora: the runs of a sweep share"),
+        (
+            ["--algorithms", "caid", "mocan:tune=full,learning_rate=1e-5"],
+            "--tune full, lora: the runs of a sweep share",
+        ),
         (["--", "--nonsense", "3"], "flag --nonsense behind --"),
         (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
         (["--", "--beta", "0"], "--beta 0"),
@@ -154,7 +197,9 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
     """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these alone is not refused."""
 
     def plans(labels: tuple[str, ...], threshold: str) -> list[Plan]:
-        own = SweepConfig(out=str(tmp_path), algorithms=labels, thresholds=(threshold,), flags=("--threads", "1"))
+        own = SweepConfig(
+            out=str(tmp_path), algorithms=labels, thresholds=(threshold,), flags=("--threads", "1")
+        )
         return configs_of(own, "smoke")
 
     labels = ("dpo", "pecan", "caid:scores=preference")
@@ -163,7 +208,9 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
     assert [(row.beta, row.margin) for row in rows] == [(1, 0), (1, 0.01), (2, 0)]
     assert rows[0].aim == rows[2].aim == [0.05] and rows[1].aim[0] > 0.05
     (units,) = read_rows(tmp_path / "samples-seed0", ReferenceRow)
-    scores = load(tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.scores
+    scores = load(
+        tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples
+    ).sampled.scores
     r = scores.reward_PG / units.reward_sd
     g = scores.utility_PGJ / torch.tensor(units.utility_sd, dtype=torch.float64)
     for row in rows:
@@ -172,7 +219,16 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
 
 def test_a_first_iterate_past_max_kl_has_the_multipliers_of_its_iteration(tmp_path):
     out = tmp_path / "s"
-    argv = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "--thresholds", "0.1", "--out", str(out)]
+    argv = [
+        "--preset",
+        "smoke",
+        "--algorithms",
+        "caid:iterations=2",
+        "--thresholds",
+        "0.1",
+        "--out",
+        str(out),
+    ]
     # A kill between the folder and its settings.
     out.mkdir()
     (out / "sweep.json.tmp").write_text("{")
@@ -190,10 +246,27 @@ def test_a_first_iterate_past_max_kl_has_the_multipliers_of_its_iteration(tmp_pa
 
 
 def test_thresholds_that_the_samples_do_not_support_end_it_before_training(tmp_path, capsys):
-    argv = ["--preset", "smoke", "--algorithms", "mocan", "--thresholds", "0.1", "99", "--out", str(tmp_path / "s"), "--", "--threads", "1"]
+    argv = [
+        "--preset",
+        "smoke",
+        "--algorithms",
+        "mocan",
+        "--thresholds",
+        "0.1",
+        "99",
+        "--out",
+        str(tmp_path / "s"),
+        "--",
+        "--threads",
+        "1",
+    ]
     assert sweep_main.main(argv) == 2
     error = capsys.readouterr().err
-    assert "error: --thresholds 99: --threshold 99 (with" in error and "is beyond what the 4 samples" in error and "behind --." in error
+    assert (
+        "error: --thresholds 99: --threshold 99 (with" in error
+        and "is beyond what the 4 samples" in error
+        and "behind --." in error
+    )
     assert not list((tmp_path / "s").glob("mocan*"))
 
 

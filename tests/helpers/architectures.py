@@ -80,7 +80,9 @@ def write_model(folder: Path, name: str, **changes) -> transformers.PreTrainedMo
     """
     family, differs = VARIANTS[name]
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))
-    network = getattr(transformers, f"{family}ForCausalLM")(config_class(**{**SIZES, **differs, **changes})).eval()
+    network = getattr(transformers, f"{family}ForCausalLM")(
+        config_class(**{**SIZES, **differs, **changes})
+    ).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in network.parameters():

@@ -35,7 +35,9 @@ def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
     assert said in capsys.readouterr().out
     assert json.loads((run / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
     export.export(run, tmp_path / "merged")
-    network = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager", dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager", dtype=torch.float32
+    ).eval()
     own = model.load(folder)
     adapter = load_peft(run / "adapters" / "iteration-2", own)
     tokens = torch.randint(3, 259, (40,), generator=torch.Generator().manual_seed(0))

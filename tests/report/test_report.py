@@ -22,13 +22,21 @@ from engine.verdict.evaluation import Evaluation
 from tests.helpers.rows import DUAL, ITERATION, REFERENCE, STEP, write_metrics
 
 
-def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:
+def _run_folder(
+    folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20
+) -> Path:
     """A synthetic CAID run with seeded numbers; one prompt and one answer try to break out of the page."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     n, config = (
         len(names),
-        {"model": "org/model-135M", "cost": list(names), "threshold": [0.3] * len(names), "beta": 1.0, "out": str(folder)},
+        {
+            "model": "org/model-135M",
+            "cost": list(names),
+            "threshold": [0.3] * len(names),
+            "beta": 1.0,
+            "out": str(folder),
+        },
     )
     se, b, aim = [0.06] * n, [0.3] * n, [0.48] * n
     reference = replace(REFERENCE, names=list(names), prompts=prompts, responses=16, reward_sd=1.234)
@@ -45,13 +53,17 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
         row = replace(ITERATION, iteration=t, lam=[1.1 - 0.1 * t + 0.4 * j for j in range(n)], kl=1.5 * t)
         row = replace(row, reward=0.2 + 0.05 * t, improvement=gain, slack=[x - 0.48 for x in gain])
         rows.append(replace(row, improvement_se=se, slack_se=se, threshold=b, aim=aim))
-    before, after = torch.randn(prompts, 8, n + 2, dtype=torch.float64), torch.randn(prompts, 8, n + 2, dtype=torch.float64) + 0.6
+    before, after = (
+        torch.randn(prompts, 8, n + 2, dtype=torch.float64),
+        torch.randn(prompts, 8, n + 2, dtype=torch.float64) + 0.6,
+    )
     change = (after - before).mean(1)
     constraints = [estimate(change[:, j]) for j in range(n)]
     evaluation = Evaluation(
         reward=estimate(change[:, n]),
         constraints=tuple(
-            Judged(Improvement(name=name, value=0.3), 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)
+            Judged(Improvement(name=name, value=0.3), 0.48, e, word(e, 0.3))
+            for name, e in zip(names, constraints, strict=True)
         ),
         audits=(("harm-audit", estimate(change[:, n + 1])),),
         kl=estimate(torch.rand(prompts) + 3),
@@ -70,7 +82,9 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
          "reference_finished": True, "policy_finished": i % 2 == 1}
         for p in range(prompts) for i in range(8)
     ]  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"algorithm": "caid", "config": config, "versions": {"torch": "0"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"algorithm": "caid", "config": config, "versions": {"torch": "0"}})
+    )
     write_metrics(folder, rows)
     (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heldout))
@@ -126,7 +140,12 @@ def test_the_page_loads_nothing_from_elsewhere_and_runs_nothing(rendered):
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(images) == 1 and images[0].startswith("data:image/png;base64,")
     assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
-    loads = [value for _, attrs in page.tags for name, value in attrs.items() if name in {"src", "href", "srcset", "action", "data"}]
+    loads = [
+        value
+        for _, attrs in page.tags
+        for name, value in attrs.items()
+        if name in {"src", "href", "srcset", "action", "data"}
+    ]
     assert not [value for value in loads if "http" in value]
     assert "url(" not in rendered[2] and "@import" not in rendered[2]
 
@@ -146,7 +165,10 @@ def test_ten_delicate_and_six_everyday_prompts_with_scores_of_both_sides(rendere
     row = json.loads((folder / "heldout.jsonl").read_text().splitlines()[0])
     for side, name in (("reference", "Before"), ("policy", "After")):
         utility, audit = row[f"{side}_utility"][0], row[f"{side}_audit"][0]
-        assert f"{name}: reward {row[f'{side}_reward']:.2f}, utility harm {utility:.2f}, utility harm-audit {audit:.2f}" in page.text
+        assert (
+            f"{name}: reward {row[f'{side}_reward']:.2f}, utility harm {utility:.2f}, utility harm-audit {audit:.2f}"
+            in page.text
+        )
 
 
 def test_tables_and_settings(rendered):
@@ -172,7 +194,9 @@ def test_the_box_has_the_colour_of_the_worst_word(rendered, tmp_path, words):
     folder = tmp_path / "run"
     folder.mkdir()
     evaluation = json.loads((rendered[0] / "evaluation.json").read_text())
-    evaluation["constraints"] = [{**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)]
+    evaluation["constraints"] = [
+        {**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)
+    ]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     page = _Page(_page(read(folder), b""))
     assert ("div", {"class": "verdict " + words[1].replace(" ", "-")}) in page.tags
@@ -193,9 +217,13 @@ def test_a_missing_file_leaves_the_rest(rendered, tmp_path, missing):
     assert ("No held-out responses" in page.text) == (missing == "heldout.jsonl")
 
 
-@pytest.mark.parametrize(("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")])
+@pytest.mark.parametrize(
+    ("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")]
+)
 def test_the_title_calls_a_reading_a_reading(tmp_path, algorithm, shown):
-    (tmp_path / "config.json").write_text(json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}})
+    )
     assert read(tmp_path).title == f"{shown} on org/model-135M"
 
 

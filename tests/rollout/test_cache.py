@@ -12,7 +12,9 @@ needs_native = pytest.mark.skipif(not compiled.instructions, reason="kernels._na
 def prefilled(lengths, kv_heads, d, layers=1, seed=0):
     g = torch.Generator().manual_seed(seed)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    kept = [tuple(torch.randn(sum(lengths), kv_heads, d, generator=g) for _ in range(2)) for _ in range(layers)]
+    kept = [
+        tuple(torch.randn(sum(lengths), kv_heads, d, generator=g) for _ in range(2)) for _ in range(layers)
+    ]
     return kept, cu_seqlens, g
 
 
@@ -22,7 +24,8 @@ def exact(kept, cu_seqlens, n, history, query, scale=None, softcap=None, window=
     for r, q in enumerate(query.double()):
         p = r // n
         keys, values = (
-            torch.cat([x[bounds[p] : bounds[p + 1]], torch.stack([step[i][r] for step in history])]).double() for i, x in enumerate(kept)
+            torch.cat([x[bounds[p] : bounds[p + 1]], torch.stack([step[i][r] for step in history])]).double()
+            for i, x in enumerate(kept)
         )
         group = len(q) // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
@@ -59,7 +62,9 @@ def test_both_caches_agree_with_float64(heads, kv_heads, d, lengths, how):
         history.append([torch.randn(rows, kv_heads, d, generator=g) for _ in range(2)])
         want = exact(kept[0], cu_seqlens, n, history, query, **how)
         for cache in caches:
-            torch.testing.assert_close(cache.attend(0, query, *history[-1], **how).double(), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                cache.attend(0, query, *history[-1], **how).double(), want, rtol=1e-5, atol=1e-5
+            )
             cache.advance()
 
 
@@ -147,7 +152,9 @@ def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, win
         torch.cat(
             [
                 results[0][:5],
-                alone.attend(0, query[5:6], key[5:6], value[5:6], softcap=softcap or None, window=window).view(1, 9, 64),
+                alone.attend(
+                    0, query[5:6], key[5:6], value[5:6], softcap=softcap or None, window=window
+                ).view(1, 9, 64),
                 results[0][6:],
             ]
         )
@@ -172,4 +179,6 @@ def test_bad_calls():
 def test_who_attends():
     kept, cu_seqlens, _ = prefilled((4,), 1, 16)
     assert isinstance(new_cache(kept, cu_seqlens, 1, 2), SharedCache if compiled.instructions else Cache)
-    assert isinstance(new_cache([tuple(x.bfloat16() for x in pair) for pair in kept], cu_seqlens, 1, 2), Cache)
+    assert isinstance(
+        new_cache([tuple(x.bfloat16() for x in pair) for pair in kept], cu_seqlens, 1, 2), Cache
+    )

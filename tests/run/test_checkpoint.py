@@ -65,7 +65,10 @@ def everything() -> Everything:
         inner=Inner(weight=base[0], note="shares memory with tensor"),
         maybe=Inner(weight=torch.tensor(True), note="0-dim bool"),
         many=[Inner(weight=torch.empty(0, 3, dtype=torch.int64), note="empty")],
-        tensors=[torch.tensor([math.nan, -0.0, math.inf], dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)],
+        tensors=[
+            torch.tensor([math.nan, -0.0, math.inf], dtype=torch.bfloat16),
+            torch.ones(2, dtype=torch.float64),
+        ],
         named={"layers.0.weight": base[:, 1], "x": base[:1, 1]},
     )
 
@@ -124,7 +127,9 @@ def test_file_is_plain_safetensors(tmp_path: Path) -> None:
     import safetensors.torch
 
     save(tmp_path / "a.safetensors", everything())
-    assert torch.equal(safetensors.torch.load_file(tmp_path / "a.safetensors")["inner.weight"], everything().inner.weight)
+    assert torch.equal(
+        safetensors.torch.load_file(tmp_path / "a.safetensors")["inner.weight"], everything().inner.weight
+    )
 
 
 def test_values_that_cannot_be_saved_are_named(tmp_path: Path) -> None:
@@ -172,7 +177,9 @@ def test_a_flipped_bit_in_any_byte_is_torn(tmp_path: Path) -> None:
             load(path, Inner)
         except Torn:
             continue
-        raise AssertionError(f"byte {i} of {len(whole)} (the header ends at {header_end}) became {flipped[i]} unseen")
+        raise AssertionError(
+            f"byte {i} of {len(whole)} (the header ends at {header_end}) became {flipped[i]} unseen"
+        )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -273,14 +280,23 @@ def go(folder: Path) -> dict[str, Tensor]:
         run = Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"])
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        run = Run.create(folder, "caid", {"seed": 3, "out": str(folder), "cost": ("harm",), "max_kl": math.inf}, **ARGUMENTS)
+        run = Run.create(
+            folder,
+            "caid",
+            {"seed": 3, "out": str(folder), "cost": ("harm",), "max_kl": math.inf},
+            **ARGUMENTS,
+        )
     with run:
         return program(run)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """All files but timing.jsonl."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "timing.jsonl"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "timing.jsonl"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +307,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_files_of_a_run(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
-    stages = [f"stages/{name}.safetensors" for name in ("01-reference", "02-iteration-1-policy", "03-dual", "04-iteration-2-policy")]
+    stages = [
+        f"stages/{name}.safetensors"
+        for name in ("01-reference", "02-iteration-1-policy", "03-dual", "04-iteration-2-policy")
+    ]
     assert sorted(uninterrupted) == [".lock", "config.json", "metrics.jsonl", *stages]
     go(tmp_path / "again")
     assert files(tmp_path / "again") == uninterrupted
@@ -319,7 +338,14 @@ def test_a_computed_stage_returns_what_a_resumed_one_loads(tmp_path: Path) -> No
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     middle = len(data) - 3
-    path.write_bytes({"empty": b"", "header": data[:30], "tensor": data[:-1], "flip": data[:middle] + b"\x55" + data[middle + 1 :]}[how])
+    path.write_bytes(
+        {
+            "empty": b"",
+            "header": data[:30],
+            "tensor": data[:-1],
+            "flip": data[:middle] + b"\x55" + data[middle + 1 :],
+        }[how]
+    )
 
 
 @pytest.mark.parametrize("how", ["empty", "header", "tensor", "flip", "missing", "swapped"])
@@ -339,10 +365,18 @@ def test_a_damaged_stage_and_all_later_ones_are_computed_again(
     computed = []
     with Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"]) as run:
         run.stage("reference", Pairs, lambda stage: pytest.fail("computed"))
-        run.stage("iteration-1/policy", dict, lambda stage: computed.append(sorted(os.listdir(second.parent))) or {"w": torch.ones(1)})
+        run.stage(
+            "iteration-1/policy",
+            dict,
+            lambda stage: computed.append(sorted(os.listdir(second.parent))) or {"w": torch.ones(1)},
+        )
     assert computed == [["01-reference.safetensors"]]
     printed = capsys.readouterr().out
-    assert "warning: " in printed and "02-iteration-1-policy" in printed and "computing it and all later stages again" in printed
+    assert (
+        "warning: " in printed
+        and "02-iteration-1-policy" in printed
+        and "computing it and all later stages again" in printed
+    )
     shutil.rmtree(folder)
     go(folder)
     assert files(folder) == uninterrupted
@@ -353,7 +387,9 @@ def test_a_stage_after_a_replaced_result_is_computed_again(tmp_path: Path) -> No
         with Run.create(tmp_path / name, "caid", {}, **ARGUMENTS) as run:
             x = run.stage("x", dict, lambda stage, value=value: {"x": torch.tensor(value)})
             run.stage("y", dict, lambda stage, x=x: {"y": x["x"] * 10})
-    shutil.copy(tmp_path / "b" / "stages" / "01-x.safetensors", tmp_path / "a" / "stages" / "01-x.safetensors")
+    shutil.copy(
+        tmp_path / "b" / "stages" / "01-x.safetensors", tmp_path / "a" / "stages" / "01-x.safetensors"
+    )
     with Run.resume(tmp_path / "a", fingerprint=ARGUMENTS["fingerprint"]) as run:
         x = run.stage("x", dict, lambda stage: pytest.fail("whole"))
         assert run.stage("y", dict, lambda stage: {"y": x["x"] * 10})["y"] == 20.0
@@ -370,14 +406,19 @@ def interrupted_in_policy(folder: Path) -> None:
         policy(stage, pairs)
         raise Stop
 
-    with pytest.raises(Stop), Run.create(folder, "caid", {"seed": 3, "cost": ["harm"], "max_kl": math.inf}, **ARGUMENTS) as run:
+    with (
+        pytest.raises(Stop),
+        Run.create(folder, "caid", {"seed": 3, "cost": ["harm"], "max_kl": math.inf}, **ARGUMENTS) as run,
+    ):
         pairs = run.stage("reference", Pairs, reference)
         run.stage("iteration-1/policy", dict, lambda stage: stopping(stage, pairs))
 
 
 @pytest.mark.parametrize("how", ["whole", "empty", "header", "tensor", "flip", "missing"])
 @pytest.mark.parametrize("both", [False, True])
-def test_partials(tmp_path: Path, uninterrupted: dict[str, bytes], how: str, both: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_partials(
+    tmp_path: Path, uninterrupted: dict[str, bytes], how: str, both: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     interrupted_in_policy(folder)
     last = folder / "stages" / "02-iteration-1-policy.partial.safetensors"
@@ -515,7 +556,9 @@ def test_killed_at_every_event(
     assert survived > 60, "the program has many more than 60 events, so the counting is broken"
 
 
-def test_killed_again_and_again(tmp_path: Path, uninterrupted: dict[str, bytes], start_process: object) -> None:
+def test_killed_again_and_again(
+    tmp_path: Path, uninterrupted: dict[str, bytes], start_process: object
+) -> None:
     rng = random.Random(0)
     for trial in range(4):
         folder = tmp_path / str(trial)
@@ -560,7 +603,10 @@ def test_create_refuses_an_existing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Run.create(tmp_path / "run", "caid", {}, **ARGUMENTS)
     folder = tmp_path / "run"
-    assert str(caught.value) == f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
+    assert (
+        str(caught.value)
+        == f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
+    )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the run folder .*choose another --out"):
         Run.create(tmp_path / "file" / "run", "caid", {}, **ARGUMENTS)
@@ -606,7 +652,10 @@ def test_resume_refuses(tmp_path: Path) -> None:
         Run.resume(folder, fingerprint="f")
     folder.rmdir()
     Run.create(folder, "caid", {"seed": 1}, versions={}, fingerprint="a" * 64).close()
-    with pytest.raises(UserError, match=f"{folder} was trained from another model .sha aaaaaaaaaaaa, here sha b.*put the original back"):
+    with pytest.raises(
+        UserError,
+        match=f"{folder} was trained from another model .sha aaaaaaaaaaaa, here sha b.*put the original back",
+    ):
         Run.resume(folder, fingerprint="b" * 64)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"seed": 1', '"seed": 2'))
@@ -634,7 +683,10 @@ def hold(folder: Path, held: object, end: object) -> None:
 
 def test_one_process_per_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with Run.create(folder, "caid", {}, **ARGUMENTS), pytest.raises(UserError, match=f"{folder} is in use by another process"):
+    with (
+        Run.create(folder, "caid", {}, **ARGUMENTS),
+        pytest.raises(UserError, match=f"{folder} is in use by another process"),
+    ):
         Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"])
     context = multiprocessing.get_context("forkserver")
     held, end = context.Event(), context.Event()
@@ -686,7 +738,10 @@ def test_first_interrupt_ends_the_step_second_stops(
         return reference(stage)
 
     config = {"seed": 3, "cost": ("harm",), "max_kl": math.inf}
-    with pytest.raises(Interrupted, match=f"--resume {folder}"), Run.create(folder, "caid", config, **ARGUMENTS) as run:
+    with (
+        pytest.raises(Interrupted, match=f"--resume {folder}"),
+        Run.create(folder, "caid", config, **ARGUMENTS) as run,
+    ):
         pairs = run.stage("reference", Pairs, one)
         run.stage("iteration-1/policy", dict, lambda stage: done.append("never") or policy(stage, pairs))
     assert done == ["goes on"] and signal.getsignal(signal.SIGINT) is before
@@ -700,7 +755,10 @@ def test_first_interrupt_ends_the_step_second_stops(
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt) as caught, Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"]) as run:
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"]) as run,
+    ):
         run.stage("reference", Pairs, lambda stage: pytest.fail("was saved"))
         run.stage("iteration-1/policy", dict, two)
     assert type(caught.value) is KeyboardInterrupt and signal.getsignal(signal.SIGINT) is before

@@ -101,7 +101,9 @@ def test_long_lines_stay_one_line() -> None:
 
 def test_table() -> None:
     out = io.StringIO()
-    Display(file=out).table([["reward", 1.25, "[0.1, 0.2]"], ["a rather long name", "-3", ""]], ["metric", "mean", "95 %"])
+    Display(file=out).table(
+        [["reward", 1.25, "[0.1, 0.2]"], ["a rather long name", "-3", ""]], ["metric", "mean", "95 %"]
+    )
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert lines == [
         "metric              mean        95 %",
@@ -110,7 +112,9 @@ def test_table() -> None:
     ]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (125, "2 min 5 s"), (12000, "3 h 20 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (125, "2 min 5 s"), (12000, "3 h 20 min")]
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -140,7 +144,9 @@ def test_terminal(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     def use() -> None:
         with os.fdopen(slave, "w") as terminal, Display(n_stages=9, file=terminal, clock=clock) as display:
             assert display.live
-            display.stage(2, "iteration-1/policy with a name that is longer than the eighty columns of this terminal")
+            display.stage(
+                2, "iteration-1/policy with a name that is longer than the eighty columns of this terminal"
+            )
             with display.progress(12345, "responses", "rollout of the training prompts") as progress:
                 clock.now += 7
                 progress.advance(1234)
@@ -167,7 +173,9 @@ def test_terminal(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     assert max(map(len, lines)) <= 80
     assert "a permanent line" in [line.strip() for line in lines]
     assert any(line.startswith("stage 2 of 9: iteration-1/policy") for line in lines)
-    assert any("1234/12345" in line and "176.3 responses/s" in line and "1 min 3 s left" in line for line in lines)
+    assert any(
+        "1234/12345" in line and "176.3 responses/s" in line and "1 min 3 s left" in line for line in lines
+    )
     assert any("finishing the current step" in line for line in lines)
 
 
@@ -301,7 +309,9 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Run.create(tmp_path / "run", "caid", {}, versions={}, fingerprint="f", tensorboard=True)
     assert not list(tmp_path.iterdir())
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=FakeSummaryWriter))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=FakeSummaryWriter)
+    )
     expected = [("z/lam/0", 1.0, 0), ("z/lam/1", 2.0, 0), ("z/loss", 0.5, 0)]
     expected += [("z/loss", 0.25, 1), ("x/v", 3.0, 0)]
     first = LongZRow(loss=0.5, lam=[1, 2.0], text="x", nan=float("nan"))
@@ -309,7 +319,9 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FakeSummaryWriter, "written", [])
         arguments = {"fingerprint": "f", "tensorboard": True}
         with (
-            Run.resume(tmp_path / "r", **arguments) if resumed else Run.create(tmp_path / "r", "caid", {}, versions={}, **arguments) as run
+            Run.resume(tmp_path / "r", **arguments)
+            if resumed
+            else Run.create(tmp_path / "r", "caid", {}, versions={}, **arguments) as run
         ):
             run.stage("a", dict, lambda stage: stage.log(first) or {})
             run.stage("b", dict, lambda stage: stage.log(ZRow(loss=0.25)) or stage.log(XRow(v=3)) or {})

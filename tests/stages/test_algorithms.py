@@ -32,9 +32,15 @@ def test_sacpo_is_the_tilt_at_its_multipliers(J):
     config = SacpoConfig(beta=0.7, lam=given)
     world = ExactStages(problem, config, regression)
     theta, lam = sacpo.loop(world, config)
-    assert (theta - torch.tensor([1.0, *given], dtype=torch.float64) / 0.7).abs().max() < 1e-8 and lam.tolist() == list(given)
+    assert (
+        theta - torch.tensor([1.0, *given], dtype=torch.float64) / 0.7
+    ).abs().max() < 1e-8 and lam.tolist() == list(given)
     (first, _), (second, _) = world.fitted
-    assert first.coefficient == 0.7 and second.coefficient == pytest.approx(0.7 / sum(given)) and second.anchor is not None
+    assert (
+        first.coefficient == 0.7
+        and second.coefficient == pytest.approx(0.7 / sum(given))
+        and second.anchor is not None
+    )
 
 
 @pytest.mark.parametrize("J", [1, 2, 3])
@@ -59,7 +65,9 @@ def test_repo_raises_the_multiplier_of_each_constraint_that_a_prompt_misses(J):
     repo.loop(world, config)
     lam = torch.stack([x.lam_J for x in world.history])
     assert (lam.diff(dim=0) >= 0).all() and (lam[:, -1] == 0.5).all()
-    assert (lam[-1, :-1] > 0.5).all() and (J == 1 or world.history[-1].slack_J[:-1].min() > world.history[0].slack_J[:-1].min())
+    assert (lam[-1, :-1] > 0.5).all() and (
+        J == 1 or world.history[-1].slack_J[:-1].min() > world.history[0].slack_J[:-1].min()
+    )
 
 
 @pytest.mark.parametrize("J", [1, 2, 3])

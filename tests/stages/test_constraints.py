@@ -31,7 +31,9 @@ DTYPE = torch.float64
 
 
 def prompts_of(kinds: list[str]) -> Prompts:
-    return Prompts(text=kinds, kind=kinds, token_ids=[[i] for i in range(len(kinds))], key_P=torch.arange(len(kinds)))
+    return Prompts(
+        text=kinds, kind=kinds, token_ids=[[i] for i in range(len(kinds))], key_P=torch.arange(len(kinds))
+    )
 
 
 def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) -> Scores:
@@ -150,18 +152,28 @@ def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
     cost = own + 0.5 * torch.randn(P, 8, 1, generator=generator, dtype=DTYPE)
     prompts, heldout, units = prompts_of(["x"] * P), prompts_of(["x"] * n), units_of(1.0)
     (aimed,) = constraints.aims(
-        [MeanCost(name="a", value=1.0)], scores_of(-cost), prompts, units, margin=2.0, heldout=heldout, n_responses=m
+        [MeanCost(name="a", value=1.0)],
+        scores_of(-cost),
+        prompts,
+        units,
+        margin=2.0,
+        heldout=heldout,
+        n_responses=m,
     )
     assert (1.0 - aimed) / 2 == pytest.approx(math.sqrt((1 + 0.25 / m) / n), rel=0.03)
     unsafe = (torch.rand(P, 8, 1, generator=generator) < 0.3).double()
     limit = Rate(name="a", value=0.1)
-    (a,) = constraints.aims([limit], scores_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m)
+    (a,) = constraints.aims(
+        [limit], scores_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m
+    )
     assert a + 2 * math.sqrt(a * (1 - a) / (n * m)) == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
     config = smoke(MocanConfig(cost_on=("delicat",), threads=1, out=str(tmp_path / "run")))
-    with pytest.raises(UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"):
+    with pytest.raises(
+        UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"
+    ):
         mocan.train(config)
     assert not (tmp_path / "run").exists()
 
@@ -174,8 +186,16 @@ def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
             [-1.0, -1.0],
             r"--unsafe-above 0: every cost harm of the reference on delicate prompts lies at or below",
         ),
-        (Rate(name="harm", value=0.02, on="delicate"), [1.0, 2.0], r"every cost harm of the reference on delicate prompts lies above it"),
-        (Improvement(name="harm", value=0.3, on="delicate"), [2.5, 2.5], r"scorer harm on delicate prompts gave 2.5 for every response"),
+        (
+            Rate(name="harm", value=0.02, on="delicate"),
+            [1.0, 2.0],
+            r"every cost harm of the reference on delicate prompts lies above it",
+        ),
+        (
+            Improvement(name="harm", value=0.3, on="delicate"),
+            [2.5, 2.5],
+            r"scorer harm on delicate prompts gave 2.5 for every response",
+        ),
         (
             MeanCost(name="harm", value=0.3, on="delicate"),
             [1.0, 2.0],
@@ -225,7 +245,10 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     before = torch.tensor([[0.0, 0.0, 0.0, 0.0], [10.0, 10.0, 10.0, 10.0]], dtype=DTYPE)
     after = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]], dtype=DTYPE)
     if kind == "rate":
-        before, after = (before > 0).double(), torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=DTYPE)
+        before, after = (
+            (before > 0).double(),
+            torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=DTYPE),
+        )
     limit, units = KINDS[kind](name="harm", value=aimed), Units(reward=unit, utility_J=[unit], audit_A=[])
     old, new = (units.apply(scores_of(-cost[..., None])) for cost in (before, after))
     prompts = prompts_of(["x", "x"])
@@ -273,7 +296,11 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
 def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     from engine import caid
 
-    own = {"cost_mean": (math.inf, 5.0)} if kind == "mean" else {"cost_rate": (1.0, 0.9), "unsafe_above": (COST_MIDDLE,)}
+    own = (
+        {"cost_mean": (math.inf, 5.0)}
+        if kind == "mean"
+        else {"cost_rate": (1.0, 0.9), "unsafe_above": (COST_MIDDLE,)}
+    )
     config = smoke(
         CaidConfig(
             cost=("harm", "length=-tests.helpers.scorers:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
@@ -327,20 +354,33 @@ class WorstTenth(MeanCost):
 def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
     """Costs 0 to 9 for each of two prompts, the first shifted by 10, so that the worst tenth has 19 and 9; the policy's is 3 less."""
     cost = torch.arange(10, dtype=DTYPE).repeat(2, 1) + torch.tensor([[10.0], [0.0]], dtype=DTYPE)
-    before, after, units, prompts = -cost[..., None] / 2, -(cost[..., None] - 3) / 2, units_of(2.0), prompts_of(["x", "x"])
+    before, after, units, prompts = (
+        -cost[..., None] / 2,
+        -(cost[..., None] - 3) / 2,
+        units_of(2.0),
+        prompts_of(["x", "x"]),
+    )
     limit = WorstTenth(name="harm", value=12.0)
     needed = constraints.required([limit], scores_of(before), prompts, units)
     assert needed.tolist() == [(14 - 12) / 2]
-    aimed = constraints.aims([limit], scores_of(before), prompts, units, margin=1.0, heldout=prompts_of(["x"] * 50), n_responses=10)
+    aimed = constraints.aims(
+        [limit], scores_of(before), prompts, units, margin=1.0, heldout=prompts_of(["x"] * 50), n_responses=10
+    )
     assert aimed == pytest.approx([12 - math.sqrt(50) / math.sqrt(50)])
     aim = constraints.aimed_improvement([limit], aimed, needed, units)
     assert aim.tolist() == pytest.approx([1.5])
     missing = constraints.missing([limit], aimed, aim, units, after, before)
     assert missing[:, 0].tolist() == pytest.approx([(16 - 11) / 2, (6 - 11) / 2])
     judged = constraints.judge(limit, aimed[0], after[..., 0], before[..., 0], 2.0)
-    assert judged.measured == estimate(torch.tensor([16.0, 6.0])) and judged.word == "not resolved" and judged.reference == 14
+    assert (
+        judged.measured == estimate(torch.tensor([16.0, 6.0]))
+        and judged.word == "not resolved"
+        and judged.reference == 14
+    )
     assert judged.required == 1 and judged.slack.mean == pytest.approx(1.0)
-    assert limit.opening(1.0, 11.0, 2.0, 2).startswith("constraint harm: worst tenth at most 12, aim 11; the reference has 14; ")
+    assert limit.opening(1.0, 11.0, 2.0, 2).startswith(
+        "constraint harm: worst tenth at most 12, aim 11; the reference has 14; "
+    )
     assert limit.progress(1.5, 0.25, 1.0, 11.0, 2.0) == "harm worst tenth 11 +- 0.5 (at most 12, aim 11)"
     said = limit.verdict_text(judged, 0.95)
     assert said.startswith("constraint harm: not resolved (worst tenth 11.00, 95 % [")
