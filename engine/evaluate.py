@@ -1,9 +1,11 @@
-"""`python -m engine.evaluate RUN [flags]`: judge an iterate of a run on held-out prompts, with fresh responses.
+"""`python -m engine.evaluate RUN [flags]`: judge an iterate of a run on held-out prompts, with fresh
+responses.
 
-Reference and policy answer the same prompts with the run's own sampling settings; units and thresholds are those that the run fixed. To
-the run's verdict this adds the slack, scorers that the run did not know, how often the policy orders pairs as the Lagrangian does, and
-refusals on harmless prompts that look dangerous. Nothing is saved on the way: the folder of the results appears whole at the end.
-RUN/judged.jsonl keeps which prompts have judged the run, so that a second look at a test split is told as one.
+Reference and policy answer the same prompts with the run's own sampling settings; units and thresholds are
+those that the run fixed. To the run's verdict this adds the slack, scorers that the run did not know, how
+often the policy orders pairs as the Lagrangian does, and refusals on harmless prompts that look dangerous.
+Nothing is saved on the way: the folder of the results appears whole at the end. RUN/judged.jsonl keeps which
+prompts have judged the run, so that a second look at a test split is told as one.
 """
 
 import hashlib
@@ -46,11 +48,15 @@ from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
 from engine.verdict.sentences import judgement_sentences
 
-USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
+USAGE = (
+    "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at "
+    "least one iterate.\n"
+)
 
 
 class Phase:
-    """What sampling asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress. Ctrl-C stops at once."""
+    """What sampling asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress. Ctrl-C
+    stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
         self.name, self.logprob_gap = (
@@ -137,7 +143,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     prompts = heldout_prompts(pool, n, config.seed)
     common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
     if common:
-        shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
+        shared = (
+            f"{len(common)} of {n} prompts are among the run's training prompts, the first is "
+            f"{prompts.text[common[0]][:60]!r}"
+        )
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
     judged_on = heldout_prompts(inputs.heldout, min(config.eval_prompts, len(inputs.heldout)), config.seed)
@@ -190,7 +199,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
 
 
 def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, Path]:
-    """Judge an iterate of `run` and write evaluation.json and heldout.jsonl; returns what was found, and their folder.
+    """Judge an iterate of `run` and write evaluation.json and heldout.jsonl; returns what was found, and
+    their folder.
 
     Raises: UserError, before any compute unless a scorer fails.
     """
@@ -266,7 +276,8 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
                 file.write(json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}) + "\n")
         except OSError as error:
             display.warn(
-                f"{RunFolder(q.run).judged} cannot be written ({error.strerror}), so these prompts are not on record"
+                f"{RunFolder(q.run).judged} cannot be written ({error.strerror}), so these prompts "
+                "are not on record"
             )
         for line in judgement_sentences(judgement):
             display.line(line)
@@ -280,7 +291,8 @@ def _hash(prompts: Prompts) -> str:
 
 
 def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
-    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own verdict."""
+    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own
+    verdict."""
     paths = RunFolder(run)
     known = [_hash(own)] if paths.evaluation.is_file() else []
     if paths.judged.is_file():
@@ -289,7 +301,8 @@ def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
 
 
 def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
-    """Every iterate on the selection prompts: rows of iterate, lam, reward and room (improvement - what is required) of each constraint."""
+    """Every iterate on the selection prompts: rows of iterate, lam, reward and room (improvement - what is
+    required) of each constraint."""
     n, rows = q.config.eval_responses, []
     # Further audits have no unit here, and are not needed to choose.
     further = len(q.scorers.audits) - len(q.units.audit_A)
@@ -344,7 +357,8 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
 
 
 def best_feasible(rows: list[dict]) -> int:
-    """Chooses the iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
+    """Chooses the iterate with the most reward among those with room >= 0 in every constraint; where there is
+    none, with the most room."""
     feasible = [row for row in rows if min(row["room"]) >= 0]
     best = (
         max(feasible, key=lambda row: row["reward"])
@@ -408,11 +422,13 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
         else "so no response was seen before"
     )
     return [
-        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
+        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or DEFAULT_MODEL} "
+        f"({inputs.dtype}, {inputs.device}), "
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
-        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most {config.max_new_tokens} new tokens, "
+        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most "
+        f"{config.max_new_tokens} new tokens, "
         f"seed {flags.seed} (the run's is {config.seed}, {own})",
         *again,
         *(
@@ -424,13 +440,15 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
 
 
 def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
-    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's units."""
+    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's
+    units."""
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name
         measured.append(dual.within_deviation(before.scores.audit_PGA[..., a], f"scorer {name}"))
         display.line(
-            f"audit {name}: the run fixed no unit for it; the within-prompt standard deviation of the reference's responses here is "
+            f"audit {name}: the run fixed no unit for it; the within-prompt standard deviation of "
+            "the reference's responses here is "
             f"{measured[-1]:.3g} of the scorer's units"
         )
     return replace(q.units, audit_A=[*q.units.audit_A, *measured])

@@ -14,7 +14,8 @@ from engine.stages.inputs import model_folder
 
 
 def export(run: str | Path, folder: str | Path) -> None:
-    """Merge the run's last adapter into its base model, or take all its weights, and write `folder`, which transformers and vLLM load.
+    """Merge the run's last adapter into its base model, or take all its weights, and write `folder`, which
+    transformers and vLLM load.
 
     Raises: UserError when the run has no iterate yet, its model is another one now, or the folder exists.
     """

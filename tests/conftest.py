@@ -1,5 +1,5 @@
-"""Shared fixtures: a tiny model folder with heads, a cache folder, the makes of processor, and what keeps runs within
-tests cheap."""
+"""Shared fixtures: a tiny model folder with heads, a cache folder, the makes of processor, and what keeps
+runs within tests cheap."""
 
 import functools
 import os
@@ -35,8 +35,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_measurement() -> None:
-    """Measures the machine's speed once in each process, not in each run: it takes half a second of computing, and
-    only the estimate of a run's time depends on it."""
+    """Measures the machine's speed once in each process, not in each run: it takes half a second of
+    computing, and only the estimate of a run's time depends on it."""
     from engine.run import plan
 
     plan.matmul_rate = functools.cache(plan.matmul_rate)
@@ -44,8 +44,8 @@ def one_measurement() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Fails a test that leaves several threads to the tests after it, as a run without --threads 1 does: two processes
-    with two threads each on two cores wait for each other most of the time."""
+    """Fails a test that leaves several threads to the tests after it, as a run without --threads 1 does: two
+    processes with two threads each on two cores wait for each other most of the time."""
     yield
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""Tests of Triton kernels in Triton's interpreter, in a process of their own, because Triton chooses it on import."""
+"""Tests of Triton kernels in Triton's interpreter, in a process of their own, because Triton chooses it on
+import."""
 
 import os
 import subprocess

@@ -12,7 +12,8 @@ PROGRAMS = {"pretended_gpu.py"}
 
 
 def imported_tests(source: str) -> set[str]:
-    """The test modules that a source imports anywhere in it, by absolute or relative imports, also inside functions."""
+    """The test modules that a source imports anywhere in it, by absolute or relative imports, also inside
+    functions."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# A module imports from the lines above its own, and within its own package. `kernels` may be imported from everywhere.
+# A module imports from the lines above its own, and within its own package. `kernels` may be imported from
+# everywhere.
 LAYERS = """
 errors
 records files intervals keys

@@ -1,5 +1,5 @@
-"""The package's metadata, its guard against another package named kernels, and the README and the pages in docs/: their
-blocks, links and layout."""
+"""The package's metadata, its guard against another package named kernels, and the README and the pages in
+docs/: their blocks, links and layout."""
 
 import os
 import re
@@ -23,7 +23,8 @@ def requirement_name(requirement: str) -> str:
 
 
 def run_with_other_kernels(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Python with another package `kernels` first on its path; -S keeps an editable install's import hook out of the way."""
+    """Python with another package `kernels` first on its path; -S keeps an editable install's import hook out
+    of the way."""
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

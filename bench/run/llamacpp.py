@@ -111,8 +111,8 @@ def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Returns query or key rows in llama.cpp's order; `engine.quickstart.gguf_file.undo_permutation` turns them
-    back."""
+    """Returns query or key rows in llama.cpp's order; `engine.quickstart.gguf_file.undo_permutation` turns
+    them back."""
     rows, width = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, width)
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, width))

@@ -39,8 +39,8 @@ class Iterate:
 class ExactStages:
     """The stages of one run on one problem.
 
-    `history` holds the measured iterates, `fitted` every (target, theta) of the updates by `fit`. An iterate is a float64
-    vector theta [F], None the reference.
+    `history` holds the measured iterates, `fitted` every (target, theta) of the updates by `fit`. An iterate
+    is a float64 vector theta [F], None the reference.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class ExactStages:
         raise NotImplementedError("an exact problem has no prompts to hold out")
 
     def scored(self) -> Scored:
-        """Returns the scores that rules see: a cost is the negated utility, and every constraint is about every prompt."""
+        """Returns the scores that rules see: a cost is the negated utility, and every constraint is about
+        every prompt."""
         scores = self.scores
         return Scored(
             reward_PG=scores.reward_PG,
@@ -154,8 +155,9 @@ class ExactStages:
     def ascend(self, start: Tensor | None, lam_J: Tensor, score: Rule, iteration: int) -> Tensor:
         """Takes `config.steps` natural-gradient steps on score - beta ln(pi / reference), without PPO's clip.
 
-        theta <- theta + rate / beta x (E Cov(features))^-1 E Cov(features, score). The moments, also those that the rule
-        takes, are those of the policy at that step, or of `draws` responses from it with leave-one-out baselines.
+        theta <- theta + rate / beta x (E Cov(features))^-1 E Cov(features, score). The moments, also those
+        that the rule takes, are those of the policy at that step, or of `draws` responses from it with
+        leave-one-out baselines.
         """
         problem, config = self.problem, self.config
         assert isinstance(config, PrimalDualConfig)

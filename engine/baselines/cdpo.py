@@ -1,6 +1,8 @@
-"""Our reading of C-DPO (arXiv 2403.02475, known from its abstract): DPO at lambda from the reference, a step of dual descent, and again.
+"""Our reading of C-DPO (arXiv 2403.02475, known from its abstract): DPO at lambda from the reference, a step
+of dual descent, and again.
 
-Decided here: lambda is projected on lambda >= 0; each policy starts anew at the reference; the last one is the result.
+Decided here: lambda is projected on lambda >= 0; each policy starts anew at the reference; the last one is
+the result.
 """
 
 import torch
@@ -13,7 +15,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: CdpoConfig, *, resume: str | None = None) -> Result:
-    """Run C-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
+    """Run C-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """

@@ -293,9 +293,8 @@ class Algorithm(NamedTuple):
     )  # its config class, or that class's name in `module` where loading it takes torch
     module: str  # has `train(config, *, resume=None)`
     help: str
-    shown: (
-        str  # its name in results; an algorithm that we know from its abstract alone is "our reading of" it
-    )
+    # its name in results; an algorithm that we know from its abstract alone is "our reading of" it
+    shown: str
 
     @property
     def trains_policy(self) -> bool:

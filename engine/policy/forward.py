@@ -49,7 +49,8 @@ def policy_states(
     packed: Packed,
     weights: Weights,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the states [T, D] under the weights that predict a batch's response tokens; returns them with the head [V, D].
+    """Computes the states [T, D] under the weights that predict a batch's response tokens; returns them with
+    the head [V, D].
 
     lower: the states of all samples below the adapter, where they were kept.
     """
@@ -89,7 +90,8 @@ def frozen_forward(
     for layer in layers:
         if not 0 <= layer <= network.config.num_layers:
             raise UserError(
-                f"a head reads layer {layer}, the model has {network.config.num_layers}; use a head made for this model."
+                f"a head reads layer {layer}, the model has {network.config.num_layers}; use a head "
+                "made for this model."
             )
     pooled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     logprobs = []

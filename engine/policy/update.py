@@ -1,7 +1,8 @@
-"""The policy updates, steps on an adapter or on all weights: the preference loss on pairs of responses (arXiv 2505.19387, Algorithm 2,
-step 4), or the policy gradient on the policy's own samples.
+"""The policy updates, steps on an adapter or on all weights: the preference loss on pairs of responses (arXiv
+2505.19387, Algorithm 2, step 4), or the policy gradient on the policy's own samples.
 
-The layers below an adapter equal the reference, so their states are computed once per sample and kept for all iterations (`LowerStates`).
+The layers below an adapter equal the reference, so their states are computed once per sample and kept for all
+iterations (`LowerStates`).
 """
 
 import torch
@@ -27,10 +28,11 @@ def fit(
 ) -> Policy:
     """Takes `config.steps` steps of the preference loss on pairs of `samples`.
 
-    train_on: the prompts whose pairs may be used. anchor: the weights of `target.anchor`, None for the reference. Labels are drawn afresh
-    in every step from target.score_PG.
+    train_on: the prompts whose pairs may be used. anchor: the weights of `target.anchor`, None for the
+    reference. Labels are drawn afresh in every step from target.score_PG.
 
-    Raises: NonFiniteError with the batch saved in the run folder; UserError where a step will have no pair left, before the first.
+    Raises: NonFiniteError with the batch saved in the run folder; UserError where a step will have no pair
+    left, before the first.
     """
     config = update.config
     pairs_of = _scheduled_pairs(update, samples, target, train_on)
@@ -59,7 +61,8 @@ def fit(
 
 
 def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
-    """Takes `config.steps` clipped policy-gradient steps on samples of the policy itself, of a config with --clip.
+    """Takes `config.steps` clipped policy-gradient steps on samples of the policy itself, of a config with
+    --clip.
 
     The advantage of a response is its score, float64 [P, G], minus the mean score of its prompt's other ones.
 
@@ -107,7 +110,8 @@ def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
 
 
 def add_gradient(loss: Tensor, share: float) -> float:
-    """Runs the backward pass of a part that is `share` of a step's loss; returns what the part adds to the loss."""
+    """Runs the backward pass of a part that is `share` of a step's loss; returns what the part adds to the
+    loss."""
     value = loss * share
     value.backward()
     return float(value.detach())
@@ -128,7 +132,8 @@ def _scheduled_pairs(
     for number, pairs in enumerate(pairs_of, 1):
         if not len(pairs.pairs):
             raise UserError(
-                f"policy update {update.iteration}: no pair of the {config.prompts_per_step} prompts of step {number} "
+                f"policy update {update.iteration}: no pair of the {config.prompts_per_step} prompts "
+                f"of step {number} "
                 "has a safe response; raise --prompts-per-step, --responses-per-prompt or --unsafe-above."
             )
     return pairs_of

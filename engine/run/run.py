@@ -29,7 +29,8 @@ def _append(path: Path, row: dict) -> None:
 
 
 class Stage:
-    """A stage while it runs, as its function sees it: rows, timing, progress, partial results and the question whether to stop."""
+    """A stage while it runs, as its function sees it: rows, timing, progress, partial results and the
+    question whether to stop."""
 
     def __init__(self, run: "Run", number: int, name: str) -> None:
         self.name, self.number = name, number
@@ -41,7 +42,8 @@ class Stage:
         self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
 
     def log(self, row: Row) -> None:
-        """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is saved."""
+        """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is
+        saved."""
         written = replace(row, stage=self.name).as_dict()
         self.rows.append(written)
         _append(self._run.paths.metrics, written)
@@ -60,7 +62,8 @@ class Stage:
         return self._run.display.progress(total, unit, what)
 
     def partial(self, cls: type[RecordT]) -> RecordT | None:
-        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged since."""
+        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged
+        since."""
         for path in (self.partial_path, self.previous_path):
             try:
                 record, content = self._run.read(path, cls, self.name)
@@ -102,10 +105,11 @@ class Stage:
 class Run:
     """One run folder, locked by this process.
 
-    >>> with Run.create("runs/a", "caid", {"seed": 0}, versions={"commit": "1f3"}, fingerprint="9c") as run:  # doctest: +SKIP
-    ...     units = run.stage("reference", Units, lambda stage: ...)
+    >>> with Run.create("runs/a", "caid", {"seed": 0}, versions={"commit": "1f3"}, fingerprint="9c") as run:
+    # doctest: +SKIP ...     units = run.stage("reference", Units, lambda stage: ...)
 
-    As a context manager it starts the display and handles Ctrl-C: the first press lets the step end, the second stops at once.
+    As a context manager it starts the display and handles Ctrl-C: the first press lets the step end, the
+    second stops at once.
     """
 
     def __init__(
@@ -138,7 +142,8 @@ class Run:
         display: Display | None = None,
         tensorboard: bool = False,
     ) -> "Run":
-        """Make the folder and its config.json; `config`'s field "out" is left out, as it says nothing about the results.
+        """Make the folder and its config.json; `config`'s field "out" is left out, as it says nothing about
+        the results.
 
         Raises: UserError when the folder exists or cannot be made.
         """
@@ -218,7 +223,8 @@ class Run:
         own = Run._read_contents(Path(folder))["fingerprint"]
         if own != fingerprint:
             raise UserError(
-                f"{folder} was trained from another model (sha {own[:12]}, here sha {fingerprint[:12]}); put the original back"
+                f"{folder} was trained from another model (sha {own[:12]}, here sha "
+                f"{fingerprint[:12]}); put the original back"
             )
 
     @staticmethod
@@ -233,7 +239,8 @@ class Run:
             contents["config"] = _tuples(unpack(dict, {}, contents["config"]))
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder} has no config.json, so it is no run folder or its run never began; start with another --out"
+                f"{folder} has no config.json, so it is no run folder or its run never began; start "
+                "with another --out"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -241,7 +248,8 @@ class Run:
             ) from error
         if changed:
             raise UserError(
-                f"{path} was changed after the run began; undo the change, or start a new run with another --out"
+                f"{path} was changed after the run began; undo the change, or start a new run with "
+                "another --out"
             )
         return contents
 
@@ -303,7 +311,8 @@ class Run:
         return record
 
     def origin(self, name: str) -> dict:
-        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage before it."""
+        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage
+        before it."""
         return {"stage": name, "fingerprint": self.fingerprint, "after": self._last_checksum}
 
     def read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
@@ -337,7 +346,8 @@ class Run:
             self._tensorboard.write(content["rows"])
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
-        """Delete the stage's files and all later ones; returns how many. The last go first, so that a kill leaves no gap."""
+        """Delete the stage's files and all later ones; returns how many. The last go first, so that a kill
+        leaves no gap."""
         numbered = [
             (int(path.name.split("-")[0]), path)
             for path in stage.path.parent.iterdir()

@@ -1,4 +1,5 @@
-"""The stages that the algorithms share: open a run, sample and score, solve the dual, update, measure the slack, give the verdict."""
+"""The stages that the algorithms share: open a run, sample and score, solve the dual, update, measure the
+slack, give the verdict."""
 
 import subprocess
 from collections.abc import Iterator
@@ -115,7 +116,8 @@ def open_job(
         training_prompts(train, config.n_prompts, config.seed),
         heldout_prompts(heldout, config.eval_prompts, config.seed),
     )
-    # Lower rollout_rows only where the user left the default; a resumed run has no flags, so there it may always be lowered.
+    # Lower rollout_rows only where the user left the default; a resumed run has no flags, so there it may
+    # always be lowered.
     plan = Plan.of(
         config,
         inputs.shape,
@@ -223,7 +225,8 @@ def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
 
 
 def check_samples_of(config: RunConfig, fingerprint: str) -> None:
-    """Raises: UserError where --samples-of names a run whose samples are not those that this one would draw."""
+    """Raises: UserError where --samples-of names a run whose samples are not those that this one would
+    draw."""
     if config.samples_of:
         _, other = Run.read_config(config.samples_of)
         Run.check_model(config.samples_of, fingerprint)
@@ -231,7 +234,8 @@ def check_samples_of(config: RunConfig, fingerprint: str) -> None:
             theirs, own = other.get(name, getattr(RunConfig, name)), getattr(config, name)
             if theirs != own:
                 raise UserError(
-                    f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, this run has {own}."
+                    f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, "
+                    f"this run has {own}."
                 )
 
 
@@ -253,7 +257,8 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
 
 
 def _by_tokens(prompts: Prompts) -> Prompts:
-    """Returns the prompts with keys that are equal where the tokens are; the keys of a file of pairs are its rows' numbers."""
+    """Returns the prompts with keys that are equal where the tokens are; the keys of a file of pairs are its
+    rows' numbers."""
     return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 

@@ -1,12 +1,13 @@
 """Scores from preferences (arXiv 2405.19544, Algorithm 2; 2505.19387, Algorithm 3).
 
-One policy is aligned by DPO to the preferences of each kind, and ln(policy / reference) of a response is its score. The papers'
-constraint E[beta ln(policy_g / reference)] + beta KL(reference || policy_g) >= b is an improvement over the reference's mean, as for scores
-from models; so everything after the scores is the same. Decided here: log-ratios are divided by their pooled within-prompt standard
-deviation, as other scores are, so that beta drops out of them and b and lambda are in that unit.
+One policy is aligned by DPO to the preferences of each kind, and ln(policy / reference) of a response is its
+score. The papers' constraint E[beta ln(policy_g / reference)] + beta KL(reference || policy_g) >= b is an
+improvement over the reference's mean, as for scores from models; so everything after the scores is the same.
+Decided here: log-ratios are divided by their pooled within-prompt standard deviation, as other scores are, so
+that beta drops out of them and b and lambda are in that unit.
 
-Without a file of preferences the labels are Bradley-Terry draws from the run's scorers on reference samples, in place of people; the
-verdict then also shows what these scorers say of the policy.
+Without a file of preferences the labels are Bradley-Terry draws from the run's scorers on reference samples,
+in place of people; the verdict then also shows what these scorers say of the policy.
 """
 
 from dataclasses import dataclass, replace
@@ -36,14 +37,16 @@ from kernels.sampling import combine
 
 @dataclass(frozen=True, kw_only=True)
 class LogRatios:
-    """The log-ratios of aligned policies to the reference, and as audits what the run's scorers say, in their units."""
+    """The log-ratios of aligned policies to the reference, and as audits what the run's scorers say, in their
+    units."""
 
     subject: Subject
     aligned: list[Adapter]  # to the reward, then to each utility
     scorer_units: Units
 
     def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
-        """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with `progress` and `check_stop`."""
+        """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with `progress`
+        and `check_stop`."""
         subject, scores = self.subject, sampled.scores
         groups, n = packing.groups(prompts, sampled.rollouts), sampled.rollouts.n
         ratios = []
@@ -75,7 +78,8 @@ class LogRatios:
 
 @dataclass(frozen=True, kw_only=True)
 class ByLogRatios:
-    """Scores by log-ratios (`engine.stages.reference.Scoring`): their audits have the scorers' units already."""
+    """Scores by log-ratios (`engine.stages.reference.Scoring`): their audits have the scorers' units
+    already."""
 
     units: Units
     audit_names: list[str]
@@ -99,13 +103,15 @@ def audit_names(scorers: Scorers) -> list[str]:
 
 
 def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: Units) -> ByLogRatios:
-    """Returns what a run on preferences with an iterate scores by. Raises: UserError where a policy it aligned is missing."""
+    """Returns what a run on preferences with an iterate scores by. Raises: UserError where a policy it
+    aligned is missing."""
     (row,), aligned = read_rows(run.path, PreferenceRow), []
     for name in row.names:
         file = run.stage_file(f"preference/{name}")
         if file is None:
             raise UserError(
-                f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the run to have it again."
+                f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the "
+                "run to have it again."
             )
         aligned.append(new_adapter(subject, config))
         aligned[-1].set_tensors(load(file, Policy).adapter)
@@ -114,7 +120,8 @@ def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: 
 
 
 def align(job: Job, reference: Reference) -> Reference:
-    """Stages preference/NAME and preference/scores: the same samples, scored by policies aligned to preferences.
+    """Stages preference/NAME and preference/scores: the same samples, scored by policies aligned to
+    preferences.
 
     reference: as the run's scorers score it.
     """
@@ -167,7 +174,8 @@ def _from_scorers(reference: Reference) -> tuple[Samples, Tensor]:
 
 
 def _from_file(job: Job) -> tuple[Samples, Tensor]:
-    """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of their labels."""
+    """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of
+    their labels."""
     config, file = job.config, job.preferences
     logprob_N = frozen_forward(
         job.model,

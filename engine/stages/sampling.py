@@ -39,7 +39,8 @@ def respond(
     purpose: int,
     states: States | None = None,
 ) -> tuple[Rollouts, list[str]]:
-    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
+    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major.
+    `purpose` keys the random numbers.
 
     stage: of a run, or anything else with `progress` and `check_stop`.
     """
@@ -82,13 +83,13 @@ def sample(
     purpose: int,
     keep: bool = False,
 ) -> tuple[Sampled, LowerStates | None]:
-    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
-    gets the `log_gap` of these samples.
+    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`,
+    `check_stop`, `log_speed` and `log`, which gets the `log_gap` of these samples.
 
-    The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
-    large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
-    sampler are the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios
-    start at 1.
+    The second value holds the states below the adapter where `keep` asks for them, heads read no higher and
+    the states are not too large. The reference's own samples are not run through the model again for
+    log-probs under the reference: in float32 those of the sampler are the same to rounding (`logprob_gap`
+    measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
     """
     settings = job.settings
     start = time.monotonic()
@@ -147,8 +148,9 @@ def sample(
 def log_gap(
     job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None
 ) -> None:
-    """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward under the same weights, on the
-    responses to the first prompts (`LogprobGap`, nats per token); and in how many of all draws the two best were nearly alike."""
+    """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward
+    under the same weights, on the responses to the first prompts (`LogprobGap`, nats per token); and in how
+    many of all draws the two best were nearly alike."""
     settings, groups = job.settings, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
     gap = logprob_gap(
         job.model,
@@ -171,7 +173,10 @@ def log_gap(
 
 def gap_text(row: SampledRow) -> str:
     """Says a row of `log_gap` in words."""
-    return f"{LogprobGap(**row.logprob_gap)}; two best within {NEAR_TIE:g} in {row.near_ties} of {row.draws} draws"
+    return (
+        f"{LogprobGap(**row.logprob_gap)}; two best within {NEAR_TIE:g} in {row.near_ties} of "
+        f"{row.draws} draws"
+    )
 
 
 def gap_of(run: Path, stage: str) -> str:
@@ -180,13 +185,15 @@ def gap_of(run: Path, stage: str) -> str:
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
-    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
+    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError
+    where that run has none."""
     if not job.config.samples_of:
         return None
     folder = RunFolder(Path(job.config.samples_of))
     file = folder.stage_file(stage)
     if file is None:
         raise UserError(
-            f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first (--resume {folder.path})."
+            f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first "
+            f"(--resume {folder.path})."
         )
     return load(file, cls)

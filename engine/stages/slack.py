@@ -23,7 +23,8 @@ def stage_name(iteration: int) -> str:
 def measure(
     job: Job, reference: Reference, weights: Weights, policy: Policy, lam_J: Tensor, iteration: int
 ) -> Slack:
-    """Roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step 2).
+    """Roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step
+    2).
 
     weights: hold those of `policy`.
     """

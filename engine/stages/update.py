@@ -77,7 +77,8 @@ class Updates:
         return self._iterate(target.start, target.lam_J, iteration, compute)
 
     def ascend(self, start: Policy | None, lam_J: Tensor, rule: Rule, iteration: int) -> Policy:
-        """Takes policy-gradient steps on fresh samples of the policy, scored by the rule less beta x log-ratio."""
+        """Takes policy-gradient steps on fresh samples of the policy, scored by the rule less beta x
+        log-ratio."""
         reference, config = self.reference, self.job.config
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
@@ -90,7 +91,8 @@ class Updates:
         return self._iterate(start, lam_J, iteration, compute)
 
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
-        """Takes no step: a policy that exists already becomes this iterate too, with a folder and a row of its own."""
+        """Takes no step: a policy that exists already becomes this iterate too, with a folder and a row of
+        its own."""
         return self._iterate(policy, lam_J, iteration, lambda stage: policy)
 
     def _update(self, stage: Stage, start: Policy | None, iteration: int) -> Update:
@@ -129,8 +131,8 @@ class Updates:
     def _learned_from(self, stage: Stage, start: Policy | None, iteration: int) -> tuple[Samples, list[int]]:
         """Chooses the responses that an update learns from (--pairs), and which of their prompts to use.
 
-        The policy's own are drawn afresh; the first update starts at the reference, whose samples exist already. Of a file's rows
-        those whose prompt measures this iteration's slack are left out.
+        The policy's own are drawn afresh; the first update starts at the reference, whose samples exist
+        already. Of a file's rows those whose prompt measures this iteration's slack are left out.
         """
         job, reference = self.job, self.reference
         train_on, measured_on = deal_prompts(job.config, reference.prompts, iteration)
@@ -143,7 +145,8 @@ class Updates:
             train_on = [i for i in dealt if tuple(prompts.token_ids[i]) not in measured]
             if not train_on:
                 raise UserError(
-                    f"--pairs {job.config.pairs}: every prompt of iteration {iteration} measures its slack; give other prompts."
+                    f"--pairs {job.config.pairs}: every prompt of iteration {iteration} measures its "
+                    "slack; give other prompts."
                 )
             scores = reference.scoring(stage, prompts, self.pairs)
             return Samples(prompts=prompts, sampled=self.pairs, scores=scores), train_on
@@ -152,7 +155,8 @@ class Updates:
         return reference.samples, train_on
 
     def _fresh(self, stage: Stage, chosen: list[int], iteration: int) -> Samples:
-        """Samples new responses of the policy that the weights hold to the prompts `chosen` of the reference's."""
+        """Samples new responses of the policy that the weights hold to the prompts `chosen` of the
+        reference's."""
         job, prompts = self.job, self.reference.prompts.select(chosen)
         sampled, lower = sample(
             job,

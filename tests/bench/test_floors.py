@@ -31,14 +31,19 @@ def test_floor_of_sampling_by_hand():
     steps = [(p.name, p.bytes, p.flops) for p in parts]
     assert steps == [
         ("prefill", 240 * 2 + 2 * 7 * 8, 2 * 240 * 7),
-        ("head", 80, 2 * 40 * 2), ("logits", 80, 0),
-        ("head", 80, 2 * 40 * 3), ("logits", 120, 0), ("layers", 480, 2 * 240 * 3),
+        ("head", 80, 2 * 40 * 2),
+        ("logits", 80, 0),
+        ("head", 80, 2 * 40 * 3),
+        ("logits", 120, 0),
+        ("layers", 480, 2 * 240 * 3),
         # All 7 tokens of the prompts and 3 of responses; in the window 2 + 2 and 3 of responses.
         ("keys and values", (10 + 7) * 8, 0),
-        ("head", 80, 2 * 40), ("logits", 40, 0), ("layers", 480, 2 * 240),
+        ("head", 80, 2 * 40),
+        ("logits", 40, 0),
+        ("layers", 480, 2 * 240),
         # One row is left, with 5 tokens of its prompt and 2 of its response; in the window 1 and 2.
         ("keys and values", (7 + 3) * 8, 0),
-    ]  # fmt: skip
+    ]
     least = floors.seconds(parts, floors.Rates(bytes_per_s=1, flops_per_s=2))
     assert least == {
         "prefill": 1680,

@@ -194,7 +194,8 @@ class Trained(list):
 
 @pytest.fixture
 def trained(monkeypatch) -> Trained:
-    """Runs whose files are written at once: their names, as they are trained. CAID ends 0.1 above b, all others 0.3 below."""
+    """Runs whose files are written at once: their names, as they are trained. CAID ends 0.1 above b, all
+    others 0.3 below."""
     names = Trained()
     fail = names.fail
 
@@ -229,10 +230,16 @@ def trained(monkeypatch) -> Trained:
             "met",
         )
         evaluation = Evaluation(
-            reward=estimate(0.2), constraints=(harm,), audits=(), kl=estimate(1.0), finished=(1, 1), mean_length=(9, 9),
+            reward=estimate(0.2),
+            constraints=(harm,),
+            audits=(),
+            kl=estimate(1.0),
+            finished=(1, 1),
+            mean_length=(9, 9),
             refusal_harmless=None,
-            n_prompts=208, n_responses=8,
-        )  # fmt: skip
+            n_prompts=208,
+            n_responses=8,
+        )
         (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
         (folder / "report.html").write_text("")
 

@@ -205,8 +205,8 @@ def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, caps
         assert {pair["chosen"], pair["rejected"]} == {max(own, key=score.get), min(own, key=score.get)}
         assert pair["score_chosen"] == pytest.approx(score[pair["chosen"]])
         assert pair["score_rejected"] == pytest.approx(score[pair["rejected"]])
-    # TRL's explicit-prompt preference format: exactly these three columns of text (or of messages), each with something in it, and the
-    # answers without the prompt. Further columns are not read.
+    # TRL's explicit-prompt preference format: exactly these three columns of text (or of messages), each with
+    # something in it, and the answers without the prompt. Further columns are not read.
     import datasets
 
     table = datasets.Dataset.from_json("pairs.jsonl", cache_dir=str(here / "cache"))
@@ -222,9 +222,12 @@ def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, caps
 def test_labels_of_pairs_are_bradley_terry():
     P = 4000
     table = Table(
-        prompts=[str(p) for p in range(P)], responses=[["a", "b"]] * P, reward_PG=torch.zeros(P, 2), utility_PGJ=torch.zeros(P, 2, 1),
+        prompts=[str(p) for p in range(P)],
+        responses=[["a", "b"]] * P,
+        reward_PG=torch.zeros(P, 2),
+        utility_PGJ=torch.zeros(P, 2, 1),
         names=["u"],
-    )  # fmt: skip
+    )
     for rise in (0.5, 2.0):
         rows, _ = preference_pairs(table, torch.tensor([[0.0, rise]]).double().expand(P, 2), seed=1)
         share = np.mean([row["chosen"] == "b" for row in rows])
@@ -276,7 +279,8 @@ def test_few_effective_responses_are_warned_of_with_what_half_of_them_gives(here
     )
     assert found["ess"] < 2
     assert re.search(
-        r"warning: The tilted weights rest on 1\.\d of 8 .* A random half of the responses gives lambda \d\.\d+",
+        r"warning: The tilted weights rest on 1\.\d of 8 .* A random half of the responses gives "
+        r"lambda \d\.\d+",
         out,
     )
     assert found["warnings"]
@@ -318,7 +322,10 @@ def all_to(column: str, value):
 
 
 FILES = {
-    "missing column": (lambda rows: rows[4].pop("harm"), r"scores\.jsonl:5: no column 'harm'; columns found: prompt, response, reward"),
+    "missing column": (
+        lambda rows: rows[4].pop("harm"),
+        r"scores\.jsonl:5: no column 'harm'; columns found: prompt, response, reward",
+    ),
     "no reward": (lambda rows: [row.pop("reward") for row in rows], r"scores\.jsonl:1: no column 'reward'"),
     "no prompt": (lambda rows: rows[2].pop("prompt"), r"scores\.jsonl:3: no column 'prompt'"),
     "nan": (set_to(7, "reward", float("nan")), r"scores\.jsonl:7: column 'reward' is nan; it must be finite"),
@@ -326,14 +333,29 @@ FILES = {
     "huge": (set_to(9, "harm", 10**400), r"scores\.jsonl:9: column 'harm' is 1000"),
     "text": (set_to(2, "harm", "high"), r"scores\.jsonl:2: column 'harm' holds 'high'; give a number"),
     "null": (set_to(2, "harm", None), r"scores\.jsonl:2: column 'harm' holds 'None'; give a number"),
-    "prompt kind": (set_to(2, "prompt", [1]), r"scores\.jsonl:2: column 'prompt' holds a list; give text or a whole number"),
-    "ragged": (lambda rows: rows.pop(), r"scores\.jsonl:30: prompt 'Question 29\?' has 5 response\(s\), but 29 prompt\(s\) have 6"),
+    "prompt kind": (
+        set_to(2, "prompt", [1]),
+        r"scores\.jsonl:2: column 'prompt' holds a list; give text or a whole number",
+    ),
+    "ragged": (
+        lambda rows: rows.pop(),
+        r"scores\.jsonl:30: prompt 'Question 29\?' has 5 response\(s\), but 29 prompt\(s\) have 6",
+    ),
     "single": (lambda rows: rows.__delitem__(slice(30, None)), r"scores\.jsonl: one response per prompt"),
-    "one prompt": (lambda rows: rows.__setitem__(slice(None), [r for r in rows if r["prompt"] == "Question 3?"]), "one prompt;"),
+    "one prompt": (
+        lambda rows: rows.__setitem__(slice(None), [r for r in rows if r["prompt"] == "Question 3?"]),
+        "one prompt;",
+    ),
     "no rows": (lambda rows: rows.clear(), r"scores\.jsonl: no rows in it"),
-    "constant reward": (all_to("reward", 1.5), r"scores\.jsonl: column 'reward' gives all responses of a prompt one score"),
-    "constant cost": (all_to("harm", 0), r"scores\.jsonl: column 'harm' gives all responses of a prompt one score"),
-}  # fmt: skip
+    "constant reward": (
+        all_to("reward", 1.5),
+        r"scores\.jsonl: column 'reward' gives all responses of a prompt one score",
+    ),
+    "constant cost": (
+        all_to("harm", 0),
+        r"scores\.jsonl: column 'harm' gives all responses of a prompt one score",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -353,25 +375,34 @@ LINES = {
     "scores.jsonl": r"--threshold is missing",
     "absent.jsonl --threshold 0.3": r"absent\.jsonl: no such file",
     "scores.csv --threshold 0.3": r"scores\.csv: not one of \.jsonl, \.parquet; convert it",
-    "scores.jsonl --cost harm --threshold 0.3 0.2": r"--threshold 0\.3 0\.2: 2 value\(s\) for 1 constraint\(s\) \(harm\)",
+    "scores.jsonl --cost harm --threshold 0.3 0.2": r"--threshold 0\.3 0\.2: 2 value\(s\) "
+    r"for 1 constraint\(s\) \(harm\)",
     "scores.jsonl --threshold 0.3": r"--threshold 0\.3: 1 value\(s\) for 2 constraint\(s\) \(harm, wit\)",
     "scores.jsonl --cost harm --threshold nan": r"--threshold nan: must be finite",
     "scores.jsonl --cost harm --threshold x": r"--threshold x: must be a number",
     "scores.jsonl --cost harm --threshold 0.3 --beta 0": r"--beta 0\.0: must be above 0",
     "scores.jsonl --cost harm --threshold 0.3 --beta inf": r"--beta inf: must be above 0 and finite",
     "scores.jsonl --cost harm --threshold 0.3 --draws 3": r"--draws 3: a 95 % interval needs at least 40",
-    "scores.jsonl --cost harm harm --threshold 0.3 0.2": r"--utility and --cost: two constraints are named harm",
-    "scores.jsonl --cost harm --utility harm --threshold 0.3 0.2": r"--utility and --cost: two constraints are named harm",
+    "scores.jsonl --cost harm harm --threshold 0.3 0.2": r"--utility and --cost: two "
+    r"constraints are named harm",
+    "scores.jsonl --cost harm "
+    "--utility harm --threshold 0.3 0.2": r"--utility and --cost: two constraints are named harm",
     "scores.jsonl --cost harm --cost wit --threshold 0.3": r"--cost is given twice",
-    "scores.jsonl --cost reward --threshold 0.3": r"--utility or --cost reward: that column has its own meaning",
-    "scores.jsonl --cost nothing --threshold 0.3": r"scores\.jsonl:1: no column 'nothing'; columns found: prompt, response, reward, harm",
+    "scores.jsonl --cost reward --threshold 0.3": r"--utility or --cost reward: "
+    r"that column has its own meaning",
+    "scores.jsonl --cost nothing --threshold 0.3": r"scores\.jsonl:1: no column 'nothing'; "
+    r"columns found: prompt, response, reward, harm",
     "scores.jsonl --treshold 0.3": r"unknown flag --treshold\. Did you mean --threshold\?",
-    "scores.jsonl other.jsonl --threshold 0.3": r"unexpected word 'other\.jsonl'; the scores file comes first",
-    "scores.jsonl --cost harm --threshold 0.3 --export-pairs pairs.csv": r"--export-pairs pairs\.csv: must end in \.jsonl",
-    "scores.jsonl --cost harm --threshold 0.3 --export-pairs ./scores.jsonl": r"--export-pairs scores\.jsonl: that is the scores file",
-    "scores.jsonl --cost harm --threshold 0.3 --export-pairs no/pairs.jsonl": r"--export-pairs no/pairs\.jsonl: the folder no does not",
+    "scores.jsonl other.jsonl --threshold 0.3": r"unexpected word 'other\.jsonl'; "
+    r"the scores file comes first",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs pairs.csv": r"--export-pairs pairs\.csv: must end in \.jsonl",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs ./scores.jsonl": r"--export-pairs scores\.jsonl: that is the scores file",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs no/pairs.jsonl": r"--export-pairs no/pairs\.jsonl: the folder no does not",
     "scores.jsonl --cost harm --threshold 0.3 --out scores.jsonl": r"--out scores\.jsonl: that is a file",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", LINES)

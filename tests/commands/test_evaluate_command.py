@@ -1,4 +1,5 @@
-"""`python -m engine.evaluate` on smoke runs: the verdict's numbers with the verdict's seed, what is added, and what is refused."""
+"""`python -m engine.evaluate` on smoke runs: the verdict's numbers with the verdict's seed, what is added,
+and what is refused."""
 
 import json
 import os
@@ -450,7 +451,10 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
-    flags = "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap out device threads".split()
+    flags = (
+        "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap out "
+        "device threads".split()
+    )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
     assert all(f"--{flag} " in printed.replace(",", " ") for flag in flags)
 

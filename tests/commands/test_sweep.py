@@ -153,7 +153,8 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     shutil.rmtree(out / "mocan-b-0.2-seed3")
     for last in (out / "mocan-b0.1-seed3" / "stages").glob("0[45]-*"):
         last.unlink()
-    # The copy's runs name the first folder as where their samples are, so the sweep has to run where it began.
+    # The copy's runs name the first folder as where their samples are, so the sweep has to run where it
+    # began.
     shutil.rmtree(swept.with_name("old"), ignore_errors=True)
     swept.rename(swept.with_name("old"))
     out.rename(swept)
@@ -194,7 +195,8 @@ def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, 
 
 
 def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path):
-    """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these alone is not refused."""
+    """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these
+    alone is not refused."""
 
     def plans(labels: tuple[str, ...], threshold: str) -> list[Plan]:
         own = SweepConfig(

@@ -1,4 +1,5 @@
-"""The command line of engine.train: flags, presets, resume, one-line errors before anything heavy is imported, exit codes."""
+"""The command line of engine.train: flags, presets, resume, one-line errors before anything heavy is
+imported, exit codes."""
 
 import ast
 import inspect
@@ -19,10 +20,12 @@ from engine.errors import Interrupted, NonFiniteError, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
-    out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column system n-prompts n-responses
-    max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps
-    prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule
-    weight-decay clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
+    out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column
+    system n-prompts n-responses max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean
+    cost-rate unsafe-above cost-on beta margin lam-max steps prompts-per-step tokens-per-forward
+    activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
+    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts
+    eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
@@ -77,7 +80,10 @@ def run_folder(tmp_path) -> str:
 
 def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
     """(exit code, stdout, stderr, modules imported) of the command line in a fresh process."""
-    program = "import sys; from engine.train import main\ntry: code = main(sys.argv[1:])\nfinally: print('MODULES', *sys.modules)\nsys.exit(code)"
+    program = (
+        "import sys; from engine.train import main\ntry: code = main(sys.argv[1:])\nfinally: "
+        "print('MODULES', *sys.modules)\nsys.exit(code)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, *argv],
         cwd=ROOT,
@@ -165,7 +171,8 @@ BAD = {
     "sacpo --lam nan": r"--lam nan: must be finite\.",
     "--max-kl nan": r"--max-kl nan: must be above 0\.",
     "mocan --max-kl 3": r"unknown flag --max-kl\.",
-    "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those of models here; add --scores preference",
+    "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those "
+    r"of models here; add --scores preference",
     "--n-prompts 1": r"--n-prompts 1: must be at least 2",
     "--eval-prompts 1": r"--eval-prompts 1: must be at least 2, as one prompt has no standard error",
     "--slack-prompts 1": r"--slack-prompts 1: must be at least 2",
@@ -174,11 +181,14 @@ BAD = {
     "--schedule step": r"--schedule step: must be one of constant, linear, cosine\.",
     "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
     "--cost": r"--cost is empty: name at least one cost",
-    "--dual-rule bisection --cost harm harm-audit --threshold 1 1": r"--dual-rule bisection: 2 costs; it takes one",
+    "--dual-rule bisection --cost "
+    "harm harm-audit --threshold 1 1": r"--dual-rule bisection: 2 costs; it takes one",
     "--cost harm harm --threshold 1 1": r"--cost harm harm: two costs have one name",
     "--threshold 0.1 0.2": r"--threshold 0\.1 0\.2: 2 value\(s\) for 1 cost\(s\)",
-    "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at least 2 and at most --n-responses 8; 0 takes all\.",
-    "--responses-per-prompt 1": r"--responses-per-prompt 1: must be at least 2 and at most --n-responses 8; 0 takes all\.",
+    "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at least "
+    r"2 and at most --n-responses 8; 0 takes all\.",
+    "--responses-per-prompt 1": r"--responses-per-prompt 1: must be at least "
+    r"2 and at most --n-responses 8; 0 takes all\.",
     "dpo --objective both": r"--objective both: must be one of reward, safety\.",
     "sacpo --lam 1 2": r"--lam 1\.0 2\.0: give one value above 0 for each of the 1 cost\(s\)\.",
     "primal_dual --advantage gae": r"--advantage gae: must be one of rloo, group_norm\.",

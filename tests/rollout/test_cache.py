@@ -19,7 +19,8 @@ def prefilled(lengths, kv_heads, d, layers=1, seed=0):
 
 
 def exact(kept, cu_seqlens, n, history, query, scale=None, softcap=None, window=None):
-    """Attention of the last token of each row in float64; history: (key, value) [R, Hkv, d] of its tokens so far."""
+    """Attention of the last token of each row in float64; history: (key, value) [R, Hkv, d] of its tokens so
+    far."""
     rows, bounds = [], cu_seqlens.tolist()
     for r, q in enumerate(query.double()):
         p = r // n
@@ -45,12 +46,18 @@ def exact(kept, cu_seqlens, n, history, query, scale=None, softcap=None, window=
 @pytest.mark.parametrize(
     "how",
     [
-        {}, {"scale": 0.05}, {"softcap": 2.0}, {"window": 1}, {"window": 16}, {"window": 17},
+        {},
+        {"scale": 0.05},
+        {"softcap": 2.0},
+        {"window": 1},
+        {"window": 16},
+        {"window": 17},
         # The window passes the prompt's end, and one is longer than everything.
-        {"window": 30, "softcap": 0.7, "scale": 0.1}, {"window": 100},
+        {"window": 30, "softcap": 0.7, "scale": 0.1},
+        {"window": 100},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_both_caches_agree_with_float64(heads, kv_heads, d, lengths, how):
     kept, cu_seqlens, g = prefilled(lengths, kv_heads, d)
     n, room, rows = 3, 35, 3 * len(lengths)
@@ -117,7 +124,8 @@ def test_peaked_scores_stay_finite():
 
 @needs_native
 def test_small_and_large_scores_under_a_cap():
-    """Two keys: the weight is sigmoid of the difference of the capped scores, to a few units in the last place of these."""
+    """Two keys: the weight is sigmoid of the difference of the capped scores, to a few units in the last
+    place of these."""
     kept, cu_seqlens, _ = prefilled((1,), 1, 16)
     kept[0][0].zero_()
     kept[0][1].fill_(1.0)
@@ -142,9 +150,18 @@ def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, win
         for threads in (1, 2):
             cache, out = SharedCache(kept, cu_seqlens, 4, 5), torch.empty_like(query)
             native._native.decode_attention(
-                query, key, value, *cache.prompts[0], cache.owner, *cache.rows[0], 0, *score, out,
-                threads, instructions,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                *cache.prompts[0],
+                cache.owner,
+                *cache.rows[0],
+                0,
+                *score,
+                out,
+                threads,
+                instructions,
+            )
             results.append(out)
     alone = SharedCache(kept, cu_seqlens, 4, 5)
     alone.keep(torch.tensor([5]))

@@ -1,4 +1,5 @@
-"""Sampling: greedy equals transformers, log-probs equal the training forward's, random numbers are keyed, distributions are right."""
+"""Sampling: greedy equals transformers, log-probs equal the training forward's, random numbers are keyed,
+distributions are right."""
 
 import math
 
@@ -56,7 +57,8 @@ def every_cache(request, monkeypatch):
         monkeypatch.setattr(rollout, "new_cache", GpuCache)
 
 
-# Two are longer than every window, one token or more passes it while decoding, and the responses pass it by themselves.
+# Two are longer than every window, one token or more passes it while decoding, and the responses pass it by
+# themselves.
 LONG = [[1, 70, 75, 80], [90], list(range(20, 40)), [3, 9, 27, 81, 5, 15, 45]]
 
 
@@ -307,13 +309,30 @@ def test_prompts_that_cannot_be_used(tiny, prompt, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"n": 0}, {"n": 1.5}, {"max_new_tokens": 0}, {"max_rows": 0}, {"min_new_tokens": -1}, {"min_new_tokens": 5}, {"top_k": -1},
-        {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}, {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf},
-        {"temperature": 1e-45}, {"seed": 2**63}, {"seed": 0.5}, {"stop_token_ids": (-1,)}, {"stop_token_ids": (10**6,)},
-        {"prompt_key": torch.zeros(2, dtype=torch.int64)}, {"prompt_key": torch.zeros(1)}, {"prompt_key": [1]},
+        {"n": 0},
+        {"n": 1.5},
+        {"max_new_tokens": 0},
+        {"max_rows": 0},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 5},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": math.nan},
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": 1e-45},
+        {"seed": 2**63},
+        {"seed": 0.5},
+        {"stop_token_ids": (-1,)},
+        {"stop_token_ids": (10**6,)},
+        {"prompt_key": torch.zeros(2, dtype=torch.int64)},
+        {"prompt_key": torch.zeros(1)},
+        {"prompt_key": [1]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_arguments_that_cannot_be_used(tiny, change):
     with pytest.raises(UserError, match=next(iter(change)) + ".*expected"):
         generate(tiny, PROMPTS[:1], **{"n": 1, "max_new_tokens": 4, "seed": 0, **change})
@@ -430,12 +449,21 @@ def test_exponential_numbers_are_exponential_and_keyed():
 @pytest.mark.parametrize(
     "change",
     [
-        {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": 1e-45}, {"top_p": 0.0}, {"top_p": 1.5},
-        {"top_k": -1}, {"top_k": 1.5}, {"key": torch.zeros(3)}, {"key": torch.zeros(2, dtype=torch.int64)}, {"logits": torch.zeros(3)},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": 1e-45},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"key": torch.zeros(3)},
+        {"key": torch.zeros(2, dtype=torch.int64)},
+        {"logits": torch.zeros(3)},
         {"logits": torch.zeros(3, 0)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_sample_refuses_bad_values(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))} .*expected"):
         sample(**{"logits": torch.zeros(3, 5), "key": torch.zeros(3, dtype=torch.int64), "step": 0, **change})

@@ -1,4 +1,5 @@
-"""Files are whole or refused; a run killed at any moment resumes to the same bytes as one that was never killed."""
+"""Files are whole or refused; a run killed at any moment resumes to the same bytes as one that was never
+killed."""
 
 import errno
 import math
@@ -400,7 +401,8 @@ class Stop(Exception):
 
 
 def interrupted_in_policy(folder: Path) -> None:
-    """A run that ends by an error after step 5 of the first policy: partials of steps 2 and 4, and rows of all five steps."""
+    """A run that ends by an error after step 5 of the first policy: partials of steps 2 and 4, and rows of
+    all five steps."""
 
     def stopping(stage: Stage, pairs: Pairs) -> dict:
         policy(stage, pairs)
@@ -466,7 +468,8 @@ def no_sync(handle: int) -> None:
 
 
 def go_and_die(folder: Path, events: int) -> None:
-    """Run the program and SIGKILL this process at the `events`-th write, sync, rename or removal; a write stops half-way."""
+    """Run the program and SIGKILL this process at the `events`-th write, sync, rename or removal; a write
+    stops half-way."""
     count = 0
 
     def die_if_due() -> bool:

@@ -17,9 +17,18 @@ from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_state
 from engine.run.run import Run
 
 SHAPE = ModelConfig(
-    vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, max_positions=256,
-    rms_eps=1e-6, tied=True, rope=Rope(theta=1e4),
-)  # fmt: skip
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=256,
+    rms_eps=1e-6,
+    tied=True,
+    rope=Rope(theta=1e4),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +62,10 @@ def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
     two = plan().seconds
     assert plan(responses_per_prompt=0).seconds == plan(responses_per_prompt=8).seconds > 1.05 * two
     assert plan(pairs="mine.jsonl", responses_per_prompt=0).seconds == two  # a file has two
-    gradient = [Plan.of(c, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
-                for c in (PrimalDualConfig(), PrimalDualConfig(responses_per_prompt=0))]  # fmt: skip
+    gradient = [
+        Plan.of(c, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
+        for c in (PrimalDualConfig(), PrimalDualConfig(responses_per_prompt=0))
+    ]
     assert gradient[0] == gradient[1]
 
 

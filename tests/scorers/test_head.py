@@ -60,9 +60,15 @@ def toy_labels(n: int, prompt: bool = True) -> list[dict]:
 
 def test_learns_separable_pairs_and_labels_and_saves(tiny, tmp_path, capsys):
     config = HeadConfig(
-        data=(write(tmp_path / "p.jsonl", toy_pairs(20)), write(tmp_path / "l.jsonl", toy_labels(20, prompt=False))),
-        out=str(tmp_path / "toy"), model=tiny, layer=2, licence=("toy rows (public domain)",),
-    )  # fmt: skip
+        data=(
+            write(tmp_path / "p.jsonl", toy_pairs(20)),
+            write(tmp_path / "l.jsonl", toy_labels(20, prompt=False)),
+        ),
+        out=str(tmp_path / "toy"),
+        model=tiny,
+        layer=2,
+        licence=("toy rows (public domain)",),
+    )
     made = training.train(config)
     figures = json.loads((tmp_path / "toy" / "metrics.json").read_text())
     assert figures["test"]["p"]["pair_accuracy"] == 1.0
@@ -166,9 +172,12 @@ def test_shared_texts_leave_the_training_rows(tiny, tmp_path, capsys):
     pairs = toy_pairs(10)
     copy = dict(pairs[0], prompt="Another one?", chosen="  " + pairs[0]["chosen"].upper() + "\n")
     config = HeadConfig(
-        data=(write(tmp_path / "a.jsonl", pairs[1:] + [copy]),), test=(write(tmp_path / "b.jsonl", pairs[:1]),),
-        out=str(tmp_path / "o"), model=tiny, layer=1,
-    )  # fmt: skip
+        data=(write(tmp_path / "a.jsonl", pairs[1:] + [copy]),),
+        test=(write(tmp_path / "b.jsonl", pairs[:1]),),
+        out=str(tmp_path / "o"),
+        model=tiny,
+        layer=1,
+    )
     training.train(config)
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["removed_shared_rows"] == 1
     assert "1 training rows removed" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where a sign changes."""
+"""Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where
+a sign changes."""
 
 import dataclasses
 import json
@@ -240,8 +241,14 @@ def test_scorers_of_texts_are_tried_on_the_runs_prompts():
 def classifier_folder(tiny_folder, tmp_path):
     """The folder of a random sequence-classification model with one label."""
     config = LlamaConfig(
-        vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=2
-    )  # fmt: skip
+        vocab_size=384,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=2,
+    )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "classifier")
     return tmp_path / "classifier"

@@ -1,4 +1,5 @@
-"""Constraints on a kind of prompts, a mean cost and a rate: what training aims at, and whole runs with them."""
+"""Constraints on a kind of prompts, a mean cost and a rate: what training aims at, and whole runs with
+them."""
 
 import json
 import math
@@ -69,9 +70,13 @@ def units_of(*unit: float, above: list | None = None) -> Units:
 
 def test_each_cost_has_the_limit_that_is_set_for_it():
     config = MocanConfig(
-        cost=("a", "b", "c"), threshold=(0.1, 0.2, 0.3), cost_mean=(math.inf, -1.5, math.inf), cost_rate=(1, 1, 0.02),
-        cost_on=("delicate", "all", "all"), unsafe_above=(0.5,),
-    )  # fmt: skip
+        cost=("a", "b", "c"),
+        threshold=(0.1, 0.2, 0.3),
+        cost_mean=(math.inf, -1.5, math.inf),
+        cost_rate=(1, 1, 0.02),
+        cost_on=("delicate", "all", "all"),
+        unsafe_above=(0.5,),
+    )
     check(config)
     found = constraints.limits(config, ["A", "B", "C"])
     assert found == [
@@ -241,7 +246,8 @@ def unsafe_of(scored: Scored, above: tuple[float, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "unit", "aimed"), [("mean", 2.0, 1.0), ("rate", 0.5, 0.25)])
 def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path, kind, unit, aimed):
-    """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only prompt 1 misses."""
+    """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only
+    prompt 1 misses."""
     before = torch.tensor([[0.0, 0.0, 0.0, 0.0], [10.0, 10.0, 10.0, 10.0]], dtype=DTYPE)
     after = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]], dtype=DTYPE)
     if kind == "rate":
@@ -259,7 +265,8 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     # The mean over prompts is what the constraint itself misses.
     improvement = new.utility_PGJ.mean() - old.utility_PGJ.mean()
     assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - improvement))
-    # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and 0.
+    # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and
+    # 0.
     reference = reference_of(old, units, [limit], prompts, needed_J=needed, aimed=[aimed], aim_J=needed)
     rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
     sampled = samples_of(prompts, rollouts, scores_of(-after[..., None])).sampled
@@ -303,11 +310,18 @@ def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     )
     config = smoke(
         CaidConfig(
-            cost=("harm", "length=-tests.helpers.scorers:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
-            slack_prompts=12, eval_prompts=20, threads=1,
-            force=True, out=str(tmp_path / "run"), **own,
+            cost=("harm", "length=-tests.helpers.scorers:brevity"),
+            threshold=(-9.0, 0.0),
+            cost_on=("delicate", "all"),
+            n_prompts=24,
+            slack_prompts=12,
+            eval_prompts=20,
+            threads=1,
+            force=True,
+            out=str(tmp_path / "run"),
+            **own,
         )
-    )  # fmt: skip
+    )
     result = caid.train(config)
     first, second = result.evaluation.constraints
     assert (first.name, first.limit.kind, first.limit.on) == ("harm", "improvement", "delicate")
@@ -333,7 +347,8 @@ COST_MIDDLE = 12.0
 
 @dataclass(frozen=True, kw_only=True)
 class WorstTenth(MeanCost):
-    """Mean cost of the worst tenth of each prompt's responses <= value: a kind that the engine does not have."""
+    """Mean cost of the worst tenth of each prompt's responses <= value: a kind that the engine does not
+    have."""
 
     kind: ClassVar[str] = "worst"
     measured: ClassVar[str] = "worst tenth"
@@ -352,7 +367,8 @@ class WorstTenth(MeanCost):
 
 
 def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
-    """Costs 0 to 9 for each of two prompts, the first shifted by 10, so that the worst tenth has 19 and 9; the policy's is 3 less."""
+    """Costs 0 to 9 for each of two prompts, the first shifted by 10, so that the worst tenth has 19 and 9;
+    the policy's is 3 less."""
     cost = torch.arange(10, dtype=DTYPE).repeat(2, 1) + torch.tensor([[10.0], [0.0]], dtype=DTYPE)
     before, after, units, prompts = (
         -cost[..., None] / 2,
@@ -390,8 +406,15 @@ def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
     monkeypatch.setitem(KINDS, "worst", WorstTenth)
     still = estimate(torch.zeros(2))
     whole = Evaluation(
-        reward=still, constraints=(judged,), audits=(), kl=still, finished=(1, 1), mean_length=(9, 9), refusal_harmless=None,
-        n_prompts=2, n_responses=10,
-    )  # fmt: skip
+        reward=still,
+        constraints=(judged,),
+        audits=(),
+        kl=still,
+        finished=(1, 1),
+        mean_length=(9, 9),
+        refusal_harmless=None,
+        n_prompts=2,
+        n_responses=10,
+    )
     assert Evaluation.from_dict(json.loads(json.dumps(whole.as_dict()))) == whole
     assert answer(whole).endswith("constraint harm (worst tenth at most 12) is not resolved")

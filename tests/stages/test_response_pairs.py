@@ -1,4 +1,5 @@
-"""Files of response pairs: what is read, what is refused by row, and runs that learn from them (--pairs, --preferences)."""
+"""Files of response pairs: what is read, what is refused by row, and runs that learn from them (--pairs,
+--preferences)."""
 
 import json
 import os

@@ -114,9 +114,15 @@ def test_safe_dpo_drops_lowers_and_shifts_the_unsafe_responses():
 
 def test_a_target_applies_its_rules_to_the_responses_that_it_is_given():
     target = Target(
-        lam_J=LAM, score=lagrangian(LAM), coefficient=0.7, start="start", anchor="anchor", anchor_share=0.3,
-        shift=lambda scored: 2 * scored.reward_PG, dropped=lambda scored: scored.reward_PG > 1,
-    )  # fmt: skip
+        lam_J=LAM,
+        score=lagrangian(LAM),
+        coefficient=0.7,
+        start="start",
+        anchor="anchor",
+        anchor_share=0.3,
+        shift=lambda scored: 2 * scored.reward_PG,
+        dropped=lambda scored: scored.reward_PG > 1,
+    )
     on = target.on(SCORED)
     assert torch.equal(on.score_PG, lagrangian(LAM)(SCORED)) and torch.equal(on.shift_PG, 2 * REWARD)
     assert torch.equal(on.dropped_PG, REWARD > 1)

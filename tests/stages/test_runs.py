@@ -1,4 +1,5 @@
-"""Whole smoke runs through the command line: equal runs are bitwise equal, killed ones too, bad input ends before any compute."""
+"""Whole smoke runs through the command line: equal runs are bitwise equal, killed ones too, bad input ends
+before any compute."""
 
 import json
 import os
@@ -89,7 +90,8 @@ def test_what_a_run_writes(finished):
     }
     (reference,), report = read_rows(finished, ReferenceRow), (finished / "report.html").read_text()
     assert (finished / "report.png").stat().st_size > 10_000 and "constraint harm:" in report
-    # The report takes this number from a row that the engine wrote, see tests/report/test_report.py for the rest of it.
+    # The report takes this number from a row that the engine wrote, see tests/report/test_report.py for the
+    # rest of it.
     assert f"effective sample size {dual.ess:.1f} of {reference.responses}." in report
 
 
@@ -205,7 +207,8 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     ("max_kl", "kept"), [("1e-12", ["iteration-0", "rejected-1"]), ("inf", ["iteration-0", "iteration-1"])]
 )
 def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
-    """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as others can."""
+    """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as
+    others can."""
     flags = [
         "--iterations",
         "1",
@@ -286,10 +289,12 @@ def test_each_kind_of_preference_has_its_own_draws(tmp_path):
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
-    """The policy aligned to a file's reward labels prefers the file's better answers, and PeCAID runs on such scores."""
+    """The policy aligned to a file's reward labels prefers the file's better answers, and PeCAID runs on such
+    scores."""
     rows = [
-        {"prompt": f"Say {i}.", "response_0": "aaaa", "response_1": "bbbb", "reward": i % 2, "harm": 1} for i in range(8)
-    ]  # fmt: skip
+        {"prompt": f"Say {i}.", "response_0": "aaaa", "response_1": "bbbb", "reward": i % 2, "harm": 1}
+        for i in range(8)
+    ]
     file = write(tmp_path / "preferences.jsonl", rows)
     flags = ["--scores", "preference", "--preferences", file, "--preference-steps", "4", "--iterations", "1"]
     assert train.main(["caid", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
@@ -396,21 +401,42 @@ BIAS = "model.layers.1.self_attn.q_proj.bias"
     [
         (lambda f: with_weights(f, "model.norm.weight", None), "lacks tensor model.norm.weight"),
         (lambda f: with_weights(f, BIAS, torch.ones(32)), f"has unknown tensor {BIAS}"),
-        (lambda f: with_weights(f, "model.norm.weight", torch.ones(31)), "model.norm.weight has shape (31,), config.json wants (32,)"),
-        (lambda f: with_weights(f, "model.norm.weight", torch.ones(32, dtype=torch.int8)), "model.norm.weight is stored as I8"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]), "not a whole safetensors file"),
+        (
+            lambda f: with_weights(f, "model.norm.weight", torch.ones(31)),
+            "model.norm.weight has shape (31,), config.json wants (32,)",
+        ),
+        (
+            lambda f: with_weights(f, "model.norm.weight", torch.ones(32, dtype=torch.int8)),
+            "model.norm.weight is stored as I8",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
+            "not a whole safetensors file",
+        ),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin, a pickle"),
-        (lambda f: rewrite(f / "config.json", is_causal=False), "config.json: is_causal False is not supported"),
+        (
+            lambda f: rewrite(f / "config.json", is_causal=False),
+            "config.json: is_causal False is not supported",
+        ),
         (lambda f: rewrite(f / "config.json", hidden_size="32"), "hidden_size is '32'"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: a JSON list"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer could be loaded"),
         (lambda f: with_vocabulary(f, 300), "the tokenizer has 384 tokens, vocab_size in config.json is 300"),
-        (lambda f: with_text(f, "unheard-of"), "the tokenizer has 385 tokens, vocab_size in config.json is 384"),
-        (lambda f: rewrite(f / "config.json", eos_token_id=384), "end-of-sequence token 384 is not among the 384"),
-        (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["x"]}'), "generation_config.json: eos_token_id is ['x']"),
+        (
+            lambda f: with_text(f, "unheard-of"),
+            "the tokenizer has 385 tokens, vocab_size in config.json is 384",
+        ),
+        (
+            lambda f: rewrite(f / "config.json", eos_token_id=384),
+            "end-of-sequence token 384 is not among the 384",
+        ),
+        (
+            lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["x"]}'),
+            "generation_config.json: eos_token_id is ['x']",
+        ),
         (lambda f: (f / "generation_config.json").write_text("["), "generation_config.json: not valid JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_cannot_be_used_leaves_no_run_folder(tmp_path, tiny_folder, capsys, damage, message):
     shutil.copytree(tiny_folder, tmp_path / "model")
     damage(tmp_path / "model")
