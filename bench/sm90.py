@@ -20,7 +20,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_decode, triton_forward, triton_layer, triton_rows, triton_sampling
+from kernels.attention import decode_triton
+from kernels.layer import layer_triton
+from kernels.loss_head import forward_triton, rows_triton
+from kernels.sampling import draw_triton
 
 GATED = "3.6.0"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,12 +69,12 @@ def loss_kernels() -> list[Kernel]:
     listed, switches = [], list(itertools.product((False, True), repeat=2))
     for dtype, (bias, softcap), jacobian in itertools.product(DTYPES, switches, (True, False)):
         # A short vocabulary is one block, of fewer warps.
-        blocks = ((triton_rows.TritonRows.MAX_BLOCK, 8), (1024, 4))
+        blocks = ((rows_triton.TritonRows.MAX_BLOCK, 8), (1024, 4))
         for block, warps in blocks[: 2 if dtype == "bf16" else 1]:
             constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "JACOBIAN": jacobian, "BLOCK_V": block}
             name = f"rows of {block}{'' if jacobian else ', values'}{_switched(bias, softcap)}"
-            listed.append(Kernel(name, triton_rows.row_kernel, dtype, constants, warps))
-    for _, blocks in triton_forward.TABLE:
+            listed.append(Kernel(name, rows_triton.row_kernel, dtype, constants, warps))
+    for _, blocks in forward_triton.TABLE:
         for dtype, (bias, softcap) in itertools.product(("bf16", "fp16"), switches):
             constants = {
                 "HAS_BIAS": bias,
@@ -82,12 +85,12 @@ def loss_kernels() -> list[Kernel]:
                 "BLOCK_D": blocks.d,
             }
             name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{_switched(bias, softcap)}"
-            part = triton_forward.part_kernel
+            part = forward_triton.part_kernel
             listed.append(Kernel(name, part, dtype, constants, blocks.warps, blocks.stages, wgmma=True))
-    join = {"PARTS": triton_forward.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
+    join = {"PARTS": forward_triton.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
     # A count of 1 reaches a kernel as a constant.
     for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):
-        listed.append(Kernel(name, triton_forward.join_kernel, "fp32", constants, 4))
+        listed.append(Kernel(name, forward_triton.join_kernel, "fp32", constants, 4))
     return listed
 
 
@@ -113,19 +116,19 @@ def decode_kernels() -> list[Kernel]:
             "BLOCK_D": width,
         }
         suffix = ", softcap, window" if extra else ""
-        chosen = {triton_decode.prompt_tiles(width, DTYPES[dtype], queries) for queries in (16, 17)}
+        chosen = {decode_triton.prompt_tiles(width, DTYPES[dtype], queries) for queries in (16, 17)}
         for tiles in sorted(chosen):
             constants = flags | {"BLOCK_P": 256, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
             name = f"decode, prompts {tiles.queries}x{tiles.tokens}x{width}{suffix}"
             wgmma = tiles.queries >= 64
-            prompt = triton_decode.prompt_kernel
+            prompt = decode_triton.prompt_kernel
             listed.append(Kernel(name, prompt, dtype, constants, tiles.warps, tiles.stages, wgmma))
-        tiles = triton_decode.own_tiles(width, DTYPES[dtype], 4)
+        tiles = decode_triton.own_tiles(width, DTYPES[dtype], 4)
         constants = flags | {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
         name = f"decode, own {tiles.queries}x{tiles.tokens}x{width}{suffix}"
-        listed.append(Kernel(name, triton_decode.own_kernel, dtype, constants, tiles.warps, tiles.stages))
+        listed.append(Kernel(name, decode_triton.own_kernel, dtype, constants, tiles.warps, tiles.stages))
     store = {"WIDTH": 128, "BLOCK": 1024}
-    listed += [Kernel("decode, store", triton_decode.store_kernel, dtype, store, 4) for dtype in DTYPES]
+    listed += [Kernel("decode, store", decode_triton.store_kernel, dtype, store, 4) for dtype in DTYPES]
     return listed + [_single(k) for k in listed if k.dtype == "bf16" and k.constants["WIDTH"] == 64]
 
 
@@ -135,17 +138,17 @@ def sampling_kernels() -> list[Kernel]:
     listed = []
     for dtype in DTYPES:
         for greedy, truncated in ((False, False), (True, False), (False, True)):
-            constants = {"BLOCK": triton_sampling.PART, "GREEDY": greedy, "TRUNCATED": truncated}
+            constants = {"BLOCK": draw_triton.PART, "GREEDY": greedy, "TRUNCATED": truncated}
             name = "sampling, parts" + ", greedy" * greedy + ", truncated" * truncated
-            listed.append(Kernel(name, triton_sampling.part_kernel, dtype, constants, 8))
+            listed.append(Kernel(name, draw_triton.part_kernel, dtype, constants, 8))
         for truncated in (False, True):
             constants = {"BLOCK_PARTS": 64, "TRUNCATED": truncated}
             name = "sampling, join" + ", truncated" * truncated
-            listed.append(Kernel(name, triton_sampling.join_kernel, dtype, constants, 1))
+            listed.append(Kernel(name, draw_triton.join_kernel, dtype, constants, 1))
         for top_k, top_p in ((50, 1.0), (0, 0.9), (50, 0.9)):
-            constants = {"TOP_K": top_k, "TOP_P": top_p, "BLOCK": triton_sampling.ROW_BLOCK}
+            constants = {"TOP_K": top_k, "TOP_P": top_p, "BLOCK": draw_triton.ROW_BLOCK}
             name = "sampling, keep" + f", top-k {top_k}" * (top_k > 0) + f", top-p {top_p}" * (top_p < 1)
-            keep, warps = triton_sampling.keep_kernel, triton_sampling.ROW_WARPS
+            keep, warps = draw_triton.keep_kernel, draw_triton.ROW_WARPS
             listed.append(Kernel(name, keep, dtype, constants, warps))
     return listed + [_single(k) for k in listed if k.dtype == "bf16" and "parts" in k.function.arg_names]
 
@@ -157,9 +160,9 @@ def layer_kernels() -> list[Kernel]:
     for dtype in DTYPES:
         for width, add in itertools.product((576, 4096, 8192), (False, True)):
             block = triton.next_power_of_2(width)
-            constants, warps = {"ADD": add, "BLOCK": block}, triton_layer.norm_warps(block)
+            constants, warps = {"ADD": add, "BLOCK": block}, layer_triton.norm_warps(block)
             name = f"norm of {width}" + ", added" * add
-            listed.append(Kernel(name, triton_layer.norm_kernel, dtype, constants, warps))
+            listed.append(Kernel(name, layer_triton.norm_kernel, dtype, constants, warps))
         for heads, kv_heads, d in ((9, 3, 64), (32, 8, 128)):
             constants = {
                 "HEADS": heads,
@@ -170,9 +173,9 @@ def layer_kernels() -> list[Kernel]:
                 "BLOCK_V": triton.next_power_of_2(kv_heads * d),
             }
             name = f"rotate {heads} + {kv_heads} of {d}"
-            listed.append(Kernel(name, triton_layer.rotate_kernel, dtype, constants, 4))
-        constants = {"BLOCK": triton_layer.GATE_BLOCK}
-        listed.append(Kernel("gate", triton_layer.gate_kernel, dtype, constants, 4))
+            listed.append(Kernel(name, layer_triton.rotate_kernel, dtype, constants, 4))
+        constants = {"BLOCK": layer_triton.GATE_BLOCK}
+        listed.append(Kernel("gate", layer_triton.gate_kernel, dtype, constants, 4))
     return listed
 
 

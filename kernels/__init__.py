@@ -1,8 +1,16 @@
 """Dualign's fused ops."""
 
-from kernels.dual_moments import dual_moments
-from kernels.lagrangian import lagrangian_policy_loss, lagrangian_preference_loss
-from kernels.sampling import sample
-from kernels.sequence_logprob import sequence_logprob
+from kernels.attention.decode import decode_attention
+from kernels.loss_head.logprob import sequence_logprob
+from kernels.loss_head.losses import lagrangian_policy_loss, lagrangian_preference_loss
+from kernels.moments import dual_moments
+from kernels.sampling.draw import sample
 
-__all__ = ["dual_moments", "lagrangian_policy_loss", "lagrangian_preference_loss", "sample", "sequence_logprob"]
+__all__ = [
+    "decode_attention",
+    "dual_moments",
+    "lagrangian_policy_loss",
+    "lagrangian_preference_loss",
+    "sample",
+    "sequence_logprob",
+]

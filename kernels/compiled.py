@@ -1,5 +1,8 @@
-"""The compiled module of csrc/, where it was built, and how this make of processor multiplies float32 matrices."""
+"""The compiled module of csrc/, where it was built, and how this make of processor multiplies float32
+matrices.
+"""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +13,21 @@ try:
 except ImportError:
     _native = None
 
-# Instruction sets that this processor runs, fastest first.
+# The instruction sets that this processor runs, fastest first.
 instructions: tuple[str, ...] = () if _native is None else _native.instructions
+
+_warned = False
 
 
 class Make(NamedTuple):
-    """How float32 work on the CPU is done on one make of processor (LOG.md has the measurements behind the numbers)."""
+    """How float32 work on the CPU is done on one make of processor.
 
-    instructions: str | None  # the instruction set of the compiled code; None: plain torch does all the work
+    LOG.md has the measurements behind the numbers.
+    """
+
+    instructions: str | None  # instruction set of the compiled code; None: plain torch does all the work
     few_rows: int  # a layer's product of at most this many rows sums along the rows of the matrix as they lie
-    panel_rows: int | None  # one of at most this many rows takes the matrix in panels; None: so does every product
+    panel_rows: int | None  # one of at most this many takes the matrix in panels; None: so does every product
 
     @property
     def compiles_products(self) -> bool:
@@ -39,7 +47,10 @@ MAKES = {
 
 
 def _make() -> Make:
-    """The make of this processor. On Intel processors MKL, torch's choice there, multiplies many rows fastest."""
+    """Find the make of this processor.
+
+    On Intel processors MKL, torch's choice there, multiplies many rows fastest.
+    """
     file = Path("/proc/cpuinfo")
     intel = torch.backends.mkl.is_available() and file.is_file() and "GenuineIntel" in file.read_text()
     names = {"avx512": ("amd", "intel"), "avx2": ("avx2", "intel, avx2"), "generic": ("generic", "generic")}
@@ -47,3 +58,17 @@ def _make() -> Make:
 
 
 make = _make()
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether compiled code works on such tensors; log once where only the module is missing."""
+    global _warned
+    if device.type != "cpu" or dtype != torch.float32:
+        return False
+    if make.instructions is None and not _warned:
+        _warned = True
+        cure = "with a C++ compiler, install the project again"
+        logging.getLogger(__name__).warning(
+            f"the compiled CPU kernels are not there: slower torch code runs instead; {cure}"
+        )
+    return make.instructions is not None

@@ -1,9 +1,10 @@
-"""Products with frozen matrices. For float32 on a CPU compiled code (csrc/products.cpp) makes them, except on Intel
-processors, where MKL is faster at many rows. A few rows read the matrix once, as fast as memory gives it; more rows
-take it in panels of columns. `kernels.compiled.Make` says which way goes when.
+"""Products with frozen matrices. For float32 on a CPU compiled code (csrc/products.cpp) makes them, except on
+Intel processors, where MKL is faster at many rows. A few rows read the matrix once, as fast as memory gives
+it; more rows take it in panels of columns. `kernels.compiled.Make` says which way goes when.
 
-The terms of a panel's sums are added up 128 at a time, so that rounding errors are as small as MKL's. oneDNN adds
-more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10 times in a gradient (LOG.md).
+The terms of a panel's sums are added up 128 at a time, so that rounding errors are as small as MKL's. oneDNN
+adds more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10 times in a
+gradient (LOG.md).
 """
 
 import torch
@@ -15,9 +16,11 @@ from kernels.compiled import _native
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], with the gradient in x alone where compiled code does it.
+    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], with the gradient in x alone where
+    compiled code does it.
 
-    weight and bias are frozen there (no gradient is asked of them); anything else goes to `torch.nn.functional.linear`.
+    weight and bias are frozen there (no gradient is asked of them); anything else goes to
+    `torch.nn.functional.linear`.
     """
     if torch.is_grad_enabled():
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -35,9 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether compiled code makes every product of these: two float32 matrices on the CPU, neither empty, weight dense by rows or by
-    columns, on a make of processor where it is the fastest."""
-    return _on_cpu(x, weight) and compiled.make.compiles_products and (weight.is_contiguous() or weight.t().is_contiguous())
+    """Whether compiled code makes every product of these: two float32 matrices on the CPU, neither empty,
+    weight dense by rows or by columns, on a make of processor where it is the fastest."""
+    return (
+        _on_cpu(x, weight)
+        and compiled.make.compiles_products
+        and (weight.is_contiguous() or weight.t().is_contiguous())
+    )
 
 
 def _on_cpu(x: Tensor, weight: Tensor) -> bool:
@@ -46,7 +53,9 @@ def _on_cpu(x: Tensor, weight: Tensor) -> bool:
     return both and x.numel() > 0 and weight.numel() > 0 and not torch.compiler.is_compiling()
 
 
-def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def times_transposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """`linear` without a gradient. out: a contiguous matrix for the product, without a bias."""
     if serves(x, weight):
         return panels(x, weight, bias, compiled.make.instructions, out=out)
@@ -58,30 +67,48 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
 
 
 def add_product(total: Tensor, x: Tensor, matrix: Tensor, first: bool) -> None:
-    """total [R, N] += x [R, K] times matrix [K, N], or = where it is the `first`; all of it float32 on the CPU, total contiguous."""
+    """total [R, N] += x [R, K] times matrix [K, N], or = where it is the `first`; all of it float32 on the
+    CPU, total contiguous.
+    """
     if serves(x, matrix.t()):
-        panels(x, matrix.t(), None, compiled.make.instructions, out=total.zero_() if first else total, add=True)
+        panels(
+            x, matrix.t(), None, compiled.make.instructions, out=total.zero_() if first else total, add=True
+        )
         return
     share = torch.mm(x, matrix, out=x.new_empty(total.shape))
     total.copy_(share) if first else total.add_(share)
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str) -> Tensor:
-    """`linear` without a gradient for float32 on the CPU, weight contiguous: bit for bit the same for any number of rows and threads."""
+    """`linear` without a gradient for float32 on the CPU, weight contiguous: bit for bit the same for any
+    number of rows and threads.
+    """
     out = x.new_empty(len(x), len(weight))
     _native.few_rows(x.contiguous(), weight, _dense(bias), out, torch.get_num_threads(), instruction_set)
     return out
 
 
-def panels(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str, *, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """As `few_rows`, for many rows and AVX2 or AVX-512; the order of its sums is another. weight or its transpose is contiguous.
+def panels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    instruction_set: str,
+    *,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """As `few_rows`, for many rows and AVX2 or AVX-512; the order of its sums is another. weight or its
+    transpose is contiguous.
 
-    out: a contiguous matrix for the product; with `add` the product is added to it, 1024 terms of each sum at a time.
+    out: a contiguous matrix for the product; with `add` the product is added to it, 1024 terms of each sum at
+    a time.
     """
     out = x.new_empty(len(x), len(weight)) if out is None else out
     turned = not weight.is_contiguous()
     matrix = weight.t() if turned else weight
-    _native.panels(x.contiguous(), matrix, turned, _dense(bias), out, add, torch.get_num_threads(), instruction_set)
+    _native.panels(
+        x.contiguous(), matrix, turned, _dense(bias), out, add, torch.get_num_threads(), instruction_set
+    )
     return out
 
 

@@ -311,9 +311,12 @@ def pretend() -> None:
     """From now on there is a GPU in this process."""
     import torch.nn.attention.varlen as varlen
 
-    from kernels import triton_decode, triton_forward, triton_layer, triton_rows, triton_sampling
+    from kernels.attention import decode_triton
+    from kernels.layer import layer_triton
+    from kernels.loss_head import forward_triton, rows_triton
+    from kernels.sampling import draw_triton
 
-    for module in (triton_decode, triton_forward, triton_layer, triton_rows, triton_sampling):
+    for module in (decode_triton, draw_triton, forward_triton, layer_triton, rows_triton):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Launch(getattr(module, name)))
     nothing = contextlib.nullcontext
@@ -321,7 +324,7 @@ def pretend() -> None:
         "is_available": lambda: True, "device_of": lambda x: nothing(), "stream": lambda stream: nothing(), "Stream": lambda: None,
         "synchronize": lambda *device: None, "empty_cache": lambda: None, "mem_get_info": lambda *device: (2**33, 2**33),
         "set_sync_debug_mode": lambda mode: setattr(state, "watched", mode == "error"), "CUDAGraph": Graph, "graph": capture,
-    }.items():  # fmt: skip
+    }.items():
         setattr(torch.cuda, name, value)
     torch.Generator, torch.profiler.profile, varlen.varlen_attn = Generator, Profile, varlen_attn
     Devices().__enter__()

@@ -4,10 +4,6 @@ import math
 
 import pytest
 import torch
-from test_decode_attention import OPTIONS, assert_as_good_as_torch
-from test_decode_attention import problem as decode_problem
-from test_kernels_loss_head import PAIRS, budget_of, policy, problem
-from test_kernels_reference import dense_dpo, preference_gradients
 
 from bench.run.measure import peak_bytes
 from engine.model.attention import attend_packed, runs_kernel
@@ -19,10 +15,14 @@ from engine.rollout import sampler as rollout
 from engine.rollout.decoding import decode
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from kernels import lagrangian_preference_loss, layer, reference, sample, sequence_logprob
-from kernels.decode_attention import decode_attention, store
-from kernels.sampling import exponential, stream
+from kernels import decode_attention, lagrangian_preference_loss, reference, sample, sequence_logprob
+from kernels.attention.decode import store
+from kernels.layer import layer
+from kernels.random import exponential, stream
 from tests.helpers.attention import HOW, LAYOUTS
+from tests.helpers.decode import OPTIONS, assert_as_good_as_torch
+from tests.helpers.decode import problem as decode_problem
+from tests.helpers.losses import PAIRS, budget_of, dense_dpo, policy, preference_gradients, problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -38,7 +38,7 @@ def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, d
 @pytest.mark.parametrize("chunk", [None, 12])
 @pytest.mark.parametrize("lengths_too", [False, True])
 def test_preference_loss_against_float64(dtype, vocabulary, width, chunk, lengths_too):
-    """test_kernels_suite runs on the GPU too; here are real vocabularies, and lengths and pairs that lie there."""
+    """tests/kernels/test_hard_cases.py runs on the GPU too; here are real vocabularies, and lengths and pairs that lie there."""
     data, labels = problem(dtype, vocabulary=vocabulary, width=width, bias=True, weighted=True)
     there, there_labels = on_gpu(data, labels, lengths_too)
     budget = None if chunk is None else budget_of(there, chunk)

@@ -12,8 +12,7 @@ from bench.gpu.steps import BF16, copy_rate, per_call, table
 from bench.run import floors
 from bench.run.measure import interleaved
 from engine.model.attention import Layout, attend_packed
-from kernels import sample
-from kernels.decode_attention import decode_attention
+from kernels import decode_attention, sample
 
 
 def ceilings(

@@ -7,7 +7,10 @@ import torch
 
 from bench.gpu.kernels import CACHE, Cache, Heads, decode_problem
 from bench.gpu.steps import BF16, copy_rate, per_call, table
-from kernels import triton_decode, triton_forward, triton_rows
+from kernels.attention import decode_triton
+from kernels.attention.records import Caches, Score
+from kernels.loss_head import forward_triton, rows_triton
+from kernels.loss_head.records import Head
 
 # (width, vocabulary) of the loss heads that are tried.
 LOSS_HEADS = ((576, 49152), (896, 151936), (1024, 151936), (1536, 151936), (2048, 128256), (4096, 128256))
@@ -35,7 +38,7 @@ def row_tiles(device: torch.device, rows: int = 8192, vocabulary: int = 151936) 
             continue
 
         def call(i: int, block: int = block, warps: int = warps) -> None:
-            triton_rows.row_kernel[(rows,)](
+            rows_triton.row_kernel[(rows,)](
                 logits,
                 jacobian,
                 logits,
@@ -55,7 +58,7 @@ def row_tiles(device: torch.device, rows: int = 8192, vocabulary: int = 151936) 
             )
 
         s = per_call(call, 2, device)
-        chosen = block == triton_rows.TritonRows.MAX_BLOCK and warps == 8
+        chosen = block == rows_triton.TritonRows.MAX_BLOCK and warps == 8
         measured.append(
             [block, warps, 1000 * s, moved / s / 1e9, 100 * moved / s / copied, "chosen" * chosen]
         )
@@ -77,21 +80,22 @@ def forward_tiles(
         logits = torch.empty(rows, vocabulary, dtype=BF16, device=device)
         bare = per_call(lambda i, h=hidden, w=weight, z=logits: torch.mm(h, w.t(), out=z), 3, device)
         del logits
-        sizes = triton_rows.TritonRows.sizes(weight, None, None, rows, 1 << 62, "kept")
-        work = triton_rows.TritonRows(weight, None, 1.0, None, sizes, rows, "kept")
+        head = Head(weight, bias=None, temperature=1.0, softcap=None)
+        sizes = rows_triton.TritonRows.sizes(head, rows, 1 << 62, "kept")
+        work = rows_triton.TritonRows(head, sizes, rows, "kept")
         ways = {stored: lambda i, w=work, h=hidden, y=target: w._logprob(h, y, w.logits, False)}
         for tile in FORWARD_TILES:
-            blocks = triton_forward.Blocks(*tile)
-            ways[_without(tile)] = lambda i, b=blocks, h=hidden, w=weight, y=target, o=out: (
-                triton_forward.token_logprob(h, w, None, y, 1.0, None, b, o)
+            blocks = forward_triton.Blocks(*tile)
+            ways[_without(tile)] = lambda i, b=blocks, h=hidden, head=head, y=target, o=out: (
+                forward_triton.token_logprob(h, head, y, b, o)
             )
-        chosen = triton_forward.blocks_for(width, BF16)
+        chosen = forward_triton.blocks_for(width, BF16)
         chosen = stored if chosen is None else _without(chosen)
         for name, way in ways.items():
             s = per_call(way, 3, device)
             share = 100 * bare / s
             measured.append([f"{width} x {vocabulary}", name, 1000 * s, share, "chosen" * (name == chosen)])
-        del hidden, weight, work, ways
+        del hidden, weight, head, work, ways
     title = f"Log-probs of {rows} rows without gradients, bfloat16"
     return [table(title, ["head", "", "ms", "% of the bare product", ""], measured, device=device)]
 
@@ -105,20 +109,18 @@ def decode_tiles(device: torch.device, cache: Cache = CACHE) -> list[dict]:
     prompt."""
     heads, used = Heads(12, 2, 128), cache.room // 2
     data = [decode_problem(cache, heads, used, device) for _ in range(cache.layers)]
+    queries = [problem.pop("query") for problem in data]
+    caches = [Caches(**problem) for problem in data]
     group = heads.query // heads.key
     chosen = (
-        triton_decode.prompt_tiles(heads.width, BF16, cache.n * group),
-        triton_decode.own_tiles(heads.width, BF16, group),
+        decode_triton.prompt_tiles(heads.width, BF16, cache.n * group),
+        decode_triton.own_tiles(heads.width, BF16, group),
     )
-    options, measured = {"scale": None, "softcap": None, "window": None}, []
+    score, measured = Score(heads.width**-0.5, softcap=None, window=None), []
     for shared, own, parts in itertools.product(SHARED_TILES, OWN_TILES, (1, 2, 4)):
-        tiles = {
-            "shared": triton_decode.Tiles(*shared),
-            "own": triton_decode.Tiles(*own),
-            "parts": parts,
-        }
+        plan = decode_triton.Plan(decode_triton.Tiles(*shared), decode_triton.Tiles(*own), parts)
         s = per_call(
-            lambda i, tiles=tiles: triton_decode.decode_attention(**data[i], **options, **tiles),
+            lambda i, plan=plan: decode_triton.decode_attention(queries[i], caches[i], score, plan),
             cache.layers,
             device,
         )

@@ -39,7 +39,7 @@ from engine.policy.forward import LogprobGap, logprob_gap
 from engine.records import Rollouts
 from engine.rollout.sampler import generate
 from engine.run.machine import keep_freed_memory
-from kernels.sampling import combine
+from kernels.random import combine
 
 N = 8  # responses to each prompt
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.model.architecture import ModelConfig
 from engine.model.attention import Attention, Layout, PackedAttention
 from engine.model.low_rank import LayerMatrices, LowRank
-from kernels.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
+from kernels.layer.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
 from kernels.products import linear
 
 # Is shown the residual stream before each layer and after the last one of a pass: (layer, states [M, D]).

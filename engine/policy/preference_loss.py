@@ -16,7 +16,7 @@ from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Pairs, ScoredTarget
 from kernels import lagrangian_preference_loss, sequence_logprob
-from kernels.sampling import combine, uniform
+from kernels.random import combine, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

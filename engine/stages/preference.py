@@ -32,7 +32,7 @@ from engine.run.store import load
 from engine.scorers.base import Scorers
 from engine.stages.job import Job, Subject, new_adapter
 from engine.stages.reference import Reference, aims, reference_units, within_correlation
-from kernels.sampling import combine
+from kernels.random import combine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from engine.run.run import Stage
 from engine.run.store import RecordT, load
 from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.job import Job, Subject
-from kernels.sampling import combine
+from kernels.random import combine
 
 # Prompts of each sampling whose samples are run through the training forward again.
 GAP_PROMPTS = 4

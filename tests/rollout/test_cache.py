@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine.rollout.cache import Cache, GpuCache, SharedCache, new_cache
-from kernels import compiled, native
+from kernels import compiled
+from kernels.attention.decode_native import BlockedCache
 
 needs_native = pytest.mark.skipif(not compiled.instructions, reason="kernels._native is not built")
 
@@ -149,19 +150,8 @@ def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, win
     for instructions in compiled.instructions:
         for threads in (1, 2):
             cache, out = SharedCache(kept, cu_seqlens, 4, 5), torch.empty_like(query)
-            native._native.decode_attention(
-                query,
-                key,
-                value,
-                *cache.prompts[0],
-                cache.owner,
-                *cache.rows[0],
-                0,
-                *score,
-                out,
-                threads,
-                instructions,
-            )
+            tensors = BlockedCache(*cache.prompts[0], cache.owner, *cache.rows[0], used=0)
+            compiled._native.decode_attention(query, key, value, *tensors, *score, out, threads, instructions)
             results.append(out)
     alone = SharedCache(kept, cu_seqlens, 4, 5)
     alone.keep(torch.tensor([5]))

@@ -20,8 +20,8 @@ from engine.rollout import sampler as rollout
 from engine.rollout.cache import GpuCache
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from kernels import compiled, native, sample, sequence_logprob
-from kernels.sampling import combine, exponential, stream, uniform
+from kernels import compiled, sample, sequence_logprob
+from kernels.random import combine, exponential, stream, uniform
 from tests.helpers.architectures import VARIANTS, write_model
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69, 70, 71, 99, 100]]
@@ -52,7 +52,7 @@ def random_folder(request, tmp_path_factory):
 @pytest.fixture(params=["compiled", "torch", "gpu"])
 def every_cache(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "serves", lambda device, dtype: False)
+        monkeypatch.setattr(compiled, "serves", lambda device, dtype: False)
     if request.param == "gpu":  # with the torch twins of its kernels
         monkeypatch.setattr(rollout, "new_cache", GpuCache)
 

@@ -1,0 +1,75 @@
+"""What a decoder layer does between its matrix products: RMS norm, rotary positions, gated SiLU.
+
+Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 on the CPU
+to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py). The torch code is their specification,
+and serves gradients and all else.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import compiled
+from kernels.layer import layer_native
+
+
+def _backend(x: Tensor, *others: Tensor) -> ModuleType | None:
+    """Return the module with compiled code for these rows, native or Triton, or None for plain torch."""
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
+    if torch.compiler.is_compiling() or differentiated or x.dim() != 2:
+        return None
+    if compiled.serves(x.device, x.dtype):
+        return layer_native
+    if x.is_cuda:
+        from kernels.layer import layer_triton
+
+        return layer_triton if layer_triton.serves(x, *others) else None
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., N], weight [N]."""
+    rows = _backend(x, weight)
+    if rows is None:
+        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    return rows.rms_norm(x, None, weight, epsilon)[1]
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return x + delta and its `rms_norm`."""
+    if (rows := _backend(x, delta, weight)) is not None:
+        return rows.rms_norm(x, delta, weight, epsilon)
+    total = x + delta
+    return total, F.rms_norm(total, (total.shape[-1],), weight, epsilon)
+
+
+def split_rotated(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split qkv [R, (H + 2 Hkv) d] into queries [R, H, d], keys [R, Hkv, d] and values [R, Hkv, d].
+
+    Queries and keys are turned by their positions with cos, sin [R, d]: a head x becomes
+    x cos + (-second half, first half) sin.
+    """
+    if (rows := _backend(qkv, cos, sin)) is not None:
+        return rows.split_rotated(qkv, cos, sin, heads, kv_heads)
+    qkv = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
+    turned = rotated(qkv[:, : heads + kv_heads], cos, sin)
+    return turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads x [R, n, d] by cos, sin [R, d]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up, [R, N], of gate_up [R, 2 N]."""
+    if (rows := _backend(gate_up)) is not None:
+        return rows.gated_silu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,178 @@
+"""RMS norm, rotary positions and gated SiLU on a GPU: a kernel each, where torch takes two to eight.
+
+`kernels.layer.layer` says what they do. Arithmetic is float32, and each result is rounded to the dtype once.
+Each layer launches 12 kernels per decoding step instead of 21.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GATE_BLOCK = 1024
+
+
+@triton.jit
+def norm_kernel(
+    p_x,  # [R, N], rows x_stride apart
+    p_delta,  # [R, N], rows delta_stride apart
+    p_weight,  # [N]
+    p_total,  # [R, N]: x + delta, rounded, of which the norm is taken
+    p_out,  # [R, N]
+    x_stride,
+    delta_stride,
+    width,
+    epsilon,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = o < width
+    x = tl.load(p_x + i_row * x_stride + o, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        delta = tl.load(p_delta + i_row * delta_stride + o, mask=inside, other=0.0)
+        total = (x + delta.to(tl.float32)).to(p_total.dtype.element_ty)
+        tl.store(p_total + i_row * width + o, total, mask=inside)
+        x = total.to(tl.float32)
+    weight = tl.load(p_weight + o, mask=inside, other=0.0).to(tl.float32)
+    out = x * (1 / tl.sqrt(tl.sum(x * x, 0) / width + epsilon)) * weight
+    tl.store(p_out + i_row * width + o, out.to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_kernel(
+    p_qkv,  # [R, (HEADS + 2 KV_HEADS) 2 HALF], rows qkv_stride apart
+    p_cos,  # [R, 2 HALF]
+    p_sin,  # [R, 2 HALF]
+    p_query,  # [R, HEADS, 2 HALF]
+    p_key,  # [R, KV_HEADS, 2 HALF]
+    p_value,  # [R, KV_HEADS, 2 HALF]
+    qkv_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    i_row, o_h, o_d = (
+        tl.program_id(0).to(tl.int64),
+        tl.arange(0, BLOCK_H)[:, None],
+        tl.arange(0, BLOCK_D)[None, :],
+    )
+    in_d = o_d < HALF
+    inside = (o_h < HEADS + KV_HEADS) & in_d
+    source = p_qkv + i_row * qkv_stride + o_h * 2 * HALF + o_d
+    lower = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    upper = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    angle = i_row * 2 * HALF + o_d
+    cos_low = tl.load(p_cos + angle, mask=in_d, other=0.0)
+    cos_up = tl.load(p_cos + angle + HALF, mask=in_d, other=0.0)
+    sin_low = tl.load(p_sin + angle, mask=in_d, other=0.0)
+    sin_up = tl.load(p_sin + angle + HALF, mask=in_d, other=0.0)
+    low = lower * cos_low.to(tl.float32) - upper * sin_low.to(tl.float32)
+    up = upper * cos_up.to(tl.float32) + lower * sin_up.to(tl.float32)
+    kind = p_query.dtype.element_ty
+    query = p_query + (i_row * HEADS + o_h) * 2 * HALF + o_d
+    tl.store(query, low.to(kind), mask=inside & (o_h < HEADS))
+    tl.store(query + HALF, up.to(kind), mask=inside & (o_h < HEADS))
+    key = p_key + (i_row * KV_HEADS + o_h - HEADS) * 2 * HALF + o_d
+    tl.store(key, low.to(kind), mask=inside & (o_h >= HEADS))
+    tl.store(key + HALF, up.to(kind), mask=inside & (o_h >= HEADS))
+    o_v = tl.arange(0, BLOCK_V)
+    in_v = o_v < KV_HEADS * 2 * HALF
+    value = tl.load(p_qkv + i_row * qkv_stride + (HEADS + KV_HEADS) * 2 * HALF + o_v, mask=in_v)
+    tl.store(p_value + i_row * KV_HEADS * 2 * HALF + o_v, value, mask=in_v)
+
+
+@triton.jit
+def gate_kernel(
+    p_gate_up,  # [R, 2 N], rows stride apart
+    p_out,  # [R, N]
+    gate_stride,
+    width,
+    BLOCK: tl.constexpr,
+):
+    i_row, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = o < width
+    gate = tl.load(p_gate_up + i_row * gate_stride + o, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(p_gate_up + i_row * gate_stride + width + o, mask=inside, other=0.0).to(tl.float32)
+    out = gate / (1 + tl.exp(-gate)) * up
+    tl.store(p_out + i_row * width + o, out.to(p_out.dtype.element_ty), mask=inside)
+
+
+def serves(x: Tensor, *others: Tensor) -> bool:
+    """Return whether these kernels take x [R, N] and the tensors with it.
+
+    They take tensors on a GPU, in one dtype of up to 32 bits, and not empty.
+    """
+    alike = x.is_cuda and x.dtype != torch.float64 and all(t.dtype == x.dtype for t in others)
+    return alike and x.numel() > 0 and x.stride(1) == 1
+
+
+def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return x + delta, or x itself without a delta, and its norm, [R, N] each."""
+    rows, width = x.shape
+    out = x.new_empty(rows, width)
+    total = x if delta is None else torch.empty_like(out)
+    delta = x if delta is None else delta
+    delta = delta if delta.stride(1) == 1 else delta.contiguous()
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        norm_kernel[(rows,)](
+            x,
+            delta,
+            weight,
+            total,
+            out,
+            x.stride(0),
+            delta.stride(0),
+            width,
+            epsilon,
+            ADD=total is not x,
+            BLOCK=block,
+            num_warps=norm_warps(block),
+        )
+    return total, out
+
+
+def norm_warps(block: int) -> int:
+    """Return 1 to 16 warps, for about 8 numbers a thread."""
+    return max(1, min(16, block // 256))
+
+
+def split_rotated(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `kernels.layer.layer.split_rotated` does, as three contiguous tensors."""
+    rows, d = len(qkv), cos.shape[1]
+    query, key, value = (qkv.new_empty(rows, n, d) for n in (heads, kv_heads, kv_heads))
+    with torch.cuda.device_of(qkv):
+        rotate_kernel[(rows,)](
+            qkv,
+            cos.contiguous(),
+            sin.contiguous(),
+            query,
+            key,
+            value,
+            qkv.stride(0),
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HALF=d // 2,
+            BLOCK_H=triton.next_power_of_2(heads + kv_heads),
+            BLOCK_D=triton.next_power_of_2(d // 2),
+            BLOCK_V=triton.next_power_of_2(kv_heads * d),
+            num_warps=4,
+        )
+    return query, key, value
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up, [R, N]."""
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    with torch.cuda.device_of(gate_up):
+        gate_kernel[(rows, triton.cdiv(width, GATE_BLOCK))](
+            gate_up, out, gate_up.stride(0), width, BLOCK=GATE_BLOCK, num_warps=4
+        )
+    return out

@@ -1,0 +1,1 @@
+"""hidden x head -> log-probs, the losses on them, and their gradients."""

@@ -1,0 +1,165 @@
+"""Checks of the arguments of the loss ops: first all but the values of tensors, then the values that may be
+read.
+"""
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    check_finite,
+    check_positive,
+    check_tensor,
+    check_values,
+    readable,
+)
+from kernels.loss_head.records import Head, Labels, Policy, Rows, Scores
+
+
+def check_rows(rows: Rows, head: Head, memory_budget_bytes: int | None) -> None:
+    """Check the arguments that the loss ops share, but for the values of tensors."""
+    hidden, weight = rows.hidden, head.weight
+    check_tensor("hidden", hidden, (None, None), FLOATS, None)
+    here = (hidden.device,)
+    here_or_cpu = (hidden.device, torch.device("cpu"))
+    count, width = hidden.shape
+    check_tensor("weight", weight, (None, width), (hidden.dtype,), here)
+    vocabulary = weight.shape[0]
+    if vocabulary == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}: expected at least one vocabulary row")
+    check_tensor("target", rows.target, (count,), INTEGERS, here)
+    check_tensor("cu_seqlens", rows.cu_seqlens, (None,), INTEGERS, here_or_cpu)
+    if rows.cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens has shape [0]: expected one entry more than there are sequences")
+    if rows.token_weight is not None:
+        check_tensor("token_weight", rows.token_weight, (count,), FLOATS, here_or_cpu)
+    if head.bias is not None:
+        check_tensor("bias", head.bias, (vocabulary,), FLOATS, here)
+    check_positive("temperature", head.temperature)
+    if head.softcap is not None:
+        check_positive("softcap", head.softcap)
+    budget = memory_budget_bytes
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Integral) or budget <= 0):
+        raise ValueError(f"memory_budget_bytes = {budget!r}: expected a whole number of bytes above 0")
+
+
+def check_row_values(rows: Rows, head: Head, debug: bool) -> None:
+    """Check the values that `check_rows` leaves."""
+    count, vocabulary = rows.hidden.shape[0], head.weight.shape[0]
+    target, cu_seqlens = rows.target, rows.cu_seqlens
+    if readable(target, debug):
+        inside = (target >= 0) & (target < vocabulary)
+        check_values("target", target, inside, f"a token id in [0, {vocabulary})")
+    if readable(cu_seqlens, debug):
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != count:
+            first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+            wanted = f"0 and {count}, the number of rows of hidden"
+            raise ValueError(f"cu_seqlens starts at {first} and ends at {last}: expected {wanted}")
+        grows = torch.ones_like(cu_seqlens, dtype=torch.bool)
+        grows[1:] = cu_seqlens[1:] >= cu_seqlens[:-1]
+        check_values("cu_seqlens", cu_seqlens, grows, "a value not below the one before it")
+    if rows.token_weight is not None:
+        check_finite("token_weight", rows.token_weight, debug)
+
+
+def check_preference(
+    rows: Rows, pairs: Tensor, scores: Scores, ref_logprob: Tensor, beta: float, labels: Labels
+) -> None:
+    """Check what `lagrangian_preference_loss` takes beyond `check_rows`, but for the values of tensors."""
+    places = (rows.hidden.device, torch.device("cpu"))
+    check_tensor("pairs", pairs, (None, 2), INTEGERS, places)
+    check_tensor("ref_logprob", ref_logprob, (rows.sequences,), FLOATS, places)
+    check_positive("beta", beta)
+    kind, preference, uniform, generator = labels
+    if kind not in ("soft", "sampled", "given"):
+        raise ValueError(f"labels = {kind!r}: expected 'soft', 'sampled' or 'given'")
+    if kind == "given":
+        check_tensor("preference", preference, (pairs.shape[0],), FLOATS, places)
+        return
+    if preference is not None:
+        raise ValueError(f"preference is given with labels = {kind!r}: pass labels='given' or leave it out")
+    _check_scores(rows.sequences, scores, places)
+    if kind == "sampled":
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator = {generator!r}: expected a torch.Generator")
+        if uniform is None and generator is None:
+            raise ValueError("labels = 'sampled' has neither uniform nor generator: expected one of them")
+        if uniform is not None:
+            check_tensor("uniform", uniform, (pairs.shape[0],), FLOATS, places)
+
+
+def _check_scores(sequences: int, scores: Scores, places: tuple[torch.device, ...]) -> None:
+    check_tensor("reward", scores.reward, (sequences,), FLOATS, places)
+    check_tensor("utility", scores.utility, (sequences, None), FLOATS, places)
+    check_tensor("lam", scores.lam, (scores.utility.shape[1],), FLOATS, places)
+
+
+def check_preference_values(
+    pairs: Tensor, scores: Scores, ref_logprob: Tensor, labels: Labels, debug: bool
+) -> None:
+    """Check the values that `check_preference` leaves."""
+    sequences = len(ref_logprob)
+    if readable(pairs, debug):
+        inside = (pairs >= 0) & (pairs < sequences)
+        check_values("pairs", pairs, inside, f"a sequence number in [0, {sequences})")
+    check_finite("ref_logprob", ref_logprob, debug)
+    preference, uniform = labels.preference, labels.uniform
+    if preference is not None:
+        if readable(preference, debug):
+            inside = (preference >= 0) & (preference <= 1)
+            check_values("preference", preference, inside, "a probability in [0, 1]")
+        return
+    for name, value in scores._asdict().items():
+        check_finite(name, value, debug)
+    if uniform is not None and readable(uniform, debug):
+        check_values("uniform", uniform, (uniform >= 0) & (uniform <= 1), "a number in [0, 1]")
+
+
+def check_policy(rows: Rows, group: Tensor, scores: Scores, policy: Policy, advantage: str) -> None:
+    """Check what `lagrangian_policy_loss` takes beyond `check_rows`, but for the values of tensors."""
+    places = (rows.hidden.device, torch.device("cpu"))
+    check_tensor("group", group, (rows.sequences,), INTEGERS, places)
+    _check_scores(rows.sequences, scores, places)
+    for name, value in (("old_logprob", policy.old_logprob), ("ref_logprob", policy.ref_logprob)):
+        if value is not None:
+            check_tensor(name, value, (rows.hidden.shape[0],), FLOATS, places)
+    for name, value, accepted in (
+        ("kl", policy.kl, ("k2", "k3")),
+        ("advantage", advantage, ("rloo", "group_norm")),
+        ("normalize", policy.normalize, ("token", "sequence")),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name} = {value!r}: expected {' or '.join(map(repr, accepted))}")
+    kl_coef, clip = policy.kl_coef, policy.clip
+    if not isinstance(kl_coef, Real) or isinstance(kl_coef, bool) or not 0 <= kl_coef < math.inf:
+        raise ValueError(f"kl_coef = {kl_coef!r}: expected a finite number of at least 0")
+    if kl_coef and policy.ref_logprob is None:
+        cure = "pass the reference's log-probs [T], or kl_coef = 0"
+        raise ValueError(f"kl_coef = {kl_coef} with ref_logprob = None: {cure}")
+    if clip is not None and not _is_clip(clip):
+        wanted = "(low, high) with low in [0, 1] and high at least 0"
+        raise ValueError(f"clip = {clip!r}: expected {wanted}")
+
+
+def _is_clip(clip: object) -> bool:
+    if not isinstance(clip, tuple) or len(clip) != 2:
+        return False
+    numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in clip)
+    return numbers and 0 <= clip[0] <= 1 and 0 <= clip[1] < math.inf
+
+
+def check_policy_values(
+    scores: Scores, old_logprob: Tensor | None, ref_logprob: Tensor | None, debug: bool
+) -> None:
+    """Check the values that `check_policy` leaves. A group may be any integer."""
+    for name, value in (
+        *scores._asdict().items(),
+        ("old_logprob", old_logprob),
+        ("ref_logprob", ref_logprob),
+    ):
+        if value is not None:
+            check_finite(name, value, debug)

@@ -1,0 +1,99 @@
+"""Adds up the gradients of one call, part by part."""
+
+import torch
+from torch import Tensor
+
+from kernels.loss_head.records import Head, Needs, statistics_dtype
+from kernels.loss_head.rows import Kept, Sums, TorchRows, chunks
+
+
+class Gradients:
+    """Gradients of one call as they are added up. A part's `row_factor` is -a_t; rows where it is 0 add
+    nothing.
+
+    In float16 small factors would be lost, so there the head's gradient is added up relative to their size
+    `unit`.
+    """
+
+    def __init__(
+        self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: Needs, unit: Tensor | float
+    ) -> None:
+        dtype = statistics_dtype(hidden.dtype)
+        self.work, self.hidden, self.dtype = work, hidden, dtype
+        self.unit = torch.as_tensor(unit) if hidden.dtype == torch.float16 else None
+        contiguous = torch.contiguous_format
+        self.d_hidden = torch.empty_like(hidden, memory_format=contiguous) if needs.hidden else None
+        self.d_weight = work.weight.new_empty(work.weight.shape, dtype=dtype) if needs.weight else None
+        self.d_bias = torch.zeros_like(bias, dtype=dtype) if needs.bias else None
+        self.started = False  # whether d_weight holds anything
+        # Scheme E: the sums of two sequences (d_weight, d_bias), and whether d_weight is still empty.
+        self.open: tuple[Tensor | None, Tensor | None, bool] | None = None
+
+    def add(self, part: slice | Tensor, kept: Kept, row_factor: Tensor) -> None:
+        """Add the rows at `part`."""
+        sums = Sums(None, self.d_weight, not self.started, self.d_bias)
+        self._add(part, kept, row_factor.to(self.dtype), self.unit, sums)
+        self.started = True
+
+    def add_opposite(self, part: slice, kept: Kept, row_factor: Tensor) -> None:
+        """Add rows of two sequences of scheme E, whose -a is known only up to its sign, as the second one's
+        is the negative of the first one's.
+        """
+        if self.open is None:
+            apart = self.started and self.d_weight is not None
+            d_weight = torch.empty_like(self.d_weight) if apart else self.d_weight
+            self.open = d_weight, None if self.d_bias is None else torch.zeros_like(self.d_bias), True
+        d_weight, d_bias, empty = self.open
+        self._add(part, kept, row_factor, None, Sums(None, d_weight, empty, d_bias))
+        self.open = d_weight, d_bias, False
+
+    def end_opposite(self, parts: list[slice], factor: Tensor) -> None:
+        """End scheme E for two sequences, whose rows are all added; factor: the first one's -a."""
+        for part in parts if self.d_hidden is not None else []:
+            self.d_hidden[part] = (self.d_hidden[part] * factor).to(self.d_hidden.dtype)
+        relative = factor if self.unit is None else factor / self.unit
+        for total, opposite in ((self.d_weight, self.open[0]), (self.d_bias, self.open[1])):
+            if opposite is not None:
+                opposite.mul_(relative)
+            if opposite is not total:
+                total.add_(opposite)
+        self.started, self.open = True, None
+
+    def _add(
+        self, part: slice | Tensor, kept: Kept, row_factor: Tensor, unit: Tensor | None, sums: Sums
+    ) -> None:
+        into = None
+        if self.d_hidden is not None:
+            if isinstance(part, slice):
+                into = self.d_hidden[part]
+            else:
+                into = torch.empty_like(kept.hidden, memory_format=torch.contiguous_format)
+        self.work.add_gradients(kept, row_factor, unit, sums._replace(d_hidden=into))
+        if into is not None and not isinstance(part, slice):
+            self.d_hidden.index_copy_(0, part, into)
+
+    def result(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients in hidden, weight and bias, in their dtypes; empty where not needed."""
+        if self.d_weight is not None and not self.started:
+            self.d_weight.zero_()
+        if self.unit is not None:
+            for total in (self.d_weight, self.d_bias):
+                if total is not None:
+                    total.mul_(self.unit)
+        gradients = (
+            self.d_hidden,
+            None if self.d_weight is None else self.d_weight.to(head.weight.dtype),
+            None if self.d_bias is None else self.d_bias.to(head.bias.dtype),
+        )
+        return tuple(self.hidden.new_empty(0) if x is None else x for x in gradients)
+
+
+def scale_rows(product: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Set out to product times the factor of each row, in the factor's dtype and rounded once.
+
+    A row of factor 0 becomes 0 whatever it holds.
+    """
+    # A block at a time, as converted copies of all rows are not counted in the budget.
+    for part in chunks(0, len(product), max(1, len(product) // 8)):
+        a = factor[part][:, None]
+        out[part] = torch.where(a == 0, 0, product[part] * a)

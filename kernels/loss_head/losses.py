@@ -1,0 +1,174 @@
+"""The Lagrangian losses on sequence log-probs: the preference form and the policy-gradient form."""
+
+import torch
+from torch import Tensor
+
+from kernels.loss_head.checks import check_policy, check_preference, check_rows
+from kernels.loss_head.logprob import needs_gradient
+from kernels.loss_head.ops import (
+    group_advantage_op,
+    policy_pass_op,
+    preference_labels_op,
+    preference_pass_op,
+    preference_terms_op,
+    sequence_logprob_op,
+)
+from kernels.loss_head.records import Head, Labels, Needs, Policy, Rows, Scores
+from kernels.loss_head.schemes import budget_or_default, plan, row_workspace
+from kernels.loss_head.terms import PolicyLoss, PreferenceLoss, draw_uniform
+
+
+def lagrangian_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    reward: Tensor | None,
+    utility: Tensor | None,
+    lam: Tensor | None,
+    ref_logprob: Tensor,
+    *,
+    beta: float,
+    labels: str = "soft",
+    preference: Tensor | None = None,
+    uniform: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    token_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget_bytes: int | None = None,
+    debug: bool = False,
+) -> PreferenceLoss:
+    """Return the preference loss of pairs whose labels come from the Lagrangian score s = reward + utility @
+    lam.
+
+    margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`; loss =
+    mean_k of the binary cross-entropy of sigmoid(margin_k) against q_k; 0 with zero gradients where there is
+    no pair.
+
+    - hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes,
+      debug: as in `sequence_logprob`.
+    - pairs [K, 2], int32 or int64: sequence numbers; a sequence may be in several pairs or in none.
+    - reward [N], utility [N, J], lam [J], ref_logprob [N] (same weights and temperature): any float dtype, on
+      the CPU or hidden's device, no gradients.
+    - labels "soft": q = sigmoid(s_a - s_b). "sampled": q = 1 if u < sigmoid(s_a - s_b) else 0, with u =
+      uniform [K], or drawn from generator. "given": q = preference [K] in [0, 1]; reward, utility and lam may
+      be None.
+
+    cu_seqlens and pairs on the CPU let chunks hold whole pairs, which is faster in a small budget; to capture
+    the call in a CUDA graph give both on the GPU. `torch.compile` takes uniform, not generator.
+
+    Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N],
+    `.margin` [K], `.preference` [K] (q) and `.accuracy`: the share of pairs with (margin > 0) == (q > 1/2),
+    ties counting 1/2, NaN without pairs. Raises ValueError for arguments that cannot be used.
+    """
+    rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
+    scores, how = Scores(reward, utility, lam), Labels(labels, preference, uniform, generator)
+    check_rows(rows, head, memory_budget_bytes)
+    check_preference(rows, pairs, scores, ref_logprob, beta, how)
+    how = draw_uniform(how, pairs)
+    with torch.no_grad():
+        q = preference_labels_op(hidden, pairs, *scores, ref_logprob, labels, preference, how.uniform, debug)
+    temperature, budget = float(temperature), budget_or_default(memory_budget_bytes, hidden.device)
+    needs = Needs(needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias))
+    arguments = hidden, weight, bias, target, token_weight, cu_seqlens
+    options = temperature, softcap, budget
+    planned = plan(row_workspace(hidden), hidden, head, budget, needs.hidden, needs.head)
+    if needs.head:
+        on_cpu = cu_seqlens.device.type == pairs.device.type == "cpu"
+        in_forward_pass = planned.kept < hidden.shape[0] and on_cpu
+    else:
+        in_forward_pass = needs.hidden and planned.kind == "values"
+    if in_forward_pass:
+        loss, logprob, margin, accuracy, *_ = preference_pass_op(
+            *arguments, pairs, q, ref_logprob, float(beta), *options, *needs, debug
+        )
+    else:
+        logprob, *_ = sequence_logprob_op(*arguments, *options, needs.hidden, needs.head, debug)
+        loss, margin, accuracy, _ = preference_terms_op(logprob, pairs, q, ref_logprob, float(beta))
+    return PreferenceLoss(loss, logprob.detach(), margin, q, accuracy)
+
+
+def lagrangian_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    group: Tensor,
+    reward: Tensor,
+    utility: Tensor,
+    lam: Tensor,
+    *,
+    old_logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k2",
+    advantage: str = "rloo",
+    normalize: str = "token",
+    token_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget_bytes: int | None = None,
+    debug: bool = False,
+) -> PolicyLoss:
+    """Return the policy-gradient loss of sampled sequences, whose advantages come from the Lagrangian score s
+    = reward + utility @ lam.
+
+    loss = -mean min(rho A, clip(rho, 1 - low, 1 + high) A) + kl_coef * mean KL term, per token, A that of its
+    sequence, rho = exp(log p - old_logprob).
+
+    - hidden, weight, target, cu_seqlens, bias, temperature, softcap, memory_budget_bytes, debug: as in
+      `sequence_logprob`.
+    - group, int32 or int64 [N]: sequences of one prompt have one number. reward [N], utility [N, J], lam [J]:
+      no gradients.
+    - old_logprob [T]: log-probs under the policy that sampled; None takes the present ones (rho = 1). clip =
+      (low, high) or None.
+    - ref_logprob [T]: with d = ref_logprob - log p the KL term is d^2 / 2 (kl="k2") or exp(d) - d - 1 ("k3");
+      needed with kl_coef > 0.
+    - advantage "rloo": A_n = s_n - mean of the others in its group (Ahmadian et al. 2024). "group_norm": A_n
+      = Z(reward) + sum_j lam_j Z(utility_j), Z = (x - group mean) / population standard deviation of the
+      group, 0 where that is 0 (Shao et al. 2024, each part standardised first). A group of one gives 0.
+    - normalize "token": mean over all tokens; "sequence": mean over sequences of per-sequence means, an empty
+      one counting 0. Means are weighted by token_weight.
+
+    Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N] (as
+    `sequence_logprob`), `.token_logprob` [T], `.advantage` [N] (float64), `.kl` (mean KL term in nats, NaN
+    without ref_logprob) and `.clip_fraction` (share of tokens that the clip cuts off). Raises ValueError for
+    arguments that cannot be used.
+    """
+    rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
+    scores = Scores(reward, utility, lam)
+    policy = Policy(old_logprob, ref_logprob, clip, kl_coef, kl, normalize)
+    check_rows(rows, head, memory_budget_bytes)
+    check_policy(rows, group, scores, policy, advantage)
+    with torch.no_grad():
+        advantage_N = group_advantage_op(hidden, group, *scores, old_logprob, ref_logprob, advantage, debug)
+    low, high = (None, None) if clip is None else map(float, clip)
+    loss, logprob, token, divergence, clipped, *_ = policy_pass_op(
+        hidden,
+        weight,
+        bias,
+        target,
+        token_weight,
+        cu_seqlens,
+        advantage_N,
+        old_logprob,
+        ref_logprob,
+        low,
+        high,
+        float(kl_coef),
+        kl,
+        normalize,
+        float(temperature),
+        softcap,
+        budget_or_default(memory_budget_bytes, hidden.device),
+        needs_gradient(hidden),
+        needs_gradient(weight),
+        needs_gradient(bias),
+        debug,
+    )
+    return PolicyLoss(loss, logprob, token, advantage_N, divergence, clipped)

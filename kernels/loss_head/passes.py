@@ -1,0 +1,281 @@
+"""The passes of the loss ops over chunks of rows, as `kernels.loss_head.schemes` chooses them."""
+
+import torch
+from torch import Tensor
+
+from kernels.loss_head.gradients import Gradients, scale_rows
+from kernels.loss_head.records import Head, Needs, Pairs, Policy, Rows, statistics_dtype
+from kernels.loss_head.rows import Kept, TorchRows, chunks
+from kernels.loss_head.schemes import (
+    VECTOR_BYTES_PER_ROW,
+    Part,
+    Plan,
+    kept_or_spent,
+    parts_of,
+    piece_of,
+    plan,
+    row_workspace,
+    rows_of,
+    rows_that_fit,
+    sizes_of_chunk,
+)
+from kernels.loss_head.terms import (
+    ends_by_sequence,
+    pairs_on_device,
+    policy_terms,
+    preference_coefficient,
+    preference_terms,
+    row_coefficients,
+    row_shares,
+    sequence_sum,
+)
+
+# sequence_logprob: values, then gradients for coefficients that come later.
+
+
+def sequence_logprob_pass(
+    rows: Rows, head: Head, budget: int, needs_hidden: bool, needs_head: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return logprob [N], token_logprob [T], and for the backward pass kept z, state and J W [T, D]."""
+    hidden, target = rows.hidden, rows.target
+    workspace = row_workspace(hidden)
+    p = plan(workspace, hidden, head, budget, needs_hidden, needs_head)
+    token, z, state, product = empty_values(workspace, hidden, head.weight, p)
+    work = workspace(head, p.sizes, p.rows, p.kind)
+    # Without scratch the kept rows are one product.
+    for part in chunks(0, p.kept, p.rows if p.sizes.scratch else max(1, p.kept)):
+        token[part], state[part] = work.keep(hidden[part], target[part], z[part])
+    if p.kept < len(hidden):
+        buffer = work.new_z(head.weight, p.rows if p.kind == "kept" else 0)
+        for part in chunks(p.kept, len(hidden), p.rows):
+            if p.kind == "product":
+                token[part] = work.product(hidden[part], target[part], product[part])
+            elif p.kind == "values":
+                token[part] = work.values(hidden[part], target[part])
+            else:
+                token[part], _ = work.keep(hidden[part], target[part], buffer[: part.stop - part.start])
+    return sequence_sum(token, rows.token_weight, rows.cu_seqlens), token, z, state, product
+
+
+def empty_values(
+    workspace: type[TorchRows], hidden: Tensor, weight: Tensor, p: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return uninitialised token_logprob [T], kept z [kept, V], state [kept, STATE] and J W [T, D]."""
+    token = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
+    product = hidden.new_empty(0)
+    if p.kind == "product":
+        product = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return token, workspace.new_z(weight, p.kept), token.new_empty(p.kept, workspace.STATE), product
+
+
+def sequence_logprob_backward(
+    coefficients: tuple[Tensor, Tensor | None],
+    rows: Rows,
+    head: Head,
+    saved: tuple[Tensor, Tensor, Tensor],
+    budget: int,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients in hidden, weight and bias.
+
+    coefficients: those of logprob [N] and of token_logprob [T]; saved: z, state and J W of the forward pass.
+    """
+    hidden, target = rows.hidden, rows.target
+    (d_logprob, d_token), (kept_z, state, product), count = coefficients, saved, len(hidden)
+    factor = row_coefficients(d_logprob, rows.cu_seqlens, rows.token_weight, count)
+    factor = -(factor if d_token is None else factor + d_token)
+    if product.numel():
+        scaled = torch.empty_like(product)
+        scale_rows(product, factor, scaled)
+        return scaled, hidden.new_empty(0), hidden.new_empty(0)
+    workspace, kept = row_workspace(hidden), len(kept_z)
+    sizes = workspace.sizes(head, count, budget, "kept")
+    # What is kept is part of the budget.
+    fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * count + kept * sizes.row
+    size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch, count - kept) if kept < count else 0
+    work = workspace(head, sizes, size, "kept")
+    unit = factor.abs().amax().clamp_min(1e-30) if count else 1.0
+    total = Gradients(work, hidden, head.bias, needs, unit)
+    if kept:
+        part = slice(0, kept)
+        total.add(part, Kept(kept_z, state, target[part], hidden[part]), factor[part])
+    if kept < count:
+        buffer = work.new_z(head.weight, size)
+        for part in chunks(kept, count, size):
+            h, y, z = hidden[part], target[part], buffer[: part.stop - part.start]
+            _, state = work.keep(h, y, z)
+            total.add(part, Kept(z, state, y, h), factor[part])
+    return total.result(head)
+
+
+# Preference loss with the head's gradient, in chunks of whole pairs.
+
+
+def preference_pass(
+    rows: Rows, head: Head, pairs: Pairs, budget: int, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, logprob [N], margin [K], accuracy and d loss / d hidden, weight and bias.
+
+    cu_seqlens and pairs are on the CPU, unless the head is frozen.
+    """
+    if not needs.head:
+        return _frozen_preference_pass(rows, head, pairs, budget)
+    hidden, target = rows.hidden, rows.target
+    device, dtype, workspace = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden)
+    starts = rows.cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    # Rows that do not follow each other are gathered first.
+    gathered = hidden.element_size() * hidden.shape[1]
+    kind, sizes = kept_or_spent(workspace, len(hidden), head, budget, VECTOR_BYTES_PER_ROW + gathered)
+    fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * len(hidden)
+    per_row = sizes.row + sizes.scratch + gathered
+    chunk = rows_that_fit(budget, fixed, per_row, len(hidden))
+    parts = parts_of(pairs.index.tolist(), lengths, chunk)
+    accumulator = dtype.itemsize * head.weight.numel()
+    several = sum(part.opposite for part in parts) > 1
+    if several and needs.weight and fixed + accumulator + (chunk // 2 + 1) * per_row <= budget:
+        chunk = rows_that_fit(budget - accumulator, fixed, per_row, len(hidden))
+        parts = parts_of(pairs.index.tolist(), lengths, chunk)
+        several = False
+    longest = max((sum(lengths[n] for n in part.sequences) for part in parts), default=0)
+    chunk = max(1, min(chunk, longest))
+    sizes = sizes_of_chunk(workspace, sizes, head, chunk, budget, kind)
+    work = workspace(head, sizes, chunk, kind)
+    buffer = work.new_z(head.weight, chunk)
+    total = Gradients(work, hidden, head.bias, needs, pairs.beta / max(1, len(pairs.index)))
+    token = torch.empty(len(hidden), dtype=dtype, device=device)
+    logprob = torch.zeros(len(lengths), dtype=dtype, device=device)
+    row_weight = torch.ones(len(hidden), dtype=dtype, device=device)
+    if rows.token_weight is not None:
+        row_weight = rows.token_weight.to(device, dtype, non_blocking=True)
+    here = pairs_on_device(pairs, device, dtype)
+    ends = ends_by_sequence(here.index, len(lengths))
+
+    def forward(at: slice | Tensor) -> Kept:
+        h, y = hidden[at], target[at]
+        z = buffer[: len(h)]
+        token[at], state = work.keep(h, y, z)
+        return Kept(z, state, y, h)
+
+    def coefficients(part: Part, at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return -a of the part's sequences and of its rows, times their weights, once their log-probs are
+        known.
+        """
+        index = torch.tensor(part.sequences).to(device, non_blocking=True)
+        offsets = torch.tensor([0, *(lengths[n] for n in part.sequences)]).cumsum(0)
+        logprob.index_copy_(0, index, sequence_sum(token[at], row_weight[at], offsets))
+        a = -preference_coefficient(logprob, here, ends)[index]
+        return a, row_coefficients(a, offsets, row_weight[at], int(offsets[-1]))
+
+    for part in parts:
+        at = rows_of(part.sequences, starts, lengths, device)
+        size = sum(lengths[n] for n in part.sequences)
+        pieces = list(chunks(0, size, chunk))
+        if part.used and size <= chunk:
+            kept = forward(at)
+            total.add(at, kept, coefficients(part, at)[1])
+        elif part.opposite and not (several and total.started):
+            for n, sign in zip(part.sequences, (1, -1), strict=True):
+                for piece in chunks(starts[n], starts[n + 1], chunk):
+                    total.add_opposite(piece, forward(piece), sign * row_weight[piece])
+            a = coefficients(part, at)[0]
+            total.end_opposite([slice(starts[n], starts[n + 1]) for n in part.sequences], a[0])
+        else:
+            for piece in pieces:
+                forward(piece_of(at, piece))
+            factor = coefficients(part, at)[1]
+            if not part.used:
+                if needs.hidden:
+                    total.d_hidden[at] = 0
+                continue
+            for piece in pieces:
+                some = piece_of(at, piece)
+                total.add(some, forward(some), factor[piece])
+    loss, margin, accuracy, _ = preference_terms(logprob, pairs)
+    return loss, logprob, margin, accuracy, *total.result(head)
+
+
+def _frozen_preference_pass(
+    rows: Rows, head: Head, pairs: Pairs, budget: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Do the preference pass for a frozen head: J W stands where the gradient, its scaled rows, will be."""
+    hidden, target, token_weight, cu_seqlens = rows
+    workspace, count = row_workspace(hidden), len(hidden)
+    sizes = workspace.sizes(head, count, budget, "product")
+    fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * count
+    chunk = rows_that_fit(budget, fixed, sizes.row + sizes.scratch, count)
+    work = workspace(head, sizes, chunk, "product")
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    token = hidden.new_empty(count, dtype=statistics_dtype(hidden.dtype))
+    for part in chunks(0, count, chunk):
+        token[part] = work.product(hidden[part], target[part], d_hidden[part])
+    logprob = sequence_sum(token, token_weight, cu_seqlens)
+    loss, margin, accuracy, coefficient = preference_terms(logprob, pairs)
+    scale_rows(d_hidden, -row_coefficients(coefficient, cu_seqlens, token_weight, count), d_hidden)
+    return loss, logprob, margin, accuracy, d_hidden, hidden.new_empty(0), hidden.new_empty(0)
+
+
+# Policy loss: a row's coefficient follows from its own log-prob.
+
+
+def policy_pass(
+    rows: Rows, head: Head, advantage: Tensor, policy: Policy, budget: int, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, logprob [N], token_logprob [T], kl, clip_fraction and d loss / d hidden, weight, bias."""
+    hidden, target, token_weight, cu_seqlens = rows
+    device, dtype, count = hidden.device, statistics_dtype(hidden.dtype), len(hidden)
+    workspace = row_workspace(hidden)
+    # Advantages, shares, coefficients and their parts, all float64.
+    vectors = 2 * VECTOR_BYTES_PER_ROW
+    if needs.head:
+        kind, sizes = kept_or_spent(workspace, count, head, budget, vectors + VECTOR_BYTES_PER_ROW)
+    else:
+        kind = "product" if needs.hidden else "values"
+        sizes = workspace.sizes(head, count, budget, kind)
+    fixed = sizes.fixed + vectors * count
+    size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch + VECTOR_BYTES_PER_ROW, count)
+    sizes = sizes_of_chunk(workspace, sizes, head, size, budget, kind)
+    work = workspace(head, sizes, size, kind)
+    buffer = work.new_z(head.weight, size if needs.head else 0)
+    share = row_shares(cu_seqlens, token_weight, policy.normalize, count, device)
+    lengths = cu_seqlens.to(device, non_blocking=True).diff()
+    advantage = advantage.to(device, non_blocking=True)
+    advantage = torch.repeat_interleave(advantage, lengths, output_size=count)
+    unit = 1.0
+    if count:
+        largest = share.abs().amax() * (advantage.abs().amax() + policy.kl_coef)
+        unit = largest.clamp_min(1e-30).to(dtype)
+    total = Gradients(work, hidden, head.bias, needs, unit)
+    token = torch.empty(count, dtype=dtype, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for part in chunks(0, count, size):
+        h, y = hidden[part], target[part]
+        if needs.head:
+            z = buffer[: len(h)]
+            token[part], state = work.keep(h, y, z)
+        elif kind == "product":
+            product = torch.empty_like(h, dtype=dtype, memory_format=torch.contiguous_format)
+            token[part] = work.product(h, y, product)
+        else:
+            token[part] = work.values(h, y)
+        old, ref = (None if x is None else x[part] for x in (policy.old_logprob, policy.ref_logprob))
+        of_part = policy._replace(old_logprob=old, ref_logprob=ref)
+        terms = policy_terms(token[part], advantage[part], share[part], of_part)
+        sums += torch.stack(terms[:3])
+        if needs.head:
+            total.add(part, Kept(z, state, y, h), -terms.coefficient)
+        elif kind == "product":
+            unused = (terms.coefficient == 0)[:, None]
+            scaled = product.mul_(-terms.coefficient.to(dtype)[:, None])
+            total.d_hidden[part] = scaled.masked_fill_(unused, 0)
+    if count == 0 and policy.ref_logprob is None:
+        sums[1] = torch.nan
+    loss, divergence, clipped = (x.clone() for x in sums.to(dtype))
+    return (
+        loss,
+        sequence_sum(token, token_weight, cu_seqlens),
+        token,
+        divergence,
+        clipped,
+        *total.result(head),
+    )

@@ -1,0 +1,82 @@
+"""The records that the functions of the loss head pass on."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """Makes logits of states h: softcap * tanh((h weight^T + bias) / softcap) / temperature."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    temperature: float
+    softcap: float | None
+
+
+class Rows(NamedTuple):
+    """Packed rows: sequence n has rows cu_seqlens[n] to cu_seqlens[n + 1]."""
+
+    hidden: Tensor  # [T, D]
+    target: Tensor  # [T]
+    token_weight: Tensor | None  # [T]
+    cu_seqlens: Tensor  # [N + 1]
+
+    @property
+    def sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+
+class Scores(NamedTuple):
+    """The Lagrangian score of a sequence is reward + utility @ lam. With labels "given" all may be None."""
+
+    reward: Tensor | None  # [N]
+    utility: Tensor | None  # [N, J]
+    lam: Tensor | None  # [J]
+
+
+class Labels(NamedTuple):
+    """Says where the labels of pairs come from."""
+
+    kind: str  # "soft", "sampled" or "given"
+    preference: Tensor | None  # [K], with "given"
+    uniform: Tensor | None  # [K], with "sampled"
+    generator: torch.Generator | None = None  # draws `uniform` where there is none
+
+
+class Pairs(NamedTuple):
+    """What a preference loss asks of its log-probs."""
+
+    index: Tensor  # [K, 2]: sequence numbers
+    q: Tensor  # [K]: labels
+    ref_logprob: Tensor  # [N]
+    beta: float
+
+
+class Policy(NamedTuple):
+    """How a policy loss weighs its tokens; see `kernels.lagrangian_policy_loss`."""
+
+    old_logprob: Tensor | None  # [T]
+    ref_logprob: Tensor | None  # [T]
+    clip: tuple[float, float] | None
+    kl_coef: float
+    kl: str
+    normalize: str
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of log-probs and coefficients: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

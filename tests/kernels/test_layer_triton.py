@@ -1,0 +1,129 @@
+"""The GPU kernels between a layer's products, in Triton's interpreter, against float64 and against torch in the same dtype."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.layer import layer
+from tests.helpers.interpreter import compiled, interpreted, run_interpreted
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).to(dtype)
+
+
+def assert_as_good_as_torch(got, plain, exact) -> None:
+    """At most twice torch's error and two roundings: the interpreter cuts bfloat16 off instead of rounding it."""
+    assert got.dtype == plain.dtype and got.shape == exact.shape and got.is_contiguous()
+    error, bound = (
+        (x.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30) for x in (got, plain)
+    )
+    assert error <= 2 * bound + 2 * torch.finfo(got.dtype).eps, f"{error} against {bound}"
+
+
+def test_interpreter():
+    run_interpreted(__file__, "-k", "interpreted")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width", [(1, 2), (3, 577), (2, 1024)])
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_interpreted_norm(rows, width, scale, dtype):
+    from kernels.layer import layer_triton as triton_layer
+
+    x, weight = normal(rows, width, dtype=dtype, scale=scale), normal(width, dtype=dtype)
+    delta = normal(rows, 2 * width, dtype=dtype, scale=scale)[:, ::2]
+    same, normed = triton_layer.rms_norm(x, None, weight, 1e-5)
+    exact = F.rms_norm(x.double(), (width,), weight.double(), 1e-5)
+    assert same is x
+    assert_as_good_as_torch(normed, layer.rms_norm(x.clone().requires_grad_(), weight, 1e-5).detach(), exact)
+    total, normed = triton_layer.rms_norm(x, delta, weight, 1e-5)
+    assert_as_good_as_torch(total, x + delta, x.double() + delta.double())
+    exact = F.rms_norm(total.double(), (width,), weight.double(), 1e-5)
+    assert_as_good_as_torch(normed, F.rms_norm(total, (width,), weight, 1e-5), exact)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, d", [(1, 1, 2), (9, 3, 64), (4, 2, 10), (3, 1, 48)])
+def test_interpreted_rotation_and_split(heads, kv_heads, d, dtype):
+    from kernels.layer import layer_triton as triton_layer
+
+    rows = 3
+    wide, angle = (
+        normal(rows, (heads + 2 * kv_heads) * d + 5, dtype=dtype),
+        normal(rows, d, dtype=torch.float32, scale=3.0),
+    )
+    qkv, cos, sin = wide[:, :-5], angle.cos().to(dtype), angle.sin().to(dtype)
+    got = triton_layer.split_rotated(qkv, cos, sin, heads, kv_heads)
+    plain = layer.split_rotated(qkv.clone().requires_grad_(), cos, sin, heads, kv_heads)
+    exact = layer.split_rotated(qkv.double(), cos.double(), sin.double(), heads, kv_heads)
+    for own, torchs, true in zip(got, plain, exact, strict=True):
+        assert_as_good_as_torch(own, torchs.detach(), true)
+    assert torch.equal(got[2], plain[2])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 1030), (2, 1024)])
+def test_interpreted_gate(rows, width, dtype):
+    from kernels.layer import layer_triton as triton_layer
+
+    gate_up = normal(rows, 2 * width, dtype=dtype, scale=20.0)
+    gate, up = gate_up.double().chunk(2, 1)
+    assert_as_good_as_torch(
+        triton_layer.gated_silu(gate_up),
+        layer.gated_silu(gate_up.clone().requires_grad_()).detach(),
+        F.silu(gate) * up,
+    )
+
+
+@interpreted
+def test_interpreted_ends_of_the_gate():
+    from kernels.layer import layer_triton as triton_layer
+
+    gate_up = torch.tensor(
+        [[-1e4, -90.0, -1.0, 0.0, 1.0, 90.0, 1e4, torch.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    )
+    torch.testing.assert_close(
+        triton_layer.gated_silu(gate_up), F.silu(gate_up[:, :8]), rtol=1e-6, atol=1e-30, equal_nan=True
+    )
+
+
+@compiled
+def test_kernels_compile_for_sm_90():
+    pytest.importorskip("triton")
+    from bench import sm90
+
+    chosen = [
+        x
+        for x in sm90.layer_kernels()
+        if x.dtype == "bf16" and x.name in ("norm of 4096, added", "rotate 32 + 8 of 128", "gate")
+    ]
+    assert len(chosen) == 3
+    for kernel in chosen:
+        assert not sm90.failures(kernel, sm90.compiled(kernel)), kernel
+
+
+def test_who_serves():
+    pytest.importorskip("triton")
+    from kernels.layer import layer_triton as triton_layer
+
+    def asked(dtype=torch.bfloat16, is_cuda=True, rows=3, step=1, other=torch.bfloat16):
+        x = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, numel=lambda: 8 * rows, stride=lambda i: step)
+        return triton_layer.serves(x, SimpleNamespace(dtype=other))
+
+    assert asked() and asked(torch.float32, other=torch.float32)
+    for unusable in (
+        {"dtype": torch.float64, "other": torch.float64},
+        {"is_cuda": False},
+        {"rows": 0},
+        {"step": 2},
+        {"other": torch.float32},
+    ):
+        assert not asked(**unusable)
