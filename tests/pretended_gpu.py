@@ -1,9 +1,10 @@
-"""Run GPU tests without a GPU: `python tests/pretended_gpu.py [arguments of pytest]`; without arguments those that end soon.
+"""Run GPU tests without a GPU: `python tests/pretended_gpu.py [arguments of pytest]`; without arguments those
+that end soon.
 
-Tensors say that they are on cuda:0 while the CPU does their work, and Triton interprets its kernels. What a GPU would refuse is refused:
-operands on two devices, and, where `torch.cuda.set_sync_debug_mode` watches or a graph is captured, whatever makes the host wait. A
-captured graph is the list of its operations, replayed into the same memory. Of a GPU's memory, time, streams and rounding nothing is
-pretended.
+Tensors say that they are on cuda:0 while the CPU does their work, and Triton interprets its kernels. What a
+GPU would refuse is refused: operands on two devices, and, where `torch.cuda.set_sync_debug_mode` watches or a
+graph is captured, whatever makes the host wait. A captured graph is the list of its operations, replayed into
+the same memory. Of a GPU's memory, time, streams and rounding nothing is pretended.
 """
 
 import os
@@ -24,7 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
-SOON = "captured or never_waits or packed_attention or (norm_rotation and not 300) or (preference_loss and 12-211-8 and bfloat16)"
+SOON = (
+    "captured or never_waits or packed_attention or (norm_rotation and not 300) or (preference_loss and "
+    "12-211-8 and bfloat16)"
+)
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 state = SimpleNamespace(watched=False, graph=None, copies=0)
 

@@ -1,4 +1,5 @@
-"""The ops on a GPU: values and gradients against float64 on the CPU, no waiting host, and a captured graph that takes a new lambda."""
+"""The ops on a GPU: values and gradients against float64 on the CPU, no waiting host, and a captured graph
+that takes a new lambda."""
 
 import math
 
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, dict]:
-    """Everything on the GPU, but cu_seqlens and pairs, from which the plan is made, only with `lengths_too`."""
+    """Everything on the GPU, but cu_seqlens and pairs, from which the plan is made, only with
+    `lengths_too`."""
     stay = () if lengths_too else ("cu_seqlens", "pairs")
     return tuple({k: v if k in stay else v.cuda() for k, v in values.items()} for values in (data, labels))
 
@@ -38,7 +40,8 @@ def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, d
 @pytest.mark.parametrize("chunk", [None, 12])
 @pytest.mark.parametrize("lengths_too", [False, True])
 def test_preference_loss_against_float64(dtype, vocabulary, width, chunk, lengths_too):
-    """tests/kernels/test_hard_cases.py runs on the GPU too; here are real vocabularies, and lengths and pairs that lie there."""
+    """tests/kernels/test_hard_cases.py runs on the GPU too; here are real vocabularies, and lengths and pairs
+    that lie there."""
     data, labels = problem(dtype, vocabulary=vocabulary, width=width, bias=True, weighted=True)
     there, there_labels = on_gpu(data, labels, lengths_too)
     budget = None if chunk is None else budget_of(there, chunk)
@@ -120,7 +123,8 @@ def test_twenty_runs_are_bitwise_equal(dtype, chunk):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["preference", "policy"])
 def test_memory_stays_within_the_budget(op, needs, dtype):
-    """As on the CPU; the gradient in the states counts twice, as the loss is scaled there always. The allocator rounds up."""
+    """As on the CPU; the gradient in the states counts twice, as the loss is scaled there always. The
+    allocator rounds up."""
     lengths = (400, 600, 200, 200, 800, 800)
     data, labels = on_gpu(
         *problem(dtype, lengths, torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=32001, width=64)
@@ -358,7 +362,8 @@ SAMPLING = dict(n=12, max_new_tokens=30, temperature=0.9, seed=5, stop_token_ids
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_packed_attention_by_runs_against_float64(name, how, dtype):
-    """Fewer heads of keys than of queries, runs whose queries are the last of their keys, runs without queries; and the gradients."""
+    """Fewer heads of keys than of queries, runs whose queries are the last of their keys, runs without
+    queries; and the gradients."""
     layout = LAYOUTS[name]().windowed(how.get("window"))
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(len(layout.position), heads, 64, generator=g).to(dtype) for heads in (6, 2, 2)]
@@ -378,7 +383,8 @@ def test_packed_attention_by_runs_against_float64(name, how, dtype):
 
 
 def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
-    """Rows end at different steps, so that graphs are captured again; tokens may part only where rounding decides."""
+    """Rows end at different steps, so that graphs are captured again; tokens may part only where rounding
+    decides."""
     there, here = load(tiny_folder, device="cuda"), load(tiny_folder)
     adapter, other = (Adapter.on(model, rank=2, alpha=4.0, share=0.5, seed=0) for model in (there, here))
     with torch.no_grad():
