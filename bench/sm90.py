@@ -1,7 +1,9 @@
-"""Compile every Triton kernel that a table can choose for an H100 (sm_90), without a GPU, and check what the compiler made of it:
-`python -m bench.sm90`. Prints a table of registers, stack, shared memory and wgmma instructions; exits 1 where a gate fails.
+"""Compiles every Triton kernel that a table can choose for an H100 (sm_90), without a GPU, and checks the
+result: `python -m bench.sm90`.
 
-Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0; another version only reports it.
+Prints a table of registers, stack, shared memory and wgmma instructions, and exits 1 where a gate fails.
+Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0; another version
+only reports it.
 """
 
 import itertools
@@ -18,32 +20,29 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_decode, triton_forward, triton_layer, triton_rows, triton_sampling
+from kernels.attention import decode_triton
+from kernels.layer import layer_triton
+from kernels.loss_head import forward_triton, rows_triton
+from kernels.sampling import draw_triton
 
 GATED = "3.6.0"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = 232448
+# Pointers to numbers of the kernel's dtype; other pointers are to float32.
 INPUTS = {
-    "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value", "p_out", "p_raw", "p_x", "p_delta",
-    "p_total", "p_qkv", "p_cos", "p_sin", "p_gate_up",
+    "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value",
+    "p_out", "p_raw", "p_x", "p_delta", "p_total", "p_qkv", "p_cos", "p_sin", "p_gate_up",
 }  # fmt: skip
-TYPES = dict.fromkeys(("p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place", "p_last"), "*i64") | {
-    "p_kept": "*fp64"
-}
-# Whole numbers: multiples of 16 in common models, and any.
+INT64 = (
+    "p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place", "p_last",
+)  # fmt: skip
+TYPES = dict.fromkeys(INT64, "*i64") | {"p_kept": "*fp64"}
+# Whole numbers that are multiples of 16 in common models.
 STRIDES = {
-    "vocabulary",
-    "width",
-    "logits_stride",
-    "jacobian_stride",
-    "hidden_stride",
-    "weight_stride",
-    "row_stride",
-    "x_stride",
-    "delta_stride",
-    "qkv_stride",
-    "gate_stride",
-}
+    "vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride",
+    "x_stride", "delta_stride", "qkv_stride", "gate_stride",
+}  # fmt: skip
+# Whole numbers that can be any.
 COUNTS = {"rows", "tiles_per_part", "prompts", "longest", "room", "window", "parts", "heads"}
 
 
@@ -56,36 +55,43 @@ class Kernel:
     dtype: str  # of inputs and gradients
     constants: dict[str, int | bool]
     warps: int
-    stages: int
-    wgmma: bool  # whether it must use the tensor cores' warp-group products
+    stages: int = 3
+    wgmma: bool = False  # whether it must use the tensor cores' warp-group products
 
 
 def kernels() -> list[Kernel]:
-    """Every configuration that the tables and rules can choose."""
+    """Lists every configuration that the tables and rules can choose."""
     return loss_kernels() + decode_kernels() + sampling_kernels() + layer_kernels()
 
 
 def loss_kernels() -> list[Kernel]:
-    """Log-probs and losses."""
-    found, switches = [], list(itertools.product((False, True), repeat=2))
+    """Lists the kernels of log-probs and losses."""
+    listed, switches = [], list(itertools.product((False, True), repeat=2))
     for dtype, (bias, softcap), jacobian in itertools.product(DTYPES, switches, (True, False)):
         # A short vocabulary is one block, of fewer warps.
-        for block, warps in ((triton_rows.TritonRows.MAX_BLOCK, 8), (1024, 4))[: 2 if dtype == "bf16" else 1]:
+        blocks = ((rows_triton.TritonRows.MAX_BLOCK, 8), (1024, 4))
+        for block, warps in blocks[: 2 if dtype == "bf16" else 1]:
             constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "JACOBIAN": jacobian, "BLOCK_V": block}
             name = f"rows of {block}{'' if jacobian else ', values'}{_switched(bias, softcap)}"
-            found.append(Kernel(name, triton_rows.row_kernel, dtype, constants, warps, 3, False))
-    for _, blocks in triton_forward.TABLE:
+            listed.append(Kernel(name, rows_triton.row_kernel, dtype, constants, warps))
+    for _, blocks in forward_triton.TABLE:
         for dtype, (bias, softcap) in itertools.product(("bf16", "fp16"), switches):
             constants = {
-                "HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "UPCAST": False, "BLOCK_M": blocks.m, "BLOCK_V": blocks.v, "BLOCK_D": blocks.d
-            }  # fmt: skip
+                "HAS_BIAS": bias,
+                "HAS_SOFTCAP": softcap,
+                "UPCAST": False,
+                "BLOCK_M": blocks.m,
+                "BLOCK_V": blocks.v,
+                "BLOCK_D": blocks.d,
+            }
             name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{_switched(bias, softcap)}"
-            found.append(Kernel(name, triton_forward.part_kernel, dtype, constants, blocks.warps, blocks.stages, True))
-    join = {"PARTS": triton_forward.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
+            part = forward_triton.part_kernel
+            listed.append(Kernel(name, part, dtype, constants, blocks.warps, blocks.stages, wgmma=True))
+    join = {"PARTS": forward_triton.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
     # A count of 1 reaches a kernel as a constant.
     for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):
-        found.append(Kernel(name, triton_forward.join_kernel, "fp32", constants, 4, 3, False))
-    return found
+        listed.append(Kernel(name, forward_triton.join_kernel, "fp32", constants, 4))
+    return listed
 
 
 def _switched(bias: bool, softcap: bool) -> str:
@@ -93,88 +99,99 @@ def _switched(bias: bool, softcap: bool) -> str:
 
 
 def decode_kernels() -> list[Kernel]:
-    """Decode attention: every tile of the rules for heads of 64, 128 and 256, with 4 query heads a key head and up to 256 prompts. Products
-    of 16 queries are mma.sync, in float32 no tensor core's."""
-    found = []
-    for dtype, width in itertools.product(DTYPES, (64, 128, 256)):
-        for extra in (False, True):
-            flags = {"HAS_SOFTCAP": extra, "HAS_WINDOW": extra, "UPCAST": False, "GROUP": 4, "WIDTH": width, "BLOCK_D": width}
-            suffix = ", softcap, window" if extra else ""
-            for tiles in sorted({triton_decode.prompt_tiles(width, DTYPES[dtype], queries) for queries in (16, 17)}):
-                constants = flags | {"BLOCK_P": 256, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
-                name = f"decode, prompts {tiles.queries}x{tiles.tokens}x{width}{suffix}"
-                found.append(Kernel(name, triton_decode.prompt_kernel, dtype, constants, tiles.warps, tiles.stages, tiles.queries >= 64))
-            tiles = triton_decode.own_tiles(width, DTYPES[dtype], 4)
-            constants = flags | {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
-            name = f"decode, own {tiles.queries}x{tiles.tokens}x{width}{suffix}"
-            found.append(Kernel(name, triton_decode.own_kernel, dtype, constants, tiles.warps, tiles.stages, False))
-    for dtype in DTYPES:
-        store = {"WIDTH": 128, "BLOCK": 1024}
-        found.append(Kernel("decode, store", triton_decode.store_kernel, dtype, store, 4, 3, False))
-    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16" and kernel.constants["WIDTH"] == 64]
+    """Lists the kernels of decode attention: every tile of the rules, with 4 query heads a key head and up to
+    256 prompts.
+
+    Heads have 64, 128 and 256 numbers. Products of 16 queries are mma.sync, and in float32 they use no tensor
+    core.
+    """
+    listed = []
+    for dtype, width, extra in itertools.product(DTYPES, (64, 128, 256), (False, True)):
+        flags = {
+            "HAS_SOFTCAP": extra,
+            "HAS_WINDOW": extra,
+            "UPCAST": False,
+            "GROUP": 4,
+            "WIDTH": width,
+            "BLOCK_D": width,
+        }
+        suffix = ", softcap, window" if extra else ""
+        chosen = {decode_triton.prompt_tiles(width, DTYPES[dtype], queries) for queries in (16, 17)}
+        for tiles in sorted(chosen):
+            constants = flags | {"BLOCK_P": 256, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
+            name = f"decode, prompts {tiles.queries}x{tiles.tokens}x{width}{suffix}"
+            wgmma = tiles.queries >= 64
+            prompt = decode_triton.prompt_kernel
+            listed.append(Kernel(name, prompt, dtype, constants, tiles.warps, tiles.stages, wgmma))
+        tiles = decode_triton.own_tiles(width, DTYPES[dtype], 4)
+        constants = flags | {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens}
+        name = f"decode, own {tiles.queries}x{tiles.tokens}x{width}{suffix}"
+        listed.append(Kernel(name, decode_triton.own_kernel, dtype, constants, tiles.warps, tiles.stages))
+    store = {"WIDTH": 128, "BLOCK": 1024}
+    listed += [Kernel("decode, store", decode_triton.store_kernel, dtype, store, 4) for dtype in DTYPES]
+    return listed + [_single(k) for k in listed if k.dtype == "bf16" and k.constants["WIDTH"] == 64]
 
 
 def sampling_kernels() -> list[Kernel]:
-    """Sampling from real vocabularies, of up to 64 parts: plain, greedy, and with top-k, top-p or both."""
-    found = []
+    """Lists the kernels of sampling from real vocabularies, of up to 64 parts: plain, greedy, and with top-k,
+    top-p or both."""
+    listed = []
     for dtype in DTYPES:
         for greedy, truncated in ((False, False), (True, False), (False, True)):
-            constants = {"BLOCK": triton_sampling.PART, "GREEDY": greedy, "TRUNCATED": truncated}
+            constants = {"BLOCK": draw_triton.PART, "GREEDY": greedy, "TRUNCATED": truncated}
             name = "sampling, parts" + ", greedy" * greedy + ", truncated" * truncated
-            found.append(Kernel(name, triton_sampling.part_kernel, dtype, constants, 8, 3, False))
+            listed.append(Kernel(name, draw_triton.part_kernel, dtype, constants, 8))
         for truncated in (False, True):
             constants = {"BLOCK_PARTS": 64, "TRUNCATED": truncated}
-            found.append(Kernel("sampling, join" + ", truncated" * truncated, triton_sampling.join_kernel, dtype, constants, 1, 3, False))
+            name = "sampling, join" + ", truncated" * truncated
+            listed.append(Kernel(name, draw_triton.join_kernel, dtype, constants, 1))
         for top_k, top_p in ((50, 1.0), (0, 0.9), (50, 0.9)):
-            constants = {"TOP_K": top_k, "TOP_P": top_p, "BLOCK": triton_sampling.ROW_BLOCK}
+            constants = {"TOP_K": top_k, "TOP_P": top_p, "BLOCK": draw_triton.ROW_BLOCK}
             name = "sampling, keep" + f", top-k {top_k}" * (top_k > 0) + f", top-p {top_p}" * (top_p < 1)
-            found.append(Kernel(name, triton_sampling.keep_kernel, dtype, constants, triton_sampling.ROW_WARPS, 3, False))
-    return found + [_single(kernel) for kernel in found if kernel.dtype == "bf16" and "parts" in kernel.function.arg_names]
+            keep, warps = draw_triton.keep_kernel, draw_triton.ROW_WARPS
+            listed.append(Kernel(name, keep, dtype, constants, warps))
+    return listed + [_single(k) for k in listed if k.dtype == "bf16" and "parts" in k.function.arg_names]
 
 
 def layer_kernels() -> list[Kernel]:
-    """What stands between a layer's products: states of 576, 4096 and 8192, 12 and 40 heads in all, of 64 and 128."""
-    found = []
+    """Lists the kernels between a layer's products: states of 576, 4096 and 8192 numbers, 12 heads of 64 and
+    40 heads of 128."""
+    listed = []
     for dtype in DTYPES:
         for width, add in itertools.product((576, 4096, 8192), (False, True)):
             block = triton.next_power_of_2(width)
-            constants, warps = {"ADD": add, "BLOCK": block}, triton_layer.norm_warps(block)
-            found.append(Kernel(f"norm of {width}" + ", added" * add, triton_layer.norm_kernel, dtype, constants, warps, 3, False))
+            constants, warps = {"ADD": add, "BLOCK": block}, layer_triton.norm_warps(block)
+            name = f"norm of {width}" + ", added" * add
+            listed.append(Kernel(name, layer_triton.norm_kernel, dtype, constants, warps))
         for heads, kv_heads, d in ((9, 3, 64), (32, 8, 128)):
-            blocks = {
+            constants = {
+                "HEADS": heads,
+                "KV_HEADS": kv_heads,
+                "HALF": d // 2,
                 "BLOCK_H": triton.next_power_of_2(heads + kv_heads),
                 "BLOCK_D": d // 2,
                 "BLOCK_V": triton.next_power_of_2(kv_heads * d),
             }
-            constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": d // 2, **blocks}
-            found.append(Kernel(f"rotate {heads} + {kv_heads} of {d}", triton_layer.rotate_kernel, dtype, constants, 4, 3, False))
-        found.append(Kernel("gate", triton_layer.gate_kernel, dtype, {"BLOCK": triton_layer.GATE_BLOCK}, 4, 3, False))
-    return found
+            name = f"rotate {heads} + {kv_heads} of {d}"
+            listed.append(Kernel(name, layer_triton.rotate_kernel, dtype, constants, 4))
+        constants = {"BLOCK": layer_triton.GATE_BLOCK}
+        listed.append(Kernel("gate", layer_triton.gate_kernel, dtype, constants, 4))
+    return listed
 
 
 def _single(kernel: Kernel) -> Kernel:
-    """With one row of one prompt in one part, counts that reach a kernel as constants."""
+    """Returns the kernel with one row of one prompt in one part, counts that reach a kernel as constants."""
     ones = {name: 1 for name in kernel.function.arg_names if name in ("rows", "prompts", "parts")}
     return replace(kernel, name=kernel.name + ", one row", constants=kernel.constants | ones)
 
 
 def compiled(kernel: Kernel) -> dict[str, int]:
-    """Registers a thread, stack bytes (spills), shared bytes and wgmma instructions."""
+    """Compiles a kernel; returns registers a thread, stack bytes (spills), shared bytes and wgmma
+    instructions."""
     names = kernel.function.arg_names
-    signature, attrs = {}, {}
-    for i, name in enumerate(names):
-        if name in kernel.constants:
-            signature[name] = "constexpr"
-        elif name in INPUTS:
-            signature[name] = f"*{kernel.dtype}"
-        elif name in TYPES:
-            signature[name] = TYPES[name]
-        elif name.startswith("p_"):
-            signature[name] = "*fp32"
-        else:
-            signature[name] = "i32" if name in STRIDES | COUNTS else "fp32"
-        if name.startswith("p_") or name in STRIDES:
-            attrs[(i,)] = [["tt.divisibility", 16]]
+    signature = {name: _type(kernel, name) for name in names}
+    aligned = [i for i, name in enumerate(names) if name.startswith("p_") or name in STRIDES]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     constants = {(names.index(name),): value for name, value in kernel.constants.items()}
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
@@ -182,8 +199,8 @@ def compiled(kernel: Kernel) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        dump = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(part.split(":", 1) for part in dump.split() if ":" in part)
     return {
         "registers": int(usage["REG"]),
@@ -193,41 +210,45 @@ def compiled(kernel: Kernel) -> dict[str, int]:
     }
 
 
+def _type(kernel: Kernel, name: str) -> str:
+    """Returns the type of a kernel's argument, in Triton's words."""
+    if name in kernel.constants:
+        return "constexpr"
+    if name in INPUTS:
+        return f"*{kernel.dtype}"
+    if name in TYPES:
+        return TYPES[name]
+    if name.startswith("p_"):
+        return "*fp32"
+    return "i32" if name in STRIDES | COUNTS else "fp32"
+
+
 def failures(kernel: Kernel, figures: dict[str, int]) -> list[str]:
-    """What is wrong with it."""
-    found = []
+    """Lists the gates that a compiled kernel fails."""
+    failed = []
     if figures["registers"] > 255:
-        found.append(f"{figures['registers']} registers")
+        failed.append(f"{figures['registers']} registers")
     if figures["stack"] and triton.__version__ == GATED:
-        found.append(f"{figures['stack']} bytes of stack")
+        failed.append(f"{figures['stack']} bytes of stack")
     if figures["shared"] > SHARED_LIMIT:
-        found.append(f"{figures['shared']} bytes of shared memory")
+        failed.append(f"{figures['shared']} bytes of shared memory")
     if kernel.wgmma and not figures["wgmma"]:
-        found.append("no wgmma")
-    return found
+        failed.append("no wgmma")
+    return failed
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Runs the command; returns the exit code."""
     gate = "all gates" if triton.__version__ == GATED else f"the stack gate needs triton {GATED}"
-    table = Table(
-        "kernel",
-        "dtype",
-        "warps",
-        "stages",
-        "registers",
-        "stack",
-        "shared",
-        "wgmma",
-        "",
-        title=f"sm_90, triton {triton.__version__} ({gate})",
-    )
+    header = ["kernel", "dtype", "warps", "stages", "registers", "stack", "shared", "wgmma", ""]
+    table = Table(*header, title=f"sm_90, triton {triton.__version__} ({gate})")
     bad = 0
     for kernel in kernels():
         figures = compiled(kernel)
-        wrong = failures(kernel, figures)
-        bad += bool(wrong)
-        table.add_row(kernel.name, kernel.dtype, str(kernel.warps), str(kernel.stages), *map(str, figures.values()), "; ".join(wrong))
+        failed = failures(kernel, figures)
+        bad += bool(failed)
+        settings = [kernel.name, kernel.dtype, str(kernel.warps), str(kernel.stages)]
+        table.add_row(*settings, *map(str, figures.values()), "; ".join(failed))
     Console().print(table)
     return 1 if bad else 0
 

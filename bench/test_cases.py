@@ -1,11 +1,12 @@
-"""The cases of `python -m bench.run` under pytest-benchmark: `python -m pytest bench`. Small shapes; `bench.run` measures."""
+"""The cases of `python -m bench.run` under pytest-benchmark, in small shapes: `python -m pytest bench`."""
 
 import math
 
 import pytest
 import torch
 
-from bench import growth, loss_head, rollout, train_step
+from bench.run import engines, growth, loss_head, rollout, train_step
+from bench.run.work import random_work
 from engine.model.folder import load
 from engine.stages.smoke import smoke_folder
 
@@ -25,28 +26,29 @@ def test_preference_loss(benchmark, name, rows, frozen):
 @pytest.mark.parametrize("name", ["dualign", "transformers generate"])
 def test_rollout(benchmark, name, rows):
     model = load(smoke_folder())
-    work = rollout.random_work(model.config.vocab_size, rows, n=8, prompt=16, new=16)
+    work = random_work(model.config.vocab_size, rows, n=8, prompt=16, new=16)
     if name == "dualign":
         assert rollout.gap(model, work).max < 1e-4
         step = rollout.ours(model, work)
     else:
-        step = rollout.transformers_generate(rollout.stock(smoke_folder(), torch.float32, model.device), work)
+        stock = engines.stock(smoke_folder(), torch.float32, model.device)
+        step = engines.transformers_generate(stock, work)
     work.check(name, benchmark(step))
 
 
 def test_responses_that_part(monkeypatch):
     model = load(smoke_folder())
-    work = rollout.random_work(model.config.vocab_size, 16, n=4, prompt=8, new=10)
+    work = random_work(model.config.vocab_size, 16, n=4, prompt=8, new=10)
     assert rollout.parting(model, work) == (0, None)
     sampled, calls = rollout._sampled, []
 
     def turned(*arguments):
         calls.append(arguments)
-        made = sampled(*arguments)
+        rollouts = sampled(*arguments)
         if len(calls) == 2:
-            made.tokens[3, 4:] += 1
-            made.tokens[7, 8] += 1
-        return made
+            rollouts.tokens[3, 4:] += 1
+            rollouts.tokens[7, 8] += 1
+        return rollouts
 
     monkeypatch.setattr(rollout, "_sampled", turned)
     assert rollout.parting(model, work) == (2 / 16, 6)
@@ -63,10 +65,11 @@ def test_train_step(benchmark, pairs):
 
 def test_growth_steps_are_of_their_sizes():
     model = load(smoke_folder())
-    made = growth.steps(model)
-    assert {size.what for size in made} == {"sampling", "training step"}
-    for size, step in made.items():
+    by_size = growth.steps(model)
+    assert {size.what for size in by_size} == {"sampling", "training step"}
+    for size, step in by_size.items():
         if size.axis == "layers" and size.what == "sampling":
             assert {len(response) for response in step()} == {32}
-    assert len(growth.shallow(model, 1).layers) == 1 and len(model.layers) == model.config.num_layers
+    assert len(growth.shallow(model, 1).layers) == 1
+    assert len(model.layers) == model.config.num_layers
     assert growth.slope([(1, 1.0), (2, 2.0), (4, 8.0)]) == pytest.approx(2)

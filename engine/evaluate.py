@@ -1,9 +1,11 @@
-"""`python -m engine.evaluate RUN [flags]`: judge an iterate of a run on held-out prompts, with fresh responses.
+"""`python -m engine.evaluate RUN [flags]`: judge an iterate of a run on held-out prompts, with fresh
+responses.
 
-Reference and policy answer the same prompts with the run's own sampling settings; units and thresholds are those that the run fixed. To
-the run's verdict this adds the slack, scorers that the run did not know, how often the policy orders pairs as the Lagrangian does, and
-refusals on harmless prompts that look dangerous. Nothing is saved on the way: the folder of the results appears whole at the end.
-RUN/judged.jsonl keeps which prompts have judged the run, so that a second look at a test split is told as one.
+Reference and policy answer the same prompts with the run's own sampling settings; units and thresholds are
+those that the run fixed. To the run's verdict this adds the slack, scorers that the run did not know, how
+often the policy orders pairs as the Lagrangian does, and refusals on harmless prompts that look dangerous.
+Nothing is saved on the way: the folder of the results appears whole at the end. RUN/judged.jsonl keeps which
+prompts have judged the run, so that a second look at a test split is told as one.
 """
 
 import hashlib
@@ -46,14 +48,21 @@ from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
 from engine.verdict.sentences import judgement_sentences
 
-USAGE = "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at least one iterate.\n"
+USAGE = (
+    "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at "
+    "least one iterate.\n"
+)
 
 
 class Phase:
-    """What sampling asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress. Ctrl-C stops at once."""
+    """What sampling asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress. Ctrl-C
+    stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
-        self.name, self.logprob_gap = name, None  # that of its samples, as `engine.stages.sampling.log_gap` gives it
+        self.name, self.logprob_gap = (
+            name,
+            None,
+        )  # that of its samples, as `engine.stages.sampling.log_gap` gives it
         self._display = display
         display.stage(number, name)
 
@@ -81,7 +90,9 @@ class Question:
     run: Path
     algorithm: str
     config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
-    iterates: dict[int, list[float]]  # those to choose from, with the multipliers that each was trained at; one unless --best-feasible
+    iterates: dict[
+        int, list[float]
+    ]  # those to choose from, with the multipliers that each was trained at; one unless --best-feasible
     selection: Prompts | None  # what they are chosen on
     by_preference: bool  # scores are log-ratios of policies that the run aligned to preferences
     units: Units  # of the run's scorers; further audits have none yet
@@ -110,22 +121,32 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
     iterates = _iterates(run, flags.iterate, every=flags.best_feasible)
     config = replace(
-        config, device=flags.device or config.device, threads=flags.threads or config.threads, audit=(*config.audit, *flags.audit),
+        config,
+        device=flags.device or config.device,
+        threads=flags.threads or config.threads,
+        audit=(*config.audit, *flags.audit),
         eval_responses=flags.n_responses or config.eval_responses,
-    )  # fmt: skip
+    )
     if config.eval_responses < 2:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
     prepare_process(config.threads)
     inputs = read_inputs(config)
     Run.check_model(run, inputs.fingerprint)
-    pool = read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column) if flags.prompts else inputs.heldout
+    pool = (
+        read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column)
+        if flags.prompts
+        else inputs.heldout
+    )
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
     prompts = heldout_prompts(pool, n, config.seed)
     common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
     if common:
-        shared = f"{len(common)} of {n} prompts are among the run's training prompts, the first is {prompts.text[common[0]][:60]!r}"
+        shared = (
+            f"{len(common)} of {n} prompts are among the run's training prompts, the first is "
+            f"{prompts.text[common[0]][:60]!r}"
+        )
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
     judged_on = heldout_prompts(inputs.heldout, min(config.eval_prompts, len(inputs.heldout)), config.seed)
@@ -137,25 +158,49 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
-    scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=inputs.fingerprint, device=inputs.device)
+    scorers = load_scorers(
+        config.reward,
+        config.cost,
+        config.audit,
+        folder=inputs.folder,
+        trunk=inputs.fingerprint,
+        device=inputs.device,
+    )
     (reference,) = read_rows(run, ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
-    constraints.check_prompts(limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {}))
+    constraints.check_prompts(
+        limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {})
+    )
     units = units_of(reference, limits)
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
     aimed = read_rows(run, DualRow)[0].aim if by_preference else reference.aimed
     return Question(
-        run=run, algorithm=algorithm, config=config, iterates=iterates, selection=selection, by_preference=by_preference,
-        units=units, limits=limits, aimed=aimed, inputs=inputs,
-        trained_on=training_prompts(inputs.train, config.n_prompts, config.seed), scorers=scorers, prompts=prompts, pool=len(pool), shared=shared,
-        lookalikes=lookalikes, safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=_judged_before(run, prompts, judged_on), fewer_rows=fewer,
-    )  # fmt: skip
+        run=run,
+        algorithm=algorithm,
+        config=config,
+        iterates=iterates,
+        selection=selection,
+        by_preference=by_preference,
+        units=units,
+        limits=limits,
+        aimed=aimed,
+        inputs=inputs,
+        trained_on=training_prompts(inputs.train, config.n_prompts, config.seed),
+        scorers=scorers,
+        prompts=prompts,
+        pool=len(pool),
+        shared=shared,
+        lookalikes=lookalikes,
+        safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
+        judged_before=_judged_before(run, prompts, judged_on),
+        fewer_rows=fewer,
+    )
 
 
 def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, Path]:
-    """Judge an iterate of `run` and write evaluation.json and heldout.jsonl; returns what was found, and their folder.
+    """Judge an iterate of `run` and write evaluation.json and heldout.jsonl; returns what was found, and
+    their folder.
 
     Raises: UserError, before any compute unless a scorer fails.
     """
@@ -187,7 +232,10 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         gaps["policy"] = phase.logprob_gap
         moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
         scoring = _scoring(q, subject, units)
-        before, after = (Samples(prompts=prompts, sampled=side, scores=scoring(phase, prompts, side)) for side in (before, after))
+        before, after = (
+            Samples(prompts=prompts, sampled=side, scores=scoring(phase, prompts, side))
+            for side in (before, after)
+        )
         phase = Phase(display, first + 3, "lookalike/reference")
         _, texts_before = respond(subject, phase, q.lookalikes, None, n=n, purpose=keys.LOOKALIKE_REFERENCE)
         phase = Phase(display, first + 4, "lookalike/policy")
@@ -208,7 +256,10 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             pairs_like="g" if q.safety_alone else "r + lambda g",
         )
         write_heldout(RunFolder(folder).heldout, before, after)
-        settings = {f: getattr(config, f) for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")}
+        settings = {
+            f: getattr(config, f)
+            for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")
+        }
         settings |= {
             "iterate": iterate,
             "lam": q.iterates[iterate],
@@ -217,12 +268,17 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             "units": asdict(scoring.units),
             "overlap": q.shared,
         }
-        write_json(RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings})
+        write_json(
+            RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
+        )
         try:
             with open(RunFolder(q.run).judged, "a") as file:
                 file.write(json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}) + "\n")
         except OSError as error:
-            display.warn(f"{RunFolder(q.run).judged} cannot be written ({error.strerror}), so these prompts are not on record")
+            display.warn(
+                f"{RunFolder(q.run).judged} cannot be written ({error.strerror}), so these prompts "
+                "are not on record"
+            )
         for line in judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {RunFolder(out).evaluation} and {RunFolder(out).heldout}")
@@ -235,7 +291,8 @@ def _hash(prompts: Prompts) -> str:
 
 
 def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
-    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own verdict."""
+    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own
+    verdict."""
     paths = RunFolder(run)
     known = [_hash(own)] if paths.evaluation.is_file() else []
     if paths.judged.is_file():
@@ -244,7 +301,8 @@ def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
 
 
 def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
-    """Every iterate on the selection prompts: rows of iterate, lam, reward and room (improvement - what is required) of each constraint."""
+    """Every iterate on the selection prompts: rows of iterate, lam, reward and room (improvement - what is
+    required) of each constraint."""
     n, rows = q.config.eval_responses, []
     # Further audits have no unit here, and are not needed to choose.
     further = len(q.scorers.audits) - len(q.units.audit_A)
@@ -263,13 +321,19 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
         rows.append({"iterate": iterate, "lam": lam, "reward": e.reward.mean, "room": room})
         display.line(
             f"iterate {iterate}: reward {e.reward.mean:+.2f}, "
-            + ", ".join(f"{c.name} {x:+.2f} beyond what is required" for c, x in zip(e.constraints, room, strict=True))
+            + ", ".join(
+                f"{c.name} {x:+.2f} beyond what is required" for c, x in zip(e.constraints, room, strict=True)
+            )
         )
     chosen = best_feasible(rows)
     met = sum(min(row["room"]) >= 0 for row in rows)
     display.line(
         f"iterate {chosen} is judged: "
-        + (f"the most reward of the {met} that meet every constraint" if met else "none meets every constraint, and it misses least")
+        + (
+            f"the most reward of the {met} that meet every constraint"
+            if met
+            else "none meets every constraint, and it misses least"
+        )
         + f" on {len(q.selection)} held-out prompts; what follows is on others"
     )
     return rows
@@ -283,27 +347,43 @@ def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
 
 
 def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
-    return Bar(limits=q.limits, aimed=q.aimed, units=scoring.units, audit_names=scoring.audit_names, confidence=confidence)
+    return Bar(
+        limits=q.limits,
+        aimed=q.aimed,
+        units=scoring.units,
+        audit_names=scoring.audit_names,
+        confidence=confidence,
+    )
 
 
 def best_feasible(rows: list[dict]) -> int:
-    """Chooses the iterate with the most reward among those with room >= 0 in every constraint; where there is none, with the most room."""
+    """Chooses the iterate with the most reward among those with room >= 0 in every constraint; where there is
+    none, with the most room."""
     feasible = [row for row in rows if min(row["room"]) >= 0]
-    best = max(feasible, key=lambda row: row["reward"]) if feasible else max(rows, key=lambda row: min(row["room"]))
+    best = (
+        max(feasible, key=lambda row: row["reward"])
+        if feasible
+        else max(rows, key=lambda row: min(row["room"]))
+    )
     return best["iterate"]
 
 
-def policy_logprob(subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Weights) -> Tensor:
+def policy_logprob(
+    subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Weights
+) -> Tensor:
     """log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(prompts, sampled.rollouts)
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
-            subject.model, groups, [], temperature=subject.settings.temperature,
-            memory_budget_bytes=subject.settings.memory_budget_bytes, adapter=adapter, on_tokens=made.advance,
-        )  # fmt: skip
+            subject.model,
+            groups,
+            [],
+            temperature=subject.settings.temperature,
+            memory_budget_bytes=subject.settings.memory_budget_bytes,
+            adapter=adapter,
+            on_tokens=made.advance,
+        )
     return logprob.view(len(prompts), -1)
-
-
 
 
 def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
@@ -327,30 +407,48 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     """Says what is judged, and how the responses are drawn."""
     config, inputs = q.config, q.inputs
     lam = ", ".join(f"{x:.3f}" for x in list(q.iterates.values())[-1])
-    which = f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
+    which = (
+        f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
+    )
     times = "once" if q.judged_before == 1 else f"{q.judged_before} times"
-    again = [f"these prompts have judged this run {times} before; the interval does not allow for that"] if q.judged_before else []
-    own = "so the random numbers are those of its verdict" if flags.seed == config.seed else "so no response was seen before"
+    again = (
+        [f"these prompts have judged this run {times} before; the interval does not allow for that"]
+        if q.judged_before
+        else []
+    )
+    own = (
+        "so the random numbers are those of its verdict"
+        if flags.seed == config.seed
+        else "so no response was seen before"
+    )
     return [
-        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or DEFAULT_MODEL} ({inputs.dtype}, {inputs.device}), "
+        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or DEFAULT_MODEL} "
+        f"({inputs.dtype}, {inputs.device}), "
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
-        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most {config.max_new_tokens} new tokens, "
+        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most "
+        f"{config.max_new_tokens} new tokens, "
         f"seed {flags.seed} (the run's is {config.seed}, {own})",
         *again,
-        *([f"memory is short, so {config.rollout_rows} responses are decoded side by side"] if q.fewer_rows else []),
+        *(
+            [f"memory is short, so {config.rollout_rows} responses are decoded side by side"]
+            if q.fewer_rows
+            else []
+        ),
     ]
 
 
 def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
-    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's units."""
+    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's
+    units."""
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name
         measured.append(dual.within_deviation(before.scores.audit_PGA[..., a], f"scorer {name}"))
         display.line(
-            f"audit {name}: the run fixed no unit for it; the within-prompt standard deviation of the reference's responses here is "
+            f"audit {name}: the run fixed no unit for it; the within-prompt standard deviation of "
+            "the reference's responses here is "
             f"{measured[-1]:.3g} of the scorer's units"
         )
     return replace(q.units, audit_A=[*q.units.audit_A, *measured])
@@ -366,7 +464,12 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
             run, argv = argv[0], argv[1:]
         flags = parse_flags(
-            EvaluateConfig, argv, prog="python -m engine.evaluate RUN", usage=USAGE, first="run folder", default=EvaluateConfig()
+            EvaluateConfig,
+            argv,
+            prog="python -m engine.evaluate RUN",
+            usage=USAGE,
+            first="run folder",
+            default=EvaluateConfig(),
         )
         if flags is None:
             return 0

@@ -14,7 +14,8 @@ from engine.stages.inputs import model_folder
 
 
 def export(run: str | Path, folder: str | Path) -> None:
-    """Merge the run's last adapter into its base model, or take all its weights, and write `folder`, which transformers and vLLM load.
+    """Merge the run's last adapter into its base model, or take all its weights, and write `folder`, which
+    transformers and vLLM load.
 
     Raises: UserError when the run has no iterate yet, its model is another one now, or the folder exists.
     """
@@ -22,7 +23,9 @@ def export(run: str | Path, folder: str | Path) -> None:
     _, config = Run.read_config(run)
     numbered = {number: path for number, path in RunFolder(run).iterates().items() if is_saved(path)}
     if not numbered:
-        raise UserError(f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}.")
+        raise UserError(
+            f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}."
+        )
     base = model_folder(config["model"])
     Run.check_model(run, fingerprint(base))
     network = model.load(base, dtype="float32")

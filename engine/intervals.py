@@ -1,4 +1,7 @@
-"""Means over prompts with their standard errors and intervals: improvements over the reference, shares and rates; how they are printed."""
+"""Means over prompts with standard errors and intervals: improvements, shares and rates.
+
+The last functions print them.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,19 +15,27 @@ from engine.errors import UserError
 
 
 def within_deviation(x_PG, name: str) -> float:
-    """Pooled within-prompt standard deviation (ddof 1) of a score [P, G], G >= 2: one unit of it in a run.
+    """Returns the pooled within-prompt standard deviation of a score [P, G], G >= 2: one unit of it in a run.
 
     Raises: UserError where `name` is constant within every prompt.
     """
     x = float64(x_PG)
     value = float(x.var(dim=1).mean().sqrt())
     if value <= 1e-9 * max(1.0, float(x.abs().max())):
-        raise UserError(f"{name} gives all responses of a prompt one score, so there is nothing to align; use another one.")
+        raise UserError(
+            f"{name} gives all responses of a prompt one score, so there is nothing to align; "
+            "use another one."
+        )
     return value
 
 
 def standard_error(values_P) -> Tensor:
-    """Standard error of the mean of independent per-prompt values [P, ...]: std(ddof=1) / sqrt(P). Raises: UserError below 2 prompts."""
+    """Returns the standard error of the mean of independent per-prompt values [P, ...].
+
+    It is std(ddof=1) / sqrt(P).
+
+    Raises: UserError below 2 prompts.
+    """
     values = float64(values_P)
     if len(values) < 2:
         raise UserError(f"{len(values)} prompt(s): a standard error needs at least 2.")
@@ -32,21 +43,29 @@ def standard_error(values_P) -> Tensor:
 
 
 def paired_improvement(policy_PG, reference_PG) -> tuple[Tensor, Tensor]:
-    """Mean improvement over the reference and its standard error, clustered by prompt: responses of one prompt are not independent.
+    """Returns the mean improvement over the reference and its standard error.
 
-    policy [P, G1] and reference [P, G2], or [P, G1, J] and [P, G2, J]: the same prompts, any numbers of responses. float64 [] or [J].
+    The error is clustered by prompt, as responses of one prompt are not independent.
+
+    policy [P, G1] and reference [P, G2], or [P, G1, J] and [P, G2, J]: the same prompts, any numbers of
+    responses. Both results are float64 [] or [J].
 
     Raises: UserError if the prompts differ in number or are fewer than 2.
     """
     policy, reference = float64(policy_PG), float64(reference_PG)
     if len(policy) != len(reference):
-        raise UserError(f"{len(policy)} policy prompts, {len(reference)} reference prompts: score both on the same prompts.")
+        raise UserError(
+            f"{len(policy)} policy prompts, {len(reference)} reference prompts: "
+            "score both on the same prompts."
+        )
     difference_P = policy.mean(1) - reference.mean(1)
     return difference_P.mean(0), standard_error(difference_P)
 
 
 def predicted_se(utility_PG, n_prompts: int, n_responses: int) -> float:
-    """Standard error that `paired_improvement` will have on n_prompts with n_responses of each policy, from reference samples alone:
+    """Predicts the standard error of `paired_improvement` from reference samples alone.
+
+    On n_prompts with n_responses of each policy it is
 
         sqrt(2 * pooled within-prompt variance / n_responses / n_prompts)
 
@@ -56,19 +75,24 @@ def predicted_se(utility_PG, n_prompts: int, n_responses: int) -> float:
     """
     utility = float64(utility_PG)
     if utility.shape[1] < 2:
-        raise UserError(f"{utility.shape[1]} response(s) per prompt: a within-prompt variance needs at least 2.")
+        raise UserError(
+            f"{utility.shape[1]} response(s) per prompt: a within-prompt variance needs at least 2."
+        )
     return math.sqrt(2 * float(utility.var(1).mean()) / n_responses / n_prompts)
 
 
 def float64(values) -> Tensor:
-    # With the dtype from the start: a list would be rounded to float32 on the way.
+    """Converts numbers to a float64 tensor on the CPU."""
+    # The dtype is given at once, since a list would else be rounded to float32 on the way.
     return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n prompts. `low`, `high`: two-sided interval. `lower`, `upper`: each a one-sided bound. All at one confidence, 0.95
-    unless a function was given another one."""
+    """A mean over n prompts, its two-sided interval (low, high) and two one-sided bounds (lower, upper).
+
+    All four have one confidence: 0.95 unless a function was given another one.
+    """
 
     mean: float
     se: float
@@ -90,12 +114,14 @@ class Share:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The Student t quantile."""
+    """Returns the quantile of Student's t distribution."""
     return float(stdtrit(degrees, probability))
 
 
 def estimate(difference_P: Tensor, confidence: float = 0.95) -> Estimate:
-    """Mean over prompts with standard error std(ddof=1) / sqrt(P) and Student t intervals with P - 1 degrees of freedom.
+    """Estimates the mean over prompts, with Student t intervals of P - 1 degrees of freedom.
+
+    Its standard error is std(ddof=1) / sqrt(P).
 
     difference_P: [P], one independent number per prompt. confidence: above 0.5 and below 1.
     Raises: UserError for fewer than two prompts or a number that is not finite.
@@ -103,36 +129,47 @@ def estimate(difference_P: Tensor, confidence: float = 0.95) -> Estimate:
     difference_P = torch.as_tensor(difference_P, dtype=torch.float64)
     n = difference_P.numel()
     if n < 2:
-        raise UserError(f"{n} held-out prompt(s): a standard error needs at least 2; raise --eval-prompts or give more prompts.")
+        raise UserError(
+            f"{n} held-out prompt(s): a standard error needs at least 2; "
+            "raise --eval-prompts or give more prompts."
+        )
     bad = torch.nonzero(~torch.isfinite(difference_P)).flatten().tolist()
     if bad:
         raise UserError(
-            f"held-out prompt {bad[0]} has the score difference {difference_P[bad[0]].item()}: make the scorer return finite numbers."
+            f"held-out prompt {bad[0]} has the score difference {difference_P[bad[0]].item()}: "
+            "make the scorer return finite numbers."
         )
     mean, se = difference_P.mean().item(), difference_P.std().item() / math.sqrt(n)
     two, one = t_quantile((1 + confidence) / 2, n - 1) * se, t_quantile(confidence, n - 1) * se
-    return Estimate(mean=mean, se=se, low=mean - two, high=mean + two, lower=mean - one, upper=mean + one, n=n)
+    return Estimate(
+        mean=mean, se=se, low=mean - two, high=mean + two, lower=mean - one, upper=mean + one, n=n
+    )
 
 
 def improvement(policy_PG: Tensor, reference_PG: Tensor, confidence: float = 0.95) -> Estimate:
-    """Mean score of the policy minus that of the reference, paired by prompt; the numbers of responses G may differ."""
+    """Estimates the policy's mean score minus the reference's, paired by prompt; their G may differ."""
     assert policy_PG.shape[0] == reference_PG.shape[0], (policy_PG.shape, reference_PG.shape)
     return estimate(policy_PG.double().mean(1) - reference_PG.double().mean(1), confidence)
 
 
 def negated(e: Estimate) -> Estimate:
-    """The estimate of minus the mean."""
+    """Returns the estimate of minus the mean."""
     return replace(e, mean=-e.mean, low=-e.high, high=-e.low, lower=-e.upper, upper=-e.lower)
 
 
 def rate(unsafe_PG: Tensor, confidence: float = 0.95) -> Estimate:
-    """A share of responses [P, G] (values 0 and 1) with exact binomial bounds at an effective number of responses, clustered by prompt
-    (Korn and Graubard 1998, Clopper and Pearson 1934): they have a width at 0 and 1, and keep their confidence for rare events.
+    """Estimates a share of responses [P, G] (values 0 and 1) with exact binomial bounds, clustered by prompt.
 
-    The effective number is p (1 - p) / (squared standard error over prompts), corrected for that error's degrees of freedom: as many as
-    there are prompts with an unsafe response (or with a safe one, if fewer), minus 1. With P - 1 of them, as for common events, a limit on
-    a rare one is called met falsely in 13 of 100 cases instead of 5. It is at least P, as the variance of a mean of P shares is at most
-    p (1 - p) / P, and at most P G. Where all responses are alike it is P: how alike those to one prompt are cannot be seen then.
+    The bounds are those of an effective number of responses (Korn and Graubard 1998, Clopper and Pearson
+    1934): they have a width at 0 and 1, and keep their confidence for rare events.
+
+    The effective number is p (1 - p) / (squared standard error over prompts), corrected for that error's
+    degrees of freedom. These are as many as prompts have an unsafe response (or a safe one, if fewer), minus
+    1: with P - 1 of them, as for common events, a limit on a rare one is called met falsely in 13 of 100
+    cases instead of 5. The number is at least P, as the variance of a mean of P shares is p (1 - p) / P at
+    most, and at most P G. Where all responses are alike it is P, since nobody can see then how alike those
+    to one prompt are.
+
     Raises: UserError for fewer than two prompts.
     """
     unsafe_PG = unsafe_PG.double()
@@ -158,7 +195,10 @@ def rate(unsafe_PG: Tensor, confidence: float = 0.95) -> Estimate:
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided score interval of a share of n independent cases (Wilson 1927). It has a width at 0 and at 1 too."""
+    """Returns the two-sided score interval of a share of n independent cases (Wilson 1927).
+
+    It has a width at 0 and 1 too.
+    """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -172,7 +212,8 @@ def number(value: float, digits: int = 2, sign: str = "") -> str:
 
 def interval_text(result: Estimate | Share, confidence: float, digits: int = 2, scale: float = 1) -> str:
     """Prints a two-sided interval with its confidence."""
-    return f"{100 * confidence:g} % [{number(scale * result.low, digits)}, {number(scale * result.high, digits)}]"
+    low, high = (number(scale * x, digits) for x in (result.low, result.high))
+    return f"{100 * confidence:g} % [{low}, {high}]"
 
 
 def improvement_text(result: Estimate, confidence: float) -> str:

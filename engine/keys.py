@@ -1,8 +1,8 @@
 """Every purpose of random numbers in one table.
 
 Two parts of a run draw equal numbers only where they have equal keys. Responses of a policy are keyed by
-(seed, purpose, prompt, sample, step): the purposes of one seed must differ, the rest follows from the prompts.
-Choices among prompts are keyed by a text.
+(seed, purpose, prompt, sample, step): the purposes of one seed must differ, the rest follows from the
+prompts. Choices among prompts are keyed by a text.
 """
 
 # Purposes of sampled responses: `combine(seed, purpose)` keys them together with the prompts' own keys.
@@ -25,12 +25,14 @@ def fresh(iteration: int) -> int:
 
 
 def preference(number: int) -> int:
-    """Keys the labels and the order of prompts of the policy aligned to preference `number` (0 is the reward)."""
+    """Keys the labels and the order of prompts of the policy aligned to preference `number` (0 is the
+    reward)."""
     return 2_000_000 + number
 
 
 def selection(number: int) -> int:
-    """Keys the responses of the iterate that is tried as `number` (from 2) when the best feasible one is chosen."""
+    """Keys the responses of the iterate that is tried as `number` (from 2) when the best feasible one is
+    chosen."""
     return SELECTION_REFERENCE - number
 
 

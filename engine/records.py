@@ -1,8 +1,8 @@
 """The data that flows between stages.
 
-Shape legend: P prompts, G responses per prompt, R = P * G rows, N sequences, K pairs, T completion tokens (packed), V vocabulary,
-D hidden, J constraints. A name carries its shape: `reward_PG` is [P, G]. Scores obey one sign everywhere: larger is better
-(`utility_of_cost` is the only place where a cost is negated).
+Shape legend: P prompts, G responses per prompt, R = P * G rows, N sequences, K pairs, T completion tokens
+(packed), V vocabulary, D hidden, J constraints. A name carries its shape: `reward_PG` is [P, G]. Scores obey
+one sign everywhere: larger is better (`utility_of_cost` is the only place where a cost is negated).
 """
 
 from collections.abc import Callable
@@ -49,9 +49,12 @@ class Rollouts:
     tokens: Tensor  # int64 [R, max_new_tokens], padded
     length: Tensor  # int64 [R]: tokens sampled, a stop token included
     finished: Tensor  # bool [R]: ended by a stop token, not by the limit
-    logprob: Tensor  # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
+    # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
+    logprob: Tensor
     model_logprob: Tensor  # float32 [R, max_new_tokens]: under the model at that temperature
-    near_tie: Tensor  # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within `engine.rollout.decoding.NEAR_TIE`
+    # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within
+    # `engine.rollout.decoding.NEAR_TIE`
+    near_tie: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,30 +64,36 @@ class Scores:
     reward_PG: Tensor  # float64 [P, G]
     utility_PGJ: Tensor  # float64 [P, G, J]
     audit_PGA: Tensor  # float64 [P, G, A]: utilities of scorers that are never optimised
-    ref_logprob_PG: Tensor  # float64 [P, G]: log-prob of each response under the reference at the sampling temperature
+    # float64 [P, G]: log-prob of each response under the reference at the sampling temperature
+    ref_logprob_PG: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """The reference's pooled within-prompt standard deviations: one unit of reward, utility and audit in this run."""
+    """The reference's pooled within-prompt standard deviations: one unit of reward, utility and audit in this
+    run."""
 
     reward: float
     utility_J: list[float]
     audit_A: list[float]
-    unsafe_above_J: list[float | None] = field(default_factory=list)  # a utility with a number here is -1 where its cost lies above, else 0
+    unsafe_above_J: list[float | None] = field(
+        default_factory=list
+    )  # a utility with a number here is -1 where its cost lies above, else 0
 
     def apply(self, scores: Scores) -> Scores:
         """Returns the same scores in these units."""
         return Scores(
             reward_PG=scores.reward_PG / self.reward,
-            utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J) / torch.tensor(self.utility_J, dtype=torch.float64),
+            utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J)
+            / torch.tensor(self.utility_J, dtype=torch.float64),
             audit_PGA=scores.audit_PGA / torch.tensor(self.audit_A, dtype=torch.float64),
             ref_logprob_PG=scores.ref_logprob_PG,
         )
 
 
 def unsafe_counted(utility_PGJ: Tensor, above_J: list[float | None]) -> Tensor:
-    """Utilities, negated costs, with -1 for a cost above the number and 0 for one that is not, where there is a number."""
+    """Utilities, negated costs, with -1 for a cost above the number and 0 for one that is not, where there is
+    a number."""
     counted = utility_PGJ.clone()
     for j, above in enumerate(above_J):
         if above is not None:
@@ -108,10 +117,14 @@ class Scored:
 
     reward_PG: Tensor  # float64 [P, G]
     utility_PGJ: Tensor  # float64 [P, G, J]
-    weight_PJ: Tensor  # float64 [P, J]: how much the Lagrangian counts a prompt's utilities: 0 where the constraint is not about it
+    # float64 [P, J]: how much the Lagrangian counts a prompt's utilities: 0 where the constraint is not about
+    # it
+    weight_PJ: Tensor
     cost_PGJ: Tensor  # float64 [P, G, J] in the scorers' own units
-    missing_PJ: Tensor | None = None  # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
-    share_PG: Tensor | None = None  # float64 [P, G]: share of each response in its prompt's means; None: all equal
+    # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
+    missing_PJ: Tensor | None = None
+    # float64 [P, G]: share of each response in its prompt's means; None: all equal
+    share_PG: Tensor | None = None
 
     @property
     def counted_PGJ(self) -> Tensor:
@@ -124,17 +137,19 @@ Rule = Callable[[Scored], Tensor]
 
 
 def lagrangian(lam_J: Tensor) -> Rule:
-    """Builds the rule r + lambda . g, of which a policy update maximises the mean less beta x KL (arXiv 2505.19387, Algorithm 2)."""
+    """Builds the rule r + lambda . g, of which a policy update maximises the mean less beta x KL (arXiv
+    2505.19387, Algorithm 2)."""
     return lambda scored: scored.reward_PG + scored.counted_PGJ @ lam_J
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What one policy update fits: log pi = log anchor + (score + shift) / coefficient + a constant per prompt.
+    """What one policy update fits: log pi = log anchor + (score + shift) / coefficient + a constant per
+    prompt.
 
-    The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share) log(reference). An iterate is
-    whatever the stages' updates return; None is the reference. Score, shift and what is dropped are rules, so that they hold for
-    any responses that the update learns from.
+    The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share)
+    log(reference). An iterate is whatever the stages' updates return; None is the reference. Score, shift and
+    what is dropped are rules, so that they hold for any responses that the update learns from.
     """
 
     lam_J: Tensor  # float64 [J]: multipliers of the scores, for the log
@@ -161,7 +176,8 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredTarget:
-    """A `Target` whose rules were applied to the responses that an update learns from; the fields are those of `Target`."""
+    """A `Target` whose rules were applied to the responses that an update learns from; the fields are those
+    of `Target`."""
 
     score_PG: Tensor  # float64 [P, G]
     coefficient: float
@@ -188,6 +204,7 @@ def utility_of_cost(cost: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DualState:
-    """The one-shot multipliers. What later ones were decided from stands in the rows of kind "iteration" in metrics.jsonl."""
+    """The one-shot multipliers. What later ones were decided from stands in the rows of kind "iteration" in
+    metrics.jsonl."""
 
     lam_J: Tensor  # float64 [J]

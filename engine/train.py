@@ -17,7 +17,8 @@ USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--resume 
 algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 {algorithms}
 
---preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win (not for head)
+--preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win
+                  (not for head)
 --resume FOLDER   go on with the interrupted run in FOLDER, with its own settings: takes no other flags
 """
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as stop:
-        # An Interrupted that knows its run folder says itself how to go on.
+        # An Interrupted that knows its run folder already says how to go on.
         hint = f"interrupted: to go on, python -m engine.train --resume {folder or 'FOLDER'}"
         print(str(stop) if "--resume" in str(stop) else hint, file=sys.stderr)
         return 130
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(algorithm: str, flags: list[str]):
-    """The algorithm's config with `flags` on top of the defaults or the preset; None where help was asked for
-    and printed.
+    """Read the algorithm's config from `flags`, on top of the defaults or the preset; None after printing
+    help.
 
     Raises: UserError for an unknown preset or flag, a stray word, or a value of the wrong type.
     """
@@ -81,7 +82,7 @@ def parse(algorithm: str, flags: list[str]):
 
 
 def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
-    """The algorithm's name, caid where none is given, and the rest of the command line."""
+    """Split the algorithm's name, caid where none is given, from the rest of the command line."""
     if not argv or argv[0].startswith("-"):
         return "caid", argv
     if argv[0] not in ALGORITHMS:
@@ -93,13 +94,14 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:
-    """(algorithm, config) as saved in the run folder."""
+    """Read algorithm and config as saved in the run folder. `named`: the algorithm that the user gave, if
+    any."""
     if flags:
         raise UserError(
             f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own "
             "settings."
         )
-    # Lazy: the checkpoint needs torch.
+    # Imported here, as reading a run needs torch.
     from engine.run.run import Run
 
     algorithm, values = Run.read_config(folder)

@@ -1,10 +1,17 @@
-"""Shared fixtures: one tiny model folder with heads, made once per session, and the makes of processor."""
+"""Shared fixtures: a tiny model folder with heads, a cache folder, the makes of processor, and what keeps
+runs within tests cheap."""
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
+# Tests run side by side, a process on each core, so each has one thread. OpenBLAS reads this when numpy is
+# imported first, which torch does; its second thread doubles the time of the exact problems' small matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from kernels import compiled
 
@@ -24,6 +31,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_measurement() -> None:
+    """Measures the machine's speed once in each process, not in each run: it takes half a second of
+    computing, and only the estimate of a run's time depends on it."""
+    from engine.run import plan
+
+    plan.matmul_rate = functools.cache(plan.matmul_rate)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Fails a test that leaves several threads to the tests after it, as a run without --threads 1 does: two
+    processes with two threads each on two cores wait for each other most of the time."""
+    yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 1, f"{threads} threads: give the test's runs --threads 1"
 
 
 @pytest.fixture(params=compiled.MAKES)

@@ -1,9 +1,10 @@
-"""Run GPU tests without a GPU: `python tests/pretended_gpu.py [arguments of pytest]`; without arguments those that end soon.
+"""Run GPU tests without a GPU: `python tests/pretended_gpu.py [arguments of pytest]`; without arguments those
+that end soon.
 
-Tensors say that they are on cuda:0 while the CPU does their work, and Triton interprets its kernels. What a GPU would refuse is refused:
-operands on two devices, and, where `torch.cuda.set_sync_debug_mode` watches or a graph is captured, whatever makes the host wait. A
-captured graph is the list of its operations, replayed into the same memory. Of a GPU's memory, time, streams and rounding nothing is
-pretended.
+Tensors say that they are on cuda:0 while the CPU does their work, and Triton interprets its kernels. What a
+GPU would refuse is refused: operands on two devices, and, where `torch.cuda.set_sync_debug_mode` watches or a
+graph is captured, whatever makes the host wait. A captured graph is the list of its operations, replayed into
+the same memory. Of a GPU's memory, time, streams and rounding nothing is pretended.
 """
 
 import os
@@ -24,7 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
-SOON = "captured or never_waits or packed_attention or (norm_rotation and not 300) or (preference_loss and 12-211-8 and bfloat16)"
+SOON = (
+    "captured or never_waits or packed_attention or (norm_rotation and not 300) or (preference_loss and "
+    "12-211-8 and bfloat16)"
+)
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 state = SimpleNamespace(watched=False, graph=None, copies=0)
 
@@ -34,7 +38,12 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor):
-        how = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype, "device": inner.device}
+        how = {
+            "strides": inner.stride(),
+            "storage_offset": inner.storage_offset(),
+            "dtype": inner.dtype,
+            "device": inner.device,
+        }
         return Tensor._make_wrapper_subclass(cls, inner.shape, **how)
 
     def __init__(self, inner: Tensor) -> None:
@@ -118,7 +127,9 @@ def operate(function, args: tuple, kwargs: dict) -> object:
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     elsewhere = [x for x in tensors if not isinstance(x, Pretended) and x.dim()]
     if elsewhere and name not in ("copy_", "_to_copy"):
-        raise RuntimeError(f"{function}: operands on two devices, {[(type(x).__name__, tuple(x.shape)) for x in tensors]}")
+        raise RuntimeError(
+            f"{function}: operands on two devices, {[(type(x).__name__, tuple(x.shape)) for x in tensors]}"
+        )
     masks = name in ("index", "index_put_") and any(x.dtype == torch.bool for x in tensors[1:])
     if name in WAITS or masks or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         wait(function)
@@ -134,11 +145,15 @@ def operate(function, args: tuple, kwargs: dict) -> object:
     result = work()
     if state.graph:
         made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
-        sources = {x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        sources = {
+            x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)
+        }
         if not all(x.untyped_storage().data_ptr() in sources for x in made):  # a view is no work
 
             def again() -> None:
-                for old, new in zip(made, (x for x in tree_flatten(work())[0] if isinstance(x, Tensor)), strict=True):
+                for old, new in zip(
+                    made, (x for x in tree_flatten(work())[0] if isinstance(x, Tensor)), strict=True
+                ):
                     old.copy_(new)
 
             state.graph.steps.append(again)
@@ -148,7 +163,11 @@ def operate(function, args: tuple, kwargs: dict) -> object:
 def wide_product(*operands, out: Tensor | None = None, **kwargs) -> Tensor:
     """mm and addmm of 16 bits with float32 output, which a CPU has not."""
     a, b = [x for x in operands if isinstance(x, Tensor)][-2:]
-    assert a.dtype == b.dtype and a.dtype.itemsize == 2 and torch.float32 in (*operands, kwargs.pop("out_dtype", None))
+    assert (
+        a.dtype == b.dtype
+        and a.dtype.itemsize == 2
+        and torch.float32 in (*operands, kwargs.pop("out_dtype", None))
+    )
     product = a.float() @ b.float()
     if isinstance(operands[2], Tensor):
         product = torch.addmm(operands[0].float(), a.float(), b.float(), **kwargs)
@@ -166,7 +185,9 @@ def written_arguments(function, args: tuple, kwargs: dict) -> list:
 
 def custom_ops() -> dict[str, CustomOpDef]:
     ours = [module for name, module in sys.modules.items() if name.startswith("kernels")]
-    return {op._qualname: op for module in ours for op in vars(module).values() if isinstance(op, CustomOpDef)}
+    return {
+        op._qualname: op for module in ours for op in vars(module).values() if isinstance(op, CustomOpDef)
+    }
 
 
 class Up(torch.autograd.Function):
@@ -206,7 +227,11 @@ class Devices(TorchFunctionMode):
         if function in (Tensor.tolist, Tensor.numpy) and ours:
             wait(function)
             return getattr(args[0].inner, function.__name__)()
-        if function is Tensor.copy_ and ours and not (torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)):
+        if (
+            function is Tensor.copy_
+            and ours
+            and not (torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad))
+        ):
             return operate(torch.ops.aten.copy_.default, args, kwargs)
         if function in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return moved(function, *args, **kwargs)
@@ -220,7 +245,9 @@ class Devices(TorchFunctionMode):
         return wrapped(made) if there else made
 
 
-def moved(function, x: Tensor, *rest, non_blocking: bool = False, copy: bool = False, device=None, dtype=None) -> Tensor:
+def moved(
+    function, x: Tensor, *rest, non_blocking: bool = False, copy: bool = False, device=None, dtype=None
+) -> Tensor:
     """Tensor.to, .cpu and .cuda."""
     device = {Tensor.cpu: "cpu", Tensor.cuda: "cuda"}.get(function, device)
     for value in rest:
@@ -246,7 +273,9 @@ def moved(function, x: Tensor, *rest, non_blocking: bool = False, copy: bool = F
 def set_items(target: Pretended, index, value) -> None:
     items = index if isinstance(index, tuple) else (index,)
     given = [x for x in (*items, value) if isinstance(x, Tensor)]
-    if any(not isinstance(x, Pretended) and x.dim() for x in given) or any(isinstance(x, Tensor) and x.dtype == torch.bool for x in items):
+    if any(not isinstance(x, Pretended) and x.dim() for x in given) or any(
+        isinstance(x, Tensor) and x.dtype == torch.bool for x in items
+    ):
         wait("an assignment to what a mask or a tensor on the CPU names")
     inner, place, value = target.inner, tuple(bare(x) for x in items), bare(value)
     with torch._C.DisableTorchFunction():
@@ -271,13 +300,22 @@ class Launch:
         return launch
 
 
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)) -> Tensor:
+def varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+) -> Tensor:
     """torch 2.11's, run by run."""
     from tests.helpers.attention import by_runs
 
-    assert query.dtype.itemsize == 2 and all(x.stride(-1) == 1 for x in (query, key, value)) and window_size[1] == 0
+    assert (
+        query.dtype.itemsize == 2
+        and all(x.stride(-1) == 1 for x in (query, key, value))
+        and window_size[1] == 0
+    )
     runs = [x.inner for x in (cu_seq_q, cu_seq_k)]
-    assert [x.dtype for x in runs] == 2 * [torch.int32] and [int(x.diff().max()) for x in runs] == [max_q, max_k]
+    assert [x.dtype for x in runs] == 2 * [torch.int32] and [int(x.diff().max()) for x in runs] == [
+        max_q,
+        max_k,
+    ]
     window = None if window_size[0] == -1 else window_size[0] + 1
     inputs = [Down.apply(x, torch.float32) for x in (query, key, value)]
     return Up.apply(by_runs(*inputs, *(x.tolist() for x in runs), scale, None, window), query.dtype)
@@ -304,24 +342,37 @@ class Profile:
         pass
 
     def events(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name="kernel"), *(SimpleNamespace(name="Memcpy DtoH") for _ in range(state.copies))]
+        return [
+            SimpleNamespace(name="kernel"),
+            *(SimpleNamespace(name="Memcpy DtoH") for _ in range(state.copies)),
+        ]
 
 
 def pretend() -> None:
     """From now on there is a GPU in this process."""
     import torch.nn.attention.varlen as varlen
 
-    from kernels import triton_decode, triton_forward, triton_layer, triton_rows, triton_sampling
+    from kernels.attention import decode_triton
+    from kernels.layer import layer_triton
+    from kernels.loss_head import forward_triton, rows_triton
+    from kernels.sampling import draw_triton
 
-    for module in (triton_decode, triton_forward, triton_layer, triton_rows, triton_sampling):
+    for module in (decode_triton, draw_triton, forward_triton, layer_triton, rows_triton):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Launch(getattr(module, name)))
     nothing = contextlib.nullcontext
     for name, value in {
-        "is_available": lambda: True, "device_of": lambda x: nothing(), "stream": lambda stream: nothing(), "Stream": lambda: None,
-        "synchronize": lambda *device: None, "empty_cache": lambda: None, "mem_get_info": lambda *device: (2**33, 2**33),
-        "set_sync_debug_mode": lambda mode: setattr(state, "watched", mode == "error"), "CUDAGraph": Graph, "graph": capture,
-    }.items():  # fmt: skip
+        "is_available": lambda: True,
+        "device_of": lambda x: nothing(),
+        "stream": lambda stream: nothing(),
+        "Stream": lambda: None,
+        "synchronize": lambda *device: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda *device: (2**33, 2**33),
+        "set_sync_debug_mode": lambda mode: setattr(state, "watched", mode == "error"),
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
         setattr(torch.cuda, name, value)
     torch.Generator, torch.profiler.profile, varlen.varlen_attn = Generator, Profile, varlen_attn
     Devices().__enter__()
@@ -337,7 +388,18 @@ def main(arguments: list[str]) -> int:
 
     test_gpu.SAMPLING |= {"n": 2, "max_new_tokens": 14}  # the interpreter is slow
     chosen = arguments or ["-k", SOON]
-    return pytest.main(["-o", "addopts=", "-q", "-p", "no:cacheprovider", "--durations=5", *chosen, str(here / "test_gpu.py")])
+    return pytest.main(
+        [
+            "-o",
+            "addopts=",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--durations=5",
+            *chosen,
+            str(here / "test_gpu.py"),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Run the code blocks of README.md and of the pages in docs/: every bash or python block with `<!-- ci: run -->` on
-the line above its fence.
+"""Run the code blocks of README.md and of the pages in docs/: every bash or python block with `<!-- ci: run
+-->` on the line above its fence.
 
-`python tests/readme_blocks.py` runs each page's blocks in order in a temporary folder of its own and stops at the
-first that fails. Pages named behind it are the only ones that run; `--test-command` prints the bash block under the
-README's heading "Tests" instead.
+`python tests/readme_blocks.py` runs each page's blocks in order in a temporary folder of its own and stops at
+the first that fails. Pages named behind it are the only ones that run; `--test-command` prints the bash block
+under the README's heading "Tests" instead.
 """
 
 import re
@@ -38,11 +38,14 @@ def suite_command(text: str) -> str:
 
 
 def run_blocks(text: str, name: str) -> bool:
-    """Run a page's blocks in a fresh folder; returns whether all of them ended well, and names the page if not."""
+    """Run a page's blocks in a fresh folder; returns whether all of them ended well, and names the page if
+    not."""
     with tempfile.TemporaryDirectory() as folder:
         for language, code in marked_blocks(text):
             print(f"--- {name}: {language}\n{code}", flush=True)
-            command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else ["python", "-c", code]
+            command = (
+                ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else ["python", "-c", code]
+            )
             if status := subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL).returncode:
                 print(f"{name}: the block above failed with exit code {status}", file=sys.stderr)
                 return False

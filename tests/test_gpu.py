@@ -1,15 +1,12 @@
-"""The ops on a GPU: values and gradients against float64 on the CPU, no waiting host, and a captured graph that takes a new lambda."""
+"""The ops on a GPU: values and gradients against float64 on the CPU, no waiting host, and a captured graph
+that takes a new lambda."""
 
 import math
 
 import pytest
 import torch
-from test_decode_attention import OPTIONS, assert_as_good_as_torch
-from test_decode_attention import problem as decode_problem
-from test_kernels_loss_head import PAIRS, budget_of, policy, problem
-from test_kernels_reference import dense_dpo, preference_gradients
 
-from bench.measure import peak_bytes
+from bench.run.measure import peak_bytes
 from engine.model.attention import attend_packed, runs_kernel
 from engine.model.folder import load
 from engine.model.packing import Group, LowerStates
@@ -19,16 +16,21 @@ from engine.rollout import sampler as rollout
 from engine.rollout.decoding import decode
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from kernels import lagrangian_preference_loss, layer, reference, sample, sequence_logprob
-from kernels.decode_attention import decode_attention, store
-from kernels.sampling import exponential, stream
+from kernels import decode_attention, lagrangian_preference_loss, reference, sample, sequence_logprob
+from kernels.attention.decode import store
+from kernels.layer import layer
+from kernels.random import exponential, stream
 from tests.helpers.attention import HOW, LAYOUTS
+from tests.helpers.decode import OPTIONS, assert_as_good_as_torch
+from tests.helpers.decode import problem as decode_problem
+from tests.helpers.losses import PAIRS, budget_of, dense_dpo, policy, preference_gradients, problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, dict]:
-    """Everything on the GPU, but cu_seqlens and pairs, from which the plan is made, only with `lengths_too`."""
+    """Everything on the GPU, but cu_seqlens and pairs, from which the plan is made, only with
+    `lengths_too`."""
     stay = () if lengths_too else ("cu_seqlens", "pairs")
     return tuple({k: v if k in stay else v.cuda() for k, v in values.items()} for values in (data, labels))
 
@@ -38,7 +40,8 @@ def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, d
 @pytest.mark.parametrize("chunk", [None, 12])
 @pytest.mark.parametrize("lengths_too", [False, True])
 def test_preference_loss_against_float64(dtype, vocabulary, width, chunk, lengths_too):
-    """test_kernels_suite runs on the GPU too; here are real vocabularies, and lengths and pairs that lie there."""
+    """tests/kernels/test_hard_cases.py runs on the GPU too; here are real vocabularies, and lengths and pairs
+    that lie there."""
     data, labels = problem(dtype, vocabulary=vocabulary, width=width, bias=True, weighted=True)
     there, there_labels = on_gpu(data, labels, lengths_too)
     budget = None if chunk is None else budget_of(there, chunk)
@@ -64,7 +67,9 @@ def test_forward_only_in_bfloat16():
         got = sequence_logprob(**there).cpu()
     torch.testing.assert_close(
         got.double(),
-        reference.sequence_logprob(**{k: v.double() if v.is_floating_point() else v for k, v in data.items()}),
+        reference.sequence_logprob(
+            **{k: v.double() if v.is_floating_point() else v for k, v in data.items()}
+        ),
         rtol=1e-4,
         atol=1e-3,
     )
@@ -118,9 +123,12 @@ def test_twenty_runs_are_bitwise_equal(dtype, chunk):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["preference", "policy"])
 def test_memory_stays_within_the_budget(op, needs, dtype):
-    """As on the CPU; the gradient in the states counts twice, as the loss is scaled there always. The allocator rounds up."""
+    """As on the CPU; the gradient in the states counts twice, as the loss is scaled there always. The
+    allocator rounds up."""
     lengths = (400, 600, 200, 200, 800, 800)
-    data, labels = on_gpu(*problem(dtype, lengths, torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=32001, width=64))
+    data, labels = on_gpu(
+        *problem(dtype, lengths, torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=32001, width=64)
+    )
     leaves, budget = [data[name].requires_grad_() for name in needs], 1 << 27
 
     def step() -> None:
@@ -132,7 +140,11 @@ def test_memory_stays_within_the_budget(op, needs, dtype):
 
     step()  # compiles, and makes the workspace of cuBLAS
     peak = peak_bytes(step, torch.device("cuda"))
-    allowed = sum(leaf.nbytes for leaf in leaves) + data["hidden"].nbytes + (4 * data["weight"].numel() if "weight" in needs else 0)
+    allowed = (
+        sum(leaf.nbytes for leaf in leaves)
+        + data["hidden"].nbytes
+        + (4 * data["weight"].numel() if "weight" in needs else 0)
+    )
     assert 0.1 * budget < peak <= budget + allowed + 2**20
 
 
@@ -141,7 +153,10 @@ def test_more_than_2_to_the_31_logits_at_once():
     if torch.cuda.mem_get_info()[0] < 30e9:
         pytest.skip("needs 30 GB")
     g = torch.Generator("cuda").manual_seed(0)
-    hidden, weight = (torch.randn(n, width, device="cuda", dtype=torch.bfloat16, generator=g) / 4 for n in (rows, vocabulary))
+    hidden, weight = (
+        torch.randn(n, width, device="cuda", dtype=torch.bfloat16, generator=g) / 4
+        for n in (rows, vocabulary)
+    )
     target = torch.randint(vocabulary, (rows,), device="cuda", generator=g)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -153,7 +168,9 @@ def test_more_than_2_to_the_31_logits_at_once():
     want = (last @ weight.double().T).log_softmax(1).gather(1, target[-3:, None])[:, 0]
     torch.testing.assert_close(token[-3:].double(), want, rtol=1e-5, atol=1e-4)
     (wanted,) = torch.autograd.grad(want.sum(), last)
-    torch.testing.assert_close(gradient[-3:].double(), wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    torch.testing.assert_close(
+        gradient[-3:].double(), wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())
+    )
     assert not gradient[:-3].any()
 
 
@@ -184,7 +201,9 @@ def test_a_captured_graph_takes_a_new_lambda():
 def test_decode_attention_against_float64(dtype, width, heads, kv_heads, options):
     """Both block sizes of queries: prompts of one row, of none, of 8 and of 40."""
     for groups in ((1, 0, 1), (8, 0, 40)):
-        data = decode_problem(groups, (700, 9, 130), heads, kv_heads, width, room=200, used=131, dtype=dtype, device="cuda")
+        data = decode_problem(
+            groups, (700, 9, 130), heads, kv_heads, width, room=200, used=131, dtype=dtype, device="cuda"
+        )
         got = decode_attention(**data, **options)
         assert_as_good_as_torch(got, data, options)
         assert torch.equal(got, decode_attention(**data, **options))
@@ -222,21 +241,35 @@ def test_a_captured_decode_step_takes_new_counts_rows_and_caches():
 def test_norm_rotation_and_gate_against_float64(rows, width, dtype):
     """Both without a gradient, by Triton, and as torch does it."""
     g = torch.Generator().manual_seed(0)
-    x, delta, weight = (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (rows, width), (width,)))
+    x, delta, weight = (
+        torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (rows, width), (width,))
+    )
     qkv, angle = torch.randn(rows, 15 * 64, generator=g).to(dtype), 3 * torch.randn(rows, 64, generator=g)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
 
     def results(*inputs: torch.Tensor) -> list[torch.Tensor]:
         x, delta, weight, qkv, cos, sin = inputs
         total, normed = layer.add_rms_norm(x, delta, weight, 1e-5)
-        return [total, normed, layer.rms_norm(x, weight, 1e-5), *layer.split_rotated(qkv, cos, sin, 9, 3), layer.gated_silu(qkv)]
+        return [
+            total,
+            normed,
+            layer.rms_norm(x, weight, 1e-5),
+            *layer.split_rotated(qkv, cos, sin, 9, 3),
+            layer.gated_silu(qkv),
+        ]
 
     inputs = x, delta, weight, qkv, cos, sin
     with torch.no_grad():
-        found = [results(*(t.cuda() for t in inputs)), results(*inputs), results(*(t.double() for t in inputs))]
+        found = [
+            results(*(t.cuda() for t in inputs)),
+            results(*inputs),
+            results(*(t.double() for t in inputs)),
+        ]
     for got, plain, exact in zip(*found, strict=True):
         largest = exact.abs().max()
-        assert (got.cpu().double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * largest
+        assert (got.cpu().double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(
+            dtype
+        ).eps * largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -274,7 +307,9 @@ def test_truncated_sampling_is_that_of_the_cpu(top_k, top_p, columns, dtype):
 
 def test_sampling_distribution():
     logits, rows = torch.randn(1000, generator=torch.Generator().manual_seed(0)).cuda(), 200_000
-    token, logprob, _ = sample(logits.expand(rows, -1), key=torch.arange(rows).cuda(), step=3, temperature=0.8)
+    token, logprob, _ = sample(
+        logits.expand(rows, -1), key=torch.arange(rows).cuda(), step=3, temperature=0.8
+    )
     p = (logits.double() / 0.8).softmax(0)
     statistic = ((torch.bincount(token, minlength=1000) - rows * p) ** 2 / (rows * p)).sum().item()
     assert statistic < 999 + 5 * math.sqrt(2 * 999)
@@ -327,7 +362,8 @@ SAMPLING = dict(n=12, max_new_tokens=30, temperature=0.9, seed=5, stop_token_ids
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_packed_attention_by_runs_against_float64(name, how, dtype):
-    """Fewer heads of keys than of queries, runs whose queries are the last of their keys, runs without queries; and the gradients."""
+    """Fewer heads of keys than of queries, runs whose queries are the last of their keys, runs without
+    queries; and the gradients."""
     layout = LAYOUTS[name]().windowed(how.get("window"))
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(len(layout.position), heads, 64, generator=g).to(dtype) for heads in (6, 2, 2)]
@@ -341,11 +377,14 @@ def test_packed_attention_by_runs_against_float64(name, how, dtype):
         found.append([x.detach().cpu().double() for x in (out, *gradients)])
     for got, plain, exact in zip(*found, strict=True):
         largest = exact.abs().max()
-        assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * largest
+        assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(
+            dtype
+        ).eps * largest
 
 
 def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
-    """Rows end at different steps, so that graphs are captured again; tokens may part only where rounding decides."""
+    """Rows end at different steps, so that graphs are captured again; tokens may part only where rounding
+    decides."""
     there, here = load(tiny_folder, device="cuda"), load(tiny_folder)
     adapter, other = (Adapter.on(model, rank=2, alpha=4.0, share=0.5, seed=0) for model in (there, here))
     with torch.no_grad():
@@ -359,9 +398,13 @@ def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
     assert int(same.sum()) >= 0.94 * len(same) and torch.equal(got.length[same], expected.length[same])
     torch.testing.assert_close(got.model_logprob[same], expected.model_logprob[same], rtol=0, atol=1e-3)
     for depth in (0, 2):
-        torch.testing.assert_close(states.pooled[depth][same], expected_states.pooled[depth][same], rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            states.pooled[depth][same], expected_states.pooled[depth][same], rtol=0, atol=1e-3
+        )
     for r in same.nonzero()[:, 0].tolist():
-        torch.testing.assert_close(states.lower.response[r].cpu(), expected_states.lower.response[r], rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            states.lower.response[r].cpu(), expected_states.lower.response[r], rtol=0, atol=1e-3
+        )
     again = generate(there, PROMPTS, adapter=adapter, states=States([0, 2], LowerStates(2)), **SAMPLING)
     assert torch.equal(again.tokens, got.tokens)
 
@@ -370,7 +413,11 @@ def test_16_bit_log_probs_of_the_sampler_are_near_those_of_the_training_forward(
     model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
     made = generate(model, PROMPTS, **SAMPLING)
     groups = [
-        Group(prompt, [made.tokens[r, : made.length[r]].tolist() for r in range(12 * p, 12 * p + 12)], list(range(12 * p, 12 * p + 12)))
+        Group(
+            prompt,
+            [made.tokens[r, : made.length[r]].tolist() for r in range(12 * p, 12 * p + 12)],
+            list(range(12 * p, 12 * p + 12)),
+        )
         for p, prompt in enumerate(PROMPTS)
     ]
     gap = logprob_gap(model, groups, made, temperature=0.9, memory_budget_bytes=2**26)

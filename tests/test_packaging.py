@@ -1,5 +1,5 @@
-"""The package's metadata, its guard against another package named kernels, and the README and the pages in docs/: their
-blocks, links and layout."""
+"""The package's metadata, its guard against another package named kernels, and the README and the pages in
+docs/: their blocks, links and layout."""
 
 import os
 import re
@@ -23,11 +23,14 @@ def requirement_name(requirement: str) -> str:
 
 
 def run_with_other_kernels(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Python with another package `kernels` first on its path; -S keeps an editable install's import hook out of the way."""
+    """Python with another package `kernels` first on its path; -S keeps an editable install's import hook out
+    of the way."""
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    return subprocess.run([sys.executable, "-S", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-S", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def check_message(message: str, folder: Path) -> None:
@@ -38,7 +41,9 @@ def check_message(message: str, folder: Path) -> None:
 
 def test_no_dependency_is_named_kernels():
     project = PROJECT["project"]
-    requirements = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    requirements = project["dependencies"] + [
+        r for extra in project["optional-dependencies"].values() for r in extra
+    ]
     names = {requirement_name(r) for r in requirements}
     assert "torch" in names and "kernels" not in names
     # An extra such as transformers[kernels] would bring it in.
@@ -63,7 +68,9 @@ def test_extras():
 def test_wheel_holds_the_two_packages_and_their_data_is_there():
     assert PROJECT["tool"]["scikit-build"]["wheel"]["packages"] == ["kernels", "engine"]
     assert list((ROOT / "engine" / "assets" / "prompts").glob("*.jsonl"))
-    ignored = subprocess.run(["git", "check-ignore", *map(str, data_files())], cwd=ROOT, capture_output=True, text=True)
+    ignored = subprocess.run(
+        ["git", "check-ignore", *map(str, data_files())], cwd=ROOT, capture_output=True, text=True
+    )
     # The wheel leaves out what git ignores.
     assert ignored.stdout == ""
 
@@ -88,7 +95,10 @@ def test_command_with_another_kernels_prints_one_line_and_exits_2(tmp_path):
 
 def test_blocks_are_found_in_order():
     tests = "## Tests\n\nText.\n```bash\na && b\n```\n## More\n"
-    text = tests + "<!-- ci: run -->\n```python\nx = 1\n```\n```bash\nskip\n```\n<!-- ci: run -->\n```bash\ny\n```\n"
+    text = (
+        tests
+        + "<!-- ci: run -->\n```python\nx = 1\n```\n```bash\nskip\n```\n<!-- ci: run -->\n```bash\ny\n```\n"
+    )
     assert marked_blocks(text) == [("python", "x = 1\n"), ("bash", "y\n")]
     assert suite_command(text) == "a && b"
     with pytest.raises(ValueError, match="Tests"):
@@ -105,7 +115,16 @@ def test_blocks_of_a_page_share_a_folder_that_no_other_page_sees(capfd):
 
 
 PAGES = pages()
-SUBJECTS = ("getting-started", "verdict", "algorithms", "losses", "multipliers", "sweeps", "inside", "performance")
+SUBJECTS = (
+    "getting-started",
+    "verdict",
+    "algorithms",
+    "losses",
+    "multipliers",
+    "sweeps",
+    "inside",
+    "performance",
+)
 
 
 def name_of(page: Path) -> str:
@@ -115,14 +134,19 @@ def name_of(page: Path) -> str:
 def headings(text: str) -> set[str]:
     """Return the anchors that GitHub gives to a page's headings."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
 
 
 @needs_readme
 def test_every_page_in_docs_is_found():
     found = {name_of(page) for page in PAGES}
     assert {"README.md", *(f"docs/{subject}.md" for subject in SUBJECTS)} <= found
-    tracked = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    tracked = subprocess.run(
+        ["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\n")
     assert {name for name in tracked if name.endswith(".md")} <= found
 
 
@@ -158,7 +182,9 @@ def test_readme_is_short_and_leads_to_every_page():
 @needs_readme
 def test_readme_shows_lines_of_the_whole_output():
     shown, whole = (
-        re.findall(r"^```console\n(CAID on .*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        re.findall(
+            r"^```console\n(CAID on .*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
         for path in (README, ROOT / "docs" / "verdict.md")
     )
     assert len(shown) == len(whole) == 1

@@ -1,6 +1,8 @@
-"""Our reading of C-DPO (arXiv 2403.02475, known from its abstract): DPO at lambda from the reference, a step of dual descent, and again.
+"""Our reading of C-DPO (arXiv 2403.02475, known from its abstract): DPO at lambda from the reference, a step
+of dual descent, and again.
 
-Decided here: lambda is projected on lambda >= 0; each policy starts anew at the reference; the last one is the result.
+Decided here: lambda is projected on lambda >= 0; each policy starts anew at the reference; the last one is
+the result.
 """
 
 import torch
@@ -13,7 +15,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: CdpoConfig, *, resume: str | None = None) -> Result:
-    """Run C-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
+    """Run C-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
@@ -28,7 +31,9 @@ def loop(stages: Stages, config: CdpoConfig):
     lam_J, u = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64), None
     for t in range(1, config.iterations + 1):
         if u is not None:
-            lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
+            lam_J = dual.step(
+                lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max
+            )
         policy = stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), t)
         u = stages.measure_slack(policy, lam_J, t)
         if u is None:

@@ -1,7 +1,7 @@
 """DPO (arXiv 2305.18290) on one score alone, the reward or safety.
 
-Decided here: labels come from that score instead of people; safety is the sum of the utilities, each in its unit, on the prompts that its
-constraint is about.
+Decided here: labels come from that score instead of people; safety is the sum of the utilities, each in its
+unit, on the prompts that its constraint is about.
 """
 
 import torch
@@ -13,7 +13,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: DpoConfig, *, resume: str | None = None) -> Result:
-    """Run DPO; returns the run folder, the held-out verdict and the weights of the utilities. `resume`: the folder of a run to go on with.
+    """Run DPO; returns the run folder, the held-out verdict and the weights of the utilities. `resume`: the
+    folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
@@ -22,7 +23,8 @@ def train(config: DpoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: DpoConfig):
-    """Run DPO; returns the policy and the weights of the utilities, float64 [J]: 0 for the reward, 1 for safety."""
+    """Run DPO; returns the policy and the weights of the utilities, float64 [J]: 0 for the reward, 1 for
+    safety."""
     stages.sample_reference()
     safety = config.objective == "safety"
     lam_J = torch.full((stages.n_constraints,), float(safety), dtype=torch.float64)

@@ -1,16 +1,18 @@
-"""Our reading of OPD (arXiv 2602.22146, known from its abstract): optimistic primal-dual steps, whose last iterate converges.
+"""Our reading of OPD (arXiv 2602.22146, known from its abstract): optimistic primal-dual steps, whose last
+iterate converges.
 
-Policy and multipliers each have a prediction beside them. With u the slack and prox(p, lambda) the maximiser of
-E[r + lambda . g] - beta KL(pi || reference) - kappa KL(pi || p):
+Policy and multipliers each have a prediction beside them. With u the slack and prox(p, lambda) the maximiser
+of E[r + lambda . g] - beta KL(pi || reference) - kappa KL(pi || p):
 
     lambda' = [lambda_t - eta u(pi'_{t-1})]+      pi' = prox(pi_t, lambda'_{t-1})        predictions
     lambda_{t+1} = [lambda_t - eta u(pi')]+       pi_{t+1} = prox(pi_t, lambda')         steps
 
-Decided here: pi_0 and pi'_0 are the reference and u of it is taken for 0, so that lambda_init is also the first prediction; prox is fitted
-by the label form, with coefficient beta + kappa against the mixture of reference and p, in place of natural-gradient steps; steps of lambda
-are bounded by 0 and lam_max alone, --lam-max-change does not act. An iteration costs two policy updates. The slack of every prediction is
-measured, as lambda needs it; of the steps that of the last one alone, which is the result: no dual step follows it. Where it passes max_kl
-the prediction before it, whose slack is known, is the result.
+Decided here: pi_0 and pi'_0 are the reference and u of it is taken for 0, so that lambda_init is also the
+first prediction; prox is fitted by the label form, with coefficient beta + kappa against the mixture of
+reference and p, in place of natural-gradient steps; steps of lambda are bounded by 0 and lam_max alone,
+--lam-max-change does not act. An iteration costs two policy updates. The slack of every prediction is
+measured, as lambda needs it; of the steps that of the last one alone, which is the result: no dual step
+follows it. Where it passes max_kl the prediction before it, whose slack is known, is the result.
 """
 
 import torch
@@ -23,7 +25,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: OpdConfig, *, resume: str | None = None) -> Result:
-    """Run OPD; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
+    """Run OPD; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of
+    a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
@@ -38,7 +41,14 @@ def loop(stages: Stages, config: OpdConfig):
     def prox(policy, lam_J: Tensor, number: int):
         # The first step's last policy is the reference itself.
         share = 0.0 if policy is None else config.proximity / total
-        target = Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=total, start=policy, anchor=policy, anchor_share=share)
+        target = Target(
+            lam_J=lam_J,
+            score=lagrangian(lam_J),
+            coefficient=total,
+            start=policy,
+            anchor=policy,
+            anchor_share=share,
+        )
         return stages.fit(target, number)
 
     def descend(lam_J: Tensor, slack_J: Tensor) -> Tensor:

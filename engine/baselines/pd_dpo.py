@@ -1,8 +1,9 @@
-"""Our reading of PD-DPO (arXiv 2510.05703, known from its abstract): DPO on the reward once; then, at each lambda, DPO on safety from and
-against that policy with coefficient beta / lambda; a step of projected dual descent; repeat.
+"""Our reading of PD-DPO (arXiv 2510.05703, known from its abstract): DPO on the reward once; then, at each
+lambda, DPO on safety from and against that policy with coefficient beta / lambda; a step of projected dual
+descent; repeat.
 
-Decided here: the slack is the measured one, not a binary feedback; no exploration bonus; where all multipliers are 0 the reward's policy
-itself is the iterate; several costs are joined as in `engine.sacpo`.
+Decided here: the slack is the measured one, not a binary feedback; no exploration bonus; where all
+multipliers are 0 the reward's policy itself is the iterate; several costs are joined as in `engine.sacpo`.
 """
 
 import torch
@@ -15,7 +16,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: PdDpoConfig, *, resume: str | None = None) -> Result:
-    """Run PD-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
+    """Run PD-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
@@ -34,7 +36,9 @@ def loop(stages: Stages, config: PdDpoConfig):
     u = None
     for t in range(1, config.iterations + 1):
         if u is not None:
-            lam_J = dual.step(lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max)
+            lam_J = dual.step(
+                lam_J, u.slack_J, config.dual_rate, max_change=config.lam_max_change, lam_max=config.lam_max
+            )
         if float(lam_J.sum()) > 0:
             policy = stages.fit(safety(lam_J, config.beta, helpful), t)
         else:
@@ -46,7 +50,14 @@ def loop(stages: Stages, config: PdDpoConfig):
 
 
 def safety(lam_J: torch.Tensor, beta: float, helpful) -> Target:
-    """Builds the target of an alignment to sum_j lambda_j g_j / sum_j lambda_j from the policy of the reward, with coefficient beta / sum_j lambda_j."""
+    """Builds the target of an alignment to sum_j lambda_j g_j / sum_j lambda_j from the policy of the reward,
+    with coefficient beta / sum_j lambda_j."""
     total = float(lam_J.sum())
     share_J = lam_J / total
-    return Target(lam_J=lam_J, score=lambda s: s.counted_PGJ @ share_J, coefficient=beta / total, start=helpful, anchor=helpful)
+    return Target(
+        lam_J=lam_J,
+        score=lambda s: s.counted_PGJ @ share_J,
+        coefficient=beta / total,
+        start=helpful,
+        anchor=helpful,
+    )

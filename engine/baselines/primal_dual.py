@@ -1,10 +1,12 @@
-"""Primal-dual policy gradient (PPO-Lagrangian, arXiv 2310.12773) without a critic: advantages within the responses of a prompt.
+"""Primal-dual policy gradient (PPO-Lagrangian, arXiv 2310.12773) without a critic: advantages within the
+responses of a prompt.
 
-Each iteration samples the policy afresh, takes clipped policy-gradient steps on the score r + lambda . g - beta ln(policy / reference),
-measures the slack on other prompts, and descends ln lambda: ln lambda <- ln lambda - rate lambda u. Decided here: the KL is in the score,
-of the policy that sampled, so that the gradient is the Lagrangian's own; the advantage is not divided by 1 + lambda; RLOO advantages
-without scaling are the faithful form, "group_norm" standardises reward and utilities per prompt before they are combined, which changes the
-objective and the meaning of lambda.
+Each iteration samples the policy afresh, takes clipped policy-gradient steps on the score r + lambda . g -
+beta ln(policy / reference), measures the slack on other prompts, and descends ln lambda: ln lambda <- ln
+lambda - rate lambda u. Decided here: the KL is in the score, of the policy that sampled, so that the gradient
+is the Lagrangian's own; the advantage is not divided by 1 + lambda; RLOO advantages without scaling are the
+faithful form, "group_norm" standardises reward and utilities per prompt before they are combined, which
+changes the objective and the meaning of lambda.
 """
 
 import torch
@@ -45,12 +47,15 @@ def loop(stages: Stages, config: PrimalDualConfig):
 
 def descend(lam_J: Tensor, slack_J: Tensor, config: PrimalDualConfig) -> Tensor:
     """ln lambda <- ln lambda - rate lambda slack, with the cap on the change of lambda. float64 [J]."""
-    factor = (-config.dual_rate * lam_J * slack_J).exp().clamp(1 / config.lam_max_change, config.lam_max_change)
+    factor = (
+        (-config.dual_rate * lam_J * slack_J).exp().clamp(1 / config.lam_max_change, config.lam_max_change)
+    )
     return (lam_J * factor).clamp(max=config.lam_max)
 
 
 def penalised(lam_J: Tensor, advantage: str) -> Rule:
-    """Builds the score r + lambda . g; with "group_norm" reward and utilities are standardised on each prompt first.
+    """Builds the score r + lambda . g; with "group_norm" reward and utilities are standardised on each prompt
+    first.
 
     lam_J: [J], or [P, 1, J] where it differs between prompts.
     """
@@ -58,14 +63,18 @@ def penalised(lam_J: Tensor, advantage: str) -> Rule:
     def score(scored: Scored) -> Tensor:
         r_PG, g_PGJ = scored.reward_PG, scored.utility_PGJ
         if advantage == "group_norm":
-            r_PG, g_PGJ = standardised(r_PG[..., None], scored.share_PG)[..., 0], standardised(g_PGJ, scored.share_PG)
+            r_PG, g_PGJ = (
+                standardised(r_PG[..., None], scored.share_PG)[..., 0],
+                standardised(g_PGJ, scored.share_PG),
+            )
         return r_PG + (lam_J * (g_PGJ * scored.weight_PJ[:, None])).sum(2)
 
     return score
 
 
 def standardised(x_PGJ: Tensor, share_PG: Tensor | None) -> Tensor:
-    """Shifts and scales scores to mean 0 and population standard deviation 1 over the responses of each prompt; 0 where all are equal."""
+    """Shifts and scales scores to mean 0 and population standard deviation 1 over the responses of each
+    prompt; 0 where all are equal."""
 
     def mean(values: Tensor) -> Tensor:
         if share_PG is None:

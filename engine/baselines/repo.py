@@ -1,10 +1,13 @@
-"""Our reading of RePO (arXiv 2410.19933, known from its abstract): the constraint holds prompt by prompt, E_x [violation(x)]+ <= 0.
+"""Our reading of RePO (arXiv 2410.19933, known from its abstract): the constraint holds prompt by prompt, E_x
+[violation(x)]+ <= 0.
 
-Primal-dual policy gradient as in `engine.primal_dual`, but the penalty counts only on prompts whose sampled responses miss the threshold,
-and lambda rises with the mean rectified violation. It can only rise; the cap on its change and lam_max bound it.
+Primal-dual policy gradient as in `engine.primal_dual`, but the penalty counts only on prompts whose sampled
+responses miss the threshold, and lambda rises with the mean rectified violation. It can only rise; the cap on
+its change and lam_max bound it.
 
-Decided here: with --cost-mean or --cost-rate a prompt's own level is compared with the limit, E_x [E_y c - d]+; with --threshold, which the
-paper does not have, its improvement over its own reference samples is; the step of lambda is on ln lambda, as in `engine.primal_dual`.
+Decided here: with --cost-mean or --cost-rate a prompt's own level is compared with the limit, E_x [E_y c -
+d]+; with --threshold, which the paper does not have, its improvement over its own reference samples is; the
+step of lambda is on ln lambda, as in `engine.primal_dual`.
 """
 
 import torch
@@ -18,7 +21,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: RepoConfig, *, resume: str | None = None) -> Result:
-    """Run RePO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of a run to go on with.
+    """Run RePO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """

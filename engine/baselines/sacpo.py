@@ -1,11 +1,11 @@
 """SACPO (arXiv 2404.11049): DPO on the reward, then DPO on safety from and against the policy that it gave.
 
-The second stage's policy is proportional to the first one's times exp(lambda g / beta), the Lagrangian's maximiser at that lambda. With
-several costs the labels of the second stage come from sum_j lambda_j g_j / sum_j lambda_j, and its coefficient is beta / sum_j lambda_j.
-lambda is given, not solved for.
+The second stage's policy is proportional to the first one's times exp(lambda g / beta), the Lagrangian's
+maximiser at that lambda. With several costs the labels of the second stage come from sum_j lambda_j g_j /
+sum_j lambda_j, and its coefficient is beta / sum_j lambda_j. lambda is given, not solved for.
 
-Decided here: labels come from score models instead of people, in both stages by DPO (the paper also tries KTO in the second); weights of
-the two stages are not averaged (P-SACPO).
+Decided here: labels come from score models instead of people, in both stages by DPO (the paper also tries KTO
+in the second); weights of the two stages are not averaged (P-SACPO).
 """
 
 import torch
@@ -17,7 +17,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: SacpoConfig, *, resume: str | None = None) -> Result:
-    """Run SACPO; returns the run folder, the held-out verdict and the multipliers given. `resume`: the folder of a run to go on with.
+    """Run SACPO; returns the run folder, the held-out verdict and the multipliers given. `resume`: the folder
+    of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """

@@ -1,5 +1,8 @@
-"""One flat frozen dataclass per algorithm, and one for `engine.evaluate`. Every field is a command-line flag:
-its docstring is the help text, with the unit."""
+"""The settings of each algorithm, and the table of all algorithms.
+
+An algorithm has one flat frozen dataclass. Every field is a command-line flag, and the docstring under it is
+the flag's help text, with the unit. A new algorithm is its file, its class here and its row in `ALGORITHMS`.
+"""
 
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -19,19 +22,19 @@ class CaidConfig(IterativeConfig):
     policies aligned to preferences (PeCAID, Algorithm 3)."""
     preferences: str = ""
     """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward
-    and one per cost: 0 or 1, the response that is better in it. Default: labels drawn from the scorers on
-    reference samples."""
+    and one per cost: 0 or 1, the number of the response that is better in that respect. Default: labels drawn
+    from the scorers on reference samples."""
     preference_steps: int = bounded(10, above=0)
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     pairs: str = "reference"
     """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy:
-    fresh ones of the last iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0,
-    response_1 (or chosen, rejected): a data set's own; only the responses are taken from it, the scores are
-    the run's."""
+    fresh samples of the last iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0,
+    response_1 (or chosen, rejected): only its responses are taken, and the run's scorers score them."""
     dual_rule: str = one_of("newton", "secant", "optimistic", "bisection")
-    """newton: the step below. secant: it, with the curvature corrected by the measured slacks, where they
-    tell more than noise. optimistic: it, on a forecast of the slack. bisection: of one multiplier, by the
-    sign of the slack. For all, a slack within one standard error counts as 0."""
+    """The step of the multipliers. newton: as --dual-step says. secant: the same, with the curvature
+    corrected by the measured slacks where they tell more than noise. optimistic: the same, on a forecast of
+    the slack. bisection: for one multiplier, by the sign of the slack. In all of them a slack within one
+    standard error counts as 0."""
     dual_step: float = bounded(0.5, above=0)
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times
     slack); below 1, as a policy of few steps lags behind lambda."""
@@ -40,8 +43,8 @@ class CaidConfig(IterativeConfig):
 
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
-        """What is sampled in training: the slacks and, with --pairs policy, what every update but the first
-        learns from."""
+        """The responses sampled in training: for slacks and, with --pairs policy, for every update but the
+        first."""
         if self.pairs != "policy":
             return super().fresh_samples
         learned = Draws(self.iterations - 1, self.steps * self.prompts_per_step, self.n_responses)
@@ -53,7 +56,7 @@ class CaidConfig(IterativeConfig):
         return self.scores == "preference"
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.dual_rule == "bisection" and len(self.cost) > 1:
             raise UserError(
@@ -73,14 +76,14 @@ class MocanConfig(RunConfig):
     steps: int = 25
     """Policy steps in all."""
     pairs: str = "reference"
-    """Whose responses the policy update learns from: reference, the samples that the dual is solved on, or a
-    jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected), which
-    gives the responses; the scores are the run's."""
+    """Whose responses the policy update learns from. reference: the samples that the dual is solved on. Or a
+    jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected): only its
+    responses are taken, and the run's scorers score them."""
 
     solves_dual = True
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.pairs == "policy":
             raise UserError(
@@ -95,7 +98,8 @@ class PecanConfig(MocanConfig):
 
     preferences: str = ""
     """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1,
-    the response that is better in it. Default: labels drawn from the scorers on reference samples."""
+    the number of the response that is better in that respect. Default: labels drawn from the scorers on
+    reference samples."""
     preference_steps: int = bounded(10, above=0)
     """DPO steps of each policy that is aligned to preferences."""
 
@@ -138,7 +142,7 @@ class SacpoConfig(RunConfig):
         return 2
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         _refuse_single(self)
         if not (len(self.lam) == len(self.cost) and min(self.lam) > 0):
@@ -161,7 +165,7 @@ class SafeDpoConfig(RunConfig):
     has_thresholds = False
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.labels not in ("soft", "sampled"):
             raise UserError(
@@ -194,12 +198,11 @@ class PdDpoConfig(IterativeConfig):
 
     @property
     def policy_updates(self) -> int:
-        """How often the algorithm takes `steps` policy steps: once on the reward, then once in each
-        iteration."""
+        """How often the algorithm takes `steps` policy steps: once on the reward, then in each iteration."""
         return 1 + self.iterations
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         _refuse_single(self)
 
@@ -227,7 +230,7 @@ class OpdConfig(IterativeConfig):
         return self.iterations + 1
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         _refuse_single(self)
 
@@ -250,16 +253,16 @@ class PrimalDualConfig(IterativeConfig):
 
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
-        """What is sampled in training: the slacks and what the policy steps of each iteration learn from."""
+        """The responses sampled in training: for slacks, and for the policy steps of each iteration."""
         return (*super().fresh_samples, Draws(self.iterations, self.ascent_prompts, self.n_responses))
 
     def trained_responses(self, n: int) -> int:
-        """The number of responses, of a prompt's `n`, that a policy step trains on: a policy gradient takes
+        """Return how many of a prompt's `n` responses a policy step trains on: a policy gradient takes
         all."""
         return n
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.clip > 1:
             raise UserError(
@@ -283,21 +286,19 @@ def _refuse_single(config: RunConfig) -> None:
 
 
 class Algorithm(NamedTuple):
-    """All that is known of an algorithm outside its file."""
+    """A row of the table: everything that the rest of the engine knows of an algorithm, besides its file."""
 
     config: (
         type[RunConfig] | str
     )  # its config class, or that class's name in `module` where loading it takes torch
     module: str  # has `train(config, *, resume=None)`
     help: str
-    shown: (
-        str  # its name in results; an algorithm that we know from its abstract alone is "our reading of" it
-    )
+    # its name in results; an algorithm that we know from its abstract alone is "our reading of" it
+    shown: str
 
     @property
     def trains_policy(self) -> bool:
-        """Whether it fills a run folder, which can be resumed, evaluated and swept; training a head does
-        not."""
+        """Whether it leaves a run, which can be resumed, evaluated and swept; training a head does not."""
         return not isinstance(self.config, str)
 
     @property
@@ -306,7 +307,7 @@ class Algorithm(NamedTuple):
         return self.config if self.trains_policy else getattr(import_module(self.module), self.config)
 
     def train(self, config, **keywords):
-        """Load its module and run it."""
+        """Load the algorithm's module and run it."""
         return import_module(self.module).train(config, **keywords)
 
 
@@ -364,13 +365,16 @@ ALGORITHMS = {
 
 
 def shown_name(algorithm: str) -> str:
-    """The name under which people read of an algorithm; that of a folder of samples is its own."""
+    """Return the name of an algorithm as people read it; a folder of samples keeps its name."""
     return ALGORITHMS[algorithm].shown if algorithm in ALGORITHMS else algorithm
 
 
 def was_by_preference(algorithm: str, values: dict) -> bool:
-    """Whether the scores of a run were log-ratios of aligned policies, from its config.json as
-    `Run.read_config` gives it. A setting that the run's version did not have yet is at its default."""
+    """Tell from a run's config.json, as `Run.read_config` gives it, whether its scores were log-ratios of
+    policies.
+
+    A setting that the run's version did not have yet is at its default.
+    """
     if algorithm not in ALGORITHMS:
         return False
     config_class = ALGORITHMS[algorithm].config_class

@@ -1,10 +1,10 @@
-"""The values that a setting may have, said beside the setting.
+"""Bounds of settings, each beside the setting that it bounds.
 
     temperature: float = bounded(0.7, above=0)
     schedule: str = one_of("constant", "linear", "cosine")
 
 A subclass that only gives a field another default keeps its bound. What relates several settings is checked
-by the `check` of the config class that has them.
+by the method `check` of the config class that has them.
 """
 
 import math
@@ -16,18 +16,17 @@ from engine.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers between bounds, of which at least one is given; `says` ends the message to a user who gives
-    another number."""
+    """The numbers between bounds, of which at least one is given."""
 
     above: float | None
     at_least: float | None
     below: float | None
     at_most: float | None
     infinite: bool  # whether an infinite value is accepted: it limits nothing
-    says: str
+    says: str  # the end of the message to a user who gives another number
 
     def holds(self, value: float) -> bool:
-        """Whether a value lies within the bounds; NaN never does."""
+        """Tell whether a value lies within the bounds; NaN never does."""
         return (
             (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
@@ -38,7 +37,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """The words that a setting accepts. An empty one may be among them, for a default that no user writes."""
+    """The words that a setting accepts. An empty one may be among them, as a default that no user writes."""
 
     accepted: tuple[str, ...]
     infinite = False
@@ -49,7 +48,7 @@ class Choice:
         return f"must be one of {', '.join(filter(None, self.accepted))}"
 
     def holds(self, value: str) -> bool:
-        """Whether a word is one of those accepted."""
+        """Tell whether a word is one of those accepted."""
         return value in self.accepted
 
 
@@ -63,11 +62,11 @@ def bounded(
     infinite: bool = False,
     says: str = "",
 ) -> Any:
-    """Declare a field whose number, or each number of whose tuple, lies within these bounds; one below is
-    always given.
+    """Declare a field that is a number within bounds, or a tuple of such numbers. At least one bound is
+    given.
 
-    infinite: an infinite value is accepted too. says: what follows the value in the message about another
-    one, if not just the bounds.
+    infinite: an infinite value is accepted too, as it limits nothing. says: replaces the bounds in the
+    message to a user who gives another number.
     """
     if at_most is None and below is None:
         bounds = f"must be above {above}" if at_least is None else f"must be at least {at_least}"
@@ -81,7 +80,8 @@ def bounded(
 
 
 def one_of(*accepted: str, default: str | None = None) -> Any:
-    """Declare a field that takes one of these words; the first is the default where none is named."""
+    """Declare a field that takes one of these words. The first is the default, unless another one is
+    named."""
     return field(default=accepted[0] if default is None else default, metadata={"bound": Choice(accepted)})
 
 

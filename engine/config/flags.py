@@ -1,4 +1,4 @@
-"""From a command line to a config dataclass: every flag is checked first, so that a mistake costs one
+"""From a command line to a config dataclass. Every flag is checked first, so that a mistake costs one
 line."""
 
 import difflib
@@ -17,9 +17,10 @@ def parse_flags(
     default: Any,
     others: tuple[str, ...] = (),
 ) -> Any | None:
-    """`default` with `flags` on top; None where help was asked for and printed, `usage` above the flags.
+    """Return `default` with `flags` on top, or print the help where it is asked for and return None.
 
-    first: what stands before the flags; others: flags that are no fields. Both are for messages only.
+    usage: stands above the flags in the help. first: names what stands before the flags; others: flags that
+    are no fields. These two are for messages only.
     Raises: UserError for an unknown flag, a stray word, or a value of the wrong type.
     """
     help_wanted = "--help" in flags or "-h" in flags
@@ -40,7 +41,8 @@ def parse_flags(
 
 
 def take(flags: list[str], name: str) -> tuple[list[str], str | None]:
-    """`flags` without `name VALUE` or `name=VALUE`, and the value; None where the flag is absent."""
+    """Take `name VALUE` or `name=VALUE` out of `flags`; return the rest and the value, None where it is
+    absent."""
     rest, value, words = [], None, iter(flags)
     for word in words:
         if word.startswith(f"{name}="):
@@ -56,7 +58,7 @@ def take(flags: list[str], name: str) -> tuple[list[str], str | None]:
 
 
 def _check(flags: list[str], config_class: type, first: str, others: tuple[str, ...]) -> None:
-    """Name the first flag or value that cannot be used, in one line and with a suggestion."""
+    """Refuse the first flag or value that cannot be used, in one line and with a suggestion."""
     types = get_type_hints(config_class)
     accepted = {f"--{name.replace('_', '-')}": kind for name, kind in types.items()}
     switches = {
@@ -69,10 +71,8 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-")
             if flag not in accepted and flag not in switches:
-                raise UserError(
-                    f"unknown flag {flag}.{suggest(flag, [*accepted, *sorted(switches), *others])} See "
-                    "--help."
-                )
+                nearest = suggest(flag, [*accepted, *sorted(switches), *others])
+                raise UserError(f"unknown flag {flag}.{nearest} See --help.")
             given.append((flag, [value] if equals else []))
         elif not given:
             raise UserError(f"unexpected word {word!r}; the {first} comes first, then flags; see --help.")
@@ -90,18 +90,18 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
         element = kind.__args__[0] if several else kind
         for value in values:
             if element in (int, float) and not _is(element, value):
-                raise UserError(
-                    f"{flag} {value}: must be {'a whole number' if element is int else 'a number'}."
-                )
+                raise UserError(f"{flag} {value}: must be a {'whole ' if element is int else ''}number.")
 
 
 def suggest(word: str, accepted: list[str]) -> str:
-    """` Did you mean ...?` with the nearest of the accepted words, or nothing."""
+    """Suggest the nearest of the accepted words, as ` Did you mean ...?`; an empty text where none is
+    near."""
     near = difflib.get_close_matches(word, accepted, 1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def _is(kind: type, text: str) -> bool:
+    """Tell whether a text can be read as a value of this type."""
     try:
         kind(text)
     except ValueError:

@@ -8,14 +8,14 @@ from engine.config.bounds import bounded, check_bounds, one_of
 from engine.errors import UserError
 
 FEW_PROMPTS = (
-    "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts or "
-    "--heldout"
+    "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "
+    "or --heldout"
 )
 
 
 class Draws(NamedTuple):
-    """Responses that a run samples from its policies while it trains: so many times, to so many prompts, so
-    many of each."""
+    """Counts the responses that a run samples while it trains: so many times, to so many prompts, so many
+    each."""
 
     times: int
     prompts: int
@@ -42,15 +42,13 @@ class RunConfig:
     """Also write TensorBoard event files (needs the package tensorboard)."""
 
     model: str = ""
-    """Local Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by
-    pip."""
+    """Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""
     reward: str = "helpfulness"
-    """Reward: a shipped head (helpfulness), a head folder, a sequence-classification model, or
-    module:function; NAME=, NAME=- as --cost."""
+    """Reward: shipped head (helpfulness), head folder, sequence-classification model, or module:function;
+    NAME= and NAME=- as in --cost."""
     cost: tuple[str, ...] = ("harm",)
-    """Costs, smaller is better: shipped head (harm), head folder, sequence-classification model, or
-    module:function. NAME=COST gives a name, and NAME=-COST takes the negative of a score of which larger is
-    better."""
+    """Costs, of which smaller is better: shipped head (harm), head folder, sequence-classification model, or
+    module:function. NAME=COST names it; NAME=-COST negates a score of which larger is better."""
     audit: tuple[str, ...] = ("harm-audit",)
     """Costs that are reported and never optimised. Same forms as --cost."""
 
@@ -65,8 +63,7 @@ class RunConfig:
     without a template."""
 
     samples_of: str = ""
-    """Take the reference's samples, for training and for the verdict, from this run with equal settings
-    instead of drawing them again."""
+    """Take the reference's samples, for training and verdict, from this run of equal settings; draw none."""
     n_prompts: int = bounded(400, at_least=2, says=FEW_PROMPTS)
     """Training prompts sampled from the reference, at most: a seeded subset."""
     n_responses: int = bounded(8, at_least=2)
@@ -78,12 +75,11 @@ class RunConfig:
     top_p: float = bounded(1.0, above=0, at_most=1)
     """Nucleus mass; 1 is off."""
     rollout_rows: int = bounded(384, above=0)
-    """Responses decoded side by side; the default is lowered where memory is short. Samples do not depend on
-    it, but for rounding."""
+    """Responses decoded side by side; the default is lowered where memory is short. Samples depend on it by
+    rounding alone."""
 
     threshold: tuple[float, ...] = (0.3,)
-    """b: required improvement of each utility over the reference, in its within-prompt standard
-    deviations."""
+    """b: required improvement of each utility over the reference, in within-prompt standard deviations."""
     cost_mean: tuple[float, ...] = bounded(
         (), above=-math.inf, infinite=True, says="must be a number, or inf for a cost that keeps --threshold"
     )
@@ -98,15 +94,14 @@ class RunConfig:
     """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold; 1 for a cost that
     keeps --threshold."""
     unsafe_above: tuple[float, ...] = (0.0,)
-    """A response is unsafe where a cost lies above this, in the scorer's own units: one value, or one per
-    cost."""
+    """A response is unsafe where a cost exceeds this, in the scorer's units: one value, or one per cost."""
     cost_on: tuple[str, ...] = ()
-    """Kind of prompts (the column kind) that each constraint is about, such as delicate: its mean runs over
-    these. all, the default, is every prompt."""
+    """The prompts that each constraint is about, by their kind (the column kind), such as delicate: its mean
+    runs over these. all, the default, is every prompt."""
     beta: float = bounded(1.0, above=0)
     """Weight of KL(policy || reference), in units of the scaled reward."""
     margin: float = bounded(3.3, at_least=0)
-    """The dual aims at b + margin x the standard error predicted for the held-out set; 0 is the papers'
+    """The dual aims at b + margin x the predicted standard error of the held-out set; 0 is the papers'
     method."""
     lam_max: float = bounded(20.0, above=0)
     """Upper bound of each multiplier, in scaled units."""
@@ -133,22 +128,21 @@ class RunConfig:
     warmup_steps: int = bounded(1, at_least=0)
     """Linear warm-up at the start of the run, in steps."""
     schedule: str = one_of("constant", "linear", "cosine")
-    """Learning rate after the warm-up: constant, or linear or cosine: down to 0 over the steps of each policy
-    update, which starts at the peak again."""
+    """Learning rate after the warm-up: constant, linear or cosine. The last two fall to 0 over the steps of
+    each policy update; the next update starts at the peak again."""
     weight_decay: float = bounded(0.0, at_least=0)
     """AdamW weight decay."""
     clip_norm: float = bounded(1.0, above=0)
     """Largest gradient norm."""
     tune: str = one_of("lora", "full")
     """lora: train an adapter on the frozen model. full: train all weights; each iterate is a whole
-    checkpoint, --checkpoint-every writes 12 bytes for every weight, and the --lora flags say nothing."""
+    checkpoint, --checkpoint-every writes 12 bytes for every weight, and the --lora flags have no effect."""
     lora_rank: int = bounded(8, above=0)
     """Rank of the adapter."""
     lora_alpha: float = bounded(16.0, above=0)
     """The adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_from: float = bounded(0.5, at_least=0, below=1)
-    """The adapter sits on the layers from this share of the depth on; the layers below are computed once per
-    sample."""
+    """The adapter sits above this share of the layers; those below are computed once per sample."""
     memory_budget_mb: int = bounded(0, at_least=0)
     """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and 4096 on a GPU."""
     checkpoint_every: int = bounded(2, above=0)
@@ -159,15 +153,15 @@ class RunConfig:
     eval_responses: int = bounded(6, above=0)
     """Responses per held-out prompt."""
 
-    # These are no fields, hence no flags: they hold for every algorithm that does not say otherwise.
-    has_thresholds = True  # --threshold means something to it; without, a sweep trains it once for each seed
-    solves_dual = False  # it starts from the multipliers that are optimal on the reference's samples
+    # The following are no fields, hence no flags. They hold for an algorithm that does not say otherwise.
+    has_thresholds = True  # without thresholds, a sweep trains the algorithm once for each seed
+    solves_dual = False  # solves the dual on the reference's samples, as a stage of the run
     pairs = "reference"
     slack_prompts = 0
 
     @property
     def memory_budget_bytes(self) -> int | None:
-        """Of the loss head, as the ops of `kernels` take it: None is their default for the device."""
+        """The loss head's memory budget in bytes; None lets the op choose for the device."""
         return self.memory_budget_mb * 2**20 or None
 
     @property
@@ -192,16 +186,16 @@ class RunConfig:
 
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
-        """What is sampled in training besides the reference's samples, the slacks among it."""
+        """The responses sampled in training besides the reference's, those that measure slacks among them."""
         return ()
 
     def trained_responses(self, n: int) -> int:
-        """The number of responses, of a prompt's `n`, that a policy step trains on."""
+        """Return how many of a prompt's `n` responses a policy step trains on."""
         return min(self.responses_per_prompt or n, n)
 
     def check(self) -> None:
-        """Refuse values that no run can use: of each setting by itself, then of those that depend on each
-        other.
+        """Refuse values that no run can use, first of each setting alone, then of settings that depend on
+        each other.
 
         Raises: UserError naming the flag, its value and what is accepted.
         """
@@ -235,7 +229,7 @@ class RunConfig:
             )
 
     def _check_limits(self) -> None:
-        """Check what is asked of each cost besides its threshold."""
+        """Check the settings that have one value per cost, besides the threshold."""
         J = len(self.cost)
         for name in ("cost_mean", "cost_rate", "cost_on", "unsafe_above"):
             values = getattr(self, name)
@@ -272,8 +266,7 @@ class IterativeConfig(RunConfig):
     lam_max_change: float = bounded(2.0, above=1)
     """Largest factor by which a multiplier may change in one dual step."""
     max_kl: float = bounded(math.inf, above=0, infinite=True)
-    """Stop when KL(policy || reference) passes this many nats per response, keeping the last iterate below
-    it."""
+    """Stop when KL(policy || reference) passes this many nats per response, and keep the iterate before."""
 
     @property
     def policy_updates(self) -> int:
@@ -287,11 +280,11 @@ class IterativeConfig(RunConfig):
 
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
-        """What is sampled in training besides the reference's samples, the slacks among it."""
+        """The responses sampled in training besides the reference's, those that measure slacks among them."""
         return (Draws(self.measured_slacks, self.slack_prompts, self.slack_responses),)
 
     def check(self) -> None:
-        """Refuse values that no run can use; see `RunConfig.check`."""
+        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.slack_responses > self.n_responses:
             raise UserError(

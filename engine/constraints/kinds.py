@@ -30,14 +30,18 @@ class Improvement(Limit):
     def required(self, utility_PG: Tensor, unit: float) -> float:
         return self.value
 
-    def aim(self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int) -> float:
+    def aim(
+        self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int
+    ) -> float:
         """Returns value + margin x standard error predicted for the held-out prompts."""
         return self.value + margin * intervals.predicted_se(utility_PG, n_prompts, n_responses)
 
     def room(self, aimed: float, unit: float) -> float:
         return aimed - self.value
 
-    def missing(self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float) -> Tensor:
+    def missing(
+        self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float
+    ) -> Tensor:
         return aim - (policy_PG.mean(1) - reference_PG.mean(1))
 
     def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> None:
@@ -56,8 +60,8 @@ class Improvement(Limit):
     def opening(self, needed: float, aimed: float, unit: float, n_prompts: int) -> str:
         on = f" on {self.on} prompts ({n_prompts})" if self.on else ""
         return (
-            f"constraint {self.name}{on}: b {self.value:.2f} + margin {aimed - self.value:.2f} = aim {aimed:.2f} "
-            f"(within-prompt standard deviations; one is {unit:.3g} of the scorer's units)"
+            f"constraint {self.name}{on}: b {self.value:.2f} + margin {aimed - self.value:.2f} "
+            f"= aim {aimed:.2f} (within-prompt standard deviations; one is {unit:.3g} of the scorer's units)"
         )
 
     def asked_text(self) -> str:
@@ -72,11 +76,11 @@ class Improvement(Limit):
         reason = {
             "met": f"one-sided lower bound {lower} >= b {b}",
             "not met": f"one-sided upper bound {upper} < b {b}",
-            "not resolved": f"b {b} lies between the one-sided bounds {lower} and {upper}",
+            "not resolved": f"b {b} {unresolved(lower, upper)}",
         }[judged.word]
         return (
-            f"constraint {self.name}: {judged.word} ({judged.prompts_text}{improvement_text(judged.estimate, confidence)}, {reason}, "
-            f"aimed at {number(judged.aim)})"
+            f"constraint {self.name}: {judged.word} ({judged.prompts_text}"
+            f"{improvement_text(judged.estimate, confidence)}, {reason}, aimed at {number(judged.aim)})"
         )
 
 
@@ -84,7 +88,7 @@ class Improvement(Limit):
 class MeanCost(Limit):
     """Mean cost of the policy <= value, in the scorer's own units.
 
-    Another limit on a level of the policy is a subclass that measures it differently and has its own words for it.
+    A limit on another level of the policy is a subclass, which measures it differently and in other words.
     """
 
     kind: ClassVar[str] = "mean"
@@ -114,16 +118,23 @@ class MeanCost(Limit):
     def required(self, utility_PG: Tensor, unit: float) -> float:
         return -self.value / unit + self.level(utility_PG)
 
-    def aim(self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int) -> float:
-        """Returns value - margin x standard error predicted for the mean cost of the held-out prompts, which vary too."""
+    def aim(
+        self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int
+    ) -> float:
+        """Returns value - margin x standard error predicted for a mean cost, whose prompts vary too."""
         within, between = variances(utility_PG)
         return self.value - margin * unit * math.sqrt((between + within / n_responses) / n_prompts)
 
     def room(self, aimed: float, unit: float) -> float:
         return (self.value - aimed) / unit
 
-    def missing(self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float) -> Tensor:
-        """Compares the prompt's own level, so that one below the limit already misses nothing (arXiv 2410.19933: E_x [E_y c - d]+)."""
+    def missing(
+        self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float
+    ) -> Tensor:
+        """Compares the level of each prompt with the aim: one below it misses nothing.
+
+        This is arXiv 2410.19933, E_x [E_y c - d]+.
+        """
         return self.prompt_levels(policy_PG) - aimed / unit
 
     def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> Estimate:
@@ -139,8 +150,10 @@ class MeanCost(Limit):
         on = f" on {self.on}" if self.on else ""
         level, se, (of_level, of_se) = self.value + (needed - improvement) * unit, se * unit, self.formats
         return (
-            f"{self.name}{on} {self.measured} {self.scale * level:{of_level}} +- {self.scale * se:{of_se}}{self.percent} "
-            f"(at most {self.scale * self.value:g}{self.percent}, aim {self.scale * aimed:{of_level}}{self.percent})"
+            f"{self.name}{on} {self.measured} "
+            f"{self.scale * level:{of_level}} +- {self.scale * se:{of_se}}{self.percent} "
+            f"(at most {self.scale * self.value:g}{self.percent}, "
+            f"aim {self.scale * aimed:{of_level}}{self.percent})"
         )
 
     def opening(self, needed: float, aimed: float, unit: float, n_prompts: int) -> str:
@@ -158,7 +171,8 @@ class MeanCost(Limit):
 
     def slack_text(self, slack: Estimate, confidence: float) -> str:
         in_percent = f",{self.percent}" if self.percent else ""
-        text = f"{number(self.scale * slack.mean, sign='+')}, {interval_text(slack, confidence, scale=self.scale)}"
+        interval = interval_text(slack, confidence, scale=self.scale)
+        text = f"{number(self.scale * slack.mean, sign='+')}, {interval}"
         return f"slack {self.name} (limit - {self.measured}{in_percent}): {text}"
 
     def verdict_text(self, judged: Judged, confidence: float) -> str:
@@ -167,19 +181,21 @@ class MeanCost(Limit):
         reason = {
             "met": f"one-sided upper bound {upper} <= {limit}{percent}",
             "not met": f"one-sided lower bound {lower} > {limit}{percent}",
-            "not resolved": f"the limit {limit}{percent} lies between the one-sided bounds {lower} and {upper}",
+            "not resolved": f"the limit {limit}{percent} {unresolved(lower, upper)}",
         }[judged.word]
         values = f"{number(scale * level.mean)}{percent}, {interval_text(level, confidence, scale=scale)}"
         return (
-            f"constraint {self.name}: {judged.word} ({judged.prompts_text}{self.measured} {values}, {reason}, "
-            f"aimed at {number(scale * judged.aim)}{percent}, reference {number(scale * judged.reference)}{percent}; "
+            f"constraint {self.name}: {judged.word} "
+            f"({judged.prompts_text}{self.measured} {values}, {reason}, "
+            f"aimed at {number(scale * judged.aim)}{percent}, "
+            f"reference {number(scale * judged.reference)}{percent}; "
             f"{improvement_text(judged.estimate, confidence)})"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate(MeanCost):
-    """Share of responses whose cost lies above `unsafe_above` <= value: a mean of costs that count as 1 or 0."""
+    """Share of responses whose cost lies above `unsafe_above` <= value: a mean cost of 1 or 0 each."""
 
     kind: ClassVar[str] = "rate"
     flag: ClassVar[str] = "--cost-rate"
@@ -189,7 +205,8 @@ class Rate(MeanCost):
     formats: ClassVar[tuple[str, str]] = (".1f", ".1f")
     highest: ClassVar[float | None] = 0.0  # a utility is minus the share of unsafe responses
 
-    unsafe_above: float = 0.0  # in the scorer's own units; evaluation.json does not have it, and a verdict read from there has 0
+    # In the scorer's own units. evaluation.json does not have it, so a verdict that is read again has 0 here.
+    unsafe_above: float = 0.0
 
     @classmethod
     def asked(cls, config: RunConfig, j: int) -> float | None:
@@ -212,12 +229,18 @@ class Rate(MeanCost):
             on = f" on {self.on} prompts" if self.on else ""
             side = "above" if utility_PG.min() < 0 else "at or below"
             raise UserError(
-                f"--unsafe-above {self.unsafe_above:g}: every cost {self.name} of the reference{on} lies {side} it, so that a rate "
-                "says nothing; choose a value among the costs."
+                f"--unsafe-above {self.unsafe_above:g}: "
+                f"every cost {self.name} of the reference{on} lies {side} it, so that a rate says nothing; "
+                "choose a value among the costs."
             )
 
-    def aim(self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int) -> float:
-        """Returns the a with a + margin sqrt(a (1 - a) / n) = value, n the effective number of responses: it lies above 0 always."""
+    def aim(
+        self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int
+    ) -> float:
+        """Returns the a with a + margin sqrt(a (1 - a) / n) = value, which always lies above 0.
+
+        n is the effective number of responses.
+        """
         within, between = variances(utility_PG)
         effective = n_prompts * n_responses / (1 + (n_responses - 1) * between / (between + within))
         a, q = margin**2 / effective, self.value
@@ -228,8 +251,14 @@ class Rate(MeanCost):
         return intervals.rate((-policy_PG * unit).round(), confidence)
 
 
-# By the name in evaluation.json. The settings are asked in this order, and the last kind is that of every cost without another one.
+# By the name in evaluation.json. The settings are asked in this order, and the last kind is that of every
+# cost without another one.
 KINDS: dict[str, type[Limit]] = {kind.kind: kind for kind in (MeanCost, Rate, Improvement)}
+
+
+def unresolved(lower: str, upper: str) -> str:
+    """Says where a threshold lies for which there is no verdict."""
+    return f"lies between the one-sided bounds {lower} and {upper}"
 
 
 def unsafe_above(config: RunConfig) -> tuple[float, ...]:

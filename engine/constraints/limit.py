@@ -14,9 +14,10 @@ from engine.records import Prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Limit(ABC):
-    """A constraint: `value` is what it asks for, in its own measure, and `on` the kind of prompts that it is about ("" for all).
+    """A constraint: it asks for `value`, in its own measure, on the prompts of kind `on` ("" for all).
 
-    Its methods take utilities [P, G] in the run's units, of the prompts in `rows` alone; `unit` is one such unit in the scorer's.
+    Its methods take utilities [P, G] in the run's units, of the prompts in `rows` alone; `unit` is one such
+    unit in the scorer's.
     """
 
     kind: ClassVar[str]  # its name in evaluation.json
@@ -44,22 +45,28 @@ class Limit(ABC):
 
     @property
     def counted_above(self) -> float | None:
-        """The cost above which a response counts as unsafe, its utility as -1 and else as 0; None keeps utilities as they are."""
+        """The cost above which a response is unsafe, with the utility -1 and else 0; None keeps utilities."""
         return None
 
     def check_reference(self, utility_PG: Tensor) -> None:
-        """Checks the reference's utilities, counted but not yet in units. Raises: UserError where they cannot be limited."""
+        """Checks the reference's utilities, counted but not yet in units.
+
+        Raises: UserError where they say nothing about the constraint.
+        """
         return None
 
     @abstractmethod
     def required(self, utility_PG: Tensor, unit: float) -> float:
-        """Returns the improvement over the reference that is asked for, in units. utility: of the reference's samples."""
+        """Returns the improvement over the reference's samples, `utility_PG`, that is asked for, in units."""
 
     @abstractmethod
-    def aim(self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int) -> float:
-        """Returns what to aim at, in the constraint's measure, so that a verdict on n_prompts x n_responses can confirm `value`.
+    def aim(
+        self, utility_PG: Tensor, unit: float, *, margin: float, n_prompts: int, n_responses: int
+    ) -> float:
+        """Returns what to aim at, in the constraint's measure, so that the verdict can confirm `value`.
 
-        utility: of the reference's samples. margin: how many standard errors of that verdict lie between the two.
+        utility: of the reference's samples. margin: how many standard errors of a verdict on n_prompts with
+        n_responses each lie between the two.
         """
 
     @abstractmethod
@@ -67,19 +74,21 @@ class Limit(ABC):
         """Returns how far an aim goes beyond `value`, as an improvement in units."""
 
     @abstractmethod
-    def missing(self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float) -> Tensor:
-        """Returns what each prompt misses of the constraint, in units, float64 [P]; below 0 where the prompt meets it.
+    def missing(
+        self, policy_PG: Tensor, reference_PG: Tensor, aimed: float, aim: float, unit: float
+    ) -> Tensor:
+        """Returns what each prompt misses of the constraint, in units, float64 [P]; below 0 where it holds.
 
-        aimed: the aim in the constraint's measure. aim: the same as an improvement over the reference, in units.
+        aimed: the aim in the constraint's measure. aim: the same as an improvement, in units.
         """
 
     @abstractmethod
     def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> Estimate | None:
-        """Measures the policy's level, in the constraint's measure; None where the improvement itself is judged."""
+        """Measures the policy's level; None where the improvement itself is judged."""
 
     @abstractmethod
     def reference_level(self, reference_PG: Tensor, unit: float) -> float | None:
-        """Returns the reference's level, in the constraint's measure; None where the improvement itself is judged."""
+        """Returns the reference's level; None where the improvement itself is judged."""
 
     @abstractmethod
     def as_utility(self, judged: Estimate) -> tuple[Estimate, float]:
@@ -87,11 +96,14 @@ class Limit(ABC):
 
     @abstractmethod
     def progress(self, improvement: float, se: float, needed: float, aimed: float, unit: float) -> str:
-        """Says what an iteration measured. improvement, se and needed (`required`): in units; aimed: in the constraint's measure."""
+        """Says what an iteration measured.
+
+        improvement, se and needed (`required`) are in units, aimed is in the constraint's measure.
+        """
 
     @abstractmethod
     def opening(self, needed: float, aimed: float, unit: float, n_prompts: int) -> str:
-        """Says what is asked for once the reference is known. n_prompts: how many prompts it is about; else as in `progress`."""
+        """Says what is asked for on n_prompts prompts, once the reference is known; see `progress`."""
 
     @abstractmethod
     def asked_text(self) -> str:
@@ -114,12 +126,13 @@ class Judged:
     aim: float  # what the dual aimed at, in the constraint's measure
     estimate: Estimate  # improvement over the reference, in units
     word: str  # the verdict: "met", "not met" or "not resolved"
-    measured: Estimate | None = None  # the policy's level, in the constraint's measure; None where the improvement is judged
+    measured: Estimate | None = None  # the policy's level in the constraint's measure, where that is judged
     reference: float | None = None  # the reference's level
     unit: float = 1.0  # one unit of the improvement, in the scorer's units
 
     @property
     def name(self) -> str:
+        """The name of the constraint."""
         return self.limit.name
 
     @property
@@ -131,7 +144,9 @@ class Judged:
     def slack(self) -> Estimate:
         """What is left to what the constraint asks for, in its own measure: above 0 it holds with room."""
         e, b = self.limit.as_utility(self.measured or self.estimate)
-        return replace(e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b)
+        return replace(
+            e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b
+        )
 
     @property
     def prompts_text(self) -> str:
@@ -139,7 +154,9 @@ class Judged:
         return f"on {self.estimate.n} {self.limit.on} prompts: " if self.limit.on else ""
 
 
-def judge(limit: Limit, aim: float, policy_PG: Tensor, reference_PG: Tensor, unit: float, confidence: float = 0.95) -> Judged:
+def judge(
+    limit: Limit, aim: float, policy_PG: Tensor, reference_PG: Tensor, unit: float, confidence: float = 0.95
+) -> Judged:
     """Judges a constraint by the utilities of its held-out prompts, [P, G1] and [P, G2] in units."""
     improvement = intervals.improvement(policy_PG, reference_PG, confidence)
     measured = limit.measure(policy_PG, unit, confidence)
@@ -155,17 +172,22 @@ def judge(limit: Limit, aim: float, policy_PG: Tensor, reference_PG: Tensor, uni
 
 
 def word(estimate: Estimate, threshold: float) -> str:
-    """Returns "met" where the one-sided lower bound reaches the threshold, "not met" where the upper bound is below it, else
-    "not resolved"."""
+    """Compares the one-sided bounds with the threshold.
+
+    Returns "met" where the lower one reaches it, "not met" where the upper one is below it, and else
+    "not resolved".
+    """
     if estimate.lower >= threshold:
         return "met"
     return "not met" if estimate.upper < threshold else "not resolved"
 
 
 def comparable(lower: float, upper: float, threshold: float) -> tuple[str, str, str]:
-    """Returns the three numbers as text, with so many digits that bounds and threshold compare as printed as they do in truth."""
+    """Prints the three numbers with so many digits that what one reads compares as the numbers do."""
     digits, bounds = 2, [x for x in (lower, upper) if x != threshold]
-    while digits < 8 and any((round(x, digits) < round(threshold, digits)) != (x < threshold) for x in bounds):
+    while digits < 8 and any(
+        (round(x, digits) < round(threshold, digits)) != (x < threshold) for x in bounds
+    ):
         digits += 1
     while digits < 8 and abs(round(threshold, digits) - threshold) > 1e-9:
         digits += 1

@@ -1,8 +1,9 @@
 """A run's constraints, and what training makes of them.
 
-Training knows improvements alone: "mean cost at most m" and "rate at most q" are turned into required improvements over the reference's
-level once, on its samples of the training prompts. A constraint on one kind of prompts is the expectation over these; in the Lagrangian
-its utility counts there with weight 1 / (their share), elsewhere not at all. The verdict judges each constraint by its own measure.
+Training knows improvements alone: "mean cost at most m" and "rate at most q" are turned into required
+improvements over the reference's level once, on its samples of the training prompts. A constraint on one kind
+of prompts is the expectation over these; in the Lagrangian its utility counts there with weight 1 / (their
+share), elsewhere not at all. The verdict judges each constraint by its own measure.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ def limits(config: RunConfig, names: Sequence[str]) -> list[Limit]:
 
 
 def _limit(config: RunConfig, j: int, name: str) -> Limit:
+    """Builds the constraint on cost j, of the first kind for which the settings give a value."""
     asked = ((kind, kind.asked(config, j)) for kind in KINDS.values())
     kind, value = next((kind, value) for kind, value in asked if value is not None)
     return kind.of(config, j, name, value)
@@ -34,22 +36,23 @@ def counted_above(limits: Sequence[Limit]) -> list[float | None]:
 
 
 def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
-    """Raises: UserError where one of the sets of prompts has fewer than two that a constraint is about."""
+    """Checks that each set of prompts has two at least that each constraint is about. Raises: UserError."""
     for limit in limits:
         for name, prompts in sets.items():
             if limit.on and (n := len(limit.rows(prompts))) < 2:
                 kinds = ", ".join(sorted({kind or "(none)" for kind in prompts.kind}))
                 raise UserError(
-                    f"--cost-on {limit.on}: {n} of the {len(prompts)} {name} are of that kind, and constraint {limit.name} needs at "
-                    f"least 2; kinds there: {kinds}. The column kind of the prompt file names them."
+                    f"--cost-on {limit.on}: {n} of the {len(prompts)} {name} are of that kind, "
+                    f"and constraint {limit.name} needs at least 2; kinds there: {kinds}. "
+                    "The column kind of the prompt file names them."
                 )
 
 
 def weights(limits: Sequence[Limit], prompts: Prompts, reference: Prompts) -> Tensor:
     """Returns how much the Lagrangian counts each utility of each prompt, float64 [P, J].
 
-    A constraint on one kind of prompts counts there with weight 1 / (their share among the `reference` prompts), elsewhere
-    not at all.
+    A constraint on one kind of prompts counts there with weight 1 / (their share among the `reference`
+    prompts), elsewhere not at all.
     """
     weight_PJ = torch.ones(len(prompts), len(limits), dtype=torch.float64)
     for j, limit in enumerate(limits):
@@ -66,40 +69,67 @@ def required(limits: Sequence[Limit], scores: Scores, prompts: Prompts, units: U
     """
     needed = [
         limit.required(utility_PG, unit)
-        for limit, utility_PG, unit in zip(limits, _judged_by(limits, scores, prompts), units.utility_J, strict=True)
+        for limit, utility_PG, unit in zip(
+            limits, _judged_by(limits, scores, prompts), units.utility_J, strict=True
+        )
     ]
     return torch.tensor(needed, dtype=torch.float64)
 
 
 def aims(
-    limits: Sequence[Limit], scores: Scores, prompts: Prompts, units: Units, *, margin: float, heldout: Prompts, n_responses: int
+    limits: Sequence[Limit],
+    scores: Scores,
+    prompts: Prompts,
+    units: Units,
+    *,
+    margin: float,
+    heldout: Prompts,
+    n_responses: int,
 ) -> list[float]:
-    """Returns what to aim at so that the verdict on `heldout` can confirm each value, in its own measure (`Limit.aim`)."""
+    """Returns each `Limit.aim` for a verdict on the prompts `heldout`, in the constraint's measure."""
     utilities = _judged_by(limits, scores, prompts)
     return [
-        limit.aim(utility_PG, unit, margin=margin, n_prompts=len(limit.rows(heldout)), n_responses=n_responses)
+        limit.aim(
+            utility_PG, unit, margin=margin, n_prompts=len(limit.rows(heldout)), n_responses=n_responses
+        )
         for limit, utility_PG, unit in zip(limits, utilities, units.utility_J, strict=True)
     ]
 
 
-def aimed_improvement(limits: Sequence[Limit], aimed: Sequence[float], needed_J: Tensor, units: Units) -> Tensor:
+def aimed_improvement(
+    limits: Sequence[Limit], aimed: Sequence[float], needed_J: Tensor, units: Units
+) -> Tensor:
     """Returns the `aims` as improvements over the reference in units, float64 [J]; needed: `required`."""
     room = [limit.room(a, unit) for limit, a, unit in zip(limits, aimed, units.utility_J, strict=True)]
     return needed_J + torch.tensor(room, dtype=torch.float64)
 
 
 def missing(
-    limits: Sequence[Limit], aimed: Sequence[float], aim_J: Tensor, units: Units, policy_PGJ: Tensor, reference_PGJ: Tensor
+    limits: Sequence[Limit],
+    aimed: Sequence[float],
+    aim_J: Tensor,
+    units: Units,
+    policy_PGJ: Tensor,
+    reference_PGJ: Tensor,
 ) -> Tensor:
     """Returns what each prompt misses of its constraints, in units, float64 [P, J]; below 0 where one is met.
 
-    Their mean over prompts is aim - improvement. An improvement is taken over the prompt's own reference samples, a level is the prompt's
-    own (`MeanCost.missing`). Utilities [P, G, J] in units; aimed, aim: `aims`, `aimed_improvement`.
+    Their mean over prompts is aim - improvement. An improvement is one over the reference's samples of the
+    same prompt, a level that of the prompt (`MeanCost.missing`). Utilities [P, G, J] are in units; aimed,
+    aim: `aims`, `aimed_improvement`.
     """
-    each = zip(limits, policy_PGJ.unbind(2), reference_PGJ.unbind(2), aimed, aim_J.tolist(), units.utility_J, strict=True)
+    each = zip(
+        limits,
+        policy_PGJ.unbind(2),
+        reference_PGJ.unbind(2),
+        aimed,
+        aim_J.tolist(),
+        units.utility_J,
+        strict=True,
+    )
     return torch.stack([limit.missing(*values) for limit, *values in each], dim=1)
 
 
 def _judged_by(limits: Sequence[Limit], scores: Scores, prompts: Prompts) -> list[Tensor]:
-    """Returns the utilities [P, G] of each constraint's own prompts."""
+    """Returns, for each constraint, its utilities [P, G] of the prompts that it is about."""
     return [scores.utility_PGJ[limit.rows(prompts), :, j] for j, limit in enumerate(limits)]

@@ -34,7 +34,7 @@ from engine.dual.problem import (
 from engine.errors import UserError
 from engine.intervals import float64
 from kernels import dual_moments
-from kernels.dual_moments import DualMoments
+from kernels.moments import DualMoments
 
 TOLERANCE = 1e-10  # KKT residual, in standard deviations of the utility, at which the solver stops
 ACCEPTED = 100 * TOLERANCE  # KKT residual that is accepted where rounding stops the solver before

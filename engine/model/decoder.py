@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.model.architecture import ModelConfig
 from engine.model.attention import Attention, Layout, PackedAttention
 from engine.model.low_rank import LayerMatrices, LowRank
-from kernels.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
+from kernels.layer.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
 from kernels.products import linear
 
 # Is shown the residual stream before each layer and after the last one of a pass: (layer, states [M, D]).
@@ -80,16 +80,14 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Computes the hidden states [M, D] of `tokens` int64 [M] after the final norm.
 
-        sequences: how the tokens belong together: cu_seqlens int [N+1] of packed sequences, positions
-        restarting at 0 in each; a layout; or an attention, such as a cache of the tokens before.
+        sequences: how the tokens belong together: cu_seqlens int [N+1] of packed sequences, in each of which
+        positions restart at 0; a layout; or an attention, such as a cache of the tokens before.
         adapter: is added to the weights; without one this is the reference. Layers below it need no gradient.
-        lower: (layer, states [M, D]) that are known already: the residual stream before that layer, which
-        replaces the embedding and the layers below.
+        lower: (layer, states [M, D]): the residual stream before that layer, where it is known already. The
+        embedding and the layers below are left out.
         tap: is shown the residual stream before each layer and after the last one.
-        stop: leaves out the layers from there on and the final norm: the result is the residual stream before
-        it.
-        checkpointed: the backward pass computes each layer again from its input instead of keeping what is in
-        it.
+        stop: leaves out the final norm and the layers from this one on; returns the residual stream there.
+        checkpointed: the backward pass computes each layer again from its input, and keeps nothing in it.
         """
         if isinstance(sequences, Tensor):
             sequences = Layout.packed(sequences).to(self.device)

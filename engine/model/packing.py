@@ -1,5 +1,6 @@
 """Packs prompts with their responses: a prompt stands once, and its responses see it but not each other."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from engine.model.attention import Layout
 from engine.records import Prompts, Rollouts
+
+# As the longest group of `batches`: nothing is cut, since a pair needs both its responses.
+WHOLE = sys.maxsize
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model import packing
 from engine.model.decoder import Decoder, Tap
@@ -40,6 +41,28 @@ def states_and_head(
     return hidden.index_select(0, packed.predict_T), network.head_weight
 
 
+def policy_states(
+    config: RunConfig,
+    model: Decoder,
+    lower: LowerStates | None,
+    batch: list[Group],
+    packed: Packed,
+    weights: Weights,
+) -> tuple[Tensor, Tensor]:
+    """Computes the states [T, D] under the weights that predict a batch's response tokens; returns them with
+    the head [V, D].
+
+    lower: the states of all samples below the adapter, where they were kept.
+    """
+    network, low_rank = policy_of(model, weights)
+    kept = low_rank is not None and lower is not None and low_rank.first_layer == lower.layer
+    assert lower is None or kept, "states below are kept for adapters alone"
+    known = None if lower is None else (lower.layer, lower.of(batch))
+    return states_and_head(
+        network, low_rank, packed, lower=known, checkpointed=config.activation_checkpointing
+    )
+
+
 @torch.no_grad()
 def frozen_forward(
     model: Decoder,
@@ -67,8 +90,8 @@ def frozen_forward(
     for layer in layers:
         if not 0 <= layer <= network.config.num_layers:
             raise UserError(
-                f"a head reads layer {layer}, the model has {network.config.num_layers}; "
-                "use a head made for this model."
+                f"a head reads layer {layer}, the model has {network.config.num_layers}; use a head "
+                "made for this model."
             )
     pooled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     logprobs = []

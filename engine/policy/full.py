@@ -20,10 +20,13 @@ class FullWeights(PolicyWeights):
         super().__init__()
         master = torch.float64 if network.dtype == torch.float64 else torch.float32
         self.compute_dtype = network.dtype
-        self.masters = nn.ParameterDict()
-        for name, value in network.named_parameters():
-            # A module's parameters take no dots in their names.
-            self.masters[name.replace(".", "|")] = nn.Parameter(value.detach().to(master, copy=True))
+        # Parameters take no dots in their names. A ParameterDict sorts the names of a dict, which is
+        # the order in which the norms of gradients are added up.
+        trained = {
+            name.replace(".", "|"): nn.Parameter(value.detach().to(master, copy=True))
+            for name, value in network.named_parameters()
+        }
+        self.masters = nn.ParameterDict(trained)
         shell = Decoder(network.config, network.raw_config, network.dtype, torch.device("meta"))
         shell.inverse_frequency = network.inverse_frequency
         # A list hides the shell from nn.Module, which would count its weights as parameters too.

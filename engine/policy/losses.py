@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def regression(moved_N: Tensor, score_N: Tensor, pairs_K2: Tensor) -> Tensor:
-    """Half the mean square, over pairs, of the difference of beta x log-ratio minus that of the score; least at the tilt by the score."""
+    """Half the mean square, over pairs, of the difference of beta x log-ratio minus that of the score; least
+    at the tilt by the score."""
     a, b = pairs_K2.unbind(1)
     return (moved_N[a] - moved_N[b] - (score_N[a] - score_N[b])).square().mean() / 2
 
@@ -16,7 +17,8 @@ def single(moved_N: Tensor, advantage_N: Tensor) -> Tensor:
 
 
 def listwise(log_ratio_N: Tensor, score_N: Tensor, prompt_N: Tensor) -> Tensor:
-    """Cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of a prompt, mean over prompts. score: over beta."""
+    """Cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of a prompt, mean over
+    prompts. score: over beta."""
     losses = []
     for p in prompt_N.unique().tolist():
         own = prompt_N == p

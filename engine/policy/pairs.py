@@ -1,4 +1,5 @@
-"""r + lambda . g -> the pseudo-preference pairs of one policy step (arXiv 2505.19387, Algorithm 2, the set D-dagger)."""
+"""r + lambda . g -> the pseudo-preference pairs of one policy step (arXiv 2505.19387, Algorithm 2, the set
+D-dagger)."""
 
 import itertools
 
@@ -8,12 +9,15 @@ from torch import Tensor
 from engine.records import Pairs
 
 
-def within_prompts(score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_PG: Tensor | None = None) -> Pairs:
-    """Forms all pairs of `per_prompt` responses within each prompt: of all G, or of those at both ends of the score.
+def within_prompts(
+    score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_PG: Tensor | None = None
+) -> Pairs:
+    """Forms all pairs of `per_prompt` responses within each prompt: of all G, or of those at both ends of the
+    score.
 
-    score: s [P, G]; prompts: the P's to use. M sequences of a prompt serve M (M - 1) / 2 pairs, so that the forward passes are used several
-    times. A prompt drawn twice in one step counts once. Pairs of two responses that are both `dropped_PG` [P, G] are left out, and so are
-    prompts without a pair.
+    score: s [P, G]; prompts: the P's to use. M sequences of a prompt serve M (M - 1) / 2 pairs, so that the
+    forward passes are used several times. A prompt drawn twice in one step counts once. Pairs of two
+    responses that are both `dropped_PG` [P, G] are left out, and so are prompts without a pair.
     """
     prompt, row, pairs = [], [], []
     n = score_PG.shape[1]
@@ -22,7 +26,11 @@ def within_prompts(score_PG: Tensor, prompts: list[int], per_prompt: int, droppe
         low = per_prompt // 2
         chosen = sorted(order[:low] + order[n - (per_prompt - low) :])
         base, dropped = len(row), [dropped_PG is not None and bool(dropped_PG[p, i]) for i in chosen]
-        own = [(base + a, base + b) for a, b in itertools.combinations(range(len(chosen)), 2) if not (dropped[a] and dropped[b])]
+        own = [
+            (base + a, base + b)
+            for a, b in itertools.combinations(range(len(chosen)), 2)
+            if not (dropped[a] and dropped[b])
+        ]
         if own:
             prompt += [p] * len(chosen)
             row += [p * n + i for i in chosen]

@@ -170,14 +170,14 @@ def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:
     for layer in range(first, last + 1):
         if layer not in modules:
             raise UserError(
-                f"{file}: an adapter on layers {first} and {last} without layer {layer} is not supported; "
-                f"{supported}."
+                f"{file}: an adapter on layers {first} and {last} without layer {layer} is not "
+                f"supported; {supported}."
             )
         uneven = sorted(modules[layer] ^ modules[first])
         if uneven:
             raise UserError(
-                f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not supported; "
-                f"{supported}."
+                f"{file}: {uneven[0]} is not in both of layers {first} and {layer}, which is not "
+                f"supported; {supported}."
             )
     halves = [module.partition(".lora_")[0] for module in modules[first]]
     alone = sorted(linear for linear in halves if halves.count(linear) == 1)

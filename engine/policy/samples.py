@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.model.packing import LowerStates
+from engine.model.packing import Group, LowerStates
 from engine.records import Prompts, Rollouts, Sampled, Scores
 
 
@@ -19,3 +19,11 @@ class Samples:
     def rollouts(self) -> Rollouts:
         """The responses' tokens."""
         return self.sampled.rollouts
+
+    def groups(self, rows: dict[int, list[int]]) -> list[Group]:
+        """Returns the responses at `rows` of each prompt, with the prompt once."""
+        tokens, length = self.rollouts.tokens, self.rollouts.length
+        return [
+            Group(self.prompts.token_ids[p], [tokens[r, : int(length[r])].tolist() for r in chosen], chosen)
+            for p, chosen in rows.items()
+        ]

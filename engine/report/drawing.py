@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from engine.intervals import Estimate
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Reference and policy have the same colours in all
-# panels.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Reference and policy have the same
+# colours in all panels.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE, POLICY, INK = "#8A8A8A", "#0072B2", "#222222"
 AXIS_UNIT = "reference within-prompt sd"
@@ -20,14 +20,19 @@ AXIS_UNIT = "reference within-prompt sd"
 def png(draw: Callable[[], Figure]) -> bytes:
     """Returns the PNG of the figure that `draw` returns; equal data give equal bytes."""
     # A matplotlibrc of the user must not change the bytes, and a dollar sign in a name is no formula.
-    with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]):
+    with matplotlib.style.context(
+        ["default", {"text.parse_math": False, "font.size": 9, "legend.fontsize": 8}]
+    ):
         buffer = io.BytesIO()
         draw().savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def frame(axis: Axes, title: str) -> None:
-    """Adds the title and, between title and axes where it covers no data, the legend; a note where no data are."""
+    """Adds the title, and the legend between title and axes, where it covers no data.
+
+    Axes without data say that nothing was measured.
+    """
     axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axis.get_legend_handles_labels()
     columns = 2 if len(handles) > 1 else 1
@@ -35,7 +40,13 @@ def frame(axis: Axes, title: str) -> None:
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=6 + 14 * max(lines, 2))
     if handles:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": columns, "frameon": False}
-        spacing = {"borderaxespad": 0.1, "borderpad": 0.2, "labelspacing": 0.25, "handlelength": 1.8, "columnspacing": 1.2}
+        spacing = {
+            "borderaxespad": 0.1,
+            "borderpad": 0.2,
+            "labelspacing": 0.25,
+            "handlelength": 1.8,
+            "columnspacing": 1.2,
+        }
         axis.legend(handles, labels, **place, **spacing)
     if not axis.has_data():
         axis.set(xticks=[], yticks=[])

@@ -6,29 +6,38 @@ from engine.intervals import number
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem;
+  margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 img { max-width: 100%; height: auto; }
-.verdict { border-left: .5rem solid; padding: .6rem 1rem; overflow-wrap: anywhere; } .verdict p { margin: .3rem 0; }
+.verdict { border-left: .5rem solid; padding: .6rem 1rem; overflow-wrap: anywhere; }
+.verdict p { margin: .3rem 0; }
 .met { background: #e3f4e8; border-color: #1a7f37; } .not-met { background: #fde7e7; border-color: #b42318; }
 .not-resolved { background: #fff3d6; border-color: #b97a00; } .none { background: #eee; border-color: #888; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: right; white-space: nowrap; }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.sample { border-top: 1px solid #ccc; padding: .6rem 0; } .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; } .prompt { font-weight: 600; } .small { color: #555; font-size: .85rem; }
+.sample { border-top: 1px solid #ccc; padding: .6rem 0; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { font-weight: 600; } .small { color: #555; font-size: .85rem; }
 @media (max-width: 40rem) { .sides { grid-template-columns: 1fr; } }
 """
 
 
-SAMPLES_NOTE = "<p class='small'>The first of each kind, not chosen; they may be offensive or wrong. Larger scores are better.</p>"
+SAMPLES_NOTE = (
+    "<p class='small'>The first of each kind, not chosen; they may be offensive or wrong. "
+    "Larger scores are better.</p>"
+)
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """Returns a whole page; its policy forbids scripts and loads from elsewhere. `title` and `body` are HTML already."""
+    """Returns a whole page that forbids scripts and loads from elsewhere; title and body are HTML."""
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title><style>{STYLE}{style}</style></head><body>
 {body}
 </body></html>
@@ -36,10 +45,13 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def table(head: list[str], body: list[list[str]], kind: str = "") -> str:
-    """Returns a table of escaped texts that scrolls sideways where it is too wide; `kind` is its class in the style."""
+    """Returns a table of escaped texts; `kind` is its class in the style, if any."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in body)
-    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>\n{rows}</table></div>'
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in body
+    )
+    of_kind = f' class="{kind}"' if kind else ""
+    return f'<div class="scroll"><table{of_kind}><tr>{top}</tr>\n{rows}</table></div>'
 
 
 def item(row: dict, key: str, j: int) -> float | None:

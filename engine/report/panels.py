@@ -7,18 +7,31 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine.report.drawing import AXIS_UNIT, INK, POLICY, REFERENCE, colour_of, crossed_intervals, frame, png, shortened
+from engine.report.drawing import (
+    AXIS_UNIT,
+    INK,
+    POLICY,
+    REFERENCE,
+    colour_of,
+    crossed_intervals,
+    frame,
+    png,
+    shortened,
+)
 from engine.report.run_files import RunFiles
 
 # By label form; a policy gradient's loss has no unit of its own.
 LOSSES = {
-    "soft": "cross-entropy per pair (nats)", "sampled": "cross-entropy per pair (nats)", "listwise": "cross-entropy per prompt (nats)",
-    "regression": "half squared error per pair", "single": "half squared error per response",
-}  # fmt: skip
+    "soft": "cross-entropy per pair (nats)",
+    "sampled": "cross-entropy per pair (nats)",
+    "listwise": "cross-entropy per prompt (nats)",
+    "regression": "half squared error per pair",
+    "single": "half squared error per response",
+}
 
 
 def picture(run: RunFiles) -> bytes:
-    """Draws lambda, improvement and trade-off per iteration, scores before and after, and the loss; three panels a row."""
+    """Draws lambda, improvement, trade-off, scores before and after, and the loss; three panels a row."""
 
     def draw() -> Figure:
         scores = [("reward", "reward", None)]
@@ -29,8 +42,14 @@ def picture(run: RunFiles) -> bytes:
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         figure.suptitle(run.title, fontsize=13, color=INK)
         axes = figure.subplots(rows, 3, squeeze=False).flatten()
-        titles = [_lambda_panel(axes[0], run), _improvement_panel(axes[1], run), _tradeoff_panel(axes[2], run)]
-        titles += [_histogram_panel(axis, run.heldout, *score) for axis, score in zip(axes[3:], scores, strict=False)]
+        titles = [
+            _lambda_panel(axes[0], run),
+            _improvement_panel(axes[1], run),
+            _tradeoff_panel(axes[2], run),
+        ]
+        titles += [
+            _histogram_panel(axis, run.heldout, *score) for axis, score in zip(axes[3:], scores, strict=False)
+        ]
         titles.append(_loss_panel(axes[n_panels - 1], run))
         for i, (axis, title) in enumerate(zip(axes, titles, strict=False)):
             frame(axis, f"({chr(97 + i)}) {title}")
@@ -64,8 +83,17 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
         for j, name in enumerate(run.names):
             # Equal thresholds lie on each other: the later, thinner lines leave the earlier ones visible.
             shift, width = 0.12 * (j - (len(run.names) - 1) / 2), 1.3 + 1.5 * (len(run.names) - 1 - j)
-            centre, error = _column(rows, "improvement", j), 1.96 * np.nan_to_num(_column(rows, "improvement_se", j))
-            style = {"fmt": "o", "color": colour_of(j), "markersize": 5, "capsize": 3, "label": shortened(name)}
+            centre, error = (
+                _column(rows, "improvement", j),
+                1.96 * np.nan_to_num(_column(rows, "improvement_se", j)),
+            )
+            style = {
+                "fmt": "o",
+                "color": colour_of(j),
+                "markersize": 5,
+                "capsize": 3,
+                "label": shortened(name),
+            }
             axis.errorbar(edges[:-1] + 0.5 + shift, centre, yerr=error, **style)
             style = {"baseline": None, "color": colour_of(j), "linewidth": width}
             axis.stairs(_column(rows, "threshold", j), edges, **style)
@@ -80,7 +108,7 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
 
 
 def _tradeoff_panel(axis: Axes, run: RunFiles) -> str:
-    """Draws the path from the reference at (0, 0) through the iterations, and the held-out result with its 95 % intervals."""
+    """Draws the path from the reference at (0, 0) through the iterations to the held-out result."""
     rows = [row for row in run.iteration if row.get("improvement") and row.get("reward") is not None]
     for j in range(len(run.names)):
         if rows:
@@ -115,17 +143,21 @@ def _draw_path(axis: Axes, run: RunFiles, rows: list[dict], j: int) -> None:
 
 
 def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: int | None) -> str:
-    """Draws the scores of the held-out responses before and after, in common bins, their means as vertical lines."""
+    """Draws the held-out scores before and after in common bins, and their means as vertical lines."""
     sides = {side: _column(heldout, f"{side}_{key}", j) for side in ("reference", "policy")}
     sides = {side: values[np.isfinite(values)] for side, values in sides.items()}
     if all(len(values) for values in sides.values()):
         low, high = (float(f(np.concatenate(list(sides.values())))) for f in (np.min, np.max))
         edges = np.linspace(low, high, 31) if high > low else np.array([low - 0.5, low + 0.5])
-        for (side, values), colour, name in zip(sides.items(), (REFERENCE, POLICY), ("before", "after"), strict=True):
+        for (side, values), colour, name in zip(
+            sides.items(), (REFERENCE, POLICY), ("before", "after"), strict=True
+        ):
             share = np.histogram(values, edges)[0] / len(values)
             axis.stairs(share, edges, fill=True, color=colour, alpha=0.35)
             axis.stairs(share, edges, color=colour, linewidth=1.4, label=f"{name} ({side})")
-            axis.axvline(values.mean(), color=colour, linewidth=1.6, linestyle="--", label=f"mean {values.mean():+.2f}")
+            axis.axvline(
+                values.mean(), color=colour, linewidth=1.6, linestyle="--", label=f"mean {values.mean():+.2f}"
+            )
         axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
     axis.set(xlabel=f"{label}, larger is better\n({AXIS_UNIT})", ylabel="share of held-out responses")
@@ -139,13 +171,18 @@ def _loss_panel(axis: Axes, run: RunFiles) -> str:
         x = np.arange(1, len(steps) + 1)
         marker = "o" if len(steps) < 2 else None
         axis.plot(x, _column(steps, "loss"), color=POLICY, linewidth=1.2, marker=marker, label="loss")
-        starts = [i for i in range(1, len(steps)) if steps[i].get("iteration") != steps[i - 1].get("iteration")]
+        starts = [
+            i for i in range(1, len(steps)) if steps[i].get("iteration") != steps[i - 1].get("iteration")
+        ]
         for i in starts:
             label = "next iteration" if i == starts[0] else None
             axis.axvline(i + 0.5, color=REFERENCE, linewidth=1, linestyle=":", label=label)
         axis.margins(y=0.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="policy step, all iterations", ylabel=LOSSES.get(run.config.get("config", {}).get("labels"), "loss"))
+    axis.set(
+        xlabel="policy step, all iterations",
+        ylabel=LOSSES.get(run.config.get("config", {}).get("labels"), "loss"),
+    )
     return "Training loss"
 
 

@@ -45,7 +45,10 @@ def read(folder: Path) -> RunFiles:
     Raises: UserError where the folder has none of them, or one cannot be read as JSON.
     """
     if not any((folder / name).is_file() for name in FILES):
-        raise UserError(f"{folder}: no run folder (it has none of {', '.join(FILES)}); name the folder that engine.train wrote.")
+        raise UserError(
+            f"{folder}: no run folder (it has none of {', '.join(FILES)}); "
+            "name the folder that engine.train wrote."
+        )
     metrics = _json_lines(folder / "metrics.jsonl")
     names = ("reference", "dual", "step", "iteration")
     kinds = {kind: [row for row in metrics if row.get("kind") == kind] for kind in names}

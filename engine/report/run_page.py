@@ -1,7 +1,8 @@
-"""report.png and report.html of a run folder, a pure function of the files in it: equal files give equal bytes.
+"""report.png and report.html of a run folder.
 
-The page names what a stopped run has not written as missing. Rewards and utilities in the files are in the run's units, the
-reference's within-prompt standard deviations. The page loads nothing from elsewhere.
+They are a pure function of the files in it: equal files give equal bytes. The page names what a stopped run
+has not written as missing. Rewards and utilities in the files are in the run's units, the reference's
+within-prompt standard deviations. The page loads nothing from elsewhere.
 """
 
 import base64
@@ -55,7 +56,9 @@ def _verdict(run: RunFiles) -> str:
     words = {c.word for c in run.evaluation.constraints}
     worst = next((word for word in ("not met", "not resolved", "met") if word in words), "none")
     lines = [
-        f"<p><strong>{escape(line)}</strong></p>" if line.startswith("constraint ") else f"<p>{escape(line)}</p>"
+        f"<p><strong>{escape(line)}</strong></p>"
+        if line.startswith("constraint ")
+        else f"<p>{escape(line)}</p>"
         for line in sentences(run.evaluation)
     ]
     return f'<div class="verdict {worst.replace(" ", "-")}">{"".join(lines)}</div>'
@@ -72,7 +75,10 @@ def _iteration_table(run: RunFiles) -> str:
     for i, row in enumerate(run.iteration):
         cells = [str(row.get("iteration", i)), with_se(row.get("reward"), row.get("reward_se"))]
         for j in range(len(run.names)):
-            value = {key: item(row, key, j) for key in "lam improvement improvement_se threshold aim slack slack_se".split()}
+            value = {
+                key: item(row, key, j)
+                for key in "lam improvement improvement_se threshold aim slack slack_se".split()
+            }
             cells += [
                 cell(value["lam"], 3),
                 with_se(value["improvement"], value["improvement_se"]),
@@ -85,7 +91,7 @@ def _iteration_table(run: RunFiles) -> str:
 
 
 def _samples(run: RunFiles) -> str:
-    """Shows the first response to the first 10 delicate and the first 6 other prompts, in the order of the file."""
+    """Shows the first response to the first 10 delicate and the first 6 other prompts of the file."""
     first = [row for row in run.heldout if row.get("sample", 0) == 0]
     delicate = [row for row in first if row.get("kind") == "delicate"][:10]
     rows = delicate + [row for row in first if row.get("kind") != "delicate"][: 6 if delicate else 16]
@@ -98,14 +104,18 @@ def _sample(run: RunFiles, row: dict) -> str:
     sides = []
     for side, name in (("reference", "Before"), ("policy", "After")):
         scores = [f"reward {cell(row.get(f'{side}_reward'))}"]
-        scores += [f"utility {constraint} {cell(item(row, f'{side}_utility', j))}" for j, constraint in enumerate(run.names)]
+        scores += [
+            f"utility {constraint} {cell(item(row, f'{side}_utility', j))}"
+            for j, constraint in enumerate(run.names)
+        ]
         judged_audits = [name for name, _ in run.evaluation.audits] if run.evaluation else []
         audits = run.reference.get("audit_names") or judged_audits
         scores += [f"utility {audit} {cell(item(row, f'{side}_audit', a))}" for a, audit in enumerate(audits)]
         cut = "" if row.get(f"{side}_finished", True) else " (cut off at the length limit)"
         sides.append(
             f'<div><div class="small">{name}: {escape(", ".join(scores))}</div>'
-            f'<div class="text" dir="auto">{escape(str(row.get(side, "")))}<span class="small">{cut}</span></div></div>'
+            f'<div class="text" dir="auto">{escape(str(row.get(side, "")))}'
+            f'<span class="small">{cut}</span></div></div>'
         )
     kind = f'<div class="small">{escape(str(row["kind"]))}</div>' if row.get("kind") else ""
     prompt = f'<div class="text prompt" dir="auto">{escape(str(row.get("prompt", "")))}</div>'
@@ -117,26 +127,34 @@ def _settings(run: RunFiles) -> str:
     config = {name: value for name, value in run.config.get("config", {}).items() if name != "out"}
     if not config:
         return "<p>The settings are not known (config.json is missing).</p>"
-    shown = [[name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)] for name, value in config.items()]
+    shown = [
+        [name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
+        for name, value in config.items()
+    ]
     return table(["setting", "value"], shown, "settings")
 
 
 def _note(run: RunFiles) -> str:
     """Explains the numbers, and gives the reference's."""
     lines = [
-        "One unit of reward, of a utility and of an audit is that score's standard deviation within one prompt among the reference's "
-        "responses. A utility is a cost with its sign changed, so larger is better everywhere. All improvements are over the reference.",
-        "b is the required improvement. The dual may aim higher, so that the held-out test can confirm b. The slack is the measured "
-        "improvement minus the aimed value. The multiplier lambda is the price of the constraint in units of reward.",
-        "Met: the one-sided 95 % lower bound of the held-out improvement reaches b. Not met: the upper bound is below b. Not resolved: "
-        "neither; more prompts would tell. Intervals are over prompts (Student t): they hold for new prompts of the same kind.",
-        "Constraints and reward are judged by the scorers that training used, and a policy can exploit a scorer. Audits are scorers that "
-        "training never used.",
+        "One unit of reward, of a utility and of an audit is that score's standard deviation within one "
+        "prompt among the reference's responses. A utility is a cost with its sign changed, so larger is "
+        "better everywhere. All improvements are over the reference.",
+        "b is the required improvement. The dual may aim higher, so that the held-out test can confirm b. "
+        "The slack is the measured improvement minus the aimed value. The multiplier lambda is the price of "
+        "the constraint in units of reward.",
+        "Met: the one-sided 95 % lower bound of the held-out improvement reaches b. Not met: the upper bound "
+        "is below b. Not resolved: neither; more prompts would tell. Intervals are over prompts (Student t): "
+        "they hold for new prompts of the same kind.",
+        "Constraints and reward are judged by the scorers that training used, and a policy can exploit a "
+        "scorer. Audits are scorers that training never used.",
     ]
     facts = {
         "reward sd": cell(run.reference.get("reward_sd"), 4),
         "utility sd": ", ".join(cell(x, 4) for x in run.reference.get("utility_sd") or []),
-        "correlation of reward and utility": ", ".join(cell(x) for x in run.reference.get("correlation") or []),
+        "correlation of reward and utility": ", ".join(
+            cell(x) for x in run.reference.get("correlation") or []
+        ),
         "finished": cell(run.reference.get("finished"), 3),
     }
     known = [f"{name} {value}" for name, value in facts.items() if value not in ("", "-")]

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.attention import attend
-from kernels import native
-from kernels.decode_attention import decode_attention, store
+from kernels import compiled, decode_attention
+from kernels.attention import decode_native
+from kernels.attention.decode import store
 
 KeysAndValues = tuple[Tensor, Tensor]  # [M, Hkv, d] each
 
@@ -24,7 +25,7 @@ def new_cache(
     see are kept; the cache with torch's attention keeps all.
     """
     key = kept[0][0]
-    if native.serves(key.device, key.dtype):
+    if compiled.serves(key.device, key.dtype):
         return SharedCache(kept, cu_seqlens, n, room, windows)
     if key.is_cuda and key.dtype != torch.float64:
         return GpuCache(kept, cu_seqlens, n, room, windows)
@@ -192,7 +193,8 @@ class SharedCache(_Positions):
     ) -> Tensor:
         """Stores and attends as `Cache.attend` does, with the same options."""
         prompt, rows = self.prompts[layer], self.rows[layer]
-        return native.decode_attention(query, key, value, *prompt, self.owner, *rows, self.used, **options)
+        cache = decode_native.BlockedCache(*prompt, self.owner, *rows, self.used)
+        return decode_native.decode_attention(query, key, value, cache, **options)
 
     def advance(self) -> None:
         """Goes on to the next token, after all layers have stored this one."""

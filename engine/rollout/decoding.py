@@ -11,7 +11,7 @@ from engine.model.decoder import Decoder
 from engine.model.low_rank import LowRank
 from engine.rollout.cache import AnyCache, GpuCache
 from engine.rollout.states import Collector
-from kernels.sampling import sample_with_gap
+from kernels.sampling.draw import sample_with_gap
 
 # The batch is compacted when at most this share of its rows still runs. On a GPU that costs a new CUDA graph,
 # hence the lower share.

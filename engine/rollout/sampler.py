@@ -20,8 +20,9 @@ from engine.rollout.cache import new_cache
 from engine.rollout.decoding import Drawing, Rows, decode
 from engine.rollout.states import Collector, States
 from engine.run.plan import cache_bytes
-from kernels.checks import check_sampling, check_tensor, check_whole
-from kernels.sampling import combine
+from kernels.checks import check_tensor, check_whole
+from kernels.random import combine
+from kernels.sampling.draw import check_sampling
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""What a run shows and leaves to read: the display, the metrics rows, TensorBoard events and where the time went.
+"""What a run shows and leaves to read: the display, the metrics rows, TensorBoard events and where the time
+went.
 
-metrics.jsonl holds one JSON object per row with "kind" and "stage" and is bitwise equal between equal runs; every time and speed is
-in timing.jsonl alone. Both are written by `engine.run.store`.
+metrics.jsonl holds one JSON object per row with "kind" and "stage" and is bitwise equal between equal runs;
+every time and speed is in timing.jsonl alone. Both are written by `engine.run.store`.
 """
 
 import os
@@ -31,7 +32,8 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """One running count; `with display.progress(768, "responses", "rollout") as progress: progress.advance(32)`."""
+    """One running count; `with display.progress(768, "responses", "rollout") as progress:
+    progress.advance(32)`."""
 
     def __init__(self, display: "Display", total: int, unit: str, what: str) -> None:
         self.total, self.unit, self.what, self.done = total, unit, what, 0
@@ -58,16 +60,22 @@ class Progress:
 
     def __str__(self) -> str:
         left = self.time_left()
-        return f"{self.what}: {self.done}/{self.total} {self.unit}, {self.speed():.1f} {self.unit}/s" + (f", {left}" if left else "")
+        return f"{self.what}: {self.done}/{self.total} {self.unit}, {self.speed():.1f} {self.unit}/s" + (
+            f", {left}" if left else ""
+        )
 
     def __enter__(self) -> "Progress":
         self._display.running.append(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._display.running.remove(self)
         if not self._display.live and self._printed > self._start and kind is None:
-            self._display.line(f"  {self.what}: {self.done} {self.unit} in {duration(self._display.clock() - self._start)}")
+            self._display.line(
+                f"  {self.what}: {self.done} {self.unit} in {duration(self._display.clock() - self._start)}"
+            )
 
 
 class Display:
@@ -76,7 +84,13 @@ class Display:
     As a context manager it draws the block and puts the terminal back at the end, also after an error.
     """
 
-    def __init__(self, *, n_stages: int | None = None, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        n_stages: int | None = None,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.n_stages, self.clock = n_stages, clock
         self.running: list[Progress] = []
         self._console = Console(file=file, highlight=False, emoji=False, markup=False)
@@ -97,7 +111,8 @@ class Display:
             self.line(self._stage + (" (loaded)" if loaded else ""))
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """Opens a progress bar over `total` units (a plural, such as "tokens"); use it as a context manager."""
+        """Opens a progress bar over `total` units (a plural, such as "tokens"); use it as a context
+        manager."""
         return Progress(self, total, unit, what)
 
     def line(self, text: str) -> None:
@@ -133,7 +148,13 @@ class Display:
                 grid.add_column(no_wrap=True, justify="right")
             bar = ProgressBar(total=max(progress.total, 1), completed=progress.done)
             speed = f"{progress.speed():.1f} {progress.unit}/s"
-            grid.add_row(Text(progress.what), bar, Text(f"{progress.done}/{progress.total}"), Text(speed), Text(progress.time_left()))
+            grid.add_row(
+                Text(progress.what),
+                bar,
+                Text(f"{progress.done}/{progress.total}"),
+                Text(speed),
+                Text(progress.time_left()),
+            )
             lines.append(grid)
         if self._notice:
             lines.append(Text(self._notice, style="yellow", no_wrap=True, overflow="ellipsis"))
@@ -141,11 +162,15 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self._terminal:
-            self._live = Live(get_renderable=self._block, console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(
+                get_renderable=self._block, console=self._console, refresh_per_second=4, transient=True
+            )
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         live, self._live = self._live, None
         if live is not None:
             live.stop()

@@ -13,7 +13,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.run.machine import available_memory, matmul_rate
-from kernels.reference import budget_or_default
+from kernels.loss_head.schemes import budget_or_default
 
 # The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
 # printed prediction depends on it.

@@ -1,8 +1,8 @@
 """The rows of metrics.jsonl and timing.jsonl: one class for each kind, written and read by attribute.
 
-metrics.jsonl is bitwise equal between equal runs; every time and speed is in timing.jsonl alone. A row is a JSON object with
-"kind" and "stage" and the fields of its class. Tensors are written as numbers or lists, and non-finite numbers as null, which
-is read as None.
+metrics.jsonl is bitwise equal between equal runs; every time and speed is in timing.jsonl alone. A row is a
+JSON object with "kind" and "stage" and the fields of its class. Tensors are written as numbers or lists, and
+non-finite numbers as null, which is read as None.
 """
 
 import math
@@ -35,7 +35,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledRow(Row):
-    """How far the sampler's log-probs lie from those of the training forward, and how many draws were nearly ties."""
+    """How far the sampler's log-probs lie from those of the training forward, and how many draws were nearly
+    ties."""
 
     KIND = "sampled"
 
@@ -198,7 +199,8 @@ RowT = TypeVar("RowT", bound=Row)
 
 
 def plain(value: Any) -> Any:
-    """Turns a row's value into JSON: tensors and numpy values become numbers or lists, non-finite floats null."""
+    """Turns a row's value into JSON: tensors and numpy values become numbers or lists, non-finite floats
+    null."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, float):
@@ -237,7 +239,8 @@ def raw_rows(folder: str | Path) -> list[dict]:
 
 
 def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
-    """Says where the time went: (stage, seconds, share of all stages), in order; the time of interrupted attempts is included.
+    """Says where the time went: (stage, seconds, share of all stages), in order; the time of interrupted
+    attempts is included.
 
     Raises: UserError when the folder holds no timing.jsonl.
     """
@@ -254,7 +257,8 @@ def _typed(path: Path, cls: type[RowT]) -> list[RowT]:
     for row in rows:
         if missing := [name for name in names if name not in row]:
             raise UserError(
-                f"{path}: a row of kind {cls.KIND} has no {missing[0]}; another version of this program wrote it: use that version, "
+                f"{path}: a row of kind {cls.KIND} has no {missing[0]}; another version of this "
+                "program wrote it: use that version, "
                 "or run again."
             )
     return [cls(**{name: row[name] for name in names}) for row in rows]
@@ -262,7 +266,9 @@ def _typed(path: Path, cls: type[RowT]) -> list[RowT]:
 
 def _lines(path: Path) -> Iterator[dict]:
     if not path.exists():
-        raise UserError(f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made.")
+        raise UserError(
+            f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made."
+        )
     # A killed process cuts a line of the timing, and a resumed one goes on below it.
     timing = RunFolder(path.parent).timing
     return read_json_lines(path, cure="resume the run to have the file repaired", skip_damaged=path == timing)

@@ -29,7 +29,8 @@ def _append(path: Path, row: dict) -> None:
 
 
 class Stage:
-    """A stage while it runs, as its function sees it: rows, timing, progress, partial results and the question whether to stop."""
+    """A stage while it runs, as its function sees it: rows, timing, progress, partial results and the
+    question whether to stop."""
 
     def __init__(self, run: "Run", number: int, name: str) -> None:
         self.name, self.number = name, number
@@ -41,7 +42,8 @@ class Stage:
         self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
 
     def log(self, row: Row) -> None:
-        """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is saved."""
+        """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is
+        saved."""
         written = replace(row, stage=self.name).as_dict()
         self.rows.append(written)
         _append(self._run.paths.metrics, written)
@@ -60,7 +62,8 @@ class Stage:
         return self._run.display.progress(total, unit, what)
 
     def partial(self, cls: type[RecordT]) -> RecordT | None:
-        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged since."""
+        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged
+        since."""
         for path in (self.partial_path, self.previous_path):
             try:
                 record, content = self._run.read(path, cls, self.name)
@@ -81,7 +84,13 @@ class Stage:
 
         Raises: UserError on a full disk; the last partial stays.
         """
-        save(self.partial_path, record, previous=self.previous_path, rows=self.rows, **self._run.origin(self.name))
+        save(
+            self.partial_path,
+            record,
+            previous=self.previous_path,
+            rows=self.rows,
+            **self._run.origin(self.name),
+        )
 
     @property
     def stopping(self) -> bool:
@@ -96,13 +105,16 @@ class Stage:
 class Run:
     """One run folder, locked by this process.
 
-    >>> with Run.create("runs/a", "caid", {"seed": 0}, versions={"commit": "1f3"}, fingerprint="9c") as run:  # doctest: +SKIP
-    ...     units = run.stage("reference", Units, lambda stage: ...)
+    >>> with Run.create("runs/a", "caid", {"seed": 0}, versions={"commit": "1f3"}, fingerprint="9c") as run:
+    # doctest: +SKIP ...     units = run.stage("reference", Units, lambda stage: ...)
 
-    As a context manager it starts the display and handles Ctrl-C: the first press lets the step end, the second stops at once.
+    As a context manager it starts the display and handles Ctrl-C: the first press lets the step end, the
+    second stops at once.
     """
 
-    def __init__(self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool
+    ) -> None:
         self.folder, self.paths = folder, RunFolder(folder)
         self.algorithm: str = contents["algorithm"]
         self.config: dict = contents["config"]
@@ -130,7 +142,8 @@ class Run:
         display: Display | None = None,
         tensorboard: bool = False,
     ) -> "Run":
-        """Make the folder and its config.json; `config`'s field "out" is left out, as it says nothing about the results.
+        """Make the folder and its config.json; `config`'s field "out" is left out, as it says nothing about
+        the results.
 
         Raises: UserError when the folder exists or cannot be made.
         """
@@ -138,14 +151,23 @@ class Run:
         try:
             folder.mkdir(parents=True)
         except FileExistsError as error:
-            raise UserError(f"run folder {folder} exists; choose another --out, or go on with --resume {folder}") from error
+            raise UserError(
+                f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
+            ) from error
         except OSError as error:
-            raise UserError(f"cannot make the run folder {folder} ({error.strerror}); choose another --out") from error
+            raise UserError(
+                f"cannot make the run folder {folder} ({error.strerror}); choose another --out"
+            ) from error
         try:
             lock = cls._take_lock(folder)
             (folder / "stages").mkdir()
             settings = _tuples({name: value for name, value in config.items() if name != "out"})
-            contents = {"algorithm": algorithm, "config": settings, "fingerprint": fingerprint, "versions": versions}
+            contents = {
+                "algorithm": algorithm,
+                "config": settings,
+                "fingerprint": fingerprint,
+                "versions": versions,
+            }
             run = cls(folder, lock, contents, display, tensorboard)
             # config.json comes last: a folder that has it is complete.
             tree = {**contents, "config": pack(_lists(settings))[1]}
@@ -159,7 +181,14 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, folder: str | Path, *, fingerprint: str, display: Display | None = None, tensorboard: bool = False) -> "Run":
+    def resume(
+        cls,
+        folder: str | Path,
+        *,
+        fingerprint: str,
+        display: Display | None = None,
+        tensorboard: bool = False,
+    ) -> "Run":
         """Open an existing run.
 
         Raises: UserError when it is missing, damaged, in use, or was made from another model.
@@ -193,7 +222,10 @@ class Run:
         """Raises: UserError when the run was made from another model than the one with this fingerprint."""
         own = Run._read_contents(Path(folder))["fingerprint"]
         if own != fingerprint:
-            raise UserError(f"{folder} was trained from another model (sha {own[:12]}, here sha {fingerprint[:12]}); put the original back")
+            raise UserError(
+                f"{folder} was trained from another model (sha {own[:12]}, here sha "
+                f"{fingerprint[:12]}); put the original back"
+            )
 
     @staticmethod
     def _read_contents(folder: Path) -> dict:
@@ -207,12 +239,18 @@ class Run:
             contents["config"] = _tuples(unpack(dict, {}, contents["config"]))
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder} has no config.json, so it is no run folder or its run never began; start with another --out"
+                f"{folder} has no config.json, so it is no run folder or its run never began; start "
+                "with another --out"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}); start a new run with another --out") from error
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}); start a new run with another --out"
+            ) from error
         if changed:
-            raise UserError(f"{path} was changed after the run began; undo the change, or start a new run with another --out")
+            raise UserError(
+                f"{path} was changed after the run began; undo the change, or start a new run with "
+                "another --out"
+            )
         return contents
 
     @staticmethod
@@ -223,7 +261,9 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
-            raise UserError(f"run folder {folder} is in use by another process; wait for it to end, or stop it") from error
+            raise UserError(
+                f"run folder {folder} is in use by another process; wait for it to end, or stop it"
+            ) from error
         return lock
 
     def stage(self, name: str, cls: type[RecordT], compute: Callable[[Stage], RecordT]) -> RecordT:
@@ -233,7 +273,9 @@ class Run:
 
         Raises: Interrupted, UserError, and what `compute` raises.
         """
-        assert re.fullmatch(r"[\w/-]+", name) and name not in self._names, f"stage name {name!r} is used twice or no file name"
+        assert re.fullmatch(r"[\w/-]+", name) and name not in self._names, (
+            f"stage name {name!r} is used twice or no file name"
+        )
         assert not self._open, f"stage {name} inside stage {self._names[-1]}"
         self.check_stop()
         self._names.append(name)
@@ -269,7 +311,8 @@ class Run:
         return record
 
     def origin(self, name: str) -> dict:
-        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage before it."""
+        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage
+        before it."""
         return {"stage": name, "fingerprint": self.fingerprint, "after": self._last_checksum}
 
     def read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
@@ -303,15 +346,27 @@ class Run:
             self._tensorboard.write(content["rows"])
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
-        """Delete the stage's files and all later ones; returns how many. The last go first, so that a kill leaves no gap."""
-        numbered = [(int(path.name.split("-")[0]), path) for path in stage.path.parent.iterdir() if re.match(r"\d+-", path.name)]
-        stale = [path for number, path in sorted(numbered, reverse=True) if number >= stage.number and path not in keep]
+        """Delete the stage's files and all later ones; returns how many. The last go first, so that a kill
+        leaves no gap."""
+        numbered = [
+            (int(path.name.split("-")[0]), path)
+            for path in stage.path.parent.iterdir()
+            if re.match(r"\d+-", path.name)
+        ]
+        stale = [
+            path
+            for number, path in sorted(numbered, reverse=True)
+            if number >= stage.number and path not in keep
+        ]
         for path in stale:
             path.unlink()
         return len(stale)
 
     def _time(self, stage: Stage, start: float) -> None:
-        _append(self.paths.timing, StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict())
+        _append(
+            self.paths.timing,
+            StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict(),
+        )
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
@@ -326,7 +381,9 @@ class Run:
             self._old_handler = signal.signal(signal.SIGINT, self._on_sigint)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.align([])

@@ -1,14 +1,14 @@
 """Records on disk, and the run that resumes from them.
 
-A run is a fixed sequence of deterministic stages. Resuming is running the same program again: a stage whose result is on disk is loaded
-instead of computed. A result and the metrics rows logged on the way are one file, so one rename commits both, and a process killed
-at any moment leaves either the old state or the new one.
+A run is a fixed sequence of deterministic stages. Resuming is running the same program again: a stage whose
+result is on disk is loaded instead of computed. A result and the metrics rows logged on the way are one file,
+so one rename commits both, and a process killed at any moment leaves either the old state or the new one.
 
     RUN/config.json              algorithm, settings, versions, fingerprint of the model
-    RUN/stages/NN-name.safetensors                     a stage's result (the whole state: tensors, JSON, rows, checksum)
-    RUN/stages/NN-name.partial[.previous].safetensors  the last two states inside an unfinished stage
-    RUN/metrics.jsonl            the rows of all stages, in order
-    RUN/timing.jsonl             seconds and speeds: the only file that differs between equal runs
+    RUN/stages/NN-name.safetensors                     a stage's result (the whole state: tensors, JSON, rows,
+    checksum) RUN/stages/NN-name.partial[.previous].safetensors  the last two states inside an unfinished
+    stage RUN/metrics.jsonl            the rows of all stages, in order RUN/timing.jsonl             seconds
+    and speeds: the only file that differs between equal runs
 """
 
 import hashlib
@@ -35,7 +35,8 @@ class Torn(ValueError):
 
 
 def pack(record: Any) -> tuple[dict[str, Tensor], Any]:
-    """Splits a dataclass or a dict of tensors into (tensors by name, JSON tree that holds the rest and refers to them).
+    """Splits a dataclass or a dict of tensors into (tensors by name, JSON tree that holds the rest and refers
+    to them).
 
     Raises: TypeError naming the field whose value is not a tensor, JSON, a tuple or a dataclass.
     """
@@ -60,7 +61,9 @@ def pack(record: Any) -> tuple[dict[str, Tensor], Any]:
         if isinstance(value, list | tuple):
             items = [encode(item, f"{below}{i}") for i, item in enumerate(value)]
             return items if isinstance(value, list) else {"__tuple__": items}
-        if isinstance(value, dict) and all(isinstance(key, str) and not key.startswith("__") for key in value):
+        if isinstance(value, dict) and all(
+            isinstance(key, str) and not key.startswith("__") for key in value
+        ):
             return {key: encode(item, below + key) for key, item in value.items()}
         raise TypeError(f"{name or 'record'}: cannot save a {type(value).__name__} with value {value!r}")
 
@@ -119,7 +122,8 @@ def sha256_of(tensors: dict[str, Tensor], text: str) -> str:
 
 
 def save(path: Path, record: Any, *, previous: Path | None = None, **meta: Any) -> str:
-    """Write `record` and `meta` (JSON) as one safetensors file, whole or not at all; equal content gives equal bytes.
+    """Write `record` and `meta` (JSON) as one safetensors file, whole or not at all; equal content gives
+    equal bytes.
 
     Returns: the SHA-256 over tensors and JSON, which the file also holds.
     Raises: UserError on a full disk (the older file stays), TypeError for values that cannot be saved.
@@ -149,7 +153,15 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise
     except PermissionError as error:
         raise UserError(f"cannot read {path}; make it readable") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise Torn(f"{path} is damaged ({type(error).__name__})") from error
     if sha256_of(tensors, text) != checksum:
         raise Torn(f"{path} does not match its checksum")
@@ -160,7 +172,10 @@ def unpack_file(path: Path, cls: type[RecordT], tensors: dict[str, Tensor], tree
     try:
         return unpack(cls, tensors, tree)
     except TypeError as error:
-        raise UserError(f"{path} {error}: another version of this program wrote it; resume with that version or start anew") from error
+        raise UserError(
+            f"{path} {error}: another version of this program wrote it; resume with that version or "
+            "start anew"
+        ) from error
 
 
 def load(path: Path, cls: type[RecordT]) -> RecordT:

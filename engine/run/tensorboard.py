@@ -39,7 +39,8 @@ class TensorBoard:
 
 
 def tensorboard_writer(folder: str | Path) -> TensorBoard:
-    """Opens a fresh writer to FOLDER/tensorboard. Older events there are removed: a resumed run writes all rows again, none twice.
+    """Opens a fresh writer to FOLDER/tensorboard. Older events there are removed: a resumed run writes all
+    rows again, none twice.
 
     TensorBoard puts the time and the host into its files, so these are not equal between equal runs.
     Raises: UserError when the package is missing.

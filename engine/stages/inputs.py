@@ -51,7 +51,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
     if unknown:
         raise UserError(
-            f"{folder}: end-of-sequence token {unknown[0]} is not among the {shape.vocab_size} of config.json's vocab_size; "
+            f"{folder}: end-of-sequence token {unknown[0]} is not among the {shape.vocab_size} of "
+            "config.json's vocab_size; "
             "correct eos_token_id in generation_config.json, config.json or the tokenizer."
         )
     limits = TextLimits(
@@ -76,20 +77,23 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def prepare_process(threads: int) -> None:
-    """Set the number of CPU threads (0: one for each core that the process may use) and the allocator of this process."""
+    """Set the number of CPU threads (0: one for each core that the process may use) and the allocator of this
+    process."""
     torch.set_num_threads(threads or _cores())
     keep_freed_memory()
 
 
 def model_folder(name: str) -> Path:
-    """Finds the folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a folder or hub id."""
+    """Finds the folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a
+    folder or hub id."""
     if name == "smoke":
         return smoke_folder()
     return resolve(name) if name else quickstart.model_folder()
 
 
 def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
-    """End-of-sequence ids of tokenizer, generation_config.json and config.json together: they disagree in many checkpoints.
+    """End-of-sequence ids of tokenizer, generation_config.json and config.json together: they disagree in
+    many checkpoints.
 
     Raises: UserError naming a file whose ids are not whole numbers.
     """
@@ -99,13 +103,16 @@ def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
             ids = read_json(folder / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if not all(number is None or type(number) is int for number in ids):
-                raise UserError(f"{folder / name}: eos_token_id is {ids!r:.60}; it must be a token id, or a list of them.")
+                raise UserError(
+                    f"{folder / name}: eos_token_id is {ids!r:.60}; it must be a token id, or a list of them."
+                )
             found |= set(ids)
     return tuple(sorted(found - {None}))
 
 
 def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column: str = "prompt") -> Prompts:
-    """Read prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`. Raises: UserError."""
+    """Read prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`.
+    Raises: UserError."""
     prompts = load_prompts(
         source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
     )
@@ -115,7 +122,8 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
 
 
 def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts, Prompts]:
-    """Read training and held-out prompts, disjoint ones. Without --heldout a seeded fifth of the user's --prompts is held out."""
+    """Read training and held-out prompts, disjoint ones. Without --heldout a seeded fifth of the user's
+    --prompts is held out."""
 
     def read(source: str | list[str]) -> Prompts:
         return read_prompts(source, tokenizer, limits, config.prompt_column)

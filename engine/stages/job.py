@@ -1,4 +1,5 @@
-"""The stages that the algorithms share: open a run, sample and score, solve the dual, update, measure the slack, give the verdict."""
+"""The stages that the algorithms share: open a run, sample and score, solve the dual, update, measure the
+slack, give the verdict."""
 
 import subprocess
 from collections.abc import Iterator
@@ -91,7 +92,9 @@ class Job(Subject):
 
 
 @contextmanager
-def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: int | None = None) -> Iterator[Job]:
+def open_job(
+    algorithm: str, config: RunConfig, resume: str | None, n_stages: int | None = None
+) -> Iterator[Job]:
     """Load and check everything, print the plan, then create or resume the run folder.
 
     n_stages: how many stages the run will have, for the display; by default what the config says.
@@ -109,15 +112,30 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     # Check again: `fit` may have lowered the numbers of prompts below what a verdict needs.
     check(config)
     check_samples_of(config, fingerprint)
-    used = training_prompts(train, config.n_prompts, config.seed), heldout_prompts(heldout, config.eval_prompts, config.seed)
-    # Lower rollout_rows only where the user left the default; a resumed run has no flags, so there it may always be lowered.
+    used = (
+        training_prompts(train, config.n_prompts, config.seed),
+        heldout_prompts(heldout, config.eval_prompts, config.seed),
+    )
+    # Lower rollout_rows only where the user left the default; a resumed run has no flags, so there it may
+    # always be lowered.
     plan = Plan.of(
-        config, inputs.shape, inputs.dtype, inputs.device, *([len(ids) for ids in prompts.token_ids] for prompts in used),
+        config,
+        inputs.shape,
+        inputs.dtype,
+        inputs.device,
+        *([len(ids) for ids in prompts.token_ids] for prompts in used),
         fewer_rows=resume is not None or config.rollout_rows == RunConfig.rollout_rows,
-    )  # fmt: skip
+    )
     plan.check()
     asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
-    scorers = load_scorers(config.reward, config.cost, config.audit, folder=inputs.folder, trunk=fingerprint, device=inputs.device)
+    scorers = load_scorers(
+        config.reward,
+        config.cost,
+        config.audit,
+        folder=inputs.folder,
+        trunk=fingerprint,
+        device=inputs.device,
+    )
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
@@ -125,7 +143,9 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     if source := config.pairs_file:
         own_pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits)
     if config.by_preference and config.preferences:
-        preferences = read_response_pairs(config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits)
+        preferences = read_response_pairs(
+            config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits
+        )
     for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
         if own is not None:
             assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
@@ -148,13 +168,21 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
     if resume is None:
         settings = {f.name: getattr(config, f.name) for f in fields(config)}
         run = Run.create(
-            out, algorithm, settings, versions=_versions(), fingerprint=fingerprint, display=display, tensorboard=config.tensorboard
+            out,
+            algorithm,
+            settings,
+            versions=_versions(),
+            fingerprint=fingerprint,
+            display=display,
+            tensorboard=config.tensorboard,
         )
     else:
         run = Run.resume(out, fingerprint=fingerprint, display=display, tensorboard=config.tensorboard)
         if run.versions != (here := _versions()):
             changed = sorted(k for k in here if here[k] != run.versions.get(k))
-            display.warn(f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits")
+            display.warn(
+                f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits"
+            )
     with run:
         subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
         yield Job(
@@ -171,7 +199,11 @@ def open_job(algorithm: str, config: RunConfig, resume: str | None, n_stages: in
 def new_adapter(subject: Subject, config: RunConfig) -> Adapter:
     """Returns a fresh adapter of the size that a config asks for; its policy equals the reference."""
     return Adapter.on(
-        subject.model, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed
+        subject.model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        share=config.lora_from,
+        seed=config.seed,
     )
 
 
@@ -193,14 +225,18 @@ def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
 
 
 def check_samples_of(config: RunConfig, fingerprint: str) -> None:
-    """Raises: UserError where --samples-of names a run whose samples are not those that this one would draw."""
+    """Raises: UserError where --samples-of names a run whose samples are not those that this one would
+    draw."""
     if config.samples_of:
         _, other = Run.read_config(config.samples_of)
         Run.check_model(config.samples_of, fingerprint)
         for name in SAMPLING:
             theirs, own = other.get(name, getattr(RunConfig, name)), getattr(config, name)
             if theirs != own:
-                raise UserError(f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, this run has {own}.")
+                raise UserError(
+                    f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, "
+                    f"this run has {own}."
+                )
 
 
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:
@@ -214,12 +250,15 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
     sets = {"training prompts": reference, "held-out prompts": heldout}
     if config.measured_slacks:
         for t in range(1, config.policy_updates + 1):
-            sets[f"slack prompts of iteration {t} (see --slack-prompts)"] = reference.select(deal_prompts(config, reference, t)[1])
+            sets[f"slack prompts of iteration {t} (see --slack-prompts)"] = reference.select(
+                deal_prompts(config, reference, t)[1]
+            )
     return sets
 
 
 def _by_tokens(prompts: Prompts) -> Prompts:
-    """Returns the prompts with keys that are equal where the tokens are; the keys of a file of pairs are its rows' numbers."""
+    """Returns the prompts with keys that are equal where the tokens are; the keys of a file of pairs are its
+    rows' numbers."""
     return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 
@@ -228,6 +267,8 @@ def _versions() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     commit = ""
     if (root / ".git").exists():
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True
+        ).stdout.strip()
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     return {"commit": commit or "unknown", "threads": str(torch.get_num_threads()), **packages}

@@ -1,12 +1,13 @@
 """Scores from preferences (arXiv 2405.19544, Algorithm 2; 2505.19387, Algorithm 3).
 
-One policy is aligned by DPO to the preferences of each kind, and ln(policy / reference) of a response is its score. The papers'
-constraint E[beta ln(policy_g / reference)] + beta KL(reference || policy_g) >= b is an improvement over the reference's mean, as for scores
-from models; so everything after the scores is the same. Decided here: log-ratios are divided by their pooled within-prompt standard
-deviation, as other scores are, so that beta drops out of them and b and lambda are in that unit.
+One policy is aligned by DPO to the preferences of each kind, and ln(policy / reference) of a response is its
+score. The papers' constraint E[beta ln(policy_g / reference)] + beta KL(reference || policy_g) >= b is an
+improvement over the reference's mean, as for scores from models; so everything after the scores is the same.
+Decided here: log-ratios are divided by their pooled within-prompt standard deviation, as other scores are, so
+that beta drops out of them and b and lambda are in that unit.
 
-Without a file of preferences the labels are Bradley-Terry draws from the run's scorers on reference samples, in place of people; the
-verdict then also shows what these scorers say of the policy.
+Without a file of preferences the labels are Bradley-Terry draws from the run's scorers on reference samples,
+in place of people; the verdict then also shows what these scorers say of the policy.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from engine.policy import update
 from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
-from engine.policy.update import Policy
+from engine.policy.steps import Policy, Update
 from engine.records import Prompts, Sampled, ScoredTarget, Scores, Units
 from engine.run.folder import RunFolder
 from engine.run.rows import PreferenceRow, read_rows
@@ -31,42 +32,54 @@ from engine.run.store import load
 from engine.scorers.base import Scorers
 from engine.stages.job import Job, Subject, new_adapter
 from engine.stages.reference import Reference, aims, reference_units, within_correlation
-from kernels.sampling import combine
+from kernels.random import combine
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogRatios:
-    """The log-ratios of aligned policies to the reference, and as audits what the run's scorers say, in their units."""
+    """The log-ratios of aligned policies to the reference, and as audits what the run's scorers say, in their
+    units."""
 
     subject: Subject
     aligned: list[Adapter]  # to the reward, then to each utility
     scorer_units: Units
 
     def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
-        """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with `progress` and `check_stop`."""
+        """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with `progress`
+        and `check_stop`."""
         subject, scores = self.subject, sampled.scores
         groups, n = packing.groups(prompts, sampled.rollouts), sampled.rollouts.n
         ratios = []
-        with stage.progress(len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios") as progress:
+        with stage.progress(
+            len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios"
+        ) as progress:
             for adapter in self.aligned:
                 logprob = frozen_forward(
-                    subject.model, groups, [], temperature=subject.settings.temperature,
-                    memory_budget_bytes=subject.settings.memory_budget_bytes, adapter=adapter, on_tokens=progress.advance,
-                )[1]  # fmt: skip
+                    subject.model,
+                    groups,
+                    [],
+                    temperature=subject.settings.temperature,
+                    memory_budget_bytes=subject.settings.memory_budget_bytes,
+                    adapter=adapter,
+                    on_tokens=progress.advance,
+                )[1]
                 ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
                 stage.check_stop()
         by_scorers = self.scorer_units.apply(scores)
         return Scores(
             reward_PG=ratios[0],
             utility_PGJ=torch.stack(ratios[1:], dim=2),
-            audit_PGA=torch.cat([by_scorers.reward_PG[..., None], by_scorers.utility_PGJ, by_scorers.audit_PGA], dim=2),
+            audit_PGA=torch.cat(
+                [by_scorers.reward_PG[..., None], by_scorers.utility_PGJ, by_scorers.audit_PGA], dim=2
+            ),
             ref_logprob_PG=scores.ref_logprob_PG,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByLogRatios:
-    """Scores by log-ratios (`engine.stages.reference.Scoring`): their audits have the scorers' units already."""
+    """Scores by log-ratios (`engine.stages.reference.Scoring`): their audits have the scorers' units
+    already."""
 
     units: Units
     audit_names: list[str]
@@ -90,12 +103,16 @@ def audit_names(scorers: Scorers) -> list[str]:
 
 
 def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: Units) -> ByLogRatios:
-    """Returns what a run on preferences with an iterate scores by. Raises: UserError where a policy it aligned is missing."""
+    """Returns what a run on preferences with an iterate scores by. Raises: UserError where a policy it
+    aligned is missing."""
     (row,), aligned = read_rows(run.path, PreferenceRow), []
     for name in row.names:
         file = run.stage_file(f"preference/{name}")
         if file is None:
-            raise UserError(f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the run to have it again.")
+            raise UserError(
+                f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the "
+                "run to have it again."
+            )
         aligned.append(new_adapter(subject, config))
         aligned[-1].set_tensors(load(file, Policy).adapter)
     log_ratios = LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units)
@@ -103,7 +120,8 @@ def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: 
 
 
 def align(job: Job, reference: Reference) -> Reference:
-    """Stages preference/NAME and preference/scores: the same samples, scored by policies aligned to preferences.
+    """Stages preference/NAME and preference/scores: the same samples, scored by policies aligned to
+    preferences.
 
     reference: as the run's scorers score it.
     """
@@ -141,9 +159,8 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
     target = ScoredTarget(score_PG=label_PG, coefficient=config.beta)
 
     def compute(stage: Stage) -> Policy:
-        return update.fit(
-            stage, job.run, settings, job.model, samples, target, adapter, None, train_on=list(range(len(samples.prompts))), iteration=0
-        )
+        step = Update(stage=stage, config=settings, model=job.model, weights=adapter, start=None, iteration=0)
+        return update.fit(step, samples, target, train_on=list(range(len(samples.prompts))))
 
     adapter.set_tensors(job.run.stage(f"preference/{name}", Policy, compute).adapter)
     return adapter
@@ -151,16 +168,22 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
 
 def _from_scorers(reference: Reference) -> tuple[Samples, Tensor]:
     """Returns the reference's samples, and the scores [P, G, 1 + J] from which labels are drawn."""
-    return reference.samples, torch.cat([reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2)
+    return reference.samples, torch.cat(
+        [reference.scores.reward_PG[..., None], reference.scores.utility_PGJ], dim=2
+    )
 
 
 def _from_file(job: Job) -> tuple[Samples, Tensor]:
-    """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of their labels."""
+    """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of
+    their labels."""
     config, file = job.config, job.preferences
     logprob_N = frozen_forward(
-        job.model, packing.groups(file.prompts, file.rollouts), [], temperature=config.temperature,
+        job.model,
+        packing.groups(file.prompts, file.rollouts),
+        [],
+        temperature=config.temperature,
         memory_budget_bytes=config.memory_budget_bytes,
-    )[1]  # fmt: skip
+    )[1]
     label = file.label_PGO
     scores = Scores(
         reward_PG=label[..., 0],
@@ -168,12 +191,16 @@ def _from_file(job: Job) -> tuple[Samples, Tensor]:
         audit_PGA=label[..., :0],
         ref_logprob_PG=logprob_N.view(-1, 2),
     )
-    sampled = Sampled(rollouts=file.rollouts, texts=file.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
+    sampled = Sampled(
+        rollouts=file.rollouts, texts=file.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG)
+    )
     return Samples(prompts=file.prompts, sampled=sampled, scores=scores), label
 
 
 def _agreement(ratios: Scores, scores: Scores) -> list[float]:
     """Correlates each log-ratio with the scorer of its kind, within prompts."""
     pairs = [(ratios.reward_PG, scores.reward_PG)]
-    pairs += [(ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])]
+    pairs += [
+        (ratios.utility_PGJ[..., j], scores.utility_PGJ[..., j]) for j in range(ratios.utility_PGJ.shape[2])
+    ]
     return [within_correlation(a, b) for a, b in pairs]

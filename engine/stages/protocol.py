@@ -1,7 +1,7 @@
 """What an algorithm may ask of the stages of a run.
 
-The algorithms' loops know nothing else, so that an enumerated world stands in for a real model where their theory is checked.
-An iterate is whatever `fit`, `ascend` and `adopt` return; None is the reference.
+The algorithms' loops know nothing else, so that an enumerated world stands in for a real model where their
+theory is checked. An iterate is whatever `fit`, `ascend` and `adopt` return; None is the reference.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ Iterate = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Slack:
-    """On-policy improvements over the reference on prompts outside the iteration's pairs, in units, clustered by prompt."""
+    """On-policy improvements over the reference on prompts outside the iteration's pairs, in units, clustered
+    by prompt."""
 
     improvement_J: Tensor
     se_J: Tensor
@@ -33,7 +34,8 @@ class Slack:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What `train` returns: the run folder, the held-out verdict of the kept iterate, and the multipliers it was trained with."""
+    """What `train` returns: the run folder, the held-out verdict of the kept iterate, and the multipliers it
+    was trained with."""
 
     folder: Path
     evaluation: Evaluation
@@ -52,31 +54,36 @@ class Stages(Protocol):
         """The result of a loop: the last iterate within --max-kl, and the multipliers it was trained at."""
 
     def sample_reference(self) -> None:
-        """Sample and score the reference offline (arXiv 2505.19387, Algorithm 2, step 1); fixes units and aims."""
+        """Sample and score the reference offline (arXiv 2505.19387, Algorithm 2, step 1); fixes units and
+        aims."""
 
     def solve_dual(self) -> Solution:
-        """Returns the one-shot multipliers from the reference's samples (arXiv 2405.19544, Algorithm 1, step 2).
+        """Returns the one-shot multipliers from the reference's samples (arXiv 2405.19544, Algorithm 1, step
+        2).
 
         Raises: UserError for thresholds beyond what the samples support.
         """
 
     def check_thresholds(self) -> None:
-        """Refuse the thresholds that `solve_dual` would refuse, for algorithms that do not solve the dual. Raises: UserError."""
+        """Refuse the thresholds that `solve_dual` would refuse, for algorithms that do not solve the dual.
+        Raises: UserError."""
 
     def fit(self, target: Target, iteration: int) -> Iterate:
         """Returns iterate `iteration`: the target fitted on pairs of responses (Algorithm 2, step 4)."""
 
     def ascend(self, start: Iterate | None, lam_J: Tensor, score: Rule, iteration: int) -> Iterate:
-        """Returns iterate `iteration`: policy-gradient steps from `start` on fresh samples of the policy, scored by the rule less
-        beta x log-ratio."""
+        """Returns iterate `iteration`: policy-gradient steps from `start` on fresh samples of the policy,
+        scored by the rule less beta x log-ratio."""
 
     def adopt(self, policy: Iterate, lam_J: Tensor, iteration: int) -> Iterate:
         """Makes a policy that exists already iterate `iteration` too, without a step."""
 
     def measure_slack(self, policy: Iterate, lam_J: Tensor, iteration: int) -> Slack | None:
-        """Returns the slack u(lambda) = mean(g - E_ref g) - aim of an iterate (Algorithm 2, step 2), and keeps the iterate.
+        """Returns the slack u(lambda) = mean(g - E_ref g) - aim of an iterate (Algorithm 2, step 2), and
+        keeps the iterate.
 
-        None where the policy is further from the reference than --max-kl: the loop ends, and the iterate kept before stays.
+        None where the policy is further from the reference than --max-kl: the loop ends, and the iterate kept
+        before stays.
         """
 
     def keep(self, policy: Iterate | None, lam_J: Tensor) -> None:

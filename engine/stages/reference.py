@@ -1,4 +1,5 @@
-"""Stage reference: sample the reference, and fix what its samples fix: units, required improvements and aims."""
+"""Stage reference: sample the reference, and fix what its samples fix: units, required improvements and
+aims."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from engine.stages.sampling import gap_of, log_gap, sample, samples_of
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSamples:
-    """The result of stage reference: the samples, and the states below the adapter in the order of their packed groups."""
+    """The result of stage reference: the samples, and the states below the adapter in the order of their
+    packed groups."""
 
     sampled: Sampled
     lower_MD: Tensor | None
@@ -36,7 +38,8 @@ class Scoring(Protocol):
     audit_names: list[str]
 
     def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
-        """Returns scores in the run's units. stage: of a run, or anything else with `progress` and `check_stop`."""
+        """Returns scores in the run's units. stage: of a run, or anything else with `progress` and
+        `check_stop`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class Reference:
     scoring: Scoring
     scores: Scores  # in units
     limits: list[Limit]
-    needed_J: Tensor  # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
+    # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
+    needed_J: Tensor
     aimed: list[float]  # what to aim at, in each constraint's own measure
     aim_J: Tensor  # float64 [J]: the improvements to aim at, in units
     lower: LowerStates | None  # states below the adapter, unless they are too large to keep
@@ -86,24 +90,29 @@ class Reference:
 
     @property
     def problem(self) -> tuple[Tensor, Tensor]:
-        """Reward [P, G] and utilities [P, G, J] of the reference's samples as the Lagrangian counts them: what the dual is solved on."""
+        """Reward [P, G] and utilities [P, G, J] of the reference's samples as the Lagrangian counts them:
+        what the dual is solved on."""
         return self.scores.reward_PG, self.scored(self.samples).counted_PGJ
 
     def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Measures what each of the prompts `chosen` misses of its constraints, float64 [P, J]; utilities in units."""
+        """Measures what each of the prompts `chosen` misses of its constraints, float64 [P, J]; utilities in
+        units."""
         before_PGJ = self.scores.utility_PGJ[list(chosen)]
         return constraints.missing(self.limits, self.aimed, self.aim_J, self.units, utility_PGJ, before_PGJ)
 
 
 def sample_reference(job: Job) -> Reference:
-    """Runs stage reference: sample and score the reference offline (Algorithm 2, step 1), fix the units and the aim."""
+    """Runs stage reference: sample and score the reference offline (Algorithm 2, step 1), fix the units and
+    the aim."""
     config = job.config
     prompts = job.train
     shared = samples_of(job, "reference", ReferenceSamples)
 
     def compute(stage: Stage) -> ReferenceSamples:
         if shared is None:
-            sampled, lower = sample(job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True)
+            sampled, lower = sample(
+                job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True
+            )
         else:
             sampled, lower = shared.sampled, None
             log_gap(job, stage, prompts, sampled.rollouts, None)
@@ -140,12 +149,16 @@ def sample_reference(job: Job) -> Reference:
     (row,) = read_rows(job.run.folder, ReferenceRow)
     gap, show = gap_of(job.run.folder, "reference"), job.run.display
     show.line(
-        f"reference: {len(prompts)} prompts x {config.n_responses} responses, {100 * row.finished:.0f} % finished, mean length "
+        f"reference: {len(prompts)} prompts x {config.n_responses} responses, "
+        f"{100 * row.finished:.0f} % finished, mean length "
         f"{row.mean_length:.0f} tokens{f'; {gap}' if gap else ''}"
     )
     for j, limit in enumerate(reference.limits):
         opening = limit.opening(
-            float(reference.needed_J[j]), reference.aimed[j], reference.units.utility_J[j], len(limit.rows(prompts))
+            float(reference.needed_J[j]),
+            reference.aimed[j],
+            reference.units.utility_J[j],
+            len(limit.rows(prompts)),
         )
         show.line(f"{opening}; correlation with the reward {row.correlation[j]:+.2f}")
     return reference
@@ -172,16 +185,26 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units:
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
     aimed = constraints.aims(
-        limits, scores, prompts, units, margin=config.margin, heldout=job.heldout,
+        limits,
+        scores,
+        prompts,
+        units,
+        margin=config.margin,
+        heldout=job.heldout,
         n_responses=config.eval_responses,
-    )  # fmt: skip
-    return {"needed_J": needed_J, "aimed": aimed, "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units)}
+    )
+    return {
+        "needed_J": needed_J,
+        "aimed": aimed,
+        "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units),
+    }
 
 
 def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
     """Measures the pooled within-prompt standard deviations of the reference's scores on `prompts`.
 
-    Raises: UserError for a scorer that is constant within every prompt, also where it is so on those that its constraint is about.
+    Raises: UserError for a scorer that is constant within every prompt, also where it is so on those that its
+    constraint is about.
     """
     above_J = constraints.counted_above(limits)
     utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
@@ -192,16 +215,20 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], p
     return Units(
         reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
         utility_J=[_deviation(-utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
-        audit_A=[_deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)],
+        audit_A=[
+            _deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)
+        ],
         unsafe_above_J=above_J,
     )
 
 
 def _deviation(score_PG: Tensor, name: str) -> float:
-    """Measures `dual.within_deviation`; a score that is one number everywhere is an error that names the number."""
+    """Measures `dual.within_deviation`; a score that is one number everywhere is an error that names the
+    number."""
     if score_PG.min() == score_PG.max():
         raise UserError(
-            f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is nothing to align; use another one, or "
+            f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is "
+            "nothing to align; use another one, or "
             "prompts whose answers it tells apart."
         )
     return dual.within_deviation(score_PG, name)
@@ -209,7 +236,12 @@ def _deviation(score_PG: Tensor, name: str) -> float:
 
 def units_of(row: ReferenceRow, limits: Sequence[Limit]) -> Units:
     """Returns the units that a run fixed."""
-    return Units(reward=row.reward_sd, utility_J=row.utility_sd, audit_A=row.audit_sd, unsafe_above_J=constraints.counted_above(limits))
+    return Units(
+        reward=row.reward_sd,
+        utility_J=row.utility_sd,
+        audit_A=row.audit_sd,
+        unsafe_above_J=constraints.counted_above(limits),
+    )
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:

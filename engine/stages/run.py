@@ -9,7 +9,7 @@ from torch import Tensor
 from engine import dual
 from engine.config import RunConfig
 from engine.policy.full import FullWeights
-from engine.policy.update import Policy
+from engine.policy.steps import Policy
 from engine.policy.weights import Weights
 from engine.records import Rule, Target
 from engine.stages import preference, slack
@@ -24,7 +24,8 @@ from engine.stages.verdict import HeldOut, judge_heldout, sample_heldout
 
 @contextmanager
 def open_stages(algorithm: str, config: RunConfig, resume: str | None) -> Iterator["RunStages"]:
-    """Open a run for an algorithm, or go on with one, see `open_job`. Raises: UserError before any compute is spent."""
+    """Open a run for an algorithm, or go on with one, see `open_job`. Raises: UserError before any compute is
+    spent."""
     with open_job(algorithm, config, resume) as job:
         yield RunStages(job)
 
@@ -87,7 +88,8 @@ class RunStages:
         if measured.kl > max_kl:
             self._put_aside(iteration)
             job.run.display.warn(
-                f"iteration {iteration}: KL {measured.kl:.2f} nats passes --max-kl {max_kl}; stopped, and the iterate before it is kept"
+                f"iteration {iteration}: KL {measured.kl:.2f} nats passes --max-kl {max_kl}; "
+                "stopped, and the iterate before it is kept"
             )
             return None
         self.keep(policy, lam_J)
@@ -102,8 +104,8 @@ class RunStages:
         return judge_heldout(self.job, self.reference, before, after, lam_J)
 
     def heldout(self, policy: Policy | None, side: str = "reference") -> HeldOut:
-        """Stage heldout/SIDE: responses to the held-out prompts, of the reference or of the side "policy" (None there: the reference
-        again, with random numbers of its own)."""
+        """Stage heldout/SIDE: responses to the held-out prompts, of the reference or of the side "policy"
+        (None there: the reference again, with random numbers of its own)."""
         weights = None
         if side == "policy":
             self.updates.hold(policy)

@@ -23,16 +23,24 @@ from engine.run.run import Stage
 from engine.run.store import RecordT, load
 from engine.scorers.scoring import ReferenceForward, Responses, score
 from engine.stages.job import Job, Subject
-from kernels.sampling import combine
+from kernels.random import combine
 
 # Prompts of each sampling whose samples are run through the training forward again.
 GAP_PROMPTS = 4
 
 
 def respond(
-    job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, states: States | None = None
+    job: Subject,
+    stage: Stage,
+    prompts: Prompts,
+    adapter: Weights | None,
+    *,
+    n: int,
+    purpose: int,
+    states: States | None = None,
 ) -> tuple[Rollouts, list[str]]:
-    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major. `purpose` keys the random numbers.
+    """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major.
+    `purpose` keys the random numbers.
 
     stage: of a run, or anything else with `progress` and `check_stop`.
     """
@@ -66,23 +74,37 @@ def respond(
 
 
 def sample(
-    job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int, keep: bool = False
+    job: Subject,
+    stage: Stage,
+    prompts: Prompts,
+    adapter: Weights | None,
+    *,
+    n: int,
+    purpose: int,
+    keep: bool = False,
 ) -> tuple[Sampled, LowerStates | None]:
-    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`, `check_stop`, `log_speed` and `log`, which
-    gets the `log_gap` of these samples.
+    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`,
+    `check_stop`, `log_speed` and `log`, which gets the `log_gap` of these samples.
 
-    The second value holds the states below the adapter where `keep` asks for them, heads read no higher and the states are not too
-    large. The reference's own samples are not run through the model again for log-probs under the reference: in float32 those of the
-    sampler are the same to rounding (`logprob_gap` measures it). In lower precision they are computed as the policy's are, so that ratios
-    start at 1.
+    The second value holds the states below the adapter where `keep` asks for them, heads read no higher and
+    the states are not too large. The reference's own samples are not run through the model again for
+    log-probs under the reference: in float32 those of the sampler are the same to rounding (`logprob_gap`
+    measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
     """
     settings = job.settings
     start = time.monotonic()
     # With --tune full every layer differs from the reference's, so no states can be shared.
-    below = -1 if settings.adapter_from is None else first_layer(job.model.config.num_layers, settings.adapter_from)
+    below = (
+        -1
+        if settings.adapter_from is None
+        else first_layer(job.model.config.num_layers, settings.adapter_from)
+    )
     own = adapter is None and job.model.dtype == torch.float32
     small = kept_states_bytes(
-        [len(ids) for ids in prompts.token_ids], n * settings.max_new_tokens, job.model.config.hidden_size, job.model.dtype
+        [len(ids) for ids in prompts.token_ids],
+        n * settings.max_new_tokens,
+        job.model.config.hidden_size,
+        job.model.dtype,
     )
     lower = LowerStates(below) if below >= 0 and small and (keep or not own) else None
     layers = job.scorers.layers
@@ -123,12 +145,20 @@ def sample(
     return sampled, states.lower if states and keep else None
 
 
-def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None) -> None:
-    """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward under the same weights, on the
-    responses to the first prompts (`LogprobGap`, nats per token); and in how many of all draws the two best were nearly alike."""
+def log_gap(
+    job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None
+) -> None:
+    """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward
+    under the same weights, on the responses to the first prompts (`LogprobGap`, nats per token); and in how
+    many of all draws the two best were nearly alike."""
     settings, groups = job.settings, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
     gap = logprob_gap(
-        job.model, groups, rollouts, temperature=settings.temperature, memory_budget_bytes=settings.memory_budget_bytes, adapter=adapter
+        job.model,
+        groups,
+        rollouts,
+        temperature=settings.temperature,
+        memory_budget_bytes=settings.memory_budget_bytes,
+        adapter=adapter,
     )
     stage.log(
         SampledRow(
@@ -143,7 +173,10 @@ def log_gap(job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, ad
 
 def gap_text(row: SampledRow) -> str:
     """Says a row of `log_gap` in words."""
-    return f"{LogprobGap(**row.logprob_gap)}; two best within {NEAR_TIE:g} in {row.near_ties} of {row.draws} draws"
+    return (
+        f"{LogprobGap(**row.logprob_gap)}; two best within {NEAR_TIE:g} in {row.near_ties} of "
+        f"{row.draws} draws"
+    )
 
 
 def gap_of(run: Path, stage: str) -> str:
@@ -152,11 +185,15 @@ def gap_of(run: Path, stage: str) -> str:
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
-    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError where that run has none."""
+    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError
+    where that run has none."""
     if not job.config.samples_of:
         return None
     folder = RunFolder(Path(job.config.samples_of))
     file = folder.stage_file(stage)
     if file is None:
-        raise UserError(f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first (--resume {folder.path}).")
+        raise UserError(
+            f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first "
+            f"(--resume {folder.path})."
+        )
     return load(file, cls)

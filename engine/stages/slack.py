@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine import dual, keys
-from engine.policy.update import Policy
+from engine.policy.steps import Policy
 from engine.policy.weights import Weights
 from engine.run.rows import IterationRow, SpeedRow, read_timing
 from engine.run.run import Stage
@@ -20,8 +20,11 @@ def stage_name(iteration: int) -> str:
     return f"iteration-{iteration}/slack"
 
 
-def measure(job: Job, reference: Reference, weights: Weights, policy: Policy, lam_J: Tensor, iteration: int) -> Slack:
-    """Roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step 2).
+def measure(
+    job: Job, reference: Reference, weights: Weights, policy: Policy, lam_J: Tensor, iteration: int
+) -> Slack:
+    """Roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step
+    2).
 
     weights: hold those of `policy`.
     """
@@ -30,13 +33,18 @@ def measure(job: Job, reference: Reference, weights: Weights, policy: Policy, la
 
     def compute(stage: Stage) -> Slack:
         prompts = reference.prompts.select(measured_on)
-        sampled, _ = sample(job, stage, prompts, weights, n=config.slack_responses, purpose=keys.slack(iteration))
+        sampled, _ = sample(
+            job, stage, prompts, weights, n=config.slack_responses, purpose=keys.slack(iteration)
+        )
         scores = reference.scoring(stage, prompts, sampled)
         mean, se, violation = torch.zeros(3, len(limits), dtype=torch.float64)
         missing_PJ = reference.missing(scores.utility_PGJ, measured_on)
         for j, limit in enumerate(limits):
             about = limit.rows(prompts)
-            after, before = scores.utility_PGJ[about, :, j], reference.scores.utility_PGJ[measured_on][about, :, j]
+            after, before = (
+                scores.utility_PGJ[about, :, j],
+                reference.scores.utility_PGJ[measured_on][about, :, j],
+            )
             mean[j], se[j] = dual.paired_improvement(after, before)
             violation[j] = missing_PJ[about, j].clamp(min=0).mean()
         reward, reward_se = dual.paired_improvement(scores.reward_PG, reference.scores.reward_PG[measured_on])
@@ -81,11 +89,19 @@ def say(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float
     warn_of_lam_max(job, reference.limits, lam_J, slack.slack_J)
 
 
-def iteration_line(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int) -> str:
+def iteration_line(
+    job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int
+) -> str:
     """Says in one line what was measured of an iterate."""
     stage = stage_name(iteration)
     speed = [row.tokens_per_s for row in read_timing(job.run.folder, SpeedRow) if row.stage == stage]
-    measured = zip(slack.improvement_J.tolist(), slack.se_J.tolist(), reference.needed_J.tolist(), reference.aimed, strict=True)
+    measured = zip(
+        slack.improvement_J.tolist(),
+        slack.se_J.tolist(),
+        reference.needed_J.tolist(),
+        reference.aimed,
+        strict=True,
+    )
     held = [
         limit.progress(*values, reference.units.utility_J[j])
         for j, (limit, values) in enumerate(zip(reference.limits, measured, strict=True))

@@ -1,4 +1,5 @@
-"""The tiny random model of `--preset smoke`, with random heads beside it under the names of the shipped ones."""
+"""The tiny random model of `--preset smoke`, with random heads beside it under the names of the shipped
+ones."""
 
 import os
 import shutil
@@ -39,7 +40,8 @@ def write_smoke_model(folder: Path) -> Path:
 
 
 def write_random_heads(folder: Path) -> None:
-    """Write heads named helpfulness, harm and harm-audit for the model in `folder`; reward and harm pull apart, the audit follows harm."""
+    """Write heads named helpfulness, harm and harm-audit for the model in `folder`; reward and harm pull
+    apart, the audit follows harm."""
     trunk, hidden = fingerprint(folder), read_config(folder)["hidden_size"]
     generator = torch.Generator().manual_seed(0)
     a, b, c = torch.randn(3, hidden, generator=generator, dtype=torch.float64)

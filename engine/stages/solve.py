@@ -18,29 +18,42 @@ from engine.stages.reference import Reference
 
 
 def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> dual.Solution:
-    """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: UserError for unsupported thresholds unless --force."""
+    """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: UserError for
+    unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
     bounds = [limit.highest for limit in reference.limits]
     try:
-        return dual.solve(*reference.problem, aim, config.beta, start_J=start_J, bounds=bounds, lam_max=config.lam_max, force=config.force)
+        return dual.solve(
+            *reference.problem,
+            aim,
+            config.beta,
+            start_J=start_J,
+            bounds=bounds,
+            lam_max=config.lam_max,
+            force=config.force,
+        )
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
         asked = ", ".join(f"{limit.flag} {limit.value:g}" for limit in reference.limits)
         opening = f"{asked} (with its margin the dual aims at an improvement of {listed(aim)})"
         if error.proven:
             raise UserError(
-                f"{opening} is infeasible, which is proven: no policy improves by {listed(error.largest_improvement)} or more; ask for "
+                f"{opening} is infeasible, which is proven: no policy improves by "
+                f"{listed(error.largest_improvement)} or more; ask for "
                 "less, lower --margin, or go on with --force."
             ) from error
         raise UserError(
-            f"{opening} is beyond what the {config.n_responses} samples of each prompt show, which is no proof that it cannot be met; "
-            f"alone, they support b up to {listed(error.largest_improvement - margin)}, together {error.largest_multiple:.2f} of the aim; "
+            f"{opening} is beyond what the {config.n_responses} samples of each prompt show, which "
+            "is no proof that it cannot be met; "
+            f"alone, they support b up to {listed(error.largest_improvement - margin)}, together "
+            f"{error.largest_multiple:.2f} of the aim; "
             "ask for less, lower --margin, raise --n-responses, or go on with --force."
         ) from error
 
 
 def solve_dual(job: Job, reference: Reference) -> dual.Solution:
-    """Stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2), with intervals over prompts.
+    """Stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2), with intervals over
+    prompts.
 
     Raises: UserError as `one_shot`.
     """
@@ -51,7 +64,8 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     predicted_se = _predicted_se(reference, dual.tilted_improvement(*scores, solution.lam, config.beta)[1])
     interval = None  # lam_max holds a multiplier
     if not held_by_lam_max(config, solution.lam, solution.gradient).any():
-        # Where a constraint is about some prompts, their number counts as random too: its interval is a little wide.
+        # Where a constraint is about some prompts, their number counts as random too: its interval is a
+        # little wide.
         interval = dual.lam_interval(*scores, aim, config.beta, solution)
     low, high, lam_se = (interval.low, interval.high, interval.se) if interval else (None, None, None)
 
@@ -78,18 +92,24 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     if warning := dual.ess_warning(solution.ess, config.n_responses):
         show.warn(warning + dual.half_sample(*scores, aim, config.beta, solution.lam, seed=config.seed))
     warn_of_lam_max(job, limits, solution.lam, solution.gradient)
-    shown = [f"{lam:.3f}" + (f" {_interval_text(interval, j)}" if interval else "") for j, lam in enumerate(solution.lam.tolist())]
+    shown = [
+        f"{lam:.3f}" + (f" {_interval_text(interval, j)}" if interval else "")
+        for j, lam in enumerate(solution.lam.tolist())
+    ]
     predicted = zip(solution.predicted_improvement.tolist(), predicted_se.tolist(), strict=True)
     show.line(
-        f"one-shot lambda {', '.join(shown)}{' (95 % over prompts)' if interval else ''}: predicted improvement "
-        f"{', '.join(f'{x:.3f} +- {se:.3f}' for x, se in predicted)} (at lambda 0: {listed(at_zero)}); effective sample size "
+        f"one-shot lambda {', '.join(shown)}{' (95 % over prompts)' if interval else ''}: predicted "
+        "improvement "
+        f"{', '.join(f'{x:.3f} +- {se:.3f}' for x, se in predicted)} (at lambda 0: "
+        f"{listed(at_zero)}); effective sample size "
         f"{float(solution.ess.mean()):.1f} of {config.n_responses}"
     )
     return solution
 
 
 def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
-    """Computes the standard errors of the predicted improvements, each over the prompts that its constraint is about. float64 [J]."""
+    """Computes the standard errors of the predicted improvements, each over the prompts that its constraint
+    is about. float64 [J]."""
     found = []
     for j, limit in enumerate(reference.limits):
         own = limit.rows(reference.prompts)
@@ -112,7 +132,8 @@ def held_by_lam_max(config: RunConfig, lam_J: Tensor, gradient_J: Tensor) -> Ten
 def warn_of_lam_max(job: Job, limits: Sequence[Limit], lam_J: Tensor, gradient_J: Tensor) -> None:
     for j in held_by_lam_max(job.config, lam_J, gradient_J).nonzero()[:, 0].tolist():
         job.run.display.warn(
-            f"lambda of {limits[j].name} is held by --lam-max {job.config.lam_max:g}, where the improvement misses the aim by "
+            f"lambda of {limits[j].name} is held by --lam-max {job.config.lam_max:g}, where the "
+            "improvement misses the aim by "
             f"{-float(gradient_J[j]):.3f}; raise --lam-max or ask for less."
         )
 

@@ -13,7 +13,7 @@ from engine.model import packing
 from engine.policy import update
 from engine.policy.iterates import is_saved, save_weights
 from engine.policy.samples import Samples
-from engine.policy.update import Policy
+from engine.policy.steps import Policy, Update
 from engine.policy.weights import Weights, copy_of
 from engine.records import Rule, Sampled, Target
 from engine.run.rows import PairsRow, PolicyRow
@@ -31,7 +31,9 @@ def score_pairs(job: Job) -> Sampled:
     pairs = job.pairs
 
     def compute(stage: Stage) -> Sampled:
-        with stage.progress(sum(g.tokens for g in packing.groups(pairs.prompts, pairs.rollouts)), "tokens", "scoring") as scored:
+        with stage.progress(
+            sum(g.tokens for g in packing.groups(pairs.prompts, pairs.rollouts)), "tokens", "scoring"
+        ) as scored:
             scores = score(
                 job.model,
                 job.scorers,
@@ -42,7 +44,12 @@ def score_pairs(job: Job) -> Sampled:
                 on_tokens=scored.advance,
             )
         stage.log(PairsRow(prompts=len(pairs.prompts)))
-        return Sampled(rollouts=pairs.rollouts, texts=pairs.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
+        return Sampled(
+            rollouts=pairs.rollouts,
+            texts=pairs.texts,
+            scores=scores,
+            kl_PG=torch.zeros_like(scores.ref_logprob_PG),
+        )
 
     return job.run.stage("pairs", Sampled, compute)
 
@@ -60,36 +67,48 @@ class Updates:
 
     def fit(self, target: Target, iteration: int) -> Policy:
         """Fits the target on pairs of responses (`_learned_from`)."""
-        job = self.job
         anchor = None if target.anchor is None else copy_of(self.weights, target.anchor.adapter)
 
         def compute(stage: Stage) -> Policy:
             samples, train_on = self._learned_from(stage, target.start, iteration)
             scored = target.on(self.reference.scored(samples))
-            return update.fit(
-                stage, job.run, job.config, job.model, samples, scored, self.weights, anchor, train_on=train_on, iteration=iteration
-            )
+            return update.fit(self._update(stage, target.start, iteration), samples, scored, train_on, anchor)
 
         return self._iterate(target.start, target.lam_J, iteration, compute)
 
     def ascend(self, start: Policy | None, lam_J: Tensor, rule: Rule, iteration: int) -> Policy:
-        """Takes policy-gradient steps on fresh samples of the policy, scored by the rule less beta x log-ratio."""
-        job, reference, config = self.job, self.reference, self.job.config
+        """Takes policy-gradient steps on fresh samples of the policy, scored by the rule less beta x
+        log-ratio."""
+        reference, config = self.reference, self.job.config
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
         def compute(stage: Stage) -> Policy:
             samples = self._fresh(stage, chosen, iteration)
             scored = reference.scored(samples, reference.missing(samples.scores.utility_PGJ, chosen))
             score_PG = rule(scored) - config.beta * samples.sampled.kl_PG
-            return update.ascend(stage, job.run, config, job.model, samples, score_PG, self.weights, start=start, iteration=iteration)
+            return update.ascend(self._update(stage, start, iteration), samples, score_PG)
 
         return self._iterate(start, lam_J, iteration, compute)
 
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
-        """Takes no step: a policy that exists already becomes this iterate too, with a folder and a row of its own."""
+        """Takes no step: a policy that exists already becomes this iterate too, with a folder and a row of
+        its own."""
         return self._iterate(policy, lam_J, iteration, lambda stage: policy)
 
-    def _iterate(self, start: Policy | None, lam_J: Tensor, iteration: int, compute: Callable[[Stage], Policy]) -> Policy:
+    def _update(self, stage: Stage, start: Policy | None, iteration: int) -> Update:
+        job = self.job
+        return Update(
+            stage=stage,
+            config=job.config,
+            model=job.model,
+            weights=self.weights,
+            start=start,
+            iteration=iteration,
+        )
+
+    def _iterate(
+        self, start: Policy | None, lam_J: Tensor, iteration: int, compute: Callable[[Stage], Policy]
+    ) -> Policy:
         """Runs the stage around an update from `start`; the iterate goes to adapters/iteration-t."""
         job, name, folder = self.job, f"iteration-{iteration}/policy", self.job.run.paths.iterate(iteration)
         job.run.display.line(f"iteration {iteration}: lambda {listed(lam_J)}")
@@ -112,19 +131,22 @@ class Updates:
     def _learned_from(self, stage: Stage, start: Policy | None, iteration: int) -> tuple[Samples, list[int]]:
         """Chooses the responses that an update learns from (--pairs), and which of their prompts to use.
 
-        The policy's own are drawn afresh; the first update starts at the reference, whose samples exist already. Of a file's rows
-        those whose prompt measures this iteration's slack are left out.
+        The policy's own are drawn afresh; the first update starts at the reference, whose samples exist
+        already. Of a file's rows those whose prompt measures this iteration's slack are left out.
         """
         job, reference = self.job, self.reference
         train_on, measured_on = deal_prompts(job.config, reference.prompts, iteration)
         if self.pairs is not None:
             prompts = job.pairs.prompts
             measured = {tuple(reference.prompts.token_ids[i]) for i in measured_on}
-            dealt = deal(prompts, job.config.seed, max(1, iteration), job.config.steps * job.config.prompts_per_step, 0)[0]
+            dealt = deal(
+                prompts, job.config.seed, max(1, iteration), job.config.steps * job.config.prompts_per_step, 0
+            )[0]
             train_on = [i for i in dealt if tuple(prompts.token_ids[i]) not in measured]
             if not train_on:
                 raise UserError(
-                    f"--pairs {job.config.pairs}: every prompt of iteration {iteration} measures its slack; give other prompts."
+                    f"--pairs {job.config.pairs}: every prompt of iteration {iteration} measures its "
+                    "slack; give other prompts."
                 )
             scores = reference.scoring(stage, prompts, self.pairs)
             return Samples(prompts=prompts, sampled=self.pairs, scores=scores), train_on
@@ -133,8 +155,17 @@ class Updates:
         return reference.samples, train_on
 
     def _fresh(self, stage: Stage, chosen: list[int], iteration: int) -> Samples:
-        """Samples new responses of the policy that the weights hold to the prompts `chosen` of the reference's."""
+        """Samples new responses of the policy that the weights hold to the prompts `chosen` of the
+        reference's."""
         job, prompts = self.job, self.reference.prompts.select(chosen)
-        sampled, lower = sample(job, stage, prompts, self.weights, n=job.config.n_responses, purpose=keys.fresh(iteration), keep=True)
+        sampled, lower = sample(
+            job,
+            stage,
+            prompts,
+            self.weights,
+            n=job.config.n_responses,
+            purpose=keys.fresh(iteration),
+            keep=True,
+        )
         scores = self.reference.scoring(stage, prompts, sampled)
         return Samples(prompts=prompts, sampled=sampled, scores=scores, lower=lower)

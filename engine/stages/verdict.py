@@ -45,7 +45,8 @@ class Bar:
 
 
 def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> HeldOut:
-    """Stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the held-out prompts."""
+    """Stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the
+    held-out prompts."""
     config, prompts = job.config, job.heldout
     name = "heldout/reference" if weights is None else "heldout/policy"
     purpose = keys.HELDOUT_REFERENCE if weights is None else keys.HELDOUT_POLICY
@@ -63,7 +64,8 @@ def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> H
 
 
 def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOut, lam_J: Tensor) -> Result:
-    """Judge the policy's held-out responses (`after`) against the reference's; writes evaluation.json, heldout.jsonl and the report."""
+    """Judge the policy's held-out responses (`after`) against the reference's; writes evaluation.json,
+    heldout.jsonl and the report."""
     run, prompts = job.run, job.heldout
     sides = [Samples(prompts=prompts, sampled=side.sampled, scores=side.scores) for side in (before, after)]
     bar = Bar(
@@ -79,7 +81,10 @@ def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOu
         run.display.line(line)
     written = run_page.write(run.folder)
     run.display.table(
-        [[stage, duration(seconds), f"{100 * share:.0f} %"] for stage, seconds, share in time_table(run.folder)],
+        [
+            [stage, duration(seconds), f"{100 * share:.0f} %"]
+            for stage, seconds, share in time_table(run.folder)
+        ],
         ["where the time went", "time", "share"],
     )
     run.display.line(f"report: {' and '.join(map(str, written))}")

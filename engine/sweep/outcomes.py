@@ -1,8 +1,9 @@
-"""The outcome of a finished or failed run of a sweep, read from its folder."""
+"""What a sweep has given so far: the dual's solutions, and the outcome of each run, read from its folder."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from engine import constraints
 from engine.constraints import Limit
@@ -19,6 +20,18 @@ from engine.run.rows import (
 )
 from engine.sweep.plans import Plan
 from engine.verdict.evaluation import Evaluation
+
+
+class OneShot(NamedTuple):
+    """The dual's solution on a seed's reference samples for one problem of the sweep."""
+
+    threshold: tuple[float, ...]
+    beta: float
+    margin: float
+    aim: list[float]
+    lam: list[float]
+    predicted: list[float]  # improvement at these multipliers
+    ess: float  # mean effective sample size of a prompt
 
 
 @dataclass(kw_only=True)

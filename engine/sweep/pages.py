@@ -10,8 +10,8 @@ from pathlib import Path
 
 from engine.files import write_whole
 from engine.intervals import Estimate
-from engine.report.html import SAMPLES_NOTE, document
-from engine.sweep.outcomes import Outcome
+from engine.report import html
+from engine.sweep.outcomes import OneShot, Outcome
 from engine.sweep.pictures import multipliers, pareto
 from engine.sweep.plans import numbers, shown
 
@@ -19,7 +19,7 @@ STYLE = ".sides { grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
 PARTS = (" se", " low", " high")  # the columns that follow a mean; the page shows the interval beside it
 
 
-def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[dict]]) -> None:
+def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[OneShot]]) -> None:
     """Writes table.csv, pareto.png, multipliers.png and index.html of the runs so far."""
     rows = table(outcomes)
     write_table(out / "table.csv", rows)
@@ -39,12 +39,14 @@ def write_table(path: Path, rows: list[dict]) -> None:
 
 
 def table(outcomes: list[Outcome]) -> list[dict]:
-    """Returns a row for each run: what was asked for, the held-out verdict in the run's units, and what it cost."""
+    """Returns a row for each run: what was asked for, the held-out verdict, and what it cost."""
     rows = []
     for o in outcomes:
         row: dict = {"algorithm": o.plan.label, "seed": o.plan.config.seed}
         if o.evaluation is None:
-            rows.append({**row, **{f"{limit.name} threshold": limit.value for limit in o.limits}, "error": o.error})
+            rows.append(
+                {**row, **{f"{limit.name} threshold": limit.value for limit in o.limits}, "error": o.error}
+            )
             continue
         e = o.evaluation
         row |= _columns("reward", e.reward)
@@ -70,11 +72,17 @@ def _columns(name: str, e: Estimate) -> dict:
     return {name: e.mean, f"{name} se": e.se, f"{name} low": e.low, f"{name} high": e.high}
 
 
-def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]], pictures: dict[str, bytes]) -> str:
-    """Returns index.html: pictures, the table, the dual along the thresholds, the first seed's responses side by side."""
+def page(
+    outcomes: list[Outcome],
+    rows: list[dict],
+    paths: dict[int, list[OneShot]],
+    pictures: dict[str, bytes],
+) -> str:
+    """Returns index.html: pictures, table, the dual along the thresholds, and responses side by side."""
     done = [o for o in outcomes if o.evaluation is not None]
     images = "".join(
-        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for name, png in pictures.items()
+        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
+        for name, png in pictures.items()
     )
     names = [name for name in rows[0] if not name.endswith(PARTS)]
     of_seed = [o for o in done if o.plan.config.seed == done[0].plan.config.seed]
@@ -86,18 +94,21 @@ def page(outcomes: list[Outcome], rows: list[dict], paths: dict[int, list[dict]]
         for one in path
     ]
     failed = "".join(f"<p>{escape(o.plan.folder.name)}: {escape(o.error)}</p>" for o in outcomes if o.error)
-    body = f"""<h1>{escape(", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes)))}: {len(done)} runs</h1>
-<p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations; intervals are 95 % over prompts.
-Sampled tokens and seconds are those of training; the reference's samples, which the runs of a seed share, are a column of their own.</p>
+    algorithms = ", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes))
+    chain_head = ["seed", "beta", "margin", "b", "aim", "one-shot lambda", "predicted improvement"]
+    body = f"""<h1>{escape(algorithms)}: {len(done)} runs</h1>
+<p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations;
+intervals are 95 % over prompts. Sampled tokens and seconds are those of training; the reference's samples,
+which the runs of a seed share, are a column of their own.</p>
 {failed}
 {images}
 <h2>Runs</h2>
-{_html(names, [_shown(row) for row in rows])}
+{html.table(names, [_shown(row) for row in rows])}
 <h2>The dual along the thresholds</h2>
-{_html(["seed", "beta", "margin", "b", "aim", "one-shot lambda", "predicted improvement", "effective sample size"], chain)}
+{html.table([*chain_head, "effective sample size"], chain)}
 <h2>Side by side</h2>
 {_side_by_side(of_seed) if done else ""}"""
-    return document("Sweep", body, STYLE)
+    return html.document("Sweep", body, STYLE)
 
 
 def _shown(row: dict) -> list[str]:
@@ -114,14 +125,8 @@ def _shown(row: dict) -> list[str]:
     return cells
 
 
-def _html(head: list[str], body: list[list[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n" for cells in body)
-    return f'<div class="scroll"><table><tr>{top}</tr>\n{lines}</table></div>'
-
-
 def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
-    """Shows the first response of the reference and of each run to the first few delicate and other prompts."""
+    """Shows the first responses of the reference and of each run to a few delicate and other prompts."""
     first = {o.plan.folder.name: _first_responses(o.plan.folder) for o in outcomes}
     prompts = list(next(iter(first.values())).values())
     chosen = [row for row in prompts if row["kind"] == "delicate"][: most // 2]
@@ -129,11 +134,15 @@ def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
     blocks = []
     for row in chosen:
         sides = [_answer("reference", row, "reference")]
-        sides += [_answer(name, rows[row["prompt"]], "policy") for name, rows in first.items() if row["prompt"] in rows]
+        sides += [
+            _answer(name, rows[row["prompt"]], "policy")
+            for name, rows in first.items()
+            if row["prompt"] in rows
+        ]
         prompt = f'<div class="text prompt" dir="auto">{escape(row["prompt"])}</div>'
         kind = f'<div class="small">{escape(row["kind"])}</div>'
         blocks.append(f'<div class="sample">{kind}{prompt}<div class="sides">{"".join(sides)}</div></div>')
-    return SAMPLES_NOTE + "\n".join(blocks)
+    return html.SAMPLES_NOTE + "\n".join(blocks)
 
 
 def _first_responses(folder: Path) -> dict[str, dict]:

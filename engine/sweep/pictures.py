@@ -1,4 +1,4 @@
-"""A sweep's pictures: reward against each constraint, and the multipliers with the slack of every iteration."""
+"""A sweep's pictures: reward against each constraint; multipliers and slack of every iteration."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,12 +11,27 @@ from engine.sweep.outcomes import Outcome
 from engine.sweep.plans import numbers, shown
 
 # A colour for each algorithm and a line style for each threshold.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999933", "#882255", "#44AA99")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#F0E442",
+    "#999933",
+    "#882255",
+    "#44AA99",
+)
 LINES = ("-", "--", ":", "-.")
 
 
 def pareto(outcomes: list[Outcome]) -> bytes:
-    """Draws the reward's improvement against each constraint's: runs with their 95 % intervals, means over seeds joined along b."""
+    """Draws the reward's improvement against each constraint's.
+
+    Runs have their 95 % intervals; means over seeds are joined along b.
+    """
 
     def draw() -> Figure:
         names = _names(outcomes)
@@ -32,7 +47,8 @@ def pareto(outcomes: list[Outcome]) -> bytes:
 def _pareto_panel(axis: Axes, outcomes: list[Outcome], j: int, name: str) -> None:
     judged = [o.evaluation.constraints[j] for o in outcomes if o.evaluation is not None]
     needed = sorted({c.required for c in judged})
-    # A limit on a level asks each run for an improvement over its reference's samples: one line at their mean stands for all.
+    # A limit on a level asks each run for an improvement over its reference's samples: one line at their mean
+    # stands for all.
     if any(c.measured is not None for c in judged):
         needed = [float(np.mean(needed))]
     for i, b in enumerate(needed):
@@ -62,7 +78,10 @@ def _draw_seeds(axis: Axes, outcomes: list[Outcome], j: int, colour: str) -> tup
 
 
 def multipliers(outcomes: list[Outcome]) -> bytes:
-    """Draws lambda and slack of every iteration: colours are algorithms, line styles thresholds, a line is a run."""
+    """Draws lambda and slack of every iteration.
+
+    Colours are algorithms, line styles thresholds, and a line is a run.
+    """
 
     def draw() -> Figure:
         names = _names(outcomes)
@@ -87,7 +106,9 @@ def _multiplier_panels(left: Axes, right: Axes, outcomes: list[Outcome], j: int,
         if any(o.iterations for at_b in by_b.values() for o in at_b):
             right.plot([], [], color=colour, label=shown(label)[:40])
     for i, threshold in enumerate(thresholds if len(thresholds) > 1 else []):
-        left.add_line(Line2D([], [], color=INK, linestyle=LINES[i % len(LINES)], label=f"b {numbers(threshold)}"))
+        left.add_line(
+            Line2D([], [], color=INK, linestyle=LINES[i % len(LINES)], label=f"b {numbers(threshold)}")
+        )
     right.axhline(0, color=REFERENCE, linewidth=1, linestyle=":")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -114,7 +135,7 @@ def _draw_path(left: Axes, right: Axes, outcome: Outcome, j: int, colour: str, l
 
 
 def _groups(outcomes: list[Outcome]) -> dict[str, dict[tuple, list[Outcome]]]:
-    """Groups the judged outcomes by label, then by threshold: labels in the order asked for, thresholds rising."""
+    """Groups the judged outcomes by label, in the order asked for, then by threshold, rising."""
     groups: dict[str, dict[tuple, list[Outcome]]] = {}
     for o in sorted((o for o in outcomes if o.evaluation is not None), key=lambda o: o.plan.threshold):
         groups.setdefault(o.plan.label, {}).setdefault(o.plan.threshold, []).append(o)
@@ -124,4 +145,6 @@ def _groups(outcomes: list[Outcome]) -> dict[str, dict[tuple, list[Outcome]]]:
 
 def _names(outcomes: list[Outcome]) -> list[str]:
     """Lists the constraints' names; one empty name where no run has a verdict."""
-    return list(dict.fromkeys(c.name for o in outcomes if o.evaluation for c in o.evaluation.constraints)) or [""]
+    return list(
+        dict.fromkeys(c.name for o in outcomes if o.evaluation for c in o.evaluation.constraints)
+    ) or [""]

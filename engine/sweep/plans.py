@@ -18,14 +18,13 @@ class SweepConfig:
     out: str = "sweep"
     """Folder of the sweep, must not exist yet."""
     algorithms: tuple[str, ...] = ("caid", "mocan")
-    """Algorithms, with settings of their own where wanted: caid, mocan:steps=50,
-    dpo:objective=safety,steps=30."""
+    """Algorithms, with settings where wanted: caid, mocan:steps=50, dpo:objective=safety,steps=30."""
     thresholds: tuple[str, ...] = ("0.2", "0.3", "0.4")
-    """Values of --threshold, one run each; with several costs either one number for all, or 0.2,0.3."""
+    """Values of --threshold, one run each. With several costs a value is one number for all, or 0.2,0.3."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each has reference samples of its own."""
     flags: tuple[str, ...] = ()
-    """Flags of engine.train for all runs; what stands behind -- on the command line."""
+    """Flags of engine.train for all runs: what stands behind -- on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)

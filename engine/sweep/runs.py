@@ -1,10 +1,10 @@
-"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set of reference samples
-for each seed.
+"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set of reference samples a
+seed.
 
 For each seed the reference is sampled once (run folder samples-seedSEED), and the dual is solved at all
-thresholds before anything is trained, each from its neighbour's multipliers and for each beta and margin.
-Thresholds that the samples do not support are named there, but not for algorithms that know none. Then every
-run is an ordinary run folder, made by `engine.train`'s functions with --samples-of. After each of them the
+thresholds before anything is trained, each from its neighbour's multipliers and for each beta and margin. A
+threshold that the samples do not support is named at that point, unless the algorithm knows no threshold.
+Then every run is an ordinary run folder, which the algorithm fills with --samples-of. After each run the
 sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
 """
 
@@ -12,7 +12,6 @@ import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -25,21 +24,9 @@ from engine.stages.job import open_job
 from engine.stages.reference import reference_of
 from engine.stages.run import RunStages
 from engine.stages.solve import one_shot
-from engine.sweep.outcomes import Outcome, finished, read_run
+from engine.sweep.outcomes import OneShot, Outcome, finished, read_run
 from engine.sweep.pages import write
 from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
-
-
-class OneShot(NamedTuple):
-    """The dual's solution on a seed's reference samples for one problem of the sweep."""
-
-    threshold: tuple[float, ...]
-    beta: float
-    margin: float
-    aim: list[float]
-    lam: list[float]
-    predicted: list[float]  # improvement at these multipliers
-    ess: float  # mean effective sample size of a prompt
 
 
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
@@ -57,11 +44,8 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
         ):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
         out.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "preset": preset,
-            **{f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"},
-        }
-        write_json(out / "sweep.json", settings)
+        settings = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}
+        write_json(out / "sweep.json", {"preset": preset, **settings})
     paths = {seed: draw_samples([plan for plan in plans if plan.config.seed == seed]) for seed in sweep.seeds}
     outcomes: list[Outcome] = []
     for number, plan in enumerate(plans, 1):
@@ -75,11 +59,11 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
 
 
 def draw_samples(plans: list[Plan]) -> list[OneShot]:
-    """Draw the reference's samples of one seed and solve the dual along the thresholds for each beta and
+    """Draw the reference's samples of one seed and solve the dual along the thresholds, for each beta and
     margin.
 
-    It is not solved for algorithms without thresholds, nor for scores that exist only after policies have
-    been aligned.
+    The dual is not solved for algorithms without thresholds, nor for scores that exist only once policies are
+    aligned.
     Raises: UserError for thresholds beyond what the samples support, before anything is trained.
     """
     # Any of the configs will do: the samples do not depend on the settings in which they differ.
@@ -132,7 +116,7 @@ def _sentence(s: OneShot, n_responses: int) -> str:
 
 
 def _train(plan: Plan) -> str:
-    """Do a run, or the rest of it, unless it is done; return the error that it failed with, or an empty
+    """Do a run or the rest of it, unless it is done; return the error that it failed with, or an empty
     text."""
     if not RunFolder(plan.folder).evaluation.is_file():
         try:

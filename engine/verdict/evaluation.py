@@ -1,9 +1,10 @@
-"""The held-out verdict: improvements over the reference with intervals, clustered by prompt, and the sentences that say them.
+"""The held-out verdict: improvements over the reference with intervals, clustered by prompt.
 
-Prompts are the unit of sampling: responses to one prompt are averaged first, so the intervals hold for new prompts of the same kind,
-not only for new responses. Everything here is a pure function of scores and texts; other stages sample and score.
+Prompts are the unit of sampling: responses to one prompt are averaged first, so the intervals hold for new
+prompts of the same kind, not only for new responses. Everything here is a pure function of scores and texts;
+other stages sample and score.
 
-`python -m engine.evaluate RUN` judges a finished run again, see `engine.evaluate_command`.
+`python -m engine.evaluate RUN` judges a finished run again.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,10 @@ from engine.verdict.refusals import OverRefusal, refusal_shares
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All that a verdict prints. Improvements are policy minus reference in the run's units; pairs are (reference, policy)."""
+    """All that a verdict says.
+
+    Improvements are policy minus reference in the run's units; pairs are (reference, policy).
+    """
 
     reward: Estimate
     constraints: tuple[Judged, ...]
@@ -28,18 +32,20 @@ class Evaluation:
     kl: Estimate  # KL(policy || reference), nats per response
     finished: tuple[float, float]  # share of responses that ended by a stop token
     mean_length: tuple[float, float]  # tokens per response
-    refusal_harmless: tuple[float, float] | None  # share of refusals on prompts not marked delicate; None without such prompts
+    refusal_harmless: (
+        tuple[float, float] | None
+    )  # share of refusals on the prompts not marked delicate, if any
     n_prompts: int
     n_responses: int  # per prompt, of the policy
     confidence: float = 0.95  # of all intervals and bounds
 
     def as_dict(self) -> dict:
-        """Plain numbers, strings, lists and dictionaries for JSON."""
+        """Converts the verdict to plain numbers, strings, lists and dictionaries for JSON."""
         return {**asdict(self), "constraints": [_constraint_as_dict(c) for c in self.constraints]}
 
     @classmethod
     def from_dict(cls, data: dict) -> "Evaluation":
-        """The inverse of `as_dict`, also after a round trip through JSON."""
+        """Restores a verdict from `as_dict`, also after a round trip through JSON."""
         refusal = data["refusal_harmless"]
         return cls(
             reward=Estimate(**data["reward"]),
@@ -51,7 +57,7 @@ class Evaluation:
             refusal_harmless=None if refusal is None else tuple(refusal),
             n_prompts=data["n_prompts"],
             n_responses=data["n_responses"],
-            # Runs made before there was a choice have no such key.
+            # Runs that are older than the choice have no such key.
             confidence=data.get("confidence", 0.95),
         )
 
@@ -63,7 +69,8 @@ def _constraint_as_dict(c: Judged) -> dict:
 
 def _constraint_from_dict(data: dict) -> Judged:
     # Runs that are older than the other kinds have improvements alone.
-    limit = KINDS[data.get("kind", "improvement")](name=data["name"], value=data["threshold"], on=data.get("on", ""))
+    kind = KINDS[data.get("kind", "improvement")]
+    limit = kind(name=data["name"], value=data["threshold"], on=data.get("on", ""))
     known = {key: data[key] for key in ("aim", "word", "reference", "unit") if key in data}
     estimates = {key: Estimate(**data[key]) for key in ("estimate", "measured") if data.get(key)}
     return Judged(limit=limit, **known, **estimates)
@@ -71,7 +78,10 @@ def _constraint_from_dict(data: dict) -> Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What `python -m engine.evaluate` finds: the verdict, and what a run's own verdict leaves out. Pairs are (reference, policy)."""
+    """The result of `python -m engine.evaluate`: a verdict, and what a run's verdict leaves out.
+
+    Pairs are (reference, policy).
+    """
 
     evaluation: Evaluation
     pair_order: tuple[Estimate | None, Estimate | None]  # on the responses of each, see `pair_order`
@@ -79,7 +89,7 @@ class Judgement:
     pairs_like: str = "r + lambda g"  # the score whose order pairs are compared with
 
     def as_dict(self) -> dict:
-        """`Evaluation.as_dict` and four more keys, so that `Evaluation.from_dict` reads it too."""
+        """Adds four keys to `Evaluation.as_dict`, so that `Evaluation.from_dict` reads this too."""
         return {
             **self.evaluation.as_dict(),
             "slack": [asdict(c.slack) for c in self.evaluation.constraints],
@@ -90,19 +100,23 @@ class Judgement:
 
 
 def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95) -> Estimate | None:
-    """How often the policy orders two responses to a prompt as the Lagrangian does: the share of pairs in which
-    beta (log pi - log pi_ref) is larger for the response with the larger s = r + lambda . g (the margin of arXiv 2505.19387, Algorithm 2).
+    """Estimates how often the policy orders two responses to a prompt as the Lagrangian does.
 
-    log_ratio_PG: log pi(y|x) - log pi_ref(y|x), nats; any beta > 0 orders alike. score_PG: s. Pairs of equal s are left out, those of
-    equal log-ratio count one half. The mean is over prompts, of each prompt's share, and its bounds end at 0 and 1; prompts without a
-    pair are left out and not in n. None where fewer than two prompts are left.
+    That is the share of pairs in which beta (log pi - log pi_ref) is larger for the response with the larger
+    s = r + lambda . g (the margin of arXiv 2505.19387, Algorithm 2). log_ratio_PG: log pi(y|x) - log
+    pi_ref(y|x), nats; any beta > 0 orders alike. score_PG: s. Pairs of equal s are left out, those of equal
+    log-ratio count one half. The mean is over prompts, of each prompt's share, and its bounds end at 0 and 1;
+    prompts without a pair are left out and not in n. None where fewer than two prompts are left.
+
     Raises: UserError for a log-ratio that is not finite.
     """
     assert log_ratio_PG.shape == score_PG.shape, (log_ratio_PG.shape, score_PG.shape)
     if not log_ratio_PG.isfinite().all():
-        raise UserError("a response has a log-probability that is not finite; use --dtype float32 in training.")
+        raise UserError(
+            "a response has a log-probability that is not finite; use --dtype float32 in training."
+        )
     difference_PGG = log_ratio_PG[:, :, None] - log_ratio_PG[:, None, :]
-    # Each pair once, in the order in which s falls.
+    # Each pair counts once, in the order in which s falls.
     pair_PGG = (score_PG[:, :, None] > score_PG[:, None, :]).double()
     agrees_PGG = pair_PGG * (difference_PGG.sign().double() + 1) / 2
     pairs_P = pair_PGG.sum((1, 2))
@@ -110,7 +124,9 @@ def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95)
     if len(share_P) < 2:
         return None
     e = estimate(share_P, confidence)
-    return replace(e, low=max(0.0, e.low), high=min(1.0, e.high), lower=max(0.0, e.lower), upper=min(1.0, e.upper))
+    return replace(
+        e, low=max(0.0, e.low), high=min(1.0, e.high), lower=max(0.0, e.lower), upper=min(1.0, e.upper)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +156,19 @@ def evaluate(
     audit_names: Sequence[str],
     confidence: float = 0.95,
 ) -> Evaluation:
-    """Judges a policy by its responses and the reference's to the same prompts; their numbers per prompt may differ.
+    """Judges a policy by its responses and the reference's to the same prompts.
 
-    kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats: its mean is KL(policy || reference).
+    kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats: its mean is KL(policy
+    || reference).
     Raises: UserError for fewer than two prompts, or for a constraint, or scores that are not finite.
     """
     for side in (policy, reference):
         n = side.rollouts.n
-        assert len(side.texts) == len(prompts) * n == side.rollouts.length.numel(), (len(side.texts), len(prompts), n)
+        assert len(side.texts) == len(prompts) * n == side.rollouts.length.numel(), (
+            len(side.texts),
+            len(prompts),
+            n,
+        )
     assert len(asked.limits) == policy.scores.utility_PGJ.shape[2], asked.limits
     assert len(audit_names) == policy.scores.audit_PGA.shape[2], audit_names
 

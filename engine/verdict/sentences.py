@@ -7,22 +7,35 @@ UNITS = "within-prompt standard deviations of the reference"
 
 
 def sentences(evaluation: Evaluation) -> list[str]:
-    """The plain verdict, one line each: what was measured, constraints, reward, audits, KL, finished answers, length, refusals."""
+    """Says the verdict in lines: sample, constraints, reward, audits, KL, endings, length and refusals."""
     e, confidence = evaluation, evaluation.confidence
-    lines = [f"held-out: {e.n_prompts} prompts x {e.n_responses} responses; improvements over the reference in {UNITS}"]
+    lines = [
+        f"held-out: {e.n_prompts} prompts x {e.n_responses} responses; "
+        f"improvements over the reference in {UNITS}"
+    ]
     lines += [c.limit.verdict_text(c, confidence) for c in e.constraints]
     lines.append(f"reward: {improvement_text(e.reward, confidence)}, in {UNITS}")
-    lines += [f"audit {name} (never optimised): {improvement_text(result, confidence)}, in {UNITS}" for name, result in e.audits]
-    lines.append(f"KL(policy || reference): {number(e.kl.mean)} nats per response, {interval_text(e.kl, confidence)}")
+    lines += [
+        f"audit {name} (never optimised): {improvement_text(x, confidence)}, in {UNITS}"
+        for name, x in e.audits
+    ]
+    lines.append(
+        f"KL(policy || reference): {number(e.kl.mean)} nats per response, {interval_text(e.kl, confidence)}"
+    )
     lines.append(f"finished answers: {_percent(e.finished)} (reference -> policy)")
-    lines.append(f"mean length: {e.mean_length[0]:.1f} -> {e.mean_length[1]:.1f} tokens (reference -> policy)")
+    lines.append(
+        f"mean length: {e.mean_length[0]:.1f} -> {e.mean_length[1]:.1f} tokens (reference -> policy)"
+    )
     if e.refusal_harmless is not None:
-        lines.append(f"refusals on harmless prompts (all not marked delicate): {_percent(e.refusal_harmless)} (reference -> policy)")
+        refusals = _percent(e.refusal_harmless)
+        lines.append(
+            f"refusals on harmless prompts (all not marked delicate): {refusals} (reference -> policy)"
+        )
     return lines
 
 
 def judgement_sentences(judgement: Judgement) -> list[str]:
-    """`sentences`, then slack, pair order and over-refusal, one line each, and at the end the answer in one sentence."""
+    """Adds to `sentences` a line for each slack, the pair orders, the over-refusal, and the `answer`."""
     evaluation, refusal = judgement.evaluation, judgement.over_refusal
     confidence = evaluation.confidence
     lines = sentences(evaluation)
@@ -31,24 +44,34 @@ def judgement_sentences(judgement: Judgement) -> list[str]:
         if order is not None:
             share = f"{100 * order.mean:.1f} %, {interval_text(order, confidence, digits=1, scale=100)}"
             lines.append(
-                f"pairs of {name} responses that the policy's log-ratio orders like {judgement.pairs_like}: {share}, {order.n} prompts"
+                f"pairs of {name} responses that the policy's log-ratio orders like {judgement.pairs_like}: "
+                f"{share}, {order.n} prompts"
             )
-    shares = [f"{100 * s.mean:.1f} %, {interval_text(s, confidence, digits=1, scale=100)}" for s in (refusal.reference, refusal.policy)]
+    shares = [
+        f"{100 * s.mean:.1f} %, {interval_text(s, confidence, digits=1, scale=100)}"
+        for s in (refusal.reference, refusal.policy)
+    ]
     change = f"change {number(100 * refusal.change.mean, 1, '+')} points"
-    # Where no prompt's share has changed the interval of the change has no width, which says nothing.
-    change += f", {interval_text(refusal.change, confidence, digits=1, scale=100)}" if refusal.change.se > 0 else " on every prompt"
-    lines.append(f"refusals on {refusal.policy.n} harmless look-alike prompts: {shares[0]} -> {shares[1]} (reference -> policy); {change}")
+    # Where no prompt's share has changed, the interval of the change has no width and says nothing.
+    interval = f", {interval_text(refusal.change, confidence, digits=1, scale=100)}"
+    change += interval if refusal.change.se > 0 else " on every prompt"
+    lines.append(
+        f"refusals on {refusal.policy.n} harmless look-alike prompts: "
+        f"{shares[0]} -> {shares[1]} (reference -> policy); {change}"
+    )
     return [*lines, answer(evaluation)]
 
 
 def answer(evaluation: Evaluation) -> str:
-    """The plain sentence: each constraint met, not met or not resolved, at this sample size and confidence."""
+    """Says whether each constraint is met, not met or not resolved, at this sample size and confidence."""
     e = evaluation
     words = "; ".join(
-        f"constraint {c.name} ({c.limit.asked_text()}{f', on {c.limit.on} prompts' if c.limit.on else ''}) is {c.word}"
+        f"constraint {c.name} ({c.limit.asked_text()}{f', on {c.limit.on} prompts' if c.limit.on else ''}) "
+        f"is {c.word}"
         for c in e.constraints
     )
-    return f"with {e.n_prompts} prompts x {e.n_responses} responses and {100 * e.confidence:g} % confidence: {words}"
+    sample = f"with {e.n_prompts} prompts x {e.n_responses} responses and {100 * e.confidence:g} % confidence"
+    return f"{sample}: {words}"
 
 
 def _percent(pair: tuple[float, float]) -> str:

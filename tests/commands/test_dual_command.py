@@ -25,7 +25,13 @@ def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
     harm = 0.2 * (rng.normal(size=(P, G)) + 0.4 * reward / 3) + 7
     wit = rng.normal(size=(P, G))
     return [
-        {"prompt": f"Question {p}?", "response": f"Answer {p}.{i}", "reward": reward[p, i], "harm": harm[p, i], "wit": wit[p, i]}
+        {
+            "prompt": f"Question {p}?",
+            "response": f"Answer {p}.{i}",
+            "reward": reward[p, i],
+            "harm": harm[p, i],
+            "wit": wit[p, i],
+        }
         for i in range(G)
         for p in range(P)
     ]
@@ -34,7 +40,10 @@ def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
 def arrays(rows: list[dict], *names: str) -> tuple[np.ndarray, ...]:
     """Each column as [P, G]."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    return tuple(np.array([[row[name] for row in rows if row["prompt"] == prompt] for prompt in prompts]) for name in names)
+    return tuple(
+        np.array([[row[name] for row in rows if row["prompt"] == prompt] for prompt in prompts])
+        for name in names
+    )
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -59,7 +68,9 @@ def result(capsys, *argv: str, folder: str = "scores-dual") -> tuple[dict, str]:
 
 def test_one_cost_in_standard_deviations(here, capsys):
     rows = scores_rows()
-    found, out = result(capsys, write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.3", "--draws", "60")
+    found, out = result(
+        capsys, write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.3", "--draws", "60"
+    )
     reward, harm = arrays(rows, "reward", "harm")
     sd = [np.sqrt(x.var(1, ddof=1).mean()) for x in (reward, harm)]
     expected = dual.solve(reward / sd[0], -harm[..., None] / sd[1], [0.3], 1.0)
@@ -69,7 +80,9 @@ def test_one_cost_in_standard_deviations(here, capsys):
     assert only["improvement"] == pytest.approx(0.3, abs=1e-9)
     assert only["improvement_at_zero"] < 0 < only["lam_delta"][0] < only["lam"] < only["lam_delta"][1]
     assert only["lam_bootstrap"][0] < only["lam"] < only["lam_bootstrap"][1]
-    assert only["largest_improvement"] == pytest.approx(dual.largest_threshold(-harm[..., None] / sd[1]).item())
+    assert only["largest_improvement"] == pytest.approx(
+        dual.largest_threshold(-harm[..., None] / sd[1]).item()
+    )
     assert found["largest_multiple"] == pytest.approx(only["largest_improvement"] / 0.3)
     assert found["value"] == pytest.approx(expected.value) and found["kkt"] <= 1e-10
     assert found["ess"] == pytest.approx(expected.ess.mean().item())
@@ -94,8 +107,12 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
     raw, out = result(capsys, file, "--cost", "harm", "--threshold", str(0.3 * sd_g), *raw_flags)
     assert "units: those of the file" in out
     for key in ("lam", "lam_se"):
-        assert raw["constraints"][0][key] == pytest.approx(scaled["constraints"][0][key] * sd_r / sd_g, rel=1e-6)
-    level, out = result(capsys, file, "--cost", "harm", f"--threshold={-harm.mean() + 0.3 * sd_g}", "--absolute", *raw_flags)
+        assert raw["constraints"][0][key] == pytest.approx(
+            scaled["constraints"][0][key] * sd_r / sd_g, rel=1e-6
+        )
+    level, out = result(
+        capsys, file, "--cost", "harm", f"--threshold={-harm.mean() + 0.3 * sd_g}", "--absolute", *raw_flags
+    )
     assert level["constraints"][0]["lam"] == pytest.approx(raw["constraints"][0]["lam"], rel=1e-6)
     assert level["constraints"][0]["b"] == pytest.approx(0.3 * sd_g) and "largest supported level" in out
     assert level["curve"]["x"][0] == pytest.approx(raw["curve"]["x"][0] - harm.mean())
@@ -103,11 +120,28 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
 
 def test_two_constraints_from_parquet(here, capsys):
     rows = scores_rows()
-    flags = ["--utility", "wit", "--cost", "harm", "--threshold", "0.2", "0.3", "--draws", "40", "--out", "two"]
+    flags = [
+        "--utility",
+        "wit",
+        "--cost",
+        "harm",
+        "--threshold",
+        "0.2",
+        "0.3",
+        "--draws",
+        "40",
+        "--out",
+        "two",
+    ]
     found, out = result(capsys, write(here / "scores.parquet", rows), *flags, folder="two")
-    assert [(c["name"], c["negated"], c["threshold"]) for c in found["constraints"]] == [("wit", False, 0.2), ("harm", True, 0.3)]
+    assert [(c["name"], c["negated"], c["threshold"]) for c in found["constraints"]] == [
+        ("wit", False, 0.2),
+        ("harm", True, 0.3),
+    ]
     reward, harm, wit = arrays(rows, "reward", "harm", "wit")
-    utility = np.stack([wit / np.sqrt(wit.var(1, ddof=1).mean()), -harm / np.sqrt(harm.var(1, ddof=1).mean())], -1)
+    utility = np.stack(
+        [wit / np.sqrt(wit.var(1, ddof=1).mean()), -harm / np.sqrt(harm.var(1, ddof=1).mean())], -1
+    )
     expected = dual.solve(reward / found["reward_unit"], utility, [0.2, 0.3], 1.0)
     np.testing.assert_allclose([c["lam"] for c in found["constraints"]], expected.lam, rtol=1e-8)
     assert found["largest_multiple"] == pytest.approx(dual.largest_multiple(utility, [0.2, 0.3]))
@@ -118,7 +152,9 @@ def test_two_constraints_from_parquet(here, capsys):
 def test_without_names_all_further_numbers_are_utilities(here, capsys):
     rows = [{key: row[key] for key in ("prompt", "reward", "wit")} for row in scores_rows()]
     found, out = result(capsys, write(here / "scores.jsonl", rows), "--threshold", "0.1", "--draws", "40")
-    assert [c["name"] for c in found["constraints"]] == ["wit"] and "wit is a utility, larger is better" in out
+    assert [c["name"] for c in found["constraints"]] == [
+        "wit"
+    ] and "wit is a utility, larger is better" in out
 
 
 def test_equal_commands_write_equal_files_and_prompts_may_be_numbers(here, capsys):
@@ -126,11 +162,16 @@ def test_equal_commands_write_equal_files_and_prompts_may_be_numbers(here, capsy
     file = write(here / "scores.jsonl", rows)
     written = []
     for out in ("a", "b"):
-        result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--out", out, folder=out)
+        result(
+            capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--out", out, folder=out
+        )
         written.append([(here / out / name).read_bytes() for name in ("dual.json", "dual.png")])
     assert written[0] == written[1]
     other, _ = result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--seed", "1")
-    assert other["constraints"][0]["lam_bootstrap"] != json.loads(written[0][0])["constraints"][0]["lam_bootstrap"]
+    assert (
+        other["constraints"][0]["lam_bootstrap"]
+        != json.loads(written[0][0])["constraints"][0]["lam_bootstrap"]
+    )
 
 
 def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, capsys):
@@ -138,20 +179,34 @@ def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, caps
     for row in rows:  # one prompt without a preference: all its responses are alike
         if row["prompt"] == "Question 3?":
             row.update(response="same", reward=1.0, harm=7.0)
-    argv = [write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.1", "--draws", "40", "--export-pairs", "pairs.jsonl"]
+    argv = [
+        write(here / "scores.jsonl", rows),
+        "--cost",
+        "harm",
+        "--threshold",
+        "0.1",
+        "--draws",
+        "40",
+        "--export-pairs",
+        "pairs.jsonl",
+    ]
     found, out = result(capsys, *argv)
     pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == 7 and "7 pairs, 1 prompt(s) left out" in out
     lam = found["constraints"][0]["lam"]
-    score = {row["response"]: row["reward"] / found["reward_unit"] - lam * row["harm"] / found["constraints"][0]["unit"] for row in rows}
+    score = {
+        row["response"]: row["reward"] / found["reward_unit"]
+        - lam * row["harm"] / found["constraints"][0]["unit"]
+        for row in rows
+    }
     for pair in pairs:
         assert list(pair) == ["prompt", "chosen", "rejected", "score_chosen", "score_rejected"]
         own = [row["response"] for row in rows if row["prompt"] == pair["prompt"]]
         assert {pair["chosen"], pair["rejected"]} == {max(own, key=score.get), min(own, key=score.get)}
         assert pair["score_chosen"] == pytest.approx(score[pair["chosen"]])
         assert pair["score_rejected"] == pytest.approx(score[pair["rejected"]])
-    # TRL's explicit-prompt preference format: exactly these three columns of text (or of messages), each with something in it, and the
-    # answers without the prompt. Further columns are not read.
+    # TRL's explicit-prompt preference format: exactly these three columns of text (or of messages), each with
+    # something in it, and the answers without the prompt. Further columns are not read.
     import datasets
 
     table = datasets.Dataset.from_json("pairs.jsonl", cache_dir=str(here / "cache"))
@@ -167,9 +222,12 @@ def test_pairs_are_the_best_and_the_worst_at_lambda_with_drawn_labels(here, caps
 def test_labels_of_pairs_are_bradley_terry():
     P = 4000
     table = Table(
-        prompts=[str(p) for p in range(P)], responses=[["a", "b"]] * P, reward_PG=torch.zeros(P, 2), utility_PGJ=torch.zeros(P, 2, 1),
+        prompts=[str(p) for p in range(P)],
+        responses=[["a", "b"]] * P,
+        reward_PG=torch.zeros(P, 2),
+        utility_PGJ=torch.zeros(P, 2, 1),
         names=["u"],
-    )  # fmt: skip
+    )
     for rise in (0.5, 2.0):
         rows, _ = preference_pairs(table, torch.tensor([[0.0, rise]]).double().expand(P, 2), seed=1)
         share = np.mean([row["chosen"] == "b" for row in rows])
@@ -216,9 +274,15 @@ def test_ctrl_c_is_one_line_and_130(here, capsys, monkeypatch):
 
 def test_few_effective_responses_are_warned_of_with_what_half_of_them_gives(here, capsys):
     file = write(here / "scores.jsonl", scores_rows(G=8))
-    found, out = result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--beta", "0.05")
+    found, out = result(
+        capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40", "--beta", "0.05"
+    )
     assert found["ess"] < 2
-    assert re.search(r"warning: The tilted weights rest on 1\.\d of 8 .* A random half of the responses gives lambda \d\.\d+", out)
+    assert re.search(
+        r"warning: The tilted weights rest on 1\.\d of 8 .* A random half of the responses gives "
+        r"lambda \d\.\d+",
+        out,
+    )
     assert found["warnings"]
     calm, out = result(capsys, file, "--cost", "harm", "--threshold", "0.1", "--draws", "40", "--beta", "2")
     assert calm["warnings"] == [] and "warning" not in out
@@ -258,7 +322,10 @@ def all_to(column: str, value):
 
 
 FILES = {
-    "missing column": (lambda rows: rows[4].pop("harm"), r"scores\.jsonl:5: no column 'harm'; columns found: prompt, response, reward"),
+    "missing column": (
+        lambda rows: rows[4].pop("harm"),
+        r"scores\.jsonl:5: no column 'harm'; columns found: prompt, response, reward",
+    ),
     "no reward": (lambda rows: [row.pop("reward") for row in rows], r"scores\.jsonl:1: no column 'reward'"),
     "no prompt": (lambda rows: rows[2].pop("prompt"), r"scores\.jsonl:3: no column 'prompt'"),
     "nan": (set_to(7, "reward", float("nan")), r"scores\.jsonl:7: column 'reward' is nan; it must be finite"),
@@ -266,14 +333,29 @@ FILES = {
     "huge": (set_to(9, "harm", 10**400), r"scores\.jsonl:9: column 'harm' is 1000"),
     "text": (set_to(2, "harm", "high"), r"scores\.jsonl:2: column 'harm' holds 'high'; give a number"),
     "null": (set_to(2, "harm", None), r"scores\.jsonl:2: column 'harm' holds 'None'; give a number"),
-    "prompt kind": (set_to(2, "prompt", [1]), r"scores\.jsonl:2: column 'prompt' holds a list; give text or a whole number"),
-    "ragged": (lambda rows: rows.pop(), r"scores\.jsonl:30: prompt 'Question 29\?' has 5 response\(s\), but 29 prompt\(s\) have 6"),
+    "prompt kind": (
+        set_to(2, "prompt", [1]),
+        r"scores\.jsonl:2: column 'prompt' holds a list; give text or a whole number",
+    ),
+    "ragged": (
+        lambda rows: rows.pop(),
+        r"scores\.jsonl:30: prompt 'Question 29\?' has 5 response\(s\), but 29 prompt\(s\) have 6",
+    ),
     "single": (lambda rows: rows.__delitem__(slice(30, None)), r"scores\.jsonl: one response per prompt"),
-    "one prompt": (lambda rows: rows.__setitem__(slice(None), [r for r in rows if r["prompt"] == "Question 3?"]), "one prompt;"),
+    "one prompt": (
+        lambda rows: rows.__setitem__(slice(None), [r for r in rows if r["prompt"] == "Question 3?"]),
+        "one prompt;",
+    ),
     "no rows": (lambda rows: rows.clear(), r"scores\.jsonl: no rows in it"),
-    "constant reward": (all_to("reward", 1.5), r"scores\.jsonl: column 'reward' gives all responses of a prompt one score"),
-    "constant cost": (all_to("harm", 0), r"scores\.jsonl: column 'harm' gives all responses of a prompt one score"),
-}  # fmt: skip
+    "constant reward": (
+        all_to("reward", 1.5),
+        r"scores\.jsonl: column 'reward' gives all responses of a prompt one score",
+    ),
+    "constant cost": (
+        all_to("harm", 0),
+        r"scores\.jsonl: column 'harm' gives all responses of a prompt one score",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -293,25 +375,34 @@ LINES = {
     "scores.jsonl": r"--threshold is missing",
     "absent.jsonl --threshold 0.3": r"absent\.jsonl: no such file",
     "scores.csv --threshold 0.3": r"scores\.csv: not one of \.jsonl, \.parquet; convert it",
-    "scores.jsonl --cost harm --threshold 0.3 0.2": r"--threshold 0\.3 0\.2: 2 value\(s\) for 1 constraint\(s\) \(harm\)",
+    "scores.jsonl --cost harm --threshold 0.3 0.2": r"--threshold 0\.3 0\.2: 2 value\(s\) "
+    r"for 1 constraint\(s\) \(harm\)",
     "scores.jsonl --threshold 0.3": r"--threshold 0\.3: 1 value\(s\) for 2 constraint\(s\) \(harm, wit\)",
     "scores.jsonl --cost harm --threshold nan": r"--threshold nan: must be finite",
     "scores.jsonl --cost harm --threshold x": r"--threshold x: must be a number",
     "scores.jsonl --cost harm --threshold 0.3 --beta 0": r"--beta 0\.0: must be above 0",
     "scores.jsonl --cost harm --threshold 0.3 --beta inf": r"--beta inf: must be above 0 and finite",
     "scores.jsonl --cost harm --threshold 0.3 --draws 3": r"--draws 3: a 95 % interval needs at least 40",
-    "scores.jsonl --cost harm harm --threshold 0.3 0.2": r"--utility and --cost: two constraints are named harm",
-    "scores.jsonl --cost harm --utility harm --threshold 0.3 0.2": r"--utility and --cost: two constraints are named harm",
+    "scores.jsonl --cost harm harm --threshold 0.3 0.2": r"--utility and --cost: two "
+    r"constraints are named harm",
+    "scores.jsonl --cost harm "
+    "--utility harm --threshold 0.3 0.2": r"--utility and --cost: two constraints are named harm",
     "scores.jsonl --cost harm --cost wit --threshold 0.3": r"--cost is given twice",
-    "scores.jsonl --cost reward --threshold 0.3": r"--utility or --cost reward: that column has its own meaning",
-    "scores.jsonl --cost nothing --threshold 0.3": r"scores\.jsonl:1: no column 'nothing'; columns found: prompt, response, reward, harm",
+    "scores.jsonl --cost reward --threshold 0.3": r"--utility or --cost reward: "
+    r"that column has its own meaning",
+    "scores.jsonl --cost nothing --threshold 0.3": r"scores\.jsonl:1: no column 'nothing'; "
+    r"columns found: prompt, response, reward, harm",
     "scores.jsonl --treshold 0.3": r"unknown flag --treshold\. Did you mean --threshold\?",
-    "scores.jsonl other.jsonl --threshold 0.3": r"unexpected word 'other\.jsonl'; the scores file comes first",
-    "scores.jsonl --cost harm --threshold 0.3 --export-pairs pairs.csv": r"--export-pairs pairs\.csv: must end in \.jsonl",
-    "scores.jsonl --cost harm --threshold 0.3 --export-pairs ./scores.jsonl": r"--export-pairs scores\.jsonl: that is the scores file",
-    "scores.jsonl --cost harm --threshold 0.3 --export-pairs no/pairs.jsonl": r"--export-pairs no/pairs\.jsonl: the folder no does not",
+    "scores.jsonl other.jsonl --threshold 0.3": r"unexpected word 'other\.jsonl'; "
+    r"the scores file comes first",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs pairs.csv": r"--export-pairs pairs\.csv: must end in \.jsonl",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs ./scores.jsonl": r"--export-pairs scores\.jsonl: that is the scores file",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs no/pairs.jsonl": r"--export-pairs no/pairs\.jsonl: the folder no does not",
     "scores.jsonl --cost harm --threshold 0.3 --out scores.jsonl": r"--out scores\.jsonl: that is a file",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -1,4 +1,5 @@
-"""`python -m engine.evaluate` on smoke runs: the verdict's numbers with the verdict's seed, what is added, and what is refused."""
+"""`python -m engine.evaluate` on smoke runs: the verdict's numbers with the verdict's seed, what is added,
+and what is refused."""
 
 import json
 import os
@@ -21,13 +22,15 @@ from engine.evaluate import ask, main
 from engine.intervals import estimate
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
-from engine.run import rows as metrics_rows
 from engine.run.display import Progress
+from engine.run.folder import RunFolder
+from engine.run.rows import DualRow, IterationRow, ReferenceRow, SampledRow, read_rows
 from engine.run.run import Run
 from engine.stages.sampling import gap_text
 from engine.verdict import evaluation
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.sentences import sentences
+from tests.helpers.rows import POLICY, REFERENCE, write_metrics
 from tests.helpers.runs import SMOKE
 from tests.helpers.scorers import vowels
 
@@ -43,7 +46,20 @@ def finished(tmp_path_factory, cache):
 def judged(finished, tmp_path_factory):
     """An evaluation with a further audit, in a folder of its own."""
     out = tmp_path_factory.mktemp("judged") / "b"
-    assert main([str(finished), "--audit", "tests.helpers.scorers:vowels", "--n-responses", "4", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                str(finished),
+                "--audit",
+                "tests.helpers.scorers:vowels",
+                "--n-responses",
+                "4",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -71,8 +87,8 @@ def test_the_seed_of_the_run_gives_its_verdict_again(finished, tmp_path, capsys)
     assert {name: again[name] for name in verdict} == verdict
     printed = capsys.readouterr().out
     for side in ("reference", "policy"):
-        (row,) = (row for row in metrics_rows.read_rows(finished, "sampled") if row["stage"] == f"heldout/{side}")
-        assert again["logprob_gap"][side] == row["logprob_gap"] and 0 < row["logprob_gap"]["max"] < 1e-4
+        (row,) = (row for row in read_rows(finished, SampledRow) if row.stage == f"heldout/{side}")
+        assert again["logprob_gap"][side] == row.logprob_gap and 0 < row.logprob_gap["max"] < 1e-4
         assert printed.count(f"heldout/{side}: {gap_text(row)}\n") == 1
     assert "the random numbers are those of its verdict" in printed
     assert all(line in printed for line in sentences(Evaluation.from_dict(verdict)))
@@ -85,7 +101,13 @@ def test_a_run_on_preferences_is_judged_by_its_own_log_ratios(tmp_path):
     assert (tmp_path / "o" / "heldout.jsonl").read_bytes() == (run / "heldout.jsonl").read_bytes()
     verdict, again = found(run), found(tmp_path / "o")
     assert {name: again[name] for name in verdict} == verdict
-    more = ["--audit", "tests.helpers.scorers:vowels", "--best-feasible", "--prompts", str(tmp_path / "p.jsonl")]
+    more = [
+        "--audit",
+        "tests.helpers.scorers:vowels",
+        "--best-feasible",
+        "--prompts",
+        str(tmp_path / "p.jsonl"),
+    ]
     prompts_file(tmp_path / "p.jsonl", [f"Say {i}" for i in range(8)])
     assert main([str(run), *more, "--out", str(tmp_path / "m")]) == 0
     names = ["helpfulness (its scorer)", "harm (its scorer)", "harm-audit", "vowels"]
@@ -100,7 +122,10 @@ def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time
     first, second = finished / "evaluation-1", finished / "evaluation-2"
     assert {p.name for p in finished.iterdir()} - kept - {"judged.jsonl"} == {first.name, second.name}
     assert {p.name for p in first.iterdir()} == {"evaluation.json", "heldout.jsonl"}
-    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in ("evaluation.json", "heldout.jsonl"))
+    assert all(
+        (first / name).read_bytes() == (second / name).read_bytes()
+        for name in ("evaluation.json", "heldout.jsonl")
+    )
     assert [row["prompt"] for row in rows(first)] == [row["prompt"] for row in rows(finished)]
     for side in ("reference", "policy"):
         assert not {row[side] for row in rows(first)} & {row[side] for row in rows(finished)}
@@ -111,17 +136,21 @@ def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time
 
 
 def test_units_are_the_runs_and_a_new_audit_gets_its_own(finished, judged):
-    row = metrics_rows.read_rows(finished, "reference")[0]
+    row = read_rows(finished, ReferenceRow)[0]
     settings = found(judged)["settings"]
     units = settings["units"]
-    assert (units["reward"], units["utility_J"], units["audit_A"][:1]) == (row["reward_sd"], row["utility_sd"], row["audit_sd"])
+    assert (units["reward"], units["utility_J"]) == (row.reward_sd, row.utility_sd)
+    assert units["audit_A"][:1] == row.audit_sd
     assert settings["audit"] == ["harm-audit", "tests.helpers.scorers:vowels"]
     raw = torch.tensor(vowels([], [r["reference"] for r in rows(judged)]), dtype=torch.float64).view(8, 4)
     assert units["audit_A"][1] == pytest.approx(raw.var(1).mean().sqrt().item())
     torch.testing.assert_close(by_prompt(judged, "reference_audit", 4)[..., 1], -raw / units["audit_A"][1])
     name, improvement = found(judged)["audits"][1]
     policy = torch.tensor(vowels([], [r["policy"] for r in rows(judged)]), dtype=torch.float64).view(8, 4)
-    assert (name, improvement["mean"]) == ("vowels", pytest.approx((raw - policy).mean().item() / units["audit_A"][1]))
+    assert (name, improvement["mean"]) == (
+        "vowels",
+        pytest.approx((raw - policy).mean().item() / units["audit_A"][1]),
+    )
 
 
 def test_the_statistics_follow_from_the_samples(finished, judged):
@@ -154,11 +183,14 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
 
     monkeypatch.setattr(evaluate_command, "policy_logprob", both)
     assert main([str(finished), "--iterate", "2", "--confidence", "0.8", "--out", str(tmp_path / "o")]) == 0
-    result, lam = found(tmp_path / "o"), metrics_rows.read_rows(finished, "iteration")[1]["lam"]
+    result, lam = found(tmp_path / "o"), read_rows(finished, IterationRow)[1].lam
     assert result["settings"]["iterate"] == 2 and result["settings"]["lam"] == lam
     assert [a[2] for a in asked] == [0.8, 0.8]
     for name, (log_ratio, score, _) in zip(("reference", "policy"), asked, strict=True):
-        s = by_prompt(tmp_path / "o", f"{name}_reward", 2) + lam[0] * by_prompt(tmp_path / "o", f"{name}_utility", 2)[..., 0]
+        s = (
+            by_prompt(tmp_path / "o", f"{name}_reward", 2)
+            + lam[0] * by_prompt(tmp_path / "o", f"{name}_utility", 2)[..., 0]
+        )
         torch.testing.assert_close(score, s)
         assert log_ratio.abs().max() > 1e-3, "the policy has moved"
     torch.testing.assert_close(asked[0][0], moved[0])
@@ -179,9 +211,17 @@ def test_dpo_on_safety_is_asked_for_the_order_of_g_and_a_second_look_is_told(tmp
     for name, (_, score, _) in zip(("reference", "policy"), asked, strict=True):
         torch.testing.assert_close(score, by_prompt(tmp_path / "o", f"{name}_utility", 2)[..., 0])
     printed = capsys.readouterr().out
-    assert "log-ratio orders like g: " in printed and "judged this run" not in printed and found(tmp_path / "o")["pairs_like"] == "g"
+    assert (
+        "log-ratio orders like g: " in printed
+        and "judged this run" not in printed
+        and found(tmp_path / "o")["pairs_like"] == "g"
+    )
     question = ask(run, few)
-    assert (ask(run, own).judged_before, question.judged_before, ask(run, EvaluateConfig(n_prompts=4)).judged_before) == (1, 1, 0)
+    assert (
+        ask(run, own).judged_before,
+        question.judged_before,
+        ask(run, EvaluateConfig(n_prompts=4)).judged_before,
+    ) == (1, 1, 0)
     again = "these prompts have judged this run {} before; the interval does not allow for that"
     assert again.format("once") in evaluate_command._opening(question, few)
     assert again.format("2 times") in evaluate_command._opening(replace(question, judged_before=2), few)
@@ -191,22 +231,30 @@ def test_a_run_of_mocan_has_the_lambda_of_its_dual(tmp_path):
     assert train.main(["mocan", *SMOKE, "--out", str(tmp_path / "m")]) == 0
     assert main([str(tmp_path / "m"), "--n-prompts", "3", "--n-responses", "2"]) == 0
     result = found(tmp_path / "m" / "evaluation-1")
-    assert result["settings"]["lam"] == metrics_rows.read_rows(tmp_path / "m", "dual")[0]["lam"]
+    assert result["settings"]["lam"] == read_rows(tmp_path / "m", DualRow)[0].lam
     assert (result["n_prompts"], result["n_responses"]) == (3, 2)
-    assert [row["prompt"] for row in rows(tmp_path / "m")][:6] == [row["prompt"] for row in rows(tmp_path / "m" / "evaluation-1")]
+    assert [row["prompt"] for row in rows(tmp_path / "m")][:6] == [
+        row["prompt"] for row in rows(tmp_path / "m" / "evaluation-1")
+    ]
 
 
 def test_own_prompts_and_what_overlaps_with_the_training_prompts(finished, tmp_path, capsys):
     with open(shipped_prompts("train")[0]) as file:
         seen = json.loads(file.readline())["prompt"]
     new = prompts_file(tmp_path / "new.jsonl", ["Why is moss soft?", "Where does glass come from?"])
-    mixed = prompts_file(tmp_path / "mixed.jsonl", ["Why is moss soft?", f"  {seen.upper()} ", "Where does glass come from?"])
+    mixed = prompts_file(
+        tmp_path / "mixed.jsonl", ["Why is moss soft?", f"  {seen.upper()} ", "Where does glass come from?"]
+    )
     assert main([str(finished), "--prompts", new, "--out", str(tmp_path / "new")]) == 0
     assert found(tmp_path / "new")["n_prompts"] == 2
     assert f"prompts: 2 of 2 in {new}, and 7" in capsys.readouterr().out
     assert main([str(finished), "--prompts", mixed, "--out", str(tmp_path / "mixed")]) == 2
     error = capsys.readouterr().err
-    assert "1 of 3 prompts are among the run's training prompts" in error and seen.upper()[:40] in error and "--allow-overlap" in error
+    assert (
+        "1 of 3 prompts are among the run's training prompts" in error
+        and seen.upper()[:40] in error
+        and "--allow-overlap" in error
+    )
     assert not (tmp_path / "mixed").exists()
     assert main([str(finished), "--prompts", mixed, "--allow-overlap", "--out", str(tmp_path / "mixed")]) == 0
     assert "warning: 1 of 3 prompts are among" in capsys.readouterr().out
@@ -218,14 +266,22 @@ def test_overlap_compares_whole_conversations(tmp_path):
 
     def chats(*first: str) -> Prompts:
         turns = [
-            [{"role": "user", "content": f}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}] for f in first
+            [
+                {"role": "user", "content": f},
+                {"role": "assistant", "content": "Yes."},
+                {"role": "user", "content": "Why?"},
+            ]
+            for f in first
         ]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_text("".join(json.dumps({"prompt": turn}) + "\n" for turn in turns))
         return load_prompts(str(path), tokenizer, max_prompt_tokens=1000)
 
     train_on = chats("Is rain wet?", "Is snow cold?", "Is the file \ufb01ne?")
-    assert overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on, tokenizer) == [1, 2]
+    assert overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on, tokenizer) == [
+        1,
+        2,
+    ]
 
 
 def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_path):
@@ -237,18 +293,24 @@ def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_pat
     lookalikes = load(lookalike_prompts())
     assert len(lookalikes) >= 60 and set(lookalikes.kind) == {"lookalike"}
     assert len({" ".join(re.findall(r"\w+", text.lower())) for text in lookalikes.text}) == len(lookalikes)
-    assert all(overlap(lookalikes, load(shipped_prompts(part)), tokenizer) == [] for part in ("train", "heldout"))
+    assert all(
+        overlap(lookalikes, load(shipped_prompts(part)), tokenizer) == [] for part in ("train", "heldout")
+    )
 
 
-def stopped_run(folder: Path, config, *, iterates: list[int], trained: list[int], fingerprint: str = "f") -> Path:
+def stopped_run(
+    folder: Path, config, *, iterates: list[int], trained: list[int], fingerprint: str = "f"
+) -> Path:
     """A run folder with adapter folders `iterates` and rows of the policies `trained`, and nothing else."""
     algorithm = "caid" if isinstance(config, CaidConfig) else "mocan"
-    Run.create(folder, algorithm, asdict(config), versions={}, fingerprint=fingerprint).close()
-    logged = [{"kind": "reference"}, *({"kind": "policy", "iteration": t, "lam": [float(t)]} for t in trained)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    Run.create(
+        folder, algorithm, asdict(replace(config, threads=1)), versions={}, fingerprint=fingerprint
+    ).close()
+    write_metrics(folder, [REFERENCE, *(replace(POLICY, iteration=t, lam=[float(t)]) for t in trained)])
     for t in iterates:
-        (folder / "adapters" / f"iteration-{t}").mkdir(parents=True)
-        (folder / "adapters" / f"iteration-{t}" / "adapter_config.json").write_text("{}")
+        adapter = RunFolder(folder).iterate(t)
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text("{}")
     return folder
 
 
@@ -288,7 +350,9 @@ def test_a_run_that_cannot_be_judged_is_one_line_and_exit_code_2(finished, tmp_p
     new = stopped_run(tmp_path / "new", smoke(MocanConfig()), iterates=[], trained=[])
     (new / "metrics.jsonl").unlink()
     one_error(capsys, [str(new)], "has no iterate yet")
-    gone = stopped_run(tmp_path / "gone", smoke(MocanConfig(model="/nowhere/at/all")), iterates=[1], trained=[1])
+    gone = stopped_run(
+        tmp_path / "gone", smoke(MocanConfig(model="/nowhere/at/all")), iterates=[1], trained=[1]
+    )
     one_error(capsys, [str(gone)], "model /nowhere/at/all: no such folder")
     other = stopped_run(tmp_path / "other", smoke(MocanConfig()), iterates=[1], trained=[1])
     one_error(capsys, [str(other)], f"{other} was trained from another model")
@@ -301,7 +365,10 @@ def test_a_run_that_cannot_be_judged_is_one_line_and_exit_code_2(finished, tmp_p
         ("--iterate 7", "--iterate 7: .* has 1, 2, 3;"),
         ("--out .", r"--out \. exists"),
         ("--audit tests.helpers.scorers:not_a_number", "scorer not_a_number gave nan for response 0"),
-        ("--audit tests.helpers.scorers:constant", "scorer constant gives all responses of a prompt one score"),
+        (
+            "--audit tests.helpers.scorers:constant",
+            "scorer constant gives all responses of a prompt one score",
+        ),
         ("--audit nothing-like-this", "scorer nothing-like-this: not found"),
         ("--audit harm", "two scorers are named harm"),
         ("--prompts missing.jsonl", r"missing\.jsonl: no such file"),
@@ -360,13 +427,19 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, mo
 
 def test_a_folder_that_cannot_be_made_is_found_before_any_sampling(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    printed = one_error(capsys, [str(finished), "--out", str(tmp_path / "file" / "o")], "--out .*file/o: cannot be made")
+    printed = one_error(
+        capsys, [str(finished), "--out", str(tmp_path / "file" / "o")], "--out .*file/o: cannot be made"
+    )
     assert "iterate 3" in printed and "stage 1" not in printed
 
 
 def test_a_changed_model_is_refused(finished, capsys, monkeypatch):
     monkeypatch.setattr(model, "fingerprint", lambda folder: "0" * 16)
-    one_error(capsys, [str(finished)], "was trained from another model .sha [0-9a-f]{12}, here sha 000000000000.; put the original back")
+    one_error(
+        capsys,
+        [str(finished)],
+        "was trained from another model .sha [0-9a-f]{12}, here sha 000000000000.; put the original back",
+    )
 
 
 @pytest.mark.filterwarnings("ignore:'engine.evaluate' found in sys.modules")
@@ -378,7 +451,10 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
-    flags = "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap out device threads".split()
+    flags = (
+        "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap out "
+        "device threads".split()
+    )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
     assert all(f"--{flag} " in printed.replace(",", " ") for flag in flags)
 
@@ -400,14 +476,24 @@ def test_the_best_feasible_iterate_is_chosen_on_other_prompts(finished, tmp_path
     assert settings["lam"] == next(row["lam"] for row in tried if row["iterate"] == settings["iterate"])
     assert f"iterate {settings['iterate']} is judged: " in printed and "what follows is on others" in printed
     # The policy judged is the one chosen: with --iterate the same figures come out.
-    again = [str(finished), "--iterate", str(settings["iterate"]), "--prompts", test, "--out", str(tmp_path / "p")]
+    again = [
+        str(finished),
+        "--iterate",
+        str(settings["iterate"]),
+        "--prompts",
+        test,
+        "--out",
+        str(tmp_path / "p"),
+    ]
     assert main(again) == 0
     assert (tmp_path / "o" / "heldout.jsonl").read_bytes() == (tmp_path / "p" / "heldout.jsonl").read_bytes()
 
 
 def test_best_feasible_prefers_reward_among_those_that_meet_all():
     def chosen(*rows):
-        return evaluate_command.best_feasible([{"iterate": i, "reward": r, "room": list(room)} for i, (r, *room) in enumerate(rows, 1)])
+        return evaluate_command.best_feasible(
+            [{"iterate": i, "reward": r, "room": list(room)} for i, (r, *room) in enumerate(rows, 1)]
+        )
 
     assert chosen((0.9, -0.1, 0.5), (0.3, 0.0, 0.1), (0.4, 0.2, 0.2)) == 3
     assert chosen((0.9, -0.3, 0.5), (0.3, -0.1, 0.1), (0.4, 0.2, -0.2)) == 2

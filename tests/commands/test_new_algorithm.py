@@ -1,4 +1,5 @@
-"""A new algorithm is its file and one row of a table: the one below goes through train, resume, evaluate and sweep."""
+"""A new algorithm is its file and one row of a table: the one below goes through train, resume, evaluate and
+sweep."""
 
 import json
 import sys
@@ -42,7 +43,8 @@ def fixed_train(config: FixedConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: FixedConfig):
-    """Fit the policy to the Lagrangian at the given multiplier; returns the policy and the multipliers, float64 [J]."""
+    """Fit the policy to the Lagrangian at the given multiplier; returns the policy and the multipliers,
+    float64 [J]."""
     stages.sample_reference()
     lam_J = torch.full((stages.n_constraints,), config.multiplier, dtype=torch.float64)
     return stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), 1), lam_J

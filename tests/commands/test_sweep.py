@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,38 @@ import torch
 from engine import caid, dual
 from engine.config import CaidConfig, smoke
 from engine.errors import UserError
-from engine.run.rows import read_rows, read_timing
+from engine.run.rows import (
+    IterationRow,
+    PolicyRow,
+    ReferenceRow,
+    SpeedRow,
+    StageTimeRow,
+    StepRow,
+    read_rows,
+    read_timing,
+)
 from engine.run.store import load
 from engine.stages.reference import ReferenceSamples
 from engine.sweep import __main__ as sweep_main
 from engine.sweep.outcomes import effort, kept_lam
 from engine.sweep.plans import Plan, SweepConfig, configs_of
 from engine.sweep.runs import draw_samples
+from tests.helpers.rows import SPEED, write_timing
 
 COMMON = ["--", "--threads", "1", "--force"]
-ARGUMENTS = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "mocan", "dpo", "--thresholds", "0.1", "-0.2", "--seeds", "3"]
+ARGUMENTS = [
+    "--preset",
+    "smoke",
+    "--algorithms",
+    "caid:iterations=2",
+    "mocan",
+    "dpo",
+    "--thresholds",
+    "0.1",
+    "-0.2",
+    "--seeds",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,56 +61,87 @@ def rows_of(out: Path) -> list[dict]:
 
 def test_the_table_has_the_verdict_of_every_run(swept):
     rows = rows_of(swept)
-    runs = ["caid-iterations=2-b0.1-seed3", "mocan-b0.1-seed3", "dpo-seed3", "caid-iterations=2-b-0.2-seed3", "mocan-b-0.2-seed3"]
-    assert [row["algorithm"] for row in rows] == ["caid:iterations=2", "mocan", "dpo", "caid:iterations=2", "mocan"]
+    runs = [
+        "caid-iterations=2-b0.1-seed3",
+        "mocan-b0.1-seed3",
+        "dpo-seed3",
+        "caid-iterations=2-b-0.2-seed3",
+        "mocan-b-0.2-seed3",
+    ]
+    assert [row["algorithm"] for row in rows] == [
+        "caid:iterations=2",
+        "mocan",
+        "dpo",
+        "caid:iterations=2",
+        "mocan",
+    ]
     for row, name in zip(rows, runs, strict=True):
         found = json.loads((swept / name / "evaluation.json").read_text())
         assert float(row["reward"]) == found["reward"]["mean"]
         constraint = found["constraints"][0]
-        assert float(row["harm"]) == constraint["estimate"]["mean"] and row["harm verdict"] == constraint["word"]
+        assert (
+            float(row["harm"]) == constraint["estimate"]["mean"] and row["harm verdict"] == constraint["word"]
+        )
         assert float(row["harm threshold"]) == constraint["threshold"]
-        assert float(row["harm lambda"]) == read_rows(swept / name, "policy")[-1]["lam"][0]
-        assert int(row["policy steps"]) == len(read_rows(swept / name, "step"))
+        assert float(row["harm lambda"]) == read_rows(swept / name, PolicyRow)[-1].lam[0]
+        assert int(row["policy steps"]) == len(read_rows(swept / name, StepRow))
     caid_tokens, mocan_tokens = (int(rows[i]["sampled tokens"]) for i in (0, 1))
     # MoCAN samples nothing in training, and neither verdict is counted.
-    slack = [row["tokens"] for row in read_timing(swept / runs[0]) if "tokens" in row and row["stage"].endswith("slack")]
+    slack = [row.tokens for row in read_timing(swept / runs[0], SpeedRow) if row.stage.endswith("slack")]
     assert caid_tokens == sum(slack) > 0 and mocan_tokens == 0
-    (reference,) = [row["tokens"] for row in read_timing(swept / "samples-seed3") if "tokens" in row and row["stage"] == "reference"]
+    speeds = read_timing(swept / "samples-seed3", SpeedRow)
+    (reference,) = [row.tokens for row in speeds if row.stage == "reference"]
     assert {int(row["reference tokens"]) for row in rows} == {reference}
-    assert len(read_rows(swept / runs[0], "iteration")) == 2
+    assert len(read_rows(swept / runs[0], IterationRow)) == 2
 
 
 def test_runs_of_a_seed_share_the_reference_and_end_like_runs_alone(swept, tmp_path):
     """A run with --samples-of gives the policy and the verdict of one that samples by itself."""
-    alone = smoke(CaidConfig(iterations=2, seed=3, threshold=(0.1,), threads=1, force=True, out=str(tmp_path / "alone")))
+    alone = smoke(
+        CaidConfig(iterations=2, seed=3, threshold=(0.1,), threads=1, force=True, out=str(tmp_path / "alone"))
+    )
     caid.train(alone)
     shared = swept / "caid-iterations=2-b0.1-seed3"
     for name in ("evaluation.json", "heldout.jsonl", "adapters/iteration-2/adapter_model.safetensors"):
         assert (shared / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
-    samples = read_rows(swept / "samples-seed3", "reference")[0]
+    samples = read_rows(swept / "samples-seed3", ReferenceRow)[0]
     for name in ("mocan-b0.1-seed3", "mocan-b-0.2-seed3"):
-        assert read_rows(swept / name, "reference")[0]["reward_sd"] == samples["reward_sd"]
+        assert read_rows(swept / name, ReferenceRow)[0].reward_sd == samples.reward_sd
 
 
 def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
     """What Ctrl-C (a stage row) and a kill (none) leave before the whole attempt."""
-    timing = [
-        ("timing", "iteration-1/slack", {"tokens": 70}), ("stage", "iteration-1/slack", {"seconds": 3.0}),
-        ("timing", "iteration-1/slack", {"tokens": 70}), ("timing", "iteration-1/slack", {"tokens": 70}),
-        ("stage", "iteration-1/slack", {"seconds": 5.0}), ("stage", "heldout/policy", {"seconds": 9.0}),
-    ]  # fmt: skip
-    rows = [json.dumps({"kind": kind, "stage": stage, **values}) for kind, stage, values in timing]
-    (tmp_path / "timing.jsonl").write_text("\n".join(rows) + "\n")
+    slack = "iteration-1/slack"
+    write_timing(
+        tmp_path,
+        [
+            replace(SPEED, stage=slack, tokens=70),
+            StageTimeRow(stage=slack, seconds=3.0),
+            replace(SPEED, stage=slack, tokens=70),
+            replace(SPEED, stage=slack, tokens=70),
+            StageTimeRow(stage=slack, seconds=5.0),
+            StageTimeRow(stage="heldout/policy", seconds=9.0),
+        ],
+    )
     assert effort(tmp_path) == ({"iteration-1/slack": 70}, {"iteration-1/slack": 5.0, "heldout/policy": 9.0})
 
 
 def test_pictures_and_page_show_every_run(swept):
     page = (swept / "index.html").read_text()
     assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 2
-    for name in ("CAID:iterations=2", "MoCAN", "DPO", "one-shot lambda", "caid-iterations=2-b0.1-seed3", "dpo-seed3"):
+    for name in (
+        "CAID:iterations=2",
+        "MoCAN",
+        "DPO",
+        "one-shot lambda",
+        "caid-iterations=2-b0.1-seed3",
+        "dpo-seed3",
+    ):
         assert name in page
     for name in ("pareto.png", "multipliers.png"):
-        assert (swept / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (swept / name).stat().st_size > 20_000
+        assert (swept / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (
+            swept / name
+        ).stat().st_size > 20_000
 
 
 def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
@@ -99,13 +153,17 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     shutil.rmtree(out / "mocan-b-0.2-seed3")
     for last in (out / "mocan-b0.1-seed3" / "stages").glob("0[45]-*"):
         last.unlink()
-    # The copy's runs name the first folder as where their samples are, so the sweep has to run where it began.
+    # The copy's runs name the first folder as where their samples are, so the sweep has to run where it
+    # began.
     shutil.rmtree(swept.with_name("old"), ignore_errors=True)
     swept.rename(swept.with_name("old"))
     out.rename(swept)
     assert sweep_main.main(["--resume", str(swept)]) == 0
     drop = {"seconds"}
-    before, after = ([{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)] for o in (swept.with_name("old"), swept))
+    before, after = (
+        [{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)]
+        for o in (swept.with_name("old"), swept)
+    )
     assert before == after
     assert (swept / "pareto.png").read_bytes() == (swept.with_name("old") / "pareto.png").read_bytes()
 
@@ -117,7 +175,10 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
         (["--thresholds", "x"], "--thresholds x: must be a number"),
         (["--thresholds", "0.1,0.2"], "2 value\\(s\\) for 1 cost"),
         (["--algorithms", "caid:stps=3"], "unknown flag --stps"),
-        (["--algorithms", "caid", "mocan:tune=full,learning_rate=1e-5"], "--tune full, lora: the runs of a sweep share"),
+        (
+            ["--algorithms", "caid", "mocan:tune=full,learning_rate=1e-5"],
+            "--tune full, lora: the runs of a sweep share",
+        ),
         (["--", "--nonsense", "3"], "flag --nonsense behind --"),
         (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
         (["--", "--beta", "0"], "--beta 0"),
@@ -134,10 +195,13 @@ def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, 
 
 
 def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path):
-    """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these alone is not refused."""
+    """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these
+    alone is not refused."""
 
     def plans(labels: tuple[str, ...], threshold: str) -> list[Plan]:
-        own = SweepConfig(out=str(tmp_path), algorithms=labels, thresholds=(threshold,), flags=("--threads", "1"))
+        own = SweepConfig(
+            out=str(tmp_path), algorithms=labels, thresholds=(threshold,), flags=("--threads", "1")
+        )
         return configs_of(own, "smoke")
 
     labels = ("dpo", "pecan", "caid:scores=preference")
@@ -145,23 +209,35 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
     rows = draw_samples(plans((*labels, "mocan", "mocan:beta=2", "mocan:margin=0.01", "caid"), "0.05"))
     assert [(row.beta, row.margin) for row in rows] == [(1, 0), (1, 0.01), (2, 0)]
     assert rows[0].aim == rows[2].aim == [0.05] and rows[1].aim[0] > 0.05
-    (units,) = read_rows(tmp_path / "samples-seed0", "reference")
-    scores = load(tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.scores
-    r, g = scores.reward_PG / units["reward_sd"], scores.utility_PGJ / torch.tensor(units["utility_sd"], dtype=torch.float64)
+    (units,) = read_rows(tmp_path / "samples-seed0", ReferenceRow)
+    scores = load(
+        tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples
+    ).sampled.scores
+    r = scores.reward_PG / units.reward_sd
+    g = scores.utility_PGJ / torch.tensor(units.utility_sd, dtype=torch.float64)
     for row in rows:
         assert row.lam == pytest.approx(dual.solve(r, g, row.aim, row.beta).lam.tolist(), rel=1e-8)
 
 
 def test_a_first_iterate_past_max_kl_has_the_multipliers_of_its_iteration(tmp_path):
     out = tmp_path / "s"
-    argv = ["--preset", "smoke", "--algorithms", "caid:iterations=2", "--thresholds", "0.1", "--out", str(out)]
+    argv = [
+        "--preset",
+        "smoke",
+        "--algorithms",
+        "caid:iterations=2",
+        "--thresholds",
+        "0.1",
+        "--out",
+        str(out),
+    ]
     # A kill between the folder and its settings.
     out.mkdir()
     (out / "sweep.json.tmp").write_text("{")
     assert sweep_main.main([*argv, *COMMON, "--max-kl", "1e-9"]) == 0
     (row,) = rows_of(out)
     folder = out / "caid-iterations=2-b0.1-seed0"
-    assert float(row["harm lambda"]) == read_rows(folder, "iteration")[0]["lam"][0]
+    assert float(row["harm lambda"]) == read_rows(folder, IterationRow)[0].lam[0]
     # The reference against itself, up to float32.
     assert kept_lam(folder) is None and float(row["kl nats"]) == pytest.approx(0, abs=1e-3)
     # A kill after the verdict, before the report.
@@ -172,10 +248,27 @@ def test_a_first_iterate_past_max_kl_has_the_multipliers_of_its_iteration(tmp_pa
 
 
 def test_thresholds_that_the_samples_do_not_support_end_it_before_training(tmp_path, capsys):
-    argv = ["--preset", "smoke", "--algorithms", "mocan", "--thresholds", "0.1", "99", "--out", str(tmp_path / "s"), "--", "--threads", "1"]
+    argv = [
+        "--preset",
+        "smoke",
+        "--algorithms",
+        "mocan",
+        "--thresholds",
+        "0.1",
+        "99",
+        "--out",
+        str(tmp_path / "s"),
+        "--",
+        "--threads",
+        "1",
+    ]
     assert sweep_main.main(argv) == 2
     error = capsys.readouterr().err
-    assert "error: --thresholds 99: --threshold 99 (with" in error and "is beyond what the 4 samples" in error and "behind --." in error
+    assert (
+        "error: --thresholds 99: --threshold 99 (with" in error
+        and "is beyond what the 4 samples" in error
+        and "behind --." in error
+    )
     assert not list((tmp_path / "s").glob("mocan*"))
 
 

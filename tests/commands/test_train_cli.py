@@ -1,4 +1,5 @@
-"""The command line of engine.train: flags, presets, resume, one-line errors before anything heavy is imported, exit codes."""
+"""The command line of engine.train: flags, presets, resume, one-line errors before anything heavy is
+imported, exit codes."""
 
 import ast
 import inspect
@@ -19,10 +20,12 @@ from engine.errors import Interrupted, NonFiniteError, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
-    out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column system n-prompts n-responses
-    max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps
-    prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule
-    weight-decay clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
+    out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column
+    system n-prompts n-responses max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean
+    cost-rate unsafe-above cost-on beta margin lam-max steps prompts-per-step tokens-per-forward
+    activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
+    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts
+    eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
@@ -69,16 +72,25 @@ def run_folder(tmp_path) -> str:
     from engine.run.run import Run
 
     config = MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7)
-    Run.create(tmp_path / "run", algorithm="mocan", config=asdict(config), versions={}, fingerprint="f").close()
+    Run.create(
+        tmp_path / "run", algorithm="mocan", config=asdict(config), versions={}, fingerprint="f"
+    ).close()
     return str(tmp_path / "run")
 
 
 def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
     """(exit code, stdout, stderr, modules imported) of the command line in a fresh process."""
     program = (
-        "import sys; from engine.train import main\ntry: code = main(sys.argv[1:])\nfinally: print('MODULES', *sys.modules)\nsys.exit(code)"
+        "import sys; from engine.train import main\ntry: code = main(sys.argv[1:])\nfinally: "
+        "print('MODULES', *sys.modules)\nsys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, env={"COLUMNS": "160"})
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"COLUMNS": "160"},
+    )
     stdout, _, modules = done.stdout.rpartition("MODULES")
     return done.returncode, stdout, done.stderr, set(modules.split())
 
@@ -102,7 +114,9 @@ def flat(text: str) -> str:
 
 @pytest.mark.parametrize("algorithm", CONFIGS)
 def test_flags_are_pinned(algorithm):
-    assert sorted(field.name.replace("_", "-") for field in fields(CONFIGS[algorithm])) == sorted(FLAGS[algorithm])
+    assert sorted(field.name.replace("_", "-") for field in fields(CONFIGS[algorithm])) == sorted(
+        FLAGS[algorithm]
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["caid", "mocan", "primal_dual"])
@@ -112,7 +126,11 @@ def test_help_shows_every_flag_with_its_text_and_default(algorithm):
     assert not modules & {"torch", "transformers", "numpy"}
     helps, shown = field_helps(), flat(out)
     for field in fields(CONFIGS[algorithm]):
-        text = next(helps[c.__name__, field.name] for c in CONFIGS[algorithm].__mro__ if (c.__name__, field.name) in helps)
+        text = next(
+            helps[c.__name__, field.name]
+            for c in CONFIGS[algorithm].__mro__
+            if (c.__name__, field.name) in helps
+        )
         default = shlex.join(map(str, field.default if isinstance(field.default, tuple) else [field.default]))
         assert f"--{field.name.replace('_', '-')} " in shown.replace(",", " ")
         assert f"{flat(text)} (default: {default})" in shown
@@ -153,7 +171,8 @@ BAD = {
     "sacpo --lam nan": r"--lam nan: must be finite\.",
     "--max-kl nan": r"--max-kl nan: must be above 0\.",
     "mocan --max-kl 3": r"unknown flag --max-kl\.",
-    "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those of models here; add --scores preference",
+    "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those "
+    r"of models here; add --scores preference",
     "--n-prompts 1": r"--n-prompts 1: must be at least 2",
     "--eval-prompts 1": r"--eval-prompts 1: must be at least 2, as one prompt has no standard error",
     "--slack-prompts 1": r"--slack-prompts 1: must be at least 2",
@@ -162,11 +181,14 @@ BAD = {
     "--schedule step": r"--schedule step: must be one of constant, linear, cosine\.",
     "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
     "--cost": r"--cost is empty: name at least one cost",
-    "--dual-rule bisection --cost harm harm-audit --threshold 1 1": r"--dual-rule bisection: 2 costs; it takes one",
+    "--dual-rule bisection --cost "
+    "harm harm-audit --threshold 1 1": r"--dual-rule bisection: 2 costs; it takes one",
     "--cost harm harm --threshold 1 1": r"--cost harm harm: two costs have one name",
     "--threshold 0.1 0.2": r"--threshold 0\.1 0\.2: 2 value\(s\) for 1 cost\(s\)",
-    "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at least 2 and at most --n-responses 8; 0 takes all\.",
-    "--responses-per-prompt 1": r"--responses-per-prompt 1: must be at least 2 and at most --n-responses 8; 0 takes all\.",
+    "--responses-per-prompt 9": r"--responses-per-prompt 9: must be at least "
+    r"2 and at most --n-responses 8; 0 takes all\.",
+    "--responses-per-prompt 1": r"--responses-per-prompt 1: must be at least "
+    r"2 and at most --n-responses 8; 0 takes all\.",
     "dpo --objective both": r"--objective both: must be one of reward, safety\.",
     "sacpo --lam 1 2": r"--lam 1\.0 2\.0: give one value above 0 for each of the 1 cost\(s\)\.",
     "primal_dual --advantage gae": r"--advantage gae: must be one of rloo, group_norm\.",
@@ -185,7 +207,9 @@ def test_bad_command_lines_take_one_line_and_exit_2(trained, capsys, line):
     assert not trained
 
 
-@pytest.mark.parametrize("line", ["--lamda-max 3", "cadi", "--steps x", "--steps 0", "--resume some/run --steps 3"])
+@pytest.mark.parametrize(
+    "line", ["--lamda-max 3", "cadi", "--steps x", "--steps 0", "--resume some/run --steps 3"]
+)
 def test_bad_command_lines_import_nothing_heavy(line):
     code, _, err, modules = in_new_process(*line.split())
     assert code == 2
@@ -222,7 +246,10 @@ def test_no_number_may_be_nan(algorithm):
 
 def test_algorithm_and_flags_reach_train(trained):
     assert cli.main([]) == 0
-    assert cli.main(["--seed", "4", "--cost", "a", "b", "--threshold", "-0.1", "0.2", "--force", "--system", ""]) == 0
+    assert (
+        cli.main(["--seed", "4", "--cost", "a", "b", "--threshold", "-0.1", "0.2", "--force", "--system", ""])
+        == 0
+    )
     assert cli.main(["mocan", "--lora_from=0.25", "--system=-x"]) == 0
     assert trained == [
         ("caid", CaidConfig(), {}),
@@ -243,13 +270,17 @@ def test_flags_win_over_the_preset_even_at_the_default(trained):
 @pytest.mark.parametrize("named", [[], ["mocan"]])
 def test_resume_rebuilds_the_config(trained, run_folder, named):
     assert cli.main([*named, "--resume", run_folder]) == 0
-    assert trained == [("mocan", MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7), {"resume": run_folder})]
+    assert trained == [
+        ("mocan", MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7), {"resume": run_folder})
+    ]
 
 
 def test_resume_refuses_other_folders(trained, run_folder, tmp_path, capsys):
     from engine.run.run import Run
 
-    Run.create(tmp_path / "new", algorithm="mocan", config={"steps": 7, "momentum": 1}, versions={}, fingerprint="f").close()
+    Run.create(
+        tmp_path / "new", algorithm="mocan", config={"steps": 7, "momentum": 1}, versions={}, fingerprint="f"
+    ).close()
     Run.create(tmp_path / "other", algorithm="head", config={}, versions={}, fingerprint="f").close()
     lines = {
         ("caid", "--resume", run_folder): f"--resume {run_folder}: that is a run of mocan, not of caid",
@@ -268,8 +299,16 @@ def test_resume_refuses_other_folders(trained, run_folder, tmp_path, capsys):
 
 STOPS = {
     "user": (UserError("--reward x: no such head."), 2, "error: --reward x: no such head.\n"),
-    "non-finite": (NonFiniteError("loss is nan at step 3; batch saved."), 3, "error: loss is nan at step 3; batch saved.\n"),
-    "interrupted": (Interrupted("stopped; go on with --resume runs/a"), 130, "stopped; go on with --resume runs/a\n"),
+    "non-finite": (
+        NonFiniteError("loss is nan at step 3; batch saved."),
+        3,
+        "error: loss is nan at step 3; batch saved.\n",
+    ),
+    "interrupted": (
+        Interrupted("stopped; go on with --resume runs/a"),
+        130,
+        "stopped; go on with --resume runs/a\n",
+    ),
     "killed": (KeyboardInterrupt(), 130, "interrupted: to go on, python -m engine.train --resume my/run\n"),
 }
 
@@ -289,7 +328,12 @@ def test_our_own_bugs_keep_their_traceback(trained):
 
 def test_numbers_of_prompts_are_lowered_to_those_that_are_there():
     config, said = fit(CaidConfig(), 60, 15)
-    assert (config.n_prompts, config.eval_prompts, config.slack_prompts, config.prompts_per_step) == (60, 15, 20, 16)
+    assert (config.n_prompts, config.eval_prompts, config.slack_prompts, config.prompts_per_step) == (
+        60,
+        15,
+        20,
+        16,
+    )
     assert said == "--n-prompts is 60, --eval-prompts is 15, --slack-prompts is 20"
     check(config)
     config, _ = fit(CaidConfig(), 30, 15)

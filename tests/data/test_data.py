@@ -1,4 +1,5 @@
-"""engine.data: every reading error names file and line, the chat template is applied once, keys and choices are stable."""
+"""engine.data: every reading error names file and line, the chat template is applied once, keys and choices
+are stable."""
 
 import csv
 import json
@@ -17,7 +18,11 @@ from engine.errors import UserError
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
 
-CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is rain?"}]
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "What is rain?"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +32,21 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def bos_tokenizer():
-    """A byte tokenizer that puts <s> before every text, with a chat template that writes <s> too, as Llama's does."""
-    vocab = {"<s>": 0} | {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
+    """A byte tokenizer that puts <s> before every text, with a chat template that writes <s> too, as Llama's
+    does."""
+    vocab = {"<s>": 0} | {
+        letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)
+    }
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}"
-        "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] "
+        "%}{{ raise_exception('no ' + m.role) }}"
+        "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt "
+        "%}[assistant]{% endif %}"
     )
     return tokenizer
 
@@ -52,7 +62,9 @@ def load(source, tokenizer, **options) -> Prompts:
 
 def keyed(texts: list[str]) -> Prompts:
     ids = [list(text.encode()) for text in texts]
-    return Prompts(text=texts, kind=[""] * len(texts), token_ids=ids, key_P=torch.tensor([prompt_key(i) for i in ids]))
+    return Prompts(
+        text=texts, kind=[""] * len(texts), token_ids=ids, key_P=torch.tensor([prompt_key(i) for i in ids])
+    )
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
@@ -60,9 +72,13 @@ def test_template_is_applied_once(tmp_path, tokenizer, bos_tokenizer, system):
     source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "What is snow?"}, {"prompt": CHAT}])
     for each in (tokenizer, bos_tokenizer):
         prompts = load(source, each, system=system)
-        for ids, messages in zip(prompts.token_ids, [[{"role": "user", "content": "What is snow?"}], CHAT], strict=True):
+        for ids, messages in zip(
+            prompts.token_ids, [[{"role": "user", "content": "What is snow?"}], CHAT], strict=True
+        ):
             line = [{"role": "system", "content": system}] if system else []
-            expected = each.apply_chat_template(line + messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            expected = each.apply_chat_template(
+                line + messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
             assert ids == expected
         assert prompts.text == ["What is snow?", "What is rain?"]
     assert [ids.count(bos_tokenizer.bos_token_id) for ids in prompts.token_ids] == [1, 1]
@@ -70,13 +86,17 @@ def test_template_is_applied_once(tmp_path, tokenizer, bos_tokenizer, system):
 
 def test_system_line_of_the_data_stays(tmp_path, bos_tokenizer):
     messages = [{"role": "system", "content": "Sing."}, {"role": "user", "content": "Hi"}]
-    prompts = load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": messages}]), bos_tokenizer, system="Be brief.")
+    prompts = load(
+        write_jsonl(tmp_path / "p.jsonl", [{"prompt": messages}]), bos_tokenizer, system="Be brief."
+    )
     assert bos_tokenizer.decode(prompts.token_ids[0]) == "<s>[system]Sing.[user]Hi[assistant]"
 
 
 def test_without_chat_template_the_text_alone(tmp_path, bos_tokenizer):
     bos_tokenizer.chat_template = None
-    prompts = load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Rain is"}]), bos_tokenizer, system="Be brief.")
+    prompts = load(
+        write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Rain is"}]), bos_tokenizer, system="Be brief."
+    )
     assert bos_tokenizer.decode(prompts.token_ids[0]) == "<s>Rain is"
     source = write_jsonl(tmp_path / "chat.jsonl", [{"prompt": CHAT}])
     with pytest.raises(UserError, match=r"chat.jsonl:1: 3 messages.*no chat template"):
@@ -91,7 +111,9 @@ def test_formats_agree(tmp_path, tokenizer):
         {"prompt": '"Quoted"', "kind": ""},
         {"prompt": "[not] JSON", "kind": "delicate"},
     ]
-    (tmp_path / "raw.jsonl").write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    (tmp_path / "raw.jsonl").write_text(
+        "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     with open(tmp_path / "p.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["kind", "prompt"])
         writer.writeheader()
@@ -111,7 +133,10 @@ def test_messages_as_json_text_and_in_parquet(tmp_path, tokenizer):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     expected = load(write_jsonl(tmp_path / "list.jsonl", [{"prompt": CHAT}]), tokenizer).token_ids
-    assert load(write_jsonl(tmp_path / "text.jsonl", [{"prompt": json.dumps(CHAT)}]), tokenizer).token_ids == expected
+    assert (
+        load(write_jsonl(tmp_path / "text.jsonl", [{"prompt": json.dumps(CHAT)}]), tokenizer).token_ids
+        == expected
+    )
     parquet.write_table(pyarrow.Table.from_pylist([{"prompt": CHAT}]), tmp_path / "p.parquet")
     assert load(str(tmp_path / "p.parquet"), tokenizer).token_ids == expected
 
@@ -124,7 +149,11 @@ def test_several_files_and_another_column(tmp_path, tokenizer):
 
 
 BAD_BYTES = {
-    "malformed JSON": ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', r"p.jsonl:3: malformed JSON .*one object per line"),
+    "malformed JSON": (
+        "p.jsonl",
+        b'{"prompt": "a"}\n\n{"prompt": "b"\n',
+        r"p.jsonl:3: malformed JSON .*one object per line",
+    ),
     "deep JSON": ("p.jsonl", b"[" * 200000, r"p.jsonl:1: malformed JSON \(nested too deep\)"),
     "not an object": ("p.jsonl", b'{"prompt": "a"}\n["b"]\n', r"p.jsonl:2: a JSON list, not an object"),
     "bad utf-8": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"p.jsonl:2: byte 0xff is not UTF-8"),
@@ -132,7 +161,11 @@ BAD_BYTES = {
     "empty file": ("p.jsonl", b"", r"p.jsonl: no prompts in it"),
     "blank lines": ("p.jsonl", b"\n \n", r"p.jsonl: no prompts in it"),
     "header only": ("p.csv", b"prompt\n", r"p.csv: no prompts in it"),
-    "no column": ("p.jsonl", b'{"prompt": "a"}\n{"text": "b", "n": 1}\n', r"p.jsonl:2: no column 'prompt'; columns found: text, n\."),
+    "no column": (
+        "p.jsonl",
+        b'{"prompt": "a"}\n{"text": "b", "n": 1}\n',
+        r"p.jsonl:2: no column 'prompt'; columns found: text, n\.",
+    ),
     "no column in csv": ("p.csv", b"q,kind\na,b\n", r"p.csv:2: no column 'prompt'; columns found: q, kind\."),
     "csv fields": ("p.csv", b'prompt,kind\n"two\nlines",x\na,b,c\n', r"p.csv:4: 3 fields, the header has 2"),
     "csv quotes": ("p.csv", b'prompt\na\n"open\n', r"p.csv:3: malformed CSV"),
@@ -141,7 +174,11 @@ BAD_BYTES = {
     "no messages": ("p.jsonl", b'{"prompt": []}\n', r"p.jsonl:1: empty prompt"),
     "number": ("p.jsonl", b'{"prompt": 3}\n', r"p.jsonl:1: column 'prompt' holds a int"),
     "bad message": ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', r"p.jsonl:1: message .* is not"),
-    "half a surrogate": ("p.jsonl", b'{"prompt": "\\ud800"}\n', r"p.jsonl:1: the text holds half a surrogate"),
+    "half a surrogate": (
+        "p.jsonl",
+        b'{"prompt": "\\ud800"}\n',
+        r"p.jsonl:1: the text holds half a surrogate",
+    ),
     "half a surrogate elsewhere": (
         "p.jsonl",
         b'{"prompt": "\\u00e4", "response_0": "a\\uDC00"}\n',
@@ -154,10 +191,15 @@ BAD_BYTES = {
     ),
     "assistant last": (
         "p.jsonl",
-        b'{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+        b'{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", '
+        b'"content": "b"}]}\n',
         r"p.jsonl:2: the messages end with role 'assistant'",
     ),
-    "duplicate": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n', r"p.jsonl:3: the same prompt as .*p.jsonl:1;"),
+    "duplicate": (
+        "p.jsonl",
+        b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n',
+        r"p.jsonl:3: the same prompt as .*p.jsonl:1;",
+    ),
     "bad kind": ("p.jsonl", b'{"prompt": "a", "kind": 1}\n', r"p.jsonl:1: column 'kind' holds a int"),
     "not parquet": ("p.parquet", b"PAR0", r"p.parquet: not a readable parquet file"),
     "another suffix": ("p.txt", b"a\n", r"p.txt: not one of .jsonl, .csv, .parquet"),
@@ -191,7 +233,9 @@ def test_long_prompt_says_length_and_limit(tmp_path, bos_tokenizer):
     source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "ab"}, {"prompt": "abcdef"}])
     longest = len("<[user]abcdef[assistant]")  # <s> is one token, every other letter is one too
     assert len(load(source, bos_tokenizer, max_prompt_tokens=longest)) == 2
-    with pytest.raises(UserError, match=rf"p.jsonl:2: the prompt has {longest} tokens, the limit is {longest - 1};"):
+    with pytest.raises(
+        UserError, match=rf"p.jsonl:2: the prompt has {longest} tokens, the limit is {longest - 1};"
+    ):
         load(source, bos_tokenizer, max_prompt_tokens=longest - 1)
 
 
@@ -210,7 +254,10 @@ def test_dataset_names_go_to_datasets(monkeypatch, tokenizer):
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
     assert load("someone/prompts", tokenizer).text == ["a", "b"]
-    with pytest.raises(UserError, match=r"someone/else: neither .*nor a dataset that loads \(Dataset 'someone/else' not found\)\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"someone/else: neither .*nor a dataset that loads \(Dataset 'someone/else' not found\)\.$",
+    ):
         load("someone/else", tokenizer)
     Datasets.broken = True
     with pytest.raises(UserError, match=r"someone/prompts row 3: empty prompt"):
@@ -221,7 +268,9 @@ def test_key_is_stable_across_processes():
     ids = [1, 2**40, 0]
     program = "from engine.data.prompts import prompt_key; print(prompt_key([1, 2**40, 0]))"
     root = Path(__file__).parents[2]
-    other = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
+    other = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
     assert int(other) == prompt_key(ids)
     keys = {prompt_key([i, j]) for i in range(50) for j in range(50)}
     assert len(keys) == 2500
@@ -280,4 +329,6 @@ def test_shipped_prompts_load(tokenizer, part):
 
 
 def test_shipped_prompts_are_disjoint(tokenizer):
-    assert_disjoint(*(load(shipped_prompts(part), tokenizer, max_prompt_tokens=4000) for part in ("train", "heldout")))
+    assert_disjoint(
+        *(load(shipped_prompts(part), tokenizer, max_prompt_tokens=4000) for part in ("train", "heldout"))
+    )

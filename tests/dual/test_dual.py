@@ -52,7 +52,13 @@ def test_value_gradient_and_hessian_match_finite_differences(J):
     gradient = [(value(lam + e[j]) - value(lam - e[j])) / 2e-4 for j in range(J)]
     assert np.abs(gradient).max() > 1e-2
     np.testing.assert_allclose(result.gradient.numpy(), gradient, atol=1e-7)
-    hessian = [[(value(lam + a + b) - value(lam + a - b) - value(lam - a + b) + value(lam - a - b)) / 4e-8 for b in e] for a in e]
+    hessian = [
+        [
+            (value(lam + a + b) - value(lam + a - b) - value(lam - a + b) + value(lam - a - b)) / 4e-8
+            for b in e
+        ]
+        for a in e
+    ]
     np.testing.assert_allclose(result.hessian.numpy(), hessian, atol=1e-5)
 
 
@@ -141,8 +147,12 @@ def test_infeasible_alone_names_the_largest_threshold():
     with pytest.raises(dual.Infeasible, match="best of 12.*no proof") as caught:
         dual.solve(reward, utility, [top * (1 + 1e-6)], 0.5)
     assert isinstance(caught.value, ValueError)
-    assert caught.value.largest_improvement.item() == pytest.approx(top) and caught.value.direction.tolist() == [1.0]
-    assert caught.value.largest_multiple == pytest.approx(1 / (1 + 1e-6), rel=1e-9) and f"{top:.4g}" in str(caught.value)
+    assert caught.value.largest_improvement.item() == pytest.approx(
+        top
+    ) and caught.value.direction.tolist() == [1.0]
+    assert caught.value.largest_multiple == pytest.approx(1 / (1 + 1e-6), rel=1e-9) and f"{top:.4g}" in str(
+        caught.value
+    )
     with pytest.raises(dual.Infeasible, match="proven") as caught:
         dual.solve(reward, utility, [2 * top], 0.5, enumerated=True)
     assert "no proof" not in str(caught.value) and "\n" not in str(caught.value)
@@ -163,9 +173,18 @@ def test_known_bounds_prove_a_threshold_infeasible():
     with pytest.raises(dual.Infeasible, match="no proof") as caught:
         dual.solve(reward, utility, [room - 1e-6, 0.1], 0.5, bounds=[1, None])
     assert not caught.value.proven
-    assert torch.equal(dual.solve(reward, utility, [0.1, 0.1], 0.5, bounds=[1, 5]).lam, dual.solve(reward, utility, [0.1, 0.1], 0.5).lam)
-    assert dual.solve(reward, utility, [2.0, 0.1], 0.5, bounds=[1, 5], lam_max=9.0, force=True).lam[0] == pytest.approx(9)
-    for bounds, match in (([1], "each of the 2"), ([0.5, None], "utility 0 .*above its bound 0.5"), ([1, "x"], "bounds is")):
+    assert torch.equal(
+        dual.solve(reward, utility, [0.1, 0.1], 0.5, bounds=[1, 5]).lam,
+        dual.solve(reward, utility, [0.1, 0.1], 0.5).lam,
+    )
+    assert dual.solve(reward, utility, [2.0, 0.1], 0.5, bounds=[1, 5], lam_max=9.0, force=True).lam[
+        0
+    ] == pytest.approx(9)
+    for bounds, match in (
+        ([1], "each of the 2"),
+        ([0.5, None], "utility 0 .*above its bound 0.5"),
+        ([1, "x"], "bounds is"),
+    ):
         with pytest.raises(UserError, match=match):
             dual.solve(reward, utility, [0.1, 0.1], 0.5, bounds=bounds)
 
@@ -185,7 +204,8 @@ def test_infeasible_together_is_certified_by_its_direction():
     assert (v >= 0).all() and v.sum() == pytest.approx(1)
     assert (centred @ v).max(1).mean() < v @ b
     assert (centred @ v).max(1).mean() / (v @ b) == pytest.approx(t, rel=1e-9)
-    # The limit is a minimum over directions: a fine grid of them finds the same, and solving just below it works.
+    # The limit is a minimum over directions: a fine grid of them finds the same, and solving just below it
+    # works.
     grid = [np.array([1 - s, s]) for s in np.linspace(0, 1, 20001)]
     assert t == pytest.approx(min((centred @ u).max(1).mean() / (u @ b) for u in grid), rel=2e-3)
     assert dual.solve(reward, utility, 0.998 * t * b, 0.5).kkt <= 1e-10
@@ -275,7 +295,9 @@ def test_step_caps_the_change_by_a_factor_and_the_floor():
     lam = torch.tensor([0.4, 0.4, 0.02, 0.0, 19.0])
     moved = dual.step(lam, torch.tensor([-100.0, 100.0, -100.0, -100.0, -100.0]), 1.0, lam_max=20.0)
     torch.testing.assert_close(moved, torch.tensor([0.8, 0.2, 0.1, 0.1, 20.0], dtype=torch.float64))
-    moved = dual.step(lam, torch.tensor([-100.0, 100.0, -100.0, -100.0, -100.0]), 1.0, max_change=4.0, floor=0.01)
+    moved = dual.step(
+        lam, torch.tensor([-100.0, 100.0, -100.0, -100.0, -100.0]), 1.0, max_change=4.0, floor=0.01
+    )
     torch.testing.assert_close(moved, torch.tensor([1.6, 0.1, 0.08, 0.04, 76.0], dtype=torch.float64))
 
 
@@ -286,7 +308,9 @@ def test_newton_step_leaves_out_constraints_at_zero_with_room():
     moved = dual.step(torch.tensor([1.0, 1.0]), torch.tensor([-0.4, 0.9]), hessian, max_change=10.0)
     torch.testing.assert_close(moved, 1 - torch.linalg.solve(hessian, torch.tensor([-0.4, 0.9])).double())
     moved = dual.step(torch.tensor([1.0, 1.0]), torch.tensor([0.2, 0.2]), torch.ones(2, 2))
-    torch.testing.assert_close(moved, torch.tensor([0.9, 0.9], dtype=torch.float64))  # singular: the shortest step
+    torch.testing.assert_close(
+        moved, torch.tensor([0.9, 0.9], dtype=torch.float64)
+    )  # singular: the shortest step
     assert dual.step(torch.zeros(2), torch.ones(2), hessian).tolist() == [0.0, 0.0]
     with pytest.raises(UserError, match="nan"):
         dual.step(torch.ones(1), torch.tensor([math.nan]), 1.0)
@@ -296,21 +320,29 @@ def test_newton_step_makes_up_for_no_change_that_was_cut_off():
     hessian, slack = torch.tensor([[2.0, 1.5], [1.5, 3.0]]), torch.tensor([-0.4, 0.9])
     for small in (0.0, 0.001, 0.01):  # 0.2 and what is left of the second multiplier's change to 0
         moved = dual.step(torch.tensor([1.0, small]), slack, hessian)
-        torch.testing.assert_close(moved, torch.tensor([1.2 + 0.75 * small, 0.0], dtype=torch.float64), rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            moved, torch.tensor([1.2 + 0.75 * small, 0.0], dtype=torch.float64), rtol=0, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("J", [1, 2, 4])
 def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
-    """Against scipy's bounded least squares: u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a constant."""
+    """Against scipy's bounded least squares: u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a
+    constant."""
     rng = np.random.default_rng(J)
     cut = 0
     for _ in range(40):
         root = np.linalg.cholesky((a := rng.normal(size=(J, J))) @ a.T + 0.1 * np.eye(J))
         lam, slack = rng.uniform(0, 2, J) * (rng.uniform(size=J) > 0.3), 3 * rng.normal(size=J)
         low, high = np.where(lam > 0.05, lam / 2, 0.0), np.minimum(2 * np.maximum(lam, 0.05), 3.0)
-        expected = lam + lsq_linear(root.T, -np.linalg.solve(root, slack), (low - lam, high - lam), method="bvls").x
+        expected = (
+            lam + lsq_linear(root.T, -np.linalg.solve(root, slack), (low - lam, high - lam), method="bvls").x
+        )
         hessian, state = torch.tensor(root @ root.T), (torch.tensor(lam), torch.tensor(slack))
-        for moved in (dual.step(*state, hessian, lam_max=3.0), dual.secant_step([(*state, torch.zeros(J))], hessian, lam_max=3.0)):
+        for moved in (
+            dual.step(*state, hessian, lam_max=3.0),
+            dual.secant_step([(*state, torch.zeros(J))], hessian, lam_max=3.0),
+        ):
             np.testing.assert_allclose(moved.numpy(), expected, rtol=0, atol=1e-8)
         clipped = np.clip(lam - np.linalg.solve(root @ root.T, slack), low, high)
         cut += np.abs(clipped - expected).max() > 1e-3
@@ -319,7 +351,8 @@ def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
 
 @pytest.mark.parametrize("J", [1, 2])
 def test_descent_with_exact_policies_reaches_the_one_shot_multipliers(J):
-    """arXiv 2505.19387: with exact policies Algorithm 2 and the one-shot solution agree. The step is the Hessian at the start."""
+    """arXiv 2505.19387: with exact policies Algorithm 2 and the one-shot solution agree. The step is the
+    Hessian at the start."""
     reward, utility = scores(13, J=J)
     b = np.array([0.7, 0.5])[:J]
     target = dual.solve(reward, utility, b, 1.0)
@@ -336,10 +369,16 @@ def test_paired_improvement_is_clustered_by_prompt():
     policy, reference = rng.normal(size=(30, 4)) + 10 * rng.normal(size=(30, 1)), rng.normal(size=(30, 7))
     mean, se = dual.paired_improvement(policy, reference)
     difference = policy.mean(1) - reference.mean(1)
-    assert mean.item() == pytest.approx(difference.mean()) and se.item() == pytest.approx(difference.std(ddof=1) / 30**0.5)
-    same = dual.paired_improvement(np.repeat(policy, 5, 1), reference)  # copies of responses are no new evidence
+    assert mean.item() == pytest.approx(difference.mean()) and se.item() == pytest.approx(
+        difference.std(ddof=1) / 30**0.5
+    )
+    same = dual.paired_improvement(
+        np.repeat(policy, 5, 1), reference
+    )  # copies of responses are no new evidence
     assert same[1].item() == pytest.approx(se.item())
-    mean, se = dual.paired_improvement(np.stack([policy, 2 * policy], -1), np.stack([reference, 2 * reference], -1))
+    mean, se = dual.paired_improvement(
+        np.stack([policy, 2 * policy], -1), np.stack([reference, 2 * reference], -1)
+    )
     assert se.shape == (2,) and se[1].item() == pytest.approx(2 * se[0].item())
     with pytest.raises(UserError, match="30 policy prompts, 29"):
         dual.paired_improvement(policy, reference[:29])
@@ -367,9 +406,17 @@ def test_ess_warning_below_a_quarter_of_the_responses():
     assert "1.9 of 8" in warning and "over-estimated" in warning and "\n" not in warning
     reward, utility = scores(3, P=200, G=8, J=1)
     solution = dual.solve(reward, utility, [0.5], 0.2)
-    said = re.fullmatch(r" A random half .* lambda (\S+): .* about (\S+)\.", dual.half_sample(reward, utility, [0.5], 0.2, solution.lam))
-    assert float(said[1]) - solution.lam.item() == pytest.approx(float(said[2]), abs=2e-3) and float(said[2]) > 0.01
-    assert "not support" in dual.half_sample(reward, utility, 0.95 * dual.largest_threshold(utility), 0.2, solution.lam)
+    said = re.fullmatch(
+        r" A random half .* lambda (\S+): .* about (\S+)\.",
+        dual.half_sample(reward, utility, [0.5], 0.2, solution.lam),
+    )
+    assert (
+        float(said[1]) - solution.lam.item() == pytest.approx(float(said[2]), abs=2e-3)
+        and float(said[2]) > 0.01
+    )
+    assert "not support" in dual.half_sample(
+        reward, utility, 0.95 * dual.largest_threshold(utility), 0.2, solution.lam
+    )
     assert dual.half_sample(reward[:, :3], utility[:, :3], [0.5], 0.2, solution.lam) == ""
 
 
@@ -406,7 +453,9 @@ def test_largest_multiple_is_where_support_ends():
     with pytest.raises(dual.Infeasible) as caught:
         dual.solve(reward, utility, 10 * b, 0.5)
     assert multiple == pytest.approx(10 * caught.value.largest_multiple, rel=2e-3) and 1 < multiple < 5
-    assert dual.largest_multiple(utility, utility.mean((0, 1)) + b, absolute=True) == pytest.approx(multiple, rel=1e-9)
+    assert dual.largest_multiple(utility, utility.mean((0, 1)) + b, absolute=True) == pytest.approx(
+        multiple, rel=1e-9
+    )
     dual.solve(reward, utility, 0.998 * multiple * b, 0.5)
     with pytest.raises(dual.Infeasible):
         dual.solve(reward, utility, 1.001 * multiple * b, 0.5)
@@ -419,7 +468,9 @@ def test_tilted_improvement_is_the_gradient_prompt_by_prompt():
     lam = np.array([0.7, 0.2])
     gain_P, improvement_PJ = dual.tilted_improvement(reward, utility, lam, 0.8)
     assert gain_P.shape == (20,) and improvement_PJ.shape == (20, 2)
-    np.testing.assert_allclose(improvement_PJ.mean(0), tilted_mean(reward, utility, 0.8, lam) - utility.mean((0, 1)), atol=1e-12)
+    np.testing.assert_allclose(
+        improvement_PJ.mean(0), tilted_mean(reward, utility, 0.8, lam) - utility.mean((0, 1)), atol=1e-12
+    )
     own = np.concatenate([utility, reward[..., None]], -1)
     tilted_reward = tilted_mean(reward, own, 0.8, np.append(lam, 0.0))[2]
     assert gain_P.mean().item() == pytest.approx(tilted_reward - reward.mean(), abs=1e-12)
@@ -432,8 +483,9 @@ def test_within_deviation_is_pooled_and_refuses_constants():
         dual.within_deviation(np.repeat(reward[:, :1], 5, 1), "scorer y")
 
 
-# Coverage: many independent data sets, prompts of unequal kinds, few responses. The truth is the multiplier of very many prompts with as
-# many responses, as the bias of few responses is not the intervals' business. The third constraint has clear room, the second has
+# Coverage: many independent data sets, prompts of unequal kinds, few responses. The truth is the multiplier
+# of very many prompts with as many responses, as the bias of few responses is not the intervals' business.
+# The third constraint has clear room, the second has
 # hardly any: its true multiplier is 0 exactly where its threshold is the improvement that comes by itself.
 WORLD = dict(G=6, beta=1.5)
 
@@ -441,7 +493,11 @@ WORLD = dict(G=6, beta=1.5)
 def data_set(rng, P):
     level, spread = rng.normal(size=(P, 1)), 0.5 + rng.random(size=(P, 1))
     reward = level + spread * rng.normal(size=(P, WORLD["G"]))
-    utility = rng.normal(size=(P, WORLD["G"], 3)) * spread[..., None] - 0.5 * reward[..., None] * [1, 0, 0] + level[..., None]
+    utility = (
+        rng.normal(size=(P, WORLD["G"], 3)) * spread[..., None]
+        - 0.5 * reward[..., None] * [1, 0, 0]
+        + level[..., None]
+    )
     return reward, utility
 
 
@@ -485,7 +541,11 @@ def test_an_absolute_level_is_less_certain_than_an_improvement(many_prompts):
     se = []
     for absolute, threshold in ((False, b), (True, utility.mean((0, 1)) + b)):
         solution = dual.solve(reward, utility, threshold, WORLD["beta"], absolute=absolute)
-        se.append(dual.lam_interval(reward, utility, threshold, WORLD["beta"], solution, absolute=absolute).se[0].item())
+        se.append(
+            dual.lam_interval(reward, utility, threshold, WORLD["beta"], solution, absolute=absolute)
+            .se[0]
+            .item()
+        )
     assert se[1] > 1.5 * se[0]
 
 
@@ -510,7 +570,11 @@ def test_two_equal_utilities_are_not_identified():
     for start in (None, [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
         solution = dual.solve(reward, twice, b, 1.0, start_J=start)
         interval = dual.lam_interval(reward, twice, b, 1.0, solution)
-        assert interval.se[:2].isinf().all() and interval.low[:2].tolist() == [0, 0] and interval.high[:2].isinf().all()
+        assert (
+            interval.se[:2].isinf().all()
+            and interval.low[:2].tolist() == [0, 0]
+            and interval.high[:2].isinf().all()
+        )
         assert interval.high[2].isfinite() and interval.se[2] < 1
     plain = dual.lam_interval(reward, utility[..., :1], [0.8], 1.0, one)
     assert plain.se[0] < 1
@@ -540,7 +604,9 @@ def test_bootstrap_intervals_cover_the_truth(many_prompts, absolute):
         reward, utility = data_set(rng, 60)
         threshold = level if absolute else b
         solution = dual.solve(reward, utility, threshold, WORLD["beta"], absolute=absolute)
-        draws = dual.bootstrap(reward, utility, threshold, WORLD["beta"], absolute=absolute, draws=40, start_J=solution.lam)
+        draws = dual.bootstrap(
+            reward, utility, threshold, WORLD["beta"], absolute=absolute, draws=40, start_J=solution.lam
+        )
         low, high = dual.percentiles(draws)
         covered.append(low[0] <= truth[0] <= high[0])
         clear.append((low[2] == 0) & (high[2] == 0) & (low[1] <= truth[1]))
@@ -554,7 +620,9 @@ def test_bootstrap_intervals_cover_the_truth(many_prompts, absolute):
 def test_bootstrap_is_seeded_resamples_whole_prompts_and_marks_what_is_unsupported():
     reward, utility = scores(4, P=12, G=5, J=1)
     top = dual.largest_threshold(utility).item()
-    first, second, other = (dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, seed=seed) for seed in (0, 0, 1))
+    first, second, other = (
+        dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, seed=seed) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, second) and not torch.equal(first, other)
     warm = dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, start_J=[0.5])
     torch.testing.assert_close(first, warm, rtol=0, atol=1e-8)
@@ -562,7 +630,9 @@ def test_bootstrap_is_seeded_resamples_whole_prompts_and_marks_what_is_unsupport
     generator = torch.Generator().manual_seed(0)
     for d in range(3):
         rows = torch.randint(12, (12,), generator=generator).numpy()
-        assert dual.solve(reward[rows], utility[rows], [0.3 * top], 1.0).lam.item() == pytest.approx(first[d, 0].item(), abs=1e-8)
+        assert dual.solve(reward[rows], utility[rows], [0.3 * top], 1.0).lam.item() == pytest.approx(
+            first[d, 0].item(), abs=1e-8
+        )
     near = dual.bootstrap(reward, utility, [0.97 * top], 1.0, draws=40)
     lost = near[:, 0].isinf()
     assert 0 < lost.sum() < 40
@@ -577,7 +647,8 @@ def test_percentiles_keep_the_central_share():
 
 
 def descend(reward, utility, b, start, propose, most=200):
-    """(steps until the open slack is below 1e-4, multipliers): propose(history) -> the next multipliers, slack measured exactly."""
+    """(steps until the open slack is below 1e-4, multipliers): propose(history) -> the next multipliers,
+    slack measured exactly."""
     lam, history, zero = start.clone(), [], torch.zeros(len(b), dtype=torch.float64)
     for t in range(most):
         slack = torch.tensor(tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b)
@@ -597,10 +668,14 @@ def test_secant_reaches_the_optimum_in_few_steps_whatever_the_first_curvature(J,
     target = dual.solve(reward, utility, b, 1.0)
     for misjudged, slower in ((1.0, 1), (3.0, 24), (1 / 3, 200)):
         hessian = misjudged * target.hessian
-        steps, lam = descend(reward, utility, b, start * target.lam, lambda history, h=hessian: dual.secant_step(history, h))
+        steps, lam = descend(
+            reward, utility, b, start * target.lam, lambda history, h=hessian: dual.secant_step(history, h)
+        )
         assert steps <= 11
         torch.testing.assert_close(lam, target.lam, rtol=2e-2, atol=2e-3)
-        plain, _ = descend(reward, utility, b, start * target.lam, lambda history, h=hessian: dual.step(*history[-1][:2], h))
+        plain, _ = descend(
+            reward, utility, b, start * target.lam, lambda history, h=hessian: dual.step(*history[-1][:2], h)
+        )
         assert plain >= slower
 
 
@@ -609,7 +684,11 @@ def test_secant_leaves_a_constraint_with_room_at_zero():
     b = np.array([0.7, -5.0])
     target = dual.solve(reward, utility, b, 1.0)
     steps, lam = descend(
-        reward, utility, b, torch.tensor([0.1, 1.0], dtype=torch.float64), lambda h: dual.secant_step(h, 2 * target.hessian)
+        reward,
+        utility,
+        b,
+        torch.tensor([0.1, 1.0], dtype=torch.float64),
+        lambda h: dual.secant_step(h, 2 * target.hessian),
     )
     assert steps <= 14 and lam[1].item() == 0.0
     assert lam[0].item() == pytest.approx(target.lam[0].item(), rel=1e-3)
@@ -619,8 +698,15 @@ def test_first_secant_step_is_the_newton_step_with_its_bounds():
     hessian = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     for lam, slack in (([1.0, 0.5], [0.3, -0.2]), ([0.0, 0.4], [-9.0, 9.0]), ([0.0, 1.0], [0.4, 0.1])):
         lam, slack = torch.tensor(lam), torch.tensor(slack)
-        torch.testing.assert_close(dual.secant_step([(lam, slack, 0 * lam)], hessian), dual.step(lam, slack, hessian))
-    assert dual.secant_step([(torch.ones(1), torch.tensor([-90.0]), torch.zeros(1))], torch.eye(1), lam_max=1.5).item() == 1.5
+        torch.testing.assert_close(
+            dual.secant_step([(lam, slack, 0 * lam)], hessian), dual.step(lam, slack, hessian)
+        )
+    assert (
+        dual.secant_step(
+            [(torch.ones(1), torch.tensor([-90.0]), torch.zeros(1))], torch.eye(1), lam_max=1.5
+        ).item()
+        == 1.5
+    )
     with pytest.raises(UserError, match="finite"):
         dual.secant_step([(torch.ones(1), torch.tensor([math.nan]), torch.zeros(1))], torch.eye(1))
     with pytest.raises(UserError, match="not empty"):
@@ -629,16 +715,24 @@ def test_first_secant_step_is_the_newton_step_with_its_bounds():
 
 def test_secant_takes_the_measured_curvature_by_hand():
     one = torch.ones(1, dtype=torch.float64)
-    history = [(0.5 * one, -0.6 * one, 0 * one), (0.8 * one, -0.15 * one, 0 * one)]  # curvature 1.5, so 0.1 is missing
+    history = [
+        (0.5 * one, -0.6 * one, 0 * one),
+        (0.8 * one, -0.15 * one, 0 * one),
+    ]  # curvature 1.5, so 0.1 is missing
     assert dual.secant_step(history, one[None]).item() == pytest.approx(0.9)
-    # An error of 0.3 in the first slack hides the difference of 0.45, and the first model stays: 0.15 is missing.
+    # An error of 0.3 in the first slack hides the difference of 0.45, and the first model stays: 0.15 is
+    # missing.
     noisy = [(*history[0][:2], 0.3 * one), history[1]]
     assert dual.secant_step(noisy, one[None]).item() == pytest.approx(0.95)
-    # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 - 0.3).
+    # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 -
+    # 0.3).
     some = [(lam, slack, 0.1 * one) for lam, slack, _ in history]
     curvature = (0.3 + (1 - 0.08 / 0.45**2) * 0.15) / 0.3
-    assert dual.secant_step(some, one[None]).item() == pytest.approx(0.8 + 0.15 * (1 - (0.1 / 0.15) ** 2) / curvature)
-    # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no further.
+    assert dual.secant_step(some, one[None]).item() == pytest.approx(
+        0.8 + 0.15 * (1 - (0.1 / 0.15) ** 2) / curvature
+    )
+    # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no
+    # further.
     fallen = [(one, -0.1 * one, 0 * one), (1.3 * one, -0.11 * one, 0 * one)]
     assert dual.secant_step(fallen, one[None]).item() == pytest.approx(1.3 + 0.11 / 0.2)
     # Gone too far and worse: the next value lies within half the way from the better one.
@@ -653,24 +747,37 @@ def caid_rule(rule: str, history, hessian):
 
 
 def test_newton_takes_a_slack_beyond_its_standard_error_as_it_is_measured():
-    lam, slack = torch.tensor([0.8, 0.3], dtype=torch.float64), torch.tensor([-0.05, 0.04], dtype=torch.float64)
+    lam, slack = (
+        torch.tensor([0.8, 0.3], dtype=torch.float64),
+        torch.tensor([-0.05, 0.04], dtype=torch.float64),
+    )
     hessian, se = torch.eye(2, dtype=torch.float64), torch.tensor([0.049, 0.041], dtype=torch.float64)
-    torch.testing.assert_close(caid_rule("newton", [(lam, slack, se)], hessian), torch.tensor([0.85, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(
+        caid_rule("newton", [(lam, slack, se)], hessian), torch.tensor([0.85, 0.3], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("rule", ["newton", "secant", "optimistic", "bisection"])
 def test_a_slack_within_its_standard_error_moves_no_multiplier(rule):
     J = 1 if rule == "bisection" else 2
     hessian, lam = torch.eye(J, dtype=torch.float64), torch.tensor([0.8, 0.3], dtype=torch.float64)[:J]
-    slack, se = torch.tensor([-0.0999, 0.0999], dtype=torch.float64)[:J], torch.full((J,), 0.1, dtype=torch.float64)
-    first = (torch.tensor([0.5, 0.5], dtype=torch.float64)[:J], torch.tensor([-0.3, 0.3], dtype=torch.float64)[:J], se)
+    slack, se = (
+        torch.tensor([-0.0999, 0.0999], dtype=torch.float64)[:J],
+        torch.full((J,), 0.1, dtype=torch.float64),
+    )
+    first = (
+        torch.tensor([0.5, 0.5], dtype=torch.float64)[:J],
+        torch.tensor([-0.3, 0.3], dtype=torch.float64)[:J],
+        se,
+    )
     # A row before it moves the forecast, which then has an error of its own: sqrt(5) x 0.1.
     for history in ([(lam, slack, se)], [first, (lam, slack, se)])[: 1 if rule == "optimistic" else 2]:
         assert torch.equal(caid_rule(rule, history, hessian), lam)
         moved = caid_rule(rule, [*history[:-1], (lam, 1.2 * slack, se)], hessian)
         assert (moved - lam)[0] > 1e-3 and (moved - lam)[-1] * slack[-1] < 0
         exact = caid_rule(rule, [*history[:-1], (lam, slack, 0 * se)], hessian)
-        # Where a slack is shrunk beyond its error, one that is known exactly moves lambda further than a somewhat larger one.
+        # Where a slack is shrunk beyond its error, one that is known exactly moves lambda further than a
+        # somewhat larger one.
         assert (exact - lam)[0] > ((moved - lam)[0] if rule in ("secant", "optimistic") else 0)
     if rule == "optimistic":
         noisy = [(lam, 0 * slack, se), (lam, slack, se)]  # 2 u - 0 = 0.1998, below 0.2236
@@ -679,7 +786,10 @@ def test_a_slack_within_its_standard_error_moves_no_multiplier(rule):
 
 
 def test_resolved_slack_by_hand():
-    slack, se = torch.tensor([0.3, -0.3, 0.1, -0.1, 0.0, 0.05, -0.2]), torch.tensor([0.1, 0.1, 0.1, 0.2, 0.1, 0.0, 0.0])
+    slack, se = (
+        torch.tensor([0.3, -0.3, 0.1, -0.1, 0.0, 0.05, -0.2]),
+        torch.tensor([0.1, 0.1, 0.1, 0.2, 0.1, 0.0, 0.0]),
+    )
     expected = torch.tensor([0.3 * 8 / 9, -0.3 * 8 / 9, 0, 0, 0, 0.05, -0.2], dtype=torch.float64)
     torch.testing.assert_close(dual.resolved(slack, se), expected, rtol=1e-6, atol=1e-9)
     exact = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -690,7 +800,8 @@ def test_resolved_slack_by_hand():
 
 @pytest.mark.parametrize("rule", ["secant", "optimistic"])
 def test_steps_are_hardly_moved_by_noise_alone(rule):
-    """With z standard normal, E (z max(0, 1 - 1 / z^2))^2 = 0.333: a third of the mean square step of the same slack without errors."""
+    """With z standard normal, E (z max(0, 1 - 1 / z^2))^2 = 0.333: a third of the mean square step of the
+    same slack without errors."""
     reward, utility = scores(20, J=2)
     target, se = dual.solve(reward, utility, [0.7, 0.5], 1.0), torch.full((2,), 0.02, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -705,7 +816,8 @@ def test_steps_are_hardly_moved_by_noise_alone(rule):
 
 @pytest.mark.parametrize("misjudged", [1.0, 3.0, 1 / 3])
 def test_secant_stays_near_the_optimum_under_noise_whatever_the_first_curvature(misjudged):
-    """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of Newton's step."""
+    """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of
+    Newton's step."""
     reward, utility = scores(20, J=2)
     b, se = np.array([0.7, 0.5]), 0.1
     target = dual.solve(reward, utility, b, 1.0)
@@ -713,7 +825,12 @@ def test_secant_stays_near_the_optimum_under_noise_whatever_the_first_curvature(
     for _ in range(25):
         lam, history = target.lam, []
         for t in range(12):
-            slack = tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b + se * rng.normal(size=2)
+            slack = (
+                tilted_mean(reward, utility, 1.0, lam.numpy())
+                - utility.mean((0, 1))
+                - b
+                + se * rng.normal(size=2)
+            )
             history.append((lam, torch.tensor(slack), torch.full((2,), se)))
             lam = dual.secant_step(history, hessian)
             if t >= 4:
@@ -722,7 +839,9 @@ def test_secant_stays_near_the_optimum_under_noise_whatever_the_first_curvature(
     newton = se * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
     assert np.abs(seen.mean(0) - target.lam.numpy()).max() < 0.5 * newton.max()
     if misjudged < 1:  # the plain step with this curvature is thrown about
-        assert (seen.std(0) < 2 * newton).all() and plain_spread(reward, utility, b, target, hessian, se) > 2.5
+        assert (seen.std(0) < 2 * newton).all() and plain_spread(
+            reward, utility, b, target, hessian, se
+        ) > 2.5
     else:
         assert (seen.std(0) < 1.3 * newton).all()
 
@@ -730,7 +849,12 @@ def test_secant_stays_near_the_optimum_under_noise_whatever_the_first_curvature(
 def plain_spread(reward, utility, b, target, hessian, se):
     rng, lam, seen = np.random.default_rng(5), target.lam, []
     for _ in range(200):
-        slack = tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b + se * rng.normal(size=2)
+        slack = (
+            tilted_mean(reward, utility, 1.0, lam.numpy())
+            - utility.mean((0, 1))
+            - b
+            + se * rng.normal(size=2)
+        )
         lam = dual.step(lam, torch.tensor(slack), hessian)
         seen.append(lam.numpy())
     newton = se * np.sqrt(np.diag(np.linalg.matrix_power(np.linalg.inv(target.hessian.numpy()), 2)))
@@ -738,7 +862,8 @@ def plain_spread(reward, utility, b, target, hessian, se):
 
 
 def test_optimistic_step_ends_the_circle_of_plain_descent_and_ascent():
-    """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained one does."""
+    """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained
+    one does."""
 
     def distance(dual_step, eta=0.2, rounds=400):
         lam, x, history, furthest = torch.tensor([1.8]), torch.tensor([2.5]), [], []
@@ -773,7 +898,9 @@ def test_bisection_closes_in_on_the_optimum(start):
     assert (steps == 0) == (start == 1.0) and steps <= 20
     torch.testing.assert_close(lam, target.lam, rtol=1e-3, atol=1e-3)
     # A constraint that holds by itself: down to exactly 0.
-    _, lam = descend(reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), dual.bisection_step)
+    _, lam = descend(
+        reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), dual.bisection_step
+    )
     assert lam.item() == 0.0
 
 
@@ -784,13 +911,24 @@ def test_bisection_by_hand():
     def after(*points, **bounds):
         return dual.bisection_step([point(*p) for p in points], **bounds).item()
 
-    assert after((1.0, -0.1)) == 2.0 and after((1.0, 0.1)) == 0.5 and after((1.0, -0.1), max_change=1.5) == 1.5
+    assert (
+        after((1.0, -0.1)) == 2.0 and after((1.0, 0.1)) == 0.5 and after((1.0, -0.1), max_change=1.5) == 1.5
+    )
     assert after((1.0, -0.1), (2.0, 0.1)) == 1.5 and after((1.0, -0.1), (2.0, 0.1), (1.5, 0.2)) == 1.25
     # The later point overrules: at 2 it was enough, at 2.5 it is not any more.
-    assert after((2.0, 0.1), (2.5, -0.1)) == 5.0 and after((1.0, -0.1), (2.0, 0.1), (0.9, 0.2)) == pytest.approx(0.45)
-    assert after((0.0, 0.1)) == 0.0 and after((0.0, -0.1)) == pytest.approx(0.1) and after((4.0, -0.1), lam_max=5.0) == 5.0
+    assert after((2.0, 0.1), (2.5, -0.1)) == 5.0 and after(
+        (1.0, -0.1), (2.0, 0.1), (0.9, 0.2)
+    ) == pytest.approx(0.45)
+    assert (
+        after((0.0, 0.1)) == 0.0
+        and after((0.0, -0.1)) == pytest.approx(0.1)
+        and after((4.0, -0.1), lam_max=5.0) == 5.0
+    )
     # Below the floor too, where 0 is known not to be enough.
-    assert after((0.0, -0.1), (0.1, 0.1), (0.05, 0.1)) == pytest.approx(0.025) and after((0.0, -0.1), (0.025, 0.1), (0.0125, -0.1)) > 0.0125
+    assert (
+        after((0.0, -0.1), (0.1, 0.1), (0.05, 0.1)) == pytest.approx(0.025)
+        and after((0.0, -0.1), (0.025, 0.1), (0.0125, -0.1)) > 0.0125
+    )
     with pytest.raises(UserError, match="one constraint"):
         dual.bisection_step([(torch.ones(2), torch.zeros(2), torch.zeros(2))])
     # Within one standard error of 0: the bracket stays, and so does lambda.
@@ -802,6 +940,8 @@ def test_bisection_by_hand():
 
 def test_the_library_loads_without_the_report_and_the_run_folder():
     program = "import sys, engine.dual; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
     assert "engine.dual" in loaded
     assert not {"matplotlib", "rich", "transformers", "engine.run", "engine.report"} & set(loaded)

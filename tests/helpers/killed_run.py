@@ -1,7 +1,9 @@
-"""Program of test_runs.py: smoke runs in forked children that are killed at chosen events. `killed_run.py FOLDER SEED`.
+"""Program of test_runs.py: smoke runs in forked children that are killed at chosen events. `killed_run.py
+FOLDER SEED`.
 
-An event is a step of progress or an fsync inside the write of a checkpoint. Run `whole` is not disturbed and gives the list of events;
-run `killed` is killed once in each stage, at a seeded event, and resumed each time. Prints the stages and kinds of event killed at.
+An event is a step of progress or an fsync inside the write of a checkpoint. Run `whole` is not disturbed and
+gives the list of events; run `killed` is killed once in each stage, at a seeded event, and resumed each time.
+Prints the stages and kinds of event killed at.
 """
 
 import os
@@ -10,16 +12,22 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import engine.caid  # noqa: F401, imported before the forks
 from engine import train
+from engine.model.tokenizer import load_tokenizer
+from engine.run import plan
 from engine.run.display import Progress
 from engine.run.run import Stage
+from engine.stages.smoke import smoke_folder
 
 FLAGS = ["--preset", "smoke", "--iterations", "2", "--seed", "3", "--threads", "1"]
 
 
 def run(argv: list[str], on_event) -> int:
-    """Run the command line in a child whose events call on_event(stage, kind); returns its exit code, negative for a signal."""
+    """Run the command line in a child whose events call on_event(stage, kind); returns its exit code,
+    negative for a signal."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -45,7 +53,16 @@ def run(argv: list[str], on_event) -> int:
     os._exit(code)
 
 
+def prepare() -> None:
+    """Do once, before the forks, what each child would do again: import the tokenizer's library, measure the
+    machine."""
+    load_tokenizer(smoke_folder())
+    rate = plan.matmul_rate(torch.float32, torch.device("cpu"))
+    plan.matmul_rate = lambda dtype, device: rate
+
+
 def main() -> None:
+    prepare()
     folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
     log = folder / "events.txt"
 

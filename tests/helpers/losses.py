@@ -72,8 +72,8 @@ def gradients(function, data, options, needs=("hidden", "weight", "bias"), cast=
 
 
 def reordered(function, data):
-    """Return results of function(data) for three orders of the vocabulary, gradients in the original order.
-    """
+    """Return results of function(data) for three orders of the vocabulary, gradients in the original
+    order."""
     results = []
     for seed in range(3):
         order = torch.randperm(len(data["weight"]), generator=torch.Generator().manual_seed(seed))

@@ -8,13 +8,19 @@ from engine.policy.samples import Samples
 from engine.records import Prompts, Rollouts, Sampled, Scored, Scores
 
 
-def samples_of(prompts: Prompts, rollouts: Rollouts, scores: Scores, lower: LowerStates | None = None) -> Samples:
-    """Responses of the reference whose scorers give them these scores, each in units of 1."""
-    sampled = Sampled(rollouts=rollouts, texts=[], scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG))
+def samples_of(
+    prompts: Prompts,
+    rollouts: Rollouts | None,
+    scores: Scores,
+    lower: LowerStates | None = None,
+) -> Samples:
+    """Returns responses of the reference whose scorers give them these scores, each in units of 1."""
+    kl_PG = torch.zeros_like(scores.ref_logprob_PG)
+    sampled = Sampled(rollouts=rollouts, texts=[], scores=scores, kl_PG=kl_PG)
     return Samples(prompts=prompts, sampled=sampled, scores=scores, lower=lower)
 
 
 def scored_of(reward_PG: Tensor, utility_PGJ: Tensor, **changes: Tensor) -> Scored:
-    """Scores in units of 1 of responses whose prompts all count alike, as the rule of an algorithm sees them."""
+    """Returns scores in units of 1 on prompts that all count alike, as the rule of an algorithm sees them."""
     fields = {"weight_PJ": torch.ones_like(utility_PGJ[:, 0]), "cost_PGJ": -utility_PGJ, **changes}
     return Scored(reward_PG=reward_PG, utility_PGJ=utility_PGJ, **fields)

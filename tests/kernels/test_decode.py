@@ -1,4 +1,5 @@
-"""Decode attention against `kernels.reference`: in plain torch, and the Triton kernels in Triton's interpreter."""
+"""Decode attention against `kernels.reference`: in plain torch, and the Triton kernels in Triton's
+interpreter."""
 
 import pytest
 import torch
@@ -68,8 +69,15 @@ def test_bad_arguments(change, message):
 
 def test_parts_fill_the_processors_and_are_not_too_short():
     decode_triton = pytest.importorskip("kernels.attention.decode_triton", reason="needs triton")
-    for programs, longest, window, parts in ((1, 4096, None, 32), (8, 4096, None, 32), (64, 4096, None, 4), (64, 4096, 200, 2),
-                                             (500, 4096, None, 1), (1, 100, None, 1), (1, 0, None, 1)):  # fmt: skip
+    for programs, longest, window, parts in (
+        (1, 4096, None, 32),
+        (8, 4096, None, 32),
+        (64, 4096, None, 4),
+        (64, 4096, 200, 2),
+        (500, 4096, None, 1),
+        (1, 100, None, 1),
+        (1, 0, None, 1),
+    ):
         assert decode_triton.parts_of(longest, window, programs) == parts
 
 
@@ -114,7 +122,8 @@ def by_triton(data: dict, scale=None, softcap=None, window=None, **plan) -> torc
 @interpreted
 @pytest.mark.parametrize("options,parts", [({}, 1)] + [(x, 3) for x in OPTIONS], ids=str)
 def test_interpreted_options(options, parts, poisoned):
-    """Windows within the own tokens, at their edge, in the prompt and past it; parts with and without tokens."""
+    """Windows within the own tokens, at their edge, in the prompt and past it; parts with and without
+    tokens."""
     data = problem((1, 0, 2), (40, 9, 17), kv_heads=1, heads=2)
     assert_as_good_as_torch(by_triton(data, **options, parts=parts), data, options)
 

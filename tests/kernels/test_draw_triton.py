@@ -1,4 +1,5 @@
-"""The Triton sampling kernels in Triton's interpreter, against float64 and the plain torch path; and a compile for sm_90."""
+"""The Triton sampling kernels in Triton's interpreter, against float64 and the plain torch path; and a
+compile for sm_90."""
 
 import math
 

@@ -1,5 +1,6 @@
-"""Hard cases of the loss head through every scheme of `kernels.loss_head.schemes`, against dense float64 autograd, by the
-error rule of tests/helpers/losses.py. What test_losses and test_schemes hold already is not repeated.
+"""Hard cases of the loss head through every scheme of `kernels.loss_head.schemes`, against dense float64
+autograd, by the error rule of tests/helpers/losses.py. What test_losses and test_schemes hold already is not
+repeated.
 """
 
 import math
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from bench.measure import peak_bytes
+from bench.run.measure import peak_bytes
 from kernels import dual_moments, reference
 from kernels.loss_head.rows import TorchRows
 from kernels.loss_head.schemes import row_workspace
@@ -47,7 +48,8 @@ EACH_DTYPE = pytest.mark.parametrize(
     ],
 )
 def test_all_options_at_once(scheme, dtype, taken):
-    """Ragged, empty in one and in both members, repeated sequences, bias, token weights, temperature, softcap, upstream scalar 3."""
+    """Ragged, empty in one and in both members, repeated sequences, bias, token weights, temperature,
+    softcap, upstream scalar 3."""
     check(scheme, inputs(dtype, weighted=True), taken, options=ALL_OPTIONS)
 
 
@@ -55,7 +57,8 @@ def test_all_options_at_once(scheme, dtype, taken):
 @EACH_DTYPE
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_rows_of_extreme_values(scheme, dtype, softcap, taken):
-    """Uniform, all logits near 300 or -300, p near 1 and near 0, and one logit of 3 where the rest are -15 past the last whole block."""
+    """Uniform, all logits near 300 or -300, p near 1 and near 0, and one logit of 3 where the rest are -15
+    past the last whole block."""
     data = inputs(dtype)
     hidden, weight, last = data["hidden"], data["weight"], 140
     weight[:, 0], weight[:, 1], data["bias"][:] = 1, 0, 0
@@ -79,7 +82,8 @@ def test_rows_of_extreme_values(scheme, dtype, softcap, taken):
 @EACH_SCHEME
 @EACH_DTYPE
 def test_common_offset_of_2_to_the_24(scheme, dtype, taken):
-    """Logits are even numbers, which this offset keeps; values and gradients are those without it, bit for bit."""
+    """Logits are even numbers, which this offset keeps; values and gradients are those without it, bit for
+    bit."""
     data = inputs(dtype)
     for name in ("hidden", "weight"):
         data[name] = data[name].round().clamp(-2, 2)
@@ -112,7 +116,8 @@ def test_minus_infinity(scheme, dtype, taken):
 )
 @pytest.mark.parametrize("kind", ["given", "huge lambda", "lambda 0"])
 def test_saturated_margins(scheme, dtype, size, kind, taken):
-    """|margin| far beyond what a sigmoid resolves, both ways, for labels 0, 1/2, 1, ties and labels that are saturated themselves."""
+    """|margin| far beyond what a sigmoid resolves, both ways, for labels 0, 1/2, 1, ties and labels that are
+    saturated themselves."""
     data = inputs(dtype)
     keywords = keywords_of("preference", data)
     keywords["ref_logprob"] += size * torch.tensor([-1.0, 0, 1, 0, -1, 1])
@@ -218,7 +223,8 @@ def test_autocast_changes_no_bit(scheme, dtype, device):
 
 @EACH_SCHEME
 def test_backward_passes_add_up(scheme):
-    """Each with a graph of its own, in one .grad. Upstream scalars are powers of two, so that sums are exact."""
+    """Each with a graph of its own, in one .grad. Upstream scalars are powers of two, so that sums are
+    exact."""
     data = inputs(weighted=True)
     op, needs, _ = SCHEMES[scheme]
     keywords, budget = keywords_of(op, data), budget_for(SCHEMES[scheme], data)

@@ -1,4 +1,5 @@
-"""What stands between a layer's products, compiled, against the torch code that is its specification and against float64."""
+"""What stands between a layer's products, compiled, against the torch code that is its specification and
+against float64."""
 
 import pytest
 import torch
@@ -85,9 +86,11 @@ def test_instructions_threads_and_batches_change_no_bit(instructions, monkeypatc
     def all_of(part: slice) -> list[torch.Tensor]:
         cos, sin = angle[part].cos(), angle[part].sin()
         return [
-            *layer.add_rms_norm(x[part], delta[part], weight, 1e-5), layer.rms_norm(x[part], weight, 1e-5),
-            *layer.split_rotated(x[part], cos, sin, 3, 1), layer.gated_silu(x[part]),
-        ]  # fmt: skip
+            *layer.add_rms_norm(x[part], delta[part], weight, 1e-5),
+            layer.rms_norm(x[part], weight, 1e-5),
+            *layer.split_rotated(x[part], cos, sin, 3, 1),
+            layer.gated_silu(x[part]),
+        ]
 
     whole = all_of(slice(None))
     monkeypatch.setattr(compiled, "make", compiled.make._replace(instructions=compiled.instructions[-1]))

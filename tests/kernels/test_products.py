@@ -66,7 +66,8 @@ def test_values_and_gradients_against_float64(shape, with_bias, processor):
     with torch.no_grad():
         first, again = products.linear(x, weight, bias), products.linear(x, weight, bias)
     assert torch.equal(first, again)
-    # A few rows are summed in another order, and where MKL multiplies many rows so are panels, and a bias is added apart.
+    # A few rows are summed in another order, and where MKL multiplies many rows so are panels, and a bias is
+    # added apart.
     bound = 4 * torch.finfo(torch.float32).eps * shape[1] ** 0.5 * max(1.0, float(exact.detach().abs().max()))
     apart = shape[0] <= max(processor.few_rows, processor.panel_rows or 0) or (
         with_bias and not processor.compiles_products
@@ -92,7 +93,8 @@ def test_sums_round_no_more_than_plain_torch_s(shape, processor):
 
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_products_are_added_to_a_total(rows, processor):
-    """By a matrix of which columns are summed, in several steps; as the loss head does with J and the head."""
+    """By a matrix of which columns are summed, in several steps; as the loss head does with J and the
+    head."""
     x, matrix, _ = made(rows, 3000, 70)
     matrix = matrix.t().contiguous()
     total, exact = torch.full((rows, 70), torch.nan), torch.zeros(rows, 70, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""The definitions of the ops against textbook formulas, by hand where that is short; and that they share no code."""
+"""The definitions of the ops against textbook formulas, by hand where that is short; and that they share no
+code."""
 
 import ast
 import math
@@ -68,7 +69,8 @@ def test_advantages_by_hand():
 
 
 def test_policy_loss_on_policy_is_reinforce():
-    """Without old log-probs the gradient is that of -mean A log p, and clipping by hand where the ratio is e."""
+    """Without old log-probs the gradient is that of -mean A log p, and clipping by hand where the ratio is
+    e."""
     data, labels = problem(torch.float64)
     scores = {k: labels[k] for k in ("reward", "utility", "lam")} | {"group": torch.arange(10) % 3}
     data["hidden"].requires_grad_()

@@ -103,7 +103,8 @@ def clear_wins(logits: torch.Tensor, streams: torch.Tensor, temperature: float =
 
 
 def all_paths(call) -> list[tuple[torch.Tensor, ...]]:
-    """call(instructions, threads) for every instruction set that this processor runs, with 1 and 2 threads."""
+    """call(instructions, threads) for every instruction set that this processor runs, with 1 and 2
+    threads."""
     return [call(instructions, threads) for instructions in compiled.instructions for threads in (1, 2)]
 
 
@@ -128,7 +129,8 @@ def test_tokens_are_the_twin_s(columns, temperature):
     )
 
 
-# A few of many, most of the mass, all, one, more than there are, both; equals that only one of the two would cut.
+# A few of many, most of the mass, all, one, more than there are, both; equals that only one of the two would
+# cut.
 TRUNCATIONS = [
     (50, 1.0),
     (1000, 1.0),
@@ -418,8 +420,8 @@ def test_sequence_logprob_uses_the_compiled_rows_where_they_are(processor):
 def test_j_in_place_of_the_logits_gives_the_same_gradients(softcap, processor, monkeypatch):
     """Several parts of the head and tiles of rows; a row of factor 0 and one without a log-prob.
 
-    Bit for bit where compiled code adds both kinds up. MKL adds what lies in place to the sum in steps of its own, so that there
-    both kinds are as close to float64 as plain torch.
+    Bit for bit where compiled code adds both kinds up. MKL adds what lies in place to the sum in steps of its
+    own, so that there both kinds are as close to float64 as plain torch.
     """
     if processor.instructions is None:
         pytest.skip("plain torch has no tiles")
@@ -457,7 +459,8 @@ def test_j_in_place_of_the_logits_gives_the_same_gradients(softcap, processor, m
 
 
 def dense_gradients(hidden, weight, bias, target, factor, temperature, softcap, dtype) -> list[torch.Tensor]:
-    """(log p of the rows of a factor, and the gradients of -sum factor log p in hidden, weight and bias) from whole logits."""
+    """(log p of the rows of a factor, and the gradients of -sum factor log p in hidden, weight and bias) from
+    whole logits."""
     used = factor != 0
     leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
     logits = leaves[0][used] @ leaves[1].t() + leaves[2]
@@ -482,7 +485,8 @@ def test_other_rows_are_left_to_torch():
 @needs_native
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_compiled_code_refuses_what_it_cannot_read():
-    """Another dtype, number of dimensions, layout in memory or device, what is no tensor, and a tensor without memory."""
+    """Another dtype, number of dimensions, layout in memory or device, what is no tensor, and a tensor
+    without memory."""
 
     def halved(gate_up) -> torch.Tensor:
         out = torch.empty(3, 4)

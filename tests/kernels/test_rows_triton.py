@@ -41,8 +41,8 @@ def test_interpreter():
 
 @compiled
 def test_every_configuration_compiles_for_sm_90():
-    """Registers, shared memory and wgmma of whatever triton is installed; bench/sm90.py gates spills on the one that they depend on, and
-    takes fp16 and single switches too."""
+    """Registers, shared memory and wgmma of whatever triton is installed; bench/sm90.py gates spills on the
+    one that they depend on, and takes fp16 and single switches too."""
     from bench import sm90
 
     wrong = {}
@@ -62,7 +62,8 @@ def dense(hidden, weight, target, bias=None, **options):
 
 
 def check(data, needs, budget=None, **options):
-    """Triton's rows in the interpreter against dense float64, by the error rule of tests/helpers/losses.py."""
+    """Triton's rows in the interpreter against dense float64, by the error rule of
+    tests/helpers/losses.py."""
     needs = [name for name in needs if name in data]
 
     def run(function, data, cast=None):
@@ -139,7 +140,8 @@ def test_several_blocks_and_chunks(needs, monkeypatch):
 
 @interpreted
 def test_all_negative_logits_and_a_ragged_last_block():
-    """A tail read as 0 would add exp(0) to a row whose logits are all far below it; a maximum that starts at 0 would lose it."""
+    """A tail read as 0 would add exp(0) to a row whose logits are all far below it; a maximum that starts at
+    0 would lose it."""
     data = {
         "hidden": -torch.ones(2, 1),
         "weight": torch.linspace(200, 300, 33)[:, None],
@@ -219,7 +221,8 @@ def test_sequences_and_token_weights(needs):
 
 @interpreted
 def test_float16_keeps_small_coefficients():
-    """1e-9 rounds to 0 in float16; relative to the largest coefficient it does not. The bias is float32 to show it."""
+    """1e-9 rounds to 0 in float16; relative to the largest coefficient it does not. The bias is float32 to
+    show it."""
     data = make(dtype=torch.float16)
     grads = []
     for scale in (1.0, 1e-9):

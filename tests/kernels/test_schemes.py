@@ -1,4 +1,5 @@
-"""The schemes of the loss head against dense float64 autograd, by the error rule, and its torch.library ops."""
+"""The schemes of the loss head against dense float64 autograd, by the error rule, and its torch.library
+ops."""
 
 import math
 
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.measure import peak_bytes
+from bench.run.measure import peak_bytes
 from kernels import lagrangian_policy_loss, lagrangian_preference_loss, reference, sequence_logprob
 from kernels.loss_head import ops
 from kernels.loss_head.records import Head
@@ -79,7 +80,8 @@ class Spy:
     ids=str,
 )
 def test_whole_pairs_in_a_chunk(dtype, rows, options, monkeypatch):
-    """Scheme D, and E for the two sequences of 14 rows where a chunk holds 12: three products of every row that stands in a pair."""
+    """Scheme D, and E for the two sequences of 14 rows where a chunk holds 12: three products of every row
+    that stands in a pair."""
     data, labels = problem(dtype, bias=True, weighted=True)
     spy, softcap = Spy(monkeypatch), options.get("softcap")
     budget = budget_of(data, rows, softcap)
@@ -203,8 +205,8 @@ def test_two_runs_are_bitwise_equal(budget):
 )
 @pytest.mark.parametrize("upstream", [1, 3])
 def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, lengths, budget, upstream):
-    """Peak of all allocations beyond inputs, minus the returned gradients and one float32 accumulator; and the gradient in the states,
-    where it is formed before a loss is scaled."""
+    """Peak of all allocations beyond inputs, minus the returned gradients and one float32 accumulator; and
+    the gradient in the states, where it is formed before a loss is scaled."""
     data, labels = problem(
         dtype,
         lengths=lengths,
@@ -290,7 +292,8 @@ def test_gradients_that_were_formed_in_the_forward_pass_survive_a_second_backwar
 
 @pytest.mark.parametrize("budget", [None, 60_000])
 def test_tied_embeddings_accumulation_and_repeated_sequences(budget):
-    """The head is also the embedding that made the states; two losses add up in .grad; the same sequence in many pairs."""
+    """The head is also the embedding that made the states; two losses add up in .grad; the same sequence in
+    many pairs."""
     data, labels = problem(torch.float64, pairs=torch.tensor([[0, 1], [0, 1], [1, 0], [0, 3], [6, 6]]))
     tokens = torch.arange(42) % 211
     grads = []

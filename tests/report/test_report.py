@@ -1,7 +1,10 @@
-"""The report: a pure function of the run folder, deterministic, self-contained, escaped, and sensible where files are missing."""
+"""The report: a pure function of the run folder, deterministic, self-contained, escaped, and sensible where
+files are missing."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,40 +20,51 @@ from engine.report import run_page
 from engine.report.run_files import FILES, read
 from engine.report.run_page import _page
 from engine.verdict.evaluation import Evaluation
+from tests.helpers.rows import DUAL, ITERATION, REFERENCE, STEP, write_metrics
 
 
-def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20) -> Path:
+def _run_folder(
+    folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20
+) -> Path:
     """A synthetic CAID run with seeded numbers; one prompt and one answer try to break out of the page."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     n, config = (
         len(names),
-        {"model": "org/model-135M", "cost": list(names), "threshold": [0.3] * len(names), "beta": 1.0, "out": str(folder)},
+        {
+            "model": "org/model-135M",
+            "cost": list(names),
+            "threshold": [0.3] * len(names),
+            "beta": 1.0,
+            "out": str(folder),
+        },
     )
-    rows = [
-        {"kind": "reference", "reward_sd": 1.234, "utility_sd": [0.4] * n, "correlation": [-0.4] * n, "finished": 0.93,
-         "names": list(names), "audit_names": ["harm-audit"], "responses": 16},
-        {"kind": "dual", "lam": [1.1] * n, "predicted_improvement": [0.48] * n, "ess": 5.13},
-    ]  # fmt: skip
+    se, b, aim = [0.06] * n, [0.3] * n, [0.48] * n
+    reference = replace(REFERENCE, names=list(names), prompts=prompts, responses=16, reward_sd=1.234)
+    reference = replace(reference, finished=0.93, utility_sd=[0.4] * n, correlation=[-0.4] * n)
+    reference = replace(reference, needed=b, aimed=aim, aim=aim)
+    dual = replace(DUAL, lam=[1.1] * n, lam_low=[0.9] * n, lam_high=[1.3] * n, lam_se=[0.1] * n, ess=5.13)
+    dual = replace(dual, predicted_improvement=aim, predicted_improvement_se=se, improvement_at_zero=se)
+    rows = [reference, replace(dual, aim=aim, threshold=b)]
     for t in range(1, iterations + 1):
         noise = torch.rand(24).tolist()
-        rows += [
-            {"kind": "step", "iteration": t, "step": i, "loss": 0.69 - 0.01 * i + 0.03 * noise[i], "accuracy": 0.6, "grad_norm": 0.5,
-             "learning_rate": 1e-3} for i in range(24)
-        ]  # fmt: skip
+        losses = [0.69 - 0.01 * i + 0.03 * noise[i] for i in range(24)]
+        rows += [replace(STEP, iteration=t, step=i, loss=loss) for i, loss in enumerate(losses, 1)]
         gain = [0.15 * t + 0.1 * j for j in range(n)]
-        rows.append(
-            {"kind": "iteration", "iteration": t, "lam": [1.1 - 0.1 * t + 0.4 * j for j in range(n)], "reward": 0.2 + 0.05 * t,
-             "reward_se": 0.05, "improvement": gain, "improvement_se": [0.06] * n, "threshold": [0.3] * n, "aim": [0.48] * n,
-             "slack": [x - 0.48 for x in gain], "slack_se": [0.06] * n, "kl": 1.5 * t, "loss": 0.6}
-        )  # fmt: skip
-    before, after = torch.randn(prompts, 8, n + 2, dtype=torch.float64), torch.randn(prompts, 8, n + 2, dtype=torch.float64) + 0.6
+        row = replace(ITERATION, iteration=t, lam=[1.1 - 0.1 * t + 0.4 * j for j in range(n)], kl=1.5 * t)
+        row = replace(row, reward=0.2 + 0.05 * t, improvement=gain, slack=[x - 0.48 for x in gain])
+        rows.append(replace(row, improvement_se=se, slack_se=se, threshold=b, aim=aim))
+    before, after = (
+        torch.randn(prompts, 8, n + 2, dtype=torch.float64),
+        torch.randn(prompts, 8, n + 2, dtype=torch.float64) + 0.6,
+    )
     change = (after - before).mean(1)
     constraints = [estimate(change[:, j]) for j in range(n)]
     evaluation = Evaluation(
         reward=estimate(change[:, n]),
         constraints=tuple(
-            Judged(Improvement(name=name, value=0.3), 0.48, e, word(e, 0.3)) for name, e in zip(names, constraints, strict=True)
+            Judged(Improvement(name=name, value=0.3), 0.48, e, word(e, 0.3))
+            for name, e in zip(names, constraints, strict=True)
         ),
         audits=(("harm-audit", estimate(change[:, n + 1])),),
         kl=estimate(torch.rand(prompts) + 3),
@@ -61,16 +75,28 @@ def _run_folder(folder: Path, *, names: tuple[str, ...] = ("harm",), iterations:
         n_responses=8,
     )
     heldout = [
-        {"prompt": f"Question {p} <script>alert(1)</script>", "kind": "delicate" if p % 2 else "everyday", "sample": i,
-         "reference": f"Answer {p}.{i} & \"so\" <img src='http://elsewhere.example/x.png'>", "policy": "I'm sorry, but let us talk. " * 4,
-         "reference_reward": before[p, i, n].item(), "policy_reward": after[p, i, n].item(),
-         "reference_utility": before[p, i, :n].tolist(), "policy_utility": after[p, i, :n].tolist(),
-         "reference_audit": [before[p, i, n + 1].item()], "policy_audit": [after[p, i, n + 1].item()],
-         "reference_finished": True, "policy_finished": i % 2 == 1}
-        for p in range(prompts) for i in range(8)
-    ]  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"algorithm": "caid", "config": config, "versions": {"torch": "0"}}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        {
+            "prompt": f"Question {p} <script>alert(1)</script>",
+            "kind": "delicate" if p % 2 else "everyday",
+            "sample": i,
+            "reference": f"Answer {p}.{i} & \"so\" <img src='http://elsewhere.example/x.png'>",
+            "policy": "I'm sorry, but let us talk. " * 4,
+            "reference_reward": before[p, i, n].item(),
+            "policy_reward": after[p, i, n].item(),
+            "reference_utility": before[p, i, :n].tolist(),
+            "policy_utility": after[p, i, :n].tolist(),
+            "reference_audit": [before[p, i, n + 1].item()],
+            "policy_audit": [after[p, i, n + 1].item()],
+            "reference_finished": True,
+            "policy_finished": i % 2 == 1,
+        }
+        for p in range(prompts)
+        for i in range(8)
+    ]
+    (folder / "config.json").write_text(
+        json.dumps({"algorithm": "caid", "config": config, "versions": {"torch": "0"}})
+    )
+    write_metrics(folder, rows)
     (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heldout))
     return folder
@@ -125,7 +151,12 @@ def test_the_page_loads_nothing_from_elsewhere_and_runs_nothing(rendered):
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(images) == 1 and images[0].startswith("data:image/png;base64,")
     assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
-    loads = [value for _, attrs in page.tags for name, value in attrs.items() if name in {"src", "href", "srcset", "action", "data"}]
+    loads = [
+        value
+        for _, attrs in page.tags
+        for name, value in attrs.items()
+        if name in {"src", "href", "srcset", "action", "data"}
+    ]
     assert not [value for value in loads if "http" in value]
     assert "url(" not in rendered[2] and "@import" not in rendered[2]
 
@@ -145,7 +176,10 @@ def test_ten_delicate_and_six_everyday_prompts_with_scores_of_both_sides(rendere
     row = json.loads((folder / "heldout.jsonl").read_text().splitlines()[0])
     for side, name in (("reference", "Before"), ("policy", "After")):
         utility, audit = row[f"{side}_utility"][0], row[f"{side}_audit"][0]
-        assert f"{name}: reward {row[f'{side}_reward']:.2f}, utility harm {utility:.2f}, utility harm-audit {audit:.2f}" in page.text
+        assert (
+            f"{name}: reward {row[f'{side}_reward']:.2f}, utility harm {utility:.2f}, utility "
+            f"harm-audit {audit:.2f}" in page.text
+        )
 
 
 def test_tables_and_settings(rendered):
@@ -171,7 +205,9 @@ def test_the_box_has_the_colour_of_the_worst_word(rendered, tmp_path, words):
     folder = tmp_path / "run"
     folder.mkdir()
     evaluation = json.loads((rendered[0] / "evaluation.json").read_text())
-    evaluation["constraints"] = [{**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)]
+    evaluation["constraints"] = [
+        {**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)
+    ]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     page = _Page(_page(read(folder), b""))
     assert ("div", {"class": "verdict " + words[1].replace(" ", "-")}) in page.tags
@@ -192,19 +228,24 @@ def test_a_missing_file_leaves_the_rest(rendered, tmp_path, missing):
     assert ("No held-out responses" in page.text) == (missing == "heldout.jsonl")
 
 
-@pytest.mark.parametrize(("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")])
+@pytest.mark.parametrize(
+    ("algorithm", "shown"), [("pd_dpo", "Our reading of PD-DPO"), ("mocan", "MoCAN"), ("safe_dpo", "SafeDPO")]
+)
 def test_the_title_calls_a_reading_a_reading(tmp_path, algorithm, shown):
-    (tmp_path / "config.json").write_text(json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"algorithm": algorithm, "config": {"model": "org/model-135M"}})
+    )
     assert read(tmp_path).title == f"{shown} on org/model-135M"
 
 
 def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    iteration = {"kind": "iteration", "iteration": 1, "lam": [1.0], "reward": None, "improvement": [None], "kl": None}
-    steps = [{"kind": "step", "iteration": 1, "step": 0, "loss": None}, {"kind": "step", "iteration": 1, "step": 1, "loss": 0.5}]
+    iteration = replace(ITERATION, reward=math.nan, improvement=[math.nan], slack=[math.nan], kl=math.nan)
+    steps = [replace(STEP, step=1, loss=math.nan), replace(STEP, step=2, loss=0.5)]
     shutil.copy(rendered[0] / "config.json", folder)
-    lines = [json.dumps(row) for row in [*steps, iteration]]
+    lines = [json.dumps(row.as_dict()) for row in [*steps, iteration]]
+    assert '"loss": null' in lines[0] and '"improvement": [null]' in lines[2]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "ste')
     page = _Page(run_page.write(folder)[1].read_text(encoding="utf-8"))
     assert "No verdict" in page.text and "harm: slack" in page.text

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine.rollout.cache import Cache, GpuCache, SharedCache, new_cache
-from kernels import compiled, native
+from kernels import compiled
+from kernels.attention.decode_native import BlockedCache
 
 needs_native = pytest.mark.skipif(not compiled.instructions, reason="kernels._native is not built")
 
@@ -12,17 +13,21 @@ needs_native = pytest.mark.skipif(not compiled.instructions, reason="kernels._na
 def prefilled(lengths, kv_heads, d, layers=1, seed=0):
     g = torch.Generator().manual_seed(seed)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    kept = [tuple(torch.randn(sum(lengths), kv_heads, d, generator=g) for _ in range(2)) for _ in range(layers)]
+    kept = [
+        tuple(torch.randn(sum(lengths), kv_heads, d, generator=g) for _ in range(2)) for _ in range(layers)
+    ]
     return kept, cu_seqlens, g
 
 
 def exact(kept, cu_seqlens, n, history, query, scale=None, softcap=None, window=None):
-    """Attention of the last token of each row in float64; history: (key, value) [R, Hkv, d] of its tokens so far."""
+    """Attention of the last token of each row in float64; history: (key, value) [R, Hkv, d] of its tokens so
+    far."""
     rows, bounds = [], cu_seqlens.tolist()
     for r, q in enumerate(query.double()):
         p = r // n
         keys, values = (
-            torch.cat([x[bounds[p] : bounds[p + 1]], torch.stack([step[i][r] for step in history])]).double() for i, x in enumerate(kept)
+            torch.cat([x[bounds[p] : bounds[p + 1]], torch.stack([step[i][r] for step in history])]).double()
+            for i, x in enumerate(kept)
         )
         group = len(q) // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
@@ -42,12 +47,18 @@ def exact(kept, cu_seqlens, n, history, query, scale=None, softcap=None, window=
 @pytest.mark.parametrize(
     "how",
     [
-        {}, {"scale": 0.05}, {"softcap": 2.0}, {"window": 1}, {"window": 16}, {"window": 17},
+        {},
+        {"scale": 0.05},
+        {"softcap": 2.0},
+        {"window": 1},
+        {"window": 16},
+        {"window": 17},
         # The window passes the prompt's end, and one is longer than everything.
-        {"window": 30, "softcap": 0.7, "scale": 0.1}, {"window": 100},
+        {"window": 30, "softcap": 0.7, "scale": 0.1},
+        {"window": 100},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_both_caches_agree_with_float64(heads, kv_heads, d, lengths, how):
     kept, cu_seqlens, g = prefilled(lengths, kv_heads, d)
     n, room, rows = 3, 35, 3 * len(lengths)
@@ -59,7 +70,9 @@ def test_both_caches_agree_with_float64(heads, kv_heads, d, lengths, how):
         history.append([torch.randn(rows, kv_heads, d, generator=g) for _ in range(2)])
         want = exact(kept[0], cu_seqlens, n, history, query, **how)
         for cache in caches:
-            torch.testing.assert_close(cache.attend(0, query, *history[-1], **how).double(), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                cache.attend(0, query, *history[-1], **how).double(), want, rtol=1e-5, atol=1e-5
+            )
             cache.advance()
 
 
@@ -112,7 +125,8 @@ def test_peaked_scores_stay_finite():
 
 @needs_native
 def test_small_and_large_scores_under_a_cap():
-    """Two keys: the weight is sigmoid of the difference of the capped scores, to a few units in the last place of these."""
+    """Two keys: the weight is sigmoid of the difference of the capped scores, to a few units in the last
+    place of these."""
     kept, cu_seqlens, _ = prefilled((1,), 1, 16)
     kept[0][0].zero_()
     kept[0][1].fill_(1.0)
@@ -136,10 +150,8 @@ def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, win
     for instructions in compiled.instructions:
         for threads in (1, 2):
             cache, out = SharedCache(kept, cu_seqlens, 4, 5), torch.empty_like(query)
-            native._native.decode_attention(
-                query, key, value, *cache.prompts[0], cache.owner, *cache.rows[0], 0, *score, out,
-                threads, instructions,
-            )  # fmt: skip
+            tensors = BlockedCache(*cache.prompts[0], cache.owner, *cache.rows[0], used=0)
+            compiled._native.decode_attention(query, key, value, *tensors, *score, out, threads, instructions)
             results.append(out)
     alone = SharedCache(kept, cu_seqlens, 4, 5)
     alone.keep(torch.tensor([5]))
@@ -147,7 +159,9 @@ def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, win
         torch.cat(
             [
                 results[0][:5],
-                alone.attend(0, query[5:6], key[5:6], value[5:6], softcap=softcap or None, window=window).view(1, 9, 64),
+                alone.attend(
+                    0, query[5:6], key[5:6], value[5:6], softcap=softcap or None, window=window
+                ).view(1, 9, 64),
                 results[0][6:],
             ]
         )
@@ -172,4 +186,6 @@ def test_bad_calls():
 def test_who_attends():
     kept, cu_seqlens, _ = prefilled((4,), 1, 16)
     assert isinstance(new_cache(kept, cu_seqlens, 1, 2), SharedCache if compiled.instructions else Cache)
-    assert isinstance(new_cache([tuple(x.bfloat16() for x in pair) for pair in kept], cu_seqlens, 1, 2), Cache)
+    assert isinstance(
+        new_cache([tuple(x.bfloat16() for x in pair) for pair in kept], cu_seqlens, 1, 2), Cache
+    )

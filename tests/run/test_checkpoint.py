@@ -1,4 +1,5 @@
-"""Files are whole or refused; a run killed at any moment resumes to the same bytes as one that was never killed."""
+"""Files are whole or refused; a run killed at any moment resumes to the same bytes as one that was never
+killed."""
 
 import errno
 import math
@@ -20,9 +21,10 @@ from engine.errors import Interrupted, UserError
 from engine.records import DualState, Pairs, Prompts
 from engine.run import run as run_module
 from engine.run.display import Display
-from engine.run.rows import read_rows
+from engine.run.rows import Row, raw_rows, read_rows
 from engine.run.run import Run, Stage
 from engine.run.store import Torn, load, pack, save, unpack
+from tests.helpers.rows import SPEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,10 @@ def everything() -> Everything:
         inner=Inner(weight=base[0], note="shares memory with tensor"),
         maybe=Inner(weight=torch.tensor(True), note="0-dim bool"),
         many=[Inner(weight=torch.empty(0, 3, dtype=torch.int64), note="empty")],
-        tensors=[torch.tensor([math.nan, -0.0, math.inf], dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)],
+        tensors=[
+            torch.tensor([math.nan, -0.0, math.inf], dtype=torch.bfloat16),
+            torch.ones(2, dtype=torch.float64),
+        ],
         named={"layers.0.weight": base[:, 1], "x": base[:1, 1]},
     )
 
@@ -123,7 +128,9 @@ def test_file_is_plain_safetensors(tmp_path: Path) -> None:
     import safetensors.torch
 
     save(tmp_path / "a.safetensors", everything())
-    assert torch.equal(safetensors.torch.load_file(tmp_path / "a.safetensors")["inner.weight"], everything().inner.weight)
+    assert torch.equal(
+        safetensors.torch.load_file(tmp_path / "a.safetensors")["inner.weight"], everything().inner.weight
+    )
 
 
 def test_values_that_cannot_be_saved_are_named(tmp_path: Path) -> None:
@@ -171,7 +178,9 @@ def test_a_flipped_bit_in_any_byte_is_torn(tmp_path: Path) -> None:
             load(path, Inner)
         except Torn:
             continue
-        raise AssertionError(f"byte {i} of {len(whole)} (the header ends at {header_end}) became {flipped[i]} unseen")
+        raise AssertionError(
+            f"byte {i} of {len(whole)} (the header ends at {header_end}) became {flipped[i]} unseen"
+        )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -215,14 +224,33 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, w
 # A run of three stages with partials
 
 STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnRow(Row):
+    KIND = "drawn"
+
+    reward: float
+    kl: float
+    lam: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenRow(Row):
+    KIND = "taken"
+
+    step: int
+    loss: float
+
+
 ARGUMENTS = {"versions": {"commit": "abc", "torch": "2"}, "fingerprint": "f" * 64}
 
 
 def reference(stage: Stage) -> Pairs:
     with stage.progress(2, "responses", "rollout") as progress:
         progress.advance(2)
-    stage.row("reference", reward=0.1 + 0.2, kl=math.nan, lam=torch.tensor([0.1], dtype=torch.float64))
-    stage.timing(tokens_per_s=5.0)
+    stage.log(DrawnRow(reward=0.1 + 0.2, kl=math.nan, lam=torch.tensor([0.1], dtype=torch.float64)))
+    stage.log_speed(SPEED)
     return Pairs(prompt=[0, 1], row=[3, 4], pairs=torch.tensor([[0, 1]]))
 
 
@@ -232,7 +260,7 @@ def policy(stage: Stage, pairs: Pairs) -> dict[str, Tensor]:
     for step in range(int(state["step"]), STEPS):
         w = torch.sin(state["w"] * 3 + step)
         state = {"step": torch.tensor(step + 1), "w": w}
-        stage.row("step", step=step, loss=float(w.sum()))
+        stage.log(TakenRow(step=step, loss=float(w.sum())))
         if step % 2 and step < STEPS - 1:
             stage.save_partial(state)
         stage.check_stop()
@@ -253,14 +281,23 @@ def go(folder: Path) -> dict[str, Tensor]:
         run = Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"])
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        run = Run.create(folder, "caid", {"seed": 3, "out": str(folder), "cost": ("harm",), "max_kl": math.inf}, **ARGUMENTS)
+        run = Run.create(
+            folder,
+            "caid",
+            {"seed": 3, "out": str(folder), "cost": ("harm",), "max_kl": math.inf},
+            **ARGUMENTS,
+        )
     with run:
         return program(run)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """All files but timing.jsonl."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "timing.jsonl"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "timing.jsonl"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -271,13 +308,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_files_of_a_run(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
-    stages = [f"stages/{name}.safetensors" for name in ("01-reference", "02-iteration-1-policy", "03-dual", "04-iteration-2-policy")]
+    stages = [
+        f"stages/{name}.safetensors"
+        for name in ("01-reference", "02-iteration-1-policy", "03-dual", "04-iteration-2-policy")
+    ]
     assert sorted(uninterrupted) == [".lock", "config.json", "metrics.jsonl", *stages]
     go(tmp_path / "again")
     assert files(tmp_path / "again") == uninterrupted
-    rows = read_rows(tmp_path / "again")
-    assert rows[0] == {"kind": "reference", "stage": "reference", "reward": 0.1 + 0.2, "kl": None, "lam": [0.1]}
-    assert [(r["stage"], r["step"]) for r in rows[1:]] == [(f"iteration-{t}/policy", s) for t in (1, 2) for s in range(STEPS)]
+    rows = raw_rows(tmp_path / "again")
+    assert rows[0] == {"kind": "drawn", "stage": "reference", "reward": 0.1 + 0.2, "kl": None, "lam": [0.1]}
+    steps = [(f"iteration-{t}/policy", s) for t in (1, 2) for s in range(STEPS)]
+    assert [(row["stage"], row["step"]) for row in rows[1:]] == steps
+    assert [(row.stage, row.step) for row in read_rows(tmp_path / "again", TakenRow)] == steps
 
 
 def test_a_whole_stage_is_not_computed_again(tmp_path: Path) -> None:
@@ -297,7 +339,14 @@ def test_a_computed_stage_returns_what_a_resumed_one_loads(tmp_path: Path) -> No
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     middle = len(data) - 3
-    path.write_bytes({"empty": b"", "header": data[:30], "tensor": data[:-1], "flip": data[:middle] + b"\x55" + data[middle + 1 :]}[how])
+    path.write_bytes(
+        {
+            "empty": b"",
+            "header": data[:30],
+            "tensor": data[:-1],
+            "flip": data[:middle] + b"\x55" + data[middle + 1 :],
+        }[how]
+    )
 
 
 @pytest.mark.parametrize("how", ["empty", "header", "tensor", "flip", "missing", "swapped"])
@@ -317,10 +366,18 @@ def test_a_damaged_stage_and_all_later_ones_are_computed_again(
     computed = []
     with Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"]) as run:
         run.stage("reference", Pairs, lambda stage: pytest.fail("computed"))
-        run.stage("iteration-1/policy", dict, lambda stage: computed.append(sorted(os.listdir(second.parent))) or {"w": torch.ones(1)})
+        run.stage(
+            "iteration-1/policy",
+            dict,
+            lambda stage: computed.append(sorted(os.listdir(second.parent))) or {"w": torch.ones(1)},
+        )
     assert computed == [["01-reference.safetensors"]]
     printed = capsys.readouterr().out
-    assert "warning: " in printed and "02-iteration-1-policy" in printed and "computing it and all later stages again" in printed
+    assert (
+        "warning: " in printed
+        and "02-iteration-1-policy" in printed
+        and "computing it and all later stages again" in printed
+    )
     shutil.rmtree(folder)
     go(folder)
     assert files(folder) == uninterrupted
@@ -331,7 +388,9 @@ def test_a_stage_after_a_replaced_result_is_computed_again(tmp_path: Path) -> No
         with Run.create(tmp_path / name, "caid", {}, **ARGUMENTS) as run:
             x = run.stage("x", dict, lambda stage, value=value: {"x": torch.tensor(value)})
             run.stage("y", dict, lambda stage, x=x: {"y": x["x"] * 10})
-    shutil.copy(tmp_path / "b" / "stages" / "01-x.safetensors", tmp_path / "a" / "stages" / "01-x.safetensors")
+    shutil.copy(
+        tmp_path / "b" / "stages" / "01-x.safetensors", tmp_path / "a" / "stages" / "01-x.safetensors"
+    )
     with Run.resume(tmp_path / "a", fingerprint=ARGUMENTS["fingerprint"]) as run:
         x = run.stage("x", dict, lambda stage: pytest.fail("whole"))
         assert run.stage("y", dict, lambda stage: {"y": x["x"] * 10})["y"] == 20.0
@@ -342,20 +401,26 @@ class Stop(Exception):
 
 
 def interrupted_in_policy(folder: Path) -> None:
-    """A run that ends by an error after step 5 of the first policy: partials of steps 2 and 4, and rows of all five steps."""
+    """A run that ends by an error after step 5 of the first policy: partials of steps 2 and 4, and rows of
+    all five steps."""
 
     def stopping(stage: Stage, pairs: Pairs) -> dict:
         policy(stage, pairs)
         raise Stop
 
-    with pytest.raises(Stop), Run.create(folder, "caid", {"seed": 3, "cost": ["harm"], "max_kl": math.inf}, **ARGUMENTS) as run:
+    with (
+        pytest.raises(Stop),
+        Run.create(folder, "caid", {"seed": 3, "cost": ["harm"], "max_kl": math.inf}, **ARGUMENTS) as run,
+    ):
         pairs = run.stage("reference", Pairs, reference)
         run.stage("iteration-1/policy", dict, lambda stage: stopping(stage, pairs))
 
 
 @pytest.mark.parametrize("how", ["whole", "empty", "header", "tensor", "flip", "missing"])
 @pytest.mark.parametrize("both", [False, True])
-def test_partials(tmp_path: Path, uninterrupted: dict[str, bytes], how: str, both: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_partials(
+    tmp_path: Path, uninterrupted: dict[str, bytes], how: str, both: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     interrupted_in_policy(folder)
     last = folder / "stages" / "02-iteration-1-policy.partial.safetensors"
@@ -373,7 +438,7 @@ def test_partials(tmp_path: Path, uninterrupted: dict[str, bytes], how: str, bot
         state = stage.partial(dict)
         # A damaged partial must be gone, else the next one would push it over the whole one before it.
         assert last.exists() == (how == "whole") and before.exists() == (how == "whole" or not both)
-        seen.append((int(state["step"]) if state else 0, [r["step"] for r in read_rows(folder, "step")]))
+        seen.append((int(state["step"]) if state else 0, [row.step for row in read_rows(folder, TakenRow)]))
         return policy(stage, pairs)
 
     capsys.readouterr()
@@ -403,7 +468,8 @@ def no_sync(handle: int) -> None:
 
 
 def go_and_die(folder: Path, events: int) -> None:
-    """Run the program and SIGKILL this process at the `events`-th write, sync, rename or removal; a write stops half-way."""
+    """Run the program and SIGKILL this process at the `events`-th write, sync, rename or removal; a write
+    stops half-way."""
     count = 0
 
     def die_if_due() -> bool:
@@ -493,7 +559,9 @@ def test_killed_at_every_event(
     assert survived > 60, "the program has many more than 60 events, so the counting is broken"
 
 
-def test_killed_again_and_again(tmp_path: Path, uninterrupted: dict[str, bytes], start_process: object) -> None:
+def test_killed_again_and_again(
+    tmp_path: Path, uninterrupted: dict[str, bytes], start_process: object
+) -> None:
     rng = random.Random(0)
     for trial in range(4):
         folder = tmp_path / str(trial)
@@ -538,7 +606,10 @@ def test_create_refuses_an_existing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Run.create(tmp_path / "run", "caid", {}, **ARGUMENTS)
     folder = tmp_path / "run"
-    assert str(caught.value) == f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
+    assert (
+        str(caught.value)
+        == f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
+    )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the run folder .*choose another --out"):
         Run.create(tmp_path / "file" / "run", "caid", {}, **ARGUMENTS)
@@ -584,7 +655,10 @@ def test_resume_refuses(tmp_path: Path) -> None:
         Run.resume(folder, fingerprint="f")
     folder.rmdir()
     Run.create(folder, "caid", {"seed": 1}, versions={}, fingerprint="a" * 64).close()
-    with pytest.raises(UserError, match=f"{folder} was trained from another model .sha aaaaaaaaaaaa, here sha b.*put the original back"):
+    with pytest.raises(
+        UserError,
+        match=f"{folder} was trained from another model .sha aaaaaaaaaaaa, here sha b.*put the original back",
+    ):
         Run.resume(folder, fingerprint="b" * 64)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"seed": 1', '"seed": 2'))
@@ -612,7 +686,10 @@ def hold(folder: Path, held: object, end: object) -> None:
 
 def test_one_process_per_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with Run.create(folder, "caid", {}, **ARGUMENTS), pytest.raises(UserError, match=f"{folder} is in use by another process"):
+    with (
+        Run.create(folder, "caid", {}, **ARGUMENTS),
+        pytest.raises(UserError, match=f"{folder} is in use by another process"),
+    ):
         Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"])
     context = multiprocessing.get_context("forkserver")
     held, end = context.Event(), context.Event()
@@ -664,21 +741,27 @@ def test_first_interrupt_ends_the_step_second_stops(
         return reference(stage)
 
     config = {"seed": 3, "cost": ("harm",), "max_kl": math.inf}
-    with pytest.raises(Interrupted, match=f"--resume {folder}"), Run.create(folder, "caid", config, **ARGUMENTS) as run:
+    with (
+        pytest.raises(Interrupted, match=f"--resume {folder}"),
+        Run.create(folder, "caid", config, **ARGUMENTS) as run,
+    ):
         pairs = run.stage("reference", Pairs, one)
         run.stage("iteration-1/policy", dict, lambda stage: done.append("never") or policy(stage, pairs))
     assert done == ["goes on"] and signal.getsignal(signal.SIGINT) is before
     assert "finishing the current step, press Ctrl-C again to stop at once" in capfd.readouterr().err
 
     def two(stage: Stage) -> None:
-        stage.row("lost")
+        stage.log(TakenRow(step=0, loss=0.0))
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted):
             stage.check_stop()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt) as caught, Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"]) as run:
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"]) as run,
+    ):
         run.stage("reference", Pairs, lambda stage: pytest.fail("was saved"))
         run.stage("iteration-1/policy", dict, two)
     assert type(caught.value) is KeyboardInterrupt and signal.getsignal(signal.SIGINT) is before

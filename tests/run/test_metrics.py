@@ -2,6 +2,8 @@
 
 import fcntl
 import io
+import json
+import math
 import os
 import pty
 import re
@@ -11,15 +13,46 @@ import termios
 import threading
 import time
 import types
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from engine.errors import UserError
 from engine.run.display import Display, duration
-from engine.run.rows import read_rows, time_table
-from engine.run.run import Run
+from engine.run.rows import (
+    IterationRow,
+    Row,
+    SpeedRow,
+    StageTimeRow,
+    StepRow,
+    plain,
+    raw_rows,
+    read_rows,
+    read_timing,
+    time_table,
+)
+from engine.run.run import Run, Stage
 from engine.run.tensorboard import tensorboard_writer
+from tests.helpers import rows
+from tests.helpers.rows import ITERATION, SPEED, STEP, write_metrics
+from tests.helpers.runs import write
+
+
+@dataclass(frozen=True, kw_only=True)
+class XRow(Row):
+    KIND = "x"
+
+    v: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class YRow(Row):
+    KIND = "y"
+
+    v: float
 
 
 class Clock:
@@ -68,7 +101,9 @@ def test_long_lines_stay_one_line() -> None:
 
 def test_table() -> None:
     out = io.StringIO()
-    Display(file=out).table([["reward", 1.25, "[0.1, 0.2]"], ["a rather long name", "-3", ""]], ["metric", "mean", "95 %"])
+    Display(file=out).table(
+        [["reward", 1.25, "[0.1, 0.2]"], ["a rather long name", "-3", ""]], ["metric", "mean", "95 %"]
+    )
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert lines == [
         "metric              mean        95 %",
@@ -77,7 +112,9 @@ def test_table() -> None:
     ]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (125, "2 min 5 s"), (12000, "3 h 20 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (125, "2 min 5 s"), (12000, "3 h 20 min")]
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -107,7 +144,9 @@ def test_terminal(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     def use() -> None:
         with os.fdopen(slave, "w") as terminal, Display(n_stages=9, file=terminal, clock=clock) as display:
             assert display.live
-            display.stage(2, "iteration-1/policy with a name that is longer than the eighty columns of this terminal")
+            display.stage(
+                2, "iteration-1/policy with a name that is longer than the eighty columns of this terminal"
+            )
             with display.progress(12345, "responses", "rollout of the training prompts") as progress:
                 clock.now += 7
                 progress.advance(1234)
@@ -134,26 +173,84 @@ def test_terminal(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     assert max(map(len, lines)) <= 80
     assert "a permanent line" in [line.strip() for line in lines]
     assert any(line.startswith("stage 2 of 9: iteration-1/policy") for line in lines)
-    assert any("1234/12345" in line and "176.3 responses/s" in line and "1 min 3 s left" in line for line in lines)
+    assert any(
+        "1234/12345" in line and "176.3 responses/s" in line and "1 min 3 s left" in line for line in lines
+    )
     assert any("finishing the current step" in line for line in lines)
 
 
 def test_rows_and_time_table(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+    folder, slow = tmp_path / "run", replace(SPEED, sampling_s=1e9)
+
+    def log(stage: Stage) -> dict:
+        stage.log(XRow(v=1))
+        stage.log(YRow(v=2))
+        stage.log_speed(slow)
+        return {}
+
     with Run.create(folder, "caid", {}, versions={}, fingerprint="f") as run:
         for name in ("a", "b"):
-            run.stage(name, dict, lambda stage: stage.row("x", v=1) or stage.row("y", v=2) or stage.timing(seconds=1e9) or {})
-    assert read_rows(folder, "y") == [{"kind": "y", "stage": s, "v": 2} for s in ("a", "b")]
-    assert len(read_rows(folder)) == 4
+            run.stage(name, dict, log)
+    assert read_rows(folder, YRow) == [YRow(stage=name, v=2) for name in ("a", "b")]
+    values = [(kind, stage, v) for stage in ("a", "b") for kind, v in (("x", 1), ("y", 2))]
+    assert raw_rows(folder) == [{"kind": kind, "stage": stage, "v": v} for kind, stage, v in values]
+    assert read_timing(folder, SpeedRow) == [replace(slow, stage=name) for name in ("a", "b")]
     assert [stage for stage, _, _ in time_table(folder)] == ["a", "b"]
-    (folder / "timing.jsonl").write_text(
-        '{"kind": "stage", "stage": "a", "seconds": 1.0}\n{"kind": "sta\n{"kind": "timing", "stage": "a", "seconds": 9}\n'
-        '{"kind": "stage", "stage": "b", "seconds": 6.0}\n{"kind": "stage", "stage": "a", "seconds": 1.0}\n{"kind": "st'
-    )
+    assert all(seconds < 1e6 for _, seconds, _ in time_table(folder)), "the stages' seconds alone are counted"
+    whole = [StageTimeRow(stage="a", seconds=1.0), replace(SPEED, stage="a", sampling_s=9.0)]
+    again = [StageTimeRow(stage="b", seconds=6.0), StageTimeRow(stage="a", seconds=1.0)]
+    first, second, third, fourth = (json.dumps(row.as_dict()) for row in [*whole, *again])
+    cut = first[:12]
+    (folder / "timing.jsonl").write_text("\n".join([first, cut, second, third, fourth, cut]))
     assert time_table(folder) == [("a", 2.0, 0.25), ("b", 6.0, 0.75)]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"kind": "y", "stage": "b", "v"')
-    assert len(read_rows(folder, "y")) == 2, "a row that is being written is left out"
+    assert len(read_rows(folder, YRow)) == 2, "a row that is being written is left out"
+
+
+def test_a_row_of_each_kind_is_read_as_it_was_logged(tmp_path: Path) -> None:
+    """Tensors come back as lists; the stage that logs a row gives its own name."""
+    logged = [row for row in vars(rows).values() if isinstance(row, Row) and row is not SPEED]
+    assert len(logged) == 5
+    with Run.create(tmp_path / "run", "caid", {}, versions={}, fingerprint="f") as run:
+        run.stage("a", dict, lambda stage: [stage.log(row) for row in logged] and {})
+        lam = torch.tensor([0.1, 0.2], dtype=torch.float64)
+        computed = replace(ITERATION, lam=lam, kl_se=np.float64(0.5))
+        run.stage("b", dict, lambda stage: stage.log(computed) or {})
+    for row in logged:
+        assert read_rows(tmp_path / "run", type(row))[0] == replace(row, stage="a")
+    expected = replace(ITERATION, stage="b", lam=[0.1, 0.2], kl_se=0.5)
+    assert read_rows(tmp_path / "run", IterationRow)[1] == expected
+    # The steps of all kinds of updates can be read by what they share.
+    (step,) = read_rows(tmp_path / "run", StepRow)
+    assert (step.iteration, step.step, step.loss) == (STEP.iteration, STEP.step, STEP.loss)
+
+
+def test_numbers_that_are_not_finite_are_read_as_none(tmp_path: Path) -> None:
+    written = replace(ITERATION, kl=math.nan, slack=[math.inf, 0.5], slack_se=torch.tensor(math.nan))
+    write_metrics(tmp_path, [written])
+    (row,) = read_rows(tmp_path, IterationRow)
+    assert row == replace(ITERATION, kl=None, slack=[None, 0.5], slack_se=None)
+
+
+def test_a_row_that_lacks_a_field_is_refused_by_name(tmp_path: Path) -> None:
+    for read, row, file in ((read_rows, ITERATION, "metrics.jsonl"), (read_timing, SPEED, "timing.jsonl")):
+        for name in ("stage", fields(row)[-1].name):
+            lacking = {field: value for field, value in row.as_dict().items() if field != name}
+            write(tmp_path / file, [row.as_dict(), lacking])
+            said = f"{tmp_path / file}: a row of kind {row.KIND} has no {name}; another version of"
+            with pytest.raises(UserError, match=re.escape(said)):
+                read(tmp_path, type(row))
+    # Rows of other kinds are not looked at, and further fields do no harm.
+    assert read_rows(tmp_path, YRow) == []
+    write(tmp_path / "metrics.jsonl", [ITERATION.as_dict() | {"later": 1}])
+    assert read_rows(tmp_path, IterationRow) == [ITERATION]
+
+
+def test_what_no_row_can_hold() -> None:
+    assert plain({"a": (1, True, None, "x", [2.5, {}])}) == {"a": [1, True, None, "x", [2.5, {}]]}
+    with pytest.raises(TypeError, match=re.escape("a row cannot hold {1}")):
+        plain({"a": {1}})
 
 
 def test_a_resumed_run_ends_a_cut_timing_line(tmp_path: Path) -> None:
@@ -166,10 +263,25 @@ def test_a_resumed_run_ends_a_cut_timing_line(tmp_path: Path) -> None:
 
 
 def test_reading_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run folder"):
-        read_rows(tmp_path)
+    for read, *cls in ((raw_rows,), (read_rows, IterationRow), (read_timing, SpeedRow)):
+        with pytest.raises(UserError, match="is no run folder"):
+            read(tmp_path, *cls)
     with pytest.raises(UserError, match="is no run folder"):
         time_table(tmp_path / "nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZRow(Row):
+    KIND = "z"
+
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongZRow(ZRow):
+    lam: list[float]
+    text: str
+    nan: float
 
 
 class FakeSummaryWriter:
@@ -197,14 +309,20 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Run.create(tmp_path / "run", "caid", {}, versions={}, fingerprint="f", tensorboard=True)
     assert not list(tmp_path.iterdir())
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=FakeSummaryWriter))
-    expected = [("step/lam/0", 1.0, 0), ("step/lam/1", 2.0, 0), ("step/loss", 0.5, 0), ("step/loss", 0.25, 1), ("dual/kkt", 3.0, 0)]
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=FakeSummaryWriter)
+    )
+    expected = [("z/lam/0", 1.0, 0), ("z/lam/1", 2.0, 0), ("z/loss", 0.5, 0)]
+    expected += [("z/loss", 0.25, 1), ("x/v", 3.0, 0)]
+    first = LongZRow(loss=0.5, lam=[1, 2.0], text="x", nan=float("nan"))
     for resumed in (False, True):
         monkeypatch.setattr(FakeSummaryWriter, "written", [])
         arguments = {"fingerprint": "f", "tensorboard": True}
         with (
-            Run.resume(tmp_path / "r", **arguments) if resumed else Run.create(tmp_path / "r", "caid", {}, versions={}, **arguments) as run
+            Run.resume(tmp_path / "r", **arguments)
+            if resumed
+            else Run.create(tmp_path / "r", "caid", {}, versions={}, **arguments) as run
         ):
-            run.stage("a", dict, lambda stage: stage.row("step", loss=0.5, lam=[1, 2.0], text="x", nan=float("nan")) or {})
-            run.stage("b", dict, lambda stage: stage.row("step", loss=0.25) or stage.row("dual", kkt=3) or {})
+            run.stage("a", dict, lambda stage: stage.log(first) or {})
+            run.stage("b", dict, lambda stage: stage.log(ZRow(loss=0.25)) or stage.log(XRow(v=3)) or {})
         assert FakeSummaryWriter.written == expected

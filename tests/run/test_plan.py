@@ -17,9 +17,18 @@ from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_state
 from engine.run.run import Run
 
 SHAPE = ModelConfig(
-    vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, max_positions=256,
-    rms_eps=1e-6, tied=True, rope=Rope(theta=1e4),
-)  # fmt: skip
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=256,
+    rms_eps=1e-6,
+    tied=True,
+    rope=Rope(theta=1e4),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +37,9 @@ def fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(prompts: int = 100, length: int = 20, dtype: torch.dtype = torch.float32, **changes) -> Plan:
-    return Plan.of(replace(CaidConfig(), **changes), SHAPE, dtype, torch.device("cpu"), [length] * prompts, [length] * 10)
+    return Plan.of(
+        replace(CaidConfig(), **changes), SHAPE, dtype, torch.device("cpu"), [length] * prompts, [length] * 10
+    )
 
 
 def test_kept_states_are_counted_up_to_their_limit():
@@ -51,8 +62,10 @@ def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
     two = plan().seconds
     assert plan(responses_per_prompt=0).seconds == plan(responses_per_prompt=8).seconds > 1.05 * two
     assert plan(pairs="mine.jsonl", responses_per_prompt=0).seconds == two  # a file has two
-    gradient = [Plan.of(c, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
-                for c in (PrimalDualConfig(), PrimalDualConfig(responses_per_prompt=0))]  # fmt: skip
+    gradient = [
+        Plan.of(c, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
+        for c in (PrimalDualConfig(), PrimalDualConfig(responses_per_prompt=0))
+    ]
     assert gradient[0] == gradient[1]
 
 
@@ -61,21 +74,32 @@ def test_the_loss_head_counts_with_the_default_of_its_device(monkeypatch):
     monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e12)
 
     def needed(device, **changes):
-        return Plan.of(replace(CaidConfig(), **changes), SHAPE, torch.float32, torch.device(device), [20] * 100, [20] * 10).needed_bytes
+        return Plan.of(
+            replace(CaidConfig(), **changes),
+            SHAPE,
+            torch.float32,
+            torch.device(device),
+            [20] * 100,
+            [20] * 10,
+        ).needed_bytes
 
     assert needed("cpu") == needed("cpu", memory_budget_mb=256) == needed("cuda", memory_budget_mb=256)
     assert needed("cuda") == needed("cuda", memory_budget_mb=4096) > needed("cpu") + 2**31
 
 
 def test_too_little_memory_names_both_sizes_and_the_cure():
-    with pytest.raises(UserError, match=r"needs about \d+\.\d GB of memory and 0\.1 GB are free; lower --rollout-rows"):
+    with pytest.raises(
+        UserError, match=r"needs about \d+\.\d GB of memory and 0\.1 GB are free; lower --rollout-rows"
+    ):
         replace(plan(), available_bytes=10**8).check()
 
 
 def test_rows_are_lowered_by_whole_prompts_to_what_fits(monkeypatch):
     def with_room(available, rows=384, fewer_rows=True):
         monkeypatch.setattr(memory, "available_memory", lambda device: available)
-        config = replace(CaidConfig(), n_responses=8, max_new_tokens=200, memory_budget_mb=1, rollout_rows=rows)
+        config = replace(
+            CaidConfig(), n_responses=8, max_new_tokens=200, memory_budget_mb=1, rollout_rows=rows
+        )
         shape, lengths = replace(SHAPE, vocab_size=100_000), ([20] * 400, [20] * 10)
         return Plan.of(config, shape, torch.float32, torch.device("cpu"), *lengths, fewer_rows=fewer_rows)
 
@@ -86,15 +110,23 @@ def test_rows_are_lowered_by_whole_prompts_to_what_fits(monkeypatch):
     short = with_room(half.needed_bytes)
     assert short.rows == 192 and short.needed_bytes == half.needed_bytes
     short.check()
-    assert with_room(half.needed_bytes - 1).rows == 184 and with_room(half.needed_bytes, rows=203).rows == 195 - 8
+    assert (
+        with_room(half.needed_bytes - 1).rows == 184
+        and with_room(half.needed_bytes, rows=203).rows == 195 - 8
+    )
     asked = with_room(half.needed_bytes, fewer_rows=False)
     assert asked.rows == 384
     with pytest.raises(UserError, match=r"lower --rollout-rows \(here 384\)"):
         asked.check()
     # Less than the responses of one prompt are never decoded, in the verdict neither.
-    with pytest.raises(UserError, match=r"lower --rollout-rows \(here 8\), --prompts-per-step, --n-responses"):
+    with pytest.raises(
+        UserError, match=r"lower --rollout-rows \(here 8\), --prompts-per-step, --n-responses"
+    ):
         with_room(10**8).check()
-    assert rows_that_fit(384, 6, lambda rows: rows, 3) == 6 and rows_that_fit(384, 6, lambda rows: rows, 30) == 30
+    assert (
+        rows_that_fit(384, 6, lambda rows: rows, 3) == 6
+        and rows_that_fit(384, 6, lambda rows: rows, 30) == 30
+    )
 
 
 def test_an_evaluation_is_given_the_rows_that_fit_or_refused(monkeypatch):
@@ -111,7 +143,10 @@ def test_an_evaluation_is_given_the_rows_that_fit_or_refused(monkeypatch):
     assert 6 < fewer < 384 and fewer % 6 == 0
     assert fewer - rows(12 * 10**8 - int(60 * per_row)) == 60
     assert fewer - rows(12 * 10**8, tune="full") > 6, "a policy with weights of its own needs room for them"
-    with pytest.raises(UserError, match=r"this evaluation needs about 0\.\d GB of memory and 0\.1 GB are free; lower --n-prompts"):
+    with pytest.raises(
+        UserError,
+        match=r"this evaluation needs about 0\.\d GB of memory and 0\.1 GB are free; lower --n-prompts",
+    ):
         rows(10**8)
 
 
@@ -127,11 +162,19 @@ def write_groups(root, entry, files, meminfo_kb=1000):
 
 
 def version_2(folder, limit, used, inactive=0):
-    return {f"{folder}memory.max": limit, f"{folder}memory.current": used, f"{folder}memory.stat": f"anon 5\ninactive_file {inactive}"}
+    return {
+        f"{folder}memory.max": limit,
+        f"{folder}memory.current": used,
+        f"{folder}memory.stat": f"anon 5\ninactive_file {inactive}",
+    }
 
 
 def version_1(folder, limit, used, inactive=0):
-    names = ("limit_in_bytes", limit), ("usage_in_bytes", used), ("stat", f"inactive_file 1\ntotal_inactive_file {inactive}")
+    names = (
+        ("limit_in_bytes", limit),
+        ("usage_in_bytes", used),
+        ("stat", f"inactive_file 1\ntotal_inactive_file {inactive}"),
+    )
     return {f"memory/{folder}memory.{name}": text for name, text in names}
 
 
@@ -168,18 +211,28 @@ def test_free_memory_without_control_groups(tmp_path):
     assert 0 < available_memory(torch.device("cpu")) < 10**15
 
 
-def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(tmp_path, cache, capsys, monkeypatch):
+def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(
+    tmp_path, cache, capsys, monkeypatch
+):
     flags = ["mocan", "--preset", "smoke", "--threads", "1", "--steps", "1", "--force"]
     assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
     monkeypatch.setattr(memory, "sampling_bytes", lambda shape, dtype, tokens, rows: rows * 10**8)
     monkeypatch.setattr(memory, "available_memory", lambda device: 3 * 10**9)
     assert train.main([*flags, "--out", str(tmp_path / "asked")]) == 2
-    assert "needs about 4.3 GB of memory and 3.0 GB are free; lower --rollout-rows (here 32)" in capsys.readouterr().err
+    assert (
+        "needs about 4.3 GB of memory and 3.0 GB are free; lower --rollout-rows (here 32)"
+        in capsys.readouterr().err
+    )
     assert train.main([*flags, "--rollout-rows", "384", "--out", str(tmp_path / "short")]) == 0
     assert "memory is short, so --rollout-rows is 20\n" in capsys.readouterr().out
     assert Run.read_config(tmp_path / "short")[1]["rollout_rows"] == 20
-    first, second = ([json.loads(line) for line in (tmp_path / name / "heldout.jsonl").open()] for name in ("free", "short"))
-    assert [(row["reference"], row["policy"]) for row in first] == [(row["reference"], row["policy"]) for row in second]
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "heldout.jsonl").open()]
+        for name in ("free", "short")
+    )
+    assert [(row["reference"], row["policy"]) for row in first] == [
+        (row["reference"], row["policy"]) for row in second
+    ]
     # The run that goes on has no flags.
     monkeypatch.setattr(memory, "available_memory", lambda device: 2 * 10**9)
     (tmp_path / "short" / "evaluation.json").unlink()
@@ -193,4 +246,7 @@ def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(tmp
 
 
 def test_sentence():
-    assert Plan(2 * 10**9, 10**10, 150.0, 384).sentence() == "predicted: about 2 min, 2.0 GB of memory (10.0 GB free)"
+    assert (
+        Plan(2 * 10**9, 10**10, 150.0, 384).sentence()
+        == "predicted: about 2 min, 2.0 GB of memory (10.0 GB free)"
+    )

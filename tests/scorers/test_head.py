@@ -37,11 +37,17 @@ def write(path: Path, rows: list[dict]) -> str:
 def toy_answers(n: int, seed: int = 0) -> list[tuple[str, str]]:
     """(good, bad): words of a's and b's against words of y's and z's."""
     rng = random.Random(seed)
-    return [tuple(" ".join("".join(rng.choices(letters, k=4)) for _ in range(4)) for letters in ("abc", "xyz")) for _ in range(n)]
+    return [
+        tuple(" ".join("".join(rng.choices(letters, k=4)) for _ in range(4)) for letters in ("abc", "xyz"))
+        for _ in range(n)
+    ]
 
 
 def toy_pairs(n: int) -> list[dict]:
-    return [{"prompt": f"Question {i}?", "chosen": good, "rejected": bad, "kind": "toy"} for i, (good, bad) in enumerate(toy_answers(n))]
+    return [
+        {"prompt": f"Question {i}?", "chosen": good, "rejected": bad, "kind": "toy"}
+        for i, (good, bad) in enumerate(toy_answers(n))
+    ]
 
 
 def toy_labels(n: int, prompt: bool = True) -> list[dict]:
@@ -54,9 +60,15 @@ def toy_labels(n: int, prompt: bool = True) -> list[dict]:
 
 def test_learns_separable_pairs_and_labels_and_saves(tiny, tmp_path, capsys):
     config = HeadConfig(
-        data=(write(tmp_path / "p.jsonl", toy_pairs(20)), write(tmp_path / "l.jsonl", toy_labels(20, prompt=False))),
-        out=str(tmp_path / "toy"), model=tiny, layer=2, licence=("toy rows (public domain)",),
-    )  # fmt: skip
+        data=(
+            write(tmp_path / "p.jsonl", toy_pairs(20)),
+            write(tmp_path / "l.jsonl", toy_labels(20, prompt=False)),
+        ),
+        out=str(tmp_path / "toy"),
+        model=tiny,
+        layer=2,
+        licence=("toy rows (public domain)",),
+    )
     made = training.train(config)
     figures = json.loads((tmp_path / "toy" / "metrics.json").read_text())
     assert figures["test"]["p"]["pair_accuracy"] == 1.0
@@ -73,7 +85,9 @@ def test_equal_runs_write_equal_heads(tiny, tmp_path):
     data = (write(tmp_path / "p.jsonl", toy_pairs(8)),)
     for name in ("one", "two"):
         training.train(HeadConfig(data=data, out=str(tmp_path / name), name="toy", model=tiny, layer=1))
-    assert (tmp_path / "one" / "head.safetensors").read_bytes() == (tmp_path / "two" / "head.safetensors").read_bytes()
+    assert (tmp_path / "one" / "head.safetensors").read_bytes() == (
+        tmp_path / "two" / "head.safetensors"
+    ).read_bytes()
 
 
 def random_problem(seed: int = 0):
@@ -97,12 +111,18 @@ def test_fit_is_the_minimum_that_scipy_finds():
         w, b = torch.as_tensor(parameters[:-1], dtype=torch.float64), parameters[-1]
         score, losses = x @ w + b, {"pairs": [0.0, 0.0], "labels": [0.0, 0.0]}
         for row in rows:
-            margin = score[at[row.text]] - score[at[row.other]] if row.other else score[at[row.text]] * (1 if row.label else -1)
+            margin = (
+                score[at[row.text]] - score[at[row.other]]
+                if row.other
+                else score[at[row.text]] * (1 if row.label else -1)
+            )
             losses[row.source][0] += row.weight * float(torch.nn.functional.softplus(-margin))
             losses[row.source][1] += row.weight
         return sum(a / b for a, b in losses.values()) + 0.5 * l2 * float((w * std).square().sum())
 
-    found = minimize(objective, [0.0] * 7, method="Powell", options={"xtol": 1e-9, "ftol": 1e-14, "maxiter": 10_000})
+    found = minimize(
+        objective, [0.0] * 7, method="Powell", options={"xtol": 1e-9, "ftol": 1e-14, "maxiter": 10_000}
+    )
     ours = objective([*weight.tolist(), bias])
     assert ours <= found.fun + 1e-9
     assert ours >= found.fun - 1e-5
@@ -118,7 +138,10 @@ def test_pairs_alone_centre_the_score():
 
 def test_newton_gradient_vanishes():
     generator = torch.Generator().manual_seed(3)
-    signed, weight = torch.randn(50, 5, generator=generator, dtype=torch.float64), torch.rand(50, generator=generator, dtype=torch.float64)
+    signed, weight = (
+        torch.randn(50, 5, generator=generator, dtype=torch.float64),
+        torch.rand(50, generator=generator, dtype=torch.float64),
+    )
     w = newton(signed, weight, 0.1).requires_grad_()
     ridge = torch.tensor([0.1] * 4 + [1e-7], dtype=torch.float64)
     (weight @ torch.nn.functional.softplus(-(signed @ w)) + 0.5 * (ridge * w * w).sum()).backward()
@@ -129,7 +152,9 @@ def test_scaling_a_state_does_not_change_the_scores():
     rows, pooled, at = random_problem()
     scale = torch.tensor([10.0, 1.0, 0.01, 1.0, 1.0, 3.0])
     first, second = fit_head(rows, pooled, at, 0.1), fit_head(rows, pooled * scale, at, 0.1)
-    assert torch.allclose(pooled.double() @ first[0] + first[1], (pooled * scale).double() @ second[0] + second[1], atol=1e-4)
+    assert torch.allclose(
+        pooled.double() @ first[0] + first[1], (pooled * scale).double() @ second[0] + second[1], atol=1e-4
+    )
 
 
 def test_split_holds_out_whole_prompts(tmp_path):
@@ -147,9 +172,12 @@ def test_shared_texts_leave_the_training_rows(tiny, tmp_path, capsys):
     pairs = toy_pairs(10)
     copy = dict(pairs[0], prompt="Another one?", chosen="  " + pairs[0]["chosen"].upper() + "\n")
     config = HeadConfig(
-        data=(write(tmp_path / "a.jsonl", pairs[1:] + [copy]),), test=(write(tmp_path / "b.jsonl", pairs[:1]),),
-        out=str(tmp_path / "o"), model=tiny, layer=1,
-    )  # fmt: skip
+        data=(write(tmp_path / "a.jsonl", pairs[1:] + [copy]),),
+        test=(write(tmp_path / "b.jsonl", pairs[:1]),),
+        out=str(tmp_path / "o"),
+        model=tiny,
+        layer=1,
+    )
     training.train(config)
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["removed_shared_rows"] == 1
     assert "1 training rows removed" in capsys.readouterr().out
@@ -193,7 +221,9 @@ def test_bad_rows_are_named(tmp_path, row, says):
     ],
 )
 def test_bad_settings_are_named(tiny, tmp_path, change, says):
-    config = HeadConfig(data=(write(tmp_path / "l.jsonl", toy_labels(5)),), out=str(tmp_path / "o"), model=tiny, layer=1)
+    config = HeadConfig(
+        data=(write(tmp_path / "l.jsonl", toy_labels(5)),), out=str(tmp_path / "o"), model=tiny, layer=1
+    )
     with pytest.raises(UserError, match=says):
         training.train(dataclasses.replace(config, **change))
     assert not (tmp_path / "o").exists()
@@ -255,4 +285,7 @@ def test_the_auditor_is_another_head():
 
 def test_the_flags_need_no_torch():
     program = "import sys, engine.scorers.head_config; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+        == "False\n"
+    )

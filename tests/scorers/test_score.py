@@ -1,4 +1,5 @@
-"""Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where a sign changes."""
+"""Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where
+a sign changes."""
 
 import dataclasses
 import json
@@ -23,7 +24,7 @@ from engine.scorers import classifiers, heads, training
 from engine.scorers.base import Head, Scorers, TextScorer
 from engine.scorers.find import find_scorer, load_scorers
 from engine.scorers.scoring import ReferenceForward, Responses, score, try_out
-from engine.stages.inputs import Inputs
+from engine.stages.inputs import read_inputs
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,15 @@ def world(tiny_folder, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     network = model.load(tiny_folder)
     prompts = load_prompts(str(file), tokenizer, max_prompt_tokens=200)
-    rollouts = generate(network, prompts.token_ids, n=4, max_new_tokens=12, seed=0, stop_token_ids=(2, *range(60, 80)), temperature=0.8)
+    rollouts = generate(
+        network,
+        prompts.token_ids,
+        n=4,
+        max_new_tokens=12,
+        seed=0,
+        stop_token_ids=(2, *range(60, 80)),
+        temperature=0.8,
+    )
     return network, tokenizer, prompts, rollouts, [f"text {i}" for i in range(12)]
 
 
@@ -54,8 +63,12 @@ def fingerprint(tiny_folder):
 
 def test_states_and_log_probs_equal_transformers(world, tiny_folder):
     network, _, prompts, rollouts, _ = world
-    oracle = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
-    pooled, logprob = frozen_forward(network, groups(prompts, rollouts), [1, 3], temperature=0.8, memory_budget_bytes=2**20)
+    oracle = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    pooled, logprob = frozen_forward(
+        network, groups(prompts, rollouts), [1, 3], temperature=0.8, memory_budget_bytes=2**20
+    )
     for r in range(12):
         prompt, response = prompts.token_ids[r // 4], rollouts.tokens[r, : rollouts.length[r]].tolist()
         with torch.no_grad():
@@ -64,7 +77,9 @@ def test_states_and_log_probs_equal_transformers(world, tiny_folder):
             mean = out.hidden_states[layer][0, len(prompt) :].mean(0)
             assert (pooled[layer][r] - mean).abs().max() < 1e-4
         token = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1].double() / 0.8, -1)
-        assert float(logprob[r]) == pytest.approx(float(token[range(len(response)), response].sum()), abs=1e-3)
+        assert float(logprob[r]) == pytest.approx(
+            float(token[range(len(response)), response].sum()), abs=1e-3
+        )
 
 
 def test_log_probs_under_an_adapter_are_those_of_the_merged_model(world, tmp_path):
@@ -90,7 +105,9 @@ def test_the_gap_of_sampled_to_trained_log_probs(world, adapted):
     with torch.no_grad():
         for up in adapter.up.values() if adapted else ():
             up.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    rollouts = generate(network, prompts.token_ids, n=4, max_new_tokens=6, temperature=0.8, seed=1, adapter=adapter)
+    rollouts = generate(
+        network, prompts.token_ids, n=4, max_new_tokens=6, temperature=0.8, seed=1, adapter=adapter
+    )
     options = {"temperature": 0.8, "memory_budget_bytes": 2**20, "adapter": adapter}
     gap = logprob_gap(network, groups(prompts, rollouts), rollouts, **options)
     assert 0 < gap.mean <= gap.max < 1e-4 and 0 <= gap.kl < 1e-9
@@ -138,7 +155,13 @@ def test_text_scorers_see_prompts_and_responses(world):
 
 
 def test_head_file_round_trip_and_names(tiny_folder, tmp_path):
-    head = Head(name="h", layer=2, weight_D=torch.randn(32, dtype=torch.float64), bias=0.5, trunk=fingerprint(tiny_folder))
+    head = Head(
+        name="h",
+        layer=2,
+        weight_D=torch.randn(32, dtype=torch.float64),
+        bias=0.5,
+        trunk=fingerprint(tiny_folder),
+    )
     head.save(tmp_path / "h")
     back = find_scorer(str(tmp_path / "h"), tiny_folder).load(head.trunk, CPU)
     assert torch.equal(back.weight_D, head.weight_D) and (back.name, back.layer, back.bias) == ("h", 2, 0.5)
@@ -154,14 +177,19 @@ def test_a_head_of_a_missing_trunk_or_a_broken_file_is_refused(tiny_folder, tmp_
     with pytest.raises(UserError, match="not a score head"):
         find_scorer(str(tmp_path / "broken"), tiny_folder)
     with pytest.raises(UserError, match="two scorers are named harm"):
-        load_scorers("helpfulness", ["harm"], ["harm"], folder=tiny_folder, trunk=fingerprint(tiny_folder), device=CPU)
+        load_scorers(
+            "helpfulness", ["harm"], ["harm"], folder=tiny_folder, trunk=fingerprint(tiny_folder), device=CPU
+        )
 
 
 @pytest.mark.parametrize(
-    ("weight", "bias", "said"), [(float("nan"), 0.0, "not finite"), (1.0, float("inf"), "not finite"), (0.0, 1.0, "all 0")]
+    ("weight", "bias", "said"),
+    [(float("nan"), 0.0, "not finite"), (1.0, float("inf"), "not finite"), (0.0, 1.0, "all 0")],
 )
 def test_a_head_that_says_nothing_is_refused(tmp_path, weight, bias, said):
-    Head(name="h", layer=2, weight_D=torch.full((32,), weight, dtype=torch.float64), bias=bias, trunk="x").save(tmp_path / "h")
+    Head(
+        name="h", layer=2, weight_D=torch.full((32,), weight, dtype=torch.float64), bias=bias, trunk="x"
+    ).save(tmp_path / "h")
     with pytest.raises(UserError, match=f"head.safetensors: its weights are {said}.*make it again"):
         Head.load(tmp_path / "h")
 
@@ -179,7 +207,13 @@ def test_names_are_told_apart_before_anything_is_loaded(tiny_folder, monkeypatch
 
 
 def test_a_name_and_a_sign_are_given_and_undone(tiny_folder):
-    for spec, name, sign in (("harm", "harm", 1), ("h=harm", "h", 1), ("h=-harm", "h", -1), ("i=-h=-harm", "i", 1), ("i=h=-harm", "i", -1)):
+    for spec, name, sign in (
+        ("harm", "harm", 1),
+        ("h=harm", "h", 1),
+        ("h=-harm", "h", -1),
+        ("i=-h=-harm", "i", 1),
+        ("i=h=-harm", "i", -1),
+    ):
         scorer = find_scorer(spec, tiny_folder).load(fingerprint(tiny_folder), CPU)
         assert (scorer.name, scorer.sign) == (name, sign)
 
@@ -195,7 +229,9 @@ def test_scorers_of_texts_are_tried_on_the_runs_prompts():
     assert asked == [["one", "two", "one", "two"]] * 2, "a scorer may know its prompts"
     (said,) = try_out(Scorers(reward=good, costs=(constant,), audits=()), ["one"])
     assert "scorer same gave 2.5 for each of 4 trial answers" in said
-    with pytest.raises(UserError, match=r"judge gave nan for response 0 to prompt 2 \('one'\); let it give a finite number"):
+    with pytest.raises(
+        UserError, match=r"judge gave nan for response 0 to prompt 2 \('one'\); let it give a finite number"
+    ):
         try_out(Scorers(reward=good, costs=(), audits=(scorer([0.0, 1.0, float("nan"), 2.0]),)), ["one"])
     with pytest.raises(UserError, match="returned 3 scores for 4"):
         try_out(Scorers(reward=scorer([0.0] * 3), costs=(), audits=()), ["one"])
@@ -205,8 +241,14 @@ def test_scorers_of_texts_are_tried_on_the_runs_prompts():
 def classifier_folder(tiny_folder, tmp_path):
     """The folder of a random sequence-classification model with one label."""
     config = LlamaConfig(
-        vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=2
-    )  # fmt: skip
+        vocab_size=384,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=2,
+    )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "classifier")
     return tmp_path / "classifier"
@@ -239,17 +281,27 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_p
         raw["tokenizer_class"] = "Tokenizer"
     (folder / name).write_text(json.dumps({**raw, "auto_map": MAPS[name]}))
     if use == "trunk":
-        Head(name="h", layer=2, weight_D=torch.ones(32, dtype=torch.float64), bias=0.0, trunk=model.fingerprint(folder)).save(
-            tmp_path / "head"
-        )
+        Head(
+            name="h",
+            layer=2,
+            weight_D=torch.ones(32, dtype=torch.float64),
+            bias=0.0,
+            trunk=model.fingerprint(folder),
+        ).save(tmp_path / "head")
     monkeypatch.setattr("builtins.input", lambda *asked: "y")
     monkeypatch.setattr(quickstart, "model_folder", lambda: folder)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": f"a{i}", "rejected": f"b{i}"}) + "\n" for i in range(6)))
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i}?", "chosen": f"a{i}", "rejected": f"b{i}"}) + "\n" for i in range(6)
+        )
+    )
     load = {
         "scorer": lambda: find_scorer(str(folder), tiny_folder).load("x", CPU),
-        "policy": lambda: Inputs.of(smoke(CaidConfig(model=str(folder), threads=1))),
-        "head": lambda: training.train(training.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)),
+        "policy": lambda: read_inputs(smoke(CaidConfig(model=str(folder), threads=1))),
+        "head": lambda: training.train(
+            training.HeadConfig(data=(str(rows),), out=str(tmp_path / "out"), model=str(folder), layer=2)
+        ),
         "trunk": lambda: find_scorer(str(tmp_path / "head"), tiny_folder).load("x", CPU),
     }
     with pytest.raises(UserError, match=f"{name}: .*auto_map"):
@@ -287,9 +339,18 @@ def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder
     monkeypatch.setattr("engine.quickstart.model_folder", lambda: tiny_folder)
     weights = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for name, layer, weight in zip("abc", (1, 3, 3), weights, strict=True):
-        Head(name=name, layer=layer, weight_D=weight, bias=0.5, trunk=fingerprint(tiny_folder)).save(tmp_path / name)
+        Head(name=name, layer=layer, weight_D=weight, bias=0.5, trunk=fingerprint(tiny_folder)).save(
+            tmp_path / name
+        )
     loads, passes = counted(monkeypatch, heads, "load"), counted(monkeypatch, heads, "frozen_forward")
-    scorers = load_scorers(f"{tmp_path}/a", [f"{tmp_path}/b"], [f"{tmp_path}/c"], folder=tmp_path, trunk="the policy's", device=CPU)
+    scorers = load_scorers(
+        f"{tmp_path}/a",
+        [f"{tmp_path}/b"],
+        [f"{tmp_path}/c"],
+        folder=tmp_path,
+        trunk="the policy's",
+        device=CPU,
+    )
     assert scorers.layers == [], "of the policy's states none are read"
     texts = [text * (1 + i % 4) for i, text in enumerate(texts)]
     options = {"logprob": False, "states": States([], None)}
@@ -299,7 +360,9 @@ def test_heads_on_another_trunk_share_it_and_its_forward_pass(world, tiny_folder
     assert len(loads) == 1 and len(passes) == 2, "other texts are read anew"
     assert not torch.equal(again.reward_PG, scores.reward_PG)
 
-    oracle = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
+    oracle = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, dtype=torch.float32, attn_implementation="eager"
+    )
     columns = scores.reward_PG, -scores.utility_PGJ[..., 0], -scores.audit_PGA[..., 0]
     for i, text in enumerate(texts):
         prompt = chat_ids([{"role": "user", "content": prompts.text[i // 4]}], tokenizer, "", "p")
@@ -331,7 +394,9 @@ def classifier(folder, tiny_folder, labels):
     return network, tokenizer
 
 
-def test_labels_of_one_classifier_share_its_pass_in_batches_of_like_length(tiny_folder, tmp_path, monkeypatch):
+def test_labels_of_one_classifier_share_its_pass_in_batches_of_like_length(
+    tiny_folder, tmp_path, monkeypatch
+):
     classifier(tmp_path, tiny_folder, 3)
     monkeypatch.setattr(classifiers, "TOKENS_PER_FORWARD", 300)
     loads, shapes = counted(monkeypatch, LlamaForSequenceClassification, "from_pretrained"), []
@@ -349,7 +414,9 @@ def test_labels_of_one_classifier_share_its_pass_in_batches_of_like_length(tiny_
     rows = [shape[0] for shape in shapes]
     assert sum(rows) == 12 and len(rows) > 3, "one pass for all three labels"
     widths = [shape[1] for shape in shapes]
-    assert widths == sorted(widths) and all(n == 1 or n * width <= 300 for n, width in shapes) and max(rows) > 1
+    assert (
+        widths == sorted(widths) and all(n == 1 or n * width <= 300 for n, width in shapes) and max(rows) > 1
+    )
     order = [7, 0, 11, 3, 9, 1, 10, 4, 8, 2, 6, 5]
     for scorer, scores in zip(scorers, found, strict=True):
         alone = torch.cat([scorer([p], [r]) for p, r in zip(prompts, responses, strict=True)])
@@ -371,7 +438,9 @@ def test_sequence_classification_models(tiny_folder, tmp_path, labels):
     scores = scorer(["a", "b"], ["yes", "no, never"])
     for i, (p, r) in enumerate([("a", "yes"), ("b", "no, never")]):
         chat = [{"role": "user", "content": p}, {"role": "assistant", "content": r}]
-        ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False, return_tensors="pt")
+        ids = tokenizer(
+            tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False, return_tensors="pt"
+        )
         with torch.no_grad():
             z = network(**ids).logits[0].double()
         chosen = {1: 0, 2: 1, 3: 1}[labels]
@@ -391,5 +460,7 @@ def test_empty_response_has_zero_states_and_log_prob_zero(world):
     length = rollouts.length.clone()
     length[5] = 0
     empty = dataclasses.replace(rollouts, length=length)
-    pooled, logprob = frozen_forward(network, groups(prompts, empty), [2], temperature=0.8, memory_budget_bytes=2**20)
+    pooled, logprob = frozen_forward(
+        network, groups(prompts, empty), [2], temperature=0.8, memory_budget_bytes=2**20
+    )
     assert torch.all(pooled[2][5] == 0) and logprob[5] == 0 and pooled[2][6].abs().sum() > 0

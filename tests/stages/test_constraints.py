@@ -1,4 +1,5 @@
-"""Constraints on a kind of prompts, a mean cost and a rate: what training aims at, and whole runs with them."""
+"""Constraints on a kind of prompts, a mean cost and a rate: what training aims at, and whole runs with
+them."""
 
 import json
 import math
@@ -12,12 +13,12 @@ import torch
 from engine import constraints, dual, mocan
 from engine.baselines import repo, safe_dpo
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, SafeDpoConfig, check, smoke
-from engine.constraints import KINDS, Improvement, MeanCost, Rate
+from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
 from engine.policy.samples import Samples
-from engine.records import Prompts, Sampled, Scored, Scores, Units
+from engine.records import Prompts, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
 from engine.stages.reference import ByScorers, Reference, reference_units
@@ -31,7 +32,9 @@ DTYPE = torch.float64
 
 
 def prompts_of(kinds: list[str]) -> Prompts:
-    return Prompts(text=kinds, kind=kinds, token_ids=[[i] for i in range(len(kinds))], key_P=torch.arange(len(kinds)))
+    return Prompts(
+        text=kinds, kind=kinds, token_ids=[[i] for i in range(len(kinds))], key_P=torch.arange(len(kinds))
+    )
 
 
 def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) -> Scores:
@@ -44,11 +47,21 @@ def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) 
     )
 
 
-def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **fixed) -> Reference:
-    """The reference with these scores in units, which asks for nothing unless `fixed` says so."""
-    nothing = {"needed_J": torch.zeros(len(limits)), "aimed": [0.0] * len(limits), "aim_J": torch.zeros(len(limits))}
-    scoring = ByScorers(units=units, audit_names=[])
-    return Reference(prompts=prompts, sampled=None, scoring=scoring, scores=scores, limits=limits, lower=None, **{**nothing, **fixed})
+def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **changes) -> Reference:
+    """Returns a reference with these scores in units, which asks for nothing but what `changes` says."""
+    none_J = torch.zeros(len(limits), dtype=DTYPE)
+    reference = Reference(
+        prompts=prompts,
+        sampled=None,
+        scoring=ByScorers(units=units, audit_names=[]),
+        scores=scores,
+        limits=limits,
+        needed_J=none_J,
+        aimed=none_J.tolist(),
+        aim_J=none_J,
+        lower=None,
+    )
+    return replace(reference, **changes)
 
 
 def units_of(*unit: float, above: list | None = None) -> Units:
@@ -57,9 +70,13 @@ def units_of(*unit: float, above: list | None = None) -> Units:
 
 def test_each_cost_has_the_limit_that_is_set_for_it():
     config = MocanConfig(
-        cost=("a", "b", "c"), threshold=(0.1, 0.2, 0.3), cost_mean=(math.inf, -1.5, math.inf), cost_rate=(1, 1, 0.02),
-        cost_on=("delicate", "all", "all"), unsafe_above=(0.5,),
-    )  # fmt: skip
+        cost=("a", "b", "c"),
+        threshold=(0.1, 0.2, 0.3),
+        cost_mean=(math.inf, -1.5, math.inf),
+        cost_rate=(1, 1, 0.02),
+        cost_on=("delicate", "all", "all"),
+        unsafe_above=(0.5,),
+    )
     check(config)
     found = constraints.limits(config, ["A", "B", "C"])
     assert found == [
@@ -140,18 +157,28 @@ def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
     cost = own + 0.5 * torch.randn(P, 8, 1, generator=generator, dtype=DTYPE)
     prompts, heldout, units = prompts_of(["x"] * P), prompts_of(["x"] * n), units_of(1.0)
     (aimed,) = constraints.aims(
-        [MeanCost(name="a", value=1.0)], scores_of(-cost), prompts, units, margin=2.0, heldout=heldout, n_responses=m
+        [MeanCost(name="a", value=1.0)],
+        scores_of(-cost),
+        prompts,
+        units,
+        margin=2.0,
+        heldout=heldout,
+        n_responses=m,
     )
     assert (1.0 - aimed) / 2 == pytest.approx(math.sqrt((1 + 0.25 / m) / n), rel=0.03)
     unsafe = (torch.rand(P, 8, 1, generator=generator) < 0.3).double()
     limit = Rate(name="a", value=0.1)
-    (a,) = constraints.aims([limit], scores_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m)
+    (a,) = constraints.aims(
+        [limit], scores_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m
+    )
     assert a + 2 * math.sqrt(a * (1 - a) / (n * m)) == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
-    config = smoke(MocanConfig(cost_on=("delicat",), out=str(tmp_path / "run")))
-    with pytest.raises(UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"):
+    config = smoke(MocanConfig(cost_on=("delicat",), threads=1, out=str(tmp_path / "run")))
+    with pytest.raises(
+        UserError, match=r"--cost-on delicat: 0 of the 12 training prompts.*kinds there: delicate, everyday"
+    ):
         mocan.train(config)
     assert not (tmp_path / "run").exists()
 
@@ -164,8 +191,16 @@ def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
             [-1.0, -1.0],
             r"--unsafe-above 0: every cost harm of the reference on delicate prompts lies at or below",
         ),
-        (Rate(name="harm", value=0.02, on="delicate"), [1.0, 2.0], r"every cost harm of the reference on delicate prompts lies above it"),
-        (Improvement(name="harm", value=0.3, on="delicate"), [2.5, 2.5], r"scorer harm on delicate prompts gave 2.5 for every response"),
+        (
+            Rate(name="harm", value=0.02, on="delicate"),
+            [1.0, 2.0],
+            r"every cost harm of the reference on delicate prompts lies above it",
+        ),
+        (
+            Improvement(name="harm", value=0.3, on="delicate"),
+            [2.5, 2.5],
+            r"scorer harm on delicate prompts gave 2.5 for every response",
+        ),
         (
             MeanCost(name="harm", value=0.3, on="delicate"),
             [1.0, 2.0],
@@ -204,18 +239,22 @@ def test_a_response_is_unsafe_only_where_its_constraint_looks():
 def unsafe_of(scored: Scored, above: tuple[float, ...]) -> torch.Tensor:
     """The pairs of responses that SafeDPO's update is told to drop."""
     config = SafeDpoConfig(cost=("a", "b"), unsafe_above=above)
-    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, iteration: target)
+    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, t: target)
     target, _ = safe_dpo.loop(stages, config)
     return target.dropped(scored)
 
 
 @pytest.mark.parametrize(("kind", "unit", "aimed"), [("mean", 2.0, 1.0), ("rate", 0.5, 0.25)])
 def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path, kind, unit, aimed):
-    """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only prompt 1 misses."""
+    """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only
+    prompt 1 misses."""
     before = torch.tensor([[0.0, 0.0, 0.0, 0.0], [10.0, 10.0, 10.0, 10.0]], dtype=DTYPE)
     after = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]], dtype=DTYPE)
     if kind == "rate":
-        before, after = (before > 0).double(), torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=DTYPE)
+        before, after = (
+            (before > 0).double(),
+            torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=DTYPE),
+        )
     limit, units = KINDS[kind](name="harm", value=aimed), Units(reward=unit, utility_J=[unit], audit_A=[])
     old, new = (units.apply(scores_of(-cost[..., None])) for cost in (before, after))
     prompts = prompts_of(["x", "x"])
@@ -224,18 +263,20 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     missing_PJ = constraints.missing([limit], [aimed], needed, units, new.utility_PGJ, old.utility_PGJ)
     assert missing_PJ[:, 0].tolist() == pytest.approx([-aimed / unit, float(level)])
     # The mean over prompts is what the constraint itself misses.
-    assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - (new.utility_PGJ.mean() - old.utility_PGJ.mean())))
-    # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and 0.
+    improvement = new.utility_PGJ.mean() - old.utility_PGJ.mean()
+    assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - improvement))
+    # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and
+    # 0.
     reference = reference_of(old, units, [limit], prompts, needed_J=needed, aimed=[aimed], aim_J=needed)
     rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
-    sampled = Sampled(rollouts=rollouts, texts=[], scores=scores_of(-after[..., None]), kl_PG=torch.zeros(2, 4, dtype=DTYPE))
+    sampled = samples_of(prompts, rollouts, scores_of(-after[..., None])).sampled
     taken, logged = {}, []
 
     def one_stage(name, cls, compute):
         taken[name] = compute(SimpleNamespace(log=logged.append))
         return taken[name]
 
-    def ascend(stage, run, config, model, samples, score_PG, *rest, **options):
+    def ascend(step, samples, score_PG):
         taken["score"] = score_PG
         return SimpleNamespace(adapter={}, loss=0.0)
 
@@ -262,14 +303,25 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
 def test_runs_with_two_constraints_of_different_kinds(tmp_path, kind):
     from engine import caid
 
-    own = {"cost_mean": (math.inf, 5.0)} if kind == "mean" else {"cost_rate": (1.0, 0.9), "unsafe_above": (COST_MIDDLE,)}
+    own = (
+        {"cost_mean": (math.inf, 5.0)}
+        if kind == "mean"
+        else {"cost_rate": (1.0, 0.9), "unsafe_above": (COST_MIDDLE,)}
+    )
     config = smoke(
         CaidConfig(
-            cost=("harm", "length=-tests.helpers.scorers:brevity"), threshold=(-9.0, 0.0), cost_on=("delicate", "all"), n_prompts=24,
-            slack_prompts=12, eval_prompts=20,
-            force=True, out=str(tmp_path / "run"), **own,
+            cost=("harm", "length=-tests.helpers.scorers:brevity"),
+            threshold=(-9.0, 0.0),
+            cost_on=("delicate", "all"),
+            n_prompts=24,
+            slack_prompts=12,
+            eval_prompts=20,
+            threads=1,
+            force=True,
+            out=str(tmp_path / "run"),
+            **own,
         )
-    )  # fmt: skip
+    )
     result = caid.train(config)
     first, second = result.evaluation.constraints
     assert (first.name, first.limit.kind, first.limit.on) == ("harm", "improvement", "delicate")
@@ -295,7 +347,8 @@ COST_MIDDLE = 12.0
 
 @dataclass(frozen=True, kw_only=True)
 class WorstTenth(MeanCost):
-    """Mean cost of the worst tenth of each prompt's responses <= value: a kind that the engine does not have."""
+    """Mean cost of the worst tenth of each prompt's responses <= value: a kind that the engine does not
+    have."""
 
     kind: ClassVar[str] = "worst"
     measured: ClassVar[str] = "worst tenth"
@@ -314,22 +367,36 @@ class WorstTenth(MeanCost):
 
 
 def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
-    """Costs 0 to 9 for each of two prompts, the first shifted by 10, so that the worst tenth has 19 and 9; the policy's is 3 less."""
+    """Costs 0 to 9 for each of two prompts, the first shifted by 10, so that the worst tenth has 19 and 9;
+    the policy's is 3 less."""
     cost = torch.arange(10, dtype=DTYPE).repeat(2, 1) + torch.tensor([[10.0], [0.0]], dtype=DTYPE)
-    before, after, units, prompts = -cost[..., None] / 2, -(cost[..., None] - 3) / 2, units_of(2.0), prompts_of(["x", "x"])
+    before, after, units, prompts = (
+        -cost[..., None] / 2,
+        -(cost[..., None] - 3) / 2,
+        units_of(2.0),
+        prompts_of(["x", "x"]),
+    )
     limit = WorstTenth(name="harm", value=12.0)
     needed = constraints.required([limit], scores_of(before), prompts, units)
     assert needed.tolist() == [(14 - 12) / 2]
-    aimed = constraints.aims([limit], scores_of(before), prompts, units, margin=1.0, heldout=prompts_of(["x"] * 50), n_responses=10)
+    aimed = constraints.aims(
+        [limit], scores_of(before), prompts, units, margin=1.0, heldout=prompts_of(["x"] * 50), n_responses=10
+    )
     assert aimed == pytest.approx([12 - math.sqrt(50) / math.sqrt(50)])
     aim = constraints.aimed_improvement([limit], aimed, needed, units)
     assert aim.tolist() == pytest.approx([1.5])
     missing = constraints.missing([limit], aimed, aim, units, after, before)
     assert missing[:, 0].tolist() == pytest.approx([(16 - 11) / 2, (6 - 11) / 2])
     judged = constraints.judge(limit, aimed[0], after[..., 0], before[..., 0], 2.0)
-    assert judged.measured == estimate(torch.tensor([16.0, 6.0])) and judged.word == "not resolved" and judged.reference == 14
+    assert (
+        judged.measured == estimate(torch.tensor([16.0, 6.0]))
+        and judged.word == "not resolved"
+        and judged.reference == 14
+    )
     assert judged.required == 1 and judged.slack.mean == pytest.approx(1.0)
-    assert limit.opening(1.0, 11.0, 2.0, 2).startswith("constraint harm: worst tenth at most 12, aim 11; the reference has 14; ")
+    assert limit.opening(1.0, 11.0, 2.0, 2).startswith(
+        "constraint harm: worst tenth at most 12, aim 11; the reference has 14; "
+    )
     assert limit.progress(1.5, 0.25, 1.0, 11.0, 2.0) == "harm worst tenth 11 +- 0.5 (at most 12, aim 11)"
     said = limit.verdict_text(judged, 0.95)
     assert said.startswith("constraint harm: not resolved (worst tenth 11.00, 95 % [")
@@ -339,8 +406,15 @@ def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
     monkeypatch.setitem(KINDS, "worst", WorstTenth)
     still = estimate(torch.zeros(2))
     whole = Evaluation(
-        reward=still, constraints=(judged,), audits=(), kl=still, finished=(1, 1), mean_length=(9, 9), refusal_harmless=None,
-        n_prompts=2, n_responses=10,
-    )  # fmt: skip
+        reward=still,
+        constraints=(judged,),
+        audits=(),
+        kl=still,
+        finished=(1, 1),
+        mean_length=(9, 9),
+        refusal_harmless=None,
+        n_prompts=2,
+        n_responses=10,
+    )
     assert Evaluation.from_dict(json.loads(json.dumps(whole.as_dict()))) == whole
     assert answer(whole).endswith("constraint harm (worst tenth at most 12) is not resolved")

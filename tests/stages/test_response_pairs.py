@@ -1,4 +1,5 @@
-"""Files of response pairs: what is read, what is refused by row, and runs that learn from them (--pairs, --preferences)."""
+"""Files of response pairs: what is read, what is refused by row, and runs that learn from them (--pairs,
+--preferences)."""
 
 import json
 import os
@@ -28,21 +29,29 @@ def reader(tiny_folder):
     """`read_response_pairs` with the tiny model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     shape = ModelConfig.from_json(read_config(tiny_folder), tiny_folder / "config.json")
-    limits = TextLimits(system="", max_positions=shape.max_positions, max_new_tokens=8, vocab_size=shape.vocab_size)
+    limits = TextLimits(
+        system="", max_positions=shape.max_positions, max_new_tokens=8, vocab_size=shape.vocab_size
+    )
     return lambda file, columns=(): read_response_pairs(file, columns, tokenizer, limits)
 
 
 def test_pairs_of_a_file_and_their_labels(reader, tmp_path):
     rows = [row | {"reward": i % 2, "harm": "1"} for i, row in enumerate(ROWS)]
     found = reader(write(tmp_path / "p.jsonl", rows), ["reward", "harm"])
-    assert found.prompts.text == [row["prompt"] for row in rows] and found.prompts.key_P.tolist() == list(range(8))
+    assert found.prompts.text == [row["prompt"] for row in rows] and found.prompts.key_P.tolist() == list(
+        range(8)
+    )
     # Cut at 8 tokens where they are longer, the stop token in it where they are not.
     assert found.rollouts.n == 2 and found.rollouts.length.max() == 8 and found.texts[1] == "bbb"
     assert found.rollouts.finished.tolist() == [length < 8 for length in found.rollouts.length.tolist()]
     assert found.label_PGO.shape == (8, 2, 2)
     assert found.label_PGO[:, 1, 0].tolist() == [SURE if i % 2 else -SURE for i in range(8)]
-    assert (found.label_PGO[:, 0] == -found.label_PGO[:, 1]).all() and (found.label_PGO[:, 1, 1] == SURE).all()
-    other = [{"prompt": row["prompt"], "chosen": row["response_0"], "rejected": row["response_1"]} for row in ROWS]
+    assert (found.label_PGO[:, 0] == -found.label_PGO[:, 1]).all() and (
+        found.label_PGO[:, 1, 1] == SURE
+    ).all()
+    other = [
+        {"prompt": row["prompt"], "chosen": row["response_0"], "rejected": row["response_1"]} for row in ROWS
+    ]
     same = reader(write(tmp_path / "o.jsonl", other))
     assert torch.equal(same.rollouts.tokens, found.rollouts.tokens) and same.label_PGO.shape == (8, 2, 0)
 
@@ -103,7 +112,8 @@ def test_a_file_is_refused_before_any_compute(tmp_path, capsys, flags, rows, sai
 
 
 def steps_of(folder: Path) -> list[tuple[int, float]]:
-    return [(row.iteration, row.loss) for row in read_rows(folder, StepRow) if row.stage.startswith("iteration")]
+    steps = [row for row in read_rows(folder, StepRow) if row.stage.startswith("iteration")]
+    return [(row.iteration, row.loss) for row in steps]
 
 
 def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(tmp_path):
@@ -137,8 +147,12 @@ def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(t
 
 def test_updates_learn_from_a_files_pairs(tmp_path):
     """chosen and rejected say nothing: the run's scores do. PeCAID scores them by its log-ratios."""
-    chosen = [{"prompt": row["prompt"], "chosen": row["response_0"], "rejected": row["response_1"]} for row in ROWS]
-    turned = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in chosen]
+    chosen = [
+        {"prompt": row["prompt"], "chosen": row["response_0"], "rejected": row["response_1"]} for row in ROWS
+    ]
+    turned = [
+        {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in chosen
+    ]
     losses = []
     for name, rows in (("a", ROWS), ("b", chosen), ("c", turned)):
         file = write(tmp_path / f"{name}.jsonl", rows)
@@ -148,7 +162,17 @@ def test_updates_learn_from_a_files_pairs(tmp_path):
         pairs = {row.pairs for row in read_rows(tmp_path / name, PairStepRow)}
         assert pairs == {2}, "two prompts a step, a pair each"
     assert losses[0] == losses[1] and losses[2] == pytest.approx(losses[0], rel=1e-4)
-    flags = ["--scores", "preference", "--preference-steps", "1", "--iterations", "1", "--force", "--pairs", str(tmp_path / "a.jsonl")]
+    flags = [
+        "--scores",
+        "preference",
+        "--preference-steps",
+        "1",
+        "--iterations",
+        "1",
+        "--force",
+        "--pairs",
+        str(tmp_path / "a.jsonl"),
+    ]
     assert train.main(["caid", *SMOKE, *flags, "--out", str(tmp_path / "pecaid")]) == 0
     by_ratios = [loss for _, loss in steps_of(tmp_path / "pecaid")]
     assert len(by_ratios) == 3 and by_ratios[0] != losses[0][0]

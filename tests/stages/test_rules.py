@@ -1,4 +1,4 @@
-"""The rules of the algorithms, from the scores of responses to a number for each, on scores that are written out by hand."""
+"""The rules of the algorithms, from scores of responses to a number for each, on scores written by hand."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ def test_the_lagrangian_counts_each_utility_with_its_weight():
     # r + 0.5 g_1, and on the second prompt + 0.25 * 2 g_2 too.
     assert lagrangian(LAM)(SCORED).tolist() == [[1.5, 3.5, 7.0], [1.0, -0.5, 5.5]]
     assert torch.equal(lagrangian(0 * LAM)(SCORED), REWARD)
-    assert SCORED.counted_PGJ[0, :, 1].tolist() == [0.0] * 3 and SCORED.counted_PGJ[1, :, 1].tolist() == [4.0, 2.0, 0.0]
+    assert SCORED.counted_PGJ[..., 1].tolist() == [[0.0, 0.0, 0.0], [4.0, 2.0, 0.0]]
 
 
 def test_the_penalised_score_without_standardising_is_the_lagrangian():
@@ -90,14 +90,14 @@ def test_a_rectified_multiplier_counts_only_where_a_prompt_misses_that_aim(advan
 def safe_dpo_target(unsafe_above: tuple[float, ...], offset: float) -> Target:
     """The target that SafeDPO hands to its update."""
     config = SafeDpoConfig(cost=("a", "b"), unsafe_above=unsafe_above, offset=offset)
-    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, iteration: target)
+    stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, t: target)
     target, lam_J = safe_dpo.loop(stages, config)
     assert lam_J.tolist() == [0.0, 0.0]
     return target
 
 
 def test_safe_dpo_drops_lowers_and_shifts_the_unsafe_responses():
-    # A cost at its number is safe. The second constraint is not about the first prompt, so its cost is nothing there.
+    # A cost at its number is safe. The second constraint is about the second prompt alone.
     cost = tensor([[[0.0, 9.0], [0.1, 9.0], [-1.0, 9.0]], [[0.0, 0.5], [0.0, 0.6], [2.0, 2.0]]])
     scored = scored_of(REWARD, UTILITY, weight_PJ=WEIGHT, cost_PGJ=cost)
     target = safe_dpo_target((0.0, 0.5), offset=3.0)
@@ -114,9 +114,15 @@ def test_safe_dpo_drops_lowers_and_shifts_the_unsafe_responses():
 
 def test_a_target_applies_its_rules_to_the_responses_that_it_is_given():
     target = Target(
-        lam_J=LAM, score=lagrangian(LAM), coefficient=0.7, start="start", anchor="anchor", anchor_share=0.3,
-        shift=lambda scored: 2 * scored.reward_PG, dropped=lambda scored: scored.reward_PG > 1,
-    )  # fmt: skip
+        lam_J=LAM,
+        score=lagrangian(LAM),
+        coefficient=0.7,
+        start="start",
+        anchor="anchor",
+        anchor_share=0.3,
+        shift=lambda scored: 2 * scored.reward_PG,
+        dropped=lambda scored: scored.reward_PG > 1,
+    )
     on = target.on(SCORED)
     assert torch.equal(on.score_PG, lagrangian(LAM)(SCORED)) and torch.equal(on.shift_PG, 2 * REWARD)
     assert torch.equal(on.dropped_PG, REWARD > 1)

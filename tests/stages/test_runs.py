@@ -1,4 +1,5 @@
-"""Whole smoke runs through the command line: equal runs are bitwise equal, killed ones too, bad input ends before any compute."""
+"""Whole smoke runs through the command line: equal runs are bitwise equal, killed ones too, bad input ends
+before any compute."""
 
 import json
 import os
@@ -24,6 +25,7 @@ from engine.run.rows import (
     IterationRow,
     PolicyRow,
     PreferenceRow,
+    ReferenceRow,
     Row,
     SampledRow,
     StepRow,
@@ -56,7 +58,9 @@ def test_another_seed_gives_another_run(finished, tmp_path):
 
 def test_a_run_killed_in_every_stage_ends_bitwise_equal(tmp_path):
     program = Path(__file__).parents[1] / "helpers" / "killed_run.py"
-    done = subprocess.run([sys.executable, str(program), str(tmp_path), "5"], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path), "5"], capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     killed = [line.split() for line in done.stdout.splitlines()]
     assert len(killed) == 8 and {kind for _, kind in killed} == {"progress", "write"}
@@ -79,17 +83,23 @@ def test_what_a_run_writes(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["algorithm"] == "caid" and config["config"]["seed"] == 0 and "commit" in config["versions"]
     assert len((finished / "heldout.jsonl").read_text().splitlines()) == 8 * 2
-    assert {p.name for p in (finished / "adapters").iterdir()} == {"iteration-1", "iteration-2", "iteration-3"}
-    (reference,), report = read_rows(finished, "reference"), (finished / "report.html").read_text()
+    assert {p.name for p in (finished / "adapters").iterdir()} == {
+        "iteration-1",
+        "iteration-2",
+        "iteration-3",
+    }
+    (reference,), report = read_rows(finished, ReferenceRow), (finished / "report.html").read_text()
     assert (finished / "report.png").stat().st_size > 10_000 and "constraint harm:" in report
-    # The report takes this number from a row that the engine wrote, see tests/test_report.py for the rest of it.
-    assert f"effective sample size {dual['ess']:.1f} of {reference['responses']}." in report
+    # The report takes this number from a row that the engine wrote, see tests/report/test_report.py for the
+    # rest of it.
+    assert f"effective sample size {dual.ess:.1f} of {reference.responses}." in report
 
 
 def have_the_fields_of_their_classes(rows: list[dict]) -> bool:
     """Whether each of the rows, as they are written, has the fields of a class of its kind and no others."""
     classes = [cls for cls in vars(run_rows).values() if isinstance(cls, type) and issubclass(cls, Row)]
-    known = {(cls.KIND, frozenset(f.name for f in fields(cls))) for cls in classes if cls not in (Row, StepRow)}
+    whole = [cls for cls in classes if cls not in (Row, StepRow)]
+    known = {(cls.KIND, frozenset(f.name for f in fields(cls))) for cls in whole}
     return all((row["kind"], frozenset(row) - {"kind"}) in known for row in rows)
 
 
@@ -110,7 +120,9 @@ def test_the_lambda_of_each_row_follows_from_the_row_before(finished):
     assert iterations[0].lam == dual.lam
     for row, following in zip(iterations, iterations[1:], strict=False):
         change = torch.tensor(following.lam) / torch.tensor(row.lam)
-        assert torch.all((change <= config.lam_max_change + 1e-9) & (change >= 1 / config.lam_max_change - 1e-9))
+        assert torch.all(
+            (change <= config.lam_max_change + 1e-9) & (change >= 1 / config.lam_max_change - 1e-9)
+        )
         assert (following.lam[0] - row.lam[0]) * row.slack[0] <= 0
         assert step(torch.tensor(row.lam), torch.tensor(row.slack), 0.0).tolist() == pytest.approx(row.lam)
 
@@ -149,17 +161,25 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     assert train.main([algorithm, *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{shown_name(algorithm)} on smoke (")
-    assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [f"iteration-{i}" for i in iterates]
+    assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [
+        f"iteration-{i}" for i in iterates
+    ]
     measured = read_rows(tmp_path / "run", IterationRow)
     assert [row.iteration for row in measured] == slacks
     assert have_the_fields_of_their_classes(raw_rows(tmp_path / "run"))
     assert all(len(x) == J for row in measured for x in (row.lam, row.slack, row.slack_se, row.aim))
     assert all(len(row.lam) == J for row in read_rows(tmp_path / "run", PolicyRow))
-    assert len({row.iteration for row in read_rows(tmp_path / "run", StepRow)} - {0}) == len(set(iterates) - {0})
+    trained = {row.iteration for row in read_rows(tmp_path / "run", StepRow)}
+    assert len(trained - {0}) == len(set(iterates) - {0})
     # Every sampling is run through the training forward of its own weights, and told of.
     sampled = read_rows(tmp_path / "run", SampledRow)
     where = ["policy", "slack"] if algorithm in ("primal_dual", "repo") else ["slack"]
-    expected = ["reference", *(f"iteration-{i}/{name}" for i in slacks for name in where), "heldout/reference", "heldout/policy"]
+    expected = [
+        "reference",
+        *(f"iteration-{i}/{name}" for i in slacks for name in where),
+        "heldout/reference",
+        "heldout/policy",
+    ]
     assert [row.stage for row in sampled] == expected
     for row in sampled:
         gap = row.logprob_gap
@@ -172,17 +192,37 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     # What a kill after half of the stages leaves is enough to end equal.
     whole = files(tmp_path / "run")
     stages = sorted((tmp_path / "run" / "stages").iterdir())
-    for path in [*stages[len(stages) // 2 :], tmp_path / "run" / "evaluation.json", tmp_path / "run" / "heldout.jsonl"]:
+    for path in [
+        *stages[len(stages) // 2 :],
+        tmp_path / "run" / "evaluation.json",
+        tmp_path / "run" / "heldout.jsonl",
+    ]:
         path.unlink()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     again = files(tmp_path / "run")
     assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
 
 
-@pytest.mark.parametrize(("max_kl", "kept"), [("1e-12", ["iteration-0", "rejected-1"]), ("inf", ["iteration-0", "iteration-1"])])
+@pytest.mark.parametrize(
+    ("max_kl", "kept"), [("1e-12", ["iteration-0", "rejected-1"]), ("inf", ["iteration-0", "iteration-1"])]
+)
 def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
-    """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as others can."""
-    flags = ["--iterations", "1", "--lam-init", "0", "--max-kl", max_kl, "--max-new-tokens", "4", "--steps", "1", "--eval-prompts", "2"]
+    """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as
+    others can."""
+    flags = [
+        "--iterations",
+        "1",
+        "--lam-init",
+        "0",
+        "--max-kl",
+        max_kl,
+        "--max-new-tokens",
+        "4",
+        "--steps",
+        "1",
+        "--eval-prompts",
+        "2",
+    ]
     # With this seed the measured KL is above 0.
     flags += ["--seed", "3"]
     assert train.main(["pd_dpo", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
@@ -206,7 +246,10 @@ def test_the_last_iterate_of_opd_has_its_slack_and_can_be_refused(tmp_path):
     kl = [row.kl for row in slacks]
     assert kl[1] > 1.01 * kl[0], "else no --max-kl lies between them"
     assert train.main([*flags, "--max-kl", str((kl[0] + kl[1]) / 2), "--out", str(tmp_path / "stopped")]) == 0
-    assert sorted(p.name for p in (tmp_path / "stopped" / "adapters").iterdir()) == ["iteration-1", "rejected-2"]
+    assert sorted(p.name for p in (tmp_path / "stopped" / "adapters").iterdir()) == [
+        "iteration-1",
+        "rejected-2",
+    ]
     kept = json.loads((tmp_path / "stopped" / "evaluation.json").read_text())
     assert kept["kl"]["mean"] != 0, "the prediction is kept, not the reference"
 
@@ -215,7 +258,12 @@ def test_the_last_iterate_of_opd_has_its_slack_and_can_be_refused(tmp_path):
 def test_thresholds_beyond_the_samples_are_refused_before_training(tmp_path, capsys, algorithm):
     assert train.main([algorithm, *SMOKE, "--threshold", "9", "--out", str(tmp_path / "run")]) == 2
     out, err = capsys.readouterr()
-    assert "--threshold 9" in err and "support b up to" in err and err.count("\n") == 1 and "iteration" not in out
+    assert (
+        "--threshold 9" in err
+        and "support b up to" in err
+        and err.count("\n") == 1
+        and "iteration" not in out
+    )
     assert not (tmp_path / "run" / "adapters").exists()
 
 
@@ -234,16 +282,19 @@ def test_each_kind_of_preference_has_its_own_draws(tmp_path):
     flags = ["--cost", "same=-helpfulness", "--threshold", "0.05", "--force"]
     assert train.main(["pecan", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
     steps = read_rows(tmp_path / "run", StepRow)
-    reward, same = ([row.loss for row in steps if row.stage == f"preference/{name}"] for name in ("reward", "same"))
+    stages = [f"preference/{name}" for name in ("reward", "same")]
+    reward, same = ([row.loss for row in steps if row.stage == stage] for stage in stages)
     # The first loss is ln 2 for any label.
     assert len(reward) == len(same) == 3 and all(a != b for a, b in zip(reward[1:], same[1:], strict=True))
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
-    """The policy aligned to a file's reward labels prefers the file's better answers, and PeCAID runs on such scores."""
+    """The policy aligned to a file's reward labels prefers the file's better answers, and PeCAID runs on such
+    scores."""
     rows = [
-        {"prompt": f"Say {i}.", "response_0": "aaaa", "response_1": "bbbb", "reward": i % 2, "harm": 1} for i in range(8)
-    ]  # fmt: skip
+        {"prompt": f"Say {i}.", "response_0": "aaaa", "response_1": "bbbb", "reward": i % 2, "harm": 1}
+        for i in range(8)
+    ]
     file = write(tmp_path / "preferences.jsonl", rows)
     flags = ["--scores", "preference", "--preferences", file, "--preference-steps", "4", "--iterations", "1"]
     assert train.main(["caid", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
@@ -278,7 +329,9 @@ def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
     adapter = load_peft(finished / "adapters" / "iteration-3", base)
     ours = generate(base, [prompt], n=1, max_new_tokens=10, temperature=0, seed=0, adapter=adapter)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    theirs = merged.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = merged.generate(
+        torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert ours.tokens[0].tolist() == theirs[0, len(prompt) :].tolist()
     assert export.main([str(finished), str(tmp_path / "merged")]) == 2
 
@@ -322,7 +375,9 @@ def rewrite(file: Path, **changes) -> None:
 
 def with_weights(folder: Path, name: str, value: torch.Tensor | None) -> None:
     tensors = {**load_file(folder / "model.safetensors"), name: value}
-    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors"
+    )
 
 
 def with_vocabulary(folder: Path, size: int) -> None:
@@ -346,21 +401,42 @@ BIAS = "model.layers.1.self_attn.q_proj.bias"
     [
         (lambda f: with_weights(f, "model.norm.weight", None), "lacks tensor model.norm.weight"),
         (lambda f: with_weights(f, BIAS, torch.ones(32)), f"has unknown tensor {BIAS}"),
-        (lambda f: with_weights(f, "model.norm.weight", torch.ones(31)), "model.norm.weight has shape (31,), config.json wants (32,)"),
-        (lambda f: with_weights(f, "model.norm.weight", torch.ones(32, dtype=torch.int8)), "model.norm.weight is stored as I8"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]), "not a whole safetensors file"),
+        (
+            lambda f: with_weights(f, "model.norm.weight", torch.ones(31)),
+            "model.norm.weight has shape (31,), config.json wants (32,)",
+        ),
+        (
+            lambda f: with_weights(f, "model.norm.weight", torch.ones(32, dtype=torch.int8)),
+            "model.norm.weight is stored as I8",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
+            "not a whole safetensors file",
+        ),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin, a pickle"),
-        (lambda f: rewrite(f / "config.json", is_causal=False), "config.json: is_causal False is not supported"),
+        (
+            lambda f: rewrite(f / "config.json", is_causal=False),
+            "config.json: is_causal False is not supported",
+        ),
         (lambda f: rewrite(f / "config.json", hidden_size="32"), "hidden_size is '32'"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: a JSON list"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer could be loaded"),
         (lambda f: with_vocabulary(f, 300), "the tokenizer has 384 tokens, vocab_size in config.json is 300"),
-        (lambda f: with_text(f, "unheard-of"), "the tokenizer has 385 tokens, vocab_size in config.json is 384"),
-        (lambda f: rewrite(f / "config.json", eos_token_id=384), "end-of-sequence token 384 is not among the 384"),
-        (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["x"]}'), "generation_config.json: eos_token_id is ['x']"),
+        (
+            lambda f: with_text(f, "unheard-of"),
+            "the tokenizer has 385 tokens, vocab_size in config.json is 384",
+        ),
+        (
+            lambda f: rewrite(f / "config.json", eos_token_id=384),
+            "end-of-sequence token 384 is not among the 384",
+        ),
+        (
+            lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["x"]}'),
+            "generation_config.json: eos_token_id is ['x']",
+        ),
         (lambda f: (f / "generation_config.json").write_text("["), "generation_config.json: not valid JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_cannot_be_used_leaves_no_run_folder(tmp_path, tiny_folder, capsys, damage, message):
     shutil.copytree(tiny_folder, tmp_path / "model")
     damage(tmp_path / "model")
@@ -370,7 +446,9 @@ def test_a_model_that_cannot_be_used_leaves_no_run_folder(tmp_path, tiny_folder,
     assert not (tmp_path / "r").exists()
 
 
-def test_special_tokens_beyond_the_vocabulary_are_refused_only_where_they_occur(tmp_path, tiny_folder, capsys):
+def test_special_tokens_beyond_the_vocabulary_are_refused_only_where_they_occur(
+    tmp_path, tiny_folder, capsys
+):
     shutil.copytree(tiny_folder, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -380,7 +458,10 @@ def test_special_tokens_beyond_the_vocabulary_are_refused_only_where_they_occur(
     flags = [*SMOKE, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "r"), "--force"]
     answers = [{**row, "chosen": "Two <image>", "rejected": "Three"} for row in rows]
     for extra, place in (
-        (["--prompts", write(tmp_path / "p.jsonl", [*rows, {"prompt": "Look: <image>"}])], "prompt 'Look: <image>'"),
+        (
+            ["--prompts", write(tmp_path / "p.jsonl", [*rows, {"prompt": "Look: <image>"}])],
+            "prompt 'Look: <image>'",
+        ),
         (["--pairs", write(tmp_path / "a.jsonl", answers)], "a.jsonl:1"),
     ):
         command = ["mocan"] if extra[0] == "--pairs" else []
@@ -396,7 +477,9 @@ def test_scorers_in_python_several_costs_and_own_prompts(tmp_path):
     flags += ["--cost", "harm", "harm-audit", "--audit", "--threshold", "0.1", "0.1"]
     assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 0
     evaluation = json.loads((tmp_path / "r" / "evaluation.json").read_text())
-    assert [c["name"] for c in evaluation["constraints"]] == ["harm", "harm-audit"] and evaluation["audits"] == []
+    assert [c["name"] for c in evaluation["constraints"]] == ["harm", "harm-audit"] and evaluation[
+        "audits"
+    ] == []
 
 
 def test_few_prompts_lower_the_numbers_of_prompts_and_say_so(tmp_path, capsys):
@@ -416,7 +499,9 @@ def test_too_few_prompts_for_a_verdict_are_refused_before_any_compute(tmp_path, 
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(("field", "value"), [("dtype", "fp8"), ("device", "tpu"), ("threshold", (float("nan"),))])
+@pytest.mark.parametrize(
+    ("field", "value"), [("dtype", "fp8"), ("device", "tpu"), ("threshold", (float("nan"),))]
+)
 def test_settings_from_python_are_checked_before_they_are_used(tmp_path, field, value):
     with pytest.raises(UserError, match=f"--{field}"):
         caid.train(smoke(CaidConfig(out=str(tmp_path / "r"), **{field: value})))
@@ -431,7 +516,7 @@ def test_an_existing_folder_and_another_model_are_refused(finished, capsys):
 
 
 def test_a_non_finite_loss_stops_with_the_batch_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("engine.policy.update.learning_rate_factor", lambda *a: float("inf"))
+    monkeypatch.setattr("engine.policy.steps.learning_rate_factor", lambda *a: float("inf"))
     assert train.main([*SMOKE, "--out", str(tmp_path / "r")]) == 3
     assert "nonfinite.safetensors" in capsys.readouterr().err
     assert (tmp_path / "r" / "nonfinite.safetensors").is_file()

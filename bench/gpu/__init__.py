@@ -1,0 +1,1 @@
+"""Measures what only a GPU can show: `python -m bench.gpu`."""

@@ -1,0 +1,1 @@
+"""Compares CAID with MoCAN over seeds and thresholds: `python -m bench.study`."""

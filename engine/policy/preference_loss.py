@@ -1,0 +1,154 @@
+"""The preference loss of a policy on pairs of responses, in each label form (arXiv 2505.19387, Algorithm 2,
+step 4)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import RunConfig
+from engine.model import packing
+from engine.model.decoder import Decoder
+from engine.policy.forward import policy_states
+from engine.policy.losses import listwise, regression, single
+from engine.policy.samples import Samples
+from engine.policy.weights import Weights
+from engine.records import Pairs, ScoredTarget
+from kernels import lagrangian_preference_loss, sequence_logprob
+from kernels.random import combine, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The loss of some pairs, a scalar with its graph, and what the metrics say of their margins."""
+
+    loss: Tensor
+    accuracy: Tensor  # share of pairs that the policy orders as the labels do
+    margin: Tensor  # float64 [K], in units of the score
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceLoss:
+    """The loss of pairs of `samples` under the weights, towards a target.
+
+    anchor: the weights of `target.anchor`, None for the reference.
+    """
+
+    config: RunConfig
+    model: Decoder
+    weights: Weights
+    samples: Samples
+    target: ScoredTarget
+    anchor: Weights | None = None
+
+    def __call__(self, pairs: Pairs, draw: int, first: int = 0) -> Loss:
+        """Returns the loss of one batch of pairs in the label form `config.labels`.
+
+        draw: the number of the step, which keys labels that are drawn. first: the number of the batch's first
+        sequence in the step.
+        """
+        config, target, samples, model = self.config, self.target, self.samples, self.model
+        batch = samples.groups(rows_by_prompt(pairs))
+        packed = packing.pack(batch, model.device)
+        rows = packed.target_T, packed.cu_seqlens
+        options = {
+            "temperature": config.temperature,
+            "softcap": model.config.logit_softcap,
+            "memory_budget_bytes": config.memory_budget_bytes,
+        }
+        reference_N = self._anchor_logprob(batch, packed, pairs, options)
+        score_N = target.score_PG.reshape(-1)[torch.tensor(pairs.row)].to(model.device)
+        hidden, head = policy_states(config, model, samples.lower, batch, packed, self.weights)
+        if config.labels in ("soft", "sampled"):
+            key = combine(config.seed, draw, (pairs.pairs[:, 0] + first) * 65_537 + pairs.pairs[:, 1] + first)
+            result = lagrangian_preference_loss(
+                hidden,
+                head,
+                *rows,
+                pairs.pairs,
+                score_N,
+                score_N.new_zeros(len(score_N), 0),
+                score_N.new_zeros(0),
+                reference_N,
+                beta=target.coefficient,
+                labels=config.labels,
+                uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
+                **options,
+            )
+            return Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin)
+        moved_N = target.coefficient * (sequence_logprob(hidden, head, *rows, **options) - reference_N)
+        a, b = pairs.pairs.to(model.device).unbind(1)
+        margin = (moved_N[a] - moved_N[b]).detach()
+        accuracy = (((margin * (score_N[a] - score_N[b])).sign() + 1) / 2).mean()
+        return Loss(loss=self._without_labels(moved_N, score_N, pairs), accuracy=accuracy, margin=margin)
+
+    def _anchor_logprob(
+        self, batch: list[packing.Group], packed: packing.Packed, pairs: Pairs, options: dict
+    ) -> Tensor:
+        """Returns float64 [N], from which log-ratios count: the log-prob under the anchor, plus shift /
+        coefficient."""
+        config, target, samples, model = self.config, self.target, self.samples, self.model
+        index = torch.tensor(pairs.row)
+        reference_N = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
+        if self.anchor is not None and target.anchor_share > 0:
+            with torch.no_grad():
+                states = policy_states(config, model, samples.lower, batch, packed, self.anchor)
+                own_N = sequence_logprob(*states, packed.target_T, packed.cu_seqlens, **options)
+            reference_N = torch.lerp(reference_N, own_N.double(), target.anchor_share)
+        if target.shift_PG is not None:
+            reference_N = (
+                reference_N + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
+            )
+        return reference_N
+
+    def _without_labels(self, moved_N: Tensor, score_N: Tensor, pairs: Pairs) -> Tensor:
+        """Returns the loss of the forms that compare coefficient x log-ratio, `moved_N`, with the score
+        itself."""
+        coefficient, score_PG = self.target.coefficient, self.target.score_PG
+        prompt_N = torch.tensor(pairs.prompt, device=moved_N.device)
+        if self.config.labels == "single":
+            # The group's value stands for V(x): c ln E_ref exp(score / c).
+            value_P = coefficient * ((score_PG / coefficient).logsumexp(1) - math.log(score_PG.shape[1]))
+            return single(moved_N, score_N - value_P.to(moved_N.device)[prompt_N])
+        if self.config.labels == "listwise":
+            return listwise(moved_N / coefficient, score_N / coefficient, prompt_N)
+        return regression(moved_N, score_N, pairs.pairs.to(moved_N.device))
+
+
+def share_of(labels: str, part: Pairs, whole: Pairs) -> float:
+    """Returns what a part weighs in the mean that the label form takes: over pairs, prompts or responses."""
+    if labels == "listwise":
+        return len(set(part.prompt)) / len(set(whole.prompt))
+    return len(part.row) / len(whole.row) if labels == "single" else len(part.pairs) / len(whole.pairs)
+
+
+def parts(pairs: Pairs, groups: list[packing.Group], budget: int) -> list[tuple[Pairs, int]]:
+    """Cuts the pairs into parts of whole prompts, each of at most `budget` tokens or of one prompt; beside
+    each stands the number of sequences before it.
+
+    groups: the pairs' sequences with their prompts, in order."""
+    found, first = [], 0
+    for batch in packing.batches(groups, budget, packing.WHOLE):
+        end = first + sum(len(g.rows) for g in batch)
+        inside = (pairs.pairs[:, 0] >= first) & (pairs.pairs[:, 0] < end)
+        found.append(
+            (
+                Pairs(
+                    prompt=pairs.prompt[first:end],
+                    row=pairs.row[first:end],
+                    pairs=pairs.pairs[inside] - first,
+                ),
+                first,
+            )
+        )
+        first = end
+    return found
+
+
+def rows_by_prompt(pairs: Pairs) -> dict[int, list[int]]:
+    """Returns the rows of the pairs' sequences by prompt, both in order."""
+    by_prompt: dict[int, list[int]] = {}
+    for p, r in zip(pairs.prompt, pairs.row, strict=True):
+        by_prompt.setdefault(p, []).append(r)
+    return by_prompt
