@@ -58,7 +58,7 @@ class Rollouts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class _Scores:
     """The scores of P * G responses; larger is better (a cost is already negated)."""
 
     reward_PG: Tensor  # float64 [P, G]
@@ -66,6 +66,16 @@ class Scores:
     audit_PGA: Tensor  # float64 [P, G, A]: utilities of scorers that are never optimised
     # float64 [P, G]: log-prob of each response under the reference at the sampling temperature
     ref_logprob_PG: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(_Scores):
+    """Scores in the scorers' own units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledScores(_Scores):
+    """Scores in the run's units (`Units.apply`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +90,9 @@ class Units:
         default_factory=list
     )  # a utility with a number here is -1 where its cost lies above, else 0
 
-    def apply(self, scores: Scores) -> Scores:
+    def apply(self, scores: Scores) -> ScaledScores:
         """Returns the same scores in these units."""
-        return Scores(
+        return ScaledScores(
             reward_PG=scores.reward_PG / self.reward,
             utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J)
             / torch.tensor(self.utility_J, dtype=torch.float64),

@@ -23,7 +23,7 @@ from bench.theory.newton import inverse_times
 from bench.theory.problem import Problem
 from engine import dual
 from engine.config import PrimalDualConfig, RunConfig
-from engine.records import Rule, Scored, ScoredTarget, Scores, Target
+from engine.records import Rule, ScaledScores, Scored, ScoredTarget, Target
 from engine.stages.protocol import Result, Slack
 
 
@@ -85,11 +85,11 @@ class ExactStages:
         return values_PY[torch.arange(len(values_PY))[:, None], self.index_PG]
 
     @property
-    def scores(self) -> Scores:
+    def scores(self) -> ScaledScores:
         """Returns the scores of the responses that updates see."""
         utility_PGJ = self.gather(self.problem.utility_PYJ)
         reference = -math.log(self.problem.reward_PY.shape[1])
-        return Scores(
+        return ScaledScores(
             reward_PG=self.gather(self.problem.reward_PY),
             utility_PGJ=utility_PGJ,
             audit_PGA=utility_PGJ[..., :0],

@@ -15,7 +15,7 @@ from engine.config import RunConfig
 from engine.constraints.kinds import KINDS
 from engine.constraints.limit import Limit
 from engine.errors import UserError
-from engine.records import Prompts, Scores, Units
+from engine.records import Prompts, ScaledScores, Units
 
 
 def limits(config: RunConfig, names: Sequence[str]) -> list[Limit]:
@@ -62,10 +62,10 @@ def weights(limits: Sequence[Limit], prompts: Prompts, reference: Prompts) -> Te
     return weight_PJ
 
 
-def required(limits: Sequence[Limit], scores: Scores, prompts: Prompts, units: Units) -> Tensor:
+def required(limits: Sequence[Limit], scores: ScaledScores, prompts: Prompts, units: Units) -> Tensor:
     """Returns the improvements over the reference that the constraints ask for, in units, float64 [J].
 
-    scores: of the reference's samples, in units.
+    scores: of the reference's samples.
     """
     needed = [
         limit.required(utility_PG, unit)
@@ -78,7 +78,7 @@ def required(limits: Sequence[Limit], scores: Scores, prompts: Prompts, units: U
 
 def aims(
     limits: Sequence[Limit],
-    scores: Scores,
+    scores: ScaledScores,
     prompts: Prompts,
     units: Units,
     *,
@@ -130,6 +130,6 @@ def missing(
     return torch.stack([limit.missing(*values) for limit, *values in each], dim=1)
 
 
-def _judged_by(limits: Sequence[Limit], scores: Scores, prompts: Prompts) -> list[Tensor]:
+def _judged_by(limits: Sequence[Limit], scores: ScaledScores, prompts: Prompts) -> list[Tensor]:
     """Returns, for each constraint, its utilities [P, G] of the prompts that it is about."""
     return [scores.utility_PGJ[limit.rows(prompts), :, j] for j, limit in enumerate(limits)]

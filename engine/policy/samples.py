@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from engine.model.packing import Group, LowerStates
-from engine.records import Prompts, Rollouts, Sampled, Scores
+from engine.records import Prompts, Rollouts, Sampled, ScaledScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class Samples:
 
     prompts: Prompts
     sampled: Sampled  # the responses, with the scorers' own scores
-    scores: Scores  # in units
+    scores: ScaledScores
     lower: LowerStates | None = None  # states below the adapter, where they were kept
 
     @property

@@ -24,7 +24,7 @@ from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
-from engine.records import Prompts, Sampled, ScoredTarget, Scores, Units
+from engine.records import Prompts, Sampled, ScaledScores, ScoredTarget, Scores, Units
 from engine.run.folder import RunFolder
 from engine.run.rows import PreferenceRow, read_rows
 from engine.run.run import Stage
@@ -92,7 +92,7 @@ class ByLogRatios:
         units = Units(reward=reward_sd, utility_J=utility_sd, audit_A=[1.0] * len(names))
         return ByLogRatios(units=units, audit_names=names, log_ratios=log_ratios)
 
-    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> ScaledScores:
         return self.units.apply(self.log_ratios(stage, prompts, sampled))
 
 
@@ -194,10 +194,11 @@ def _from_file(job: Job) -> tuple[Samples, Tensor]:
     sampled = Sampled(
         rollouts=file.rollouts, texts=file.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG)
     )
-    return Samples(prompts=file.prompts, sampled=sampled, scores=scores), label
+    unscaled = Units(reward=1.0, utility_J=[1.0] * (label.shape[2] - 1), audit_A=[])
+    return Samples(prompts=file.prompts, sampled=sampled, scores=unscaled.apply(scores)), label
 
 
-def _agreement(ratios: Scores, scores: Scores) -> list[float]:
+def _agreement(ratios: Scores, scores: ScaledScores) -> list[float]:
     """Correlates each log-ratio with the scorer of its kind, within prompts."""
     pairs = [(ratios.reward_PG, scores.reward_PG)]
     pairs += [

@@ -14,7 +14,7 @@ from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
-from engine.records import Prompts, Sampled, Scored, Scores, Units, unsafe_counted
+from engine.records import Prompts, Sampled, ScaledScores, Scored, Scores, Units, unsafe_counted
 from engine.run.rows import ReferenceRow, read_rows
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
@@ -37,7 +37,7 @@ class Scoring(Protocol):
     units: Units
     audit_names: list[str]
 
-    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> ScaledScores:
         """Returns scores in the run's units. stage: of a run, or anything else with `progress` and
         `check_stop`."""
 
@@ -49,7 +49,7 @@ class ByScorers:
     units: Units
     audit_names: list[str]
 
-    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> ScaledScores:
         return self.units.apply(sampled.scores)
 
 
@@ -60,7 +60,7 @@ class Reference:
     prompts: Prompts
     sampled: Sampled
     scoring: Scoring
-    scores: Scores  # in units
+    scores: ScaledScores
     limits: list[Limit]
     # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
     needed_J: Tensor
@@ -180,8 +180,8 @@ def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerState
     )
 
 
-def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: Scores, units: Units) -> dict:
-    """Returns the fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples, in units."""
+def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, units: Units) -> dict:
+    """Returns the fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples."""
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
     aimed = constraints.aims(

@@ -12,7 +12,7 @@ from engine.constraints import Limit
 from engine.files import write_json, write_whole
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Sampled, Scores, Units
+from engine.records import Sampled, ScaledScores, Units
 from engine.report import run_page
 from engine.run.display import duration
 from engine.run.rows import time_table
@@ -30,7 +30,7 @@ class HeldOut:
     """Responses to the held-out prompts with the scorers' own scores, and their scores in the run's units."""
 
     sampled: Sampled
-    scores: Scores
+    scores: ScaledScores
 
 
 @dataclass(frozen=True, kw_only=True)

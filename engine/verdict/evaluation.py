@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.constraints import KINDS, Judged, Limit, judge
 from engine.errors import UserError
 from engine.intervals import Estimate, estimate, improvement
-from engine.records import Prompts, Rollouts, Scores
+from engine.records import Prompts, Rollouts, ScaledScores
 from engine.verdict.refusals import OverRefusal, refusal_shares
 
 
@@ -135,7 +135,7 @@ class Side:
 
     rollouts: Rollouts
     texts: Sequence[str]  # [R] decoded, prompt-major
-    scores: Scores  # in the run's units (`Units.apply`)
+    scores: ScaledScores
 
 
 @dataclass(frozen=True, kw_only=True)

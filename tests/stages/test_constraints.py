@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
 from engine.policy.samples import Samples
-from engine.records import Prompts, Scored, Scores, Units
+from engine.records import Prompts, ScaledScores, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
 from engine.stages.reference import ByScorers, Reference, reference_units
@@ -47,7 +47,13 @@ def scores_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) 
     )
 
 
-def reference_of(scores: Scores, units: Units, limits: list[Limit], prompts: Prompts, **changes) -> Reference:
+def scaled_of(utility_PGJ: torch.Tensor, reward_PG: torch.Tensor | None = None) -> ScaledScores:
+    return ScaledScores(**vars(scores_of(utility_PGJ, reward_PG)))
+
+
+def reference_of(
+    scores: ScaledScores, units: Units, limits: list[Limit], prompts: Prompts, **changes
+) -> Reference:
     """Returns a reference with these scores in units, which asks for nothing but what `changes` says."""
     none_J = torch.zeros(len(limits), dtype=DTYPE)
     reference = Reference(
@@ -123,7 +129,7 @@ def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
     other = prompts_of(["everyday", "delicate"])
     assert torch.equal((g[:2] * constraints.weights([limit], other, prompts)[:, None])[1], 4 * g[1])
     # The stages count the utilities so, both for the dual and for the rules of the algorithms.
-    reference = reference_of(scores_of(g, r), units_of(1.0), [limit], prompts)
+    reference = reference_of(scaled_of(g, r), units_of(1.0), [limit], prompts)
     samples = samples_of(other, None, scores_of(g[:2], r[:2]))
     assert torch.equal(reference.scored(samples).counted_PGJ[1], 4 * g[1])
     reference = replace(reference, sampled=samples_of(prompts, None, scores_of(g, r)).sampled)
@@ -158,7 +164,7 @@ def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
     prompts, heldout, units = prompts_of(["x"] * P), prompts_of(["x"] * n), units_of(1.0)
     (aimed,) = constraints.aims(
         [MeanCost(name="a", value=1.0)],
-        scores_of(-cost),
+        scaled_of(-cost),
         prompts,
         units,
         margin=2.0,
@@ -169,7 +175,7 @@ def test_the_margin_of_a_mean_and_of_a_rate_covers_the_heldout_sampling():
     unsafe = (torch.rand(P, 8, 1, generator=generator) < 0.3).double()
     limit = Rate(name="a", value=0.1)
     (a,) = constraints.aims(
-        [limit], scores_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m
+        [limit], scaled_of(-unsafe), prompts, units, margin=2.0, heldout=heldout, n_responses=m
     )
     assert a + 2 * math.sqrt(a * (1 - a) / (n * m)) == pytest.approx(0.1, rel=0.01)
 
@@ -377,10 +383,10 @@ def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
         prompts_of(["x", "x"]),
     )
     limit = WorstTenth(name="harm", value=12.0)
-    needed = constraints.required([limit], scores_of(before), prompts, units)
+    needed = constraints.required([limit], scaled_of(before), prompts, units)
     assert needed.tolist() == [(14 - 12) / 2]
     aimed = constraints.aims(
-        [limit], scores_of(before), prompts, units, margin=1.0, heldout=prompts_of(["x"] * 50), n_responses=10
+        [limit], scaled_of(before), prompts, units, margin=1.0, heldout=prompts_of(["x"] * 50), n_responses=10
     )
     assert aimed == pytest.approx([12 - math.sqrt(50) / math.sqrt(50)])
     aim = constraints.aimed_improvement([limit], aimed, needed, units)

@@ -11,7 +11,7 @@ from scipy import stats
 from engine.constraints import Improvement, Judged, MeanCost, Rate, word
 from engine.errors import UserError
 from engine.intervals import Estimate, Share, estimate, improvement, rate, t_quantile, wilson
-from engine.records import Prompts, Rollouts, Scores
+from engine.records import Prompts, Rollouts, ScaledScores
 from engine.verdict.evaluation import Asked, Evaluation, Judgement, Side, evaluate, pair_order
 from engine.verdict.refusals import OverRefusal, is_refusal, over_refusal
 from engine.verdict.sentences import answer, judgement_sentences, sentences
@@ -213,7 +213,7 @@ def _stage_outputs(kind: list[str]) -> dict:
     def scores(reward, utility, audit):
         as_3d = [torch.tensor(x, dtype=torch.float64).unsqueeze(2) for x in (utility, audit)]
         reward = torch.tensor(reward, dtype=torch.float64)
-        return Scores(
+        return ScaledScores(
             reward_PG=reward,
             utility_PGJ=as_3d[0],
             audit_PGA=as_3d[1],
