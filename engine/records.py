@@ -210,11 +210,3 @@ class Pairs:
 def utility_of_cost(cost: Tensor) -> Tensor:
     """Turns a cost into a utility, of which larger is better: the only place where a sign changes."""
     return -cost
-
-
-@dataclass(frozen=True, kw_only=True)
-class DualState:
-    """The one-shot multipliers. What later ones were decided from stands in the rows of kind "iteration" in
-    metrics.jsonl."""
-
-    lam_J: Tensor  # float64 [J]

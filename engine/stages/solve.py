@@ -10,7 +10,6 @@ from engine.config import RunConfig
 from engine.constraints import Limit
 from engine.dual.uncertainty import range_text
 from engine.errors import UserError
-from engine.records import DualState
 from engine.run.rows import DualRow
 from engine.run.run import Stage
 from engine.stages.job import Job
@@ -69,7 +68,7 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
         interval = dual.lam_interval(*scores, aim, config.beta, solution)
     low, high, lam_se = (interval.low, interval.high, interval.se) if interval else (None, None, None)
 
-    def compute(stage: Stage) -> DualState:
+    def compute(stage: Stage) -> dict[str, Tensor]:
         stage.log(
             DualRow(
                 lam=solution.lam,
@@ -85,9 +84,9 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
                 threshold=reference.needed_J,
             )
         )
-        return DualState(lam_J=solution.lam)
+        return {"lam_J": solution.lam}
 
-    job.run.stage("dual", DualState, compute)
+    job.run.stage("dual", dict, compute)
     show = job.run.display
     if warning := dual.ess_warning(solution.ess, config.n_responses):
         show.warn(warning + dual.half_sample(*scores, aim, config.beta, solution.lam, seed=config.seed))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine import files as whole_files
 from engine.errors import Interrupted, UserError
-from engine.records import DualState, Pairs, Prompts
+from engine.records import Pairs, Prompts
 from engine.run import run as run_module
 from engine.run.display import Display
 from engine.run.rows import Row, raw_rows, read_rows
@@ -106,7 +106,7 @@ def test_pack_round_trip() -> None:
         {"layers.0.a": torch.randn(3, 2), "b": torch.tensor(1)},
         {},
         Prompts(text=["Hi"], kind=[""], token_ids=[[1, 9]], key_P=torch.tensor([7])),
-        DualState(lam_J=torch.tensor([0.1], dtype=torch.float64)),
+        {"lam_J": torch.tensor([0.1], dtype=torch.float64)},
         {"rows": [{"lam": [math.nan]}]},
     ],
 )
@@ -270,8 +270,8 @@ def policy(stage: Stage, pairs: Pairs) -> dict[str, Tensor]:
 def program(run: Run) -> dict[str, Tensor]:
     pairs = run.stage("reference", Pairs, reference)
     first = run.stage("iteration-1/policy", dict, lambda stage: policy(stage, pairs))
-    state = run.stage("dual", DualState, lambda stage: DualState(lam_J=first["w"][0]))
-    moved = Pairs(prompt=[], row=[], pairs=pairs.pairs + state.lam_J.numel())
+    state = run.stage("dual", dict, lambda stage: {"lam_J": first["w"][0]})
+    moved = Pairs(prompt=[], row=[], pairs=pairs.pairs + state["lam_J"].numel())
     return run.stage("iteration-2/policy", dict, lambda stage: policy(stage, moved))
 
 
