@@ -21,7 +21,7 @@ from engine.stages.run import open_stages
 
 
 def train(config: CaidConfig, *, resume: str | None = None) -> Result:
-    """Run CAID; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    """Runs CAID; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
     of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
@@ -31,7 +31,7 @@ def train(config: CaidConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: CaidConfig):
-    """Run Algorithm 2; returns the last policy and its multipliers, float64 [J]."""
+    """Runs Algorithm 2; returns the last policy and its multipliers, float64 [J]."""
     stages.sample_reference()
     warm = stages.solve_dual()
     policy, history = None, []

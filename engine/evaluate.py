@@ -67,7 +67,7 @@ class Phase:
         display.stage(number, name)
 
     def log(self, row: Row) -> None:
-        """Print and keep what `engine.stages.sampling.log_gap` found, the only row of sampling."""
+        """Prints and keep what `engine.stages.sampling.log_gap` found, the only row of sampling."""
         assert isinstance(row, SampledRow)
         self.logprob_gap = row.logprob_gap
         self._display.line(f"{self.name}: {gap_text(row)}")
@@ -80,7 +80,7 @@ class Phase:
         """Speeds are seen while they last, and not kept."""
 
     def check_stop(self) -> None:
-        """Ctrl-C is not held back, so there is nothing to ask."""
+        """Does nothing: Ctrl-C is not held back, so there is nothing to ask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Question:
 
 
 def ask(run: str | Path, flags: EvaluateConfig) -> Question:
-    """Read the run and check everything that can be checked without compute.
+    """Reads the run and checks everything that can be checked without compute.
 
     Raises: UserError.
     """
@@ -199,7 +199,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
 
 
 def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, Path]:
-    """Judge an iterate of `run` and write evaluation.json and heldout.jsonl; returns what was found, and
+    """Judges an iterate of `run` and writes evaluation.json and heldout.jsonl; returns what was found, and
     their folder.
 
     Raises: UserError, before any compute unless a scorer fails.
@@ -301,8 +301,8 @@ def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
 
 
 def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
-    """Every iterate on the selection prompts: rows of iterate, lam, reward and room (improvement - what is
-    required) of each constraint."""
+    """Judges every iterate on the selection prompts: returns rows of iterate, lam, reward and room
+    (improvement - what is required) of each constraint."""
     n, rows = q.config.eval_responses, []
     # Further audits have no unit here, and are not needed to choose.
     further = len(q.scorers.audits) - len(q.units.audit_A)
@@ -371,7 +371,7 @@ def best_feasible(rows: list[dict]) -> int:
 def policy_logprob(
     subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Weights
 ) -> Tensor:
-    """log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
+    """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(prompts, sampled.rollouts)
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
@@ -455,7 +455,7 @@ def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Runs the command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         run = ""

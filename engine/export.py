@@ -14,7 +14,7 @@ from engine.stages.inputs import model_folder
 
 
 def export(run: str | Path, folder: str | Path) -> None:
-    """Merge the run's last adapter into its base model, or take all its weights, and write `folder`, which
+    """Merges the run's last adapter into its base model, or takes all its weights, and writes `folder`, which
     transformers and vLLM load.
 
     Raises: UserError when the run has no iterate yet, its model is another one now, or the folder exists.
@@ -34,7 +34,7 @@ def export(run: str | Path, folder: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Runs the command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         print("usage: python -m engine.export RUN FOLDER", file=sys.stderr)

@@ -12,7 +12,7 @@ from engine.errors import UserError
 
 
 def write_whole(path: Path, data: bytes, previous: Path | None = None) -> None:
-    """Put `data` at `path` in one step; with `previous`, the file that stood at `path` moves there.
+    """Puts `data` at `path` in one step; with `previous`, the file that stood at `path` moves there.
 
     Raises: UserError on a full disk or without permission; the older file stays.
     """
@@ -33,13 +33,13 @@ def write_whole(path: Path, data: bytes, previous: Path | None = None) -> None:
 
 
 def write_json(path: Path, contents: dict) -> None:
-    """Write a JSON file, whole or not at all; equal contents give equal bytes."""
+    """Writes a JSON file, whole or not at all; equal contents give equal bytes."""
     write_whole(path, (json.dumps(contents, sort_keys=True, indent=1) + "\n").encode())
 
 
 @contextmanager
 def writing(path: Path, n_bytes: int) -> Iterator[None]:
-    """Turn the OSError of a full or write-protected disk into a UserError that says how to go on."""
+    """Turns the OSError of a full or write-protected disk into a UserError that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def writing(path: Path, n_bytes: int) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk: fsync of a file alone does not cover its name."""
+    """Waits until the names in a folder are on the disk: fsync of a file alone does not cover its name."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder to write into and rename it to `out` at the end.
+    """Gives a temporary folder to write into and rename it to `out` at the end.
 
     After an error or Ctrl-C the temporary folder is removed, and there is no `out`.
     Raises: UserError where no folder can be made there, or where `out` has appeared in the meantime.
@@ -93,7 +93,8 @@ def _cannot_be_made(out: Path, error: OSError) -> UserError:
 
 
 def read_json(path: Path, *, cure: str) -> dict:
-    """Read the object in a JSON file. `cure` ends the error message: what the user does about a damaged file.
+    """Reads the object in a JSON file. `cure` ends the error message: what the user does about a damaged
+    file.
 
     Raises: UserError where the file cannot be read, is not JSON, or is not one object.
     """
@@ -107,7 +108,7 @@ def read_json(path: Path, *, cure: str) -> dict:
 
 
 def read_json_lines(path: Path, *, cure: str, skip_damaged: bool = False) -> Iterator[dict]:
-    """Yield the object on each line of a file; empty lines are skipped.
+    """Yields the object on each line of a file; empty lines are skipped.
 
     A running or killed process may leave a last line without its end: that line is left out. A killed process
     may also have cut a line that a resumed one went on below; `skip_damaged` leaves such lines out, too.

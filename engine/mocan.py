@@ -14,7 +14,7 @@ from engine.stages.run import open_stages
 
 
 def train(config: MocanConfig, *, resume: str | None = None) -> Result:
-    """Run MoCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a
+    """Runs MoCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a
     run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
@@ -24,7 +24,7 @@ def train(config: MocanConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: MocanConfig):
-    """Run Algorithm 1; returns the policy and the multipliers, float64 [J]."""
+    """Runs Algorithm 1; returns the policy and the multipliers, float64 [J]."""
     stages.sample_reference()
     lam_J = stages.solve_dual().lam
     return stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), 1), lam_J

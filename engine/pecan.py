@@ -12,7 +12,7 @@ from engine.stages.run import open_stages
 
 
 def train(config: PecanConfig, *, resume: str | None = None) -> Result:
-    """Run PeCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a
+    """Runs PeCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a
     run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.

@@ -24,7 +24,7 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Runs the command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     folder = ""
     try:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(algorithm: str, flags: list[str]):
-    """Read the algorithm's config from `flags`, on top of the defaults or the preset; None after printing
+    """Reads the algorithm's config from `flags`, on top of the defaults or the preset; None after printing
     help.
 
     Raises: UserError for an unknown preset or flag, a stray word, or a value of the wrong type.
@@ -82,7 +82,7 @@ def parse(algorithm: str, flags: list[str]):
 
 
 def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
-    """Split the algorithm's name, caid where none is given, from the rest of the command line."""
+    """Splits the algorithm's name, caid where none is given, from the rest of the command line."""
     if not argv or argv[0].startswith("-"):
         return "caid", argv
     if argv[0] not in ALGORITHMS:
@@ -94,7 +94,7 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:
-    """Read algorithm and config as saved in the run folder. `named`: the algorithm that the user gave, if
+    """Reads algorithm and config as saved in the run folder. `named`: the algorithm that the user gave, if
     any."""
     if flags:
         raise UserError(

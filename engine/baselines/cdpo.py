@@ -15,7 +15,7 @@ from engine.stages.run import open_stages
 
 
 def train(config: CdpoConfig, *, resume: str | None = None) -> Result:
-    """Run C-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    """Runs C-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
     of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
@@ -25,7 +25,7 @@ def train(config: CdpoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: CdpoConfig):
-    """Run C-DPO; returns the last policy and its multipliers, float64 [J]."""
+    """Runs C-DPO; returns the last policy and its multipliers, float64 [J]."""
     stages.sample_reference()
     stages.check_thresholds()
     lam_J, u = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64), None

@@ -13,7 +13,7 @@ from engine.stages.run import open_stages
 
 
 def train(config: DpoConfig, *, resume: str | None = None) -> Result:
-    """Run DPO; returns the run folder, the held-out verdict and the weights of the utilities. `resume`: the
+    """Runs DPO; returns the run folder, the held-out verdict and the weights of the utilities. `resume`: the
     folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
@@ -23,7 +23,7 @@ def train(config: DpoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: DpoConfig):
-    """Run DPO; returns the policy and the weights of the utilities, float64 [J]: 0 for the reward, 1 for
+    """Runs DPO; returns the policy and the weights of the utilities, float64 [J]: 0 for the reward, 1 for
     safety."""
     stages.sample_reference()
     safety = config.objective == "safety"

@@ -25,8 +25,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: OpdConfig, *, resume: str | None = None) -> Result:
-    """Run OPD; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder of
-    a run to go on with.
+    """Runs OPD; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
@@ -35,7 +35,7 @@ def train(config: OpdConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: OpdConfig):
-    """Run OPD; returns the last policy and the multipliers it was trained with, float64 [J]."""
+    """Runs OPD; returns the last policy and the multipliers it was trained with, float64 [J]."""
     total = config.beta + config.proximity
 
     def prox(policy, lam_J: Tensor, number: int):

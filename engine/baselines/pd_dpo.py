@@ -16,8 +16,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: PdDpoConfig, *, resume: str | None = None) -> Result:
-    """Run PD-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
-    of a run to go on with.
+    """Runs PD-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the
+    folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
@@ -26,7 +26,7 @@ def train(config: PdDpoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: PdDpoConfig):
-    """Run PD-DPO; returns the last policy and its multipliers, float64 [J]."""
+    """Runs PD-DPO; returns the last policy and its multipliers, float64 [J]."""
     stages.sample_reference()
     stages.check_thresholds()
     lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)

@@ -19,7 +19,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: PrimalDualConfig, *, resume: str | None = None) -> Result:
-    """Run primal-dual policy gradient; returns the run folder, the held-out verdict and the last multipliers.
+    """Runs primal-dual policy gradient; returns the run folder, the held-out verdict and the last
+    multipliers.
 
     `resume`: the folder of a run to go on with.
 
@@ -30,7 +31,7 @@ def train(config: PrimalDualConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: PrimalDualConfig):
-    """Run the alternation; returns the last policy and its multipliers, float64 [J]."""
+    """Runs the alternation; returns the last policy and its multipliers, float64 [J]."""
     stages.sample_reference()
     stages.check_thresholds()
     lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)
@@ -46,7 +47,7 @@ def loop(stages: Stages, config: PrimalDualConfig):
 
 
 def descend(lam_J: Tensor, slack_J: Tensor, config: PrimalDualConfig) -> Tensor:
-    """ln lambda <- ln lambda - rate lambda slack, with the cap on the change of lambda. float64 [J]."""
+    """Steps ln lambda <- ln lambda - rate lambda slack, with the cap on the change of lambda; float64 [J]."""
     factor = (
         (-config.dual_rate * lam_J * slack_J).exp().clamp(1 / config.lam_max_change, config.lam_max_change)
     )

@@ -21,7 +21,7 @@ from engine.stages.run import open_stages
 
 
 def train(config: RepoConfig, *, resume: str | None = None) -> Result:
-    """Run RePO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
+    """Runs RePO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
     of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
@@ -31,7 +31,7 @@ def train(config: RepoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: RepoConfig):
-    """Run RePO; returns the last policy and its multipliers, float64 [J]."""
+    """Runs RePO; returns the last policy and its multipliers, float64 [J]."""
     stages.sample_reference()
     stages.check_thresholds()
     lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)

@@ -17,8 +17,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: SacpoConfig, *, resume: str | None = None) -> Result:
-    """Run SACPO; returns the run folder, the held-out verdict and the multipliers given. `resume`: the folder
-    of a run to go on with.
+    """Runs SACPO; returns the run folder, the held-out verdict and the multipliers given. `resume`: the
+    folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
@@ -27,7 +27,7 @@ def train(config: SacpoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: SacpoConfig):
-    """Run both stages; returns the policy and the multipliers, float64 [J]."""
+    """Runs both stages; returns the policy and the multipliers, float64 [J]."""
     stages.sample_reference()
     lam_J = torch.tensor(config.lam, dtype=torch.float64)
     none_J = torch.zeros_like(lam_J)

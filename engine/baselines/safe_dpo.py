@@ -23,7 +23,7 @@ SURE = 1e3
 
 
 def train(config: SafeDpoConfig, *, resume: str | None = None) -> Result:
-    """Run SafeDPO; returns the run folder, the held-out verdict and no multipliers (zeros). `resume`: the
+    """Runs SafeDPO; returns the run folder, the held-out verdict and no multipliers (zeros). `resume`: the
     folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
@@ -33,7 +33,7 @@ def train(config: SafeDpoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: SafeDpoConfig):
-    """Run SafeDPO; returns the policy and zeros [J]."""
+    """Runs SafeDPO; returns the policy and zeros [J]."""
     stages.sample_reference()
     above_J = torch.tensor(unsafe_above(config), dtype=torch.float64)
 

@@ -56,7 +56,7 @@ class CaidConfig(IterativeConfig):
         return self.scores == "preference"
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.dual_rule == "bisection" and len(self.cost) > 1:
             raise UserError(
@@ -83,7 +83,7 @@ class MocanConfig(RunConfig):
     solves_dual = True
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.pairs == "policy":
             raise UserError(
@@ -142,7 +142,7 @@ class SacpoConfig(RunConfig):
         return 2
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         _refuse_single(self)
         if not (len(self.lam) == len(self.cost) and min(self.lam) > 0):
@@ -165,7 +165,7 @@ class SafeDpoConfig(RunConfig):
     has_thresholds = False
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.labels not in ("soft", "sampled"):
             raise UserError(
@@ -202,7 +202,7 @@ class PdDpoConfig(IterativeConfig):
         return 1 + self.iterations
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         _refuse_single(self)
 
@@ -230,7 +230,7 @@ class OpdConfig(IterativeConfig):
         return self.iterations + 1
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         _refuse_single(self)
 
@@ -257,12 +257,12 @@ class PrimalDualConfig(IterativeConfig):
         return (*super().fresh_samples, Draws(self.iterations, self.ascent_prompts, self.n_responses))
 
     def trained_responses(self, n: int) -> int:
-        """Return how many of a prompt's `n` responses a policy step trains on: a policy gradient takes
+        """Returns how many of a prompt's `n` responses a policy step trains on: a policy gradient takes
         all."""
         return n
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.clip > 1:
             raise UserError(
@@ -277,7 +277,7 @@ class RepoConfig(PrimalDualConfig):
 
 
 def _refuse_single(config: RunConfig) -> None:
-    """Refuse --labels single where a policy is aligned to another policy than the reference."""
+    """Refuses --labels single where a policy is aligned to another policy than the reference."""
     if config.labels == "single":
         raise UserError(
             "--labels single: its value is that of the reference, and here a policy is aligned to another "
@@ -307,7 +307,7 @@ class Algorithm(NamedTuple):
         return self.config if self.trains_policy else getattr(import_module(self.module), self.config)
 
     def train(self, config, **keywords):
-        """Load the algorithm's module and run it."""
+        """Loads the algorithm's module and run it."""
         return import_module(self.module).train(config, **keywords)
 
 
@@ -365,12 +365,12 @@ ALGORITHMS = {
 
 
 def shown_name(algorithm: str) -> str:
-    """Return the name of an algorithm as people read it; a folder of samples keeps its name."""
+    """Returns the name of an algorithm as people read it; a folder of samples keeps its name."""
     return ALGORITHMS[algorithm].shown if algorithm in ALGORITHMS else algorithm
 
 
 def was_by_preference(algorithm: str, values: dict) -> bool:
-    """Tell from a run's config.json, as `Run.read_config` gives it, whether its scores were log-ratios of
+    """Tells from a run's config.json, as `Run.read_config` gives it, whether its scores were log-ratios of
     policies.
 
     A setting that the run's version did not have yet is at its default.

@@ -26,7 +26,7 @@ class Range:
     says: str  # the end of the message to a user who gives another number
 
     def holds(self, value: float) -> bool:
-        """Tell whether a value lies within the bounds; NaN never does."""
+        """Tells whether a value lies within the bounds; NaN never does."""
         return (
             (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
@@ -44,11 +44,11 @@ class Choice:
 
     @property
     def says(self) -> str:
-        """The end of the message to a user who gives another word."""
+        """Ends the message to a user who gives another word."""
         return f"must be one of {', '.join(filter(None, self.accepted))}"
 
     def holds(self, value: str) -> bool:
-        """Tell whether a word is one of those accepted."""
+        """Tells whether a word is one of those accepted."""
         return value in self.accepted
 
 
@@ -62,7 +62,7 @@ def bounded(
     infinite: bool = False,
     says: str = "",
 ) -> Any:
-    """Declare a field that is a number within bounds, or a tuple of such numbers. At least one bound is
+    """Declares a field that is a number within bounds, or a tuple of such numbers. At least one bound is
     given.
 
     infinite: an infinite value is accepted too, as it limits nothing. says: replaces the bounds in the
@@ -80,13 +80,13 @@ def bounded(
 
 
 def one_of(*accepted: str, default: str | None = None) -> Any:
-    """Declare a field that takes one of these words. The first is the default, unless another one is
+    """Declares a field that takes one of these words. The first is the default, unless another one is
     named."""
     return field(default=accepted[0] if default is None else default, metadata={"bound": Choice(accepted)})
 
 
 def check(config: Any) -> None:
-    """Refuse values that no run, or no evaluation, can use.
+    """Refuses values that no run, or no evaluation, can use.
 
     Raises: UserError naming the flag, its value and what is accepted.
     """
@@ -94,7 +94,7 @@ def check(config: Any) -> None:
 
 
 def check_bounds(config: Any) -> None:
-    """Check every field of a config by itself: its numbers are finite and within the field's bound.
+    """Checks every field of a config by itself: its numbers are finite and within the field's bound.
 
     Raises: UserError naming the flag, its value and what is accepted.
     """
@@ -111,7 +111,7 @@ def check_bounds(config: Any) -> None:
 
 
 def _bound(config_class: type, name: str) -> Range | Choice | None:
-    """The bound of a field: that of the nearest class which declares one."""
+    """Returns the bound of a field: that of the nearest class which declares one."""
     for cls in config_class.__mro__:
         declared = cls.__dict__.get("__dataclass_fields__", {}).get(name)
         if declared is not None and "bound" in declared.metadata:

@@ -43,7 +43,7 @@ class EvaluateConfig:
     """CPU threads; 0 takes as many as the run asked for."""
 
     def check(self) -> None:
-        """Refuse values that no evaluation can use.
+        """Refuses values that no evaluation can use.
 
         Raises: UserError naming the flag, its value and what is accepted.
         """

@@ -17,7 +17,7 @@ def parse_flags(
     default: Any,
     others: tuple[str, ...] = (),
 ) -> Any | None:
-    """Return `default` with `flags` on top, or print the help where it is asked for and return None.
+    """Returns `default` with `flags` on top, or prints the help where it is asked for and returns None.
 
     usage: stands above the flags in the help. first: names what stands before the flags; others: flags that
     are no fields. These two are for messages only.
@@ -41,7 +41,7 @@ def parse_flags(
 
 
 def take(flags: list[str], name: str) -> tuple[list[str], str | None]:
-    """Take `name VALUE` or `name=VALUE` out of `flags`; return the rest and the value, None where it is
+    """Takes `name VALUE` or `name=VALUE` out of `flags`; returns the rest and the value, None where it is
     absent."""
     rest, value, words = [], None, iter(flags)
     for word in words:
@@ -58,7 +58,7 @@ def take(flags: list[str], name: str) -> tuple[list[str], str | None]:
 
 
 def _check(flags: list[str], config_class: type, first: str, others: tuple[str, ...]) -> None:
-    """Refuse the first flag or value that cannot be used, in one line and with a suggestion."""
+    """Refuses the first flag or value that cannot be used, in one line and with a suggestion."""
     types = get_type_hints(config_class)
     accepted = {f"--{name.replace('_', '-')}": kind for name, kind in types.items()}
     switches = {
@@ -94,14 +94,14 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
 
 
 def suggest(word: str, accepted: list[str]) -> str:
-    """Suggest the nearest of the accepted words, as ` Did you mean ...?`; an empty text where none is
+    """Suggests the nearest of the accepted words, as ` Did you mean ...?`; an empty text where none is
     near."""
     near = difflib.get_close_matches(word, accepted, 1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def _is(kind: type, text: str) -> bool:
-    """Tell whether a text can be read as a value of this type."""
+    """Tells whether a text can be read as a value of this type."""
     try:
         kind(text)
     except ValueError:

@@ -20,7 +20,7 @@ SMOKE = {
 
 
 def smoke(config: RunConfig) -> RunConfig:
-    """Shrink a run to a tiny random model and under 30 seconds: `python -m engine.train --preset smoke`.
+    """Shrinks a run to a tiny random model and under 30 seconds: `python -m engine.train --preset smoke`.
 
     Settings that differ from their defaults stay as they are.
     """
@@ -29,7 +29,7 @@ def smoke(config: RunConfig) -> RunConfig:
 
 
 def fit(config: RunConfig, n_train: int, n_heldout: int) -> tuple[RunConfig, str]:
-    """Lower the numbers of prompts to what the training and held-out prompts at hand allow.
+    """Lowers the numbers of prompts to what the training and held-out prompts at hand allow.
 
     Returns the config and, for the user, which flags were lowered to what.
     """

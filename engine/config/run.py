@@ -190,11 +190,11 @@ class RunConfig:
         return ()
 
     def trained_responses(self, n: int) -> int:
-        """Return how many of a prompt's `n` responses a policy step trains on."""
+        """Returns how many of a prompt's `n` responses a policy step trains on."""
         return min(self.responses_per_prompt or n, n)
 
     def check(self) -> None:
-        """Refuse values that no run can use, first of each setting alone, then of settings that depend on
+        """Refuses values that no run can use, first of each setting alone, then of settings that depend on
         each other.
 
         Raises: UserError naming the flag, its value and what is accepted.
@@ -229,7 +229,7 @@ class RunConfig:
             )
 
     def _check_limits(self) -> None:
-        """Check the settings that have one value per cost, besides the threshold."""
+        """Checks the settings that have one value per cost, besides the threshold."""
         J = len(self.cost)
         for name in ("cost_mean", "cost_rate", "cost_on", "unsafe_above"):
             values = getattr(self, name)
@@ -284,7 +284,7 @@ class IterativeConfig(RunConfig):
         return (Draws(self.measured_slacks, self.slack_prompts, self.slack_responses),)
 
     def check(self) -> None:
-        """Refuse values that no run of this kind can use; see `RunConfig.check`."""
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         if self.slack_responses > self.n_responses:
             raise UserError(

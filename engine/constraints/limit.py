@@ -137,12 +137,14 @@ class Judged:
 
     @property
     def required(self) -> float:
-        """The improvement over the held-out reference, in units, at which the constraint just holds."""
+        """Returns the improvement over the held-out reference, in units, at which the constraint just
+        holds."""
         return self.limit.value if self.measured is None else (self.reference - self.limit.value) / self.unit
 
     @property
     def slack(self) -> Estimate:
-        """What is left to what the constraint asks for, in its own measure: above 0 it holds with room."""
+        """Measures what is left to what the constraint asks for, in its own measure: above 0 it holds with
+        room."""
         e, b = self.limit.as_utility(self.measured or self.estimate)
         return replace(
             e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b

@@ -8,7 +8,7 @@ from engine.records import Prompts
 
 
 def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
-    """Choose n prompts and order them by a hash of (seed, purpose, key).
+    """Chooses n prompts and order them by a hash of (seed, purpose, key).
 
     So the order of the file has no effect. Returns their indices. Raises: UserError where there are fewer
     than n prompts.
@@ -27,7 +27,7 @@ def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
 
 
 def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], list[int]]:
-    """Hold out a seeded share of the prompts, with at least one prompt on either side.
+    """Holds out a seeded share of the prompts, with at least one prompt on either side.
 
     Returns (training indices, held-out indices). Raises: UserError where there are fewer than two prompts.
     """
@@ -44,7 +44,7 @@ def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], l
 def deal(
     prompts: Prompts, seed: int, iteration: int, n_pairs: int, n_slack: int
 ) -> tuple[list[int], list[int]]:
-    """Deal the prompts of an iteration (counted from 1): disjoint ones for its pairs and for its slack.
+    """Deals the prompts of an iteration (counted from 1): disjoint ones for its pairs and for its slack.
 
     All iterations deal on from one seeded shuffle. So a prompt gives pairs again only after all prompts have
     been used, as a policy learns little from pairs that it knows by heart; and the slack is measured on the
@@ -58,7 +58,7 @@ def deal(
 
 
 def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: int) -> list[list[int]]:
-    """List the prompts of each step: seeded shuffles of all prompts, one after another.
+    """Lists the prompts of each step: seeded shuffles of all prompts, one after another.
 
     The result depends only on (seed, purpose) and the prompts' keys.
     """

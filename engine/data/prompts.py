@@ -28,14 +28,14 @@ class TextLimits:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Return the length of the longest prompt that leaves room for a response."""
+        """Returns the length of the longest prompt that leaves room for a response."""
         return self.max_positions - self.max_new_tokens
 
 
 def load_prompts(
     source: str | list[str], tokenizer, *, column: str = "prompt", system: str = "", max_prompt_tokens: int
 ) -> Prompts:
-    """Read prompts, apply the tokenizer's chat template once and tokenise.
+    """Reads prompts, apply the tokenizer's chat template once and tokenise.
 
     source: a jsonl, csv or parquet file, a name for `datasets.load_dataset` (split train), or a list of
     these.
@@ -76,7 +76,7 @@ def load_prompts(
 
 
 def prompt_key(token_ids: list[int]) -> int:
-    """Hash token ids to a number in [0, 2^63), the same in every process and on every machine.
+    """Hashes token ids to a number in [0, 2^63), the same in every process and on every machine.
 
     The hash is BLAKE2b over little-endian int64.
     """
@@ -87,7 +87,7 @@ def prompt_key(token_ids: list[int]) -> int:
 
 
 def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:
-    """Refuse held-out prompts that are also among `train`; `use` says in the message what the latter are.
+    """Refuses held-out prompts that are also among `train`; `use` says in the message what the latter are.
 
     Raises: UserError naming the first such prompt.
     """
@@ -100,18 +100,18 @@ def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training promp
 
 
 def shipped_prompts(split: Literal["train", "heldout"]) -> list[str]:
-    """Return the paths of the prompts that come with the project, for `load_prompts`."""
+    """Returns the paths of the prompts that come with the project, for `load_prompts`."""
     folder = files("engine") / "assets" / "prompts"
     return [str(folder / f"{kind}_{split}.jsonl") for kind in ("everyday", "delicate")]
 
 
 def lookalike_prompts() -> str:
-    """Return the path of the shipped harmless prompts that sound dangerous: no run trains on them."""
+    """Returns the path of the shipped harmless prompts that sound dangerous: no run trains on them."""
     return str(files("engine") / "assets" / "prompts" / "lookalike.jsonl")
 
 
 def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
-    """Return the indices of the prompts that are training prompts too.
+    """Returns the indices of the prompts that are training prompts too.
 
     Whole conversations are compared, without case, white space and ligatures.
     """
@@ -124,7 +124,7 @@ def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
 
 
 def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
-    """Turn a cell into chat messages that end with a user turn.
+    """Turns a cell into chat messages that end with a user turn.
 
     Raises: UserError where it is neither text nor messages.
     """
@@ -162,7 +162,7 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
 
 
 def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str) -> list[int]:
-    """Tokenise a whole prompt, with its special tokens once.
+    """Tokenises a whole prompt, with its special tokens once.
 
     Raises: UserError where the tokenizer has no chat template for several messages, or its template refuses
     them.
@@ -187,7 +187,7 @@ def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str)
 
 
 def check_length(token_ids: list[int], limit: int, place: str) -> None:
-    """Refuse a prompt of more than `limit` tokens. Raises: UserError."""
+    """Refuses a prompt of more than `limit` tokens. Raises: UserError."""
     if len(token_ids) > limit:
         raise UserError(
             f"{place}: the prompt has {len(token_ids)} tokens, the limit is {limit}; shorten or remove it."
@@ -195,7 +195,7 @@ def check_length(token_ids: list[int], limit: int, place: str) -> None:
 
 
 def check_known(token_ids: list[int], vocab_size: int, place: str) -> None:
-    """Refuse a text with a special token that the model does not know. Raises: UserError."""
+    """Refuses a text with a special token that the model does not know. Raises: UserError."""
     if max(token_ids, default=0) >= vocab_size:
         raise UserError(
             f"{place}: it has token id {max(token_ids)}, the model knows {vocab_size} tokens; "

@@ -30,7 +30,7 @@ class ResponsePairs:
 
 
 def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: TextLimits) -> ResponsePairs:
-    """Read a jsonl, csv or parquet file with the columns prompt, response_0, response_1, and `columns`.
+    """Reads a jsonl, csv or parquet file with the columns prompt, response_0, response_1, and `columns`.
 
     The column "kind" is optional. Each of `columns` holds 0 or 1: the number of the better response. Where no
     columns are asked for, the responses may also stand in chosen and rejected.
@@ -80,7 +80,7 @@ def _check_row(row: dict, pair: tuple[str, str], columns: Sequence[str], place: 
 
 
 def _as_rollouts(tokens: list[list[int]], max_new_tokens: int) -> Rollouts:
-    """Pad the responses, two per prompt, as if they had been sampled; their log-probs are zeros."""
+    """Pads the responses, two per prompt, as if they had been sampled; their log-probs are zeros."""
     length = torch.tensor([len(response) for response in tokens])
     padded = torch.zeros(len(tokens), max_new_tokens, dtype=torch.int64)
     for row, response in enumerate(tokens):

@@ -14,7 +14,7 @@ PlacedRow = tuple[str, dict]
 
 
 def read_rows(source: str) -> list[PlacedRow]:
-    """Read every row of a file, or of the dataset of that name.
+    """Reads every row of a file, or of the dataset of that name.
 
     Raises: UserError where neither can be read.
     """
@@ -23,7 +23,7 @@ def read_rows(source: str) -> list[PlacedRow]:
 
 
 def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[PlacedRow]:
-    """Read every row of a file. The cells of a csv file are texts.
+    """Reads every row of a file. The cells of a csv file are texts.
 
     Raises: UserError for a file that is missing, of another kind or malformed.
     """
@@ -125,7 +125,7 @@ def _read_dataset(source: str) -> list[PlacedRow]:
 
 
 def check_encodes(text: str, place: str) -> None:
-    """Refuse half a surrogate pair, which an escape in JSON can write and no tokenizer reads.
+    """Refuses half a surrogate pair, which an escape in JSON can write and no tokenizer reads.
 
     Raises: UserError.
     """
@@ -138,5 +138,5 @@ def check_encodes(text: str, place: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Shorten an error to the first line of its message, or to its class where it has none."""
+    """Shortens an error to the first line of its message, or to its class where it has none."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -32,7 +32,7 @@ and response where pairs are exported. Give the thresholds in the order of the -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Runs the command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         file, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(file: str, config: DualConfig) -> None:
-    """Solve, print, and write dual.json, dual.png and the pairs.
+    """Solves, prints, and writes dual.json, dual.png and the pairs.
 
     Raises: UserError; dual.Infeasible, a UserError too, with the largest thresholds that are supported.
     """
@@ -84,7 +84,7 @@ def run(file: str, config: DualConfig) -> None:
 
 
 def print_analysis(analysis: Analysis, display: Display) -> None:
-    """Print what was read, a paragraph for each constraint, the reward and the warnings."""
+    """Prints what was read, a paragraph for each constraint, the reward and the warnings."""
     config, solution, (P, G, J) = analysis.config, analysis.solution, analysis.utility_PGJ.shape
     names = analysis.table.names
     roles = [
@@ -142,7 +142,7 @@ def _constraint_lines(analysis: Analysis, j: int) -> list[str]:
 
 
 def _word(config: DualConfig) -> str:
-    """Name what --threshold gives."""
+    """Names what --threshold gives."""
     return "level" if config.absolute else "b"
 
 

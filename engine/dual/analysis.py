@@ -50,17 +50,17 @@ class Analysis:
 
     @property
     def unit(self) -> str:
-        """Name the unit of the numbers."""
+        """Names the unit of the numbers."""
         return "units of the file" if self.config.raw else "within-prompt sd"
 
     @property
     def shift_J(self) -> Tensor:
-        """Return what is to be added to an improvement to give a threshold as the user writes it."""
+        """Returns what is to be added to an improvement to give a threshold as the user writes it."""
         return self.mean_J if self.config.absolute else torch.zeros_like(self.mean_J)
 
 
 def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
-    """Solve the dual and measure its uncertainty.
+    """Solves the dual and measure its uncertainty.
 
     Raises: UserError for a constant column or thresholds that do not match the columns; dual.Infeasible.
     """
@@ -124,7 +124,7 @@ def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
 
 
 def as_dict(analysis: Analysis, curve: Curve) -> dict:
-    """Return the content of dual.json.
+    """Returns the content of dual.json.
 
     null stands for what is unbounded; lam_se is null for a multiplier that the scores do not identify.
     """
@@ -179,7 +179,7 @@ def _constraint(analysis: Analysis, j: int) -> dict:
 
 
 def trace_curve(analysis: Analysis, points: int = 61) -> Curve:
-    """Solve the dual along rising thresholds.
+    """Solves the dual along rising thresholds.
 
     The threshold of one constraint goes from its improvement at lambda 0 to near the largest that is
     supported. Those of several have a common factor, from 0 on.
@@ -211,7 +211,7 @@ def trace_curve(analysis: Analysis, points: int = 61) -> Curve:
 
 
 def _band(analysis: Analysis, x_K: np.ndarray, lam_max: float) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the bootstrap's 95 % interval of one multiplier at all thresholds.
+    """Computes the bootstrap's 95 % interval of one multiplier at all thresholds.
 
     A bootstrap sample's improvement at lambda is a mean over its prompts. So one table of every prompt's
     improvement on a grid of lambdas serves all samples, and lambda is read off backwards.
@@ -240,5 +240,5 @@ def _band(analysis: Analysis, x_K: np.ndarray, lam_max: float) -> tuple[np.ndarr
 
 
 def finite_or_none(value: Tensor | float) -> float | None:
-    """Convert a number for JSON, which has no infinity."""
+    """Converts a number for JSON, which has no infinity."""
     return float(value) if math.isfinite(value) else None

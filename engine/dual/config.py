@@ -38,12 +38,12 @@ class DualConfig:
 
 
 def output_folder(file: str, config: DualConfig) -> Path:
-    """Return the folder of --out, by default one named after the scores file."""
+    """Returns the folder of --out, by default one named after the scores file."""
     return Path(config.out or f"{Path(file).stem}-dual")
 
 
 def check(file: str, config: DualConfig) -> None:
-    """Refuse flags that cannot be used, before the scores file is read.
+    """Refuses flags that cannot be used, before the scores file is read.
 
     Raises: UserError naming the flag, its value and what is accepted.
     """

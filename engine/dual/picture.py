@@ -12,7 +12,7 @@ from engine.report.drawing import COLOURS, INK, POLICY, REFERENCE, frame, png
 
 
 def picture(analysis: Analysis, curve: Curve) -> bytes:
-    """Draw multipliers and predicted reward along the thresholds, the chosen ones marked; returns a PNG."""
+    """Draws multipliers and predicted reward along the thresholds, the chosen ones marked; returns a PNG."""
 
     def draw() -> Figure:
         figure = Figure(figsize=(11, 5), dpi=130, layout="constrained")
@@ -31,7 +31,7 @@ def picture(analysis: Analysis, curve: Curve) -> bytes:
 
 
 def _chosen(analysis: Analysis) -> float:
-    """Return where the given thresholds lie on the horizontal axis."""
+    """Returns where the given thresholds lie on the horizontal axis."""
     return analysis.config.threshold[0] if len(analysis.b_J) == 1 else 1.0
 
 

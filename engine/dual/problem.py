@@ -12,7 +12,7 @@ from engine.intervals import float64
 def check_problem(
     reward_PG, utility_PGJ, threshold_J, beta: float, lam_max: float, force: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments of `solve` and return reward, utility and threshold as float64.
+    """Checks the arguments of `solve` and returns reward, utility and threshold as float64.
 
     Raises: UserError naming the argument and the value that cannot be used.
     """
@@ -51,7 +51,7 @@ def check_problem(
 
 
 def as_float64(name: str, values) -> Tensor:
-    """Convert an argument; `name` is what messages call it. Raises: UserError where it is not numbers."""
+    """Converts an argument; `name` is what messages call it. Raises: UserError where it is not numbers."""
     try:
         return float64(values)
     except (TypeError, ValueError, RuntimeError):
@@ -69,12 +69,12 @@ def _is_above_0(value) -> bool:
 
 
 def within_std(utility_PGJ: Tensor) -> Tensor:
-    """Compute the pooled within-prompt standard deviation (ddof 0) of each utility, [J]."""
+    """Computes the pooled within-prompt standard deviation (ddof 0) of each utility, [J]."""
     return utility_PGJ.var(1, correction=0).mean(0).sqrt()
 
 
 def dimensionless(reward: Tensor, utility: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre and scale the scores.
+    """Centres and scale the scores.
 
     Returns (r, g, scale), with r in units of beta and g in standard deviations. Constants of a prompt cancel
     in the dual, so both are centred within prompts. `scale` [J] are the standard deviations. The solver's
@@ -86,7 +86,7 @@ def dimensionless(reward: Tensor, utility: Tensor, beta: float) -> tuple[Tensor,
 
 
 def dimensionless_start(lam_J, x_per_lam: Tensor) -> Tensor:
-    """Turn a guess of lambda (None: 0) into the solver's x.
+    """Turns a guess of lambda (None: 0) into the solver's x.
 
     Raises: UserError for a wrong number of values.
     """
@@ -99,7 +99,7 @@ def dimensionless_start(lam_J, x_per_lam: Tensor) -> Tensor:
 
 
 def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
-    """Compute matrix^-1 right (a vector or a matrix) for a positive semi-definite matrix.
+    """Computes matrix^-1 right (a vector or a matrix) for a positive semi-definite matrix.
 
     Eigenvalues below 1e-12 of the largest are raised to that.
     """
@@ -110,5 +110,5 @@ def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def in_brackets(values: Tensor) -> str:
-    """Write a vector for a message: [0.3, 1.25]."""
+    """Writes a vector for a message: [0.3, 1.25]."""
     return "[" + ", ".join(f"{value:.4g}" for value in values.tolist()) + "]"

@@ -32,7 +32,7 @@ class Table:
 
 
 def read_scores(file: str, utility: tuple[str, ...], cost: tuple[str, ...], *, texts: bool) -> Table:
-    """Read a scores file.
+    """Reads a scores file.
 
     utility, cost: names of its columns. texts: whether prompts and responses are wanted as text.
     Raises: UserError naming the file and line of a missing column, a value that is not a finite number, or a
@@ -90,7 +90,7 @@ def _check_counts(file: str, groups: dict[str | int, list[PlacedRow]]) -> None:
 
 
 def _further_columns(place: str, row: dict) -> tuple[str, ...]:
-    """Return the columns with numbers beside prompt, response and reward.
+    """Returns the columns with numbers beside prompt, response and reward.
 
     Raises: UserError where there is none, or where one may be a cost.
     """
@@ -135,12 +135,12 @@ def _response(place: str, row: dict) -> str:
 
 
 def joined(names: Iterable) -> str:
-    """Write names for a message: a, b, c, or none."""
+    """Writes names for a message: a, b, c, or none."""
     return ", ".join(map(str, names)) or "none"
 
 
 def preference_pairs(table: Table, score_PG: Tensor, seed: int) -> tuple[list[dict], int]:
-    """Pair the responses of each prompt with the highest and the lowest score s = r + lambda . g.
+    """Pairs the responses of each prompt with the highest and the lowest score s = r + lambda . g.
 
     The chosen one is drawn by Bradley-Terry, P(highest) = sigmoid(s_high - s_low), as in arXiv 2505.19387,
     Algorithm 2. DPO with the same beta then ends at the tilt exp(s / beta) of the reference. Were the highest

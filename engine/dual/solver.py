@@ -98,7 +98,7 @@ def solve(
     method: str = "newton",
     start_J=None,
 ) -> Solution:
-    """Minimise the plug-in dual over 0 <= lambda <= lam_max (arXiv 2405.19544, appendix E, and its Hessian).
+    """Minimises the plug-in dual over 0 <= lambda <= lam_max (arXiv 2405.19544, appendix E, and its Hessian).
 
     reward [P, G], utility [P, G, J], threshold [J] (or a number): numpy, torch or lists, any float type.
 
@@ -162,7 +162,7 @@ def solve(
 
 
 def largest_threshold(utility_PGJ) -> Tensor:
-    """Compute the largest improvement that each constraint alone supports, float64 [J].
+    """Computes the largest improvement that each constraint alone supports, float64 [J].
 
     It is the mean over prompts of the best response, minus the mean.
     """
@@ -171,7 +171,7 @@ def largest_threshold(utility_PGJ) -> Tensor:
 
 
 def largest_multiple(utility_PGJ, threshold_J, *, absolute: bool = False) -> float:
-    """Find the largest multiple of the improvements b that is supported for all together, to 0.1 %.
+    """Finds the largest multiple of the improvements b that is supported for all together, to 0.1 %.
 
     It is inf where no b is above 0. With `absolute`, b is the threshold minus the mean of the utility.
     Raises: UserError as `solve`.
@@ -187,7 +187,7 @@ def largest_multiple(utility_PGJ, threshold_J, *, absolute: bool = False) -> flo
 
 
 def tilted_improvement(reward_PG, utility_PGJ, lam_J, beta: float) -> tuple[Tensor, Tensor]:
-    """Predict the improvement of each prompt's mean reward [P] and utility [P, J] at lambda, float64.
+    """Predicts the improvement of each prompt's mean reward [P] and utility [P, J] at lambda, float64.
 
     The prompt's responses are re-weighted by exp((reward + lambda . utility) / beta). The mean over prompts
     of the second value, minus b, is the dual's gradient.
@@ -200,7 +200,7 @@ def tilted_improvement(reward_PG, utility_PGJ, lam_J, beta: float) -> tuple[Tens
 def _check_bounds(
     bounds, utility: Tensor, threshold: Tensor, mean: Tensor, scale: Tensor, absolute: bool
 ) -> None:
-    """Refuse a required improvement that takes a utility to its highest possible value or above.
+    """Refuses a required improvement that takes a utility to its highest possible value or above.
 
     Raises: Infeasible; UserError for bounds that are not one number or None per utility, or are passed
     already.
@@ -233,12 +233,12 @@ def _check_bounds(
 
 
 def _support(g_PGJ: Tensor, direction_J: Tensor) -> float:
-    """Compute mean_p max_i v . g_pi, with g centred: the largest improvement of v . g by re-weighting."""
+    """Computes mean_p max_i v . g_pi, with g centred: the largest improvement of v . g by re-weighting."""
     return float((g_PGJ @ direction_J).amax(1).mean())
 
 
 def single_direction(g_PGJ: Tensor, b_J: Tensor) -> Tensor | None:
-    """Return the unit vector of a constraint that cannot be met alone, or None.
+    """Returns the unit vector of a constraint that cannot be met alone, or None.
 
     A constraint exactly at its limit counts as one that cannot be met: its lambda would be infinite.
     """
@@ -249,7 +249,7 @@ def single_direction(g_PGJ: Tensor, b_J: Tensor) -> Tensor | None:
 
 
 def _newton_change(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
-    """Compute the change of x in a projected Newton step with an active set (Bertsekas 1982)."""
+    """Computes the change of x in a projected Newton step with an active set (Bertsekas 1982)."""
     gradient = moments.gradient
     near = min(1e-3, float((x - (x - gradient).clamp(min=0).minimum(cap)).abs().max()))
     to_zero, to_cap = (x <= near) & (gradient > 0), (x >= cap - near) & (gradient < 0)
@@ -260,7 +260,7 @@ def _newton_change(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
 
 
 def _gradient_change(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
-    """Compute the change of x in a projected gradient step (arXiv 2405.19544, Theorem 2).
+    """Computes the change of x in a projected gradient step (arXiv 2405.19544, Theorem 2).
 
     The step length is 1 / (largest eigenvalue of the Hessian).
     """
@@ -282,7 +282,7 @@ class Descent(NamedTuple):
 
 
 def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool) -> Descent:
-    """Minimise the dual over 0 <= x <= cap with Armijo backtracking along the projected change of `method`.
+    """Minimises the dual over 0 <= x <= cap with Armijo backtracking along the projected change of `method`.
 
     If the thresholds cannot be met together the dual is unbounded below and the iterates go to infinity.
     Since D(x) >= mean_p max_i x . h + mean_p min_i r - ln G, their direction then certifies it after finitely
@@ -326,7 +326,7 @@ def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool) -> De
 
 
 def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, Tensor]:
-    """Find the largest supported multiple of b, to 0.1 %, and the direction that shows it to be the largest.
+    """Finds the largest supported multiple of b, to 0.1 %, and the direction that shows it to be the largest.
 
     direction: one to start from, with direction . b > 0.
     """
@@ -349,7 +349,7 @@ def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, T
 
 
 def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
-    """Build the error with its certificate, in the caller's units.
+    """Builds the error with its certificate, in the caller's units.
 
     g, b, direction: in standard deviations. mean: of the utilities where the thresholds are levels, else
     None.

@@ -20,7 +20,7 @@ def step(
     lam_max: float = math.inf,
     floor: float = 0.05,
 ) -> Tensor:
-    """Take one projected dual descent step: lambda <- [lambda - eta * slack]_+, float64 [J].
+    """Takes one projected dual descent step: lambda <- [lambda - eta * slack]_+, float64 [J].
 
     This is arXiv 2505.19387, Algorithm 2, with slack = measured improvement - threshold. Each multiplier
     stays in [0, lam_max] and changes at most by the factor max_change, so that a policy that has not been
@@ -44,7 +44,7 @@ def step(
 
 
 def resolved(slack_J: Tensor, se_J: Tensor) -> Tensor:
-    """Shrink a measured slack to what stands out of its noise, float64 [J].
+    """Shrinks a measured slack to what stands out of its noise, float64 [J].
 
         slack x max(0, 1 - (se / slack)^2)
 
@@ -69,7 +69,7 @@ def optimistic_step(
     lam_max: float = math.inf,
     floor: float = 0.05,
 ) -> Tensor:
-    """Take a `step` on a forecast of the slack: lambda <- [lambda - eta (2 u_t - u_{t-1})]_+, float64 [J].
+    """Takes a `step` on a forecast of the slack: lambda <- [lambda - eta (2 u_t - u_{t-1})]_+, float64 [J].
 
     This is the dual side of arXiv 2602.22146. Against a policy that follows lambda slowly, plain descent
     circles; the forecast damps it, so that the last iterate converges. history: rows (lambda, slack measured
@@ -95,7 +95,7 @@ def secant_step(
     lam_max: float = math.inf,
     floor: float = 0.05,
 ) -> Tensor:
-    """Take a quasi-Newton step from the last row of `history`, float64 [J].
+    """Takes a quasi-Newton step from the last row of `history`, float64 [J].
 
     history: rows (lambda, slack measured there, its standard errors), oldest first. The slack is the dual's
     gradient, so its differences measure the curvature. Starting from `hessian_JJ`, the model H is corrected
@@ -151,7 +151,7 @@ def bisection_step(
     lam_max: float = math.inf,
     floor: float = 0.05,
 ) -> Tensor:
-    """Return the middle of the bracket that `history` leaves for the lambda of one constraint, float64 [1].
+    """Returns the middle of the bracket that `history` leaves for the lambda of one constraint, float64 [1].
 
     history: rows (lambda, slack measured there, its standard error), oldest first. The step uses only the
     sign of the slack. Without a bracket, lambda changes by the factor max_change. A later point overrules
@@ -188,7 +188,7 @@ def bisection_step(
 def _learned(
     model: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Correct the model by the pair (old, new), see `secant_step`.
+    """Corrects the model by the pair (old, new), see `secant_step`.
 
     Returns the model and the older end of the next pair.
     """
@@ -210,14 +210,14 @@ def _learned(
 
 
 def _distance_from_0(hessian: Tensor, point: tuple[Tensor, ...]) -> float:
-    """Measure the slack that is still to be worked off, in the metric of the inverse Hessian."""
+    """Measures the slack that is still to be worked off, in the metric of the inverse Hessian."""
     lam, slack, _ = point
     open_slack = torch.where(lam > 0, slack, slack.clamp(max=0))
     return float(open_slack @ solve_psd(hessian, open_slack)) ** 0.5
 
 
 def _model_minimum(lam: Tensor, slack: Tensor, hessian: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Find the x in [lower, upper] that minimises slack . (x - lam) + (x - lam) . H (x - lam) / 2.
+    """Finds the x in [lower, upper] that minimises slack . (x - lam) + (x - lam) . H (x - lam) / 2.
 
     The method is an active set: a coordinate that meets a bound is fixed there and the others are solved
     again; at the minimum over these, the fixed one that pulls hardest away from its bound is let go. Where H
@@ -248,6 +248,6 @@ def _model_minimum(lam: Tensor, slack: Tensor, hessian: Tensor, lower: Tensor, u
 
 
 def _bounds(lam: Tensor, max_change: float, lam_max: float, floor: float) -> tuple[Tensor, Tensor]:
-    """Return the least and the largest next multipliers, see `step`."""
+    """Returns the least and the largest next multipliers, see `step`."""
     lower = torch.where(lam > floor, lam / max_change, 0.0)
     return lower.clamp(max=lam_max), (lam.clamp(min=floor) * max_change).clamp(max=lam_max)

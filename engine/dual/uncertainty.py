@@ -43,7 +43,7 @@ def lam_interval(
     absolute: bool = False,
     level: float = 0.95,
 ) -> Interval:
-    """Compute intervals of `solve`'s multipliers by the delta method, clustered by prompt.
+    """Computes intervals of `solve`'s multipliers by the delta method, clustered by prompt.
 
     lambda solves mean_p u_p(lambda) = 0 on the constraints above 0, with prompt p's part of the gradient
 
@@ -99,7 +99,7 @@ def lam_interval(
 
 
 def _identified(hessian: Tensor, scale: Tensor, active: Tensor, j: int) -> bool:
-    """Tell whether the Hessian over the `active` constraints and j determines multiplier j.
+    """Tells whether the Hessian over the `active` constraints and j determines multiplier j.
 
     It does where every change of multiplier j changes the gradient.
     """
@@ -121,7 +121,7 @@ def bootstrap(
     seed: int = 0,
     start_J=None,
 ) -> Tensor:
-    """Solve the dual for `draws` samples of P prompts, drawn with replacement.
+    """Solves the dual for `draws` samples of P prompts, drawn with replacement.
 
     Returns the multipliers, float64 [draws, J]. A prompt is drawn with all its responses. Each solve starts
     at `start_J`, such as the solution's lambda. The row of a draw is inf where its thresholds are not
@@ -146,7 +146,7 @@ def bootstrap(
 
 
 def percentiles(draws, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Return (low, high), the bounds of the central `level` of draws along the first dimension.
+    """Returns (low, high), the bounds of the central `level` of draws along the first dimension.
 
     They are draws themselves, not interpolated but rounded outward; inf counts as the largest value.
     """
@@ -156,7 +156,7 @@ def percentiles(draws, level: float = 0.95) -> tuple[Tensor, Tensor]:
 
 
 def ess_warning(ess_P: Tensor, G: int) -> str | None:
-    """Warn in one line where the mean effective number of responses is below G / 4.
+    """Warns in one line where the mean effective number of responses is below G / 4.
 
     lambda is over-estimated then. In one case 8 responses a prompt, of an effective size of 1.4, gave lambda
     0.39, and 4 of them 0.57. `half_sample` estimates by how much. Returns None where no warning is due.
@@ -173,7 +173,8 @@ def ess_warning(ess_P: Tensor, G: int) -> str | None:
 def half_sample(
     reward_PG, utility_PGJ, threshold_J, beta: float, lam_J: Tensor, *, absolute: bool = False, seed: int = 0
 ) -> str:
-    """Say what a random half of each prompt's responses gives, as a sentence that goes on from `ess_warning`.
+    """Says what a random half of each prompt's responses gives, as a sentence that goes on from
+    `ess_warning`.
 
     lam_J: `solve`'s multipliers from all responses. A bias in 1 / G, as that of self-normalised weights,
     doubles with half of the responses, so the difference of the two multipliers estimates it. Returns "" for

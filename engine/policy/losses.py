@@ -5,19 +5,20 @@ from torch import Tensor
 
 
 def regression(moved_N: Tensor, score_N: Tensor, pairs_K2: Tensor) -> Tensor:
-    """Half the mean square, over pairs, of the difference of beta x log-ratio minus that of the score; least
-    at the tilt by the score."""
+    """Computes half the mean square, over pairs, of the difference of beta x log-ratio minus that of the
+    score; least at the tilt by the score."""
     a, b = pairs_K2.unbind(1)
     return (moved_N[a] - moved_N[b] - (score_N[a] - score_N[b])).square().mean() / 2
 
 
 def single(moved_N: Tensor, advantage_N: Tensor) -> Tensor:
-    """Half the mean square of beta x log-ratio minus (score - V) (DRO, arXiv 2405.19107)."""
+    """Computes half the mean square of beta x log-ratio minus (score - V) (DRO, arXiv 2405.19107)."""
     return (moved_N - advantage_N).square().mean() / 2
 
 
 def listwise(log_ratio_N: Tensor, score_N: Tensor, prompt_N: Tensor) -> Tensor:
-    """Cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of a prompt, mean over
+    """Computes the cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of a
+    prompt, mean over
     prompts. score: over beta."""
     losses = []
     for p in prompt_N.unique().tolist():

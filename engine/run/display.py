@@ -41,7 +41,7 @@ class Progress:
         self._start = self._printed = display.clock()
 
     def advance(self, n: int = 1) -> None:
-        """Count `n` more units."""
+        """Counts `n` more units."""
         self.done += n
         now = self._display.clock()
         if not self._display.live and now - self._printed >= PLAIN_PERIOD_S:
@@ -54,7 +54,7 @@ class Progress:
         return self.done / elapsed if elapsed > 0 else 0.0
 
     def time_left(self) -> str:
-        """Time to the end at the mean speed so far; "" while unknown."""
+        """Times to the end at the mean speed so far; "" while unknown."""
         speed = self.speed()
         return f"{duration(max(self.total - self.done, 0) / speed)} left" if speed > 0 else ""
 
@@ -104,7 +104,7 @@ class Display:
         return self._live is not None
 
     def stage(self, number: int, name: str, *, loaded: bool = False) -> None:
-        """Say which stage runs, counted from 1, or that its result was found on disk."""
+        """Says which stage runs, counted from 1, or that its result was found on disk."""
         of = f" of {self.n_stages}" if self.n_stages else ""
         self._stage = f"stage {number}{of}: {name}"
         if loaded or not self.live:
@@ -116,15 +116,15 @@ class Display:
         return Progress(self, total, unit, what)
 
     def line(self, text: str) -> None:
-        """Print one permanent line, above the block if there is one."""
+        """Prints one permanent line, above the block if there is one."""
         self._console.print(Text(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Print one permanent warning line."""
+        """Prints one permanent warning line."""
         self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def table(self, rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
-        """Print a permanent table: the first column to the left, the others to the right."""
+        """Prints a permanent table: the first column to the left, the others to the right."""
         table = Table(box=None, pad_edge=False)
         for i, header in enumerate(headers):
             table.add_column(Text(header), justify="right" if i else "left", overflow="fold")
@@ -133,7 +133,7 @@ class Display:
         self._console.print(table)
 
     def notice(self, text: str) -> None:
-        """Say something from a signal handler, where printing through Python's buffers could fail."""
+        """Says something from a signal handler, where printing through Python's buffers could fail."""
         self._notice = text
         if not self.live:
             os.write(2, f"\n{text}\n".encode())

@@ -9,7 +9,7 @@ import torch
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Return the bytes free on the GPU, or in main memory as far as the process's control groups let it
+    """Returns the bytes free on the GPU, or in main memory as far as the process's control groups let it
     go."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -20,7 +20,7 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def _cgroup_room(root: Path) -> float:
-    """Return the bytes left under the limits of the process's control group and of those above it; inf
+    """Returns the bytes left under the limits of the process's control group and of those above it; inf
     without a limit.
 
     Both versions of control groups are read. Cached files that are not in use count as free, as the kernel
@@ -52,7 +52,7 @@ def _cgroup_room(root: Path) -> float:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Time a matrix product of the engine's usual shape, in multiplications and additions per second.
+    """Times a matrix product of the engine's usual shape, in multiplications and additions per second.
 
     The best of 30 or more products within half a second or more counts: an idle machine starts slowly, and
     one that still reads its libraries from the disk runs a tenth as fast.
@@ -68,7 +68,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks of any size instead of giving them back to the system.
+    """Lets glibc reuse freed blocks of any size instead of giving them back to the system.
 
     Fresh pages for every large tensor cost more than the arithmetic on it. Where the C library is another
     one, nothing happens.

@@ -42,7 +42,7 @@ class Plan:
         *,
         fewer_rows: bool = False,
     ) -> "Plan":
-        """Count the bytes and the products of a run, and time a matrix product for the rate.
+        """Counts the bytes and the products of a run, and time a matrix product for the rate.
 
         train, heldout: lengths in tokens of the prompts that will be sampled. fewer_rows: `rows` may be
         lowered to those that fit, down to the responses of one prompt.
@@ -66,7 +66,7 @@ class Plan:
         return Plan(needed(rows), available, 2 * products / (EFFICIENCY * matmul_rate(dtype, device)), rows)
 
     def check(self) -> None:
-        """Stop a run that does not fit. Raises: UserError when less memory is free than is needed."""
+        """Stops a run that does not fit. Raises: UserError when less memory is free than is needed."""
         if self.needed_bytes > self.available_bytes:
             raise UserError(
                 f"this run needs about {self.needed_bytes / 1e9:.1f} GB of memory and "
@@ -75,7 +75,7 @@ class Plan:
             )
 
     def sentence(self) -> str:
-        """Say the prediction in one line for the user."""
+        """Says the prediction in one line for the user."""
         return (
             f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of "
             f"memory ({self.available_bytes / 1e9:.1f} GB free)"
@@ -83,19 +83,19 @@ class Plan:
 
 
 def _trained_share(config: RunConfig) -> float:
-    """The share of the layers that a policy step trains."""
+    """Returns the share of the layers that a policy step trains."""
     return 1.0 if config.tune == "full" else 1 - config.lora_from
 
 
 def _trained_responses(config: RunConfig) -> int:
-    """The number of responses of a prompt in a policy step; a row of a file of pairs has two."""
+    """Counts the responses of a prompt in a policy step; a row of a file of pairs has two."""
     return config.trained_responses(2 if config.pairs_file else config.n_responses)
 
 
 def _training_bytes(
     config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, longest_prompt: int
 ) -> float:
-    """Count what a policy step needs besides weights and states: activations and the loss head."""
+    """Counts what a policy step needs besides weights and states: activations and the loss head."""
     group = longest_prompt + _trained_responses(config) * config.max_new_tokens
     at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
     layers, checkpointed = shape.num_layers * _trained_share(config), config.activation_checkpointing
@@ -112,7 +112,8 @@ def _training_bytes(
 def _kept_bytes(
     config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, train: list[int]
 ) -> int:
-    """Count what training keeps from step to step: the states below the adapter, or copies of all weights."""
+    """Counts what training keeps from step to step: the states below the adapter, or copies of all
+    weights."""
     if config.tune != "full":
         return kept_states_bytes(train, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype)
     # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with its
@@ -122,7 +123,7 @@ def _kept_bytes(
 
 
 def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float) -> float:
-    """Count the multiplications of every pass through the model."""
+    """Counts the multiplications of every pass through the model."""
     answer = ANSWER_SHARE * config.max_new_tokens
     head = shape.hidden_size * shape.vocab_size
     body = shape.parameter_count() - head * (1 if shape.tied else 2)
@@ -132,7 +133,7 @@ def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_pr
         return prompts * (mean_prompt * body + n * answer * (body + head))
 
     def scored(prompts: int, n: int) -> float:
-        """Count the reference's log-probs: sampling has passed the layers below the adapter already."""
+        """Counts the reference's log-probs: sampling has passed the layers below the adapter already."""
         return prompts * (mean_prompt + n * answer) * trained
 
     reference = config.n_prompts, config.n_responses
@@ -148,22 +149,22 @@ def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_pr
 
 
 def cache_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
-    """Count the bytes of the keys and values of one token in all layers."""
+    """Counts the bytes of the keys and values of one token in all layers."""
     return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * dtype.itemsize
 
 
 def sampling_bytes(shape: ModelConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
-    """Count the bytes of the KV slab and of the logits, with `rows` sequences of `tokens` side by side."""
+    """Counts the bytes of the KV slab and of the logits, with `rows` sequences of `tokens` side by side."""
     return rows * tokens * cache_bytes(shape, dtype) + rows * shape.vocab_size * 4 * 3
 
 
 def _peak(counted: float) -> int:
-    """Add to the bytes that are counted those that are not, and the libraries."""
+    """Adds to the bytes that are counted those that are not, and the libraries."""
     return int(1.15 * counted) + 600 * 2**20
 
 
 def rows_that_fit(rows: int, n: int, needed: Callable[[int], int], available: int) -> int:
-    """Lower `rows` by whole prompts of n responses until needed(rows) <= available bytes, down to one
+    """Lowers `rows` by whole prompts of n responses until needed(rows) <= available bytes, down to one
     prompt."""
     while rows > n and needed(rows) > available:
         rows = max(n, rows - n)
@@ -178,7 +179,7 @@ def evaluation_rows(
     heldout: list[int],
     n_prompts: int,
 ) -> int:
-    """Return how many responses `engine.evaluate` decodes side by side: config.rollout_rows, or as many as
+    """Returns how many responses `engine.evaluate` decodes side by side: config.rollout_rows, or as many as
     fit.
 
     heldout: lengths in tokens of all prompts; n_prompts: the most that are scored at once.
@@ -207,7 +208,7 @@ def evaluation_rows(
 def kept_states_bytes(
     prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype
 ) -> int:
-    """Count the bytes, at most, of the states below the adapter of prompts with `new_tokens` response tokens
+    """Counts the bytes, at most, of the states below the adapter of prompts with `new_tokens` response tokens
     each.
 
     0 when they pass KEPT_STATES_BYTES, as then they are not kept but computed in every step.

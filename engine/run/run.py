@@ -42,14 +42,14 @@ class Stage:
         self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
 
     def log(self, row: Row) -> None:
-        """Log one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is
+        """Logs one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is
         saved."""
         written = replace(row, stage=self.name).as_dict()
         self.rows.append(written)
         _append(self._run.paths.metrics, written)
 
     def log_speed(self, row: SpeedRow) -> None:
-        """Log seconds and speeds, to timing.jsonl only."""
+        """Logs seconds and speeds, to timing.jsonl only."""
         _append(self._run.paths.timing, replace(row, stage=self.name).as_dict())
 
     @property
@@ -80,7 +80,7 @@ class Stage:
         return None
 
     def save_partial(self, record: Any) -> None:
-        """Commit a state inside the stage; the one before it is kept beside it.
+        """Commits a state inside the stage; the one before it is kept beside it.
 
         Raises: UserError on a full disk; the last partial stays.
         """
@@ -142,7 +142,7 @@ class Run:
         display: Display | None = None,
         tensorboard: bool = False,
     ) -> "Run":
-        """Make the folder and its config.json; `config`'s field "out" is left out, as it says nothing about
+        """Makes the folder and its config.json; `config`'s field "out" is left out, as it says nothing about
         the results.
 
         Raises: UserError when the folder exists or cannot be made.
@@ -189,7 +189,7 @@ class Run:
         display: Display | None = None,
         tensorboard: bool = False,
     ) -> "Run":
-        """Open an existing run.
+        """Opens an existing run.
 
         Raises: UserError when it is missing, damaged, in use, or was made from another model.
         """
@@ -326,7 +326,7 @@ class Run:
         return unpack_file(path, cls, tensors, content["record"]), content
 
     def align(self, rows: list[dict]) -> None:
-        """Make metrics.jsonl hold exactly the committed rows and then `rows`."""
+        """Makes metrics.jsonl hold exactly the committed rows and then `rows`."""
         path = self.paths.metrics
         data = "".join(dumps(row) + "\n" for row in self._rows + rows).encode()
         if not path.exists() or path.read_bytes() != data:
@@ -346,7 +346,7 @@ class Run:
             self._tensorboard.write(content["rows"])
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
-        """Delete the stage's files and all later ones; returns how many. The last go first, so that a kill
+        """Deletes the stage's files and all later ones; returns how many. The last go first, so that a kill
         leaves no gap."""
         numbered = [
             (int(path.name.split("-")[0]), path)

@@ -122,7 +122,7 @@ def sha256_of(tensors: dict[str, Tensor], text: str) -> str:
 
 
 def save(path: Path, record: Any, *, previous: Path | None = None, **meta: Any) -> str:
-    """Write `record` and `meta` (JSON) as one safetensors file, whole or not at all; equal content gives
+    """Writes `record` and `meta` (JSON) as one safetensors file, whole or not at all; equal content gives
     equal bytes.
 
     Returns: the SHA-256 over tensors and JSON, which the file also holds.

@@ -24,7 +24,7 @@ class TensorBoard:
         self._count: dict[str, int] = {}
 
     def write(self, rows: list[dict]) -> None:
-        """Add `rows`; the horizontal axis counts the rows of each kind."""
+        """Adds `rows`; the horizontal axis counts the rows of each kind."""
         for row in rows:
             step = self._count.get(row["kind"], 0)
             self._count[row["kind"]] = step + 1

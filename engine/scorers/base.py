@@ -31,11 +31,11 @@ class Head:
     sign: int = 1  # -1 where the user asked for the negative of this score (NAME=-SCORER)
 
     def __call__(self, pooled_ND: Tensor) -> Tensor:
-        """Score pooled states [N, D]: float64 [N], without the sign."""
+        """Scores pooled states [N, D]: float64 [N], without the sign."""
         return pooled_ND.double() @ self.weight_D.to(pooled_ND.device) + self.bias
 
     def save(self, folder: Path) -> None:
-        """Write FOLDER/head.safetensors."""
+        """Writes FOLDER/head.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         about = {"name": self.name, "layer": self.layer, "bias": self.bias, "trunk": self.trunk}
         metadata = {"head": json.dumps(about, sort_keys=True)}
@@ -44,7 +44,7 @@ class Head:
 
     @staticmethod
     def load(folder: Path) -> "Head":
-        """Read what `save` wrote.
+        """Reads what `save` wrote.
 
         Raises: UserError for another file, and for a head whose weights are all 0 or not finite.
         """
@@ -76,7 +76,7 @@ class TextScorer:
     sign: int = 1  # -1 where the user asked for the negative of this score (NAME=-SCORER)
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
-        """Score N responses: float64 [N], without the sign.
+        """Scores N responses: float64 [N], without the sign.
 
         Raises: UserError when the function fails or returns the wrong number of scores.
         """
@@ -106,12 +106,12 @@ class Scorers:
 
     @property
     def all(self) -> tuple[Scorer, ...]:
-        """Return reward, costs, audits, in this order."""
+        """Returns reward, costs, audits, in this order."""
         return (self.reward, *self.costs, *self.audits)
 
     @property
     def layers(self) -> list[int]:
-        """Return the layers of the policy's model whose states heads read, ascending."""
+        """Returns the layers of the policy's model whose states heads read, ascending."""
         return sorted({s.layer for s in self.all if isinstance(s, Head)})
 
 
@@ -122,7 +122,7 @@ class LastForward:
         self._forward, self._texts, self._output = forward, None, None
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Any:
-        """Return forward(prompts, responses), from the cache where the texts are those of the last call."""
+        """Returns forward(prompts, responses), from the cache where the texts are those of the last call."""
         if self._texts != (prompts, responses):
             self._output = self._forward(prompts, responses)
             self._texts = list(prompts), list(responses)

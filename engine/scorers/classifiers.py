@@ -15,7 +15,7 @@ from engine.scorers.base import LastForward, LoadContext, TextFunction
 
 
 def classifier(spec: str, context: LoadContext) -> TextFunction:
-    """Load the scorer MODEL or MODEL#LABEL.
+    """Loads the scorer MODEL or MODEL#LABEL.
 
     Its score is the log-odds of the label, or the logit of a model that has only one. Without #LABEL a model
     of two labels is scored by the second. Scorers of several labels share the model and its forward pass.

@@ -23,7 +23,7 @@ def load_scorers(
     trunk: str,
     device: torch.device,
 ) -> Scorers:
-    """Load the scorers of a run, see `find_scorer`.
+    """Loads the scorers of a run, see `find_scorer`.
 
     folder, trunk: the policy's checkpoint and its fingerprint.
     Raises: UserError as `find_scorer`, and before any scorer is loaded where two costs have one name.
@@ -54,7 +54,7 @@ class UnloadedScorer:
     load_as: Callable[[LoadContext], Head | TextFunction]
 
     def load(self, trunk: str, device: torch.device, loaded: dict[str, object] | None = None) -> Scorer:
-        """Load the weights.
+        """Loads the weights.
 
         trunk: fingerprint of the policy's checkpoint. loaded: models of other scorers, which are shared.
         Raises: UserError where it cannot be loaded.
@@ -67,7 +67,7 @@ class UnloadedScorer:
 
 
 def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
-    """Find the scorer that one --reward, --cost or --audit value names; `folder` is the policy's.
+    """Finds the scorer that one --reward, --cost or --audit value names; `folder` is the policy's.
 
         HEAD               a head: in the policy's folder under heads/, shipped, or its folder (heads.py)
         module:function    a Python function (functions.py)

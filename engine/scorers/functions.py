@@ -7,7 +7,7 @@ from engine.scorers.base import TextFunction
 
 
 def python_function(spec: str) -> TextFunction:
-    """Import module:function. Raises: UserError where there is no such thing."""
+    """Imports module:function. Raises: UserError where there is no such thing."""
     module, _, name = spec.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -13,7 +13,7 @@ EXPLANATION = (
 
 
 def model_card(config: HeadConfig, figures: dict, command: str) -> str:
-    """Write the model card in Markdown; figures: the content of metrics.json."""
+    """Writes the model card in Markdown; figures: the content of metrics.json."""
     trunk = config.model or "SmolLM2-135M-Instruct (Apache-2.0), converted by engine.quickstart"
     sources = ", ".join(f"{source} ({n} rows)" for source, n in figures["rows_by_source"].items())
     data = [
@@ -59,7 +59,7 @@ def _bullets(lines: list[str]) -> str:
 
 
 def figures_table(figures: dict[str, dict]) -> str:
-    """Write the held-out figures of each part of the rows as a Markdown table."""
+    """Writes the held-out figures of each part of the rows as a Markdown table."""
     columns = ["rows", "positives", "pair_accuracy", "auc", "accuracy", "calibration_error"]
     columns = [c for c in columns if any(c in figure for figure in figures.values())]
     titles = [column.replace("_", " ") for column in columns]
@@ -72,7 +72,7 @@ def figures_table(figures: dict[str, dict]) -> str:
 
 
 def command_line(config: HeadConfig) -> str:
-    """Write the command that trains this head, without the card's texts and the folders of data files."""
+    """Writes the command that trains this head, without the card's texts and the folders of data files."""
     words = ["python", "-m", "engine.train", "head"]
     for field in fields(config):
         value = getattr(config, field.name)

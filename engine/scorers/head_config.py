@@ -44,7 +44,7 @@ class HeadConfig:
 
 
 def check(config: HeadConfig) -> None:
-    """Refuse settings that no head can be trained with.
+    """Refuses settings that no head can be trained with.
 
     Raises: UserError naming the flag, its value and what is accepted.
     """

@@ -40,12 +40,12 @@ class Row:
 
     @property
     def texts(self) -> tuple[Text, ...]:
-        """Return both texts of a pair, or the labelled one."""
+        """Returns both texts of a pair, or the labelled one."""
         return (self.text,) if self.other is None else (self.text, self.other)
 
 
 def read_head_rows(files: Sequence[str], loss: str) -> list[Row]:
-    """Read the rows of all files; `loss` is the setting of that name. Raises: UserError naming file:line."""
+    """Reads the rows of all files; `loss` is the setting of that name. Raises: UserError naming file:line."""
     return [
         _as_row(row, place, Path(file).stem, loss)
         for file in files
@@ -96,7 +96,7 @@ def _check_row(row: dict, place: str, is_pair: bool, loss: str) -> None:
 
 
 def hold_out(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:
-    """Hold out a seeded share of the groups (by default the prompts), each as a whole.
+    """Holds out a seeded share of the groups (by default the prompts), each as a whole.
 
     Returns (training rows, held-out rows). Raises: UserError where there are fewer than two groups.
     """
@@ -115,7 +115,7 @@ def hold_out(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[
 
 
 def without_shared_texts(rows: list[Row], test: list[Row]) -> list[Row]:
-    """Return the training rows whose responses are in no test row, whatever their case and white space."""
+    """Returns the training rows whose responses are in no test row, whatever their case and white space."""
 
     def plain(text: Text) -> str:
         return " ".join(text.response.lower().split())
@@ -125,7 +125,7 @@ def without_shared_texts(rows: list[Row], test: list[Row]) -> list[Row]:
 
 
 def check_classes(rows: list[Row]) -> None:
-    """Refuse training rows from which nothing can be learned.
+    """Refuses training rows from which nothing can be learned.
 
     Raises: UserError where none are left, or all have one label.
     """
@@ -139,12 +139,12 @@ def check_classes(rows: list[Row]) -> None:
 
 
 def unique_texts(rows: Iterable[Row]) -> list[Text]:
-    """List every text once, in order of appearance."""
+    """Lists every text once, in order of appearance."""
     return list(dict.fromkeys(text for row in rows for text in row.texts))
 
 
 def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
-    """Tokenise the texts, in groups of one chat with some of its responses; `rows` are indices into `texts`.
+    """Tokenises the texts, in groups of one chat with some of its responses; `rows` are indices into `texts`.
 
     Raises: UserError where a prompt is too long, or the model does not know a token.
     """
@@ -170,7 +170,7 @@ def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
 
 
 def response_ids(text: Text, tokenizer, max_new_tokens: int) -> list[int]:
-    """Tokenise a response as a rollout would have sampled it.
+    """Tokenises a response as a rollout would have sampled it.
 
     It is cut at the limit, and has the stop token where it ended by itself before the limit.
     """

@@ -7,7 +7,7 @@ from engine.scorers.head_data import Row, Text
 
 
 def heldout_figures(rows: list[Row], score_N: Tensor, index: dict[Text, int]) -> dict[str, dict]:
-    """Judge the scores of each source, and of each kind of pairs in it ("source / kind").
+    """Judges the scores of each source, and of each kind of pairs in it ("source / kind").
 
     index: maps a text to its place among the N scores.
     """
@@ -36,7 +36,7 @@ def _figures(rows: list[Row], score_N: Tensor, index: dict[Text, int]) -> dict:
 
 
 def auc(score_N: Tensor, label_N: Tensor) -> float:
-    """Compute the share of (positive, negative) pairs in the right order, ties counted half."""
+    """Computes the share of (positive, negative) pairs in the right order, ties counted half."""
     positive, negative = score_N[label_N == 1].double(), score_N[label_N == 0].double().sort().values
     below = torch.searchsorted(negative, positive)
     below_or_equal = torch.searchsorted(negative, positive, right=True)
@@ -44,7 +44,7 @@ def auc(score_N: Tensor, label_N: Tensor) -> float:
 
 
 def calibration_error(probability_N: Tensor, label_N: Tensor, bins: int = 10) -> float:
-    """Compute the expected calibration error over bins of equal width.
+    """Computes the expected calibration error over bins of equal width.
 
     It is the mean of |share of positives - mean probability|, weighted by the number of rows in each bin.
     """

@@ -11,7 +11,7 @@ from engine.scorers.head_data import Row, Text
 
 
 def fit_head(rows: list[Row], pooled_ND: Tensor, index: dict[Text, int], l2: float) -> tuple[Tensor, float]:
-    """Fit weight (float64 [D]) and bias to the rows; `index` maps a text to its place among the N states.
+    """Fits weight (float64 [D]) and bias to the rows; `index` maps a text to its place among the N states.
 
     Minimises  sum over sources of  mean softplus(-margin)  +  l2/2 |w|^2  over w and b, with standardised
     states z. The margin is w . (z_chosen - z_rejected) for a pair (Bradley-Terry) and +-(w . z + b) for a
@@ -40,7 +40,7 @@ def fit_head(rows: list[Row], pooled_ND: Tensor, index: dict[Text, int], l2: flo
 
 
 def newton(signed_NE: Tensor, weight_N: Tensor, l2: float, steps: int = 100) -> Tensor:
-    """Minimise  sum weight softplus(-signed @ w) + l2/2 |w|^2  over w [E], all float64.
+    """Minimises  sum weight softplus(-signed @ w) + l2/2 |w|^2  over w [E], all float64.
 
     The last entry of w is the bias, which is almost free of the penalty.
     """

@@ -20,7 +20,7 @@ SHIPPED = Path(str(files("engine"))) / "assets" / "heads"
 
 
 def find_head(spec: str, policy_folder: Path) -> Head | None:
-    """Read the head that `spec` names: in the policy's folder under heads/, shipped, or a head folder.
+    """Reads the head that `spec` names: in the policy's folder under heads/, shipped, or a head folder.
 
     Returns None where there is none of that name. Raises: UserError where its file cannot be used.
     """
@@ -31,12 +31,12 @@ def find_head(spec: str, policy_folder: Path) -> Head | None:
 
 
 def shipped_heads() -> list[str]:
-    """List the names of the shipped heads."""
+    """Lists the names of the shipped heads."""
     return sorted(file.parent.name for file in SHIPPED.glob("*/head.safetensors"))
 
 
 def load_head(head: Head, context: LoadContext) -> Head | TextFunction:
-    """Return the head itself where its trunk is the policy's model, else a function of texts.
+    """Returns the head itself where its trunk is the policy's model, else a function of texts.
 
     The function reads the texts with the head's trunk, in one forward pass for all heads on that trunk.
     Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model.

@@ -30,7 +30,7 @@ TRIAL = (
 
 
 def try_out(scorers: Scorers, prompts: Sequence[str]) -> list[str]:
-    """Let every scorer of texts score `TRIAL` as answers to some of the run's prompts.
+    """Lets every scorer of texts score `TRIAL` as answers to some of the run's prompts.
 
     So a broken scorer stops the run before anything is sampled. Returns a warning for each scorer that gives
     all trial answers one score.
@@ -78,7 +78,7 @@ def score(
     *,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> Scores:
-    """Score the responses with all scorers; `on_tokens` is told how many tokens each batch had.
+    """Scores the responses with all scorers; `on_tokens` is told how many tokens each batch had.
 
     Raises: UserError when a scorer fails, returns the wrong number of scores, or one that is not finite.
     """
@@ -116,7 +116,7 @@ def score(
 
 
 def _check_finite(scorer: Scorer, score_N: Tensor, asked: Sequence[str], n: int) -> None:
-    """Refuse a score that is not finite. asked [N]: the prompt of each response; n: responses per prompt."""
+    """Refuses a score that is not finite. asked [N]: the prompt of each response; n: responses per prompt."""
     bad = (~score_N.isfinite()).nonzero()
     if len(bad):
         row = int(bad[0])

@@ -41,7 +41,7 @@ __all__ = ["HeadConfig", "train"]
 
 
 def train(config: HeadConfig, *, command: str = "") -> Head:
-    """Fit a head, print its held-out figures and write it with its model card.
+    """Fits a head, prints its held-out figures and writes it with its model card.
 
     command: the command line that the card shows; the default is made from `config`.
     Raises: UserError for a setting or a row that cannot be used.
@@ -98,7 +98,7 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
 
 
 def pooled_states(model: Decoder, groups: list[Group], layer: int) -> Tensor:
-    """Compute the mean state of each response after `layer` layers: float32 [N, D], in the order of
+    """Computes the mean state of each response after `layer` layers: float32 [N, D], in the order of
     `rows`."""
     pooled, _ = frozen_forward(model, groups, [layer], temperature=None)
     order = torch.tensor([row for group in groups for row in group.rows])

@@ -38,7 +38,7 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Read and check a config's model and prompts. Raises: UserError."""
+    """Reads and check a config's model and prompts. Raises: UserError."""
     device = torch.device(_device(config.device))
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[automatic if config.dtype == "auto" else config.dtype]
@@ -77,8 +77,8 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def prepare_process(threads: int) -> None:
-    """Set the number of CPU threads (0: one for each core that the process may use) and the allocator of this
-    process."""
+    """Sets the number of CPU threads (0: one for each core that the process may use) and the allocator of
+    this process."""
     torch.set_num_threads(threads or _cores())
     keep_freed_memory()
 
@@ -92,8 +92,8 @@ def model_folder(name: str) -> Path:
 
 
 def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
-    """End-of-sequence ids of tokenizer, generation_config.json and config.json together: they disagree in
-    many checkpoints.
+    """Returns the end-of-sequence ids of tokenizer, generation_config.json and config.json together: they
+    disagree in many checkpoints.
 
     Raises: UserError naming a file whose ids are not whole numbers.
     """
@@ -111,7 +111,7 @@ def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
 
 
 def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column: str = "prompt") -> Prompts:
-    """Read prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`.
+    """Reads prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`.
     Raises: UserError."""
     prompts = load_prompts(
         source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
@@ -122,7 +122,7 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
 
 
 def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts, Prompts]:
-    """Read training and held-out prompts, disjoint ones. Without --heldout a seeded fifth of the user's
+    """Reads training and held-out prompts, disjoint ones. Without --heldout a seeded fifth of the user's
     --prompts is held out."""
 
     def read(source: str | list[str]) -> Prompts:
@@ -139,7 +139,7 @@ def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts,
 
 
 def _cores() -> int:
-    """Count the cores that this process may run on (taskset and containers limit them)."""
+    """Counts the cores that this process may run on (taskset and containers limit them)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -68,7 +68,7 @@ class Subject:
 
     @staticmethod
     def load(settings: SamplingSettings, inputs: Inputs, scorers: Scorers) -> "Subject":
-        """Load the weights."""
+        """Loads the weights."""
         return Subject(
             settings=settings,
             folder=inputs.folder,
@@ -95,7 +95,7 @@ class Job(Subject):
 def open_job(
     algorithm: str, config: RunConfig, resume: str | None, n_stages: int | None = None
 ) -> Iterator[Job]:
-    """Load and check everything, print the plan, then create or resume the run folder.
+    """Loads and checks everything, prints the plan, then creates or resumes the run folder.
 
     n_stages: how many stages the run will have, for the display; by default what the config says.
 

@@ -151,7 +151,8 @@ def align(job: Job, reference: Reference) -> Reference:
 
 
 def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tensor) -> Adapter:
-    """Stage preference/NAME: plain DPO on the preferences of one kind, drawn independently of the others'."""
+    """Runs stage preference/NAME: plain DPO on the preferences of one kind, drawn independently of the
+    others'."""
     config = job.config
     adapter = new_adapter(job, config)
     seed = int(combine(config.seed, keys.preference(number)))

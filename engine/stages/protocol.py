@@ -54,7 +54,7 @@ class Stages(Protocol):
         """The result of a loop: the last iterate within --max-kl, and the multipliers it was trained at."""
 
     def sample_reference(self) -> None:
-        """Sample and score the reference offline (arXiv 2505.19387, Algorithm 2, step 1); fixes units and
+        """Samples and score the reference offline (arXiv 2505.19387, Algorithm 2, step 1); fixes units and
         aims."""
 
     def solve_dual(self) -> Solution:
@@ -65,7 +65,7 @@ class Stages(Protocol):
         """
 
     def check_thresholds(self) -> None:
-        """Refuse the thresholds that `solve_dual` would refuse, for algorithms that do not solve the dual.
+        """Refuses the thresholds that `solve_dual` would refuse, for algorithms that do not solve the dual.
         Raises: UserError."""
 
     def fit(self, target: Target, iteration: int) -> Iterate:

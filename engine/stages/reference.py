@@ -90,8 +90,8 @@ class Reference:
 
     @property
     def problem(self) -> tuple[Tensor, Tensor]:
-        """Reward [P, G] and utilities [P, G, J] of the reference's samples as the Lagrangian counts them:
-        what the dual is solved on."""
+        """Returns reward [P, G] and utilities [P, G, J] of the reference's samples as the Lagrangian counts
+        them: what the dual is solved on."""
         return self.scores.reward_PG, self.scored(self.samples).counted_PGJ
 
     def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:

@@ -24,8 +24,8 @@ from engine.stages.verdict import HeldOut, judge_heldout, sample_heldout
 
 @contextmanager
 def open_stages(algorithm: str, config: RunConfig, resume: str | None) -> Iterator["RunStages"]:
-    """Open a run for an algorithm, or go on with one, see `open_job`. Raises: UserError before any compute is
-    spent."""
+    """Opens a run for an algorithm, or go on with one, see `open_job`. Raises: UserError before any compute
+    is spent."""
     with open_job(algorithm, config, resume) as job:
         yield RunStages(job)
 
@@ -104,8 +104,8 @@ class RunStages:
         return judge_heldout(self.job, self.reference, before, after, lam_J)
 
     def heldout(self, policy: Policy | None, side: str = "reference") -> HeldOut:
-        """Stage heldout/SIDE: responses to the held-out prompts, of the reference or of the side "policy"
-        (None there: the reference again, with random numbers of its own)."""
+        """Runs stage heldout/SIDE: responses to the held-out prompts, of the reference or of the side
+        "policy" (None there: the reference again, with random numbers of its own)."""
         weights = None
         if side == "policy":
             self.updates.hold(policy)

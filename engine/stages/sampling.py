@@ -148,7 +148,7 @@ def sample(
 def log_gap(
     job: Subject, stage: Stage, prompts: Prompts, rollouts: Rollouts, adapter: Weights | None
 ) -> None:
-    """Log a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward
+    """Logs a row of kind "sampled": how far the sampler's log-probs lie from those of the training forward
     under the same weights, on the responses to the first prompts (`LogprobGap`, nats per token); and in how
     many of all draws the two best were nearly alike."""
     settings, groups = job.settings, packing.groups(prompts, rollouts)[:GAP_PROMPTS]

@@ -23,7 +23,7 @@ def stage_name(iteration: int) -> str:
 def measure(
     job: Job, reference: Reference, weights: Weights, policy: Policy, lam_J: Tensor, iteration: int
 ) -> Slack:
-    """Roll out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step
+    """Rolls out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step
     2).
 
     weights: hold those of `policy`.
@@ -84,7 +84,7 @@ def measure(
 
 
 def say(job: Job, reference: Reference, lam_J: Tensor, slack: Slack, loss: float, iteration: int) -> None:
-    """Print the line of an iteration, and a warning for a multiplier that --lam-max holds."""
+    """Prints the line of an iteration, and a warning for a multiplier that --lam-max holds."""
     job.run.display.line(iteration_line(job, reference, lam_J, slack, loss, iteration))
     warn_of_lam_max(job, reference.limits, lam_J, slack.slack_J)
 

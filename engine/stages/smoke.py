@@ -34,13 +34,13 @@ def smoke_folder() -> Path:
 
 
 def write_smoke_model(folder: Path) -> Path:
-    """Write the tiny model with its heads."""
+    """Writes the tiny model with its heads."""
     write_random_heads(tiny_model_folder(folder))
     return folder
 
 
 def write_random_heads(folder: Path) -> None:
-    """Write heads named helpfulness, harm and harm-audit for the model in `folder`; reward and harm pull
+    """Writes heads named helpfulness, harm and harm-audit for the model in `folder`; reward and harm pull
     apart, the audit follows harm."""
     trunk, hidden = fingerprint(folder), read_config(folder)["hidden_size"]
     generator = torch.Generator().manual_seed(0)

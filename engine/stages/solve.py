@@ -51,7 +51,7 @@ def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> d
 
 
 def solve_dual(job: Job, reference: Reference) -> dual.Solution:
-    """Stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2), with intervals over
+    """Runs stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2), with intervals over
     prompts.
 
     Raises: UserError as `one_shot`.

@@ -27,7 +27,7 @@ from engine.stages.solve import listed
 
 
 def score_pairs(job: Job) -> Sampled:
-    """Stage pairs: the responses of the file of --pairs under the reference and the scorers."""
+    """Runs stage pairs: scores the responses of the file of --pairs under the reference and the scorers."""
     pairs = job.pairs
 
     def compute(stage: Stage) -> Sampled:

@@ -45,7 +45,7 @@ class Bar:
 
 
 def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> HeldOut:
-    """Stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the
+    """Runs stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the
     held-out prompts."""
     config, prompts = job.config, job.heldout
     name = "heldout/reference" if weights is None else "heldout/policy"
@@ -64,7 +64,7 @@ def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> H
 
 
 def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOut, lam_J: Tensor) -> Result:
-    """Judge the policy's held-out responses (`after`) against the reference's; writes evaluation.json,
+    """Judges the policy's held-out responses (`after`) against the reference's; writes evaluation.json,
     heldout.jsonl and the report."""
     run, prompts = job.run, job.heldout
     sides = [Samples(prompts=prompts, sampled=side.sampled, scores=side.scores) for side in (before, after)]
@@ -103,7 +103,7 @@ def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
 
 
 def write_heldout(path: Path, before: Samples, after: Samples) -> None:
-    """Write heldout.jsonl: a line per prompt and response of either side, with their scores in units."""
+    """Writes heldout.jsonl: a line per prompt and response of either side, with their scores in units."""
     prompts, n = before.prompts, before.rollouts.n
     lines = []
     for p in range(len(prompts)):

@@ -24,7 +24,7 @@ USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engin
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Runs the command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     out = ""
     try:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
-    """Read settings and preset of the sweep in a folder. Raises: UserError where no sweep is there."""
+    """Reads settings and preset of the sweep in a folder. Raises: UserError where no sweep is there."""
     try:
         settings = json.loads((Path(folder) / "sweep.json").read_text(encoding="utf-8"))
         preset = settings.pop("preset")

@@ -51,13 +51,13 @@ class Outcome:
 
 
 def finished(plan: Plan) -> bool:
-    """Tell whether a run has its verdict and its report."""
+    """Tells whether a run has its verdict and its report."""
     paths = RunFolder(plan.folder)
     return paths.evaluation.is_file() and paths.report_html.is_file()
 
 
 def read_run(plan: Plan, error: str = "") -> Outcome:
-    """Read the folder of a run that is done, or has failed with `error`."""
+    """Reads the folder of a run that is done, or has failed with `error`."""
     (reference,) = read_rows(plan.folder, ReferenceRow)
     tokens, seconds = effort(plan.folder)
     reference_tokens, _ = effort(Path(plan.config.samples_of))
@@ -78,7 +78,7 @@ def read_run(plan: Plan, error: str = "") -> Outcome:
 
 
 def kept_lam(folder: Path) -> list[float] | None:
-    """Read the multipliers that the judged policy of a run was trained at.
+    """Reads the multipliers that the judged policy of a run was trained at.
 
     None where --max-kl rejected the first policy, so that the verdict is on the reference.
     """
@@ -88,7 +88,7 @@ def kept_lam(folder: Path) -> list[float] | None:
 
 
 def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
-    """Read the sampled tokens and the seconds of each stage of a run, by its name.
+    """Reads the sampled tokens and the seconds of each stage of a run, by its name.
 
     Only the last attempt at a stage counts: one that was interrupted had sampled the same responses. The
     seconds that a policy stage took before an interruption are thus left out.
@@ -99,5 +99,5 @@ def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
 
 
 def is_training(stage: str) -> bool:
-    """Tell whether a stage belongs to training: the reference's samples and the verdict do not."""
+    """Tells whether a stage belongs to training: the reference's samples and the verdict do not."""
     return stage != "reference" and not stage.startswith("heldout/")

@@ -39,7 +39,7 @@ class Plan:
 
 
 def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
-    """Plan all runs, in the order of seeds, then thresholds, then algorithms.
+    """Plans all runs, in the order of seeds, then thresholds, then algorithms.
 
     Raises: UserError for a flag, a threshold or an algorithm that cannot be used.
     """
@@ -69,13 +69,13 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
 
 
 def shown(label: str) -> str:
-    """Replace the algorithm's name in a label by the one that people read."""
+    """Replaces the algorithm's name in a label by the one that people read."""
     name, colon, settings = label.partition(":")
     return f"{shown_name(name)}{colon}{settings}"
 
 
 def config_class(label: str) -> type[RunConfig]:
-    """Return the config class of a label's algorithm. Raises: UserError for an algorithm that does not
+    """Returns the config class of a label's algorithm. Raises: UserError for an algorithm that does not
     exist."""
     names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
@@ -87,7 +87,7 @@ def config_class(label: str) -> type[RunConfig]:
 def _plan(
     sweep: SweepConfig, preset: str | None, label: str, threshold: tuple[float, ...], seed: int
 ) -> Plan:
-    """Build the config of one run and check it."""
+    """Builds the config of one run and checks it."""
     name, _, settings = label.partition(":")
     kind = config_class(label)
     default = kind() if preset is None else smoke(kind())
@@ -106,12 +106,12 @@ def _plan(
 
 
 def numbers(values: Iterable[float]) -> str:
-    """Write numbers with three digits, separated by commas."""
+    """Writes numbers with three digits, separated by commas."""
     return ", ".join(f"{x:.3g}" for x in values)
 
 
 def _threshold(text: str) -> tuple[float, ...]:
-    """Read one value of --thresholds: a number, or one per cost."""
+    """Reads one value of --thresholds: a number, or one per cost."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -119,7 +119,7 @@ def _threshold(text: str) -> tuple[float, ...]:
 
 
 def _flag_names(flags: tuple[str, ...]) -> list[str]:
-    """List the names of the fields that flags set."""
+    """Lists the names of the fields that flags set."""
     return [
         flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
         for flag in flags
@@ -128,7 +128,7 @@ def _flag_names(flags: tuple[str, ...]) -> list[str]:
 
 
 def _known_flags(flags: tuple[str, ...], known: set[str]) -> list[str]:
-    """Keep the flags, with their values, that set one of the known fields."""
+    """Keeps the flags, with their values, that set one of the known fields."""
     kept, keeping = [], True
     for word in flags:
         if word.startswith("--"):

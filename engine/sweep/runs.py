@@ -30,7 +30,7 @@ from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
 
 
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
-    """Do all runs that are not done yet and write the sweep's files.
+    """Does all runs that are not done yet and writes the sweep's files.
 
     Raises: UserError before anything is sampled, or where the samples do not support a threshold;
     Interrupted.
@@ -59,7 +59,7 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
 
 
 def draw_samples(plans: list[Plan]) -> list[OneShot]:
-    """Draw the reference's samples of one seed and solve the dual along the thresholds, for each beta and
+    """Draws the reference's samples of one seed and solve the dual along the thresholds, for each beta and
     margin.
 
     The dual is not solved for algorithms without thresholds, nor for scores that exist only once policies are
@@ -108,7 +108,7 @@ def draw_samples(plans: list[Plan]) -> list[OneShot]:
 
 
 def _sentence(s: OneShot, n_responses: int) -> str:
-    """Say a solution in one line for the user."""
+    """Says a solution in one line for the user."""
     return (
         f"b {numbers(s.threshold)} (beta {s.beta:g}, margin {s.margin:g}): aim {numbers(s.aim)}, one-shot "
         f"lambda {numbers(s.lam)}, effective sample size {s.ess:.1f} of {n_responses}"
@@ -116,7 +116,7 @@ def _sentence(s: OneShot, n_responses: int) -> str:
 
 
 def _train(plan: Plan) -> str:
-    """Do a run or the rest of it, unless it is done; return the error that it failed with, or an empty
+    """Does a run or the rest of it, unless it is done; returns the error that it failed with, or an empty
     text."""
     if not RunFolder(plan.folder).evaluation.is_file():
         try:
@@ -130,7 +130,7 @@ def _train(plan: Plan) -> str:
 
 
 def _begun(folder: Path) -> str | None:
-    """Return the folder where a run in it can be resumed; remove what a run left that was killed before it
+    """Returns the folder where a run in it can be resumed; remove what a run left that was killed before it
     began."""
     if RunFolder(folder).config.is_file():
         return str(folder)
