@@ -25,7 +25,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     devices: tuple[torch.device, ...] | None,
 ) -> None:
-    """Raise ValueError unless `value` is a tensor of this shape, one of these dtypes and one of these
+    """Raises ValueError unless `value` is a tensor of this shape, one of these dtypes and one of these
     devices.
 
     None in place of a length or of the devices accepts any.
@@ -46,13 +46,13 @@ def check_tensor(
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a finite number above 0."""
+    """Raises ValueError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} = {value!r}: expected a finite number above 0")
 
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `least` and at most `most`."""
+    """Raises ValueError unless `value` is a whole number of at least `least` and at most `most`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         accepted = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -60,18 +60,18 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
 
 
 def check_values(name: str, value: torch.Tensor, good: torch.Tensor, accepted: str) -> None:
-    """Raise ValueError naming the first element of `value` where `good` is false."""
+    """Raises ValueError naming the first element of `value` where `good` is false."""
     if not bool(good.all()):
         index = (~good).nonzero()[0].tolist()
         raise ValueError(f"{name}{index} = {value[tuple(index)].item()}: expected {accepted}")
 
 
 def readable(value: torch.Tensor, debug: bool) -> bool:
-    """Return whether the host may read the values of this tensor."""
+    """Returns whether the host may read the values of this tensor."""
     return debug or value.device.type == "cpu"
 
 
 def check_finite(name: str, value: torch.Tensor, debug: bool) -> None:
-    """Raise ValueError where `value` may be read and holds NaN or an infinity."""
+    """Raises ValueError where `value` may be read and holds NaN or an infinity."""
     if readable(value, debug):
         check_values(name, value, value.isfinite(), "a finite number")

@@ -31,7 +31,7 @@ class Make(NamedTuple):
 
     @property
     def compiles_products(self) -> bool:
-        """Whether compiled code makes every product with a frozen matrix, also those of the loss head."""
+        """Returns whether compiled code makes every product with a frozen matrix, also in the loss head."""
         return self.instructions is not None and self.panel_rows is None
 
 
@@ -47,7 +47,7 @@ MAKES = {
 
 
 def _make() -> Make:
-    """Find the make of this processor.
+    """Finds the make of this processor.
 
     On Intel processors MKL, torch's choice there, multiplies many rows fastest.
     """
@@ -61,7 +61,7 @@ make = _make()
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether compiled code works on such tensors; log once where only the module is missing."""
+    """Returns whether compiled code works on such tensors; logs once where only the module is missing."""
     global _warned
     if device.type != "cpu" or dtype != torch.float32:
         return False

@@ -31,7 +31,7 @@ def dual_moments(
     utility_mean: Tensor | float | None = None,
     threshold: Tensor | float | None = None,
 ) -> DualMoments:
-    """Return moments of the responses tilted at lambda: the dual's value, gradient and Hessian.
+    """Returns moments of the responses tilted at lambda: the dual's value, gradient and Hessian.
 
     This is step 2 of Algorithm 1 in arXiv 2405.19544. With g' = g - utility_mean - threshold and the weights
     w = softmax_i((r + lam . g') / beta) of a prompt's responses:
@@ -61,7 +61,7 @@ def dual_moments_op(
     utility_mean: Tensor | None,
     threshold: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute `dual_moments` from arguments of which all but the values are checked."""
+    """Computes `dual_moments` from arguments of which all but the values are checked."""
     values = {"reward_PG": reward_PG, "utility_PGJ": utility_PGJ, "lam_J": lam_J}
     values |= {"utility_mean": utility_mean, "threshold": threshold}
     for name, value in values.items():
@@ -100,7 +100,7 @@ def _check(
     utility_mean: Tensor | float | None,
     threshold: Tensor | float | None,
 ) -> list[Tensor | None]:
-    """Check all but the values of tensors; return utility_mean and threshold as tensors."""
+    """Checks all but the values of tensors; returns utility_mean and threshold as tensors."""
     check_tensor("reward_PG", reward_PG, (None, None), FLOATS, None)
     prompts, responses = reward_PG.shape
     if prompts == 0 or responses == 0:

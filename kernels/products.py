@@ -1,6 +1,8 @@
-"""Products with frozen matrices. For float32 on a CPU compiled code (csrc/products.cpp) makes them, except on
-Intel processors, where MKL is faster at many rows. A few rows read the matrix once, as fast as memory gives
-it; more rows take it in panels of columns. `kernels.compiled.Make` says which way goes when.
+"""Products with frozen matrices.
+
+For float32 on a CPU compiled code (csrc/products.cpp) makes them, except on Intel processors, where MKL is
+faster at many rows. A few rows read the matrix once, as fast as memory gives it; more rows take it in panels
+of columns. `kernels.compiled.Make` says which way goes when.
 
 The terms of a panel's sums are added up 128 at a time, so that rounding errors are as small as MKL's. oneDNN
 adds more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10 times in a
@@ -16,11 +18,10 @@ from kernels.compiled import _native
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], with the gradient in x alone where
-    compiled code does it.
+    """Multiplies x [R, K] with weight [N, K] transposed and adds bias [N]: [R, N].
 
-    weight and bias are frozen there (no gradient is asked of them); anything else goes to
-    `torch.nn.functional.linear`.
+    Compiled code does it where weight and bias are frozen, that is no gradient is asked of them, and forms
+    the gradient in x alone. Anything else goes to `torch.nn.functional.linear`.
     """
     if torch.is_grad_enabled():
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -38,8 +39,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether compiled code makes every product of these: two float32 matrices on the CPU, neither empty,
-    weight dense by rows or by columns, on a make of processor where it is the fastest."""
+    """Returns whether compiled code makes every product of these.
+
+    They must be two float32 matrices on the CPU, neither empty, weight dense by rows or by columns, on a make
+    of processor where compiled code is the fastest.
+    """
     return (
         _on_cpu(x, weight)
         and compiled.make.compiles_products
@@ -48,7 +52,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def _on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Two float32 matrices on the CPU, neither empty, outside of what torch.compile traces."""
+    """Returns whether these are float32 matrices on the CPU, not empty, and torch.compile traces nothing."""
     both = x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.is_cpu
     return both and x.numel() > 0 and weight.numel() > 0 and not torch.compiler.is_compiling()
 
@@ -56,19 +60,20 @@ def _on_cpu(x: Tensor, weight: Tensor) -> bool:
 def times_transposed(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """`linear` without a gradient. out: a contiguous matrix for the product, without a bias."""
+    """Does `linear` without a gradient. out: a contiguous matrix for the product, without a bias."""
     if serves(x, weight):
         return panels(x, weight, bias, compiled.make.instructions, out=out)
     if out is None and not (_on_cpu(x, weight) and not torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
-    # torch.mm with `out`, because autocast rounds nothing there; nor does it in compiled code.
+    # Autocast rounds nothing where torch.mm has an `out`; nor does it in compiled code.
     out = torch.mm(x, weight.t(), out=x.new_empty(len(x), len(weight)) if out is None else out)
     return out if bias is None else out.add_(bias)
 
 
 def add_product(total: Tensor, x: Tensor, matrix: Tensor, first: bool) -> None:
-    """total [R, N] += x [R, K] times matrix [K, N], or = where it is the `first`; all of it float32 on the
-    CPU, total contiguous.
+    """Adds x [R, K] times matrix [K, N] to total [R, N], or overwrites it where the product is the `first`.
+
+    All of it is float32 on the CPU, and total is contiguous.
     """
     if serves(x, matrix.t()):
         panels(
@@ -80,8 +85,9 @@ def add_product(total: Tensor, x: Tensor, matrix: Tensor, first: bool) -> None:
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str) -> Tensor:
-    """`linear` without a gradient for float32 on the CPU, weight contiguous: bit for bit the same for any
-    number of rows and threads.
+    """Does `linear` without a gradient for float32 on the CPU and a contiguous weight.
+
+    The bits are the same for any number of rows and threads.
     """
     out = x.new_empty(len(x), len(weight))
     _native.few_rows(x.contiguous(), weight, _dense(bias), out, torch.get_num_threads(), instruction_set)
@@ -97,11 +103,11 @@ def panels(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """As `few_rows`, for many rows and AVX2 or AVX-512; the order of its sums is another. weight or its
-    transpose is contiguous.
+    """Does what `few_rows` does for many rows, with AVX2 or AVX-512 and sums in another order.
 
-    out: a contiguous matrix for the product; with `add` the product is added to it, 1024 terms of each sum at
-    a time.
+    - weight or its transpose is contiguous.
+    - out: a contiguous matrix for the product. With `add` the product is added to it, 1024 terms of each sum
+      at a time.
     """
     out = x.new_empty(len(x), len(weight)) if out is None else out
     turned = not weight.is_contiguous()

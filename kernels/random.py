@@ -7,7 +7,7 @@ _WORD = (1 << 32) - 1
 
 
 def combine(*parts: Tensor | int) -> Tensor:
-    """Return one int64 key made of several integers or int64 tensors, which are broadcast."""
+    """Returns one int64 key made of several integers or int64 tensors, which are broadcast."""
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
         key = _mix(key * 31 + torch.as_tensor(part, dtype=torch.int64) - 7046029254386353131)
@@ -15,7 +15,7 @@ def combine(*parts: Tensor | int) -> Tensor:
 
 
 def stream(key: Tensor, step: int | Tensor) -> Tensor:
-    """Return int64 [R] that names the random numbers of (key, step).
+    """Returns int64 [R] that names the random numbers of (key, step).
 
     key: int64 [R]; step: an int, or an int64 tensor [] or [1].
     """
@@ -24,12 +24,12 @@ def stream(key: Tensor, step: int | Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, step: int | Tensor) -> Tensor:
-    """Return uniform numbers in (0, 1), float64 [R], of (key, step); see `stream`."""
+    """Returns uniform numbers in (0, 1), float64 [R], of (key, step); see `stream`."""
     return (stream(key, step) >> 11 & (1 << 53) - 1).double() * 2.0**-53 + 2.0**-54
 
 
 def exponential(streams: Tensor, count: int) -> Tensor:
-    """Return exponential numbers of mean 1, float64 [R, count], of int64 streams [R].
+    """Returns exponential numbers of mean 1, float64 [R, count], of int64 streams [R].
 
     Number i of a stream is -log(1 - v), and 64 bits of its own make v.
     """
@@ -40,19 +40,19 @@ def exponential(streams: Tensor, count: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Finish splitmix64 on int64 with wrap-around; masks make the shifts logical."""
+    """Finishes splitmix64 on int64 with wrap-around; masks make the shifts logical."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def _bits(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return 32 random bits for each number x."""
+    """Returns 32 random bits for each number x."""
     return _scrambled(_scrambled((x * 0x9E3779B9 + low) & _WORD) ^ high)
 
 
 def _scrambled(x: Tensor) -> Tensor:
-    """Apply lowbias32 to 32 bits in an int64."""
+    """Applies lowbias32 to 32 bits in an int64."""
     x = (x ^ x >> 16) * 0x7FEB352D & _WORD
     x = (x ^ x >> 15) * 0x846CA68B & _WORD
     return x ^ x >> 16

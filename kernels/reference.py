@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def _per_sequence(rows: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """Cut [T] into the rows of each sequence."""
+    """Cuts [T] into the rows of each sequence."""
     bounds = cu_seqlens.tolist()
     return [rows[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
@@ -30,7 +30,7 @@ def sequence_logprob(
     softcap: float | None = None,
     return_token_logprob: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return logprob_n = sum of weight_t log p_t over the rows of sequence n, and log p_t where asked for.
+    """Returns logprob_n = sum of weight_t log p_t over the rows of sequence n, and logs p_t where asked for.
 
     log p_t = log softmax(softcap * tanh((h_t W^T + bias) / softcap) / temperature)[target_t].
     """
@@ -76,7 +76,7 @@ def lagrangian_preference_loss(
     generator: torch.Generator | None = None,
     **options,
 ) -> PreferenceLoss:
-    """Return DPO's loss (Rafailov et al. 2023, eq. 7) with labels from the score s = reward + utility @ lam.
+    """Returns DPO's loss (Rafailov et al. 2023, eq. 7) with labels from the score s = reward + utility @ lam.
 
     q = sigmoid(s_a - s_b) ("soft"), 1 where u < that and else 0 ("sampled"), or the preference ("given");
     x = beta ((L_a - ref_a) - (L_b - ref_b)); loss = mean of -q log sigmoid(x) - (1 - q) log sigmoid(-x).
@@ -133,10 +133,10 @@ def lagrangian_policy_loss(
     normalize: str = "token",
     **options,
 ) -> PolicyLoss:
-    """Return mean of -min(rho A, clip(rho) A) + kl_coef KL over tokens (PPO: Schulman et al. 2017, eq. 7).
+    """Returns mean of -min(rho A, clip(rho) A) + kl_coef KL over tokens (PPO: Schulman et al. 2017, eq. 7).
 
     rho = exp(log p - old); with d = ref - log p the KL term is d^2 / 2 (k2) or exp(d) - d - 1 (k3; Schulman
-    2020).
+    2020). options: those of `sequence_logprob`.
     """
     rows = hidden, weight, target, cu_seqlens
     logprob, token_logprob = sequence_logprob(*rows, **options, return_token_logprob=True)
@@ -160,14 +160,14 @@ def lagrangian_policy_loss(
         if normalize == "token":
             return (w * x).sum() / w.sum()
         both = zip(_per_sequence(w * x, cu_seqlens), _per_sequence(w, cu_seqlens), strict=True)
-        return sum(part.sum() / own.sum() for part, own in both if own.sum() > 0) / len(a_N)
+        return sum(part.sum() / weights.sum() for part, weights in both if weights.sum() > 0) / len(a_N)
 
     loss, nats, share = (mean(x).to(token_logprob.dtype) for x in (term, divergence, clipped))
     return PolicyLoss(loss, logprob.detach(), token_logprob.detach(), a_N, nats.detach(), share.detach())
 
 
 def group_advantage(group: Tensor, reward: Tensor, utility: Tensor, lam: Tensor, advantage: str) -> Tensor:
-    """Return the advantage of each sequence within its group, float64 [N].
+    """Returns the advantage of each sequence within its group, float64 [N].
 
     "rloo": s_n - mean of the others' s (Ahmadian et al. 2024). "group_norm": the sum of reward and of each
     lam_j utility_j, each standardised in its group (Shao et al. 2024), 0 where all are equal. A group of one
@@ -175,8 +175,8 @@ def group_advantage(group: Tensor, reward: Tensor, utility: Tensor, lam: Tensor,
     """
     reward, utility, lam = reward.double(), utility.double(), lam.double()
     result = torch.zeros_like(reward)
-    for n, own in enumerate(group.tolist()):
-        members = [m for m, other in enumerate(group.tolist()) if other == own]
+    for n in range(len(group)):
+        members = (group == group[n]).nonzero()[:, 0].tolist()
         others = [m for m in members if m != n]
         if advantage == "rloo":
             s = reward + (utility * lam).sum(1)
@@ -207,7 +207,7 @@ def dual_moments(
     utility_mean: Tensor | float | None = None,
     threshold: Tensor | float | None = None,
 ) -> DualMoments:
-    """Return (beta / P) sum_p ln mean_i exp((r + lam . g') / beta) and its derivatives in lam, by autograd.
+    """Returns (beta / P) sum_p ln mean_i exp((r + lam . g') / beta) and its derivatives in lam, by autograd.
 
     g' = g - utility_mean - threshold; the mean defaults to that over prompts and responses, the threshold to
     0.
@@ -230,7 +230,8 @@ def dual_moments(
 def sample(
     logits: Tensor, arrival: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the token with the largest mass / arrival, and its log-prob among the tokens kept and among all.
+    """Returns the token with the largest mass / arrival, and its log-prob among the tokens kept and among
+    all.
 
     arrival [R, V]: exponential numbers; `kernels.sample` takes those of its keys. The top_k likeliest tokens
     are kept (0: all), then the fewest of these that hold top_p of their mass, the likelier ones and lower
@@ -261,7 +262,7 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Return each row's attention to its prompt and to its own tokens, head by head, [R, H d]."""
+    """Returns each row's attention to its prompt and to its own tokens, head by head, [R, H d]."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows, heads, width = query.shape
     group = heads // own_keys.shape[1]
@@ -269,9 +270,9 @@ def decode_attention(
     for r in range(rows):
         p = int((owner_offsets[1:] <= r).sum())
         for h in range(heads):
-            prompt, own = (p, h // group, slice(int(prompt_length[p]))), (r, h // group, slice(int(used)))
-            k = torch.cat([prompt_keys[prompt], own_keys[own]]).to(wide)
-            v = torch.cat([prompt_values[prompt], own_values[own]]).to(wide)
+            prompt, row = (p, h // group, slice(int(prompt_length[p]))), (r, h // group, slice(int(used)))
+            k = torch.cat([prompt_keys[prompt], own_keys[row]]).to(wide)
+            v = torch.cat([prompt_values[prompt], own_values[row]]).to(wide)
             if window is not None:
                 k, v = k[-window:], v[-window:]
             scores = k @ query[r, h].to(wide) * (width**-0.5 if scale is None else scale)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Return tanh x and 1 - tanh^2 x, both to a few units in the last place.
+    """Returns tanh x and 1 - tanh^2 x, both to a few units in the last place.
 
     Near 0, where 1 - exp(-2|x|) cancels, tanh is a series.
     """
@@ -23,7 +23,7 @@ def tanh(x):
 
 @triton.jit
 def logit(raw, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
-    """Return softcap * tanh(raw / softcap) / temperature and its derivative in raw."""
+    """Returns softcap * tanh(raw / softcap) / temperature and its derivative in raw."""
     if HAS_SOFTCAP:
         value, slope = tanh(raw / softcap)
         return value * softcap / temperature, slope / temperature

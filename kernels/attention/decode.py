@@ -33,7 +33,7 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attend with each row's new token to the row's prompt and to its own `used` tokens, itself the last of
+    """Attends with each row's new token to the row's prompt and to its own `used` tokens, itself the last of
     them.
 
     Scores are softcap * tanh(scale * q.k / softcap); scale None is d ** -0.5, softcap None is off. With a
@@ -68,8 +68,8 @@ def decode_attention(
 
 
 def store(own_keys: Tensor, own_values: Tensor, key: Tensor, value: Tensor, used: Tensor) -> None:
-    """Put key and value [R, Hkv, d] of every row's new token at place used - 1 of the contiguous own_keys and
-    own_values [R, Hkv, room, d].
+    """Puts key and value [R, Hkv, d] of every row's new token at place used - 1 of the contiguous own_keys
+    and own_values [R, Hkv, room, d].
 
     used is int64 [1] on their device; on a GPU the host never reads it. Raises ValueError where shapes,
     dtypes or devices do not agree.
@@ -90,16 +90,16 @@ def store(own_keys: Tensor, own_values: Tensor, key: Tensor, value: Tensor, used
 
 
 def _attend_by_torch(query: Tensor, caches: Caches, score: Score) -> Tensor:
-    """Attend on any device, in float32 arithmetic (float64 for float64 inputs)."""
+    """Attends on any device, in float32 arithmetic (float64 for float64 inputs)."""
     (rows, heads, width), (kv_heads, room) = query.shape, caches.own_keys.shape[1:3]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     longest = caches.prompt_keys.shape[2]
     owner = torch.searchsorted(caches.owner_offsets[1:], torch.arange(rows, device=query.device), right=True)
     length = caches.prompt_length[owner][:, None]
     slot = torch.arange(longest + room, device=query.device)[None]
-    own = slot >= longest
-    position = torch.where(own, slot - longest + length, slot)
-    seen = torch.where(own, slot - longest < caches.used, slot < length)
+    of_row = slot >= longest
+    position = torch.where(of_row, slot - longest + length, slot)
+    seen = torch.where(of_row, slot - longest < caches.used, slot < length)
     if score.window is not None:
         seen &= position >= length + caches.used - score.window
     keys, values = (
@@ -120,7 +120,7 @@ def _attend_by_torch(query: Tensor, caches: Caches, score: Score) -> Tensor:
 def _check(
     query: Tensor, caches: Caches, scale: float | None, softcap: float | None, window: int | None
 ) -> None:
-    """Check the arguments of `decode_attention`; values of tensors on the CPU alone."""
+    """Checks the arguments of `decode_attention`; values of tensors on the CPU alone."""
     check_tensor("query", query, (None, None, None), FLOATS, None)
     (rows, heads, width), here, dtypes = query.shape, (query.device,), (query.dtype,)
     check_tensor("prompt_keys", caches.prompt_keys, (None, None, None, width), dtypes, here)
@@ -148,7 +148,7 @@ def _check(
 
 
 def _check_values(rows: int, caches: Caches) -> None:
-    """Check the values of tensors that place the tokens."""
+    """Checks the values of tensors that place the tokens."""
     longest, room = caches.prompt_keys.shape[2], caches.own_keys.shape[2]
     length, used, offsets = caches.prompt_length, caches.used, caches.owner_offsets
     check_values("prompt_length", length, (length >= 0) & (length <= longest), f"a number in [0, {longest}]")

@@ -35,7 +35,8 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Store each row's new token as token `used` and attend with it to the row's prompt and tokens: [R, H d].
+    """Stores each row's new token as token `used` and attends with it to the row's prompt and tokens: [R, H
+    d].
 
     Scores are softcap * tanh(scale * q.k / softcap); scale None is d ** -0.5, softcap None is off. With a
     window a row sees the last `window` of all these tokens.

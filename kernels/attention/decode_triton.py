@@ -46,7 +46,7 @@ INTERPRETED = Tiles(16, 16, 4, 1)
 
 
 def prompt_tiles(width: int, dtype: torch.dtype, queries: int) -> Tiles:
-    """Return the tiles for this number of queries of a prompt and key head on average.
+    """Returns the tiles for this number of queries of a prompt and key head on average.
 
     Hopper's warp-group products take 64 rows. With fewer the older products do, since 16 queries a token are
     bound by bytes.
@@ -59,12 +59,12 @@ def prompt_tiles(width: int, dtype: torch.dtype, queries: int) -> Tiles:
 
 
 def own_tiles(width: int, dtype: torch.dtype, group: int) -> Tiles:
-    """Return the tiles for the `group` query heads of one row that share a key head."""
+    """Returns the tiles for the `group` query heads of one row that share a key head."""
     return prompt_tiles(width, dtype, 1)._replace(queries=max(16, triton.next_power_of_2(group)))
 
 
 def parts_of(longest: int, window: int | None, programs: int) -> int:
-    """Return how many parts a prompt's tokens are dealt to; programs: the grid's without parts."""
+    """Returns how many parts a prompt's tokens are dealt to; programs: the grid's without parts."""
     seen = longest if window is None else min(longest, window)
     return max(1, min(PROGRAMS // max(1, programs), triton.cdiv(seen, LEAST_TOKENS)))
 
@@ -95,7 +95,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Return max [BLOCK_M], sum and weighted values [BLOCK_M, BLOCK_D] over the tiles, float32.
+    """Returns max [BLOCK_M], sum and weighted values [BLOCK_M, BLOCK_D] over the tiles, float32.
 
     Each of the tiles holds a visible token.
     """
@@ -166,7 +166,7 @@ def prompt_kernel(
         return
     o_m, o_d = first_query + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_m = o_m < queries
-    # int64, as a cache may hold more than 2^31 elements.
+    # Places are int64, as a cache may hold more than 2^31 elements.
     at = ((first_row + o_m // GROUP) * heads + i_head) * GROUP + o_m % GROUP
     in_md = in_m[:, None] & (o_d < WIDTH)[None, :]
     q = tl.load(p_query + at[:, None] * WIDTH + o_d[None, :], mask=in_md, other=0.0)
@@ -300,7 +300,7 @@ def store_kernel(
 
 
 def decode_attention(query: Tensor, caches: Caches, score: Score, plan: Plan | None = None) -> Tensor:
-    """Return what `kernels.attention.decode.decode_attention` does, of arguments that are checked already.
+    """Returns what `kernels.attention.decode.decode_attention` does, of arguments that are checked already.
 
     Memory beside the output: 4 parts R H (d + 2) bytes.
     """
@@ -368,7 +368,7 @@ def decode_attention(query: Tensor, caches: Caches, score: Score, plan: Plan | N
 
 
 def store(own_keys: Tensor, own_values: Tensor, key: Tensor, value: Tensor, used: Tensor) -> None:
-    """Put a token as `kernels.attention.decode.store` does, of arguments that are checked already."""
+    """Puts a token as `kernels.attention.decode.store` does, of arguments that are checked already."""
     rows, heads, room, width = own_keys.shape
     if key.numel() == 0:
         return

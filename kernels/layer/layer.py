@@ -16,7 +16,7 @@ from kernels.layer import layer_native
 
 
 def _backend(x: Tensor, *others: Tensor) -> ModuleType | None:
-    """Return the module with compiled code for these rows, native or Triton, or None for plain torch."""
+    """Returns the module with compiled code for these rows, native or Triton, or None for plain torch."""
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
     if torch.compiler.is_compiling() or differentiated or x.dim() != 2:
         return None
@@ -30,7 +30,7 @@ def _backend(x: Tensor, *others: Tensor) -> ModuleType | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., N], weight [N]."""
+    """Returns x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., N], weight [N]."""
     rows = _backend(x, weight)
     if rows is None:
         return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return x + delta and its `rms_norm`."""
+    """Returns x + delta and its `rms_norm`."""
     if (rows := _backend(x, delta, weight)) is not None:
         return rows.rms_norm(x, delta, weight, epsilon)
     total = x + delta
@@ -48,7 +48,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tu
 def split_rotated(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split qkv [R, (H + 2 Hkv) d] into queries [R, H, d], keys [R, Hkv, d] and values [R, Hkv, d].
+    """Splits qkv [R, (H + 2 Hkv) d] into queries [R, H, d], keys [R, Hkv, d] and values [R, Hkv, d].
 
     Queries and keys are turned by their positions with cos, sin [R, d]: a head x becomes
     x cos + (-second half, first half) sin.
@@ -61,14 +61,14 @@ def split_rotated(
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads x [R, n, d] by cos, sin [R, d]."""
+    """Turns heads x [R, n, d] by cos, sin [R, d]."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos[:, None] + turned * sin[:, None]
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up, [R, N], of gate_up [R, 2 N]."""
+    """Returns silu(gate) * up, [R, N], of gate_up [R, 2 N]."""
     if (rows := _backend(gate_up)) is not None:
         return rows.gated_silu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)

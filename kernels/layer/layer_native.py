@@ -8,7 +8,7 @@ from kernels.compiled import _native
 
 
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return x + delta, or x itself without a delta, and its RMS norm times weight; float32 [R, N]."""
+    """Returns x + delta, or x itself without a delta, and its RMS norm times weight; float32 [R, N]."""
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
     out = torch.empty_like(x)
@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
 def split_rotated(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `kernels.layer.layer.split_rotated` does, of float32 on the CPU."""
+    """Returns what `kernels.layer.layer.split_rotated` does, of float32 on the CPU."""
     q = qkv.new_empty(len(qkv), heads, cos.shape[1])
     k, v = (qkv.new_empty(len(qkv), kv_heads, cos.shape[1]) for _ in range(2))
     how = torch.get_num_threads(), compiled.make.instructions
@@ -30,7 +30,7 @@ def split_rotated(
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    """Return what `kernels.layer.layer.gated_silu` does, of float32 on the CPU."""
+    """Returns what `kernels.layer.layer.gated_silu` does, of float32 on the CPU."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     _native.gated_silu(gate_up.contiguous(), out, torch.get_num_threads(), compiled.make.instructions)
     return out

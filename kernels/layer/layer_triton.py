@@ -102,7 +102,7 @@ def gate_kernel(
 
 
 def serves(x: Tensor, *others: Tensor) -> bool:
-    """Return whether these kernels take x [R, N] and the tensors with it.
+    """Returns whether these kernels take x [R, N] and the tensors with it.
 
     They take tensors on a GPU, in one dtype of up to 32 bits, and not empty.
     """
@@ -111,7 +111,7 @@ def serves(x: Tensor, *others: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return x + delta, or x itself without a delta, and its norm, [R, N] each."""
+    """Returns x + delta, or x itself without a delta, and its norm, [R, N] each."""
     rows, width = x.shape
     out = x.new_empty(rows, width)
     total = x if delta is None else torch.empty_like(out)
@@ -137,14 +137,14 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
 
 
 def norm_warps(block: int) -> int:
-    """Return 1 to 16 warps, for about 8 numbers a thread."""
+    """Returns 1 to 16 warps, for about 8 numbers a thread."""
     return max(1, min(16, block // 256))
 
 
 def split_rotated(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `kernels.layer.layer.split_rotated` does, as three contiguous tensors."""
+    """Returns what `kernels.layer.layer.split_rotated` does, as three contiguous tensors."""
     rows, d = len(qkv), cos.shape[1]
     query, key, value = (qkv.new_empty(rows, n, d) for n in (heads, kv_heads, kv_heads))
     with torch.cuda.device_of(qkv):
@@ -168,7 +168,7 @@ def split_rotated(
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up, [R, N]."""
+    """Returns silu(gate) * up, [R, N]."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     with torch.cuda.device_of(gate_up):

@@ -21,7 +21,7 @@ from kernels.loss_head.records import Head, Labels, Policy, Rows, Scores
 
 
 def check_rows(rows: Rows, head: Head, memory_budget_bytes: int | None) -> None:
-    """Check the arguments that the loss ops share, but for the values of tensors."""
+    """Checks the arguments that the loss ops share, but for the values of tensors."""
     hidden, weight = rows.hidden, head.weight
     check_tensor("hidden", hidden, (None, None), FLOATS, None)
     here = (hidden.device,)
@@ -48,7 +48,7 @@ def check_rows(rows: Rows, head: Head, memory_budget_bytes: int | None) -> None:
 
 
 def check_row_values(rows: Rows, head: Head, debug: bool) -> None:
-    """Check the values that `check_rows` leaves."""
+    """Checks the values that `check_rows` leaves."""
     count, vocabulary = rows.hidden.shape[0], head.weight.shape[0]
     target, cu_seqlens = rows.target, rows.cu_seqlens
     if readable(target, debug):
@@ -69,7 +69,7 @@ def check_row_values(rows: Rows, head: Head, debug: bool) -> None:
 def check_preference(
     rows: Rows, pairs: Tensor, scores: Scores, ref_logprob: Tensor, beta: float, labels: Labels
 ) -> None:
-    """Check what `lagrangian_preference_loss` takes beyond `check_rows`, but for the values of tensors."""
+    """Checks what `lagrangian_preference_loss` takes beyond `check_rows`, but for the values of tensors."""
     places = (rows.hidden.device, torch.device("cpu"))
     check_tensor("pairs", pairs, (None, 2), INTEGERS, places)
     check_tensor("ref_logprob", ref_logprob, (rows.sequences,), FLOATS, places)
@@ -101,7 +101,7 @@ def _check_scores(sequences: int, scores: Scores, places: tuple[torch.device, ..
 def check_preference_values(
     pairs: Tensor, scores: Scores, ref_logprob: Tensor, labels: Labels, debug: bool
 ) -> None:
-    """Check the values that `check_preference` leaves."""
+    """Checks the values that `check_preference` leaves."""
     sequences = len(ref_logprob)
     if readable(pairs, debug):
         inside = (pairs >= 0) & (pairs < sequences)
@@ -120,7 +120,7 @@ def check_preference_values(
 
 
 def check_policy(rows: Rows, group: Tensor, scores: Scores, policy: Policy, advantage: str) -> None:
-    """Check what `lagrangian_policy_loss` takes beyond `check_rows`, but for the values of tensors."""
+    """Checks what `lagrangian_policy_loss` takes beyond `check_rows`, but for the values of tensors."""
     places = (rows.hidden.device, torch.device("cpu"))
     check_tensor("group", group, (rows.sequences,), INTEGERS, places)
     _check_scores(rows.sequences, scores, places)
@@ -155,7 +155,7 @@ def _is_clip(clip: object) -> bool:
 def check_policy_values(
     scores: Scores, old_logprob: Tensor | None, ref_logprob: Tensor | None, debug: bool
 ) -> None:
-    """Check the values that `check_policy` leaves. A group may be any integer."""
+    """Checks the values that `check_policy` leaves. A group may be any integer."""
     for name, value in (
         *scores._asdict().items(),
         ("old_logprob", old_logprob),

@@ -37,7 +37,7 @@ PARTS_PER_ROW_BLOCK = 8
 
 
 def blocks_for(width: int, dtype: torch.dtype) -> Blocks | None:
-    """Return the tiles for D = width, or None where stored logits are better."""
+    """Returns the tiles for D = width, or None where stored logits are better."""
     if dtype == torch.float32:
         # tl.dot would round to TF32, or leave the tensor cores.
         return None
@@ -131,7 +131,7 @@ def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constex
 
 
 def token_logprob(hidden: Tensor, head: Head, target: Tensor, blocks: Blocks, out: Tensor) -> None:
-    """Set out [T], float32, to log p of rows hidden [T, D]; memory 3 x 8 x T float32 numbers."""
+    """Sets out [T], float32, to log p of rows hidden [T, D]; memory 3 x 8 x T float32 numbers."""
     weight, bias, temperature, softcap = head
     rows, (vocabulary, width) = len(hidden), weight.shape
     if rows == 0:

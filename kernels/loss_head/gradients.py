@@ -26,17 +26,17 @@ class Gradients:
         self.d_weight = work.weight.new_empty(work.weight.shape, dtype=dtype) if needs.weight else None
         self.d_bias = torch.zeros_like(bias, dtype=dtype) if needs.bias else None
         self.started = False  # whether d_weight holds anything
-        # Scheme E: the sums of two sequences (d_weight, d_bias), and whether d_weight is still empty.
+        # Scheme E opens sums of two sequences: d_weight, d_bias, and whether d_weight is still empty.
         self.open: tuple[Tensor | None, Tensor | None, bool] | None = None
 
     def add(self, part: slice | Tensor, kept: Kept, row_factor: Tensor) -> None:
-        """Add the rows at `part`."""
+        """Adds the rows at `part`."""
         sums = Sums(None, self.d_weight, not self.started, self.d_bias)
         self._add(part, kept, row_factor.to(self.dtype), self.unit, sums)
         self.started = True
 
     def add_opposite(self, part: slice, kept: Kept, row_factor: Tensor) -> None:
-        """Add rows of two sequences of scheme E, whose -a is known only up to its sign, as the second one's
+        """Adds rows of two sequences of scheme E, whose -a is known only up to its sign, as the second one's
         is the negative of the first one's.
         """
         if self.open is None:
@@ -48,7 +48,7 @@ class Gradients:
         self.open = d_weight, d_bias, False
 
     def end_opposite(self, parts: list[slice], factor: Tensor) -> None:
-        """End scheme E for two sequences, whose rows are all added; factor: the first one's -a."""
+        """Ends scheme E for two sequences, whose rows are all added; factor: the first one's -a."""
         for part in parts if self.d_hidden is not None else []:
             self.d_hidden[part] = (self.d_hidden[part] * factor).to(self.d_hidden.dtype)
         relative = factor if self.unit is None else factor / self.unit
@@ -73,7 +73,7 @@ class Gradients:
             self.d_hidden.index_copy_(0, part, into)
 
     def result(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients in hidden, weight and bias, in their dtypes; empty where not needed."""
+        """Returns the gradients in hidden, weight and bias, in their dtypes; empty where not needed."""
         if self.d_weight is not None and not self.started:
             self.d_weight.zero_()
         if self.unit is not None:
@@ -89,11 +89,11 @@ class Gradients:
 
 
 def scale_rows(product: Tensor, factor: Tensor, out: Tensor) -> None:
-    """Set out to product times the factor of each row, in the factor's dtype and rounded once.
+    """Sets out to product times the factor of each row, in the factor's dtype and rounded once.
 
     A row of factor 0 becomes 0 whatever it holds.
     """
-    # A block at a time, as converted copies of all rows are not counted in the budget.
+    # Blocks go one at a time, as the budget counts no converted copies of all rows.
     for part in chunks(0, len(product), max(1, len(product) // 8)):
         a = factor[part][:, None]
         out[part] = torch.where(a == 0, 0, product[part] * a)

@@ -10,7 +10,7 @@ from kernels.loss_head.schemes import budget_or_default
 
 
 def needs_gradient(*values: Tensor | None) -> bool:
-    """Return whether a gradient in any of these will be asked for."""
+    """Returns whether a gradient in any of these will be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in values)
 
 
@@ -28,7 +28,7 @@ def sequence_logprob(
     memory_budget_bytes: int | None = None,
     debug: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the log-probability of each packed sequence: the sum over its rows of token_weight * log
+    """Returns the log-probability of each packed sequence: the sum over its rows of token_weight * log
     softmax(logits)[target], never length-normalised.
 
     logits = softcap * tanh((hidden weight^T + bias) / softcap) / temperature.

@@ -41,7 +41,7 @@ def lagrangian_preference_loss(
     memory_budget_bytes: int | None = None,
     debug: bool = False,
 ) -> PreferenceLoss:
-    """Return the preference loss of pairs whose labels come from the Lagrangian score s = reward + utility @
+    """Returns the preference loss of pairs whose labels come from the Lagrangian score s = reward + utility @
     lam.
 
     margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`; loss =
@@ -115,8 +115,8 @@ def lagrangian_policy_loss(
     memory_budget_bytes: int | None = None,
     debug: bool = False,
 ) -> PolicyLoss:
-    """Return the policy-gradient loss of sampled sequences, whose advantages come from the Lagrangian score s
-    = reward + utility @ lam.
+    """Returns the policy-gradient loss of sampled sequences, whose advantages come from the Lagrangian score
+    s = reward + utility @ lam.
 
     loss = -mean min(rho A, clip(rho, 1 - low, 1 + high) A) + kl_coef * mean KL term, per token, A that of its
     sequence, rho = exp(log p - old_logprob).

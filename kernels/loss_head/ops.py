@@ -51,7 +51,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def _first_order_only(gradients: list[Tensor | None], *sources: Tensor | None) -> list[Tensor | None]:
-    """Return the gradients; where a graph of them is recorded, differentiating them again is an error."""
+    """Returns the gradients; where a graph of them is recorded, differentiating them again is an error."""
     if not torch.is_grad_enabled():
         return gradients
     return [None if g is None else _FirstOrderOnly.apply(g, *sources) for g in gradients]
@@ -75,7 +75,7 @@ def _gradient_shapes(
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in inputs)
 
 
-# sequence_logprob
+# The op sequence_logprob.
 
 
 def _sequence_logprob(
@@ -169,7 +169,7 @@ def _differentiate_sequence_logprob(ctx, d_logprob, d_token, *rest):
         d_logprob = d_token.new_zeros(cu_seqlens.shape[0] - 1)
     needs = ctx.needs_input_grad[:3]
     with torch.no_grad():
-        # Temperature, softcap and budget.
+        # The first three options are temperature, softcap and budget.
         gradients = _backward_op(d_logprob, d_token, *saved, *ctx.options[:3], *needs)
     gradients = [x if need else None for x, need in zip(gradients, needs, strict=True)]
     return *_first_order_only(gradients, d_logprob, d_token, hidden, weight, bias), *(None,) * 9
@@ -178,7 +178,7 @@ def _differentiate_sequence_logprob(ctx, d_logprob, d_token, *rest):
 sequence_logprob_op.register_autograd(_differentiate_sequence_logprob, setup_context=_save_sequence_logprob)
 
 
-# Preference loss
+# The ops of the preference loss.
 
 
 def _preference_labels(
@@ -275,7 +275,7 @@ def _preference_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqle
 preference_pass_op = _register("preference_pass", _preference_pass, _preference_pass_shapes)
 
 
-# Policy loss
+# The ops of the policy loss.
 
 
 def _group_advantage(
@@ -343,7 +343,7 @@ def _policy_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqlens, 
 policy_pass_op = _register("policy_pass", _policy_pass, _policy_pass_shapes)
 
 
-# The gradient of the ops whose forward pass forms the gradients: these are the last three results.
+# The last two ops form their gradients in the forward pass; these are their last three results.
 
 
 def _save_gradients(ctx, inputs, output) -> None:

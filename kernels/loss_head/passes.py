@@ -30,13 +30,13 @@ from kernels.loss_head.terms import (
     sequence_sum,
 )
 
-# sequence_logprob: values, then gradients for coefficients that come later.
+# sequence_logprob forms values, and later gradients for the coefficients that come then.
 
 
 def sequence_logprob_pass(
     rows: Rows, head: Head, budget: int, needs_hidden: bool, needs_head: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return logprob [N], token_logprob [T], and for the backward pass kept z, state and J W [T, D]."""
+    """Returns logprob [N], token_logprob [T], and for the backward pass kept z, state and J W [T, D]."""
     hidden, target = rows.hidden, rows.target
     workspace = row_workspace(hidden)
     p = plan(workspace, hidden, head, budget, needs_hidden, needs_head)
@@ -60,7 +60,7 @@ def sequence_logprob_pass(
 def empty_values(
     workspace: type[TorchRows], hidden: Tensor, weight: Tensor, p: Plan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return uninitialised token_logprob [T], kept z [kept, V], state [kept, STATE] and J W [T, D]."""
+    """Returns uninitialised token_logprob [T], kept z [kept, V], state [kept, STATE] and J W [T, D]."""
     token = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
     product = hidden.new_empty(0)
     if p.kind == "product":
@@ -76,7 +76,7 @@ def sequence_logprob_backward(
     budget: int,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients in hidden, weight and bias.
+    """Returns the gradients in hidden, weight and bias.
 
     coefficients: those of logprob [N] and of token_logprob [T]; saved: z, state and J W of the forward pass.
     """
@@ -90,7 +90,7 @@ def sequence_logprob_backward(
         return scaled, hidden.new_empty(0), hidden.new_empty(0)
     workspace, kept = row_workspace(hidden), len(kept_z)
     sizes = workspace.sizes(head, count, budget, "kept")
-    # What is kept is part of the budget.
+    # The kept rows are part of the budget.
     fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * count + kept * sizes.row
     size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch, count - kept) if kept < count else 0
     work = workspace(head, sizes, size, "kept")
@@ -108,13 +108,13 @@ def sequence_logprob_backward(
     return total.result(head)
 
 
-# Preference loss with the head's gradient, in chunks of whole pairs.
+# The preference loss with the head's gradient goes by chunks of whole pairs.
 
 
 def preference_pass(
     rows: Rows, head: Head, pairs: Pairs, budget: int, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, logprob [N], margin [K], accuracy and d loss / d hidden, weight and bias.
+    """Returns loss, logprob [N], margin [K], accuracy and d loss / d hidden, weight and bias.
 
     cu_seqlens and pairs are on the CPU, unless the head is frozen.
     """
@@ -158,7 +158,7 @@ def preference_pass(
         return Kept(z, state, y, h)
 
     def coefficients(part: Part, at: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Return -a of the part's sequences and of its rows, times their weights, once their log-probs are
+        """Returns -a of the part's sequences and of its rows, times their weights, once their log-probs are
         known.
         """
         index = torch.tensor(part.sequences).to(device, non_blocking=True)
@@ -198,7 +198,7 @@ def preference_pass(
 def _frozen_preference_pass(
     rows: Rows, head: Head, pairs: Pairs, budget: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Do the preference pass for a frozen head: J W stands where the gradient, its scaled rows, will be."""
+    """Does the preference pass for a frozen head: J W stands where the gradient, its scaled rows, will be."""
     hidden, target, token_weight, cu_seqlens = rows
     workspace, count = row_workspace(hidden), len(hidden)
     sizes = workspace.sizes(head, count, budget, "product")
@@ -215,17 +215,17 @@ def _frozen_preference_pass(
     return loss, logprob, margin, accuracy, d_hidden, hidden.new_empty(0), hidden.new_empty(0)
 
 
-# Policy loss: a row's coefficient follows from its own log-prob.
+# In the policy loss a row's coefficient follows from its log-prob.
 
 
 def policy_pass(
     rows: Rows, head: Head, advantage: Tensor, policy: Policy, budget: int, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, logprob [N], token_logprob [T], kl, clip_fraction and d loss / d hidden, weight, bias."""
+    """Returns loss, logprob [N], token_logprob [T], kl, clip_fraction and d loss / d hidden, weight, bias."""
     hidden, target, token_weight, cu_seqlens = rows
     device, dtype, count = hidden.device, statistics_dtype(hidden.dtype), len(hidden)
     workspace = row_workspace(hidden)
-    # Advantages, shares, coefficients and their parts, all float64.
+    # Each row has an advantage, a share, a coefficient and their parts, all float64.
     vectors = 2 * VECTOR_BYTES_PER_ROW
     if needs.head:
         kind, sizes = kept_or_spent(workspace, count, head, budget, vectors + VECTOR_BYTES_PER_ROW)

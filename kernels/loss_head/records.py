@@ -78,5 +78,5 @@ class Policy(NamedTuple):
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of log-probs and coefficients: float64 for float64 inputs, else float32."""
+    """Returns the dtype of log-probs and coefficients: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

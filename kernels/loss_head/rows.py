@@ -60,7 +60,7 @@ class TorchRows:
 
     @classmethod
     def sizes(cls, head: Head, rows: int, budget: int, kind: str) -> Sizes:
-        """Return the split for this number of rows within `budget` bytes."""
+        """Returns the split for this number of rows within `budget` bytes."""
         weight, bias = head.weight, head.bias
         vocabulary, width = weight.shape
         size = statistics_dtype(weight.dtype).itemsize
@@ -69,7 +69,7 @@ class TorchRows:
         # The next part of a converted head is made before the last one is dropped, so there are two.
         fixed = size * 2 * columns * width if converted else 0
         fixed += 0 if bias is None or bias.dtype.itemsize == size else size * vocabulary
-        # z, hidden, hidden scaled, J W.
+        # A row has z, hidden, hidden scaled and J W.
         row = size * (vocabulary + 3 * width)
         slope = kind != "values" and head.softcap is not None
         return Sizes(columns, 0, fixed, row, size * vocabulary if slope else 0)
@@ -86,26 +86,26 @@ class TorchRows:
 
     @staticmethod
     def new_z(weight: Tensor, rows: int) -> Tensor:
-        """Return uninitialised z [rows, V or more]."""
+        """Returns uninitialised z [rows, V or more]."""
         return weight.new_empty(rows, weight.shape[0], dtype=statistics_dtype(weight.dtype))
 
     def values(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Return log p [C] of rows hidden [C, D]."""
+        """Returns log p [C] of rows hidden [C, D]."""
         return self._logprob(hidden, target, self.scratch_z[: len(hidden)], False)[0]
 
     def product(self, hidden: Tensor, target: Tensor, out: Tensor) -> Tensor:
-        """Return log p [C]; out [C, D] becomes J W, rounded to its dtype once."""
+        """Returns log p [C]; out [C, D] becomes J W, rounded to its dtype once."""
         z = self.scratch_z[: len(hidden)]
         logprob, state = self._logprob(hidden, target, z, True)
         self._times_weight(z, state[:, 0], out)
         return logprob
 
     def keep(self, hidden: Tensor, target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p [C] and state [C, STATE]; z [C, V] takes what `add_gradients` needs beside it."""
+        """Returns log p [C] and state [C, STATE]; z [C, V] takes what `add_gradients` needs beside it."""
         return self._logprob(hidden, target, z, True)
 
     def add_gradients(self, kept: Kept, row_factor: Tensor, unit: Tensor | None, sums: Sums) -> None:
-        """Add the gradients of a chunk, of which F = row_factor[:, None] * J.
+        """Adds the gradients of a chunk, of which F = row_factor[:, None] * J.
 
         d_hidden = F W; d_weight += F^T hidden / unit; d_bias += F^T 1 / unit. A row of factor 0 adds nothing,
         even where it is not finite.
@@ -124,7 +124,7 @@ class TorchRows:
             self._add_weight_gradient(sums.d_bias[:, None], z, factor[:, None], False)
 
     def _head(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield columns of the logits, and those rows of the head in the dtype of the logits."""
+        """Yields columns of the logits, and those rows of the head in the dtype of the logits."""
         if self.weight.dtype == self.dtype:
             yield slice(None), self.weight
             return
@@ -132,7 +132,7 @@ class TorchRows:
             yield part, self.weight[part].to(self.dtype)
 
     def _logprob(self, hidden: Tensor, target: Tensor, z: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
-        """Return log p [C] and scale [C, 1]; z [C, V] is overwritten, with `jacobian` by J / scale."""
+        """Returns log p [C] and scale [C, 1]; z [C, V] is overwritten, with `jacobian` by J / scale."""
         hidden, target = hidden.to(self.dtype), target.long()[:, None]
         for part, head in self._head():
             torch.mm(hidden, head.t(), out=z[:, part])
@@ -162,7 +162,7 @@ class TorchRows:
         return logprob, 1 / (total * self.temperature)
 
     def _times_weight(self, z: Tensor, row_factor: Tensor, out: Tensor) -> None:
-        """Set out [C, D] to row_factor[:, None] * (z W), rounded to out's dtype once."""
+        """Sets out [C, D] to row_factor[:, None] * (z W), rounded to out's dtype once."""
         product = out if out.dtype == self.dtype else torch.empty_like(out, dtype=self.dtype)
         for i, (part, head) in enumerate(self._head()):
             torch.addmm(product, z[:, part], head, beta=min(i, 1), out=product)
@@ -171,15 +171,15 @@ class TorchRows:
             out.copy_(product)
 
     def _add_weight_gradient(self, total: Tensor, z: Tensor, scaled_hidden: Tensor, empty: bool) -> None:
-        """Add z^T scaled_hidden to total [V, D], or overwrite it where it is `empty`."""
+        """Adds z^T scaled_hidden to total [V, D], or overwrite it where it is `empty`."""
         total.addmm_(z.t(), scaled_hidden, beta=0 if empty else 1)
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Return slices of `size` rows from start to stop."""
+    """Returns slices of `size` rows from start to stop."""
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
 def head_columns(weight: Tensor, budget: int) -> int:
-    """Return how many rows of the head are converted at a time: an eighth of the budget."""
+    """Returns how many rows of the head are converted at a time: an eighth of the budget."""
     return max(1, min(weight.shape[0], budget // 16 // (4 * max(1, weight.shape[1]))))

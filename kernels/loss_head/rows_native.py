@@ -44,7 +44,7 @@ class NativeRows(TorchRows):
         converted = weight.dtype != torch.float32
         if converted:
             columns = min(columns, head_columns(weight, budget))
-        # An odd number of cache lines, because rows a power of two apart would share few places of the cache.
+        # The number of cache lines is odd: rows a power of two apart would share few places of the cache.
         columns = max(columns // 32 * 32 - 16, columns % 32 if columns < 32 else 16)
         # With MKL a tile's share of J W stands apart before it is added.
         shared = 1 if in_place or compiled_products else tile_rows
@@ -143,7 +143,7 @@ class NativeRows(TorchRows):
     def _forward(
         self, hidden: Tensor, target: Tensor, z: Tensor | None, sums: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log p [C], state [C, 3] and the factors [C] that `sums` still wants.
+        """Returns log p [C], state [C, 3] and the factors [C] that `sums` still wants.
 
         z takes all logits; sums [C, D] takes the part of J W of all tokens but the target.
         """
@@ -189,7 +189,7 @@ class NativeRows(TorchRows):
 
 
 def _add_by_mkl(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
-    """Do what `kernels.products.add_product` does by MKL, without memory for more than a row."""
+    """Does what `kernels.products.add_product` does by MKL, without memory for more than a row."""
     if len(x) > 1:
         total.addmm_(x, head, beta=0 if first else 1)
         return
@@ -199,18 +199,18 @@ def _add_by_mkl(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
 
 
 def _shaped(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return the first elements of a flat buffer as a matrix."""
+    """Returns the first elements of a flat buffer as a matrix."""
     return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def _part(z: Tensor, part: slice) -> Tensor:
-    """Return the columns `part` of z [C, V], which stand together."""
+    """Returns the columns `part` of z [C, V], which stand together."""
     rows, columns = len(z), min(part.stop, z.shape[1]) - part.start
     return z.view(-1)[rows * part.start : rows * (part.start + columns)].view(rows, columns)
 
 
 def _even(rows: int, most: int) -> int:
-    """Return the rows of a part where as few parts as there can be, of at most `most`, share them about
+    """Returns the rows of a part where as few parts as there can be, of at most `most`, share them about
     equally.
     """
     return -(-rows // max(1, -(-rows // max(1, most))))

@@ -75,7 +75,7 @@ def row_kernel(
                 raw += tl.load(p_bias + o_v, mask=inside, other=0.0).to(tl.float32)
             z, slope = logit(raw, softcap, temperature, HAS_SOFTCAP)
             p = tl.exp(z - m) / total
-            # p - 1 in float32, rounded to the stored dtype once.
+            # p - 1 is formed in float32 and rounded to the stored dtype once.
             g = tl.where(lost, 0.0, tl.where(o_v == target, p - 1, p) * slope)
             tl.store(p_jacobian + o_v, g.to(p_jacobian.dtype.element_ty), mask=inside)
 
@@ -112,7 +112,7 @@ class TritonRows(TorchRows):
 
     @staticmethod
     def _blocks(weight: Tensor) -> forward_triton.Blocks | None:
-        """Return how the kernel that stores no logits goes through a head of this shape.
+        """Returns how the kernel that stores no logits goes through a head of this shape.
 
         None where the product of a library is faster.
         """

@@ -38,12 +38,12 @@ from kernels.loss_head.rows import Sizes, TorchRows
 from kernels.loss_head.rows_native import NativeRows
 
 DEFAULT_MEMORY_BUDGET_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
-# Vectors with one number a row: log-probs, their float64 copies, weights, gradients, targets.
+# Each op counts vectors with one number a row: log-probs, their float64 copies, weights, gradients, targets.
 VECTOR_BYTES_PER_ROW = 64
 
 
 def budget_or_default(memory_budget_bytes: int | None, device: torch.device) -> int:
-    """Return the budget in bytes.
+    """Returns the budget in bytes.
 
     A GPU's default is larger, because in small chunks the head's gradient is read and written too often for
     it.
@@ -54,7 +54,7 @@ def budget_or_default(memory_budget_bytes: int | None, device: torch.device) -> 
 
 
 def rows_that_fit(budget: int, fixed: int, per_row: int, rows: int) -> int:
-    """Return the rows of a chunk, at most `rows`. Raises ValueError where not even one row fits."""
+    """Returns the rows of a chunk, at most `rows`. Raises ValueError where not even one row fits."""
     if fixed + per_row > budget:
         least = f"at least {fixed + per_row}, what one row of logits needs here"
         raise ValueError(f"memory_budget_bytes = {budget}: expected {least}")
@@ -62,7 +62,7 @@ def rows_that_fit(budget: int, fixed: int, per_row: int, rows: int) -> int:
 
 
 def row_workspace(hidden: Tensor) -> type[TorchRows]:
-    """Return the workspace for these rows: Triton on a GPU, compiled code on the CPU, plain torch for
+    """Returns the workspace for these rows: Triton on a GPU, compiled code on the CPU, plain torch for
     float64.
     """
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
@@ -84,14 +84,14 @@ class Plan(NamedTuple):
 def plan(
     workspace: type[TorchRows], hidden: Tensor, head: Head, budget: int, needs_hidden: bool, needs_head: bool
 ) -> Plan:
-    """Choose the scheme of `sequence_logprob` from shapes and the budget in bytes.
+    """Chooses the scheme of `sequence_logprob` from shapes and the budget in bytes.
 
     Raises ValueError where one row of logits does not fit.
     """
     rows = hidden.shape[0]
 
     def sized(kind: str) -> tuple[Sizes, int, int]:
-        """Return sizes, bytes whatever the chunk, and bytes of a chunk's row."""
+        """Returns sizes, bytes whatever the chunk, and bytes of a chunk's row."""
         sizes = workspace.sizes(head, rows, budget, kind)
         return sizes, sizes.fixed + VECTOR_BYTES_PER_ROW * rows, sizes.row + sizes.scratch
 
@@ -122,7 +122,7 @@ def plan(
 def kept_or_spent(
     workspace: type[TorchRows], rows: int, head: Head, budget: int, beside: int
 ) -> tuple[str, Sizes]:
-    """Return what a pass that forms all gradients asks of its workspace, with `beside` bytes more a row.
+    """Returns what a pass that forms all gradients asks of its workspace, with `beside` bytes more a row.
 
     It asks for "spent" where not all rows fit at once.
     """
@@ -135,7 +135,7 @@ def kept_or_spent(
 def sizes_of_chunk(
     workspace: type[TorchRows], sizes: Sizes, head: Head, rows: int, budget: int, kind: str
 ) -> Sizes:
-    """Return tiles cut for a chunk's rows, wider than those for all rows (`sizes`), where they take no more
+    """Returns tiles cut for a chunk's rows, wider than those for all rows (`sizes`), where they take no more
     memory.
     """
     wider = workspace.sizes(head, rows, budget, kind)
@@ -152,7 +152,7 @@ class Part(NamedTuple):
 
 
 def parts_of(pairs: list[list[int]], lengths: list[int], chunk: int) -> list[Part]:
-    """Pack connected sequences into parts of at most `chunk` rows.
+    """Packs connected sequences into parts of at most `chunk` rows.
 
     What is larger stands alone, and parts of two such sequences come first.
     """
@@ -197,7 +197,7 @@ def parts_of(pairs: list[list[int]], lengths: list[int], chunk: int) -> list[Par
 def rows_of(
     sequences: list[int], starts: list[int], lengths: list[int], device: torch.device
 ) -> slice | Tensor:
-    """Return the rows of these sequences: one slice where they follow each other, else their indices."""
+    """Returns the rows of these sequences: one slice where they follow each other, else their indices."""
     filled = [n for n in sequences if lengths[n]]
     if not filled:
         return slice(0, 0)
@@ -208,7 +208,7 @@ def rows_of(
 
 
 def piece_of(rows: slice | Tensor, piece: slice) -> slice | Tensor:
-    """Return a slice of rows that are a slice or indices themselves."""
+    """Returns a slice of rows that are a slice or indices themselves."""
     if isinstance(rows, slice):
         return slice(rows.start + piece.start, rows.start + piece.stop)
     return rows[piece]

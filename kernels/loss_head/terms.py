@@ -34,7 +34,7 @@ class PolicyLoss(NamedTuple):
 
 
 def sequence_sum(token_logprob: Tensor, token_weight: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-    """Return the weighted sum of token log-probs per sequence [N], added in float64 in a fixed order.
+    """Returns the weighted sum of token log-probs per sequence [N], added in float64 in a fixed order.
 
     Rows of weight 0 add nothing, even -inf or NaN.
     """
@@ -51,7 +51,7 @@ def sequence_sum(token_logprob: Tensor, token_weight: Tensor | None, cu_seqlens:
 def row_coefficients(
     per_sequence: Tensor, cu_seqlens: Tensor, token_weight: Tensor | None, rows: int
 ) -> Tensor:
-    """Spread numbers per sequence over their rows [T], times the row's weight; exactly 0 where that is 0."""
+    """Spreads numbers per sequence over their rows [T], times the row's weight; exactly 0 where that is 0."""
     device = per_sequence.device
     lengths = cu_seqlens.to(device, non_blocking=True).diff()
     spread = torch.repeat_interleave(per_sequence, lengths, output_size=rows)
@@ -62,7 +62,7 @@ def row_coefficients(
 
 
 def draw_uniform(labels: Labels, pairs: Tensor) -> Labels:
-    """Draw the uniform numbers [K] of sampled labels where they are not given."""
+    """Draws the uniform numbers [K] of sampled labels where they are not given."""
     if labels.kind != "sampled" or labels.uniform is not None:
         return labels
     generator = labels.generator
@@ -73,7 +73,7 @@ def draw_uniform(labels: Labels, pairs: Tensor) -> Labels:
 def preference_labels(
     pairs: Tensor, scores: Scores, labels: Labels, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return q [K] of `lagrangian_preference_loss`, from scores s = reward + utility @ lam in float64."""
+    """Returns q [K] of `lagrangian_preference_loss`, from scores s = reward + utility @ lam in float64."""
 
     def here(value: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         return value.detach().to(device, dtype, non_blocking=True)
@@ -87,7 +87,7 @@ def preference_labels(
 
 
 def preference_loss(logprob: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the preference loss, margins [K] and accuracy of logprob [N]; the loss is differentiable in it.
+    """Returns the preference loss, margins [K] and accuracy of logprob [N]; the loss is differentiable in it.
 
     With x = beta ((L_a - ref_a) - (L_b - ref_b)): loss = mean of -q log sigmoid(x) - (1 - q) log sigmoid(-x),
     the DPO objective (Rafailov et al. 2023, eq. 7) with labels from the modified reward r + lam . g.
@@ -105,7 +105,7 @@ def preference_loss(logprob: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tens
 
 
 def pairs_on_device(pairs: Pairs, device: torch.device, dtype: torch.dtype) -> Pairs:
-    """Return the pairs where the log-probs are, in their dtype."""
+    """Returns the pairs where the log-probs are, in their dtype."""
     return Pairs(
         pairs.index.to(device, torch.int64, non_blocking=True),
         pairs.q.to(dtype),
@@ -115,7 +115,7 @@ def pairs_on_device(pairs: Pairs, device: torch.device, dtype: torch.dtype) -> P
 
 
 def ends_by_sequence(index: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-    """Return the order of the 2 K ends of pairs by sequence, and where each sequence begins in it.
+    """Returns the order of the 2 K ends of pairs by sequence, and where each sequence begins in it.
 
     Sums over a sequence's ends then have a fixed order.
     """
@@ -124,7 +124,7 @@ def ends_by_sequence(index: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
 
 
 def preference_coefficient(logprob: Tensor, pairs: Pairs, ends: tuple[Tensor, Tensor]) -> Tensor:
-    """Return d loss / d logprob [N] of the preference loss.
+    """Returns d loss / d logprob [N] of the preference loss.
 
     pairs: from `pairs_on_device`; ends: from `ends_by_sequence`.
     """
@@ -138,14 +138,14 @@ def preference_coefficient(logprob: Tensor, pairs: Pairs, ends: tuple[Tensor, Te
 
 
 def preference_terms(logprob: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, margin [K], accuracy and d loss / d logprob [N]."""
+    """Returns loss, margin [K], accuracy and d loss / d logprob [N]."""
     pairs = pairs_on_device(pairs, logprob.device, logprob.dtype)
     ends = ends_by_sequence(pairs.index, len(logprob))
     return *preference_loss(logprob, pairs), preference_coefficient(logprob, pairs, ends)
 
 
 def group_advantage(group: Tensor, scores: Scores, advantage: str, device: torch.device) -> Tensor:
-    """Return the advantage of each sequence within its group, float64 [N].
+    """Returns the advantage of each sequence within its group, float64 [N].
 
     "rloo": A_n = s_n - mean of the others' s, s = reward + utility @ lam. "group_norm": A_n = Z(reward) +
     sum_j lam_j Z(utility_j) with Z = (x - group mean) / group's population standard deviation, 0 where all of
@@ -169,7 +169,7 @@ def group_advantage(group: Tensor, scores: Scores, advantage: str, device: torch
     size = (stop - first).double()
     if advantage == "rloo":
         s = (reward + utility @ lam)[order]
-        # Differences to one member of the group, so that equal scores give exactly 0.
+        # Differences to one member of the group make equal scores give exactly 0.
         s = s - s[first]
         result = (s - over_group(s) / size) * size / (size - 1).clamp_min(1)
     else:
@@ -186,7 +186,7 @@ def group_advantage(group: Tensor, scores: Scores, advantage: str, device: torch
 def row_shares(
     cu_seqlens: Tensor, token_weight: Tensor | None, normalize: str, rows: int, device: torch.device
 ) -> Tensor:
-    """Return the share of each row in the mean of a policy loss, float64 [T], weighted by token_weight.
+    """Returns the share of each row in the mean of a policy loss, float64 [T], weighted by token_weight.
 
     "token": the mean over all rows. "sequence": the mean over sequences of the means over their rows, where
     an empty one counts as 0.
@@ -213,7 +213,7 @@ class PolicyTerms(NamedTuple):
 
 
 def policy_terms(logprob: Tensor, advantage: Tensor, share: Tensor, policy: Policy) -> PolicyTerms:
-    """Return the terms of `lagrangian_policy_loss` for rows [C], float64, with the log-probs that `policy`
+    """Returns the terms of `lagrangian_policy_loss` for rows [C], float64, with the log-probs that `policy`
     has of them.
 
     Differentiable in logprob; `coefficient` is that derivative in closed form (PPO: Schulman et al. 2017, eq.

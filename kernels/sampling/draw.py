@@ -20,7 +20,7 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token per row: the token with the largest mass / E, where E is exponential and depends on
+    """Draws one token per row: the token with the largest mass / E, where E is exponential and depends on
     (key, step, token) alone.
 
     This is the Gumbel-max trick. A change of rounding changes the token only where the two best tokens lie
@@ -48,7 +48,7 @@ def sample_with_gap(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw as `sample` does, and also return the gap between the two best perturbed logits log(mass / E),
+    """Draws as `sample` does, and also returns the gap between the two best perturbed logits log(mass / E),
     float32 [R].
 
     At temperature 0 the gap is that of the logits themselves. Where no other token has mass it is infinity,
@@ -74,7 +74,7 @@ def sample_with_gap(
 
 
 def check_sampling(temperature: object, top_p: object, top_k: object) -> None:
-    """Raise ValueError unless `sample` takes these settings.
+    """Raises ValueError unless `sample` takes these settings.
 
     Other temperatures would leave the range of float32.
     """
@@ -108,13 +108,13 @@ def _gather(z: Tensor, token: Tensor) -> Tensor:
 
 
 def _lead(x: Tensor, token: Tensor) -> Tensor:
-    """Return how far each row of x [R, V] is larger at its token than anywhere else, float32 [R]."""
+    """Returns how far each row of x [R, V] is larger at its token than anywhere else, float32 [R]."""
     others = x.scatter(1, token[:, None], -torch.inf)
     return (_gather(x, token) - others.amax(dim=1)).float()
 
 
 def _truncate(mass: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Zero all but the top_k largest, then all but the smallest set that holds top_p of what is left.
+    """Zeroes all but the top_k largest, then all but the smallest set that holds top_p of what is left.
 
     Of equal masses the lower index is kept.
     """

@@ -15,7 +15,7 @@ def sample_rows(
     top_p: float = 1.0,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw a token per row and return what `kernels.sampling.draw.sample_with_gap` does.
+    """Draws a token per row and returns what `kernels.sampling.draw.sample_with_gap` does.
 
     - logits: float32 [R, V] on the CPU; stream: int64 [R], which names the rows' random numbers.
     - kept: float32 [R, V] or None; where some tokens may be left out it is filled with exp((logits - largest)

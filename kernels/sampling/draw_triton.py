@@ -23,7 +23,7 @@ def _scrambled(x):
 
 @triton.jit
 def _log_exponential(o, stream):
-    """Return the logarithm of the exponential numbers `o` (int32) of a stream, float32.
+    """Returns the logarithm of the exponential numbers `o` (int32) of a stream, float32.
 
     `kernels.random.exponential` makes the same numbers.
     """
@@ -41,7 +41,7 @@ def _log_exponential(o, stream):
 
 @triton.jit
 def _distances(raw, temperature, top):
-    """Return the distance from the row's largest z = logit / temperature, `top`, down to other ones.
+    """Returns the distance from the row's largest z = logit / temperature, `top`, down to other ones.
 
     It is 0 or more, so that the order of its bits is its own order.
     """
@@ -50,7 +50,7 @@ def _distances(raw, temperature, top):
 
 @triton.jit
 def _nearer(p_row, vocabulary, temperature, top, one, two, three, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum over a row's tokens whose distance has bits below `one`, `two` and `three`, float64.
+    """Sums over a row's tokens whose distance has bits below `one`, `two` and `three`, float64.
 
     A token counts 1 where COUNTED, else its mass exp(-distance). The order of additions is fixed, and the sum
     never falls where the bound grows.
@@ -78,7 +78,7 @@ def _nearer(p_row, vocabulary, temperature, top, one, two, three, COUNTED: tl.co
 
 @triton.jit
 def _prefix(p_row, vocabulary, temperature, top, limit, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Find the prefix of a row's tokens, in order of distance, whose elements each have less than `limit`
+    """Finds the prefix of a row's tokens, in order of distance, whose elements each have less than `limit`
     before them (see `_nearer`).
 
     Returns the bits of its largest distance, how many tokens at this distance belong to it, and the sum over
@@ -254,7 +254,7 @@ def join_kernel(
 def sample_rows(
     logits: Tensor, stream: Tensor | None, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw a token per row and return what `kernels.sampling.draw.sample_with_gap` does.
+    """Draws a token per row and returns what `kernels.sampling.draw.sample_with_gap` does.
 
     - logits [R, V]: any float dtype, read as float32.
     - stream int64 [R] names the rows' random numbers. None takes the likeliest token (the first of equals)

@@ -16,7 +16,7 @@ def problem(
     dtype=torch.float32,
     device="cpu",
 ) -> dict:
-    """Return rows of ragged prompts; what is not stored yet is NaN."""
+    """Returns rows of ragged prompts; what is not stored yet is NaN."""
     rows, prompts, generator = sum(groups), len(groups), torch.Generator().manual_seed(0)
     shapes = {
         "query": (rows, heads, width),
@@ -39,13 +39,13 @@ def problem(
 
 
 def dense(data: dict, options: dict, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Return the attention of `kernels.reference` in this dtype, on the CPU."""
+    """Returns the attention of `kernels.reference` in this dtype, on the CPU."""
     data = {name: x.to("cpu", dtype) if x.is_floating_point() else x.cpu() for name, x in data.items()}
     return reference.decode_attention(**data, **options)
 
 
 def assert_as_good_as_torch(got: torch.Tensor, data: dict, options: dict, rounding: float = 0.0) -> None:
-    """Assert at most twice the error of plain torch in this dtype, one more rounding and float32's
+    """Asserts at most twice the error of plain torch in this dtype, one more rounding and float32's
     exponentials.
 
     Errors are relative to the largest output.

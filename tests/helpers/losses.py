@@ -19,12 +19,12 @@ PAIRS = torch.tensor([[0, 1], [3, 2], [4, 3], [6, 8], [9, 9], [8, 6]])
 
 
 def dense_logprob(**data):
-    """Return logprob [N] and token_logprob [T] from whole logits."""
+    """Returns logprob [N] and token_logprob [T] from whole logits."""
     return reference.sequence_logprob(**data, return_token_logprob=True)
 
 
 def dense_dpo(data, options, labels, beta, q=None):
-    """Return loss, margin and q from whole logits; q: given labels."""
+    """Returns loss, margin and q from whole logits; q: given labels."""
     given = {} if q is None else {"labels": "given", "preference": q}
     result = reference.lagrangian_preference_loss(**data, **options, **labels, beta=beta, **given)
     return result.loss, result.margin, result.preference
@@ -55,7 +55,7 @@ def make(
 
 
 def gradients(function, data, options, needs=("hidden", "weight", "bias"), cast=None):
-    """Return the outputs of `function` and its gradients in `needs`, for a fixed mix of all outputs."""
+    """Returns the outputs of `function` and its gradients in `needs`, for a fixed mix of all outputs."""
     leaves = {
         k: v.detach().to(cast) if cast and v.is_floating_point() else v.detach() for k, v in data.items()
     }
@@ -72,7 +72,7 @@ def gradients(function, data, options, needs=("hidden", "weight", "bias"), cast=
 
 
 def reordered(function, data):
-    """Return results of function(data) for three orders of the vocabulary, gradients in the original
+    """Returns results of function(data) for three orders of the vocabulary, gradients in the original
     order."""
     results = []
     for seed in range(3):
@@ -88,7 +88,7 @@ def reordered(function, data):
 
 
 def assert_close(got, plain, exact):
-    """Assert the error rule for a dictionary of tensors; plain: a list of such dictionaries."""
+    """Asserts the error rule for a dictionary of tensors; plain: a list of such dictionaries."""
     for name, true in exact.items():
         x = got[name]
         assert x.shape == true.shape, name
@@ -102,13 +102,13 @@ def assert_close(got, plain, exact):
 
 
 def dense_results(data, needs, options):
-    """Return values and gradients of plain torch for three orders of the vocabulary, and those in float64."""
+    """Returns values and gradients of plain torch for three orders of the vocabulary, and in float64."""
     plain = reordered(lambda moved: gradients(dense_logprob, moved, options, needs), data)
     return plain, gradients(dense_logprob, data, options, needs, torch.float64)
 
 
 def check_against(dense, function, data, needs, **options):
-    """Assert the error rule for the values and gradients of `function`; dense: from `dense_results`."""
+    """Asserts the error rule for the values and gradients of `function`; dense: from `dense_results`."""
     budget = options.pop("memory_budget_bytes", None)
 
     def fused(**keywords):
@@ -170,7 +170,7 @@ def problem(dtype=torch.float32, lengths=LENGTHS, pairs=PAIRS, vocabulary=211, w
 
 
 def budget_of(data, rows, softcap=None):
-    """Return bytes in which a chunk of `rows` rows of the preference pass fits, and one row of any op."""
+    """Returns bytes in which a chunk of `rows` rows of the preference pass fits, and one row of any op."""
     workspace, hidden = row_workspace(data["hidden"]), data["hidden"]
     head = Head(data["weight"], data.get("bias"), 1.0, softcap)
     budgets = []

@@ -54,7 +54,7 @@ def inputs(dtype=torch.float32, vocabulary=141, width=12, lengths=LENGTHS, seed=
 
 
 def keywords_of(op, data, options=None, seed=7):
-    """Return what the op takes beyond rows and options; references are near the present log-probs."""
+    """Returns what the op takes beyond rows and options; references are near the present log-probs."""
     if op == "logprob":
         return {}
     g, n = torch.Generator().manual_seed(seed), len(data["cu_seqlens"]) - 1
@@ -82,7 +82,7 @@ def keywords_of(op, data, options=None, seed=7):
 
 
 def mixed(logprob, token):
-    """Return a number that depends on both, and the values."""
+    """Returns a number that depends on both, and the values."""
     ends = ((-1, 2), logprob), ((0.5, -1), token)
     mix, mix_token = (torch.linspace(*limits, len(x), dtype=x.dtype, device=x.device) for limits, x in ends)
     return (logprob * mix).sum() + (token * mix_token).sum(), {
@@ -92,7 +92,7 @@ def mixed(logprob, token):
 
 
 def fused(ops, op, data, keywords, budget=None, options=None):
-    """Return what is differentiated, and the values, from the ops of a module: `kernels` or
+    """Returns what is differentiated, and the values, from the ops of a module: `kernels` or
     `kernels.reference`.
     """
     everything = (
@@ -108,7 +108,7 @@ def fused(ops, op, data, keywords, budget=None, options=None):
 
 
 def with_gradients(function, data, needs, cast=None):
-    """Return the values of function(data) and the gradients of three times what it differentiates."""
+    """Returns the values of function(data) and the gradients of three times what it differentiates."""
     leaves = {
         k: v.detach().to(cast) if cast and v.is_floating_point() else v.detach() for k, v in data.items()
     }
@@ -128,7 +128,7 @@ def budget_for(scheme, data, options=None):
 
 
 def placed(values, device):
-    """Move values to the device, but for those that schemes are chosen from."""
+    """Moves values to the device, but for those that schemes are chosen from."""
     stay = "cu_seqlens", "pairs"
     return {
         k: v.to(device) if isinstance(v, torch.Tensor) and k not in stay else v for k, v in values.items()
@@ -136,7 +136,7 @@ def placed(values, device):
 
 
 def run(name, data, keywords, options=None, needs=None, device="cpu"):
-    """Return values and gradients by one scheme."""
+    """Returns values and gradients by one scheme."""
     scheme, data, keywords = SCHEMES[name], placed(data, device), placed(keywords, device)
     budget = budget_for(scheme, data, options)
     results = with_gradients(
@@ -148,7 +148,7 @@ def run(name, data, keywords, options=None, needs=None, device="cpu"):
 
 
 def check(name, data, taken, keywords=None, options=None, needs=None):
-    """Assert the error rule for one scheme, and that this scheme is what ran; return its results."""
+    """Asserts the error rule for one scheme, and that this scheme is what ran; returns its results."""
     scheme = SCHEMES[name]
     keywords, needs = (
         keywords or keywords_of(scheme.op, data, options),

@@ -1,4 +1,4 @@
-"""The compiled row arithmetic against float64 and against the torch twin."""
+"""The compiled row arithmetic against float64 and against plain torch."""
 
 from functools import partial
 
@@ -117,7 +117,7 @@ def assert_same_bits(results: list[tuple[torch.Tensor, ...]]) -> None:
 @needs_native
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_tokens_are_the_twin_s(columns, temperature):
+def test_tokens_are_those_of_plain_torch(columns, temperature):
     logits, streams = logits_of(64, columns), stream(torch.arange(64), 3)
     token, logprob, model_logprob, gap = sample_rows(logits, streams, temperature)
     race = (logits.double() / temperature).softmax(1) / exponential(streams, columns)
@@ -148,7 +148,7 @@ TRUNCATIONS = [
 @needs_native
 @pytest.mark.parametrize("kind", ["plain", "equals", "no mass", "flat"])
 @pytest.mark.parametrize("columns", SIZES)
-def test_kept_tokens_are_the_twin_s(columns, kind):
+def test_kept_tokens_are_those_of_plain_torch(columns, kind):
     logits, streams = logits_of(6, columns, 2.0), stream(torch.arange(6), 4)
     if kind == "equals":
         logits = logits.round()
@@ -380,7 +380,7 @@ def test_row_without_finite_logits_is_nan():
 
 @needs_native
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (30, 1.0), (0, 0.9), (100, 0.8)])
-def test_public_sample_agrees_with_the_torch_twin(top_k, top_p, monkeypatch):
+def test_public_sample_agrees_with_plain_torch(top_k, top_p, monkeypatch):
     logits, key = logits_of(64, 1000), torch.arange(64)
     options = dict(key=key, step=5, temperature=0.8, top_k=top_k, top_p=top_p)
     token, logprob, model_logprob = sample(logits.requires_grad_(), **options)
@@ -396,7 +396,7 @@ def test_public_sample_agrees_with_the_torch_twin(top_k, top_p, monkeypatch):
 @needs_native
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sequence_logprob_agrees_with_the_torch_twin(softcap, dtype, processor):
+def test_sequence_logprob_agrees_with_plain_torch(softcap, dtype, processor):
     hidden, weight = logits_of(9, 24).to(dtype), logits_of(300, 24, 0.3).to(dtype)
     target, bounds = torch.arange(9) * 33, torch.tensor([0, 4, 4, 9])
     results = []
