@@ -5,7 +5,7 @@ from itertools import chain
 import torch
 
 from engine import keys
-from kernels.sampling import combine
+from kernels.random import combine
 
 ITERATIONS = 1000
 # OPD has two updates in an iteration, and an update 0 exists.
