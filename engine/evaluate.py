@@ -55,8 +55,8 @@ USAGE = (
 
 
 class Phase:
-    """What sampling asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress. Ctrl-C
-    stops at once."""
+    """Gives sampling what it asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress.
+    Ctrl-C stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
         self.name, self.logprob_gap = (
@@ -85,7 +85,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is to be judged, read and checked; no weights are loaded yet."""
+    """Holds what is to be judged, read and checked; no weights are loaded yet."""
 
     run: Path
     algorithm: str

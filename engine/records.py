@@ -154,8 +154,8 @@ def lagrangian(lam_J: Tensor) -> Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What one policy update fits: log pi = log anchor + (score + shift) / coefficient + a constant per
-    prompt.
+    """States what one policy update fits: log pi = log anchor + (score + shift) / coefficient + a constant
+    per prompt.
 
     The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share)
     log(reference). An iterate is whatever the stages' updates return; None is the reference. Score, shift and

@@ -30,7 +30,7 @@ def sequence_logprob(
     softcap: float | None = None,
     return_token_logprob: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns logprob_n = sum of weight_t log p_t over the rows of sequence n, and logs p_t where asked for.
+    """Returns logprob_n = sum of weight_t log p_t over the rows of sequence n, and log p_t where asked for.
 
     log p_t = log softmax(softcap * tanh((h_t W^T + bias) / softcap) / temperature)[target_t].
     """
@@ -133,7 +133,8 @@ def lagrangian_policy_loss(
     normalize: str = "token",
     **options,
 ) -> PolicyLoss:
-    """Returns mean of -min(rho A, clip(rho) A) + kl_coef KL over tokens (PPO: Schulman et al. 2017, eq. 7).
+    """Returns the mean of -min(rho A, clip(rho) A) + kl_coef KL over tokens (PPO: Schulman et al. 2017, eq.
+    7).
 
     rho = exp(log p - old); with d = ref - log p the KL term is d^2 / 2 (k2) or exp(d) - d - 1 (k3; Schulman
     2020). options: those of `sequence_logprob`.

@@ -79,7 +79,7 @@ def wait(what: object) -> None:
 
 
 class Graph:
-    """What was done while it was captured, which then is undone, and can be done again."""
+    """Keeps what was done while it was captured, which then is undone, and can be done again."""
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], object]] = []
@@ -217,7 +217,7 @@ class Down(torch.autograd.Function):
 
 
 class Devices(TorchFunctionMode):
-    """What names a device, and what torch would not hand on to `operate`."""
+    """Handles what names a device, and what torch would not hand on to `operate`."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

@@ -71,7 +71,7 @@ def part(module: str) -> str:
 
 
 def upward(name: str, imported: set[str]) -> list[str]:
-    """What a module imports of its package from its own line or from below."""
+    """Lists what a module imports of its package from its own line or from below."""
     package = name.split(".")[0]
     levels = LEVELS[package]
     return sorted(

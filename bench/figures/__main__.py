@@ -1,4 +1,4 @@
-"""What one-shot multipliers depend on, whether their predictions come true, and how well scores are
+"""Asks what one-shot multipliers depend on, whether their predictions come true, and how well scores are
 calibrated as preferences.
 
 `python -m bench.figures SAMPLES [RUN ...] [--preference RUN]` computes it from stored scores alone; nothing

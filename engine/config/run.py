@@ -24,7 +24,8 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every algorithm needs: model, scorers, prompts, sampling, the constraint and the evaluation."""
+    """The settings that every algorithm needs: model, scorers, prompts, sampling, the constraint and the
+    evaluation."""
 
     out: str = ""
     """Run folder, must not exist yet. Default: runs/DATE-ALGORITHM-seedSEED."""
@@ -254,7 +255,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IterativeConfig(RunConfig):
-    """What algorithms need that measure the slack of their policies and descend the dual."""
+    """The settings of algorithms that measure the slack of their policies and descend the dual."""
 
     iterations: int = bounded(5, above=0)
     """T: policies trained; a dual step stands between two of them."""

@@ -1,4 +1,4 @@
-"""What every constraint can do, and its result on held-out prompts."""
+"""Declares what every constraint can do, and its result on held-out prompts."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What a threshold costs, from a file of scores and without training.
+"""Tells what a threshold costs, from a file of scores and without training.
 
     python -m engine.dual SCORES.jsonl --cost harm --threshold 0.3
 

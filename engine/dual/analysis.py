@@ -1,4 +1,5 @@
-"""What `python -m engine.dual` computes: multipliers, their intervals, and the trade-off by threshold."""
+"""Computes what `python -m engine.dual` shows: multipliers, their intervals, and the trade-off by
+threshold."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What is printed, drawn and written, in the units asked for."""
+    """Holds what is printed, drawn and written, in the units asked for."""
 
     file: str
     config: DualConfig

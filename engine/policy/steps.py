@@ -36,7 +36,7 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What an update works with: the stage that it runs in, and the weights that it changes."""
+    """Holds what an update works with: the stage that it runs in, and the weights that it changes."""
 
     stage: Stage
     config: RunConfig
@@ -48,7 +48,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step found, after it has added its gradients."""
+    """The figures of one step, after it has added its gradients."""
 
     loss: float
     figures: dict[str, float]  # further fields of its metrics row

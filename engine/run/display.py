@@ -1,5 +1,5 @@
-"""What a run shows and leaves to read: the display, the metrics rows, TensorBoard events and where the time
-went.
+"""Collects what a run shows and leaves to read: the display, the metrics rows, TensorBoard events and where
+the time went.
 
 metrics.jsonl holds one JSON object per row with "kind" and "stage" and is bitwise equal between equal runs;
 every time and speed is in timing.jsonl alone. Both are written by `engine.run.store`.

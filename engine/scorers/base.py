@@ -1,4 +1,4 @@
-"""What a scorer is: a linear head on a model's hidden states, or a function of texts."""
+"""Defines a scorer: a linear head on a model's hidden states, or a function of texts."""
 
 import json
 import math
@@ -131,7 +131,7 @@ class LastForward:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadContext:
-    """What a scorer may use when it loads its weights."""
+    """Holds what a scorer may use when it loads its weights."""
 
     trunk: str  # fingerprint of the policy's checkpoint
     device: torch.device

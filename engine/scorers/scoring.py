@@ -62,7 +62,8 @@ class Responses:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceForward:
-    """What is wanted of the reference model's forward pass over the responses, and what need not be run."""
+    """Says what is wanted of the reference model's forward pass over the responses, and what need not be
+    run."""
 
     temperature: float  # of the log-probs
     memory_budget_bytes: int | None = None  # of the loss head

@@ -57,7 +57,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What sampling and scoring need: the loaded model, its scorers and how responses are sampled."""
+    """Holds what sampling and scoring need: the loaded model, its scorers and how responses are sampled."""
 
     settings: SamplingSettings
     folder: Path  # the model's Hugging Face folder
@@ -81,7 +81,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Subject):
-    """What every stage of a run needs."""
+    """Holds what every stage of a run needs."""
 
     config: RunConfig
     run: Run

@@ -1,4 +1,4 @@
-"""What an algorithm may ask of the stages of a run.
+"""Declares what an algorithm may ask of the stages of a run.
 
 The algorithms' loops know nothing else, so that an enumerated world stands in for a real model where their
 theory is checked. An iterate is whatever `fit`, `ascend` and `adopt` return; None is the reference.
@@ -34,8 +34,8 @@ class Slack:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What `train` returns: the run folder, the held-out verdict of the kept iterate, and the multipliers it
-    was trained with."""
+    """The result that `train` returns: the run folder, the held-out verdict of the kept iterate, and the
+    multipliers it was trained with."""
 
     folder: Path
     evaluation: Evaluation

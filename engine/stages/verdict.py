@@ -35,7 +35,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """What a policy is judged by: the constraints with their aims, and the units of the scores."""
+    """Holds what a policy is judged by: the constraints with their aims, and the units of the scores."""
 
     limits: Sequence[Limit]
     aimed: Sequence[float]  # in each constraint's own measure

@@ -1,4 +1,5 @@
-"""What a sweep has given so far: the dual's solutions, and the outcome of each run, read from its folder."""
+"""Reads what a sweep has given so far: the dual's solutions, and the outcome of each run, read from its
+folder."""
 
 import json
 from dataclasses import dataclass, field

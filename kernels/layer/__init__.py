@@ -1,1 +1,1 @@
-"""What a decoder layer does between its matrix products."""
+"""The work of a decoder layer between its matrix products."""

@@ -1,4 +1,4 @@
-"""What a decoder layer does between its matrix products: RMS norm, rotary positions, gated SiLU.
+"""Does what a decoder layer needs between its matrix products: RMS norm, rotary positions, gated SiLU.
 
 Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 on the CPU
 to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py). The torch code is their specification,

@@ -58,7 +58,7 @@ class Labels(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What a preference loss asks of its log-probs."""
+    """Says what a preference loss asks of its log-probs."""
 
     index: Tensor  # [K, 2]: sequence numbers
     q: Tensor  # [K]: labels

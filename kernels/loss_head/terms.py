@@ -1,4 +1,4 @@
-"""What the losses make of log-probs: sums per sequence, labels, pairs, advantages and tokens.
+"""Turns log-probs into the terms of losses: sums per sequence, labels, pairs, advantages and tokens.
 
 Each loss comes with its derivative in the log-probs in closed form.
 """

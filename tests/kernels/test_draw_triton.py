@@ -97,7 +97,7 @@ def test_exponential_numbers_are_those_of_plain_torch():
 
 
 def chi_square(token: torch.Tensor, bins: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
-    """Of drawn tokens against p [V], tokens summed by bins [V]."""
+    """Computes the statistic of drawn tokens against p [V], tokens summed by bins [V]."""
     expected = torch.zeros(int(bins.max()) + 1, dtype=torch.float64).index_add_(0, bins, p) * len(token)
     counts = torch.bincount(bins[token], minlength=len(expected)).double()
     return float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
@@ -166,7 +166,7 @@ def assert_is_the_twin_s(got, logits, key, top_k, top_p):
 @interpreted
 @pytest.mark.parametrize("top_k,top_p,kept", [(5, 1.0, 5), (0, 0.8, 8), (7, 0.5, 4), (9, 0.95, 9)])
 def test_of_equals_the_first_are_kept(top_k, top_p, kept):
-    """Of 10 equals after one unlikely token, in parts of 8: 0.8 of 10 is 8 exactly."""
+    """Takes 10 equals after one unlikely token, in parts of 8: 0.8 of 10 is 8 exactly."""
     logits, rows = torch.zeros(1, 11), 3
     logits[:, 0] = -torch.inf
     token, logprob, model_logprob, _ = truncated_by_triton(

@@ -1,5 +1,5 @@
-"""What stands between a layer's products, compiled, against the torch code that is its specification and
-against float64."""
+"""Tests what stands between a layer's products, compiled, against the torch code that is its specification
+and against float64."""
 
 import pytest
 import torch

@@ -162,12 +162,12 @@ def test_kept_tokens_are_those_of_plain_torch(columns, kind):
         mass = ((logits - logits.amax(1, keepdim=True)).double() / 0.8).exp()
         ordered, order = mass.sort(dim=1, descending=True, stable=True)
         ordered[:, top_k or columns :] = 0
-        # What lies before a token, of what top_k leaves.
+        # This is the mass before a token, among the tokens that top_k leaves.
         share = (ordered.cumsum(1) - ordered) / ordered.sum(1, keepdim=True)
         own = (ordered > 0) & ((share < top_p) | (top_p == 1))
         expected = torch.zeros_like(own).scatter_(1, order, own)
         if kept is not None:
-            # Of equal logits all is exact; else rounding decides where the shares meet.
+            # Equal logits are exact; else rounding decides where the shares meet.
             sure = ((share - top_p).abs() > 1e-6 * top_p) | (top_p == 1) | (kind == "flat")
             for found in (kept, _truncate(mass.float(), top_p, top_k)):
                 assert torch.equal((found > 0).gather(1, order)[sure], own[sure])
@@ -332,7 +332,7 @@ def test_product_with_the_head_of_rows_whose_largest_logit_grows(softcap, budget
     exact = exact_logprob(logits if softcap is None else softcap * torch.tanh(logits / softcap), target, 0.8)
     (gradient,) = torch.autograd.grad(exact.sum(), leaf)
     torch.testing.assert_close(logprob.double(), exact.detach(), rtol=2e-5, atol=1e-30)
-    # Of each row's own largest element: the smallest rows are 1e-7 of the largest.
+    # The unit is each row's largest element: the smallest rows are 1e-7 of the largest.
     assert ((-out.double() - gradient).abs().amax(1) <= 1e-4 * gradient.abs().amax(1)).all()
 
 

@@ -26,7 +26,7 @@ def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
     write_random_heads(folder)
     run = tmp_path / "run"
     caid.train(smoke(CaidConfig(out=str(run), model=str(folder), threads=1, force=True, iterations=2)))
-    # What was sampled is what is trained on.
+    # Training takes what was sampled.
     rows = read_rows(run, SampledRow)
     assert len(rows) == 5 and max(row.logprob_gap["max"] for row in rows) < 1e-4
     made = load(run / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.rollouts

@@ -500,7 +500,7 @@ def test_switches_of_one_architecture_are_refused_by_name(tmp_path, name, change
         M.load(tmp_path)
 
 
-# What the published config.json files say, as written for older versions of transformers.
+# These are the published config.json files, as written for older versions of transformers.
 PUBLISHED = {
     "llama": {
         "rope_theta": 50.0,

@@ -189,7 +189,7 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
     assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
-    # What a kill after half of the stages leaves is enough to end equal.
+    # The files that a kill after half of the stages leaves are enough to end equal.
     whole = files(tmp_path / "run")
     stages = sorted((tmp_path / "run" / "stages").iterdir())
     for path in [
