@@ -261,15 +261,21 @@ INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel
     UNROLL for (int r = 0; r < Tall; ++r) each[r] = x + std::min<int64_t>(r, rows - 1) * width;
     for (int64_t from = 0; from < deep; from += kShort) {
         Floats<W> sums[Tall][Vectors] = {};
-        for (int64_t i = from; i < std::min(from + kShort, deep); ++i) {
-            if (i % kAsk == 0) ahead.ask(lines);
+        const auto step = [&](int64_t i) __attribute__((always_inline)) {
             Floats<W> b[Vectors];
             UNROLL for (int c = 0; c < Vectors; ++c) b[c] = load<W>(panel + i * wide + c * W);
             UNROLL for (int r = 0; r < Tall; ++r) {
                 const float a = each[r][i];
                 UNROLL for (int c = 0; c < Vectors; ++c) sums[r][c] += a * b[c];
             }
+        };
+        const int64_t stop = std::min(from + kShort, deep);
+        int64_t i = from;
+        for (; i + kAsk <= stop; i += kAsk) {
+            ahead.ask(lines);
+            UNROLL for (int j = 0; j < kAsk; ++j) step(i + j);
         }
+        for (; i < stop; ++i) step(i);
         UNROLL for (int r = 0; r < Tall; ++r) UNROLL for (int c = 0; c < Vectors; ++c)
             store<W>(total[r] + c * W, load<W>(total[r] + c * W) + sums[r][c]);
     }
