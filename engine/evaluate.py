@@ -29,7 +29,7 @@ from engine.policy.forward import frozen_forward
 from engine.policy.iterates import is_saved, load_weights
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Prompts, Sampled, Units
+from engine.records import Prompts, Units
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
@@ -224,30 +224,27 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
         # The same keys as the run's own verdict: with the run's seed this draws exactly its responses.
         phase = Phase(display, first + 1, "heldout/reference")
-        before, _ = sample(subject, phase, prompts, None, n=n, purpose=keys.HELDOUT_REFERENCE)
+        before = sample(subject, phase, prompts, None, n=n, purpose=keys.HELDOUT_REFERENCE)
         gaps = {"reference": phase.logprob_gap}
         units = _with_new_audits(q, before, display)
         phase = Phase(display, first + 2, "heldout/policy")
-        after, _ = sample(subject, phase, prompts, adapter, n=n, purpose=keys.HELDOUT_POLICY)
+        after = sample(subject, phase, prompts, adapter, n=n, purpose=keys.HELDOUT_POLICY)
         gaps["policy"] = phase.logprob_gap
-        moved_PG = policy_logprob(subject, phase, prompts, before, adapter) - before.scores.ref_logprob_PG
+        moved_PG = policy_logprob(subject, phase, before, adapter) - before.scores.ref_logprob_PG
         scoring = _scoring(q, subject, units)
-        before, after = (
-            Samples(prompts=prompts, sampled=side, scores=scoring(phase, prompts, side))
-            for side in (before, after)
-        )
+        before, after = (replace(side, scaled=scoring(phase, side)) for side in (before, after))
         phase = Phase(display, first + 3, "lookalike/reference")
         _, texts_before = respond(subject, phase, q.lookalikes, None, n=n, purpose=keys.LOOKALIKE_REFERENCE)
         phase = Phase(display, first + 4, "lookalike/policy")
         _, texts_after = respond(subject, phase, q.lookalikes, adapter, n=n, purpose=keys.LOOKALIKE_POLICY)
 
         lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
-        log_ratios = ((before, moved_PG), (after, after.sampled.kl_PG))
+        log_ratios = ((before, moved_PG), (after, after.kl_PG))
 
         def wanted(s: Samples) -> Tensor:
             weight_PJ = constraints.weights(q.limits, prompts, q.trained_on)
-            utility_PG = (s.scores.utility_PGJ * weight_PJ[:, None]) @ lam_J
-            return utility_PG if q.safety_alone else s.scores.reward_PG + utility_PG
+            utility_PG = (s.scaled.utility_PGJ * weight_PJ[:, None]) @ lam_J
+            return utility_PG if q.safety_alone else s.scaled.reward_PG + utility_PG
 
         judgement = Judgement(
             evaluation=judge(before, after, _bar(q, scoring, flags.confidence)),
@@ -309,8 +306,8 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
     scoring = _scoring(q, subject, replace(q.units, audit_A=[*q.units.audit_A, *[1.0] * further]))
 
     def tried(phase: Phase, adapter: Weights | None, purpose: int) -> Samples:
-        sampled, _ = sample(subject, phase, q.selection, adapter, n=n, purpose=purpose)
-        return Samples(prompts=q.selection, sampled=sampled, scores=scoring(phase, q.selection, sampled))
+        samples = sample(subject, phase, q.selection, adapter, n=n, purpose=purpose)
+        return replace(samples, scaled=scoring(phase, samples))
 
     before = tried(Phase(display, 1, "selection/reference"), None, keys.SELECTION_REFERENCE)
     for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
@@ -368,11 +365,9 @@ def best_feasible(rows: list[dict]) -> int:
     return best["iterate"]
 
 
-def policy_logprob(
-    subject: Subject, phase: Phase, prompts: Prompts, sampled: Sampled, adapter: Weights
-) -> Tensor:
+def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
-    groups = packing.groups(prompts, sampled.rollouts)
+    groups = packing.groups(samples.prompts, samples.rollouts)
     with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
             subject.model,
@@ -383,7 +378,7 @@ def policy_logprob(
             adapter=adapter,
             on_tokens=made.advance,
         )
-    return logprob.view(len(prompts), -1)
+    return logprob.view(len(samples.prompts), -1)
 
 
 def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
@@ -439,7 +434,7 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     ]
 
 
-def _with_new_audits(q: Question, before: Sampled, display: Display) -> Units:
+def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
     """Adds units of audits that the run did not know, measured on the reference's responses, to the run's
     units."""
     measured = []

@@ -112,16 +112,6 @@ def unsafe_counted(utility_PGJ: Tensor, above_J: list[float | None]) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """Responses with their texts and the scorers' own scores."""
-
-    rollouts: Rollouts
-    texts: list[str]  # [R], prompt-major
-    scores: Scores
-    kl_PG: Tensor  # log pi - log pi_ref of each response, nats; 0 for the reference
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scored:
     """Responses as the rule of an algorithm sees them: their scores in the run's units."""
 

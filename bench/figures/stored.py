@@ -49,7 +49,7 @@ def read_stored(folder: Path) -> Stored:
         units = Units(reward=reward, utility_J=utility, audit_A=[1.0] * audits)
         aim = row(folder, DualRow).aim
     else:
-        scores = _load(folder, "01-reference.safetensors", ReferenceSamples).sampled.scores
+        scores = _load(folder, "01-reference.safetensors", ReferenceSamples).samples.scores
         reference = row(folder, ReferenceRow)
         units, aim = units_of(reference, []), reference.aim
     scores = units.apply(scores)

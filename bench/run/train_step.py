@@ -44,7 +44,7 @@ from engine.policy.pairs import within_prompts
 from engine.policy.preference_loss import PreferenceLoss, parts, share_of
 from engine.policy.samples import Samples
 from engine.policy.update import add_gradient
-from engine.records import Prompts, Rollouts, Sampled, ScoredTarget, Scores, Units
+from engine.records import Prompts, Rollouts, ScoredTarget, Scores, Units
 from engine.run.machine import keep_freed_memory
 
 RANK, BETA, RATE = 8, 0.1, 1e-4
@@ -218,13 +218,11 @@ def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, S
             token_ids=[g.prompt for g in groups],
             key_P=torch.arange(count),
         ),
-        sampled=Sampled(
-            rollouts=rollouts,
-            texts=[""] * len(tokens),
-            scores=scores,
-            kl_PG=torch.zeros(count, 2, dtype=torch.float64),
-        ),
-        scores=Units(reward=1.0, utility_J=[], audit_A=[]).apply(scores),
+        rollouts=rollouts,
+        texts=[""] * len(tokens),
+        scores=scores,
+        kl_PG=torch.zeros(count, 2, dtype=torch.float64),
+        scaled=Units(reward=1.0, utility_J=[], audit_A=[]).apply(scores),
     )
     target = ScoredTarget(score_PG=score_PG, coefficient=BETA)
     return samples, target

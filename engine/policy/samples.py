@@ -1,24 +1,24 @@
-"""The record of prompts with their responses that everything after scoring works on."""
+"""The record of prompts with their responses: sampling returns it, stages keep it, updates learn from it."""
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from engine.model.packing import Group, LowerStates
-from engine.records import Prompts, Rollouts, Sampled, ScaledScores
+from engine.records import Prompts, Rollouts, ScaledScores, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Prompts with n responses each, scored in the run's units."""
+    """Prompts with n responses each, and what the scorers say of them."""
 
     prompts: Prompts
-    sampled: Sampled  # the responses, with the scorers' own scores
-    scores: ScaledScores
-    lower: LowerStates | None = None  # states below the adapter, where they were kept
-
-    @property
-    def rollouts(self) -> Rollouts:
-        """The responses' tokens."""
-        return self.sampled.rollouts
+    rollouts: Rollouts
+    texts: list[str]  # [R], prompt-major
+    scores: Scores  # in the scorers' own units
+    kl_PG: Tensor  # log pi - log pi_ref of each response, nats; 0 for the reference
+    scaled: ScaledScores | None = None  # in the run's units, once these are fixed
+    lower: LowerStates | None = None  # states below the adapter, where they were kept in memory
 
     def groups(self, rows: dict[int, list[int]]) -> list[Group]:
         """Returns the responses at `rows` of each prompt, with the prompt once."""

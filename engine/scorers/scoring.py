@@ -52,15 +52,6 @@ def try_out(scorers: Scorers, prompts: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Responses:
-    """The P * n responses to score, prompt-major."""
-
-    prompts: Prompts
-    rollouts: Rollouts
-    texts: Sequence[str]  # the decoded responses
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReferenceForward:
     """Says what is wanted of the reference model's forward pass over the responses, and what need not be
     run."""
@@ -74,16 +65,20 @@ class ReferenceForward:
 def score(
     model: Decoder,
     scorers: Scorers,
-    responses: Responses,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    texts: Sequence[str],
     forward: ReferenceForward,
     *,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> Scores:
-    """Scores the responses with all scorers; `on_tokens` is told how many tokens each batch had.
+    """Scores the P * n responses of `rollouts`, whose decoded texts are given prompt-major, with all scorers.
+
+    `on_tokens` is called with the number of tokens of each batch.
 
     Raises: UserError when a scorer fails, returns the wrong number of scores, or one that is not finite.
     """
-    prompts, rollouts, states = responses.prompts, responses.rollouts, forward.states
+    states = forward.states
     ref_logprob = torch.zeros(len(prompts) * rollouts.n, dtype=torch.float64)
     if states is None or forward.logprob:
         pooled, logprob = frozen_forward(
@@ -99,7 +94,7 @@ def score(
             ref_logprob = logprob
     if states is not None:
         pooled = states.pooled
-    asked, texts = [text for text in prompts.text for _ in range(rollouts.n)], list(responses.texts)
+    asked, texts = [text for text in prompts.text for _ in range(rollouts.n)], list(texts)
     columns = []
     for scorer in scorers.all:
         score_N = scorer(pooled[scorer.layer]) if isinstance(scorer, Head) else scorer(asked, texts)

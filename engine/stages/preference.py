@@ -24,7 +24,7 @@ from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
-from engine.records import Prompts, Sampled, ScaledScores, ScoredTarget, Scores, Units
+from engine.records import ScaledScores, ScoredTarget, Scores, Units
 from engine.run.folder import RunFolder
 from engine.run.rows import PreferenceRow, read_rows
 from engine.run.run import Stage
@@ -44,11 +44,11 @@ class LogRatios:
     aligned: list[Adapter]  # to the reward, then to each utility
     scorer_units: Units
 
-    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> Scores:
+    def __call__(self, stage: Stage, samples: Samples) -> Scores:
         """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with `progress`
         and `check_stop`."""
-        subject, scores = self.subject, sampled.scores
-        groups, n = packing.groups(prompts, sampled.rollouts), sampled.rollouts.n
+        subject, prompts, scores = self.subject, samples.prompts, samples.scores
+        groups, n = packing.groups(prompts, samples.rollouts), samples.rollouts.n
         ratios = []
         with stage.progress(
             len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios"
@@ -92,8 +92,8 @@ class ByLogRatios:
         units = Units(reward=reward_sd, utility_J=utility_sd, audit_A=[1.0] * len(names))
         return ByLogRatios(units=units, audit_names=names, log_ratios=log_ratios)
 
-    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> ScaledScores:
-        return self.units.apply(self.log_ratios(stage, prompts, sampled))
+    def __call__(self, stage: Stage, samples: Samples) -> ScaledScores:
+        return self.units.apply(self.log_ratios(stage, samples))
 
 
 def audit_names(scorers: Scorers) -> list[str]:
@@ -131,7 +131,7 @@ def align(job: Job, reference: Reference) -> Reference:
     log_ratios = LogRatios(subject=job, aligned=aligned, scorer_units=reference.units)
 
     def compute(stage: Stage) -> Scores:
-        scores = log_ratios(stage, reference.prompts, reference.sampled)
+        scores = log_ratios(stage, reference.samples)
         units = reference_units(scores, job.scorers, reference.limits, reference.prompts)
         stage.log(
             PreferenceRow(
@@ -145,9 +145,9 @@ def align(job: Job, reference: Reference) -> Reference:
     raw = job.run.stage("preference/scores", Scores, compute)
     units = reference_units(raw, job.scorers, reference.limits, reference.prompts)
     scoring = ByLogRatios.of(log_ratios, units.reward, units.utility_J)
-    scores = scoring.units.apply(raw)
-    fixed = aims(job, reference.limits, reference.prompts, scores, scoring.units)
-    return replace(reference, scoring=scoring, scores=scores, **fixed)
+    scaled = scoring.units.apply(raw)
+    fixed = aims(job, reference.limits, reference.prompts, scaled, scoring.units)
+    return replace(reference, samples=replace(reference.samples, scaled=scaled), scoring=scoring, **fixed)
 
 
 def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tensor) -> Adapter:
@@ -192,11 +192,16 @@ def _from_file(job: Job) -> tuple[Samples, Tensor]:
         audit_PGA=label[..., :0],
         ref_logprob_PG=logprob_N.view(-1, 2),
     )
-    sampled = Sampled(
-        rollouts=file.rollouts, texts=file.texts, scores=scores, kl_PG=torch.zeros_like(scores.ref_logprob_PG)
-    )
     unscaled = Units(reward=1.0, utility_J=[1.0] * (label.shape[2] - 1), audit_A=[])
-    return Samples(prompts=file.prompts, sampled=sampled, scores=unscaled.apply(scores)), label
+    samples = Samples(
+        prompts=file.prompts,
+        rollouts=file.rollouts,
+        texts=file.texts,
+        scores=scores,
+        kl_PG=torch.zeros_like(scores.ref_logprob_PG),
+        scaled=unscaled.apply(scores),
+    )
+    return samples, label
 
 
 def _agreement(ratios: Scores, scores: ScaledScores) -> list[float]:

@@ -2,7 +2,7 @@
 aims."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
-from engine.records import Prompts, Sampled, ScaledScores, Scored, Scores, Units, unsafe_counted
+from engine.records import Prompts, ScaledScores, Scored, Scores, Units, unsafe_counted
 from engine.run.rows import ReferenceRow, read_rows
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
@@ -27,7 +27,7 @@ class ReferenceSamples:
     """The result of stage reference: the samples, and the states below the adapter in the order of their
     packed groups."""
 
-    sampled: Sampled
+    samples: Samples
     lower_MD: Tensor | None
 
 
@@ -37,7 +37,7 @@ class Scoring(Protocol):
     units: Units
     audit_names: list[str]
 
-    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> ScaledScores:
+    def __call__(self, stage: Stage, samples: Samples) -> ScaledScores:
         """Returns scores in the run's units. stage: of a run, or anything else with `progress` and
         `check_stop`."""
 
@@ -49,24 +49,21 @@ class ByScorers:
     units: Units
     audit_names: list[str]
 
-    def __call__(self, stage: Stage, prompts: Prompts, sampled: Sampled) -> ScaledScores:
-        return self.units.apply(sampled.scores)
+    def __call__(self, stage: Stage, samples: Samples) -> ScaledScores:
+        return self.units.apply(samples.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """Reference samples of the training prompts, and what is fixed by them: units, thresholds aimed at."""
 
-    prompts: Prompts
-    sampled: Sampled
+    samples: Samples  # scored in the run's units; with the states below the adapter unless too large to keep
     scoring: Scoring
-    scores: ScaledScores
     limits: list[Limit]
     # float64 [J]: improvements that the constraints ask for, in units; b itself where they are given so
     needed_J: Tensor
     aimed: list[float]  # what to aim at, in each constraint's own measure
     aim_J: Tensor  # float64 [J]: the improvements to aim at, in units
-    lower: LowerStates | None  # states below the adapter, unless they are too large to keep
 
     @property
     def units(self) -> Units:
@@ -74,17 +71,22 @@ class Reference:
         return self.scoring.units
 
     @property
-    def samples(self) -> Samples:
-        """The reference's responses as an update learns from them."""
-        return Samples(prompts=self.prompts, sampled=self.sampled, scores=self.scores, lower=self.lower)
+    def prompts(self) -> Prompts:
+        """The training prompts."""
+        return self.samples.prompts
+
+    @property
+    def scores(self) -> ScaledScores:
+        """The scores of the reference's responses in the run's units."""
+        return self.samples.scaled
 
     def scored(self, samples: Samples, missing_PJ: Tensor | None = None) -> Scored:
         """Returns the scores of any samples as the rule of an algorithm sees them."""
         return Scored(
-            reward_PG=samples.scores.reward_PG,
-            utility_PGJ=samples.scores.utility_PGJ,
+            reward_PG=samples.scaled.reward_PG,
+            utility_PGJ=samples.scaled.utility_PGJ,
             weight_PJ=constraints.weights(self.limits, samples.prompts, self.prompts),
-            cost_PGJ=-samples.sampled.scores.utility_PGJ,
+            cost_PGJ=-samples.scores.utility_PGJ,
             missing_PJ=missing_PJ,
         )
 
@@ -110,15 +112,15 @@ def sample_reference(job: Job) -> Reference:
 
     def compute(stage: Stage) -> ReferenceSamples:
         if shared is None:
-            sampled, lower = sample(
+            samples = sample(
                 job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True
             )
         else:
-            sampled, lower = shared.sampled, None
-            log_gap(job, stage, prompts, sampled.rollouts, None)
-        fixed = reference_of(job, prompts, sampled, None)
+            samples = shared.samples
+            log_gap(job, stage, prompts, samples.rollouts, None)
+        fixed = reference_of(job, samples)
         units, r, g = fixed.units, fixed.scores.reward_PG, fixed.scores.utility_PGJ
-        groups = packing.groups(prompts, sampled.rollouts)
+        groups = packing.groups(prompts, samples.rollouts)
         stage.log(
             ReferenceRow(
                 names=[s.name for s in job.scorers.costs],
@@ -127,8 +129,8 @@ def sample_reference(job: Job) -> Reference:
                 utility_sd=units.utility_J,
                 audit_sd=units.audit_A,
                 correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
-                finished=float(sampled.rollouts.finished.double().mean()),
-                mean_length=float(sampled.rollouts.length.double().mean()),
+                finished=float(samples.rollouts.finished.double().mean()),
+                mean_length=float(samples.rollouts.length.double().mean()),
                 prompts=len(prompts),
                 responses=config.n_responses,
                 needed=fixed.needed_J,
@@ -136,16 +138,18 @@ def sample_reference(job: Job) -> Reference:
                 aim=fixed.aim_J,
             )
         )
-        return ReferenceSamples(sampled=sampled, lower_MD=lower.of(groups).cpu() if lower else None)
+        lower_MD = samples.lower.of(groups).cpu() if samples.lower else None
+        return ReferenceSamples(samples=replace(samples, lower=None), lower_MD=lower_MD)
 
     saved = job.run.stage("reference", ReferenceSamples, compute)
-    sampled, lower = saved.sampled, None
+    samples = saved.samples
     # Shared states stay where they are: they are hundreds of megabytes.
     lower_MD = saved.lower_MD if shared is None else shared.lower_MD
     if lower_MD is not None:
         lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
-        lower.keep(packing.groups(prompts, sampled.rollouts), lower_MD.to(job.model.device))
-    reference = reference_of(job, prompts, sampled, lower)
+        lower.keep(packing.groups(prompts, samples.rollouts), lower_MD.to(job.model.device))
+        samples = replace(samples, lower=lower)
+    reference = reference_of(job, samples)
     (row,) = read_rows(job.run.folder, ReferenceRow)
     gap, show = gap_of(job.run.folder, "reference"), job.run.display
     show.line(
@@ -164,19 +168,17 @@ def sample_reference(job: Job) -> Reference:
     return reference
 
 
-def reference_of(job: Job, prompts: Prompts, sampled: Sampled, lower: LowerStates | None) -> Reference:
+def reference_of(job: Job, samples: Samples) -> Reference:
     """Fixes units, required improvements and aims from reference samples."""
+    prompts = samples.prompts
     limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
-    units = reference_units(sampled.scores, job.scorers, limits, prompts)
-    scores = units.apply(sampled.scores)
+    units = reference_units(samples.scores, job.scorers, limits, prompts)
+    scaled = units.apply(samples.scores)
     return Reference(
-        prompts=prompts,
-        sampled=sampled,
+        samples=replace(samples, scaled=scaled),
         scoring=ByScorers(units=units, audit_names=[s.name for s in job.scorers.audits]),
-        scores=scores,
         limits=limits,
-        lower=lower,
-        **aims(job, limits, prompts, scores, units),
+        **aims(job, limits, prompts, scaled, units),
     )
 
 

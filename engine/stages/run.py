@@ -9,6 +9,7 @@ from torch import Tensor
 from engine import dual
 from engine.config import RunConfig
 from engine.policy.full import FullWeights
+from engine.policy.samples import Samples
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights
 from engine.records import Rule, Target
@@ -19,7 +20,7 @@ from engine.stages.reference import Reference, sample_reference
 from engine.stages.sampling import gap_of
 from engine.stages.solve import one_shot, solve_dual
 from engine.stages.update import Updates, score_pairs
-from engine.stages.verdict import HeldOut, judge_heldout, sample_heldout
+from engine.stages.verdict import judge_heldout, sample_heldout
 
 
 @contextmanager
@@ -103,16 +104,16 @@ class RunStages:
         after = self.heldout(policy, "policy")
         return judge_heldout(self.job, self.reference, before, after, lam_J)
 
-    def heldout(self, policy: Policy | None, side: str = "reference") -> HeldOut:
+    def heldout(self, policy: Policy | None, side: str = "reference") -> Samples:
         """Runs stage heldout/SIDE: responses to the held-out prompts, of the reference or of the side
         "policy" (None there: the reference again, with random numbers of its own)."""
         weights = None
         if side == "policy":
             self.updates.hold(policy)
             weights = self.updates.weights
-        sampled = sample_heldout(self.job, self.reference, weights)
+        samples = sample_heldout(self.job, self.reference, weights)
         self._say_gap(f"heldout/{side}")
-        return sampled
+        return samples
 
     def _put_aside(self, iteration: int) -> None:
         paths = self.job.run.paths

@@ -11,8 +11,9 @@ from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, logprob_gap
 from engine.policy.lora import first_layer
+from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Prompts, Rollouts, Sampled
+from engine.records import Prompts, Rollouts
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
@@ -21,7 +22,7 @@ from engine.run.plan import kept_states_bytes
 from engine.run.rows import SampledRow, SpeedRow, read_rows
 from engine.run.run import Stage
 from engine.run.store import RecordT, load
-from engine.scorers.scoring import ReferenceForward, Responses, score
+from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.job import Job, Subject
 from kernels.random import combine
 
@@ -82,12 +83,12 @@ def sample(
     n: int,
     purpose: int,
     keep: bool = False,
-) -> tuple[Sampled, LowerStates | None]:
+) -> Samples:
     """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`,
     `check_stop`, `log_speed` and `log`, which gets the `log_gap` of these samples.
 
-    The second value holds the states below the adapter where `keep` asks for them, heads read no higher and
-    the states are not too large. The reference's own samples are not run through the model again for
+    The samples hold the states below the adapter where `keep` asks for them, heads read no higher and the
+    states are not too large. The reference's own samples are not run through the model again for
     log-probs under the reference: in float32 those of the sampler are the same to rounding (`logprob_gap`
     measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
     """
@@ -125,8 +126,7 @@ def sample(
             logprob=not own,
             states=states,
         )
-        responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts)
-        scores = score(job.model, job.scorers, responses, forward, on_tokens=on_tokens)
+        scores = score(job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens)
     tokens = int(rollouts.length.sum())
     stage.log_speed(
         SpeedRow(
@@ -141,8 +141,14 @@ def sample(
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
     log_gap(job, stage, prompts, rollouts, adapter)
-    sampled = Sampled(rollouts=rollouts, texts=texts, scores=scores, kl_PG=logprob_PG - scores.ref_logprob_PG)
-    return sampled, states.lower if states and keep else None
+    return Samples(
+        prompts=prompts,
+        rollouts=rollouts,
+        texts=texts,
+        scores=scores,
+        kl_PG=logprob_PG - scores.ref_logprob_PG,
+        lower=states.lower if states and keep else None,
+    )
 
 
 def log_gap(

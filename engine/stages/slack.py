@@ -23,8 +23,8 @@ def stage_name(iteration: int) -> str:
 def measure(
     job: Job, reference: Reference, weights: Weights, policy: Policy, lam_J: Tensor, iteration: int
 ) -> Slack:
-    """Rolls out the policy, score, u(lambda) = mean(g - E_ref g) - aim (arXiv 2505.19387, Algorithm 2, step
-    2).
+    """Rolls out the policy, scores its responses, and measures u(lambda) = mean(g - E_ref g) - aim (arXiv
+    2505.19387, Algorithm 2, step 2).
 
     weights: hold those of `policy`.
     """
@@ -33,10 +33,10 @@ def measure(
 
     def compute(stage: Stage) -> Slack:
         prompts = reference.prompts.select(measured_on)
-        sampled, _ = sample(
+        samples = sample(
             job, stage, prompts, weights, n=config.slack_responses, purpose=keys.slack(iteration)
         )
-        scores = reference.scoring(stage, prompts, sampled)
+        scores = reference.scoring(stage, samples)
         mean, se, violation = torch.zeros(3, len(limits), dtype=torch.float64)
         missing_PJ = reference.missing(scores.utility_PGJ, measured_on)
         for j, limit in enumerate(limits):
@@ -55,8 +55,8 @@ def measure(
             violation_J=violation,
             reward=float(reward),
             reward_se=float(reward_se),
-            kl=float(sampled.kl_PG.mean()),
-            kl_se=float(dual.standard_error(sampled.kl_PG.mean(1))),
+            kl=float(samples.kl_PG.mean()),
+            kl_se=float(dual.standard_error(samples.kl_PG.mean(1))),
         )
         stage.log(
             IterationRow(
@@ -73,7 +73,7 @@ def measure(
                 kl=slack.kl,
                 kl_se=slack.kl_se,
                 loss=policy.loss,
-                finished=float(sampled.rollouts.finished.double().mean()),
+                finished=float(samples.rollouts.finished.double().mean()),
                 prompts=len(measured_on),
                 responses=config.slack_responses,
             )

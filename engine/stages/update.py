@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from engine.policy.iterates import is_saved, save_weights
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
 from engine.policy.weights import Weights, copy_of
-from engine.records import Rule, Sampled, Target
+from engine.records import Rule, Target
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
-from engine.scorers.scoring import ReferenceForward, Responses, score
+from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.inputs import DEFAULT_MODEL
 from engine.stages.job import Job, deal_prompts
 from engine.stages.reference import Reference
@@ -26,38 +27,41 @@ from engine.stages.sampling import gap_of, sample
 from engine.stages.solve import listed
 
 
-def score_pairs(job: Job) -> Sampled:
+def score_pairs(job: Job) -> Samples:
     """Runs stage pairs: scores the responses of the file of --pairs under the reference and the scorers."""
     pairs = job.pairs
 
-    def compute(stage: Stage) -> Sampled:
+    def compute(stage: Stage) -> Samples:
         with stage.progress(
             sum(g.tokens for g in packing.groups(pairs.prompts, pairs.rollouts)), "tokens", "scoring"
         ) as scored:
             scores = score(
                 job.model,
                 job.scorers,
-                Responses(prompts=pairs.prompts, rollouts=pairs.rollouts, texts=pairs.texts),
+                pairs.prompts,
+                pairs.rollouts,
+                pairs.texts,
                 ReferenceForward(
                     temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes
                 ),
                 on_tokens=scored.advance,
             )
         stage.log(PairsRow(prompts=len(pairs.prompts)))
-        return Sampled(
+        return Samples(
+            prompts=pairs.prompts,
             rollouts=pairs.rollouts,
             texts=pairs.texts,
             scores=scores,
             kl_PG=torch.zeros_like(scores.ref_logprob_PG),
         )
 
-    return job.run.stage("pairs", Sampled, compute)
+    return job.run.stage("pairs", Samples, compute)
 
 
 class Updates:
     """The policy updates of a run: `weights` are what is trained, and hold an iterate after each of them."""
 
-    def __init__(self, job: Job, reference: Reference, weights: Weights, pairs: Sampled | None) -> None:
+    def __init__(self, job: Job, reference: Reference, weights: Weights, pairs: Samples | None) -> None:
         self.job, self.reference, self.weights, self.pairs = job, reference, weights, pairs
         self.untrained = weights.tensors()
 
@@ -84,8 +88,8 @@ class Updates:
 
         def compute(stage: Stage) -> Policy:
             samples = self._fresh(stage, chosen, iteration)
-            scored = reference.scored(samples, reference.missing(samples.scores.utility_PGJ, chosen))
-            score_PG = rule(scored) - config.beta * samples.sampled.kl_PG
+            scored = reference.scored(samples, reference.missing(samples.scaled.utility_PGJ, chosen))
+            score_PG = rule(scored) - config.beta * samples.kl_PG
             return update.ascend(self._update(stage, start, iteration), samples, score_PG)
 
         return self._iterate(start, lam_J, iteration, compute)
@@ -148,8 +152,7 @@ class Updates:
                     f"--pairs {job.config.pairs}: every prompt of iteration {iteration} measures its "
                     "slack; give other prompts."
                 )
-            scores = reference.scoring(stage, prompts, self.pairs)
-            return Samples(prompts=prompts, sampled=self.pairs, scores=scores), train_on
+            return replace(self.pairs, scaled=reference.scoring(stage, self.pairs)), train_on
         if job.config.pairs == "policy" and start is not None:
             return self._fresh(stage, train_on, iteration), list(range(len(train_on)))
         return reference.samples, train_on
@@ -158,7 +161,7 @@ class Updates:
         """Samples new responses of the policy that the weights hold to the prompts `chosen` of the
         reference's."""
         job, prompts = self.job, self.reference.prompts.select(chosen)
-        sampled, lower = sample(
+        samples = sample(
             job,
             stage,
             prompts,
@@ -167,5 +170,4 @@ class Updates:
             purpose=keys.fresh(iteration),
             keep=True,
         )
-        scores = self.reference.scoring(stage, prompts, sampled)
-        return Samples(prompts=prompts, sampled=sampled, scores=scores, lower=lower)
+        return replace(samples, scaled=self.reference.scoring(stage, samples))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from engine.constraints import Limit
 from engine.files import write_json, write_whole
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Sampled, ScaledScores, Units
+from engine.records import Units
 from engine.report import run_page
 from engine.run.display import duration
 from engine.run.rows import time_table
@@ -26,14 +26,6 @@ from engine.verdict.sentences import sentences
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Responses to the held-out prompts with the scorers' own scores, and their scores in the run's units."""
-
-    sampled: Sampled
-    scores: ScaledScores
-
-
-@dataclass(frozen=True, kw_only=True)
 class Bar:
     """Holds what a policy is judged by: the constraints with their aims, and the units of the scores."""
 
@@ -44,38 +36,37 @@ class Bar:
     confidence: float = 0.95
 
 
-def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> HeldOut:
+def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> Samples:
     """Runs stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the
     held-out prompts."""
     config, prompts = job.config, job.heldout
     name = "heldout/reference" if weights is None else "heldout/policy"
     purpose = keys.HELDOUT_REFERENCE if weights is None else keys.HELDOUT_POLICY
 
-    def compute(stage: Stage) -> HeldOut:
-        shared = samples_of(job, name, HeldOut) if weights is None else None
+    def compute(stage: Stage) -> Samples:
+        shared = samples_of(job, name, Samples) if weights is None else None
         if shared is not None:
-            sampled = shared.sampled
-            log_gap(job, stage, prompts, sampled.rollouts, None)
+            samples = shared
+            log_gap(job, stage, prompts, samples.rollouts, None)
         else:
-            sampled, _ = sample(job, stage, prompts, weights, n=config.eval_responses, purpose=purpose)
-        return HeldOut(sampled=sampled, scores=reference.scoring(stage, prompts, sampled))
+            samples = sample(job, stage, prompts, weights, n=config.eval_responses, purpose=purpose)
+        return replace(samples, scaled=reference.scoring(stage, samples))
 
-    return job.run.stage(name, HeldOut, compute)
+    return job.run.stage(name, Samples, compute)
 
 
-def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOut, lam_J: Tensor) -> Result:
+def judge_heldout(job: Job, reference: Reference, before: Samples, after: Samples, lam_J: Tensor) -> Result:
     """Judges the policy's held-out responses (`after`) against the reference's; writes evaluation.json,
     heldout.jsonl and the report."""
-    run, prompts = job.run, job.heldout
-    sides = [Samples(prompts=prompts, sampled=side.sampled, scores=side.scores) for side in (before, after)]
+    run = job.run
     bar = Bar(
         limits=reference.limits,
         aimed=reference.aimed,
         units=reference.units,
         audit_names=reference.scoring.audit_names,
     )
-    evaluation = judge(*sides, bar)
-    write_heldout(run.paths.heldout, *sides)
+    evaluation = judge(before, after, bar)
+    write_heldout(run.paths.heldout, before, after)
     write_json(run.paths.evaluation, evaluation.as_dict())
     for line in sentences(evaluation):
         run.display.line(line)
@@ -94,12 +85,10 @@ def judge_heldout(job: Job, reference: Reference, before: HeldOut, after: HeldOu
 def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     """Returns the verdict on samples of the reference and of a policy."""
     policy, reference = (
-        Side(rollouts=side.rollouts, texts=side.sampled.texts, scores=side.scores) for side in (after, before)
+        Side(rollouts=side.rollouts, texts=side.texts, scores=side.scaled) for side in (after, before)
     )
     asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J)
-    return evaluate(
-        policy, reference, before.prompts, after.sampled.kl_PG, asked, bar.audit_names, bar.confidence
-    )
+    return evaluate(policy, reference, before.prompts, after.kl_PG, asked, bar.audit_names, bar.confidence)
 
 
 def write_heldout(path: Path, before: Samples, after: Samples) -> None:
@@ -111,10 +100,10 @@ def write_heldout(path: Path, before: Samples, after: Samples) -> None:
             row = {"prompt": prompts.text[p], "kind": prompts.kind[p], "sample": i}
             for name, side in (("reference", before), ("policy", after)):
                 r = p * n + i
-                row[name] = side.sampled.texts[r]
+                row[name] = side.texts[r]
                 row[f"{name}_finished"] = bool(side.rollouts.finished[r])
-                row[f"{name}_reward"] = float(side.scores.reward_PG[p, i])
-                row[f"{name}_utility"] = side.scores.utility_PGJ[p, i].tolist()
-                row[f"{name}_audit"] = side.scores.audit_PGA[p, i].tolist()
+                row[f"{name}_reward"] = float(side.scaled.reward_PG[p, i])
+                row[f"{name}_utility"] = side.scaled.utility_PGJ[p, i].tolist()
+                row[f"{name}_audit"] = side.scaled.audit_PGA[p, i].tolist()
             lines.append(json.dumps(row, sort_keys=True, ensure_ascii=False))
     write_whole(path, ("\n".join(lines) + "\n").encode())

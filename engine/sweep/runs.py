@@ -78,7 +78,7 @@ def draw_samples(plans: list[Plan]) -> list[OneShot]:
                 continue
             fitted, _ = fit(plan.config, len(job.train), len(job.heldout))
             plan_job = replace(job, config=fitted)
-            reference = reference_of(plan_job, stages.reference.prompts, stages.reference.sampled, None)
+            reference = reference_of(plan_job, stages.reference.samples)
             aim = reference.aim_J.tolist()
             problem = aim, reference.limits, fitted.beta, fitted.lam_max, fitted.force
             if problem in seen:

@@ -212,7 +212,7 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
     (units,) = read_rows(tmp_path / "samples-seed0", ReferenceRow)
     scores = load(
         tmp_path / "samples-seed0" / "stages" / "01-reference.safetensors", ReferenceSamples
-    ).sampled.scores
+    ).samples.scores
     r = scores.reward_PG / units.reward_sd
     g = scores.utility_PGJ / torch.tensor(units.utility_sd, dtype=torch.float64)
     for row in rows:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from engine.model.packing import LowerStates
 from engine.policy.samples import Samples
-from engine.records import Prompts, Rollouts, Sampled, Scored, Scores, Units
+from engine.records import Prompts, Rollouts, Scored, Scores, Units
 
 
 def samples_of(
@@ -16,10 +16,17 @@ def samples_of(
 ) -> Samples:
     """Returns responses of the reference whose scorers give them these scores, each in units of 1."""
     kl_PG = torch.zeros_like(scores.ref_logprob_PG)
-    sampled = Sampled(rollouts=rollouts, texts=[], scores=scores, kl_PG=kl_PG)
     utilities, audits = scores.utility_PGJ.shape[2], scores.audit_PGA.shape[2]
     units = Units(reward=1.0, utility_J=[1.0] * utilities, audit_A=[1.0] * audits)
-    return Samples(prompts=prompts, sampled=sampled, scores=units.apply(scores), lower=lower)
+    return Samples(
+        prompts=prompts,
+        rollouts=rollouts,
+        texts=[],
+        scores=scores,
+        kl_PG=kl_PG,
+        scaled=units.apply(scores),
+        lower=lower,
+    )
 
 
 def scored_of(reward_PG: Tensor, utility_PGJ: Tensor, **changes: Tensor) -> Scored:

@@ -29,7 +29,7 @@ def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
     # Training takes what was sampled.
     rows = read_rows(run, SampledRow)
     assert len(rows) == 5 and max(row.logprob_gap["max"] for row in rows) < 1e-4
-    made = load(run / "stages" / "01-reference.safetensors", ReferenceSamples).sampled.rollouts
+    made = load(run / "stages" / "01-reference.safetensors", ReferenceSamples).samples.rollouts
     assert rows[0].near_ties == int(made.near_tie.sum()) > 0 and rows[0].draws == int(made.length.sum())
     said = f"two best within 0.0001 in {rows[0].near_ties} of {rows[0].draws} draws"
     assert said in capsys.readouterr().out

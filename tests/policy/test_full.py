@@ -18,6 +18,7 @@ from engine.policy.full import FullWeights
 from engine.policy.iterates import load_weights
 from engine.policy.pairs import within_prompts
 from engine.policy.preference_loss import PreferenceLoss
+from engine.policy.samples import Samples
 from engine.policy.weights import copy_of
 from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
@@ -27,7 +28,6 @@ from engine.run.store import load
 from engine.stages.inputs import read_inputs
 from engine.stages.job import heldout_prompts
 from engine.stages.smoke import smoke_folder
-from engine.stages.verdict import HeldOut
 from tests.helpers.architectures import write_model
 from tests.helpers.runs import SMOKE, files
 from tests.helpers.samples import samples_of
@@ -193,7 +193,7 @@ def test_a_whole_run_can_be_resumed_judged_and_exported(tmp_path, cache):
     network = model.load(smoke_folder())
     weights = load_weights(run / "adapters" / "iteration-2", network)
     (record,) = (run / "stages").glob("*-heldout-policy.safetensors")
-    judged = load(record, HeldOut).sampled
+    judged = load(record, Samples)
     groups = packing.groups(heldout_of(run), judged.rollouts)
     own, reference = (
         frozen_forward(network, groups, [], temperature=0.7, memory_budget_bytes=2**20, adapter=w)[1]

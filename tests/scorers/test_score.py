@@ -23,7 +23,7 @@ from engine.rollout.states import States
 from engine.scorers import classifiers, heads, training
 from engine.scorers.base import Head, Scorers, TextScorer
 from engine.scorers.find import find_scorer, load_scorers
-from engine.scorers.scoring import ReferenceForward, Responses, score, try_out
+from engine.scorers.scoring import ReferenceForward, score, try_out
 from engine.stages.inputs import read_inputs
 
 CPU = torch.device("cpu")
@@ -52,9 +52,8 @@ def world(tiny_folder, tmp_path_factory):
 def scores_of(world, scorers, *, texts=None, **forward):
     """The scores of the world's responses, or of other texts in their place."""
     network, _, prompts, rollouts, decoded = world
-    responses = Responses(prompts=prompts, rollouts=rollouts, texts=texts or decoded)
     forward = ReferenceForward(**{"temperature": 0.8, "memory_budget_bytes": 2**20} | forward)
-    return score(network, scorers, responses, forward)
+    return score(network, scorers, prompts, rollouts, texts or decoded, forward)
 
 
 def fingerprint(tiny_folder):

@@ -17,7 +17,6 @@ from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
-from engine.policy.samples import Samples
 from engine.records import Prompts, ScaledScores, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
@@ -57,15 +56,12 @@ def reference_of(
     """Returns a reference with these scores in units, which asks for nothing but what `changes` says."""
     none_J = torch.zeros(len(limits), dtype=DTYPE)
     reference = Reference(
-        prompts=prompts,
-        sampled=None,
+        samples=replace(samples_of(prompts, None, Scores(**vars(scores))), scaled=scores),
         scoring=ByScorers(units=units, audit_names=[]),
-        scores=scores,
         limits=limits,
         needed_J=none_J,
         aimed=none_J.tolist(),
         aim_J=none_J,
-        lower=None,
     )
     return replace(reference, **changes)
 
@@ -132,7 +128,7 @@ def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
     reference = reference_of(scaled_of(g, r), units_of(1.0), [limit], prompts)
     samples = samples_of(other, None, scores_of(g[:2], r[:2]))
     assert torch.equal(reference.scored(samples).counted_PGJ[1], 4 * g[1])
-    reference = replace(reference, sampled=samples_of(prompts, None, scores_of(g, r)).sampled)
+    reference = replace(reference, samples=samples_of(prompts, None, scores_of(g, r)))
     assert torch.equal(reference.problem[0], r) and torch.equal(reference.problem[1], weighted)
 
 
@@ -233,11 +229,11 @@ def test_a_response_is_unsafe_only_where_its_constraint_looks():
     cost = torch.tensor([[[1.0, -1.0], [-1.0, 0.7]], [[1.0, -1.0], [-1.0, 0.7]]], dtype=DTYPE)
     limits = [Improvement(name="a", value=0.3, on="delicate"), Improvement(name="b", value=0.3)]
     prompts = prompts_of(["delicate", "everyday"])
-    sampled = samples_of(prompts, None, scores_of(-cost))
+    samples = samples_of(prompts, None, scores_of(-cost))
     # The costs are compared in the scorers' units, whatever one unit is in the run.
     units = units_of(2.0, 0.25)
-    reference = reference_of(units.apply(sampled.scores), units, limits, prompts)
-    scored = reference.scored(Samples(prompts=prompts, sampled=sampled.sampled, scores=reference.scores))
+    reference = reference_of(units.apply(samples.scores), units, limits, prompts)
+    scored = reference.scored(replace(samples, scaled=reference.scores))
     assert unsafe_of(scored, (0.0, 0.5)).tolist() == [[True, True], [False, True]]
     assert unsafe_of(scored, (0.0, 0.8)).tolist() == [[True, False], [False, False]]
 
@@ -275,7 +271,7 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     # 0.
     reference = reference_of(old, units, [limit], prompts, needed_J=needed, aimed=[aimed], aim_J=needed)
     rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
-    sampled = samples_of(prompts, rollouts, scores_of(-after[..., None])).sampled
+    samples = samples_of(prompts, rollouts, scores_of(-after[..., None]))
     taken, logged = {}, []
 
     def one_stage(name, cls, compute):
@@ -288,7 +284,7 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
 
     monkeypatch.setattr("engine.policy.update.ascend", ascend)
     for module in (update, slack):
-        monkeypatch.setattr(module, "sample", lambda *a, **b: (sampled, None))
+        monkeypatch.setattr(module, "sample", lambda *a, **b: samples)
         monkeypatch.setattr(module, "deal_prompts", lambda *a: ([0, 1], [0, 1]))
     monkeypatch.setattr(update, "gap_of", lambda *a: "")
     monkeypatch.setattr(update, "save_weights", lambda *a: None)
