@@ -173,12 +173,12 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
     moved = []
     policy_logprob = evaluate_command.policy_logprob
 
-    def both(subject, phase, prompts, sampled, adapter):
-        logprob = policy_logprob(subject, phase, prompts, sampled, adapter)
-        moved.append(logprob - sampled.scores.ref_logprob_PG)
+    def both(subject, phase, samples, adapter):
+        logprob = policy_logprob(subject, phase, samples, adapter)
+        moved.append(logprob - samples.scores.ref_logprob_PG)
         # The reference is the policy with no adapter: its samples' own log-probs must come back.
-        unmoved = policy_logprob(subject, phase, prompts, sampled, None)
-        torch.testing.assert_close(unmoved, sampled.scores.ref_logprob_PG, rtol=0, atol=1e-4)
+        unmoved = policy_logprob(subject, phase, samples, None)
+        torch.testing.assert_close(unmoved, samples.scores.ref_logprob_PG, rtol=0, atol=1e-4)
         return logprob
 
     monkeypatch.setattr(evaluate_command, "policy_logprob", both)
