@@ -2,8 +2,8 @@
 result: `python -m bench.sm90`.
 
 Prints a table of registers, stack, shared memory and wgmma instructions, and exits 1 where a gate fails.
-Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0; another version
-only reports it.
+Spills depend on the compiler: the gates hold for triton 3.6.0, whose stack column must be 0;
+another version only reports it.
 """
 
 import itertools
@@ -99,11 +99,11 @@ def _switched(bias: bool, softcap: bool) -> str:
 
 
 def decode_kernels() -> list[Kernel]:
-    """Lists the kernels of decode attention: every tile of the rules, with 4 query heads a key head and up to
-    256 prompts.
+    """Lists the kernels of decode attention: every tile of the rules, with 4 query heads a key
+    head and up to 256 prompts.
 
-    Heads have 64, 128 and 256 numbers. Products of 16 queries are mma.sync, and in float32 they use no tensor
-    core.
+    Heads have 64, 128 and 256 numbers. Products of 16 queries are mma.sync,
+    and in float32 they use no tensor core.
     """
     listed = []
     for dtype, width, extra in itertools.product(DTYPES, (64, 128, 256), (False, True)):
@@ -133,8 +133,8 @@ def decode_kernels() -> list[Kernel]:
 
 
 def sampling_kernels() -> list[Kernel]:
-    """Lists the kernels of sampling from real vocabularies, of up to 64 parts: plain, greedy, and with top-k,
-    top-p or both."""
+    """Lists the kernels of sampling from real vocabularies, of up to 64 parts: plain, greedy,
+    and with top-k, top-p or both."""
     listed = []
     for dtype in DTYPES:
         for greedy, truncated in ((False, False), (True, False), (False, True)):
@@ -154,8 +154,8 @@ def sampling_kernels() -> list[Kernel]:
 
 
 def layer_kernels() -> list[Kernel]:
-    """Lists the kernels between a layer's products: states of 576, 4096 and 8192 numbers, 12 heads of 64 and
-    40 heads of 128."""
+    """Lists the kernels between a layer's products: states of 576, 4096 and 8192 numbers,
+    12 heads of 64 and 40 heads of 128."""
     listed = []
     for dtype in DTYPES:
         for width, add in itertools.product((576, 4096, 8192), (False, True)):
@@ -186,8 +186,8 @@ def _single(kernel: Kernel) -> Kernel:
 
 
 def compiled(kernel: Kernel) -> dict[str, int]:
-    """Compiles a kernel; returns registers a thread, stack bytes (spills), shared bytes and wgmma
-    instructions."""
+    """Compiles a kernel; returns registers a thread, stack bytes (spills),
+    shared bytes and wgmma instructions."""
     names = kernel.function.arg_names
     signature = {name: _type(kernel, name) for name in names}
     aligned = [i for i, name in enumerate(names) if name.startswith("p_") or name in STRIDES]

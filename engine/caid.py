@@ -1,14 +1,14 @@
-"""CAID (arXiv 2505.19387, Algorithms 2 and 3): alternate a policy update that maximises the Lagrangian with
-dual descent.
+"""CAID (arXiv 2505.19387, Algorithms 2 and 3): alternate a policy update that maximises
+the Lagrangian with dual descent.
 
-Where the paper is silent, this is decided: the multipliers start at the one-shot optimum, so the literal step
-at t = 0 is left out; one adapter and its optimizer go on through all iterations; the reference stays the
-original model; labels are drawn afresh in every step; the improvement is measured against each prompt's own
-reference samples; the dual step is half the inverse Hessian at the warm start, with a cap on the change, as a
-policy of few steps lags behind lambda; the last iterate is the result, and no dual step follows it. An update
-learns from the reference's samples that the dual is solved on, in Algorithm 3 too, where the paper takes the
-preference set's pairs: --pairs with that file does so, --pairs policy takes fresh samples of the last
-iterate.
+Where the paper is silent, this is decided: the multipliers start at the one-shot optimum,
+so the literal step at t = 0 is left out; one adapter and its optimizer go on through all iterations;
+the reference stays the original model; labels are drawn afresh in every step; the improvement is measured
+against each prompt's own reference samples; the dual step is half the inverse Hessian at the warm start,
+with a cap on the change, as a policy of few steps lags behind lambda; the last iterate is the result,
+and no dual step follows it. An update learns from the reference's samples that the dual is solved on,
+in Algorithm 3 too, where the paper takes the preference set's pairs: --pairs with that file does so, --pairs
+policy takes fresh samples of the last iterate.
 """
 
 from torch import Tensor
@@ -48,8 +48,8 @@ def loop(stages: Stages, config: CaidConfig):
 
 
 def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, config: CaidConfig) -> Tensor:
-    """Returns the next multipliers from the rows (lambda, slack, standard error) so far, by the step that the
-    config names.
+    """Returns the next multipliers from the rows (lambda, slack, standard error) so far,
+    by the step that the config names.
 
     See `engine.dual` for the steps. No multiplier is moved by a slack within one standard error. Beyond it
     newton, the paper's step, takes the slack as it was measured, as half a step averages noise already; the

@@ -1,5 +1,5 @@
-"""`python -m engine.evaluate RUN [flags]`: judge an iterate of a run on held-out prompts, with fresh
-responses.
+"""`python -m engine.evaluate RUN [flags]`: judge an iterate of a run on held-out
+prompts, with fresh responses.
 
 Reference and policy answer the same prompts with the run's own sampling settings; units and thresholds are
 those that the run fixed. To the run's verdict this adds the slack, scorers that the run did not know, how
@@ -55,8 +55,8 @@ USAGE = (
 
 
 class Phase:
-    """Gives sampling what it asks of a stage (`engine.run.store.Stage`), where nothing is saved: progress.
-    Ctrl-C stops at once."""
+    """Gives sampling what it asks of a stage (`engine.run.store.Stage`), where nothing is saved:
+    progress. Ctrl-C stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
         self.name, self.logprob_gap = (
@@ -67,7 +67,7 @@ class Phase:
         display.stage(number, name)
 
     def log(self, row: Row) -> None:
-        """Prints and keep what `engine.stages.sampling.log_gap` found, the only row of sampling."""
+        """Prints and keeps what `engine.stages.sampling.log_gap` found, the only row of sampling."""
         assert isinstance(row, SampledRow)
         self.logprob_gap = row.logprob_gap
         self._display.line(f"{self.name}: {gap_text(row)}")
@@ -199,8 +199,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
 
 
 def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, Path]:
-    """Judges an iterate of `run` and writes evaluation.json and heldout.jsonl; returns what was found, and
-    their folder.
+    """Judges an iterate of `run` and writes evaluation.json and heldout.jsonl;
+    returns what was found, and their folder.
 
     Raises: UserError, before any compute unless a scorer fails.
     """
@@ -288,8 +288,8 @@ def _hash(prompts: Prompts) -> str:
 
 
 def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
-    """Counts the final verdicts that these prompts have given on the run. own: the prompts of the run's own
-    verdict."""
+    """Counts the final verdicts that these prompts have given on the run.
+    own: the prompts of the run's own verdict."""
     paths = RunFolder(run)
     known = [_hash(own)] if paths.evaluation.is_file() else []
     if paths.judged.is_file():
@@ -435,8 +435,8 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
 
 
 def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
-    """Adds units of audits that the run did not know, measured on the reference's responses, to the run's
-    units."""
+    """Adds units of audits that the run did not know, measured on the reference's
+    responses, to the run's units."""
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name

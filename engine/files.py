@@ -68,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Gives a temporary folder to write into and rename it to `out` at the end.
+    """Gives a temporary folder to write into and renames it to `out` at the end.
 
     After an error or Ctrl-C the temporary folder is removed, and there is no `out`.
     Raises: UserError where no folder can be made there, or where `out` has appeared in the meantime.
@@ -93,8 +93,8 @@ def _cannot_be_made(out: Path, error: OSError) -> UserError:
 
 
 def read_json(path: Path, *, cure: str) -> dict:
-    """Reads the object in a JSON file. `cure` ends the error message: what the user does about a damaged
-    file.
+    """Reads the object in a JSON file. `cure` ends the error message:
+    what the user does about a damaged file.
 
     Raises: UserError where the file cannot be read, is not JSON, or is not one object.
     """

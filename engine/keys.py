@@ -25,14 +25,14 @@ def fresh(iteration: int) -> int:
 
 
 def preference(number: int) -> int:
-    """Keys the labels and the order of prompts of the policy aligned to preference `number` (0 is the
-    reward)."""
+    """Keys the labels and the order of prompts of the policy aligned to preference
+    `number` (0 is the reward)."""
     return 2_000_000 + number
 
 
 def selection(number: int) -> int:
-    """Keys the responses of the iterate that is tried as `number` (from 2) when the best feasible one is
-    chosen."""
+    """Keys the responses of the iterate that is tried as `number` (from 2) when
+    the best feasible one is chosen."""
     return SELECTION_REFERENCE - number
 
 

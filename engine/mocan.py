@@ -1,5 +1,5 @@
-"""MoCAN (arXiv 2405.19544, Algorithm 1): solve the smooth dual once from reference samples, then align once
-at that lambda.
+"""MoCAN (arXiv 2405.19544, Algorithm 1): solve the smooth dual once from reference samples,
+then align once at that lambda.
 
 Decided here: the dual is solved by projected Newton steps, which end at the optimum of the paper's projected
 gradient; the policy is fitted in the label form of `config.labels`, and labels that are drawn are drawn
@@ -14,8 +14,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: MocanConfig, *, resume: str | None = None) -> Result:
-    """Runs MoCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a
-    run to go on with.
+    """Runs MoCAN; returns the run folder, the held-out verdict and the multipliers.
+    `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """

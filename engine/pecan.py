@@ -1,5 +1,5 @@
-"""PeCAN (arXiv 2405.19544, Algorithm 2): MoCAN on log-ratios of policies that were aligned to preferences
-(`engine.stages.preference`).
+"""PeCAN (arXiv 2405.19544, Algorithm 2): MoCAN on log-ratios of policies that were aligned
+to preferences (`engine.stages.preference`).
 
 Decided here: the last alignment learns from the reference's samples, as MoCAN's does; the paper's learns from
 the pairs of the preference set, which --pairs with that file does.
@@ -12,8 +12,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: PecanConfig, *, resume: str | None = None) -> Result:
-    """Runs PeCAN; returns the run folder, the held-out verdict and the multipliers. `resume`: the folder of a
-    run to go on with.
+    """Runs PeCAN; returns the run folder, the held-out verdict and the multipliers.
+    `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """

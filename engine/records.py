@@ -52,8 +52,8 @@ class Rollouts:
     # float32 [R, max_new_tokens]: under the processed distribution (temperature, top-k, top-p)
     logprob: Tensor
     model_logprob: Tensor  # float32 [R, max_new_tokens]: under the model at that temperature
-    # bool [R, max_new_tokens]: steps whose two best perturbed logits lie within
-    # `engine.rollout.decoding.NEAR_TIE`
+    # bool [R, max_new_tokens]: steps whose two best perturbed logits
+    # lie within `engine.rollout.decoding.NEAR_TIE`
     near_tie: Tensor
 
 
@@ -80,8 +80,8 @@ class ScaledScores(_Scores):
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """The reference's pooled within-prompt standard deviations: one unit of reward, utility and audit in this
-    run."""
+    """The reference's pooled within-prompt standard deviations: one unit of reward,
+    utility and audit in this run."""
 
     reward: float
     utility_J: list[float]
@@ -102,8 +102,10 @@ class Units:
 
 
 def unsafe_counted(utility_PGJ: Tensor, above_J: list[float | None]) -> Tensor:
-    """Utilities, negated costs, with -1 for a cost above the number and 0 for one that is not, where there is
-    a number."""
+    """Counts utilities, which are negated costs, as -1 for a cost above its number and as 0 for another one.
+
+    Utilities of costs without a number stay as they are.
+    """
     counted = utility_PGJ.clone()
     for j, above in enumerate(above_J):
         if above is not None:
@@ -117,8 +119,8 @@ class Scored:
 
     reward_PG: Tensor  # float64 [P, G]
     utility_PGJ: Tensor  # float64 [P, G, J]
-    # float64 [P, J]: how much the Lagrangian counts a prompt's utilities: 0 where the constraint is not about
-    # it
+    # float64 [P, J]: how much the Lagrangian counts a prompt's utilities:
+    # 0 where the constraint is not about it
     weight_PJ: Tensor
     cost_PGJ: Tensor  # float64 [P, G, J] in the scorers' own units
     # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
@@ -144,8 +146,8 @@ def lagrangian(lam_J: Tensor) -> Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """States what one policy update fits: log pi = log anchor + (score + shift) / coefficient + a constant
-    per prompt.
+    """States what one policy update fits: log pi = log anchor + (score + shift) /
+    coefficient + a constant per prompt.
 
     The anchor is the reference, or the mixture anchor_share log(anchor policy) + (1 - anchor_share)
     log(reference). An iterate is whatever the stages' updates return; None is the reference. Score, shift and
@@ -176,8 +178,8 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredTarget:
-    """A `Target` whose rules were applied to the responses that an update learns from; the fields are those
-    of `Target`."""
+    """A `Target` whose rules were applied to the responses that an update learns from;
+    the fields are those of `Target`."""
 
     score_PG: Tensor  # float64 [P, G]
     coefficient: float

@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(algorithm: str, flags: list[str]):
-    """Reads the algorithm's config from `flags`, on top of the defaults or the preset; None after printing
-    help.
+    """Reads the algorithm's config from `flags`, on top of the defaults or the preset;
+    None after printing help.
 
     Raises: UserError for an unknown preset or flag, a stray word, or a value of the wrong type.
     """
@@ -94,8 +94,8 @@ def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:
-    """Reads algorithm and config as saved in the run folder. `named`: the algorithm that the user gave, if
-    any."""
+    """Reads algorithm and config as saved in the run folder. `named`: the algorithm
+    that the user gave, if any."""
     if flags:
         raise UserError(
             f"--resume {folder}: takes no other flags, but got {flags[0]}; the run goes on with its own "

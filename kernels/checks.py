@@ -1,5 +1,5 @@
-"""Checks of arguments that all public ops share: every ValueError names the argument, its value and what is
-accepted.
+"""Checks of arguments that all public ops share: every ValueError names the argument,
+its value and what is accepted.
 
 Shapes, dtypes and devices are always checked. Values of tensors are read on the CPU, and on a GPU only with
 `debug=True`, because reading them makes the host wait for the device.
@@ -25,8 +25,8 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     devices: tuple[torch.device, ...] | None,
 ) -> None:
-    """Raises ValueError unless `value` is a tensor of this shape, one of these dtypes and one of these
-    devices.
+    """Raises ValueError unless `value` is a tensor of this shape, one of these
+    dtypes and one of these devices.
 
     None in place of a length or of the devices accepts any.
     """

@@ -1,5 +1,5 @@
-"""The compiled module of csrc/, where it was built, and how this make of processor multiplies float32
-matrices.
+"""The compiled module of csrc/, where it was built, and how this make of processor
+multiplies float32 matrices.
 """
 
 import logging

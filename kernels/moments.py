@@ -45,8 +45,9 @@ def dual_moments(
     - utility_mean [J] or a number is subtracted from the utility (default: its mean over P and G), and so is
       threshold [J] or a number (default 0).
 
-    Returns float64 tensors without gradients: `.value`, `.gradient` [J] (above 0 means slack), `.hessian` [J,
-    J], `.ess` [P] (effective number of responses). Raises ValueError for arguments that cannot be used.
+    Returns float64 tensors without gradients: `.value`, `.gradient` [J] (above 0 means slack),
+    `.hessian` [J, J], `.ess` [P] (effective number of responses). Raises ValueError for
+    arguments that cannot be used.
     """
     levels = _check(reward_PG, utility_PGJ, lam_J, beta, utility_mean, threshold)
     return DualMoments(*dual_moments_op(reward_PG, utility_PGJ, lam_J, float(beta), *levels))

@@ -4,9 +4,9 @@ For float32 on a CPU compiled code (csrc/products.cpp) makes them, except on Int
 faster at many rows. A few rows read the matrix once, as fast as memory gives it; more rows take it in panels
 of columns. `kernels.compiled.Make` says which way goes when.
 
-The terms of a panel's sums are added up 128 at a time, so that rounding errors are as small as MKL's. oneDNN
-adds more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10 times in a
-gradient (LOG.md).
+The terms of a panel's sums are added up 128 at a time, so that rounding errors are as small as MKL's.
+oneDNN adds more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10
+times in a gradient (LOG.md).
 """
 
 import torch
@@ -106,8 +106,8 @@ def panels(
     """Does what `few_rows` does for many rows, with AVX2 or AVX-512 and sums in another order.
 
     - weight or its transpose is contiguous.
-    - out: a contiguous matrix for the product. With `add` the product is added to it, 1024 terms of each sum
-      at a time.
+    - out: a contiguous matrix for the product. With `add` the product is added to it,
+      1024 terms of each sum at a time.
     """
     out = x.new_empty(len(x), len(weight)) if out is None else out
     turned = not weight.is_contiguous()

@@ -133,8 +133,8 @@ def lagrangian_policy_loss(
     normalize: str = "token",
     **options,
 ) -> PolicyLoss:
-    """Returns the mean of -min(rho A, clip(rho) A) + kl_coef KL over tokens (PPO: Schulman et al. 2017, eq.
-    7).
+    """Returns the mean of -min(rho A, clip(rho) A) + kl_coef KL over tokens
+    (PPO: Schulman et al. 2017, eq. 7).
 
     rho = exp(log p - old); with d = ref - log p the KL term is d^2 / 2 (k2) or exp(d) - d - 1 (k3; Schulman
     2020). options: those of `sequence_logprob`.
@@ -170,9 +170,9 @@ def lagrangian_policy_loss(
 def group_advantage(group: Tensor, reward: Tensor, utility: Tensor, lam: Tensor, advantage: str) -> Tensor:
     """Returns the advantage of each sequence within its group, float64 [N].
 
-    "rloo": s_n - mean of the others' s (Ahmadian et al. 2024). "group_norm": the sum of reward and of each
-    lam_j utility_j, each standardised in its group (Shao et al. 2024), 0 where all are equal. A group of one
-    gives 0.
+    "rloo": s_n - mean of the others' s (Ahmadian et al. 2024). "group_norm": the sum of reward
+    and of each lam_j utility_j, each standardised in its group (Shao et al. 2024), 0 where all are
+    equal. A group of one gives 0.
     """
     reward, utility, lam = reward.double(), utility.double(), lam.double()
     result = torch.zeros_like(reward)
@@ -210,8 +210,8 @@ def dual_moments(
 ) -> DualMoments:
     """Returns (beta / P) sum_p ln mean_i exp((r + lam . g') / beta) and its derivatives in lam, by autograd.
 
-    g' = g - utility_mean - threshold; the mean defaults to that over prompts and responses, the threshold to
-    0.
+    g' = g - utility_mean - threshold; the mean defaults to that over prompts
+    and responses, the threshold to 0.
     """
     reward, utility = reward_PG.double(), utility_PGJ.double()
     utility = utility - (utility.mean((0, 1)) if utility_mean is None else utility_mean)
@@ -231,12 +231,12 @@ def dual_moments(
 def sample(
     logits: Tensor, arrival: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the token with the largest mass / arrival, and its log-prob among the tokens kept and among
-    all.
+    """Returns the token with the largest mass / arrival, and its log-prob among
+    the tokens kept and among all.
 
-    arrival [R, V]: exponential numbers; `kernels.sample` takes those of its keys. The top_k likeliest tokens
-    are kept (0: all), then the fewest of these that hold top_p of their mass, the likelier ones and lower
-    indices first.
+    arrival [R, V]: exponential numbers; `kernels.sample` takes those of its keys.
+    The top_k likeliest tokens are kept (0: all), then the fewest of these that hold top_p of their mass,
+    the likelier ones and lower indices first.
     """
     p = (logits.double() / temperature).softmax(1)
     ordered, order = p.sort(dim=1, descending=True, stable=True)

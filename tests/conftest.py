@@ -27,7 +27,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of the session's own: no test touches the user's."""
+    """Gives the session a cache folder of its own, so that no test touches the user's."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder
@@ -35,8 +35,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_measurement() -> None:
-    """Measures the machine's speed once in each process, not in each run: it takes half a second of
-    computing, and only the estimate of a run's time depends on it."""
+    """Measures the machine's speed once in each process, not in each run.
+
+    A measurement takes half a second of computing, and only the estimate of a run's time depends on it.
+    """
     from engine.run import plan
 
     plan.matmul_rate = functools.cache(plan.matmul_rate)
@@ -44,8 +46,10 @@ def one_measurement() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Fails a test that leaves several threads to the tests after it, as a run without --threads 1 does: two
-    processes with two threads each on two cores wait for each other most of the time."""
+    """Fails a test that leaves several threads to the tests after it, as a run without --threads 1 does.
+
+    Two processes with two threads each on two cores wait for each other most of the time.
+    """
     yield
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -54,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=compiled.MAKES)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> compiled.Make:
-    """Each make of processor in turn; one whose instructions this processor lacks is skipped."""
+    """Pretends each make of processor in turn; skips one whose instructions this processor lacks."""
     make = compiled.MAKES[request.param]
     if make.instructions not in (None, *compiled.instructions):
         pytest.skip(f"this processor does not run {make.instructions}")
@@ -64,5 +68,5 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the compiled module was not built."""
+    """Pretends that the compiled module was not built."""
     monkeypatch.setattr(compiled, "make", compiled.MAKES["none"])

@@ -1,10 +1,10 @@
-"""Run GPU tests without a GPU: `python tests/pretended_gpu.py [arguments of pytest]`; without arguments those
-that end soon.
+"""Runs GPU tests without a GPU: `python tests/pretended_gpu.py [arguments of pytest]`.
 
-Tensors say that they are on cuda:0 while the CPU does their work, and Triton interprets its kernels. What a
-GPU would refuse is refused: operands on two devices, and, where `torch.cuda.set_sync_debug_mode` watches or a
-graph is captured, whatever makes the host wait. A captured graph is the list of its operations, replayed into
-the same memory. Of a GPU's memory, time, streams and rounding nothing is pretended.
+Without arguments those tests run that end soon. Tensors say that they are on cuda:0 while the CPU does
+their work, and Triton interprets its kernels. What a GPU would refuse is refused: operands on two devices,
+and, where `torch.cuda.set_sync_debug_mode` watches or a graph is captured, whatever makes the host wait.
+A captured graph is the list of its operations, replayed into the same memory. A GPU's memory, time,
+streams and rounding are not pretended.
 """
 
 import os
@@ -73,7 +73,7 @@ def bare(x: object) -> object:
 
 
 def wait(what: object) -> None:
-    """Raises: RuntimeError where the host must not wait."""
+    """Checks that the host may wait. Raises: RuntimeError where it must not."""
     if state.watched or state.graph:
         raise RuntimeError(f"the host waits for the GPU in {what}")
 
@@ -110,7 +110,7 @@ def capture(graph: Graph):
 
 
 def do(step: Callable[[], object], writes: list[Tensor]) -> object:
-    """Work that only writes what is there already."""
+    """Does work that only writes what is there already, and notes it where a graph is captured."""
     if state.graph:
         state.graph.will_write(writes)
         state.graph.steps.append(step)
@@ -118,7 +118,7 @@ def do(step: Callable[[], object], writes: list[Tensor]) -> object:
 
 
 def operate(function, args: tuple, kwargs: dict) -> object:
-    """One operator of torch on pretended tensors and others."""
+    """Does one operator of torch on pretended tensors and others."""
     space, name = function.name().split("::")
     name = name.split(".")[0]
     if space == "dualign":
@@ -161,7 +161,7 @@ def operate(function, args: tuple, kwargs: dict) -> object:
 
 
 def wide_product(*operands, out: Tensor | None = None, **kwargs) -> Tensor:
-    """mm and addmm of 16 bits with float32 output, which a CPU has not."""
+    """Multiplies 16-bit matrices as mm and addmm with float32 output do, which a CPU lacks."""
     a, b = [x for x in operands if isinstance(x, Tensor)][-2:]
     assert (
         a.dtype == b.dtype
@@ -191,7 +191,7 @@ def custom_ops() -> dict[str, CustomOpDef]:
 
 
 class Up(torch.autograd.Function):
-    """A tensor on the CPU -> a pretended one."""
+    """Turns a tensor on the CPU into a pretended one."""
 
     @staticmethod
     def forward(ctx, x, dtype):
@@ -204,7 +204,7 @@ class Up(torch.autograd.Function):
 
 
 class Down(torch.autograd.Function):
-    """And back."""
+    """Turns a pretended tensor back into one on the CPU."""
 
     @staticmethod
     def forward(ctx, x, dtype):
@@ -248,7 +248,7 @@ class Devices(TorchFunctionMode):
 def moved(
     function, x: Tensor, *rest, non_blocking: bool = False, copy: bool = False, device=None, dtype=None
 ) -> Tensor:
-    """Tensor.to, .cpu and .cuda."""
+    """Moves a tensor as Tensor.to, .cpu and .cuda do."""
     device = {Tensor.cpu: "cpu", Tensor.cuda: "cuda"}.get(function, device)
     for value in rest:
         if isinstance(value, str | torch.device):
@@ -283,7 +283,7 @@ def set_items(target: Pretended, index, value) -> None:
 
 
 class Launch:
-    """A kernel of Triton's, interpreted."""
+    """A kernel of Triton's that is launched in the interpreter."""
 
     def __init__(self, kernel: object) -> None:
         self.kernel = kernel
@@ -303,7 +303,7 @@ class Launch:
 def varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ) -> Tensor:
-    """torch 2.11's, run by run."""
+    """Attends as torch 2.11's varlen_attn does, run by run."""
     from tests.helpers.attention import by_runs
 
     assert (
@@ -322,14 +322,14 @@ def varlen_attn(
 
 
 class Generator(torch.Generator):
-    """On the CPU wherever it is asked for."""
+    """A generator that is on the CPU wherever it is asked for."""
 
     def __new__(cls, device="cpu"):
         return super().__new__(cls, "cpu")
 
 
 class Profile:
-    """Of copies to the host alone."""
+    """A profile of copies to the host alone."""
 
     def __init__(self, **options) -> None:
         pass
@@ -349,7 +349,7 @@ class Profile:
 
 
 def pretend() -> None:
-    """From now on there is a GPU in this process."""
+    """Makes this process believe that it has a GPU from now on."""
     import torch.nn.attention.varlen as varlen
 
     from kernels.attention import decode_triton

@@ -20,17 +20,17 @@ _TESTS = re.compile(r"^#+ Tests\n(?:(?!#).*\n)*?```bash\n((?:.*\n)*?)```$", re.M
 
 
 def pages() -> list[Path]:
-    """Return README.md and every page in docs/, in a fixed order."""
+    """Returns README.md and every page in docs/, in a fixed order."""
     return [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def marked_blocks(text: str) -> list[tuple[str, str]]:
-    """Return (language, code) of the blocks to run."""
+    """Returns (language, code) of the blocks to run."""
     return _MARKED.findall(text)
 
 
 def suite_command(text: str) -> str:
-    """Return the bash block under the heading "Tests". Raises: ValueError where there is none."""
+    """Returns the bash block under the heading "Tests". Raises: ValueError where there is none."""
     found = _TESTS.search(text)
     if found is None:
         raise ValueError('README.md has no bash block under a heading "Tests"')
@@ -38,8 +38,7 @@ def suite_command(text: str) -> str:
 
 
 def run_blocks(text: str, name: str) -> bool:
-    """Run a page's blocks in a fresh folder; returns whether all of them ended well, and names the page if
-    not."""
+    """Runs a page's blocks in a fresh folder; tells whether all ended well, and names the page if not."""
     with tempfile.TemporaryDirectory() as folder:
         for language, code in marked_blocks(text):
             print(f"--- {name}: {language}\n{code}", flush=True)
@@ -53,7 +52,7 @@ def run_blocks(text: str, name: str) -> bool:
 
 
 def main() -> int:
-    """Run the command line and return its exit code."""
+    """Runs the command line and returns its exit code."""
     if sys.argv[1:] == ["--test-command"]:
         print(suite_command(README.read_text(encoding="utf-8")))
         return 0

@@ -1,5 +1,5 @@
-"""engine.files: JSON that is refused with its place, lines cut by a killed process, folders that appear
-whole."""
+"""engine.files: JSON that is refused with its place, lines cut by a killed process,
+folders that appear whole."""
 
 import pytest
 

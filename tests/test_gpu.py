@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, dict]:
-    """Everything on the GPU, but cu_seqlens and pairs, from which the plan is made, only with
-    `lengths_too`."""
+    """Puts everything on the GPU; cu_seqlens and pairs, from which the plan is made,
+    go only with `lengths_too`."""
     stay = () if lengths_too else ("cu_seqlens", "pairs")
     return tuple({k: v if k in stay else v.cuda() for k, v in values.items()} for values in (data, labels))
 
@@ -40,8 +40,8 @@ def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, d
 @pytest.mark.parametrize("chunk", [None, 12])
 @pytest.mark.parametrize("lengths_too", [False, True])
 def test_preference_loss_against_float64(dtype, vocabulary, width, chunk, lengths_too):
-    """tests/kernels/test_hard_cases.py runs on the GPU too; here are real vocabularies, and lengths and pairs
-    that lie there."""
+    """tests/kernels/test_hard_cases.py runs on the GPU too; here vocabularies are real,
+    and lengths and pairs lie on the GPU."""
     data, labels = problem(dtype, vocabulary=vocabulary, width=width, bias=True, weighted=True)
     there, there_labels = on_gpu(data, labels, lengths_too)
     budget = None if chunk is None else budget_of(there, chunk)
@@ -60,7 +60,7 @@ def test_preference_loss_against_float64(dtype, vocabulary, width, chunk, length
 
 
 def test_forward_only_in_bfloat16():
-    """The Triton matrix kernel that stores no logits (D up to 1024)."""
+    """The Triton matrix kernel that stores no logits does this, for D up to 1024."""
     data, _ = problem(torch.bfloat16, vocabulary=32001, width=576)
     there, _ = on_gpu(data, {})
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_forward_only_in_bfloat16():
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
 @pytest.mark.parametrize("chunk", [None, 12])
 def test_the_host_never_waits(needs, chunk):
-    """Nor is anything copied back to it."""
+    """Nothing is copied back to the host either."""
     data, labels = on_gpu(*problem(torch.bfloat16, vocabulary=1000, width=64))
     group = torch.arange(10).cuda() % 3
     budget = None if chunk is None else budget_of(data, chunk)
@@ -123,8 +123,8 @@ def test_twenty_runs_are_bitwise_equal(dtype, chunk):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["preference", "policy"])
 def test_memory_stays_within_the_budget(op, needs, dtype):
-    """As on the CPU; the gradient in the states counts twice, as the loss is scaled there always. The
-    allocator rounds up."""
+    """It does as on the CPU. The gradient in the states counts twice, as the loss is always scaled there,
+    and the allocator rounds up."""
     lengths = (400, 600, 200, 200, 800, 800)
     data, labels = on_gpu(
         *problem(dtype, lengths, torch.tensor([[0, 1], [2, 3], [4, 5]]), vocabulary=32001, width=64)
@@ -199,7 +199,7 @@ def test_a_captured_graph_takes_a_new_lambda():
 @pytest.mark.parametrize("width,heads,kv_heads", [(64, 9, 3), (80, 4, 4), (128, 16, 2), (256, 8, 1)])
 @pytest.mark.parametrize("options", OPTIONS[:1] + [{"window": 300}, {"softcap": 5.0, "window": 20}], ids=str)
 def test_decode_attention_against_float64(dtype, width, heads, kv_heads, options):
-    """Both block sizes of queries: prompts of one row, of none, of 8 and of 40."""
+    """Queries come in both block sizes, from prompts with no row, one, 8 and 40."""
     for groups in ((1, 0, 1), (8, 0, 40)):
         data = decode_problem(
             groups, (700, 9, 130), heads, kv_heads, width, room=200, used=131, dtype=dtype, device="cuda"
@@ -239,7 +239,7 @@ def test_a_captured_decode_step_takes_new_counts_rows_and_caches():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows, width", [(1, 2), (7, 577), (300, 4096)])
 def test_norm_rotation_and_gate_against_float64(rows, width, dtype):
-    """Both without a gradient, by Triton, and as torch does it."""
+    """They run without a gradient, by Triton, and as torch does it."""
     g = torch.Generator().manual_seed(0)
     x, delta, weight = (
         torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (rows, width), (width,))
@@ -362,8 +362,8 @@ SAMPLING = dict(n=12, max_new_tokens=30, temperature=0.9, seed=5, stop_token_ids
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_packed_attention_by_runs_against_float64(name, how, dtype):
-    """Fewer heads of keys than of queries, runs whose queries are the last of their keys, runs without
-    queries; and the gradients."""
+    """There are fewer heads of keys than of queries, runs whose queries are the last of their keys,
+    and runs without queries; the gradients are checked too."""
     layout = LAYOUTS[name]().windowed(how.get("window"))
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(len(layout.position), heads, 64, generator=g).to(dtype) for heads in (6, 2, 2)]
@@ -383,8 +383,8 @@ def test_packed_attention_by_runs_against_float64(name, how, dtype):
 
 
 def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
-    """Rows end at different steps, so that graphs are captured again; tokens may part only where rounding
-    decides."""
+    """Rows end at different steps, so that graphs are captured again;
+    tokens may part only where rounding decides."""
     there, here = load(tiny_folder, device="cuda"), load(tiny_folder)
     adapter, other = (Adapter.on(model, rank=2, alpha=4.0, share=0.5, seed=0) for model in (there, here))
     with torch.no_grad():

@@ -12,8 +12,10 @@ PROGRAMS = {"pretended_gpu.py"}
 
 
 def imported_tests(source: str) -> set[str]:
-    """The test modules that a source imports anywhere in it, by absolute or relative imports, also inside
-    functions."""
+    """Lists the test modules that a source imports anywhere in it.
+
+    Imports may be absolute or relative, and may stand inside functions.
+    """
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

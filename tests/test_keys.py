@@ -13,7 +13,7 @@ UPDATES = range(2 * ITERATIONS + 1)
 
 
 def purposes_of_samples() -> dict[str, int]:
-    """Every purpose of a run and of its evaluation that is combined with the seed alone."""
+    """Lists every purpose of a run and of its evaluation that is combined with the seed alone."""
     return {
         **{name: value for name, value in vars(keys).items() if name.isupper() and isinstance(value, int)},
         **{f"slack {t}": keys.slack(t) for t in UPDATES if t},

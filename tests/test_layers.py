@@ -35,7 +35,7 @@ LEVELS = {
 
 
 def modules(package: str) -> dict[str, Path]:
-    """Dotted name -> file of every module of a package."""
+    """Finds every module of a package; returns its file by dotted name."""
     found = {}
     for file in sorted((ROOT / package).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
@@ -47,7 +47,7 @@ MODULES = modules("engine") | modules("kernels")
 
 
 def imports(name: str, source: str) -> set[str]:
-    """The modules of this project that a module imports anywhere in it, also inside functions."""
+    """Lists the modules of this project that a module imports anywhere in it, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ IMPORTS = {name: imports(name, file.read_text(encoding="utf-8")) for name, file 
 
 
 def part(module: str) -> str:
-    """The file or package of engine/ or kernels/ that a module belongs to."""
+    """Names the file or package of engine/ or kernels/ that a module belongs to."""
     return module.split(".")[1]
 
 

@@ -23,8 +23,10 @@ def requirement_name(requirement: str) -> str:
 
 
 def run_with_other_kernels(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Python with another package `kernels` first on its path; -S keeps an editable install's import hook out
-    of the way."""
+    """Runs Python with another package `kernels` first on its path.
+
+    -S keeps an editable install's import hook out of the way.
+    """
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
@@ -132,7 +134,7 @@ def name_of(page: Path) -> str:
 
 
 def headings(text: str) -> set[str]:
-    """Return the anchors that GitHub gives to a page's headings."""
+    """Returns the anchors that GitHub gives to a page's headings."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return {
         re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

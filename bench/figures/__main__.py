@@ -1,10 +1,10 @@
 """Asks what one-shot multipliers depend on, whether their predictions come true, and how well scores are
 calibrated as preferences.
 
-`python -m bench.figures SAMPLES [RUN ...] [--preference RUN]` computes it from stored scores alone; nothing
-is sampled. SAMPLES is a run folder with reference samples (any run, or a sweep's samples-seedSEED); the
-predictions for each RUN come from its samples. Writes docs/figures.md, figures.json and two or three
-pictures.
+`python -m bench.figures SAMPLES [RUN ...] [--preference RUN]` computes it from stored scores alone;
+nothing is sampled. SAMPLES is a run folder with reference samples (any run, or a sweep's samples-seedSEED);
+the predictions for each RUN come from its samples. Writes docs/figures.md, figures.json
+and two or three pictures.
 
 1. lambda* of random subsets of the prompts, and of the responses, at the run's thresholds: its spread, the
    delta-method interval (arXiv 2405.19544 has no interval), and the bias of few responses.

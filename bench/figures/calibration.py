@@ -18,8 +18,8 @@ BINS = 10
 
 
 def reliability(predicted_N: Tensor, truth_N: Tensor, bins: int = BINS) -> dict:
-    """Compares predicted and true probabilities that the first response of a pair is preferred, in bins of
-    equally many pairs.
+    """Compares predicted and true probabilities that the first response of a pair is preferred,
+    in bins of equally many pairs.
 
     Returns the mean predicted and mean true ones, their mean distance (the expected calibration error), and
     how often both prefer the same response.
@@ -37,8 +37,8 @@ def reliability(predicted_N: Tensor, truth_N: Tensor, bins: int = BINS) -> dict:
 
 
 def pair_differences(score_PG: Tensor) -> Tensor:
-    """Returns the score of one response minus that of another, for all pairs of a prompt in both orders: [P G
-    (G - 1)]."""
+    """Returns the score of one response minus that of another, for all pairs of a prompt
+    in both orders: [P G (G - 1)]."""
     G = score_PG.shape[1]
     others = ~torch.eye(G, dtype=torch.bool)
     return (score_PG[:, :, None] - score_PG[:, None, :])[:, others].flatten().double()
@@ -47,9 +47,9 @@ def pair_differences(score_PG: Tensor) -> Tensor:
 def judge_preferences(folder: Path) -> list[dict]:
     """Judges scores of a run on preference scores as predictions of preferences.
 
-    Unless they are those of a file, the labels of its alignment were drawn from its scorers, which are the
-    truth for the log-ratios. An audit with the name of a cost is an annotator that neither the scorer nor the
-    policy has seen.
+    Unless they are those of a file, the labels of its alignment were drawn from its scorers,
+    which are the truth for the log-ratios. An audit with the name of a cost is an annotator that neither
+    the scorer nor the policy has seen.
     """
     algorithm, config = Run.read_config(folder)
     if not was_by_preference(algorithm, config):

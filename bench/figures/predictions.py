@@ -1,5 +1,5 @@
-"""Predicted improvement at lambda, by re-weighting reference samples, against that of the policy that was
-trained at it."""
+"""Predicted improvement at lambda, by re-weighting reference samples, against that
+of the policy that was trained at it."""
 
 import json
 from pathlib import Path

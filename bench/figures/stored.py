@@ -29,8 +29,8 @@ class Stored:
 
 
 def read_stored(folder: Path) -> Stored:
-    """Reads the scores of a run's reference samples: of its scorers, or of its aligned policies where it was
-    trained on these.
+    """Reads the scores of a run's reference samples: of its scorers, or of its aligned policies
+    where it was trained on these.
 
     Raises: UserError for a folder without samples, or a constraint that the figures do not show.
     """
@@ -66,8 +66,8 @@ def read_stored(folder: Path) -> Stored:
 
 
 def preference_scores(folder: Path) -> Scores:
-    """Reads the scores of a run on log-ratios, before they are divided by units; the run's scorers come first
-    among the audits."""
+    """Reads the scores of a run on log-ratios, before they are divided by units;
+    the run's scorers come first among the audits."""
     return _load(folder, "*-preference-scores.safetensors", Scores)
 
 

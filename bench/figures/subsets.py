@@ -1,5 +1,5 @@
-"""lambda* of random subsets of the prompts, and of the responses: its spread, its interval, and the bias of
-few responses."""
+"""lambda* of random subsets of the prompts, and of the responses: its spread, its interval,
+and the bias of few responses."""
 
 import math
 from typing import NamedTuple
@@ -31,10 +31,10 @@ def lam_of_subsets(
 ) -> dict[str, list]:
     """Solves for lambda* on subsets of the prompts and of the responses.
 
-    Returns lambda* of all samples under "full", and under "prompts" and "responses" a row for each size: the
-    mean, the 2.5 and 97.5 % of the draws, and the mean half width of the delta-method intervals. Draws that
-    do not support the thresholds count as infinite in the quantiles, which are None there, and are left out
-    of the mean.
+    Returns lambda* of all samples under "full", and under "prompts" and "responses" a row for each size:
+    the mean, the 2.5 and 97.5 % of the draws, and the mean half width of the delta-method intervals.
+    Draws that do not support the thresholds count as infinite in the quantiles, which are None there,
+    and are left out of the mean.
     """
     P, G = reward_PG.shape
     full = dual.solve(reward_PG, utility_PGJ, aim_J, beta).lam

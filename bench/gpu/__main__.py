@@ -1,10 +1,10 @@
-"""Measures what only a GPU can show, in six parts of under nine minutes each: `python -m bench.gpu --part N
---out FOLDER`.
+"""Measures what only a GPU can show, in six parts of under nine minutes each:
+`python -m bench.gpu --part N --out FOLDER`.
 
-Each step of a part leaves one JSON line in FOLDER/part-N.jsonl when it ends, so that the same command goes on
-where it was cut off; a step that failed leaves its error and is tried again after the others. `python -m
-bench.gpu --out FOLDER` adds the figures of the folder to bench/results.jsonl and writes bench/RESULTS.md
-anew.
+Each step of a part leaves one JSON line in FOLDER/part-N.jsonl when it ends, so that the same command
+goes on where it was cut off; a step that failed leaves its error and is tried again after the others.
+`python -m bench.gpu --out FOLDER` adds the figures of the folder to bench/results.jsonl
+and writes bench/RESULTS.md anew.
 """
 
 import json

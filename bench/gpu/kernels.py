@@ -1,5 +1,5 @@
-"""Ceilings of a card, and how near its kernels come: attention, small launches, decode attention,
-sampling."""
+"""Ceilings of a card, and how near its kernels come: attention, small launches,
+decode attention, sampling."""
 
 import itertools
 from collections.abc import Callable
@@ -145,8 +145,8 @@ CACHE = Cache()
 
 
 def decode(device: torch.device, cache: Cache = CACHE) -> list[dict]:
-    """Measures GB/s of decode attention at the shapes of published models, with bytes counted as in the op's
-    docstring."""
+    """Measures GB/s of decode attention at the shapes of published models, with bytes
+    counted as in the op's docstring."""
     measured, copied = [], copy_rate(device)
     for shape, heads in (
         ("qwen2.5-0.5b", Heads(14, 2, 64)),

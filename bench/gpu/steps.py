@@ -1,5 +1,5 @@
-"""Steps that find out one thing each, and leave one JSON line when they end, so that a part goes on where it
-was cut off."""
+"""Steps that find out one thing each, and leave one JSON line when they end, so that a part
+goes on where it was cut off."""
 
 import json
 import time
@@ -68,8 +68,8 @@ def copy_rate(device: torch.device) -> float:
 
 
 def go_on(steps: list[Step], path: Path, device: torch.device, limit_s: float = LIMIT_S) -> int:
-    """Runs the steps that `path` does not hold yet, at least one, those that failed last; returns how many
-    are left."""
+    """Runs the steps that `path` does not hold yet, at least one, those that failed last;
+    returns how many are left."""
     begun, records = time.monotonic(), read(path)
     failed = [r["step"] for r in records if "failed" in r]
     done = {r["step"] for r in records if "lines" in r}

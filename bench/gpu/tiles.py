@@ -1,5 +1,5 @@
-"""Sweeps of the configurations that kernels could take: the row kernel, log-probs without gradients, decode
-attention."""
+"""Sweeps of the configurations that kernels could take: the row kernel, log-probs without
+gradients, decode attention."""
 
 import itertools
 
@@ -105,8 +105,8 @@ def _without(tile: tuple[int, ...]) -> str:
 
 
 def decode_tiles(device: torch.device, cache: Cache = CACHE) -> list[dict]:
-    """Measures decode attention at Qwen2.5-1.5B's shape, in several tiles of both passes and parts of a
-    prompt."""
+    """Measures decode attention at Qwen2.5-1.5B's shape, in several tiles of both
+    passes and parts of a prompt."""
     heads, used = Heads(12, 2, 128), cache.room // 2
     data = [decode_problem(cache, heads, used, device) for _ in range(cache.layers)]
     queries = [problem.pop("query") for problem in data]

@@ -39,8 +39,8 @@ class Gate:
 
 
 def check(heads: dict[str, Head], folder: Path, out: Path) -> list[Gate]:
-    """Computes and prints every gate and the figures beside them, and adds them to the heads' metrics.json
-    and README.md."""
+    """Computes and prints every gate and the figures beside them, and adds them to the heads'
+    metrics.json and README.md."""
     figures = {name: json.loads((out / name / "metrics.json").read_text()) for name in heads}
 
     def auc(name: str, source: str) -> float:

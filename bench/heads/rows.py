@@ -98,8 +98,8 @@ def harm_rows(folder: Path, *, audit: bool) -> tuple[list[dict], list[dict]]:
 
 
 def _delicate(row: dict) -> list[dict]:
-    """Returns pairs, in which the careless answer has the higher cost, and labelled answers to one delicate
-    prompt."""
+    """Returns pairs, in which the careless answer has the higher cost, and labelled
+    answers to one delicate prompt."""
     pairs = [
         {
             "prompt": row["prompt"],

@@ -14,8 +14,8 @@ from kernels import dual_moments
 
 @dataclass(frozen=True)
 class Dual:
-    """`engine.dual.solve` by Newton's method and by projected gradient, against one evaluation of value,
-    gradient and Hessian."""
+    """`engine.dual.solve` by Newton's method and by projected gradient, against one evaluation
+    of value, gradient and Hessian."""
 
     prompts: int = 1000
     """Number of prompts."""

@@ -69,8 +69,8 @@ def continuous_batching(model: torch.nn.Module, work: Work) -> Callable[[], Resp
 
 
 def vllm(folder: Path, dtype: torch.dtype, work: Work) -> Callable[[], Responses]:
-    """Returns a step of vLLM's `LLM.generate` with n responses to each prompt, which is computed once in
-    every call."""
+    """Returns a step of vLLM's `LLM.generate` with n responses to each prompt,
+    which is computed once in every call."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     # Other candidates hold memory too, hence the low share of it.

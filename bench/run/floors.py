@@ -59,8 +59,8 @@ def probes(dtype: torch.dtype, device: torch.device) -> dict[str, Probe]:
 
 
 def rates(probes: dict[str, Probe], times: dict[str, dict[str, float]]) -> Rates:
-    """Returns the rates of the best probes; times: name -> {"median": seconds}, of the probes and possibly of
-    others."""
+    """Returns the rates of the best probes; times: name -> {"median": seconds},
+    of the probes and possibly of others."""
     return Rates(
         bytes_per_s=max(probe.bytes / times[name]["median"] for name, probe in probes.items()),
         flops_per_s=max(probe.flops / times[name]["median"] for name, probe in probes.items()),
@@ -77,16 +77,16 @@ def seconds(parts: list[Part], on: Rates) -> dict[str, float]:
 
 
 def weights(c: ModelConfig) -> tuple[int, int]:
-    """Counts the elements of the matrices that states are multiplied with: those of all layers, and those of
-    the head."""
+    """Counts the elements of the matrices that states are multiplied with:
+    those of all layers, and those of the head."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layer = c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size
     return c.num_layers * layer, c.vocab_size * c.hidden_size
 
 
 def sampling(c: ModelConfig, itemsize: int, prompts: list[int], n: int, lengths: list[int]) -> list[Part]:
-    """Lists the work of sampling n responses of `lengths` tokens (prompt-major) to each prompt of `prompts`
-    tokens.
+    """Lists the work of sampling n responses of `lengths` tokens (prompt-major) to each
+    prompt of `prompts` tokens.
 
     The prompts pass the layers once, together. Then in each step every row that goes on draws a token, the
     first one of a group all from one row of logits, and in all steps but the first one token of each such row
@@ -134,8 +134,8 @@ def passes(
 
 
 def training(c: ModelConfig, itemsize: int, tokens: int, completions: int, *, full: bool) -> list[Part]:
-    """Lists the work of one step: forward, gradient of the states and, with `full`, gradient of the weights
-    and AdamW.
+    """Lists the work of one step: forward, gradient of the states and, with `full`,
+    gradient of the weights and AdamW.
 
     AdamW reads weight, gradient and two moments and writes weight and moments, all in float32.
     """

@@ -1,5 +1,5 @@
-"""How the time of sampling and of a training step grows with rows, tokens and layers: one of them at a time,
-from a common size."""
+"""How the time of sampling and of a training step grows with rows, tokens and layers:
+one of them at a time, from a common size."""
 
 import copy
 import math
@@ -37,8 +37,8 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Growth:
-    """How the time of sampling and of a training step grows with rows, tokens and layers; draws
-    bench/growth.png."""
+    """How the time of sampling and of a training step grows with rows,
+    tokens and layers; draws bench/growth.png."""
 
     model: Model = ""
     dtype: Dtype = "float32"

@@ -1,5 +1,5 @@
-"""Iterations of CAID on the policy's samples, stage by stage, against their floors and TRL's OnlineDPOTrainer
-on as many tokens.
+"""Iterations of CAID on the policy's samples, stage by stage, against their floors and TRL's
+OnlineDPOTrainer on as many tokens.
 
 Ours is a run of `engine.caid` as a user starts it, with `pairs="policy"` and two responses to each prompt:
 rollout, scoring, policy steps on an adapter of the upper half, and the slack on further prompts. The first
@@ -44,8 +44,8 @@ RANK = CaidConfig.lora_rank
 
 @dataclass(frozen=True)
 class Iteration:
-    """Iterations of CAID on fresh samples, stage by stage, against their floors and TRL's
-    OnlineDPOTrainer."""
+    """Iterations of CAID on fresh samples, stage by stage, against their floors
+    and TRL's OnlineDPOTrainer."""
 
     model: str = ""
     """Hugging Face folder, of which a copy gets random score heads; by default the quickstart's model."""
@@ -304,8 +304,8 @@ def _length(prompts: list[str], completions: list[str], **more) -> list[float]:
 
 
 def stage_rows(iterations: list[Timed], least_s: dict[str, float]) -> list[dict]:
-    """Returns a row per stage and one for the whole: median, p20, p80, share of the floor (None without one)
-    and of the iteration."""
+    """Returns a row per stage and one for the whole: median, p20, p80, share of the floor
+    (None without one) and of the iteration."""
     whole = summary([sum(x.seconds.values()) for x in iterations])
     rows = []
     for stage in iterations[0].seconds:

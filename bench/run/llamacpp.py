@@ -40,8 +40,8 @@ def rival(folder: Path, model: Decoder, work: Work) -> Iterator[Callable[[], Res
         file = Path(scratch) / "model.gguf"
         write_gguf(folder, model.config, file)
         start = file, work.rows, work.longest + work.new, torch.get_num_threads()
-        # It runs in another process: beside the threads of its OpenMP, transformers' batching took 37 s for
-        # 15.
+        # It runs in another process: beside the threads of its OpenMP, transformers'
+        # batching took 37 s for 15.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, start) as pool:
             prompt = work.prompts[0]
             theirs = torch.from_numpy(pool.submit(_logits, prompt).result()).log_softmax(0)
@@ -111,8 +111,8 @@ def write_gguf(folder: Path, config: ModelConfig, path: Path) -> None:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Returns query or key rows in llama.cpp's order; `engine.quickstart.gguf_file.undo_permutation` turns
-    them back."""
+    """Returns query or key rows in llama.cpp's order;
+    `engine.quickstart.gguf_file.undo_permutation` turns them back."""
     rows, width = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, width)
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, width))

@@ -1,5 +1,5 @@
-"""The loss head against its floor and its rivals: the preference loss of pairs of completions with a cached
-reference.
+"""The loss head against its floor and its rivals: the preference loss of pairs
+of completions with a cached reference.
 
 Everyone computes the same loss and its gradients in hidden and, unless the head is frozen, in the head.
 Labels are 1, so that rivals without soft labels can take part. The floor is the bare matrix products of the
@@ -239,8 +239,8 @@ def exact(x: Inputs, with_reference: bool) -> tuple[Tensor, list[Tensor]]:
 
 
 def floor(x: Inputs) -> dict[str, dict[str, Callable[[], object]]]:
-    """Returns product -> layout -> step: the bare products in the layouts that torch.mm offers, into memory
-    that exists already."""
+    """Returns product -> layout -> step: the bare products in the layouts that torch.mm offers,
+    into memory that exists already."""
     with torch.no_grad():
         h, w = x.hidden.detach(), x.weight.detach()
         z = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device).normal_()
@@ -290,8 +290,8 @@ def check(steps: dict[str, Step], x: Inputs) -> dict[str, dict[str, float]]:
     """Returns relative errors of loss and gradients against float64, largest difference over largest value; a
     rival's are only reported.
 
-    Raises: SystemExit where ours are more than twice those of the plain torch twin (`kernels.reference`) plus
-    4 eps.
+    Raises: SystemExit where ours are more than twice those of the plain torch twin
+    (`kernels.reference`) plus 4 eps.
     """
     kinds = {name != WITHOUT_REFERENCE for name in steps}
     truth = {with_reference: exact(x, with_reference) for with_reference in kinds}

@@ -10,8 +10,8 @@ import torch
 def interleaved(
     candidates: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Returns the seconds of each candidate: median, p20 and p80 over `repeats` rounds, after one round that
-    is not counted.
+    """Returns the seconds of each candidate: median, p20 and p80 over `repeats` rounds,
+    after one round that is not counted.
 
     Every candidate runs once in a round, so a machine whose speed drifts changes all alike.
     """

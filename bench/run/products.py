@@ -17,8 +17,8 @@ def layer_matrices(model: Decoder) -> list[Tensor]:
 
 
 def bare_products(matrices: list[Tensor], tokens: int, backward: bool = False) -> Ways:
-    """Returns products of `tokens` rows with frozen matrices [N, K]: x W', or of the gradients with W where
-    `backward`."""
+    """Returns products of `tokens` rows with frozen matrices [N, K]: x W',
+    or of the gradients with W where `backward`."""
     turned = [w if backward else w.t() for w in matrices]
     shapes = {tuple(w.shape) for w in turned}
     x = {k: torch.randn(tokens, k, dtype=turned[0].dtype, device=turned[0].device) for k, _ in shapes}
@@ -37,8 +37,8 @@ def bare_products(matrices: list[Tensor], tokens: int, backward: bool = False) -
 
 
 def weight_gradients(matrices: list[Tensor], tokens: int) -> Ways:
-    """Returns products of `tokens` rows of gradients with as many of states, in the shapes [N, K] of
-    `matrices`."""
+    """Returns products of `tokens` rows of gradients with as many of states,
+    in the shapes [N, K] of `matrices`."""
     shapes = [tuple(w.shape) for w in matrices]
     rows = {size: matrices[0].new_empty(tokens, size).normal_() for shape in shapes for size in shape}
     out = {shape: matrices[0].new_empty(shape) for shape in shapes}

@@ -1,5 +1,5 @@
-"""Sampling against its floor and its rivals: n responses to each prompt, of a fixed number of new tokens, or
-ended by stop tokens.
+"""Sampling against its floor and its rivals: n responses to each prompt, of a fixed number of new
+tokens, or ended by stop tokens.
 
 The floor is the bare matrix products of the same work, each by the faster of torch.mm and the engine's
 `linear`: a prefill of the prompts, and for every further token the layers and the head at all rows that are

@@ -1,5 +1,5 @@
-"""Models with random weights in the sizes of published ones, for figures that do not depend on what a model
-says."""
+"""Models with random weights in the sizes of published ones, for figures that do not
+depend on what a model says."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,8 +88,8 @@ SHAPES = {
 def opened(
     model: str, shape: str, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Path, Decoder]]:
-    """Yields (name, Hugging Face folder, decoder) of --model, or of random weights of --shape, whose folder
-    exists meanwhile.
+    """Yields (name, Hugging Face folder, decoder) of --model, or of random weights of --shape,
+    whose folder exists meanwhile.
 
     Raises: SystemExit where the shape is unknown or both are given.
     """
@@ -108,8 +108,8 @@ def opened(
 
 @torch.no_grad()
 def random_model(config: dict, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Makes a decoder on the device with matrices from N(0, 0.02^2), norms 1 and biases 0; config is that of
-    config.json."""
+    """Makes a decoder on the device with matrices from N(0, 0.02^2), norms 1 and biases 0;
+    config is that of config.json."""
     model = Decoder(ModelConfig.from_json(config, Path("config.json")), config, dtype, device)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():

@@ -59,8 +59,8 @@ def floor_shares(line: dict) -> Columns:
 
 
 def ratio_and_memory(line: dict, name: str = "time / ours", ours: str = "dualign") -> Columns:
-    """Returns the columns of the time over that of `ours`, a token's where candidates differ in these, and of
-    memory."""
+    """Returns the columns of the time over that of `ours`, a token's where candidates
+    differ in these, and of memory."""
     (base,) = (c["median_s"] / _tokens(line, c) for c in line["candidates"] if c["name"] == ours)
     return {
         name: lambda c: f"{c['median_s'] / _tokens(line, c) / base:.2f}",

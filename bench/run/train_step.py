@@ -1,5 +1,5 @@
-"""One optimizer step of DPO against its floor and TRL's DPOTrainer on the same tokens: LoRA on every linear,
-or all weights.
+"""One optimizer step of DPO against its floor and TRL's DPOTrainer on the same tokens:
+LoRA on every linear, or all weights.
 
 The floor is the bare matrix products: all layers on the packed tokens (each prompt once), forward, for the
 gradient of the states and, where all weights are trained, for that of the weights, and the same of the head
@@ -49,16 +49,16 @@ from engine.run.machine import keep_freed_memory
 
 RANK, BETA, RATE = 8, 0.1, 1e-4
 CONFIG = DpoConfig(labels="soft", temperature=1.0)
-# The expected Bradley-Terry labels of scores so far apart are 1 and 0: those of the responses called chosen
-# and rejected.
+# The expected Bradley-Terry labels of scores so far apart are 1 and 0: those of the responses
+# called chosen and rejected.
 CHOSEN, REJECTED = 100.0, 0.0
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimizer step of DPO with LoRA on every linear, or on all weights, against its floors and TRL's
-    DPOTrainer."""
+    """One optimizer step of DPO with LoRA on every linear, or on all weights, against its
+    floors and TRL's DPOTrainer."""
 
     model: Model = ""
     shape: Shape = ""
@@ -153,8 +153,8 @@ def batch(vocabulary: int, pairs: int, prompt: int, response: int) -> list[packi
 
 @torch.no_grad()
 def reference_logprob(model: Decoder, groups: list[packing.Group]) -> Tensor:
-    """Returns the log-probs of all responses under the reference, chosen and rejected ones in turn: float64
-    [2 K]."""
+    """Returns the log-probs of all responses under the reference, chosen and rejected
+    ones in turn: float64 [2 K]."""
     _, logprob = frozen_forward(
         model,
         groups,
@@ -189,8 +189,8 @@ def ours(
 
 
 def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, ScoredTarget]:
-    """Returns the groups as scored samples of a run, and a target in which the first response of each pair is
-    chosen."""
+    """Returns the groups as scored samples of a run, and a target in which the first
+    response of each pair is chosen."""
     count, lengths = len(groups), torch.tensor([len(r) for g in groups for r in g.responses])
     longest = int(lengths.max())
     tokens = torch.tensor([r + [0] * (longest - len(r)) for g in groups for r in g.responses])
@@ -256,8 +256,8 @@ def trl(
 ) -> Callable[[], float]:
     """Returns a step of TRL's DPOTrainer, with a PEFT adapter of the same linears or on all weights.
 
-    The collator, forward and loss are the trainer's, and the same backward, clipping and AdamW follow; the
-    step returns the loss.
+    The collator, forward and loss are the trainer's, and the same backward, clipping and AdamW follow;
+    the step returns the loss.
     reference: log-probs as `reference_logprob` returns them; with None the trainer runs a forward pass of the
       reference in each step. With a 16-bit dtype trained weights are float32 under autocast, as with its flag
       bf16; frozen ones have the dtype.

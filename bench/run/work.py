@@ -55,8 +55,8 @@ def random_work(vocabulary: int, rows: int, n: int, prompt: int, new: int) -> Wo
 
 
 def real_work(folder: Path, rows: int, n: int, new: int) -> Work:
-    """Asks for responses that end where the model ends them, to prompts taken evenly from all of the
-    quickstart's."""
+    """Asks for responses that end where the model ends them, to prompts taken evenly
+    from all of the quickstart's."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

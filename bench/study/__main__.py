@@ -7,19 +7,19 @@ The question, fixed before any run: |improvement - b| of CAID's last iterate aga
 paired by seed. The unit is the seed, which redraws reference samples, pairs, adapter and order; all
 thresholds of a seed stay together in the bootstrap. With `--margin 0` the dual aims at b itself, as in the
 papers. Training prompts, the prompts that settings were chosen on and the test prompts are disjoint. A GPU
-version is the same command with another page and other flags behind --, for example `--docs docs/gpu --
---model FOLDER --device cuda`.
+version is the same command with another page and other flags behind --, for example
+`--docs docs/gpu -- --model FOLDER --device cuda`.
 
-Controls, at one threshold, are further parts. Flags that the parts of a page do not share are added to a
-method's name:
+Controls, at one threshold, are further parts. Flags that the parts of a page do not share
+are added to a method's name:
 
     --algorithms caid:dual_rule=bisection        lambda by bisection, everything else as CAID
     --algorithms mocan -- --n-responses 10       MoCAN with as many sampled tokens as CAID takes in all
 
-MoCAN takes as many policy steps as CAID as it is, every step on fresh prompts, and the regression form draws
-no labels. A part with other costs has a table of its own, for example `--thresholds 0.2,0.4 -- --cost harm
-harm-audit --audit`: a bare --audit leaves audits out, as the default one, harm-audit, may not be a cost as
-well.
+MoCAN takes as many policy steps as CAID as it is, every step on fresh prompts,
+and the regression form draws no labels. A part with other costs has a table of its own,
+for example `--thresholds 0.2,0.4 -- --cost harm harm-audit --audit`: a bare --audit leaves audits out,
+as the default one, harm-audit, may not be a cost as well.
 """
 
 import argparse

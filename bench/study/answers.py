@@ -13,8 +13,8 @@ def summary(a: Arm) -> dict[str, float]:
     """Summarises all runs of an arm, in the run's units.
 
     Returns the mean signed slack, mean violation [b - improvement]+, mean and root mean squared deviation
-    from b, the same with the test set's squared standard error removed, and that error's root mean square
-    (the noise floor).
+    from b, the same with the test set's squared standard error removed, and that error's root
+    mean square (the noise floor).
     """
     square, noise = float((a.slack_SB**2).mean()), float((a.se_SB**2).mean())
     return {
@@ -88,8 +88,8 @@ def matched(rows: list[dict], label: str, other: str) -> dict[str, float]:
 
 
 def reward_at_equal_safety(first: Arm, second: Arm) -> list[tuple[float, float]]:
-    """Returns (first reward minus second, width of the overlap) of each seed whose ranges of measured
-    improvement overlap.
+    """Returns (first reward minus second, width of the overlap) of each seed whose ranges
+    of measured improvement overlap.
 
     Both rewards are interpolated along the seed's thresholds at the middle of the overlap.
     """

@@ -9,8 +9,8 @@ from bench.study.plan import CAID, COST, MOCAN, SEEDS, THRESHOLDS
 
 @dataclass(frozen=True)
 class Arm:
-    """One method's runs: improvement minus b, its standard error over test prompts and the reward, [seeds,
-    thresholds]."""
+    """One method's runs: improvement minus b, its standard error over test prompts
+    and the reward, [seeds, thresholds]."""
 
     slack_SB: np.ndarray
     se_SB: np.ndarray
@@ -24,8 +24,8 @@ def threshold(row: dict) -> float:
 
 
 def costs(row: dict) -> list[float]:
-    """Returns the tokens sampled in a run's training, those of the reference's samples, both, policy steps
-    and seconds."""
+    """Returns the tokens sampled in a run's training, those of the reference's samples,
+    both, policy steps and seconds."""
     trained, reference = float(row["sampled tokens"]), float(row["reference tokens"])
     return [trained, reference, trained + reference, float(row["policy steps"]), float(row["seconds"])]
 

@@ -8,8 +8,8 @@ Flags = dict[str, tuple[str, ...]]  # name -> its values
 
 
 def options(flags: Sequence[str]) -> Flags:
-    """Returns the values of each flag. --threads is left out: it belongs to the machine, and stands with the
-    versions."""
+    """Returns the values of each flag. --threads is left out: it belongs to the machine,
+    and stands with the versions."""
     by_name: Flags = {}
     name = ""
     for word in flags:

@@ -121,8 +121,8 @@ class Asked(NamedTuple):
 
 
 def run_part(asked: Asked, out: Path, docs: Path) -> None:
-    """Sweeps the seeds, or goes on with them, and keeps table and settings under DOCS/study/. Runs that are
-    done are only read.
+    """Sweeps the seeds, or goes on with them, and keeps table and settings under DOCS/study/.
+    Runs that are done are only read.
 
     Raises: UserError before any run, also where another part has one of them.
     """

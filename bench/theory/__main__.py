@@ -1,9 +1,9 @@
-"""`python -m bench.theory`: the algorithms' loops and the papers' statements on problems in which everything
-is enumerated.
+"""`python -m bench.theory`: the algorithms' loops and the papers' statements on problems
+in which everything is enumerated.
 
-Writes docs/theory.md with its tables and pictures, and docs/theory.json with the left and right side of every
-bound. `--quick` takes few problems, for a test. Needs no GPU and no model, and takes minutes on two CPU
-cores.
+Writes docs/theory.md with its tables and pictures, and docs/theory.json with the left and right
+side of every bound. `--quick` takes few problems, for a test. Needs no GPU and no model,
+and takes minutes on two CPU cores.
 """
 
 import argparse

@@ -50,8 +50,8 @@ class Run:
 
 
 def run_algorithms(problem: Problem, kind: str, iterations: int, seed: int = 0) -> list[Run]:
-    """Runs every algorithm with the updates of a kind; those that keep multipliers start at 0 and at 3
-    lambda*."""
+    """Runs every algorithm with the updates of a kind; those that keep multipliers
+    start at 0 and at 3 lambda*."""
     update, draws = KINDS[kind]
 
     def world(config: RunConfig, problem: Problem = problem) -> ExactStages:
@@ -89,8 +89,8 @@ def run_algorithms(problem: Problem, kind: str, iterations: int, seed: int = 0) 
             config = CaidConfig(**base, iterations=iterations, dual_rule=rule, dual_step=step)
             add(name, start, caid.loop, config, lam_init=lam)
     config = CaidConfig(**base, iterations=iterations, dual_step=1.0)
-    # Fitted log-ratios may be too weak for the thresholds; with `force` lambda then stops at its largest
-    # value.
+    # Fitted log-ratios may be too weak for the thresholds; with `force` lambda then
+    # stops at its largest value.
     tilts, fitted = preferred(ExactStages(problem, config)), preferred(world(config))
     add("PeCAID, exact tilts", "lambda*", caid.loop, config, problem=tilts)
     add("PeCAID, fitted", "lambda*", caid.loop, replace(config, force=True), problem=fitted)

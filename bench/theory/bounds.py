@@ -1,13 +1,13 @@
 """The papers' statements on one exact problem: left and right side of each bound.
 
-Numbers of lemmas and theorems are those of arXiv 2505.19387 (CAID); "CAN" is arXiv 2405.19544. A statement
-comes in these forms:
+Numbers of lemmas and theorems are those of arXiv 2505.19387 (CAID); "CAN" is arXiv 2405.19544.
+A statement comes in these forms:
 
 - printed: the bound as the paper has it, with B(lambda) = (M + beta + M |lambda|_1) nu.
 - corrected: the bound that follows from the paper's proof, where the printed one differs.
-- sharp: with the measured gap D - D_p in place of B, or an order or equality that the proofs rest on. The
-  printed bounds are loose by one to two orders of magnitude, so only the sharp forms can fail when something
-  is broken.
+- sharp: with the measured gap D - D_p in place of B, or an order or equality that the proofs rest on.
+  The printed bounds are loose by one to two orders of magnitude, so only the sharp forms can fail
+  when something is broken.
 - printed, gap for B: a printed bound with the measured gap, which is known to fail.
 """
 

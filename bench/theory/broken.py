@@ -30,8 +30,8 @@ def _half_gap(point: Point) -> Point:
     return replace(point, dual=point.dual_in_class + point.gap / 2)
 
 
-# Each entry returns the same facts with one sign or factor wrong. Together they turn every statement red but
-# those of `LOOSE`.
+# Each entry returns the same facts with one sign or factor wrong. Together they turn every
+# statement red but those of `LOOSE`.
 BROKEN: dict[str, Callable[[Facts], Facts]] = {
     "the KL's sign in P*": lambda f: replace(f, primal=f.primal + 2 * f.beta * f.kl),
     "the KL twice in P*": lambda f: replace(f, primal=f.primal - f.beta * f.kl),

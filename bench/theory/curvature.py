@@ -1,5 +1,5 @@
-"""The shape of the dual function D: its curvature, its second-order expansion, and its convexity along
-chords."""
+"""The shape of the dual function D: its curvature, its second-order expansion,
+and its convexity along chords."""
 
 import math
 
@@ -9,8 +9,8 @@ from bench.theory.optima import Optima
 
 
 def bend(optima: Optima, lam: np.ndarray, off: np.ndarray, gap: float) -> float:
-    """Returns the largest second derivative of D along lam + t v, with v the direction of `off`, for t up to
-    sqrt(2 gap / that).
+    """Returns the largest second derivative of D along lam + t v, with v the direction of `off`,
+    for t up to sqrt(2 gap / that).
 
     The proof of Lemma 5 needs L_D no further.
     """
@@ -27,8 +27,8 @@ def bend(optima: Optima, lam: np.ndarray, off: np.ndarray, gap: float) -> float:
 
 
 def largest_curvature(optima: Optima, lams: list[np.ndarray], scale: float) -> float:
-    """Returns the largest eigenvalue of D's Hessian at 300 points of the box around all lams, one unit
-    wider."""
+    """Returns the largest eigenvalue of D's Hessian at 300 points of the box
+    around all lams, one unit wider."""
     low, high = np.min(lams, axis=0) - 1 / scale, np.max(lams, axis=0) + 1 / scale
     points = np.random.default_rng(0).uniform(low, high, (300, len(low)))
     return float(max(np.linalg.eigvalsh(optima.hessian(p))[-1] for p in (*points, *lams)))
@@ -40,8 +40,8 @@ def smallest_on_segment(optima: Optima, a: np.ndarray, b: np.ndarray) -> float:
 
 
 def taylor(optima: Optima, lam: np.ndarray, step: np.ndarray, sign: int = 1) -> float:
-    """Returns log2 of (error of CAN's second-order expansion at 0.4 steps / at 0.2 steps): 3 for an error of
-    third order."""
+    """Returns log2 of (error of CAN's second-order expansion at 0.4 steps / at 0.2 steps):
+    3 for an error of third order."""
 
     def error(t: float) -> float:
         d = t * step

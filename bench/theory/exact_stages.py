@@ -1,8 +1,8 @@
 """The stages of the algorithms in an exact world (`engine.stages.protocol.Stages`): every response is listed,
 policies are log-linear, and expectations are exact.
 
-The algorithms' loops run in it unchanged. An iterate is a vector theta (`bench.theory.problem`), None the
-reference.
+The algorithms' loops run in it unchanged. An iterate is a vector theta
+(`bench.theory.problem`), None the reference.
 
     problem = make(seed=0, J=1, eps=0.3)
     world = ExactStages(problem, CaidConfig(beta=problem.beta), maximiser)
@@ -60,8 +60,8 @@ class ExactStages:
         lam_init: multipliers [J] in place of the one-shot ones of `solve_dual`.
         draws: responses per prompt that updates and `solve_dual` see, drawn from the reference, or from the
           policy in `ascend`. With None they see each of the Y responses once, and all moments are exact.
-        slack_draws: responses per prompt, drawn from the policy, in a measured slack; None measures it
-          exactly.
+        slack_draws: responses per prompt, drawn from the policy, in a measured slack;
+          None measures it exactly.
         ascent_rate: natural-gradient step of `ascend`; 1 jumps to the maximiser where the class has it.
         """
         assert config.beta == problem.beta
@@ -76,8 +76,8 @@ class ExactStages:
             self.index_PG = torch.randint(Y, (P, draws), generator=self.generator(0))
 
     def generator(self, purpose: int) -> torch.Generator:
-        """Returns random numbers for a purpose: 0 draws the responses, t > 0 an update's labels, t < 0 a
-        slack."""
+        """Returns random numbers for a purpose: 0 draws the responses,
+        t > 0 an update's labels, t < 0 a slack."""
         return torch.Generator().manual_seed((1_000_003 * self.seed + purpose) % 2**63)
 
     def gather(self, values_PY: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ class ExactStages:
         raise NotImplementedError("an exact problem has no prompts to hold out")
 
     def scored(self) -> Scored:
-        """Returns the scores that rules see: a cost is the negated utility, and every constraint is about
-        every prompt."""
+        """Returns the scores that rules see: a cost is the negated utility, and every
+        constraint is about every prompt."""
         scores = self.scores
         return Scored(
             reward_PG=scores.reward_PG,
@@ -155,9 +155,9 @@ class ExactStages:
     def ascend(self, start: Tensor | None, lam_J: Tensor, score: Rule, iteration: int) -> Tensor:
         """Takes `config.steps` natural-gradient steps on score - beta ln(pi / reference), without PPO's clip.
 
-        theta <- theta + rate / beta x (E Cov(features))^-1 E Cov(features, score). The moments, also those
-        that the rule takes, are those of the policy at that step, or of `draws` responses from it with
-        leave-one-out baselines.
+        theta <- theta + rate / beta x (E Cov(features))^-1 E Cov(features, score).
+        The moments, also those that the rule takes, are those of the policy at that step,
+        or of `draws` responses from it with leave-one-out baselines.
         """
         problem, config = self.problem, self.config
         assert isinstance(config, PrimalDualConfig)
@@ -193,8 +193,8 @@ class ExactStages:
         return theta
 
     def measure_slack(self, theta: Tensor, lam_J: Tensor, iteration: int) -> Slack | None:
-        """Measures E g - E_ref g - b of the policy, on each prompt exactly or as the mean of `slack_draws`
-        draws."""
+        """Measures E g - E_ref g - b of the policy, on each prompt exactly or as
+        the mean of `slack_draws` draws."""
         problem, pi = self.problem, self.problem.policy_PY(theta)
         if self.slack_draws is None:
             slack_PJ = (pi[..., None] * problem.shifted_PYJ).sum(1)
@@ -230,8 +230,8 @@ Update = Callable[[ExactStages, ScoredTarget, int], Tensor]
 
 
 def preferred(world: ExactStages) -> Problem:
-    """Returns the problem as PeCAID and PeCAN see it: reward and utilities are beta x log-ratios of policies
-    aligned to each alone.
+    """Returns the problem as PeCAID and PeCAN see it: reward and utilities are beta x log-ratios
+    of policies aligned to each alone.
 
     The world's update aligns them from what it sees; without an update they are the exact tilts. The factor
     beta keeps them in the units of the scores, where the engine divides by their standard deviation.

@@ -12,8 +12,8 @@ ROUNDING = 1e-7
 class Point:
     """One lambda: the dual over all policies and over the class, and how far pi*(lambda) is from the class.
 
-    The proofs use assumption A3 at pi*(lambda) only, so nu is measured there; its supremum over all policies
-    would be near 2.
+    The proofs use assumption A3 at pi*(lambda) only, so nu is measured there;
+    its supremum over all policies would be near 2.
     """
 
     lam: np.ndarray

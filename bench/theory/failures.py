@@ -1,5 +1,5 @@
-"""Lists the statements that must hold and do not: every bound up to eps 1, and an exact answer where the
-class has it."""
+"""Lists the statements that must hold and do not: every bound up to eps 1, and an exact
+answer where the class has it."""
 
 import numpy as np
 

@@ -36,8 +36,8 @@ class LabelProblem(NamedTuple):
     seed: int
 
     def fitted(self, update: Update, n: int, source: str) -> torch.Tensor:
-        """Returns the policy that `update` fits at lambda* to pairs from a source, with n draws a prompt in
-        all."""
+        """Returns the policy that `update` fits at lambda* to pairs from a source,
+        with n draws a prompt in all."""
         problem, seed = self.problem, 1000 * self.seed + n
         draws = n // 2 if source == FRESH else n
         world = ExactStages(problem, MocanConfig(beta=problem.beta), update, draws=draws, seed=seed)
@@ -84,8 +84,8 @@ def label_errors(seed: int, eps: float, beta: float, draws: tuple[int, ...]) -> 
 
 
 def pair_sources(seed: int, eps: float, beta: float) -> dict[tuple[str, str], list[float]]:
-    """Returns (form, source) -> eps_app for each of SOURCE_DRAWS. Single responses make no pairs and are left
-    out."""
+    """Returns (form, source) -> eps_app for each of SOURCE_DRAWS. Single responses make
+    no pairs and are left out."""
     x = label_problem(seed, eps, beta)
     highest = highest_lagrangian(x.problem, x.lam)
     return {

@@ -123,8 +123,8 @@ def measured(optima: Optima, policy: Policy, at: Point) -> Measured:
 
 
 def independent_utilities(problem: Problem) -> bool:
-    """Returns whether assumption A1 holds: on each prompt the utilities are linearly independent, and all 0
-    at some response."""
+    """Returns whether assumption A1 holds: on each prompt the utilities are linearly independent,
+    and all 0 at some response."""
     g = problem.utility_PYJ
     J = g.shape[2]
     return bool((torch.linalg.matrix_rank(g) == J).all() and (g == 0).all(dim=2).any(dim=1).all())
@@ -195,8 +195,8 @@ def stochastic(optima: Optima, in_class: Point, eta: float, kind: str, steps: in
 
 
 def tightened(optima: Optima, nu: float, largest: float) -> np.ndarray | None:
-    """Returns lambda*_nu = argmin D(lambda) - M nu |lambda|_1, with nu the class's gap at the policy of that
-    lambda.
+    """Returns lambda*_nu = argmin D(lambda) - M nu |lambda|_1, with nu the class's gap at
+    the policy of that lambda.
 
     It is None where the class has no policy with E h >= M nu (assumption A4).
     """

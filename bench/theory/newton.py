@@ -1,5 +1,5 @@
-"""Newton's method for the small smooth problems of the exact updates, and the sums that they share, in
-numpy."""
+"""Newton's method for the small smooth problems of the exact updates, and the sums
+that they share, in numpy."""
 
 from collections.abc import Callable
 
@@ -37,8 +37,8 @@ def minimise(derivatives: Callable, theta: np.ndarray) -> tuple[float, np.ndarra
 
 
 def inverse_times(eigenvalue: np.ndarray, basis: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """Returns the smallest x with matrix x = vector, for a positive semi-definite matrix given by its
-    eigenvalues and basis.
+    """Returns the smallest x with matrix x = vector, for a positive semi-definite matrix given
+    by its eigenvalues and basis.
 
     The matrix may be singular: a table of logits has one constant per prompt too many.
     """

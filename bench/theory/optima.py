@@ -1,5 +1,5 @@
-"""The optima of an exact problem by scipy alone: nothing here uses the engine's solver, the Newton method of
-the updates, or torch.
+"""The optima of an exact problem by scipy alone: nothing here uses the engine's solver,
+the Newton method of the updates, or torch.
 
 Names follow arXiv 2505.19387: P* and D* over all policies, P_p* and D_p* over the class, lambda* and
 lambda*_p their multipliers.
@@ -125,9 +125,9 @@ class Optima:
     def best_in_class(self, lam: np.ndarray) -> Policy:
         """Maximises the Lagrangian over theta by BFGS.
 
-        The searches start at the tilt's theta, at the best maximisers of earlier calls, and at the best of
-        small, middle and large size in the cloud, unless these lie near the best so far or too low to lead
-        above it.
+        The searches start at the tilt's theta, at the best maximisers of earlier calls,
+        and at the best of small, middle and large size in the cloud, unless these lie near the best so far
+        or too low to lead above it.
         """
         score, worth = self.r + self.h @ lam, 1 + np.abs(lam).sum()
 
@@ -173,8 +173,8 @@ class Optima:
             return policy.lagrangian(lam), policy.slack
 
         def lowest() -> tuple[np.ndarray, Policy]:
-            # D_p(lambda) >= value + lambda . slack of every policy, so later searches correct one that ended
-            # at a lower hill.
+            # D_p(lambda) >= value + lambda . slack of every policy, so later searches correct one
+            # that ended at a lower hill.
             lam = min(visited, key=lambda lam: max(policy.lagrangian(lam) for policy in self.maximisers))
             return lam, max(self.maximisers, key=lambda policy: policy.lagrangian(lam))
 
@@ -211,8 +211,8 @@ class Optima:
         def value(z):
             pi, inner = parts(z)
             mean = (pi * inner).sum(1, keepdims=True)
-            # The value is in units of beta and summed over the prompts: a slope far below 1 stops the search
-            # too early.
+            # The value is in units of beta and summed over the prompts:
+            # a slope far below 1 stops the search too early.
             return -float(mean.sum()) / self.beta, -(pi * (inner - mean) / self.beta).ravel()
 
         def slack(z):
@@ -277,8 +277,8 @@ class Optima:
         return np.einsum("py,pyj,pyf->jf", pi, centred, self.phi) / self.P
 
     def largest_slack_in_class(self, start: np.ndarray) -> float:
-        """Maximises min_i E h_i over theta (assumptions A4, A7), from below: the best local maximum with
-        entries up to 300."""
+        """Maximises min_i E h_i over theta (assumptions A4, A7), from below:
+        the best local maximum with entries up to 300."""
         n = len(start)
 
         # x is theta with one number more, the smallest slack, which is maximised.

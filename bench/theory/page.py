@@ -15,8 +15,8 @@ TEMPLATE = Path(__file__).parent / "page.md"
 
 
 def write(results: Results, out: Path, console: Console) -> list[str]:
-    """Prints the tables and writes page, pictures and results file to `out`; returns the statements that
-    fail."""
+    """Prints the tables and writes page, pictures and results file to `out`;
+    returns the statements that fail."""
     lines = [x.result for x in results["problems"]]
     tables, wrong = all_tables(results), failures(results)
     for table in tables.values():
@@ -63,8 +63,8 @@ def results_file(lines: list[dict]) -> dict:
     """Returns the results file.
 
     statements: [name, form] each.
-    problems: constants and `sides`: in the order of the statements [left, right], or null where a statement
-      does not apply.
+    problems: constants and `sides`: in the order of the statements [left, right], or null where
+      a statement does not apply.
     """
     statements = list(dict.fromkeys((b["name"], b["form"]) for x in lines for b in x["bounds"]))
     problems = []
@@ -76,8 +76,8 @@ def results_file(lines: list[dict]) -> dict:
 
 
 def rounded(x):
-    """Rounds all numbers to four significant digits: enough for a ratio, and equal on machines that differ in
-    the last bits."""
+    """Rounds all numbers to four significant digits: enough for a ratio, and equal on machines
+    that differ in the last bits."""
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
     if isinstance(x, list | tuple):

@@ -13,8 +13,8 @@ from bench.theory.newton import softmax
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A constrained problem with P prompts, Y equally likely responses of the reference to each, and a class
-    of policies.
+    """A constrained problem with P prompts, Y equally likely responses of the reference
+    to each, and a class of policies.
 
     A policy is a float64 vector theta [F], None the reference: log pi(y | x) = features(x, y) . theta - ln
     Z(x). The reward lies symmetrically about 0 on each prompt, and the utility is 0 at response 0 of each

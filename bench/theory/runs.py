@@ -111,8 +111,8 @@ def no_gap(seed: int, J: int) -> dict[tuple[str, str, int], Convergence]:
 
 
 def six_steps(seed: int, J: int, eps: float) -> dict[str, float]:
-    """Returns "rule step, start" -> the largest |slack| of CAID's policy after six dual steps with the exact
-    maximiser."""
+    """Returns "rule step, start" -> the largest |slack| of CAID's policy after six dual
+    steps with the exact maximiser."""
     problem, result, default = make(seed, J=J, eps=eps), {}, CaidConfig.dual_step
     for rule, step in (("newton", 1.0), ("newton", default), ("secant", default), ("secant", 1.0)):
         for start, factor in (("lambda*", 1.0), ("0", 0.0), ("3 lambda*", 3.0)):
@@ -134,8 +134,8 @@ class CurvePoint(NamedTuple):
 
 
 def curves(seed: int, eps: float, iterations: int) -> tuple[float, dict[tuple[str, str], list[CurvePoint]]]:
-    """Returns lambda*_p and (algorithm, start) -> a point for each measured iterate, with the exact maximiser
-    and J = 1."""
+    """Returns lambda*_p and (algorithm, start) -> a point for each measured iterate,
+    with the exact maximiser and J = 1."""
     problem = make(seed, eps=eps)
     lam_p, best = optimum_in_class(problem)
     by_start = {}
@@ -197,8 +197,8 @@ def lagging(world: ExactStages, target: ScoredTarget, number: int) -> torch.Tens
 
 
 def oscillation(seed: int = 0, iterations: int = 120) -> dict[str, list[float]]:
-    """Returns the slack per dual step of CAID's loop, with policies that lag behind lambda and with the
-    maximiser.
+    """Returns the slack per dual step of CAID's loop, with policies that lag behind
+    lambda and with the maximiser.
 
     The problem has J = 1 and eps 0.3, and all start at 3 lambda*. All take the same dual step, the inverse
     Hessian, without a cap on the change.

@@ -234,8 +234,8 @@ def read_as(name: str) -> str:
 
 
 def end_cell(outcomes: list[Outcome], key: tuple[str, str], **asked) -> str:
-    """Writes the medians of the ends of one algorithm and start, over the outcomes that were asked for with
-    these arguments."""
+    """Writes the medians of the ends of one algorithm and start, over the outcomes that were
+    asked for with these arguments."""
     here = [x.result[key].shown for x in outcomes if asked.items() <= vars(x.asked).items()]
     return " / ".join(medians(here))
 
@@ -356,8 +356,8 @@ def sources_table(outcomes: list[Outcome]) -> Grid:
 
 
 def by_eps_and_name(outcomes: list[Outcome]) -> list[list[str]]:
-    """Writes a row of medians for each eps and name, of results that hold a tuple of numbers for each
-    name."""
+    """Writes a row of medians for each eps and name, of results that hold a tuple
+    of numbers for each name."""
     return [
         [f"{eps:g}", name, *medians(x.result[name] for x in outcomes if x.asked.eps == eps)]
         for eps in epses_of(outcomes)

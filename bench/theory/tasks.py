@@ -71,8 +71,8 @@ Results = dict[str, list[Outcome]]
 
 
 def facts(seed: int, J: int, eps: float) -> dict:
-    """Returns the line of one problem in the results file, and the bounds that each deliberate mistake
-    breaks."""
+    """Returns the line of one problem in the results file, and the bounds that each
+    deliberate mistake breaks."""
     f = measure(seed, J, eps)
     return line(f) | {"broken": {name: reds(f, wrong(f)) for name, wrong in BROKEN.items()}}
 
@@ -83,8 +83,8 @@ def variant(seed: int, J: int, eps: float, beta: float, b: float | tuple[float, 
 
 
 def scaled(seed: int, scale: float, eps: float) -> dict:
-    """Returns the line of a problem in other units of utility, where printed constants show that their units
-    are wrong."""
+    """Returns the line of a problem in other units of utility, where printed constants show
+    that their units are wrong."""
     return line(measure(seed, 1, eps, scale=scale))
 
 

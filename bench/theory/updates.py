@@ -20,8 +20,8 @@ from engine.records import ScoredTarget
 
 
 def maximiser(world: ExactStages, target: ScoredTarget, number: int) -> Tensor:
-    """Returns argmax over theta of E[score + shift] - coefficient KL(pi || anchor), the best of several local
-    maxima.
+    """Returns argmax over theta of E[score + shift] - coefficient KL(pi || anchor),
+    the best of several local maxima.
 
     The searches start at target.start (or 0), at the least-squares fit of the tilt, and at the best small,
     middle and large member of the problem's cloud. They need the score of every response.
@@ -72,22 +72,22 @@ def missed_maximum(problem: Problem, lam: Tensor, theta: Tensor) -> float:
 
 
 def soft(world: ExactStages, target: ScoredTarget, number: int) -> Tensor:
-    """Fits Bradley-Terry to expected labels: cross-entropy of sigmoid(score difference), over all pairs of a
-    prompt's responses."""
+    """Fits Bradley-Terry to expected labels: cross-entropy of sigmoid(score difference),
+    over all pairs of a prompt's responses."""
     return _bradley_terry(world, target, expit(_pairs(world, target)[1]))
 
 
 def sampled(world: ExactStages, target: ScoredTarget, number: int) -> Tensor:
-    """Fits Bradley-Terry to labels drawn afresh for each update, as in the papers; its population minimiser
-    is that of `soft`."""
+    """Fits Bradley-Terry to labels drawn afresh for each update, as in the papers;
+    its population minimiser is that of `soft`."""
     chance = expit(_pairs(world, target)[1])
     drawn = torch.rand(len(chance), generator=world.generator(number), dtype=torch.float64).numpy()
     return _bradley_terry(world, target, (drawn < chance).astype(float))
 
 
 def regression(world: ExactStages, target: ScoredTarget, number: int) -> Tensor:
-    """Fits coefficient x log-ratio differences to score differences by least squares, over all pairs of a
-    prompt's responses."""
+    """Fits coefficient x log-ratio differences to score differences by least squares,
+    over all pairs of a prompt's responses."""
     difference, score, offset = _pairs(world, target)
     return torch.from_numpy(np.linalg.lstsq(target.coefficient * difference, score + offset)[0])
 

@@ -1,8 +1,8 @@
 """Our reading of C-DPO (arXiv 2403.02475, known from its abstract): DPO at lambda from the reference, a step
 of dual descent, and again.
 
-Decided here: lambda is projected on lambda >= 0; each policy starts anew at the reference; the last one is
-the result.
+Decided here: lambda is projected on lambda >= 0; each policy starts anew at the reference;
+the last one is the result.
 """
 
 import torch

@@ -23,8 +23,8 @@ def train(config: DpoConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: DpoConfig):
-    """Runs DPO; returns the policy and the weights of the utilities, float64 [J]: 0 for the reward, 1 for
-    safety."""
+    """Runs DPO; returns the policy and the weights of the utilities, float64 [J]:
+    0 for the reward, 1 for safety."""
     stages.sample_reference()
     safety = config.objective == "safety"
     lam_J = torch.full((stages.n_constraints,), float(safety), dtype=torch.float64)

@@ -1,5 +1,5 @@
-"""Our reading of OPD (arXiv 2602.22146, known from its abstract): optimistic primal-dual steps, whose last
-iterate converges.
+"""Our reading of OPD (arXiv 2602.22146, known from its abstract): optimistic primal-dual steps,
+whose last iterate converges.
 
 Policy and multipliers each have a prediction beside them. With u the slack and prox(p, lambda) the maximiser
 of E[r + lambda . g] - beta KL(pi || reference) - kappa KL(pi || p):

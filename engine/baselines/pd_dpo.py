@@ -1,6 +1,6 @@
-"""Our reading of PD-DPO (arXiv 2510.05703, known from its abstract): DPO on the reward once; then, at each
-lambda, DPO on safety from and against that policy with coefficient beta / lambda; a step of projected dual
-descent; repeat.
+"""Our reading of PD-DPO (arXiv 2510.05703, known from its abstract): DPO on the reward once;
+then, at each lambda, DPO on safety from and against that policy with coefficient beta / lambda;
+a step of projected dual descent; repeat.
 
 Decided here: the slack is the measured one, not a binary feedback; no exploration bonus; where all
 multipliers are 0 the reward's policy itself is the iterate; several costs are joined as in `engine.sacpo`.

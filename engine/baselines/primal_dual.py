@@ -1,5 +1,5 @@
-"""Primal-dual policy gradient (PPO-Lagrangian, arXiv 2310.12773) without a critic: advantages within the
-responses of a prompt.
+"""Primal-dual policy gradient (PPO-Lagrangian, arXiv 2310.12773) without a critic:
+advantages within the responses of a prompt.
 
 Each iteration samples the policy afresh, takes clipped policy-gradient steps on the score r + lambda . g -
 beta ln(policy / reference), measures the slack on other prompts, and descends ln lambda: ln lambda <- ln
@@ -19,8 +19,8 @@ from engine.stages.run import open_stages
 
 
 def train(config: PrimalDualConfig, *, resume: str | None = None) -> Result:
-    """Runs primal-dual policy gradient; returns the run folder, the held-out verdict and the last
-    multipliers.
+    """Runs primal-dual policy gradient; returns the run folder, the held-out
+    verdict and the last multipliers.
 
     `resume`: the folder of a run to go on with.
 
@@ -55,8 +55,8 @@ def descend(lam_J: Tensor, slack_J: Tensor, config: PrimalDualConfig) -> Tensor:
 
 
 def penalised(lam_J: Tensor, advantage: str) -> Rule:
-    """Builds the score r + lambda . g; with "group_norm" reward and utilities are standardised on each prompt
-    first.
+    """Builds the score r + lambda . g; with "group_norm" reward and utilities are
+    standardised on each prompt first.
 
     lam_J: [J], or [P, 1, J] where it differs between prompts.
     """

@@ -1,5 +1,5 @@
-"""Our reading of RePO (arXiv 2410.19933, known from its abstract): the constraint holds prompt by prompt, E_x
-[violation(x)]+ <= 0.
+"""Our reading of RePO (arXiv 2410.19933, known from its abstract): the constraint holds prompt by prompt,
+E_x [violation(x)]+ <= 0.
 
 Primal-dual policy gradient as in `engine.primal_dual`, but the penalty counts only on prompts whose sampled
 responses miss the threshold, and lambda rises with the mean rectified violation. It can only rise; the cap on

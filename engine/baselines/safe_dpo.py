@@ -17,8 +17,8 @@ from engine.records import Scored, Target
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
-# More than any difference of rewards, so that sigmoid(score difference) is 1 for a safe response against an
-# unsafe one.
+# More than any difference of rewards, so that sigmoid(score difference) is 1 for a safe
+# response against an unsafe one.
 SURE = 1e3
 
 
@@ -38,8 +38,8 @@ def loop(stages: Stages, config: SafeDpoConfig):
     above_J = torch.tensor(unsafe_above(config), dtype=torch.float64)
 
     def unsafe(scored: Scored) -> Tensor:
-        """Marks responses of which a cost lies above its number, where its constraint is about that prompt;
-        bool [P, G]."""
+        """Marks responses of which a cost lies above its number, where its constraint is
+        about that prompt; bool [P, G]."""
         return ((scored.cost_PGJ > above_J) & (scored.weight_PJ[:, None] > 0)).any(dim=2)
 
     target = Target(

@@ -43,8 +43,8 @@ class CaidConfig(IterativeConfig):
 
     @property
     def fresh_samples(self) -> tuple[Draws, ...]:
-        """The responses sampled in training: for slacks and, with --pairs policy, for every update but the
-        first."""
+        """The responses sampled in training: for slacks and, with --pairs policy,
+        for every update but the first."""
         if self.pairs != "policy":
             return super().fresh_samples
         learned = Draws(self.iterations - 1, self.steps * self.prompts_per_step, self.n_responses)
@@ -52,7 +52,7 @@ class CaidConfig(IterativeConfig):
 
     @property
     def by_preference(self) -> bool:
-        """Whether scores are log-ratios of policies that are aligned to preferences."""
+        """Tells whether scores are log-ratios of policies that are aligned to preferences."""
         return self.scores == "preference"
 
     def check(self) -> None:
@@ -97,15 +97,15 @@ class PecanConfig(MocanConfig):
     """PeCAN: MoCAN on log-ratios of policies aligned to preferences (arXiv 2405.19544, Algorithm 2)."""
 
     preferences: str = ""
-    """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost: 0 or 1,
-    the number of the response that is better in that respect. Default: labels drawn from the scorers on
-    reference samples."""
+    """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost:
+    0 or 1, the number of the response that is better in that respect. Default: labels drawn from
+    the scorers on reference samples."""
     preference_steps: int = bounded(10, above=0)
     """DPO steps of each policy that is aligned to preferences."""
 
     @property
     def by_preference(self) -> bool:
-        """Whether scores are log-ratios of policies that are aligned to preferences: always."""
+        """Tells that scores are always log-ratios of policies that are aligned to preferences."""
         return True
 
 
@@ -124,8 +124,8 @@ class DpoConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SacpoConfig(RunConfig):
-    """SACPO: align to the reward, then to safety with the first policy as the reference (arXiv
-    2404.11049)."""
+    """SACPO: align to the reward, then to safety with the first policy as
+    the reference (arXiv 2404.11049)."""
 
     lam: tuple[float, ...] = (1.0,)
     """Fixed multiplier of each utility; the second stage's coefficient is beta / lambda. The paper tries
@@ -138,7 +138,8 @@ class SacpoConfig(RunConfig):
 
     @property
     def policy_updates(self) -> int:
-        """How often the algorithm takes `steps` policy steps: in each of its two stages."""
+        """The number of times that `steps` policy steps are taken:
+        once in each of the algorithm's two stages."""
         return 2
 
     def check(self) -> None:
@@ -175,8 +176,8 @@ class SafeDpoConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CdpoConfig(IterativeConfig):
-    """Our reading of C-DPO (arXiv 2403.02475): DPO anew at each multiplier, then a step of dual descent of
-    constant size."""
+    """Our reading of C-DPO (arXiv 2403.02475): DPO anew at each multiplier, then a step
+    of dual descent of constant size."""
 
     labels: str = "soft"
     lam_init: float = bounded(1.0, at_least=0)
@@ -187,8 +188,8 @@ class CdpoConfig(IterativeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PdDpoConfig(IterativeConfig):
-    """Our reading of PD-DPO (arXiv 2510.05703): DPO on the reward once, then DPO on safety from it at each
-    multiplier."""
+    """Our reading of PD-DPO (arXiv 2510.05703): DPO on the reward once, then DPO on safety
+    from it at each multiplier."""
 
     labels: str = "soft"
     lam_init: float = bounded(1.0, at_least=0)
@@ -198,7 +199,8 @@ class PdDpoConfig(IterativeConfig):
 
     @property
     def policy_updates(self) -> int:
-        """How often the algorithm takes `steps` policy steps: once on the reward, then in each iteration."""
+        """The number of times that `steps` policy steps are taken: once on the reward,
+        then once in each iteration."""
         return 1 + self.iterations
 
     def check(self) -> None:
@@ -221,12 +223,14 @@ class OpdConfig(IterativeConfig):
 
     @property
     def policy_updates(self) -> int:
-        """How often the algorithm takes `steps` policy steps: an iteration is a prediction and a step."""
+        """The number of times that `steps` policy steps are taken:
+        an iteration is a prediction and a step."""
         return 2 * self.iterations
 
     @property
     def measured_slacks(self) -> int:
-        """How often the algorithm measures the slack of a policy: of each prediction and of the last step."""
+        """The number of slacks that the algorithm measures: that of each prediction
+        and that of the last step."""
         return self.iterations + 1
 
     def check(self) -> None:
@@ -257,8 +261,8 @@ class PrimalDualConfig(IterativeConfig):
         return (*super().fresh_samples, Draws(self.iterations, self.ascent_prompts, self.n_responses))
 
     def trained_responses(self, n: int) -> int:
-        """Returns how many of a prompt's `n` responses a policy step trains on: a policy gradient takes
-        all."""
+        """Returns how many of a prompt's `n` responses a policy step trains on:
+        a policy gradient takes all."""
         return n
 
     def check(self) -> None:
@@ -272,8 +276,8 @@ class PrimalDualConfig(IterativeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RepoConfig(PrimalDualConfig):
-    """Our reading of RePO (arXiv 2410.19933): every prompt has its own constraint, and only those that miss
-    it are penalised."""
+    """Our reading of RePO (arXiv 2410.19933): every prompt has its own constraint, and only those
+    that miss it are penalised."""
 
 
 def _refuse_single(config: RunConfig) -> None:
@@ -298,7 +302,10 @@ class Algorithm(NamedTuple):
 
     @property
     def trains_policy(self) -> bool:
-        """Whether it leaves a run, which can be resumed, evaluated and swept; training a head does not."""
+        """Tells whether the algorithm leaves a run, which can be resumed, evaluated and swept.
+
+        Training a head leaves none.
+        """
         return not isinstance(self.config, str)
 
     @property
@@ -307,7 +314,7 @@ class Algorithm(NamedTuple):
         return self.config if self.trains_policy else getattr(import_module(self.module), self.config)
 
     def train(self, config, **keywords):
-        """Loads the algorithm's module and run it."""
+        """Loads the algorithm's module and runs it."""
         return import_module(self.module).train(config, **keywords)
 
 
@@ -370,8 +377,8 @@ def shown_name(algorithm: str) -> str:
 
 
 def was_by_preference(algorithm: str, values: dict) -> bool:
-    """Tells from a run's config.json, as `Run.read_config` gives it, whether its scores were log-ratios of
-    policies.
+    """Tells from a run's config.json, as `Run.read_config` gives it, whether its scores
+    were log-ratios of policies.
 
     A setting that the run's version did not have yet is at its default.
     """

@@ -62,8 +62,8 @@ def bounded(
     infinite: bool = False,
     says: str = "",
 ) -> Any:
-    """Declares a field that is a number within bounds, or a tuple of such numbers. At least one bound is
-    given.
+    """Declares a field that is a number within bounds, or a tuple of such numbers.
+    At least one bound is given.
 
     infinite: an infinite value is accepted too, as it limits nothing. says: replaces the bounds in the
     message to a user who gives another number.
@@ -80,8 +80,8 @@ def bounded(
 
 
 def one_of(*accepted: str, default: str | None = None) -> Any:
-    """Declares a field that takes one of these words. The first is the default, unless another one is
-    named."""
+    """Declares a field that takes one of these words. The first is the default,
+    unless another one is named."""
     return field(default=accepted[0] if default is None else default, metadata={"bound": Choice(accepted)})
 
 

@@ -13,22 +13,22 @@ class EvaluateConfig:
     iterate: int = bounded(0, at_least=0)
     """Iterate to judge; 0 takes the last one."""
     best_feasible: bool = False
-    """First choose the iterate on the run's held-out prompts: the one with the most reward of those that meet
-    every constraint there (none: the one that misses least). Then judge it on --prompts, which must be
-    others."""
+    """First choose the iterate on the run's held-out prompts: the one with the most reward
+    of those that meet every constraint there (none: the one that misses least).
+    Then judge it on --prompts, which must be others."""
     prompts: str = ""
     """Prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the run's held-out prompts."""
     n_prompts: int = bounded(0, at_least=0)
-    """Prompts, at most: the run's seeded subset. 0 takes as many as the run's verdict, or all of
-    --prompts."""
+    """Prompts, at most: the run's seeded subset. 0 takes as many as the run's
+    verdict, or all of --prompts."""
     n_responses: int = bounded(0, at_least=0)
     """Responses per prompt, of reference and policy each; 0 takes as many as the run's verdict."""
     seed: int = 1000
-    """Seed of the responses, far from usual seeds of runs so that they are fresh; the run's own seed draws
-    its verdict's again."""
+    """Seed of the responses, far from usual seeds of runs so that they are fresh;
+    the run's own seed draws its verdict's again."""
     audit: tuple[str, ...] = ()
-    """Costs that are reported and were never optimised, besides the run's own audits. Same forms as in
-    training."""
+    """Costs that are reported and were never optimised, besides the run's own audits.
+    Same forms as in training."""
     confidence: float = bounded(
         0.95, above=0.5, below=1, says="must lie above 0.5 and below 1; 0.95 is usual"
     )

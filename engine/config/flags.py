@@ -1,5 +1,5 @@
-"""From a command line to a config dataclass. Every flag is checked first, so that a mistake costs one
-line."""
+"""From a command line to a config dataclass. Every flag is checked first,
+so that a mistake costs one line."""
 
 import difflib
 from typing import Any, get_type_hints
@@ -41,8 +41,8 @@ def parse_flags(
 
 
 def take(flags: list[str], name: str) -> tuple[list[str], str | None]:
-    """Takes `name VALUE` or `name=VALUE` out of `flags`; returns the rest and the value, None where it is
-    absent."""
+    """Takes `name VALUE` or `name=VALUE` out of `flags`; returns the rest and the value,
+    None where it is absent."""
     rest, value, words = [], None, iter(flags)
     for word in words:
         if word.startswith(f"{name}="):
@@ -94,8 +94,8 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
 
 
 def suggest(word: str, accepted: list[str]) -> str:
-    """Suggests the nearest of the accepted words, as ` Did you mean ...?`; an empty text where none is
-    near."""
+    """Suggests the nearest of the accepted words, as ` Did you mean ...?`;
+    an empty text where none is near."""
     near = difflib.get_close_matches(word, accepted, 1)
     return f" Did you mean {near[0]}?" if near else ""
 

@@ -14,8 +14,8 @@ FEW_PROMPTS = (
 
 
 class Draws(NamedTuple):
-    """Counts the responses that a run samples while it trains: so many times, to so many prompts, so many
-    each."""
+    """Counts the responses that a run samples while it trains: so many times,
+    to so many prompts, so many each."""
 
     times: int
     prompts: int
@@ -24,8 +24,8 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The settings that every algorithm needs: model, scorers, prompts, sampling, the constraint and the
-    evaluation."""
+    """The settings that every algorithm needs: model, scorers, prompts, sampling,
+    the constraint and the evaluation."""
 
     out: str = ""
     """Run folder, must not exist yet. Default: runs/DATE-ALGORITHM-seedSEED."""
@@ -60,8 +60,8 @@ class RunConfig:
     prompt_column: str = "prompt"
     """Column with the prompt text or the chat messages."""
     system: str = "Answer in one sentence of at most 15 words."
-    """System line put before every prompt; empty leaves the chat template's own. Ignored by a tokenizer
-    without a template."""
+    """System line put before every prompt; empty leaves the chat template's own.
+    Ignored by a tokenizer without a template."""
 
     samples_of: str = ""
     """Take the reference's samples, for training and verdict, from this run of equal settings; draw none."""
@@ -76,24 +76,24 @@ class RunConfig:
     top_p: float = bounded(1.0, above=0, at_most=1)
     """Nucleus mass; 1 is off."""
     rollout_rows: int = bounded(384, above=0)
-    """Responses decoded side by side; the default is lowered where memory is short. Samples depend on it by
-    rounding alone."""
+    """Responses decoded side by side; the default is lowered where memory is short.
+    Samples depend on it by rounding alone."""
 
     threshold: tuple[float, ...] = (0.3,)
     """b: required improvement of each utility over the reference, in within-prompt standard deviations."""
     cost_mean: tuple[float, ...] = bounded(
         (), above=-math.inf, infinite=True, says="must be a number, or inf for a cost that keeps --threshold"
     )
-    """Largest mean of each cost, in the scorer's own units, instead of --threshold; inf for a cost that keeps
-    --threshold."""
+    """Largest mean of each cost, in the scorer's own units, instead of --threshold;
+    inf for a cost that keeps --threshold."""
     cost_rate: tuple[float, ...] = bounded(
         (),
         above=0,
         at_most=1,
         says="must lie above 0 and not above 1, such as 0.02; no sample can confirm a rate of 0",
     )
-    """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold; 1 for a cost that
-    keeps --threshold."""
+    """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold;
+    1 for a cost that keeps --threshold."""
     unsafe_above: tuple[float, ...] = (0.0,)
     """A response is unsafe where a cost exceeds this, in the scorer's units: one value, or one per cost."""
     cost_on: tuple[str, ...] = ()
@@ -102,8 +102,8 @@ class RunConfig:
     beta: float = bounded(1.0, above=0)
     """Weight of KL(policy || reference), in units of the scaled reward."""
     margin: float = bounded(3.3, at_least=0)
-    """The dual aims at b + margin x the predicted standard error of the held-out set; 0 is the papers'
-    method."""
+    """The dual aims at b + margin x the predicted standard error of the held-out set;
+    0 is the papers' method."""
     lam_max: float = bounded(20.0, above=0)
     """Upper bound of each multiplier, in scaled units."""
 
@@ -115,8 +115,8 @@ class RunConfig:
     """Most tokens of one forward and backward pass of a policy step, prompts counted once; a larger step adds
     up the gradients of parts."""
     activation_checkpointing: bool = False
-    """Keep only the input of each layer for the backward pass and compute the rest again: less memory, about
-    a third more time."""
+    """Keep only the input of each layer for the backward pass and compute the rest again:
+    less memory, about a third more time."""
     responses_per_prompt: int = 2
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs
     are used. 0 takes all G, which fits the tilt itself; the two ends act like a smaller --beta."""
@@ -167,7 +167,7 @@ class RunConfig:
 
     @property
     def by_preference(self) -> bool:
-        """Whether scores are log-ratios of policies that are aligned to preferences."""
+        """Tells whether scores are log-ratios of policies that are aligned to preferences."""
         return False
 
     @property
@@ -177,12 +177,12 @@ class RunConfig:
 
     @property
     def policy_updates(self) -> int:
-        """How often the algorithm takes `steps` policy steps."""
+        """The number of times that the algorithm takes `steps` policy steps."""
         return 1
 
     @property
     def measured_slacks(self) -> int:
-        """How often the algorithm measures the slack of a policy."""
+        """The number of slacks that the algorithm measures."""
         return 0
 
     @property
@@ -195,8 +195,8 @@ class RunConfig:
         return min(self.responses_per_prompt or n, n)
 
     def check(self) -> None:
-        """Refuses values that no run can use, first of each setting alone, then of settings that depend on
-        each other.
+        """Refuses values that no run can use, first of each setting alone, then of settings
+        that depend on each other.
 
         Raises: UserError naming the flag, its value and what is accepted.
         """
@@ -260,8 +260,8 @@ class IterativeConfig(RunConfig):
     iterations: int = bounded(5, above=0)
     """T: policies trained; a dual step stands between two of them."""
     slack_prompts: int = bounded(64, at_least=2, says=FEW_PROMPTS)
-    """Prompts on which the slack is measured, never among the iteration's pairs; at most a third where
-    prompts are few."""
+    """Prompts on which the slack is measured, never among the iteration's pairs;
+    at most a third where prompts are few."""
     slack_responses: int = bounded(3, above=0)
     """Responses per prompt in the slack."""
     lam_max_change: float = bounded(2.0, above=1)
@@ -271,12 +271,12 @@ class IterativeConfig(RunConfig):
 
     @property
     def policy_updates(self) -> int:
-        """How often the algorithm takes `steps` policy steps."""
+        """The number of times that the algorithm takes `steps` policy steps."""
         return self.iterations
 
     @property
     def measured_slacks(self) -> int:
-        """How often the algorithm measures the slack of a policy."""
+        """The number of slacks that the algorithm measures."""
         return self.iterations
 
     @property

@@ -16,8 +16,8 @@ from engine.records import Prompts
 class Limit(ABC):
     """A constraint: it asks for `value`, in its own measure, on the prompts of kind `on` ("" for all).
 
-    Its methods take utilities [P, G] in the run's units, of the prompts in `rows` alone; `unit` is one such
-    unit in the scorer's.
+    Its methods take utilities [P, G] in the run's units, of the prompts in `rows` alone;
+    `unit` is one such unit in the scorer's.
     """
 
     kind: ClassVar[str]  # its name in evaluation.json
@@ -137,14 +137,14 @@ class Judged:
 
     @property
     def required(self) -> float:
-        """Returns the improvement over the held-out reference, in units, at which the constraint just
-        holds."""
+        """Returns the improvement over the held-out reference, in units, at which
+        the constraint just holds."""
         return self.limit.value if self.measured is None else (self.reference - self.limit.value) / self.unit
 
     @property
     def slack(self) -> Estimate:
-        """Measures what is left to what the constraint asks for, in its own measure: above 0 it holds with
-        room."""
+        """Measures what is left to what the constraint asks for, in its own measure:
+        above 0 it holds with room."""
         e, b = self.limit.as_utility(self.measured or self.estimate)
         return replace(
             e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b

@@ -8,10 +8,10 @@ from engine.records import Prompts
 
 
 def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
-    """Chooses n prompts and order them by a hash of (seed, purpose, key).
+    """Chooses n prompts and orders them by a hash of (seed, purpose, key).
 
-    So the order of the file has no effect. Returns their indices. Raises: UserError where there are fewer
-    than n prompts.
+    So the order of the file has no effect. Returns their indices. Raises: UserError where
+    there are fewer than n prompts.
     """
     if n > len(prompts):
         raise UserError(

@@ -35,10 +35,10 @@ class TextLimits:
 def load_prompts(
     source: str | list[str], tokenizer, *, column: str = "prompt", system: str = "", max_prompt_tokens: int
 ) -> Prompts:
-    """Reads prompts, apply the tokenizer's chat template once and tokenise.
+    """Reads prompts, applies the tokenizer's chat template once and tokenises.
 
-    source: a jsonl, csv or parquet file, a name for `datasets.load_dataset` (split train), or a list of
-    these.
+    source: a jsonl, csv or parquet file, a name for `datasets.load_dataset`
+    (split train), or a list of these.
     column: its cells are texts, chat messages (lists of {"role", "content"}) or such lists as JSON. The
     optional column "kind" is a label.
     system: put before messages that have no system message. A tokenizer without a chat template takes the
@@ -164,8 +164,8 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
 def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str) -> list[int]:
     """Tokenises a whole prompt, with its special tokens once.
 
-    Raises: UserError where the tokenizer has no chat template for several messages, or its template refuses
-    them.
+    Raises: UserError where the tokenizer has no chat template for several messages,
+    or its template refuses them.
     """
     if not tokenizer.chat_template:
         if len(messages) > 1:

@@ -1,5 +1,5 @@
-"""Computes what `python -m engine.dual` shows: multipliers, their intervals, and the trade-off by
-threshold."""
+"""Computes what `python -m engine.dual` shows: multipliers, their intervals,
+and the trade-off by threshold."""
 
 import math
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Analysis:
 
 
 def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
-    """Solves the dual and measure its uncertainty.
+    """Solves the dual and measures its uncertainty.
 
     Raises: UserError for a constant column or thresholds that do not match the columns; dual.Infeasible.
     """

@@ -32,9 +32,9 @@ class DualConfig:
     out: str = ""
     """Folder for dual.json and dual.png, which are overwritten. Default: NAME-dual for NAME.jsonl."""
     export_pairs: str = ""
-    """Also write the best and the worst response of each prompt at lambda to this jsonl file: prompt, chosen,
-    rejected. Which of the two is chosen is drawn, with the probability sigmoid(difference of reward + lambda
-    utility)."""
+    """Also write the best and the worst response of each prompt at lambda to this jsonl file:
+    prompt, chosen, rejected. Which of the two is chosen is drawn, with the probability
+    sigmoid(difference of reward + lambda utility)."""
 
 
 def output_folder(file: str, config: DualConfig) -> Path:

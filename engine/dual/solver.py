@@ -1,7 +1,7 @@
 """The Lagrange dual of constrained alignment, solved from samples of the reference.
 
-The dual in the space of distributions (arXiv 2405.19544, and 2505.19387 section 2), with the utilities g and
-h = g - mean(g) - b:
+The dual in the space of distributions (arXiv 2405.19544, and 2505.19387 section 2), with the utilities
+g and h = g - mean(g) - b:
 
     D(lambda) = beta E_x ln E_{y ~ reference} exp((r + lambda . h) / beta)
     grad D    = E h under the tilted policy
@@ -47,9 +47,8 @@ class Infeasible(UserError):
     - largest_improvement: float64 [J], the best response of every prompt, averaged, minus the mean: what each
       constraint alone supports. With `bounds`, the highest possible value stands in place of the best
       response; inf where a utility has none.
-    - direction: float64 [J], v >= 0 with sum 1 and mean_p max_i v . (g_pi - mean) < v . b, which certifies
-    the
-      claim.
+    - direction: float64 [J], v >= 0 with sum 1 and mean_p max_i v . (g_pi - mean) < v . b,
+      which certifies the claim.
     - largest_multiple: float, thresholds up to this multiple of b are supported together, to 0.1 %.
     - proven: bool, True where the claim holds for all policies, because the responses were enumerated or the
       bound of a score is asked for. False where it is the limit of these samples.
@@ -103,16 +102,15 @@ def solve(
     reward [P, G], utility [P, G, J], threshold [J] (or a number): numpy, torch or lists, any float type.
 
     - The threshold is the required improvement over the mean of the utility, or a level with `absolute`.
-    - `enumerated` says that the G responses are all there are, equally likely, so that infeasibility is
-    proven.
+    - `enumerated` says that the G responses are all there are, equally likely,
+      so that infeasibility is proven.
     - `bounds` [J] are the highest values that the utilities can take at all, None where that is not known. A
       threshold that asks for so much on average is proven infeasible, whatever the samples.
     - `force` goes on with unsupported thresholds. It needs a finite lam_max, where such multipliers end.
     - `start_J` is a guess of lambda, by default 0.
-    - `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps, of
-    length
-      1 / (largest eigenvalue of the Hessian) in units of each utility's standard deviation, and needs more of
-      them. Both stop by the same rule, so their optima agree.
+    - `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps,
+      of length 1 / (largest eigenvalue of the Hessian) in units of each utility's standard deviation,
+      and needs more of them. Both stop by the same rule, so their optima agree.
 
     A constant added to one prompt's reward or utility changes neither the multipliers nor the policies.
 
@@ -202,8 +200,8 @@ def _check_bounds(
 ) -> None:
     """Refuses a required improvement that takes a utility to its highest possible value or above.
 
-    Raises: Infeasible; UserError for bounds that are not one number or None per utility, or are passed
-    already.
+    Raises: Infeasible; UserError for bounds that are not one number or None per
+    utility, or are passed already.
     """
     highest = as_float64("bounds", [math.inf if bound is None else bound for bound in bounds])
     if highest.shape != threshold.shape or highest.isnan().any():
@@ -351,8 +349,8 @@ def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, T
 def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
     """Builds the error with its certificate, in the caller's units.
 
-    g, b, direction: in standard deviations. mean: of the utilities where the thresholds are levels, else
-    None.
+    g, b, direction: in standard deviations. mean: of the utilities where
+    the thresholds are levels, else None.
     """
     multiple, direction = _largest_multiple(g, b, direction)
     best = g.amax(1).mean(0) * scale

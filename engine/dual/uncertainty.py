@@ -58,9 +58,9 @@ def lam_interval(
     below 0 with a standard error, and the interval is [0, max(0, value + t se)]. It is [0, 0] where the room
     is clear, and passes continuously into that of an active constraint.
 
-    Where H is singular over the constraints without clear room, as for two equal utilities, only some sums of
-    multipliers are determined. A multiplier that is not has the standard error inf and the interval [0, inf],
-    "not identified".
+    Where H is singular over the constraints without clear room, as for two equal utilities,
+    only some sums of multipliers are determined. A multiplier that is not has the standard error inf
+    and the interval [0, inf], "not identified".
 
     Raises: UserError for fewer than 2 prompts, for a solution of other scores, and for one held by lam_max.
     """
@@ -173,8 +173,8 @@ def ess_warning(ess_P: Tensor, G: int) -> str | None:
 def half_sample(
     reward_PG, utility_PGJ, threshold_J, beta: float, lam_J: Tensor, *, absolute: bool = False, seed: int = 0
 ) -> str:
-    """Says what a random half of each prompt's responses gives, as a sentence that goes on from
-    `ess_warning`.
+    """Says what a random half of each prompt's responses gives, as a sentence that
+    goes on from `ess_warning`.
 
     lam_J: `solve`'s multipliers from all responses. A bias in 1 / G, as that of self-normalised weights,
     doubles with half of the responses, so the difference of the two multipliers estimates it. Returns "" for

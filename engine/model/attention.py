@@ -1,8 +1,8 @@
 """Attention over packed sequences, and what a layer asks of any attention.
 
-Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths: flash-attn's where it is
-installed, else torch's, which has no softcap. All others are laid out on a padded grid for
-`scaled_dot_product_attention`.
+Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths:
+flash-attn's where it is installed, else torch's, which has no softcap. All others are laid out on a padded
+grid for `scaled_dot_product_attention`.
 """
 
 import inspect
@@ -49,8 +49,8 @@ class Layout:
     slot: Tensor  # int64 [M]: index into the flattened [B, T] grid
     shape: tuple[int, int]  # B, T
     runs: Runs
-    # int64 [B, T]: 0 in a prompt, i in its response i, -1 behind. None: each row of the grid is one causal
-    # sequence.
+    # int64 [B, T]: 0 in a prompt, i in its response i, -1 behind.
+    # None: each row of the grid is one causal sequence.
     segment: Tensor | None
     window: int | None = None  # how many positions a query sees, its own included; None = all
 
@@ -166,8 +166,8 @@ class Attention(Protocol):
     ) -> Tensor:
         """Attends in one layer: query [M, H, d]; key, value [M, Hkv, d] -> [M, H d].
 
-        scale, softcap: see `attend`. window: how many tokens a token sees, itself included; None = all before
-        it.
+        scale, softcap: see `attend`. window: how many tokens a token sees,
+        itself included; None = all before it.
         """
 
 

@@ -3,10 +3,10 @@
 It computes Llama 2 and 3, SmolLM2, Qwen 2, 2.5 and 3, Mistral, Gemma 2 and the text model of Gemma 3.
 
 Packed sequences (training, scoring, prompts) and decoding steps take the same path through a layer and differ
-only in the attention that is handed in, so the log-probs that are sampled are the ones that are trained. The
-weights are
-frozen: a low-rank adapter passed to a call is added to them, and a call without one computes the reference
-model. A policy whose weights are all trained is a decoder with other weights (`engine.policy.full`).
+only in the attention that is handed in, so the log-probs that are sampled are the ones that are trained.
+The weights are frozen: a low-rank adapter passed to a call is added to them, and a call without
+one computes the reference model. A policy whose weights are all trained is a decoder with
+other weights (`engine.policy.full`).
 """
 
 from collections.abc import Callable
@@ -142,8 +142,8 @@ class Decoder(nn.Module):
 class Layer(nn.Module):
     """One decoder layer. q, k, v are one matrix, and so are gate and up; `engine.model.names` splits them.
 
-    Attention and the MLP share this one module: names and order of its weights stand in the files of trained
-    weights.
+    Attention and the MLP share this one module: names and order of its weights stand
+    in the files of trained weights.
     """
 
     def __init__(self, c: ModelConfig, index: int, **options) -> None:

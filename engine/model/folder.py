@@ -59,8 +59,8 @@ def load(
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     """Returns the stored tensor of each weight that `config` asks for, by name. Only headers are read.
 
-    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown, of another shape or
-    of no floating dtype.
+    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown,
+    of another shape or of no floating dtype.
     """
     stored = stored_tensors(folder)
     if config.tied:
@@ -197,8 +197,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
     Positions that were saved as weights are left out.
 
-    Raises: UserError naming the file that is missing, truncated, a pickle, or that its index says otherwise
-    of.
+    Raises: UserError naming the file that is missing, truncated, a pickle,
+    or that its index says otherwise of.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

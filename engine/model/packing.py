@@ -124,8 +124,8 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
 class LowerStates:
     """The reference's residual stream before `layer`, kept per prompt and response while they are sampled.
 
-    So the layers below an adapter run once per sample for sampling, scores, reference log-probs and all
-    policy steps.
+    So the layers below an adapter run once per sample for sampling, scores, reference
+    log-probs and all policy steps.
     """
 
     layer: int

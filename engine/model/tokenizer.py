@@ -23,8 +23,8 @@ def load_tokenizer(folder: Path):
         raise UserError(
             f"{folder}: no tokenizer could be loaded ({reason}); give a complete model folder."
         ) from error
-    # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them, and prompts that name
-    # them are refused.
+    # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them,
+    # and prompts that name them are refused.
     plain = (number for number, token in tokenizer.added_tokens_decoder.items() if not token.special)
     if max(tokenizer.vocab_size, 1 + max(plain, default=-1)) > size:
         raise UserError(

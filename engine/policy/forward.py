@@ -49,8 +49,8 @@ def policy_states(
     packed: Packed,
     weights: Weights,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the states [T, D] under the weights that predict a batch's response tokens; returns them with
-    the head [V, D].
+    """Computes the states [T, D] under the weights that predict a batch's response tokens;
+    returns them with the head [V, D].
 
     lower: the states of all samples below the adapter, where they were kept.
     """

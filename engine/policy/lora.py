@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the linears of a range of layers.
 
-An adapter is never merged in place: it is passed to each call of the model, and a call without it gives the
-reference.
+An adapter is never merged in place: it is passed to each call of the model, and a call
+without it gives the reference.
 """
 
 import math

@@ -17,9 +17,8 @@ def single(moved_N: Tensor, advantage_N: Tensor) -> Tensor:
 
 
 def listwise(log_ratio_N: Tensor, score_N: Tensor, prompt_N: Tensor) -> Tensor:
-    """Computes the cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of a
-    prompt, mean over
-    prompts. score: over beta."""
+    """Computes the cross-entropy of softmax(score / beta) and softmax(log-ratio) over the responses of
+    a prompt, mean over prompts. score: over beta."""
     losses = []
     for p in prompt_N.unique().tolist():
         own = prompt_N == p

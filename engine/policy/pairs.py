@@ -1,5 +1,5 @@
-"""r + lambda . g -> the pseudo-preference pairs of one policy step (arXiv 2505.19387, Algorithm 2, the set
-D-dagger)."""
+"""r + lambda . g -> the pseudo-preference pairs of one policy step (arXiv 2505.19387,
+Algorithm 2, the set D-dagger)."""
 
 import itertools
 
@@ -12,8 +12,8 @@ from engine.records import Pairs
 def within_prompts(
     score_PG: Tensor, prompts: list[int], per_prompt: int, dropped_PG: Tensor | None = None
 ) -> Pairs:
-    """Forms all pairs of `per_prompt` responses within each prompt: of all G, or of those at both ends of the
-    score.
+    """Forms all pairs of `per_prompt` responses within each prompt: of all G, or of those
+    at both ends of the score.
 
     score: s [P, G]; prompts: the P's to use. M sequences of a prompt serve M (M - 1) / 2 pairs, so that the
     forward passes are used several times. A prompt drawn twice in one step counts once. Pairs of two

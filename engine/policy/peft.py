@@ -63,8 +63,8 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
 def load_peft(folder: str | Path, model: Decoder) -> Adapter:
     """Reads the adapter of a PEFT folder for `model`, on any linears of consecutive layers.
 
-    Raises: UserError naming the switch or module that is not supported, or the tensor that does not fit the
-    model.
+    Raises: UserError naming the switch or module that is not supported, or the tensor
+    that does not fit the model.
     """
     folder = Path(folder)
     try:

@@ -1,5 +1,5 @@
-"""The preference loss of a policy on pairs of responses, in each label form (arXiv 2505.19387, Algorithm 2,
-step 4)."""
+"""The preference loss of a policy on pairs of responses, in each label form
+(arXiv 2505.19387, Algorithm 2, step 4)."""
 
 import math
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ class PreferenceLoss:
     def __call__(self, pairs: Pairs, draw: int, first: int = 0) -> Loss:
         """Returns the loss of one batch of pairs in the label form `config.labels`.
 
-        draw: the number of the step, which keys labels that are drawn. first: the number of the batch's first
-        sequence in the step.
+        draw: the number of the step, which keys labels that are drawn. first: the number of the batch's
+        first sequence in the step.
         """
         config, target, samples, model = self.config, self.target, self.samples, self.model
         batch = samples.groups(rows_by_prompt(pairs))
@@ -86,8 +86,8 @@ class PreferenceLoss:
     def _anchor_logprob(
         self, batch: list[packing.Group], packed: packing.Packed, pairs: Pairs, options: dict
     ) -> Tensor:
-        """Returns float64 [N], from which log-ratios count: the log-prob under the anchor, plus shift /
-        coefficient."""
+        """Returns float64 [N], from which log-ratios count: the log-prob under the anchor,
+        plus shift / coefficient."""
         config, target, samples, model = self.config, self.target, self.samples, self.model
         index = torch.tensor(pairs.row)
         reference_N = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
@@ -103,8 +103,8 @@ class PreferenceLoss:
         return reference_N
 
     def _without_labels(self, moved_N: Tensor, score_N: Tensor, pairs: Pairs) -> Tensor:
-        """Returns the loss of the forms that compare coefficient x log-ratio, `moved_N`, with the score
-        itself."""
+        """Returns the loss of the forms that compare coefficient x log-ratio,
+        `moved_N`, with the score itself."""
         coefficient, score_PG = self.target.coefficient, self.target.score_PG
         prompt_N = torch.tensor(pairs.prompt, device=moved_N.device)
         if self.config.labels == "single":

@@ -19,8 +19,8 @@ from engine.run.store import save
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """An iterate with the optimizer that led to it: tensors by name, steps taken in all, and the losses of
-    this update's steps."""
+    """An iterate with the optimizer that led to it: tensors by name, steps taken in all,
+    and the losses of this update's steps."""
 
     adapter: dict[str, Tensor]
     first_moment: dict[str, Tensor]
@@ -104,8 +104,8 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
 
 
 def learning_rate_factor(config: RunConfig, step: int, taken: int) -> float:
-    """Returns the share of the peak rate at `step` of an update (from 0), before which the policy took
-    `taken` steps.
+    """Returns the share of the peak rate at `step` of an update (from 0), before which
+    the policy took `taken` steps.
 
     A linear rise over the policy's first steps, then config.schedule over the steps x of S that are left of
     the update: constant 1, linear 1 - x / S or cosine (1 + cos(pi x / S)) / 2, as transformers has them. Each

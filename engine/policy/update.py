@@ -1,8 +1,8 @@
 """The policy updates, steps on an adapter or on all weights: the preference loss on pairs of responses (arXiv
 2505.19387, Algorithm 2, step 4), or the policy gradient on the policy's own samples.
 
-The layers below an adapter equal the reference, so their states are computed once per sample and kept for all
-iterations (`LowerStates`).
+The layers below an adapter equal the reference, so their states are computed once per sample and kept for
+all iterations (`LowerStates`).
 """
 
 import torch
@@ -61,8 +61,8 @@ def fit(
 
 
 def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
-    """Takes `config.steps` clipped policy-gradient steps on samples of the policy itself, of a config with
-    --clip.
+    """Takes `config.steps` clipped policy-gradient steps on samples of the policy
+    itself, of a config with --clip.
 
     The advantage of a response is its score, float64 [P, G], minus the mean score of its prompt's other ones.
 
@@ -110,8 +110,8 @@ def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
 
 
 def add_gradient(loss: Tensor, share: float) -> float:
-    """Runs the backward pass of a part that is `share` of a step's loss; returns what the part adds to the
-    loss."""
+    """Runs the backward pass of a part that is `share` of a step's loss;
+    returns what the part adds to the loss."""
     value = loss * share
     value.backward()
     return float(value.detach())

@@ -1,7 +1,7 @@
 """The default model, fetched on first use, and a tiny random model for the smoke preset and the tests.
 
-Finding a folder that is complete loads neither torch nor a tokenizer: what needs these imports them when it
-runs.
+Finding a folder that is complete loads neither torch nor a tokenizer:
+what needs these imports them when it runs.
 """
 
 from engine.quickstart.default_model import cache_folder, model_folder

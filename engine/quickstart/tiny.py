@@ -61,8 +61,8 @@ def tiny_model_folder(folder: Path, vocab: int = 384, seed: int = 0) -> Path:
             if len(shape) == 1:
                 yield np.ones(shape, np.float32)
             else:
-                # 1 / sqrt(fan in) keeps the residual stream near unit size, so that logits differ between
-                # contexts.
+                # 1 / sqrt(fan in) keeps the residual stream near unit size,
+                # so that logits differ between contexts.
                 yield rng.normal(0, shape[1] ** -0.5, shape).astype(np.float32)
 
     folder = Path(folder)

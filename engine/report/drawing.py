@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from engine.intervals import Estimate
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Reference and policy have the same
-# colours in all panels.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Reference and policy have
+# the same colours in all panels.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE, POLICY, INK = "#8A8A8A", "#0072B2", "#222222"
 AXIS_UNIT = "reference within-prompt sd"

@@ -127,8 +127,8 @@ class Cache(_Positions):
     ) -> Tensor:
         """Stores one token of each row in a layer, and attends to all of its row so far: [R, H d].
 
-        query [R, H, d]; key, value [R, Hkv, d]. window: attends to the last `window` tokens only, this one
-        included.
+        query [R, H, d]; key, value [R, Hkv, d]. window: attends to the last `window`
+        tokens only, this one included.
         scale, softcap: see `engine.model.attention.attend`.
         """
         stop = self.used + 1

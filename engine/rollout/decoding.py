@@ -13,11 +13,11 @@ from engine.rollout.cache import AnyCache, GpuCache
 from engine.rollout.states import Collector
 from kernels.sampling.draw import sample_with_gap
 
-# The batch is compacted when at most this share of its rows still runs. On a GPU that costs a new CUDA graph,
-# hence the lower share.
+# The batch is compacted when at most this share of its rows still runs. On a GPU that costs a new CUDA
+# graph, hence the lower share.
 COMPACT_AT, COMPACT_AT_ON_GPU = 0.85, 0.5
-# Two best perturbed logits this close may change places with the shape of a batch, which decides how sums are
-# rounded.
+# Two best perturbed logits this close may change places with the shape of a batch,
+# which decides how sums are rounded.
 NEAR_TIE = 1e-4
 # A GPU takes this many steps between two looks of the host.
 STEPS_UNSEEN = 8

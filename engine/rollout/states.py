@@ -13,8 +13,8 @@ from engine.model.packing import LowerStates
 class States:
     """The reference's states of sampled responses, taken while they are sampled.
 
-    Adapters sit above these layers, so that the policy's states there are the reference's, and heads need no
-    forward of their own.
+    Adapters sit above these layers, so that the policy's states there are the reference's,
+    and heads need no forward of their own.
     """
 
     layers: list[int]  # to pool for heads

@@ -1,5 +1,5 @@
-"""Collects what a run shows and leaves to read: the display, the metrics rows, TensorBoard events and where
-the time went.
+"""Collects what a run shows and leaves to read: the display, the metrics rows, TensorBoard
+events and where the time went.
 
 metrics.jsonl holds one JSON object per row with "kind" and "stage" and is bitwise equal between equal runs;
 every time and speed is in timing.jsonl alone. Both are written by `engine.run.store`.
@@ -32,8 +32,8 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """One running count; `with display.progress(768, "responses", "rollout") as progress:
-    progress.advance(32)`."""
+    """One running count; `with display.progress(768, "responses", "rollout")
+    as progress: progress.advance(32)`."""
 
     def __init__(self, display: "Display", total: int, unit: str, what: str) -> None:
         self.total, self.unit, self.what, self.done = total, unit, what, 0
@@ -100,7 +100,7 @@ class Display:
 
     @property
     def live(self) -> bool:
-        """Whether the status block is drawn now."""
+        """Tells whether the status block is drawn now."""
         return self._live is not None
 
     def stage(self, number: int, name: str, *, loaded: bool = False) -> None:
@@ -111,8 +111,8 @@ class Display:
             self.line(self._stage + (" (loaded)" if loaded else ""))
 
     def progress(self, total: int, unit: str, what: str) -> Progress:
-        """Opens a progress bar over `total` units (a plural, such as "tokens"); use it as a context
-        manager."""
+        """Opens a progress bar over `total` units (a plural, such as "tokens");
+        use it as a context manager."""
         return Progress(self, total, unit, what)
 
     def line(self, text: str) -> None:

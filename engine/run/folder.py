@@ -1,16 +1,19 @@
 """Where everything of a run folder stands.
 
-RUN/config.json            algorithm, settings, versions, fingerprint of the model
+RUN/config.json                                    algorithm, settings, versions, the model's fingerprint
 RUN/stages/NN-NAME.safetensors                     the result of a stage
 RUN/stages/NN-NAME.partial[.previous].safetensors  the last two states inside an unfinished stage
-RUN/metrics.jsonl          the rows of all stages, in order
-RUN/timing.jsonl           seconds and speeds: the only file that differs between equal runs
-RUN/adapters/iteration-T   the weights of iterate T: a PEFT folder, or a Hugging Face folder with --tune full
-RUN/adapters/rejected-T    an iterate past --max-kl
-RUN/evaluation.json, heldout.jsonl, report.png, report.html    the verdict, its responses and the report
-RUN/evaluation-N           what `engine.evaluate` wrote
-RUN/judged.jsonl           the prompts that have judged the run
-RUN/nonfinite.safetensors  the batch that stopped the run
+RUN/metrics.jsonl                                  the rows of all stages, in order
+RUN/timing.jsonl                                   seconds and speeds, which alone differ in equal runs
+RUN/adapters/iteration-T                           the weights of iterate T: a PEFT folder, or a
+                                                   Hugging Face folder with --tune full
+RUN/adapters/rejected-T                            an iterate past --max-kl
+RUN/evaluation.json                                the verdict
+RUN/heldout.jsonl                                  the responses that the verdict judged
+RUN/report.png, report.html                        the report
+RUN/evaluation-N                                   what `engine.evaluate` wrote
+RUN/judged.jsonl                                   the prompts that have judged the run
+RUN/nonfinite.safetensors                          the batch that stopped the run
 """
 
 from dataclasses import dataclass

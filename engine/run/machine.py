@@ -9,8 +9,8 @@ import torch
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Returns the bytes free on the GPU, or in main memory as far as the process's control groups let it
-    go."""
+    """Returns the bytes free on the GPU, or in main memory as far as the process's
+    control groups let it go."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in (root / "proc/meminfo").read_text().splitlines():
@@ -20,8 +20,8 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def _cgroup_room(root: Path) -> float:
-    """Returns the bytes left under the limits of the process's control group and of those above it; inf
-    without a limit.
+    """Returns the bytes left under the limits of the process's control group and of those
+    above it; inf without a limit.
 
     Both versions of control groups are read. Cached files that are not in use count as free, as the kernel
     drops them before it refuses memory.
@@ -70,8 +70,8 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Lets glibc reuse freed blocks of any size instead of giving them back to the system.
 
-    Fresh pages for every large tensor cost more than the arithmetic on it. Where the C library is another
-    one, nothing happens.
+    Fresh pages for every large tensor cost more than the arithmetic on it.
+    Where the C library is another one, nothing happens.
     """
     mmap_max, trim_threshold = -4, -1
     try:

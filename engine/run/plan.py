@@ -1,7 +1,7 @@
 """The time and memory that a run is predicted to need, printed before it starts.
 
-Where memory is short, fewer responses are decoded side by side; where it does not suffice even then, the run
-stops there.
+Where memory is short, fewer responses are decoded side by side; where it does not suffice even
+then, the run stops there.
 """
 
 from collections.abc import Callable
@@ -112,13 +112,13 @@ def _training_bytes(
 def _kept_bytes(
     config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, train: list[int]
 ) -> int:
-    """Counts what training keeps from step to step: the states below the adapter, or copies of all
-    weights."""
+    """Counts what training keeps from step to step: the states below the adapter,
+    or copies of all weights."""
     if config.tune != "full":
         return kept_states_bytes(train, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype)
-    # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with its
-    # moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients, and a
-    # copy for the iterate.
+    # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with
+    # its moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients,
+    # and a copy for the iterate.
     return shape.parameter_count() * (28 if device.type == "cuda" else 60)
 
 
@@ -164,8 +164,8 @@ def _peak(counted: float) -> int:
 
 
 def rows_that_fit(rows: int, n: int, needed: Callable[[int], int], available: int) -> int:
-    """Lowers `rows` by whole prompts of n responses until needed(rows) <= available bytes, down to one
-    prompt."""
+    """Lowers `rows` by whole prompts of n responses until needed(rows) <= available
+    bytes, down to one prompt."""
     while rows > n and needed(rows) > available:
         rows = max(n, rows - n)
     return rows
@@ -179,8 +179,8 @@ def evaluation_rows(
     heldout: list[int],
     n_prompts: int,
 ) -> int:
-    """Returns how many responses `engine.evaluate` decodes side by side: config.rollout_rows, or as many as
-    fit.
+    """Returns how many responses `engine.evaluate` decodes side by side:
+    config.rollout_rows, or as many as fit.
 
     heldout: lengths in tokens of all prompts; n_prompts: the most that are scored at once.
     Raises: UserError where there is no room for one prompt's responses.
@@ -208,8 +208,8 @@ def evaluation_rows(
 def kept_states_bytes(
     prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype
 ) -> int:
-    """Counts the bytes, at most, of the states below the adapter of prompts with `new_tokens` response tokens
-    each.
+    """Counts the bytes, at most, of the states below the adapter of prompts with
+    `new_tokens` response tokens each.
 
     0 when they pass KEPT_STATES_BYTES, as then they are not kept but computed in every step.
     """

@@ -35,8 +35,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledRow(Row):
-    """How far the sampler's log-probs lie from those of the training forward, and how many draws were nearly
-    ties."""
+    """How far the sampler's log-probs lie from those of the training forward,
+    and how many draws were nearly ties."""
 
     KIND = "sampled"
 
@@ -199,8 +199,8 @@ RowT = TypeVar("RowT", bound=Row)
 
 
 def plain(value: Any) -> Any:
-    """Turns a row's value into JSON: tensors and numpy values become numbers or lists, non-finite floats
-    null."""
+    """Turns a row's value into JSON: tensors and numpy values become numbers
+    or lists, non-finite floats null."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, float):
@@ -239,8 +239,8 @@ def raw_rows(folder: str | Path) -> list[dict]:
 
 
 def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
-    """Says where the time went: (stage, seconds, share of all stages), in order; the time of interrupted
-    attempts is included.
+    """Says where the time went: (stage, seconds, share of all stages), in order;
+    the time of interrupted attempts is included.
 
     Raises: UserError when the folder holds no timing.jsonl.
     """

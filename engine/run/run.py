@@ -42,8 +42,8 @@ class Stage:
         self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
 
     def log(self, row: Row) -> None:
-        """Logs one metrics row: seen in metrics.jsonl at once, kept when the stage or a partial of it is
-        saved."""
+        """Logs one metrics row: seen in metrics.jsonl at once, kept when the stage
+        or a partial of it is saved."""
         written = replace(row, stage=self.name).as_dict()
         self.rows.append(written)
         _append(self._run.paths.metrics, written)
@@ -62,8 +62,8 @@ class Stage:
         return self._run.display.progress(total, unit, what)
 
     def partial(self, cls: type[RecordT]) -> RecordT | None:
-        """Loads the last whole partial of this stage, or None. The rows logged up to it replace those logged
-        since."""
+        """Loads the last whole partial of this stage, or None. The rows logged up to it
+        replace those logged since."""
         for path in (self.partial_path, self.previous_path):
             try:
                 record, content = self._run.read(path, cls, self.name)
@@ -94,11 +94,11 @@ class Stage:
 
     @property
     def stopping(self) -> bool:
-        """Whether Ctrl-C was pressed: time to save a partial before `check_stop`."""
+        """Tells whether Ctrl-C was pressed: then it is time to save a partial before `check_stop`."""
         return self._run.stopping
 
     def check_stop(self) -> None:
-        """Raises: Interrupted when Ctrl-C was pressed."""
+        """Checks that the run may go on. Raises: Interrupted when Ctrl-C was pressed."""
         self._run.check_stop()
 
 
@@ -106,10 +106,10 @@ class Run:
     """One run folder, locked by this process.
 
     >>> with Run.create("runs/a", "caid", {"seed": 0}, versions={"commit": "1f3"}, fingerprint="9c") as run:
-    # doctest: +SKIP ...     units = run.stage("reference", Units, lambda stage: ...)
+    ...     units = run.stage("reference", Units, lambda stage: ...)
 
-    As a context manager it starts the display and handles Ctrl-C: the first press lets the step end, the
-    second stops at once.
+    As a context manager it starts the display and handles Ctrl-C: the first press lets the step end,
+    the second stops at once.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class Run:
         display: Display | None = None,
         tensorboard: bool = False,
     ) -> "Run":
-        """Makes the folder and its config.json; `config`'s field "out" is left out, as it says nothing about
-        the results.
+        """Makes the folder and its config.json; `config`'s field "out" is left out,
+        as it says nothing about the results.
 
         Raises: UserError when the folder exists or cannot be made.
         """
@@ -219,7 +219,8 @@ class Run:
 
     @staticmethod
     def check_model(folder: str | Path, fingerprint: str) -> None:
-        """Raises: UserError when the run was made from another model than the one with this fingerprint."""
+        """Checks that a run was made from the model with this fingerprint. Raises:
+        UserError when it was another one."""
         own = Run._read_contents(Path(folder))["fingerprint"]
         if own != fingerprint:
             raise UserError(
@@ -311,8 +312,8 @@ class Run:
         return record
 
     def origin(self, name: str) -> dict:
-        """Returns what ties a file of stage `name` to this run: the model, and the checksum of the stage
-        before it."""
+        """Returns what ties a file of stage `name` to this run: the model,
+        and the checksum of the stage before it."""
         return {"stage": name, "fingerprint": self.fingerprint, "after": self._last_checksum}
 
     def read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
@@ -333,7 +334,7 @@ class Run:
             write_whole(path, data)
 
     def check_stop(self) -> None:
-        """Raises: Interrupted when Ctrl-C was pressed."""
+        """Checks that the run may go on. Raises: Interrupted when Ctrl-C was pressed."""
         if self.stopping:
             raise Interrupted(f"stopped; go on with --resume {self.folder}")
 
@@ -346,8 +347,8 @@ class Run:
             self._tensorboard.write(content["rows"])
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
-        """Deletes the stage's files and all later ones; returns how many. The last go first, so that a kill
-        leaves no gap."""
+        """Deletes the stage's files and all later ones; returns how many. The last go first,
+        so that a kill leaves no gap."""
         numbered = [
             (int(path.name.split("-")[0]), path)
             for path in stage.path.parent.iterdir()

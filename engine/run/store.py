@@ -4,11 +4,12 @@ A run is a fixed sequence of deterministic stages. Resuming is running the same 
 result is on disk is loaded instead of computed. A result and the metrics rows logged on the way are one file,
 so one rename commits both, and a process killed at any moment leaves either the old state or the new one.
 
-    RUN/config.json              algorithm, settings, versions, fingerprint of the model
-    RUN/stages/NN-name.safetensors                     a stage's result (the whole state: tensors, JSON, rows,
-    checksum) RUN/stages/NN-name.partial[.previous].safetensors  the last two states inside an unfinished
-    stage RUN/metrics.jsonl            the rows of all stages, in order RUN/timing.jsonl             seconds
-    and speeds: the only file that differs between equal runs
+    RUN/config.json      algorithm, settings, versions, fingerprint of the model
+    RUN/metrics.jsonl    the rows of all stages, in order
+    RUN/timing.jsonl     seconds and speeds: the only file that differs between equal runs
+
+    RUN/stages/NN-NAME.safetensors                     a stage's result: tensors, JSON, rows, checksum
+    RUN/stages/NN-NAME.partial[.previous].safetensors  the last two states inside an unfinished stage
 """
 
 import hashlib
@@ -35,8 +36,8 @@ class Torn(ValueError):
 
 
 def pack(record: Any) -> tuple[dict[str, Tensor], Any]:
-    """Splits a dataclass or a dict of tensors into (tensors by name, JSON tree that holds the rest and refers
-    to them).
+    """Splits a dataclass or a dict of tensors into (tensors by name, JSON tree that holds
+    the rest and refers to them).
 
     Raises: TypeError naming the field whose value is not a tensor, JSON, a tuple or a dataclass.
     """
@@ -122,8 +123,8 @@ def sha256_of(tensors: dict[str, Tensor], text: str) -> str:
 
 
 def save(path: Path, record: Any, *, previous: Path | None = None, **meta: Any) -> str:
-    """Writes `record` and `meta` (JSON) as one safetensors file, whole or not at all; equal content gives
-    equal bytes.
+    """Writes `record` and `meta` (JSON) as one safetensors file, whole or not at all;
+    equal content gives equal bytes.
 
     Returns: the SHA-256 over tensors and JSON, which the file also holds.
     Raises: UserError on a full disk (the older file stays), TypeError for values that cannot be saved.

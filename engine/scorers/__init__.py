@@ -8,6 +8,6 @@
     scoring.py      scores of all responses of a sample; trying scorers out before a run
     training.py     `python -m engine.train head`, whose parts are the files head_*.py
 
-A new kind of scorer is a file with a function that returns a `base.TextFunction`, and its form in
-`find.find_scorer`.
+A new kind of scorer is a file with a function that returns a `base.TextFunction`,
+and its form in `find.find_scorer`.
 """

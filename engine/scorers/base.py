@@ -68,8 +68,8 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class TextScorer:
-    """A scorer that reads texts: a Python function, a classifier, a head on another model than the
-    policy's."""
+    """A scorer that reads texts: a Python function, a classifier, a head on
+    another model than the policy's."""
 
     name: str
     function: TextFunction

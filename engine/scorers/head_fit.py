@@ -1,5 +1,5 @@
-"""Fit a head: one convex problem in float64, solved by Newton's method, so that equal data give equal
-heads."""
+"""Fit a head: one convex problem in float64, solved by Newton's method, so that
+equal data give equal heads."""
 
 from collections import Counter
 

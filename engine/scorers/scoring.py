@@ -1,8 +1,8 @@
 """Score all responses of a sample, and try scorers out before a run.
 
 One frozen forward of the policy's reference model gives the scores of all heads on it and the reference's
-log-probs together. A cost becomes a utility by negation (`engine.records.utility_of_cost`), the only change
-of a sign.
+log-probs together. A cost becomes a utility by negation (`engine.records.utility_of_cost`),
+the only change of a sign.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +53,8 @@ def try_out(scorers: Scorers, prompts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceForward:
-    """Says what is wanted of the reference model's forward pass over the responses, and what need not be
-    run."""
+    """Says what is wanted of the reference model's forward pass over the responses,
+    and what need not be run."""
 
     temperature: float  # of the log-probs
     memory_budget_bytes: int | None = None  # of the loss head

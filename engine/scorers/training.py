@@ -98,8 +98,8 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
 
 
 def pooled_states(model: Decoder, groups: list[Group], layer: int) -> Tensor:
-    """Computes the mean state of each response after `layer` layers: float32 [N, D], in the order of
-    `rows`."""
+    """Computes the mean state of each response after `layer` layers:
+    float32 [N, D], in the order of `rows`."""
     pooled, _ = frozen_forward(model, groups, [layer], temperature=None)
     order = torch.tensor([row for group in groups for row in group.rows])
     return pooled[layer][order.argsort()]

@@ -38,7 +38,7 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Reads and check a config's model and prompts. Raises: UserError."""
+    """Reads and checks a config's model and prompts. Raises: UserError."""
     device = torch.device(_device(config.device))
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[automatic if config.dtype == "auto" else config.dtype]
@@ -77,15 +77,15 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def prepare_process(threads: int) -> None:
-    """Sets the number of CPU threads (0: one for each core that the process may use) and the allocator of
-    this process."""
+    """Sets the number of CPU threads (0: one for each core that the process may use)
+    and the allocator of this process."""
     torch.set_num_threads(threads or _cores())
     keep_freed_memory()
 
 
 def model_folder(name: str) -> Path:
-    """Finds the folder of --model: the quickstart model by default, `smoke` for a tiny random one, else a
-    folder or hub id."""
+    """Finds the folder of --model: the quickstart model by default, `smoke` for a tiny random
+    one, else a folder or hub id."""
     if name == "smoke":
         return smoke_folder()
     return resolve(name) if name else quickstart.model_folder()
@@ -111,8 +111,8 @@ def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
 
 
 def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column: str = "prompt") -> Prompts:
-    """Reads prompts with a run's system line and longest response; see `engine.data.prompts.load_prompts`.
-    Raises: UserError."""
+    """Reads prompts with a run's system line and longest response;
+    see `engine.data.prompts.load_prompts`. Raises: UserError."""
     prompts = load_prompts(
         source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
     )
@@ -122,8 +122,8 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
 
 
 def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts, Prompts]:
-    """Reads training and held-out prompts, disjoint ones. Without --heldout a seeded fifth of the user's
-    --prompts is held out."""
+    """Reads training and held-out prompts, disjoint ones. Without --heldout a seeded fifth
+    of the user's --prompts is held out."""
 
     def read(source: str | list[str]) -> Prompts:
         return read_prompts(source, tokenizer, limits, config.prompt_column)

@@ -116,8 +116,8 @@ def open_job(
         training_prompts(train, config.n_prompts, config.seed),
         heldout_prompts(heldout, config.eval_prompts, config.seed),
     )
-    # Lower rollout_rows only where the user left the default; a resumed run has no flags, so there it may
-    # always be lowered.
+    # Lower rollout_rows only where the user left the default; a resumed run has no flags,
+    # so there it may always be lowered.
     plan = Plan.of(
         config,
         inputs.shape,
@@ -225,8 +225,10 @@ def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
 
 
 def check_samples_of(config: RunConfig, fingerprint: str) -> None:
-    """Raises: UserError where --samples-of names a run whose samples are not those that this one would
-    draw."""
+    """Checks that the samples of --samples-of are those that this run would draw.
+
+    Raises: UserError where the run that it names has others.
+    """
     if config.samples_of:
         _, other = Run.read_config(config.samples_of)
         Run.check_model(config.samples_of, fingerprint)
@@ -257,8 +259,8 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
 
 
 def _by_tokens(prompts: Prompts) -> Prompts:
-    """Returns the prompts with keys that are equal where the tokens are; the keys of a file of pairs are its
-    rows' numbers."""
+    """Returns the prompts with keys that are equal where the tokens are;
+    the keys of a file of pairs are its rows' numbers."""
     return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 

@@ -37,16 +37,16 @@ from kernels.random import combine
 
 @dataclass(frozen=True, kw_only=True)
 class LogRatios:
-    """The log-ratios of aligned policies to the reference, and as audits what the run's scorers say, in their
-    units."""
+    """The log-ratios of aligned policies to the reference, and as audits what the run's
+    scorers say, in their units."""
 
     subject: Subject
     aligned: list[Adapter]  # to the reward, then to each utility
     scorer_units: Units
 
     def __call__(self, stage: Stage, samples: Samples) -> Scores:
-        """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with `progress`
-        and `check_stop`."""
+        """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with
+        `progress` and `check_stop`."""
         subject, prompts, scores = self.subject, samples.prompts, samples.scores
         groups, n = packing.groups(prompts, samples.rollouts), samples.rollouts.n
         ratios = []
@@ -78,8 +78,8 @@ class LogRatios:
 
 @dataclass(frozen=True, kw_only=True)
 class ByLogRatios:
-    """Scores by log-ratios (`engine.stages.reference.Scoring`): their audits have the scorers' units
-    already."""
+    """Scores by log-ratios (`engine.stages.reference.Scoring`): their audits have
+    the scorers' units already."""
 
     units: Units
     audit_names: list[str]
@@ -103,8 +103,8 @@ def audit_names(scorers: Scorers) -> list[str]:
 
 
 def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: Units) -> ByLogRatios:
-    """Returns what a run on preferences with an iterate scores by. Raises: UserError where a policy it
-    aligned is missing."""
+    """Returns what a run on preferences with an iterate scores by. Raises: UserError where
+    a policy it aligned is missing."""
     (row,), aligned = read_rows(run.path, PreferenceRow), []
     for name in row.names:
         file = run.stage_file(f"preference/{name}")
@@ -120,8 +120,8 @@ def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: 
 
 
 def align(job: Job, reference: Reference) -> Reference:
-    """Stages preference/NAME and preference/scores: the same samples, scored by policies aligned to
-    preferences.
+    """Stages preference/NAME and preference/scores: the same samples, scored
+    by policies aligned to preferences.
 
     reference: as the run's scorers score it.
     """
@@ -151,8 +151,8 @@ def align(job: Job, reference: Reference) -> Reference:
 
 
 def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tensor) -> Adapter:
-    """Runs stage preference/NAME: plain DPO on the preferences of one kind, drawn independently of the
-    others'."""
+    """Runs stage preference/NAME: plain DPO on the preferences of one kind,
+    drawn independently of the others'."""
     config = job.config
     adapter = new_adapter(job, config)
     seed = int(combine(config.seed, keys.preference(number)))
@@ -175,8 +175,8 @@ def _from_scorers(reference: Reference) -> tuple[Samples, Tensor]:
 
 
 def _from_file(job: Job) -> tuple[Samples, Tensor]:
-    """Returns the file's responses with their log-probs under the reference, and the scores [P, 2, 1 + J] of
-    their labels."""
+    """Returns the file's responses with their log-probs under the reference, and the scores
+    [P, 2, 1 + J] of their labels."""
     config, file = job.config, job.preferences
     logprob_N = frozen_forward(
         job.model,

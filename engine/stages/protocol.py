@@ -19,8 +19,8 @@ Iterate = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Slack:
-    """On-policy improvements over the reference on prompts outside the iteration's pairs, in units, clustered
-    by prompt."""
+    """On-policy improvements over the reference on prompts outside the iteration's pairs,
+    in units, clustered by prompt."""
 
     improvement_J: Tensor
     se_J: Tensor
@@ -51,22 +51,23 @@ class Stages(Protocol):
 
     @property
     def kept(self) -> tuple[Iterate | None, Tensor]:
-        """The result of a loop: the last iterate within --max-kl, and the multipliers it was trained at."""
+        """The result of a loop: the last iterate within --max-kl,
+        and the multipliers that it was trained at."""
 
     def sample_reference(self) -> None:
-        """Samples and score the reference offline (arXiv 2505.19387, Algorithm 2, step 1); fixes units and
-        aims."""
+        """Samples and scores the reference offline (arXiv 2505.19387, Algorithm 2, step 1);
+        fixes units and aims."""
 
     def solve_dual(self) -> Solution:
-        """Returns the one-shot multipliers from the reference's samples (arXiv 2405.19544, Algorithm 1, step
-        2).
+        """Returns the one-shot multipliers from the reference's samples
+        (arXiv 2405.19544, Algorithm 1, step 2).
 
         Raises: UserError for thresholds beyond what the samples support.
         """
 
     def check_thresholds(self) -> None:
-        """Refuses the thresholds that `solve_dual` would refuse, for algorithms that do not solve the dual.
-        Raises: UserError."""
+        """Refuses the thresholds that `solve_dual` would refuse, for algorithms that do not solve
+        the dual. Raises: UserError."""
 
     def fit(self, target: Target, iteration: int) -> Iterate:
         """Returns iterate `iteration`: the target fitted on pairs of responses (Algorithm 2, step 4)."""
@@ -79,11 +80,11 @@ class Stages(Protocol):
         """Makes a policy that exists already iterate `iteration` too, without a step."""
 
     def measure_slack(self, policy: Iterate, lam_J: Tensor, iteration: int) -> Slack | None:
-        """Returns the slack u(lambda) = mean(g - E_ref g) - aim of an iterate (Algorithm 2, step 2), and
-        keeps the iterate.
+        """Returns the slack u(lambda) = mean(g - E_ref g) - aim of an iterate
+        (Algorithm 2, step 2), and keeps the iterate.
 
-        None where the policy is further from the reference than --max-kl: the loop ends, and the iterate kept
-        before stays.
+        None where the policy is further from the reference than --max-kl: the loop ends,
+        and the iterate kept before stays.
         """
 
     def keep(self, policy: Iterate | None, lam_J: Tensor) -> None:

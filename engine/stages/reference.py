@@ -1,5 +1,5 @@
-"""Stage reference: sample the reference, and fix what its samples fix: units, required improvements and
-aims."""
+"""Stage reference: sample the reference, and fix what its samples fix:
+units, required improvements and aims."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +24,8 @@ from engine.stages.sampling import gap_of, log_gap, sample, samples_of
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSamples:
-    """The result of stage reference: the samples, and the states below the adapter in the order of their
-    packed groups."""
+    """The result of stage reference: the samples, and the states below the adapter
+    in the order of their packed groups."""
 
     samples: Samples
     lower_MD: Tensor | None
@@ -38,8 +38,8 @@ class Scoring(Protocol):
     audit_names: list[str]
 
     def __call__(self, stage: Stage, samples: Samples) -> ScaledScores:
-        """Returns scores in the run's units. stage: of a run, or anything else with `progress` and
-        `check_stop`."""
+        """Returns scores in the run's units. stage: of a run, or anything else with
+        `progress` and `check_stop`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +97,15 @@ class Reference:
         return self.scores.reward_PG, self.scored(self.samples).counted_PGJ
 
     def missing(self, utility_PGJ: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Measures what each of the prompts `chosen` misses of its constraints, float64 [P, J]; utilities in
-        units."""
+        """Measures what each of the prompts `chosen` misses of its constraints,
+        float64 [P, J]; utilities in units."""
         before_PGJ = self.scores.utility_PGJ[list(chosen)]
         return constraints.missing(self.limits, self.aimed, self.aim_J, self.units, utility_PGJ, before_PGJ)
 
 
 def sample_reference(job: Job) -> Reference:
-    """Runs stage reference: sample and score the reference offline (Algorithm 2, step 1), fix the units and
-    the aim."""
+    """Runs stage reference: samples and scores the reference offline (Algorithm 2, step 1),
+    and fixes the units and the aim."""
     config = job.config
     prompts = job.train
     shared = samples_of(job, "reference", ReferenceSamples)
@@ -205,8 +205,8 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, 
 def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
     """Measures the pooled within-prompt standard deviations of the reference's scores on `prompts`.
 
-    Raises: UserError for a scorer that is constant within every prompt, also where it is so on those that its
-    constraint is about.
+    Raises: UserError for a scorer that is constant within every prompt, also where it is so on those
+    that its constraint is about.
     """
     above_J = constraints.counted_above(limits)
     utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
@@ -225,8 +225,8 @@ def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], p
 
 
 def _deviation(score_PG: Tensor, name: str) -> float:
-    """Measures `dual.within_deviation`; a score that is one number everywhere is an error that names the
-    number."""
+    """Measures `dual.within_deviation`; a score that is one number everywhere is
+    an error that names the number."""
     if score_PG.min() == score_PG.max():
         raise UserError(
             f"{name} gave {float(score_PG[0, 0]):g} for every response of the reference, so there is "

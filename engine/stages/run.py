@@ -25,8 +25,8 @@ from engine.stages.verdict import judge_heldout, sample_heldout
 
 @contextmanager
 def open_stages(algorithm: str, config: RunConfig, resume: str | None) -> Iterator["RunStages"]:
-    """Opens a run for an algorithm, or go on with one, see `open_job`. Raises: UserError before any compute
-    is spent."""
+    """Opens a run for an algorithm, or goes on with one, see `open_job`.
+    Raises: UserError before any compute is spent."""
     with open_job(algorithm, config, resume) as job:
         yield RunStages(job)
 

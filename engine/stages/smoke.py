@@ -1,5 +1,5 @@
-"""The tiny random model of `--preset smoke`, with random heads beside it under the names of the shipped
-ones."""
+"""The tiny random model of `--preset smoke`, with random heads beside it under
+the names of the shipped ones."""
 
 import os
 import shutil

@@ -51,8 +51,8 @@ def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> d
 
 
 def solve_dual(job: Job, reference: Reference) -> dual.Solution:
-    """Runs stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2), with intervals over
-    prompts.
+    """Runs stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2),
+    with intervals over prompts.
 
     Raises: UserError as `one_shot`.
     """
@@ -63,8 +63,8 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     predicted_se = _predicted_se(reference, dual.tilted_improvement(*scores, solution.lam, config.beta)[1])
     interval = None  # lam_max holds a multiplier
     if not held_by_lam_max(config, solution.lam, solution.gradient).any():
-        # Where a constraint is about some prompts, their number counts as random too: its interval is a
-        # little wide.
+        # Where a constraint is about some prompts, their number counts as random too:
+        # its interval is a little wide.
         interval = dual.lam_interval(*scores, aim, config.beta, solution)
     low, high, lam_se = (interval.low, interval.high, interval.se) if interval else (None, None, None)
 
@@ -107,8 +107,8 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
 
 
 def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
-    """Computes the standard errors of the predicted improvements, each over the prompts that its constraint
-    is about. float64 [J]."""
+    """Computes the standard errors of the predicted improvements, each over the prompts that its
+    constraint is about. float64 [J]."""
     found = []
     for j, limit in enumerate(reference.limits):
         own = limit.rows(reference.prompts)

@@ -81,8 +81,8 @@ class Updates:
         return self._iterate(target.start, target.lam_J, iteration, compute)
 
     def ascend(self, start: Policy | None, lam_J: Tensor, rule: Rule, iteration: int) -> Policy:
-        """Takes policy-gradient steps on fresh samples of the policy, scored by the rule less beta x
-        log-ratio."""
+        """Takes policy-gradient steps on fresh samples of the policy, scored
+        by the rule less beta x log-ratio."""
         reference, config = self.reference, self.job.config
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
@@ -95,8 +95,8 @@ class Updates:
         return self._iterate(start, lam_J, iteration, compute)
 
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
-        """Takes no step: a policy that exists already becomes this iterate too, with a folder and a row of
-        its own."""
+        """Takes no step: a policy that exists already becomes this iterate too,
+        with a folder and a row of its own."""
         return self._iterate(policy, lam_J, iteration, lambda stage: policy)
 
     def _update(self, stage: Stage, start: Policy | None, iteration: int) -> Update:
@@ -158,8 +158,8 @@ class Updates:
         return reference.samples, train_on
 
     def _fresh(self, stage: Stage, chosen: list[int], iteration: int) -> Samples:
-        """Samples new responses of the policy that the weights hold to the prompts `chosen` of the
-        reference's."""
+        """Samples new responses of the policy that the weights hold to the prompts
+        `chosen` of the reference's."""
         job, prompts = self.job, self.reference.prompts.select(chosen)
         samples = sample(
             job,

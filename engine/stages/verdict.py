@@ -37,8 +37,8 @@ class Bar:
 
 
 def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> Samples:
-    """Runs stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference) to the
-    held-out prompts."""
+    """Runs stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference)
+    to the held-out prompts."""
     config, prompts = job.config, job.heldout
     name = "heldout/reference" if weights is None else "heldout/policy"
     purpose = keys.HELDOUT_REFERENCE if weights is None else keys.HELDOUT_POLICY

@@ -1,5 +1,5 @@
-"""Train several algorithms along a path of thresholds: `python -m engine.sweep [flags] [-- flags of
-engine.train]`.
+"""Train several algorithms along a path of thresholds:
+`python -m engine.sweep [flags] [-- flags of engine.train]`.
 
 `engine.sweep.runs` says what a sweep does. Exit codes: 0 done, 2 user's error, 130 Ctrl-C.
 """

@@ -1,5 +1,5 @@
-"""Reads what a sweep has given so far: the dual's solutions, and the outcome of each run, read from its
-folder."""
+"""Reads what a sweep has given so far: the dual's solutions, and the outcome of each
+run, read from its folder."""
 
 import json
 from dataclasses import dataclass, field

@@ -47,8 +47,8 @@ def pareto(outcomes: list[Outcome]) -> bytes:
 def _pareto_panel(axis: Axes, outcomes: list[Outcome], j: int, name: str) -> None:
     judged = [o.evaluation.constraints[j] for o in outcomes if o.evaluation is not None]
     needed = sorted({c.required for c in judged})
-    # A limit on a level asks each run for an improvement over its reference's samples: one line at their mean
-    # stands for all.
+    # A limit on a level asks each run for an improvement over its reference's samples:
+    # one line at their mean stands for all.
     if any(c.measured is not None for c in judged):
         needed = [float(np.mean(needed))]
     for i, b in enumerate(needed):

@@ -1,5 +1,5 @@
-"""From the settings of a sweep to its runs: every combination of algorithm, threshold and seed, checked
-before any compute."""
+"""From the settings of a sweep to its runs: every combination of algorithm, threshold and seed,
+checked before any compute."""
 
 import re
 from collections.abc import Iterable
@@ -75,8 +75,8 @@ def shown(label: str) -> str:
 
 
 def config_class(label: str) -> type[RunConfig]:
-    """Returns the config class of a label's algorithm. Raises: UserError for an algorithm that does not
-    exist."""
+    """Returns the config class of a label's algorithm. Raises: UserError for
+    an algorithm that does not exist."""
     names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
     if name not in names:

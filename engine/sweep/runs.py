@@ -1,5 +1,5 @@
-"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set of reference samples a
-seed.
+"""Doing the runs of a sweep: several algorithms along a path of thresholds, on one set
+of reference samples a seed.
 
 For each seed the reference is sampled once (run folder samples-seedSEED), and the dual is solved at all
 thresholds before anything is trained, each from its neighbour's multipliers and for each beta and margin. A
@@ -32,8 +32,8 @@ from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
     """Does all runs that are not done yet and writes the sweep's files.
 
-    Raises: UserError before anything is sampled, or where the samples do not support a threshold;
-    Interrupted.
+    Raises: UserError before anything is sampled, or where the samples do not
+    support a threshold; Interrupted.
     """
     out = Path(sweep.out)
     plans = configs_of(sweep, preset)
@@ -59,11 +59,11 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
 
 
 def draw_samples(plans: list[Plan]) -> list[OneShot]:
-    """Draws the reference's samples of one seed and solve the dual along the thresholds, for each beta and
-    margin.
+    """Draws the reference's samples of one seed and solves the dual along the thresholds,
+    for each beta and margin.
 
-    The dual is not solved for algorithms without thresholds, nor for scores that exist only once policies are
-    aligned.
+    The dual is not solved for algorithms without thresholds, nor for scores that exist only
+    once policies are aligned.
     Raises: UserError for thresholds beyond what the samples support, before anything is trained.
     """
     # Any of the configs will do: the samples do not depend on the settings in which they differ.
@@ -116,8 +116,8 @@ def _sentence(s: OneShot, n_responses: int) -> str:
 
 
 def _train(plan: Plan) -> str:
-    """Does a run or the rest of it, unless it is done; returns the error that it failed with, or an empty
-    text."""
+    """Does a run or the rest of it, unless it is done; returns the error that it
+    failed with, or an empty text."""
     if not RunFolder(plan.folder).evaluation.is_file():
         try:
             ALGORITHMS[plan.algorithm].train(plan.config, resume=_begun(plan.folder))
@@ -130,8 +130,8 @@ def _train(plan: Plan) -> str:
 
 
 def _begun(folder: Path) -> str | None:
-    """Returns the folder where a run in it can be resumed; remove what a run left that was killed before it
-    began."""
+    """Returns the folder where a run in it can be resumed; removes what a run left that
+    was killed before it began."""
     if RunFolder(folder).config.is_file():
         return str(folder)
     shutil.rmtree(folder, ignore_errors=True)

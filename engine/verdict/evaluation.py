@@ -158,8 +158,8 @@ def evaluate(
 ) -> Evaluation:
     """Judges a policy by its responses and the reference's to the same prompts.
 
-    kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats: its mean is KL(policy
-    || reference).
+    kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats:
+    its mean is KL(policy || reference).
     Raises: UserError for fewer than two prompts, or for a constraint, or scores that are not finite.
     """
     for side in (policy, reference):

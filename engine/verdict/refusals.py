@@ -66,8 +66,8 @@ def is_refusal(text: str) -> bool:
 def refusal_shares(
     texts_reference: Sequence[str], texts_policy: Sequence[str], kind: list[str]
 ) -> tuple[float, float] | None:
-    """Returns the shares of refusals (reference, policy) among all responses to prompts whose kind is not
-    "delicate".
+    """Returns the shares of refusals (reference, policy) among all responses to prompts
+    whose kind is not "delicate".
 
     None where no such prompt is.
     """

@@ -1,5 +1,5 @@
-"""Attention of one new token per row while the rows of a prompt share its keys and values, and the store of
-that token.
+"""Attention of one new token per row while the rows of a prompt share its keys and values,
+and the store of that token.
 
 A step reads at least each prompt's keys and values once for all its rows, and each row's own once:
 
@@ -33,8 +33,8 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attends with each row's new token to the row's prompt and to its own `used` tokens, itself the last of
-    them.
+    """Attends with each row's new token to the row's prompt and to its own `used`
+    tokens, itself the last of them.
 
     Scores are softcap * tanh(scale * q.k / softcap); scale None is d ** -0.5, softcap None is off. With a
     window a row sees the last `window` of all these tokens.
@@ -53,8 +53,8 @@ def decode_attention(
     last bits may change with R and P. In 16 bits products are added in float32 and probabilities are rounded
     before the second product.
 
-    Raises ValueError naming the argument, its value and what is accepted; values of tensors are checked on
-    the CPU alone.
+    Raises ValueError naming the argument, its value and what is accepted;
+    values of tensors are checked on the CPU alone.
     """
     caches = Caches(prompt_keys, prompt_values, prompt_length, owner_offsets, own_keys, own_values, used)
     _check(query, caches, scale, softcap, window)

@@ -1,5 +1,5 @@
-"""Decode attention by compiled code (csrc/attention.cpp), float32 on the CPU, with keys in blocks of 16
-tokens.
+"""Decode attention by compiled code (csrc/attention.cpp), float32 on the CPU,
+with keys in blocks of 16 tokens.
 """
 
 from typing import NamedTuple
@@ -35,8 +35,8 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Stores each row's new token as token `used` and attends with it to the row's prompt and tokens: [R, H
-    d].
+    """Stores each row's new token as token `used` and attends with it to the row's
+    prompt and tokens: [R, H d].
 
     Scores are softcap * tanh(scale * q.k / softcap); scale None is d ** -0.5, softcap None is off. With a
     window a row sees the last `window` of all these tokens.

@@ -18,9 +18,9 @@ from kernels.attention.records import Caches, Score
 from kernels.triton_math import tanh
 
 LOG2_E = 1.4426950408889634
-# There are two programs for each of an H100's processors. Where there would be fewer, a prompt's tokens are
-# dealt to parts, of this many tokens or more, since a part costs 8 d bytes a query beside the 2 d itemsize of
-# a token.
+# There are two programs for each of an H100's processors. Where there would be fewer,
+# a prompt's tokens are dealt to parts, of this many tokens or more, since a part costs 8 d bytes a query
+# beside the 2 d itemsize of a token.
 PROGRAMS = 264
 LEAST_TOKENS = 128
 
@@ -48,8 +48,8 @@ INTERPRETED = Tiles(16, 16, 4, 1)
 def prompt_tiles(width: int, dtype: torch.dtype, queries: int) -> Tiles:
     """Returns the tiles for this number of queries of a prompt and key head on average.
 
-    Hopper's warp-group products take 64 rows. With fewer the older products do, since 16 queries a token are
-    bound by bytes.
+    Hopper's warp-group products take 64 rows. With fewer the older products do, since 16 queries
+    a token are bound by bytes.
     """
     if dtype == torch.float32:
         return Tiles(16, 16, 4, 3 if width <= 128 else 2)

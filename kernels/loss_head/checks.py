@@ -1,5 +1,5 @@
-"""Checks of the arguments of the loss ops: first all but the values of tensors, then the values that may be
-read.
+"""Checks of the arguments of the loss ops: first all but the values of tensors,
+then the values that may be read.
 """
 
 import math

@@ -2,8 +2,8 @@
 maximum and sum of each row.
 
 A program takes BLOCK_M rows and one part of the vocabulary, and leaves (max, sum, target logit) of each row;
-a second kernel joins the parts of a row in their order. All shapes of blocks are in `TABLE`; nothing is tuned
-at run time.
+a second kernel joins the parts of a row in their order. All shapes of blocks are in `TABLE`;
+nothing is tuned at run time.
 """
 
 from typing import NamedTuple
@@ -111,8 +111,8 @@ def part_kernel(
 
 @triton.jit
 def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    # The program number is converted here instead of rows, because the compiler takes a single row as a
-    # constant.
+    # The program number is converted here instead of rows, because the compiler takes
+    # a single row as a constant.
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < rows
     m = tl.full([BLOCK], float("-inf"), tl.float32)

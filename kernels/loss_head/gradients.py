@@ -8,11 +8,11 @@ from kernels.loss_head.rows import Kept, Sums, TorchRows, chunks
 
 
 class Gradients:
-    """Gradients of one call as they are added up. A part's `row_factor` is -a_t; rows where it is 0 add
-    nothing.
+    """Gradients of one call as they are added up. A part's `row_factor` is -a_t;
+    rows where it is 0 add nothing.
 
-    In float16 small factors would be lost, so there the head's gradient is added up relative to their size
-    `unit`.
+    In float16 small factors would be lost, so there the head's gradient is added up
+    relative to their size `unit`.
     """
 
     def __init__(

@@ -41,21 +41,21 @@ def lagrangian_preference_loss(
     memory_budget_bytes: int | None = None,
     debug: bool = False,
 ) -> PreferenceLoss:
-    """Returns the preference loss of pairs whose labels come from the Lagrangian score s = reward + utility @
-    lam.
+    """Returns the preference loss of pairs whose labels come from the Lagrangian score
+    s = reward + utility @ lam.
 
-    margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`; loss =
-    mean_k of the binary cross-entropy of sigmoid(margin_k) against q_k; 0 with zero gradients where there is
-    no pair.
+    margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`;
+    loss = mean_k of the binary cross-entropy of sigmoid(margin_k) against q_k;
+    0 with zero gradients where there is no pair.
 
     - hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes,
       debug: as in `sequence_logprob`.
     - pairs [K, 2], int32 or int64: sequence numbers; a sequence may be in several pairs or in none.
     - reward [N], utility [N, J], lam [J], ref_logprob [N] (same weights and temperature): any float dtype, on
       the CPU or hidden's device, no gradients.
-    - labels "soft": q = sigmoid(s_a - s_b). "sampled": q = 1 if u < sigmoid(s_a - s_b) else 0, with u =
-      uniform [K], or drawn from generator. "given": q = preference [K] in [0, 1]; reward, utility and lam may
-      be None.
+    - labels "soft": q = sigmoid(s_a - s_b). "sampled": q = 1 if u < sigmoid(s_a - s_b) else 0,
+      with u = uniform [K], or drawn from generator. "given": q = preference [K] in [0, 1];
+      reward, utility and lam may be None.
 
     cu_seqlens and pairs on the CPU let chunks hold whole pairs, which is faster in a small budget; to capture
     the call in a CUDA graph give both on the GPU. `torch.compile` takes uniform, not generator.
@@ -121,12 +121,12 @@ def lagrangian_policy_loss(
     loss = -mean min(rho A, clip(rho, 1 - low, 1 + high) A) + kl_coef * mean KL term, per token, A that of its
     sequence, rho = exp(log p - old_logprob).
 
-    - hidden, weight, target, cu_seqlens, bias, temperature, softcap, memory_budget_bytes, debug: as in
-      `sequence_logprob`.
-    - group, int32 or int64 [N]: sequences of one prompt have one number. reward [N], utility [N, J], lam [J]:
-      no gradients.
-    - old_logprob [T]: log-probs under the policy that sampled; None takes the present ones (rho = 1). clip =
-      (low, high) or None.
+    - hidden, weight, target, cu_seqlens, bias, temperature, softcap, memory_budget_bytes, debug:
+      as in `sequence_logprob`.
+    - group, int32 or int64 [N]: sequences of one prompt have one number. reward [N],
+      utility [N, J], lam [J]: no gradients.
+    - old_logprob [T]: log-probs under the policy that sampled; None takes the present ones (rho = 1).
+      clip = (low, high) or None.
     - ref_logprob [T]: with d = ref_logprob - log p the KL term is d^2 / 2 (kl="k2") or exp(d) - d - 1 ("k3");
       needed with kl_coef > 0.
     - advantage "rloo": A_n = s_n - mean of the others in its group (Ahmadian et al. 2024). "group_norm": A_n

@@ -1,5 +1,5 @@
-"""The loss ops as torch.library ops, each once for CPU and CUDA alike, with the shapes of its results and its
-gradient.
+"""The loss ops as torch.library ops, each once for CPU and CUDA alike, with the shapes
+of its results and its gradient.
 
 A registered op takes flat arguments; each function here packs them into records at once. `row_workspace`
 chooses what does the rows.
@@ -357,8 +357,8 @@ def _scale_gradients(ctx, d_loss, *rest):
     hidden, weight, bias, *gradients = ctx.saved_tensors
     if d_loss is None:
         return (None,) * ctx.n_inputs
-    # Mostly d_loss is 1, and the gradients are large. But on a GPU the host does not look, and a traced
-    # number has no value.
+    # Mostly d_loss is 1, and the gradients are large. But on a GPU the host does not look,
+    # and a traced number has no value.
     if type(d_loss) is not Tensor or d_loss.device.type != "cpu" or float(d_loss) != 1:
         with torch.no_grad():
             gradients = [x * d_loss for x in gradients]

@@ -158,8 +158,8 @@ def preference_pass(
         return Kept(z, state, y, h)
 
     def coefficients(part: Part, at: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Returns -a of the part's sequences and of its rows, times their weights, once their log-probs are
-        known.
+        """Returns -a of the part's sequences and of its rows, times their weights,
+        once their log-probs are known.
         """
         index = torch.tensor(part.sequences).to(device, non_blocking=True)
         offsets = torch.tensor([0, *(lengths[n] for n in part.sequences)]).cumsum(0)

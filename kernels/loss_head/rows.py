@@ -51,9 +51,9 @@ class TorchRows:
     """The workspace of one call in plain torch, for chunks of at most `rows` rows.
 
     kind is what the caller asks for: "values", "product", "kept" (`keep` and `add_gradients`), or "spent",
-    the same where z may be lost in `add_gradients`. z [C, V] keeps J without a factor of its row, J = state *
-    z, so that the normalisation costs no pass. A row without a log-prob (NaN) spoils what it enters unless
-    its coefficient is 0.
+    the same where z may be lost in `add_gradients`. z [C, V] keeps J without a factor of its row,
+    J = state * z, so that the normalisation costs no pass. A row without a log-prob (NaN) spoils what it
+    enters unless its coefficient is 0.
     """
 
     STATE = 1  # numbers a row that stand beside z

@@ -14,14 +14,14 @@ from kernels.products import add_product, times_transposed
 
 
 class NativeRows(TorchRows):
-    """A workspace that works on logits a tile at a time, between its product and the next, while it is in
-    cache.
+    """A workspace that works on logits a tile at a time, between its product
+    and the next, while it is in cache.
 
     - Values and J W take in the logits of a tile with a running maximum, and keep none of them.
-    - For gradients z keeps the logits (before the temperature; their tanh where there is a softcap), column
-      part by column part. J is formed from them a tile at a time, times the factor of its row, and enters dH
-      and dW at once. Where z may be lost then, J takes its place and needs no tile, whose memory holds more
-      rows of a chunk.
+    - For gradients z keeps the logits (before the temperature; their tanh where there is a softcap),
+      column part by column part. J is formed from them a tile at a time, times the factor of its row,
+      and enters dH and dW at once. Where z may be lost then, J takes its place and needs no tile,
+      whose memory holds more rows of a chunk.
     """
 
     STATE = 3
@@ -210,7 +210,7 @@ def _part(z: Tensor, part: slice) -> Tensor:
 
 
 def _even(rows: int, most: int) -> int:
-    """Returns the rows of a part where as few parts as there can be, of at most `most`, share them about
-    equally.
+    """Returns the rows of a part where as few parts as there can be, of at most `most`,
+    share them about equally.
     """
     return -(-rows // max(1, -(-rows // max(1, most))))

@@ -81,8 +81,8 @@ def row_kernel(
 
 
 class TritonRows(TorchRows):
-    """A workspace on a GPU, not for float64: one Triton program a row follows a cuBLAS product of float32
-    logits.
+    """A workspace on a GPU, not for float64: one Triton program a row follows a cuBLAS
+    product of float32 logits.
 
     J is kept whole (state 1) in the dtype of the inputs, in rows that start at multiples of 16 elements also
     where V is odd, so that loads stay wide.

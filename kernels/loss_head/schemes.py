@@ -7,15 +7,15 @@ by what the caller differentiates and the memory budget:
 - forward only: 1 product.
 - frozen head (C): the forward pass also forms J W [T, D]; the backward pass scales its rows. 2 products.
   Where that does not fit, a preference loss forms it in place of the gradient.
-- head with gradient (B): the forward pass keeps J [T, V], or as many rows as fit; the backward pass scales
-  rows of hidden and of J W. 3 products, and a fourth for rows that were not kept; without any kept row this
-  is recomputation (A).
+- head with gradient (B): the forward pass keeps J [T, V], or as many rows as fit;
+  the backward pass scales rows of hidden and of J W. 3 products, and a fourth for rows that were not kept;
+  without any kept row this is recomputation (A).
 - preference loss whose J does not fit (D): sequences that share pairs are done together, their coefficients
   follow from their log-probs, and their gradients are formed before the next ones' logits. 3 products. Two
   sequences too long for a chunk (E): their coefficients differ only in sign, so the difference of both sums
   is formed over many chunks and scaled at the end. 3 products.
-- policy loss (F): a row's coefficient follows from its own log-prob. 3 products, 2 with a frozen head, in any
-  chunks.
+- policy loss (F): a row's coefficient follows from its own log-prob. 3 products,
+  2 with a frozen head, in any chunks.
 
 Memory beyond inputs, returned gradients and one float32 (float64) accumulator of the head's gradient is at
 most `memory_budget_bytes`. Each op counts 64 bytes a row of hidden and what `sizes` of its workspace says.
@@ -45,8 +45,8 @@ VECTOR_BYTES_PER_ROW = 64
 def budget_or_default(memory_budget_bytes: int | None, device: torch.device) -> int:
     """Returns the budget in bytes.
 
-    A GPU's default is larger, because in small chunks the head's gradient is read and written too often for
-    it.
+    A GPU's default is larger, because in small chunks the head's gradient is read
+    and written too often for it.
     """
     if memory_budget_bytes is not None:
         return int(memory_budget_bytes)
@@ -62,8 +62,8 @@ def rows_that_fit(budget: int, fixed: int, per_row: int, rows: int) -> int:
 
 
 def row_workspace(hidden: Tensor) -> type[TorchRows]:
-    """Returns the workspace for these rows: Triton on a GPU, compiled code on the CPU, plain torch for
-    float64.
+    """Returns the workspace for these rows: Triton on a GPU, compiled code on
+    the CPU, plain torch for float64.
     """
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
         from kernels.loss_head.rows_triton import TritonRows
@@ -101,8 +101,8 @@ def plan(
         chunk_of_all = min(rows, left // sizes.scratch) if sizes.scratch else rows
         if left >= 0 and 16 * chunk_of_all >= rows:
             return Plan("kept", sizes, max(1, chunk_of_all), rows)
-        # A quarter is for the chunks; keeping less than half of the rows would cost more in small chunks than
-        # it saves.
+        # A quarter is for the chunks; keeping less than half of the rows would cost more
+        # in small chunks than it saves.
         small = (budget - fixed) // 4 // per_row
         kept = (budget - fixed - small * per_row) // sizes.row
         if small > 0 and rows <= 2 * kept:
@@ -135,8 +135,8 @@ def kept_or_spent(
 def sizes_of_chunk(
     workspace: type[TorchRows], sizes: Sizes, head: Head, rows: int, budget: int, kind: str
 ) -> Sizes:
-    """Returns tiles cut for a chunk's rows, wider than those for all rows (`sizes`), where they take no more
-    memory.
+    """Returns tiles cut for a chunk's rows, wider than those for all rows (`sizes`),
+    where they take no more memory.
     """
     wider = workspace.sizes(head, rows, budget, kind)
     fits = wider.fixed <= sizes.fixed and wider.row + wider.scratch <= sizes.row + sizes.scratch

@@ -213,8 +213,8 @@ class PolicyTerms(NamedTuple):
 
 
 def policy_terms(logprob: Tensor, advantage: Tensor, share: Tensor, policy: Policy) -> PolicyTerms:
-    """Returns the terms of `lagrangian_policy_loss` for rows [C], float64, with the log-probs that `policy`
-    has of them.
+    """Returns the terms of `lagrangian_policy_loss` for rows [C], float64, with the log-probs
+    that `policy` has of them.
 
     Differentiable in logprob; `coefficient` is that derivative in closed form (PPO: Schulman et al. 2017, eq.
     7; k2 and k3: Schulman 2020).

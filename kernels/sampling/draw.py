@@ -29,8 +29,8 @@ def sample(
     - logits: float [R, V]; key: int64 [R].
     - step: an int, or an int64 tensor [] or [1] beside the key. The host does not read the tensor, so a
       captured graph takes the next step.
-    - top_k 0 and top_p 1 are off. temperature 0 is greedy: logprob is 0 and model_logprob that at temperature
-      1.
+    - top_k 0 and top_p 1 are off. temperature 0 is greedy: logprob is 0 and model_logprob
+      that at temperature 1.
 
     Returns token int64 [R], logprob float32 [R] (of the processed distribution: temperature, then top-k, then
     top-p) and model_logprob float32 [R] (of temperature alone). Raises ValueError naming the argument, its
@@ -48,11 +48,11 @@ def sample_with_gap(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws as `sample` does, and also returns the gap between the two best perturbed logits log(mass / E),
-    float32 [R].
+    """Draws as `sample` does, and also returns the gap between the two best perturbed logits
+    log(mass / E), float32 [R].
 
-    At temperature 0 the gap is that of the logits themselves. Where no other token has mass it is infinity,
-    on a GPU above 80.
+    At temperature 0 the gap is that of the logits themselves. Where no other token has mass it is
+    infinity, on a GPU above 80.
     """
     check_tensor("logits", logits, (None, None), FLOATS, None)
     check_tensor("key", key, (len(logits),), (torch.int64,), (logits.device,))

@@ -70,8 +70,8 @@ def test_drawn_policy_gradient_is_unbiased():
 
 def test_repo_penalises_only_prompts_that_miss():
     problem = make(2, P=2, Y=6, tabular=True)
-    # Prompt 0 misses the threshold at the reference, prompt 1 meets it: b differs by prompt only through the
-    # utilities here.
+    # Prompt 0 misses the threshold at the reference, prompt 1 meets it: b differs by prompt only
+    # through the utilities here.
     safe = torch.zeros(12, dtype=torch.float64)
     safe[6:] = 4 * problem.utility_PYJ[1, :, 0]
     world = ExactStages(problem, RepoConfig(beta=problem.beta, steps=1), ascent_rate=0.1)

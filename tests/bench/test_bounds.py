@@ -10,7 +10,7 @@ from bench.theory.tasks import variant
 
 @pytest.fixture(scope="module")
 def facts():
-    """One problem with a gap, J = 1, and one of J = 2."""
+    """Measures the facts of one problem with a gap and J = 1, and of one with J = 2."""
     return measure(0, 1, 0.3), measure(3, 2, 0.1)
 
 

@@ -32,8 +32,8 @@ from tests.helpers.exact_problems import FORMS
 
 
 def table_by_the_real_loss(world, target, number):
-    """Updates a table of logits by the real op and L-BFGS in float64; responses are one token, states unit
-    vectors."""
+    """Updates a table of logits by the real op and L-BFGS in float64;
+    responses are one token, states unit vectors."""
     problem = world.problem
     P, Y = problem.reward_PY.shape
     upper = torch.triu_indices(Y, Y, 1).t()

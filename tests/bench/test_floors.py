@@ -5,8 +5,8 @@ import torch
 from bench.run import floors, iteration
 from engine.model.architecture import ModelConfig, Rope
 
-# Each layer has 120 weights in its products, the head 40, all 300; a token's keys and values take 8 bytes in
-# each layer.
+# Each layer has 120 weights in its products, the head 40, all 300; a token's keys and values
+# take 8 bytes in each layer.
 CONFIG = ModelConfig(
     vocab_size=10,
     hidden_size=4,
@@ -25,8 +25,8 @@ CONFIG = ModelConfig(
 
 
 def test_floor_of_sampling_by_hand():
-    # Two responses to prompts of 5 and 2 tokens; 4, 3 and 1 rows draw a token, the first ones from 2 rows of
-    # logits.
+    # Two responses to prompts of 5 and 2 tokens; 4, 3 and 1 rows draw a token, the first
+    # ones from 2 rows of logits.
     parts = floors.sampling(CONFIG, 2, [5, 2], 2, [3, 1, 2, 2])
     steps = [(p.name, p.bytes, p.flops) for p in parts]
     assert steps == [

@@ -35,8 +35,8 @@ SETTINGS = [
 def test_the_question_is_fixed_whatever_else_was_run():
     assert complete(ROWS) == [0, 1, 2]
     assert complete([*ROWS[1:], row("caid", 0, 0.2, 0.1, error="stopped")]) == [1, 2]
-    # Neither another threshold, nor a seed beyond the plan, nor another cost empties the answer or gets into
-    # it.
+    # Neither another threshold, nor a seed beyond the plan, nor another cost empties
+    # the answer or gets into it.
     other = {k.replace("harm", "noise"): v for k, v in row("caid", 3, 0.2, 0.1).items()}
     more = [
         *ROWS,
@@ -194,8 +194,10 @@ class Trained(list):
 
 @pytest.fixture
 def trained(monkeypatch) -> Trained:
-    """Runs whose files are written at once: their names, as they are trained. CAID ends 0.1 above b, all
-    others 0.3 below."""
+    """Stands in for training: each run's files are written at once, and its name is noted in a list.
+
+    CAID ends 0.1 above b, all others 0.3 below.
+    """
     names = Trained()
     fail = names.fail
 

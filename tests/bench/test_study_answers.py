@@ -62,8 +62,8 @@ def test_false_answers_are_rare_where_there_is_no_difference():
 
 
 def test_a_control_is_compared_with_runs_of_its_own_seed_and_threshold():
-    # |slack| of caid at seeds 0, 1, 2 is 0.1, 0.2, 0.3, of mocan twice that; seed 5 and b = 0.3 have no
-    # partner.
+    # |slack| of caid at seeds 0, 1, 2 is 0.1, 0.2, 0.3, of mocan twice that;
+    # seed 5 and b = 0.3 have no partner.
     control = [
         row("control", seed, b, b - x)
         for seed, b, x in ((0, 0.4, 0.2), (1, 0.4, 0.6), (5, 0.4, 9.0), (2, 0.3, 9.0))

@@ -19,7 +19,10 @@ from engine.dual.scores_file import Table, preference_pairs
 
 
 def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
-    """Reward and harm rise together; the third column is independent. Rows of one prompt stand apart."""
+    """Returns rows of scores in which reward and harm rise together and the third column is independent.
+
+    Rows of one prompt stand apart.
+    """
     rng = np.random.default_rng(seed)
     reward = 3 * rng.normal(size=(P, G)) + rng.normal(size=(P, 1))
     harm = 0.2 * (rng.normal(size=(P, G)) + 0.4 * reward / 3) + 7
@@ -38,7 +41,7 @@ def scores_rows(P: int = 30, G: int = 6, seed: int = 0) -> list[dict]:
 
 
 def arrays(rows: list[dict], *names: str) -> tuple[np.ndarray, ...]:
-    """Each column as [P, G]."""
+    """Returns each named column as an array [P, G]."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     return tuple(
         np.array([[row[name] for row in rows if row["prompt"] == prompt] for prompt in prompts])
@@ -61,7 +64,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def result(capsys, *argv: str, folder: str = "scores-dual") -> tuple[dict, str]:
-    """(dual.json, stdout) of a command line that must succeed."""
+    """Runs a command line that must succeed; returns its dual.json and what it printed."""
     assert main(list(argv)) == 0, capsys.readouterr().err
     return json.loads((Path(folder) / "dual.json").read_text()), capsys.readouterr().out
 

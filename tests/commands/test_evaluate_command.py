@@ -1,5 +1,5 @@
-"""`python -m engine.evaluate` on smoke runs: the verdict's numbers with the verdict's seed, what is added,
-and what is refused."""
+"""Tests `python -m engine.evaluate` on smoke runs: the numbers of the verdict with the verdict's seed,
+what is added to them, and what is refused."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def finished(tmp_path_factory, cache):
 
 @pytest.fixture(scope="module")
 def judged(finished, tmp_path_factory):
-    """An evaluation with a further audit, in a folder of its own."""
+    """Evaluates the finished run with a further audit, in a folder of its own."""
     out = tmp_path_factory.mktemp("judged") / "b"
     assert (
         main(
@@ -301,7 +301,8 @@ def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_pat
 def stopped_run(
     folder: Path, config, *, iterates: list[int], trained: list[int], fingerprint: str = "f"
 ) -> Path:
-    """A run folder with adapter folders `iterates` and rows of the policies `trained`, and nothing else."""
+    """Makes a run folder that holds adapter folders `iterates` and rows
+    of the policies `trained`, nothing else."""
     algorithm = "caid" if isinstance(config, CaidConfig) else "mocan"
     Run.create(
         folder, algorithm, asdict(replace(config, threads=1)), versions={}, fingerprint=fingerprint
@@ -336,7 +337,7 @@ def test_which_iterate_is_judged(tmp_path, iterates, trained, wanted, chosen):
 
 
 def one_error(capsys, argv: list[str], message: str) -> str:
-    """Check the one line on stderr and return what was printed on stdout."""
+    """Checks that there is one line on stderr; returns what was printed on stdout."""
     assert main(argv) == 2
     out, error = capsys.readouterr()
     assert re.match("error: .*" + message, error) and error.count("\n") == 1, error

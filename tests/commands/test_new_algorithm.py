@@ -1,5 +1,5 @@
-"""A new algorithm is its file and one row of a table: the one below goes through train, resume, evaluate and
-sweep."""
+"""A new algorithm is its file and one row of a table: the one below goes through train,
+resume, evaluate and sweep."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ class FixedConfig(RunConfig):
 
 
 def fixed_train(config: FixedConfig, *, resume: str | None = None) -> Result:
-    """Align once; `before_verdict` of the module stands for a Ctrl-C at that moment."""
+    """Aligns once; `before_verdict` of the module stands for a Ctrl-C at that moment."""
     with open_stages("fixed", config, resume) as stages:
         policy, lam_J = loop(stages, config)
         sys.modules["fixed_multiplier"].before_verdict()
@@ -43,8 +43,8 @@ def fixed_train(config: FixedConfig, *, resume: str | None = None) -> Result:
 
 
 def loop(stages: Stages, config: FixedConfig):
-    """Fit the policy to the Lagrangian at the given multiplier; returns the policy and the multipliers,
-    float64 [J]."""
+    """Fits the policy to the Lagrangian at the given multiplier;
+    returns policy and multipliers, float64 [J]."""
     stages.sample_reference()
     lam_J = torch.full((stages.n_constraints,), config.multiplier, dtype=torch.float64)
     return stages.fit(Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta), 1), lam_J
@@ -58,7 +58,7 @@ FLAGS = [*SMOKE, "--force"]
 
 @pytest.fixture(scope="module", autouse=True)
 def module() -> Iterator[ModuleType]:
-    """The algorithm's module, which the row names; the row is in the table."""
+    """Makes the algorithm's module, which the row names, and puts the row into the table."""
     module = ModuleType("fixed_multiplier")
     module.train, module.before_verdict = fixed_train, lambda: None
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +69,7 @@ def module() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def finished(module, tmp_path_factory, cache) -> Path:
-    """A finished run."""
+    """Trains a run to its end and returns the run's folder."""
     folder = tmp_path_factory.mktemp("fixed") / "run"
     assert train.main(["fixed", *FLAGS, "--multiplier", "0.5", "--out", str(folder)]) == 0
     return folder

@@ -110,7 +110,7 @@ def test_runs_of_a_seed_share_the_reference_and_end_like_runs_alone(swept, tmp_p
 
 
 def test_an_interrupted_attempt_is_not_counted_twice(tmp_path):
-    """What Ctrl-C (a stage row) and a kill (none) leave before the whole attempt."""
+    """Ctrl-C leaves a stage row before that of the whole attempt, and a kill leaves none."""
     slack = "iteration-1/slack"
     write_timing(
         tmp_path,
@@ -145,7 +145,8 @@ def test_pictures_and_page_show_every_run(swept):
 
 
 def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
-    """What a kill leaves: some runs whole, one in its middle, the others not begun."""
+    """A kill leaves some runs whole, one in its middle and the others not begun:
+    the sweep still ends equal."""
     out = tmp_path / "s"
     shutil.copytree(swept, out)
     for name in ("table.csv", "index.html", "mocan-b0.1-seed3/evaluation.json"):
@@ -153,8 +154,8 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     shutil.rmtree(out / "mocan-b-0.2-seed3")
     for last in (out / "mocan-b0.1-seed3" / "stages").glob("0[45]-*"):
         last.unlink()
-    # The copy's runs name the first folder as where their samples are, so the sweep has to run where it
-    # began.
+    # The copy's runs name the first folder as where their samples are, so the sweep
+    # has to run where it began.
     shutil.rmtree(swept.with_name("old"), ignore_errors=True)
     swept.rename(swept.with_name("old"))
     out.rename(swept)
@@ -195,8 +196,8 @@ def test_bad_input_ends_before_any_compute(tmp_path, monkeypatch, capsys, argv, 
 
 
 def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path):
-    """Every beta and margin, neither DPO (no threshold) nor scores that are not there yet; a sweep of these
-    alone is not refused."""
+    """The dual is solved for every beta and margin, but neither for DPO, which has no threshold,
+    nor for scores that are not there yet. A sweep of these alone is not refused."""
 
     def plans(labels: tuple[str, ...], threshold: str) -> list[Plan]:
         own = SweepConfig(

@@ -1,5 +1,5 @@
-"""The command line of engine.train: flags, presets, resume, one-line errors before anything heavy is
-imported, exit codes."""
+"""The command line of engine.train: flags, presets, resume, one-line errors before anything
+heavy is imported, exit codes."""
 
 import ast
 import inspect
@@ -47,7 +47,8 @@ CONFIGS = {name: row.config_class for name, row in ALGORITHMS.items() if name !=
 
 @pytest.fixture
 def trained(monkeypatch) -> list:
-    """Stand-ins for the algorithms that note (name, config, keywords); `trained.stop` is raised by them."""
+    """Puts stand-ins in place of the algorithms, which note (name, config, keywords) in a list
+    and raise the list's `stop`."""
 
     class Calls(list):
         stop: BaseException | None = None
@@ -79,7 +80,8 @@ def run_folder(tmp_path) -> str:
 
 
 def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
-    """(exit code, stdout, stderr, modules imported) of the command line in a fresh process."""
+    """Runs the command line in a fresh process; returns its exit code, stdout,
+    stderr and the modules it imported."""
     program = (
         "import sys; from engine.train import main\ntry: code = main(sys.argv[1:])\nfinally: "
         "print('MODULES', *sys.modules)\nsys.exit(code)"
@@ -96,7 +98,7 @@ def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
 
 
 def field_helps() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string under the field, read from the source."""
+    """Returns the string under each field by (class, field), as the source has it."""
     helps = {}
     for module in (run, algorithms):
         for node in ast.parse(inspect.getsource(module)).body:
@@ -108,7 +110,7 @@ def field_helps() -> dict[tuple[str, str], str]:
 
 
 def flat(text: str) -> str:
-    """Without the box and the line breaks that the help is drawn with."""
+    """Removes the box and the line breaks that the help is drawn with."""
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
@@ -235,7 +237,7 @@ def test_check_accepts_the_defaults_and_presets():
 
 @pytest.mark.parametrize("algorithm", CONFIGS)
 def test_no_number_may_be_nan(algorithm):
-    """Every float of every algorithm, by its type: a field added later is checked too."""
+    """Every float of every algorithm is found by its type, so that a field added later is checked too."""
     default = CONFIGS[algorithm]()
     for field in fields(default):
         value = getattr(default, field.name)

@@ -1,5 +1,5 @@
-"""engine.data: every reading error names file and line, the chat template is applied once, keys and choices
-are stable."""
+"""engine.data: every reading error names file and line, the chat template is applied once,
+keys and choices are stable."""
 
 import csv
 import json
@@ -32,8 +32,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def bos_tokenizer():
-    """A byte tokenizer that puts <s> before every text, with a chat template that writes <s> too, as Llama's
-    does."""
+    """Makes a byte tokenizer that puts <s> before every text; its chat template
+    writes <s> too, as Llama's does."""
     vocab = {"<s>": 0} | {
         letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)
     }

@@ -15,7 +15,8 @@ from engine.errors import UserError
 
 
 def scores(seed: int, P: int = 20, G: int = 12, J: int = 2):
-    """Random scores with unequal units and offsets per prompt; utilities fall where the reward rises."""
+    """Returns random scores with unequal units and offsets per prompt;
+    utilities fall where the reward rises."""
     rng = np.random.default_rng(seed)
     reward = rng.normal(size=(P, G)) + rng.normal(size=(P, 1))
     utility = rng.normal(size=(P, G, J)) - 0.5 * reward[..., None]
@@ -23,7 +24,8 @@ def scores(seed: int, P: int = 20, G: int = 12, J: int = 2):
 
 
 def dual_value(reward, utility, threshold, beta, lam):
-    """The plug-in dual of arXiv 2405.19544 app. E, prompt by prompt; independent of the project's kernels."""
+    """Computes the plug-in dual of arXiv 2405.19544, appendix E, prompt by prompt,
+    without the project's kernels."""
     mean = utility.mean((0, 1))
     z = (reward + (utility - mean - threshold) @ lam) / beta
     return beta * np.mean([np.logaddexp.reduce(row) - math.log(len(row)) for row in z])
@@ -204,8 +206,8 @@ def test_infeasible_together_is_certified_by_its_direction():
     assert (v >= 0).all() and v.sum() == pytest.approx(1)
     assert (centred @ v).max(1).mean() < v @ b
     assert (centred @ v).max(1).mean() / (v @ b) == pytest.approx(t, rel=1e-9)
-    # The limit is a minimum over directions: a fine grid of them finds the same, and solving just below it
-    # works.
+    # The limit is a minimum over directions: a fine grid of them finds the same,
+    # and solving just below it works.
     grid = [np.array([1 - s, s]) for s in np.linspace(0, 1, 20001)]
     assert t == pytest.approx(min((centred @ u).max(1).mean() / (u @ b) for u in grid), rel=2e-3)
     assert dual.solve(reward, utility, 0.998 * t * b, 0.5).kkt <= 1e-10
@@ -327,8 +329,10 @@ def test_newton_step_makes_up_for_no_change_that_was_cut_off():
 
 @pytest.mark.parametrize("J", [1, 2, 4])
 def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
-    """Against scipy's bounded least squares: u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a
-    constant."""
+    """The steps agree with scipy's bounded least squares.
+
+    The model u . d + d . L L^T d / 2 is |L^T d + L^-1 u|^2 / 2 and a constant.
+    """
     rng = np.random.default_rng(J)
     cut = 0
     for _ in range(40):
@@ -351,8 +355,10 @@ def test_newton_and_secant_steps_minimise_the_model_within_the_bounds(J):
 
 @pytest.mark.parametrize("J", [1, 2])
 def test_descent_with_exact_policies_reaches_the_one_shot_multipliers(J):
-    """arXiv 2505.19387: with exact policies Algorithm 2 and the one-shot solution agree. The step is the
-    Hessian at the start."""
+    """With exact policies Algorithm 2 of arXiv 2505.19387 and the one-shot solution agree.
+
+    The step is the Hessian at the start.
+    """
     reward, utility = scores(13, J=J)
     b = np.array([0.7, 0.5])[:J]
     target = dual.solve(reward, utility, b, 1.0)
@@ -483,10 +489,10 @@ def test_within_deviation_is_pooled_and_refuses_constants():
         dual.within_deviation(np.repeat(reward[:, :1], 5, 1), "scorer y")
 
 
-# Coverage: many independent data sets, prompts of unequal kinds, few responses. The truth is the multiplier
-# of very many prompts with as many responses, as the bias of few responses is not the intervals' business.
-# The third constraint has clear room, the second has
-# hardly any: its true multiplier is 0 exactly where its threshold is the improvement that comes by itself.
+# Coverage is measured on many independent data sets with prompts of unequal kinds and few responses.
+# The truth is the multiplier of very many prompts with as many responses, as the bias of few responses
+# is not the intervals' business. The third constraint has clear room, the second has hardly any:
+# its true multiplier is 0 exactly where its threshold is the improvement that comes by itself.
 WORLD = dict(G=6, beta=1.5)
 
 
@@ -503,7 +509,7 @@ def data_set(rng, P):
 
 @pytest.fixture(scope="module")
 def many_prompts():
-    """(thresholds, levels, true multipliers) in the limit of many prompts."""
+    """Returns thresholds, levels and the true multipliers in the limit of many prompts."""
     reward, utility = data_set(np.random.default_rng(0), 100_000)
     lam = dual.solve(reward, utility, [0.2, -9.0, -9.0], WORLD["beta"]).lam
     improvement = dual.tilted_improvement(reward, utility, lam, WORLD["beta"])[1].mean(0).numpy()
@@ -526,7 +532,7 @@ def test_delta_intervals_cover_the_truth(many_prompts, absolute):
         errors.append([interval.low.numpy() <= truth, truth <= interval.high.numpy(), interval.se.numpy()])
     assert all(hits)
     low, high, se = (np.array([row[i] for row in errors]) for i in range(3))
-    # Two-sided 95 % of an active constraint: 400 data sets have a Monte-Carlo error of 1.1 %.
+    # An active constraint has a two-sided interval of 95 %; 400 data sets have a Monte-Carlo error of 1.1 %.
     assert 0.92 <= (low & high)[:, 0].mean() <= 0.98
     assert np.median(se[:, 0]) == pytest.approx(np.std([row[0] for row in lam]), rel=0.12)
     # A multiplier whose truth is 0 is never missed from above; with clear room the interval is the point 0.
@@ -626,7 +632,7 @@ def test_bootstrap_is_seeded_resamples_whole_prompts_and_marks_what_is_unsupport
     assert torch.equal(first, second) and not torch.equal(first, other)
     warm = dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, start_J=[0.5])
     torch.testing.assert_close(first, warm, rtol=0, atol=1e-8)
-    # By hand: the same rows, solved one by one.
+    # The same rows are solved one by one, by hand.
     generator = torch.Generator().manual_seed(0)
     for d in range(3):
         rows = torch.randint(12, (12,), generator=generator).numpy()
@@ -647,8 +653,10 @@ def test_percentiles_keep_the_central_share():
 
 
 def descend(reward, utility, b, start, propose, most=200):
-    """(steps until the open slack is below 1e-4, multipliers): propose(history) -> the next multipliers,
-    slack measured exactly."""
+    """Takes the multipliers that propose(history) names, with the slack measured exactly.
+
+    Returns the number of steps until the open slack is below 1e-4, and the last multipliers.
+    """
     lam, history, zero = start.clone(), [], torch.zeros(len(b), dtype=torch.float64)
     for t in range(most):
         slack = torch.tensor(tilted_mean(reward, utility, 1.0, lam.numpy()) - utility.mean((0, 1)) - b)
@@ -720,22 +728,22 @@ def test_secant_takes_the_measured_curvature_by_hand():
         (0.8 * one, -0.15 * one, 0 * one),
     ]  # curvature 1.5, so 0.1 is missing
     assert dual.secant_step(history, one[None]).item() == pytest.approx(0.9)
-    # An error of 0.3 in the first slack hides the difference of 0.45, and the first model stays: 0.15 is
-    # missing.
+    # An error of 0.3 in the first slack hides the difference of 0.45, and the first
+    # model stays: 0.15 is missing.
     noisy = [(*history[0][:2], 0.3 * one), history[1]]
     assert dual.secant_step(noisy, one[None]).item() == pytest.approx(0.95)
-    # Errors of 0.1: weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as 0.3 + weight (0.45 -
-    # 0.3).
+    # Errors of 0.1 give the weight 1 - 4 (0.01 + 0.01) / 0.45^2, so the difference counts as
+    # 0.3 + weight (0.45 - 0.3).
     some = [(lam, slack, 0.1 * one) for lam, slack, _ in history]
     curvature = (0.3 + (1 - 0.08 / 0.45**2) * 0.15) / 0.3
     assert dual.secant_step(some, one[None]).item() == pytest.approx(
         0.8 + 0.15 * (1 - (0.1 / 0.15) ** 2) / curvature
     )
-    # Slack that falls as lambda rises is no curvature of a convex dual: the model falls to a fifth and no
-    # further.
+    # Slack that falls as lambda rises is no curvature of a convex dual:
+    # the model falls to a fifth and no further.
     fallen = [(one, -0.1 * one, 0 * one), (1.3 * one, -0.11 * one, 0 * one)]
     assert dual.secant_step(fallen, one[None]).item() == pytest.approx(1.3 + 0.11 / 0.2)
-    # Gone too far and worse: the next value lies within half the way from the better one.
+    # The step went too far and got worse: the next value lies within half the way from the better one.
     over = [(one, -0.1 * one, 0 * one), (1.6 * one, 0.11 * one, 0 * one)]
     assert dual.secant_step(over, 0.1 * one[None]).item() == pytest.approx(1 + 0.6 * 0.1 / 0.21)
     drifted = [(one, -0.1 * one, 0 * one), (1.6 * one, 0.6 * one, 0 * one), (1.3 * one, 0.7 * one, 0 * one)]
@@ -776,8 +784,8 @@ def test_a_slack_within_its_standard_error_moves_no_multiplier(rule):
         moved = caid_rule(rule, [*history[:-1], (lam, 1.2 * slack, se)], hessian)
         assert (moved - lam)[0] > 1e-3 and (moved - lam)[-1] * slack[-1] < 0
         exact = caid_rule(rule, [*history[:-1], (lam, slack, 0 * se)], hessian)
-        # Where a slack is shrunk beyond its error, one that is known exactly moves lambda further than a
-        # somewhat larger one.
+        # Where a slack is shrunk beyond its error, one that is known exactly moves lambda further
+        # than a somewhat larger one.
         assert (exact - lam)[0] > ((moved - lam)[0] if rule in ("secant", "optimistic") else 0)
     if rule == "optimistic":
         noisy = [(lam, 0 * slack, se), (lam, slack, se)]  # 2 u - 0 = 0.1998, below 0.2236
@@ -800,8 +808,8 @@ def test_resolved_slack_by_hand():
 
 @pytest.mark.parametrize("rule", ["secant", "optimistic"])
 def test_steps_are_hardly_moved_by_noise_alone(rule):
-    """With z standard normal, E (z max(0, 1 - 1 / z^2))^2 = 0.333: a third of the mean square step of the
-    same slack without errors."""
+    """With z standard normal, E (z max(0, 1 - 1 / z^2))^2 = 0.333: the mean square step is a third of what
+    the same slack without errors would give."""
     reward, utility = scores(20, J=2)
     target, se = dual.solve(reward, utility, [0.7, 0.5], 1.0), torch.full((2,), 0.02, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -816,8 +824,8 @@ def test_steps_are_hardly_moved_by_noise_alone(rule):
 
 @pytest.mark.parametrize("misjudged", [1.0, 3.0, 1 / 3])
 def test_secant_stays_near_the_optimum_under_noise_whatever_the_first_curvature(misjudged):
-    """From the optimum, with noise alone in the slack: the mean stays, and the spread is at most that of
-    Newton's step."""
+    """From the optimum, with noise alone in the slack, the mean stays, and the spread is at
+    most that of Newton's step."""
     reward, utility = scores(20, J=2)
     b, se = np.array([0.7, 0.5]), 0.1
     target = dual.solve(reward, utility, b, 1.0)
@@ -862,8 +870,8 @@ def plain_spread(reward, utility, b, target, hessian, se):
 
 
 def test_optimistic_step_ends_the_circle_of_plain_descent_and_ascent():
-    """The game min_lambda max_x (lambda - 1) (x - 2): the policy x follows the gradient, as an undertrained
-    one does."""
+    """In the game min_lambda max_x (lambda - 1) (x - 2) the policy x follows the gradient,
+    as an undertrained policy does."""
 
     def distance(dual_step, eta=0.2, rounds=400):
         lam, x, history, furthest = torch.tensor([1.8]), torch.tensor([2.5]), [], []
@@ -897,7 +905,7 @@ def test_bisection_closes_in_on_the_optimum(start):
     steps, lam = descend(reward, utility, np.array([0.7]), start * target.lam, dual.bisection_step)
     assert (steps == 0) == (start == 1.0) and steps <= 20
     torch.testing.assert_close(lam, target.lam, rtol=1e-3, atol=1e-3)
-    # A constraint that holds by itself: down to exactly 0.
+    # A constraint that holds by itself goes down to exactly 0.
     _, lam = descend(
         reward, utility, np.array([-5.0]), torch.ones(1, dtype=torch.float64), dual.bisection_step
     )
@@ -924,14 +932,14 @@ def test_bisection_by_hand():
         and after((0.0, -0.1)) == pytest.approx(0.1)
         and after((4.0, -0.1), lam_max=5.0) == 5.0
     )
-    # Below the floor too, where 0 is known not to be enough.
+    # Bisection goes below the floor too, where 0 is known not to be enough.
     assert (
         after((0.0, -0.1), (0.1, 0.1), (0.05, 0.1)) == pytest.approx(0.025)
         and after((0.0, -0.1), (0.025, 0.1), (0.0125, -0.1)) > 0.0125
     )
     with pytest.raises(UserError, match="one constraint"):
         dual.bisection_step([(torch.ones(2), torch.zeros(2), torch.zeros(2))])
-    # Within one standard error of 0: the bracket stays, and so does lambda.
+    # Within one standard error of 0 the bracket stays, and so does lambda.
     assert after((1.0, -0.1), (2.0, 0.1), (1.5, 0.05, 0.1)) == 1.5 and after((1.0, -0.1, 0.2)) == 1.0
     assert after((1.0, -0.1), (3.0, -0.05, 0.1), (2.0, 0.1)) == 1.5
     with pytest.raises(UserError, match="finite"):

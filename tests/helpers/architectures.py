@@ -123,10 +123,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 
 
 def write_model(folder: Path, name: str, **changes) -> transformers.PreTrainedModel:
-    """The variant `name` with `changes` to its config, saved in `folder`; returns transformers' model, which
-    attends eagerly.
+    """Saves the variant `name` with `changes` to its config in `folder`; returns transformers' model.
 
-    Weights are large enough that every norm, bias, cap and window shows in the logits.
+    The model attends eagerly. Its weights are large enough that every norm, bias,
+    cap and window shows in the logits.
     """
     family, differs = VARIANTS[name]
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))

@@ -12,7 +12,8 @@ HOW = [{}, {"window": 1}, {"window": 4}, {"window": 30}, {"window": 4, "softcap"
 
 
 def by_runs(query, key, value, cu_query, cu_key, scale=None, softcap=None, window=None):
-    """Run by run, in the order of the packed queries: the run's last query sees all of its keys."""
+    """Attends run by run, in the order of the packed queries; a run's last query
+    sees all of the run's keys."""
     group, out = query.shape[1] // key.shape[1], []
     for run in range(len(cu_query) - 1):
         q = query[cu_query[run] : cu_query[run + 1]]

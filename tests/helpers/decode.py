@@ -16,7 +16,8 @@ def problem(
     dtype=torch.float32,
     device="cpu",
 ) -> dict:
-    """Returns rows of ragged prompts; what is not stored yet is NaN."""
+    """Returns the inputs of decode attention: rows of ragged prompts, with NaN
+    where nothing is stored yet."""
     rows, prompts, generator = sum(groups), len(groups), torch.Generator().manual_seed(0)
     shapes = {
         "query": (rows, heads, width),
@@ -45,8 +46,8 @@ def dense(data: dict, options: dict, dtype: torch.dtype = torch.float64) -> torc
 
 
 def assert_as_good_as_torch(got: torch.Tensor, data: dict, options: dict, rounding: float = 0.0) -> None:
-    """Asserts at most twice the error of plain torch in this dtype, one more rounding and float32's
-    exponentials.
+    """Asserts that the error is at most twice that of plain torch in this dtype, with room for one more
+    rounding and for float32's exponentials.
 
     Errors are relative to the largest output.
     """

@@ -1,5 +1,5 @@
-"""Tests of Triton kernels in Triton's interpreter, in a process of their own, because Triton chooses it on
-import."""
+"""Tests of Triton kernels in Triton's interpreter, in a process of their own,
+because Triton chooses it on import."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpret
 
 
 def run_interpreted(file: str, *arguments: str) -> None:
-    """Run pytest on `file` with the interpreter; skips where there is none that works."""
+    """Runs pytest on `file` with Triton's interpreter; skips where there is none that works."""
     pytest.importorskip("triton")
     triton, numpy = (
         tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")

@@ -1,9 +1,8 @@
-"""Program of test_runs.py: smoke runs in forked children that are killed at chosen events. `killed_run.py
-FOLDER SEED`.
+"""Makes smoke runs in forked children that are killed at chosen events: `killed_run.py FOLDER SEED`.
 
-An event is a step of progress or an fsync inside the write of a checkpoint. Run `whole` is not disturbed and
-gives the list of events; run `killed` is killed once in each stage, at a seeded event, and resumed each time.
-Prints the stages and kinds of event killed at.
+This is a program that test_runs.py starts. An event is a step of progress or an fsync inside the write
+of a checkpoint. Run `whole` is not disturbed and gives the list of events; run `killed` is killed once
+in each stage, at a seeded event, and resumed each time. Prints the stages and kinds of event killed at.
 """
 
 import os
@@ -26,8 +25,10 @@ FLAGS = ["--preset", "smoke", "--iterations", "2", "--seed", "3", "--threads", "
 
 
 def run(argv: list[str], on_event) -> int:
-    """Run the command line in a child whose events call on_event(stage, kind); returns its exit code,
-    negative for a signal."""
+    """Runs the command line in a child whose events call on_event(stage, kind).
+
+    Returns the child's exit code, negative for a signal.
+    """
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -54,8 +55,8 @@ def run(argv: list[str], on_event) -> int:
 
 
 def prepare() -> None:
-    """Do once, before the forks, what each child would do again: import the tokenizer's library, measure the
-    machine."""
+    """Imports the tokenizer's library and measures the machine once, before
+    the forks, in place of each child."""
     load_tokenizer(smoke_folder())
     rate = plan.matmul_rate(torch.float32, torch.device("cpu"))
     plan.matmul_rate = lambda dtype, device: rate

@@ -11,8 +11,8 @@ from kernels import lagrangian_policy_loss, reference
 from kernels.loss_head.records import Head
 from kernels.loss_head.schemes import VECTOR_BYTES_PER_ROW, row_workspace
 
-# There are a few pairs in a row, a sequence in several pairs, one in none, an empty one, and a pair with
-# itself.
+# There are a few pairs in a row, a sequence in several pairs, one in none, an empty
+# one, and a pair with itself.
 LENGTHS = (5, 7, 0, 4, 6, 3, 9, 2, 5, 1)
 
 PAIRS = torch.tensor([[0, 1], [3, 2], [4, 3], [6, 8], [9, 9], [8, 6]])
@@ -24,7 +24,7 @@ def dense_logprob(**data):
 
 
 def dense_dpo(data, options, labels, beta, q=None):
-    """Returns loss, margin and q from whole logits; q: given labels."""
+    """Returns loss, margin and q from whole logits; where q is given, it holds the labels."""
     given = {} if q is None else {"labels": "given", "preference": q}
     result = reference.lagrangian_preference_loss(**data, **options, **labels, beta=beta, **given)
     return result.loss, result.margin, result.preference
@@ -72,8 +72,8 @@ def gradients(function, data, options, needs=("hidden", "weight", "bias"), cast=
 
 
 def reordered(function, data):
-    """Returns results of function(data) for three orders of the vocabulary, gradients in the original
-    order."""
+    """Returns the results of function(data) for three orders of the vocabulary,
+    with gradients in the original order."""
     results = []
     for seed in range(3):
         order = torch.randperm(len(data["weight"]), generator=torch.Generator().manual_seed(seed))
@@ -88,7 +88,7 @@ def reordered(function, data):
 
 
 def assert_close(got, plain, exact):
-    """Asserts the error rule for a dictionary of tensors; plain: a list of such dictionaries."""
+    """Asserts the error rule for a dictionary of tensors; `plain` is a list of such dictionaries."""
     for name, true in exact.items():
         x = got[name]
         assert x.shape == true.shape, name
@@ -108,7 +108,8 @@ def dense_results(data, needs, options):
 
 
 def check_against(dense, function, data, needs, **options):
-    """Asserts the error rule for the values and gradients of `function`; dense: from `dense_results`."""
+    """Asserts the error rule for the values and gradients of `function`;
+    `dense` comes from `dense_results`."""
     budget = options.pop("memory_budget_bytes", None)
 
     def fused(**keywords):
@@ -170,7 +171,8 @@ def problem(dtype=torch.float32, lengths=LENGTHS, pairs=PAIRS, vocabulary=211, w
 
 
 def budget_of(data, rows, softcap=None):
-    """Returns bytes in which a chunk of `rows` rows of the preference pass fits, and one row of any op."""
+    """Returns the bytes in which a chunk of `rows` rows of the preference pass
+    fits, and one row of any op."""
     workspace, hidden = row_workspace(data["hidden"]), data["hidden"]
     head = Head(data["weight"], data.get("bias"), 1.0, softcap)
     budgets = []

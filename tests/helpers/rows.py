@@ -84,10 +84,10 @@ SPEED = SpeedRow(
 
 
 def write_metrics(folder: Path, rows: Iterable[Row]) -> None:
-    """Write metrics.jsonl of a run folder."""
+    """Writes the rows to metrics.jsonl of a run folder."""
     write(RunFolder(folder).metrics, [row.as_dict() for row in rows])
 
 
 def write_timing(folder: Path, rows: Iterable[Row]) -> None:
-    """Write timing.jsonl of a run folder."""
+    """Writes the rows to timing.jsonl of a run folder."""
     write(RunFolder(folder).timing, [row.as_dict() for row in rows])

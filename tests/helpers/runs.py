@@ -7,7 +7,7 @@ SMOKE = ["--preset", "smoke", "--threads", "1"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its lock and its times."""
+    """Reads every file of a run but its lock and its times; returns the bytes by relative path."""
     kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "timing.jsonl")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
 

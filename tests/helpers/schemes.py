@@ -54,7 +54,8 @@ def inputs(dtype=torch.float32, vocabulary=141, width=12, lengths=LENGTHS, seed=
 
 
 def keywords_of(op, data, options=None, seed=7):
-    """Returns what the op takes beyond rows and options; references are near the present log-probs."""
+    """Returns the arguments that the op takes beyond rows and options;
+    references are near the present log-probs."""
     if op == "logprob":
         return {}
     g, n = torch.Generator().manual_seed(seed), len(data["cu_seqlens"]) - 1
@@ -82,7 +83,7 @@ def keywords_of(op, data, options=None, seed=7):
 
 
 def mixed(logprob, token):
-    """Returns a number that depends on both, and the values."""
+    """Returns a number that depends on both arguments, and the values."""
     ends = ((-1, 2), logprob), ((0.5, -1), token)
     mix, mix_token = (torch.linspace(*limits, len(x), dtype=x.dtype, device=x.device) for limits, x in ends)
     return (logprob * mix).sum() + (token * mix_token).sum(), {
@@ -92,8 +93,9 @@ def mixed(logprob, token):
 
 
 def fused(ops, op, data, keywords, budget=None, options=None):
-    """Returns what is differentiated, and the values, from the ops of a module: `kernels` or
-    `kernels.reference`.
+    """Runs an op of a module, `kernels` or `kernels.reference`.
+
+    Returns what is differentiated, and the values.
     """
     everything = (
         data | keywords | (options or {}) | ({} if ops is reference else {"memory_budget_bytes": budget})
@@ -136,7 +138,7 @@ def placed(values, device):
 
 
 def run(name, data, keywords, options=None, needs=None, device="cpu"):
-    """Returns values and gradients by one scheme."""
+    """Returns the values and gradients that one scheme gives."""
     scheme, data, keywords = SCHEMES[name], placed(data, device), placed(keywords, device)
     budget = budget_for(scheme, data, options)
     results = with_gradients(
@@ -148,7 +150,8 @@ def run(name, data, keywords, options=None, needs=None, device="cpu"):
 
 
 def check(name, data, taken, keywords=None, options=None, needs=None):
-    """Asserts the error rule for one scheme, and that this scheme is what ran; returns its results."""
+    """Asserts the error rule for one scheme, and that this scheme is the one
+    that ran; returns its results."""
     scheme = SCHEMES[name]
     keywords, needs = (
         keywords or keywords_of(scheme.op, data, options),

@@ -15,8 +15,9 @@ def device(request):
 
 @pytest.fixture
 def taken(monkeypatch, device):
-    """Records the letters of the schemes that calls take, so that a case of one scheme cannot turn into one
-    of another unseen.
+    """Records the letters of the schemes that calls take.
+
+    So a case of one scheme cannot turn into one of another unseen.
     """
     letters, plan, parts, policy_terms = Taken(), passes.plan, passes.parts_of, passes.policy_terms
     letters.device = device
@@ -41,6 +42,6 @@ def taken(monkeypatch, device):
 
 @pytest.fixture(params=["compiled", "plain torch"])
 def either_rows(request, monkeypatch):
-    """Rows by compiled code where it is, and by plain torch."""
+    """Does the rows by compiled code where there is some, and by plain torch."""
     if request.param == "plain torch":
         monkeypatch.setattr(compiled, "make", compiled.MAKES["none"])

@@ -1,5 +1,5 @@
-"""Decode attention against `kernels.reference`: in plain torch, and the Triton kernels in Triton's
-interpreter."""
+"""Decode attention against `kernels.reference`: in plain torch, and the Triton
+kernels in Triton's interpreter."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_kernels_compile_for_sm_90():
 
 @pytest.fixture
 def poisoned():
-    """torch fills what it allocates with NaN."""
+    """Makes torch fill what it allocates with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -122,8 +122,8 @@ def by_triton(data: dict, scale=None, softcap=None, window=None, **plan) -> torc
 @interpreted
 @pytest.mark.parametrize("options,parts", [({}, 1)] + [(x, 3) for x in OPTIONS], ids=str)
 def test_interpreted_options(options, parts, poisoned):
-    """Windows within the own tokens, at their edge, in the prompt and past it; parts with and without
-    tokens."""
+    """Windows end within the own tokens, at their edge, in the prompt and past it;
+    some parts have no tokens."""
     data = problem((1, 0, 2), (40, 9, 17), kv_heads=1, heads=2)
     assert_as_good_as_torch(by_triton(data, **options, parts=parts), data, options)
 
@@ -155,7 +155,7 @@ def test_interpreted_shapes(shape, poisoned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [64, 256])
 def test_interpreted_dtypes_by_the_rules(dtype, width, poisoned):
-    """Tiles and parts as on a GPU."""
+    """Tiles and parts are chosen as on a GPU."""
     data = problem((2, 0, 6), (70, 9, 150), heads=3, kv_heads=1, width=width, room=70, used=66, dtype=dtype)
     assert_as_good_as_torch(by_triton(data, shared=None, own=None, window=90), data, {"window": 90})
 
@@ -168,7 +168,7 @@ def test_interpreted_twice_is_bitwise_equal():
 
 @interpreted
 def test_interpreted_large_scores():
-    """Far beyond what exp takes without a maximum, in the prompt and in the own tokens."""
+    """Scores lie far beyond what exp takes without a maximum, in the prompt and in the own tokens."""
     data = problem(dtype=torch.float32)
     data["prompt_keys"] *= 300
     data["own_keys"][0] *= 600

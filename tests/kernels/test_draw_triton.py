@@ -1,5 +1,5 @@
-"""The Triton sampling kernels in Triton's interpreter, against float64 and the plain torch path; and a
-compile for sm_90."""
+"""The Triton sampling kernels in Triton's interpreter, against float64 and the plain torch path;
+and a compile for sm_90."""
 
 import math
 
@@ -25,7 +25,7 @@ def write_log_exponential(p_stream, p_out, COUNT: tl.constexpr):
 
 
 def by_triton(logits, streams, temperature=1.0, part=4096):
-    """Token, model_logprob and gap of plain sampling."""
+    """Returns token, model_logprob and gap of plain sampling by the Triton kernels."""
     token, logprob, model_logprob, gap = truncated_by_triton(logits, streams, temperature, 0, 1.0, part)
     assert torch.equal(
         logprob.nan_to_num(), torch.zeros_like(gap) if streams is None else model_logprob.nan_to_num()
@@ -91,13 +91,13 @@ def test_exponential_numbers_are_those_of_plain_torch():
                 out.double(), exponential(streams[i : i + 1], 1024)[0].log(), rtol=1e-6, atol=2e-6
             )
             seen.append(out.exp())
-    # Both ways of making them, and the ends of each.
+    # The numbers cover both ways of making them, and the ends of each.
     seen = torch.cat(seen)
     assert seen.amin() < 1e-4 and seen.amax() > 9 and ((seen > 0.28) & (seen < 0.29)).sum() > 100
 
 
 def chi_square(token: torch.Tensor, bins: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
-    """Computes the statistic of drawn tokens against p [V], tokens summed by bins [V]."""
+    """Computes the statistic of drawn tokens against p [V], with tokens summed by bins [V]."""
     expected = torch.zeros(int(bins.max()) + 1, dtype=torch.float64).index_add_(0, bins, p) * len(token)
     counts = torch.bincount(bins[token], minlength=len(expected)).double()
     return float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
@@ -108,14 +108,15 @@ def chi_square(token: torch.Tensor, bins: torch.Tensor, p: torch.Tensor) -> tupl
 def test_distribution(columns, part, rows):
     logits = logits_of(1, columns, 1.5)
     p = (logits[0].double() / 0.8).softmax(0)
-    # The tokens of the shortest row, bins of about equal mass of the others.
+    # The shortest row is counted by token, the others in bins of about equal mass.
     bins = torch.arange(columns) if columns < 10 else (p.cumsum(0) * 4).long().unique(return_inverse=True)[1]
     token, _, _ = by_triton(logits.expand(rows, -1), stream(combine(7, torch.arange(rows)), 3), 0.8, part)
     statistic, degrees = chi_square(token, bins, p)
     assert statistic < degrees + 5 * math.sqrt(2 * degrees)
 
 
-# Some of many, one, as many as there are, more; most of the mass, the likeliest, little; both.
+# top_k keeps some of many, one, as many as there are, or more; top_p most of the mass, the likeliest, or
+# little; the last case takes both.
 TRUNCATIONS = [(5, 1.0), (1, 1.0), (33, 1.0), (10**6, 1.0), (0, 0.9), (0, 1e-6), (0, 0.3), (20, 0.8)]
 
 
@@ -156,7 +157,10 @@ def test_truncated_sampling_of_many_tokens(top_k, top_p, plain_torch):
 
 
 def assert_is_the_twin_s(got, logits, key, top_k, top_p):
-    """A log-prob among the tokens kept holds the mass of the kept set, and a token's own the ties."""
+    """Asserts that a draw is that of plain torch.
+
+    A log-prob among the tokens kept holds the mass of the kept set, and a token's own holds the ties.
+    """
     want = sample_with_gap(logits, key=key, step=3, temperature=0.7, top_k=top_k, top_p=top_p)
     assert torch.equal(got[0], want[0])
     for a, b in zip(got[1:], want[1:], strict=True):
@@ -166,7 +170,7 @@ def assert_is_the_twin_s(got, logits, key, top_k, top_p):
 @interpreted
 @pytest.mark.parametrize("top_k,top_p,kept", [(5, 1.0, 5), (0, 0.8, 8), (7, 0.5, 4), (9, 0.95, 9)])
 def test_of_equals_the_first_are_kept(top_k, top_p, kept):
-    """Takes 10 equals after one unlikely token, in parts of 8: 0.8 of 10 is 8 exactly."""
+    """There are 10 equals after one unlikely token, in parts of 8: 0.8 of 10 is 8 exactly."""
     logits, rows = torch.zeros(1, 11), 3
     logits[:, 0] = -torch.inf
     token, logprob, model_logprob, _ = truncated_by_triton(
@@ -201,7 +205,7 @@ def test_offset_of_2_to_the_24_changes_nothing():
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan_reaches_the_results_of_its_own_row_only():
-    """NaN and inf in the first part of a row, in its middle and at its end; and a row of -inf."""
+    """NaN and inf stand in the first part of a row, in its middle and at its end; one row is all -inf."""
     logits = logits_of(9, 70)
     for row, place in enumerate((0, 40, 69)):
         logits[1 + row, place], logits[4 + row, place] = torch.nan, torch.inf

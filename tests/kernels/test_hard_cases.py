@@ -1,6 +1,6 @@
-"""Hard cases of the loss head through every scheme of `kernels.loss_head.schemes`, against dense float64
-autograd, by the error rule of tests/helpers/losses.py. What test_losses and test_schemes hold already is not
-repeated.
+"""Hard cases of the loss head through every scheme of `kernels.loss_head.schemes`,
+against dense float64 autograd, by the error rule of tests/helpers/losses.py.
+Cases that test_losses and test_schemes hold already are not repeated.
 """
 
 import math
@@ -48,8 +48,8 @@ EACH_DTYPE = pytest.mark.parametrize(
     ],
 )
 def test_all_options_at_once(scheme, dtype, taken):
-    """Ragged, empty in one and in both members, repeated sequences, bias, token weights, temperature,
-    softcap, upstream scalar 3."""
+    """Batches are ragged, pairs have one or two empty members and share sequences; there are a bias,
+    token weights, temperature and softcap, and the upstream scalar is 3."""
     check(scheme, inputs(dtype, weighted=True), taken, options=ALL_OPTIONS)
 
 
@@ -57,8 +57,8 @@ def test_all_options_at_once(scheme, dtype, taken):
 @EACH_DTYPE
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_rows_of_extreme_values(scheme, dtype, softcap, taken):
-    """Uniform, all logits near 300 or -300, p near 1 and near 0, and one logit of 3 where the rest are -15
-    past the last whole block."""
+    """Rows are uniform, have all logits near 300 or -300, p near 1 or near 0, or one logit of 3 past the last
+    whole block where the rest are -15."""
     data = inputs(dtype)
     hidden, weight, last = data["hidden"], data["weight"], 140
     weight[:, 0], weight[:, 1], data["bias"][:] = 1, 0, 0
@@ -82,8 +82,10 @@ def test_rows_of_extreme_values(scheme, dtype, softcap, taken):
 @EACH_SCHEME
 @EACH_DTYPE
 def test_common_offset_of_2_to_the_24(scheme, dtype, taken):
-    """Logits are even numbers, which this offset keeps; values and gradients are those without it, bit for
-    bit."""
+    """Logits are even numbers, which this offset keeps.
+
+    Values and gradients are those without it, bit for bit.
+    """
     data = inputs(dtype)
     for name in ("hidden", "weight"):
         data[name] = data[name].round().clamp(-2, 2)
@@ -116,8 +118,8 @@ def test_minus_infinity(scheme, dtype, taken):
 )
 @pytest.mark.parametrize("kind", ["given", "huge lambda", "lambda 0"])
 def test_saturated_margins(scheme, dtype, size, kind, taken):
-    """|margin| far beyond what a sigmoid resolves, both ways, for labels 0, 1/2, 1, ties and labels that are
-    saturated themselves."""
+    """|margin| lies far beyond what a sigmoid resolves, both ways, for labels 0, 1/2 and 1, for ties,
+    and for labels that are saturated themselves."""
     data = inputs(dtype)
     keywords = keywords_of("preference", data)
     keywords["ref_logprob"] += size * torch.tensor([-1.0, 0, 1, 0, -1, 1])
@@ -134,7 +136,7 @@ def test_saturated_margins(scheme, dtype, size, kind, taken):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_hard_cases_on_each_make_of_processor(scheme, processor, taken):
-    """Those above in float32, and everything at once."""
+    """The cases above hold in float32 on each make, and all of them at once."""
     check(scheme, inputs(weighted=True), taken, options=ALL_OPTIONS)
     for softcap in (None, 30.0):
         test_rows_of_extreme_values(scheme, torch.float32, softcap, taken)
@@ -165,7 +167,7 @@ def test_hard_cases_on_each_make_of_processor(scheme, processor, taken):
 )
 def test_real_vocabulary_and_width(scheme, vocabulary, width, dtype, taken):
     data = inputs(dtype, vocabulary, width, lengths=(2, 0, 3, 2, 0, 5), bias=False)
-    # Logits of size 1, as after training.
+    # Logits have size 1, as after training.
     data["weight"] /= width**0.5
     check(scheme, data, taken)
 
@@ -186,7 +188,7 @@ def test_real_vocabulary_and_width(scheme, vocabulary, width, dtype, taken):
     ],
 )
 def test_numbers_of_rows(scheme, rows, taken):
-    """One row, both sides of a block, and more rows than a tile holds."""
+    """The batch has one row, as many as fill a block or one more, or more than a tile holds."""
     check(scheme, inputs(lengths=(rows - 1, 0, 1), vocabulary=33, width=5), taken)
 
 
@@ -223,8 +225,10 @@ def test_autocast_changes_no_bit(scheme, dtype, device):
 
 @EACH_SCHEME
 def test_backward_passes_add_up(scheme):
-    """Each with a graph of its own, in one .grad. Upstream scalars are powers of two, so that sums are
-    exact."""
+    """Each pass has a graph of its own, and all add to one .grad.
+
+    Upstream scalars are powers of two, so that sums are exact.
+    """
     data = inputs(weighted=True)
     op, needs, _ = SCHEMES[scheme]
     keywords, budget = keywords_of(op, data), budget_for(SCHEMES[scheme], data)
@@ -239,7 +243,7 @@ def test_backward_passes_add_up(scheme):
 
 @pytest.mark.parametrize("scheme", ["A", "E", "F, frozen head"])
 def test_double_backward_is_a_clear_error(scheme):
-    """In every gradient."""
+    """The error comes for every gradient."""
     data = inputs()
     op, needs, _ = SCHEMES[scheme]
     keywords, budget = keywords_of(op, data), budget_for(SCHEMES[scheme], data)
@@ -260,7 +264,7 @@ def test_vmap_is_a_clear_error(op):
 
 @pytest.mark.parametrize("scheme", ["A", "B", "F"])
 def test_tied_embeddings(scheme, taken):
-    """The head made the states too: its gradient is the sum of both uses."""
+    """The head made the states too, so that its gradient is the sum of both uses."""
     data = inputs(torch.float64)
     op, keywords, budget = (
         SCHEMES[scheme].op,
@@ -283,7 +287,8 @@ def test_tied_embeddings(scheme, taken):
 
 @EACH_SCHEME
 def test_strided_inputs(scheme):
-    """Transposed matrices and every second element of vectors: equal but for the order inside products."""
+    """Transposed matrices and every second element of vectors give equal results but for
+    the order inside products."""
     data = inputs(weighted=True)
     keywords = keywords_of(SCHEMES[scheme].op, data)
     strided = {
@@ -397,7 +402,7 @@ def test_any_policy_loss_agrees_with_dense(lengths, vocabulary, width, share, se
 @pytest.mark.parametrize("scheme", ["B, preference", "D", "E"])
 @EACH_DTYPE
 def test_identical_responses_cancel(scheme, dtype, taken):
-    """A margin of exactly 0, a loss of log 2, and no gradient in the head beyond rounding."""
+    """The margin is exactly 0, the loss is log 2, and the head has no gradient beyond rounding."""
     data = inputs(dtype, lengths=(9, 9, 40))
     for name in ("hidden", "target"):
         data[name][9:18] = data[name][:9]
@@ -414,7 +419,7 @@ def test_identical_responses_cancel(scheme, dtype, taken):
 @pytest.mark.parametrize("scheme", ["C", "C, preference", "F, frozen head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_frozen_head_needs_no_memory_of_its_size(scheme, dtype):
-    """Also not for a converted copy where the head is 16-bit."""
+    """Not even a converted copy is made where the head is 16-bit."""
     op, data = SCHEMES[scheme].op, inputs(dtype, vocabulary=4099, width=256)
     keywords = keywords_of(op, data)
     data["hidden"].requires_grad_()
@@ -427,7 +432,7 @@ def test_frozen_head_needs_no_memory_of_its_size(scheme, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dual_moments_in_every_dtype(dtype):
-    """Float64 from the rounded scores on, also under autocast; no graph."""
+    """Moments are float64 from the rounded scores on, also under autocast, and have no graph."""
     g = torch.Generator().manual_seed(2)
     reward, utility = torch.randn(4, 6, generator=g).to(dtype), torch.randn(4, 6, 3, generator=g).to(dtype)
     lam = torch.tensor([0.5, 0.0, 2.0]).to(dtype)

@@ -1,5 +1,5 @@
-"""Tests what stands between a layer's products, compiled, against the torch code that is its specification
-and against float64."""
+"""Tests what stands between a layer's products, compiled, against the torch code that is its
+specification and against float64."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def compiled_and_torch(function, *arguments):
-    """The same call without a gradient, and with one, which torch serves."""
+    """Makes the same call without a gradient, and with one, which torch serves; returns both results."""
     with torch.no_grad():
         fast = function(*arguments)
     leaves = [

@@ -1,5 +1,5 @@
-"""The GPU kernels between a layer's products, in Triton's interpreter, against float64 and against torch in
-the same dtype."""
+"""The GPU kernels between a layer's products, in Triton's interpreter, against float64
+and against torch in the same dtype."""
 
 from types import SimpleNamespace
 
@@ -18,8 +18,10 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 
 
 def assert_as_good_as_torch(got, plain, exact) -> None:
-    """At most twice torch's error and two roundings: the interpreter cuts bfloat16 off instead of rounding
-    it."""
+    """Asserts at most twice torch's error and two roundings.
+
+    The interpreter cuts bfloat16 off instead of rounding it.
+    """
     assert got.dtype == plain.dtype and got.shape == exact.shape and got.is_contiguous()
     error, bound = (
         (x.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30) for x in (got, plain)

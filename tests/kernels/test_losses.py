@@ -50,7 +50,7 @@ def test_any_subset_of_gradients(needs):
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_do_not_change_the_result(needs, dtype, monkeypatch):
-    """Several chunks of rows, and a few head rows at a time."""
+    """The rows take several chunks, and the head a few of its rows at a time."""
     sizes = []
     for cls, name in ((TorchRows, "_logprob"), (NativeRows, "_forward")):
         original = getattr(cls, name)
@@ -138,7 +138,7 @@ def test_gradcheck(needs):
 
 
 def test_large_common_offset_keeps_small_differences():
-    """Two equal logits of 2^24 give log 2; the sum m + log(total) would round it away."""
+    """Two equal logits of 2^24 give log 2, which the sum m + log(total) would round away."""
     hidden = torch.tensor([[2.0**24]])
     weight = torch.ones(2, 1)
     got = sequence_logprob(hidden, weight, torch.tensor([1]), torch.tensor([0, 1]))
@@ -231,7 +231,8 @@ def test_autocast_does_not_round(needs):
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "softcap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_stays_within_the_budget(needs, options, dtype):
-    """Peak of all allocations beyond inputs, minus the returned gradients and the float32 accumulator."""
+    """The peak counts all allocations beyond inputs, less the returned gradients
+    and the float32 accumulator."""
     data = make(rows=300, width=16, vocabulary=4099, lengths=(100, 200), dtype=dtype)
     for name in needs:
         data[name].requires_grad_()

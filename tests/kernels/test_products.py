@@ -18,7 +18,7 @@ def made(rows: int, width: int, columns: int, dtype=torch.float32):
 
 @pytest.fixture
 def amd(monkeypatch):
-    """As on a processor that is not Intel's, where compiled code makes all products."""
+    """Pretends a processor that is not Intel's, where compiled code makes all products."""
     make = compiled.MAKES["amd" if "avx512" in compiled.instructions else "avx2"]
     monkeypatch.setattr(compiled, "make", make)
     return make
@@ -66,8 +66,8 @@ def test_values_and_gradients_against_float64(shape, with_bias, processor):
     with torch.no_grad():
         first, again = products.linear(x, weight, bias), products.linear(x, weight, bias)
     assert torch.equal(first, again)
-    # A few rows are summed in another order, and where MKL multiplies many rows so are panels, and a bias is
-    # added apart.
+    # A few rows are summed in another order, and where MKL multiplies many rows so are panels,
+    # and a bias is added apart.
     bound = 4 * torch.finfo(torch.float32).eps * shape[1] ** 0.5 * max(1.0, float(exact.detach().abs().max()))
     apart = shape[0] <= max(processor.few_rows, processor.panel_rows or 0) or (
         with_bias and not processor.compiles_products
@@ -77,7 +77,10 @@ def test_values_and_gradients_against_float64(shape, with_bias, processor):
 
 @pytest.mark.parametrize("shape", [(64, 576, 1536), (64, 4096, 576), (256, 1536, 576)])
 def test_sums_round_no_more_than_plain_torch_s(shape, processor):
-    """Products of the width of a model, with the gradient and without: root mean square and largest error."""
+    """Products have the width of a model, with the gradient and without.
+
+    The root mean square error and the largest one are compared.
+    """
     x, weight, _ = made(*shape)
     exact = x.double() @ weight.double().t()
 
@@ -93,8 +96,7 @@ def test_sums_round_no_more_than_plain_torch_s(shape, processor):
 
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_products_are_added_to_a_total(rows, processor):
-    """By a matrix of which columns are summed, in several steps; as the loss head does with J and the
-    head."""
+    """The columns of a matrix are summed in several steps, as the loss head does with J and the head."""
     x, matrix, _ = made(rows, 3000, 70)
     matrix = matrix.t().contiguous()
     total, exact = torch.full((rows, 70), torch.nan), torch.zeros(rows, 70, dtype=torch.float64)
@@ -109,7 +111,7 @@ def test_products_are_added_to_a_total(rows, processor):
 @pytest.mark.skipif(not compiled.instructions, reason="no compiled kernels")
 @pytest.mark.parametrize("width, columns", [(1, 1), (15, 2), (16, 3), (33, 7), (577, 64)])
 def test_few_rows_have_one_result_for_any_rows_threads_and_instructions(width, columns):
-    """And each instruction set's own is right; the sum of products of 1 has no rounding."""
+    """Each instruction set's own result is right as well; the sum of products of 1 has no rounding."""
     x, weight, bias = made(19, width, columns)
     threads = torch.get_num_threads()
     for instructions in compiled.instructions:
@@ -138,7 +140,8 @@ def test_few_rows_have_one_result_for_any_rows_threads_and_instructions(width, c
     "width, columns", [(1, 1), (15, 2), (16, 48), (33, 49), (577, 100), (2048, 16), (4100, 65)]
 )
 def test_panels_have_one_result_for_any_rows_threads_and_instructions(width, columns):
-    """Also for a matrix that lies column by column; widths beyond 1024 are added up in several parts."""
+    """It is the same for a matrix that lies column by column; widths beyond 1024 are
+    added up in several parts."""
     x, weight, bias = made(19, width, columns)
     threads, best = torch.get_num_threads(), compiled.instructions[0]
     whole = products.panels(x, weight, bias, best)

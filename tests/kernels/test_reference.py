@@ -1,5 +1,5 @@
-"""The definitions of the ops against textbook formulas, by hand where that is short; and that they share no
-code."""
+"""The definitions of the ops against textbook formulas, by hand where that is short;
+and that they share no code."""
 
 import ast
 import math
@@ -69,8 +69,8 @@ def test_advantages_by_hand():
 
 
 def test_policy_loss_on_policy_is_reinforce():
-    """Without old log-probs the gradient is that of -mean A log p, and clipping by hand where the ratio is
-    e."""
+    """Without old log-probs the gradient is that of -mean A log p; clipping is done
+    by hand where the ratio is e."""
     data, labels = problem(torch.float64)
     scores = {k: labels[k] for k in ("reward", "utility", "lam")} | {"group": torch.arange(10) % 3}
     data["hidden"].requires_grad_()
@@ -90,7 +90,7 @@ def test_policy_loss_on_policy_is_reinforce():
 
 
 def test_dual_moments_by_hand():
-    """Two responses of one prompt."""
+    """There are two responses of one prompt."""
     reward, utility = torch.tensor([[0.0, 1.0]]), torch.tensor([[[1.0], [-1.0]]])
     moments = reference.dual_moments(reward, utility, torch.tensor([0.5]), 2.0, utility_mean=0.0)
     a, b = 0.5 / 2, (1 - 0.5) / 2

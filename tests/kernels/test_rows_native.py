@@ -15,7 +15,8 @@ from kernels.random import exponential, stream
 from kernels.sampling.draw import _truncate, sample_with_gap
 from kernels.sampling.draw_native import sample_rows
 
-# -inf tails and blocks of 128: one short row, both sides of a block's end, an odd length, a real vocabulary.
+# Blocks have 128 elements, tails are -inf: there are a short row, both sides of a block's end,
+# an odd length and real vocabularies.
 SIZES = [7, 127, 128, 129, 32001, 49152]
 needs_native = pytest.mark.skipif(not compiled.instructions, reason="kernels._native is not built")
 
@@ -25,7 +26,8 @@ def logits_of(rows: int, columns: int, scale: float = 3.0) -> torch.Tensor:
 
 
 def exact_logprob(logits: torch.Tensor, token: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log p from the sum of the others' mass, float64: exact also where p is close to 1."""
+    """Computes log p from the sum of the others' mass in float64, which is exact
+    also where p is close to 1."""
     shifted = (logits.double() - logits.double().gather(1, token[:, None])) / temperature
     others = shifted.scatter(1, token[:, None], -torch.inf).logsumexp(1)
     return -torch.nn.functional.softplus(others, threshold=1e9)
@@ -38,7 +40,7 @@ def exact_gradient(logits: torch.Tensor, target: torch.Tensor, temperature: floa
 
 
 def rows_in_parts(logits, target, temperature, width=None, instructions=None, threads=2):
-    """(log p [R], J [R, V]) of the compiled rows, `width` columns at a time."""
+    """Returns log p [R] and J [R, V] of the compiled rows, made from `width` columns at a time."""
     instructions, width = instructions or compiled.instructions[0], width or logits.shape[1]
     rows, columns = logits.shape
     largest, own, logprob, scale = torch.full((4, rows), -torch.inf).unbind()
@@ -82,7 +84,7 @@ def rows_in_parts(logits, target, temperature, width=None, instructions=None, th
 
 
 def exact_gap(race: torch.Tensor) -> torch.Tensor:
-    """Between the logarithms of the two largest of each row."""
+    """Computes the gap between the logarithms of the two largest numbers of each row."""
     best = race.topk(min(2, race.shape[1])).values.log()
     return (
         best[:, 0] - best[:, -1]
@@ -92,7 +94,7 @@ def exact_gap(race: torch.Tensor) -> torch.Tensor:
 
 
 def clear_wins(logits: torch.Tensor, streams: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Rows whose winner arrives at least 1e-5 of its time before the next, bool [R]."""
+    """Tells the rows whose winner arrives at least 1e-5 of its time before the next, bool [R]."""
     arrival = exponential(streams, logits.shape[1]) / (logits.double() / temperature).softmax(1)
     first = arrival.topk(min(2, arrival.shape[1]), largest=False).values
     return (
@@ -103,8 +105,7 @@ def clear_wins(logits: torch.Tensor, streams: torch.Tensor, temperature: float =
 
 
 def all_paths(call) -> list[tuple[torch.Tensor, ...]]:
-    """call(instructions, threads) for every instruction set that this processor runs, with 1 and 2
-    threads."""
+    """Calls call(instructions, threads) for each instruction set of this processor, with 1 and 2 threads."""
     return [call(instructions, threads) for instructions in compiled.instructions for threads in (1, 2)]
 
 
@@ -129,8 +130,8 @@ def test_tokens_are_those_of_plain_torch(columns, temperature):
     )
 
 
-# A few of many, most of the mass, all, one, more than there are, both; equals that only one of the two would
-# cut.
+# They keep a few of many, most of the mass, all, one, more than there are, or both; some equals would be cut
+# by only one of the two.
 TRUNCATIONS = [
     (50, 1.0),
     (1000, 1.0),
@@ -243,7 +244,7 @@ def test_samples_are_those_of_the_definition(options, processor):
 
 @needs_native
 def test_a_change_of_rounding_changes_no_token():
-    """A flat distribution, where most tokens have a probability below the rounding of a cumulative sum."""
+    """In a flat distribution most tokens have a probability below the rounding of a cumulative sum."""
     logits, streams = logits_of(500, 20_000), stream(torch.arange(500), 1)
     noise = 1 + 2e-7 * (torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) - 0.5)
     token, moved = (sample_rows(x, streams, 1.0)[0] for x in (logits, logits * noise))
@@ -256,7 +257,7 @@ def test_a_change_of_rounding_changes_no_token():
 def test_a_token_without_mass_is_never_drawn(step):
     for columns in (200, 256, 4000):
         logits = torch.full((columns, columns), -torch.inf).fill_diagonal_(-3.0)
-        # Far below the largest: this mass is 0 in float32.
+        # This logit is so far below the largest that its mass is 0 in float32.
         logits[:, 5] = torch.where(torch.arange(columns) == 5, -3.0, -200.0)
         token, logprob, _, gap = sample_rows(logits, stream(torch.arange(columns), step), 1.0)
         assert torch.equal(token, torch.arange(columns))
@@ -316,7 +317,7 @@ def test_target_without_mass():
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("budget", [1 << 30, 40_000])
 def test_product_with_the_head_of_rows_whose_largest_logit_grows(softcap, budget, processor):
-    """J W with a running maximum that rises in many tiles; peaked rows keep their digits."""
+    """The running maximum of J W rises in many tiles; peaked rows keep their digits."""
     if processor.instructions is None:
         pytest.skip("plain torch has no tiles")
     hidden, weight = logits_of(9, 24, 1.0), logits_of(1000, 24, 1.0) * torch.linspace(0.1, 3, 1000)[:, None]
@@ -418,10 +419,10 @@ def test_sequence_logprob_uses_the_compiled_rows_where_they_are(processor):
 @needs_native
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_j_in_place_of_the_logits_gives_the_same_gradients(softcap, processor, monkeypatch):
-    """Several parts of the head and tiles of rows; a row of factor 0 and one without a log-prob.
+    """The head has several parts and rows several tiles; one row has factor 0 and one no log-prob.
 
-    Bit for bit where compiled code adds both kinds up. MKL adds what lies in place to the sum in steps of its
-    own, so that there both kinds are as close to float64 as plain torch.
+    The gradients are the same bit for bit where compiled code adds both kinds up. MKL adds what lies in place
+    to the sum in steps of its own, so that there both kinds are as close to float64 as plain torch.
     """
     if processor.instructions is None:
         pytest.skip("plain torch has no tiles")
@@ -459,8 +460,8 @@ def test_j_in_place_of_the_logits_gives_the_same_gradients(softcap, processor, m
 
 
 def dense_gradients(hidden, weight, bias, target, factor, temperature, softcap, dtype) -> list[torch.Tensor]:
-    """(log p of the rows of a factor, and the gradients of -sum factor log p in hidden, weight and bias) from
-    whole logits."""
+    """Computes log p of the rows of a factor from whole logits, and the gradients of -sum factor log p
+    in hidden, weight and bias."""
     used = factor != 0
     leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
     logits = leaves[0][used] @ leaves[1].t() + leaves[2]
@@ -485,8 +486,8 @@ def test_other_rows_are_left_to_torch():
 @needs_native
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_compiled_code_refuses_what_it_cannot_read():
-    """Another dtype, number of dimensions, layout in memory or device, what is no tensor, and a tensor
-    without memory."""
+    """It refuses another dtype, number of dimensions, layout in memory or device, what is no tensor,
+    and a tensor without memory."""
 
     def halved(gate_up) -> torch.Tensor:
         out = torch.empty(3, 4)
@@ -496,7 +497,7 @@ def test_compiled_code_refuses_what_it_cannot_read():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     want = reference_silu(x)
     torch.testing.assert_close(halved(x), want)
-    # Lent as they are: a part of a larger tensor, and one of a type of its own.
+    # A part of a larger tensor and a tensor of a type of its own are lent as they are.
     torch.testing.assert_close(halved(torch.cat((x, x))[3:]), want)
     torch.testing.assert_close(halved(torch.nn.Parameter(x)), want)
     with FakeTensorMode():

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True)
 def triton_rows(monkeypatch):
-    """The ops do their rows with Triton, on the CPU."""
+    """Makes the ops do their rows with Triton, on the CPU."""
     from kernels.loss_head.rows_triton import TritonRows
 
     for module in (ops, passes, losses_module, losses):
@@ -26,7 +26,7 @@ def triton_rows(monkeypatch):
 
 
 def token_logprob(hidden, weight, target, bias=None, temperature=1.0, softcap=None, budget=None):
-    """log p of every row."""
+    """Returns log p of every row by the op."""
     cu_seqlens = torch.tensor([0, len(target)])
     options = {"temperature": temperature, "softcap": softcap, "memory_budget_bytes": budget}
     return sequence_logprob(
@@ -41,8 +41,10 @@ def test_interpreter():
 
 @compiled
 def test_every_configuration_compiles_for_sm_90():
-    """Registers, shared memory and wgmma of whatever triton is installed; bench/sm90.py gates spills on the
-    one that they depend on, and takes fp16 and single switches too."""
+    """Registers, shared memory and wgmma are checked with whatever triton is installed.
+
+    bench/sm90.py gates spills on the one version that they depend on, and takes fp16 and single switches too.
+    """
     from bench import sm90
 
     wrong = {}
@@ -56,14 +58,14 @@ def test_every_configuration_compiles_for_sm_90():
 
 
 def dense(hidden, weight, target, bias=None, **options):
-    """log p of every row from whole logits."""
+    """Returns log p of every row from whole logits."""
     rows = hidden, weight, target, torch.tensor([0, len(target)])
     return reference.sequence_logprob(*rows, bias=bias, return_token_logprob=True, **options)[1]
 
 
 def check(data, needs, budget=None, **options):
-    """Triton's rows in the interpreter against dense float64, by the error rule of
-    tests/helpers/losses.py."""
+    """Asserts the error rule of tests/helpers/losses.py for Triton's rows
+    in the interpreter, against dense float64."""
     needs = [name for name in needs if name in data]
 
     def run(function, data, cast=None):
@@ -122,7 +124,7 @@ def test_values_and_gradients(needs, vocabulary, dtype, options):
     + [(name, d) for name in "CDEF" for d in (torch.bfloat16, torch.float16)],
 )
 def test_every_scheme(scheme, dtype, taken):
-    """Preference and policy losses too."""
+    """The schemes of preference and policy losses run too."""
     schemes.check(
         scheme, schemes.inputs(dtype, vocabulary=61, weighted=True), taken, options=schemes.ALL_OPTIONS
     )
@@ -140,8 +142,10 @@ def test_several_blocks_and_chunks(needs, monkeypatch):
 
 @interpreted
 def test_all_negative_logits_and_a_ragged_last_block():
-    """A tail read as 0 would add exp(0) to a row whose logits are all far below it; a maximum that starts at
-    0 would lose it."""
+    """A tail read as 0 would add exp(0) to a row whose logits are all far below it.
+
+    A maximum that starts at 0 would lose such a row.
+    """
     data = {
         "hidden": -torch.ones(2, 1),
         "weight": torch.linspace(200, 300, 33)[:, None],
@@ -158,7 +162,7 @@ def test_large_common_offset():
 
 @interpreted
 def test_minus_infinity(monkeypatch):
-    """A whole first block of -inf, then a finite one; a target of -inf has log-prob -inf."""
+    """A whole first block is -inf, then a finite one follows; a target of -inf has log-prob -inf."""
     from kernels.loss_head.rows_triton import TritonRows
 
     monkeypatch.setattr(TritonRows, "MAX_BLOCK", 16)
@@ -221,8 +225,8 @@ def test_sequences_and_token_weights(needs):
 
 @interpreted
 def test_float16_keeps_small_coefficients():
-    """1e-9 rounds to 0 in float16; relative to the largest coefficient it does not. The bias is float32 to
-    show it."""
+    """1e-9 rounds to 0 in float16, but not relative to the largest coefficient.
+    The bias is float32 to show it."""
     data = make(dtype=torch.float16)
     grads = []
     for scale in (1.0, 1e-9):
@@ -266,7 +270,7 @@ def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options
 
 @interpreted
 def test_vocabulary_parts_join_past_minus_infinity_and_offsets():
-    """Whole tiles of -inf before and after the finite ones, and logits near 2^24."""
+    """Whole tiles are -inf before and after the finite ones, and logits lie near 2^24."""
     from kernels.loss_head import forward_triton
 
     bias = torch.full((300,), -math.inf)

@@ -1,5 +1,5 @@
-"""The schemes of the loss head against dense float64 autograd, by the error rule, and its torch.library
-ops."""
+"""The schemes of the loss head against dense float64 autograd, by the error rule,
+and its torch.library ops."""
 
 import math
 
@@ -80,8 +80,10 @@ class Spy:
     ids=str,
 )
 def test_whole_pairs_in_a_chunk(dtype, rows, options, monkeypatch):
-    """Scheme D, and E for the two sequences of 14 rows where a chunk holds 12: three products of every row
-    that stands in a pair."""
+    """This is scheme D, and E for the two sequences of 14 rows where a chunk holds 12.
+
+    Every row that stands in a pair takes three products.
+    """
     data, labels = problem(dtype, bias=True, weighted=True)
     spy, softcap = Spy(monkeypatch), options.get("softcap")
     budget = budget_of(data, rows, softcap)
@@ -99,7 +101,8 @@ def test_subsets_of_gradients_in_chunks(needs):
 
 
 def test_two_sequences_longer_than_a_chunk(monkeypatch):
-    """Scheme E: one unknown scale for the difference of two sums, over many chunks; three products."""
+    """In scheme E one unknown scale stands for the difference of two sums,
+    over many chunks: three products."""
     data, labels = problem(
         lengths=(50, 3, 41), pairs=torch.tensor([[2, 0], [0, 2]]), bias=True, weighted=True
     )
@@ -168,7 +171,7 @@ def test_nan_in_a_row_with_weight_reaches_the_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_part_of_the_rows_kept(dtype, monkeypatch):
-    """Scheme B with fewer rows than there are: the kept ones are not computed again."""
+    """In scheme B with fewer rows than there are, the kept ones are not computed again."""
     data = make(rows=100, vocabulary=509, lengths=(60, 40), bias=True, weighted=True, dtype=dtype)
     whole = budget_of(data, 100)
     counts = []
@@ -205,8 +208,8 @@ def test_two_runs_are_bitwise_equal(budget):
 )
 @pytest.mark.parametrize("upstream", [1, 3])
 def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, lengths, budget, upstream):
-    """Peak of all allocations beyond inputs, minus the returned gradients and one float32 accumulator; and
-    the gradient in the states, where it is formed before a loss is scaled."""
+    """The peak counts all allocations beyond inputs, less the returned gradients and one float32 accumulator,
+    and less the gradient in the states where it is formed before a loss is scaled."""
     data, labels = problem(
         dtype,
         lengths=lengths,
@@ -231,7 +234,7 @@ def test_memory_stays_within_the_budget(op, needs, dtype, vocabulary, width, len
 
 
 def test_a_frozen_head_needs_no_third_product_in_a_small_budget(monkeypatch):
-    """J W of all rows does not fit beside the gradient, so that it is formed in its place."""
+    """J W of all rows does not fit beside the gradient, so that it is formed in the gradient's place."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         data, labels = problem(
             dtype, tuple(60 * n for n in LENGTHS), vocabulary=50, width=512, bias=True, weighted=True
@@ -292,8 +295,8 @@ def test_gradients_that_were_formed_in_the_forward_pass_survive_a_second_backwar
 
 @pytest.mark.parametrize("budget", [None, 60_000])
 def test_tied_embeddings_accumulation_and_repeated_sequences(budget):
-    """The head is also the embedding that made the states; two losses add up in .grad; the same sequence in
-    many pairs."""
+    """The head is also the embedding that made the states, two losses add up in .grad,
+    and the same sequence stands in many pairs."""
     data, labels = problem(torch.float64, pairs=torch.tensor([[0, 1], [0, 1], [1, 0], [0, 3], [6, 6]]))
     tokens = torch.arange(42) % 211
     grads = []
@@ -494,11 +497,11 @@ def test_bad_policy_arguments(options, message):
         lagrangian_policy_loss(**data, **scores | options)
 
 
-# torch.library.
+# These tests are about torch.library.
 
 
 def op_calls():
-    """(op, arguments) of each op, small."""
+    """Returns (op, arguments) of a small call of each op."""
     data, labels = problem(bias=True, weighted=True)
     rows = [data[k] for k in ("hidden", "weight", "bias", "target", "token_weight", "cu_seqlens")]
     leaves = [x.requires_grad_() for x in rows[:3]] + rows[3:]
@@ -579,7 +582,7 @@ def test_opcheck(name):
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "full"])
 def test_fullgraph_compile_of_a_caller(small, needs):
-    """No graph break: nothing in the public ops asks the host for a value."""
+    """There is no graph break: nothing in the public ops asks the host for a value."""
     torch._dynamo.reset()
     data, labels = problem()
     budget = budget_of(data, 12) if small else None

@@ -1,5 +1,5 @@
-"""Attention of packed tokens: runs of queries and keys against the padded grid, and what the kernels for runs
-are told."""
+"""Attention of packed tokens: runs of queries and keys against the padded grid,
+and what the kernels for runs are told."""
 
 import inspect
 import sys
@@ -46,8 +46,10 @@ def test_runs_and_the_grid_agree(monkeypatch, name, how):
 
 
 def documented(query, key, value, cu_query, cu_key, max_q, max_k, scale, size, softcap=0.0):
-    """Does what both kernels' pages say of their arguments: the window counts the keys to the left beside a
-    query's own, -1 is all."""
+    """Does what both kernels' pages say of their arguments.
+
+    The window counts the keys to the left beside a query's own; -1 is all.
+    """
     assert size[1] == 0 and max_q == int(cu_query.diff().max()) and max_k == int(cu_key.diff().max())
     assert cu_query.dtype == cu_key.dtype == torch.int32
     window = None if size[0] == -1 else size[0] + 1

@@ -599,7 +599,7 @@ def test_a_missing_shard_is_refused_by_name(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """The folder of a model in several files, its index, and the second of the files."""
+    """Returns the folder of a model in several files, its index, and the second of the files."""
     write_model(tmp_path / "whole", "llama").save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     folder = tmp_path / "shards"
     return folder, folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))[1]

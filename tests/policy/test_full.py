@@ -1,5 +1,5 @@
-"""Full fine-tuning: gradients of all weights against transformers, float32 weights behind 16-bit products,
-whole runs."""
+"""Full fine-tuning: gradients of all weights against transformers, float32 weights behind
+16-bit products, whole runs."""
 
 import json
 
@@ -39,7 +39,7 @@ FULL = ["--tune", "full", "--learning-rate", "1e-3"]
 
 
 def sampled_from(network):
-    """Sampled responses with random scores."""
+    """Samples responses and gives them random scores."""
     rollouts = generate(
         network,
         PROMPTS.token_ids,
@@ -63,7 +63,7 @@ def sampled_from(network):
 
 
 def heldout_of(run):
-    """The prompts of a run's verdict."""
+    """Reads the prompts of a run's verdict."""
     config = CaidConfig(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()}
     )
@@ -71,7 +71,7 @@ def heldout_of(run):
 
 
 def moved(network, seed=1, scale=0.05):
-    """Weights of a policy that is not the reference."""
+    """Makes the weights of a policy that is not the reference."""
     weights = FullWeights(network)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def moved(network, seed=1, scale=0.05):
     "dtype, checkpointed", [(torch.float64, False), (torch.float64, True), (torch.float32, False)]
 )
 def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointed, tmp_path):
-    """With an anchor, which is a policy of all weights too."""
+    """The update has an anchor, which is a policy of all weights too."""
     write_model(tmp_path / "base", variant)
     network = model.load(tmp_path / "base", dtype=dtype)
     samples, weights = sampled_from(network), moved(network)

@@ -1,5 +1,5 @@
-"""The policy update: its loss and gradients against plain autograd DPO through transformers and peft; pairs;
-the schedule."""
+"""The policy update: its loss and gradients against plain autograd DPO through transformers
+and peft; pairs; the schedule."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -42,7 +42,7 @@ def update_of(config, network, weights, stage=None, start=None):
 
 @pytest.fixture(scope="module", params=["tiny", "gemma 2"])
 def folder(request, tiny_folder, tmp_path_factory):
-    """Also a model with a window, and caps on attention scores and logits."""
+    """Gives the tiny model, and one with a window and with caps on attention scores and logits."""
     if request.param == "tiny":
         return tiny_folder
     other = tmp_path_factory.mktemp("gemma")
@@ -85,7 +85,7 @@ def kept_states(network, prompts, rollouts, layer):
 
 
 def same_gradients(adapter, tuned, tolerance=2e-4):
-    """The adapter's gradients are those of peft's copy of it."""
+    """Asserts that the adapter's gradients are those of peft's copy of it."""
     gradients = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
     for kind, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):
         for key, value in group.items():
@@ -100,7 +100,8 @@ def same_gradients(adapter, tuned, tolerance=2e-4):
 
 
 def in_peft(adapter, base_folder, folder):
-    """Transformers' model in float64 with the adapter in peft, and response log-probs under it."""
+    """Loads transformers' model in float64 with the adapter in peft;
+    returns it with a function of response log-probs."""
     save_peft(adapter, folder, str(base_folder))
     base = AutoModelForCausalLM.from_pretrained(
         base_folder, dtype=torch.float32, attn_implementation="eager"
@@ -118,8 +119,8 @@ def in_peft(adapter, base_folder, folder):
 
 
 def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_path):
-    """The margin is coefficient x (log pi - log of the mixture of reference and anchor) - differences of the
-    shift."""
+    """The margin is coefficient x (log pi - log of the mixture of reference and anchor),
+    less differences of the shift."""
     network, prompts, rollouts, scores, adapter = world
     generator = torch.Generator().manual_seed(5)
     anchor = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=3)
@@ -308,7 +309,7 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
     dropped[last] = True
     target = ScoredTarget(score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
     samples = SimpleNamespace(prompts=prompts, rollouts=SimpleNamespace(n=4))
-    # No stage, model or weights: nothing is done before.
+    # There is no stage, model or weights, since nothing is done before the error.
     with pytest.raises(
         UserError, match="policy update 1: no pair of the 1 prompts of step 3 has a safe response"
     ):
@@ -334,8 +335,10 @@ def test_learning_rate_rises_then_stays():
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_schedules_are_those_of_transformers(name):
-    """After the warm-up, over the steps of one update; a later update has no warm-up and starts at the
-    peak."""
+    """After the warm-up the schedule runs over the steps of one update.
+
+    A later update has no warm-up and starts at the peak.
+    """
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     for warmup, taken, rising in ((3, 0, 3), (3, 10, 0), (0, 0, 0)):
         oracle = get_scheduler(name, optimizer, num_warmup_steps=rising, num_training_steps=10).lr_lambdas[0]
@@ -345,7 +348,7 @@ def test_schedules_are_those_of_transformers(name):
         ]
         assert rates[rising:] == pytest.approx([oracle(i) for i in range(rising, 10)], abs=1e-12)
         assert rates[:rising] == [0.25, 0.5, 0.75][:rising] and rates[rising] == 1.0
-    # First, middle and last step.
+    # These are the first, the middle and the last step.
     last = {"linear": 0.1, "cosine": 0.02447}[name]
     assert rates[0] == 1 and rates[5] == pytest.approx(0.5) and rates[9] == pytest.approx(last, abs=1e-5)
     config = CaidConfig(steps=2, warmup_steps=3, schedule=name)
@@ -388,7 +391,7 @@ class Steps:
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
-    """Bitwise, in the first update, which has the warm-up, and in one that goes on from it."""
+    """It does so bitwise, in the first update, which has the warm-up, and in one that goes on from it."""
     network = model.load(tiny_folder)
     config = smoke(CaidConfig(steps=9, warmup_steps=2, schedule=name, checkpoint_every=3))
 
@@ -473,14 +476,14 @@ def test_parts_are_whole_prompts_within_the_budget():
 
 @pytest.mark.parametrize("labels", ["soft", "sampled", "regression", "listwise", "single", "policy gradient"])
 def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, cache):
-    """Also with activation checkpointing, which changes no bit."""
+    """They do so with activation checkpointing too, which changes no bit."""
     gradient = labels == "policy gradient"
     config = smoke(
         PrimalDualConfig(iterations=1, ascent_prompts=8)
         if gradient
         else CaidConfig(labels=labels, iterations=1)
     )
-    # Prompts of several sizes, and responses of several lengths.
+    # Prompts have several sizes, and responses several lengths.
     config = replace(
         config, threads=1, force=True, prompts_per_step=5, responses_per_prompt=3, steps=2, max_new_tokens=12
     )
@@ -500,7 +503,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_step(labels, tmp_path, 
         for key, value in whole.items():
             if key == "accuracy" and whole["step"] == 1:
                 continue  # the policy is the reference: all margins are 0 to rounding
-            # That of the difference of two log-probs of some 60 nats.
+            # This is the rounding of the difference of two log-probs of some 60 nats.
             rounding = 1e-5 if key == "margin" else 1e-6
             assert part[key] == (
                 pytest.approx(value, rel=2e-4, abs=rounding) if isinstance(value, float) else value
@@ -514,7 +517,7 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(
     world, folder, labels, tune, dtype, monkeypatch
 ):
     _, prompts, rollouts, scores, _ = world
-    # Responses of unlike lengths, so that parts weigh differently in a mean over tokens.
+    # Responses have unlike lengths, so that parts weigh differently in a mean over tokens.
     rollouts = replace(
         rollouts, length=torch.minimum(rollouts.length, torch.tensor([9] * 4 + [2, 1, 3, 2] + [5] * 4))
     )
@@ -527,7 +530,7 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(
         for value in weights.parameters():
             value.add_(0.05 * torch.randn(value.shape, generator=generator))
     samples = samples_of(prompts, rollouts, scores)
-    # A prompt with fewer pairs than the others.
+    # The middle prompt has fewer pairs than the others.
     dropped = torch.tensor([[False] * 4, [True, True, True, False], [False] * 4])
     target = ScoredTarget(score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
     cls, own = (PrimalDualConfig, {}) if labels == "policy gradient" else (CaidConfig, {"labels": labels})

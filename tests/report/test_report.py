@@ -1,5 +1,5 @@
-"""The report: a pure function of the run folder, deterministic, self-contained, escaped, and sensible where
-files are missing."""
+"""The report: a pure function of the run folder, deterministic, self-contained, escaped,
+and sensible where files are missing."""
 
 import json
 import math
@@ -26,7 +26,8 @@ from tests.helpers.rows import DUAL, ITERATION, REFERENCE, STEP, write_metrics
 def _run_folder(
     folder: Path, *, names: tuple[str, ...] = ("harm",), iterations: int = 3, prompts: int = 20
 ) -> Path:
-    """A synthetic CAID run with seeded numbers; one prompt and one answer try to break out of the page."""
+    """Writes a synthetic CAID run with seeded numbers; one prompt and one answer
+    try to break out of the page."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     n, config = (

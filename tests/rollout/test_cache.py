@@ -20,8 +20,10 @@ def prefilled(lengths, kv_heads, d, layers=1, seed=0):
 
 
 def exact(kept, cu_seqlens, n, history, query, scale=None, softcap=None, window=None):
-    """Attention of the last token of each row in float64; history: (key, value) [R, Hkv, d] of its tokens so
-    far."""
+    """Computes the attention of the last token of each row in float64.
+
+    history: (key, value) [R, Hkv, d] of the row's tokens so far.
+    """
     rows, bounds = [], cu_seqlens.tolist()
     for r, q in enumerate(query.double()):
         p = r // n
@@ -98,7 +100,7 @@ def test_dropped_rows_and_layers():
 
 @pytest.mark.parametrize("kind", [pytest.param(SharedCache, marks=needs_native), GpuCache])
 def test_a_window_keeps_what_new_tokens_see(kind):
-    """And never mixes up the layers: each has its own window here."""
+    """It never mixes up the layers, each of which has its own window here."""
     kept, cu_seqlens, g = prefilled((5, 20, 1), 2, 16, layers=3)
     windows = [None, 6, 1]
     whole, cut = Cache(kept, cu_seqlens, 2, 9), kind(kept, cu_seqlens, 2, 9, windows)
@@ -125,8 +127,8 @@ def test_peaked_scores_stay_finite():
 
 @needs_native
 def test_small_and_large_scores_under_a_cap():
-    """Two keys: the weight is sigmoid of the difference of the capped scores, to a few units in the last
-    place of these."""
+    """With two keys the weight is the sigmoid of the difference of the capped scores,
+    to a few units in the last place of these."""
     kept, cu_seqlens, _ = prefilled((1,), 1, 16)
     kept[0][0].zero_()
     kept[0][1].fill_(1.0)

@@ -57,8 +57,8 @@ def every_cache(request, monkeypatch):
         monkeypatch.setattr(rollout, "new_cache", GpuCache)
 
 
-# Two are longer than every window, one token or more passes it while decoding, and the responses pass it by
-# themselves.
+# Two are longer than every window, one token or more passes it while decoding,
+# and the responses pass it by themselves.
 LONG = [[1, 70, 75, 80], [90], list(range(20, 40)), [3, 9, 27, 81, 5, 15, 45]]
 
 

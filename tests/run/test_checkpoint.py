@@ -1,5 +1,5 @@
-"""Files are whole or refused; a run killed at any moment resumes to the same bytes as one that was never
-killed."""
+"""Files are whole or refused; a run killed at any moment resumes to the same bytes as
+one that was never killed."""
 
 import errno
 import math
@@ -75,7 +75,7 @@ def everything() -> Everything:
 
 
 def identical(a: object, b: object) -> bool:
-    """Equal types, values and bits, also for NaN and -0."""
+    """Tells whether types, values and bits are equal, also for NaN and -0."""
     if isinstance(a, Tensor):
         if not isinstance(b, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
             return False
@@ -92,7 +92,7 @@ def identical(a: object, b: object) -> bool:
     return repr(a) == repr(b)
 
 
-# One file
+# These tests are about one file.
 
 
 def test_pack_round_trip() -> None:
@@ -221,7 +221,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, w
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == before
 
 
-# A run of three stages with partials
+# These tests take a run of three stages with partials.
 
 STEPS = 5
 
@@ -255,7 +255,7 @@ def reference(stage: Stage) -> Pairs:
 
 
 def policy(stage: Stage, pairs: Pairs) -> dict[str, Tensor]:
-    """Steps that depend on all earlier ones; a partial after steps 2 and 4."""
+    """Takes steps that depend on all earlier ones, and saves a partial after steps 2 and 4."""
     state = stage.partial(dict) or {"step": torch.tensor(0), "w": pairs.pairs.double() / 3}
     for step in range(int(state["step"]), STEPS):
         w = torch.sin(state["w"] * 3 + step)
@@ -276,7 +276,7 @@ def program(run: Run) -> dict[str, Tensor]:
 
 
 def go(folder: Path) -> dict[str, Tensor]:
-    """Start or resume, as the command line would."""
+    """Starts or resumes the run, as the command line would."""
     if (folder / "config.json").exists():
         run = Run.resume(folder, fingerprint=ARGUMENTS["fingerprint"])
     else:
@@ -292,7 +292,7 @@ def go(folder: Path) -> dict[str, Tensor]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All files but timing.jsonl."""
+    """Reads all files but timing.jsonl."""
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in folder.rglob("*")
@@ -401,8 +401,10 @@ class Stop(Exception):
 
 
 def interrupted_in_policy(folder: Path) -> None:
-    """A run that ends by an error after step 5 of the first policy: partials of steps 2 and 4, and rows of
-    all five steps."""
+    """Makes a run that ends by an error after step 5 of the first policy.
+
+    It leaves partials of steps 2 and 4, and rows of all five steps.
+    """
 
     def stopping(stage: Stage, pairs: Pairs) -> dict:
         policy(stage, pairs)
@@ -460,16 +462,19 @@ def test_stage_names_are_unique_and_never_nested(tmp_path: Path) -> None:
             run.stage("b", dict, lambda stage: run.stage("c", dict, lambda stage: {}))
 
 
-# Killed at any moment
+# These runs are killed at any moment.
 
 
 def no_sync(handle: int) -> None:
-    """A killed process loses nothing that the kernel holds, so these tests need not wait for the disk."""
+    """Does nothing in place of fsync: a killed process loses nothing that the kernel
+    holds, so tests need not wait."""
 
 
 def go_and_die(folder: Path, events: int) -> None:
-    """Run the program and SIGKILL this process at the `events`-th write, sync, rename or removal; a write
-    stops half-way."""
+    """Runs the program and kills this process at the `events`-th write, sync, rename or removal.
+
+    A write stops half-way.
+    """
     count = 0
 
     def die_if_due() -> bool:
@@ -516,7 +521,7 @@ def go_and_die(folder: Path, events: int) -> None:
 
 
 def go_slowly(folder: Path, fsync_s: float) -> None:
-    """Run the program with a slow disk, so that a kill from outside often falls into a save."""
+    """Runs the program with a slow disk, so that a kill from outside often falls into a save."""
     os.fsync = lambda handle: time.sleep(fsync_s)
     go(folder)
 
@@ -598,7 +603,7 @@ def test_killed_from_outside(
     assert killed
 
 
-# The folder
+# These tests are about the folder.
 
 
 def test_create_refuses_an_existing_folder(tmp_path: Path) -> None:
@@ -725,7 +730,7 @@ def test_the_users_full_disk_in_a_run_loses_nothing(
     assert files(folder) == uninterrupted
 
 
-# Ctrl-C
+# These tests press Ctrl-C.
 
 
 def test_first_interrupt_ends_the_step_second_stops(

@@ -151,7 +151,7 @@ def test_an_evaluation_is_given_the_rows_that_fit_or_refused(monkeypatch):
 
 
 def write_groups(root, entry, files, meminfo_kb=1000):
-    """Files as a kernel shows them; files: path below /sys/fs/cgroup -> text."""
+    """Writes files as a kernel shows them; `files` maps paths below /sys/fs/cgroup to texts."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text(f"MemTotal: 9999 kB\nMemAvailable:    {meminfo_kb} kB\n")
     (root / "proc/self/cgroup").write_text(entry)

@@ -35,7 +35,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def toy_answers(n: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(good, bad): words of a's and b's against words of y's and z's."""
+    """Returns good answers, words of a's and b's, and bad ones, words of y's and z's."""
     rng = random.Random(seed)
     return [
         tuple(" ".join("".join(rng.choices(letters, k=4)) for _ in range(4)) for letters in ("abc", "xyz"))
@@ -91,7 +91,7 @@ def test_equal_runs_write_equal_heads(tiny, tmp_path):
 
 
 def random_problem(seed: int = 0):
-    """Rows of both kinds from two sources over random states [24, 6]."""
+    """Returns a problem with rows of both kinds from two sources, over random states [24, 6]."""
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(24, 6, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 1.0, 2.0, 1.0]) + 3
     texts = [Text("chat", str(i), True) for i in range(24)]

@@ -1,5 +1,5 @@
-"""Scores: heads against transformers' hidden states, text scorers, sequence classifiers, the one place where
-a sign changes."""
+"""Scores: heads against transformers' hidden states, text scorers, sequence classifiers,
+the one place where a sign changes."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def world(tiny_folder, tmp_path_factory):
-    """(model, tokenizer, prompts, rollouts, texts)"""
+    """Returns model, tokenizer, prompts, rollouts and texts."""
     file = tmp_path_factory.mktemp("prompts") / "p.jsonl"
     file.write_text('{"prompt": "Hi"}\n{"prompt": "What is a river?"}\n{"prompt": "Why?"}\n')
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -50,7 +50,7 @@ def world(tiny_folder, tmp_path_factory):
 
 
 def scores_of(world, scorers, *, texts=None, **forward):
-    """The scores of the world's responses, or of other texts in their place."""
+    """Computes the scores of the world's responses, or of other texts in their place."""
     network, _, prompts, rollouts, decoded = world
     forward = ReferenceForward(**{"temperature": 0.8, "memory_budget_bytes": 2**20} | forward)
     return score(network, scorers, prompts, rollouts, texts or decoded, forward)
@@ -110,7 +110,7 @@ def test_the_gap_of_sampled_to_trained_log_probs(world, adapted):
     options = {"temperature": 0.8, "memory_budget_bytes": 2**20, "adapter": adapter}
     gap = logprob_gap(network, groups(prompts, rollouts), rollouts, **options)
     assert 0 < gap.mean <= gap.max < 1e-4 and 0 <= gap.kl < 1e-9
-    # A sampler that is off by a known amount at one token of each response.
+    # This sampler is off by a known amount at one token of each response.
     off = dataclasses.replace(rollouts, model_logprob=rollouts.model_logprob.clone())
     off.model_logprob[:, 0] += 0.1
     share = len(rollouts.length) / float(rollouts.length.sum())
@@ -238,7 +238,7 @@ def test_scorers_of_texts_are_tried_on_the_runs_prompts():
 
 @pytest.fixture
 def classifier_folder(tiny_folder, tmp_path):
-    """The folder of a random sequence-classification model with one label."""
+    """Writes the folder of a random sequence-classification model with one label."""
     config = LlamaConfig(
         vocab_size=384,
         hidden_size=16,
@@ -276,7 +276,7 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_p
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     raw = json.loads((folder / name).read_text())
     if name == "tokenizer_config.json":
-        # A class that transformers does not have, as a tokenizer of its own would name it.
+        # Transformers does not have this class, which a tokenizer of its own would name.
         raw["tokenizer_class"] = "Tokenizer"
     (folder / name).write_text(json.dumps({**raw, "auto_map": MAPS[name]}))
     if use == "trunk":
@@ -327,7 +327,7 @@ def test_a_pickled_or_incomplete_scorer_is_refused(classifier_folder, tmp_path, 
 
 
 def counted(monkeypatch, owner, name):
-    """The arguments of all calls of owner.name, which goes on as before."""
+    """Notes the arguments of all calls of owner.name, which goes on as before; returns the list."""
     calls, real = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **options: calls.append(args) or real(*args, **options))
     return calls

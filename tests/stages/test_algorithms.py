@@ -1,5 +1,5 @@
-"""The baselines' real loops with one to three constraints in the exact world, against closed forms and
-scipy's optimum."""
+"""The baselines' real loops with one to three constraints in the exact world, against closed
+forms and scipy's optimum."""
 
 import numpy as np
 import pytest

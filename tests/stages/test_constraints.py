@@ -1,5 +1,5 @@
-"""Constraints on a kind of prompts, a mean cost and a rate: what training aims at, and whole runs with
-them."""
+"""Constraints on a kind of prompts, a mean cost and a rate: what training aims at,
+and whole runs with them."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def test_limits_that_cannot_be_are_refused(flags, said):
 
 
 def test_the_weighted_dual_is_the_dual_of_the_constraint_on_the_subset():
-    """Slack at the solved multiplier: the mean improvement of the tilt over the subset's prompts is b."""
+    """At the solved multiplier the mean improvement of the tilt over the subset's prompts is b."""
     generator = torch.Generator().manual_seed(0)
     kinds = ["delicate"] * 5 + ["everyday"] * 15
     r = torch.randn(20, 8, generator=generator, dtype=DTYPE)
@@ -211,7 +211,7 @@ def test_a_kind_that_is_too_rare_is_named_before_any_compute(tmp_path):
     ],
 )
 def test_a_cost_that_is_constant_where_its_constraint_looks_is_named(limit, costs, said):
-    """Two delicate prompts with one cost each; elsewhere it varies."""
+    """Two delicate prompts have one cost each; elsewhere the cost varies."""
     generator = torch.Generator().manual_seed(3)
     cost = torch.randn(6, 4, 1, generator=generator, dtype=DTYPE)
     cost[:2, :, 0] = torch.tensor(costs, dtype=DTYPE)[:, None]
@@ -239,7 +239,7 @@ def test_a_response_is_unsafe_only_where_its_constraint_looks():
 
 
 def unsafe_of(scored: Scored, above: tuple[float, ...]) -> torch.Tensor:
-    """The pairs of responses that SafeDPO's update is told to drop."""
+    """Returns the pairs of responses that SafeDPO's update is told to drop."""
     config = SafeDpoConfig(cost=("a", "b"), unsafe_above=above)
     stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, t: target)
     target, _ = safe_dpo.loop(stages, config)
@@ -248,8 +248,8 @@ def unsafe_of(scored: Scored, above: tuple[float, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "unit", "aimed"), [("mean", 2.0, 1.0), ("rate", 0.5, 0.25)])
 def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path, kind, unit, aimed):
-    """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above it: only
-    prompt 1 misses."""
+    """Prompt 0 lies below the limit and has not moved, prompt 1 has improved much and lies above
+    it, so only prompt 1 misses."""
     before = torch.tensor([[0.0, 0.0, 0.0, 0.0], [10.0, 10.0, 10.0, 10.0]], dtype=DTYPE)
     after = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]], dtype=DTYPE)
     if kind == "rate":
@@ -267,8 +267,8 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     # The mean over prompts is what the constraint itself misses.
     improvement = new.utility_PGJ.mean() - old.utility_PGJ.mean()
     assert float(missing_PJ.mean()) == pytest.approx(float(needed[0] - improvement))
-    # The stages use it: lambda counts on prompt 1 alone, and the violation is the mean of what it misses and
-    # 0.
+    # The stages use it: lambda counts on prompt 1 alone, and the violation is
+    # the mean of what it misses and 0.
     reference = reference_of(old, units, [limit], prompts, needed_J=needed, aimed=[aimed], aim_J=needed)
     rollouts = SimpleNamespace(finished=torch.ones(8), n=4)
     samples = samples_of(prompts, rollouts, scores_of(-after[..., None]))
@@ -349,8 +349,8 @@ COST_MIDDLE = 12.0
 
 @dataclass(frozen=True, kw_only=True)
 class WorstTenth(MeanCost):
-    """Mean cost of the worst tenth of each prompt's responses <= value: a kind that the engine does not
-    have."""
+    """Mean cost of the worst tenth of each prompt's responses <= value:
+    a kind that the engine does not have."""
 
     kind: ClassVar[str] = "worst"
     measured: ClassVar[str] = "worst tenth"
@@ -369,8 +369,8 @@ class WorstTenth(MeanCost):
 
 
 def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
-    """Costs 0 to 9 for each of two prompts, the first shifted by 10, so that the worst tenth has 19 and 9;
-    the policy's is 3 less."""
+    """Each of two prompts has costs 0 to 9, the first shifted by 10, so that the worst tenth has 19 and 9;
+    the policy's costs are 3 less."""
     cost = torch.arange(10, dtype=DTYPE).repeat(2, 1) + torch.tensor([[10.0], [0.0]], dtype=DTYPE)
     before, after, units, prompts = (
         -cost[..., None] / 2,

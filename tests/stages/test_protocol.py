@@ -18,7 +18,7 @@ ALGORITHMS = [
 
 
 def parameters(function) -> list[tuple[str, object, object]]:
-    """The names, kinds and defaults of a function's parameters."""
+    """Returns the names, kinds and defaults of a function's parameters."""
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 

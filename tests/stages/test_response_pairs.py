@@ -1,5 +1,5 @@
-"""Files of response pairs: what is read, what is refused by row, and runs that learn from them (--pairs,
---preferences)."""
+"""Files of response pairs: what is read, what is refused by row, and runs that learn from
+them (--pairs, --preferences)."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "b
 
 @pytest.fixture(scope="module")
 def reader(tiny_folder):
-    """`read_response_pairs` with the tiny model's tokenizer."""
+    """Returns `read_response_pairs` with the tiny model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     shape = ModelConfig.from_json(read_config(tiny_folder), tiny_folder / "config.json")
     limits = TextLimits(
@@ -146,7 +146,8 @@ def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(t
 
 
 def test_updates_learn_from_a_files_pairs(tmp_path):
-    """chosen and rejected say nothing: the run's scores do. PeCAID scores them by its log-ratios."""
+    """The names chosen and rejected say nothing, but the run's scores do;
+    PeCAID scores pairs by its log-ratios."""
     chosen = [
         {"prompt": row["prompt"], "chosen": row["response_0"], "rejected": row["response_1"]} for row in ROWS
     ]

@@ -88,7 +88,7 @@ def test_a_rectified_multiplier_counts_only_where_a_prompt_misses_that_aim(advan
 
 
 def safe_dpo_target(unsafe_above: tuple[float, ...], offset: float) -> Target:
-    """The target that SafeDPO hands to its update."""
+    """Returns the target that SafeDPO hands to its update."""
     config = SafeDpoConfig(cost=("a", "b"), unsafe_above=unsafe_above, offset=offset)
     stages = SimpleNamespace(sample_reference=lambda: None, n_constraints=2, fit=lambda target, t: target)
     target, lam_J = safe_dpo.loop(stages, config)

@@ -1,5 +1,5 @@
-"""Whole smoke runs through the command line: equal runs are bitwise equal, killed ones too, bad input ends
-before any compute."""
+"""Whole smoke runs through the command line: equal runs are bitwise equal, killed ones too,
+bad input ends before any compute."""
 
 import json
 import os
@@ -90,13 +90,13 @@ def test_what_a_run_writes(finished):
     }
     (reference,), report = read_rows(finished, ReferenceRow), (finished / "report.html").read_text()
     assert (finished / "report.png").stat().st_size > 10_000 and "constraint harm:" in report
-    # The report takes this number from a row that the engine wrote, see tests/report/test_report.py for the
-    # rest of it.
+    # The report takes this number from a row that the engine wrote; tests/report/test_report.py checks
+    # the rest of it.
     assert f"effective sample size {dual.ess:.1f} of {reference.responses}." in report
 
 
 def have_the_fields_of_their_classes(rows: list[dict]) -> bool:
-    """Whether each of the rows, as they are written, has the fields of a class of its kind and no others."""
+    """Tells whether each row, as it was written, has the fields of a class of its kind and no others."""
     classes = [cls for cls in vars(run_rows).values() if isinstance(cls, type) and issubclass(cls, Row)]
     whole = [cls for cls in classes if cls not in (Row, StepRow)]
     known = {(cls.KIND, frozenset(f.name for f in fields(cls))) for cls in whole}
@@ -135,7 +135,7 @@ def test_mocan_runs_on_the_same_stages(tmp_path):
 
 
 SCORERS = "tests.helpers.scorers"
-# Costs of the runs below, the first J of them.
+# The runs below take the first J of these costs.
 COSTS = ("harm", f"codes={SCORERS}:codes", f"letters=-{SCORERS}:letters")
 
 
@@ -171,7 +171,7 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     assert all(len(row.lam) == J for row in read_rows(tmp_path / "run", PolicyRow))
     trained = {row.iteration for row in read_rows(tmp_path / "run", StepRow)}
     assert len(trained - {0}) == len(set(iterates) - {0})
-    # Every sampling is run through the training forward of its own weights, and told of.
+    # Every sampling is run through the training forward of its own weights, and has a row.
     sampled = read_rows(tmp_path / "run", SampledRow)
     where = ["policy", "slack"] if algorithm in ("primal_dual", "repo") else ["slack"]
     expected = [
@@ -207,8 +207,8 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     ("max_kl", "kept"), [("1e-12", ["iteration-0", "rejected-1"]), ("inf", ["iteration-0", "iteration-1"])]
 )
 def test_pd_dpo_at_lambda_0_has_its_iterate(tmp_path, max_kl, kept):
-    """Iterate t is then the reward's policy; the step before the slack is none, and it can be put aside as
-    others can."""
+    """Iterate t is then the reward's policy. No step comes before the slack, and the iterate can
+    be put aside as others can."""
     flags = [
         "--iterations",
         "1",
@@ -289,8 +289,8 @@ def test_each_kind_of_preference_has_its_own_draws(tmp_path):
 
 
 def test_preferences_of_a_file_are_learned(tmp_path, capsys):
-    """The policy aligned to a file's reward labels prefers the file's better answers, and PeCAID runs on such
-    scores."""
+    """The policy aligned to a file's reward labels prefers the file's better answers,
+    and PeCAID runs on such scores."""
     rows = [
         {"prompt": f"Say {i}.", "response_0": "aaaa", "response_1": "bbbb", "reward": i % 2, "harm": 1}
         for i in range(8)
@@ -365,7 +365,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message)
     assert train.main([*SMOKE, "--out", str(tmp_path / "r"), *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
-    # Only what the samples show is found after they are there.
+    # A mistake that only the samples show is found after the folder is there.
     assert (tmp_path / "r").exists() == (message.endswith(("every response", "up to")))
 
 
@@ -381,13 +381,13 @@ def with_weights(folder: Path, name: str, value: torch.Tensor | None) -> None:
 
 
 def with_vocabulary(folder: Path, size: int) -> None:
-    """A model that knows fewer tokens than its tokenizer has."""
+    """Changes a model so that it knows fewer tokens than its tokenizer has."""
     rewrite(folder / "config.json", vocab_size=size)
     with_weights(folder, "model.embed_tokens.weight", torch.ones(size, 32))
 
 
 def with_text(folder: Path, text: str) -> None:
-    """A tokenizer with one token more than the model knows, an ordinary word."""
+    """Adds an ordinary word to the tokenizer, as one token more than the model knows."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([text])
     tokenizer.save_pretrained(folder)

@@ -208,7 +208,8 @@ def _rollouts(n: int, length: list[int], finished: list[bool]) -> Rollouts:
 
 
 def _stage_outputs(kind: list[str]) -> dict:
-    """Two prompts, 2 responses of the policy and 3 of the reference, one constraint and one audit."""
+    """Returns scores of two prompts, with 2 responses of the policy and 3 of the reference,
+    a constraint and an audit."""
 
     def scores(reward, utility, audit):
         as_3d = [torch.tensor(x, dtype=torch.float64).unsqueeze(2) for x in (utility, audit)]
@@ -336,7 +337,7 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
     )
 
     def thrice(side):
-        """The scores of the first prompt, and those of the second for two prompts."""
+        """Returns the scores of the first prompt, and those of the second for two prompts."""
         names = ("reward_PG", "utility_PGJ", "audit_PGA", "ref_logprob_PG")
         n = side.rollouts.n
         return Side(
