@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all; JSON and lines of JSON."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -37,6 +38,21 @@ def write_json(path: Path, contents: dict) -> None:
     write_whole(path, (json.dumps(contents, sort_keys=True, indent=1) + "\n").encode())
 
 
+def append_json(path: Path, row: dict) -> None:
+    """Appends an object to a file of JSON lines, under a lock.
+
+    A last line that a killed process cut is ended first.
+    Raises: UserError on a full or closed disk.
+    """
+    text = json.dumps(row, sort_keys=True) + "\n"
+    with writing(path, len(text)), open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
+
+
 @contextmanager
 def writing(path: Path, n_bytes: int) -> Iterator[None]:
     """Turns the OSError of a full or write-protected disk into a UserError that says how to go on."""
@@ -55,6 +71,27 @@ def writing(path: Path, n_bytes: int) -> Iterator[None]:
                 f"cannot write {path} ({error.strerror}); make it writable and resume with --resume {run}"
             ) from error
         raise
+
+
+def clear(path: Path) -> None:
+    """Removes a file, if there is one.
+
+    A folder that stands in its place is moved aside, so that nothing in it is lost.
+    """
+    if path.is_dir() and not path.is_symlink():
+        number = 1
+        while (aside := path.with_name(f"{path.name}.moved-aside-{number}")).exists():
+            number += 1
+        path.rename(aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until all files in a folder are on the disk, and their names."""
+    for file in folder.iterdir():
+        sync_folder(file)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
