@@ -23,7 +23,7 @@ from engine.config.flags import parse_flags
 from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
-from engine.files import append_json, read_json_lines, whole_folder, write_json
+from engine.files import append_line, read_json_lines, whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples
@@ -275,7 +275,9 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
         )
         try:
-            append_json(RunFolder(q.run).judged, {"prompts": len(prompts), "sha256": _hash(prompts)})
+            append_line(
+                RunFolder(q.run).judged, json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)})
+            )
         except UserError as error:
             display.warn(f"{error}: these prompts are not on record")
         for line in judgement_sentences(judgement):

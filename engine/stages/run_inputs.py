@@ -1,4 +1,4 @@
-"""What a run was made from, as it was read when the run began: a resumed run and whoever judges it go on with that."""
+"""The inputs of a run, as they were when it began: a resumed run, and whoever judges it, go on with these."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.config import RunConfig
 from engine.data.response_pairs import ResponsePairs
 from engine.errors import UserError
-from engine.files import append_json, clear, read_json_lines, write_whole
+from engine.files import append_line, clear, read_json_lines, write_whole
 from engine.records import Prompts
 from engine.run.contents import Contents, read_contents
 from engine.run.folder import RunFolder
@@ -45,10 +45,11 @@ class OwnedInputs:
         return datetime.fromisoformat(self.record.began) if self.record.began else None
 
     def check_model(self, source: Path, digests: Mapping[str, str]) -> list[str]:
-        """Compares the model's folder, now with these digests, with what the run read, and returns what to say of it.
+        """Compares the model's folder, now with these digests, with what the run read.
 
-        Where the run's copy of a file is damaged, it is restored from that folder.
-        Raises: UserError for other weights or another config.json, and for a damaged copy whose file has changed.
+        Where the run's copy of a file is damaged, it is restored from that folder. Returns what to say of it.
+        Raises: UserError for other weights or another config.json, and for a damaged copy whose file there
+        has changed.
         """
         said = []
         for name, digest in self.record.model.items():
@@ -83,17 +84,17 @@ class OwnedInputs:
         return said
 
     def check_sources(self) -> list[str]:
-        """Returns what to say of files of prompts, pairs and preferences that have changed since they were read."""
+        """Returns what to say of files of prompts and pairs that have changed since they were read."""
         return [
-            f"{flag} {file} {'has changed' if Path(file).exists() else 'is gone'} since the run began; the run "
-            "goes on with what it read then"
+            f"{flag} {file} {'has changed' if Path(file).exists() else 'is gone'} since the run began; "
+            "the run goes on with what it read then"
             for flag, files in self.record.sources.items()
             for file, digest in files.items()
             if sha256_of_file(Path(file)) != digest
         ]
 
     def check_scorers(self, now: Mapping[str, Mapping[str, str]], *, accept: bool) -> list[str]:
-        """Compares the scorers with those that the run began with, and returns what to say of accepted changes.
+        """Compares the scorers with those of the run's beginning; returns what to say of accepted changes.
 
         Raises: UserError for a change that is not accepted.
         """
@@ -103,8 +104,8 @@ class OwnedInputs:
                 changed = f"scorer {name} ({now[name]['source']}) has changed since {self.run} began"
                 if not accept:
                     raise UserError(
-                        f"{changed}, so its scores would not compare; put the original back, or go on with it by "
-                        "--accept-changes."
+                        f"{changed}, so its scores would not compare; put the original back, or go "
+                        "on with it by --accept-changes."
                     )
                 said.append(f"{changed}; --accept-changes: scores from here on are those of the changed one")
         return said
@@ -115,7 +116,7 @@ class OwnedInputs:
         for name, scorer in self.record.scorers.items():
             changed = now[name]["sha256"]
             if changed != accepted.get(name, scorer["sha256"]):
-                append_json(
+                append_line(
                     RunFolder(self.run).accepted, {"scorer": name, "sha256": changed, "was": scorer["sha256"]}
                 )
 
@@ -147,7 +148,7 @@ def owned_inputs(run: Path) -> OwnedInputs:
 
 
 class DamagedInputs(UserError):
-    """inputs.safetensors is missing or damaged; a resumed run makes it again where nothing has changed outside."""
+    """inputs.safetensors is missing or damaged; a resumed run restores it if nothing has changed outside."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}; go on with python -m engine.train --resume, which restores it.")
@@ -197,12 +198,12 @@ def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def is_copied(name: str) -> bool:
-    """Tells whether a run keeps its own copy of a file of the model's folder: it does of all but the weights."""
+    """Tells whether a run keeps its own copy of a file of the model's folder: of all but the weights."""
     return name == "config.json" or not is_model(name)
 
 
 def is_model(name: str) -> bool:
-    """Tells whether a file of a model's folder is the model itself: its weights, or the config that says what they are."""
+    """Tells whether a file of a folder is the model itself: weights, their index or their config."""
     return name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
