@@ -96,7 +96,7 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
 def contents_of(config, folder: Path) -> dict[str, dict[str, str]]:
     """STUB."""
     import hashlib
-    import sys
+
     from engine.scorers.heads import SHIPPED
     found = {}
     for spec in (config.reward, *config.cost, *config.audit):
