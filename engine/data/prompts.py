@@ -46,7 +46,7 @@ def load_prompts(
 
     Raises: UserError naming the file and the line (where there are no lines, the row, counted from 1).
     """
-    text, kind, token_ids = [], [], []
+    text, kind, token_ids, conversations = [], [], [], []
     place_of: dict[int, str] = {}
     for name in [source] if isinstance(source, str | Path) else source:
         rows = read_rows(str(name))
@@ -68,11 +68,12 @@ def load_prompts(
                     "as equal prompts get equal random numbers."
                 )
             place_of[key] = place
-            text.append(messages[-1]["content"])
+            text.append(as_text(messages))
+            conversations.append(messages)
             kind.append(_kind(row.get("kind"), place))
             token_ids.append(ids)
     key_P = torch.tensor(list(place_of), dtype=torch.int64)
-    return Prompts(text=text, kind=kind, token_ids=token_ids, key_P=key_P)
+    return Prompts(text=text, kind=kind, token_ids=token_ids, key_P=key_P, messages=conversations)
 
 
 def prompt_key(token_ids: list[int]) -> int:
@@ -89,13 +90,21 @@ def prompt_key(token_ids: list[int]) -> int:
 def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:
     """Refuses held-out prompts that are also among `train`; `use` says in the message what the latter are.
 
-    Raises: UserError naming the first such prompt.
+    Prompts are the same where their tokens are, or their `meanings`.
+    Raises: UserError naming the first such prompt, and the other where it is written differently.
     """
     train_keys = set(train.key_P.tolist())
-    for key, text in zip(heldout.key_P.tolist(), heldout.text, strict=True):
-        if key in train_keys:
+    written = dict(zip(reversed(meanings(train)), reversed(train.text), strict=True))
+    for key, text, meaning in zip(heldout.key_P.tolist(), heldout.text, meanings(heldout), strict=True):
+        other = text if key in train_keys else written.get(meaning)
+        if other == text:
             raise UserError(
                 f"the held-out prompt {text[:60]!r} is also a {use}; remove it from one of the two."
+            )
+        if other is not None:
+            raise UserError(
+                f"the held-out prompt {text[:60]!r} is the {use} {other[:60]!r} but for case or spaces; "
+                "remove it from one of the two."
             )
 
 
@@ -110,17 +119,33 @@ def lookalike_prompts() -> str:
     return str(files("engine") / "assets" / "prompts" / "lookalike.jsonl")
 
 
-def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
-    """Returns the indices of the prompts that are training prompts too.
+def overlap(prompts: Prompts, train: Prompts) -> list[int]:
+    """Returns the indices of the prompts that are training prompts too, by their tokens or `meanings`."""
+    keys, seen = set(train.key_P.tolist()), set(meanings(train))
+    found = zip(prompts.key_P.tolist(), meanings(prompts), strict=True)
+    return [i for i, (key, meaning) in enumerate(found) if key in keys or meaning in seen]
 
-    Whole conversations are compared, without case, white space and ligatures.
+
+def meanings(prompts: Prompts) -> list[str]:
+    """Returns whole conversations without case, ligatures, and how much white space stands between words.
+
+    Prompts of which these are equal ask the same, so that one tells of the other.
     """
 
-    def normal(token_ids: list[int]) -> str:
-        return "".join(unicodedata.normalize("NFKC", tokenizer.decode(token_ids)).casefold().split())
+    def plain(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
-    seen = {normal(ids) for ids in train.token_ids}
-    return [i for i, ids in enumerate(prompts.token_ids) if normal(ids) in seen]
+    return [
+        json.dumps([(message["role"], plain(message["content"])) for message in messages])
+        for messages in prompts.conversations
+    ]
+
+
+def as_text(messages: list[dict[str, str]]) -> str:
+    """Writes a conversation for people and text scorers: one message as it is, several with their roles."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
