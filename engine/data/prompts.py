@@ -5,6 +5,7 @@ import json
 import unicodedata
 from array import array
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from sys import byteorder
@@ -12,7 +13,8 @@ from typing import Literal
 
 import torch
 
-from engine.data.tables import check_encodes, first_line, read_rows
+from engine.data.chat import as_messages, as_text, chat_ids
+from engine.data.tables import read_rows
 from engine.errors import UserError
 from engine.records import Prompts
 
@@ -25,6 +27,7 @@ class TextLimits:
     max_positions: int  # the longest prompt and response together that the model reads
     max_new_tokens: int  # responses are cut to this many tokens
     vocab_size: int  # token ids from here on are unknown to the model
+    now: datetime | None = None  # the date for chat templates that write one; None: that of the clock
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -33,7 +36,13 @@ class TextLimits:
 
 
 def load_prompts(
-    source: str | list[str], tokenizer, *, column: str = "prompt", system: str = "", max_prompt_tokens: int
+    source: str | list[str],
+    tokenizer,
+    *,
+    column: str = "prompt",
+    system: str = "",
+    now: datetime | None = None,
+    max_prompt_tokens: int,
 ) -> Prompts:
     """Reads prompts, applies the tokenizer's chat template once and tokenises.
 
@@ -43,6 +52,7 @@ def load_prompts(
     optional column "kind" is a label.
     system: put before messages that have no system message. A tokenizer without a chat template takes the
     text alone, and adds its bos itself.
+    now: the date for chat templates that write one; by default that of the clock.
 
     Raises: UserError naming the file and the line (where there are no lines, the row, counted from 1).
     """
@@ -59,7 +69,7 @@ def load_prompts(
                     f"{place}: no column {column!r}; columns found: {columns}. See --prompt-column."
                 )
             messages = as_messages(row[column], column, place)
-            ids = chat_ids(messages, tokenizer, system, place)
+            ids = chat_ids(messages, tokenizer, system, place, now)
             check_length(ids, max_prompt_tokens, place)
             key = prompt_key(ids)
             if key in place_of:
@@ -139,76 +149,6 @@ def meanings(prompts: Prompts) -> list[str]:
         json.dumps([(message["role"], plain(message["content"])) for message in messages])
         for messages in prompts.conversations
     ]
-
-
-def as_text(messages: list[dict[str, str]]) -> str:
-    """Writes a conversation for people and text scorers: one message as it is, several with their roles."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
-    """Turns a cell into chat messages that end with a user turn.
-
-    Raises: UserError where it is neither text nor messages.
-    """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            parsed = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            parsed = None
-        # A plain text may start with "[" and even be a JSON list: only a list of objects counts as messages.
-        if isinstance(parsed, list) and parsed and all(isinstance(message, dict) for message in parsed):
-            value = parsed
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if value is None or value == []:
-        raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
-    if not isinstance(value, list):
-        kind = type(value).__name__
-        raise UserError(f"{place}: column {column!r} holds a {kind}; give text or a list of messages.")
-    for message in value:
-        if not (
-            isinstance(message, dict)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        ):
-            raise UserError(
-                f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.'
-            )
-        check_encodes(message["content"], place)
-    if value[-1]["role"] != "user":
-        raise UserError(
-            f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn."
-        )
-    if not value[-1]["content"].strip():
-        raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str) -> list[int]:
-    """Tokenises a whole prompt, with its special tokens once.
-
-    Raises: UserError where the tokenizer has no chat template for several messages,
-    or its template refuses them.
-    """
-    if not tokenizer.chat_template:
-        if len(messages) > 1:
-            raise UserError(
-                f"{place}: {len(messages)} messages, but the tokenizer has no chat template; give plain text."
-            )
-        return tokenizer.encode(messages[0]["content"])
-
-    from jinja2 import TemplateError
-
-    if system and all(message["role"] != "system" for message in messages):
-        messages = [{"role": "system", "content": system}, *messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise UserError(f"{place}: the chat template refuses these messages ({first_line(error)}).") from None
-    # The template writes the special tokens itself: adding them again would double the bos.
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_length(token_ids: list[int], limit: int, place: str) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def test_template_is_applied_once(tmp_path, tokenizer, bos_tokenizer, system):
         )
         assert prompts.select([1]).messages == [CHAT]
     assert [ids.count(bos_tokenizer.bos_token_id) for ids in prompts.token_ids] == [1, 1]
+
+
+def test_a_template_writes_the_date_that_it_is_given(tmp_path, bos_tokenizer):
+    bos_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}:{{ messages[-1].content }}"
+    source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hi"}, {"prompt": "Ho"}])
+    for now, expected in ((datetime(2024, 2, 29), "29 Feb 2024:"), (None, f"{datetime.now():%d %b %Y}:")):
+        prompts = load(source, bos_tokenizer, now=now)
+        assert [bos_tokenizer.decode(ids) for ids in prompts.token_ids] == [f"{expected}Hi", f"{expected}Ho"]
 
 
 def test_system_line_of_the_data_stays(tmp_path, bos_tokenizer):
