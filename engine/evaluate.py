@@ -144,7 +144,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
     prompts = heldout_prompts(pool, n, config.seed)
-    common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
+    common, shared = overlap(prompts, inputs.train), ""
     if common:
         shared = (
             f"{len(common)} of {n} prompts are among the run's training prompts, the first is "

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -22,10 +23,12 @@ def load_scorers(
     folder: Path,
     trunk: str,
     device: torch.device,
+    now: datetime | None = None,
 ) -> Scorers:
     """Loads the scorers of a run, see `find_scorer`.
 
     folder, trunk: the policy's checkpoint and its fingerprint.
+    now: the date for chat templates that write one; by default that of the clock.
     Raises: UserError as `find_scorer`, and before any scorer is loaded where two costs have one name.
     """
     unloaded = [find_scorer(spec, folder) for spec in (reward, *costs, *audits)]
@@ -41,7 +44,7 @@ def load_scorers(
                 f"--cost and --audit: two scorers are named {name}; give each its own name: NAME=SCORER."
             )
     loaded: dict[str, object] = {}
-    first, *others = (scorer.load(trunk, device, loaded) for scorer in unloaded)
+    first, *others = (scorer.load(trunk, device, loaded, now) for scorer in unloaded)
     return Scorers(reward=first, costs=tuple(others[: len(costs)]), audits=tuple(others[len(costs) :]))
 
 
@@ -53,13 +56,20 @@ class UnloadedScorer:
     sign: int = 1
     load_as: Callable[[LoadContext], Head | TextFunction]
 
-    def load(self, trunk: str, device: torch.device, loaded: dict[str, object] | None = None) -> Scorer:
+    def load(
+        self,
+        trunk: str,
+        device: torch.device,
+        loaded: dict[str, object] | None = None,
+        now: datetime | None = None,
+    ) -> Scorer:
         """Loads the weights.
 
         trunk: fingerprint of the policy's checkpoint. loaded: models of other scorers, which are shared.
+        now: see `load_scorers`.
         Raises: UserError where it cannot be loaded.
         """
-        context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded)
+        context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded, now=now)
         head_or_function = self.load_as(context)
         if isinstance(head_or_function, Head):
             return replace(head_or_function, name=self.name, sign=self.sign)

@@ -146,7 +146,12 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
     """Reads prompts with a run's system line and longest response;
     see `engine.data.prompts.load_prompts`. Raises: UserError."""
     prompts = load_prompts(
-        source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
+        source,
+        tokenizer,
+        column=column,
+        system=limits.system,
+        now=limits.now,
+        max_prompt_tokens=limits.max_prompt_tokens,
     )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
         check_known(ids, limits.vocab_size, f"prompt {text[:60]!r}")
