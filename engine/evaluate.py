@@ -36,7 +36,7 @@ from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
 from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
 from engine.scorers.base import Scorers
-from engine.scorers.find import contents_of, load_scorers
+from engine.scorers.find import content, load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
@@ -161,7 +161,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
-    changed = owned.check_scorers(contents_of(config, inputs.folder), accept=flags.accept_changes)
+    changed = owned.check_scorers(content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes)
     scorers = load_scorers(
         config.reward,
         config.cost,

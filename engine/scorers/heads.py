@@ -19,14 +19,15 @@ from engine.scorers.base import Head, LastForward, LoadContext, TextFunction
 SHIPPED = Path(str(files("engine"))) / "assets" / "heads"
 
 
-def find_head(spec: str, policy_folder: Path) -> Head | None:
-    """Reads the head that `spec` names: in the policy's folder under heads/, shipped, or a head folder.
+def find_head(spec: str, policy_folder: Path) -> Path | None:
+    """Finds the folder of the head that `spec` names: in the policy's folder under heads/, shipped,
+    or a head folder.
 
-    Returns None where there is none of that name. Raises: UserError where its file cannot be used.
+    Returns None where there is none of that name.
     """
     for folder in (policy_folder / "heads" / spec, SHIPPED / spec, Path(spec)):
         if (folder / "head.safetensors").is_file():
-            return Head.load(folder)
+            return folder
     return None
 
 
