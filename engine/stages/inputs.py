@@ -12,7 +12,8 @@ from engine.data import dealing
 from engine.data.prompts import TextLimits, assert_disjoint, check_known, load_prompts, shipped_prompts
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
-from engine.model.folder import DTYPES, check_weights, read_config, read_json, resolve
+from engine.model.checkpoint import examine
+from engine.model.folder import DTYPES, read_json, resolve
 from engine.model.tokenizer import load_tokenizer
 from engine.records import Prompts
 from engine.run.machine import keep_freed_memory
@@ -43,9 +44,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[automatic if config.dtype == "auto" else config.dtype]
     folder = model_folder(config.model)
+    shape = examine(folder).config
     fingerprint = model.fingerprint(folder)
-    shape = ModelConfig.from_json(read_config(folder), folder / "config.json")
-    check_weights(folder, shape)
     tokenizer = load_tokenizer(folder)
     stop_token_ids = stop_tokens(folder, tokenizer)
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
