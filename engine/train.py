@@ -6,7 +6,8 @@ error, 3 non-finite stop, 130 Ctrl-C.
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 from engine.config import ALGORITHMS, check, smoke
 from engine.config.flags import parse_flags, suggest, take
@@ -19,7 +20,8 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 
 --preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win
                   (not for head)
---resume FOLDER   go on with the interrupted run in FOLDER, with its own settings: takes no other flags
+--resume FOLDER   go on with the interrupted run in FOLDER, with its own settings and inputs: takes no other
+                  flag but --accept-changes, which lets a changed scorer pass
 """
 
 
@@ -30,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         algorithm, flags = _algorithm(argv)
         flags, resume = take(flags, "--resume")
+        accept = resume is not None and "--accept-changes" in flags
+        if accept:
+            flags = [flag for flag in flags if flag != "--accept-changes"]
         if resume is None:
             config = parse(algorithm, flags)
             if config is None:
@@ -37,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = getattr(config, "out", "")
         else:
             algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
-            folder = resume
+            config, folder = replace(config, accept_changes=accept), resume
         chosen = ALGORITHMS[algorithm]
         if chosen.trains_policy:
             check(config)
@@ -102,9 +107,10 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
             "settings."
         )
     # Imported here, as reading a run needs torch.
-    from engine.run.run import Run
+    from engine.run.contents import read_contents
 
-    algorithm, values = Run.read_config(folder)
+    contents = read_contents(Path(folder))
+    algorithm, values = contents.algorithm, contents.config
     if algorithm not in ALGORITHMS or not ALGORITHMS[algorithm].trains_policy:
         raise UserError(f"--resume {folder}: a run of {algorithm!r} cannot be resumed; start it again.")
     if named not in (None, algorithm):

@@ -26,7 +26,6 @@ from engine.model.checkpoint import (
     Stored,
     examine,
     inside,
-    leads_out,
     read_config,
     stored_tensors,
 )
@@ -48,8 +47,6 @@ TEXT_FILES = {
 # from those that match one of these patterns, and from the folder of named chat templates.
 TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
 _BLOCK = 1 << 22  # bytes that are read at a time
-# Files of these names list checksums, which hold for no other weights.
-_CHECKSUMS = re.compile(r"sha\d|md5|crc32|blake|checksum|digest|manifest", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -157,8 +154,8 @@ def save(
 ) -> None:
     """Writes a Hugging Face folder (config.json, model.safetensors), with `adapter` merged if given.
 
-    transformers and vLLM load it. The folder appears whole or not at all, and is on the disk then. The files
-    of `tokenizer_from` that belong to no weights are copied along.
+    transformers and vLLM load it. The folder appears whole or not at all, and is on the disk then. The
+    `text_files` of `tokenizer_from` are copied along.
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
@@ -169,7 +166,7 @@ def save(
             f"{shown(folder)} exists and is {'not empty' if is_folder(folder) else 'a file'}; "
             "choose another folder."
         )
-    copies = _companions(tokenizer_from) if tokenizer_from else []
+    copies = text_files(tokenizer_from) if tokenizer_from else []
     merged = {} if adapter is None else adapter.deltas()
     tensors = {}
     for name, weight in to_hugging_face(model.state_dict(), model.config).items():
@@ -189,43 +186,11 @@ def save(
             for name in copies:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(tokenizer_from / name, temporary / name)
-            for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
+            sync_files(temporary)
     except SafetensorError as error:
         raise UserError(
             f"{shown(folder)}: cannot be written ({one_line(error)}); choose a folder with room for it."
         ) from error
-
-
-def _companions(folder: Path) -> list[str]:
-    """Lists the files of a model folder that stay true beside other weights.
-
-    They are all of the tokenizer's, and others of text that speak of no safetensors file, as an index or a
-    list of checksums does. Links that lead out of the folder are left out.
-
-    Raises: UserError where a file of the tokenizer is such a link.
-    """
-    found = set(text_files(folder))
-    for file in folder.iterdir():
-        other = file.name.startswith(("config.", "model.", "adapter_")) or _CHECKSUMS.search(file.name)
-        if (
-            file.suffix in {".json", ".txt"}
-            and not other
-            and is_file(file)
-            and not leads_out(folder, file.name)
-        ):
-            with reading(file, cure="make it readable, or remove it"):
-                if b".safetensors" not in file.read_bytes():
-                    found.add(file.name)
-    return sorted(found)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def fingerprint(folder: Path) -> str:

@@ -217,7 +217,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, w
             save(path, {"x": torch.zeros(500_000)})
     message = str(caught.value)
     assert message.startswith(f"disk full while saving {path} (needs 2.0 MB, ") and "MB free" in message
-    assert message.endswith(f"free space and resume with --resume {tmp_path / 'run'}") and "\n" not in message
+    assert message.endswith("free space") and "\n" not in message
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == before
 
 
@@ -723,7 +723,7 @@ def test_the_users_full_disk_in_a_run_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_later)
-        with pytest.raises(UserError, match=f"disk full.*--resume {folder}$"):
+        with pytest.raises(UserError, match="disk full.*; free space$"):
             go(folder)
     assert not list(folder.rglob("*.tmp")) and len(list(folder.glob("stages/*"))) > 1
     go(folder)
