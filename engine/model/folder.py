@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine import files
 from engine.errors import UserError
-from engine.files import is_file, is_folder, one_line, reading, shown, whole_folder, writing
+from engine.files import is_file, is_folder, one_line, reading, shown, sync_files, whole_folder, writing
 from engine.model.checkpoint import (
     FETCH,
     INDEX,
@@ -48,6 +48,10 @@ TEXT_FILES = {
 TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
 _BLOCK = 1 << 22  # bytes that are read at a time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _to_stderr(text: str) -> None:
@@ -126,7 +130,7 @@ def resolve(path_or_id: str | Path) -> Path:
     name = str(path_or_id)
     if is_file(folder):
         raise UserError(f"model {shown(name)}: a file; give the folder that it is in.")
-    if not _HUB_ID.fullmatch(name):
+    if not _is_hub_id(name):
         raise UserError(
             f"model {shown(name)}: no such folder, and not a hub id of the form owner/name; "
             "give an existing folder."
@@ -142,6 +146,14 @@ def resolve(path_or_id: str | Path) -> Path:
             f"model {name}: not a local folder, and the hub did not give it ({one_line(error)}); "
             "give a local folder."
         ) from error
+
+
+def lasting_name(path_or_id: str, folder: Path) -> str:
+    """Returns the name by which a model is found from everywhere: its hub id, or its absolute folder.
+
+    folder: where `path_or_id` was found.
+    """
+    return path_or_id if _is_hub_id(path_or_id) and not is_folder(path_or_id) else str(folder.resolve())
 
 
 def read_json(file: Path) -> dict:
