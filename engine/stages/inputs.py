@@ -13,7 +13,8 @@ from engine.data import dealing
 from engine.data.prompts import TextLimits, assert_disjoint, check_known, load_prompts, shipped_prompts
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
-from engine.model.folder import DTYPES, check_weights, digests, read_config, read_json, resolve
+from engine.model.checkpoint import examine
+from engine.model.folder import DTYPES, digests, read_json, resolve
 from engine.model.tokenizer import load_tokenizer
 from engine.records import Prompts
 from engine.run.folder import RunFolder
@@ -57,8 +58,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
     files, fingerprint = digests(folder), model.fingerprint(folder)
     notes = [] if owned is None else [*owned.check_model(folder, files), *owned.check_sources()]
     texts = folder if owned is None else RunFolder(owned.run).model
-    shape = ModelConfig.from_json(read_config(folder), folder / "config.json")
-    check_weights(folder, shape)
+    shape = examine(folder).config
     tokenizer = load_tokenizer(texts)
     stop_token_ids = stop_tokens(texts, tokenizer)
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
