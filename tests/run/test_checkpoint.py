@@ -217,7 +217,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, w
             save(path, {"x": torch.zeros(500_000)})
     message = str(caught.value)
     assert message.startswith(f"disk full while saving {path} (needs 2.0 MB, ") and "MB free" in message
-    assert message.endswith(f"free space") and "\n" not in message
+    assert message.endswith("free space") and "\n" not in message
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == before
 
 
