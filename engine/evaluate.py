@@ -11,7 +11,7 @@ prompts have judged the run, so that a second look at a test split is told as on
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,22 +27,23 @@ from engine.errors import UserError
 from engine.files import append_line, is_there, read_json_lines, whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
-from engine.policy.iterates import is_saved, load_weights
 from engine.policy.samples import Samples
-from engine.policy.weights import Weights
+from engine.policy.steps import Policy
+from engine.policy.weights import Weights, trained_weights
 from engine.records import Prompts, Units
+from engine.run.committed import Committed, read_committed
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
-from engine.run.rows import DualRow, PolicyRow, ReferenceRow, Row, SampledRow, SpeedRow, read_rows
-from engine.run.run import Run
+from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
 from engine.scorers.base import Scorers
-from engine.scorers.find import load_scorers
+from engine.scorers.find import contents_of, load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
+from engine.stages.run_inputs import owned_inputs
 from engine.stages.sampling import gap_text, respond, sample
 from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
@@ -89,6 +90,7 @@ class Question:
     """Holds what is to be judged, read and checked; no weights are loaded yet."""
 
     run: Path
+    committed: Committed  # what its stages hold
     algorithm: str
     config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
     iterates: dict[
@@ -108,6 +110,7 @@ class Question:
     lookalikes: Prompts
     safety_alone: bool  # plain DPO on g: pairs are to have the order of g
     judged_before: int  # final verdicts on the run that these prompts gave, the run's own among them
+    notes: list[str]  # says what has changed since the run began
     fewer_rows: bool  # memory is short, so that fewer responses are decoded side by side than in the run
 
 
@@ -118,9 +121,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     """
     check(flags)
     run = Path(run)
-    algorithm, values = Run.read_config(run)
-    config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
-    iterates = _iterates(run, flags.iterate, every=flags.best_feasible)
+    owned, committed = owned_inputs(run), read_committed(run)
+    algorithm, values = committed.contents.algorithm, committed.contents.config
+    iterates = _iterates(committed, flags.iterate, every=flags.best_feasible)
+    config = committed.config
     config = replace(
         config,
         device=flags.device or config.device,
@@ -131,8 +135,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if config.eval_responses < 2:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
     prepare_process(config.threads)
-    inputs = read_inputs(config)
-    Run.check_model(run, inputs.fingerprint)
+    inputs = read_inputs(config, owned)
     pool = (
         read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column)
         if flags.prompts
@@ -159,6 +162,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
+    changed = owned.check_scorers(contents_of(config, inputs.folder), accept=flags.accept_changes)
     scorers = load_scorers(
         config.reward,
         config.cost,
@@ -167,7 +171,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         trunk=inputs.fingerprint,
         device=inputs.device,
     )
-    (reference,) = read_rows(run, ReferenceRow)
+    reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(
         limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {})
@@ -175,9 +179,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     units = units_of(reference, limits)
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
-    aimed = read_rows(run, DualRow)[0].aim if by_preference else reference.aimed
+    aimed = committed.one(DualRow).aim if by_preference else reference.aimed
     return Question(
         run=run,
+        committed=committed,
         algorithm=algorithm,
         config=config,
         iterates=iterates,
@@ -195,6 +200,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         lookalikes=lookalikes,
         safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
         judged_before=_judged_before(run, prompts, judged_on),
+        notes=[*inputs.notes, *changed],
         fewer_rows=fewer,
     )
 
@@ -214,7 +220,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
-    for warning in try_out(q.scorers, prompts.text):
+    for warning in [*q.notes, *try_out(q.scorers, prompts.text)]:
         display.warn(warning)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
@@ -229,7 +235,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         subject = Subject.load(replace(SamplingSettings.of(config), seed=flags.seed), q.inputs, q.scorers)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
-        adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
+        adapter = _policy(q, subject, iterate)
         # The same keys as the run's own verdict: with the run's seed this draws exactly its responses.
         phase = Phase(display, first + 1, "heldout/reference")
         before = sample(subject, phase, prompts, None, n=n, purpose=keys.HELDOUT_REFERENCE)
@@ -318,7 +324,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 
     before = tried(Phase(display, 1, "selection/reference"), None, keys.SELECTION_REFERENCE)
     for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
-        adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
+        adapter = _policy(q, subject, iterate)
         after = tried(Phase(display, number, f"selection/{iterate}"), adapter, keys.selection(number))
         e = judge(before, after, _bar(q, scoring))
         room = [c.estimate.mean - c.required for c in e.constraints]
@@ -346,7 +352,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
     """Returns what the run scored by. units: of its scorers."""
     if q.by_preference:
-        return preference.restored(RunFolder(q.run), q.config, subject, units)
+        return preference.restored(q.committed, q.config, subject, units)
     return ByScorers(units=units, audit_names=[s.name for s in q.scorers.audits])
 
 
@@ -388,21 +394,25 @@ def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: We
     return logprob.view(len(samples.prompts), -1)
 
 
-def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
+def _iterates(run: Committed, wanted: int, *, every: bool) -> dict[int, list[float]]:
     """Finds the iterate to judge (0: the last one), or every one, with the multipliers it was trained at.
-
-    Iterates past --max-kl were put aside by the run and are not among them.
 
     Raises: UserError when there is none, or not the wanted one.
     """
-    saved = {number for number, path in RunFolder(run).iterates().items() if is_saved(path)}
-    lam_of = {row.iteration: row.lam for row in read_rows(run, PolicyRow)} if saved else {}
-    there = sorted(saved & lam_of.keys())
+    there = run.iterates
     if not there:
-        raise UserError(f"{run} has no iterate yet; go on with python -m engine.train --resume {run}.")
+        raise run.lacks("iterate")
     if wanted and wanted not in there:
-        raise UserError(f"--iterate {wanted}: {run} has {', '.join(map(str, there))}; give one of these.")
-    return {iterate: lam_of[iterate] for iterate in (there if every else [wanted or there[-1]])}
+        raise UserError(
+            f"--iterate {wanted}: {run.folder} has {', '.join(map(str, there))}; give one of these."
+        )
+    return there if every else {wanted or max(there): there[wanted or max(there)]}
+
+
+def _policy(q: Question, subject: Subject, iterate: int) -> Weights:
+    """Returns the weights of an iterate. Raises: UserError where its stage is damaged."""
+    policy = q.committed.load(f"iteration-{iterate}/policy", Policy)
+    return trained_weights(subject.model, q.config, policy.adapter)
 
 
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:

@@ -167,6 +167,27 @@ def append_line(path: Path, text: str) -> None:
             raise
 
 
+def clear(path: Path) -> None:
+    """Removes a file, if there is one.
+
+    A folder that stands in its place is moved aside, so that nothing in it is lost.
+    """
+    if path.is_dir() and not path.is_symlink():
+        number = 1
+        while (aside := path.with_name(f"{path.name}.moved-aside-{number}")).exists():
+            number += 1
+        path.rename(aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until all files in a folder are on the disk, and their names."""
+    for file in folder.iterdir():
+        sync_folder(file)
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk: fsync of a file alone does not cover its name."""
     handle = os.open(folder, os.O_RDONLY)

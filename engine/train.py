@@ -6,7 +6,8 @@ exit codes.
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 from engine.command import Standing, run_command
 from engine.config import ALGORITHMS, check, smoke
@@ -20,7 +21,8 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 
 --preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win
                   (not for head)
---resume FOLDER   go on with the interrupted run in FOLDER, with its own settings: takes no other flags
+--resume FOLDER   go on with the interrupted run in FOLDER, with its own settings and inputs: takes no other
+                  flag but --accept-changes, which lets a changed scorer pass
 """
 
 
@@ -37,7 +39,10 @@ def _train(argv: list[str], standing: Standing) -> None:
         if config is None:
             return
     else:
+        accept = "--accept-changes" in flags
+        flags = [flag for flag in flags if flag != "--accept-changes"]
         algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
+        config = replace(config, accept_changes=accept)
     chosen = ALGORITHMS[algorithm]
     if not chosen.trains_policy:
         chosen.train(config)
@@ -96,9 +101,10 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
             "settings."
         )
     # Imported here, as reading a run needs torch.
-    from engine.run.run import Run
+    from engine.run.contents import read_contents
 
-    algorithm, values = Run.read_config(folder)
+    contents = read_contents(Path(folder))
+    algorithm, values = contents.algorithm, contents.config
     if algorithm not in ALGORITHMS or not ALGORITHMS[algorithm].trains_policy:
         raise UserError(f"--resume {folder}: a run of {algorithm!r} cannot be resumed; start it again.")
     if named not in (None, algorithm):

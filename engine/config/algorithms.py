@@ -377,7 +377,7 @@ def shown_name(algorithm: str) -> str:
 
 
 def was_by_preference(algorithm: str, values: dict) -> bool:
-    """Tells from a run's config.json, as `Run.read_config` gives it, whether its scores
+    """Tells from a run's settings, as its config.json holds them, whether its scores
     were log-ratios of policies.
 
     A setting that the run's version did not have yet is at its default.

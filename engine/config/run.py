@@ -63,6 +63,9 @@ class RunConfig:
     """System line put before every prompt; empty leaves the chat template's own.
     Ignored by a tokenizer without a template."""
 
+    accept_changes: bool = False
+    """Go on with a scorer whose code or weights have changed since the run began whose samples these are;
+    also beside --resume RUN."""
     samples_of: str = ""
     """Take the reference's samples, for training and verdict, from this run of equal settings; draw none."""
     n_prompts: int = bounded(400, at_least=2, says=FEW_PROMPTS)

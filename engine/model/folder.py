@@ -1,8 +1,10 @@
 """Hugging Face folders: find, check, read and write checkpoints."""
 
+import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,15 @@ DTYPES = {
     "float64": torch.float64,
 }
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+INDEX = "model.safetensors.index.json"
+# A tokenizer, its chat templates and the end of an answer are read from these files of a model folder,
+TEXT_FILES = {
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+}  # fmt: skip
+# from those that match one of these patterns, and from the folder of named chat templates.
+TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
+_BLOCK = 1 << 22  # bytes that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +190,6 @@ def save(
 
 def fingerprint(folder: Path) -> str:
     """Computes a short hash of a checkpoint: config.json, and each file's size and samples of its bytes."""
-    import hashlib
-
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted({tensor.file for tensor in stored_tensors(folder).values()}):
         size = file.stat().st_size
@@ -192,6 +201,43 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """Computes the SHA-256 of each file of a model folder that a run depends on, by relative name.
+
+    They are config.json, the files of the tokenizer with its chat templates, generation_config.json, and the
+    weights with their index. The files are hashed side by side, each by large blocks.
+
+    Raises: UserError as `stored_tensors`, and where a file cannot be read.
+    """
+    weights = {tensor.file.relative_to(folder).as_posix() for tensor in stored_tensors(folder).values()}
+    try:
+        index = {INDEX} if (folder / INDEX).is_file() else set()
+        names = sorted(weights | index | {"config.json"} | set(text_files(folder)))
+        with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as threads:
+            # The largest files are begun first.
+            order = sorted(names, key=lambda name: -(folder / name).stat().st_size)
+            found = dict(zip(order, threads.map(lambda name: _sha256(folder / name), order), strict=True))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be read ({error.strerror}); "
+            "make it readable or fetch the file again."
+        ) from error
+    return {name: found[name] for name in names}
+
+
+def text_files(folder: Path) -> list[str]:
+    """Lists the files of a model folder that its tokenizer, chat templates and stop tokens come from."""
+    found = {name for name in TEXT_FILES if (folder / name).is_file()}
+    for pattern in TEXT_PATTERNS:
+        found |= {file.relative_to(folder).as_posix() for file in folder.glob(pattern) if file.is_file()}
+    return sorted(found)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256", _bufsize=_BLOCK).hexdigest()
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Finds every tensor of a checkpoint by name, from the headers of its safetensors files.
 
@@ -200,7 +246,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises: UserError naming the file that is missing, truncated, a pickle,
     or that its index says otherwise of.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         file = folder / "model.safetensors"
         if not file.is_file():

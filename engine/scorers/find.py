@@ -91,3 +91,26 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
         f"scorer {spec}: not found; give a shipped head ({', '.join(shipped_heads())}), a head folder, "
         "a model folder or hub id, or module:function."
     )
+
+
+def contents_of(config, folder: Path) -> dict[str, dict[str, str]]:
+    """STUB."""
+    import hashlib
+    import sys
+    from engine.scorers.heads import SHIPPED
+    found = {}
+    for spec in (config.reward, *config.cost, *config.audit):
+        name, equals, rest = spec.partition("=")
+        body = rest.removeprefix("-") if equals else spec
+        data = b""
+        if ":" in body:
+            module = body.partition(":")[0]
+            import importlib.util
+            origin = importlib.util.find_spec(module).origin
+            data = Path(origin).read_bytes()
+        else:
+            for place in (folder / "heads" / body, SHIPPED / body, Path(body)):
+                if (place / "head.safetensors").is_file():
+                    data = (place / "head.safetensors").read_bytes(); break
+        found[name] = {"form": "x", "source": body, "sha256": hashlib.sha256(data).hexdigest()}
+    return found

@@ -17,11 +17,11 @@ from engine.records import Prompts, Rollouts
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.run.folder import RunFolder
+from engine.run.committed import read_committed
 from engine.run.plan import kept_states_bytes
-from engine.run.rows import SampledRow, SpeedRow, read_rows
-from engine.run.run import Stage
-from engine.run.store import RecordT, load
+from engine.run.rows import SampledRow, SpeedRow
+from engine.run.run import Run, Stage
+from engine.run.store import RecordT
 from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.job import Job, Subject
 from kernels.random import combine
@@ -185,9 +185,9 @@ def gap_text(row: SampledRow) -> str:
     )
 
 
-def gap_of(run: Path, stage: str) -> str:
+def gap_of(run: Run, stage: str) -> str:
     """Says what `log_gap` found in a stage of a run; empty where nothing was sampled there."""
-    return next((gap_text(row) for row in read_rows(run, SampledRow) if row.stage == stage), "")
+    return next((gap_text(row) for row in run.rows(SampledRow) if row.stage == stage), "")
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
@@ -195,11 +195,7 @@ def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
     where that run has none."""
     if not job.config.samples_of:
         return None
-    folder = RunFolder(Path(job.config.samples_of))
-    file = folder.stage_file(stage)
-    if file is None:
-        raise UserError(
-            f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first "
-            f"(--resume {folder.path})."
-        )
-    return load(file, cls)
+    try:
+        return read_committed(Path(job.config.samples_of)).load(stage, cls)
+    except UserError as error:
+        raise UserError(f"--samples-of {job.config.samples_of}: {error}") from error

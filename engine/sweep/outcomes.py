@@ -8,15 +8,14 @@ from typing import NamedTuple
 
 from engine import constraints
 from engine.constraints import Limit
+from engine.run.committed import read_committed
 from engine.run.folder import RunFolder
 from engine.run.rows import (
     IterationRow,
-    PolicyRow,
     ReferenceRow,
     SpeedRow,
     StageTimeRow,
     StepRow,
-    read_rows,
     read_timing,
 )
 from engine.sweep.plans import Plan
@@ -59,18 +58,18 @@ def finished(plan: Plan) -> bool:
 
 def read_run(plan: Plan, error: str = "") -> Outcome:
     """Reads the folder of a run that is done, or has failed with `error`."""
-    (reference,) = read_rows(plan.folder, ReferenceRow)
+    run = read_committed(plan.folder)
     tokens, seconds = effort(plan.folder)
     reference_tokens, _ = effort(Path(plan.config.samples_of))
     outcome = Outcome(
         plan=plan,
         error=error,
-        limits=constraints.limits(plan.config, reference.names),
+        limits=constraints.limits(plan.config, run.one(ReferenceRow).names),
         tokens=sum(n for stage, n in tokens.items() if is_training(stage)),
         reference_tokens=reference_tokens.get("reference", 0),
-        steps=len(read_rows(plan.folder, StepRow)),
+        steps=len(run.rows(StepRow)),
         seconds=sum(s for stage, s in seconds.items() if is_training(stage)),
-        iterations=read_rows(plan.folder, IterationRow),
+        iterations=run.rows(IterationRow),
     )
     if not error:
         outcome.evaluation = Evaluation.from_dict(json.loads(RunFolder(plan.folder).evaluation.read_text()))
@@ -83,9 +82,8 @@ def kept_lam(folder: Path) -> list[float] | None:
 
     None where --max-kl rejected the first policy, so that the verdict is on the reference.
     """
-    paths = RunFolder(folder)
-    kept = [row for row in read_rows(folder, PolicyRow) if not paths.rejected(row.iteration).is_dir()]
-    return kept[-1].lam if kept else None
+    kept = list(read_committed(folder).iterates.values())
+    return kept[-1] if kept else None
 
 
 def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:
