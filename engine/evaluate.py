@@ -162,7 +162,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
-    changed = owned.check_scorers(content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes)
+    changed = owned.check_scorers(
+        content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
+    )
     scorers = load_scorers(
         config.reward,
         config.cost,
@@ -170,6 +172,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         folder=inputs.folder,
         trunk=inputs.fingerprint,
         device=inputs.device,
+        now=inputs.limits.now,
     )
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])

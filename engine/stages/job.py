@@ -152,6 +152,7 @@ def open_job(
         folder=inputs.folder,
         trunk=fingerprint,
         device=inputs.device,
+        now=inputs.limits.now,
     )
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
