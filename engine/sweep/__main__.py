@@ -68,6 +68,12 @@ def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
     try:
         settings = json.loads((Path(folder) / "sweep.json").read_text(encoding="utf-8"))
         preset = settings.pop("preset")
+        if preset not in (None, "smoke"):
+            raise ValueError(f"preset {preset}")
+        for name, value in settings.items():
+            kind = int if name == "seeds" else str
+            if not (type(value) is list and all(type(x) is kind for x in value)):
+                raise ValueError(f"{name} {value}")
         return SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()}), preset
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
