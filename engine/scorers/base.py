@@ -15,6 +15,9 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import write_whole
+from engine.model.architecture import ModelConfig
+from engine.scorers import guest
+from engine.scorers.names import is_name
 
 # (prompts, responses) -> one score per response
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -60,11 +63,36 @@ class Head:
             raise UserError(
                 f"{file}: not a score head ({reason}); make one with python -m engine.train head."
             ) from error
+        if wrong := head._wrong_field():
+            raise UserError(f"{file}: its {wrong}; {again}")
         if not (head.weight_D.isfinite().all() and math.isfinite(head.bias)):
             raise UserError(f"{file}: its weights are not finite; {again}")
         if not head.weight_D.any():
             raise UserError(f"{file}: its weights are all 0, so it gives every response one score; {again}")
         return head
+
+    def _wrong_field(self) -> str:
+        """Says which field holds something else than its kind of value; empty where none does."""
+        if not is_name(self.name):
+            return f"name is {self.name!r:.40}, not a short text"
+        if type(self.layer) is not int or self.layer < 0:
+            return f"layer is {self.layer!r:.40}, not a whole number of at least 0"
+        if type(self.bias) not in (int, float):
+            return f"bias is {self.bias!r:.40}, not a number"
+        if type(self.trunk) is not str:
+            return f"trunk is {self.trunk!r:.40}, not a text"
+        if self.weight_D.ndim != 1:
+            return f"weight has shape {list(self.weight_D.shape)}, not one number per state"
+        return ""
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Refuses a head that reads other states than a model has. Raises: UserError naming them."""
+        D, layers = config.hidden_size, config.num_layers
+        if len(self.weight_D) != D or self.layer > layers:
+            raise UserError(
+                f"head {self.name}: it reads {len(self.weight_D)} states after layer {self.layer}, its model "
+                f"has {D} after each of {layers}; make it again with python -m engine.train head."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +107,9 @@ class TextScorer:
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores N responses: float64 [N], without the sign.
 
-        Raises: UserError when the function fails or returns the wrong number of scores.
+        Raises: UserError when the function fails or returns anything else than a real number per response.
         """
-        try:
-            scores = [float(x) for x in self.function(prompts, responses)]
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else ""
-            raise UserError(f"scorer {self.name} raised {type(error).__name__}: {reason}") from error
-        if len(scores) != len(responses):
-            raise UserError(
-                f"scorer {self.name} returned {len(scores)} scores for {len(responses)} responses; "
-                "return one per response."
-            )
-        return torch.tensor(scores, dtype=torch.float64)
+        return torch.tensor(guest.scores(self.name, self.function, prompts, responses), dtype=torch.float64)
 
 
 Scorer = Head | TextScorer

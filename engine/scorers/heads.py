@@ -10,7 +10,8 @@ from torch import Tensor
 from engine import quickstart
 from engine.data.chat import chat_ids
 from engine.errors import UserError
-from engine.model.folder import fingerprint, load
+from engine.model.architecture import ModelConfig
+from engine.model.folder import fingerprint, load, read_config
 from engine.model.packing import Group
 from engine.model.tokenizer import load_tokenizer
 from engine.policy.forward import frozen_forward
@@ -36,17 +37,20 @@ def shipped_heads() -> list[str]:
     return sorted(file.parent.name for file in SHIPPED.glob("*/head.safetensors"))
 
 
-def load_head(head: Head, context: LoadContext) -> Head | TextFunction:
+def load_head(head: Head, context: LoadContext, policy_folder: Path) -> Head | TextFunction:
     """Returns the head itself where its trunk is the policy's model, else a function of texts.
 
     The function reads the texts with the head's trunk, in one forward pass for all heads on that trunk.
-    Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model.
+    Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model, or the head
+    does not fit it.
     """
     if head.trunk == context.trunk:
+        head.check_fits(ModelConfig.from_json(read_config(policy_folder), policy_folder / "config.json"))
         return head
     if head.trunk not in context.loaded:
         context.loaded[head.trunk] = _load_trunk(head, context)
     trunk = context.loaded[head.trunk]
+    head.check_fits(trunk.config)
     trunk.layers.add(head.layer)
     return lambda prompts, responses: head(trunk.states(prompts, responses)[head.layer]).tolist()
 
@@ -56,6 +60,7 @@ class Trunk:
     """A model that heads read beside the policy's."""
 
     states: LastForward  # (prompts, responses) -> {layer: mean states of each response [N, D]}
+    config: ModelConfig
     layers: set[int]  # the layers that the heads loaded so far read
 
 
@@ -80,4 +85,4 @@ def _load_trunk(head: Head, context: LoadContext) -> Trunk:
         ]
         return frozen_forward(model, groups, sorted(layers), temperature=None)[0]
 
-    return Trunk(states=LastForward(states), layers=layers)
+    return Trunk(states=LastForward(states), config=model.config, layers=layers)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.config.bounds import LARGEST_SCORE
 from engine.errors import UserError
 from engine.model import packing
 from engine.model.decoder import Decoder
@@ -112,11 +113,15 @@ def score(
 
 
 def _check_finite(scorer: Scorer, score_N: Tensor, asked: Sequence[str], n: int) -> None:
-    """Refuses a score that is not finite. asked [N]: the prompt of each response; n: responses per prompt."""
-    bad = (~score_N.isfinite()).nonzero()
+    """Refuses a score that is not finite, or so large that its square is not.
+
+    asked [N]: the prompt of each response; n: responses per prompt.
+    """
+    bad = (~(score_N.abs() <= LARGEST_SCORE)).nonzero()
     if len(bad):
         row = int(bad[0])
         raise UserError(
             f"scorer {scorer.name} gave {score_N[row].item()} for response {row % n} to prompt {row // n} "
-            f"({asked[row][:60]!r}); let it give a finite number for every response."
+            f"({asked[row][:60]!r}); let it give a finite number for every response, "
+            f"of at most {LARGEST_SCORE:g} in size."
         )

@@ -30,12 +30,18 @@ def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[OneShot]]) -
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Writes the rows of `table` as CSV."""
+    """Writes the rows of `table` as CSV. A text that a spreadsheet would run as a formula begins with a
+    quote there; numbers stay numbers."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_cell, rows[0]))
+    writer.writerows([_cell(value) for value in row.values()] for row in rows)
     write_whole(path, text.getvalue().encode())
+
+
+def _cell(value: object) -> object:
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def table(outcomes: list[Outcome]) -> list[dict]:
