@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import quickstart
-from engine.data.chat import chat_ids
+from engine.data.chat import chat_ids, known_end_of_turn
 from engine.errors import UserError
 from engine.model.folder import fingerprint, load
 from engine.model.packing import Group
@@ -66,13 +66,14 @@ def _load_trunk(head: Head, context: LoadContext) -> Trunk:
             "use it with --model of that model."
         )
     model, tokenizer = load(folder, dtype=torch.float32, device=context.device), load_tokenizer(folder)
+    end = known_end_of_turn(tokenizer, model.config.vocab_size, str(folder))
     layers: set[int] = set()
 
     def states(prompts: list[str], responses: list[str]) -> dict[int, Tensor]:
         groups = [
             Group(
                 chat_ids([{"role": "user", "content": prompt}], tokenizer, "", "prompt", context.now),
-                [tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]],
+                [tokenizer(response, add_special_tokens=False)["input_ids"] + [end]],
                 [row],
             )
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))

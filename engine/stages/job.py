@@ -161,6 +161,9 @@ def open_job(
         display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
     for warning in warnings:
         display.warn(warning)
+    for own in (own_pairs, preferences):
+        for note in own.notes() if own is not None else []:
+            display.warn(note)
     display.line(plan.sentence())
     if plan.rows < asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")
