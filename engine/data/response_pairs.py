@@ -43,9 +43,8 @@ class ResponsePairs:
             )
         if self.n_alike:
             pairs = len(self.prompts) + self.n_alike
-            notes.append(
-                f"{self.source}: {self.n_alike} of {pairs} pairs have equal answers and were left out"
-            )
+            left_out = f"{self.n_alike} of {pairs} pairs have equal answers and were left out"
+            notes.append(f"{self.source}: {left_out}")
         return notes
 
 
@@ -85,8 +84,8 @@ def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: 
         labels.append([[SURE if int(row[name]) == i else -SURE for name in columns] for i in (0, 1)])
     if n_alike and not prompts:
         raise UserError(
-            f"{source}: the two answers of every pair are equal ({n_cut} of {2 * n_alike} answers were cut at "
-            f"--max-new-tokens {limits.max_new_tokens}); give pairs that differ, or raise --max-new-tokens."
+            f"{source}: the two answers of every pair are equal ({n_cut} of {2 * n_alike} answers were cut "
+            f"at --max-new-tokens {limits.max_new_tokens}); give pairs that differ, or raise --max-new-tokens."
         )
     if not prompts:
         raise UserError(f"{source}: no rows in it; give at least one.")

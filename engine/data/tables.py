@@ -119,8 +119,9 @@ def _read_jsonl(source: str, text: str) -> list[PlacedRow]:
 
 
 def parse_json(text: str) -> object:
-    """Reads a JSON text. A whole number of 300 digits or more becomes a float, infinite where it is too large.
+    """Reads a JSON text.
 
+    A whole number of 300 digits or more becomes a float, infinite where it is too large.
     Raises: DuplicateKey; ValueError with a reason of one line.
     """
     try:

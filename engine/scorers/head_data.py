@@ -110,7 +110,7 @@ def _weight(row: dict, place: str) -> float:
 
 
 def _finished(row: dict, place: str) -> bool:
-    """Reads whether a response ended by itself, True where the cell is empty. The cells of a csv file are texts."""
+    """Reads whether a response ended by itself, True where the cell is empty."""
     value = row.get("finished")
     if isinstance(value, str):
         value = {"": None, "true": True, "1": True, "false": False, "0": False}.get(
