@@ -16,6 +16,8 @@ from engine.model.packing import Group
 NEUTRAL_PROMPT = "Answer the request."
 HELDOUT_SHARE = 0.2
 GROUP_SIZE = 6
+# What the cells of a csv file, which are texts, say of a flag; None is its default.
+FLAGS = {"": None, "true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,7 @@ def _finished(row: dict, place: str) -> bool:
     """Reads whether a response ended by itself, True where the cell is empty."""
     value = row.get("finished")
     if isinstance(value, str):
-        value = {"": None, "true": True, "1": True, "false": False, "0": False}.get(
-            value.strip().lower(), value
-        )
+        value = FLAGS.get(value.strip().lower(), value)
     if value is None:
         return True
     if not isinstance(value, bool | int | float) or value not in (0, 1):

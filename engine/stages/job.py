@@ -151,7 +151,7 @@ def open_job(
             assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
     if own_pairs is not None:
         constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
-    warnings = try_out(scorers, used[0].text)
+    warnings = try_out(scorers, used[0], config.max_new_tokens)
     display = Display(n_stages=n_stages or stages_of(config))
     display.line(
         f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "

@@ -30,6 +30,7 @@ from engine.run.rows import PreferenceRow, read_rows
 from engine.run.run import Stage
 from engine.run.store import load
 from engine.scorers.base import Scorers
+from engine.scorers.names import stage_name
 from engine.stages.job import Job, Subject, new_adapter
 from engine.stages.reference import Reference, aims, reference_units, within_correlation
 from kernels.random import combine
@@ -106,8 +107,8 @@ def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: 
     """Returns what a run on preferences with an iterate scores by. Raises: UserError where
     a policy it aligned is missing."""
     (row,), aligned = read_rows(run.path, PreferenceRow), []
-    for name in row.names:
-        file = run.stage_file(f"preference/{name}")
+    for number, name in enumerate(row.names):
+        file = run.stage_file(stage_name("preference", number, name))
         if file is None:
             raise UserError(
                 f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the "
@@ -163,7 +164,7 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
         step = Update(stage=stage, config=settings, model=job.model, weights=adapter, start=None, iteration=0)
         return update.fit(step, samples, target, train_on=list(range(len(samples.prompts))))
 
-    adapter.set_tensors(job.run.stage(f"preference/{name}", Policy, compute).adapter)
+    adapter.set_tensors(job.run.stage(stage_name("preference", number, name), Policy, compute).adapter)
     return adapter
 
 
