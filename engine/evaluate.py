@@ -354,6 +354,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         units=scoring.units,
         audit_names=scoring.audit_names,
         confidence=confidence,
+        truncated=q.config.truncated,
     )
 
 

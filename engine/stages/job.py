@@ -161,6 +161,11 @@ def open_job(
         display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
     for warning in warnings:
         display.warn(warning)
+    if config.truncated:
+        display.warn(
+            f"--top-p {config.top_p:g} cuts the distributions that are sampled, so no KL is measured: in its "
+            "place stands the mean log-ratio of the whole policies on these samples"
+        )
     for own in (own_pairs, preferences):
         for note in own.notes() if own is not None else []:
             display.warn(note)
