@@ -172,6 +172,15 @@ class RunConfig:
     slack_prompts = 0
 
     @property
+    def truncated(self) -> bool:
+        """Tells whether samples are of distributions that are cut.
+
+        The KL of two of these is infinite, and the mean log-ratio of the whole policies on such samples is
+        the KL of no two policies.
+        """
+        return self.top_p < 1
+
+    @property
     def memory_budget_bytes(self) -> int | None:
         """The loss head's memory budget in bytes; None lets the op choose for the device."""
         return self.memory_budget_mb * 2**20 or None
@@ -298,6 +307,11 @@ class IterativeConfig(RunConfig):
     def check(self) -> None:
         """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
+        if self.truncated and self.max_kl < math.inf:
+            raise UserError(
+                f"--max-kl {self.max_kl:g}: no KL is measured with --top-p {self.top_p:g}, as that cuts the "
+                "distributions that are sampled; leave out one of the two."
+            )
         if self.slack_responses > self.n_responses:
             raise UserError(
                 f"--slack-responses {self.slack_responses}: must be at most --n-responses {self.n_responses}."

@@ -19,8 +19,16 @@ from engine.model.architecture import ModelConfig
 from engine.scorers import guest
 from engine.scorers.names import is_name
 
+# A prompt as a text, or as the messages of its conversation.
+Asked = str | list[dict[str, str]]
 # (prompts, responses) -> one score per response
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
+MessageFunction = Callable[[list[Asked], list[str]], Sequence[float]]
+
+
+def messages_of(prompt: Asked) -> list[dict[str, str]]:
+    """Returns the messages of a prompt; a text is one of the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +109,21 @@ class TextScorer:
     another model than the policy's."""
 
     name: str
-    function: TextFunction
+    function: TextFunction | MessageFunction
     sign: int = 1  # -1 where the user asked for the negative of this score (NAME=-SCORER)
+    reads_messages: bool = False  # prompts are given to it as messages, else as texts
+    max_tokens: int | None = None  # the longest text that it reads, where there is such a limit
+    # What it has cut since the last call, in lines.
+    warnings: Callable[[], list[str]] = list
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+    def __call__(self, prompts: Sequence[Asked], responses: list[str]) -> Tensor:
         """Scores N responses: float64 [N], without the sign.
 
         Raises: UserError when the function fails or returns anything else than a real number per response.
         """
-        return torch.tensor(guest.scores(self.name, self.function, prompts, responses), dtype=torch.float64)
+        return torch.tensor(
+            guest.scores(self.name, self.function, list(prompts), responses), dtype=torch.float64
+        )
 
 
 Scorer = Head | TextScorer
@@ -128,6 +142,10 @@ class Scorers:
         """Returns reward, costs, audits, in this order."""
         return (self.reward, *self.costs, *self.audits)
 
+    def warnings(self) -> list[str]:
+        """Says what scorers have cut since the last call, in lines."""
+        return [line for scorer in self.all if isinstance(scorer, TextScorer) for line in scorer.warnings()]
+
     @property
     def layers(self) -> list[int]:
         """Returns the layers of the policy's model whose states heads read, ascending."""
@@ -137,10 +155,10 @@ class Scorers:
 class LastForward:
     """Caches a model's last forward pass, so that scorers sharing the model cost one pass per batch."""
 
-    def __init__(self, forward: Callable[[list[str], list[str]], Any]) -> None:
+    def __init__(self, forward: Callable[[list[Asked], list[str]], Any]) -> None:
         self._forward, self._texts, self._output = forward, None, None
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Any:
+    def __call__(self, prompts: list[Asked], responses: list[str]) -> Any:
         """Returns forward(prompts, responses), from the cache where the texts are those of the last call."""
         if self._texts != (prompts, responses):
             self._output = self._forward(prompts, responses)

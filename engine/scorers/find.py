@@ -80,7 +80,7 @@ class UnloadedScorer:
     form: str  # head, classifier or function
     # The file or folder that it is read from, and each file there by name.
     files: Callable[[], tuple[Path, dict[str, Path]]]
-    load_as: Callable[[LoadContext], Head | TextFunction]
+    load_as: Callable[[LoadContext], Head | TextScorer | TextFunction]
 
     def load(
         self,
@@ -97,7 +97,7 @@ class UnloadedScorer:
         """
         context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded, now=now)
         head_or_function = self.load_as(context)
-        if isinstance(head_or_function, Head):
+        if isinstance(head_or_function, Head | TextScorer):
             return replace(head_or_function, name=self.name, sign=self.sign)
         return TextScorer(name=self.name, function=head_or_function, sign=self.sign)
 

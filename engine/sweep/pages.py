@@ -64,7 +64,11 @@ def table(outcomes: list[Outcome]) -> list[dict]:
                 row |= _columns(f"{c.name} {c.limit.kind}", c.measured)
         for name, audit in e.audits:
             row |= _columns(f"audit {name}", audit)
-        row |= {"kl nats": e.kl.mean, "finished": e.finished[1], "mean length tokens": e.mean_length[1]}
+        row |= {
+            "log-ratio nats" if e.truncated else "kl nats": e.kl.mean,
+            "finished": e.finished[1],
+            "mean length tokens": e.mean_length[1],
+        }
         if e.refusal_harmless is not None:
             row["refusals on harmless prompts"] = e.refusal_harmless[1]
         row |= {"prompts": e.n_prompts, "responses": e.n_responses}
