@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from engine import constraints, dual, keys
+from engine.command import Standing, run_command
 from engine.config import EvaluateConfig, RunConfig, check, shown_name, was_by_preference
 from engine.config.flags import parse_flags
 from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
-from engine.files import append_line, read_json_lines, whole_folder, write_json
+from engine.files import append_line, is_there, read_json_lines, whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples
@@ -36,7 +37,7 @@ from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
 from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
 from engine.scorers.base import Scorers
-from engine.scorers.find import contents_of, load_scorers
+from engine.scorers.find import content, load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
@@ -144,7 +145,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
     prompts = heldout_prompts(pool, n, config.seed)
-    common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
+    common, shared = overlap(prompts, inputs.train), ""
     if common:
         shared = (
             f"{len(common)} of {n} prompts are among the run's training prompts, the first is "
@@ -161,7 +162,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
-    changed = owned.check_scorers(contents_of(config, inputs.folder), accept=flags.accept_changes)
+    changed = owned.check_scorers(
+        content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
+    )
     scorers = load_scorers(
         config.reward,
         config.cost,
@@ -169,6 +172,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         folder=inputs.folder,
         trunk=inputs.fingerprint,
         device=inputs.device,
+        now=inputs.limits.now,
     )
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
@@ -211,7 +215,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     Raises: UserError, before any compute unless a scorer fails.
     """
     out = Path(flags.out) if flags.out else RunFolder(Path(run)).next_evaluation()
-    if out.exists():
+    if is_there(out):
         raise UserError(f"--out {out} exists; name a folder that does not.")
     q = ask(run, flags)
     config, prompts, n = q.config, q.prompts, q.config.eval_responses
@@ -223,7 +227,14 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         display.warn(warning)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
-    with whole_folder(out) as folder, display:
+
+    def next_free() -> Path:
+        """Takes the next name: another evaluation, which began later, has ended first."""
+        nonlocal out
+        out = RunFolder(q.run).next_evaluation()
+        return out
+
+    with whole_folder(out, otherwise=None if flags.out else next_free) as folder, display:
         subject = Subject.load(replace(SamplingSettings.of(config), seed=flags.seed), q.inputs, q.scorers)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
@@ -279,7 +290,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
                 RunFolder(q.run).judged, json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)})
             )
         except UserError as error:
-            display.warn(f"{error}: these prompts are not on record")
+            display.warn(f"{error}; these prompts are not on record")
         for line in judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {RunFolder(out).evaluation} and {RunFolder(out).heldout}")
@@ -297,7 +308,7 @@ def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
     paths = RunFolder(run)
     known = [_hash(own)] if paths.evaluation.is_file() else []
     if paths.judged.is_file():
-        rows = read_json_lines(paths.judged, cure="remove that line", skip_damaged=True)
+        rows = read_json_lines(paths.judged, cure="make it readable", skip_damaged=True)
         known += [row.get("sha256") for row in rows]
     return known.count(_hash(prompts))
 
@@ -460,31 +471,26 @@ def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        run = ""
-        if not ("--help" in argv or "-h" in argv):
-            if not argv or argv[0].startswith("-"):
-                raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
-            run, argv = argv[0], argv[1:]
-        flags = parse_flags(
-            EvaluateConfig,
-            argv,
-            prog="python -m engine.evaluate RUN",
-            usage=USAGE,
-            first="run folder",
-            default=EvaluateConfig(),
-        )
-        if flags is None:
-            return 0
+    return run_command(_evaluate, argv)
+
+
+def _evaluate(argv: list[str], standing: Standing) -> None:
+    standing.again = lambda: "start the command again, as nothing was written"
+    run = ""
+    if not ("--help" in argv or "-h" in argv):
+        if not argv or argv[0].startswith("-"):
+            raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
+        run, argv = argv[0], argv[1:]
+    flags = parse_flags(
+        EvaluateConfig,
+        argv,
+        prog="python -m engine.evaluate RUN",
+        usage=USAGE,
+        first="run folder",
+        default=EvaluateConfig(),
+    )
+    if flags is not None:
         run_evaluation(run, flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

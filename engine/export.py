@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from engine import model
-from engine.errors import UserError
+from engine.command import Standing, run_command
 from engine.model.folder import digests
 from engine.policy.steps import Policy
 from engine.policy.weights import policy_of, trained_weights
@@ -37,15 +37,14 @@ def export(run: str | Path, folder: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run_command(_export, argv)
+
+
+def _export(argv: list[str], standing: Standing) -> int:
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         print("usage: python -m engine.export RUN FOLDER", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    try:
-        export(*argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    export(*argv)
     print(f"wrote {argv[1]}")
     return 0
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,8 +144,10 @@ def write_json(path: Path, contents: dict) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Appends a line to a file that several processes may append to. A last line that a killed process has cut
-    is ended first, and a line that does not fit on the disk is taken back.
+    """Appends a line to a file that several processes may append to.
+
+    A last line that a killed process has cut is ended first, and a line that does not fit on the disk is
+    taken back.
 
     Raises: NotWritten.
     """
@@ -197,8 +200,8 @@ def sync_folder(folder: Path) -> None:
 def whole_folder(out: Path, *, otherwise: Callable[[], Path] | None = None) -> Iterator[Path]:
     """Gives a temporary folder to write into and renames it to `out` at the end.
 
-    After an error or Ctrl-C the temporary folder is removed, and there is no `out`. What a killed process left
-    of a folder of this name is removed at the start; where its process lives, it stays.
+    After an error or Ctrl-C the temporary folder is removed, and there is no `out`. What a killed process
+    left of a folder of this name is removed at the start; where its process lives, it stays.
     otherwise: called where `out` has appeared in the meantime, for the name to take instead; then the names
     differ in numbers, and what killed processes left of any of them is removed.
 
@@ -228,7 +231,8 @@ def whole_folder(out: Path, *, otherwise: Callable[[], Path] | None = None) -> I
 
 
 def _make_locked(out: Path) -> tuple[Path, int]:
-    """Makes the temporary folder for `out`; returns it and the handle whose lock says that its process lives."""
+    """Makes the temporary folder for `out`; returns it, and the handle whose lock says that its process
+    lives."""
     number = os.getpid()
     while True:
         folder = out.with_name(f".{out.name}-{number}")
@@ -256,7 +260,8 @@ def _lock(handle: int) -> bool:
 
 
 def _remove_leftovers(parent: Path, name: str) -> None:
-    """Removes the temporary folders of killed processes; name: a regular expression for what was to be made."""
+    """Removes the temporary folders of killed processes; name: a regular expression for what they were
+    to be."""
     try:
         found = [entry.path for entry in os.scandir(parent) if re.fullmatch(rf"\.{name}-\d+", entry.name)]
     except OSError:
@@ -276,12 +281,19 @@ def _cannot_be_made(out: Path, error: OSError) -> UserError:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parses JSON. Raises: ValueError for whatever is wrong with it, also a key that stands twice in an object
-    and nesting that is too deep."""
+    """Parses JSON.
+
+    Raises: ValueError for whatever is wrong with it, also a key that stands twice in an object, nesting that
+    is too deep, and a number with more digits than Python reads.
+    """
     try:
         return json.loads(text, object_pairs_hook=_without_doubles)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):
+            raise ValueError(f"a number of more than {sys.get_int_max_str_digits()} digits") from error
+        raise
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict:
