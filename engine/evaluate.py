@@ -44,7 +44,7 @@ from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_in
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
 from engine.stages.run_inputs import owned_inputs
-from engine.stages.sampling import gap_text, respond, sample
+from engine.stages.sampling import gap_text, naming, respond, sample
 from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
@@ -389,7 +389,8 @@ def best_feasible(rows: list[dict]) -> int:
 def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(samples.prompts, samples.rollouts)
-    with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
+    total = sum(g.tokens for g in groups)
+    with naming(phase), phase.progress(total, "tokens", "pair order") as made:
         _, logprob = frozen_forward(
             subject.model,
             groups,

@@ -32,6 +32,7 @@ from engine.scorers.base import Scorers
 from engine.scorers.names import stage_name
 from engine.stages.job import Job, Subject
 from engine.stages.reference import Reference, aims, reference_units, within_correlation
+from engine.stages.sampling import naming
 from kernels.random import combine
 
 
@@ -50,9 +51,8 @@ class LogRatios:
         subject, prompts, scores = self.subject, samples.prompts, samples.scores
         groups, n = packing.groups(prompts, samples.rollouts), samples.rollouts.n
         ratios = []
-        with stage.progress(
-            len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios"
-        ) as progress:
+        total = len(self.aligned) * sum(g.tokens for g in groups)
+        with naming(stage), stage.progress(total, "tokens", "log-ratios") as progress:
             for adapter in self.aligned:
                 logprob = frozen_forward(
                     subject.model,
