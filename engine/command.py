@@ -30,6 +30,7 @@ REFUSED = (
     errno.ENAMETOOLONG,
     errno.ENFILE,
     errno.ENOMEM,
+    errno.EPIPE,
     errno.ESTALE,
 )
 

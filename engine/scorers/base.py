@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import write_whole
+from engine.files import make_folder, write_whole
 
 # (prompts, responses) -> one score per response
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -36,7 +36,7 @@ class Head:
 
     def save(self, folder: Path) -> None:
         """Writes FOLDER/head.safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         about = {"name": self.name, "layer": self.layer, "bias": self.bias, "trunk": self.trunk}
         metadata = {"head": json.dumps(about, sort_keys=True)}
         data = safetensors.torch.save({"weight": self.weight_D.contiguous()}, metadata=metadata)
