@@ -87,10 +87,15 @@ def one_line(text: object) -> str:
     return lines[0] if lines else type(text).__name__
 
 
+def escaped(text: str) -> str:
+    """Returns a text in which characters that cannot be printed, such as line ends, are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(path: Path | str) -> str:
     """Returns a path for a message of one line: line ends and bytes that are no text are escaped, and a name
     beyond what a file system takes is cut in its middle."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+    text = escaped(str(path))
     return text if len(text) <= 300 else f"{text[:120]}...{text[-120:]}"
 
 
