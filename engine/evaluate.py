@@ -37,7 +37,7 @@ from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
 from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
 from engine.scorers.base import Scorers
-from engine.scorers.find import contents_of, load_scorers
+from engine.scorers.find import content, load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
@@ -145,7 +145,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
     prompts = heldout_prompts(pool, n, config.seed)
-    common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
+    common, shared = overlap(prompts, inputs.train), ""
     if common:
         shared = (
             f"{len(common)} of {n} prompts are among the run's training prompts, the first is "
@@ -162,7 +162,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
-    changed = owned.check_scorers(contents_of(config, inputs.folder), accept=flags.accept_changes)
+    changed = owned.check_scorers(
+        content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
+    )
     scorers = load_scorers(
         config.reward,
         config.cost,
@@ -170,6 +172,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         folder=inputs.folder,
         trunk=inputs.fingerprint,
         device=inputs.device,
+        now=inputs.limits.now,
     )
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])

@@ -187,10 +187,9 @@ def clear(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Waits until all files in a folder are on the disk, and their names."""
-    for file in folder.iterdir():
-        sync_folder(file)
-    sync_folder(folder)
+    """Waits until all files in a folder, and below it, are on the disk, and their names."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 
 from engine import keys
+from engine.data.prompts import meanings
 from engine.errors import UserError
 from engine.records import Prompts
 
@@ -29,16 +30,26 @@ def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
 def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], list[int]]:
     """Holds out a seeded share of the prompts, with at least one prompt on either side.
 
+    Prompts that differ only in case or spaces are held out together, so that the share may be larger.
     Returns (training indices, held-out indices). Raises: UserError where there are fewer than two prompts.
     """
-    if len(prompts) < 2:
+    same: dict[str, list[int]] = {}
+    meaning = meanings(prompts)
+    for i in subset(prompts, len(prompts), seed, keys.SPLIT):
+        same.setdefault(meaning[i], []).append(i)
+    if len(same) < 2:
+        but = " that differ in more than case and spaces" if len(prompts) > 1 else ""
         raise UserError(
-            f"{len(prompts)} prompt(s) cannot be split into training and held-out ones; "
+            f"{len(same)} prompt(s){but} cannot be split into training and held-out ones; "
             "give at least 2, or --heldout."
         )
-    order = subset(prompts, len(prompts), seed, keys.SPLIT)
-    n_heldout = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
-    return order[n_heldout:], order[:n_heldout]
+    n_heldout = max(round(share * len(prompts)), 1)
+    heldout: list[int] = []
+    groups = list(same.values())
+    while len(heldout) < n_heldout and len(groups) > 1:
+        heldout += groups.pop(0)
+    held = set(heldout)
+    return [i for i in subset(prompts, len(prompts), seed, keys.SPLIT) if i not in held], heldout
 
 
 def deal(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.data import tables
-from engine.data.prompts import TextLimits, chat_ids, check_known, check_length
+from engine.data.chat import chat_ids
+from engine.data.prompts import TextLimits, check_known, check_length
 from engine.errors import UserError
 from engine.records import Prompts, Rollouts
 
@@ -42,7 +43,9 @@ def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: 
     for place, row in tables.read_rows(source):
         pair = ("chosen", "rejected") if not columns and "chosen" in row else ("response_0", "response_1")
         _check_row(row, pair, columns, place)
-        ids = chat_ids([{"role": "user", "content": row["prompt"]}], tokenizer, limits.system, place)
+        ids = chat_ids(
+            [{"role": "user", "content": row["prompt"]}], tokenizer, limits.system, place, limits.now
+        )
         check_length(ids, limits.max_prompt_tokens, place)
         check_known(ids, limits.vocab_size, place)
         prompts.append((row["prompt"], str(row.get("kind") or ""), ids))

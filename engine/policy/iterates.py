@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from engine import model
-from engine.files import sync_files
 from engine.policy.lora import Adapter
 from engine.policy.peft import save_peft
 from engine.policy.weights import Weights
@@ -18,4 +17,3 @@ def save_weights(weights: Weights, folder: Path, base_model: str, tokenizer_from
         save_peft(weights, folder, base_model)
     else:
         model.save(weights.decoder(), folder, tokenizer_from=tokenizer_from)
-        sync_files(folder)

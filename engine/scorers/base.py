@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,4 @@ class LoadContext:
     device: torch.device
     # The models that scorers have loaded before, by fingerprint or folder; loading another one adds it.
     loaded: dict[str, Any]
+    now: datetime | None = None  # the date for chat templates that write one; None: that of the clock

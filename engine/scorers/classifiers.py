@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,6 +45,17 @@ def classifier(spec: str, context: LoadContext) -> TextFunction:
         return (logits_NL[:, column] - others.logsumexp(dim=1)).tolist()
 
     return function
+
+
+def read_files(path_or_id: str) -> tuple[Path, dict[str, Path]]:
+    """Finds a classifier's folder, and by name every file in it that loading may read.
+
+    Raises: UserError where there is no such folder.
+    """
+    folder = resolve(path_or_id)
+    suffixes = {".json", ".safetensors", ".model", ".jinja", ".txt"}
+    files = (file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
+    return folder, {str(file.relative_to(folder)): file for file in files}
 
 
 @dataclass(frozen=True, kw_only=True)

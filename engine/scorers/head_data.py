@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data import tables
-from engine.data.prompts import TextLimits, as_messages, chat_ids, check_known
+from engine.data.chat import as_messages, chat_ids
+from engine.data.prompts import TextLimits, check_known
 from engine.errors import UserError
 from engine.model.packing import Group
 
@@ -153,7 +154,7 @@ def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
         rows_of.setdefault(text.chat, []).append(row)
     groups = []
     for chat, rows in rows_of.items():
-        prompt = chat_ids(json.loads(chat), tokenizer, limits.system, "--data")
+        prompt = chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now)
         if len(prompt) > limits.max_prompt_tokens:
             raise UserError(
                 f"--data: the prompt {chat[:60]!r} has {len(prompt)} tokens, too many for the model's "

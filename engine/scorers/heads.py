@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import quickstart
-from engine.data.prompts import chat_ids
+from engine.data.chat import chat_ids
 from engine.errors import UserError
 from engine.model.folder import fingerprint, load
 from engine.model.packing import Group
@@ -19,14 +19,15 @@ from engine.scorers.base import Head, LastForward, LoadContext, TextFunction
 SHIPPED = Path(str(files("engine"))) / "assets" / "heads"
 
 
-def find_head(spec: str, policy_folder: Path) -> Head | None:
-    """Reads the head that `spec` names: in the policy's folder under heads/, shipped, or a head folder.
+def find_head(spec: str, policy_folder: Path) -> Path | None:
+    """Finds the folder of the head that `spec` names: in the policy's folder under heads/, shipped,
+    or a head folder.
 
-    Returns None where there is none of that name. Raises: UserError where its file cannot be used.
+    Returns None where there is none of that name.
     """
     for folder in (policy_folder / "heads" / spec, SHIPPED / spec, Path(spec)):
         if (folder / "head.safetensors").is_file():
-            return Head.load(folder)
+            return folder
     return None
 
 
@@ -44,7 +45,7 @@ def load_head(head: Head, context: LoadContext) -> Head | TextFunction:
     if head.trunk == context.trunk:
         return head
     if head.trunk not in context.loaded:
-        context.loaded[head.trunk] = _load_trunk(head, context.device)
+        context.loaded[head.trunk] = _load_trunk(head, context)
     trunk = context.loaded[head.trunk]
     trunk.layers.add(head.layer)
     return lambda prompts, responses: head(trunk.states(prompts, responses)[head.layer]).tolist()
@@ -58,20 +59,20 @@ class Trunk:
     layers: set[int]  # the layers that the heads loaded so far read
 
 
-def _load_trunk(head: Head, device: torch.device) -> Trunk:
+def _load_trunk(head: Head, context: LoadContext) -> Trunk:
     folder = quickstart.model_folder()
     if fingerprint(folder) != head.trunk:
         raise UserError(
             f"head {head.name} was made for another model (fingerprint {head.trunk}); "
             "use it with --model of that model."
         )
-    model, tokenizer = load(folder, dtype=torch.float32, device=device), load_tokenizer(folder)
+    model, tokenizer = load(folder, dtype=torch.float32, device=context.device), load_tokenizer(folder)
     layers: set[int] = set()
 
     def states(prompts: list[str], responses: list[str]) -> dict[int, Tensor]:
         groups = [
             Group(
-                chat_ids([{"role": "user", "content": prompt}], tokenizer, "", "prompt"),
+                chat_ids([{"role": "user", "content": prompt}], tokenizer, "", "prompt", context.now),
                 [tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]],
                 [row],
             )

@@ -13,7 +13,8 @@ from engine.data import dealing
 from engine.data.prompts import TextLimits, assert_disjoint, check_known, load_prompts, shipped_prompts
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
-from engine.model.folder import DTYPES, check_weights, digests, read_config, read_json, resolve
+from engine.model.checkpoint import examine
+from engine.model.folder import DTYPES, digests, read_json, resolve
 from engine.model.tokenizer import load_tokenizer
 from engine.records import Prompts
 from engine.run.folder import RunFolder
@@ -57,8 +58,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
     files, fingerprint = digests(folder), model.fingerprint(folder)
     notes = [] if owned is None else [*owned.check_model(folder, files), *owned.check_sources()]
     texts = folder if owned is None else RunFolder(owned.run).model
-    shape = ModelConfig.from_json(read_config(folder), folder / "config.json")
-    check_weights(folder, shape)
+    shape = examine(folder).config
     tokenizer = load_tokenizer(texts)
     stop_token_ids = stop_tokens(texts, tokenizer)
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
@@ -68,15 +68,19 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
             "config.json's vocab_size; "
             "correct eos_token_id in generation_config.json, config.json or the tokenizer."
         )
+    now = datetime.now().replace(microsecond=0)
+    if owned is not None and owned.record.began:
+        now = datetime.fromisoformat(owned.record.began)
     limits = TextLimits(
         system=config.system,
         max_positions=shape.max_positions,
         max_new_tokens=config.max_new_tokens,
         vocab_size=shape.vocab_size,
+        now=now,
     )
     if owned is None:
         train, heldout = _prompts(config, tokenizer, limits)
-        began = datetime.now().isoformat(timespec="seconds") if asks_for_time(tokenizer) else ""
+        began = now.isoformat() if asks_for_time(tokenizer) else ""
         sources = source_digests(config)
     else:
         record = owned.record
@@ -146,7 +150,12 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
     """Reads prompts with a run's system line and longest response;
     see `engine.data.prompts.load_prompts`. Raises: UserError."""
     prompts = load_prompts(
-        source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
+        source,
+        tokenizer,
+        column=column,
+        system=limits.system,
+        now=limits.now,
+        max_prompt_tokens=limits.max_prompt_tokens,
     )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
         check_known(ids, limits.vocab_size, f"prompt {text[:60]!r}")

@@ -24,7 +24,7 @@ from engine.run.display import Display
 from engine.run.plan import Plan
 from engine.run.run import Run
 from engine.scorers.base import Scorers
-from engine.scorers.find import contents_of, load_scorers
+from engine.scorers.find import content, load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs
 from engine.stages.run_inputs import (
@@ -141,7 +141,7 @@ def open_job(
     )
     plan.check()
     asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
-    scorer_contents = contents_of(config, inputs.folder)
+    scorer_contents = content(config.reward, config.cost, config.audit, folder=inputs.folder)
     notes = list(inputs.notes)
     if owned is not None:
         notes += owned.check_scorers(scorer_contents, accept=config.accept_changes)
@@ -152,6 +152,7 @@ def open_job(
         folder=inputs.folder,
         trunk=fingerprint,
         device=inputs.device,
+        now=inputs.limits.now,
     )
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from engine.config import RunConfig
@@ -38,11 +37,6 @@ class OwnedInputs:
     run: Path
     contents: Contents
     record: RunInputs
-
-    @property
-    def began(self) -> datetime | None:
-        """Returns the time that a chat template is told; None where none asked for it."""
-        return datetime.fromisoformat(self.record.began) if self.record.began else None
 
     def check_model(self, source: Path, digests: Mapping[str, str]) -> list[str]:
         """Compares the model's folder, now with these digests, with what the run read.

@@ -13,6 +13,7 @@ from engine.data.dealing import deal
 from engine.errors import UserError
 from engine.files import clear
 from engine.model import packing
+from engine.model.folder import lasting_name
 from engine.policy import update
 from engine.policy.iterates import save_weights
 from engine.policy.samples import Samples
@@ -23,7 +24,6 @@ from engine.run import outputs
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
 from engine.scorers.scoring import ReferenceForward, score
-from engine.stages.inputs import DEFAULT_MODEL
 from engine.stages.job import Job, deal_prompts
 from engine.stages.reference import Reference
 from engine.stages.sampling import gap_of, sample
@@ -136,7 +136,7 @@ class Updates:
             if outputs.has(paths, folder):
                 job.run.display.warn(f"{folder} is not as it was written: made again from {paths.stages}")
             _remove(folder)
-            save_weights(self.weights, folder, job.config.model or DEFAULT_MODEL, job.texts)
+            save_weights(self.weights, folder, lasting_name(job.config.model, job.folder), job.texts)
             outputs.note(paths, [folder])
         return policy
 

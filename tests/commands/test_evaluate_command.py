@@ -278,10 +278,7 @@ def test_overlap_compares_whole_conversations(tmp_path):
         return load_prompts(str(path), tokenizer, max_prompt_tokens=1000)
 
     train_on = chats("Is rain wet?", "Is snow cold?", "Is the file \ufb01ne?")
-    assert overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on, tokenizer) == [
-        1,
-        2,
-    ]
+    assert overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on) == [1, 2]
 
 
 def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_path):
@@ -293,9 +290,7 @@ def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_pat
     lookalikes = load(lookalike_prompts())
     assert len(lookalikes) >= 60 and set(lookalikes.kind) == {"lookalike"}
     assert len({" ".join(re.findall(r"\w+", text.lower())) for text in lookalikes.text}) == len(lookalikes)
-    assert all(
-        overlap(lookalikes, load(shipped_prompts(part)), tokenizer) == [] for part in ("train", "heldout")
-    )
+    assert all(overlap(lookalikes, load(shipped_prompts(part))) == [] for part in ("train", "heldout"))
 
 
 def stopped_run(

@@ -61,5 +61,5 @@ def test_every_part_of_a_checkpoint_and_its_index(folder):
 
 def test_a_folder_without_config_json_is_refused_by_name(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json: cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"model: no config\.json; give a Hugging Face model folder"):
         digests(folder)

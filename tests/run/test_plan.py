@@ -12,9 +12,9 @@ from engine.errors import UserError
 from engine.evaluate import main as evaluate
 from engine.model.architecture import ModelConfig, Rope
 from engine.run import plan as memory
+from engine.run.contents import read_contents
 from engine.run.machine import available_memory
 from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_states_bytes, rows_that_fit
-from engine.run.run import Run
 
 SHAPE = ModelConfig(
     vocab_size=1000,
@@ -225,7 +225,7 @@ def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(
     )
     assert train.main([*flags, "--rollout-rows", "384", "--out", str(tmp_path / "short")]) == 0
     assert "memory is short, so --rollout-rows is 20\n" in capsys.readouterr().out
-    assert Run.read_config(tmp_path / "short")[1]["rollout_rows"] == 20
+    assert read_contents(tmp_path / "short").config["rollout_rows"] == 20
     first, second = (
         [json.loads(line) for line in (tmp_path / name / "heldout.jsonl").open()]
         for name in ("free", "short")

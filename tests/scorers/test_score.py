@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from engine import model, quickstart
 from engine.config import CaidConfig, smoke
-from engine.data.prompts import chat_ids, load_prompts
+from engine.data.chat import chat_ids
+from engine.data.prompts import load_prompts
 from engine.errors import UserError
 from engine.model.packing import batches, groups
 from engine.policy.forward import frozen_forward, logprob_gap
