@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a mistake of the program, 2 user's error, 3 non-finite sto
 import errno
 import io
 import os
+import re
 import select
 import sys
 import traceback
@@ -95,8 +96,9 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
 
 
 def _say(text: str) -> None:
-    """Prints one line to stderr, whatever the text holds."""
-    print(escaped(" ".join(line.strip() for line in text.splitlines() if line.strip())), file=sys.stderr)
+    """Prints one line to stderr, whatever the text holds; words without end, such as a path, are cut."""
+    text = escaped(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    print(re.sub(r"\S{301,}", lambda word: shown(word[0]), text), file=sys.stderr)
 
 
 def _check_text(argv: list[str]) -> None:
