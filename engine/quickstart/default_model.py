@@ -65,9 +65,18 @@ def cache_folder() -> Path:
     """Returns $XDG_CACHE_HOME/dualign, or ~/.cache/dualign.
 
     The latter where the variable is unset or not an absolute path, as its standard says.
+    Raises: UserError where it is, and nobody knows a home.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "dualign"
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise UserError(
+                "HOME is not set and this user has no home folder; "
+                "set XDG_CACHE_HOME to a folder that you can write."
+            ) from error
+    return base / "dualign"
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """The tiny random model of `--preset smoke`, with random heads beside it under
 the names of the shipped ones."""
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from engine.errors import UserError
+from engine.files import one_line, shown, whole_folder
 from engine.model.folder import fingerprint, read_config
 from engine.quickstart import cache_folder, is_complete, tiny_model_folder
 from engine.scorers.base import Head
@@ -18,18 +19,17 @@ def smoke_folder() -> Path:
     folder = cache_folder() / "smoke"
     if is_complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".smoke-"))
     try:
-        write_smoke_model(temporary / "model")
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary / "model", folder)
-    except OSError:
+        with whole_folder(folder) as partial:
+            write_smoke_model(partial)
+    except (OSError, SafetensorError, UserError) as error:
         # Another process may have made it meanwhile.
         if not is_complete(folder):
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(
+                f"{shown(folder)}: the tiny model cannot be written there ({one_line(error)}); "
+                "set XDG_CACHE_HOME to a folder that you can write."
+            ) from error
     return folder
 
 
