@@ -46,19 +46,19 @@ def main(arguments: list[str]) -> int:
     out = options.resume or options.out or Path(tempfile.mkdtemp(prefix="faults-"))
     out.mkdir(parents=True, exist_ok=True)
     settings = _settings(options, out)
-    slots = [Slot(out / f"slot-{i}") for i in range(1 if options.case else settings["workers"])]
+    workers = min(settings["workers"], len(options.case) or settings["workers"])
+    slots = [Slot(out / f"slot-{i}") for i in range(workers)]
     console.print(f"in {out}: preparing", markup=False)
     prepare()
-    part = options.case.partition("/")[0] or settings["part"]
-    # The lists of cases are made from what the undisturbed commands left.
-    first = [name for name, (_, _, needs) in PARTS.items() if part in (name, "all") for name in needs]
+    slots[0].folder.mkdir(parents=True, exist_ok=True)
+    slots[0].warm_up()
+    asked = _asked(settings, options.case)
+    first = [name for part, commands in asked.items() for name in PARTS[part].first(commands)]
     in_slots(slots, lambda slot: [slot.make(name) for name in first])
-    listed = cases_of(settings, slots[0], options.case)
-    if options.case and not listed:
-        print(
-            f"error: --case {options.case}: no such case; a line of results.jsonl names each.",
-            file=sys.stderr,
-        )
+    listed = cases_of(settings, slots[0], asked, options.case)
+    if len(listed) < len(options.case):
+        unknown = [name for name in options.case if not any(case.name.startswith(name) for case in listed)]
+        print(f"error: --case {unknown[0]}: no such case; results.jsonl names them.", file=sys.stderr)
         return 2
     needs = list(dict.fromkeys(need for case in listed for need in case.needs))
     in_slots(slots, lambda slot: [slot.make(need) for need in needs])
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         results.unlink(missing_ok=True)
     done = run_cases(listed, slots, results, console)
     show(done, settings, console)
-    if options.case:
+    if len(options.case) == 1:
         console.print(f"its folder: {slots[0].work}, what it printed: {slots[0].work}.err", markup=False)
     return 1 if any(result.outcome in BAD for result in done) else 0
 
@@ -83,7 +83,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="seed of the moments, damages, sizes and of the choice")
     add("--workers", type=int, default=2, help="cases side by side")
-    add("--case", default="", help="runs this one case again, by its name in the results")
+    add(
+        "--case",
+        nargs="+",
+        default=[],
+        help="runs these cases again, by their names in the results or by what the names begin with",
+    )
     add("--out", type=Path, help="folder to work in; default: a temporary one")
     add("--resume", type=Path, help="folder of an earlier call: goes on with its settings")
     return parser.parse_args(arguments)
@@ -99,18 +104,34 @@ def _settings(options: argparse.Namespace, out: Path) -> dict:
     return settings
 
 
-def cases_of(settings: dict, slot: Slot, only: str = "") -> list[Case]:
-    """Lists the chosen cases; with `only`, the one of that name."""
-    listed = []
-    slot.folder.mkdir(parents=True, exist_ok=True)
-    for name, (cases, default, _) in PARTS.items():
+def _asked(settings: dict, only: list[str]) -> dict[str, list[str]]:
+    """Returns the parts, each with the commands whose cases are to be listed; `only`: names of cases."""
+    if not only:
+        parts = [name for name in PARTS if settings["part"] in (name, "all")]
+        return {name: list(PARTS[name].commands) for name in parts}
+    found: dict[str, list[str]] = {}
+    for part, command, *_ in (f"{name}//".split("/") for name in only):
+        if part in PARTS and command not in found.setdefault(part, []):
+            found[part].append(command)
+    return found
+
+
+def cases_of(settings: dict, slot: Slot, asked: dict[str, list[str]], only: list[str]) -> list[Case]:
+    """Lists the chosen cases; with `only`, the first ones whose names are these, or begin so."""
+    listed, seed = [], settings["seed"]
+    for name, commands in asked.items():
+        part = PARTS[name]
+        cases = part.cases(slot, seed, part.first(commands))
         if only:
-            if only.partition("/")[0] == name:
-                listed += [case for case in cases(slot, settings["seed"]) if case.name == only]
-        elif settings["part"] in (name, "all"):
-            at_most = default if settings["cases"] is None else settings["cases"]
-            listed += chosen(cases(slot, settings["seed"]), settings["seed"], at_most)
+            listed += [case for name in only for case in _named(cases, name)]
+        else:
+            listed += chosen(cases, seed, part.default if settings["cases"] is None else settings["cases"])
     return listed
+
+
+def _named(cases: list[Case], name: str) -> list[Case]:
+    exact = [case for case in cases if case.name == name]
+    return exact or [case for case in cases if case.name.startswith(name)][:1]
 
 
 def show(results: list[Result], settings: dict, console: Console) -> None:

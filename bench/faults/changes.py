@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ def add_commands() -> None:
 add_commands()
 
 
-def cases(slot: Slot, seed: int) -> list[Case]:
+def cases(slot: Slot, seed: int, commands: Sequence[str] = ()) -> list[Case]:
     """Lists every change of every input of the runs."""
     listed = []
     for name, changed in RUNS.items():

@@ -4,6 +4,8 @@ A child is as `python -m MODULE WORDS` in a folder: it has a working folder, sta
 path of its own, and ends with the exit code that the command ends with.
 """
 
+import contextlib
+import importlib
 import os
 import resource
 import runpy
@@ -12,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +39,6 @@ class Ended(NamedTuple):
 
 def prepare() -> None:
     """Imports everything that a command imports and measures the machine, before the forks."""
-    import importlib
-
     import torch
 
     torch.set_num_threads(1)
@@ -50,6 +50,14 @@ def prepare() -> None:
     plan.matmul_rate = lambda dtype, device: rate
 
 
+def import_learned(names: Iterable[str]) -> None:
+    """Imports modules that commands have imported in children; the ones that cannot be are left to them."""
+    for name in names:
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
 def call(
     words: Sequence[str],
     folder: Path,
@@ -57,17 +65,19 @@ def call(
     limit_s: float,
     before: Callable[[], None] = lambda: None,
     kill_after_s: float | None = None,
+    learn: Path | None = None,
 ) -> Ended:
     """Runs `python -m WORDS` in `folder` and waits for its end.
 
-    before: is called in the child before the command. kill_after_s: sends SIGKILL at that time.
+    before: is called in the child before the command. kill_after_s: sends SIGKILL at that time. learn: file in
+    which the child leaves the names of all modules that it has imported.
     The standard streams are kept beside `folder`.
     """
     streams = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]
     start = time.monotonic()
     child = os.fork()
     if child == 0:
-        _be_the_command(words, folder, streams, before)
+        _be_the_command(words, folder, streams, before, learn)
     deadline = start + min(limit_s, limit_s if kill_after_s is None else kill_after_s)
     killed = False
     while True:
@@ -92,7 +102,9 @@ def _kill(child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def _be_the_command(words: Sequence[str], folder: Path, streams: list[Path], before: Callable) -> None:
+def _be_the_command(
+    words: Sequence[str], folder: Path, streams: list[Path], before: Callable[[], None], learn: Path | None
+) -> None:
     """Turns this process into the command; never returns."""
     code = 1
     try:
@@ -116,6 +128,8 @@ def _be_the_command(words: Sequence[str], folder: Path, streams: list[Path], bef
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         before()
         code = _exit_code(words[0])
+        if learn is not None:
+            learn.write_text("\n".join(sys.modules))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -64,3 +64,11 @@ def again(name: str, begun: bool) -> tuple[str, ...]:
     if command.resumes and begun:
         return command.words[0], "--resume", command.out
     return command.words
+
+
+# Together they import what any command imports.
+WARMING = (
+    (*COMMANDS["mocan"].words, "--cost", "odd=classifier", "--force"),
+    COMMANDS["dual"].words,
+    COMMANDS["head"].words,
+)

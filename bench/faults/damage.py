@@ -1,6 +1,7 @@
 """Damages each file of finished runs and sweeps before every command that reads them."""
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +27,12 @@ COMPARED = {
     "resume": "run", "full-resume": "run", "sweep-resume": "sweep", "evaluate": "run/evaluation-1",
     "full-evaluate": "run/evaluation-1", "export": "exported", "full-export": "exported", "samples-of": "second",
 }  # fmt: skip
-BASES = ("caid", "full", "sweep")
 
 
-def cases(slot: Slot, seed: int) -> list[Case]:
+def cases(slot: Slot, seed: int, commands: Sequence[str] = tuple(COMPARED)) -> list[Case]:
     """Lists every file of the run or sweep that a command reads, damaged in every way."""
     listed = []
-    for name in COMPARED:
+    for name in commands:
         base = COMMANDS[name].needs
         root = "sweep" if base == "sweep" else "run"
         slot.make(base)

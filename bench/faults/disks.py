@@ -3,6 +3,7 @@
 import random
 import resource
 import shlex
+from collections.abc import Sequence
 from functools import partial
 
 from bench.faults.cases import Case
@@ -16,10 +17,10 @@ SIZES = 8  # sizes of disks for each command, and a third as many limits of a fi
 SMALLEST_LIMIT = 16_384  # what a command prints has to fit
 
 
-def cases(slot: Slot, seed: int) -> list[Case]:
+def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]:
     """Lists full disks and limits of a file's size for all commands."""
     listed = []
-    for name in KILLED:
+    for name in commands:
         rng = random.Random(f"{seed} disks {name}")
         total = slot.about(name)["bytes"]
         files = [path for path in (slot.kept / name / COMMANDS[name].out).rglob("*") if path.is_file()]

@@ -1,6 +1,7 @@
 """Kills every command at random moments and before its file operations, then goes on."""
 
 import random
+from collections.abc import Sequence
 from functools import partial
 
 from bench.faults.cases import Case
@@ -15,10 +16,10 @@ OPERATIONS = 24  # points of a command at which it is killed, spread evenly
 MOMENTS = 6
 
 
-def cases(slot: Slot, seed: int) -> list[Case]:
+def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]:
     """Lists the kills of all commands."""
     listed = []
-    for name in KILLED:
+    for name in commands:
         rng = random.Random(f"{seed} kills {name}")
         total = slot.about(name)["operations"]
         step = max(1, total // OPERATIONS)

@@ -131,6 +131,8 @@ def _write(act: Act, write: Callable[[bytes], object], data) -> None:
 
 def _watch_safetensors(act: Act) -> None:
     """Lets safetensors' writer of files, which is no Python, go through a watched file."""
+    if "safetensors.torch" not in sys.modules:
+        return
     import safetensors.torch
 
     real = safetensors.torch.save_file

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.faults.children import Ended, call
-from bench.faults.commands import COMMANDS
+from bench.faults.children import Ended, call, import_learned
+from bench.faults.commands import COMMANDS, WARMING
 from bench.faults.operations import Counter, watch
 from bench.faults.outcome import Tree, tree
 from bench.faults.world import write_inputs
@@ -32,6 +32,24 @@ class Slot:
         self.make(name)
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.kept / name, self.work, symlinks=True)
+
+    def warm_up(self) -> None:
+        """Imports here what small commands import in a child, so that no later child has to."""
+        self.begin("inputs")
+        learned = self.folder / "modules"
+        for words in WARMING:
+            self.call(words, learn=learned)
+            import_learned(learned.read_text().split())
+        from matplotlib.figure import Figure
+
+        from engine.report.drawing import png
+
+        def draw() -> Figure:
+            figure = Figure()
+            figure.text(0.5, 0.5, "the first picture reads all fonts", weight="bold")
+            return figure
+
+        png(draw)
 
     def make(self, name: str) -> None:
         """Runs the command undisturbed and keeps the folder, unless that was done."""
@@ -82,7 +100,8 @@ class Slot:
         before: Callable[[], None] = lambda: None,
         limit_s: float = LIMIT_S,
         kill_after_s: float | None = None,
+        learn: Path | None = None,
     ) -> Ended:
         """Runs a command in the working folder."""
         os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
-        return call(words, self.work, limit_s=limit_s, before=before, kill_after_s=kill_after_s)
+        return call(words, self.work, limit_s=limit_s, before=before, kill_after_s=kill_after_s, learn=learn)

@@ -1,5 +1,6 @@
 """The list of malformed inputs."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from bench.faults.cases import Case
@@ -8,7 +9,7 @@ from bench.faults.inputs.malformed import judge
 from bench.faults.slots import Slot
 
 
-def cases(slot: Slot, seed: int) -> list[Case]:
+def cases(slot: Slot, seed: int, commands: Sequence[str] = ()) -> list[Case]:
     """Lists all malformed inputs; they do not depend on the seed."""
     sources = (tables.cases(), models.cases(), scorers.cases(), flags.cases(), paths.cases())
     return [
