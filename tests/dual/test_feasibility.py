@@ -15,7 +15,7 @@ from engine.errors import UserError
 
 
 def lp_multiple(g_PGJ: np.ndarray, b_J: np.ndarray) -> float:
-    """Solves for the largest multiple of b that a re-weighting of the responses reaches in each coordinate."""
+    """Solves for the largest multiple of b that a re-weighting of the responses reaches."""
     P, G, J = g_PGJ.shape
     found = linprog(
         np.append(np.zeros(P * G), -1.0),
@@ -28,7 +28,7 @@ def lp_multiple(g_PGJ: np.ndarray, b_J: np.ndarray) -> float:
 
 
 def problem(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, float]:
-    """Draws rewards, utilities, a direction of thresholds, its scale, the largest multiple and a hard beta."""
+    """Draws rewards, utilities, a direction of thresholds, its scale, the largest multiple, a hard beta."""
     rng = np.random.default_rng(seed)
     P, G, J = int(rng.choice([2, 8, 24])), int(rng.choice([2, 4, 8])), 1 + seed % 4
     reward, utility = rng.normal(size=(P, G)), rng.normal(size=(P, G, J))
@@ -39,7 +39,8 @@ def problem(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, 
         direction = -direction
     centred = utility - utility.mean(1, keepdims=True)
     scale = np.sqrt(centred.var(1).mean(0))
-    return reward, utility, direction, scale, lp_multiple(centred / scale, direction), 10 ** rng.uniform(-8, 2)
+    multiple, beta = lp_multiple(centred / scale, direction), 10 ** rng.uniform(-8, 2)
+    return reward, utility, direction, scale, multiple, beta
 
 
 @pytest.mark.parametrize("seed", range(40))
