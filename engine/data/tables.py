@@ -193,11 +193,14 @@ def _read_parquet(source: str, data: bytes) -> list[PlacedRow]:
     except ImportError:
         raise UserError(f"{source}: parquet needs the package pyarrow: pip install pyarrow.") from None
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), page_checksum_verification=True)
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True)
+        _check_columns(source, file.schema_arrow.names)
+        table = file.read()
+    except UserError:
+        raise
     # Damaged files end in errors of many kinds, OSError and UnicodeDecodeError among them.
     except Exception as error:
         raise UserError(f"{source}: not a readable parquet file ({first_line(error)}).") from None
-    _check_columns(source, table.column_names)
     damaged: dict[int, dict[str, str]] = {}
     columns = [
         _cells(column, name, damaged) for name, column in zip(table.column_names, table.columns, strict=True)

@@ -422,7 +422,7 @@ def test_a_parquet_column_twice_is_refused(tmp_path):
     assert "the column 'prompt' stands there twice" in refusal(read_rows, str(tmp_path / "p.parquet"))
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jsonl")
     os.mkfifo(tmp_path / "pipe")
     os.symlink(tmp_path / "loop.jsonl", tmp_path / "loop.jsonl")
@@ -442,7 +442,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     assert "not one of .jsonl" in refusal(read_rows, str(tmp_path / "pipe"))
     assert "not one of .jsonl" in refusal(read_rows, "/dev/null")
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(tmp_path)
+        monkeypatch.chdir(tmp_path)
         server.bind("s.jsonl")
         assert "a pipe or device" in refusal(read_rows, "s.jsonl")
 
