@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from engine.config.bounds import bounded, count, one_of
-from engine.config.run import Draws, IterativeConfig, RunConfig
+from engine.config.run import MOST_STEPS, Draws, IterativeConfig, RunConfig
 from engine.errors import UserError
 
 
@@ -24,7 +24,7 @@ class CaidConfig(IterativeConfig):
     """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward
     and one per cost: 0 or 1, the number of the response that is better in that respect. Default: labels drawn
     from the scorers on reference samples."""
-    preference_steps: int = count(10)
+    preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     pairs: str = "reference"
     """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy:
@@ -100,7 +100,7 @@ class PecanConfig(MocanConfig):
     """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost:
     0 or 1, the number of the response that is better in that respect. Default: labels drawn from
     the scorers on reference samples."""
-    preference_steps: int = count(10)
+    preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """DPO steps of each policy that is aligned to preferences."""
 
     @property
@@ -373,7 +373,7 @@ def shown_name(algorithm: str) -> str:
 
 
 def was_by_preference(algorithm: str, values: dict) -> bool:
-    """Tells from a run's config.json, as `Run.read_config` gives it, whether its scores
+    """Tells from a run's settings, as its config.json holds them, whether its scores
     were log-ratios of policies.
 
     A setting that the run's version did not have yet is at its default.

@@ -98,9 +98,9 @@ def count(default: int, *, at_least: int = 1, too_low: str = "") -> Any:
     return bounded(default, at_least=at_least, at_most=MOST, too_low=too_low)
 
 
-def any_seed(default: int = 0) -> Any:
-    """Declares a field that is a seed: any int64."""
-    return bounded(default, at_least=-(2**63), at_most=2**63 - 1)
+def any_seed(default: int = 0, *, largest: int = 2**63 - 1) -> Any:
+    """Declares a field that is a seed: any int64, or one of at most `largest` in size."""
+    return bounded(default, at_least=-largest, at_most=largest)
 
 
 def _short(bound: float) -> str:

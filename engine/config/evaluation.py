@@ -35,6 +35,8 @@ class EvaluateConfig:
     """Confidence of the two-sided intervals, and of the one-sided bounds that decide met or not met."""
     allow_overlap: bool = False
     """Go on with prompts that are among the run's training prompts."""
+    accept_changes: bool = False
+    """Go on with a scorer whose code or weights have changed since the run began."""
     out: str = ""
     """Folder of the results, must not exist yet. Default: RUN/evaluation-1, or the next free number."""
     device: str = one_of("", "auto", "cpu", "cuda")

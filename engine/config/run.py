@@ -11,6 +11,8 @@ FEW_PROMPTS = (
     "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "
     "or --heldout"
 )
+# Beyond these, random numbers of one purpose would be those of another; see `engine.keys`.
+MOST_STEPS, MOST_ITERATIONS = 10**6, 10**6 - 1
 
 
 class Draws(NamedTuple):
@@ -29,7 +31,7 @@ class RunConfig:
 
     out: str = ""
     """Run folder, must not exist yet. Default: runs/DATE-ALGORITHM-seedSEED."""
-    seed: int = any_seed()
+    seed: int = any_seed(largest=2**36)  # an adapter multiplies it by about 10^8
     """Seed of all random numbers: equal seeds give bitwise equal runs on one machine."""
     device: str = one_of("auto", "cpu", "cuda")
     """auto, cpu or cuda."""
@@ -63,6 +65,9 @@ class RunConfig:
     """System line put before every prompt; empty leaves the chat template's own.
     Ignored by a tokenizer without a template."""
 
+    accept_changes: bool = False
+    """Go on with a scorer whose code or weights have changed since the run began whose samples these are;
+    also beside --resume RUN."""
     samples_of: str = ""
     """Take the reference's samples, for training and verdict, from this run of equal settings; draw none."""
     n_prompts: int = count(400, at_least=2, too_low=FEW_PROMPTS)
@@ -113,7 +118,7 @@ class RunConfig:
     lam_max: float = bounded(20.0, above=0, at_most=1e9)
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = count(5)
+    steps: int = bounded(5, at_least=1, at_most=MOST_STEPS)
     """Policy steps per iteration."""
     prompts_per_step: int = count(16)
     """Prompts in one policy step, at most."""
@@ -272,7 +277,7 @@ class RunConfig:
 class IterativeConfig(RunConfig):
     """The settings of algorithms that measure the slack of their policies and descend the dual."""
 
-    iterations: int = count(5)
+    iterations: int = bounded(5, at_least=1, at_most=MOST_ITERATIONS)
     """T: policies trained; a dual step stands between two of them."""
     slack_prompts: int = count(64, at_least=2, too_low=FEW_PROMPTS)
     """Prompts on which the slack is measured, never among the iteration's pairs;

@@ -122,8 +122,8 @@ def _finite_number(row: dict, name: str, place: str) -> float:
         raise UserError(f"{place}: column {name!r} holds {str(value)[:60]!r}; give a number.")
     if not abs(value) <= LARGEST_SCORE:
         raise UserError(
-            f"{place}: column {name!r} is {str(value)[:20]}; it must be finite, and at most {LARGEST_SCORE:g} in size: "
-            "repair the score, or drop the prompt."
+            f"{place}: column {name!r} is {str(value)[:20]}; it must be finite, and at most "
+            f"{LARGEST_SCORE:g} in size: repair the score, or drop the prompt."
         )
     return float(value)
 

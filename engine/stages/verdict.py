@@ -9,11 +9,12 @@ from torch import Tensor
 
 from engine import keys
 from engine.constraints import Limit
-from engine.files import write_json, write_whole
+from engine.files import clear, write_json, write_whole
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Units
 from engine.report import run_page
+from engine.run import outputs
 from engine.run.display import duration
 from engine.run.rows import time_table
 from engine.run.run import Stage
@@ -68,11 +69,19 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
         truncated=job.config.truncated,
     )
     evaluation = judge(before, after, bar)
+    run.align([])  # The report reads the rows.
+    made = [run.paths.evaluation, run.paths.heldout, run.paths.report_png, run.paths.report_html]
+    for path in made:
+        if outputs.has(run.paths, path) and not outputs.is_whole(run.paths, path):
+            run.display.warn(f"{path} is not as it was written: made again from {run.paths.stages}")
+        if path.is_dir():
+            clear(path)
     write_heldout(run.paths.heldout, before, after)
     write_json(run.paths.evaluation, evaluation.as_dict())
     for line in sentences(evaluation):
         run.display.line(line)
     written = run_page.write(run.folder)
+    outputs.note(run.paths, made)
     run.display.table(
         [
             [stage, duration(seconds), f"{100 * share:.0f} %"]

@@ -417,7 +417,7 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, mo
         assert main([str(finished), "--out", str(tmp_path / "o")]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert capsys.readouterr().err == "interrupted: start the command again, as nothing was written\n"
     assert list(tmp_path.iterdir()) == [] and current[-1] == stage
 
 

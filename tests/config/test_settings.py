@@ -39,7 +39,7 @@ def test_every_number_has_a_lower_and_an_upper_bound(config):
     [
         ("--temperature 1e-8", r"--temperature 1e-08: must lie in \[1e-06, 1e\+06\], as the policy"),
         ("--temperature 1e7", r"--temperature 10000000\.0: must lie in \[1e-06, 1e\+06\]"),
-        (f"--seed {2**63}", r"--seed 9223372036854775808: must lie in \[-9223372036854775808, 9223372036854"),
+        (f"--seed {2**63}", r"--seed 9223372036854775808: must lie in \[-68719476736, 68719476736\]"),
         (f"--threads {2**40}", r"--threads 1099511627776: must lie in \[0, 1024\]"),
         ("--learning-rate 1e300", r"--learning-rate 1e\+300: must lie in \(0, 10\]"),
         ("--threshold 1e308", r"--threshold 1e\+308: must lie in \[-1e\+06, 1e\+06\]"),
@@ -67,8 +67,8 @@ def test_infinity_is_accepted_where_it_limits_nothing():
 
 def test_the_bounds_themselves_are_accepted():
     caid = ALGORITHMS["caid"].config
-    check_bounds(caid(seed=2**63 - 1, threads=1024, n_responses=MOST, temperature=1e-6, beta=1e8))
-    check_bounds(caid(seed=-(2**63), temperature=1e6, beta=1e-8))
+    check_bounds(caid(seed=2**36, threads=1024, n_responses=MOST, temperature=1e-6, beta=1e8))
+    check_bounds(caid(seed=-(2**36), temperature=1e6, beta=1e-8))
 
 
 def test_the_dual_has_the_same(tmp_path, capsys):
