@@ -497,3 +497,10 @@ def test_cut_texts_of_heads_end_without_the_end_of_a_turn(tmp_path, tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [response[-1] == end for response in group.responses] == [True, False, False]
     assert [len(response) for response in group.responses] == [4, 2, 8]
+
+
+def test_names_of_several_lines_stay_in_one(tmp_path, tokenizer):
+    file = write(tmp_path / "a\nb.jsonl", '{"prompt": ""}\n')
+    assert "a\\nb.jsonl:1: empty prompt" in refusal(load_prompts, file, tokenizer, max_prompt_tokens=9)
+    file = write(tmp_path / "p.csv", 'a,"two\nlines"\nx,y\n')
+    assert "columns found: a, two\\nlines." in refusal(load_prompts, file, tokenizer, max_prompt_tokens=9)
