@@ -86,7 +86,7 @@ def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: 
     if n_alike and not prompts:
         raise UserError(
             f"{shown(source)}: the two answers of every pair are equal ({n_cut} of {2 * n_alike} answers "
-            f"were cut at --max-new-tokens {limits.max_new_tokens}); give pairs that differ, or raise that limit."
+            f"were cut at --max-new-tokens {limits.max_new_tokens}); give others, or raise that limit."
         )
     if not prompts:
         raise UserError(f"{shown(source)}: no rows in it; give at least one.")
