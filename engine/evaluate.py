@@ -60,10 +60,8 @@ class Phase:
     progress. Ctrl-C stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
-        self.name, self.logprob_gap = (
-            name,
-            None,
-        )  # that of its samples, as `engine.stages.sampling.log_gap` gives it
+        self.name = name
+        self.logprob_gap = None  # that of its samples, as `engine.stages.sampling.log_gap` gives it
         self._display = display
         display.stage(number, name)
 
@@ -96,9 +94,8 @@ class Question:
     committed: Committed  # what its stages hold
     algorithm: str
     config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
-    iterates: dict[
-        int, list[float]
-    ]  # those to choose from, with the multipliers that each was trained at; one unless --best-feasible
+    # Those to choose from, with the multipliers that each was trained at; one unless --best-feasible.
+    iterates: dict[int, list[float]]
     selection: Prompts | None  # what they are chosen on
     by_preference: bool  # scores are log-ratios of policies that the run aligned to preferences
     units: Units  # of the run's scorers; further audits have none yet
