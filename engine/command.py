@@ -81,7 +81,7 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
                 f"it has no result; take that call out, then {standing.again()}"
             )
             return 1
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             if isinstance(error, OSError) and error.errno in REFUSED:
                 place = f"{shown(error.filename)}: " if error.filename else ""
                 advice, again = ADVICE.get(error.errno, ("see to that", True))

@@ -86,6 +86,7 @@ MISTAKES = [
     KeyError("x"),
     FileNotFoundError(errno.ENOENT, "No such file or directory", "f"),
     RecursionError("too deep"),
+    type("PanicException", (BaseException,), {})("a library in Rust"),
     UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
 ]
 
