@@ -44,7 +44,7 @@ from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_in
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
 from engine.stages.run_inputs import owned_inputs
-from engine.stages.sampling import gap_text, respond, sample
+from engine.stages.sampling import gap_text, naming, respond, sample
 from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
@@ -77,6 +77,10 @@ class Phase:
     def progress(self, total: int, unit: str, what: str) -> Progress:
         """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._display.progress(total, unit, what)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._display.warn(text)
 
     def log_speed(self, row: SpeedRow) -> None:
         """Speeds are seen while they last, and not kept."""
@@ -223,7 +227,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
-    for warning in [*q.notes, *try_out(q.scorers, prompts.text)]:
+    for warning in [*q.notes, *try_out(q.scorers, prompts, config.max_new_tokens)]:
         display.warn(warning)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
@@ -366,6 +370,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         units=scoring.units,
         audit_names=scoring.audit_names,
         confidence=confidence,
+        truncated=q.config.truncated,
     )
 
 
@@ -384,7 +389,8 @@ def best_feasible(rows: list[dict]) -> int:
 def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(samples.prompts, samples.rollouts)
-    with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
+    total = sum(g.tokens for g in groups)
+    with naming(phase), phase.progress(total, "tokens", "pair order") as made:
         _, logprob = frozen_forward(
             subject.model,
             groups,

@@ -92,9 +92,8 @@ def load_peft(folder: str | Path, model: Decoder) -> Adapter:
             f"{folder}: this adapter does not fit the model: it adapts layer {placement.last_layer - 1} and "
             f"the model has {model.config.num_layers}; give the model it was trained on."
         )
-    of_rank = [name for name, value in tensors.items() if rank in value.shape]
-    if len(of_rank) < len(tensors):
-        name = min(tensors.keys() - set(of_rank))
+    name = max(tensors, key=lambda name: max(tensors[name].shape, default=0))
+    if rank > max(tensors[name].shape, default=0):
         raise UserError(
             f"{shown(file)}: {name} has shape {tuple(tensors[name].shape)}, adapter_config.json says rank "
             f"{rank}; fetch the folder again."

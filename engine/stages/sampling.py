@@ -1,12 +1,14 @@
 """Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import NonFiniteError, UserError
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, logprob_gap
@@ -51,7 +53,8 @@ def respond(
         made.advance(tokens)
         stage.check_stop()
 
-    with stage.progress(len(prompts) * n * settings.max_new_tokens, "tokens", "sampling") as made:
+    work = len(prompts) * n * settings.max_new_tokens
+    with naming(stage), stage.progress(work, "tokens", "sampling") as made:
         rollouts = generate(
             job.model,
             prompts.token_ids,
@@ -85,7 +88,7 @@ def sample(
     keep: bool = False,
 ) -> Samples:
     """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`,
-    `check_stop`, `log_speed` and `log`, which gets the `log_gap` of these samples.
+    `check_stop`, `warn`, `log_speed` and `log`, which gets the `log_gap` of these samples.
 
     The samples hold the states below the adapter where `keep` asks for them, heads read no higher and the
     states are not too large. The reference's own samples are not run through the model again for
@@ -119,7 +122,7 @@ def sample(
         stage.check_stop()
 
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
-    with stage.progress(total, "tokens", "scoring") as scored:
+    with naming(stage), stage.progress(total, "tokens", "scoring") as scored:
         forward = ReferenceForward(
             temperature=settings.temperature,
             memory_budget_bytes=settings.memory_budget_bytes,
@@ -127,6 +130,8 @@ def sample(
             states=states,
         )
         scores = score(job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens)
+    for warning in job.scorers.warnings():
+        stage.warn(warning)
     tokens = int(rollouts.length.sum())
     stage.log_speed(
         SpeedRow(
@@ -149,6 +154,15 @@ def sample(
         kl_PG=logprob_PG - scores.ref_logprob_PG,
         lower=states.lower if states and keep else None,
     )
+
+
+@contextmanager
+def naming(stage: Stage) -> Iterator[None]:
+    """Puts the stage, and with it the iterate, in front of what is said of numbers that are not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{stage.name}: {error}") from error
 
 
 def log_gap(
