@@ -82,9 +82,11 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
             )
             return 1
         except BaseException as error:  # a panic of a library in Rust is no Exception
-            if isinstance(error, OSError) and error.errno in REFUSED:
+            if isinstance(error, OSError) and (error.errno in REFUSED or _no_temporary_folder(error)):
                 place = f"{shown(error.filename)}: " if error.filename else ""
                 advice, again = ADVICE.get(error.errno, ("see to that", True))
+                if _no_temporary_folder(error):
+                    advice, again = "free space there, or set TMPDIR to a folder with room", True
                 _say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
                 return UserError.exit_code
             traceback.print_exc()
@@ -93,6 +95,11 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
                 f"lines above; to try once more, {standing.again()}"
             )
             return 1
+
+
+def _no_temporary_folder(error: OSError) -> bool:
+    """Tells whether Python found no folder for temporary files, as on a full disk."""
+    return error.errno == errno.ENOENT and error.filename is None
 
 
 def _say(text: str) -> None:
