@@ -251,10 +251,10 @@ def test_files_come_into_a_folder_together_or_not_at_all(tmp_path):
 
 
 BAD_OUT = {
-    "a file": (lambda p: p.write_text("x"), "out", "that is no folder"),
+    "a file": (lambda p: p.write_text("x"), "out", "that is a file"),
     "below a file": (lambda p: p.write_text("x"), "out/a/b", "no folder can be made in .*out;"),
     "a link in a circle": (lambda p: p.symlink_to(p), "out", "that is no folder"),
-    "a folder in place of a file": (lambda p: (p / "b").mkdir(parents=True), "out", "b in it is a folder"),
+    "a folder in place of a file": (lambda p: (p / "b").mkdir(parents=True), "out", "out/b is a folder"),
     "a long name": (lambda p: None, "x" * 256, "cannot be made .File name too long."),
 }
 
