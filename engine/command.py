@@ -162,8 +162,9 @@ def _surviving_output() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # somebody's own stream may be closed
+                stream.flush()
         sys.stdout, sys.stderr = before
 
 
