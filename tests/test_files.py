@@ -296,6 +296,7 @@ def test_a_user_without_rights_gets_one_line():
     if not child:
         os.setgid(65534)
         os.setuid(65534)
+        unread = "cannot be read (Permission denied); c."
         right = [
             says(lambda: read_json(folder / "secret.json", cure="c"), unread),
             says(lambda: read_json(folder / "closed" / "a", cure="c"), unread),
