@@ -43,6 +43,8 @@ def load_tokenizer(folder: Path):
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, vocab_size in config.json is {size}; "
             "give the model together with its own tokenizer."
         )
+    # Who reads texts checks their lengths, and says in one line what to do; the library would warn before it.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
