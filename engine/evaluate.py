@@ -78,6 +78,10 @@ class Phase:
         """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._display.progress(total, unit, what)
 
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._display.warn(text)
+
     def log_speed(self, row: SpeedRow) -> None:
         """Speeds are seen while they last, and not kept."""
 
@@ -223,7 +227,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
-    for warning in [*q.notes, *try_out(q.scorers, prompts.text)]:
+    for warning in [*q.notes, *try_out(q.scorers, prompts, config.max_new_tokens)]:
         display.warn(warning)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
@@ -366,6 +370,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         units=scoring.units,
         audit_names=scoring.audit_names,
         confidence=confidence,
+        truncated=q.config.truncated,
     )
 
 

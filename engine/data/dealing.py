@@ -1,6 +1,7 @@
 """Seeded choices among prompts: subsets, splits, the prompts of an iteration and of its steps."""
 
 import hashlib
+from functools import lru_cache
 
 from engine import keys
 from engine.data.prompts import meanings
@@ -68,14 +69,20 @@ def deal(
     return turned[:pool], turned[pool : pool + n_slack]
 
 
-def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: int) -> list[list[int]]:
-    """Lists the prompts of each step: seeded shuffles of all prompts, one after another.
+class Schedule:
+    """The prompts of each step, from 0: seeded shuffles of all prompts, one after another, made when they are
+    asked for.
 
-    The result depends only on (seed, purpose) and the prompts' keys.
+    It depends only on (seed, purpose) and the prompts' keys.
     """
-    order: list[int] = []
-    epoch = 0
-    while len(order) < per_step * steps:
-        order += subset(prompts, len(prompts), seed, keys.epoch(purpose, epoch))
-        epoch += 1
-    return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]
+
+    def __init__(self, prompts: Prompts, seed: int, purpose: str, per_step: int) -> None:
+        self._prompts, self._seed, self._purpose, self._per_step = prompts, seed, purpose, per_step
+        self._shuffle = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getitem__(self, step: int) -> list[int]:
+        first, P = step * self._per_step, len(self._prompts)
+        return [self._shuffle(i // P)[i % P] for i in range(first, first + self._per_step)]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        return subset(self._prompts, len(self._prompts), self._seed, keys.epoch(self._purpose, epoch))

@@ -159,15 +159,6 @@ def check_length(token_ids: list[int], limit: int, place: str) -> None:
         )
 
 
-def check_known(token_ids: list[int], vocab_size: int, place: str) -> None:
-    """Refuses a text with a special token that the model does not know. Raises: UserError."""
-    if max(token_ids, default=0) >= vocab_size:
-        raise UserError(
-            f"{place}: it has token id {max(token_ids)}, the model knows {vocab_size} tokens; "
-            "remove that special token."
-        )
-
-
 def _kind(value: object, place: str) -> str:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: column 'kind' holds a {type(value).__name__}; give text.")

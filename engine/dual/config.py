@@ -1,11 +1,11 @@
 """The flags of `python -m engine.dual SCORES`, and what may stand in them."""
 
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds
 from engine.errors import UserError
 
 
@@ -13,11 +13,11 @@ from engine.errors import UserError
 class DualConfig:
     """Multipliers of a threshold from a file of scores, without training."""
 
-    threshold: tuple[float, ...] = ()
+    threshold: tuple[float, ...] = bounded((), at_least=-LARGEST_SCORE, at_most=LARGEST_SCORE)
     """b of each constraint: required improvement over the mean of its column, in units as --raw says."""
     absolute: bool = False
     """The thresholds are levels of the utility (of minus the cost), not improvements."""
-    beta: float = 1.0
+    beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
     """Weight of KL(policy || reference), in units of the reward."""
     utility: tuple[str, ...] = ()
     """Columns that are larger where better. Default without --cost: all other columns with numbers."""
@@ -25,9 +25,9 @@ class DualConfig:
     """Columns that are smaller where better: they are negated once."""
     raw: bool = False
     """Keep the file's units. Default: divide columns by their within-prompt deviations, as a run does."""
-    draws: int = 400
+    draws: int = bounded(400, at_least=40, at_most=100_000, too_low="a 95 % interval needs at least 40")
     """Bootstrap samples of the prompts."""
-    seed: int = 0
+    seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
     """Seed of the bootstrap and of the labels of pairs."""
     out: str = ""
     """Folder for dual.json and dual.png, which are overwritten. Default: NAME-dual for NAME.jsonl."""
@@ -64,15 +64,7 @@ def _check_numbers(config: DualConfig) -> None:
             "--threshold is missing: give the required improvement of each constraint, "
             "for example --threshold 0.3."
         )
-    for b in config.threshold:
-        if not math.isfinite(b):
-            raise UserError(f"--threshold {b}: must be finite.")
-    if not (config.beta > 0 and math.isfinite(config.beta)):
-        raise UserError(f"--beta {config.beta}: must be above 0 and finite.")
-    if config.draws < 40:
-        raise UserError(f"--draws {config.draws}: a 95 % interval needs at least 40.")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must lie between 0 and {2**63 - 1}.")
+    check_bounds(config)
 
 
 def _check_names(config: DualConfig) -> None:

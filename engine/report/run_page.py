@@ -70,7 +70,8 @@ def _iteration_table(run: RunFiles) -> str:
     head = ["iteration", "reward"]
     for name in run.names:
         head += [f"{name}: {what}" for what in ("lambda", "improvement", "b", "aimed at", "slack")]
-    head += ["KL (nats)", "loss"]
+    truncated = run.config.get("config", {}).get("top_p", 1) < 1
+    head += ["log-ratio (nats)" if truncated else "KL (nats)", "loss"]
     body = []
     for i, row in enumerate(run.iteration):
         cells = [str(row.get("iteration", i)), with_se(row.get("reward"), row.get("reward_se"))]

@@ -61,6 +61,10 @@ class Stage:
         """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._run.display.progress(total, unit, what)
 
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._run.display.warn(text)
+
     def partial(self, cls: type[RecordT]) -> RecordT | None:
         """Loads the last whole partial of this stage, or None. The rows logged up to it
         replace those logged since."""

@@ -14,6 +14,7 @@ from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextFunction
 from engine.scorers.classifiers import classifier, read_files
 from engine.scorers.functions import python_function, source_file
 from engine.scorers.heads import find_head, load_head, shipped_heads
+from engine.scorers.names import LONGEST, is_name
 
 
 def load_scorers(
@@ -79,7 +80,7 @@ class UnloadedScorer:
     form: str  # head, classifier or function
     # The file or folder that it is read from, and each file there by name.
     files: Callable[[], tuple[Path, dict[str, Path]]]
-    load_as: Callable[[LoadContext], Head | TextFunction]
+    load_as: Callable[[LoadContext], Head | TextScorer | TextFunction]
 
     def load(
         self,
@@ -96,7 +97,7 @@ class UnloadedScorer:
         """
         context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded, now=now)
         head_or_function = self.load_as(context)
-        if isinstance(head_or_function, Head):
+        if isinstance(head_or_function, Head | TextScorer):
             return replace(head_or_function, name=self.name, sign=self.sign)
         return TextScorer(name=self.name, function=head_or_function, sign=self.sign)
 
@@ -126,9 +127,25 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
 
     Raises: UserError naming the value and the accepted forms.
     """
+    try:
+        scorer = _find(spec, folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"scorer {spec:.60}: cannot be looked for ({reason}); give another one.") from error
+    if not is_name(scorer.name):
+        raise UserError(
+            f"scorer {spec:.60}: {scorer.name!r:.60} cannot name it in tables; give it a name of at most "
+            f"{LONGEST} bytes: NAME=SCORER."
+        )
+    return scorer
+
+
+def _find(spec: str, folder: Path) -> UnloadedScorer:
     name, equals, renamed = spec.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name) and not Path(spec).exists():
-        scorer = find_scorer(renamed.removeprefix("-"), folder)
+        scorer = _find(renamed.removeprefix("-"), folder)
         return replace(scorer, name=name, sign=-scorer.sign if renamed.startswith("-") else scorer.sign)
     if (at := find_head(spec, folder)) is not None:
         head, file = Head.load(at), at / "head.safetensors"
@@ -136,7 +153,7 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
             name=head.name,
             form="head",
             files=lambda: (file, {file.name: file}),
-            load_as=lambda context: load_head(head, context),
+            load_as=lambda context: load_head(head, context, folder),
         )
     if ":" in spec and not Path(spec).exists():
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from engine import quickstart
-from engine.data.chat import chat_ids
+from engine.data.chat import chat_ids, known_end_of_turn
 from engine.errors import UserError
-from engine.model.folder import fingerprint, load
+from engine.model.architecture import ModelConfig
+from engine.model.folder import fingerprint, load, read_config
 from engine.model.packing import Group
 from engine.model.tokenizer import load_tokenizer
 from engine.policy.forward import frozen_forward
-from engine.scorers.base import Head, LastForward, LoadContext, TextFunction
+from engine.scorers.base import Asked, Head, LastForward, LoadContext, TextScorer, messages_of
 
 SHIPPED = Path(str(files("engine"))) / "assets" / "heads"
 
@@ -36,19 +37,26 @@ def shipped_heads() -> list[str]:
     return sorted(file.parent.name for file in SHIPPED.glob("*/head.safetensors"))
 
 
-def load_head(head: Head, context: LoadContext) -> Head | TextFunction:
-    """Returns the head itself where its trunk is the policy's model, else a function of texts.
+def load_head(head: Head, context: LoadContext, policy_folder: Path) -> Head | TextScorer:
+    """Returns the head itself where its trunk is the policy's model, else a scorer of texts.
 
-    The function reads the texts with the head's trunk, in one forward pass for all heads on that trunk.
-    Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model.
+    The scorer reads the texts with the head's trunk, in one forward pass for all heads on that trunk.
+    Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model, or the head
+    does not fit it.
     """
     if head.trunk == context.trunk:
+        head.check_fits(ModelConfig.from_json(read_config(policy_folder), policy_folder / "config.json"))
         return head
     if head.trunk not in context.loaded:
         context.loaded[head.trunk] = _load_trunk(head, context)
     trunk = context.loaded[head.trunk]
+    head.check_fits(trunk.config)
     trunk.layers.add(head.layer)
-    return lambda prompts, responses: head(trunk.states(prompts, responses)[head.layer]).tolist()
+    return TextScorer(
+        name=head.name,
+        function=lambda prompts, responses: head(trunk.states(prompts, responses)[head.layer]).tolist(),
+        reads_messages=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,7 @@ class Trunk:
     """A model that heads read beside the policy's."""
 
     states: LastForward  # (prompts, responses) -> {layer: mean states of each response [N, D]}
+    config: ModelConfig
     layers: set[int]  # the layers that the heads loaded so far read
 
 
@@ -67,17 +76,18 @@ def _load_trunk(head: Head, context: LoadContext) -> Trunk:
             "use it with --model of that model."
         )
     model, tokenizer = load(folder, dtype=torch.float32, device=context.device), load_tokenizer(folder)
+    end = known_end_of_turn(tokenizer, model.config.vocab_size, str(folder))
     layers: set[int] = set()
 
-    def states(prompts: list[str], responses: list[str]) -> dict[int, Tensor]:
+    def states(prompts: list[Asked], responses: list[str]) -> dict[int, Tensor]:
         groups = [
             Group(
-                chat_ids([{"role": "user", "content": prompt}], tokenizer, "", "prompt", context.now),
-                [tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]],
+                chat_ids(messages_of(prompt), tokenizer, "", "prompt", context.now),
+                [tokenizer(response, add_special_tokens=False)["input_ids"] + [end]],
                 [row],
             )
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
         return frozen_forward(model, groups, sorted(layers), temperature=None)[0]
 
-    return Trunk(states=LastForward(states), layers=layers)
+    return Trunk(states=LastForward(states), config=model.config, layers=layers)

@@ -10,7 +10,8 @@ import torch
 from engine import model, quickstart
 from engine.config import RunConfig
 from engine.data import dealing
-from engine.data.prompts import TextLimits, assert_disjoint, check_known, load_prompts, shipped_prompts
+from engine.data.chat import check_known
+from engine.data.prompts import TextLimits, assert_disjoint, load_prompts, shipped_prompts
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import examine

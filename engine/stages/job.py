@@ -166,7 +166,7 @@ def open_job(
             assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
     if own_pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": own_pairs.prompts})
-    warnings = try_out(scorers, used[0].text)
+    warnings = try_out(scorers, used[0], config.max_new_tokens)
     display = Display(n_stages=n_stages or stages_of(config))
     display.line(
         f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
@@ -176,6 +176,14 @@ def open_job(
         display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
     for warning in warnings:
         display.warn(warning)
+    if config.truncated:
+        display.warn(
+            f"--top-p {config.top_p:g} cuts the distributions that are sampled, so no KL is measured: in its "
+            "place stands the mean log-ratio of the whole policies on these samples"
+        )
+    for own in (own_pairs, preferences):
+        for note in own.notes() if own is not None else []:
+            display.warn(note)
     display.line(plan.sentence())
     if plan.rows < asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")

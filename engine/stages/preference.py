@@ -29,6 +29,7 @@ from engine.run.committed import Committed
 from engine.run.rows import PreferenceRow
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
+from engine.scorers.names import stage_name
 from engine.stages.job import Job, Subject
 from engine.stages.reference import Reference, aims, reference_units, within_correlation
 from engine.stages.sampling import naming
@@ -107,9 +108,9 @@ def restored(run: Committed, config: RunConfig, subject: Subject, scorer_units: 
     Raises: UserError where a policy it aligned is missing or damaged.
     """
     row, aligned = run.one(PreferenceRow), []
-    for name in row.names:
+    for number, name in enumerate(row.names):
         aligned.append(new_adapter(subject.model, config))
-        aligned[-1].set_tensors(run.load(f"preference/{name}", Policy).adapter)
+        aligned[-1].set_tensors(run.load(stage_name("preference", number, name), Policy).adapter)
     log_ratios = LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units)
     return ByLogRatios.of(log_ratios, row.log_ratio_sd[0], row.log_ratio_sd[1:])
 
@@ -158,7 +159,7 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
         step = Update(stage=stage, config=settings, model=job.model, weights=adapter, start=None, iteration=0)
         return update.fit(step, samples, target, train_on=list(range(len(samples.prompts))))
 
-    adapter.set_tensors(job.run.stage(f"preference/{name}", Policy, compute).adapter)
+    adapter.set_tensors(job.run.stage(stage_name("preference", number, name), Policy, compute).adapter)
     return adapter
 
 

@@ -88,7 +88,7 @@ def sample(
     keep: bool = False,
 ) -> Samples:
     """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`,
-    `check_stop`, `log_speed` and `log`, which gets the `log_gap` of these samples.
+    `check_stop`, `warn`, `log_speed` and `log`, which gets the `log_gap` of these samples.
 
     The samples hold the states below the adapter where `keep` asks for them, heads read no higher and the
     states are not too large. The reference's own samples are not run through the model again for
@@ -130,6 +130,8 @@ def sample(
             states=states,
         )
         scores = score(job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens)
+    for warning in job.scorers.warnings():
+        stage.warn(warning)
     tokens = int(rollouts.length.sum())
     stage.log_speed(
         SpeedRow(

@@ -49,6 +49,8 @@ def score_pairs(job: Job) -> Samples:
                 ),
                 on_tokens=scored.advance,
             )
+        for warning in job.scorers.warnings():
+            stage.warn(warning)
         stage.log(PairsRow(prompts=len(pairs.prompts)))
         return Samples(
             prompts=pairs.prompts,

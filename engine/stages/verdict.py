@@ -35,6 +35,7 @@ class Bar:
     units: Units
     audit_names: list[str]
     confidence: float = 0.95
+    truncated: bool = False  # see `engine.config.RunConfig.truncated`
 
 
 def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> Samples:
@@ -65,6 +66,7 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
         aimed=reference.aimed,
         units=reference.units,
         audit_names=reference.scoring.audit_names,
+        truncated=job.config.truncated,
     )
     evaluation = judge(before, after, bar)
     run.align([])  # The report reads the rows.
@@ -96,7 +98,7 @@ def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     policy, reference = (
         Side(rollouts=side.rollouts, texts=side.texts, scores=side.scaled) for side in (after, before)
     )
-    asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J)
+    asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J, truncated=bar.truncated)
     return evaluate(policy, reference, before.prompts, after.kl_PG, asked, bar.audit_names, bar.confidence)
 
 

@@ -64,6 +64,12 @@ def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
     settings = read_json(Path(folder) / "sweep.json", cure=cure)
     try:
         preset = settings.pop("preset")
+        if preset not in (None, "smoke"):
+            raise ValueError(f"preset {preset}")
+        for name, value in settings.items():
+            kind = int if name == "seeds" else str
+            if not (type(value) is list and all(type(x) is kind for x in value)):
+                raise ValueError(f"{name} {value}")
         return SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()}), preset
     except (KeyError, TypeError) as error:
         raise UserError(f"--resume {folder}: its sweep.json is none of a sweep ({error}); {cure}.") from error

@@ -50,10 +50,14 @@ class Outcome:
     seconds: float = 0.0  # of training, without the reference's samples
 
 
+def judged(plan: Plan) -> bool:
+    """Tells whether a run has its verdict, so that it is counted and not trained."""
+    return RunFolder(plan.folder).evaluation.is_file()
+
+
 def finished(plan: Plan) -> bool:
     """Tells whether a run has its verdict and its report."""
-    paths = RunFolder(plan.folder)
-    return paths.evaluation.is_file() and paths.report_html.is_file()
+    return judged(plan) and RunFolder(plan.folder).report_html.is_file()
 
 
 def read_run(plan: Plan, error: str = "") -> Outcome:

@@ -369,7 +369,7 @@ def test_a_run_that_cannot_be_judged_is_one_line_and_exit_code_2(finished, tmp_p
         ("--audit harm", "two scorers are named harm"),
         ("--prompts missing.jsonl", r"missing\.jsonl: no such file"),
         ("--n-responses 1", "--n-responses 1: must be at least 2"),
-        ("--n-prompts -3", "--n-prompts -3: must be at least 0"),
+        ("--n-prompts -3", "--n-prompts -3: must lie in"),
         ("--confidence 95", r"--confidence 95\.0: must lie above 0\.5 and below 1"),
         ("--device tpu", "--device tpu: must be one of"),
         ("--iterat 1", r"unknown flag --iterat\. Did you mean --iterate\? See --help"),

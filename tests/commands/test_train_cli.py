@@ -161,9 +161,9 @@ BAD = {
     "--preset": r"--preset: a value is missing",
     "--preset --steps 3": r"--preset: a value is missing",
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
-    "--steps 0": r"--steps 0: must be above 0\.",
-    "--margin -1": r"--margin -1\.0: must be at least 0\.",
-    "--memory-budget-mb -1": r"--memory-budget-mb -1: must be at least 0\.",
+    "--steps 0": r"--steps 0: must lie in \[1, 1000000000\]\.",
+    "--margin -1": r"--margin -1\.0: must lie in \[0, 1e\+06\]\.",
+    "--memory-budget-mb -1": r"--memory-budget-mb -1: must lie in \[0, 1000000000\]\.",
     "--learning-rate nan": r"--learning-rate nan: must be finite\.",
     "--threshold nan": r"--threshold nan: must be finite\.",
     "--threshold -inf": r"--threshold -inf: must be finite\.",
@@ -171,7 +171,7 @@ BAD = {
     "--unsafe-above nan": r"--unsafe-above nan: must be finite\.",
     "--margin inf": r"--margin inf: must be finite\.",
     "sacpo --lam nan": r"--lam nan: must be finite\.",
-    "--max-kl nan": r"--max-kl nan: must be above 0\.",
+    "--max-kl nan": r"--max-kl nan: must lie in \(0, 1e\+09\]\.",
     "mocan --max-kl 3": r"unknown flag --max-kl\.",
     "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those "
     r"of models here; add --scores preference",
@@ -192,9 +192,9 @@ BAD = {
     "--responses-per-prompt 1": r"--responses-per-prompt 1: must be at least "
     r"2 and at most --n-responses 8; 0 takes all\.",
     "dpo --objective both": r"--objective both: must be one of reward, safety\.",
-    "sacpo --lam 1 2": r"--lam 1\.0 2\.0: give one value above 0 for each of the 1 cost\(s\)\.",
+    "sacpo --lam 1 2": r"--lam 1\.0 2\.0: give one value for each of the 1 cost\(s\)\.",
     "primal_dual --advantage gae": r"--advantage gae: must be one of rloo, group_norm\.",
-    "cdpo --lam-init -1": r"--lam-init -1\.0: must be at least 0\.",
+    "cdpo --lam-init -1": r"--lam-init -1\.0: must lie in \[0, 1e\+09\]\.",
     "--slack-prompts 9999": r"--slack-prompts 9999: slack and pairs need disjoint prompts",
 }
 

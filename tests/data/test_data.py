@@ -261,9 +261,6 @@ def test_long_prompt_says_length_and_limit(tmp_path, bos_tokenizer):
 
 def test_dataset_names_go_to_datasets(monkeypatch, tokenizer):
     class Datasets:
-        class exceptions:
-            DatasetGenerationError = RuntimeError
-
         @staticmethod
         def load_dataset(name: str, split: str) -> list[dict]:
             if (name, split) != ("someone/prompts", "train"):
