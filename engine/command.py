@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a mistake of the program, 2 user's error, 3 non-finite sto
 import errno
 import io
 import os
+import re
 import select
 import sys
 import traceback
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
-from engine.files import FORBIDDEN, FULL, reason, shown
+from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
 
 # What the machine refuses, wherever it happens; other errors of the system are the program's mistakes.
 REFUSED = (
@@ -30,6 +31,7 @@ REFUSED = (
     errno.ENAMETOOLONG,
     errno.ENFILE,
     errno.ENOMEM,
+    errno.EPIPE,
     errno.ESTALE,
 )
 
@@ -82,7 +84,8 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
         except Exception as error:
             if isinstance(error, OSError) and error.errno in REFUSED:
                 place = f"{shown(error.filename)}: " if error.filename else ""
-                _say(f"error: {place}{reason(error)}; see to that, then {standing.again()}")
+                advice, again = ADVICE.get(error.errno, ("see to that", True))
+                _say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
                 return UserError.exit_code
             traceback.print_exc()
             _say(
@@ -93,14 +96,15 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
 
 
 def _say(text: str) -> None:
-    """Prints one line to stderr, whatever the text holds."""
-    print(" ".join(line.strip() for line in text.splitlines() if line.strip()), file=sys.stderr)
+    """Prints one line to stderr, whatever the text holds; words without end, such as a path, are cut."""
+    text = escaped(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    print(re.sub(r"\S{301,}", lambda word: shown(word[0]), text), file=sys.stderr)
 
 
 def _check_text(argv: list[str]) -> None:
     """Refuses words with bytes that are no text, which no file of a run could hold."""
     for before, word in zip(["", *argv], argv, strict=False):
-        if any("\ud800" <= c <= "\udfff" for c in word):
+        if any("\ud800" <= c <= "\udfff" or c == "\0" for c in word):
             flag = f"{shown(before)} " if before.startswith("--") else ""
             raise UserError(f"{flag}{shown(word)}: holds bytes that are no UTF-8 text; write it otherwise.")
 
@@ -166,7 +170,7 @@ def _is_open(handle: int) -> bool:
 
 def _surviving(stream: TextIO | None, handle: int) -> TextIO:
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it lives as long as the command
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     with suppress(OSError):
         stream.flush()
     return io.TextIOWrapper(

@@ -87,10 +87,15 @@ def one_line(text: object) -> str:
     return lines[0] if lines else type(text).__name__
 
 
+def escaped(text: str) -> str:
+    """Returns a text in which characters that cannot be printed, such as line ends, are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(path: Path | str) -> str:
     """Returns a path for a message of one line: line ends and bytes that are no text are escaped, and a name
     beyond what a file system takes is cut in its middle."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+    text = escaped(str(path))
     return text if len(text) <= 300 else f"{text[:120]}...{text[-120:]}"
 
 
@@ -208,13 +213,7 @@ def whole_folder(out: Path, *, otherwise: Callable[[], Path] | None = None) -> I
     Raises: UserError where no folder can be made there, or where `out` has appeared in the meantime.
     """
     name = re.escape(out.name)
-    _remove_leftovers(out.parent, name if otherwise is None else re.sub(r"\d+", r"\\d+", name))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial, lock = _make_locked(out)
-    except OSError as error:
-        raise _cannot_be_made(out, error) from error
-    try:
+    with _temporary(out, name if otherwise is None else re.sub(r"\d+", r"\\d+", name)) as partial:
         yield partial
         while True:
             try:
@@ -225,6 +224,57 @@ def whole_folder(out: Path, *, otherwise: Callable[[], Path] | None = None) -> I
                 if otherwise is None or error.errno not in (*IN_THE_WAY, errno.ENOTDIR):
                     raise _cannot_be_made(out, error) from error
                 out = otherwise()
+
+
+@contextmanager
+def whole_files(out: Path, names: tuple[str, ...]) -> Iterator[Path]:
+    """Gives a temporary folder to write the files `names` into; they stand in the folder `out` at the end.
+
+    Where `out` is there, they replace its files of these names, and the others stay. After an error or Ctrl-C
+    `out` is as before. Leftovers of killed processes are removed as by `whole_folder`.
+
+    Raises: UserError at once where files of these names cannot be written.
+    """
+    check_out(out, names)
+    place = out / "partial" if is_there(out) else out
+    with _temporary(place, re.escape(place.name)) as partial:
+        yield partial
+        with writing(out):
+            if not is_there(out):
+                partial.rename(out)
+                sync_folder(out.parent)
+                return
+            for name in names:
+                os.replace(partial / name, out / name)
+            sync_folder(out)
+
+
+def check_out(out: Path, names: tuple[str, ...]) -> None:
+    """Refuses a folder --out in which files of these names cannot be written. Raises: UserError."""
+    if is_there(out) and not is_folder(out):
+        raise UserError(f"--out {shown(out)}: that is no folder; name a folder.")
+    for name in names:
+        if is_folder(out / name):
+            raise UserError(f"--out {shown(out)}: {name} in it is a folder; name another one.")
+    above = next(path for path in (out, *out.absolute().parents) if is_there(path))
+    if not (is_folder(above) and os.access(above, os.W_OK | os.X_OK)):
+        raise UserError(f"--out {shown(out)}: no folder can be made in {shown(above)}; name another one.")
+
+
+@contextmanager
+def _temporary(out: Path, name: str) -> Iterator[Path]:
+    """Makes a temporary folder beside what will be `out`, and removes it at the end.
+
+    name: a regular expression for the names whose leftovers are removed first.
+    """
+    _remove_leftovers(out.parent, name)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial, lock = _make_locked(out)
+    except OSError as error:
+        raise _cannot_be_made(out, error) from error
+    try:
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)

@@ -17,6 +17,7 @@ from engine.files import (
     is_there,
     read_json,
     read_json_lines,
+    whole_files,
     whole_folder,
     write_json,
 )
@@ -223,3 +224,52 @@ def test_a_place_that_takes_no_file_is_one_line(tmp_path, case):
     with pytest.raises(NotWritten, match=says):
         write_json(tmp_path / name, {"a": 1})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_come_into_a_folder_together_or_not_at_all(tmp_path):
+    out = tmp_path / "head"
+    names = ("a", "b")
+
+    def write(text, error=None):
+        with whole_files(out, names) as folder:
+            for name in names:
+                (folder / name).write_text(text)
+                if error:
+                    raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        write("0", KeyboardInterrupt())
+    assert not list(tmp_path.iterdir())
+    write("1")
+    (out / "mine").write_text("kept")
+    (out / ".partial-7").mkdir()  # left by a killed process
+    with pytest.raises(KeyboardInterrupt):
+        write("2", KeyboardInterrupt())
+    assert [(out / name).read_text() for name in names] == ["1", "1"]
+    write("3")
+    assert {p.name: p.read_text() for p in out.iterdir()} == {"a": "3", "b": "3", "mine": "kept"}
+
+
+BAD_OUT = {
+    "a file": (lambda p: p.write_text("x"), "out", "that is no folder"),
+    "below a file": (lambda p: p.write_text("x"), "out/a/b", "no folder can be made in .*out;"),
+    "a link in a circle": (lambda p: p.symlink_to(p), "out", "that is no folder"),
+    "a folder in place of a file": (lambda p: (p / "b").mkdir(parents=True), "out", "b in it is a folder"),
+    "a long name": (lambda p: None, "x" * 256, "cannot be made .File name too long."),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OUT)
+def test_an_out_that_cannot_be_is_refused_before_the_work(tmp_path, case):
+    make, name, says = BAD_OUT[case]
+    make(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"--out .*{says}"), whole_files(tmp_path / name, ("a", "b")):
+        pytest.fail("the work was begun")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_rights_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *args: False)  # root has every right
+    with pytest.raises(UserError, match="no folder can be made in"), whole_files(tmp_path / "out", ("a",)):
+        pytest.fail("the work was begun")

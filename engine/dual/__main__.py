@@ -17,10 +17,10 @@ from engine import dual
 from engine.command import Standing, run_command
 from engine.config.flags import parse_flags
 from engine.dual.analysis import Analysis, analyse, as_dict, trace_curve
-from engine.dual.config import DualConfig, check, output_folder
+from engine.dual.config import FILES, DualConfig, check, output_folder
 from engine.dual.picture import picture
 from engine.dual.scores_file import preference_pairs, read_scores
-from engine.files import make_folder, write_whole
+from engine.files import whole_files, write_whole
 from engine.run.display import Display
 
 USAGE = """usage: python -m engine.dual SCORES.(jsonl|parquet) --threshold B [B ...] [flags]
@@ -60,13 +60,13 @@ def run(file: str, config: DualConfig) -> None:
     table = read_scores(file, config.utility, config.cost, texts=bool(config.export_pairs))
     analysis = analyse(file, table, config)
     out = output_folder(file, config)
-    make_folder(out)
     display = Display()
     print_analysis(analysis, display)
     curve = trace_curve(analysis)
     content = json.dumps(as_dict(analysis, curve), indent=2, allow_nan=False) + "\n"
-    write_whole(out / "dual.json", content.encode())
-    write_whole(out / "dual.png", picture(analysis, curve))
+    with whole_files(out, FILES) as folder:
+        write_whole(folder / "dual.json", content.encode())
+        write_whole(folder / "dual.png", picture(analysis, curve))
     display.line(f"wrote {out / 'dual.json'} and {out / 'dual.png'}")
     if config.export_pairs:
         score_PG = analysis.reward_PG + analysis.utility_PGJ @ analysis.solution.lam

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds
 from engine.errors import UserError
+from engine.files import check_out, is_folder
+
+FILES = ("dual.json", "dual.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ def check(file: str, config: DualConfig) -> None:
         )
     _check_numbers(config)
     _check_names(config)
-    _check_out(output_folder(file, config))
+    check_out(output_folder(file, config), FILES)
     if config.export_pairs:
         _check_export(Path(config.export_pairs), Path(file))
 
@@ -75,26 +78,15 @@ def _check_names(config: DualConfig) -> None:
             raise UserError(f"--utility or --cost {name}: that column has its own meaning; name another one.")
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: that is a file; name a folder.")
-    for name in ("dual.json", "dual.png"):
-        if (out / name).is_dir():
-            raise UserError(f"--out {out}: {out / name} is a folder; name another one.")
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"--out {out}: no folder can be made in {above}; name another one.")
-
-
 def _check_export(target: Path, scores: Path) -> None:
     flag = f"--export-pairs {target}"
     if target.suffix != ".jsonl":
         raise UserError(f"{flag}: must end in .jsonl.")
-    if target.resolve() == scores.resolve():
+    if os.path.realpath(target) == os.path.realpath(scores):
         raise UserError(f"{flag}: that is the scores file; name another one.")
-    if target.is_dir():
+    if is_folder(target):
         raise UserError(f"{flag}: that is a folder; name a file.")
-    if not target.parent.is_dir():
+    if not is_folder(target.parent):
         raise UserError(f"{flag}: the folder {target.parent} does not exist; make it first.")
     if not os.access(target.parent, os.W_OK):
         raise UserError(f"{flag}: no file can be made in {target.parent}; name another folder.")

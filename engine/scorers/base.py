@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import write_whole
+from engine.files import make_folder, write_whole
 from engine.model.architecture import ModelConfig
 from engine.scorers import guest
 from engine.scorers.names import is_name
@@ -48,7 +48,7 @@ class Head:
 
     def save(self, folder: Path) -> None:
         """Writes FOLDER/head.safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         about = {"name": self.name, "layer": self.layer, "bias": self.bias, "trunk": self.trunk}
         metadata = {"head": json.dumps(about, sort_keys=True)}
         data = safetensors.torch.save({"weight": self.weight_D.contiguous()}, metadata=metadata)

@@ -51,6 +51,8 @@ def check(config: HeadConfig) -> None:
     """
     if not config.data:
         raise UserError("--data is empty: name at least one jsonl file with pairs or labels.")
+    if "" in (*config.data, *config.test):
+        raise UserError("--data or --test: an empty name; name a file with pairs or labels.")
     if not config.out:
         raise UserError("--out is empty: name the folder for the head.")
     if config.name and not is_name(config.name):

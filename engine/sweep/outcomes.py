@@ -1,7 +1,6 @@
 """Reads what a sweep has given so far: the dual's solutions, and the outcome of each
 run, read from its folder."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +75,9 @@ def read_run(plan: Plan, error: str = "") -> Outcome:
         iterations=run.rows(IterationRow),
     )
     if not error:
-        outcome.evaluation = Evaluation.from_dict(json.loads(RunFolder(plan.folder).evaluation.read_text()))
+        outcome.evaluation = Evaluation.read(
+            RunFolder(plan.folder).evaluation, cure=f"go on with --resume {plan.folder}"
+        )
         outcome.lam = kept_lam(plan.folder) or outcome.iterations[0].lam
     return outcome
 

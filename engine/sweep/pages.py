@@ -3,12 +3,11 @@
 import base64
 import csv
 import io
-import json
 import math
 from html import escape
 from pathlib import Path
 
-from engine.files import write_whole
+from engine.files import read_json_lines, write_whole
 from engine.intervals import Estimate
 from engine.report import html
 from engine.sweep.outcomes import OneShot, Outcome
@@ -157,8 +156,7 @@ def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
 
 def _first_responses(folder: Path) -> dict[str, dict]:
     """Reads the rows of a run's first held-out responses, by prompt."""
-    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
+    rows = read_json_lines(folder / "heldout.jsonl", cure=f"go on with --resume {folder}")
     return {row["prompt"]: row for row in rows if row["sample"] == 0}
 
 

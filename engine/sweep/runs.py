@@ -8,6 +8,7 @@ Then every run is an ordinary run folder, which the algorithm fills with --sampl
 sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
 """
 
+import os
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -17,7 +18,7 @@ import torch
 
 from engine.config import ALGORITHMS, fit
 from engine.errors import NonFiniteError, UserError
-from engine.files import write_json, writing
+from engine.files import is_folder, is_there, make_folder, write_json
 from engine.report import run_page
 from engine.run.folder import RunFolder
 from engine.stages.job import open_job
@@ -42,12 +43,9 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     plans = configs_of(sweep, preset)
     if not resume:
         # A sweep that was killed before sweep.json was whole has left nothing else.
-        if out.exists() and not (
-            out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}
-        ):
+        if is_there(out) and not (is_folder(out) and set(os.listdir(out)) <= {"sweep.json.tmp"}):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
-        with writing(out / "sweep.json", 0):
-            out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         settings = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}
         write_json(out / "sweep.json", {"preset": preset, **settings})
     seeds = dict.fromkeys(sweep.seeds)

@@ -9,11 +9,13 @@ other stages sample and score.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from engine.constraints import KINDS, Judged, Limit, judge
 from engine.errors import UserError
+from engine.files import one_line, read_json, shown
 from engine.intervals import Estimate, estimate, improvement
 from engine.records import Prompts, Rollouts, ScaledScores
 from engine.verdict.refusals import OverRefusal, refusal_shares
@@ -49,6 +51,19 @@ class Evaluation:
         """
         found = {**asdict(self), "constraints": [_constraint_as_dict(c) for c in self.constraints]}
         return {key: value for key, value in found.items() if key != "truncated" or value}
+
+    @classmethod
+    def read(cls, path: Path, *, cure: str) -> "Evaluation":
+        """Reads evaluation.json. `cure` ends the error message.
+
+        Raises: UserError where the file cannot be read or holds something else.
+        """
+        data = read_json(path, cure=cure)
+        try:
+            return cls.from_dict(data)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{shown(path)}: not a whole evaluation ({what}); {cure}.") from error
 
     @classmethod
     def from_dict(cls, data: dict) -> "Evaluation":

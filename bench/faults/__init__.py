@@ -1,0 +1,1 @@
+"""Disturbs every command on purpose, and tells whether anything went wrong in silence."""

@@ -1,0 +1,152 @@
+"""Runs commands of the engine in forked children, so that the imports of torch are paid once.
+
+A child is as `python -m MODULE WORDS` in a folder: it has a working folder, standard streams and a module search
+path of its own, and ends with the exit code that the command ends with.
+"""
+
+import contextlib
+import importlib
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# What a child may take: a number that is absurdly large must not take the machine down.
+MEMORY_BYTES = 12 * 2**30
+MODULES = (
+    "engine.caid", "engine.mocan", "engine.pecan", "engine.baselines.primal_dual", "engine.train",
+    "engine.evaluate", "engine.export", "engine.sweep.__main__", "engine.dual.__main__",
+    "engine.scorers.training", "engine.scorers.classifiers",
+)  # fmt: skip
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int  # negative for the signal that killed it
+    out: str
+    err: str
+    seconds: float
+    hung: bool = False  # killed, as its time was up
+
+
+def prepare() -> None:
+    """Imports everything that a command imports and measures the machine, before the forks."""
+    import torch
+
+    torch.set_num_threads(1)
+    for name in (*MODULES, "datasets", "pyarrow.parquet", "matplotlib.pyplot", "transformers"):
+        importlib.import_module(name)
+    from engine.run import plan
+
+    rate = plan.matmul_rate(torch.float32, torch.device("cpu"))
+    plan.matmul_rate = lambda dtype, device: rate
+
+
+def import_learned(names: Iterable[str]) -> None:
+    """Imports modules that commands have imported in children; the ones that cannot be are left to them."""
+    for name in names:
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def call(
+    words: Sequence[str],
+    folder: Path,
+    *,
+    limit_s: float,
+    before: Callable[[], None] = lambda: None,
+    kill_after_s: float | None = None,
+    learn: Path | None = None,
+) -> Ended:
+    """Runs `python -m WORDS` in `folder` and waits for its end.
+
+    before: is called in the child before the command. kill_after_s: sends SIGKILL at that time. learn: file in
+    which the child leaves the names of all modules that it has imported.
+    The standard streams are kept beside `folder`.
+    """
+    streams = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _be_the_command(words, folder, streams, before, learn)
+    deadline = start + min(limit_s, limit_s if kill_after_s is None else kill_after_s)
+    killed = False
+    while True:
+        ended, status, _ = os.wait4(child, os.WNOHANG)
+        if ended:
+            break
+        if not killed and time.monotonic() > deadline:
+            _kill(child)
+            killed = True
+        time.sleep(0.002)
+    out, err = (path.read_bytes().decode(errors="replace") for path in streams)
+    code = os.waitstatus_to_exitcode(status)
+    hung = killed and kill_after_s is None and code == -signal.SIGKILL
+    return Ended(code, out, err, time.monotonic() - start, hung)
+
+
+def _kill(child: int) -> None:
+    """Kills a child and what it started; the child leads a process group."""
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(child, signal.SIGKILL)
+
+
+def _be_the_command(
+    words: Sequence[str], folder: Path, streams: list[Path], before: Callable[[], None], learn: Path | None
+) -> None:
+    """Turns this process into the command; never returns."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        empty = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(empty, 0)
+        for number, path in enumerate(streams, 1):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(handle, number)
+        sys.stdin = os.fdopen(0, "r", closefd=False)
+        sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(
+            2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+        )
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(folder))
+        sys.argv = [words[0], *words[1:]]
+        # The module is imported already, which runpy warns of.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        before()
+        code = _exit_code(words[0])
+        if learn is not None:
+            learn.write_text("\n".join(sys.modules))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            code = 120
+        os._exit(code)
+
+
+def _exit_code(module: str) -> int:
+    """Runs a module as Python does with -m; returns the exit code that Python would end with."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    return 0
