@@ -61,7 +61,7 @@ class Phase:
 
     def __init__(self, display: Display, number: int, name: str) -> None:
         self.name = name
-        self.logprob_gap = None  # that of its samples, as `engine.stages.sampling.log_gap` gives it
+        self.logprob_gap = None  # of its samples, as `engine.stages.sampling.log_gap` gives it
         self._display = display
         display.stage(number, name)
 
@@ -367,8 +367,7 @@ def best_feasible(rows: list[dict]) -> int:
 def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(samples.prompts, samples.rollouts)
-    total = sum(g.tokens for g in groups)
-    with naming(phase), phase.progress(total, "tokens", "pair order") as made:
+    with naming(phase), phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
             subject.model,
             groups,
