@@ -18,9 +18,18 @@ from bench.faults.slots import Slot
 STOPS = (0.35, 0.7)
 ONE_COST = ("--reward", "heads/helpfulness", "--cost", "heads/harm", "--audit", "heads/harm-audit")
 GUESTS = (
-    "--reward", "heads/helpfulness", "--cost", "heads/harm", "letters=judge:letters", "--threshold", "0.01", "0.01",
-    "--audit", "unfriendly=classifier", "--force",
-)  # fmt: skip
+    "--reward",
+    "heads/helpfulness",
+    "--cost",
+    "heads/harm",
+    "letters=judge:letters",
+    "--threshold",
+    "0.01",
+    "0.01",
+    "--audit",
+    "unfriendly=classifier",
+    "--force",
+)
 
 
 class Changed(NamedTuple):

@@ -1,7 +1,7 @@
 """Runs commands of the engine in forked children, so that the imports of torch are paid once.
 
-A child is as `python -m MODULE WORDS` in a folder: it has a working folder, standard streams and a module search
-path of its own, and ends with the exit code that the command ends with.
+A child is as `python -m MODULE WORDS` in a folder: it has a working folder, standard streams and a module
+search path of its own, and ends with the exit code that the command ends with.
 """
 
 import contextlib
@@ -21,10 +21,18 @@ from typing import NamedTuple
 # What a child may take: a number that is absurdly large must not take the machine down.
 MEMORY_BYTES = 12 * 2**30
 MODULES = (
-    "engine.caid", "engine.mocan", "engine.pecan", "engine.baselines.primal_dual", "engine.train",
-    "engine.evaluate", "engine.export", "engine.sweep.__main__", "engine.dual.__main__",
-    "engine.scorers.training", "engine.scorers.classifiers",
-)  # fmt: skip
+    "engine.caid",
+    "engine.mocan",
+    "engine.pecan",
+    "engine.baselines.primal_dual",
+    "engine.train",
+    "engine.evaluate",
+    "engine.export",
+    "engine.sweep.__main__",
+    "engine.dual.__main__",
+    "engine.scorers.training",
+    "engine.scorers.classifiers",
+)
 
 
 class Ended(NamedTuple):
@@ -69,8 +77,8 @@ def call(
 ) -> Ended:
     """Runs `python -m WORDS` in `folder` and waits for its end.
 
-    before: is called in the child before the command. kill_after_s: sends SIGKILL at that time. learn: file in
-    which the child leaves the names of all modules that it has imported.
+    before: is called in the child before the command. kill_after_s: sends SIGKILL at that time. learn: file
+    in which the child leaves the names of all modules that it has imported.
     The standard streams are kept beside `folder`.
     """
     streams = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]

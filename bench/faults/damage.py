@@ -24,9 +24,15 @@ from bench.faults.slots import Slot
 # (command, the part of its result that is compared); the first ones restore, the others only read.
 RESTORING = ("resume", "full-resume", "sweep-resume")
 COMPARED = {
-    "resume": "run", "full-resume": "run", "sweep-resume": "sweep", "evaluate": "run/evaluation-1",
-    "full-evaluate": "run/evaluation-1", "export": "exported", "full-export": "exported", "samples-of": "second",
-}  # fmt: skip
+    "resume": "run",
+    "full-resume": "run",
+    "sweep-resume": "sweep",
+    "evaluate": "run/evaluation-1",
+    "full-evaluate": "run/evaluation-1",
+    "export": "exported",
+    "full-export": "exported",
+    "samples-of": "second",
+}
 
 
 def cases(slot: Slot, seed: int, commands: Sequence[str] = tuple(COMPARED)) -> list[Case]:

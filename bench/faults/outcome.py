@@ -14,7 +14,7 @@ BAD = (WRONG, TRACEBACK, HANG)
 LEFTOVER = re.compile(r"(^|/)(\.[^/]+-[0-9a-z_]{3,}|[^/]+\.tmp)(/|$)")
 # A cure is an instruction, so one of these stands in the line.
 CURES = re.compile(
-    r"; |--\w|\b(use|give|name|choose|remove|make|write|put|leave|raise|lower|go on|start|free|see|run|add|end|"
+    r"; |\b(use|give|name|choose|remove|make|write|put|leave|raise|lower|go on|start|free|see|run|add|end|"
     r"correct|check|fetch|repair|drop|shorten|fill|quote|save|convert|rename|merge|undo|return|must|wanted)\b",
     re.IGNORECASE,
 )

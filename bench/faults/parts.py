@@ -26,6 +26,6 @@ PARTS = {
     "kills": Part(kills.cases, 260, kills.KILLED),
     "damage": Part(damage.cases, 420, tuple(damage.COMPARED)),
     "changes": Part(changes.cases, 0, ()),
-    "inputs": Part(malformed.cases, 0, ()),
+    "inputs": Part(malformed.cases, 700, ()),
     "disks": Part(disks.cases, 100, kills.KILLED),
 }
