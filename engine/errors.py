@@ -1,10 +1,22 @@
-"""The three ways a program of this package stops early, and their exit codes."""
+"""The ways a program of this package stops early, and their exit codes."""
 
 
 class UserError(ValueError):
     """The user's input cannot be used. The message is one line: the value, then the cure. Exit code 2."""
 
     exit_code = 2
+
+
+class NotWritten(UserError):
+    """A file or folder cannot be written. The message says what to do about the place.
+
+    again: whether the same command can go on once that is done. How it goes on only the command knows, so
+    `engine.command` adds it.
+    """
+
+    def __init__(self, message: str, *, again: bool) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 class NonFiniteError(ArithmeticError):

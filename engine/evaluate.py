@@ -11,38 +11,40 @@ prompts have judged the run, so that a second look at a test split is told as on
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine import constraints, dual, keys
+from engine.command import Standing, run_command
 from engine.config import EvaluateConfig, RunConfig, check, shown_name, was_by_preference
 from engine.config.flags import parse_flags
 from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
-from engine.files import whole_folder, write_json
+from engine.files import append_line, is_there, read_json_lines, whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
-from engine.policy.iterates import is_saved, load_weights
 from engine.policy.samples import Samples
-from engine.policy.weights import Weights
+from engine.policy.steps import Policy
+from engine.policy.weights import Weights, trained_weights
 from engine.records import Prompts, Units
+from engine.run.committed import Committed, read_committed
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
-from engine.run.rows import DualRow, PolicyRow, ReferenceRow, Row, SampledRow, SpeedRow, read_rows
-from engine.run.run import Run
+from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
 from engine.scorers.base import Scorers
-from engine.scorers.find import load_scorers
+from engine.scorers.find import content, load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
-from engine.stages.sampling import gap_text, respond, sample
+from engine.stages.run_inputs import owned_inputs
+from engine.stages.sampling import gap_text, naming, respond, sample
 from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
@@ -76,6 +78,10 @@ class Phase:
         """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._display.progress(total, unit, what)
 
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._display.warn(text)
+
     def log_speed(self, row: SpeedRow) -> None:
         """Speeds are seen while they last, and not kept."""
 
@@ -88,6 +94,7 @@ class Question:
     """Holds what is to be judged, read and checked; no weights are loaded yet."""
 
     run: Path
+    committed: Committed  # what its stages hold
     algorithm: str
     config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
     iterates: dict[
@@ -107,6 +114,7 @@ class Question:
     lookalikes: Prompts
     safety_alone: bool  # plain DPO on g: pairs are to have the order of g
     judged_before: int  # final verdicts on the run that these prompts gave, the run's own among them
+    notes: list[str]  # says what has changed since the run began
     fewer_rows: bool  # memory is short, so that fewer responses are decoded side by side than in the run
 
 
@@ -117,9 +125,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     """
     check(flags)
     run = Path(run)
-    algorithm, values = Run.read_config(run)
-    config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
-    iterates = _iterates(run, flags.iterate, every=flags.best_feasible)
+    owned, committed = owned_inputs(run), read_committed(run)
+    algorithm, values = committed.contents.algorithm, committed.contents.config
+    iterates = _iterates(committed, flags.iterate, every=flags.best_feasible)
+    config = committed.config
     config = replace(
         config,
         device=flags.device or config.device,
@@ -130,8 +139,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if config.eval_responses < 2:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
     prepare_process(config.threads)
-    inputs = read_inputs(config)
-    Run.check_model(run, inputs.fingerprint)
+    inputs = read_inputs(config, owned)
     pool = (
         read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column)
         if flags.prompts
@@ -141,7 +149,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
     prompts = heldout_prompts(pool, n, config.seed)
-    common, shared = overlap(prompts, inputs.train, inputs.tokenizer), ""
+    common, shared = overlap(prompts, inputs.train), ""
     if common:
         shared = (
             f"{len(common)} of {n} prompts are among the run's training prompts, the first is "
@@ -158,6 +166,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     most = max(len(prompts), len(selection) if selection else 0)
     rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
+    changed = owned.check_scorers(
+        content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
+    )
     scorers = load_scorers(
         config.reward,
         config.cost,
@@ -165,8 +176,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         folder=inputs.folder,
         trunk=inputs.fingerprint,
         device=inputs.device,
+        now=inputs.limits.now,
     )
-    (reference,) = read_rows(run, ReferenceRow)
+    reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(
         limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {})
@@ -174,9 +186,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     units = units_of(reference, limits)
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
-    aimed = read_rows(run, DualRow)[0].aim if by_preference else reference.aimed
+    aimed = committed.one(DualRow).aim if by_preference else reference.aimed
     return Question(
         run=run,
+        committed=committed,
         algorithm=algorithm,
         config=config,
         iterates=iterates,
@@ -194,6 +207,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         lookalikes=lookalikes,
         safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
         judged_before=_judged_before(run, prompts, judged_on),
+        notes=[*inputs.notes, *changed],
         fewer_rows=fewer,
     )
 
@@ -205,7 +219,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     Raises: UserError, before any compute unless a scorer fails.
     """
     out = Path(flags.out) if flags.out else RunFolder(Path(run)).next_evaluation()
-    if out.exists():
+    if is_there(out):
         raise UserError(f"--out {out} exists; name a folder that does not.")
     q = ask(run, flags)
     config, prompts, n = q.config, q.prompts, q.config.eval_responses
@@ -213,15 +227,22 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
-    for warning in try_out(q.scorers, prompts.text):
+    for warning in [*q.notes, *try_out(q.scorers, prompts, config.max_new_tokens)]:
         display.warn(warning)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")
-    with whole_folder(out) as folder, display:
+
+    def next_free() -> Path:
+        """Takes the next name: another evaluation, which began later, has ended first."""
+        nonlocal out
+        out = RunFolder(q.run).next_evaluation()
+        return out
+
+    with whole_folder(out, otherwise=None if flags.out else next_free) as folder, display:
         subject = Subject.load(replace(SamplingSettings.of(config), seed=flags.seed), q.inputs, q.scorers)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.iterates))
-        adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
+        adapter = _policy(q, subject, iterate)
         # The same keys as the run's own verdict: with the run's seed this draws exactly its responses.
         phase = Phase(display, first + 1, "heldout/reference")
         before = sample(subject, phase, prompts, None, n=n, purpose=keys.HELDOUT_REFERENCE)
@@ -269,13 +290,11 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
         )
         try:
-            with open(RunFolder(q.run).judged, "a") as file:
-                file.write(json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}) + "\n")
-        except OSError as error:
-            display.warn(
-                f"{RunFolder(q.run).judged} cannot be written ({error.strerror}), so these prompts "
-                "are not on record"
+            append_line(
+                RunFolder(q.run).judged, json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)})
             )
+        except UserError as error:
+            display.warn(f"{error}; these prompts are not on record")
         for line in judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {RunFolder(out).evaluation} and {RunFolder(out).heldout}")
@@ -293,7 +312,8 @@ def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
     paths = RunFolder(run)
     known = [_hash(own)] if paths.evaluation.is_file() else []
     if paths.judged.is_file():
-        known += [json.loads(line)["sha256"] for line in paths.judged.read_text().splitlines()]
+        rows = read_json_lines(paths.judged, cure="make it readable", skip_damaged=True)
+        known += [row.get("sha256") for row in rows]
     return known.count(_hash(prompts))
 
 
@@ -311,7 +331,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 
     before = tried(Phase(display, 1, "selection/reference"), None, keys.SELECTION_REFERENCE)
     for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
-        adapter = load_weights(RunFolder(q.run).iterate(iterate), subject.model)
+        adapter = _policy(q, subject, iterate)
         after = tried(Phase(display, number, f"selection/{iterate}"), adapter, keys.selection(number))
         e = judge(before, after, _bar(q, scoring))
         room = [c.estimate.mean - c.required for c in e.constraints]
@@ -339,7 +359,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
     """Returns what the run scored by. units: of its scorers."""
     if q.by_preference:
-        return preference.restored(RunFolder(q.run), q.config, subject, units)
+        return preference.restored(q.committed, q.config, subject, units)
     return ByScorers(units=units, audit_names=[s.name for s in q.scorers.audits])
 
 
@@ -350,6 +370,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         units=scoring.units,
         audit_names=scoring.audit_names,
         confidence=confidence,
+        truncated=q.config.truncated,
     )
 
 
@@ -368,7 +389,8 @@ def best_feasible(rows: list[dict]) -> int:
 def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(samples.prompts, samples.rollouts)
-    with phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
+    total = sum(g.tokens for g in groups)
+    with naming(phase), phase.progress(total, "tokens", "pair order") as made:
         _, logprob = frozen_forward(
             subject.model,
             groups,
@@ -381,21 +403,25 @@ def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: We
     return logprob.view(len(samples.prompts), -1)
 
 
-def _iterates(run: Path, wanted: int, *, every: bool) -> dict[int, list[float]]:
+def _iterates(run: Committed, wanted: int, *, every: bool) -> dict[int, list[float]]:
     """Finds the iterate to judge (0: the last one), or every one, with the multipliers it was trained at.
-
-    Iterates past --max-kl were put aside by the run and are not among them.
 
     Raises: UserError when there is none, or not the wanted one.
     """
-    saved = {number for number, path in RunFolder(run).iterates().items() if is_saved(path)}
-    lam_of = {row.iteration: row.lam for row in read_rows(run, PolicyRow)} if saved else {}
-    there = sorted(saved & lam_of.keys())
+    there = run.iterates
     if not there:
-        raise UserError(f"{run} has no iterate yet; go on with python -m engine.train --resume {run}.")
+        raise run.lacks("iterate")
     if wanted and wanted not in there:
-        raise UserError(f"--iterate {wanted}: {run} has {', '.join(map(str, there))}; give one of these.")
-    return {iterate: lam_of[iterate] for iterate in (there if every else [wanted or there[-1]])}
+        raise UserError(
+            f"--iterate {wanted}: {run.folder} has {', '.join(map(str, there))}; give one of these."
+        )
+    return there if every else {wanted or max(there): there[wanted or max(there)]}
+
+
+def _policy(q: Question, subject: Subject, iterate: int) -> Weights:
+    """Returns the weights of an iterate. Raises: UserError where its stage is damaged."""
+    policy = q.committed.load(f"iteration-{iterate}/policy", Policy)
+    return trained_weights(subject.model, q.config, policy.adapter)
 
 
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
@@ -451,31 +477,26 @@ def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        run = ""
-        if not ("--help" in argv or "-h" in argv):
-            if not argv or argv[0].startswith("-"):
-                raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
-            run, argv = argv[0], argv[1:]
-        flags = parse_flags(
-            EvaluateConfig,
-            argv,
-            prog="python -m engine.evaluate RUN",
-            usage=USAGE,
-            first="run folder",
-            default=EvaluateConfig(),
-        )
-        if flags is None:
-            return 0
+    return run_command(_evaluate, argv)
+
+
+def _evaluate(argv: list[str], standing: Standing) -> None:
+    standing.again = lambda: "start the command again, as nothing was written"
+    run = ""
+    if not ("--help" in argv or "-h" in argv):
+        if not argv or argv[0].startswith("-"):
+            raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
+        run, argv = argv[0], argv[1:]
+    flags = parse_flags(
+        EvaluateConfig,
+        argv,
+        prog="python -m engine.evaluate RUN",
+        usage=USAGE,
+        first="run folder",
+        default=EvaluateConfig(),
+    )
+    if flags is not None:
         run_evaluation(run, flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 from engine import model
-from engine.errors import UserError
-from engine.model.folder import fingerprint
-from engine.policy.iterates import is_saved, load_weights
-from engine.policy.weights import policy_of
+from engine.command import Standing, run_command
+from engine.model.folder import digests
+from engine.policy.steps import Policy
+from engine.policy.weights import policy_of, trained_weights
+from engine.run.committed import read_committed
 from engine.run.folder import RunFolder
-from engine.run.run import Run
 from engine.stages.inputs import model_folder
+from engine.stages.run_inputs import owned_inputs
 
 
 def export(run: str | Path, folder: str | Path) -> None:
@@ -20,30 +21,30 @@ def export(run: str | Path, folder: str | Path) -> None:
     Raises: UserError when the run has no iterate yet, its model is another one now, or the folder exists.
     """
     run, folder = Path(run), Path(folder)
-    _, config = Run.read_config(run)
-    numbered = {number: path for number, path in RunFolder(run).iterates().items() if is_saved(path)}
-    if not numbered:
-        raise UserError(
-            f"{run} has no iterate yet; finish the run with python -m engine.train --resume {run}."
-        )
-    base = model_folder(config["model"])
-    Run.check_model(run, fingerprint(base))
+    owned, committed = owned_inputs(run), read_committed(run)
+    config = committed.config
+    base = model_folder(config.model)
+    for line in owned.check_model(base, digests(base)):
+        print(line, file=sys.stderr)
+    iterate = max(committed.iterates, default=0)
+    if not iterate:
+        raise committed.lacks("iterate")
+    policy = committed.load(f"iteration-{iterate}/policy", Policy)
     network = model.load(base, dtype="float32")
-    policy, adapter = policy_of(network, load_weights(numbered[max(numbered)], network))
-    model.save(policy, folder, adapter=adapter, tokenizer_from=base)
+    merged, adapter = policy_of(network, trained_weights(network, config, policy.adapter))
+    model.save(merged, folder, adapter=adapter, tokenizer_from=RunFolder(run).model)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run_command(_export, argv)
+
+
+def _export(argv: list[str], standing: Standing) -> int:
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         print("usage: python -m engine.export RUN FOLDER", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    try:
-        export(*argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    export(*argv)
     print(f"wrote {argv[1]}")
     return 0
 

@@ -20,13 +20,21 @@ class Prompts:
     [7]
     """
 
-    text: list[str]  # the last user message, for people and for text scorers
+    text: list[str]  # for people and text scorers: the user's message, or a conversation with its roles
     kind: list[str]  # a free label such as "everyday" or "delicate"; "" where the data has none
     token_ids: list[list[int]]  # the chat template applied once, special tokens included
     key_P: Tensor  # int64 [P]: hash of the token ids; all random numbers of a prompt derive from it
+    # The messages of each prompt as the data has them, {"role": text, "content": text}, without the run's
+    # system line. Empty where every text is one message of the user.
+    messages: list[list[dict[str, str]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @property
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """The messages of each prompt."""
+        return self.messages or [[{"role": "user", "content": text}] for text in self.text]
 
     def select(self, index: list[int]) -> "Prompts":
         """Returns the prompts at `index`, in that order."""
@@ -35,6 +43,7 @@ class Prompts:
             kind=[self.kind[i] for i in index],
             token_ids=[self.token_ids[i] for i in index],
             key_P=self.key_P[torch.as_tensor(index, dtype=torch.int64)],
+            messages=[self.messages[i] for i in index] if self.messages else [],
         )
 
 

@@ -1,16 +1,18 @@
 """Train a policy: `python -m engine.train [ALGORITHM] [flags]`.
 
 The command line becomes one config dataclass, then the algorithm's file does the rest. All flags are checked
-before anything heavy is imported, so a typing mistake costs a tenth of a second. Exit codes: 0 done, 2 user's
-error, 3 non-finite stop, 130 Ctrl-C.
+before anything heavy is imported, so a typing mistake costs a tenth of a second. `engine.command` lists the
+exit codes.
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
+from engine.command import Standing, run_command
 from engine.config import ALGORITHMS, check, smoke
 from engine.config.flags import parse_flags, suggest, take
-from engine.errors import NonFiniteError, UserError
+from engine.errors import UserError
 
 USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--resume FOLDER] [flags]
 
@@ -19,41 +21,38 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 
 --preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win
                   (not for head)
---resume FOLDER   go on with the interrupted run in FOLDER, with its own settings: takes no other flags
+--resume FOLDER   go on with the interrupted run in FOLDER, with its own settings and inputs: takes no other
+                  flag but --accept-changes, which lets a changed scorer pass
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    folder = ""
-    try:
-        algorithm, flags = _algorithm(argv)
-        flags, resume = take(flags, "--resume")
-        if resume is None:
-            config = parse(algorithm, flags)
-            if config is None:
-                return 0
-            folder = getattr(config, "out", "")
-        else:
-            algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
-            folder = resume
-        chosen = ALGORITHMS[algorithm]
-        if chosen.trains_policy:
-            check(config)
-        if resume is None:
-            chosen.train(config)
-        else:
-            chosen.train(config, resume=resume)
-    except (UserError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as stop:
-        # An Interrupted that knows its run folder already says how to go on.
-        hint = f"interrupted: to go on, python -m engine.train --resume {folder or 'FOLDER'}"
-        print(str(stop) if "--resume" in str(stop) else hint, file=sys.stderr)
-        return 130
-    return 0
+    return run_command(_train, argv)
+
+
+def _train(argv: list[str], standing: Standing) -> None:
+    algorithm, flags = _algorithm(argv)
+    flags, resume = take(flags, "--resume")
+    if resume is None:
+        config = parse(algorithm, flags)
+        if config is None:
+            return
+    else:
+        accept = "--accept-changes" in flags
+        flags = [flag for flag in flags if flag != "--accept-changes"]
+        algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
+        config = replace(config, accept_changes=accept)
+    chosen = ALGORITHMS[algorithm]
+    if not chosen.trains_policy:
+        chosen.train(config)
+        return
+    standing.resumable("python -m engine.train", resume or config.out, "config.json")
+    check(config)
+    if resume is None:
+        chosen.train(config)
+    else:
+        chosen.train(config, resume=resume)
 
 
 def parse(algorithm: str, flags: list[str]):
@@ -102,9 +101,10 @@ def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, obj
             "settings."
         )
     # Imported here, as reading a run needs torch.
-    from engine.run.run import Run
+    from engine.run.contents import read_contents
 
-    algorithm, values = Run.read_config(folder)
+    contents = read_contents(Path(folder))
+    algorithm, values = contents.algorithm, contents.config
     if algorithm not in ALGORITHMS or not ALGORITHMS[algorithm].trains_policy:
         raise UserError(f"--resume {folder}: a run of {algorithm!r} cannot be resumed; start it again.")
     if named not in (None, algorithm):

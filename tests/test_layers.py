@@ -17,7 +17,7 @@ loss_head sampling attention layer
 LAYERS = """
 errors
 records files intervals keys
-config model
+config model command
 data run constraints quickstart
 verdict
 report policy

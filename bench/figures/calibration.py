@@ -11,8 +11,8 @@ from bench.figures.stored import preference_scores, row
 from engine import dual
 from engine.config import RunConfig, was_by_preference
 from engine.errors import UserError
+from engine.run.contents import read_contents
 from engine.run.rows import ReferenceRow
-from engine.run.run import Run
 
 BINS = 10
 
@@ -51,7 +51,8 @@ def judge_preferences(folder: Path) -> list[dict]:
     which are the truth for the log-ratios. An audit with the name of a cost is an annotator that neither
     the scorer nor the policy has seen.
     """
-    algorithm, config = Run.read_config(folder)
+    contents = read_contents(folder)
+    algorithm, config = contents.algorithm, contents.config
     if not was_by_preference(algorithm, config):
         raise UserError(
             f"--preference {folder}: it has no log-ratio scores; give a run of pecan, or of caid --scores "

@@ -1,7 +1,6 @@
 """Predicted improvement at lambda, by re-weighting reference samples, against that
 of the policy that was trained at it."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +49,7 @@ def realised(folder: Path, samples: Stored) -> list[dict]:
         add(f"iteration {row.iteration}", row.lam, measured)
     lam, verdict = kept_lam(folder), folder / "evaluation.json"
     if lam is not None and verdict.is_file():
-        evaluation = Evaluation.from_dict(json.loads(verdict.read_text()))
+        evaluation = Evaluation.read(verdict, cure="resume the run")
         estimates = [c.estimate for c in evaluation.constraints]
         measured = Improvement(
             [x.mean for x in estimates],

@@ -10,8 +10,8 @@ from torch import Tensor
 from engine.config import RunConfig, was_by_preference
 from engine.errors import UserError
 from engine.records import Scores, Units
+from engine.run.contents import read_contents
 from engine.run.rows import DualRow, PreferenceRow, ReferenceRow, RowT, read_rows
-from engine.run.run import Run
 from engine.run.store import RecordT, Torn, load
 from engine.stages.inputs import DEFAULT_MODEL
 from engine.stages.reference import ReferenceSamples, units_of
@@ -34,7 +34,8 @@ def read_stored(folder: Path) -> Stored:
 
     Raises: UserError for a folder without samples, or a constraint that the figures do not show.
     """
-    algorithm, values = Run.read_config(folder)
+    contents = read_contents(folder)
+    algorithm, values = contents.algorithm, contents.config
     # Older runs lack settings, which had one value then, today's default.
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
     if set(config.cost_on) - {"all"} or min(config.cost_rate, default=1) < 1:

@@ -32,26 +32,25 @@ from bench.study.page import page_text
 from bench.study.parts import Asked, part_name, read_parts, run_part
 from bench.study.picture import picture
 from bench.study.plan import CAID, DOCS, MOCAN, OTHERS, THRESHOLDS
-from engine.errors import UserError
+from engine.command import Standing, run_command
 from engine.files import write_whole
 
 
-def main() -> int:
-    """Runs the command; returns the exit code."""
-    given = _parser().parse_args()
-    docs, out = given.docs, given.out
-    try:
-        if given.seeds:
-            out = given.out / part_name(given.algorithms, given.thresholds, given.seeds, given.flags)
-            asked = Asked(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags))
-            run_part(asked, out, docs)
-        rows, settings, shared = read_parts(docs / "study")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on in {out}", file=sys.stderr)
-        return 130
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    given = _parser().parse_args(words)
+    return run_command(lambda _, standing: _study(given, standing), words)
+
+
+def _study(given: argparse.Namespace, standing: Standing) -> int:
+    docs = given.docs
+    if given.seeds:
+        out = given.out / part_name(given.algorithms, given.thresholds, given.seeds, given.flags)
+        standing.again = lambda: f"start the same command again, which goes on in {out}"
+        asked = Asked(given.seeds, tuple(given.algorithms), tuple(given.thresholds), tuple(given.flags))
+        run_part(asked, out, docs)
+    rows, settings, shared = read_parts(docs / "study")
     if not rows:
         print(f"{docs / 'study'}: it holds no part yet; run python -m bench.study --seeds 0", file=sys.stderr)
         return 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import NamedTuple
 
-from engine.config.bounds import bounded, one_of
-from engine.config.run import Draws, IterativeConfig, RunConfig
+from engine.config.bounds import bounded, count, one_of
+from engine.config.run import MOST_STEPS, Draws, IterativeConfig, RunConfig
 from engine.errors import UserError
 
 
@@ -24,7 +24,7 @@ class CaidConfig(IterativeConfig):
     """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward
     and one per cost: 0 or 1, the number of the response that is better in that respect. Default: labels drawn
     from the scorers on reference samples."""
-    preference_steps: int = bounded(10, above=0)
+    preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     pairs: str = "reference"
     """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy:
@@ -35,7 +35,7 @@ class CaidConfig(IterativeConfig):
     corrected by the measured slacks where they tell more than noise. optimistic: the same, on a forecast of
     the slack. bisection: for one multiplier, by the sign of the slack. In all of them a slack within one
     standard error counts as 0."""
-    dual_step: float = bounded(0.5, above=0)
+    dual_step: float = bounded(0.5, above=0, at_most=1e6)
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times
     slack); below 1, as a policy of few steps lags behind lambda."""
 
@@ -100,7 +100,7 @@ class PecanConfig(MocanConfig):
     """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost:
     0 or 1, the number of the response that is better in that respect. Default: labels drawn from
     the scorers on reference samples."""
-    preference_steps: int = bounded(10, above=0)
+    preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """DPO steps of each policy that is aligned to preferences."""
 
     @property
@@ -127,7 +127,7 @@ class SacpoConfig(RunConfig):
     """SACPO: align to the reward, then to safety with the first policy as
     the reference (arXiv 2404.11049)."""
 
-    lam: tuple[float, ...] = (1.0,)
+    lam: tuple[float, ...] = bounded((1.0,), above=0, at_most=1e9)
     """Fixed multiplier of each utility; the second stage's coefficient is beta / lambda. The paper tries
     several, none is solved for."""
     steps: int = 12
@@ -146,9 +146,9 @@ class SacpoConfig(RunConfig):
         """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
         _refuse_single(self)
-        if not (len(self.lam) == len(self.cost) and min(self.lam) > 0):
+        if len(self.lam) != len(self.cost):
             raise UserError(
-                f"--lam {' '.join(map(str, self.lam))}: give one value above 0 for each of the "
+                f"--lam {' '.join(map(str, self.lam))}: give one value for each of the "
                 f"{len(self.cost)} cost(s)."
             )
 
@@ -157,7 +157,7 @@ class SacpoConfig(RunConfig):
 class SafeDpoConfig(RunConfig):
     """SafeDPO: DPO in which a safe response always wins over an unsafe one (arXiv 2505.20065)."""
 
-    offset: float = bounded(10.0, at_least=0)
+    offset: float = bounded(10.0, at_least=0, at_most=1e6)
     """Margin by which a safe response has to lead an unsafe one, nats x beta."""
     labels: str = "soft"
     steps: int = 25
@@ -180,9 +180,9 @@ class CdpoConfig(IterativeConfig):
     of dual descent of constant size."""
 
     labels: str = "soft"
-    lam_init: float = bounded(1.0, at_least=0)
+    lam_init: float = bounded(1.0, at_least=0, at_most=1e9)
     """First value of every multiplier."""
-    dual_rate: float = bounded(1.0, above=0)
+    dual_rate: float = bounded(1.0, above=0, at_most=1e9)
     """Step of the dual descent: change of lambda per unit of slack."""
 
 
@@ -192,9 +192,9 @@ class PdDpoConfig(IterativeConfig):
     from it at each multiplier."""
 
     labels: str = "soft"
-    lam_init: float = bounded(1.0, at_least=0)
+    lam_init: float = bounded(1.0, at_least=0, at_most=1e9)
     """First value of every multiplier."""
-    dual_rate: float = bounded(1.0, above=0)
+    dual_rate: float = bounded(1.0, above=0, at_most=1e9)
     """Step of the dual descent: change of lambda per unit of slack."""
 
     @property
@@ -214,11 +214,11 @@ class OpdConfig(IterativeConfig):
     """Our reading of OPD (arXiv 2602.22146): optimistic (predictive) proximal steps of policy and
     multipliers, last iterate."""
 
-    lam_init: float = bounded(1.0, at_least=0)
+    lam_init: float = bounded(1.0, at_least=0, at_most=1e9)
     """First value of every multiplier."""
-    dual_rate: float = bounded(0.5, above=0)
+    dual_rate: float = bounded(0.5, above=0, at_most=1e9)
     """Step of the dual descent: change of lambda per unit of slack."""
-    proximity: float = bounded(1.0, above=0)
+    proximity: float = bounded(1.0, above=0, at_most=1e9)
     """Weight of KL(policy || last policy) in a proximal step, in units of the scaled reward."""
 
     @property
@@ -246,13 +246,17 @@ class PrimalDualConfig(IterativeConfig):
     advantage: str = one_of("rloo", "group_norm")
     """rloo: score minus the mean of the others of its prompt. group_norm: reward and utilities standardised
     per prompt, then combined, which changes the objective and the meaning of lambda."""
-    ascent_prompts: int = bounded(32, above=0)
+    ascent_prompts: int = count(32)
     """Prompts whose responses are sampled afresh for the policy steps of an iteration."""
-    clip: float = bounded(0.2, above=0)
+    clip: float = bounded(
+        0.2, above=0, at_most=1, says="must lie in (0, 1], as a probability ratio is above 0; 0.2 is usual"
+    )
     """PPO's clip of the probability ratio."""
-    lam_init: float = bounded(1.0, above=0, says="must be above 0 here, as steps on ln lambda never leave 0")
+    lam_init: float = bounded(
+        1.0, above=0, at_most=1e9, too_low="must be above 0 here, as steps on ln lambda never leave 0"
+    )
     """First value of every multiplier."""
-    dual_rate: float = bounded(0.5, above=0)
+    dual_rate: float = bounded(0.5, above=0, at_most=1e9)
     """Step of the dual descent on ln lambda: change per unit of lambda x slack."""
 
     @property
@@ -264,14 +268,6 @@ class PrimalDualConfig(IterativeConfig):
         """Returns how many of a prompt's `n` responses a policy step trains on:
         a policy gradient takes all."""
         return n
-
-    def check(self) -> None:
-        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
-        super().check()
-        if self.clip > 1:
-            raise UserError(
-                f"--clip {self.clip}: must be at most 1, as a probability ratio is above 0; 0.2 is usual."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +373,7 @@ def shown_name(algorithm: str) -> str:
 
 
 def was_by_preference(algorithm: str, values: dict) -> bool:
-    """Tells from a run's config.json, as `Run.read_config` gives it, whether its scores
+    """Tells from a run's settings, as its config.json holds them, whether its scores
     were log-ratios of policies.
 
     A setting that the run's version did not have yet is at its default.

@@ -1,6 +1,6 @@
 """Bounds of settings, each beside the setting that it bounds.
 
-    temperature: float = bounded(0.7, above=0)
+    temperature: float = bounded(0.7, at_least=1e-6, at_most=1e6)
     schedule: str = one_of("constant", "linear", "cosine")
 
 A subclass that only gives a field another default keeps its bound. What relates several settings is checked
@@ -13,26 +13,37 @@ from typing import Any
 
 from engine.errors import UserError
 
+MOST = 10**9  # of anything that is counted: what does not fit in time or memory is for the plan to say
+LARGEST_SCORE = 1e100  # in size: the squares of larger ones are no float64 any more
+
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers between bounds, of which at least one is given."""
+    """The numbers between a lower and an upper bound."""
 
     above: float | None
     at_least: float | None
     below: float | None
     at_most: float | None
-    infinite: bool  # whether an infinite value is accepted: it limits nothing
+    infinite: bool  # whether infinity is accepted: it limits nothing
     says: str  # the end of the message to a user who gives another number
+    too_low: str  # the same for a number below the bounds, where that needs other words
 
     def holds(self, value: float) -> bool:
         """Tells whether a value lies within the bounds; NaN never does."""
         return (
-            (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.below is None or value < self.below)
-            and (self.at_most is None or value <= self.at_most)
+            value == math.inf
+            if self.infinite and math.isinf(value)
+            else self._low(value) and (value < self.below if self.at_most is None else value <= self.at_most)
         )
+
+    def _low(self, value: float) -> bool:
+        """Tells whether a value keeps the lower bound."""
+        return value > self.above if self.at_least is None else value >= self.at_least
+
+    def message(self, value: float) -> str:
+        """Ends the message to a user who gives a value that does not hold."""
+        return self.says if self._low(value) else self.too_low or self.says
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,7 @@ class Choice:
     accepted: tuple[str, ...]
     infinite = False
 
-    @property
-    def says(self) -> str:
+    def message(self, value: str) -> str:
         """Ends the message to a user who gives another word."""
         return f"must be one of {', '.join(filter(None, self.accepted))}"
 
@@ -61,22 +71,40 @@ def bounded(
     at_most: float | None = None,
     infinite: bool = False,
     says: str = "",
+    too_low: str = "",
 ) -> Any:
-    """Declares a field that is a number within bounds, or a tuple of such numbers.
-    At least one bound is given.
+    """Declares a field that is a number between a lower and an upper bound, or a tuple of such numbers.
 
-    infinite: an infinite value is accepted too, as it limits nothing. says: replaces the bounds in the
-    message to a user who gives another number.
+    infinite: infinity is accepted too, as it limits nothing. says: replaces the bounds in the message to a
+    user who gives another number; too_low: only for one below them.
     """
-    if at_most is None and below is None:
-        bounds = f"must be above {above}" if at_least is None else f"must be at least {at_least}"
-    else:
-        low = f"({above}" if at_least is None else f"[{at_least}"
-        bounds = f"must lie in {low}, {below})" if at_most is None else f"must lie in {low}, {at_most}]"
+    assert (above is None) != (at_least is None) and (below is None) != (at_most is None), "give both bounds"
+    low = f"({_short(above)}" if at_least is None else f"[{_short(at_least)}"
+    high = f"{_short(below)})" if at_most is None else f"{_short(at_most)}]"
     bound = Range(
-        above=above, at_least=at_least, below=below, at_most=at_most, infinite=infinite, says=says or bounds
+        above=above,
+        at_least=at_least,
+        below=below,
+        at_most=at_most,
+        infinite=infinite,
+        says=says or f"must lie in {low}, {high}",
+        too_low=too_low,
     )
     return field(default=default, metadata={"bound": bound})
+
+
+def count(default: int, *, at_least: int = 1, too_low: str = "") -> Any:
+    """Declares a field that counts something, up to `MOST`."""
+    return bounded(default, at_least=at_least, at_most=MOST, too_low=too_low)
+
+
+def any_seed(default: int = 0, *, largest: int = 2**63 - 1) -> Any:
+    """Declares a field that is a seed: any int64, or one of at most `largest` in size."""
+    return bounded(default, at_least=-largest, at_most=largest)
+
+
+def _short(bound: float) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def one_of(*accepted: str, default: str | None = None) -> Any:
@@ -107,7 +135,7 @@ def check_bounds(config: Any) -> None:
             raise UserError(f"{flag} {' '.join(map(str, values))}: must be finite.")
         for x in values:
             if bound and not bound.holds(x):
-                raise UserError(f"{flag} {x}: {bound.says}.")
+                raise UserError(f"{flag} {x}: {bound.message(x)}.")
 
 
 def _bound(config_class: type, name: str) -> Range | Choice | None:

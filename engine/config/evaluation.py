@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.config.bounds import bounded, check_bounds, one_of
+from engine.config.bounds import any_seed, bounded, check_bounds, count, one_of
 from engine.errors import UserError
 
 
@@ -10,7 +10,7 @@ from engine.errors import UserError
 class EvaluateConfig:
     """Judge an iterate of a run on held-out prompts, with fresh responses of reference and policy."""
 
-    iterate: int = bounded(0, at_least=0)
+    iterate: int = count(0, at_least=0)
     """Iterate to judge; 0 takes the last one."""
     best_feasible: bool = False
     """First choose the iterate on the run's held-out prompts: the one with the most reward
@@ -18,12 +18,12 @@ class EvaluateConfig:
     Then judge it on --prompts, which must be others."""
     prompts: str = ""
     """Prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the run's held-out prompts."""
-    n_prompts: int = bounded(0, at_least=0)
+    n_prompts: int = count(0, at_least=0)
     """Prompts, at most: the run's seeded subset. 0 takes as many as the run's
     verdict, or all of --prompts."""
-    n_responses: int = bounded(0, at_least=0)
+    n_responses: int = count(0, at_least=0)
     """Responses per prompt, of reference and policy each; 0 takes as many as the run's verdict."""
-    seed: int = 1000
+    seed: int = any_seed(1000)
     """Seed of the responses, far from usual seeds of runs so that they are fresh;
     the run's own seed draws its verdict's again."""
     audit: tuple[str, ...] = ()
@@ -35,11 +35,13 @@ class EvaluateConfig:
     """Confidence of the two-sided intervals, and of the one-sided bounds that decide met or not met."""
     allow_overlap: bool = False
     """Go on with prompts that are among the run's training prompts."""
+    accept_changes: bool = False
+    """Go on with a scorer whose code or weights have changed since the run began."""
     out: str = ""
     """Folder of the results, must not exist yet. Default: RUN/evaluation-1, or the next free number."""
     device: str = one_of("", "auto", "cpu", "cuda")
     """auto, cpu or cuda. Default: as in the run."""
-    threads: int = bounded(0, at_least=0)
+    threads: int = bounded(0, at_least=0, at_most=1024)
     """CPU threads; 0 takes as many as the run asked for."""
 
     def check(self) -> None:

@@ -2,9 +2,13 @@
 so that a mistake costs one line."""
 
 import difflib
+import os
+import shutil
 from typing import Any, get_type_hints
 
 from engine.errors import UserError
+
+NARROWEST = 40  # columns of the help
 
 
 def parse_flags(
@@ -23,21 +27,31 @@ def parse_flags(
     are no fields. These two are for messages only.
     Raises: UserError for an unknown flag, a stray word, or a value of the wrong type.
     """
-    help_wanted = "--help" in flags or "-h" in flags
-    if help_wanted:
+    if "--help" in flags or "-h" in flags:
         print(usage)
-        flags = ["--help"]
-    else:
-        _check(flags, config_class, first, others)
+        _print_help(config_class, prog, default)
+        return None
+    _check(flags, config_class, first, others)
 
     import tyro
 
+    return tyro.cli(config_class, prog=prog, args=flags, default=default)
+
+
+def _print_help(config_class: type, prog: str, default: Any) -> None:
+    """Prints the flags, in 40 columns at least: tyro never ends in a terminal of a few."""
+    import tyro
+
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(shutil.get_terminal_size().columns, NARROWEST))
     try:
-        return tyro.cli(config_class, prog=prog, args=flags, default=default)
-    except SystemExit as stop:
-        if help_wanted and not stop.code:
-            return None
-        raise
+        tyro.cli(config_class, prog=prog, args=["--help"], default=default)
+    except SystemExit:
+        pass
+    finally:
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
 def take(flags: list[str], name: str) -> tuple[list[str], str | None]:

@@ -4,13 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.config.bounds import bounded, check_bounds, one_of
+from engine.config.bounds import LARGEST_SCORE, any_seed, bounded, check_bounds, count, one_of
 from engine.errors import UserError
 
 FEW_PROMPTS = (
     "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "
     "or --heldout"
 )
+# Beyond these, random numbers of one purpose would be those of another; see `engine.keys`.
+MOST_STEPS, MOST_ITERATIONS = 10**6, 10**6 - 1
 
 
 class Draws(NamedTuple):
@@ -29,13 +31,13 @@ class RunConfig:
 
     out: str = ""
     """Run folder, must not exist yet. Default: runs/DATE-ALGORITHM-seedSEED."""
-    seed: int = 0
+    seed: int = any_seed(largest=2**36)  # an adapter multiplies it by about 10^8
     """Seed of all random numbers: equal seeds give bitwise equal runs on one machine."""
     device: str = one_of("auto", "cpu", "cuda")
     """auto, cpu or cuda."""
     dtype: str = one_of("auto", "float32", "bfloat16", "float16")
     """auto (float32 on CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
-    threads: int = bounded(0, at_least=0)
+    threads: int = bounded(0, at_least=0, at_most=1024)
     """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
     force: bool = False
     """Go on with thresholds beyond what the samples support."""
@@ -63,26 +65,35 @@ class RunConfig:
     """System line put before every prompt; empty leaves the chat template's own.
     Ignored by a tokenizer without a template."""
 
+    accept_changes: bool = False
+    """Go on with a scorer whose code or weights have changed since the run began whose samples these are;
+    also beside --resume RUN."""
     samples_of: str = ""
     """Take the reference's samples, for training and verdict, from this run of equal settings; draw none."""
-    n_prompts: int = bounded(400, at_least=2, says=FEW_PROMPTS)
+    n_prompts: int = count(400, at_least=2, too_low=FEW_PROMPTS)
     """Training prompts sampled from the reference, at most: a seeded subset."""
-    n_responses: int = bounded(8, at_least=2)
+    n_responses: int = count(8, at_least=2)
     """Responses per prompt (G)."""
-    max_new_tokens: int = bounded(48, above=0)
+    max_new_tokens: int = count(48)
     """Longest response, in tokens."""
-    temperature: float = bounded(0.7, above=0, says="must be above 0, as the policy is a distribution")
+    temperature: float = bounded(
+        0.7, at_least=1e-6, at_most=1e6, too_low="must lie in [1e-06, 1e+06], as the policy is a distribution"
+    )
     """Sampling temperature; it defines the policy, so log-probs use it too."""
     top_p: float = bounded(1.0, above=0, at_most=1)
     """Nucleus mass; 1 is off."""
-    rollout_rows: int = bounded(384, above=0)
+    rollout_rows: int = count(384)
     """Responses decoded side by side; the default is lowered where memory is short.
     Samples depend on it by rounding alone."""
 
-    threshold: tuple[float, ...] = (0.3,)
+    threshold: tuple[float, ...] = bounded((0.3,), at_least=-1e6, at_most=1e6)
     """b: required improvement of each utility over the reference, in within-prompt standard deviations."""
     cost_mean: tuple[float, ...] = bounded(
-        (), above=-math.inf, infinite=True, says="must be a number, or inf for a cost that keeps --threshold"
+        (),
+        at_least=-LARGEST_SCORE,
+        at_most=LARGEST_SCORE,
+        infinite=True,
+        says="must lie in [-1e+100, 1e+100], or be inf for a cost that keeps --threshold",
     )
     """Largest mean of each cost, in the scorer's own units, instead of --threshold;
     inf for a cost that keeps --threshold."""
@@ -94,64 +105,64 @@ class RunConfig:
     )
     """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold;
     1 for a cost that keeps --threshold."""
-    unsafe_above: tuple[float, ...] = (0.0,)
+    unsafe_above: tuple[float, ...] = bounded((0.0,), at_least=-LARGEST_SCORE, at_most=LARGEST_SCORE)
     """A response is unsafe where a cost exceeds this, in the scorer's units: one value, or one per cost."""
     cost_on: tuple[str, ...] = ()
     """The prompts that each constraint is about, by their kind (the column kind), such as delicate: its mean
     runs over these. all, the default, is every prompt."""
-    beta: float = bounded(1.0, above=0)
+    beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
     """Weight of KL(policy || reference), in units of the scaled reward."""
-    margin: float = bounded(3.3, at_least=0)
+    margin: float = bounded(3.3, at_least=0, at_most=1e6)
     """The dual aims at b + margin x the predicted standard error of the held-out set;
     0 is the papers' method."""
-    lam_max: float = bounded(20.0, above=0)
+    lam_max: float = bounded(20.0, above=0, at_most=1e9)
     """Upper bound of each multiplier, in scaled units."""
 
-    steps: int = bounded(5, above=0)
+    steps: int = bounded(5, at_least=1, at_most=MOST_STEPS)
     """Policy steps per iteration."""
-    prompts_per_step: int = bounded(16, above=0)
+    prompts_per_step: int = count(16)
     """Prompts in one policy step, at most."""
-    tokens_per_forward: int = bounded(16384, above=0)
+    tokens_per_forward: int = count(16384)
     """Most tokens of one forward and backward pass of a policy step, prompts counted once; a larger step adds
     up the gradients of parts."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer for the backward pass and compute the rest again:
     less memory, about a third more time."""
-    responses_per_prompt: int = 2
+    responses_per_prompt: int = count(2, at_least=0)
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs
     are used. 0 takes all G, which fits the tilt itself; the two ends act like a smaller --beta."""
     labels: str = one_of("soft", "sampled", "regression", "listwise", "single", default="regression")
     """regression (least squares of margins on score differences), soft (expected Bradley-Terry label),
     sampled (a random draw of it, as in the papers), listwise (cross-entropy over a prompt's responses) or
     single (least squares of each response, DRO)."""
-    learning_rate: float = bounded(1.5e-3, above=0)
+    learning_rate: float = bounded(1.5e-3, above=0, at_most=10.0)
     """Peak learning rate of AdamW. The default is for adapters; --tune full wants one of about 1e-5."""
-    warmup_steps: int = bounded(1, at_least=0)
+    warmup_steps: int = count(1, at_least=0)
     """Linear warm-up at the start of the run, in steps."""
     schedule: str = one_of("constant", "linear", "cosine")
     """Learning rate after the warm-up: constant, linear or cosine. The last two fall to 0 over the steps of
     each policy update; the next update starts at the peak again."""
-    weight_decay: float = bounded(0.0, at_least=0)
+    weight_decay: float = bounded(0.0, at_least=0, at_most=1e3)
     """AdamW weight decay."""
-    clip_norm: float = bounded(1.0, above=0)
+    clip_norm: float = bounded(1.0, above=0, at_most=1e9)
     """Largest gradient norm."""
     tune: str = one_of("lora", "full")
     """lora: train an adapter on the frozen model. full: train all weights; each iterate is a whole
     checkpoint, --checkpoint-every writes 12 bytes for every weight, and the --lora flags have no effect."""
-    lora_rank: int = bounded(8, above=0)
+    lora_rank: int = bounded(8, at_least=1, at_most=65536)
     """Rank of the adapter."""
-    lora_alpha: float = bounded(16.0, above=0)
+    lora_alpha: float = bounded(16.0, above=0, at_most=1e6)
     """The adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_from: float = bounded(0.5, at_least=0, below=1)
     """The adapter sits above this share of the layers; those below are computed once per sample."""
-    memory_budget_mb: int = bounded(0, at_least=0)
+    memory_budget_mb: int = count(0, at_least=0)
     """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and 4096 on a GPU."""
-    checkpoint_every: int = bounded(2, above=0)
+    checkpoint_every: int = count(2)
     """Policy steps between checkpoints inside an iteration."""
 
-    eval_prompts: int = bounded(96, at_least=2, says=FEW_PROMPTS)
+    eval_prompts: int = count(96, at_least=2, too_low=FEW_PROMPTS)
     """Held-out prompts in the verdict, at most."""
-    eval_responses: int = bounded(6, above=0)
+    eval_responses: int = count(6)
     """Responses per held-out prompt."""
 
     # The following are no fields, hence no flags. They hold for an algorithm that does not say otherwise.
@@ -159,6 +170,15 @@ class RunConfig:
     solves_dual = False  # solves the dual on the reference's samples, as a stage of the run
     pairs = "reference"
     slack_prompts = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Tells whether samples are of distributions that are cut.
+
+        The KL of two of these is infinite, and the mean log-ratio of the whole policies on such samples is
+        the KL of no two policies.
+        """
+        return self.top_p < 1
 
     @property
     def memory_budget_bytes(self) -> int | None:
@@ -257,16 +277,16 @@ class RunConfig:
 class IterativeConfig(RunConfig):
     """The settings of algorithms that measure the slack of their policies and descend the dual."""
 
-    iterations: int = bounded(5, above=0)
+    iterations: int = bounded(5, at_least=1, at_most=MOST_ITERATIONS)
     """T: policies trained; a dual step stands between two of them."""
-    slack_prompts: int = bounded(64, at_least=2, says=FEW_PROMPTS)
+    slack_prompts: int = count(64, at_least=2, too_low=FEW_PROMPTS)
     """Prompts on which the slack is measured, never among the iteration's pairs;
     at most a third where prompts are few."""
-    slack_responses: int = bounded(3, above=0)
+    slack_responses: int = count(3)
     """Responses per prompt in the slack."""
-    lam_max_change: float = bounded(2.0, above=1)
+    lam_max_change: float = bounded(2.0, above=1, at_most=1e9)
     """Largest factor by which a multiplier may change in one dual step."""
-    max_kl: float = bounded(math.inf, above=0, infinite=True)
+    max_kl: float = bounded(math.inf, above=0, at_most=1e9, infinite=True)
     """Stop when KL(policy || reference) passes this many nats per response, and keep the iterate before."""
 
     @property
@@ -287,6 +307,11 @@ class IterativeConfig(RunConfig):
     def check(self) -> None:
         """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
+        if self.truncated and self.max_kl < math.inf:
+            raise UserError(
+                f"--max-kl {self.max_kl:g}: no KL is measured with --top-p {self.top_p:g}, as that cuts the "
+                "distributions that are sampled; leave out one of the two."
+            )
         if self.slack_responses > self.n_responses:
             raise UserError(
                 f"--slack-responses {self.slack_responses}: must be at most --n-responses {self.n_responses}."

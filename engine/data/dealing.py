@@ -1,8 +1,10 @@
 """Seeded choices among prompts: subsets, splits, the prompts of an iteration and of its steps."""
 
 import hashlib
+from functools import lru_cache
 
 from engine import keys
+from engine.data.prompts import meanings
 from engine.errors import UserError
 from engine.records import Prompts
 
@@ -29,16 +31,26 @@ def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
 def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], list[int]]:
     """Holds out a seeded share of the prompts, with at least one prompt on either side.
 
+    Prompts that differ only in case or spaces are held out together, so that the share may be larger.
     Returns (training indices, held-out indices). Raises: UserError where there are fewer than two prompts.
     """
-    if len(prompts) < 2:
+    same: dict[str, list[int]] = {}
+    meaning = meanings(prompts)
+    for i in subset(prompts, len(prompts), seed, keys.SPLIT):
+        same.setdefault(meaning[i], []).append(i)
+    if len(same) < 2:
+        but = " that differ in more than case and spaces" if len(prompts) > 1 else ""
         raise UserError(
-            f"{len(prompts)} prompt(s) cannot be split into training and held-out ones; "
+            f"{len(same)} prompt(s){but} cannot be split into training and held-out ones; "
             "give at least 2, or --heldout."
         )
-    order = subset(prompts, len(prompts), seed, keys.SPLIT)
-    n_heldout = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
-    return order[n_heldout:], order[:n_heldout]
+    n_heldout = max(round(share * len(prompts)), 1)
+    heldout: list[int] = []
+    groups = list(same.values())
+    while len(heldout) < n_heldout and len(groups) > 1:
+        heldout += groups.pop(0)
+    held = set(heldout)
+    return [i for i in subset(prompts, len(prompts), seed, keys.SPLIT) if i not in held], heldout
 
 
 def deal(
@@ -57,14 +69,20 @@ def deal(
     return turned[:pool], turned[pool : pool + n_slack]
 
 
-def schedule(prompts: Prompts, seed: int, purpose: str, per_step: int, steps: int) -> list[list[int]]:
-    """Lists the prompts of each step: seeded shuffles of all prompts, one after another.
+class Schedule:
+    """The prompts of each step, from 0: seeded shuffles of all prompts, one after another, made when they are
+    asked for.
 
-    The result depends only on (seed, purpose) and the prompts' keys.
+    It depends only on (seed, purpose) and the prompts' keys.
     """
-    order: list[int] = []
-    epoch = 0
-    while len(order) < per_step * steps:
-        order += subset(prompts, len(prompts), seed, keys.epoch(purpose, epoch))
-        epoch += 1
-    return [order[i * per_step : (i + 1) * per_step] for i in range(steps)]
+
+    def __init__(self, prompts: Prompts, seed: int, purpose: str, per_step: int) -> None:
+        self._prompts, self._seed, self._purpose, self._per_step = prompts, seed, purpose, per_step
+        self._shuffle = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getitem__(self, step: int) -> list[int]:
+        first, P = step * self._per_step, len(self._prompts)
+        return [self._shuffle(i // P)[i % P] for i in range(first, first + self._per_step)]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        return subset(self._prompts, len(self._prompts), self._seed, keys.epoch(self._purpose, epoch))

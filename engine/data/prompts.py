@@ -5,6 +5,7 @@ import json
 import unicodedata
 from array import array
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from sys import byteorder
@@ -12,7 +13,8 @@ from typing import Literal
 
 import torch
 
-from engine.data.tables import check_encodes, first_line, read_rows
+from engine.data.chat import as_messages, as_text, chat_ids
+from engine.data.tables import read_rows
 from engine.errors import UserError
 from engine.records import Prompts
 
@@ -25,6 +27,7 @@ class TextLimits:
     max_positions: int  # the longest prompt and response together that the model reads
     max_new_tokens: int  # responses are cut to this many tokens
     vocab_size: int  # token ids from here on are unknown to the model
+    now: datetime | None = None  # the date for chat templates that write one; None: that of the clock
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -33,7 +36,13 @@ class TextLimits:
 
 
 def load_prompts(
-    source: str | list[str], tokenizer, *, column: str = "prompt", system: str = "", max_prompt_tokens: int
+    source: str | list[str],
+    tokenizer,
+    *,
+    column: str = "prompt",
+    system: str = "",
+    now: datetime | None = None,
+    max_prompt_tokens: int,
 ) -> Prompts:
     """Reads prompts, applies the tokenizer's chat template once and tokenises.
 
@@ -43,10 +52,11 @@ def load_prompts(
     optional column "kind" is a label.
     system: put before messages that have no system message. A tokenizer without a chat template takes the
     text alone, and adds its bos itself.
+    now: the date for chat templates that write one; by default that of the clock.
 
     Raises: UserError naming the file and the line (where there are no lines, the row, counted from 1).
     """
-    text, kind, token_ids = [], [], []
+    text, kind, token_ids, conversations = [], [], [], []
     place_of: dict[int, str] = {}
     for name in [source] if isinstance(source, str | Path) else source:
         rows = read_rows(str(name))
@@ -59,7 +69,7 @@ def load_prompts(
                     f"{place}: no column {column!r}; columns found: {columns}. See --prompt-column."
                 )
             messages = as_messages(row[column], column, place)
-            ids = chat_ids(messages, tokenizer, system, place)
+            ids = chat_ids(messages, tokenizer, system, place, now)
             check_length(ids, max_prompt_tokens, place)
             key = prompt_key(ids)
             if key in place_of:
@@ -68,11 +78,12 @@ def load_prompts(
                     "as equal prompts get equal random numbers."
                 )
             place_of[key] = place
-            text.append(messages[-1]["content"])
+            text.append(as_text(messages))
+            conversations.append(messages)
             kind.append(_kind(row.get("kind"), place))
             token_ids.append(ids)
     key_P = torch.tensor(list(place_of), dtype=torch.int64)
-    return Prompts(text=text, kind=kind, token_ids=token_ids, key_P=key_P)
+    return Prompts(text=text, kind=kind, token_ids=token_ids, key_P=key_P, messages=conversations)
 
 
 def prompt_key(token_ids: list[int]) -> int:
@@ -89,13 +100,21 @@ def prompt_key(token_ids: list[int]) -> int:
 def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:
     """Refuses held-out prompts that are also among `train`; `use` says in the message what the latter are.
 
-    Raises: UserError naming the first such prompt.
+    Prompts are the same where their tokens are, or their `meanings`.
+    Raises: UserError naming the first such prompt, and the other where it is written differently.
     """
     train_keys = set(train.key_P.tolist())
-    for key, text in zip(heldout.key_P.tolist(), heldout.text, strict=True):
-        if key in train_keys:
+    written = dict(zip(reversed(meanings(train)), reversed(train.text), strict=True))
+    for key, text, meaning in zip(heldout.key_P.tolist(), heldout.text, meanings(heldout), strict=True):
+        other = text if key in train_keys else written.get(meaning)
+        if other == text:
             raise UserError(
                 f"the held-out prompt {text[:60]!r} is also a {use}; remove it from one of the two."
+            )
+        if other is not None:
+            raise UserError(
+                f"the held-out prompt {text[:60]!r} is the {use} {other[:60]!r} but for case or spaces; "
+                "remove it from one of the two."
             )
 
 
@@ -110,80 +129,26 @@ def lookalike_prompts() -> str:
     return str(files("engine") / "assets" / "prompts" / "lookalike.jsonl")
 
 
-def overlap(prompts: Prompts, train: Prompts, tokenizer) -> list[int]:
-    """Returns the indices of the prompts that are training prompts too.
+def overlap(prompts: Prompts, train: Prompts) -> list[int]:
+    """Returns the indices of the prompts that are training prompts too, by their tokens or `meanings`."""
+    keys, seen = set(train.key_P.tolist()), set(meanings(train))
+    found = zip(prompts.key_P.tolist(), meanings(prompts), strict=True)
+    return [i for i, (key, meaning) in enumerate(found) if key in keys or meaning in seen]
 
-    Whole conversations are compared, without case, white space and ligatures.
+
+def meanings(prompts: Prompts) -> list[str]:
+    """Returns whole conversations without case, ligatures, and how much white space stands between words.
+
+    Prompts of which these are equal ask the same, so that one tells of the other.
     """
 
-    def normal(token_ids: list[int]) -> str:
-        return "".join(unicodedata.normalize("NFKC", tokenizer.decode(token_ids)).casefold().split())
+    def plain(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
-    seen = {normal(ids) for ids in train.token_ids}
-    return [i for i, ids in enumerate(prompts.token_ids) if normal(ids) in seen]
-
-
-def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
-    """Turns a cell into chat messages that end with a user turn.
-
-    Raises: UserError where it is neither text nor messages.
-    """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            parsed = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            parsed = None
-        # A plain text may start with "[" and even be a JSON list: only a list of objects counts as messages.
-        if isinstance(parsed, list) and parsed and all(isinstance(message, dict) for message in parsed):
-            value = parsed
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if value is None or value == []:
-        raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
-    if not isinstance(value, list):
-        kind = type(value).__name__
-        raise UserError(f"{place}: column {column!r} holds a {kind}; give text or a list of messages.")
-    for message in value:
-        if not (
-            isinstance(message, dict)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        ):
-            raise UserError(
-                f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.'
-            )
-        check_encodes(message["content"], place)
-    if value[-1]["role"] != "user":
-        raise UserError(
-            f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn."
-        )
-    if not value[-1]["content"].strip():
-        raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def chat_ids(messages: list[dict[str, str]], tokenizer, system: str, place: str) -> list[int]:
-    """Tokenises a whole prompt, with its special tokens once.
-
-    Raises: UserError where the tokenizer has no chat template for several messages,
-    or its template refuses them.
-    """
-    if not tokenizer.chat_template:
-        if len(messages) > 1:
-            raise UserError(
-                f"{place}: {len(messages)} messages, but the tokenizer has no chat template; give plain text."
-            )
-        return tokenizer.encode(messages[0]["content"])
-
-    from jinja2 import TemplateError
-
-    if system and all(message["role"] != "system" for message in messages):
-        messages = [{"role": "system", "content": system}, *messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise UserError(f"{place}: the chat template refuses these messages ({first_line(error)}).") from None
-    # The template writes the special tokens itself: adding them again would double the bos.
-    return tokenizer.encode(text, add_special_tokens=False)
+    return [
+        json.dumps([(message["role"], plain(message["content"])) for message in messages])
+        for messages in prompts.conversations
+    ]
 
 
 def check_length(token_ids: list[int], limit: int, place: str) -> None:
@@ -191,15 +156,6 @@ def check_length(token_ids: list[int], limit: int, place: str) -> None:
     if len(token_ids) > limit:
         raise UserError(
             f"{place}: the prompt has {len(token_ids)} tokens, the limit is {limit}; shorten or remove it."
-        )
-
-
-def check_known(token_ids: list[int], vocab_size: int, place: str) -> None:
-    """Refuses a text with a special token that the model does not know. Raises: UserError."""
-    if max(token_ids, default=0) >= vocab_size:
-        raise UserError(
-            f"{place}: it has token id {max(token_ids)}, the model knows {vocab_size} tokens; "
-            "remove that special token."
         )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.data import tables
-from engine.data.prompts import TextLimits, chat_ids, check_known, check_length
+from engine.data.chat import chat_ids, check_known, known_end_of_turn
+from engine.data.prompts import TextLimits, check_length
 from engine.errors import UserError
 from engine.records import Prompts, Rollouts
 
@@ -27,39 +28,76 @@ class ResponsePairs:
     texts: list[str]
     # float64 [P, 2, O]: in each of the O label columns SURE for the better response, -SURE for the other one.
     label_PGO: Tensor
+    source: str
+    n_cut: int = 0  # answers that were cut at the longest response of the run
+    n_alike: int = 0  # pairs of which nothing can be learned, as their answers are equal; they are left out
+
+    def notes(self) -> list[str]:
+        """Says what was cut and left out, in lines."""
+        notes = []
+        if self.n_cut:
+            answers = 2 * (len(self.prompts) + self.n_alike)
+            notes.append(
+                f"{self.source}: {self.n_cut} of {answers} answers are longer than --max-new-tokens "
+                f"{self.rollouts.tokens.shape[1]} and were cut"
+            )
+        if self.n_alike:
+            pairs = len(self.prompts) + self.n_alike
+            left_out = f"{self.n_alike} of {pairs} pairs have equal answers and were left out"
+            notes.append(f"{self.source}: {left_out}")
+        return notes
 
 
 def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: TextLimits) -> ResponsePairs:
     """Reads a jsonl, csv or parquet file with the columns prompt, response_0, response_1, and `columns`.
 
     The column "kind" is optional. Each of `columns` holds 0 or 1: the number of the better response. Where no
-    columns are asked for, the responses may also stand in chosen and rejected.
+    columns are asked for, the responses may also stand in chosen and rejected. Answers end as the policy's
+    do. A pair whose answers are equal, also where they became so by the cut at the longest response, is left
+    out.
 
     Raises: UserError naming the row and the column: one that is missing, a prompt or response that is not
-    text, a label that is neither 0 nor 1.
+    text, a label that is neither 0 nor 1; a file whose pairs are all left out.
     """
-    prompts, tokens, texts, labels = [], [], [], []
+    prompts, tokens, labels = [], [], []
+    end = known_end_of_turn(tokenizer, limits.vocab_size, source)
+    n_cut = n_alike = 0
     for place, row in tables.read_rows(source):
         pair = ("chosen", "rejected") if not columns and "chosen" in row else ("response_0", "response_1")
         _check_row(row, pair, columns, place)
-        ids = chat_ids([{"role": "user", "content": row["prompt"]}], tokenizer, limits.system, place)
+        ids = chat_ids(
+            [{"role": "user", "content": row["prompt"]}], tokenizer, limits.system, place, limits.now
+        )
         check_length(ids, limits.max_prompt_tokens, place)
         check_known(ids, limits.vocab_size, place)
-        prompts.append((row["prompt"], str(row.get("kind") or ""), ids))
+        answers = []
         for name in pair:
             response = tokenizer(row[name], add_special_tokens=False)["input_ids"]
             check_known(response, limits.vocab_size, place)
-            tokens.append((response + [tokenizer.eos_token_id])[: limits.max_new_tokens])
-            texts.append(tokenizer.decode(tokens[-1], skip_special_tokens=True))
+            answers.append((response + [end])[: limits.max_new_tokens])
+            n_cut += len(response) >= limits.max_new_tokens
+        if answers[0] == answers[1]:
+            n_alike += 1
+            continue
+        prompts.append((row["prompt"], str(row.get("kind") or ""), ids))
+        tokens += answers
         labels.append([[SURE if int(row[name]) == i else -SURE for name in columns] for i in (0, 1)])
+    if n_alike and not prompts:
+        raise UserError(
+            f"{source}: the two answers of every pair are equal ({n_cut} of {2 * n_alike} answers were cut "
+            f"at --max-new-tokens {limits.max_new_tokens}); give pairs that differ, or raise that limit."
+        )
     if not prompts:
         raise UserError(f"{source}: no rows in it; give at least one.")
     text, kind, token_ids = (list(column) for column in zip(*prompts, strict=True))
     return ResponsePairs(
         prompts=Prompts(text=text, kind=kind, token_ids=token_ids, key_P=torch.arange(len(text))),
         rollouts=_as_rollouts(tokens, limits.max_new_tokens),
-        texts=texts,
+        texts=[tokenizer.decode(response, skip_special_tokens=True) for response in tokens],
         label_PGO=torch.tensor(labels, dtype=torch.float64).view(len(text), 2, len(columns)),
+        source=source,
+        n_cut=n_cut,
+        n_alike=n_alike,
     )
 
 

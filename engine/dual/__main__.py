@@ -14,13 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from engine import dual
+from engine.command import Standing, run_command
 from engine.config.flags import parse_flags
 from engine.dual.analysis import Analysis, analyse, as_dict, trace_curve
-from engine.dual.config import DualConfig, check, output_folder
+from engine.dual.config import FILES, DualConfig, check, output_folder
 from engine.dual.picture import picture
 from engine.dual.scores_file import preference_pairs, read_scores
-from engine.errors import UserError
-from engine.files import write_whole
+from engine.files import whole_files, write_whole
 from engine.run.display import Display
 
 USAGE = """usage: python -m engine.dual SCORES.(jsonl|parquet) --threshold B [B ...] [flags]
@@ -33,28 +33,23 @@ and response where pairs are exported. Give the thresholds in the order of the -
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        file, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-        config = parse_flags(
-            DualConfig,
-            flags,
-            prog="python -m engine.dual SCORES",
-            usage=USAGE,
-            first="scores file",
-            default=DualConfig(),
-        )
-        if config is None:
-            return 0
-        check(file, config)
-        run(file, config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: start the command again", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(_solve, argv)
+
+
+def _solve(argv: list[str], standing: Standing) -> None:
+    file, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
+    config = parse_flags(
+        DualConfig,
+        flags,
+        prog="python -m engine.dual SCORES",
+        usage=USAGE,
+        first="scores file",
+        default=DualConfig(),
+    )
+    if config is None:
+        return
+    check(file, config)
+    run(file, config)
 
 
 def run(file: str, config: DualConfig) -> None:
@@ -65,13 +60,13 @@ def run(file: str, config: DualConfig) -> None:
     table = read_scores(file, config.utility, config.cost, texts=bool(config.export_pairs))
     analysis = analyse(file, table, config)
     out = output_folder(file, config)
-    out.mkdir(parents=True, exist_ok=True)
     display = Display()
     print_analysis(analysis, display)
     curve = trace_curve(analysis)
     content = json.dumps(as_dict(analysis, curve), indent=2, allow_nan=False) + "\n"
-    write_whole(out / "dual.json", content.encode())
-    write_whole(out / "dual.png", picture(analysis, curve))
+    with whole_files(out, FILES) as folder:
+        write_whole(folder / "dual.json", content.encode())
+        write_whole(folder / "dual.png", picture(analysis, curve))
     display.line(f"wrote {out / 'dual.json'} and {out / 'dual.png'}")
     if config.export_pairs:
         score_PG = analysis.reward_PG + analysis.utility_PGJ @ analysis.solution.lam

@@ -1,23 +1,26 @@
 """The flags of `python -m engine.dual SCORES`, and what may stand in them."""
 
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds
 from engine.errors import UserError
+from engine.files import check_out, is_folder
+
+FILES = ("dual.json", "dual.png")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DualConfig:
     """Multipliers of a threshold from a file of scores, without training."""
 
-    threshold: tuple[float, ...] = ()
+    threshold: tuple[float, ...] = bounded((), at_least=-LARGEST_SCORE, at_most=LARGEST_SCORE)
     """b of each constraint: required improvement over the mean of its column, in units as --raw says."""
     absolute: bool = False
     """The thresholds are levels of the utility (of minus the cost), not improvements."""
-    beta: float = 1.0
+    beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
     """Weight of KL(policy || reference), in units of the reward."""
     utility: tuple[str, ...] = ()
     """Columns that are larger where better. Default without --cost: all other columns with numbers."""
@@ -25,9 +28,9 @@ class DualConfig:
     """Columns that are smaller where better: they are negated once."""
     raw: bool = False
     """Keep the file's units. Default: divide columns by their within-prompt deviations, as a run does."""
-    draws: int = 400
+    draws: int = bounded(400, at_least=40, at_most=100_000, too_low="a 95 % interval needs at least 40")
     """Bootstrap samples of the prompts."""
-    seed: int = 0
+    seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
     """Seed of the bootstrap and of the labels of pairs."""
     out: str = ""
     """Folder for dual.json and dual.png, which are overwritten. Default: NAME-dual for NAME.jsonl."""
@@ -53,7 +56,7 @@ def check(file: str, config: DualConfig) -> None:
         )
     _check_numbers(config)
     _check_names(config)
-    _check_out(output_folder(file, config))
+    check_out(output_folder(file, config), FILES)
     if config.export_pairs:
         _check_export(Path(config.export_pairs), Path(file))
 
@@ -64,15 +67,7 @@ def _check_numbers(config: DualConfig) -> None:
             "--threshold is missing: give the required improvement of each constraint, "
             "for example --threshold 0.3."
         )
-    for b in config.threshold:
-        if not math.isfinite(b):
-            raise UserError(f"--threshold {b}: must be finite.")
-    if not (config.beta > 0 and math.isfinite(config.beta)):
-        raise UserError(f"--beta {config.beta}: must be above 0 and finite.")
-    if config.draws < 40:
-        raise UserError(f"--draws {config.draws}: a 95 % interval needs at least 40.")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must lie between 0 and {2**63 - 1}.")
+    check_bounds(config)
 
 
 def _check_names(config: DualConfig) -> None:
@@ -83,26 +78,15 @@ def _check_names(config: DualConfig) -> None:
             raise UserError(f"--utility or --cost {name}: that column has its own meaning; name another one.")
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: that is a file; name a folder.")
-    for name in ("dual.json", "dual.png"):
-        if (out / name).is_dir():
-            raise UserError(f"--out {out}: {out / name} is a folder; name another one.")
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"--out {out}: no folder can be made in {above}; name another one.")
-
-
 def _check_export(target: Path, scores: Path) -> None:
     flag = f"--export-pairs {target}"
     if target.suffix != ".jsonl":
         raise UserError(f"{flag}: must end in .jsonl.")
-    if target.resolve() == scores.resolve():
+    if os.path.realpath(target) == os.path.realpath(scores):
         raise UserError(f"{flag}: that is the scores file; name another one.")
-    if target.is_dir():
+    if is_folder(target):
         raise UserError(f"{flag}: that is a folder; name a file.")
-    if not target.parent.is_dir():
+    if not is_folder(target.parent):
         raise UserError(f"{flag}: the folder {target.parent} does not exist; make it first.")
     if not os.access(target.parent, os.W_OK):
         raise UserError(f"{flag}: no file can be made in {target.parent}; name another folder.")

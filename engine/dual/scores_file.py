@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.config.bounds import LARGEST_SCORE
 from engine.data.tables import PlacedRow, read_file
 from engine.errors import UserError
 from engine.records import utility_of_cost
@@ -119,10 +120,10 @@ def _finite_number(row: dict, name: str, place: str) -> float:
     value = _cell(row, name, place)
     if not isinstance(value, int | float):
         raise UserError(f"{place}: column {name!r} holds {str(value)[:60]!r}; give a number.")
-    if isinstance(value, int) and abs(value) > 2**1000 or not math.isfinite(value):
+    if not abs(value) <= LARGEST_SCORE:
         raise UserError(
-            f"{place}: column {name!r} is {str(value)[:20]}; it must be finite: "
-            "repair the score, or drop the prompt."
+            f"{place}: column {name!r} is {str(value)[:20]}; it must be finite, and at most "
+            f"{LARGEST_SCORE:g} in size: repair the score, or drop the prompt."
         )
     return float(value)
 

@@ -4,12 +4,12 @@ Every key that is read is taken out of the file's contents. What is left at the 
 engine does not know: it is refused by name, never ignored.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import UserError
+from engine.files import shown
 from engine.model.rope import Rope
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -45,16 +45,18 @@ HARMLESS = {
     "encoder_no_repeat_ngram_size": 0, "num_return_sequences": 1, "output_scores": False,
     "return_dict_in_generate": False, "remove_invalid_values": False,
 }  # fmt: skip
-# The values of these keys, where they are not null, must be whole numbers above 0,
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
-)  # fmt: skip
-# numbers above 0,
+# The values of these keys, where they are not null, must be whole numbers above 0, and at most these,
+SIZES = {
+    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
+    "max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1, "sliding_window_pattern": 10_000,
+}  # fmt: skip
+# numbers above 0 and at most `LARGEST`,
 NUMBERS = (
     "rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
     "final_logit_softcapping",
 )  # fmt: skip
+LARGEST = 1e18
 # true or false,
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 # and objects.
@@ -165,6 +167,7 @@ def _gemma(config: ConfigFile) -> dict[str, Any]:
 class Family(NamedTuple):
     """One architecture: `read` takes its switches from a file, `needs` are the keys without a default."""
 
+    model_type: str
     read: Callable[[ConfigFile], dict[str, Any]]
     needs: tuple[str, ...] = ()
     gemma: bool = False  # ties the head by default, and names its activation hidden_activation
@@ -174,23 +177,18 @@ _POSITIONS = "max_position_embeddings"
 _GEMMA = (_POSITIONS, "num_key_value_heads", "head_dim", "query_pre_attn_scalar")
 # Gemma3ForCausalLM is the text model alone.
 FAMILIES = {
-    "LlamaForCausalLM": Family(_llama),
-    "Qwen2ForCausalLM": Family(_qwen2, (_POSITIONS,)),
-    "Qwen3ForCausalLM": Family(_qwen3, (_POSITIONS, "head_dim")),
-    "MistralForCausalLM": Family(_mistral, (_POSITIONS,)),
-    "Gemma2ForCausalLM": Family(_gemma2, _GEMMA, gemma=True),
-    "Gemma3ForCausalLM": Family(_gemma3, _GEMMA, gemma=True),
+    "LlamaForCausalLM": Family("llama", _llama),
+    "Qwen2ForCausalLM": Family("qwen2", _qwen2, (_POSITIONS,)),
+    "Qwen3ForCausalLM": Family("qwen3", _qwen3, (_POSITIONS, "head_dim")),
+    "MistralForCausalLM": Family("mistral", _mistral, (_POSITIONS,)),
+    "Gemma2ForCausalLM": Family("gemma2", _gemma2, _GEMMA, gemma=True),
+    "Gemma3ForCausalLM": Family("gemma3_text", _gemma3, _GEMMA, gemma=True),
 }
 
 
 def sizes_and_switches(raw: dict, file: Path) -> dict[str, Any]:
     """Reads the fields of `engine.model.architecture.ModelConfig` from a config.json; see its `from_json`."""
-    named = raw.get("architectures") or raw.get("model_type", "unknown")
-    architecture = named[0] if isinstance(named, list) else named
-    if architecture not in FAMILIES:
-        raise UserError(
-            f"{file}: architecture {architecture} is not supported; use one of {', '.join(FAMILIES)}."
-        )
+    architecture = _architecture(raw, file)
     family = FAMILIES[architecture]
     missing = [key for key in NEEDED + family.needs if raw.get(key) is None]
     if missing:
@@ -204,7 +202,7 @@ def sizes_and_switches(raw: dict, file: Path) -> dict[str, Any]:
     kv_heads = rest.pop("num_key_value_heads", None) or heads
     head_dim = rest.pop("head_dim", None) or hidden_size // heads
     positions = rest.pop("max_position_embeddings", None) or 2048
-    if heads % kv_heads or head_dim % 2:
+    if heads % kv_heads or head_dim % 2 or head_dim < 2:
         raise UserError(
             f"{file}: {heads} heads of size {head_dim} with {kv_heads} key heads do not fit; "
             "fetch the file again."
@@ -214,7 +212,10 @@ def sizes_and_switches(raw: dict, file: Path) -> dict[str, Any]:
         # Its files have hidden_act too, which counts for nothing.
         activation = rest.pop("hidden_activation", None) or "gelu_pytorch_tanh"
     if activation not in ACTIVATIONS:
-        raise UserError(f"{file}: activation {activation} is not supported; {', '.join(ACTIVATIONS)} are.")
+        raise UserError(
+            f"{file}: activation {shown(str(activation)[:60])} is not supported; "
+            f"{', '.join(ACTIVATIONS)} are."
+        )
     switches = family.read(ConfigFile(file, rest, layers, head_dim, positions))
     fields = {
         "vocab_size": rest.pop("vocab_size"),
@@ -233,17 +234,46 @@ def sizes_and_switches(raw: dict, file: Path) -> dict[str, Any]:
     for key, value in rest.items():
         if value is not None and not (key in HARMLESS and HARMLESS[key] == value):
             raise UserError(
-                f"{file}: {key} {str(value)[:60]} is not supported for {architecture}; "
+                f"{file}: {shown(key)} {shown(str(value)[:60])} is not supported for {architecture}; "
                 "use a checkpoint without it."
             )
     return fields
 
 
+def _architecture(raw: dict, file: Path) -> str:
+    """Returns the name in `FAMILIES` that a config.json gives, by model_type where it has no architectures.
+
+    Raises: UserError where there is none, or where the two are of different families: transformers would load
+    the other one.
+    """
+    of_type = {family.model_type: name for name, family in FAMILIES.items()}
+    named, kind = raw.get("architectures"), raw.get("model_type")
+    named = named[0] if named and isinstance(named, list) else named
+    by_type = of_type.get(kind) if isinstance(kind, str) else None
+    if not named and by_type is not None:
+        return by_type
+    if not isinstance(named, str) or named not in FAMILIES:
+        given = f"architecture {named}" if named else f"model_type {kind}"
+        raise UserError(f"{file}: {shown(given[:80])} is not supported; use one of {', '.join(FAMILIES)}.")
+    if kind is not None and named != by_type:
+        raise UserError(
+            f"{file}: architectures says {named}, model_type says {kind!r:.60}; "
+            "correct the one that is wrong."
+        )
+    return named
+
+
 def _check_values(raw: dict, file: Path) -> None:
     """Checks the values of the keys that are read. Raises: UserError with the first one that cannot be."""
+    for key, most in SIZES.items():
+        value = raw.get(key)
+        if value is not None and not (type(value) is int and 0 < value <= most):
+            raise UserError(
+                f"{file}: {key} is {value!r:.60}; it must be a whole number above 0 and at most {most}: "
+                "fetch the file again."
+            )
     for keys, fits, wanted in (
-        (SIZES, lambda value: type(value) is int and 0 < value < 2**31, "a whole number above 0"),
-        (NUMBERS, _is_positive, "a number above 0"),
+        (NUMBERS, _is_positive, f"a number above 0 and at most {LARGEST:g}"),
         (SWITCHES, lambda value: isinstance(value, bool), "true or false"),
         (TABLES, lambda value: isinstance(value, dict), "an object"),
     ):
@@ -254,7 +284,7 @@ def _check_values(raw: dict, file: Path) -> None:
 
 
 def _is_positive(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value <= LARGEST
 
 
 def _rope_everywhere(config: ConfigFile) -> Rope:
@@ -293,8 +323,10 @@ def _rope(given: dict, theta: float, config: ConfigFile) -> Rope:
         given.pop("rope_type", None) or old_name or "default",
         given.pop("rope_theta", None) or theta,
     )
-    if kind not in ROPE_KINDS:
-        raise UserError(f"{file}: rope type {kind} is not supported; {', '.join(ROPE_KINDS)} are.")
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
+        raise UserError(
+            f"{file}: rope type {shown(str(kind)[:60])} is not supported; {', '.join(ROPE_KINDS)} are."
+        )
     if given.pop("partial_rotary_factor", None) not in (None, 1):
         raise UserError(
             f"{file}: partial_rotary_factor other than 1 is not supported; use a checkpoint without it."
@@ -308,9 +340,14 @@ def _rope(given: dict, theta: float, config: ConfigFile) -> Rope:
     for key, value in {"rope_theta": theta, **parameters}.items():
         if not _is_positive(value):
             raise UserError(
-                f"{file}: {key} of rope type {kind} is {value!r:.60}; it must be a number above 0: "
-                "fetch the file again."
+                f"{file}: {key} of rope type {kind} is {value!r:.60}; it must be a number above 0 and at "
+                f"most {LARGEST:g}: fetch the file again."
             )
+    if kind == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+        raise UserError(
+            f"{file}: high_freq_factor of rope type llama3 must be above low_freq_factor; "
+            "fetch the file again."
+        )
     for key, value in given.items():
         if value is not None:
             raise UserError(
@@ -342,8 +379,8 @@ def _layer_types(config: ConfigFile, sliding: list[bool]) -> list[bool]:
     kinds = config.take("layer_types")
     if kinds is None:
         return sliding
-    known = {"full_attention", "sliding_attention"}
-    if not isinstance(kinds, list) or len(kinds) != config.layers or not set(kinds) <= known:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != config.layers or not all(k in known for k in kinds):
         raise UserError(
             f"{config.file}: layer_types must be {config.layers} of full_attention and sliding_attention; "
             "fetch the file again."

@@ -1,17 +1,34 @@
 """Hugging Face folders: find, check, read and write checkpoints."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from engine import files
 from engine.errors import UserError
-from engine.model.architecture import ModelConfig
+from engine.files import is_file, is_folder, one_line, reading, shown, sync_files, whole_folder, writing
+from engine.model.checkpoint import (
+    FETCH,
+    INDEX,
+    WEIGHTS,
+    Stored,
+    examine,
+    inside,
+    read_config,
+    stored_tensors,
+)
 from engine.model.decoder import Decoder
 from engine.model.low_rank import LowRank
 from engine.model.names import to_hugging_face
@@ -22,69 +39,84 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+# A tokenizer, its chat templates and the end of an answer are read from these files of a model folder,
+TEXT_FILES = {
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+}  # fmt: skip
+# from those that match one of these patterns, and from the folder of named chat templates.
+TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
+_BLOCK = 1 << 22  # bytes that are read at a time
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A tensor of a safetensors file, as the file's header describes it."""
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None
 
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors names it
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def load(
-    path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = _to_stderr,
 ) -> Decoder:
     """Loads the decoder of a Hugging Face folder or hub id (safetensors only), its weights frozen.
 
-    Raises: UserError naming the file and the tensor or switch that cannot be used.
+    say: called with a sentence where the weights are used otherwise than a file of the folder says.
+    Raises: UserError naming the file and the tensor or switch that cannot be used, such as weights that are
+    not finite.
     """
     if dtype not in DTYPES and dtype not in DTYPES.values():
         raise UserError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}.")
     folder = resolve(path_or_id)
-    raw = read_config(folder)
-    config = ModelConfig.from_json(raw, folder / "config.json")
-    stored = check_weights(folder, config)
-    model = Decoder(config, raw, DTYPES.get(dtype, dtype), torch.device(device))
+    checkpoint = examine(folder)
+    for sentence in checkpoint.remarks:
+        say(sentence)
+    config, stored = checkpoint.config, checkpoint.stored
+    model = Decoder(config, checkpoint.raw_config, DTYPES.get(dtype, dtype), torch.device(device))
     targets = to_hugging_face(model.state_dict(), config)
     for file in sorted({tensor.file for tensor in stored.values()}):
-        with safe_open(file, framework="pt") as tensors:
-            for name in sorted(n for n, tensor in stored.items() if tensor.file == file):
-                targets[name].copy_(tensors.get_tensor(name))
+        _fill({name: (stored[name], targets[name]) for name in sorted(stored) if stored[name].file == file})
     return model
 
 
-def check_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """Returns the stored tensor of each weight that `config` asks for, by name. Only headers are read.
+def _fill(tensors: dict[str, tuple[Stored, Tensor]]) -> None:
+    """Copies tensors of one file into the weights of a decoder. Raises: UserError naming one that is not
+    finite."""
+    file = next(iter(tensors.values()))[0].file
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name, (stored, target) in tensors.items():
+                value = opened.get_tensor(stored.name)
+                target.copy_(value)
+                if not _is_finite(target):
+                    _refuse_values(file, name, value, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{shown(file)}: cannot be read ({one_line(error)}); {FETCH}.") from error
 
-    Raises: UserError as `stored_tensors`, and naming a tensor that is missing, unknown,
-    of another shape or of no floating dtype.
-    """
-    stored = stored_tensors(folder)
-    if config.tied:
-        stored.pop("lm_head.weight", None)
-    wanted = to_hugging_face(Decoder(config, {}, torch.float32, torch.device("meta")).state_dict(), config)
-    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
-    if missing or extra:
-        kind, names = ("lacks", missing) if missing else ("has unknown", extra)
+
+def _is_finite(values: Tensor) -> bool:
+    """Tells whether all numbers are finite, in one pass that keeps nothing: a NaN becomes both extremes."""
+    return bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def _refuse_values(file: Path, name: str, value: Tensor, target: Tensor) -> NoReturn:
+    bad = value[~value.isfinite()]
+    if not len(bad):
+        kept = str(target.dtype).removeprefix("torch.")
         raise UserError(
-            f"{folder}: the checkpoint {kind} tensor {names[0]} ({len(names)} in all); "
-            "use a complete checkpoint."
+            f"{shown(file)}: tensor {name} holds {float(value.abs().max()):g}, which {kept} cannot; "
+            "use --dtype bfloat16 or float32."
         )
-    for name, tensor in stored.items():
-        if tensor.shape != wanted[name].shape:
-            raise UserError(
-                f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json wants "
-                f"{tuple(wanted[name].shape)}; use a config.json and weights that belong together."
-            )
-        if tensor.dtype not in STORED_DTYPES:
-            raise UserError(
-                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}; use a checkpoint in "
-                f"{', '.join(STORED_DTYPES)}, one that is not quantised."
-            )
-    return stored
+    raise UserError(
+        f"{shown(file)}: {len(bad)} of the {value.numel()} numbers of tensor {name} are not finite "
+        f"({float(bad[0])}); use a checkpoint with finite weights."
+    )
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -93,12 +125,15 @@ def resolve(path_or_id: str | Path) -> Path:
     Raises: UserError when neither works.
     """
     folder = Path(path_or_id)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     name = str(path_or_id)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if is_file(folder):
+        raise UserError(f"model {shown(name)}: a file; give the folder that it is in.")
+    if not _is_hub_id(name):
         raise UserError(
-            f"model {name}: no such folder, and not a hub id of the form owner/name; give an existing folder."
+            f"model {shown(name)}: no such folder, and not a hub id of the form owner/name; "
+            "give an existing folder."
         )
     from huggingface_hub import snapshot_download
 
@@ -107,29 +142,23 @@ def resolve(path_or_id: str | Path) -> Path:
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model {name}: not a local folder, and the hub did not give it ({reason}); give a local folder."
+            f"model {name}: not a local folder, and the hub did not give it ({one_line(error)}); "
+            "give a local folder."
         ) from error
 
 
-def read_config(folder: Path) -> dict:
-    """Reads config.json of a model folder. Raises: UserError when it is missing or malformed."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: no config.json; give a Hugging Face model folder.")
-    return read_json(file)
+def lasting_name(path_or_id: str, folder: Path) -> str:
+    """Returns the name by which a model is found from everywhere: its hub id, or its absolute folder.
+
+    folder: where `path_or_id` was found.
+    """
+    return path_or_id if _is_hub_id(path_or_id) and not is_folder(path_or_id) else str(folder.resolve())
 
 
 def read_json(file: Path) -> dict:
     """Reads the object in a JSON file. Raises: UserError where it cannot be read, or is not one object."""
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); fetch the file again.") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"{file}: a JSON {type(contents).__name__}, not an object; fetch the file again.")
-    return contents
+    return files.read_json(file, cure=FETCH)
 
 
 def save(
@@ -137,16 +166,19 @@ def save(
 ) -> None:
     """Writes a Hugging Face folder (config.json, model.safetensors), with `adapter` merged if given.
 
-    transformers and vLLM load it. The folder appears whole or not at all. Files of `tokenizer_from` other
-    than weights and config are copied along.
+    transformers and vLLM load it. The folder appears whole or not at all, and is on the disk then. The
+    `text_files` of `tokenizer_from` are copied along.
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    with writing(folder):
+        free = not os.path.lexists(folder) or (is_folder(folder) and not os.listdir(folder))
+    if not free:
         raise UserError(
-            f"{folder} exists and is {'not empty' if folder.is_dir() else 'a file'}; choose another folder."
+            f"{shown(folder)} exists and is {'not empty' if is_folder(folder) else 'a file'}; "
+            "choose another folder."
         )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    copies = text_files(tokenizer_from) if tokenizer_from else []
     merged = {} if adapter is None else adapter.deltas()
     tensors = {}
     for name, weight in to_hugging_face(model.state_dict(), model.config).items():
@@ -158,89 +190,67 @@ def save(
         )
     raw = {**model.raw_config, "dtype": str(model.dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     try:
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        for file in sorted(tokenizer_from.iterdir()) if tokenizer_from else []:
-            other = file.name.startswith(("config.", "model.", "adapter_"))
-            if file.is_file() and file.suffix in {".json", ".jinja", ".model", ".txt"} and not other:
-                shutil.copyfile(file, temporary / file.name)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
+        with whole_folder(folder) as temporary, writing(folder, size):
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+            for name in copies:
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(tokenizer_from / name, temporary / name)
+            sync_files(temporary)
+    except SafetensorError as error:
         raise UserError(
-            f"{folder}: cannot be written ({error}); choose a folder with room for it."
+            f"{shown(folder)}: cannot be written ({one_line(error)}); choose a folder with room for it."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fingerprint(folder: Path) -> str:
     """Computes a short hash of a checkpoint: config.json, and each file's size and samples of its bytes."""
-    import hashlib
-
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    read_config(folder)
+    with reading(folder / "config.json", cure=FETCH):
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted({tensor.file for tensor in stored_tensors(folder).values()}):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as stream:
+        with reading(file, cure=FETCH), open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(f"{file.name} {size}".encode())
             for block in range(64):
                 stream.seek(size * block // 64)
                 digest.update(stream.read(65536))
     return digest.hexdigest()[:16]
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Finds every tensor of a checkpoint by name, from the headers of its safetensors files.
+def digests(folder: Path) -> dict[str, str]:
+    """Computes the SHA-256 of each file of a model folder that a run depends on, by relative name.
 
-    Positions that were saved as weights are left out.
+    They are config.json, the files of the tokenizer with its chat templates, generation_config.json, and the
+    weights with their index. The files are hashed side by side, each by large blocks.
 
-    Raises: UserError naming the file that is missing, truncated, a pickle,
-    or that its index says otherwise of.
+    Raises: UserError as `stored_tensors`, and where a file cannot be read.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        file = folder / "model.safetensors"
-        if not file.is_file():
-            pickles = sorted(p.name for p in folder.glob("*.bin"))
-            why = (
-                f"only {pickles[0]}, a pickle, which is never executed" if pickles else "no model.safetensors"
-            )
-            raise UserError(f"{folder}: {why}; use a safetensors checkpoint.")
-        return _header(file)
-    weight_map = read_json(index).get("weight_map")
-    if (
-        not weight_map
-        or not isinstance(weight_map, dict)
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
-        raise UserError(f"{index}: no weight_map that names the file of each tensor; fetch it again.")
-    weight_map = {name: folder / file for name, file in weight_map.items() if _is_weight(name)}
-    stored = {}
-    for file in sorted(set(weight_map.values())):
-        if not file.is_file():
-            raise UserError(f"{folder}: {file.name} is missing, {index.name} names it; fetch it again.")
-        header, named = _header(file), {name for name, place in weight_map.items() if place == file}
-        for name in sorted(header.keys() ^ named):
-            kind = "lacks" if name in named else "has unknown"
-            raise UserError(f"{file}: it {kind} tensor {name}, by {index.name}; fetch the checkpoint again.")
-        stored |= header
-    return stored
+    read_config(folder)
+    weights = {tensor.file.relative_to(folder).as_posix() for tensor in stored_tensors(folder).values()}
+    index = set() if WEIGHTS in weights else {INDEX}
+    names = sorted(weights | index | {"config.json"} | set(text_files(folder)))
+
+    def sha256(name: str) -> str:
+        with reading(folder / name, cure=FETCH), open(folder / name, "rb", buffering=0) as stream:
+            return hashlib.file_digest(stream, "sha256", _bufsize=_BLOCK).hexdigest()
+
+    order = sorted(names, key=lambda name: name not in weights)  # the largest files are begun first
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as threads:
+        found = dict(zip(order, threads.map(sha256, order), strict=True))
+    return {name: found[name] for name in names}
 
 
-def _header(file: Path) -> dict[str, Stored]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys() if _is_weight(name)}
-            return {
-                name: Stored(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype())
-                for name, part in parts.items()
-            }
-    except Exception as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again.") from error
+def text_files(folder: Path) -> list[str]:
+    """Lists the files of a model folder that its tokenizer, chat templates and stop tokens come from.
 
-
-def _is_weight(name: str) -> bool:
-    return not name.endswith("rotary_emb.inv_freq")
+    Raises: UserError where one is a link that leads out of the folder.
+    """
+    found = {name for name in TEXT_FILES if is_file(folder / name)}
+    for pattern in TEXT_PATTERNS:
+        found |= {file.relative_to(folder).as_posix() for file in folder.glob(pattern) if is_file(file)}
+    for name in found:
+        inside(folder, name)
+    return sorted(found)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.files import is_file, one_line, shown
 from engine.model.architecture import ModelConfig
-from engine.model.folder import read_config, read_json
+from engine.model.checkpoint import read_config
+from engine.model.folder import read_json, text_files
 
 
 def load_tokenizer(folder: Path):
@@ -16,12 +18,20 @@ def load_tokenizer(folder: Path):
 
     refuse_code(folder)
     size = ModelConfig.from_json(read_config(folder), folder / "config.json").vocab_size
+    text_files(folder)  # none of them may lead out of the folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except MemoryError as error:
         raise UserError(
-            f"{folder}: no tokenizer could be loaded ({reason}); give a complete model folder."
+            f"{shown(folder)}: the memory does not hold the tokenizer; "
+            "free some, or raise the limit (ulimit -v)."
+        ) from error
+    except BaseException as error:  # a panic in the library's compiled code is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UserError(
+            f"{shown(folder)}: no tokenizer could be loaded ({shown(one_line(error))}); "
+            "give a complete model folder."
         ) from error
     # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them,
     # and prompts that name them are refused.
@@ -37,7 +47,7 @@ def load_tokenizer(folder: Path):
 def refuse_code(folder: Path) -> None:
     """Raises a UserError where a model folder asks for code that it brings along to be run."""
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
-        if file.is_file() and "auto_map" in read_json(file):
+        if is_file(file) and "auto_map" in read_json(file):
             raise UserError(
                 f"{file}: auto_map names code that comes with the checkpoint, which is never run; "
                 "use a checkpoint without it."

@@ -13,6 +13,7 @@ from engine.model import packing
 from engine.model.decoder import Decoder, Tap
 from engine.model.low_rank import LowRank
 from engine.model.packing import Group, LowerStates, Packed
+from engine.policy.finite import stop_non_finite
 from engine.policy.full import FullWeights
 from engine.policy.weights import Weights, policy_of
 from engine.records import Rollouts
@@ -83,6 +84,9 @@ def frozen_forward(
 
     lower: the states of these groups below some layer, which need not be computed again.
     adapter: a policy of all weights has no `layers`, as heads read the reference.
+
+    Raises: UserError for a layer that the model does not have; NonFiniteError naming the first layer where
+    the model computes a NaN or an infinite number.
     """
     if isinstance(adapter, FullWeights):
         assert not layers and lower is None, "heads read the reference's states"
@@ -107,8 +111,15 @@ def frozen_forward(
             states = states_and_head(network, low_rank, packed, lower=known, tap=tap)
             logprob, _ = _logprobs(network, packed, states, temperature, memory_budget_bytes)
             logprobs.append(logprob.double().cpu())
+        if not _all_finite(logprobs[-1], pooled):
+            stop_non_finite(network, low_rank, packed.tokens, packed.layout, reference=adapter is None)
         on_tokens(len(packed.tokens))
     return {layer: torch.cat(parts).cpu() for layer, parts in pooled.items()}, torch.cat(logprobs)
+
+
+def _all_finite(logprob: Tensor, pooled: dict[int, list[Tensor]]) -> bool:
+    """Tells whether the log-probs and mean states of the last batch are finite."""
+    return all(bool(x.isfinite().all()) for x in (logprob, *(parts[-1] for parts in pooled.values())))
 
 
 def _pool(pooled: dict[int, list[Tensor]], packed: Packed, layer: int, hidden: Tensor) -> None:

@@ -1,7 +1,6 @@
 """Import and export of adapters in PEFT's file format."""
 
 import json
-import math
 from pathlib import Path
 
 import safetensors.torch
@@ -11,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import write_whole
+from engine.files import is_file, one_line, read_json, shown, write_whole
+from engine.model.checkpoint import inside
 from engine.model.decoder import Decoder
 from engine.model.names import LINEARS
 from engine.policy.lora import Adapter, Placement, layer_and_name
@@ -22,10 +22,15 @@ KNOWN = {
     "r", "lora_alpha", "peft_type", "bias", "init_lora_weights", "base_model_name_or_path", "revision",
     "task_type", "peft_version", "auto_mapping", "inference_mode", "lora_dropout", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+    # How the first A was found, and how gradients of A were computed.
+    "eva_config", "velora_config",
 }  # fmt: skip
+# Other values of these keys for some linears.
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 # These starts of A and B leave the base weights alone. Others (PiSSA, OLoRA, LoftQ) change them, so that an
 # adapter does not fit the model as it was published.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+LARGEST_ALPHA = 1e6
 _PREFIX = "base_model.model.model.layers."
 
 
@@ -67,25 +72,31 @@ def load_peft(folder: str | Path, model: Decoder) -> Adapter:
     that does not fit the model.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: not a PEFT adapter folder ({error}).") from error
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file() and (folder / "adapter_model.bin").is_file():
+    config = read_json(inside(folder, "adapter_config.json"), cure="give a PEFT adapter folder")
+    file = inside(folder, "adapter_model.safetensors")
+    if not is_file(file) and is_file(folder / "adapter_model.bin"):
         raise UserError(
-            f"{folder}: only adapter_model.bin, a pickle, which is never executed; use a safetensors adapter."
+            f"{shown(folder)}: only adapter_model.bin, a pickle, which is never executed; "
+            "use a safetensors adapter."
         )
     try:
         tensors = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again.") from error
+        raise UserError(
+            f"{shown(file)}: not a whole safetensors file ({one_line(error)}); fetch it again."
+        ) from error
     rank, alpha = _check_config(config, folder / "adapter_config.json")
     placement = Placement(config=model.config, **_adapted(tensors, file))
     if placement.last_layer > model.config.num_layers:
         raise UserError(
             f"{folder}: this adapter does not fit the model: it adapts layer {placement.last_layer - 1} and "
             f"the model has {model.config.num_layers}; give the model it was trained on."
+        )
+    name = max(tensors, key=lambda name: max(tensors[name].shape, default=0))
+    if rank > max(tensors[name].shape, default=0):
+        raise UserError(
+            f"{shown(file)}: {name} has shape {tuple(tensors[name].shape)}, adapter_config.json says rank "
+            f"{rank}; fetch the folder again."
         )
     adapter = Adapter(placement, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=0)
     wanted = _by_peft_name(adapter)
@@ -99,6 +110,8 @@ def load_peft(folder: str | Path, model: Decoder) -> Adapter:
             raise UserError(
                 f"{folder}: {name} is stored as {value.dtype}; use an adapter that is not quantised."
             )
+        if not value.isfinite().all():
+            raise UserError(f"{shown(file)}: {name} holds numbers that are not finite; fetch it again.")
     with torch.no_grad():
         for name, value in tensors.items():
             wanted[name].copy_(value)
@@ -115,32 +128,38 @@ def _by_peft_name(adapter: Adapter) -> dict[str, Tensor]:
     return named
 
 
-def _check_config(config: object, file: Path) -> tuple[int, float]:
+def _check_config(config: dict, file: Path) -> tuple[int, float]:
     """Returns rank and alpha of an adapter_config.json.
 
     Raises: UserError naming the key that is not supported.
     """
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: a JSON {type(config).__name__}, not an object; fetch the file again.")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(
             f"{file}: only LoRA adapters without biases are supported; peft_type and bias say otherwise."
         )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
     for key, value in config.items():
+        if key in PATTERNS and isinstance(value, dict):
+            # Where every entry is the value of all others, nothing differs.
+            value = [entry for entry in value.values() if entry != config.get(PATTERNS[key])]
         if value and key not in KNOWN:
-            raise UserError(f"{file}: {key} {str(value)[:60]} is not supported; use a plain LoRA adapter.")
+            raise UserError(
+                f"{file}: {shown(key)} {shown(str(value)[:60])} is not supported; use a plain LoRA adapter."
+            )
     if config.get("init_lora_weights") not in STARTS:
         raise UserError(
-            f"{file}: init_lora_weights {config['init_lora_weights']} changes the base weights; "
-            "convert the adapter to plain LoRA with PEFT."
+            f"{file}: init_lora_weights {shown(str(config['init_lora_weights'])[:60])} changes the base "
+            "weights; convert the adapter to plain LoRA with PEFT."
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise UserError(
             f"{file}: r is {rank!r:.60}; it must be a whole number above 0: fetch the file again."
         )
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise UserError(f"{file}: lora_alpha is {alpha!r:.60}; it must be a number: fetch the file again.")
+    if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST_ALPHA:
+        raise UserError(
+            f"{file}: lora_alpha is {alpha!r:.60}; it must be a number of at most {LARGEST_ALPHA:g}: "
+            "fetch the file again."
+        )
     return rank, alpha
 
 
@@ -159,10 +178,10 @@ def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:
     for name in tensors:
         layer, _, module = name.removeprefix(_PREFIX).partition(".")
         linear, _, matrix = module.partition(".lora_")
-        in_a_layer = name.startswith(_PREFIX) and layer.isdecimal()
+        in_a_layer = name.startswith(_PREFIX) and layer.isdecimal() and len(layer) < 10
         if not (in_a_layer and linear in LINEARS and matrix in ("A.weight", "B.weight")):
-            shown = name.removeprefix("base_model.model.").removesuffix(".weight")
-            raise UserError(f"{file}: an adapter with {shown} is not supported; {supported}.")
+            short_name = name.removeprefix("base_model.model.").removesuffix(".weight")
+            raise UserError(f"{file}: an adapter with {shown(short_name)} is not supported; {supported}.")
         modules.setdefault(int(layer), set()).add(module)
     if not modules:
         raise UserError(f"{file}: no tensors in it; fetch it again.")

@@ -5,11 +5,13 @@ The layers below an adapter equal the reference, so their states are computed on
 all iterations (`LowerStates`).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from engine import keys
-from engine.data.dealing import schedule
+from engine.data.dealing import Schedule
 from engine.errors import UserError
 from engine.model import packing
 from engine.policy.forward import policy_states
@@ -21,6 +23,8 @@ from engine.policy.weights import Weights
 from engine.records import Pairs, ScoredTarget
 from engine.run.rows import AscentStepRow, PairStepRow
 from kernels import lagrangian_policy_loss
+
+STEPS_CHECKED = 1000  # steps whose pairs are looked for before the first step
 
 
 def fit(
@@ -46,7 +50,7 @@ def fit(
     )
 
     def step_of(i: int) -> Step:
-        pairs = pairs_of[i]
+        pairs = pairs_of(i)
         loss = accuracy = margin = 0.0
         for part, first in parts(pairs, samples.groups(rows_by_prompt(pairs)), config.tokens_per_forward):
             found = loss_of(part, keys.label(update.iteration, i), first)
@@ -69,9 +73,7 @@ def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
     Raises: NonFiniteError with the batch saved in the run folder.
     """
     config, model, rollouts = update.config, update.model, samples.rollouts
-    plan = schedule(
-        samples.prompts, config.seed, f"iteration-{update.iteration}", config.prompts_per_step, config.steps
-    )
+    plan = Schedule(samples.prompts, config.seed, f"iteration-{update.iteration}", config.prompts_per_step)
     n, length = rollouts.n, rollouts.length
 
     def step_of(i: int) -> Step:
@@ -119,21 +121,25 @@ def add_gradient(loss: Tensor, share: float) -> float:
 
 def _scheduled_pairs(
     update: Update, samples: Samples, target: ScoredTarget, train_on: list[int]
-) -> list[Pairs]:
-    """Forms the pairs of each step; raises UserError where a step has none."""
-    config = update.config
+) -> Callable[[int], Pairs]:
+    """Returns a function that forms the pairs of a step, from 0. Raises UserError where a step has none:
+    before the first for the steps at the start, which are many, else at that step."""
+    config, score_PG, dropped_PG = update.config, target.score_PG, target.dropped_PG
     pool = samples.prompts.select(train_on)
-    plan = schedule(pool, config.seed, f"iteration-{update.iteration}", config.prompts_per_step, config.steps)
+    plan = Schedule(pool, config.seed, f"iteration-{update.iteration}", config.prompts_per_step)
     per_prompt = config.trained_responses(samples.rollouts.n)
-    pairs_of = [
-        within_prompts(target.score_PG, [train_on[i] for i in chosen], per_prompt, target.dropped_PG)
-        for chosen in plan
-    ]
-    for number, pairs in enumerate(pairs_of, 1):
+
+    def pairs_of(step: int) -> Pairs:
+        pairs = within_prompts(score_PG, [train_on[i] for i in plan[step]], per_prompt, dropped_PG)
         if not len(pairs.pairs):
             raise UserError(
                 f"policy update {update.iteration}: no pair of the {config.prompts_per_step} prompts "
-                f"of step {number} "
+                f"of step {step + 1} "
                 "has a safe response; raise --prompts-per-step, --responses-per-prompt or --unsafe-above."
             )
+        return pairs
+
+    if dropped_PG is not None:
+        for step in range(min(config.steps, STEPS_CHECKED)):
+            pairs_of(step)
     return pairs_of

@@ -4,12 +4,32 @@ import copy
 
 from torch import Tensor
 
+from engine.config import RunConfig
 from engine.model.decoder import Decoder
 from engine.policy.full import FullWeights
 from engine.policy.lora import Adapter
 
 # Either makes a policy of the reference model.
 Weights = Adapter | FullWeights
+
+
+def new_adapter(network: Decoder, config: RunConfig) -> Adapter:
+    """Returns a fresh adapter of the size that a config asks for; its policy equals the reference."""
+    return Adapter.on(
+        network, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed
+    )
+
+
+def new_weights(network: Decoder, config: RunConfig) -> Weights:
+    """Returns what a run of this config trains, still equal to the reference."""
+    return FullWeights(network) if config.tune == "full" else new_adapter(network, config)
+
+
+def trained_weights(network: Decoder, config: RunConfig, tensors: dict[str, Tensor]) -> Weights:
+    """Returns what a run of this config has trained, with the values of an iterate."""
+    weights = new_weights(network, config)
+    weights.set_tensors(tensors)
+    return weights
 
 
 def policy_of(network: Decoder, weights: Weights | None) -> tuple[Decoder, Adapter | None]:

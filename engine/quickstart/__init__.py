@@ -4,13 +4,15 @@ Finding a folder that is complete loads neither torch nor a tokenizer:
 what needs these imports them when it runs.
 """
 
-from engine.quickstart.default_model import cache_folder, model_folder
-from engine.quickstart.llama_folder import is_complete
+from engine.quickstart.cache import cache_folder, cached
+from engine.quickstart.default_model import model_folder
+from engine.quickstart.llama_folder import add_to_manifest
 from engine.quickstart.tiny import tiny_model_folder
 
 __all__ = [
+    "add_to_manifest",
     "cache_folder",
-    "is_complete",
+    "cached",
     "model_folder",
     "tiny_model_folder",
 ]

@@ -2,12 +2,8 @@
 
 import sys
 
-from engine.errors import UserError
+from engine.command import run_command
 from engine.quickstart import model_folder
 
 if __name__ == "__main__":
-    try:
-        print(model_folder())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    sys.exit(run_command(lambda argv, standing: print(model_folder()), None))

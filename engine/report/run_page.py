@@ -9,6 +9,7 @@ import base64
 from html import escape
 from pathlib import Path
 
+from engine.files import write_whole
 from engine.report.html import SAMPLES_NOTE, cell, document, item, table, with_se
 from engine.report.panels import picture
 from engine.report.run_files import RunFiles, read
@@ -16,9 +17,10 @@ from engine.verdict.sentences import sentences
 
 
 def write(folder: Path) -> list[Path]:
-    """Writes report.png and report.html into the run folder and returns their paths.
+    """Writes report.png and report.html into the run folder, each whole or not at all; returns their paths.
 
-    Raises: UserError when the folder has none of a run's files, or one of them cannot be read as JSON.
+    Raises: UserError when the folder has none of a run's files, one of them cannot be read as JSON,
+    or the two cannot be written.
     """
     folder = Path(folder)
     run = read(folder)
@@ -26,7 +28,7 @@ def write(folder: Path) -> list[Path]:
     page = _page(run, image).encode("utf-8", "replace")
     paths = [folder / "report.png", folder / "report.html"]
     for path, content in zip(paths, (image, page), strict=True):
-        path.write_bytes(content)
+        write_whole(path, content)
     return paths
 
 
@@ -70,7 +72,8 @@ def _iteration_table(run: RunFiles) -> str:
     head = ["iteration", "reward"]
     for name in run.names:
         head += [f"{name}: {what}" for what in ("lambda", "improvement", "b", "aimed at", "slack")]
-    head += ["KL (nats)", "loss"]
+    truncated = run.config.get("config", {}).get("top_p", 1) < 1
+    head += ["log-ratio (nats)" if truncated else "KL (nats)", "loss"]
     body = []
     for i, row in enumerate(run.iteration):
         cells = [str(row.get("iteration", i)), with_se(row.get("reward"), row.get("reward_se"))]

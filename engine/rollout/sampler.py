@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.model.attention import KeepingAttention, Layout
 from engine.model.decoder import Decoder
 from engine.model.low_rank import ReadyAdapter
+from engine.policy.finite import stop_non_finite
 from engine.policy.weights import Weights, policy_of
 from engine.records import Rollouts
 from engine.rollout.cache import new_cache
@@ -55,7 +56,8 @@ def generate(
     token passes the layers below `states.top` too.
 
     Raises: UserError for an argument that cannot be used, an empty prompt, an unknown token id, or a prompt
-    that leaves no room in the model's context; and where memory runs out.
+    that leaves no room in the model's context; and where memory runs out. NonFiniteError naming the first
+    layer where the model computes a NaN or an infinite number.
     """
     network, low_rank = policy_of(model, adapter)
     try:
@@ -84,6 +86,11 @@ def generate(
     drawing = Drawing(temperature, top_p, top_k, stop, min_new_tokens)
     ready = None if low_rank is None else ReadyAdapter(low_rank, network.config.num_layers)
     windows = [layer.window for layer in network.layers]
+
+    def non_finite(tokens: Tensor, cu_seqlens: Tensor) -> None:
+        layout = Layout.packed(cu_seqlens).to(network.device)
+        stop_non_finite(network, low_rank, tokens, layout, reference=adapter is None)
+
     for start, end in _batches(len(out.tokens), n, max_rows):
         batch, each = prompts[start // n : -(-end // n)], min(n, end - start)
         tokens = torch.tensor([token for prompt in batch for token in prompt])
@@ -95,6 +102,8 @@ def generate(
             tap = None if collector is None else collector.take_prompts
             attention = KeepingAttention(Layout.packed(cu_seqlens).to(network.device))
             hidden = network(tokens, attention, adapter=ready, tap=tap)[cu_seqlens[1:].to(network.device) - 1]
+            if not hidden.isfinite().all():
+                non_finite(tokens, cu_seqlens)
             cache = new_cache(attention.kept, cu_seqlens, each, max_new_tokens, windows)
             # The cache has copied them.
             del attention
@@ -114,6 +123,10 @@ def generate(
                 collector.finish(rows.length)
         for name in ("tokens", "length", "finished", "logprob", "model_logprob", "near_tie"):
             getattr(out, name)[start:end] = getattr(rows, name).cpu()
+        if not out.model_logprob[start:end].isfinite().all():
+            row = int((~out.model_logprob[start:end].isfinite()).any(dim=1).nonzero()[0, 0]) + start
+            whole = torch.tensor([*prompts[row // n], *out.tokens[row, : out.length[row]].tolist()])
+            non_finite(whole, torch.tensor([0, len(whole)]))
     return out
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -136,7 +137,8 @@ class Display:
         """Says something from a signal handler, where printing through Python's buffers could fail."""
         self._notice = text
         if not self.live:
-            os.write(2, f"\n{text}\n".encode())
+            with suppress(OSError):  # stderr may be closed
+                os.write(2, f"\n{text}\n".encode())
 
     def _block(self) -> RenderableType:
         lines: list[RenderableType] = [Text(self._stage, style="bold", no_wrap=True, overflow="ellipsis")]

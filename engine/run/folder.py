@@ -1,12 +1,17 @@
 """Where everything of a run folder stands.
 
 RUN/config.json                                    algorithm, settings, versions, the model's fingerprint
+RUN/inputs.safetensors                             prompts, pairs and digests of all that the run was made
+                                                   from, and a copy of config.json
+RUN/model                                          the model's files but its weights: tokenizer, templates
 RUN/stages/NN-NAME.safetensors                     the result of a stage
 RUN/stages/NN-NAME.partial[.previous].safetensors  the last two states inside an unfinished stage
 RUN/metrics.jsonl                                  the rows of all stages, in order
 RUN/timing.jsonl                                   seconds and speeds, which alone differ in equal runs
 RUN/adapters/iteration-T                           the weights of iterate T: a PEFT folder, or a
                                                    Hugging Face folder with --tune full
+RUN/outputs.json                                   digests of what was written outside stages/
+RUN/accepted.jsonl                                 changes of scorers that --accept-changes let pass
 RUN/adapters/rejected-T                            an iterate past --max-kl
 RUN/evaluation.json                                the verdict
 RUN/heldout.jsonl                                  the responses that the verdict judged
@@ -36,6 +41,22 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def inputs(self) -> Path:
+        return self.path / "inputs.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def outputs(self) -> Path:
+        return self.path / "outputs.json"
+
+    @property
+    def accepted(self) -> Path:
+        return self.path / "accepted.jsonl"
 
     @property
     def lock(self) -> Path:

@@ -4,6 +4,7 @@ Where memory is short, fewer responses are decoded side by side; where it does n
 then, the run stops there.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
+from engine.model.names import linear_shapes
 from engine.run.machine import available_memory, matmul_rate
 from kernels.loss_head.schemes import budget_or_default
 
@@ -20,6 +22,9 @@ from kernels.loss_head.schemes import budget_or_default
 EFFICIENCY = 0.65
 ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
 KEPT_STATES_BYTES = 2 * 2**30
+TOKEN_BYTES = 32  # of a response's token: its id, two log-probs, a flag, its text and copies on their way
+PAIR_BYTES = 128  # of two responses' indices, in lists and in a tensor
+ADAPTER_BYTES = 24  # of an adapter's weight: float32 with gradient, two moments, the start and a checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,12 @@ class Plan:
         training = _training_bytes(config, shape, dtype, device, longest) + _kept_bytes(
             config, shape, dtype, device, train
         )
+        results = _samples_bytes(config)
         most_rows = max(config.n_prompts, config.eval_prompts) * config.n_responses
 
         def needed(rows: int) -> int:
             sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
-            return _peak(weights + max(sampling, training))
+            return _peak(weights + results + max(sampling, training))
 
         available, rows = available_memory(device), config.rollout_rows
         if fewer_rows:
@@ -71,7 +77,8 @@ class Plan:
             raise UserError(
                 f"this run needs about {self.needed_bytes / 1e9:.1f} GB of memory and "
                 f"{self.available_bytes / 1e9:.1f} GB are free; lower --rollout-rows (here {self.rows}), "
-                "--prompts-per-step, --n-responses or --max-new-tokens, or use --dtype bfloat16."
+                "--prompts-per-step, --n-responses, --eval-responses, --max-new-tokens or --lora-rank, "
+                "or use --dtype bfloat16."
             )
 
     def sentence(self) -> str:
@@ -97,16 +104,32 @@ def _training_bytes(
 ) -> float:
     """Counts what a policy step needs besides weights and states: activations and the loss head."""
     group = longest_prompt + _trained_responses(config) * config.max_new_tokens
+    m = min(_trained_responses(config), config.responses_per_prompt or config.n_responses)
+    pairs = config.prompts_per_step * m * (m - 1) / 2 * PAIR_BYTES
     at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
     layers, checkpointed = shape.num_layers * _trained_share(config), config.activation_checkpointing
     inside = 10 * shape.hidden_size + 4 * shape.intermediate_size
     per_token = dtype.itemsize * (inside + layers * shape.hidden_size if checkpointed else inside * layers)
-    total = at_once * per_token + budget_or_default(config.memory_budget_bytes, device)
+    total = pairs + at_once * per_token + budget_or_default(config.memory_budget_bytes, device)
     if shape.attention_softcap is not None:
         # All scores are stored: before and after the cap, masked, and as weights.
         stored_layers = 1 if checkpointed else layers
         total += int(at_once * 4 * group * shape.num_heads * stored_layers) * dtype.itemsize
     return total
+
+
+def _samples_bytes(config: RunConfig) -> int:
+    """Counts the responses that are in memory together: the reference's, those of the verdict and the largest
+    set that training draws."""
+    fresh = max((prompts * responses for _, prompts, responses in config.fresh_samples), default=0)
+    rows = config.n_prompts * config.n_responses + 2 * config.eval_prompts * config.eval_responses + fresh
+    return rows * config.max_new_tokens * TOKEN_BYTES
+
+
+def _adapter_parameters(config: RunConfig, shape: ModelConfig) -> int:
+    """Counts the weights of an adapter."""
+    layers = math.ceil(shape.num_layers * _trained_share(config))
+    return layers * config.lora_rank * sum(map(sum, linear_shapes(shape).values()))
 
 
 def _kept_bytes(
@@ -115,7 +138,10 @@ def _kept_bytes(
     """Counts what training keeps from step to step: the states below the adapter,
     or copies of all weights."""
     if config.tune != "full":
-        return kept_states_bytes(train, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype)
+        states = kept_states_bytes(
+            train, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype
+        )
+        return states + ADAPTER_BYTES * _adapter_parameters(config, shape)
     # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with
     # its moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients,
     # and a copy for the iterate.
@@ -127,7 +153,8 @@ def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_pr
     answer = ANSWER_SHARE * config.max_new_tokens
     head = shape.hidden_size * shape.vocab_size
     body = shape.parameter_count() - head * (1 if shape.tied else 2)
-    trained = body * _trained_share(config) + head
+    adapter = 0 if config.tune == "full" else _adapter_parameters(config, shape)
+    trained = body * _trained_share(config) + head + adapter
 
     def sampled(prompts: int, n: int) -> float:
         return prompts * (mean_prompt * body + n * answer * (body + head))
@@ -166,9 +193,16 @@ def _peak(counted: float) -> int:
 def rows_that_fit(rows: int, n: int, needed: Callable[[int], int], available: int) -> int:
     """Lowers `rows` by whole prompts of n responses until needed(rows) <= available
     bytes, down to one prompt."""
-    while rows > n and needed(rows) > available:
-        rows = max(n, rows - n)
-    return rows
+    if rows <= n or needed(rows) <= available:
+        return rows
+    fewer, most = 1, -(-(rows - n) // n)  # prompts to leave out: the fewest that do, or all but one
+    while fewer < most:
+        middle = (fewer + most) // 2
+        if needed(max(n, rows - middle * n)) <= available:
+            most = middle
+        else:
+            fewer = middle + 1
+    return max(n, rows - fewer * n)
 
 
 def evaluation_rows(

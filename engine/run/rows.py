@@ -6,7 +6,7 @@ non-finite numbers as null, which is read as None.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -222,7 +222,8 @@ def read_rows(folder: str | Path, cls: type[RowT]) -> list[RowT]:
 
     Raises: UserError when there are none to read, or a row lacks a field of its class.
     """
-    return _typed(RunFolder(Path(folder)).metrics, cls)
+    file = RunFolder(Path(folder)).metrics
+    return typed(_lines(file), cls, file)
 
 
 def read_timing(folder: str | Path, cls: type[RowT]) -> list[RowT]:
@@ -230,7 +231,8 @@ def read_timing(folder: str | Path, cls: type[RowT]) -> list[RowT]:
 
     Raises: UserError as `read_rows`.
     """
-    return _typed(RunFolder(Path(folder)).timing, cls)
+    file = RunFolder(Path(folder)).timing
+    return typed(_lines(file), cls, file)
 
 
 def raw_rows(folder: str | Path) -> list[dict]:
@@ -251,13 +253,17 @@ def time_table(folder: str | Path) -> list[tuple[str, float, float]]:
     return [(stage, s, s / total if total > 0 else 0.0) for stage, s in seconds.items()]
 
 
-def _typed(path: Path, cls: type[RowT]) -> list[RowT]:
+def typed(rows: Iterable[dict], cls: type[RowT], source: Path) -> list[RowT]:
+    """Returns the rows of one kind as records of its class; `source` says in messages where they stand.
+
+    Raises: UserError where a row lacks a field of its class.
+    """
     names = [f.name for f in fields(cls)]
-    rows = [row for row in _lines(path) if row["kind"] == cls.KIND]
+    rows = [row for row in rows if row.get("kind") == cls.KIND]
     for row in rows:
         if missing := [name for name in names if name not in row]:
             raise UserError(
-                f"{path}: a row of kind {cls.KIND} has no {missing[0]}; another version of this "
+                f"{source}: a row of kind {cls.KIND} has no {missing[0]}; another version of this "
                 "program wrote it: use that version, "
                 "or run again."
             )

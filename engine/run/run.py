@@ -1,24 +1,24 @@
 """A run folder and its stages: each result is computed once, saved whole, and loaded when the run goes on."""
 
 import fcntl
-import json
 import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
 from engine.errors import Interrupted, UserError
-from engine.files import sync_folder, write_whole, writing
+from engine.files import clear, sync_folder, write_whole, writing
+from engine.run.contents import Contents, read_contents, write_contents
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
-from engine.run.rows import Row, SpeedRow, StageTimeRow
-from engine.run.store import RecordT, Torn, dumps, pack, read_whole, save, sha256_of, unpack, unpack_file
+from engine.run.rows import Row, RowT, SpeedRow, StageTimeRow, typed
+from engine.run.store import RecordT, Torn, dumps, read_whole, save, unpack_file
 from engine.run.tensorboard import TensorBoard, tensorboard_writer
 
 
@@ -61,6 +61,10 @@ class Stage:
         """Opens a progress bar; `unit` is a plural such as "tokens"."""
         return self._run.display.progress(total, unit, what)
 
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._run.display.warn(text)
+
     def partial(self, cls: type[RecordT]) -> RecordT | None:
         """Loads the last whole partial of this stage, or None. The rows logged up to it
         replace those logged since."""
@@ -72,7 +76,7 @@ class Stage:
             except Torn as error:
                 self._run.display.warn(f"{error}; going back to the state before it")
                 # Else the next save would move the damaged file over the good one.
-                path.unlink()
+                clear(path)
                 continue
             self.rows = content["rows"]
             self._run.align(self.rows)
@@ -112,23 +116,21 @@ class Run:
     the second stops at once.
     """
 
-    def __init__(
-        self, folder: Path, lock: IO[bytes], contents: dict, display: Display | None, tensorboard: bool
-    ) -> None:
-        self.folder, self.paths = folder, RunFolder(folder)
-        self.algorithm: str = contents["algorithm"]
-        self.config: dict = contents["config"]
-        self.versions: dict = contents["versions"]
-        self.fingerprint: str = contents["fingerprint"]
+    def __init__(self, folder: Path, lock: IO[bytes], contents: Contents, display: Display | None) -> None:
+        self.folder, self.paths, self.contents = folder, RunFolder(folder), contents
+        self.algorithm, self.config = contents.algorithm, contents.config
+        self.versions, self.fingerprint = contents.versions, contents.fingerprint
         self.display = display or Display()
         self.stopping = False
         self._lock = lock
         self._rows: list[dict] = []
         self._names: list[str] = []
         self._open = False
-        self._last_checksum = ""
+        self._last_checksum = contents.inputs
         self._old_handler: Any = None
-        self._tensorboard: TensorBoard | None = tensorboard_writer(folder) if tensorboard else None
+        # Events are for people: a config without the field has none.
+        wanted = contents.config.get("tensorboard", False)
+        self._tensorboard: TensorBoard | None = tensorboard_writer(folder) if wanted else None
 
     @classmethod
     def create(
@@ -139,11 +141,14 @@ class Run:
         *,
         versions: dict,
         fingerprint: str,
+        inputs: Any = None,
+        model_files: Mapping[str, Path] | None = None,
         display: Display | None = None,
-        tensorboard: bool = False,
     ) -> "Run":
-        """Makes the folder and its config.json; `config`'s field "out" is left out,
-        as it says nothing about the results.
+        """Makes the folder and writes what the run is made from into it.
+
+        `config`'s field "out" is left out, as it says nothing about the results. inputs: a record of what was
+        read. model_files: files that are copied to RUN/model, by the names that they get there.
 
         Raises: UserError when the folder exists or cannot be made.
         """
@@ -159,21 +164,18 @@ class Run:
                 f"cannot make the run folder {folder} ({error.strerror}); choose another --out"
             ) from error
         try:
-            lock = cls._take_lock(folder)
-            (folder / "stages").mkdir()
-            settings = _tuples({name: value for name, value in config.items() if name != "out"})
-            contents = {
-                "algorithm": algorithm,
-                "config": settings,
-                "fingerprint": fingerprint,
-                "versions": versions,
-            }
-            run = cls(folder, lock, contents, display, tensorboard)
+            lock, paths = cls._take_lock(folder), RunFolder(folder)
+            paths.stages.mkdir()
+            for name, source in (model_files or {}).items():
+                copy = paths.model / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(copy, source.read_bytes())
+            settings = {name: value for name, value in config.items() if name != "out"}
             # config.json comes last: a folder that has it is complete.
-            tree = {**contents, "config": pack(_lists(settings))[1]}
-            whole = {**tree, "sha256": sha256_of({}, dumps(tree))}
-            text = json.dumps(whole, sort_keys=True, allow_nan=False, indent=1)
-            write_whole(folder / "config.json", (text + "\n").encode())
+            contents = write_contents(
+                folder, algorithm, settings, fingerprint=fingerprint, versions=versions, inputs=inputs
+            )
+            run = cls(folder, lock, contents, display)
             sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(folder)
@@ -181,78 +183,27 @@ class Run:
         return run
 
     @classmethod
-    def resume(
-        cls,
-        folder: str | Path,
-        *,
-        fingerprint: str,
-        display: Display | None = None,
-        tensorboard: bool = False,
-    ) -> "Run":
+    def resume(cls, folder: str | Path, *, fingerprint: str, display: Display | None = None) -> "Run":
         """Opens an existing run.
 
         Raises: UserError when it is missing, damaged, in use, or was made from another model.
         """
         folder = Path(folder)
-        contents = cls._read_contents(folder)
-        cls.check_model(folder, fingerprint)
-        run = cls(folder, cls._take_lock(folder), contents, display, tensorboard)
-        (folder / "stages").mkdir(exist_ok=True)
+        contents = read_contents(folder)
+        check_model(folder, contents, fingerprint)
+        run = cls(folder, cls._take_lock(folder), contents, display)
+        run.paths.stages.mkdir(exist_ok=True)
         for left in folder.glob("adapters/.*.tmp"):  # a whole checkpoint, half written
             shutil.rmtree(left, ignore_errors=True)
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
-            left.unlink()
+            clear(left)
         timing = run.paths.timing
+        if timing.is_dir():
+            clear(timing)
         if timing.exists() and timing.read_bytes()[-1:] not in (b"", b"\n"):
             with writing(timing, 1), open(timing, "a") as file:
                 file.write("\n")
         return run
-
-    @staticmethod
-    def read_config(folder: str | Path) -> tuple[str, dict]:
-        """Reads (algorithm, settings) of a run; sequences come back as tuples.
-
-        Raises: UserError when there is no whole config.json.
-        """
-        contents = Run._read_contents(Path(folder))
-        return contents["algorithm"], contents["config"]
-
-    @staticmethod
-    def check_model(folder: str | Path, fingerprint: str) -> None:
-        """Checks that a run was made from the model with this fingerprint. Raises:
-        UserError when it was another one."""
-        own = Run._read_contents(Path(folder))["fingerprint"]
-        if own != fingerprint:
-            raise UserError(
-                f"{folder} was trained from another model (sha {own[:12]}, here sha "
-                f"{fingerprint[:12]}); put the original back"
-            )
-
-    @staticmethod
-    def _read_contents(folder: Path) -> dict:
-        path = folder / "config.json"
-        if not folder.is_dir():
-            raise UserError(f"run folder {folder} does not exist; name the folder that --out made")
-        try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-            checksum = contents.pop("sha256")
-            changed = sha256_of({}, dumps(contents)) != checksum
-            contents["config"] = _tuples(unpack(dict, {}, contents["config"]))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no config.json, so it is no run folder or its run never began; start "
-                "with another --out"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} cannot be read ({type(error).__name__}); start a new run with another --out"
-            ) from error
-        if changed:
-            raise UserError(
-                f"{path} was changed after the run began; undo the change, or start a new run with "
-                "another --out"
-            )
-        return contents
 
     @staticmethod
     def _take_lock(folder: Path) -> IO[bytes]:
@@ -311,6 +262,10 @@ class Run:
         self._time(stage, start)
         return record
 
+    def rows(self, cls: type[RowT]) -> list[RowT]:
+        """Returns the rows of one kind that the stages have committed so far, in order."""
+        return typed(self._rows, cls, self.folder)
+
     def origin(self, name: str) -> dict:
         """Returns what ties a file of stage `name` to this run: the model,
         and the checksum of the stage before it."""
@@ -329,6 +284,8 @@ class Run:
     def align(self, rows: list[dict]) -> None:
         """Makes metrics.jsonl hold exactly the committed rows and then `rows`."""
         path = self.paths.metrics
+        if path.is_dir():
+            clear(path)
         data = "".join(dumps(row) + "\n" for row in self._rows + rows).encode()
         if not path.exists() or path.read_bytes() != data:
             write_whole(path, data)
@@ -342,7 +299,7 @@ class Run:
         self._rows += content["rows"]
         self._last_checksum = content["sha256"]
         for path in (stage.previous_path, stage.partial_path):
-            path.unlink(missing_ok=True)
+            clear(path)
         if self._tensorboard is not None:
             self._tensorboard.write(content["rows"])
 
@@ -360,7 +317,7 @@ class Run:
             if number >= stage.number and path not in keep
         ]
         for path in stale:
-            path.unlink()
+            clear(path)
         return len(stale)
 
     def _time(self, stage: Stage, start: float) -> None:
@@ -402,13 +359,13 @@ class Run:
         self._lock.close()
 
 
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+def check_model(folder: Path, contents: Contents, fingerprint: str) -> None:
+    """Checks that a run was made from the model with this fingerprint.
 
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+    Raises: UserError when it was another one.
+    """
+    if contents.fingerprint != fingerprint:
+        raise UserError(
+            f"{folder} was trained from another model (sha {contents.fingerprint[:12]}, here sha "
+            f"{fingerprint[:12]}); put the original back"
+        )

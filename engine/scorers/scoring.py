@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.config.bounds import LARGEST_SCORE
 from engine.errors import UserError
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.policy.forward import frozen_forward
 from engine.records import Prompts, Rollouts, Scores, utility_of_cost
 from engine.rollout.states import States
-from engine.scorers.base import Head, Scorer, Scorers, TextScorer
+from engine.scorers.base import Asked, Head, Scorer, Scorers, TextScorer
 
 # Answers to try scorers of texts on, as unlike each other as those that a scorer may meet.
 TRIAL = (
@@ -29,18 +30,25 @@ TRIAL = (
 )
 
 
-def try_out(scorers: Scorers, prompts: Sequence[str]) -> list[str]:
+def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str]:
     """Lets every scorer of texts score `TRIAL` as answers to some of the run's prompts.
 
     So a broken scorer stops the run before anything is sampled. Returns a warning for each scorer that gives
     all trial answers one score.
-    Raises: UserError when a scorer fails, returns the wrong number of scores, or one that is not finite.
+    Raises: UserError when a scorer fails, returns the wrong number of scores, or one that is not finite, and
+    where it does not read a response of `max_new_tokens`.
     """
-    asked, warnings = [prompts[i % len(prompts)] for i in range(len(TRIAL))], []
+    asked, warnings = prompts.select([i % len(prompts) for i in range(len(TRIAL))]), []
     for scorer in scorers.all:
         if isinstance(scorer, TextScorer):
-            score_N = scorer(asked, list(TRIAL))
-            _check_finite(scorer, score_N, asked, 1)
+            if scorer.max_tokens is not None and max_new_tokens >= scorer.max_tokens:
+                raise UserError(
+                    f"scorer {scorer.name} reads {scorer.max_tokens} tokens, prompt and response together; "
+                    f"lower --max-new-tokens {max_new_tokens}, or use another scorer."
+                )
+            score_N = scorer(_asked(scorer, asked, 1), list(TRIAL))
+            scorer.warnings()  # what is cut of the trial is cut of the run's responses too
+            _check_finite(scorer, score_N, asked.text, 1)
             if score_N.min() == score_N.max():
                 # Only a warning: an honest scorer may have no preference among these few.
                 value = f"{float(score_N[0]):g}"
@@ -97,7 +105,10 @@ def score(
     asked, texts = [text for text in prompts.text for _ in range(rollouts.n)], list(texts)
     columns = []
     for scorer in scorers.all:
-        score_N = scorer(pooled[scorer.layer]) if isinstance(scorer, Head) else scorer(asked, texts)
+        if isinstance(scorer, Head):
+            score_N = scorer(pooled[scorer.layer])
+        else:
+            score_N = scorer(_asked(scorer, prompts, rollouts.n), texts)
         _check_finite(scorer, score_N, asked, rollouts.n)
         columns.append(scorer.sign * score_N.view(len(prompts), rollouts.n))
     J = len(scorers.costs)
@@ -111,12 +122,22 @@ def score(
     )
 
 
+def _asked(scorer: TextScorer, prompts: Prompts, n: int) -> list[Asked]:
+    """Returns each prompt n times, as a scorer reads it."""
+    read = prompts.conversations if scorer.reads_messages else prompts.text
+    return [asked for asked in read for _ in range(n)]
+
+
 def _check_finite(scorer: Scorer, score_N: Tensor, asked: Sequence[str], n: int) -> None:
-    """Refuses a score that is not finite. asked [N]: the prompt of each response; n: responses per prompt."""
-    bad = (~score_N.isfinite()).nonzero()
+    """Refuses a score that is not finite, or so large that its square is not.
+
+    asked [N]: the prompt of each response; n: responses per prompt.
+    """
+    bad = (~(score_N.abs() <= LARGEST_SCORE)).nonzero()
     if len(bad):
         row = int(bad[0])
         raise UserError(
             f"scorer {scorer.name} gave {score_N[row].item()} for response {row % n} to prompt {row // n} "
-            f"({asked[row][:60]!r}); let it give a finite number for every response."
+            f"({asked[row][:60]!r}); let it give a finite number for every response, "
+            f"of at most {LARGEST_SCORE:g} in size."
         )

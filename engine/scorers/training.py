@@ -17,7 +17,7 @@ from torch import Tensor
 from engine import quickstart
 from engine.data.prompts import TextLimits
 from engine.errors import UserError
-from engine.files import write_whole
+from engine.files import whole_files, write_whole
 from engine.model.decoder import Decoder
 from engine.model.folder import fingerprint, load, resolve
 from engine.model.packing import Group
@@ -39,6 +39,8 @@ from engine.scorers.head_fit import fit_head
 
 __all__ = ["HeadConfig", "train"]
 
+FILES = ("head.safetensors", "metrics.json", "README.md")
+
 
 def train(config: HeadConfig, *, command: str = "") -> Head:
     """Fits a head, prints its held-out figures and writes it with its model card.
@@ -47,6 +49,14 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
     Raises: UserError for a setting or a row that cannot be used.
     """
     check(config)
+    out = Path(config.out)
+    with whole_files(out, FILES) as folder:
+        head = _train(config, folder, command or command_line(config))
+    print(f"written: {out / 'head.safetensors'}, metrics.json, README.md")
+    return head
+
+
+def _train(config: HeadConfig, out: Path, command: str) -> Head:
     rows, test = read_head_rows(config.data, config.loss), read_head_rows(config.test, config.loss)
     if not test:
         rows, test = hold_out(rows, config.seed)
@@ -89,11 +99,9 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
         "test": heldout_figures(test, head(pooled_ND), index),
     }
     print(figures_table(figures["test"]))
-    out = Path(config.out)
     head.save(out)
     write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
-    write_whole(out / "README.md", model_card(config, figures, command or command_line(config)).encode())
-    print(f"written: {out / 'head.safetensors'}, metrics.json, README.md")
+    write_whole(out / "README.md", model_card(config, figures, command).encode())
     return head
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -9,13 +10,17 @@ import torch
 from engine import model, quickstart
 from engine.config import RunConfig
 from engine.data import dealing
-from engine.data.prompts import TextLimits, assert_disjoint, check_known, load_prompts, shipped_prompts
+from engine.data.chat import check_known
+from engine.data.prompts import TextLimits, assert_disjoint, load_prompts, shipped_prompts
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
-from engine.model.folder import DTYPES, check_weights, read_config, read_json, resolve
+from engine.model.checkpoint import examine
+from engine.model.folder import DTYPES, digests, read_json, resolve
 from engine.model.tokenizer import load_tokenizer
 from engine.records import Prompts
+from engine.run.folder import RunFolder
 from engine.run.machine import keep_freed_memory
+from engine.stages.run_inputs import OwnedInputs, source_digests
 from engine.stages.smoke import smoke_folder
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -28,6 +33,8 @@ class Inputs:
     device: torch.device
     dtype: torch.dtype
     folder: Path  # the model's Hugging Face folder
+    texts: Path  # where tokenizer, chat templates and stop tokens were read: that folder, or a run's copy
+    files: dict[str, str]  # the model's files that a run depends on, and their SHA-256
     fingerprint: str
     shape: ModelConfig
     tokenizer: object
@@ -35,19 +42,26 @@ class Inputs:
     limits: TextLimits
     train: Prompts
     heldout: Prompts
+    began: str  # the time that the chat template is told, ISO 8601; "" where it asks for none
+    sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
+    notes: list[str]  # says what has changed since the run began whose inputs these are
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Reads and checks a config's model and prompts. Raises: UserError."""
+def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
+    """Reads and checks a config's model and prompts; with `owned`, all but the weights come from that run.
+
+    Raises: UserError, also where the weights are not those of that run.
+    """
     device = torch.device(_device(config.device))
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[automatic if config.dtype == "auto" else config.dtype]
     folder = model_folder(config.model)
-    fingerprint = model.fingerprint(folder)
-    shape = ModelConfig.from_json(read_config(folder), folder / "config.json")
-    check_weights(folder, shape)
-    tokenizer = load_tokenizer(folder)
-    stop_token_ids = stop_tokens(folder, tokenizer)
+    files, fingerprint = digests(folder), model.fingerprint(folder)
+    notes = [] if owned is None else [*owned.check_model(folder, files), *owned.check_sources()]
+    texts = folder if owned is None else RunFolder(owned.run).model
+    shape = examine(folder).config
+    tokenizer = load_tokenizer(texts)
+    stop_token_ids = stop_tokens(texts, tokenizer)
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
     if unknown:
         raise UserError(
@@ -55,17 +69,30 @@ def read_inputs(config: RunConfig) -> Inputs:
             "config.json's vocab_size; "
             "correct eos_token_id in generation_config.json, config.json or the tokenizer."
         )
+    now = datetime.now().replace(microsecond=0)
+    if owned is not None and owned.record.began:
+        now = datetime.fromisoformat(owned.record.began)
     limits = TextLimits(
         system=config.system,
         max_positions=shape.max_positions,
         max_new_tokens=config.max_new_tokens,
         vocab_size=shape.vocab_size,
+        now=now,
     )
-    train, heldout = _prompts(config, tokenizer, limits)
+    if owned is None:
+        train, heldout = _prompts(config, tokenizer, limits)
+        began = now.isoformat() if asks_for_time(tokenizer) else ""
+        sources = source_digests(config)
+    else:
+        record = owned.record
+        train, heldout, began, sources = record.train, record.heldout, record.began, record.sources
+        files = record.model
     return Inputs(
         device=device,
         dtype=dtype,
         folder=folder,
+        texts=texts,
+        files=files,
         fingerprint=fingerprint,
         shape=shape,
         tokenizer=tokenizer,
@@ -73,7 +100,17 @@ def read_inputs(config: RunConfig) -> Inputs:
         limits=limits,
         train=train,
         heldout=heldout,
+        began=began,
+        sources=sources,
+        notes=notes,
     )
+
+
+def asks_for_time(tokenizer) -> bool:
+    """Tells whether a chat template of the tokenizer writes the time at which it is rendered."""
+    templates = tokenizer.chat_template or ""
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    return any("strftime_now" in str(text) for text in texts)
 
 
 def prepare_process(threads: int) -> None:
@@ -114,7 +151,12 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
     """Reads prompts with a run's system line and longest response;
     see `engine.data.prompts.load_prompts`. Raises: UserError."""
     prompts = load_prompts(
-        source, tokenizer, column=column, system=limits.system, max_prompt_tokens=limits.max_prompt_tokens
+        source,
+        tokenizer,
+        column=column,
+        system=limits.system,
+        now=limits.now,
+        max_prompt_tokens=limits.max_prompt_tokens,
     )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
         check_known(ids, limits.vocab_size, f"prompt {text[:60]!r}")

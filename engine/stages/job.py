@@ -18,15 +18,24 @@ from engine.data.prompts import assert_disjoint, prompt_key
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
-from engine.policy.lora import Adapter
 from engine.records import Prompts
+from engine.run.contents import read_contents
 from engine.run.display import Display
 from engine.run.plan import Plan
 from engine.run.run import Run
 from engine.scorers.base import Scorers
-from engine.scorers.find import load_scorers
+from engine.scorers.find import content, load_scorers
 from engine.scorers.scoring import try_out
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs
+from engine.stages.run_inputs import (
+    DamagedInputs,
+    OwnedInputs,
+    RunInputs,
+    is_copied,
+    owned_inputs,
+    restore_inputs,
+    source_digests,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,7 @@ class Subject:
 
     settings: SamplingSettings
     folder: Path  # the model's Hugging Face folder
+    texts: Path  # tokenizer, chat templates and what else goes along with its weights
     model: Decoder
     tokenizer: object
     scorers: Scorers
@@ -72,6 +82,7 @@ class Subject:
         return Subject(
             settings=settings,
             folder=inputs.folder,
+            texts=inputs.texts,
             model=model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device),
             tokenizer=inputs.tokenizer,
             scorers=scorers,
@@ -106,12 +117,14 @@ def open_job(
     if resume is None and out.exists():
         raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")
     prepare_process(config.threads)
-    inputs = read_inputs(config)
+    owned, damage = _owner(resume or config.samples_of, restores=resume is not None)
+    inputs = read_inputs(config, owned)
     train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
     config, lowered = fit(config, len(train), len(heldout))
     # Check again: `fit` may have lowered the numbers of prompts below what a verdict needs.
     check(config)
-    check_samples_of(config, fingerprint)
+    if config.samples_of and owned is not None:
+        check_samples_of(config)
     used = (
         training_prompts(train, config.n_prompts, config.seed),
         heldout_prompts(heldout, config.eval_prompts, config.seed),
@@ -128,6 +141,10 @@ def open_job(
     )
     plan.check()
     asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
+    scorer_contents = content(config.reward, config.cost, config.audit, folder=inputs.folder)
+    notes = list(inputs.notes)
+    if owned is not None:
+        notes += owned.check_scorers(scorer_contents, accept=config.accept_changes)
     scorers = load_scorers(
         config.reward,
         config.cost,
@@ -135,23 +152,21 @@ def open_job(
         folder=inputs.folder,
         trunk=fingerprint,
         device=inputs.device,
+        now=inputs.limits.now,
     )
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
-    own_pairs = preferences = None
-    if source := config.pairs_file:
-        own_pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits)
-    if config.by_preference and config.preferences:
-        preferences = read_response_pairs(
-            config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits
-        )
+    if owned is not None and resume is not None:
+        own_pairs, preferences = owned.record.pairs, owned.record.preferences
+    else:
+        own_pairs, preferences = _read_pairs(config, names, inputs)
     for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
         if own is not None:
             assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
     if own_pairs is not None:
-        constraints.check_prompts(limits, {f"rows of {source}": own_pairs.prompts})
-    warnings = try_out(scorers, used[0].text)
+        constraints.check_prompts(limits, {f"rows of {config.pairs_file}": own_pairs.prompts})
+    warnings = try_out(scorers, used[0], config.max_new_tokens)
     display = Display(n_stages=n_stages or stages_of(config))
     display.line(
         f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
@@ -161,28 +176,54 @@ def open_job(
         display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
     for warning in warnings:
         display.warn(warning)
+    if config.truncated:
+        display.warn(
+            f"--top-p {config.top_p:g} cuts the distributions that are sampled, so no KL is measured: in its "
+            "place stands the mean log-ratio of the whole policies on these samples"
+        )
+    for own in (own_pairs, preferences):
+        for note in own.notes() if own is not None else []:
+            display.warn(note)
     display.line(plan.sentence())
     if plan.rows < asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")
     display.line(f"run folder {out}")
+    if owned is None or resume is None:
+        record = RunInputs(
+            train=train,
+            heldout=heldout,
+            pairs=own_pairs,
+            preferences=preferences,
+            stop_token_ids=list(inputs.stop_token_ids),
+            began=inputs.began,
+            sources=inputs.sources | source_digests(config),
+            model=inputs.files,
+            scorers=scorer_contents,
+        )
     if resume is None:
-        settings = {f.name: getattr(config, f.name) for f in fields(config)}
         run = Run.create(
             out,
             algorithm,
-            settings,
+            {f.name: getattr(config, f.name) for f in fields(config) if f.name != "accept_changes"},
             versions=_versions(),
             fingerprint=fingerprint,
+            inputs=record,
+            model_files={name: inputs.texts / name for name in inputs.files if is_copied(name)},
             display=display,
-            tensorboard=config.tensorboard,
         )
     else:
-        run = Run.resume(out, fingerprint=fingerprint, display=display, tensorboard=config.tensorboard)
+        if damage is not None:
+            owned = restore_inputs(out, read_contents(out), record, damage)
+            notes.append(f"{damage.what}: restored from what the run was made from")
+        run = Run.resume(out, fingerprint=fingerprint, display=display)
+        owned.accept(scorer_contents)
         if run.versions != (here := _versions()):
             changed = sorted(k for k in here if here[k] != run.versions.get(k))
             display.warn(
                 f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits"
             )
+    for note in notes:
+        display.warn(note)
     with run:
         subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
         yield Job(
@@ -194,17 +235,6 @@ def open_job(
             pairs=own_pairs,
             preferences=preferences,
         )
-
-
-def new_adapter(subject: Subject, config: RunConfig) -> Adapter:
-    """Returns a fresh adapter of the size that a config asks for; its policy equals the reference."""
-    return Adapter.on(
-        subject.model,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        share=config.lora_from,
-        seed=config.seed,
-    )
 
 
 def stages_of(config: RunConfig) -> int:
@@ -224,21 +254,48 @@ def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
     return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS))
 
 
-def check_samples_of(config: RunConfig, fingerprint: str) -> None:
+def _owner(run: str | None, *, restores: bool) -> tuple[OwnedInputs | None, DamagedInputs | None]:
+    """Reads the inputs of the run that has drawn the samples; where they may be restored, what is damaged.
+
+    Raises: UserError where there is no such run, or its inputs are damaged and may not be restored.
+    """
+    if not run:
+        return None, None
+    try:
+        return owned_inputs(Path(run)), None
+    except DamagedInputs as damage:
+        if not restores:
+            raise
+        return None, damage
+
+
+def _read_pairs(
+    config: RunConfig, names: list[str], inputs: Inputs
+) -> tuple[ResponsePairs | None, ResponsePairs | None]:
+    """Reads the files of --pairs and --preferences; None for one that the config does not name."""
+    pairs = preferences = None
+    if source := config.pairs_file:
+        pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits)
+    if config.by_preference and config.preferences:
+        preferences = read_response_pairs(
+            config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits
+        )
+    return pairs, preferences
+
+
+def check_samples_of(config: RunConfig) -> None:
     """Checks that the samples of --samples-of are those that this run would draw.
 
     Raises: UserError where the run that it names has others.
     """
-    if config.samples_of:
-        _, other = Run.read_config(config.samples_of)
-        Run.check_model(config.samples_of, fingerprint)
-        for name in SAMPLING:
-            theirs, own = other.get(name, getattr(RunConfig, name)), getattr(config, name)
-            if theirs != own:
-                raise UserError(
-                    f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, "
-                    f"this run has {own}."
-                )
+    other = read_contents(Path(config.samples_of)).config
+    for name in SAMPLING:
+        theirs, own = other.get(name, getattr(RunConfig, name)), getattr(config, name)
+        if theirs != own:
+            raise UserError(
+                f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, "
+                f"this run has {own}."
+            )
 
 
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:

@@ -17,21 +17,22 @@ from torch import Tensor
 
 from engine import keys
 from engine.config import RunConfig
-from engine.errors import UserError
 from engine.model import packing
 from engine.policy import update
 from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
+from engine.policy.weights import new_adapter
 from engine.records import ScaledScores, ScoredTarget, Scores, Units
-from engine.run.folder import RunFolder
-from engine.run.rows import PreferenceRow, read_rows
+from engine.run.committed import Committed
+from engine.run.rows import PreferenceRow
 from engine.run.run import Stage
-from engine.run.store import load
 from engine.scorers.base import Scorers
-from engine.stages.job import Job, Subject, new_adapter
+from engine.scorers.names import stage_name
+from engine.stages.job import Job, Subject
 from engine.stages.reference import Reference, aims, reference_units, within_correlation
+from engine.stages.sampling import naming
 from kernels.random import combine
 
 
@@ -50,9 +51,8 @@ class LogRatios:
         subject, prompts, scores = self.subject, samples.prompts, samples.scores
         groups, n = packing.groups(prompts, samples.rollouts), samples.rollouts.n
         ratios = []
-        with stage.progress(
-            len(self.aligned) * sum(g.tokens for g in groups), "tokens", "log-ratios"
-        ) as progress:
+        total = len(self.aligned) * sum(g.tokens for g in groups)
+        with naming(stage), stage.progress(total, "tokens", "log-ratios") as progress:
             for adapter in self.aligned:
                 logprob = frozen_forward(
                     subject.model,
@@ -102,19 +102,15 @@ def audit_names(scorers: Scorers) -> list[str]:
     return [*(f"{s.name} (its scorer)" for s in by_scorers), *(s.name for s in scorers.audits)]
 
 
-def restored(run: RunFolder, config: RunConfig, subject: Subject, scorer_units: Units) -> ByLogRatios:
-    """Returns what a run on preferences with an iterate scores by. Raises: UserError where
-    a policy it aligned is missing."""
-    (row,), aligned = read_rows(run.path, PreferenceRow), []
-    for name in row.names:
-        file = run.stage_file(f"preference/{name}")
-        if file is None:
-            raise UserError(
-                f"{run.path}: the policy aligned to {name} is missing from {run.stages}; resume the "
-                "run to have it again."
-            )
-        aligned.append(new_adapter(subject, config))
-        aligned[-1].set_tensors(load(file, Policy).adapter)
+def restored(run: Committed, config: RunConfig, subject: Subject, scorer_units: Units) -> ByLogRatios:
+    """Returns what a run on preferences with an iterate scores by.
+
+    Raises: UserError where a policy it aligned is missing or damaged.
+    """
+    row, aligned = run.one(PreferenceRow), []
+    for number, name in enumerate(row.names):
+        aligned.append(new_adapter(subject.model, config))
+        aligned[-1].set_tensors(run.load(stage_name("preference", number, name), Policy).adapter)
     log_ratios = LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units)
     return ByLogRatios.of(log_ratios, row.log_ratio_sd[0], row.log_ratio_sd[1:])
 
@@ -154,7 +150,7 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
     """Runs stage preference/NAME: plain DPO on the preferences of one kind,
     drawn independently of the others'."""
     config = job.config
-    adapter = new_adapter(job, config)
+    adapter = new_adapter(job.model, config)
     seed = int(combine(config.seed, keys.preference(number)))
     settings = replace(config, steps=config.preference_steps, labels="sampled", seed=seed)
     target = ScoredTarget(score_PG=label_PG, coefficient=config.beta)
@@ -163,7 +159,7 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
         step = Update(stage=stage, config=settings, model=job.model, weights=adapter, start=None, iteration=0)
         return update.fit(step, samples, target, train_on=list(range(len(samples.prompts))))
 
-    adapter.set_tensors(job.run.stage(f"preference/{name}", Policy, compute).adapter)
+    adapter.set_tensors(job.run.stage(stage_name("preference", number, name), Policy, compute).adapter)
     return adapter
 
 

@@ -15,7 +15,7 @@ from engine.model.packing import LowerStates
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
 from engine.records import Prompts, ScaledScores, Scored, Scores, Units, unsafe_counted
-from engine.run.rows import ReferenceRow, read_rows
+from engine.run.rows import ReferenceRow
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
 from engine.stages.job import Job
@@ -150,8 +150,8 @@ def sample_reference(job: Job) -> Reference:
         lower.keep(packing.groups(prompts, samples.rollouts), lower_MD.to(job.model.device))
         samples = replace(samples, lower=lower)
     reference = reference_of(job, samples)
-    (row,) = read_rows(job.run.folder, ReferenceRow)
-    gap, show = gap_of(job.run.folder, "reference"), job.run.display
+    (row,) = job.run.rows(ReferenceRow)
+    gap, show = gap_of(job.run, "reference"), job.run.display
     show.line(
         f"reference: {len(prompts)} prompts x {config.n_responses} responses, "
         f"{100 * row.finished:.0f} % finished, mean length "

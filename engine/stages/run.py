@@ -8,13 +8,13 @@ from torch import Tensor
 
 from engine import dual
 from engine.config import RunConfig
-from engine.policy.full import FullWeights
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy
-from engine.policy.weights import Weights
+from engine.policy.weights import new_weights
 from engine.records import Rule, Target
+from engine.run import outputs
 from engine.stages import preference, slack
-from engine.stages.job import Job, new_adapter, open_job
+from engine.stages.job import Job, open_job
 from engine.stages.protocol import Result, Slack
 from engine.stages.reference import Reference, sample_reference
 from engine.stages.sampling import gap_of
@@ -29,11 +29,6 @@ def open_stages(algorithm: str, config: RunConfig, resume: str | None) -> Iterat
     Raises: UserError before any compute is spent."""
     with open_job(algorithm, config, resume) as job:
         yield RunStages(job)
-
-
-def new_weights(job: Job) -> Weights:
-    """Returns what the run trains, still equal to the reference."""
-    return FullWeights(job.model) if job.config.tune == "full" else new_adapter(job, job.config)
 
 
 class RunStages:
@@ -60,7 +55,7 @@ class RunStages:
         pairs = None if job.pairs is None else score_pairs(job)
         if job.config.by_preference:
             self.reference = preference.align(job, self.reference)
-        self.updates = Updates(job, self.reference, new_weights(job), pairs)
+        self.updates = Updates(job, self.reference, new_weights(job.model, job.config), pairs)
 
     def solve_dual(self) -> dual.Solution:
         return solve_dual(self.job, self.reference)
@@ -119,7 +114,8 @@ class RunStages:
         paths = self.job.run.paths
         shutil.rmtree(paths.rejected(iteration), ignore_errors=True)
         paths.iterate(iteration).rename(paths.rejected(iteration))
+        outputs.note(paths, [paths.rejected(iteration)])
 
     def _say_gap(self, stage: str) -> None:
-        if gap := gap_of(self.job.run.folder, stage):
+        if gap := gap_of(self.job.run, stage):
             self.job.run.display.line(f"{stage}: {gap}")

@@ -1,12 +1,14 @@
 """Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import NonFiniteError, UserError
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, logprob_gap
@@ -17,11 +19,11 @@ from engine.records import Prompts, Rollouts
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.run.folder import RunFolder
+from engine.run.committed import read_committed
 from engine.run.plan import kept_states_bytes
-from engine.run.rows import SampledRow, SpeedRow, read_rows
-from engine.run.run import Stage
-from engine.run.store import RecordT, load
+from engine.run.rows import SampledRow, SpeedRow
+from engine.run.run import Run, Stage
+from engine.run.store import RecordT
 from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.job import Job, Subject
 from kernels.random import combine
@@ -51,7 +53,8 @@ def respond(
         made.advance(tokens)
         stage.check_stop()
 
-    with stage.progress(len(prompts) * n * settings.max_new_tokens, "tokens", "sampling") as made:
+    work = len(prompts) * n * settings.max_new_tokens
+    with naming(stage), stage.progress(work, "tokens", "sampling") as made:
         rollouts = generate(
             job.model,
             prompts.token_ids,
@@ -85,7 +88,7 @@ def sample(
     keep: bool = False,
 ) -> Samples:
     """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`,
-    `check_stop`, `log_speed` and `log`, which gets the `log_gap` of these samples.
+    `check_stop`, `warn`, `log_speed` and `log`, which gets the `log_gap` of these samples.
 
     The samples hold the states below the adapter where `keep` asks for them, heads read no higher and the
     states are not too large. The reference's own samples are not run through the model again for
@@ -119,7 +122,7 @@ def sample(
         stage.check_stop()
 
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
-    with stage.progress(total, "tokens", "scoring") as scored:
+    with naming(stage), stage.progress(total, "tokens", "scoring") as scored:
         forward = ReferenceForward(
             temperature=settings.temperature,
             memory_budget_bytes=settings.memory_budget_bytes,
@@ -127,6 +130,8 @@ def sample(
             states=states,
         )
         scores = score(job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens)
+    for warning in job.scorers.warnings():
+        stage.warn(warning)
     tokens = int(rollouts.length.sum())
     stage.log_speed(
         SpeedRow(
@@ -149,6 +154,15 @@ def sample(
         kl_PG=logprob_PG - scores.ref_logprob_PG,
         lower=states.lower if states and keep else None,
     )
+
+
+@contextmanager
+def naming(stage: Stage) -> Iterator[None]:
+    """Puts the stage, and with it the iterate, in front of what is said of numbers that are not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{stage.name}: {error}") from error
 
 
 def log_gap(
@@ -185,9 +199,9 @@ def gap_text(row: SampledRow) -> str:
     )
 
 
-def gap_of(run: Path, stage: str) -> str:
+def gap_of(run: Run, stage: str) -> str:
     """Says what `log_gap` found in a stage of a run; empty where nothing was sampled there."""
-    return next((gap_text(row) for row in read_rows(run, SampledRow) if row.stage == stage), "")
+    return next((gap_text(row) for row in run.rows(SampledRow) if row.stage == stage), "")
 
 
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
@@ -195,11 +209,7 @@ def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
     where that run has none."""
     if not job.config.samples_of:
         return None
-    folder = RunFolder(Path(job.config.samples_of))
-    file = folder.stage_file(stage)
-    if file is None:
-        raise UserError(
-            f"--samples-of {folder.path}: it has no whole stage {stage}; let that run end first "
-            f"(--resume {folder.path})."
-        )
-    return load(file, cls)
+    try:
+        return read_committed(Path(job.config.samples_of)).load(stage, cls)
+    except UserError as error:
+        raise UserError(f"--samples-of {job.config.samples_of}: {error}") from error

@@ -110,7 +110,7 @@ def iteration_line(
         f"iteration {iteration}: lambda {listed(lam_J)}",
         f"reward {slack.reward:+.2f} +- {slack.reward_se:.2f}",
         *held,
-        f"KL {slack.kl:.2f} +- {slack.kl_se:.2f} nats",
+        f"{'log-ratio' if job.config.truncated else 'KL'} {slack.kl:.2f} +- {slack.kl_se:.2f} nats",
         f"loss {loss:.3f}",
         *(f"{x:.0f} tokens/s" for x in speed[-1:]),
     ]

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,17 +11,19 @@ from torch import Tensor
 from engine import keys
 from engine.data.dealing import deal
 from engine.errors import UserError
+from engine.files import clear
 from engine.model import packing
+from engine.model.folder import lasting_name
 from engine.policy import update
-from engine.policy.iterates import is_saved, save_weights
+from engine.policy.iterates import save_weights
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
 from engine.policy.weights import Weights, copy_of
 from engine.records import Rule, Target
+from engine.run import outputs
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
 from engine.scorers.scoring import ReferenceForward, score
-from engine.stages.inputs import DEFAULT_MODEL
 from engine.stages.job import Job, deal_prompts
 from engine.stages.reference import Reference
 from engine.stages.sampling import gap_of, sample
@@ -46,6 +49,8 @@ def score_pairs(job: Job) -> Samples:
                 ),
                 on_tokens=scored.advance,
             )
+        for warning in job.scorers.warnings():
+            stage.warn(warning)
         stage.log(PairsRow(prompts=len(pairs.prompts)))
         return Samples(
             prompts=pairs.prompts,
@@ -119,17 +124,22 @@ class Updates:
         self.hold(start)
 
         def updated(stage: Stage) -> Policy:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             policy = compute(stage)
             stage.log(PolicyRow(iteration=iteration, lam=lam_J, loss=policy.loss))
             return policy
 
         policy = job.run.stage(name, Policy, updated)
-        if gap := gap_of(job.run.folder, name):
+        if gap := gap_of(job.run, name):
             job.run.display.line(f"{name}: {gap}")
         self.hold(policy)
-        if not is_saved(folder):
-            save_weights(self.weights, folder, job.config.model or DEFAULT_MODEL, job.folder)
+        paths = job.run.paths
+        if not outputs.is_whole(paths, folder):
+            if outputs.has(paths, folder):
+                job.run.display.warn(f"{folder} is not as it was written: made again from {paths.stages}")
+            _remove(folder)
+            save_weights(self.weights, folder, lasting_name(job.config.model, job.folder), job.texts)
+            outputs.note(paths, [folder])
         return policy
 
     def _learned_from(self, stage: Stage, start: Policy | None, iteration: int) -> tuple[Samples, list[int]]:
@@ -171,3 +181,10 @@ class Updates:
             keep=True,
         )
         return replace(samples, scaled=self.reference.scoring(stage, samples))
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    else:
+        clear(folder)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from engine import keys
 from engine.constraints import Limit
-from engine.files import write_json, write_whole
+from engine.files import clear, write_json, write_whole
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Units
 from engine.report import run_page
+from engine.run import outputs
 from engine.run.display import duration
 from engine.run.rows import time_table
 from engine.run.run import Stage
@@ -34,6 +35,7 @@ class Bar:
     units: Units
     audit_names: list[str]
     confidence: float = 0.95
+    truncated: bool = False  # see `engine.config.RunConfig.truncated`
 
 
 def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> Samples:
@@ -64,13 +66,22 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
         aimed=reference.aimed,
         units=reference.units,
         audit_names=reference.scoring.audit_names,
+        truncated=job.config.truncated,
     )
     evaluation = judge(before, after, bar)
+    run.align([])  # The report reads the rows.
+    made = [run.paths.evaluation, run.paths.heldout, run.paths.report_png, run.paths.report_html]
+    for path in made:
+        if outputs.has(run.paths, path) and not outputs.is_whole(run.paths, path):
+            run.display.warn(f"{path} is not as it was written: made again from {run.paths.stages}")
+        if path.is_dir():
+            clear(path)
     write_heldout(run.paths.heldout, before, after)
     write_json(run.paths.evaluation, evaluation.as_dict())
     for line in sentences(evaluation):
         run.display.line(line)
     written = run_page.write(run.folder)
+    outputs.note(run.paths, made)
     run.display.table(
         [
             [stage, duration(seconds), f"{100 * share:.0f} %"]
@@ -87,7 +98,7 @@ def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     policy, reference = (
         Side(rollouts=side.rollouts, texts=side.texts, scores=side.scaled) for side in (after, before)
     )
-    asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J)
+    asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J, truncated=bar.truncated)
     return evaluate(policy, reference, before.prompts, after.kl_PG, asked, bar.audit_names, bar.confidence)
 
 

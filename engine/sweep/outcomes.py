@@ -1,22 +1,20 @@
 """Reads what a sweep has given so far: the dual's solutions, and the outcome of each
 run, read from its folder."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from engine import constraints
 from engine.constraints import Limit
+from engine.run.committed import read_committed
 from engine.run.folder import RunFolder
 from engine.run.rows import (
     IterationRow,
-    PolicyRow,
     ReferenceRow,
     SpeedRow,
     StageTimeRow,
     StepRow,
-    read_rows,
     read_timing,
 )
 from engine.sweep.plans import Plan
@@ -51,29 +49,35 @@ class Outcome:
     seconds: float = 0.0  # of training, without the reference's samples
 
 
+def judged(plan: Plan) -> bool:
+    """Tells whether a run has its verdict, so that it is counted and not trained."""
+    return RunFolder(plan.folder).evaluation.is_file()
+
+
 def finished(plan: Plan) -> bool:
     """Tells whether a run has its verdict and its report."""
-    paths = RunFolder(plan.folder)
-    return paths.evaluation.is_file() and paths.report_html.is_file()
+    return judged(plan) and RunFolder(plan.folder).report_html.is_file()
 
 
 def read_run(plan: Plan, error: str = "") -> Outcome:
     """Reads the folder of a run that is done, or has failed with `error`."""
-    (reference,) = read_rows(plan.folder, ReferenceRow)
+    run = read_committed(plan.folder)
     tokens, seconds = effort(plan.folder)
     reference_tokens, _ = effort(Path(plan.config.samples_of))
     outcome = Outcome(
         plan=plan,
         error=error,
-        limits=constraints.limits(plan.config, reference.names),
+        limits=constraints.limits(plan.config, run.one(ReferenceRow).names),
         tokens=sum(n for stage, n in tokens.items() if is_training(stage)),
         reference_tokens=reference_tokens.get("reference", 0),
-        steps=len(read_rows(plan.folder, StepRow)),
+        steps=len(run.rows(StepRow)),
         seconds=sum(s for stage, s in seconds.items() if is_training(stage)),
-        iterations=read_rows(plan.folder, IterationRow),
+        iterations=run.rows(IterationRow),
     )
     if not error:
-        outcome.evaluation = Evaluation.from_dict(json.loads(RunFolder(plan.folder).evaluation.read_text()))
+        outcome.evaluation = Evaluation.read(
+            RunFolder(plan.folder).evaluation, cure=f"go on with --resume {plan.folder}"
+        )
         outcome.lam = kept_lam(plan.folder) or outcome.iterations[0].lam
     return outcome
 
@@ -83,9 +87,8 @@ def kept_lam(folder: Path) -> list[float] | None:
 
     None where --max-kl rejected the first policy, so that the verdict is on the reference.
     """
-    paths = RunFolder(folder)
-    kept = [row for row in read_rows(folder, PolicyRow) if not paths.rejected(row.iteration).is_dir()]
-    return kept[-1].lam if kept else None
+    kept = list(read_committed(folder).iterates.values())
+    return kept[-1] if kept else None
 
 
 def effort(folder: Path) -> tuple[dict[str, int], dict[str, float]]:

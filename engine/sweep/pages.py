@@ -3,12 +3,11 @@
 import base64
 import csv
 import io
-import json
 import math
 from html import escape
 from pathlib import Path
 
-from engine.files import write_whole
+from engine.files import read_json_lines, write_whole
 from engine.intervals import Estimate
 from engine.report import html
 from engine.sweep.outcomes import OneShot, Outcome
@@ -30,12 +29,18 @@ def write(out: Path, outcomes: list[Outcome], paths: dict[int, list[OneShot]]) -
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Writes the rows of `table` as CSV."""
+    """Writes the rows of `table` as CSV. A text that a spreadsheet would run as a formula begins with a
+    quote there; numbers stay numbers."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_cell, rows[0]))
+    writer.writerows([_cell(value) for value in row.values()] for row in rows)
     write_whole(path, text.getvalue().encode())
+
+
+def _cell(value: object) -> object:
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def table(outcomes: list[Outcome]) -> list[dict]:
@@ -58,7 +63,11 @@ def table(outcomes: list[Outcome]) -> list[dict]:
                 row |= _columns(f"{c.name} {c.limit.kind}", c.measured)
         for name, audit in e.audits:
             row |= _columns(f"audit {name}", audit)
-        row |= {"kl nats": e.kl.mean, "finished": e.finished[1], "mean length tokens": e.mean_length[1]}
+        row |= {
+            "log-ratio nats" if e.truncated else "kl nats": e.kl.mean,
+            "finished": e.finished[1],
+            "mean length tokens": e.mean_length[1],
+        }
         if e.refusal_harmless is not None:
             row["refusals on harmless prompts"] = e.refusal_harmless[1]
         row |= {"prompts": e.n_prompts, "responses": e.n_responses}
@@ -147,8 +156,7 @@ def _side_by_side(outcomes: list[Outcome], most: int = 12) -> str:
 
 def _first_responses(folder: Path) -> dict[str, dict]:
     """Reads the rows of a run's first held-out responses, by prompt."""
-    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
+    rows = read_json_lines(folder / "heldout.jsonl", cure=f"go on with --resume {folder}")
     return {row["prompt"]: row for row in rows if row["sample"] == 0}
 
 

@@ -10,6 +10,8 @@ from engine.config import ALGORITHMS, SAMPLING, RunConfig, check, shown_name, sm
 from engine.config.flags import parse_flags, suggest
 from engine.errors import UserError
 
+SET_BY_SWEEP = ("seed", "threshold", "out", "samples_of")  # settings of a run that no label and no flag sets
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
@@ -41,9 +43,10 @@ class Plan:
 def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     """Plans all runs, in the order of seeds, then thresholds, then algorithms.
 
-    Raises: UserError for a flag, a threshold or an algorithm that cannot be used.
+    Raises: UserError for a flag, a threshold or an algorithm that cannot be used, and for two different runs
+    that would have one folder.
     """
-    for name in ("seed", "threshold", "out", "samples_of"):
+    for name in SET_BY_SWEEP:
         if name in _flag_names(sweep.flags):
             raise UserError(f"--{name.replace('_', '-')} behind --: the sweep sets it; see --help.")
     plans: dict[Path, Plan] = {}
@@ -51,7 +54,12 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
         for threshold in [_threshold(text) for text in sweep.thresholds]:
             for label in sweep.algorithms:
                 plan = _plan(sweep, preset, label, threshold, seed)
-                plans.setdefault(plan.folder, plan)
+                other = plans.setdefault(plan.folder, plan)
+                if other.label != label:
+                    raise UserError(
+                        f"--algorithms {other.label} {label}: both would have the folder {plan.folder.name}; "
+                        "write one of them in another way."
+                    )
     for name in SAMPLING:
         if name != "seed" and len(values := {getattr(plan.config, name) for plan in plans.values()}) > 1:
             shown = ", ".join(sorted(map(str, values)))
@@ -92,10 +100,10 @@ def _plan(
     kind = config_class(label)
     default = kind() if preset is None else smoke(kind())
     flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
-    flags += [f"--{part.replace('_', '-')}" for part in settings.split(",") if part]
+    flags += _label_flags(label, settings)
     config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
-    at = f"-b{'_'.join(f'{b:g}' for b in values)}" if kind.has_thresholds else ""
+    at = f"-b{'_'.join(map(_exact, values))}" if kind.has_thresholds else ""
     out = Path(sweep.out)
     folder = out / f"{re.sub('[:,/]', '-', label)}{at}-seed{seed}"
     config = replace(
@@ -103,6 +111,27 @@ def _plan(
     )
     check(config)
     return Plan(label=label, algorithm=name, threshold=values, config=config, folder=folder)
+
+
+def _label_flags(label: str, settings: str) -> list[str]:
+    """Turns the settings of a label into flags. Raises: UserError where a setting is the sweep's, or is given
+    twice."""
+    flags = [f"--{part.replace('_', '-')}" for part in settings.split(",") if part]
+    names = _flag_names(tuple(flags))
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        if name in SET_BY_SWEEP:
+            instead = {"threshold": "--thresholds", "seed": "--seeds"}.get(name, "--out")
+            raise UserError(f"--algorithms {label}: the sweep sets {flag}; leave it out, see {instead}.")
+        if names.count(name) > 1:
+            raise UserError(f"--algorithms {label}: {flag} is given twice; give it once.")
+    return flags
+
+
+def _exact(number: float) -> str:
+    """Writes a number shortly, with as many digits as tell it from every other one."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def numbers(values: Iterable[float]) -> str:

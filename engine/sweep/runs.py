@@ -8,6 +8,7 @@ Then every run is an ordinary run folder, which the algorithm fills with --sampl
 sweep's files are written anew: table.csv, pareto.png, multipliers.png and index.html.
 """
 
+import os
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -17,16 +18,19 @@ import torch
 
 from engine.config import ALGORITHMS, fit
 from engine.errors import NonFiniteError, UserError
-from engine.files import write_json
+from engine.files import is_folder, is_there, make_folder, write_json
 from engine.report import run_page
 from engine.run.folder import RunFolder
 from engine.stages.job import open_job
 from engine.stages.reference import reference_of
 from engine.stages.run import RunStages
 from engine.stages.solve import one_shot
-from engine.sweep.outcomes import OneShot, Outcome, finished, read_run
+from engine.sweep.outcomes import OneShot, Outcome, finished, judged, read_run
 from engine.sweep.pages import write
 from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
+
+# What a run has written when it is killed before its config.json is whole.
+BEGINNING = {".lock", "config.json.tmp", "stages"}
 
 
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
@@ -39,14 +43,13 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     plans = configs_of(sweep, preset)
     if not resume:
         # A sweep that was killed before sweep.json was whole has left nothing else.
-        if out.exists() and not (
-            out.is_dir() and {path.name for path in out.iterdir()} <= {"sweep.json.tmp"}
-        ):
+        if is_there(out) and not (is_folder(out) and set(os.listdir(out)) <= {"sweep.json.tmp"}):
             raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         settings = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}
         write_json(out / "sweep.json", {"preset": preset, **settings})
-    paths = {seed: draw_samples([plan for plan in plans if plan.config.seed == seed]) for seed in sweep.seeds}
+    seeds = dict.fromkeys(sweep.seeds)
+    paths = {seed: draw_samples([plan for plan in plans if plan.config.seed == seed]) for seed in seeds}
     outcomes: list[Outcome] = []
     for number, plan in enumerate(plans, 1):
         print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
@@ -69,7 +72,7 @@ def draw_samples(plans: list[Plan]) -> list[OneShot]:
     # Any of the configs will do: the samples do not depend on the settings in which they differ.
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
     solved, seen = [], []
-    with open_job("samples", config, _begun(Path(config.out)), n_stages=2) as job:
+    with open_job("samples", config, begun(Path(config.out)), n_stages=2) as job:
         stages = RunStages(job)
         stages.sample_reference()
         stages.heldout(None)
@@ -118,9 +121,9 @@ def _sentence(s: OneShot, n_responses: int) -> str:
 def _train(plan: Plan) -> str:
     """Does a run or the rest of it, unless it is done; returns the error that it
     failed with, or an empty text."""
-    if not RunFolder(plan.folder).evaluation.is_file():
+    if not judged(plan):
         try:
-            ALGORITHMS[plan.algorithm].train(plan.config, resume=_begun(plan.folder))
+            ALGORITHMS[plan.algorithm].train(plan.config, resume=begun(plan.folder))
         except NonFiniteError as stop:
             print(f"error: {stop}", file=sys.stderr)
             return str(stop)
@@ -129,10 +132,20 @@ def _train(plan: Plan) -> str:
     return ""
 
 
-def _begun(folder: Path) -> str | None:
+def begun(folder: Path) -> str | None:
     """Returns the folder where a run in it can be resumed; removes what a run left that
-    was killed before it began."""
+    was killed before it began.
+
+    Raises: UserError where other files are in the way: a sweep deletes nothing that it has not written.
+    """
     if RunFolder(folder).config.is_file():
         return str(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        return None
+    left = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if left - BEGINNING or ("stages" in left and any((folder / "stages").iterdir())):
+        raise UserError(
+            f"{folder}: no run, and not empty; move it away, then go on with --resume {folder.parent}."
+        )
+    shutil.rmtree(folder)
     return None

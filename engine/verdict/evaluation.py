@@ -9,11 +9,13 @@ other stages sample and score.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from engine.constraints import KINDS, Judged, Limit, judge
 from engine.errors import UserError
+from engine.files import one_line, read_json, shown
 from engine.intervals import Estimate, estimate, improvement
 from engine.records import Prompts, Rollouts, ScaledScores
 from engine.verdict.refusals import OverRefusal, refusal_shares
@@ -29,7 +31,9 @@ class Evaluation:
     reward: Estimate
     constraints: tuple[Judged, ...]
     audits: tuple[tuple[str, Estimate], ...]  # (name, improvement of the negated cost)
-    kl: Estimate  # KL(policy || reference), nats per response
+    # KL(policy || reference), nats per response. Where samples are truncated it is the mean log-ratio of the
+    # whole policies on them, which is no KL.
+    kl: Estimate
     finished: tuple[float, float]  # share of responses that ended by a stop token
     mean_length: tuple[float, float]  # tokens per response
     refusal_harmless: (
@@ -38,10 +42,28 @@ class Evaluation:
     n_prompts: int
     n_responses: int  # per prompt, of the policy
     confidence: float = 0.95  # of all intervals and bounds
+    truncated: bool = False  # the samples are of distributions that top-p has cut
 
     def as_dict(self) -> dict:
-        """Converts the verdict to plain numbers, strings, lists and dictionaries for JSON."""
-        return {**asdict(self), "constraints": [_constraint_as_dict(c) for c in self.constraints]}
+        """Converts the verdict to plain numbers, strings, lists and dictionaries for JSON.
+
+        The key truncated is there where it is true.
+        """
+        found = {**asdict(self), "constraints": [_constraint_as_dict(c) for c in self.constraints]}
+        return {key: value for key, value in found.items() if key != "truncated" or value}
+
+    @classmethod
+    def read(cls, path: Path, *, cure: str) -> "Evaluation":
+        """Reads evaluation.json. `cure` ends the error message.
+
+        Raises: UserError where the file cannot be read or holds something else.
+        """
+        data = read_json(path, cure=cure)
+        try:
+            return cls.from_dict(data)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{shown(path)}: not a whole evaluation ({what}); {cure}.") from error
 
     @classmethod
     def from_dict(cls, data: dict) -> "Evaluation":
@@ -59,6 +81,7 @@ class Evaluation:
             n_responses=data["n_responses"],
             # Runs that are older than the choice have no such key.
             confidence=data.get("confidence", 0.95),
+            truncated=data.get("truncated", False),
         )
 
 
@@ -145,6 +168,7 @@ class Asked:
     limits: Sequence[Limit]
     aims: Sequence[float]  # each in its constraint's measure
     unit_J: Sequence[float]  # one of the run's units in the scorer's
+    truncated: bool = False  # the samples are of distributions that top-p has cut
 
 
 def evaluate(
@@ -159,7 +183,7 @@ def evaluate(
     """Judges a policy by its responses and the reference's to the same prompts.
 
     kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats:
-    its mean is KL(policy || reference).
+    its mean is KL(policy || reference), unless the samples are truncated.
     Raises: UserError for fewer than two prompts, or for a constraint, or scores that are not finite.
     """
     for side in (policy, reference):
@@ -193,4 +217,5 @@ def evaluate(
         n_prompts=len(prompts),
         n_responses=policy.rollouts.n,
         confidence=confidence,
+        truncated=asked.truncated,
     )

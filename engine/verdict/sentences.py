@@ -19,8 +19,10 @@ def sentences(evaluation: Evaluation) -> list[str]:
         f"audit {name} (never optimised): {improvement_text(x, confidence)}, in {UNITS}"
         for name, x in e.audits
     ]
+    cut = "mean log-ratio of policy and reference on samples cut by top-p, which is no KL"
     lines.append(
-        f"KL(policy || reference): {number(e.kl.mean)} nats per response, {interval_text(e.kl, confidence)}"
+        f"{cut if e.truncated else 'KL(policy || reference)'}: {number(e.kl.mean)} nats per response, "
+        f"{interval_text(e.kl, confidence)}"
     )
     lines.append(f"finished answers: {_percent(e.finished)} (reference -> policy)")
     lines.append(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.figures import __main__ as command
+from bench.figures import calibration, stored
 from bench.figures.calibration import BINS, draw_calibration, judge_preferences, pair_differences, reliability
 from bench.figures.page import page_text
 from bench.figures.predictions import realised
@@ -15,8 +16,9 @@ from bench.figures.subsets import draw_subsets, lam_of_subsets
 from engine import caid, dual, pecan
 from engine.config import CaidConfig, PecanConfig, smoke
 from engine.errors import UserError
+from engine.run import committed
+from engine.run.contents import read_contents
 from engine.run.rows import DualRow, IterationRow, ReferenceRow, read_rows
-from engine.run.run import Run
 
 
 def test_subsets_show_the_spread_of_prompts_and_the_bias_of_few_responses():
@@ -64,15 +66,17 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache, monkeyp
     text = (tmp_path / "figures.md").read_text()
     assert text.count("| run | iteration") == 2 and "| responses | 4 |" in text
     assert "    python -m bench.figures run run\n" in text and "torch " in text and "quickstart" not in text
-    # A verdict on the reference has no multipliers.
-    adapters = run / "adapters"
-    (adapters / "iteration-2").rename(adapters / "rejected-2")
-    assert realised(run, samples)[-1]["lam"] == iterations[0].lam
-    (adapters / "iteration-1").rename(adapters / "rejected-1")
-    assert [row["what"] for row in realised(run, samples)] == ["iteration 1", "iteration 2"]
+    # A verdict on the reference has no multipliers: iterates past --max-kl are none.
+    contents, kl = read_contents(run), [row.kl for row in iterations]
+    nearest = iterations[kl.index(min(kl))].lam
+    for limit, lam in ((min(kl), nearest), (-1.0, None)):
+        limited = replace(contents, config={**contents.config, "max_kl": limit})
+        with monkeypatch.context() as patch:
+            patch.setattr(committed, "read_contents", lambda folder, limited=limited: limited)
+            rows = realised(run, samples)
+        assert rows[-1]["lam"] == lam if lam else len(rows) == len(iterations)
     # An older run lacks settings; one without samples is named.
-    contents = json.loads((run / "config.json").read_text())
-    monkeypatch.setattr(Run, "_read_contents", lambda folder: {**contents, "config": {"beta": 1.0}})
+    monkeypatch.setattr(stored, "read_contents", lambda folder: replace(contents, config={"beta": 1.0}))
     assert read_stored(run).aim_J.tolist() == samples.aim_J.tolist()
     (run / "stages" / "01-reference.safetensors").unlink()
     assert command.main() == 2 and f"error: {run}: it has no samples" in capsys.readouterr().err
@@ -127,12 +131,11 @@ def test_calibration_reads_a_run_on_preferences(tmp_path, cache, monkeypatch):
     _, gain_PJ = dual.tilted_improvement(x.reward_PG, x.utility_PGJ, row.lam, x.beta)
     assert gain_PJ.mean(0).tolist() == pytest.approx(row.predicted_improvement)
     # The labels of a file are not what the scorers say.
-    contents = json.loads((run / "config.json").read_text())
-    settings = {"beta": 1.0, "preferences": "own.jsonl"}
-    contents["config"] = settings
-    monkeypatch.setattr(Run, "_read_contents", lambda folder: contents)
+    contents = replace(read_contents(run), config={"beta": 1.0, "preferences": "own.jsonl"})
+    for module in (calibration, stored):
+        monkeypatch.setattr(module, "read_contents", lambda folder: contents)
     truths = {row["truth"] for row in judge_preferences(run)}
     assert truths == {"reward: the run's scorer", "harm: the run's scorer", "harm: harm-audit"}
-    contents["algorithm"] = "caid"
+    contents = replace(contents, algorithm="caid")
     with pytest.raises(UserError, match="no log-ratio scores"):
         judge_preferences(run)

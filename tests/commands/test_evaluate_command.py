@@ -278,10 +278,7 @@ def test_overlap_compares_whole_conversations(tmp_path):
         return load_prompts(str(path), tokenizer, max_prompt_tokens=1000)
 
     train_on = chats("Is rain wet?", "Is snow cold?", "Is the file \ufb01ne?")
-    assert overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on, tokenizer) == [
-        1,
-        2,
-    ]
+    assert overlap(chats("Is ice hard?", "Is  SNOW cold?", "Is the file fine?"), train_on) == [1, 2]
 
 
 def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_path):
@@ -293,9 +290,7 @@ def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_pat
     lookalikes = load(lookalike_prompts())
     assert len(lookalikes) >= 60 and set(lookalikes.kind) == {"lookalike"}
     assert len({" ".join(re.findall(r"\w+", text.lower())) for text in lookalikes.text}) == len(lookalikes)
-    assert all(
-        overlap(lookalikes, load(shipped_prompts(part)), tokenizer) == [] for part in ("train", "heldout")
-    )
+    assert all(overlap(lookalikes, load(shipped_prompts(part))) == [] for part in ("train", "heldout"))
 
 
 def stopped_run(
@@ -374,7 +369,7 @@ def test_a_run_that_cannot_be_judged_is_one_line_and_exit_code_2(finished, tmp_p
         ("--audit harm", "two scorers are named harm"),
         ("--prompts missing.jsonl", r"missing\.jsonl: no such file"),
         ("--n-responses 1", "--n-responses 1: must be at least 2"),
-        ("--n-prompts -3", "--n-prompts -3: must be at least 0"),
+        ("--n-prompts -3", "--n-prompts -3: must lie in"),
         ("--confidence 95", r"--confidence 95\.0: must lie above 0\.5 and below 1"),
         ("--device tpu", "--device tpu: must be one of"),
         ("--iterat 1", r"unknown flag --iterat\. Did you mean --iterate\? See --help"),
@@ -422,7 +417,7 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, mo
         assert main([str(finished), "--out", str(tmp_path / "o")]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert capsys.readouterr().err == "interrupted: start the command again, as nothing was written\n"
     assert list(tmp_path.iterdir()) == [] and current[-1] == stage
 
 

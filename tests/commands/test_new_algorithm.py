@@ -28,7 +28,7 @@ from tests.helpers.runs import SMOKE, files
 class FixedConfig(RunConfig):
     """Align once at a given multiplier."""
 
-    multiplier: float = bounded(1.0, at_least=0)
+    multiplier: float = bounded(1.0, at_least=0, at_most=9)
     """The multiplier of every utility."""
 
     has_thresholds = False
@@ -80,7 +80,7 @@ def test_the_command_line_knows_it(capsys):
     out = capsys.readouterr().out
     assert "  fixed       align once at a given multiplier" in out and "--multiplier" in out
     assert train.main(["fixed", *FLAGS, "--multiplier", "-1"]) == 2
-    assert capsys.readouterr().err == "error: --multiplier -1.0: must be at least 0.\n"
+    assert capsys.readouterr().err == "error: --multiplier -1.0: must lie in [0, 9].\n"
 
 
 def test_it_trains_and_is_judged(finished):

@@ -27,8 +27,9 @@ from engine.run.store import load
 from engine.stages.reference import ReferenceSamples
 from engine.sweep import __main__ as sweep_main
 from engine.sweep.outcomes import effort, kept_lam
+from engine.sweep.pages import write_table
 from engine.sweep.plans import Plan, SweepConfig, configs_of
-from engine.sweep.runs import draw_samples
+from engine.sweep.runs import begun, draw_samples
 from tests.helpers.rows import SPEED, write_timing
 
 COMMON = ["--", "--threads", "1", "--force"]
@@ -180,6 +181,17 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
             ["--algorithms", "caid", "mocan:tune=full,learning_rate=1e-5"],
             "--tune full, lora: the runs of a sweep share",
         ),
+        (
+            ["--algorithms", "mocan:threshold=0.9"],
+            "mocan:threshold=0.9: the sweep sets --threshold; .*--thresholds",
+        ),
+        (["--algorithms", "caid:seed=4"], "caid:seed=4: the sweep sets --seed; .*--seeds"),
+        (["--algorithms", "caid:out=there"], "caid:out=there: the sweep sets --out"),
+        (["--algorithms", "caid:steps=4,steps=5"], "caid:steps=4,steps=5: --steps is given twice"),
+        (
+            ["--algorithms", "caid:pairs=a/b", "caid:pairs=a-b"],
+            "both would have the folder caid-pairs=a-b-b0.2",
+        ),
         (["--", "--nonsense", "3"], "flag --nonsense behind --"),
         (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
         (["--", "--beta", "0"], "--beta 0"),
@@ -271,6 +283,68 @@ def test_thresholds_that_the_samples_do_not_support_end_it_before_training(tmp_p
         and "behind --." in error
     )
     assert not list((tmp_path / "s").glob("mocan*"))
+
+
+def test_near_thresholds_have_folders_of_their_own(tmp_path):
+    values = ("0.1", "0.10000001", "0.1000000001", "0.25", "1e-7", "0.10")
+    plans = configs_of(SweepConfig(out=str(tmp_path), algorithms=("mocan",), thresholds=values), "smoke")
+    assert [(plan.folder.name, *plan.threshold) for plan in plans] == [
+        ("mocan-b0.1-seed0", 0.1),
+        ("mocan-b0.10000001-seed0", 0.10000001),
+        ("mocan-b0.1000000001-seed0", 0.1000000001),
+        ("mocan-b0.25-seed0", 0.25),
+        ("mocan-b1e-07-seed0", 1e-7),
+    ]
+
+
+def test_a_sweep_deletes_only_what_a_killed_run_left(tmp_path):
+    killed, notes, stage, file = (tmp_path / name for name in ("killed", "notes", "stage", "file"))
+    for folder in (killed, notes, stage):
+        (folder / "stages").mkdir(parents=True)
+        (folder / ".lock").touch()
+    (killed / "config.json.tmp").write_text("{")
+    (notes / "my notes.txt").write_text("dear diary")
+    (stage / "stages" / "01-reference.safetensors").write_bytes(b"x")
+    file.write_text("mine")
+    assert begun(killed) is None and not killed.exists() and begun(tmp_path / "none") is None
+    for path in (notes, stage, file):
+        with pytest.raises(UserError, match=f"{path}: no run, and not empty; move it away"):
+            begun(path)
+    assert (notes / "my notes.txt").read_text() == "dear diary" and file.exists()
+    assert (notes / ".lock").exists() and any((stage / "stages").iterdir())
+
+
+def test_cells_that_start_a_formula_are_quoted(tmp_path):
+    head = '=HYPERLINK("http://x")'
+    rows = [
+        {"algorithm": "caid", head: -0.5, "-b": "not met", "error": "@x"},
+        {"a": "+1", "b": 3, "c": "\t", "d": ""},
+    ]
+    write_table(tmp_path / "table.csv", rows)
+    with open(tmp_path / "table.csv", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["algorithm", f"'{head}", "'-b", "error"],
+            ["caid", "-0.5", "not met", "'@x"],
+            ["'+1", "3", "'\t", ""],
+        ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": ["0"]},
+        {"seeds": 3},
+        {"thresholds": "0.1"},
+        {"preset": "large"},
+        {"other": []},
+        {"flags": [1]},
+    ],
+)
+def test_damaged_settings_of_a_sweep_are_refused(tmp_path, capsys, change):
+    settings = {"preset": "smoke", "algorithms": ["caid"], "thresholds": ["0.1"], "seeds": [0], "flags": []}
+    (tmp_path / "sweep.json").write_text(json.dumps(settings | change))
+    assert sweep_main.main(["--resume", str(tmp_path)]) == 2
+    assert "no sweep is there" in capsys.readouterr().err
 
 
 def test_samples_of_another_setting_are_refused(swept, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 from engine import train as cli
 from engine.config import ALGORITHMS, CaidConfig, MocanConfig, algorithms, check, fit, run, shown_name, smoke
-from engine.errors import Interrupted, NonFiniteError, UserError
+from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
@@ -161,9 +161,9 @@ BAD = {
     "--preset": r"--preset: a value is missing",
     "--preset --steps 3": r"--preset: a value is missing",
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
-    "--steps 0": r"--steps 0: must be above 0\.",
-    "--margin -1": r"--margin -1\.0: must be at least 0\.",
-    "--memory-budget-mb -1": r"--memory-budget-mb -1: must be at least 0\.",
+    "--steps 0": r"--steps 0: must lie in \[1, 1000000000\]\.",
+    "--margin -1": r"--margin -1\.0: must lie in \[0, 1e\+06\]\.",
+    "--memory-budget-mb -1": r"--memory-budget-mb -1: must lie in \[0, 1000000000\]\.",
     "--learning-rate nan": r"--learning-rate nan: must be finite\.",
     "--threshold nan": r"--threshold nan: must be finite\.",
     "--threshold -inf": r"--threshold -inf: must be finite\.",
@@ -171,7 +171,7 @@ BAD = {
     "--unsafe-above nan": r"--unsafe-above nan: must be finite\.",
     "--margin inf": r"--margin inf: must be finite\.",
     "sacpo --lam nan": r"--lam nan: must be finite\.",
-    "--max-kl nan": r"--max-kl nan: must be above 0\.",
+    "--max-kl nan": r"--max-kl nan: must lie in \(0, 1e\+09\]\.",
     "mocan --max-kl 3": r"unknown flag --max-kl\.",
     "--preferences p.jsonl": r"--preferences p\.jsonl: scores are those "
     r"of models here; add --scores preference",
@@ -192,9 +192,9 @@ BAD = {
     "--responses-per-prompt 1": r"--responses-per-prompt 1: must be at least "
     r"2 and at most --n-responses 8; 0 takes all\.",
     "dpo --objective both": r"--objective both: must be one of reward, safety\.",
-    "sacpo --lam 1 2": r"--lam 1\.0 2\.0: give one value above 0 for each of the 1 cost\(s\)\.",
+    "sacpo --lam 1 2": r"--lam 1\.0 2\.0: give one value for each of the 1 cost\(s\)\.",
     "primal_dual --advantage gae": r"--advantage gae: must be one of rloo, group_norm\.",
-    "cdpo --lam-init -1": r"--lam-init -1\.0: must be at least 0\.",
+    "cdpo --lam-init -1": r"--lam-init -1\.0: must lie in \[0, 1e\+09\]\.",
     "--slack-prompts 9999": r"--slack-prompts 9999: slack and pairs need disjoint prompts",
 }
 
@@ -311,21 +311,48 @@ STOPS = {
         130,
         "stopped; go on with --resume runs/a\n",
     ),
-    "killed": (KeyboardInterrupt(), 130, "interrupted: to go on, python -m engine.train --resume my/run\n"),
+    "killed": (
+        KeyboardInterrupt(),
+        130,
+        "interrupted: go on with python -m engine.train --resume my/run\n",
+    ),
+    "disk full": (
+        NotWritten("disk full while saving a; free space", again=True),
+        2,
+        "error: disk full while saving a; free space and go on with python -m engine.train --resume my/run\n",
+    ),
+    "a long name": (
+        NotWritten("cannot write a; choose a shorter name", again=False),
+        2,
+        "error: cannot write a; choose a shorter name.\n",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", STOPS)
-def test_exit_codes(trained, capsys, case):
+def test_exit_codes(trained, capsys, case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     trained.stop, code, line = STOPS[case]
+    assert cli.main(["--out", "my/run"]) == code
+    # A run that has not begun cannot go on.
+    resume = "go on with python -m engine.train --resume my/run"
+    assert capsys.readouterr().err == line.replace(resume, "start the command again")
+    (tmp_path / "my" / "run").mkdir(parents=True)
+    (tmp_path / "my" / "run" / "config.json").write_text("{}")
     assert cli.main(["--out", "my/run"]) == code
     assert capsys.readouterr().err == line
 
 
-def test_our_own_bugs_keep_their_traceback(trained):
+def test_our_own_bugs_keep_their_traceback_and_end_with_how_to_go_on(trained, capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     trained.stop = RuntimeError("a bug")
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.main([])
+    assert cli.main(["--out", str(tmp_path)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-2] == "RuntimeError: a bug"
+    assert lines[-1] == (
+        "error: RuntimeError is a mistake of this program, not yours: please report the lines above; to try "
+        f"once more, go on with python -m engine.train --resume {tmp_path}"
+    )
 
 
 def test_numbers_of_prompts_are_lowered_to_those_that_are_there():

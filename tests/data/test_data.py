@@ -5,6 +5,8 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from engine import keys
 from engine.data.dealing import split, subset
-from engine.data.prompts import assert_disjoint, load_prompts, prompt_key, shipped_prompts
+from engine.data.prompts import assert_disjoint, load_prompts, overlap, prompt_key, shipped_prompts
 from engine.errors import UserError
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
@@ -80,8 +83,25 @@ def test_template_is_applied_once(tmp_path, tokenizer, bos_tokenizer, system):
                 line + messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
             assert ids == expected
-        assert prompts.text == ["What is snow?", "What is rain?"]
+        assert prompts.text == [
+            "What is snow?",
+            "user: Hi\n\nassistant: Hello.\n\nuser: What is rain?",
+        ]
+        assert (
+            prompts.messages
+            == prompts.conversations
+            == [[{"role": "user", "content": "What is snow?"}], CHAT]
+        )
+        assert prompts.select([1]).messages == [CHAT]
     assert [ids.count(bos_tokenizer.bos_token_id) for ids in prompts.token_ids] == [1, 1]
+
+
+def test_a_template_writes_the_date_that_it_is_given(tmp_path, bos_tokenizer):
+    bos_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}:{{ messages[-1].content }}"
+    source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hi"}, {"prompt": "Ho"}])
+    for now, expected in ((datetime(2024, 2, 29), "29 Feb 2024:"), (None, f"{datetime.now():%d %b %Y}:")):
+        prompts = load(source, bos_tokenizer, now=now)
+        assert [bos_tokenizer.decode(ids) for ids in prompts.token_ids] == [f"{expected}Hi", f"{expected}Ho"]
 
 
 def test_system_line_of_the_data_stays(tmp_path, bos_tokenizer):
@@ -241,9 +261,6 @@ def test_long_prompt_says_length_and_limit(tmp_path, bos_tokenizer):
 
 def test_dataset_names_go_to_datasets(monkeypatch, tokenizer):
     class Datasets:
-        class exceptions:
-            DatasetGenerationError = RuntimeError
-
         @staticmethod
         def load_dataset(name: str, split: str) -> list[dict]:
             if (name, split) != ("someone/prompts", "train"):
@@ -318,6 +335,47 @@ def test_split_is_a_partition():
 def test_assert_disjoint_names_the_first_shared_prompt():
     with pytest.raises(UserError, match=r"the held-out prompt 'c' is also a training prompt"):
         assert_disjoint(keyed(["a", "b", "c"]), keyed(["x", "c", "a"]))
+
+
+@pytest.mark.parametrize(
+    ("trained", "held"), [("What is rain?", "WHAT  is\nrain? "), ("Is it \ufb01ne?", "is it fine?")]
+)
+def test_prompts_of_one_meaning_are_not_disjoint(trained, held):
+    train, heldout = keyed(["a", trained]), keyed(["b", held])
+    with pytest.raises(UserError) as refusal:
+        assert_disjoint(train, heldout)
+    assert f"the held-out prompt {held!r} is the training prompt {trained!r} but for case" in str(
+        refusal.value
+    )
+    assert overlap(heldout, train) == [1]
+    # What was said before the last turn counts too.
+    earlier = [
+        replace(
+            keyed(["Why?"]),
+            messages=[[{"role": "user", "content": said}, {"role": "user", "content": "Why?"}]],
+        )
+        for said in ("Yes.", "No.", "YES.")
+    ]
+    earlier = [replace(prompts, key_P=torch.tensor([i])) for i, prompts in enumerate(earlier)]
+    assert_disjoint(earlier[0], earlier[1])
+    assert overlap(earlier[2], earlier[0]) == [0] and overlap(earlier[1], earlier[0]) == []
+
+
+def test_split_holds_prompts_of_one_meaning_out_together():
+    texts = [f"prompt {i}" for i in range(50)]
+    prompts, twins = keyed(texts), keyed([*texts, *(text.upper() for text in texts)])
+    for seed in range(20):
+        train, heldout = (twins.select(part) for part in split(twins, seed))
+        assert_disjoint(train, heldout)
+        assert len(heldout) == 20 and len(train) == 80
+        # The split of prompts that all differ is that of their order by hash.
+        order = subset(prompts, 50, seed, keys.SPLIT)
+        assert split(prompts, seed) == (order[10:], order[:10])
+    assert [len(part) for part in split(keyed(["a", "A", "a ", "b"]), 0)] in ([1, 3], [3, 1])
+    with pytest.raises(
+        UserError, match=r"1 prompt\(s\) that differ in more than case and spaces cannot be split"
+    ):
+        split(keyed(["a", "A"]), 0)
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])

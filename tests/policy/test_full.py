@@ -15,7 +15,6 @@ from engine.model import packing
 from engine.model.names import to_hugging_face
 from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.full import FullWeights
-from engine.policy.iterates import load_weights
 from engine.policy.pairs import within_prompts
 from engine.policy.preference_loss import PreferenceLoss
 from engine.policy.samples import Samples
@@ -23,10 +22,8 @@ from engine.policy.weights import copy_of
 from engine.records import Prompts, ScoredTarget, Scores
 from engine.rollout.sampler import generate
 from engine.run.rows import IterationRow, read_rows
-from engine.run.run import Run, Stage
+from engine.run.run import Stage
 from engine.run.store import load
-from engine.stages.inputs import read_inputs
-from engine.stages.job import heldout_prompts
 from engine.stages.smoke import smoke_folder
 from tests.helpers.architectures import write_model
 from tests.helpers.runs import SMOKE, files
@@ -60,14 +57,6 @@ def sampled_from(network):
         ref_logprob_PG=logprob.view(2, 3),
     )
     return samples_of(PROMPTS, rollouts, scores)
-
-
-def heldout_of(run):
-    """Reads the prompts of a run's verdict."""
-    config = CaidConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in Run.read_config(run)[1].items()}
-    )
-    return heldout_prompts(read_inputs(config).heldout, config.eval_prompts, config.seed)
 
 
 def moved(network, seed=1, scale=0.05):
@@ -191,10 +180,10 @@ def test_a_whole_run_can_be_resumed_judged_and_exported(tmp_path, cache):
     assert len(rows) == 2 and rows[1].kl > 1e-3
 
     network = model.load(smoke_folder())
-    weights = load_weights(run / "adapters" / "iteration-2", network)
+    weights = FullWeights(model.load(run / "adapters" / "iteration-2"))
     (record,) = (run / "stages").glob("*-heldout-policy.safetensors")
     judged = load(record, Samples)
-    groups = packing.groups(heldout_of(run), judged.rollouts)
+    groups = packing.groups(judged.prompts, judged.rollouts)
     own, reference = (
         frozen_forward(network, groups, [], temperature=0.7, memory_budget_bytes=2**20, adapter=w)[1]
         for w in (weights, None)

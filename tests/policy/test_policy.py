@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from engine import caid, model
 from engine.baselines import primal_dual
 from engine.config import CaidConfig, PrimalDualConfig, SafeDpoConfig, smoke
-from engine.data.dealing import deal, schedule
+from engine.data.dealing import Schedule, deal
 from engine.errors import UserError
 from engine.model import packing
 from engine.model.packing import LowerStates
@@ -292,11 +292,16 @@ def test_no_number_of_responses_takes_all_of_them(tmp_path, cache):
 
 def test_schedule_covers_all_prompts_before_it_repeats(world):
     _, prompts, *_ = world
-    plan = schedule(prompts, 0, "x", 2, 6)
+
+    def schedule(seed, steps=6):
+        return [Schedule(prompts, seed, "x", 2)[i] for i in range(steps)]
+
+    plan = schedule(0)
     flat = [p for step in plan for p in step]
     assert [len(step) for step in plan] == [2] * 6
     assert sorted(flat[:3]) == sorted(flat[3:6]) == [0, 1, 2]
-    assert plan == schedule(prompts, 0, "x", 2, 6) and plan != schedule(prompts, 1, "x", 2, 6)
+    assert plan == schedule(0) and plan != schedule(1)
+    assert Schedule(prompts, 0, "x", 2)[10**9] == Schedule(prompts, 0, "x", 2)[10**9]  # made when asked for
 
 
 def test_a_later_step_without_a_pair_is_named_before_the_first_step():
@@ -304,7 +309,7 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
         text=["a", "b", "c"], kind=["", "", ""], token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33])
     )
     config = smoke(SafeDpoConfig(prompts_per_step=1, steps=3))
-    (last,) = schedule(prompts, config.seed, "iteration-1", 1, 3)[2]
+    (last,) = Schedule(prompts, config.seed, "iteration-1", 1)[2]
     dropped = torch.zeros(3, 4, dtype=torch.bool)
     dropped[last] = True
     target = ScoredTarget(score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)

@@ -188,7 +188,7 @@ def test_tiny_folder_depends_on_the_seed_only(tmp_path):
     )
     read = [(folder / "model.safetensors").read_bytes() for folder in (first, again, other)]
     assert read[0] == read[1] != read[2]
-    assert llama_folder.is_complete(first)
+    assert not llama_folder.faults(first)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -288,6 +288,59 @@ def test_broken_folder_is_made_again(wheel):
     assert (folder / "model.safetensors").stat().st_size == size and left_behind() == [folder.name]
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", llama_folder.MANIFEST]
+)
+def test_a_file_of_the_cache_with_one_flipped_bit_is_made_again_with_a_sentence(wheel, name):
+    folder = quickstart.model_folder(quiet)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    damaged, said = bytearray(before[name]), []
+    # In the manifest this is a digit of a checksum.
+    place = before[name].find(b"sha256") + 20 if name == llama_folder.MANIFEST else len(damaged) // 2
+    damaged[place] ^= 1
+    (folder / name).write_bytes(damaged)
+    assert quickstart.model_folder(said.append) == folder and len(wheel) == 2
+    assert said[0].startswith(f"{folder}: ") and said[0].endswith(
+        "is damaged or missing; the model is made again"
+    )
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "", '{"config.json": 3}', '{"config.json": {"bytes": 1}}'])
+def test_a_manifest_that_lists_no_model_is_none(wheel, text):
+    folder = quickstart.model_folder(quiet)
+    (folder / llama_folder.MANIFEST).write_text(text)
+    assert llama_folder.faults(folder) == [llama_folder.MANIFEST]
+    quickstart.model_folder(quiet)
+    assert len(wheel) == 2 and not llama_folder.faults(folder)
+
+
+def test_a_file_or_a_link_in_the_place_of_the_cache(wheel, tmp_path):
+    folder = quickstart.model_folder(quiet)
+    for stand_in in (lambda: folder.write_text("mine"), lambda: folder.symlink_to(tmp_path / "nowhere")):
+        quickstart.shutil.rmtree(folder)
+        stand_in()
+        assert quickstart.model_folder(quiet) == folder and not llama_folder.faults(folder)
+        assert folder.is_dir() and not folder.is_symlink()
+
+
+def test_what_a_kill_behind_the_last_rename_left_is_removed(wheel):
+    folder = quickstart.model_folder(quiet)
+    dead = folder.with_name(f".{folder.name}.partial")
+    dead.mkdir()
+    (dead / "model.gguf").write_bytes(b"large")
+    assert quickstart.model_folder(quiet) == folder and len(wheel) == 1
+    assert left_behind() == [folder.name]
+
+
+def test_no_home_folder(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(quickstart.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(UserError) as capture:
+        quickstart.model_folder(quiet)
+    assert "XDG_CACHE_HOME" in message(capture)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])
 def test_interrupted_conversion_leaves_nothing(wheel, monkeypatch, error):
     undo, calls = gguf_file.undo_permutation, []
@@ -303,7 +356,7 @@ def test_interrupted_conversion_leaves_nothing(wheel, monkeypatch, error):
         quickstart.model_folder(quiet)
     assert len(calls) == 3 and left_behind() == []
     monkeypatch.setattr(gguf_file, "undo_permutation", undo)
-    assert llama_folder.is_complete(quickstart.model_folder(quiet))
+    assert not llama_folder.faults(quickstart.model_folder(quiet))
 
 
 def test_remains_of_a_killed_conversion_are_removed(wheel):

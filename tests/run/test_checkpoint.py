@@ -20,6 +20,7 @@ from engine import files as whole_files
 from engine.errors import Interrupted, UserError
 from engine.records import Pairs, Prompts
 from engine.run import run as run_module
+from engine.run.contents import read_contents
 from engine.run.display import Display
 from engine.run.rows import Row, raw_rows, read_rows
 from engine.run.run import Run, Stage
@@ -217,7 +218,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, w
             save(path, {"x": torch.zeros(500_000)})
     message = str(caught.value)
     assert message.startswith(f"disk full while saving {path} (needs 2.0 MB, ") and "MB free" in message
-    assert message.endswith(f"free space and resume with --resume {tmp_path / 'run'}") and "\n" not in message
+    assert message.endswith("free space") and "\n" not in message
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == before
 
 
@@ -312,7 +313,7 @@ def test_files_of_a_run(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None
         f"stages/{name}.safetensors"
         for name in ("01-reference", "02-iteration-1-policy", "03-dual", "04-iteration-2-policy")
     ]
-    assert sorted(uninterrupted) == [".lock", "config.json", "metrics.jsonl", *stages]
+    assert sorted(uninterrupted) == [".lock", "config.json", "inputs.safetensors", "metrics.jsonl", *stages]
     go(tmp_path / "again")
     assert files(tmp_path / "again") == uninterrupted
     rows = raw_rows(tmp_path / "again")
@@ -646,7 +647,8 @@ def test_config_round_trip(tmp_path: Path) -> None:
     with Run.create(tmp_path / "run", "mocan", config, **ARGUMENTS):
         pass
     expected = {"seed": 1, "cost": ("harm",), "threshold": (0.3,), "max_kl": math.inf, "model": ""}
-    assert Run.read_config(tmp_path / "run") == ("mocan", expected)
+    contents = read_contents(tmp_path / "run")
+    assert (contents.algorithm, contents.config) == ("mocan", expected)
     with Run.resume(tmp_path / "run", fingerprint=ARGUMENTS["fingerprint"]) as run:
         assert (run.algorithm, run.config, run.versions) == ("mocan", expected, ARGUMENTS["versions"])
 
@@ -665,14 +667,34 @@ def test_resume_refuses(tmp_path: Path) -> None:
         match=f"{folder} was trained from another model .sha aaaaaaaaaaaa, here sha b.*put the original back",
     ):
         Run.resume(folder, fingerprint="b" * 64)
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace('"seed": 1', '"seed": 2'))
-    with pytest.raises(UserError, match="was changed after the run began"):
+
+
+def test_a_damaged_config_is_restored_from_its_copy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    Run.create(folder, "caid", {"seed": 1}, versions={}, fingerprint="a" * 64).close()
+    config, inputs = folder / "config.json", folder / "inputs.safetensors"
+    whole = config.read_bytes()
+    changed = whole.replace(b'"seed": 1', b'"seed": 2')
+    for damage in (changed, b"", whole[:20], b"[]", b"\0", b"\xff" + whole, b"[" * 10**5, None, "a folder"):
+        config.unlink()
+        if damage == "a folder":
+            config.mkdir()
+        elif damage is not None:
+            config.write_bytes(damage)
+        assert read_contents(folder).config == {"seed": 1}
+        assert config.read_bytes() == whole
+        assert f"{config} " in (said := capsys.readouterr().err) and f": restored from {inputs}" in said
+    copy = inputs.read_bytes()
+    inputs.write_bytes(copy[:-1])
+    config.write_bytes(changed)
+    with pytest.raises(UserError, match="was changed after the run began, and so is its copy in .*inputs"):
         Run.resume(folder, fingerprint="a" * 64)
-    for torn in ("", text[:20], "[]", "\0"):
-        (folder / "config.json").write_text(torn)
-        with pytest.raises(UserError, match="config.json cannot be read"):
-            Run.read_config(folder)
+    inputs.unlink()
+    with pytest.raises(UserError, match="was changed after the run began; start a new run"):
+        read_contents(folder)
+    config.unlink()
+    with pytest.raises(UserError, match="has no config.json"):
+        read_contents(folder)
 
 
 def test_resume_removes_unfinished_files(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
@@ -723,7 +745,7 @@ def test_the_users_full_disk_in_a_run_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_later)
-        with pytest.raises(UserError, match=f"disk full.*--resume {folder}$"):
+        with pytest.raises(UserError, match="disk full.*; free space$"):
             go(folder)
     assert not list(folder.rglob("*.tmp")) and len(list(folder.glob("stages/*"))) > 1
     go(folder)

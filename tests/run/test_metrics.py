@@ -306,7 +306,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="pip install tensorboard"):
         tensorboard_writer(tmp_path)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        Run.create(tmp_path / "run", "caid", {}, versions={}, fingerprint="f", tensorboard=True)
+        Run.create(tmp_path / "run", "caid", {"tensorboard": True}, versions={}, fingerprint="f")
     assert not list(tmp_path.iterdir())
 
     monkeypatch.setitem(
@@ -317,11 +317,12 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = LongZRow(loss=0.5, lam=[1, 2.0], text="x", nan=float("nan"))
     for resumed in (False, True):
         monkeypatch.setattr(FakeSummaryWriter, "written", [])
-        arguments = {"fingerprint": "f", "tensorboard": True}
         with (
-            Run.resume(tmp_path / "r", **arguments)
+            Run.resume(tmp_path / "r", fingerprint="f")
             if resumed
-            else Run.create(tmp_path / "r", "caid", {}, versions={}, **arguments) as run
+            else Run.create(
+                tmp_path / "r", "caid", {"tensorboard": True}, versions={}, fingerprint="f"
+            ) as run
         ):
             run.stage("a", dict, lambda stage: stage.log(first) or {})
             run.stage("b", dict, lambda stage: stage.log(ZRow(loss=0.25)) or stage.log(XRow(v=3)) or {})

@@ -1,6 +1,7 @@
 """The predicted time and memory of a run."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,9 @@ from engine.errors import UserError
 from engine.evaluate import main as evaluate
 from engine.model.architecture import ModelConfig, Rope
 from engine.run import plan as memory
+from engine.run.contents import read_contents
 from engine.run.machine import available_memory
 from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_states_bytes, rows_that_fit
-from engine.run.run import Run
 
 SHAPE = ModelConfig(
     vocab_size=1000,
@@ -56,6 +57,56 @@ def test_more_work_takes_longer_and_more_rows_more_memory():
     assert plan(rollout_rows=2000, n_responses=40).needed_bytes > base.needed_bytes
     # In 16 bits the reference's own log-probs take a pass of their own.
     assert plan(dtype=torch.bfloat16).seconds > base.seconds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_responses": 10**9},
+        {"eval_responses": 10**9},
+        {"slack_prompts": 64, "slack_responses": 10**9, "n_responses": 10**9},
+        {"lora_rank": 65536, "lora_from": 0.0},
+        {"max_new_tokens": 10**9},
+        {"rollout_rows": 10**9, "n_responses": 2, "eval_responses": 10**8},
+    ],
+)
+def test_absurd_counts_are_refused_by_the_plan_at_once(monkeypatch, change):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 16 * 10**9)
+    shape = {"hidden_size": 4096, "intermediate_size": 11008} if "lora_rank" in change else {}
+    start = time.perf_counter()
+    for fewer_rows in (False, True):
+        config = replace(CaidConfig(), **change)
+        found = Plan.of(
+            config,
+            replace(SHAPE, **shape),
+            torch.float32,
+            torch.device("cpu"),
+            [20] * 400,
+            [20] * 96,
+            fewer_rows=fewer_rows,
+        )
+        with pytest.raises(UserError, match="--eval-responses, --max-new-tokens or --lora-rank"):
+            found.check()
+    assert time.perf_counter() - start < 10
+
+
+def test_an_adapter_of_a_larger_rank_takes_longer_and_more_memory():
+    base, wide = plan(), plan(lora_rank=800)
+    weights = 2 * 792 * (3 * (64 + 128) + 2 * (64 + 64) + 2 * (64 + 32))  # two of the four layers are adapted
+    assert wide.needed_bytes - base.needed_bytes == pytest.approx(
+        1.15 * memory.ADAPTER_BYTES * weights, abs=2
+    )
+    assert wide.seconds > base.seconds
+
+
+def test_rows_that_fit_are_the_most_of_whole_prompts_less():
+    for rows, n in ((384, 8), (203, 8), (17, 17), (18, 17), (5, 8), (100, 1)):
+        for room in range(0, rows + 2):
+            slow = rows
+            while slow > n and slow > room:
+                slow = max(n, slow - n)
+            assert rows_that_fit(rows, n, lambda x: x, room) == slow
+    assert rows_that_fit(10**9, 2, lambda x: x, 10) == 10
 
 
 def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
@@ -225,7 +276,7 @@ def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(
     )
     assert train.main([*flags, "--rollout-rows", "384", "--out", str(tmp_path / "short")]) == 0
     assert "memory is short, so --rollout-rows is 20\n" in capsys.readouterr().out
-    assert Run.read_config(tmp_path / "short")[1]["rollout_rows"] == 20
+    assert read_contents(tmp_path / "short").config["rollout_rows"] == 20
     first, second = (
         [json.loads(line) for line in (tmp_path / name / "heldout.jsonl").open()]
         for name in ("free", "short")

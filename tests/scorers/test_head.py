@@ -241,8 +241,6 @@ def test_one_class_or_one_prompt_is_refused(tmp_path):
 class Words:
     """A tokenizer of one token per word."""
 
-    eos_token_id = 2
-
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [7 for _ in text.split()]
 
@@ -252,7 +250,7 @@ class Words:
     [(3, True, [7, 7, 7, 2]), (3, False, [7, 7, 7]), (4, True, [7, 7, 7, 7]), (9, True, [7, 7, 7, 7])],
 )
 def test_stop_token_only_where_it_fits(words, finished, expected):
-    assert response_ids(Text("", "w " * words, finished), Words(), 4) == expected
+    assert response_ids(Text("", "w " * words, finished), Words(), 4, end=2) == expected
 
 
 def test_auc_and_calibration_closed_forms():

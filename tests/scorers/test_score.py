@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from engine import model, quickstart
 from engine.config import CaidConfig, smoke
-from engine.data.prompts import chat_ids, load_prompts
+from engine.data.chat import chat_ids
+from engine.data.prompts import load_prompts
 from engine.errors import UserError
 from engine.model.packing import batches, groups
 from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
+from engine.records import Prompts
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
 from engine.scorers import classifiers, heads, training
@@ -220,20 +222,28 @@ def test_a_name_and_a_sign_are_given_and_undone(tiny_folder):
 def test_scorers_of_texts_are_tried_on_the_runs_prompts():
     asked = []
 
+    def tried(*texts):
+        ids = [[7]] * len(texts)
+        return Prompts(
+            text=list(texts), kind=[""] * len(texts), token_ids=ids, key_P=torch.arange(len(texts))
+        )
+
     def scorer(values, name="judge"):
         return TextScorer(name=name, function=lambda p, r: asked.append(p) or values[: len(r)])
 
     good, constant = scorer([1.0, 2.0, 3.0, 4.0]), scorer([2.5] * 4, "same")
-    assert try_out(Scorers(reward=good, costs=(good,), audits=()), ["one", "two"]) == []
+    assert try_out(Scorers(reward=good, costs=(good,), audits=()), tried("one", "two"), 8) == []
     assert asked == [["one", "two", "one", "two"]] * 2, "a scorer may know its prompts"
-    (said,) = try_out(Scorers(reward=good, costs=(constant,), audits=()), ["one"])
+    (said,) = try_out(Scorers(reward=good, costs=(constant,), audits=()), tried("one"), 8)
     assert "scorer same gave 2.5 for each of 4 trial answers" in said
     with pytest.raises(
         UserError, match=r"judge gave nan for response 0 to prompt 2 \('one'\); let it give a finite number"
     ):
-        try_out(Scorers(reward=good, costs=(), audits=(scorer([0.0, 1.0, float("nan"), 2.0]),)), ["one"])
+        try_out(
+            Scorers(reward=good, costs=(), audits=(scorer([0.0, 1.0, float("nan"), 2.0]),)), tried("one"), 8
+        )
     with pytest.raises(UserError, match="returned 3 scores for 4"):
-        try_out(Scorers(reward=scorer([0.0] * 3), costs=(), audits=()), ["one"])
+        try_out(Scorers(reward=scorer([0.0] * 3), costs=(), audits=()), tried("one"), 8)
 
 
 @pytest.fixture

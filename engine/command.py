@@ -1,0 +1,182 @@
+"""What all commands share: how they end early, with one line and an exit code, and output that survives a
+reader who goes away.
+
+Exit codes: 0 done, 1 a mistake of the program, 2 user's error, 3 non-finite stop, 130 Ctrl-C.
+"""
+
+import errno
+import io
+import os
+import re
+import select
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
+from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
+
+# What the machine refuses, wherever it happens; other errors of the system are the program's mistakes.
+REFUSED = (
+    *FULL,
+    *FORBIDDEN,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EPIPE,
+    errno.ESTALE,
+)
+
+
+@dataclass
+class Standing:
+    """Where a command stands; it changes this as soon as it knows better."""
+
+    again: Callable[[], str] = lambda: "start the command again"  # how to go on, said where it stops early
+
+    def resumable(self, command: str, folder: str | Path, mark: str) -> None:
+        """Says that `command --resume FOLDER` goes on once the file `mark` stands in the folder."""
+        begun = Path(folder) / mark
+        restart = self.again
+
+        def again() -> str:
+            return f"go on with {command} --resume {shown(folder)}" if os.path.isfile(begun) else restart()
+
+        self.again = again
+
+
+def run_command(work: Callable[[list[str], Standing], int | None], argv: list[str] | None) -> int:
+    """Does the work of a command and returns its exit code, whatever the work raises.
+
+    work: gets the words of the command line and says in `Standing` how to go on; it may return another exit
+    code than 0. argv: those words; None for the process's own.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    standing = Standing()
+    with _surviving_output():
+        try:
+            _check_text(argv)
+            return work(argv, standing) or 0
+        except NotWritten as error:
+            _say(f"error: {error}{f' and {standing.again()}' if error.again else '.'}")
+            return error.exit_code
+        except (UserError, NonFiniteError) as error:
+            _say(f"error: {error}")
+            return error.exit_code
+        except KeyboardInterrupt as stop:
+            # An Interrupted says itself how to go on.
+            _say(str(stop) if isinstance(stop, Interrupted) else f"interrupted: {standing.again()}")
+            return Interrupted.exit_code
+        except SystemExit as stop:
+            _say(
+                f"error: something that this command called ended the process (SystemExit: {stop.code}), so "
+                f"it has no result; take that call out, then {standing.again()}"
+            )
+            return 1
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in REFUSED:
+                place = f"{shown(error.filename)}: " if error.filename else ""
+                advice, again = ADVICE.get(error.errno, ("see to that", True))
+                _say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
+                return UserError.exit_code
+            traceback.print_exc()
+            _say(
+                f"error: {type(error).__name__} is a mistake of this program, not yours: please report the "
+                f"lines above; to try once more, {standing.again()}"
+            )
+            return 1
+
+
+def _say(text: str) -> None:
+    """Prints one line to stderr, whatever the text holds; words without end, such as a path, are cut."""
+    text = escaped(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    print(re.sub(r"\S{301,}", lambda word: shown(word[0]), text), file=sys.stderr)
+
+
+def _check_text(argv: list[str]) -> None:
+    """Refuses words with bytes that are no text, which no file of a run could hold."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        if any("\ud800" <= c <= "\udfff" or c == "\0" for c in word):
+            flag = f"{shown(before)} " if before.startswith("--") else ""
+            raise UserError(f"{flag}{shown(word)}: holds bytes that are no UTF-8 text; write it otherwise.")
+
+
+class _Pipe(io.RawIOBase):
+    """A handle of this process that takes bytes until its reader goes away or its disk is full; from then on
+    they are dropped, and the work goes on."""
+
+    def __init__(self, handle: int) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def fileno(self) -> int:
+        return self._handle
+
+    def isatty(self) -> bool:
+        return os.isatty(self._handle)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:
+        while True:
+            try:
+                return os.write(self._handle, data)
+            except BlockingIOError:
+                select.select([], [self._handle], [])
+            except OSError:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._handle)
+                os.close(null)
+                return len(data)
+
+
+@contextmanager
+def _surviving_output() -> Iterator[None]:
+    """Puts streams in place of the process's stdout and stderr that no closed pipe, full disk or narrow
+    encoding breaks. Streams that were put there by somebody else stay."""
+    # A closed handle would go to the next file that is opened, and output would be written into that.
+    for handle in range(3):
+        if not _is_open(handle):
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    before = sys.stdout, sys.stderr
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _surviving(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _surviving(sys.stderr, 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _is_open(handle: int) -> bool:
+    try:
+        os.fstat(handle)
+    except OSError:
+        return False
+    return True
+
+
+def _surviving(stream: TextIO | None, handle: int) -> TextIO:
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    with suppress(OSError):
+        stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(handle)),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

@@ -1,0 +1,210 @@
+"""The inputs of a run, as they were when it began: a resumed run, and whoever judges it, go on with these."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import RunConfig
+from engine.data.response_pairs import ResponsePairs
+from engine.errors import UserError
+from engine.files import append_line, clear, read_json_lines, write_whole
+from engine.records import Prompts
+from engine.run.contents import Contents, read_contents
+from engine.run.folder import RunFolder
+from engine.run.store import Torn, read_whole, save, unpack_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """The record in inputs.safetensors."""
+
+    train: Prompts  # all prompts to train on, of which a run uses a subset
+    heldout: Prompts
+    pairs: ResponsePairs | None  # of the file of --pairs
+    preferences: ResponsePairs | None
+    stop_token_ids: list[int]
+    began: str  # the time that a chat template which asks for it is told, ISO 8601; "" where none does
+    sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
+    model: dict[str, str]  # file of the model's folder -> SHA-256
+    scorers: dict[str, dict[str, str]]  # what each scorer is, as `engine.scorers.find.contents` gives it
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedInputs:
+    """The inputs of a run that exists."""
+
+    run: Path
+    contents: Contents
+    record: RunInputs
+
+    def check_model(self, source: Path, digests: Mapping[str, str]) -> list[str]:
+        """Compares the model's folder, now with these digests, with what the run read.
+
+        Where the run's copy of a file is damaged, it is restored from that folder. Returns what to say of it.
+        Raises: UserError for other weights or another config.json, and for a damaged copy whose file there
+        has changed.
+        """
+        said = []
+        for name, digest in self.record.model.items():
+            now = digests.get(name, "")
+            if is_model(name) and now != digest:
+                raise UserError(
+                    f"{self.run} was trained from another model: {source / name} "
+                    f"{'is missing' if not now else 'has changed since'} (SHA-256 {digest[:12]}, here "
+                    f"{now[:12] or 'none'}); put the original back."
+                )
+            if not is_copied(name):
+                continue
+            copy = RunFolder(self.run).model / name
+            if sha256_of_file(copy) != digest:
+                if now != digest:
+                    raise UserError(
+                        f"{copy} is damaged, and {source / name} has changed since the run began; put the "
+                        "original of one of them back."
+                    )
+                if copy.is_dir():
+                    clear(copy)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(copy, (source / name).read_bytes())
+                said.append(f"{copy} was damaged: restored from {source}")
+            elif now != digest:
+                said.append(
+                    f"{source / name} {'has changed' if now else 'is gone'} since the run began; the run "
+                    "goes on with its own copy"
+                )
+        for name in sorted(set(digests) - set(self.record.model)):
+            said.append(f"{source / name} is new since the run began; the run goes on without it")
+        return said
+
+    def check_sources(self) -> list[str]:
+        """Returns what to say of files of prompts and pairs that have changed since they were read."""
+        return [
+            f"{flag} {file} {'has changed' if Path(file).exists() else 'is gone'} since the run began; "
+            "the run goes on with what it read then"
+            for flag, files in self.record.sources.items()
+            for file, digest in files.items()
+            if sha256_of_file(Path(file)) != digest
+        ]
+
+    def check_scorers(self, now: Mapping[str, Mapping[str, str]], *, accept: bool) -> list[str]:
+        """Compares the scorers with those of the run's beginning; returns what to say of accepted changes.
+
+        Raises: UserError for a change that is not accepted.
+        """
+        said, accepted = [], self._accepted()
+        for name, scorer in self.record.scorers.items():
+            if name in now and now[name]["sha256"] not in (scorer["sha256"], accepted.get(name)):
+                changed = f"scorer {name} ({now[name]['source']}) has changed since {self.run} began"
+                if not accept:
+                    raise UserError(
+                        f"{changed}, so its scores would not compare; put the original back, or go "
+                        "on with it by --accept-changes."
+                    )
+                said.append(f"{changed}; --accept-changes: scores from here on are those of the changed one")
+        return said
+
+    def accept(self, now: Mapping[str, Mapping[str, str]]) -> None:
+        """Notes the changed scorers with which a run goes on, so that they need not be accepted again."""
+        accepted = self._accepted()
+        for name, scorer in self.record.scorers.items():
+            changed = now[name]["sha256"]
+            if changed != accepted.get(name, scorer["sha256"]):
+                append_line(
+                    RunFolder(self.run).accepted, {"scorer": name, "sha256": changed, "was": scorer["sha256"]}
+                )
+
+    def _accepted(self) -> dict[str, str]:
+        """Returns the digest of each changed scorer that was accepted last."""
+        file = RunFolder(self.run).accepted
+        if not file.is_file():
+            return {}
+        rows = read_json_lines(file, cure="remove that line", skip_damaged=True)
+        return {row["scorer"]: row["sha256"] for row in rows if "scorer" in row and "sha256" in row}
+
+
+def owned_inputs(run: Path) -> OwnedInputs:
+    """Reads what a run was made from.
+
+    Raises: UserError where there is no run, or its inputs are damaged or of another version.
+    """
+    contents, file = read_contents(run), RunFolder(run).inputs
+    try:
+        tensors, content = read_whole(file)
+        if content["sha256"] != contents.inputs:
+            raise Torn(f"{file} is not the one that {RunFolder(run).config} names")
+        record = unpack_file(file, RunInputs, tensors, content["record"])
+    except FileNotFoundError as error:
+        raise DamagedInputs(f"{file} is missing") from error
+    except Torn as error:
+        raise DamagedInputs(str(error)) from error
+    return OwnedInputs(run=run, contents=contents, record=record)
+
+
+class DamagedInputs(UserError):
+    """inputs.safetensors is missing or damaged; a resumed run restores it if nothing has changed outside."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; go on with python -m engine.train --resume, which restores it.")
+        self.what = what
+
+
+def restore_inputs(run: Path, contents: Contents, record: RunInputs, damage: DamagedInputs) -> OwnedInputs:
+    """Writes a damaged inputs.safetensors again from what was read anew, if that is what the run began with.
+
+    Raises: UserError where it is not.
+    """
+    paths = RunFolder(run)
+    trial = paths.inputs.with_name(paths.inputs.name + ".again.tmp")
+    checksum = save(trial, record, contents=contents.tree())
+    if checksum != contents.inputs:
+        trial.unlink()
+        raise UserError(
+            f"{damage.what}, and what the run read has changed since it began; put prompts, pairs, model and "
+            "scorers back as they were, or start a new run with another --out."
+        )
+    if paths.inputs.is_dir():
+        clear(paths.inputs)
+    trial.replace(paths.inputs)
+    return OwnedInputs(run=run, contents=contents, record=record)
+
+
+def source_digests(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Hashes the files of prompts, pairs and preferences that a config names, by flag.
+
+    Names that are no file, such as those of data sets on a hub, are left out.
+    """
+    found = {}
+    for flag, name in _sources(config):
+        if Path(name).is_file():
+            found.setdefault(flag, {})[name] = sha256_of_file(Path(name))
+    return found
+
+
+def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
+    named = {
+        "--prompts": config.prompts,
+        "--heldout": config.heldout,
+        "--pairs": config.pairs_file,
+        "--preferences": getattr(config, "preferences", ""),
+    }
+    yield from ((flag, name) for flag, name in named.items() if name)
+
+
+def is_copied(name: str) -> bool:
+    """Tells whether a run keeps its own copy of a file of the model's folder: of all but the weights."""
+    return name == "config.json" or not is_model(name)
+
+
+def is_model(name: str) -> bool:
+    """Tells whether a file of a folder is the model itself: weights, their index or their config."""
+    return name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def sha256_of_file(file: Path) -> str:
+    """Hashes a file; "" where it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return ""
