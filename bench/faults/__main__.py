@@ -28,6 +28,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "agg",
     "HF_HUB_OFFLINE": "1",
+    "PIP_NO_INDEX": "1",
     "HF_DATASETS_OFFLINE": "1",
 }
 

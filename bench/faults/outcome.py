@@ -35,11 +35,13 @@ def tree(folder: Path) -> Tree:
     found: Tree = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.name in ("timing.jsonl", ".lock"):
+            continue
         if path.is_symlink():
             found[name] = f"link to {path.readlink()}"
         elif path.is_dir():
             found[name] = "folder"
-        elif path.name not in ("timing.jsonl", ".lock"):
+        else:
             found[name] = _without_seconds(path)
     return found
 

@@ -57,6 +57,8 @@ TEMPLATES = {
     "type": "{{ messages + 5 }}",
     "attribute": "{{ messages.nothing() }}",
 }
+# Heads belong to the weights of one model.
+OWN_SCORERS = ("--reward", "judge:letters", "--cost", "odd=judge:codes", "--audit")
 Write = Callable[[Path], object]
 
 
@@ -95,7 +97,11 @@ def cases() -> Iterator[Malformed]:
 
 def _model(name: str, write: Write, accepts: bool = False) -> Malformed:
     return Malformed(
-        name, with_flags("--model", "model"), write, ("model", "config.json", "chat", "token", "--"), accepts
+        name,
+        with_flags("--model", "model", *OWN_SCORERS),
+        write,
+        ("model", "config.json", "chat", "token", "--"),
+        accepts,
     )
 
 
