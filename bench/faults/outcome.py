@@ -15,10 +15,12 @@ LEFTOVER = re.compile(r"(^|/)(\.[^/]+-[0-9a-z_]{3,}|[^/]+\.tmp)(/|$)")
 # A cure is an instruction, so one of these stands in the line.
 CURES = re.compile(
     r"; |\b(use|give|name|choose|remove|make|write|put|leave|raise|lower|go on|start|free|see|run|add|end|"
-    r"correct|check|fetch|repair|drop|shorten|fill|quote|save|convert|rename|merge|undo|return|must|wanted)\b",
+    r"correct|check|fetch|repair|drop|shorten|fill|quote|save|convert|rename|merge|undo|return|must|wanted|"
+    r"needs at least)\b",
     re.IGNORECASE,
 )
 
+BAR = re.compile(r"\d+%\|")
 Tree = dict[str, bytes | str]
 
 
@@ -90,7 +92,8 @@ def ending(ended: Ended, names: Iterable[str] = ()) -> Outcome | None:
 
 def _refusal(ended: Ended, names: list[str]) -> Outcome:
     """Judges a refusal: one line, which names what is refused and a cure."""
-    lines = ended.err.strip().splitlines()
+    # The bars of transformers' progress are overwritten, and no lines.
+    lines = [line for line in ended.err.strip().splitlines() if not BAR.search(line)]
     if len(lines) != 1:
         return Outcome(WRONG, f"{len(lines)} lines on stderr instead of 1: {' | '.join(lines)[:300]}")
     if names and not any(name in lines[0] for name in names):

@@ -5,7 +5,7 @@ from functools import partial
 
 from bench.faults.cases import Case
 from bench.faults.inputs import cells, classifiers, flags, models, paths, scorers, tables
-from bench.faults.inputs.malformed import judge
+from bench.faults.inputs.malformed import Malformed, judge
 from bench.faults.slots import Slot
 
 
@@ -21,7 +21,12 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = ()) -> list[Case]:
         paths.cases(),
     )
     return [
-        Case(f"inputs/{one.name}", (one.needs,), partial(judge, malformed=one))
+        Case(f"inputs/{one.name}", needs_of(one), partial(judge, malformed=one))
         for source in sources
         for one in source
     ]
+
+
+def needs_of(malformed: Malformed) -> tuple[str, ...]:
+    """Returns the undisturbed commands that a case needs."""
+    return (malformed.needs, "export") if malformed.restores else (malformed.needs,)

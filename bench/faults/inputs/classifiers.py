@@ -21,7 +21,7 @@ def cases() -> Iterator[Malformed]:
     for name, change in _adapters().items():
         words = ("engine.export", "run", "exported")
         named = ("iteration-2", "adapter", "run")
-        yield Malformed(f"adapter/{name}", words, change, named, needs="caid")
+        yield Malformed(f"adapter/{name}", words, change, named, needs="caid", restores=True)
 
 
 def _classifiers() -> dict[str, Write]:

@@ -11,7 +11,14 @@ FLOATS = ("nan", "inf", "-inf", "1e300", "-1e300")
 WHOLES = ("nan", "1.5", str(10**18), str(-(10**18)), "1" * 5000)
 WORDS = ("",)
 # Numbers that mean something: no limit, or a cost that keeps its threshold.
-MEANT = {("max_kl", "inf"), ("cost_mean", "inf"), ("cost_mean", "1e300"), ("unsafe_above", "1e300")}
+MEANT = {
+    ("seed", str(10**18)),
+    ("seed", str(-(10**18))),
+    ("max_kl", "inf"),
+    ("cost_mean", "inf"),
+    ("cost_mean", "1e300"),
+    ("unsafe_above", "1e300"),
+}
 SWEEP = ("engine.sweep", "--preset", "smoke", "--out", "sweep")
 LINES = {
     "unknown-flag": with_flags("--colour", "red"),

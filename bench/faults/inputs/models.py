@@ -59,6 +59,8 @@ TEMPLATES = {
 }
 # Heads belong to the weights of one model.
 OWN_SCORERS = ("--reward", "judge:letters", "--cost", "odd=judge:codes", "--audit")
+# An index beside one whole file is an old one.
+FINE = ("link", "extra-file", "code-file", "index-empty", "index-missing-file", "index-number")
 Write = Callable[[Path], object]
 
 
@@ -86,13 +88,13 @@ def cases() -> Iterator[Malformed]:
                 ),
             )
     for name, write in _folders().items():
-        yield _model(f"model/{name}", write, name in ("link", "extra-file", "code-file", "tied-file"))
+        yield _model(f"model/{name}", write, name in FINE)
     for name, text in TEMPLATES.items():
         yield _model(
             f"templates/{name}", template("model", text) if isinstance(text, str) else _odd_template(text)
         )
     for name, write in _tokenizers().items():
-        yield _model(f"tokenizer/{name}", write, name == "no-generation")
+        yield _model(f"tokenizer/{name}", write, name in ("no-generation", "config-class", "eos-none"))
 
 
 def _model(name: str, write: Write, accepts: bool = False) -> Malformed:

@@ -34,7 +34,6 @@ CANNOT_WRITE = {
     "below-a-loop": "loop/x",
     "device": os.devnull,
     "system": "/proc/x",
-    "root": "/",
     "long-path": "n/" * 2500,
 }
 CANNOT_READ = {

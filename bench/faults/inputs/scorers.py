@@ -126,7 +126,7 @@ def cases() -> Iterator[Malformed]:
         yield _module(f"scorer-traces/{name}", f"{HEAD}    {body}\n", accepts=True)
     for spec in SPECS:
         shown = spec[:20].encode("ascii", "backslashreplace").decode().replace("/", "|").replace("\n", "|")
-        fine = spec in ("a\nb",)
+        fine = spec in ("a\nb", "classifier#")
         yield Malformed(f"scorer-names/{shown or 'empty'}", with_flags("--cost", spec), accepts=fine)
     yield from _heads()
 
