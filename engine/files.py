@@ -177,13 +177,17 @@ def clear(path: Path) -> None:
 
     A folder that stands in its place is moved aside, so that nothing in it is lost.
     """
+    move_aside(path)
+    path.unlink(missing_ok=True)
+
+
+def move_aside(path: Path) -> None:
+    """Renames a folder that stands where a file should be; nothing else is touched."""
     if path.is_dir() and not path.is_symlink():
         number = 1
         while (aside := path.with_name(f"{path.name}.moved-aside-{number}")).exists():
             number += 1
         path.rename(aside)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sync_files(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import write_whole
+from engine.files import move_aside, write_whole
 from engine.run.folder import RunFolder
 from engine.run.store import Torn, dumps, pack, read_whole, save, sha256_of, unpack
 
@@ -105,6 +105,7 @@ def _contents(tree: dict, inputs: str) -> Contents:
 def _write_config(paths: RunFolder, tree: dict, checksum: str) -> None:
     whole = {**tree, "inputs": checksum}
     whole["sha256"] = sha256_of({}, dumps(whole))
+    move_aside(paths.config)
     text = json.dumps(whole, sort_keys=True, allow_nan=False, indent=1)
     write_whole(paths.config, (text + "\n").encode())
 

@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine.files import write_json
+from engine.files import move_aside, write_json
 from engine.run.folder import RunFolder
 
 
 def note(paths: RunFolder, written: Iterable[Path]) -> None:
     """Notes the digests of files that were written whole, and of all files of folders that were."""
     digests = noted(paths) | {_name(paths, file): _digest(file) for file in _files(written)}
+    move_aside(paths.outputs)
     write_json(paths.outputs, {name: digests[name] for name in digests if (paths.path / name).is_file()})
 
 

@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from engine.errors import Interrupted, UserError
-from engine.files import clear, sync_folder, write_whole, writing
+from engine.files import clear, move_aside, sync_folder, write_whole, writing
 from engine.run.contents import Contents, read_contents, write_contents
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
@@ -198,8 +198,7 @@ class Run:
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
             clear(left)
         timing = run.paths.timing
-        if timing.is_dir():
-            clear(timing)
+        move_aside(timing)
         if timing.exists() and timing.read_bytes()[-1:] not in (b"", b"\n"):
             with writing(timing, 1), open(timing, "a") as file:
                 file.write("\n")
@@ -284,8 +283,7 @@ class Run:
     def align(self, rows: list[dict]) -> None:
         """Makes metrics.jsonl hold exactly the committed rows and then `rows`."""
         path = self.paths.metrics
-        if path.is_dir():
-            clear(path)
+        move_aside(path)
         data = "".join(dumps(row) + "\n" for row in self._rows + rows).encode()
         if not path.exists() or path.read_bytes() != data:
             write_whole(path, data)

@@ -215,6 +215,7 @@ def open_job(
         if damage is not None:
             owned = restore_inputs(out, read_contents(out), record, damage)
             notes.append(f"{damage.what}: restored from what the run was made from")
+            notes += owned.check_model(inputs.folder, inputs.files)
         run = Run.resume(out, fingerprint=fingerprint, display=display)
         owned.accept(scorer_contents)
         if run.versions != (here := _versions()):

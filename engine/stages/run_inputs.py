@@ -1,6 +1,7 @@
 """The inputs of a run, as they were when it began: a resumed run, and whoever judges it, go on with these."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from engine.config import RunConfig
 from engine.data.response_pairs import ResponsePairs
 from engine.errors import UserError
-from engine.files import append_line, clear, read_json_lines, write_whole
+from engine.files import append_line, move_aside, read_json_lines, write_whole
 from engine.records import Prompts
 from engine.run.contents import Contents, read_contents
 from engine.run.folder import RunFolder
@@ -63,8 +64,7 @@ class OwnedInputs:
                         f"{copy} is damaged, and {source / name} has changed since the run began; put the "
                         "original of one of them back."
                     )
-                if copy.is_dir():
-                    clear(copy)
+                move_aside(copy)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(copy, (source / name).read_bytes())
                 said.append(f"{copy} was damaged: restored from {source}")
@@ -111,7 +111,8 @@ class OwnedInputs:
             changed = now[name]["sha256"]
             if changed != accepted.get(name, scorer["sha256"]):
                 append_line(
-                    RunFolder(self.run).accepted, {"scorer": name, "sha256": changed, "was": scorer["sha256"]}
+                    RunFolder(self.run).accepted,
+                    json.dumps({"scorer": name, "sha256": changed, "was": scorer["sha256"]}),
                 )
 
     def _accepted(self) -> dict[str, str]:
@@ -163,8 +164,7 @@ def restore_inputs(run: Path, contents: Contents, record: RunInputs, damage: Dam
             f"{damage.what}, and what the run read has changed since it began; put prompts, pairs, model and "
             "scorers back as they were, or start a new run with another --out."
         )
-    if paths.inputs.is_dir():
-        clear(paths.inputs)
+    move_aside(paths.inputs)
     trial.replace(paths.inputs)
     return OwnedInputs(run=run, contents=contents, record=record)
 

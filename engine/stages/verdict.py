@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine import keys
 from engine.constraints import Limit
-from engine.files import clear, write_json, write_whole
+from engine.files import move_aside, write_json, write_whole
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Units
@@ -74,8 +74,7 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
     for path in made:
         if outputs.has(run.paths, path) and not outputs.is_whole(run.paths, path):
             run.display.warn(f"{path} is not as it was written: made again from {run.paths.stages}")
-        if path.is_dir():
-            clear(path)
+        move_aside(path)
     write_heldout(run.paths.heldout, before, after)
     write_json(run.paths.evaluation, evaluation.as_dict())
     for line in sentences(evaluation):
