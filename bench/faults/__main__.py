@@ -23,9 +23,14 @@ from pathlib import Path
 
 # Before numpy is imported: a fork inherits no threads.
 os.environ |= {
-    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg",
-    "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-}  # fmt: skip
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+    "HF_HUB_OFFLINE": "1",
+    "PIP_NO_INDEX": "1",
+    "HF_DATASETS_OFFLINE": "1",
+}
 
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402

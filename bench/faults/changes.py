@@ -1,6 +1,5 @@
 """Changes what a run read, between its start and --resume, and before it is evaluated."""
 
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +17,18 @@ from bench.faults.slots import Slot
 STOPS = (0.35, 0.7)
 ONE_COST = ("--reward", "heads/helpfulness", "--cost", "heads/harm", "--audit", "heads/harm-audit")
 GUESTS = (
-    "--reward", "heads/helpfulness", "--cost", "heads/harm", "letters=judge:letters", "--threshold", "0.01", "0.01",
-    "--audit", "unfriendly=classifier", "--force",
-)  # fmt: skip
+    "--reward",
+    "heads/helpfulness",
+    "--cost",
+    "heads/harm",
+    "letters=judge:letters",
+    "--threshold",
+    "0.01",
+    "0.01",
+    "--audit",
+    "unfriendly=classifier",
+    "--force",
+)
 
 
 class Changed(NamedTuple):
@@ -154,8 +162,10 @@ def judged(
         if "--accept-changes" not in outcome.detail:
             return Outcome(WRONG, f"does not name --accept-changes: {outcome.detail}")
         accepted = ending(slot.call((*words, "--accept-changes")))
-        if accepted is not None:
+        if accepted is not None and accepted.kind == REFUSED:
             return Outcome(WRONG, f"--accept-changes does not help: {accepted.detail}")
+        if accepted is not None:
+            return accepted._replace(detail=f"with --accept-changes: {accepted.detail}")
     return outcome
 
 
@@ -177,13 +187,15 @@ def begin_stopped(slot: Slot, name: str, stop: float) -> None:
 def outside_of(alteration: str) -> Callable[[], None]:
     """Returns what changes the world of a command instead of its files."""
 
+    from engine.stages import job
+
     def tomorrow() -> None:
         # The date of a zone 24 hours ahead.
         os.environ["TZ"] = "AHEAD-24"
         time.tzset()
 
     def other_version() -> None:
-        real = importlib.metadata.version
-        importlib.metadata.version = lambda name: "0.0.7" if name in ("tokenizers", "numpy") else real(name)
+        real = job.version
+        job.version = lambda name: "0.0.7" if name in ("tokenizers", "numpy") else real(name)
 
     return {"tomorrow": tomorrow, "other-version": other_version}.get(alteration, lambda: None)

@@ -1,7 +1,7 @@
 """Runs commands of the engine in forked children, so that the imports of torch are paid once.
 
-A child is as `python -m MODULE WORDS` in a folder: it has a working folder, standard streams and a module search
-path of its own, and ends with the exit code that the command ends with.
+A child is as `python -m MODULE WORDS` in a folder: it has a working folder, standard streams and a module
+search path of its own, and ends with the exit code that the command ends with.
 """
 
 import contextlib
@@ -10,21 +10,32 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # What a child may take: a number that is absurdly large must not take the machine down.
 MEMORY_BYTES = 12 * 2**30
 MODULES = (
-    "engine.caid", "engine.mocan", "engine.pecan", "engine.baselines.primal_dual", "engine.train",
-    "engine.evaluate", "engine.export", "engine.sweep.__main__", "engine.dual.__main__",
-    "engine.scorers.training", "engine.scorers.classifiers",
-)  # fmt: skip
+    "engine.caid",
+    "engine.mocan",
+    "engine.pecan",
+    "engine.baselines.primal_dual",
+    "engine.train",
+    "engine.evaluate",
+    "engine.export",
+    "engine.sweep.__main__",
+    "engine.dual.__main__",
+    "engine.scorers.training",
+    "engine.scorers.classifiers",
+)
 
 
 class Ended(NamedTuple):
@@ -48,6 +59,39 @@ def prepare() -> None:
 
     rate = plan.matmul_rate(torch.float32, torch.device("cpu"))
     plan.matmul_rate = lambda dtype, device: rate
+    # One commit, also where somebody commits while cases run.
+    from engine.stages import inputs, job
+
+    # A template that writes the time is told noon, so that equal runs are equal on one day.
+    inputs.datetime = Noon
+    commit, versions = job._versions()["commit"], job._versions
+    done = subprocess.CompletedProcess("git", 0, commit + "\n", "")
+    job.subprocess = SimpleNamespace(run=lambda *words, **options: done)
+    assert versions()["commit"] == commit
+
+
+def stand_in_for_pictures() -> None:
+    """Lets matplotlib save a digest of what a figure shows; drawing takes most of a small run's time."""
+    import hashlib
+
+    from matplotlib.figure import Figure
+
+    def savefig(self, target, **options) -> None:
+        shown = [text.get_text() for text in self.findobj(lambda artist: hasattr(artist, "get_text"))]
+        shown += [line.get_xydata().tolist() for axes in self.axes for line in axes.lines]
+        shown += [dots.get_offsets().tolist() for axes in self.axes for dots in axes.collections]
+        target.write(b"\x89PNG" + hashlib.sha256(repr(shown).encode()).hexdigest().encode())
+
+    Figure.savefig = savefig
+
+
+class Noon(datetime):
+    """A clock that stands still for a day."""
+
+    @classmethod
+    def now(cls, tz=None) -> datetime:
+        """Returns the noon of today."""
+        return datetime.now(tz).replace(hour=12, minute=0, second=0, microsecond=0)
 
 
 def import_learned(names: Iterable[str]) -> None:
@@ -69,8 +113,8 @@ def call(
 ) -> Ended:
     """Runs `python -m WORDS` in `folder` and waits for its end.
 
-    before: is called in the child before the command. kill_after_s: sends SIGKILL at that time. learn: file in
-    which the child leaves the names of all modules that it has imported.
+    before: is called in the child before the command. kill_after_s: sends SIGKILL at that time. learn: file
+    in which the child leaves the names of all modules that it has imported.
     The standard streams are kept beside `folder`.
     """
     streams = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 SHARED = (
-    "--model model --prompts prompts.jsonl --heldout heldout.jsonl --threads 1 --n-prompts 10 --n-responses 4 "
-    "--max-new-tokens 6 --steps 2 --eval-prompts 6 --eval-responses 2 --margin 0"
+    "--model model --prompts prompts.jsonl --heldout heldout.jsonl --threads 1 --n-prompts 10 "
+    "--n-responses 4 --max-new-tokens 6 --steps 2 --eval-prompts 6 --eval-responses 2 --margin 0"
 ).split()
 SMALL = ["--preset", "smoke", *SHARED, "--seed", "3", "--threshold", "0.01"]
 ITERATIVE = "--iterations 2 --slack-prompts 3".split()
@@ -33,12 +33,14 @@ COMMANDS = {
     "full": _train("caid", *ITERATIVE, "--tune", "full", "--learning-rate", "1e-5"),
     "policy-pairs": _train("caid", *ITERATIVE, "--pairs", "policy"),
     "resume": Command(("engine.train", "--resume", "run"), "run", needs="caid"),
-    "evaluate": Command(("engine.evaluate", "run", "--n-responses", "3"), "run", needs="caid", appears="run/evaluation-1"),
-    "export": Command(
-        ("engine.export", "run", "exported"), "exported", needs="caid", appears="exported"
+    "evaluate": Command(
+        ("engine.evaluate", "run", "--n-responses", "3"), "run", needs="caid", appears="run/evaluation-1"
     ),
+    "export": Command(("engine.export", "run", "exported"), "exported", needs="caid", appears="exported"),
     "samples-of": Command(
-        ("engine.train", "mocan", *SMALL, "--samples-of", "run", "--out", "second"), "second", needs="caid",
+        ("engine.train", "mocan", *SMALL, "--samples-of", "run", "--out", "second"),
+        "second",
+        needs="caid",
         resumes=True,
     ),
     "dual": Command(
@@ -48,11 +50,16 @@ COMMANDS = {
         tuple("engine.train head --data head.jsonl --model model --layer 2 --out trained".split()), "trained"
     ),
     "sweep": Command(
-        (*"engine.sweep --preset smoke --algorithms mocan dpo --thresholds 0.01 --seeds 3 --out sweep --".split(),
-         *SHARED),
-        "sweep", resumes=True, begun="sweep.json",
+        (
+            *"engine.sweep --preset smoke --algorithms mocan dpo".split(),
+            *"--thresholds 0.01 --seeds 3 --out sweep --".split(),
+            *SHARED,
+        ),
+        "sweep",
+        resumes=True,
+        begun="sweep.json",
     ),
-}  # fmt: skip
+}
 for _name in ("resume", "evaluate", "export"):
     COMMANDS[f"full-{_name}"] = COMMANDS[_name]._replace(needs="full")
 COMMANDS["sweep-resume"] = Command(("engine.sweep", "--resume", "sweep"), "sweep", needs="sweep")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.faults.cases import Case
 from bench.faults.commands import COMMANDS
-from bench.faults.edits import WAYS, damage
+from bench.faults.edits import NOTE, WAYS, damage
 from bench.faults.outcome import (
     CLEAN,
     REFUSED,
@@ -24,9 +24,15 @@ from bench.faults.slots import Slot
 # (command, the part of its result that is compared); the first ones restore, the others only read.
 RESTORING = ("resume", "full-resume", "sweep-resume")
 COMPARED = {
-    "resume": "run", "full-resume": "run", "sweep-resume": "sweep", "evaluate": "run/evaluation-1",
-    "full-evaluate": "run/evaluation-1", "export": "exported", "full-export": "exported", "samples-of": "second",
-}  # fmt: skip
+    "resume": "run",
+    "full-resume": "run",
+    "sweep-resume": "sweep",
+    "evaluate": "run/evaluation-1",
+    "full-evaluate": "run/evaluation-1",
+    "export": "exported",
+    "full-export": "exported",
+    "samples-of": "second",
+}
 
 
 def cases(slot: Slot, seed: int, commands: Sequence[str] = tuple(COMPARED)) -> list[Case]:
@@ -60,8 +66,7 @@ def damaged(slot: Slot, name: str, file: str, way: str, seed: int) -> Outcome:
     whole = tree(slot.kept / command.needs)
     gone = [path for path in lost(before, after) if after.get(path) != whole.get(path)]
     if outcome is None:
-        # Timing belongs to no result.
-        outcome = compared(part(after, COMPARED[name]), slot.oracle(name, COMPARED[name]))
+        outcome = compared(without_notes(part(after, COMPARED[name])), slot.oracle(name, COMPARED[name]))
         gone = [path for path in gone if path != file]
     if outcome.kind in (CLEAN, REFUSED) and gone and name not in RESTORING:
         return Outcome(WRONG, f"took away {', '.join(gone[:3])}; {outcome.detail}")
@@ -75,6 +80,13 @@ def names_of(file: str) -> list[str]:
     path = Path(file)
     parents = [parent.name for parent in path.parents if parent.name not in ("", "run", "sweep", "stages")]
     return [path.name, *parents]
+
+
+def without_notes(found: Tree) -> Tree:
+    """Leaves out the user's note that stood in place of a file, and the folder that it was set aside in."""
+    notes = [Path(name) for name in found if Path(name).name == NOTE]
+    aside = {path.as_posix() for note in notes for path in (note, note.parent)}
+    return {name: content for name, content in found.items() if name not in aside}
 
 
 def part(whole: Tree, folder: str) -> Tree:

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+NOTE = "note.txt"
 WAYS = ("emptied", "cut", "bit", "deleted", "folder", "edited")
 
 
@@ -17,7 +18,7 @@ def damage(path: Path, way: str, rng: random.Random) -> bool:
     if way == "folder":
         path.unlink()
         path.mkdir()
-        (path / "note.txt").write_text("a note of the user\n")
+        (path / NOTE).write_text("a note of the user\n")
         return True
     if way == "edited":
         return edit(path, data, rng)

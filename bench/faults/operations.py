@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 NAMES = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "unlink"}
-# Called with the kind of an operation before it is done; of a write also with its size and what does half of it.
+# Called before an operation, with its kind; of a write also with its size and with what does half of it.
 Act = Callable[[str, int, Callable[[], object]], None]
 
 
@@ -79,8 +79,9 @@ def watch(folder: Path, act: Act) -> None:
             _write(act, lambda part: io.FileIO.write(self, part), data)
             return super().write(data)
 
-    def watched_open(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True,
-                     opener=None):  # fmt: skip
+    def watched_open(
+        file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None
+    ):
         writes = any(letter in mode for letter in "wax+")
         if not writes or not isinstance(file, str | os.PathLike) or not within(file):
             return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)

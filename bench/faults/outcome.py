@@ -14,11 +14,13 @@ BAD = (WRONG, TRACEBACK, HANG)
 LEFTOVER = re.compile(r"(^|/)(\.[^/]+-[0-9a-z_]{3,}|[^/]+\.tmp)(/|$)")
 # A cure is an instruction, so one of these stands in the line.
 CURES = re.compile(
-    r"; |--\w|\b(use|give|name|choose|remove|make|write|put|leave|raise|lower|go on|start|free|see|run|add|end|"
-    r"correct|check|fetch|repair|drop|shorten|fill|quote|save|convert|rename|merge|undo|return|must|wanted)\b",
+    r"; |\b(use|give|name|choose|remove|make|write|put|leave|raise|lower|go on|start|free|see|run|add|end|"
+    r"correct|check|fetch|repair|drop|shorten|fill|quote|save|convert|rename|merge|undo|return|must|wanted|"
+    r"needs at least)\b",
     re.IGNORECASE,
 )
 
+BAR = re.compile(r"\d+%\|")
 Tree = dict[str, bytes | str]
 
 
@@ -35,11 +37,13 @@ def tree(folder: Path) -> Tree:
     found: Tree = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.name in ("timing.jsonl", ".lock"):
+            continue
         if path.is_symlink():
             found[name] = f"link to {path.readlink()}"
         elif path.is_dir():
             found[name] = "folder"
-        elif path.name not in ("timing.jsonl", ".lock"):
+        else:
             found[name] = _without_seconds(path)
     return found
 
@@ -88,7 +92,8 @@ def ending(ended: Ended, names: Iterable[str] = ()) -> Outcome | None:
 
 def _refusal(ended: Ended, names: list[str]) -> Outcome:
     """Judges a refusal: one line, which names what is refused and a cure."""
-    lines = ended.err.strip().splitlines()
+    # The bars of transformers' progress are overwritten, and no lines.
+    lines = [line for line in ended.err.strip().splitlines() if not BAR.search(line)]
     if len(lines) != 1:
         return Outcome(WRONG, f"{len(lines)} lines on stderr instead of 1: {' | '.join(lines)[:300]}")
     if names and not any(name in lines[0] for name in names):

@@ -40,7 +40,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 def run_cases(cases: Sequence[Case], slots: Sequence[Slot], path: Path, console: Console) -> list[Result]:
-    """Runs the cases that have no line in `path` yet, as many at once as there are slots; returns all results."""
+    """Runs the cases that have no line in `path` yet, one in each slot; returns all results."""
     done = {result.case: result for result in read_results(path)}
     left = [case for case in cases if case.name not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.faults.children import Ended, call, import_learned
+from bench.faults.children import Ended, call, import_learned, stand_in_for_pictures
 from bench.faults.commands import COMMANDS, WARMING
 from bench.faults.operations import Counter, watch
 from bench.faults.outcome import Tree, tree
@@ -40,16 +40,7 @@ class Slot:
         for words in WARMING:
             self.call(words, learn=learned)
             import_learned(learned.read_text().split())
-        from matplotlib.figure import Figure
-
-        from engine.report.drawing import png
-
-        def draw() -> Figure:
-            figure = Figure()
-            figure.text(0.5, 0.5, "the first picture reads all fonts", weight="bold")
-            return figure
-
-        png(draw)
+        stand_in_for_pictures()
 
     def make(self, name: str) -> None:
         """Runs the command undisturbed and keeps the folder, unless that was done."""

@@ -1,6 +1,6 @@
 """Writes what the commands read: a tiny model with heads, a classifier, a scorer's module, and files of data.
 
-Everything stands in one folder and is named by relative paths, so that a copy of the folder is as good as itself.
+Everything stands in one folder and is named by relative paths, so that a copy of the folder is as good.
 """
 
 import json
@@ -26,7 +26,8 @@ def codes(prompts, responses):
 DATED = (
     "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '.<|im_end|>\n' }}"
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "'<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -69,15 +70,26 @@ def write_inputs(folder: Path) -> None:
 def write_classifier(folder: Path, model: Path) -> None:
     """Writes a tiny sequence-classification model with the tokenizer of `model`."""
     import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_labels=2, pad_token_id=0, max_position_embeddings=512,
+        vocab_size=384,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=2,
+        pad_token_id=0,
+        max_position_embeddings=512,
         initializer_range=0.5,
-    )  # fmt: skip
-    LlamaForSequenceClassification(config).save_pretrained(folder)
+    )
+    network = LlamaForSequenceClassification(config)
+    network.config.architectures = ["LlamaForSequenceClassification"]
+    network.config.save_pretrained(folder)
+    save_file(network.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     for file in model.iterdir():
         if file.is_file() and not file.name.startswith(("config.", "model.", "generation_config")):
             shutil.copyfile(file, folder / file.name)

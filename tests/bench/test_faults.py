@@ -51,8 +51,8 @@ def test_every_kind_of_misbehaviour_is_told(tmp_path):
     )  # fmt: skip
     assert {how: kind for how, (kind, _) in found.items()} == {
         "writes": "clean", "writes-other": "wrong", "refuses": "refused", "refuses-in-two-lines": "wrong",
-        "refuses-without-cure": "wrong", "says-nothing": "traceback", "raises": "traceback", "dies": "traceback",
-        "hangs": "hang", "leaves": "wrong",
+        "refuses-without-cure": "wrong", "says-nothing": "traceback", "raises": "traceback",
+        "dies": "traceback", "hangs": "hang", "leaves": "wrong",
     }  # fmt: skip
     assert found["writes-other"][1] == "exit 0, but a.txt differs"
     assert found["leaves"][1] == "exit 0, but a.txt.tmp is left over"
@@ -116,7 +116,7 @@ CASES = (
 
 
 def test_a_few_cases_of_each_part(tmp_path):
-    # The moments and sizes of kills and disks depend on the machine, so they are named by what they begin with.
+    # Operations and sizes are the machine's, so these cases are named by what their names begin with.
     command = [sys.executable, "-m", "bench.faults", "--out", str(tmp_path), "--case", *CASES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in (tmp_path / "case.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.faults.commands import SMALL
-from bench.faults.outcome import CLEAN, REFUSED, WRONG, Outcome, ending, tree
+from bench.faults.outcome import CLEAN, REFUSED, WRONG, Outcome, compared, ending, tree
 from bench.faults.slots import Slot
 
 TRAIN = ("engine.train", "mocan", *SMALL, "--out", "run")
@@ -21,6 +21,7 @@ class Malformed(NamedTuple):
     named: tuple[str, ...] = ()  # a refusal holds one of these
     accepts: bool = False  # a command may also take it, as it does no harm
     needs: str = "inputs"
+    restores: bool = False  # an export that is the undisturbed one is right
 
 
 def with_flags(*flags: str) -> tuple[str, ...]:
@@ -42,6 +43,11 @@ def judge(slot: Slot, malformed: Malformed) -> Outcome:
     ended = slot.call(malformed.words, limit_s=LIMIT_S)
     outcome = ending(ended, malformed.named)
     if outcome is None:
+        if (
+            malformed.restores
+            and compared(tree(slot.work / "exported"), slot.oracle("export", "exported")).kind == CLEAN
+        ):
+            return Outcome(CLEAN, "restored")
         if malformed.accepts:
             return Outcome(CLEAN, "accepted")
         said = ended.out.strip().splitlines()
@@ -64,6 +70,3 @@ def tree_of(slot: Slot) -> dict:
         for path in slot.work.rglob("*")
         if "__pycache__" not in path.parts
     }
-
-
-__all__ = ["Malformed", "judge", "tree", "with_flags", "TRAIN"]

@@ -1,4 +1,4 @@
-"""Malformed model folders, tokenizers, chat templates, classifiers and saved adapters."""
+"""Malformed model folders, tokenizers and chat templates."""
 
 import json
 import os
@@ -6,63 +6,104 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.faults.alterations import template
-from bench.faults.edits import change_weights
 from bench.faults.inputs.malformed import Malformed, with_flags
 from bench.faults.world import change_json
 
 CONFIG = {
-    "hidden_size": ("thirty", -1, 0, 1.5, None, [32], 10**12, 33), "num_hidden_layers": (0, -1, "4", 10**8, None, 5, 3),
-    "num_attention_heads": (0, 3, None, "2", 10**9), "vocab_size": (0, 10, -5, None, 10**12, 383),
-    "intermediate_size": (0, None, "x"), "model_type": ("gpt9", 5, None, []), "rms_norm_eps": ("small", None, -1, "NaN"),
-    "rope_theta": (0, "x", -1), "max_position_embeddings": (0, 1, -1, "many"), "hidden_act": ("sine", 5),
-    "eos_token_id": ("x", 10**9, -1, [[1]]), "tie_word_embeddings": ("yes", 5), "architectures": ("Llama", [], [5], {}),
-    "quantization_config": ({"bits": 4},), "rope_scaling": ({"type": "odd"}, 5, {"rope_type": "yarn"}),
-    "num_key_value_heads": (0, 3, "x"), "head_dim": (0, "x", 7), "dtype": (5,),
-}  # fmt: skip
+    "hidden_size": ("thirty", -1, 0, 1.5, None, [32], 10**12, 33),
+    "num_hidden_layers": (0, -1, "4", 10**8, None, 5, 3),
+    "num_attention_heads": (0, 3, None, "2", 10**9),
+    "vocab_size": (0, 10, -5, None, 10**12, 383),
+    "intermediate_size": (0, None, "x"),
+    "model_type": ("gpt9", 5, None, []),
+    "rms_norm_eps": ("small", None, -1, "NaN"),
+    "rope_theta": (0, "x", -1),
+    "max_position_embeddings": (0, 1, -1, "many"),
+    "hidden_act": ("sine", 5),
+    "eos_token_id": ("x", 10**9, -1, [[1]]),
+    "tie_word_embeddings": ("yes", 5),
+    "architectures": ("Llama", [], [5], {}),
+    "quantization_config": ({"bits": 4},),
+    "rope_scaling": ({"type": "odd"}, 5, {"rope_type": "yarn"}),
+    "num_key_value_heads": (0, 3, "x"),
+    "head_dim": (0, "x", 7),
+    "dtype": (5,),
+}
 TEMPLATES = {
-    "syntax": "{% for %}", "zero-division": "{{ 1 / 0 }}", "add": "{{ 'a' + 1 }}", "range": "{% for i in range(10**9) %}{% endfor %}",
+    "syntax": "{% for %}",
+    "zero-division": "{{ 1 / 0 }}",
+    "add": "{{ 'a' + 1 }}",
+    "range": "{% for i in range(10**9) %}{% endfor %}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "raises": "{{ raise_exception('no') }}",
-    "undefined": "{{ nothing.at.all }}", "filter": "{{ 'a' | nofilter }}", "include": "{% include 'x' %}",
-    "import": "{% import 'x' as y %}", "unsafe": "{{ ''.__class__.__mro__ }}", "long": "{{ 'a' * 10**9 }}",
-    "number": 5, "list": ["a"], "object": {"a": 1}, "system-refused": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0]['content'] }}",
-    "index": "{{ messages[7]['content'] }}", "key": "{{ messages[0]['colour']['x'] }}", "surrogate": "{{ '\\ud800' }}",
-    "power": "{{ 9 ** 9 ** 9 }}", "type": "{{ messages + 5 }}", "attribute": "{{ messages.nothing() }}",
-}  # fmt: skip
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "raises": "{{ raise_exception('no') }}",
+    "undefined": "{{ nothing.at.all }}",
+    "filter": "{{ 'a' | nofilter }}",
+    "include": "{% include 'x' %}",
+    "import": "{% import 'x' as y %}",
+    "unsafe": "{{ ''.__class__.__mro__ }}",
+    "long": "{{ 'a' * 10**9 }}",
+    "number": 5,
+    "list": ["a"],
+    "object": {"a": 1},
+    "system-refused": (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ messages[0]['content'] }}"
+    ),
+    "index": "{{ messages[7]['content'] }}",
+    "key": "{{ messages[0]['colour']['x'] }}",
+    "surrogate": "{{ '\\ud800' }}",
+    "power": "{{ 9 ** 9 ** 9 }}",
+    "type": "{{ messages + 5 }}",
+    "attribute": "{{ messages.nothing() }}",
+}
+# Heads belong to the weights of one model.
+OWN_SCORERS = ("--reward", "judge:letters", "--cost", "odd=judge:codes", "--audit")
+# An index beside one whole file is an old one.
+FINE = ("link", "extra-file", "code-file", "index-empty", "index-missing-file", "index-number")
 Write = Callable[[Path], object]
 
 
 def cases() -> Iterator[Malformed]:
-    """Lists model folders, then tokenizers, templates, classifiers and adapters."""
+    """Lists model folders, then templates and tokenizers."""
     for key, values in CONFIG.items():
         for value in values:
             yield _model(
                 f"config/{key}/{json.dumps(value)[:20].replace('/', '|')}",
                 lambda work, k=key, v=value: change_json(work / "model" / "config.json", k, v),
                 # What does not touch the weights may be as the folder says.
-                key in ("max_position_embeddings", "rope_theta", "rms_norm_eps", "eos_token_id", "architectures", "dtype",
-                        "tie_word_embeddings", "hidden_act", "head_dim", "num_key_value_heads", "rope_scaling"),
-            )  # fmt: skip
+                key
+                in (
+                    "max_position_embeddings",
+                    "rope_theta",
+                    "rms_norm_eps",
+                    "eos_token_id",
+                    "architectures",
+                    "dtype",
+                    "tie_word_embeddings",
+                    "hidden_act",
+                    "head_dim",
+                    "num_key_value_heads",
+                    "rope_scaling",
+                ),
+            )
     for name, write in _folders().items():
-        yield _model(f"model/{name}", write, name in ("link", "extra-file", "code-file", "tied-file"))
+        yield _model(f"model/{name}", write, name in FINE)
     for name, text in TEMPLATES.items():
         yield _model(
             f"templates/{name}", template("model", text) if isinstance(text, str) else _odd_template(text)
         )
     for name, write in _tokenizers().items():
-        yield _model(f"tokenizer/{name}", write, name == "no-generation")
-    for name, write in _classifiers().items():
-        words = with_flags("--cost", "odd=classifier")
-        yield Malformed(f"classifier/{name}", words, write, ("classifier", "odd"), name == "extra-file")
-    for name, change in _adapters().items():
-        words = ("engine.export", "run", "exported")
-        named = ("iteration-2", "adapter", "run")
-        yield Malformed(f"adapter/{name}", words, change, named, needs="caid")
+        yield _model(f"tokenizer/{name}", write, name in ("no-generation", "config-class", "eos-none"))
 
 
 def _model(name: str, write: Write, accepts: bool = False) -> Malformed:
     return Malformed(
-        name, with_flags("--model", "model"), write, ("model", "config.json", "chat", "token", "--"), accepts
+        name,
+        with_flags("--model", "model", *OWN_SCORERS),
+        write,
+        ("model", "config.json", "chat", "token", "--"),
+        accepts,
     )
 
 
@@ -95,26 +136,43 @@ def _folders() -> dict[str, Write]:
 
     return {
         "no-config": lambda work: (work / "model" / "config.json").unlink(),
-        "config-empty": config(""), "config-list": config("[]"), "config-cut": config('{"a": '),
-        "config-deep": config('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), "config-number": config('{"a": ' + "9" * 5000 + "}"),
-        "config-empty-object": config("{}"), "config-folder": lambda work: _as_folder(work / "model" / "config.json"),
+        "config-empty": config(""),
+        "config-list": config("[]"),
+        "config-cut": config('{"a": '),
+        "config-deep": config('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        "config-number": config('{"a": ' + "9" * 5000 + "}"),
+        "config-empty-object": config("{}"),
+        "config-folder": lambda work: _as_folder(work / "model" / "config.json"),
         "no-weights": lambda work: (work / "model" / "model.safetensors").unlink(),
-        "weights-empty": weights(lambda data: b""), "weights-cut": weights(lambda data: data[: len(data) // 2]),
-        "weights-header": weights(lambda data: b"\xff" * 8 + data[8:]), "weights-junk": weights(lambda data: data + b"junk"),
+        "weights-empty": weights(lambda data: b""),
+        "weights-cut": weights(lambda data: data[: len(data) // 2]),
+        "weights-header": weights(lambda data: b"\xff" * 8 + data[8:]),
+        "weights-junk": weights(lambda data: data + b"junk"),
         "weights-folder": lambda work: _as_folder(work / "model" / "model.safetensors"),
-        "weights-pickle": lambda work: (work / "model" / "model.safetensors").rename(work / "model" / "pytorch_model.bin"),
-        "weights-nan": lambda work: _fill(work, float("nan")), "weights-infinite": lambda work: _fill(work, float("inf")),
-        "weights-integers": lambda work: _fill(work, None), "weights-missing": lambda work: _drop(work),
+        "weights-pickle": lambda work: (work / "model" / "model.safetensors").rename(
+            work / "model" / "pytorch_model.bin"
+        ),
+        "weights-nan": lambda work: _fill(work, float("nan")),
+        "weights-infinite": lambda work: _fill(work, float("inf")),
+        "weights-integers": lambda work: _fill(work, None),
+        "weights-missing": lambda work: _drop(work),
         "index-outside": index({"model.norm.weight": "../x.safetensors"}),
-        "index-absolute": index({"model.norm.weight": "/etc/passwd"}), "index-number": index({"model.norm.weight": 5}),
-        "index-empty": index({}), "index-missing-file": index({"model.norm.weight": "other.safetensors"}),
-        "adapter-beside": lambda work: (work / "model" / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+        "index-absolute": index({"model.norm.weight": "/etc/passwd"}),
+        "index-number": index({"model.norm.weight": 5}),
+        "index-empty": index({}),
+        "index-missing-file": index({"model.norm.weight": "other.safetensors"}),
+        "adapter-beside": lambda work: (work / "model" / "adapter_config.json").write_text(
+            '{"peft_type": "LORA"}'
+        ),
         "weights-link-loop": lambda work: _loop(work / "model" / "model.safetensors"),
         "empty-folder": lambda work: _emptied(work / "model"),
-        "link": lambda work: _linked(work), "code-file": lambda work: (work / "model" / "modeling.py").write_text("raise SystemExit\n"),
-        "auto-map": lambda work: change_json(work / "model" / "config.json", "auto_map", {"AutoModelForCausalLM": "modeling.X"}),
+        "link": lambda work: _linked(work),
+        "code-file": lambda work: (work / "model" / "modeling.py").write_text("raise SystemExit\n"),
+        "auto-map": lambda work: change_json(
+            work / "model" / "config.json", "auto_map", {"AutoModelForCausalLM": "modeling.X"}
+        ),
         "extra-file": lambda work: (work / "model" / "notes.txt").write_text("hello\n"),
-    }  # fmt: skip
+    }
 
 
 def _as_folder(path: Path) -> None:
@@ -172,72 +230,32 @@ def _tokenizers() -> dict[str, Write]:
 
     return {
         "missing": lambda work: (work / "model" / "tokenizer.json").unlink(),
-        "empty": text("tokenizer.json", ""), "list": text("tokenizer.json", "[]"), "object": text("tokenizer.json", "{}"),
+        "empty": text("tokenizer.json", ""),
+        "list": text("tokenizer.json", "[]"),
+        "object": text("tokenizer.json", "{}"),
         "cut": lambda work: os.truncate(work / "model" / "tokenizer.json", 300),
-        "config-empty": text("tokenizer_config.json", ""), "config-list": text("tokenizer_config.json", "[]"),
-        "config-class": lambda work: change_json(work / "model" / "tokenizer_config.json", "tokenizer_class", "NoSuch"),
-        "eos-unknown": lambda work: change_json(work / "model" / "tokenizer_config.json", "eos_token", "<|nothing|>"),
+        "config-empty": text("tokenizer_config.json", ""),
+        "config-list": text("tokenizer_config.json", "[]"),
+        "config-class": lambda work: change_json(
+            work / "model" / "tokenizer_config.json", "tokenizer_class", "NoSuch"
+        ),
+        "eos-unknown": lambda work: change_json(
+            work / "model" / "tokenizer_config.json", "eos_token", "<|nothing|>"
+        ),
         "eos-number": lambda work: change_json(work / "model" / "tokenizer_config.json", "eos_token", 5),
         "eos-none": lambda work: change_json(work / "model" / "tokenizer_config.json", "eos_token", None),
-        "auto-map": lambda work: change_json(work / "model" / "tokenizer_config.json", "auto_map", {"AutoTokenizer": ["x.Y", None]}),
+        "auto-map": lambda work: change_json(
+            work / "model" / "tokenizer_config.json", "auto_map", {"AutoTokenizer": ["x.Y", None]}
+        ),
         "generation-text": text("generation_config.json", '{"eos_token_id": "x"}'),
-        "generation-list": text("generation_config.json", "[]"), "generation-empty": text("generation_config.json", ""),
+        "generation-list": text("generation_config.json", "[]"),
+        "generation-empty": text("generation_config.json", ""),
         "generation-far": text("generation_config.json", '{"eos_token_id": 99999}'),
         "generation-folder": lambda work: _folder_at(work / "model" / "generation_config.json"),
         "no-generation": lambda work: (work / "model" / "generation_config.json").unlink(missing_ok=True),
-    }  # fmt: skip
+    }
 
 
 def _folder_at(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.mkdir()
-
-
-def _classifiers() -> dict[str, Write]:
-    """Returns classifiers whose files are missing, cut or odd."""
-
-    def config(key: str, value: object) -> Write:
-        return lambda work: change_json(work / "classifier" / "config.json", key, value)
-
-    return {
-        "no-config": lambda work: (work / "classifier" / "config.json").unlink(),
-        "no-weights": lambda work: (work / "classifier" / "model.safetensors").unlink(),
-        "weights-cut": lambda work: os.truncate(work / "classifier" / "model.safetensors", 999),
-        "no-tokenizer": lambda work: [path.unlink() for path in (work / "classifier").glob("*token*")],
-        "labels-list": config("id2label", ["a", "b"]), "labels-many": config("id2label", {str(i): f"l{i}" for i in range(7)}),
-        "architecture": config("model_type", "gpt9"), "auto-map": config("auto_map", {"AutoModelForSequenceClassification": "x.Y"}),
-        "size": config("hidden_size", 24), "vocabulary": config("vocab_size", 7), "layers": config("num_hidden_layers", 9),
-        "template": template("classifier", "{{ 1 / 0 }}"), "template-loop": template("classifier", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
-        "extra-file": lambda work: (work / "classifier" / "x.txt").write_text("a"),
-        "adapter": lambda work: (work / "classifier" / "adapter_config.json").write_text("{}"),
-        "config-deep": lambda work: (work / "classifier" / "config.json").write_text("[" * 100_000),
-    }  # fmt: skip
-
-
-def _adapters() -> dict[str, Write]:
-    """Returns changes of a saved adapter before it is exported; the run knows what it wrote."""
-
-    def config(key: str, value: object) -> Write:
-        return lambda work: change_json(work / "run/adapters/iteration-2/adapter_config.json", key, value)
-
-    changes = {
-        "r": ("x", 0, -1, 10**9, 3), "lora_alpha": ("x", None, 99), "target_modules": ([], "all", ["nothing"], 5),
-        "peft_type": ("IA3", 5), "use_dora": (True,), "fan_in_fan_out": (True,), "use_rslora": (True,),
-        "layers_to_transform": ([99], "x"), "rank_pattern": ({"q_proj": 3}, 5), "bias": ("all",),
-        "modules_to_save": (["lm_head"],), "lora_bias": (True,),
-    }  # fmt: skip
-    cases: dict[str, Write] = {
-        f"{key}/{json.dumps(value)}": config(key, value)
-        for key, values in changes.items()
-        for value in values
-    }
-    return cases | {
-        "weights-bit": lambda work: _flip(work / "run/adapters/iteration-2/adapter_model.safetensors"),
-        "model-bit": lambda work: change_weights(work / "model"),
-    }
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 64
-    path.write_bytes(data)

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.faults.inputs.cells import DUAL, HEAD
 from bench.faults.inputs.malformed import Malformed, with_flags
-from bench.faults.inputs.tables import DUAL, HEAD
 
 WRITTEN = {
     "train": lambda path: with_flags("--out", path),
@@ -27,14 +27,32 @@ READ = {
     "scores": lambda path: ("engine.dual", path, *DUAL),
 }
 CANNOT_WRITE = {
-    "below-a-file": "prompts.jsonl/deep/x", "a-file": "prompts.jsonl", "long": "n" * 300, "loop": "loop",
-    "below-a-loop": "loop/x", "device": os.devnull, "system": "/proc/x", "root": "/", "long-path": "n/" * 2500,
-}  # fmt: skip
+    "below-a-file": "prompts.jsonl/deep/x",
+    "a-file": "prompts.jsonl",
+    "long": "n" * 300,
+    "loop": "loop",
+    "below-a-loop": "loop/x",
+    "device": os.devnull,
+    "system": "/proc/x",
+    "long-path": "n/" * 2500,
+}
 CANNOT_READ = {
-    "missing": "nothing", "a-file": "prompts.jsonl", "long": "n" * 300, "loop": "loop", "below-a-loop": "loop/x",
-    "device": os.devnull, "empty-folder": "bare", "root": "/", "dot": ".", "odd-bytes": "a\udcffb", "long-path": "n/" * 2500,
-    "stage-folder": "run/stages", "config-number": "numbered", "config-deep": "deep", "config-loop": "looped",
-}  # fmt: skip
+    "missing": "nothing",
+    "a-file": "prompts.jsonl",
+    "long": "n" * 300,
+    "loop": "loop",
+    "below-a-loop": "loop/x",
+    "device": os.devnull,
+    "empty-folder": "bare",
+    "root": "/",
+    "dot": ".",
+    "odd-bytes": "a\udcffb",
+    "long-path": "n/" * 2500,
+    "stage-folder": "run/stages",
+    "config-number": "numbered",
+    "config-deep": "deep",
+    "config-loop": "looped",
+}
 
 
 def cases() -> Iterator[Malformed]:

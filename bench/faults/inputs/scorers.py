@@ -1,4 +1,4 @@
-"""Scorers that misbehave: modules that do not load, scores that are none, traces that they leave; and heads."""
+"""Scorers that misbehave: modules that do not load, scores that are none, traces left behind; and heads."""
 
 import json
 from collections.abc import Iterator
@@ -6,51 +6,114 @@ from pathlib import Path
 
 from bench.faults.inputs.malformed import Malformed, with_flags
 
-HEAD = "def f(prompts, responses):\n    n = len(responses)\n    good = [float(sum(map(ord, r)) % 25) for r in responses]\n"
+HEAD = (
+    "def f(prompts, responses):\n    n = len(responses)\n"
+    "    good = [float(sum(map(ord, r)) % 25) for r in responses]\n"
+)
 REFUSED_MODULES = {
-    "syntax": "def f(:\n", "import": "import no_such_module\n", "value": "raise ValueError('no key')\n",
-    "silent": "raise RuntimeError\n", "exit": "import sys\nsys.exit(0)\n", "no-function": "g = 1\n", "number": "f = 5\n",
-    "recursion": "def f(p, r):\n    return f(p, r)\n", "class": "class f:\n    pass\n", "nul": "\0",
-    "import-exit": "raise SystemExit('stop')\n", "arguments": "def f(p):\n    return [1.0] * len(p)\n",
-}  # fmt: skip
+    "syntax": "def f(:\n",
+    "import": "import no_such_module\n",
+    "value": "raise ValueError('no key')\n",
+    "silent": "raise RuntimeError\n",
+    "exit": "import sys\nsys.exit(0)\n",
+    "no-function": "g = 1\n",
+    "number": "f = 5\n",
+    "recursion": "def f(p, r):\n    return f(p, r)\n",
+    "class": "class f:\n    pass\n",
+    "nul": "\0",
+    "import-exit": "raise SystemExit('stop')\n",
+    "arguments": "def f(p):\n    return [1.0] * len(p)\n",
+}
 REFUSED_BODIES = {
-    "none": "return None", "text": "return 'a' * n", "few": "return good[:-1]", "many": "return good + [1.0]",
-    "nested": "return [[x] for x in good]", "dict": "return dict(enumerate(good))", "set": "return set(range(n))",
-    "bytes": "return bytes(n)", "nan": "return [float('nan')] * n", "infinite": "return [float('inf')] * n",
-    "complex": "return [complex(x, 1) for x in good]", "texts": "return [str(x) for x in good]",
-    "nones": "return [None] * n", "constant": "return [1.0] * n", "huge": "return [1e308 * (x - 12) for x in good]",
-    "huge-integers": "return [10 ** 400] * n", "endless": "import itertools\n    return itertools.count()",
-    "coroutine": "async def g():\n        return good\n    return g()", "scalar": "return 3.5", "function": "return f",
-    "raises": "raise RuntimeError('the judge is away')", "raises-nothing": "raise RuntimeError",
-    "raises-lines": "raise RuntimeError('\\n\\n  the judge\\nis away')", "exit": "raise SystemExit(0)",
-    "exit-code": "import sys\n    sys.exit(3)", "stop": "raise StopIteration", "generator-exit": "raise GeneratorExit",
-    "raising-generator": "return (1 / 0 for x in good)", "memory": "raise MemoryError",
-    "matrix": "import torch\n    return torch.ones(n, 2)", "text-array": "import numpy\n    return numpy.array(['a'] * n)",
-    "infinite-recursion": "return f(prompts, responses)", "surrogate": "raise ValueError('\\ud800')",
+    "none": "return None",
+    "text": "return 'a' * n",
+    "few": "return good[:-1]",
+    "many": "return good + [1.0]",
+    "nested": "return [[x] for x in good]",
+    "dict": "return dict(enumerate(good))",
+    "set": "return set(range(n))",
+    "bytes": "return bytes(n)",
+    "nan": "return [float('nan')] * n",
+    "infinite": "return [float('inf')] * n",
+    "complex": "return [complex(x, 1) for x in good]",
+    "texts": "return [str(x) for x in good]",
+    "nones": "return [None] * n",
+    "constant": "return [1.0] * n",
+    "huge": "return [1e308 * (x - 12) for x in good]",
+    "huge-integers": "return [10 ** 400] * n",
+    "endless": "import itertools\n    return itertools.count()",
+    "coroutine": "async def g():\n        return good\n    return g()",
+    "scalar": "return 3.5",
+    "function": "return f",
+    "raises": "raise RuntimeError('the judge is away')",
+    "raises-nothing": "raise RuntimeError",
+    "raises-lines": "raise RuntimeError('\\n\\n  the judge\\nis away')",
+    "exit": "raise SystemExit(0)",
+    "exit-code": "import sys\n    sys.exit(3)",
+    "stop": "raise StopIteration",
+    "generator-exit": "raise GeneratorExit",
+    "raising-generator": "return (1 / 0 for x in good)",
+    "memory": "raise MemoryError",
+    "matrix": "import torch\n    return torch.ones(n, 2)",
+    "text-array": "import numpy\n    return numpy.array(['a'] * n)",
+    "infinite-recursion": "return f(prompts, responses)",
+    "surrogate": "raise ValueError('\\ud800')",
     "base-exception": "class Odd(BaseException):\n        pass\n    raise Odd('odd')",
-    "bad-str": "class Odd(Exception):\n        def __str__(self):\n            raise ValueError\n    raise Odd",
-}  # fmt: skip
+    "bad-str": "class O(Exception):\n        def __str__(self):\n            raise ValueError\n    raise O",
+}
 # Scores that are good, and what is left behind: the run is as if nothing had happened.
 ACCEPTED_BODIES = {
-    "tuple": "return tuple(good)", "generator": "return (x for x in good)",
-    "array": "import numpy\n    return numpy.array(good)", "tensor": "import torch\n    return torch.tensor(good)",
-    "integers": "return [int(x) for x in good]", "chdir": "import os\n    os.chdir('/')\n    return good",
+    "tuple": "return tuple(good)",
+    "generator": "return (x for x in good)",
+    "array": "import numpy\n    return numpy.array(good)",
+    "tensor": "import torch\n    return torch.tensor(good)",
+    "integers": "return [int(x) for x in good]",
+    "chdir": "import os\n    os.chdir('/')\n    return good",
     "dtype": "import torch\n    torch.set_default_dtype(torch.float64)\n    return good",
     "no-grad": "import torch\n    torch.set_grad_enabled(False)\n    return good",
-    "print": "print('hello')\n    return good", "stdout": "import sys\n    sys.stdout = None\n    return good",
+    "print": "print('hello')\n    return good",
+    "stdout": "import sys\n    sys.stdout = None\n    return good",
     "reverse": "prompts.reverse()\n    responses.clear()\n    return good",
     "seed": "import random, torch\n    torch.manual_seed(0)\n    random.seed(0)\n    return good",
     "threads": "import torch\n    torch.set_num_threads(2)\n    return good",
-    "child": "import os\n    pid = os.fork()\n    if not pid:\n        os._exit(0)\n    os.waitpid(pid, 0)\n    return good",
+    "child": "import os\n    pid = os.fork()\n    pid or os._exit(0)\n    os.wait()\n    return good",
     "signal": "import signal\n    signal.signal(signal.SIGINT, signal.SIG_DFL)\n    return good",
     "warns": "import warnings\n    warnings.warn('odd')\n    return good",
-}  # fmt: skip
+}
 SPECS = (
-    "judge:", ":letters", ":", "judge:nothing", "nomodule:f", ".a:f", "judge.letters:f", "judge:letters:f", "",
-    "no-such-head", "nobody/nothing", "=", "a=", "=harm", "reward=harm", "-harm", "a=--harm", "model", "judge.py",
-    "prompts.jsonl", "heads", "classifier#nothing", "classifier#", "os:system", "json:dumps", "n" * 300, "a\nb",
-    "judge:letters\udcff", "~/heads/harm", "//", "harm=harm=harm", "builtins:open",
-)  # fmt: skip
+    "judge:",
+    ":letters",
+    ":",
+    "judge:nothing",
+    "nomodule:f",
+    ".a:f",
+    "judge.letters:f",
+    "judge:letters:f",
+    "",
+    "no-such-head",
+    "nobody/nothing",
+    "=",
+    "a=",
+    "=harm",
+    "reward=harm",
+    "-harm",
+    "a=--harm",
+    "model",
+    "judge.py",
+    "prompts.jsonl",
+    "heads",
+    "classifier#nothing",
+    "classifier#",
+    "os:system",
+    "json:dumps",
+    "n" * 300,
+    "a\nb",
+    "judge:letters\udcff",
+    "~/heads/harm",
+    "//",
+    "harm=harm=harm",
+    "builtins:open",
+)
 
 
 def cases() -> Iterator[Malformed]:
@@ -63,7 +126,7 @@ def cases() -> Iterator[Malformed]:
         yield _module(f"scorer-traces/{name}", f"{HEAD}    {body}\n", accepts=True)
     for spec in SPECS:
         shown = spec[:20].encode("ascii", "backslashreplace").decode().replace("/", "|").replace("\n", "|")
-        fine = spec in ("a\nb",)
+        fine = spec in ("a\nb", "classifier#")
         yield Malformed(f"scorer-names/{shown or 'empty'}", with_flags("--cost", spec), accepts=fine)
     yield from _heads()
 
