@@ -464,14 +464,8 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
         if not argv or argv[0].startswith("-"):
             raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
         run, argv = argv[0], argv[1:]
-    flags = parse_flags(
-        EvaluateConfig,
-        argv,
-        prog="python -m engine.evaluate RUN",
-        usage=USAGE,
-        first="run folder",
-        default=EvaluateConfig(),
-    )
+    words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
+    flags = parse_flags(EvaluateConfig, argv, default=EvaluateConfig(), **words)
     if flags is not None:
         run_evaluation(run, flags)
 

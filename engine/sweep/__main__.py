@@ -72,9 +72,7 @@ def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
                 raise ValueError(f"{name} {value}")
         return SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()}), preset
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--resume {folder}: its sweep.json holds something else ({error}); {cure}."
-        ) from error
+        raise UserError(f"--resume {folder}: sweep.json holds something else ({error}); {cure}.") from error
 
 
 if __name__ == "__main__":
