@@ -16,22 +16,25 @@ import torch
 from transformers import AutoTokenizer
 
 from engine import evaluate as evaluate_command
-from engine import model, train
+from engine import train
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
 from engine.data.prompts import load_prompts, lookalike_prompts, overlap, shipped_prompts
 from engine.evaluate import ask, main
 from engine.intervals import estimate
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
+from engine.run.committed import read_committed
 from engine.run.display import Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import DualRow, IterationRow, ReferenceRow, SampledRow, read_rows
 from engine.run.run import Run
+from engine.stages import inputs
+from engine.stages.run_inputs import RunInputs
 from engine.stages.sampling import gap_text
 from engine.verdict import evaluation
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.sentences import sentences
-from tests.helpers.rows import POLICY, REFERENCE, write_metrics
+from tests.helpers.rows import ITERATION, POLICY
 from tests.helpers.runs import SMOKE
 from tests.helpers.scorers import vowels
 
@@ -322,38 +325,50 @@ def test_look_alikes_are_many_distinct_and_not_among_the_shipped_prompts(tmp_pat
     assert all(overlap(lookalikes, load(shipped_prompts(part))) == [] for part in ("train", "heldout"))
 
 
-def stopped_run(
-    folder: Path, config, *, iterates: list[int], trained: list[int], fingerprint: str = "f"
-) -> Path:
-    """Makes a run folder that holds adapter folders `iterates` and rows
-    of the policies `trained`, nothing else."""
+def stopped_run(folder: Path, config, *, trained: list[int], past: tuple[int, ...] = ()) -> Path:
+    """Makes a run folder with rows of the policies `trained`, and nothing else; those of `past` went past
+    --max-kl."""
     algorithm = "caid" if isinstance(config, CaidConfig) else "mocan"
-    Run.create(
-        folder, algorithm, asdict(replace(config, threads=1)), versions={}, fingerprint=fingerprint
-    ).close()
-    write_metrics(folder, [REFERENCE, *(replace(POLICY, iteration=t, lam=[float(t)]) for t in trained)])
-    for t in iterates:
-        adapter = RunFolder(folder).iterate(t)
-        adapter.mkdir(parents=True)
-        (adapter / "adapter_config.json").write_text("{}")
+    none = Prompts(text=[], kind=[], token_ids=[], key_P=torch.zeros(0, dtype=torch.int64))
+    record = RunInputs(
+        train=none,
+        heldout=none,
+        pairs=None,
+        preferences=None,
+        stop_token_ids=[],
+        began="",
+        sources={},
+        model={"model.safetensors": "1" * 64},
+        scorers={},
+    )
+    settings = asdict(replace(config, threads=1))
+    with Run.create(folder, algorithm, settings, versions={}, fingerprint="f", inputs=record) as run:
+        for t in trained:
+            row = replace(POLICY, iteration=t, lam=[float(t)])
+            run.stage(f"iteration-{t}/policy", dict, lambda stage, row=row: stage.log(row) or {})
+        for t in past:
+            row = replace(ITERATION, iteration=t, kl=2.0)
+            run.stage(f"iteration-{t}/slack", dict, lambda stage, row=row: stage.log(row) or {})
     return folder
 
 
 @pytest.mark.parametrize(
-    ("iterates", "trained", "wanted", "chosen"),
+    ("trained", "past", "wanted", "chosen"),
     [
-        ([1, 2, 10], [1, 2, 10], 0, {10: [10.0]}),
-        ([1, 2, 10], [1, 2, 10], 2, {2: [2.0]}),
-        ([1, 2], [1, 2, 3], 0, {2: [2.0]}),  # the run put 3 aside
-        ([1, 2], [1, 2], 3, "--iterate 3: .* has 1, 2; give one of these"),
-        ([], [1], 0, "has no iterate yet; go on with python -m engine.train --resume"),
+        ([1, 2, 10], (), 0, {10: [10.0]}),
+        ([1, 2, 10], (), 2, {2: [2.0]}),
+        ([1, 2, 3], (3,), 0, {2: [2.0]}),  # the run put 3 aside
+        ([1, 2], (), 3, "--iterate 3: .* has 1, 2; give one of these"),
+        ([1], (1,), 0, "has no iterate yet; go on with python -m engine.train --resume"),
+        ([], (), 0, "has no iterate yet; go on with python -m engine.train --resume"),
     ],
 )
-def test_which_iterate_is_judged(tmp_path, iterates, trained, wanted, chosen):
-    run = stopped_run(tmp_path / "r", smoke(CaidConfig()), iterates=iterates, trained=trained)
+def test_which_iterate_is_judged(tmp_path, trained, past, wanted, chosen):
+    config = smoke(CaidConfig(max_kl=1.0))
+    run = read_committed(stopped_run(tmp_path / "r", config, trained=trained, past=past))
     if isinstance(chosen, dict):
         assert evaluate_command._iterates(run, wanted, every=False) == chosen
-        kept = {i: [float(i)] for i in iterates}
+        kept = {i: [float(i)] for i in trained if i not in past}
         assert evaluate_command._iterates(run, 0, every=True) == kept
     else:
         with pytest.raises(evaluate_command.UserError, match=chosen):
@@ -372,14 +387,11 @@ def test_a_run_that_cannot_be_judged_is_one_line_and_exit_code_2(finished, tmp_p
     one_error(capsys, [str(tmp_path / "nowhere")], f"{tmp_path}/nowhere does not exist")
     (tmp_path / "empty").mkdir()
     one_error(capsys, [str(tmp_path / "empty")], "has no config.json")
-    new = stopped_run(tmp_path / "new", smoke(MocanConfig()), iterates=[], trained=[])
-    (new / "metrics.jsonl").unlink()
+    new = stopped_run(tmp_path / "new", smoke(MocanConfig()), trained=[])
     one_error(capsys, [str(new)], "has no iterate yet")
-    gone = stopped_run(
-        tmp_path / "gone", smoke(MocanConfig(model="/nowhere/at/all")), iterates=[1], trained=[1]
-    )
+    gone = stopped_run(tmp_path / "gone", smoke(MocanConfig(model="/nowhere/at/all")), trained=[1])
     one_error(capsys, [str(gone)], "model /nowhere/at/all: no such folder")
-    other = stopped_run(tmp_path / "other", smoke(MocanConfig()), iterates=[1], trained=[1])
+    other = stopped_run(tmp_path / "other", smoke(MocanConfig()), trained=[1])
     one_error(capsys, [str(other)], f"{other} was trained from another model")
     assert not list(tmp_path.glob("*/*evaluation*"))
 
@@ -416,7 +428,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(finished, capsys, flags, message
 def test_too_few_prompts_or_responses(finished, tmp_path, capsys):
     one = prompts_file(tmp_path / "one.jsonl", ["Why is moss soft?"])
     one_error(capsys, [str(finished), "--prompts", one], r"1 prompt\(s\): a standard error needs at least 2")
-    run = stopped_run(tmp_path / "r", smoke(MocanConfig(eval_responses=1)), iterates=[1], trained=[1])
+    run = stopped_run(tmp_path / "r", smoke(MocanConfig(eval_responses=1)), trained=[1])
     one_error(capsys, [str(run)], "the run's verdict has 1 response per prompt.*give --n-responses")
 
 
@@ -459,11 +471,14 @@ def test_a_folder_that_cannot_be_made_is_found_before_any_sampling(finished, tmp
 
 
 def test_a_changed_model_is_refused(finished, capsys, monkeypatch):
-    monkeypatch.setattr(model, "fingerprint", lambda folder: "0" * 16)
+    digests = inputs.digests
+    changed = {"model.safetensors": "0" * 64}
+    monkeypatch.setattr(inputs, "digests", lambda folder: digests(folder) | changed)
     one_error(
         capsys,
         [str(finished)],
-        "was trained from another model .sha [0-9a-f]{12}, here sha 000000000000.; put the original back",
+        "was trained from another model: .*model.safetensors has changed since .SHA-256 [0-9a-f]{12}, here "
+        "000000000000.; put the original back",
     )
 
 
@@ -477,8 +492,8 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     printed = capsys.readouterr().out
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
     flags = (
-        "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap out "
-        "device threads".split()
+        "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap "
+        "accept-changes out device threads".split()
     )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
     assert all(f"--{flag} " in printed.replace(",", " ") for flag in flags)

@@ -154,10 +154,8 @@ def test_another_model_is_refused_by_file(here, capsys):
     # One bit, at a place that the short fingerprint need not see.
     tensors["model.norm.weight"].view(dtype=tensors["model.norm.weight"].dtype)[3] += 1e-3
     save_file(tensors, weights, metadata={"format": "pt"})
-    commands = (
-        (train.main, ["--resume", "run"]), (evaluate.main, ["run", "--out", "x"]), (export.main, ["run", "x"]),
-    )  # fmt: skip
-    for main, argv in commands:
+    judge, give = (evaluate.main, ["run", "--out", "x"]), (export.main, ["run", "x"])
+    for main, argv in ((train.main, ["--resume", "run"]), judge, give):
         assert main(argv) == 2 and not (here / "x").exists()
         said = capsys.readouterr().err
         assert "model.safetensors has changed since" in said and "put the original back" in said
@@ -177,10 +175,19 @@ def damage(path: Path, how: str) -> None:
 
 
 OUTSIDE_STAGES = (
-    "adapters/iteration-1/adapter_model.safetensors", "adapters/iteration-1/adapter_config.json",
-    "metrics.jsonl", "evaluation.json", "heldout.jsonl", "report.html", "report.png", "config.json", "inputs.safetensors",
-    "outputs.json", "model/tokenizer.json", "model/tokenizer_config.json",
-)  # fmt: skip
+    "adapters/iteration-1/adapter_model.safetensors",
+    "adapters/iteration-1/adapter_config.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "heldout.jsonl",
+    "report.html",
+    "report.png",
+    "config.json",
+    "inputs.safetensors",
+    "outputs.json",
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
+)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "deleted", "a folder"])
