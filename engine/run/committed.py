@@ -7,10 +7,11 @@ from pathlib import Path
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files import is_file
 from engine.run.contents import Contents, read_contents
 from engine.run.folder import RunFolder
 from engine.run.rows import IterationRow, PolicyRow, RowT, typed
-from engine.run.store import RecordT, Torn, load, read_whole
+from engine.run.store import RecordT, Torn, dumps, load, read_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,12 @@ class Committed:
             return load(self.files[stage], cls)
         except (Torn, FileNotFoundError) as error:
             raise UserError(f"{error}; {self._resume()}") from error
+
+    def wrote_its_rows(self) -> bool:
+        """Tells whether metrics.jsonl holds exactly the rows of these stages."""
+        text = "".join(dumps(row) + "\n" for row in self.metrics)
+        file = RunFolder(self.folder).metrics
+        return is_file(file) and file.read_bytes() == text.encode()
 
     def lacks(self, what: str) -> UserError:
         """Returns the error that says what is not there, why, and what to do."""

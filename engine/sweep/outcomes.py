@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from engine import constraints
 from engine.constraints import Limit
+from engine.run import outputs
 from engine.run.committed import read_committed
 from engine.run.folder import RunFolder
 from engine.run.rows import (
@@ -49,14 +50,16 @@ class Outcome:
     seconds: float = 0.0  # of training, without the reference's samples
 
 
-def judged(plan: Plan) -> bool:
-    """Tells whether a run has its verdict, so that it is counted and not trained."""
-    return RunFolder(plan.folder).evaluation.is_file()
-
-
 def finished(plan: Plan) -> bool:
-    """Tells whether a run has its verdict and its report."""
-    return judged(plan) and RunFolder(plan.folder).report_html.is_file()
+    """Tells whether a run has its verdict and all that it wrote is whole.
+
+    Such a run is counted; another is trained, or restored from its stages.
+    """
+    paths = RunFolder(plan.folder)
+    if not outputs.is_whole(paths, paths.evaluation) or outputs.damaged(paths, paths.path):
+        return False
+    run = read_committed(plan.folder)
+    return not run.broken and run.wrote_its_rows()
 
 
 def read_run(plan: Plan, error: str = "") -> Outcome:

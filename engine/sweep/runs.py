@@ -19,18 +19,17 @@ import torch
 from engine.config import ALGORITHMS, fit
 from engine.errors import NonFiniteError, UserError
 from engine.files import is_folder, is_there, make_folder, write_json
-from engine.report import run_page
 from engine.run.folder import RunFolder
 from engine.stages.job import open_job
 from engine.stages.reference import reference_of
 from engine.stages.run import RunStages
 from engine.stages.solve import one_shot
-from engine.sweep.outcomes import OneShot, Outcome, finished, judged, read_run
+from engine.sweep.outcomes import OneShot, Outcome, finished, read_run
 from engine.sweep.pages import write
 from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
 
-# What a run has written when it is killed before its config.json is whole.
-BEGINNING = {".lock", "config.json.tmp", "stages"}
+# What a run has written when it is killed before its inputs.safetensors is whole.
+BEGINNING = {".lock", "inputs.safetensors.tmp", "model", "stages"}
 
 
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
@@ -121,14 +120,12 @@ def _sentence(s: OneShot, n_responses: int) -> str:
 def _train(plan: Plan) -> str:
     """Does a run or the rest of it, unless it is done; returns the error that it
     failed with, or an empty text."""
-    if not judged(plan):
+    if not finished(plan):
         try:
             ALGORITHMS[plan.algorithm].train(plan.config, resume=begun(plan.folder))
         except NonFiniteError as stop:
             print(f"error: {stop}", file=sys.stderr)
             return str(stop)
-    elif not finished(plan):
-        run_page.write(plan.folder)
     return ""
 
 
@@ -138,7 +135,7 @@ def begun(folder: Path) -> str | None:
 
     Raises: UserError where other files are in the way: a sweep deletes nothing that it has not written.
     """
-    if RunFolder(folder).config.is_file():
+    if RunFolder(folder).config.is_file() or RunFolder(folder).inputs.is_file():
         return str(folder)
     if not folder.exists():
         return None
