@@ -85,7 +85,8 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         sources = source_digests(config)
     else:
         record = owned.record
-        train, heldout, began, sources = record.train, record.heldout, record.began, record.sources
+        train, heldout, began = record.train, record.heldout, record.began
+        sources = {f: record.sources[f] for f in ("--prompts", "--heldout") if f in record.sources}
         files = record.model
     return Inputs(
         device=device,

@@ -118,6 +118,8 @@ def open_job(
         raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")
     prepare_process(config.threads)
     owned, damage = _owner(resume or config.samples_of, restores=resume is not None)
+    if damage is not None and config.samples_of:
+        owned = owned_inputs(Path(config.samples_of))
     inputs = read_inputs(config, owned)
     train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
     config, lowered = fit(config, len(train), len(heldout))
@@ -157,7 +159,8 @@ def open_job(
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, *used))
-    if owned is not None and resume is not None:
+    goes_on = resume is not None and damage is None
+    if goes_on:
         own_pairs, preferences = owned.record.pairs, owned.record.preferences
     else:
         own_pairs, preferences = _read_pairs(config, names, inputs)
@@ -190,7 +193,7 @@ def open_job(
     # Weights that cannot be used are refused before there is a run folder.
     subject = None if resume else Subject.load(SamplingSettings.of(config), inputs, scorers)
     display.line(f"run folder {out}")
-    if owned is None or resume is None:
+    if not goes_on:
         record = RunInputs(
             train=train,
             heldout=heldout,
@@ -198,7 +201,7 @@ def open_job(
             preferences=preferences,
             stop_token_ids=list(inputs.stop_token_ids),
             began=inputs.began,
-            sources=inputs.sources | source_digests(config),
+            sources=source_digests(config) | inputs.sources,
             model=inputs.files,
             scorers=scorer_contents,
         )

@@ -116,7 +116,8 @@ def _plan(
 def _label_flags(label: str, settings: str) -> list[str]:
     """Turns the settings of a label into flags. Raises: UserError where a setting is the sweep's, or is given
     twice."""
-    flags = [f"--{part.replace('_', '-')}" for part in settings.split(",") if part]
+    parts = [part.partition("=") for part in settings.split(",") if part]
+    flags = [f"--{name.replace('_', '-')}{equals}{value}" for name, equals, value in parts]
     names = _flag_names(tuple(flags))
     for name in names:
         flag = f"--{name.replace('_', '-')}"

@@ -23,6 +23,7 @@ from engine.run.folder import RunFolder
 from engine.stages.job import open_job
 from engine.stages.reference import reference_of
 from engine.stages.run import RunStages
+from engine.stages.run_inputs import owned_inputs, source_digests
 from engine.stages.solve import one_shot
 from engine.sweep.outcomes import OneShot, Outcome, finished, read_run
 from engine.sweep.pages import write
@@ -52,6 +53,7 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     outcomes: list[Outcome] = []
     for number, plan in enumerate(plans, 1):
         print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
+        check_sources(plan, plans)
         outcomes.append(read_run(plan, _train(plan)))
         write(out, outcomes, paths)
     print(
@@ -115,6 +117,25 @@ def _sentence(s: OneShot, n_responses: int) -> str:
         f"b {numbers(s.threshold)} (beta {s.beta:g}, margin {s.margin:g}): aim {numbers(s.aim)}, one-shot "
         f"lambda {numbers(s.lam)}, effective sample size {s.ess:.1f} of {n_responses}"
     )
+
+
+def check_sources(plan: Plan, plans: list[Plan]) -> None:
+    """Checks that a run which has not begun will read the files that the runs before it have read.
+
+    Raises: UserError for a file that has changed, since the runs would not compare.
+    """
+    if begun(plan.folder) is not None:
+        return
+    now = source_digests(plan.config)
+    for other in plans:
+        if RunFolder(other.folder).config.is_file():
+            for flag, files in owned_inputs(other.folder).record.sources.items():
+                for file, digest in files.items():
+                    if now.get(flag, {}).get(file, digest) != digest:
+                        raise UserError(
+                            f"{flag} {file} has changed since {other.folder} began, so the runs of this "
+                            "sweep would not compare; put the original back."
+                        )
 
 
 def _train(plan: Plan) -> str:
