@@ -81,10 +81,12 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
                 f"it has no result; take that call out, then {standing.again()}"
             )
             return 1
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in REFUSED:
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            if isinstance(error, OSError) and (error.errno in REFUSED or _no_temporary_folder(error)):
                 place = f"{shown(error.filename)}: " if error.filename else ""
                 advice, again = ADVICE.get(error.errno, ("see to that", True))
+                if _no_temporary_folder(error):
+                    advice, again = "free space there, or set TMPDIR to a folder with room", True
                 _say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
                 return UserError.exit_code
             traceback.print_exc()
@@ -93,6 +95,11 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
                 f"lines above; to try once more, {standing.again()}"
             )
             return 1
+
+
+def _no_temporary_folder(error: OSError) -> bool:
+    """Tells whether Python found no folder for temporary files, as on a full disk."""
+    return error.errno == errno.ENOENT and error.filename is None
 
 
 def _say(text: str) -> None:
@@ -155,8 +162,9 @@ def _surviving_output() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # somebody's own stream may be closed
+                stream.flush()
         sys.stdout, sys.stderr = before
 
 

@@ -8,8 +8,6 @@ Nothing is saved on the way: the folder of the results appears whole at the end.
 prompts have judged the run, so that a second look at a test split is told as one.
 """
 
-import hashlib
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,13 +22,14 @@ from engine.config.flags import parse_flags
 from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.errors import UserError
-from engine.files import append_line, is_there, read_json_lines, whole_folder, write_json
+from engine.files import is_there, whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, trained_weights
 from engine.records import Prompts, Units
+from engine.run import judged
 from engine.run.committed import Committed, read_committed
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
@@ -61,10 +60,8 @@ class Phase:
     progress. Ctrl-C stops at once."""
 
     def __init__(self, display: Display, number: int, name: str) -> None:
-        self.name, self.logprob_gap = (
-            name,
-            None,
-        )  # that of its samples, as `engine.stages.sampling.log_gap` gives it
+        self.name = name
+        self.logprob_gap = None  # of its samples, as `engine.stages.sampling.log_gap` gives it
         self._display = display
         display.stage(number, name)
 
@@ -97,9 +94,8 @@ class Question:
     committed: Committed  # what its stages hold
     algorithm: str
     config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
-    iterates: dict[
-        int, list[float]
-    ]  # those to choose from, with the multipliers that each was trained at; one unless --best-feasible
+    # Those to choose from, with the multipliers that each was trained at; one unless --best-feasible.
+    iterates: dict[int, list[float]]
     selection: Prompts | None  # what they are chosen on
     by_preference: bool  # scores are log-ratios of policies that the run aligned to preferences
     units: Units  # of the run's scorers; further audits have none yet
@@ -206,7 +202,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         shared=shared,
         lookalikes=lookalikes,
         safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=_judged_before(run, prompts, judged_on),
+        judged_before=judged.times(RunFolder(run), prompts, judged_on),
         notes=[*inputs.notes, *changed],
         fewer_rows=fewer,
     )
@@ -290,31 +286,13 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
         )
         try:
-            append_line(
-                RunFolder(q.run).judged, json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)})
-            )
+            judged.note(RunFolder(q.run), prompts)
         except UserError as error:
             display.warn(f"{error}; these prompts are not on record")
         for line in judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {RunFolder(out).evaluation} and {RunFolder(out).heldout}")
     return judgement, out
-
-
-def _hash(prompts: Prompts) -> str:
-    """Hashes a set of prompts, independent of their order."""
-    return hashlib.sha256(json.dumps(sorted(prompts.text)).encode()).hexdigest()
-
-
-def _judged_before(run: Path, prompts: Prompts, own: Prompts) -> int:
-    """Counts the final verdicts that these prompts have given on the run.
-    own: the prompts of the run's own verdict."""
-    paths = RunFolder(run)
-    known = [_hash(own)] if paths.evaluation.is_file() else []
-    if paths.judged.is_file():
-        rows = read_json_lines(paths.judged, cure="make it readable", skip_damaged=True)
-        known += [row.get("sha256") for row in rows]
-    return known.count(_hash(prompts))
 
 
 def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
@@ -389,8 +367,7 @@ def best_feasible(rows: list[dict]) -> int:
 def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
     groups = packing.groups(samples.prompts, samples.rollouts)
-    total = sum(g.tokens for g in groups)
-    with naming(phase), phase.progress(total, "tokens", "pair order") as made:
+    with naming(phase), phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
         _, logprob = frozen_forward(
             subject.model,
             groups,
@@ -487,14 +464,8 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
         if not argv or argv[0].startswith("-"):
             raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
         run, argv = argv[0], argv[1:]
-    flags = parse_flags(
-        EvaluateConfig,
-        argv,
-        prog="python -m engine.evaluate RUN",
-        usage=USAGE,
-        first="run folder",
-        default=EvaluateConfig(),
-    )
+    words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
+    flags = parse_flags(EvaluateConfig, argv, default=EvaluateConfig(), **words)
     if flags is not None:
         run_evaluation(run, flags)
 

@@ -256,10 +256,11 @@ def whole_files(out: Path, names: tuple[str, ...]) -> Iterator[Path]:
 def check_out(out: Path, names: tuple[str, ...]) -> None:
     """Refuses a folder --out in which files of these names cannot be written. Raises: UserError."""
     if is_there(out) and not is_folder(out):
-        raise UserError(f"--out {shown(out)}: that is no folder; name a folder.")
+        what = "a file" if is_file(out) else "no folder"
+        raise UserError(f"--out {shown(out)}: that is {what}; name a folder.")
     for name in names:
         if is_folder(out / name):
-            raise UserError(f"--out {shown(out)}: {name} in it is a folder; name another one.")
+            raise UserError(f"--out {shown(out)}: {shown(out / name)} is a folder; name another one.")
     above = next(path for path in (out, *out.absolute().parents) if is_there(path))
     if not (is_folder(above) and os.access(above, os.W_OK | os.X_OK)):
         raise UserError(f"--out {shown(out)}: no folder can be made in {shown(above)}; name another one.")

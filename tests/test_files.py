@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import resource
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -251,10 +253,10 @@ def test_files_come_into_a_folder_together_or_not_at_all(tmp_path):
 
 
 BAD_OUT = {
-    "a file": (lambda p: p.write_text("x"), "out", "that is no folder"),
+    "a file": (lambda p: p.write_text("x"), "out", "that is a file"),
     "below a file": (lambda p: p.write_text("x"), "out/a/b", "no folder can be made in .*out;"),
     "a link in a circle": (lambda p: p.symlink_to(p), "out", "that is no folder"),
-    "a folder in place of a file": (lambda p: (p / "b").mkdir(parents=True), "out", "b in it is a folder"),
+    "a folder in place of a file": (lambda p: (p / "b").mkdir(parents=True), "out", "out/b is a folder"),
     "a long name": (lambda p: None, "x" * 256, "cannot be made .File name too long."),
 }
 
@@ -273,3 +275,37 @@ def test_a_folder_without_rights_is_refused_before_the_work(tmp_path, monkeypatc
     monkeypatch.setattr("os.access", lambda *args: False)  # root has every right
     with pytest.raises(UserError, match="no folder can be made in"), whole_files(tmp_path / "out", ("a",)):
         pytest.fail("the work was begun")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_user_without_rights_gets_one_line():
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    (folder / "secret.json").write_text("{}")
+    (folder / "secret.json").chmod(0)
+    (folder / "closed").mkdir(0)
+
+    def says(work, *words):
+        try:
+            work()
+        except UserError as error:
+            return all(word in str(error) for word in words)
+        return False
+
+    child = os.fork()
+    if not child:
+        os.setgid(65534)
+        os.setuid(65534)
+        unread = "cannot be read (Permission denied); c."
+        right = [
+            says(lambda: read_json(folder / "secret.json", cure="c"), unread),
+            says(lambda: read_json(folder / "closed" / "a", cure="c"), unread),
+            says(lambda: write_json(folder / "a.json", {}), "(Permission denied); make it writable"),
+            says(lambda: append_line(folder / "secret.json", "x"), "(Permission denied); make it writable"),
+            says(lambda: whole_folder(folder / "out").__enter__(), "cannot be made (Permission denied)"),
+            says(lambda: whole_files(folder / "out", ("a",)).__enter__(), "no folder can be made in"),
+        ]
+        os._exit(0 if all(right) else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    shutil.rmtree(folder)
+    assert code == 0

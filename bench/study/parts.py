@@ -12,7 +12,7 @@ from bench.study.flags import Flags, options, shown, words
 from bench.study.plan import FLAGS
 from engine import constraints
 from engine.errors import UserError
-from engine.files import write_json
+from engine.files import read_json, write_json
 from engine.run.rows import StageTimeRow, read_timing
 from engine.sweep import pages
 from engine.sweep.outcomes import finished, read_run
@@ -77,7 +77,8 @@ def _parts(folder: Path) -> list[Part]:
     for path in sorted(folder.glob("part-*.csv")):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        parts.append(Part(path, json.loads(path.with_suffix(".json").read_text()), rows))
+        settings = read_json(path.with_suffix(".json"), cure="run the part's command again")
+        parts.append(Part(path, settings, rows))
     return parts
 
 

@@ -16,6 +16,7 @@ import torch
 from engine.data.chat import as_messages, as_text, chat_ids
 from engine.data.tables import read_rows
 from engine.errors import UserError
+from engine.files import escaped, shown
 from engine.records import Prompts
 
 
@@ -61,10 +62,12 @@ def load_prompts(
     for name in [source] if isinstance(source, str | Path) else source:
         rows = read_rows(str(name))
         if not rows:
-            raise UserError(f"{name}: no prompts in it; give at least one row with the column {column!r}.")
+            raise UserError(
+                f"{shown(name)}: no prompts in it; give at least one row with the column {column!r}."
+            )
         for place, row in rows:
             if column not in row:
-                columns = ", ".join(map(str, row)) or "none"
+                columns = escaped(", ".join(map(str, row)))[:300] or "none"
                 raise UserError(
                     f"{place}: no column {column!r}; columns found: {columns}. See --prompt-column."
                 )

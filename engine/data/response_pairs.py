@@ -13,6 +13,7 @@ from engine.data import tables
 from engine.data.chat import chat_ids, check_known, known_end_of_turn
 from engine.data.prompts import TextLimits, check_length
 from engine.errors import UserError
+from engine.files import shown
 from engine.records import Prompts, Rollouts
 
 # The score that stands for a label of a file: the Bradley-Terry probability sigmoid(2 * SURE) is 1.
@@ -38,13 +39,13 @@ class ResponsePairs:
         if self.n_cut:
             answers = 2 * (len(self.prompts) + self.n_alike)
             notes.append(
-                f"{self.source}: {self.n_cut} of {answers} answers are longer than --max-new-tokens "
+                f"{shown(self.source)}: {self.n_cut} of {answers} answers are longer than --max-new-tokens "
                 f"{self.rollouts.tokens.shape[1]} and were cut"
             )
         if self.n_alike:
             pairs = len(self.prompts) + self.n_alike
             left_out = f"{self.n_alike} of {pairs} pairs have equal answers and were left out"
-            notes.append(f"{self.source}: {left_out}")
+            notes.append(f"{shown(self.source)}: {left_out}")
         return notes
 
 
@@ -60,7 +61,7 @@ def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: 
     text, a label that is neither 0 nor 1; a file whose pairs are all left out.
     """
     prompts, tokens, labels = [], [], []
-    end = known_end_of_turn(tokenizer, limits.vocab_size, source)
+    end = known_end_of_turn(tokenizer, limits.vocab_size, shown(source))
     n_cut = n_alike = 0
     for place, row in tables.read_rows(source):
         pair = ("chosen", "rejected") if not columns and "chosen" in row else ("response_0", "response_1")
@@ -84,11 +85,11 @@ def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: 
         labels.append([[SURE if int(row[name]) == i else -SURE for name in columns] for i in (0, 1)])
     if n_alike and not prompts:
         raise UserError(
-            f"{source}: the two answers of every pair are equal ({n_cut} of {2 * n_alike} answers were cut "
-            f"at --max-new-tokens {limits.max_new_tokens}); give pairs that differ, or raise that limit."
+            f"{shown(source)}: the two answers of every pair are equal ({n_cut} of {2 * n_alike} answers "
+            f"were cut at --max-new-tokens {limits.max_new_tokens}); give others, or raise that limit."
         )
     if not prompts:
-        raise UserError(f"{source}: no rows in it; give at least one.")
+        raise UserError(f"{shown(source)}: no rows in it; give at least one.")
     text, kind, token_ids = (list(column) for column in zip(*prompts, strict=True))
     return ResponsePairs(
         prompts=Prompts(text=text, kind=kind, token_ids=token_ids, key_P=torch.arange(len(text))),

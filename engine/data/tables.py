@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.files import escaped, one_line, shown
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
@@ -59,7 +60,7 @@ def _kind_of_path(source: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{source:.200}: cannot be read ({reason}); check the path and its permissions."
+            f"{shown(source)}: cannot be read ({reason}); check the path and its permissions."
         ) from None
     if stat.S_ISDIR(mode):
         return "folder"
@@ -73,17 +74,17 @@ def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[PlacedR
     """
     path = Path(source)
     if path.suffix not in suffixes:
-        raise UserError(f"{source}: not one of {', '.join(suffixes)}; convert it or rename it.")
+        raise UserError(f"{shown(source)}: not one of {', '.join(suffixes)}; convert it or rename it.")
     there = _kind_of_path(source)
     if there == "nothing":
-        raise UserError(f"{source}: no such file; check the path.")
+        raise UserError(f"{shown(source)}: no such file; check the path.")
     if there == "pipe or device":
-        raise UserError(f"{source}: a pipe or device, which is read once; write the rows to a file.")
+        raise UserError(f"{shown(source)}: a pipe or device, which is read once; write the rows to a file.")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{source}: cannot be read ({error.strerror}); check the path and its permissions."
+            f"{shown(source)}: cannot be read ({error.strerror}); check the path and its permissions."
         ) from None
     if path.suffix == ".parquet":
         return _read_parquet(source, data)
@@ -91,7 +92,9 @@ def read_file(source: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[PlacedR
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
-        raise UserError(f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.") from None
+        raise UserError(
+            f"{shown(source)}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8."
+        ) from None
     return _read_jsonl(source, text) if path.suffix == ".jsonl" else _read_csv(source, text)
 
 
@@ -101,7 +104,7 @@ def _read_jsonl(source: str, text: str) -> list[PlacedRow]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{source}:{number}"
+        place = f"{shown(source)}:{number}"
         try:
             row = parse_json(line)
         except DuplicateKey as error:
@@ -153,7 +156,9 @@ def _check_columns(source: str, names: Iterable[str]) -> None:
     """Refuses a table in which a name that says something stands over two columns. Raises: UserError."""
     twice = _first_twice(name for name in names if name.strip())
     if twice is not None:
-        raise UserError(f"{source}: the column {twice!r} stands there twice; rename or remove one of them.")
+        raise UserError(
+            f"{shown(source)}: the column {twice!r} stands there twice; rename or remove one of them."
+        )
 
 
 def _read_csv(source: str, text: str) -> list[PlacedRow]:
@@ -176,13 +181,13 @@ def _csv_rows(source: str, text: str) -> list[PlacedRow]:
             elif fields:
                 if len(fields) != len(header):
                     raise UserError(
-                        f"{source}:{line}: {len(fields)} fields, the header has {len(header)}; "
+                        f"{shown(source)}:{line}: {len(fields)} fields, the header has {len(header)}; "
                         "quote fields with commas."
                     )
-                rows.append((f"{source}:{line}", dict(zip(header, fields, strict=True))))
+                rows.append((f"{shown(source)}:{line}", dict(zip(header, fields, strict=True))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{source}:{line}: malformed CSV ({error}); check the quotes.") from None
+        raise UserError(f"{shown(source)}:{line}: malformed CSV ({error}); check the quotes.") from None
     return rows
 
 
@@ -191,20 +196,23 @@ def _read_parquet(source: str, data: bytes) -> list[PlacedRow]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{source}: parquet needs the package pyarrow: pip install pyarrow.") from None
+        raise UserError(f"{shown(source)}: parquet needs the package pyarrow: pip install pyarrow.") from None
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), page_checksum_verification=True)
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True)
+        _check_columns(source, file.schema_arrow.names)
+        table = file.read()
+    except UserError:
+        raise
     # Damaged files end in errors of many kinds, OSError and UnicodeDecodeError among them.
     except Exception as error:
-        raise UserError(f"{source}: not a readable parquet file ({first_line(error)}).") from None
-    _check_columns(source, table.column_names)
+        raise UserError(f"{shown(source)}: not a readable parquet file ({first_line(error)}).") from None
     damaged: dict[int, dict[str, str]] = {}
     columns = [
         _cells(column, name, damaged) for name, column in zip(table.column_names, table.columns, strict=True)
     ]
     rows = []
     for number, cells in enumerate(zip(*columns, strict=True), 1):
-        place, row = f"{source} row {number}", dict(zip(table.column_names, cells, strict=True))
+        place, row = f"{shown(source)} row {number}", dict(zip(table.column_names, cells, strict=True))
         rows.append((place, _DamagedRow(row, place, damaged[number]) if number in damaged else row))
     return rows
 
@@ -231,7 +239,7 @@ def _read_dataset(source: str) -> list[PlacedRow]:
         import datasets
     except ImportError:
         raise UserError(
-            f"{source}: no such file; a dataset of that name needs the package datasets: "
+            f"{shown(source)}: no such file; a dataset of that name needs the package datasets: "
             "pip install datasets."
         ) from None
     try:
@@ -240,9 +248,9 @@ def _read_dataset(source: str) -> list[PlacedRow]:
     except Exception as error:
         kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{source}: neither a {kinds} file nor a dataset that loads ({first_line(error)})."
+            f"{shown(source)}: neither a {kinds} file nor a dataset that loads ({first_line(error)})."
         ) from None
-    return [(f"{source} row {number}", row) for number, row in enumerate(rows, 1)]
+    return [(f"{shown(source)} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def check_encodes(text: str, place: str) -> None:
@@ -260,4 +268,4 @@ def check_encodes(text: str, place: str) -> None:
 
 def first_line(error: Exception) -> str:
     """Shortens an error to the first line of its message, or to its class where it has none."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return escaped(one_line(error))[:200]

@@ -4,6 +4,7 @@ The library (names below; below the report and the run folder)
 
     problem.py      the input, checked and scaled
     solver.py       solve; the limits of what thresholds samples support
+    feasibility.py  whether thresholds are supported, decided exactly where the solver is slow
     steps.py        the next multipliers from measured slack
     uncertainty.py  intervals of the multipliers
 

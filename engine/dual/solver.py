@@ -16,13 +16,14 @@ The same for a file of scores, without Python: python -m engine.dual SCORES.json
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.dual.feasibility import support, unsupported_direction
 from engine.dual.problem import (
     as_float64,
     check_problem,
@@ -230,11 +231,6 @@ def _check_bounds(
     )
 
 
-def _support(g_PGJ: Tensor, direction_J: Tensor) -> float:
-    """Computes mean_p max_i v . g_pi, with g centred: the largest improvement of v . g by re-weighting."""
-    return float((g_PGJ @ direction_J).amax(1).mean())
-
-
 def single_direction(g_PGJ: Tensor, b_J: Tensor) -> Tensor | None:
     """Returns the unit vector of a constraint that cannot be met alone, or None.
 
@@ -266,7 +262,10 @@ def _gradient_change(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
     return (x - step * moments.gradient).clamp(min=0).minimum(cap) - x
 
 
-STEPS = {"newton": (_newton_change, 500), "pgd": (_gradient_change, 50_000)}  # (change of x, most iterations)
+# Newton steps after which a linear program decides whether the thresholds are supported. A problem that is
+# neither at the edge of what is nor has rewards that are huge in units of beta takes a handful.
+FEW = (_newton_change, 40)
+STEPS = {"newton": FEW, "pgd": (_gradient_change, 50_000)}  # (change of x, most iterations)
 
 
 class Descent(NamedTuple):
@@ -280,15 +279,47 @@ class Descent(NamedTuple):
 
 
 def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool) -> Descent:
-    """Minimises the dual over 0 <= x <= cap with Armijo backtracking along the projected change of `method`.
+    """Minimises the dual over 0 <= x <= cap, see `_descend`.
+
+    Where Newton's steps do not get there soon, a linear program decides whether there is a minimum
+    (`unsupported_direction`), and it is approached from larger betas, at which the dual is smoother.
+    """
+    if method != "newton":
+        return _descend(r, g, b, cap, start, steps=STEPS[method], certify=certify)
+    descent = _descend(r, g, b, cap, start, steps=FEW, certify=certify)
+    if descent.unsupported is not None or descent.kkt <= TOLERANCE:
+        return descent
+    if certify and (direction := unsupported_direction(g, b, TOLERANCE)) is not None:
+        return descent._replace(unsupported=direction)
+    iterations, times = descent.iterations, 8.0 ** math.ceil(math.log(max(1.0, float(r.abs().max())), 8))
+    x = start / times if times > 1 else descent.x
+    while times >= 1:
+        at = _descend(r / times, g, b, cap / times, x, steps=FEW, certify=False, stalled=8)
+        iterations, times, x = iterations + at.iterations, times / 8, at.x * 8
+    return min(descent, at, key=lambda found: found.kkt)._replace(iterations=iterations)
+
+
+def _descend(
+    r,
+    g,
+    b,
+    cap,
+    start,
+    *,
+    steps: tuple[Callable, int],
+    certify: bool,
+    stalled: float = math.inf,
+) -> Descent:
+    """Minimises the dual over 0 <= x <= cap with Armijo backtracking along the projected change of `steps`.
 
     If the thresholds cannot be met together the dual is unbounded below and the iterates go to infinity.
     Since D(x) >= mean_p max_i x . h + mean_p min_i r - ln G, their direction then certifies it after finitely
     many steps. Where the descent converges, the tilted policy itself meets the thresholds. So the path
-    decides feasibility exactly and needs no linear program. `certify` asks for that decision.
+    decides feasibility exactly. `certify` asks for that decision. It ends after as many steps in a row as
+    `stalled` without a smaller residual.
     """
     zero = torch.zeros_like(b)
-    change_of, most = STEPS[method]
+    (change_of, most), least, idle = steps, math.inf, 0
 
     def moments_at(x):
         return dual_moments(r, g, x, 1.0, utility_mean=zero, threshold=b)
@@ -302,11 +333,12 @@ def descend(r, g, b, cap, start, *, method: str = "newton", certify: bool) -> De
         # the bounds it counts all of |gradient|.
         residual = torch.where(x <= 0, -gradient, torch.where(x >= cap, gradient, gradient.abs()))
         residual = residual.clamp(min=0).max().item()
-        if residual <= TOLERANCE:
+        least, idle = min(least, residual), 0 if residual < least else idle + 1
+        if residual <= TOLERANCE or idle >= stalled:
             break
         if certify and x.max() > 0:
             direction = x / x.sum()
-            if _support(g, direction) - float(direction @ b) < -1e-12:
+            if support(g, direction) - float(direction @ b) < -1e-12:
                 return Descent(x, moments, residual, iteration, direction)
         change = change_of(x, moments, cap)
         change *= min(1.0, 10 * max(1.0, float(x.max())) / max(float(change.abs().max()), 1e-300))
@@ -328,7 +360,7 @@ def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, T
 
     direction: one to start from, with direction . b > 0.
     """
-    multiple = _support(g, direction) / float(direction @ b)
+    multiple = support(g, direction) / float(direction @ b)
     no_reward, unbounded, start = (
         torch.zeros_like(g[..., 0]),
         torch.full_like(b, math.inf),
@@ -339,10 +371,13 @@ def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, T
         target = 0.999 * multiple * b
         better = single_direction(g, target)
         if better is None:
-            better = descend(no_reward, g, target, unbounded, start, certify=True).unsupported
+            descent = _descend(no_reward, g, target, unbounded, start, steps=FEW, certify=True)
+            better = descent.unsupported
+            if better is None and descent.kkt > TOLERANCE:
+                better = unsupported_direction(g, target)
         if better is None:
             break
-        direction, multiple = better, _support(g, better) / float(better @ b)
+        direction, multiple = better, support(g, better) / float(better @ b)
     return multiple, direction
 
 

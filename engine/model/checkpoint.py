@@ -122,7 +122,9 @@ def _equal(first: Stored, second: Stored) -> bool:
 def read_config(folder: Path) -> dict:
     """Reads config.json of a model folder. Raises: UserError when it is missing or malformed."""
     file = inside(folder, "config.json")
-    if not os.path.lexists(file):
+    if not is_file(file):
+        if os.path.lexists(file):
+            raise UserError(f"{shown(file)}: not a file that can be read; {FETCH}.")
         if is_file(folder / "adapter_config.json"):
             raise UserError(
                 f"{shown(folder)}: an adapter, not a model; merge it into its model (merge_and_unload of "
@@ -144,7 +146,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     file, index = inside(folder, WEIGHTS), inside(folder, INDEX)
     if is_file(file):
         return _header(file)
-    if not os.path.lexists(index):
+    if not is_file(index):
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         why = f"only {pickles[0]}, a pickle, which is never executed" if pickles else f"no {WEIGHTS}"
         raise UserError(f"{shown(folder)}: {why}; use a safetensors checkpoint.")

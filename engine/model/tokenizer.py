@@ -33,6 +33,8 @@ def load_tokenizer(folder: Path):
             f"{shown(folder)}: no tokenizer could be loaded ({shown(one_line(error))}); "
             "give a complete model folder."
         ) from error
+    # Its warning of long texts comes before the refusal here, which names the place.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them,
     # and prompts that name them are refused.
     plain = (number for number, token in tokenizer.added_tokens_decoder.items() if not token.special)
@@ -41,6 +43,8 @@ def load_tokenizer(folder: Path):
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, vocab_size in config.json is {size}; "
             "give the model together with its own tokenizer."
         )
+    # Who reads texts checks their lengths, and says in one line what to do; the library would warn before it.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

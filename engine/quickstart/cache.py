@@ -26,7 +26,10 @@ def cache_folder() -> Path:
     try:
         return (base if base.is_absolute() else Path.home() / ".cache") / "dualign"
     except RuntimeError as error:
-        raise UserError(f"no home folder ({one_line(error)}); set XDG_CACHE_HOME, {OR_MODEL}.") from error
+        raise UserError(
+            f"HOME is not set and this user has no home folder; "
+            f"set XDG_CACHE_HOME to a folder that you can write, {OR_MODEL}."
+        ) from error
 
 
 def cached(
@@ -58,6 +61,8 @@ def cached(
             shutil.rmtree(partial, ignore_errors=True)
             if not whole and (wrong := faults(folder, needed)):
                 if os.path.lexists(folder):
+                    if not folder.is_dir():
+                        raise NotADirectoryError(errno.ENOTDIR, f"{shown(folder)} is no folder")
                     progress(f"{shown(folder)}: {wrong[0]} is damaged or missing; the model is made again")
                 _make(folder, partial, make)
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import read_json_lines
+from engine.files import is_there, read_json_lines
 from engine.run.folder import RunFolder
 
 Numbers = Sequence[float] | Tensor  # one for each constraint; a list where the row was read
@@ -229,10 +229,12 @@ def read_rows(folder: str | Path, cls: type[RowT]) -> list[RowT]:
 def read_timing(folder: str | Path, cls: type[RowT]) -> list[RowT]:
     """Reads the rows of timing.jsonl of one kind, in order, those of interrupted attempts among them.
 
-    Raises: UserError as `read_rows`.
+    Damaged ones are left out, as no result is made from them.
+    Raises: UserError when there is no such file.
     """
     file = RunFolder(Path(folder)).timing
-    return typed(_lines(file), cls, file)
+    whole = {f.name for f in fields(cls)}
+    return typed((row for row in _lines(file) if whole <= row.keys()), cls, file)
 
 
 def raw_rows(folder: str | Path) -> list[dict]:
@@ -271,7 +273,7 @@ def typed(rows: Iterable[dict], cls: type[RowT], source: Path) -> list[RowT]:
 
 
 def _lines(path: Path) -> Iterator[dict]:
-    if not path.exists():
+    if not is_there(path):
         raise UserError(
             f"{path} does not exist: {path.parent} is no run folder; name the folder that --out made."
         )

@@ -5,6 +5,8 @@
     heads.py        linear heads on a model's hidden states
     classifiers.py  Hugging Face sequence-classification models
     functions.py    Python functions
+    guest.py        the boundary to code of the user's: what it may return, and what it cannot change
+    names.py        what may name a scorer
     scoring.py      scores of all responses of a sample; trying scorers out before a run
     training.py     `python -m engine.train head`, whose parts are the files head_*.py
 

@@ -198,6 +198,15 @@ def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
     return groups
 
 
+def without_equal_pairs(rows: list[Row], index: dict[Text, int], groups: list[Group]) -> list[Row]:
+    """Returns the rows but for pairs whose two responses became equal token ids by the cut at the limit.
+
+    index: place of each text in what `encode` was given; groups: what it returned.
+    """
+    ids = {row: response for g in groups for row, response in zip(g.rows, g.responses, strict=True)}
+    return [row for row in rows if row.other is None or ids[index[row.text]] != ids[index[row.other]]]
+
+
 def response_ids(text: Text, tokenizer, max_new_tokens: int, end: int) -> list[int]:
     """Tokenises a response as a rollout would have sampled it.
 

@@ -88,6 +88,12 @@ def _load_trunk(head: Head, context: LoadContext) -> Trunk:
             )
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
+        longest = max(group.tokens for group in groups)
+        if longest > model.config.max_positions:
+            raise UserError(
+                f"head {head.name} reads {model.config.max_positions} tokens, a prompt with its response has "
+                f"{longest}; shorten the prompts or use another scorer."
+            )
         return frozen_forward(model, groups, sorted(layers), temperature=None)[0]
 
     return Trunk(states=LastForward(states), config=model.config, layers=layers)

@@ -32,6 +32,7 @@ from engine.scorers.head_data import (
     hold_out,
     read_head_rows,
     unique_texts,
+    without_equal_pairs,
     without_shared_texts,
 )
 from engine.scorers.head_figures import heldout_figures
@@ -80,10 +81,15 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
     )
     texts = unique_texts([*rows, *test])
     start = time.perf_counter()
-    pooled_ND = pooled_states(model, encode(texts, tokenizer, limits), config.layer)
+    index, groups = {text: i for i, text in enumerate(texts)}, encode(texts, tokenizer, limits)
+    n_pairs = len(rows) + len(test)
+    rows, test = (without_equal_pairs(part, index, groups) for part in (rows, test))
+    if equal := n_pairs - len(rows) - len(test):
+        print(f"{equal} pairs removed: cut at --max-new-tokens {config.max_new_tokens} they are equal")
+        check_classes(rows)
+    pooled_ND = pooled_states(model, groups, config.layer)
     print(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
 
-    index = {text: i for i, text in enumerate(texts)}
     weight_D, bias = fit_head(rows, pooled_ND, index, config.l2)
     name = config.name or Path(config.out).name
     head = Head(name=name, layer=config.layer, weight_D=weight_D, bias=bias, trunk=fingerprint(folder))

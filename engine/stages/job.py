@@ -187,6 +187,8 @@ def open_job(
     display.line(plan.sentence())
     if plan.rows < asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")
+    # Weights that cannot be used are refused before there is a run folder.
+    subject = None if resume else Subject.load(SamplingSettings.of(config), inputs, scorers)
     display.line(f"run folder {out}")
     if owned is None or resume is None:
         record = RunInputs(
@@ -226,7 +228,8 @@ def open_job(
     for note in notes:
         display.warn(note)
     with run:
-        subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
+        if subject is None:
+            subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
         yield Job(
             **vars(subject),
             config=config,

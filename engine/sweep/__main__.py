@@ -60,7 +60,7 @@ def _sweep(argv: list[str], standing: Standing) -> None:
 
 def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
     """Reads settings and preset of the sweep in a folder. Raises: UserError where no sweep is there."""
-    cure = "name the folder that --out made"
+    cure = "no sweep is there, so name the folder that --out made"
     settings = read_json(Path(folder) / "sweep.json", cure=cure)
     try:
         preset = settings.pop("preset")
@@ -71,8 +71,8 @@ def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
             if not (type(value) is list and all(type(x) is kind for x in value)):
                 raise ValueError(f"{name} {value}")
         return SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()}), preset
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--resume {folder}: its sweep.json is none of a sweep ({error}); {cure}.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--resume {folder}: sweep.json holds something else ({error}); {cure}.") from error
 
 
 if __name__ == "__main__":

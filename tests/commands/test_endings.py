@@ -60,6 +60,12 @@ ENDINGS = {
     ),
     "files": (system_error(errno.EMFILE, "f"), 2, f"error: f: Too many open files; see to that and {AGAIN}"),
     "pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, f"error: Broken pipe; see to that and {AGAIN}"),
+    "no temporary folder": (
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+        2,
+        "error: No usable temporary directory found in ['/tmp']; free space there, or set TMPDIR to a folder "
+        f"with room and {AGAIN}",
+    ),
     "exit 0": (SystemExit(0), 1, "ended the process (SystemExit: 0), so it has no result"),
     "exit with a text": (SystemExit("bye"), 1, "ended the process (SystemExit: bye), so it has no result"),
     "exit without": (SystemExit(), 1, "ended the process (SystemExit: None), so it has no result"),
@@ -86,6 +92,7 @@ MISTAKES = [
     KeyError("x"),
     FileNotFoundError(errno.ENOENT, "No such file or directory", "f"),
     RecursionError("too deep"),
+    type("PanicException", (BaseException,), {})("a library in Rust"),
     UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
 ]
 

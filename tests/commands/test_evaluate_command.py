@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 from dataclasses import asdict, fields, replace
@@ -114,6 +115,34 @@ def test_a_run_on_preferences_is_judged_by_its_own_log_ratios(tmp_path):
     assert [name for name, _ in found(tmp_path / "m")["audits"]] == names
     chosen = found(tmp_path / "m")["settings"]["selection"]
     assert [row["iterate"] for row in chosen] == [1] and len(chosen[0]["room"]) == 1
+
+
+def test_two_evaluations_at_once_lose_nothing_and_a_cut_line_blocks_none(finished, capsys, monkeypatch):
+    judged = finished / "judged.jsonl"
+    before = judged.read_bytes() if judged.exists() else b""
+    judged.write_bytes(before + b'{"prompts": 2, "sha')
+    left = finished / ".evaluation-1-7"  # of a killed evaluation
+    left.mkdir()
+    theirs, mine = RunFolder(finished).next_evaluation(), []
+
+    def meanwhile(judgement):
+        theirs.mkdir()
+        (theirs / "evaluation.json").write_text("{}")
+        mine.append(RunFolder(finished).next_evaluation())
+        return []
+
+    monkeypatch.setattr(evaluate_command, "judgement_sentences", meanwhile)
+    assert main([str(finished), "--n-prompts", "2", "--n-responses", "2"]) == 0
+    assert (theirs / "evaluation.json").read_text() == "{}" and mine[0] != theirs and not left.exists()
+    assert {p.name for p in mine[0].iterdir()} == {"evaluation.json", "heldout.jsonl"}
+    assert f"written: {mine[0] / 'evaluation.json'}" in capsys.readouterr().out
+    lines = judged.read_bytes()[len(before) :].split(b"\n")
+    assert lines[0] == b'{"prompts": 2, "sha' and json.loads(lines[1])["prompts"] == 2 and lines[2:] == [b""]
+    for folder in (theirs, mine[0]):
+        shutil.rmtree(folder)
+    judged.write_bytes(before)
+    if not before:
+        judged.unlink()
 
 
 def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time(finished, capsys):

@@ -161,7 +161,7 @@ BAD = {
     "--preset": r"--preset: a value is missing",
     "--preset --steps 3": r"--preset: a value is missing",
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
-    "--steps 0": r"--steps 0: must lie in \[1, 1000000000\]\.",
+    "--steps 0": r"--steps 0: must lie in \[1, 1000000\]\.",
     "--margin -1": r"--margin -1\.0: must lie in \[0, 1e\+06\]\.",
     "--memory-budget-mb -1": r"--memory-budget-mb -1: must lie in \[0, 1000000000\]\.",
     "--learning-rate nan": r"--learning-rate nan: must be finite\.",

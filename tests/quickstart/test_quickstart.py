@@ -315,13 +315,13 @@ def test_a_manifest_that_lists_no_model_is_none(wheel, text):
     assert len(wheel) == 2 and not llama_folder.faults(folder)
 
 
-def test_a_file_or_a_link_in_the_place_of_the_cache(wheel, tmp_path):
+def test_a_file_in_the_place_of_the_model_stays(wheel):
     folder = quickstart.model_folder(quiet)
-    for stand_in in (lambda: folder.write_text("mine"), lambda: folder.symlink_to(tmp_path / "nowhere")):
-        quickstart.shutil.rmtree(folder)
-        stand_in()
-        assert quickstart.model_folder(quiet) == folder and not llama_folder.faults(folder)
-        assert folder.is_dir() and not folder.is_symlink()
+    quickstart.shutil.rmtree(folder)
+    folder.write_text("mine")
+    with pytest.raises(UserError) as capture:
+        quickstart.model_folder(quiet)
+    assert "XDG_CACHE_HOME" in message(capture) and folder.read_text() == "mine" and len(wheel) == 1
 
 
 def test_what_a_kill_behind_the_last_rename_left_is_removed(wheel):
@@ -331,14 +331,6 @@ def test_what_a_kill_behind_the_last_rename_left_is_removed(wheel):
     (dead / "model.gguf").write_bytes(b"large")
     assert quickstart.model_folder(quiet) == folder and len(wheel) == 1
     assert left_behind() == [folder.name]
-
-
-def test_no_home_folder(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setattr(quickstart.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    with pytest.raises(UserError) as capture:
-        quickstart.model_folder(quiet)
-    assert "XDG_CACHE_HOME" in message(capture)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])

@@ -1,8 +1,10 @@
 """The report: a pure function of the run folder, deterministic, self-contained, escaped,
 and sensible where files are missing."""
 
+import errno
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from engine.constraints import Improvement, Judged, word
-from engine.errors import UserError
+from engine.errors import NotWritten, UserError
 from engine.intervals import estimate
 from engine.report import run_page
 from engine.report.run_files import FILES, read
@@ -253,6 +255,37 @@ def test_a_stopped_run_with_a_cut_off_line_and_null_values(rendered, tmp_path):
     (folder / "metrics.jsonl").write_text('{"kind": "ste\n' + lines[0] + "\n")
     with pytest.raises(UserError, match="line 1 is not JSON"):
         run_page.write(folder)
+
+
+def test_a_full_disk_keeps_the_older_report_and_is_one_line(tmp_path, monkeypatch):
+    folder = _run_folder(tmp_path / "run", iterations=1, prompts=4)
+    before = [path.read_bytes() for path in run_page.write(folder)]
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NotWritten, match="disk full while saving .*report.png .*; free space$"):
+        run_page.write(folder)
+    monkeypatch.undo()
+    assert [(folder / name).read_bytes() for name in ("report.png", "report.html")] == before
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_verdict_that_is_cut_or_no_verdict_is_one_line(tmp_path):
+    folder = _run_folder(tmp_path / "run", iterations=1, prompts=4)
+    path = folder / "evaluation.json"
+    whole = path.read_text()
+    for text, says in (
+        (whole[:50], "not valid JSON"),
+        ("{}", "not a whole evaluation .KeyError"),
+        ('{"refusal_harmless": 1, "reward": 3}', "not a whole evaluation .TypeError"),
+        ("[]", "a JSON list, not an object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"evaluation.json: {says}.*; resume the run") as caught:
+            run_page.write(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_one_iteration_and_three_constraints_with_odd_names(tmp_path):

@@ -60,4 +60,6 @@ def test_a_run_writes_where_the_paths_say(tmp_path: Path, name: str) -> None:
     paths = RunFolder(folder)
     file = paths.stage_file(name)
     assert file.is_file() and file.name == f"{paths.stage_stem(2, name)}.safetensors"
-    assert {paths.config, paths.lock, paths.stages, paths.metrics, paths.timing} == set(folder.iterdir())
+    assert {paths.config, paths.inputs, paths.lock, paths.stages, paths.metrics, paths.timing} == set(
+        folder.iterdir()
+    )

@@ -234,17 +234,30 @@ def test_numbers_that_are_not_finite_are_read_as_none(tmp_path: Path) -> None:
 
 
 def test_a_row_that_lacks_a_field_is_refused_by_name(tmp_path: Path) -> None:
-    for read, row, file in ((read_rows, ITERATION, "metrics.jsonl"), (read_timing, SPEED, "timing.jsonl")):
-        for name in ("stage", fields(row)[-1].name):
-            lacking = {field: value for field, value in row.as_dict().items() if field != name}
-            write(tmp_path / file, [row.as_dict(), lacking])
-            said = f"{tmp_path / file}: a row of kind {row.KIND} has no {name}; another version of"
-            with pytest.raises(UserError, match=re.escape(said)):
-                read(tmp_path, type(row))
+    file = tmp_path / "metrics.jsonl"
+    for name in ("stage", fields(ITERATION)[-1].name):
+        lacking = {field: value for field, value in ITERATION.as_dict().items() if field != name}
+        write(file, [ITERATION.as_dict(), lacking])
+        said = f"{file}: a row of kind {ITERATION.KIND} has no {name}; another version of"
+        with pytest.raises(UserError, match=re.escape(said)):
+            read_rows(tmp_path, IterationRow)
     # Rows of other kinds are not looked at, and further fields do no harm.
     assert read_rows(tmp_path, YRow) == []
     write(tmp_path / "metrics.jsonl", [ITERATION.as_dict() | {"later": 1}])
     assert read_rows(tmp_path, IterationRow) == [ITERATION]
+
+
+def test_a_damaged_row_of_the_timing_is_left_out(tmp_path: Path) -> None:
+    whole = json.dumps(SPEED.as_dict()).encode()
+    damaged = [
+        whole.replace(b'"stage"', b'"stagg"'),
+        whole.replace(b"kind", b"k\xffnd"),
+        b"[1]",
+        b"3",
+        whole[:20],
+    ]
+    (tmp_path / "timing.jsonl").write_bytes(b"\n".join([*damaged, whole, *damaged]))
+    assert read_timing(tmp_path, SpeedRow) == [SPEED]
 
 
 def test_what_no_row_can_hold() -> None:

@@ -229,6 +229,21 @@ def test_bad_settings_are_named(tiny, tmp_path, change, says):
     assert not (tmp_path / "o").exists()
 
 
+def test_pairs_that_the_cut_makes_equal_are_removed(tiny, tmp_path, capsys):
+    pairs = [
+        {**row, "chosen": row["chosen"] + "!", "rejected": row["rejected"] + "?"} for row in toy_pairs(8)
+    ]
+    alike = [{"prompt": f"p{i}", "chosen": f"aaaaaaaa{i}", "rejected": f"aaaaaaaa {i}"} for i in range(3)]
+    config = HeadConfig(
+        data=(write(tmp_path / "a.jsonl", pairs + alike),), out=str(tmp_path / "o"), model=tiny, layer=1
+    )
+    training.train(dataclasses.replace(config, max_new_tokens=8))
+    assert "3 pairs removed: cut at --max-new-tokens 8 they are equal" in capsys.readouterr().out
+    config = dataclasses.replace(config, data=(write(tmp_path / "b.jsonl", alike),), out=str(tmp_path / "q"))
+    with pytest.raises(UserError, match="no training rows are left"):
+        training.train(dataclasses.replace(config, max_new_tokens=8))
+
+
 def test_one_class_or_one_prompt_is_refused(tmp_path):
     out = str(tmp_path / "o")
     rows = [dict(row, label=1) for row in toy_labels(5)]

@@ -9,7 +9,12 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from engine import model, quickstart
 from engine.config import CaidConfig, smoke
@@ -455,6 +460,42 @@ def test_sequence_classification_models(tiny_folder, tmp_path, labels):
         chosen = {1: 0, 2: 1, 3: 1}[labels]
         expected = z[0] if labels == 1 else z[chosen] - torch.cat([z[:chosen], z[chosen + 1 :]]).logsumexp(0)
         assert float(scores[i]) == pytest.approx(float(expected), abs=1e-4)
+
+
+TALKS = [
+    [{"role": "user", "content": "What is it?"}],
+    [{"role": "system", "content": "Sing."}, {"role": "user", "content": "What is it?"}],
+    [
+        {"role": "user", "content": "I am Bo."},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is it?"},
+    ],
+]
+
+
+def test_a_scorer_is_given_the_whole_conversation(world, tmp_path):
+    _, tokenizer, _, rollouts, texts = world
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": talk}) + "\n" for talk in TALKS))
+    prompts, seen = load_prompts(str(file), tokenizer, max_prompt_tokens=400), {}
+
+    def scorer(name, **how):
+        def function(prompts, responses):
+            seen[name] = prompts
+            return [float(i % 5) for i in range(len(responses))]
+
+        return TextScorer(name=name, function=function, **how)
+
+    scorers = Scorers(reward=scorer("text"), costs=(scorer("messages", reads_messages=True),), audits=())
+    scores_of((world[0], tokenizer, prompts, rollouts, texts), scorers)
+    assert seen["text"][::4] == [
+        "What is it?",
+        "system: Sing.\n\nuser: What is it?",
+        "user: I am Bo.\n\nassistant: Hello.\n\nuser: What is it?",
+    ]
+    assert seen["messages"][::4] == TALKS and len(seen["messages"]) == 12
+    try_out(scorers, prompts, 8)
+    assert seen["messages"] == [*TALKS, TALKS[0]] and seen["text"][0] == "What is it?"
 
 
 def test_scores_that_are_not_finite_name_the_response(world):

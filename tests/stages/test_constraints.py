@@ -290,7 +290,7 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     monkeypatch.setattr(update, "save_weights", lambda *a: None)
     config, show = smoke(RepoConfig(beta=1.0)), SimpleNamespace(line=lambda text: None)
     run = SimpleNamespace(stage=one_stage, display=show, folder=tmp_path, paths=RunFolder(tmp_path))
-    job = SimpleNamespace(config=config, model=None, folder=None, run=run)
+    job = SimpleNamespace(config=config, model=None, folder=tmp_path, texts=tmp_path, run=run)
     weights = SimpleNamespace(tensors=dict, set_tensors=lambda x: None)
     lam = torch.tensor([3.0], dtype=DTYPE)
     Updates(job, reference, weights, None).ascend(None, lam, repo.rectified(lam, config.advantage), 1)

@@ -111,6 +111,22 @@ def test_a_file_is_refused_before_any_compute(tmp_path, capsys, flags, rows, sai
     assert not (tmp_path / "r").exists()
 
 
+def test_a_run_says_what_it_leaves_out_and_that_top_p_measures_no_kl(tmp_path, capsys):
+    rows = [*ROWS, {"prompt": "q", "response_0": "a long answer", "response_1": "a long answer, too"}]
+    file, out = write(tmp_path / "own.jsonl", rows), tmp_path / "r"
+    flags = ["--pairs", file, "--top-p", "0.5", "--iterations", "1", "--steps", "1", "--eval-prompts", "2"]
+    with pytest.raises(UserError, match="--max-kl 2: no KL is measured with --top-p 0.5"):
+        check(CaidConfig(max_kl=2.0, top_p=0.5))
+    check(CaidConfig(max_kl=2.0))
+    assert train.main(["caid", *SMOKE, *flags, "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--top-p 0.5 cuts the distributions that are sampled, so no KL is measured" in said
+    assert f"1 of {len(rows)} pairs have equal answers and were left out" in said
+    assert f"of {2 * len(rows)} answers are longer than --max-new-tokens 8 and were cut" in said
+    assert "| log-ratio " in said and "| KL " not in said and "KL(policy || reference)" not in said
+    assert json.loads((out / "evaluation.json").read_text())["truncated"] is True
+
+
 def steps_of(folder: Path) -> list[tuple[int, float]]:
     steps = [row for row in read_rows(folder, StepRow) if row.stage.startswith("iteration")]
     return [(row.iteration, row.loss) for row in steps]

@@ -14,8 +14,9 @@ from engine.stages.smoke import write_smoke_model
 from tests.helpers.runs import SMOKE, files, write
 
 DATED = (
-    "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}.{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}."
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SCORER = "def brevity(prompts, responses):\n    return [-len(text) / 10 for text in responses]\n"
 
@@ -176,8 +177,8 @@ def damage(path: Path, how: str) -> None:
 
 
 OUTSIDE_STAGES = (
-    "adapters/iteration-1/adapter_model.safetensors", "adapters/iteration-1/adapter_config.json", "metrics.jsonl",
-    "evaluation.json", "heldout.jsonl", "report.html", "report.png", "config.json", "inputs.safetensors",
+    "adapters/iteration-1/adapter_model.safetensors", "adapters/iteration-1/adapter_config.json",
+    "metrics.jsonl", "evaluation.json", "heldout.jsonl", "report.html", "report.png", "config.json", "inputs.safetensors",
     "outputs.json", "model/tokenizer.json", "model/tokenizer_config.json",
 )  # fmt: skip
 

@@ -269,6 +269,20 @@ def test_evaluation_survives_json():
         assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
 
 
+def test_samples_that_are_cut_have_no_kl():
+    outputs = _stage_outputs(["", ""])
+    whole = evaluate(**outputs)
+    cut = evaluate(**{**outputs, "asked": replace(outputs["asked"], truncated=True)})
+    assert cut == replace(whole, truncated=True) and cut.kl.mean != 0
+    assert "truncated" not in whole.as_dict() and cut.as_dict() == {**whole.as_dict(), "truncated": True}
+    for e in (whole, cut):
+        assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
+        said = [line for line in sentences(e) if "KL" in line]
+        assert len(said) == 1 and f": {e.kl.mean:.2f} nats per response" in said[0]
+        assert said[0].startswith("KL(policy || reference)") != e.truncated
+        assert ("which is no KL" in said[0]) == e.truncated
+
+
 def test_the_confidence_reaches_every_estimate():
     e = evaluate(**_stage_outputs(["", ""]), confidence=0.8)
     assert e.reward == estimate(torch.tensor([1.0, 1.0]), 0.8)
