@@ -109,7 +109,7 @@ def test_damage_changes_a_file(tmp_path, way):
 
 
 CASES = (
-    "kills/caid/operation", "kills/export/operation", "damage/export/run/report.png/deleted",
+    "kills/caid/operation-10", "kills/export/operation", "damage/export/run/report.png/deleted",
     "inputs/lines/unknown-flag", "inputs/prompts-jsonl/cut", "inputs/numbers/caid/beta/nan",
     "inputs/scorer-values/few", "disks/export/full",
 )  # fmt: skip
