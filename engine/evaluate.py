@@ -385,6 +385,7 @@ def _iterates(run: Committed, wanted: int, *, every: bool) -> dict[int, list[flo
 
     Raises: UserError when there is none, or not the wanted one.
     """
+    run.check_whole()
     there = run.iterates
     if not there:
         raise run.lacks("iterate")

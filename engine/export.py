@@ -26,6 +26,7 @@ def export(run: str | Path, folder: str | Path) -> None:
     base = model_folder(config.model)
     for line in owned.check_model(base, digests(base)):
         print(line, file=sys.stderr)
+    committed.check_whole()
     iterate = max(committed.iterates, default=0)
     if not iterate:
         raise committed.lacks("iterate")

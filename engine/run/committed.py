@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import is_file
+from engine.run import outputs
 from engine.run.contents import Contents, read_contents
 from engine.run.folder import RunFolder
 from engine.run.rows import IterationRow, PolicyRow, RowT, typed
@@ -59,6 +60,18 @@ class Committed:
             return load(self.files[stage], cls)
         except (Torn, FileNotFoundError) as error:
             raise UserError(f"{error}; {self._resume()}") from error
+
+    def check_whole(self) -> None:
+        """Checks that no stage is damaged, and none is gone whose iterate was written.
+
+        Raises: UserError otherwise, since a later iterate may be missing.
+        """
+        trained = {row.iteration for row in self.rows(PolicyRow)}
+        gone = [path for number, path in RunFolder(self.folder).iterates().items() if number not in trained]
+        if self.broken:
+            raise self.lacks("")
+        if gone and outputs.has(RunFolder(self.folder), gone[-1]):
+            raise UserError(f"{self.folder}: the stage that made {gone[-1]} is gone; {self._resume()}")
 
     def wrote_its_rows(self) -> bool:
         """Tells whether metrics.jsonl holds exactly the rows of these stages."""

@@ -126,8 +126,8 @@ class RunFolder:
 
     def iterates(self) -> dict[int, Path]:
         """Lists the folders of iterates by number, ascending; their contents may be half written."""
-        numbered = {int(path.name.removeprefix(ITERATE)): path for path in self.adapters.glob(f"{ITERATE}*")}
-        return dict(sorted(numbered.items()))
+        named = {path.name.removeprefix(ITERATE): path for path in self.adapters.glob(f"{ITERATE}*")}
+        return {int(number): named[number] for number in sorted(filter(str.isdecimal, named), key=int)}
 
     def next_evaluation(self) -> Path:
         """Returns the first folder evaluation-N that does not exist yet."""

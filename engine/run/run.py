@@ -13,13 +13,13 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from engine.errors import Interrupted, UserError
-from engine.files import clear, move_aside, sync_folder, write_whole, writing
+from engine.files import clear, is_there, make_folder, move_aside, whole_folder, write_whole, writing
 from engine.run.contents import Contents, read_contents, write_contents
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import Row, RowT, SpeedRow, StageTimeRow, typed
 from engine.run.store import RecordT, Torn, dumps, read_whole, save, unpack_file
-from engine.run.tensorboard import TensorBoard, tensorboard_writer
+from engine.run.tensorboard import TensorBoard, check_tensorboard, tensorboard_writer
 
 
 def _append(path: Path, row: dict) -> None:
@@ -153,33 +153,25 @@ class Run:
         Raises: UserError when the folder exists or cannot be made.
         """
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError as error:
+        if is_there(folder):
             raise UserError(
                 f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"cannot make the run folder {folder} ({error.strerror}); choose another --out"
-            ) from error
-        try:
-            lock, paths = cls._take_lock(folder), RunFolder(folder)
+            )
+        settings = {name: value for name, value in config.items() if name != "out"}
+        if settings.get("tensorboard"):
+            check_tensorboard()
+        # The folder appears whole, so that a kill before leaves none that could not be resumed.
+        with whole_folder(folder) as partial:
+            paths = RunFolder(partial)
             paths.stages.mkdir()
             for name, source in (model_files or {}).items():
                 copy = paths.model / name
-                copy.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(copy.parent)
                 write_whole(copy, source.read_bytes())
-            settings = {name: value for name, value in config.items() if name != "out"}
-            # config.json comes last: a folder that has it is complete.
             contents = write_contents(
-                folder, algorithm, settings, fingerprint=fingerprint, versions=versions, inputs=inputs
+                partial, algorithm, settings, fingerprint=fingerprint, versions=versions, inputs=inputs
             )
-            run = cls(folder, lock, contents, display)
-            sync_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+        run = cls(folder, cls._take_lock(folder), contents, display)
         return run
 
     @classmethod

@@ -45,10 +45,20 @@ def tensorboard_writer(folder: str | Path) -> TensorBoard:
     TensorBoard puts the time and the host into its files, so these are not equal between equal runs.
     Raises: UserError when the package is missing.
     """
+    writer = _summary_writer()
+    target = Path(folder) / "tensorboard"
+    shutil.rmtree(target, ignore_errors=True)
+    return TensorBoard(writer(str(target)))
+
+
+def check_tensorboard() -> None:
+    """Checks that the package is there. Raises: UserError when it is missing."""
+    _summary_writer()
+
+
+def _summary_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    target = Path(folder) / "tensorboard"
-    shutil.rmtree(target, ignore_errors=True)
-    return TensorBoard(SummaryWriter(str(target)))
+    return SummaryWriter

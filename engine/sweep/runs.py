@@ -9,7 +9,6 @@ sweep's files are written anew: table.csv, pareto.png, multipliers.png and index
 """
 
 import os
-import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -28,9 +27,6 @@ from engine.stages.solve import one_shot
 from engine.sweep.outcomes import OneShot, Outcome, finished, read_run
 from engine.sweep.pages import write
 from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
-
-# What a run has written when it is killed before its inputs.safetensors is whole.
-BEGINNING = {".lock", "inputs.safetensors.tmp", "model", "stages"}
 
 
 def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
@@ -151,19 +147,14 @@ def _train(plan: Plan) -> str:
 
 
 def begun(folder: Path) -> str | None:
-    """Returns the folder where a run in it can be resumed; removes what a run left that
-    was killed before it began.
+    """Returns the folder where a run in it can be resumed; None where there is none.
 
     Raises: UserError where other files are in the way: a sweep deletes nothing that it has not written.
     """
     if RunFolder(folder).config.is_file() or RunFolder(folder).inputs.is_file():
         return str(folder)
-    if not folder.exists():
-        return None
-    left = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if left - BEGINNING or ("stages" in left and any((folder / "stages").iterdir())):
+    if is_there(folder):
         raise UserError(
-            f"{folder}: no run, and not empty; move it away, then go on with --resume {folder.parent}."
+            f"{folder}: no run, and in its way; move it away, then go on with --resume {folder.parent}."
         )
-    shutil.rmtree(folder)
     return None

@@ -297,21 +297,19 @@ def test_near_thresholds_have_folders_of_their_own(tmp_path):
     ]
 
 
-def test_a_sweep_deletes_only_what_a_killed_run_left(tmp_path):
-    killed, notes, stage, file = (tmp_path / name for name in ("killed", "notes", "stage", "file"))
-    for folder in (killed, notes, stage):
+def test_a_sweep_deletes_nothing_in_the_place_of_a_run(tmp_path):
+    notes, stage, file = (tmp_path / name for name in ("notes", "stage", "file"))
+    for folder in (notes, stage):
         (folder / "stages").mkdir(parents=True)
-        (folder / ".lock").touch()
-    (killed / "config.json.tmp").write_text("{")
     (notes / "my notes.txt").write_text("dear diary")
     (stage / "stages" / "01-reference.safetensors").write_bytes(b"x")
     file.write_text("mine")
-    assert begun(killed) is None and not killed.exists() and begun(tmp_path / "none") is None
+    assert begun(tmp_path / "none") is None
     for path in (notes, stage, file):
-        with pytest.raises(UserError, match=f"{path}: no run, and not empty; move it away"):
+        with pytest.raises(UserError, match=f"{path}: no run, and in its way; move it away"):
             begun(path)
     assert (notes / "my notes.txt").read_text() == "dear diary" and file.exists()
-    assert (notes / ".lock").exists() and any((stage / "stages").iterdir())
+    assert any((stage / "stages").iterdir())
 
 
 def test_cells_that_start_a_formula_are_quoted(tmp_path):

@@ -617,7 +617,7 @@ def test_create_refuses_an_existing_folder(tmp_path: Path) -> None:
         == f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
     )
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the run folder .*choose another --out"):
+    with pytest.raises(UserError, match="--out .*cannot be made .*name another place"):
         Run.create(tmp_path / "file" / "run", "caid", {}, **ARGUMENTS)
 
 
@@ -627,7 +627,7 @@ def test_create_refuses_an_unwritable_place(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", refuse)
-        with pytest.raises(UserError, match="Permission denied.*choose another --out"):
+        with pytest.raises(UserError, match="Permission denied.*name another place"):
             Run.create(tmp_path / "run", "caid", {}, **ARGUMENTS)
 
 
