@@ -21,10 +21,13 @@ from engine.constraints import Improvement, Judged
 from engine.data.prompts import lookalike_prompts, shipped_prompts
 from engine.errors import NonFiniteError, UserError
 from engine.intervals import Estimate
+from engine.run import outputs
+from engine.run.folder import RunFolder
 from engine.run.rows import StageTimeRow
 from engine.sweep import runs as sweep_runs
 from engine.verdict.evaluation import Evaluation
-from tests.helpers.rows import POLICY, REFERENCE, SPEED, STEP, write_metrics, write_timing
+from tests.helpers.rows import POLICY, REFERENCE, SPEED, STEP, write_timing
+from tests.helpers.runs import write_run
 from tests.helpers.study_rows import ROWS, row, with_another_cost
 
 SETTINGS = [
@@ -206,8 +209,12 @@ def trained(monkeypatch) -> Trained:
         if folder.name == fail.get("stop"):
             raise KeyboardInterrupt
         names.append(folder.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"versions": {"commit": "abc", "threads": "4"}}))
+        if not folder.exists():
+            stages = {
+                "reference": [REFERENCE],
+                "iteration-1/policy": [STEP, STEP, replace(POLICY, lam=[0.7])],
+            }
+            write_run(folder, "caid", {}, stages, {"commit": "abc", "threads": "4"})
         write_timing(
             folder,
             [
@@ -218,7 +225,6 @@ def trained(monkeypatch) -> Trained:
                 StageTimeRow(stage="heldout/policy", seconds=900.0),
             ],
         )
-        write_metrics(folder, [REFERENCE, STEP, STEP, replace(POLICY, lam=[0.7])])
         if folder.name == fail.get("diverge"):
             raise NonFiniteError("loss nan")
 
@@ -243,7 +249,7 @@ def trained(monkeypatch) -> Trained:
             n_responses=8,
         )
         (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
-        (folder / "report.html").write_text("")
+        outputs.note(RunFolder(folder), [folder / "evaluation.json"])
 
     def draw_samples(plans):
         folder = Path(plans[0].config.samples_of)

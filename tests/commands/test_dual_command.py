@@ -333,7 +333,7 @@ FILES = {
     "no prompt": (lambda rows: rows[2].pop("prompt"), r"scores\.jsonl:3: no column 'prompt'"),
     "nan": (set_to(7, "reward", float("nan")), r"scores\.jsonl:7: column 'reward' is nan; it must be finite"),
     "inf": (set_to(9, "harm", float("-inf")), r"scores\.jsonl:9: column 'harm' is -inf; it must be finite"),
-    "huge": (set_to(9, "harm", 10**400), r"scores\.jsonl:9: column 'harm' is 1000"),
+    "huge": (set_to(9, "harm", 10**400), r"scores\.jsonl:9: column 'harm' is inf; it must be finite"),
     "text": (set_to(2, "harm", "high"), r"scores\.jsonl:2: column 'harm' holds 'high'; give a number"),
     "null": (set_to(2, "harm", None), r"scores\.jsonl:2: column 'harm' holds 'None'; give a number"),
     "prompt kind": (

@@ -27,15 +27,13 @@ from engine.run.committed import read_committed
 from engine.run.display import Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import DualRow, IterationRow, ReferenceRow, SampledRow, read_rows
-from engine.run.run import Run
 from engine.stages import inputs
-from engine.stages.run_inputs import RunInputs
 from engine.stages.sampling import gap_text
 from engine.verdict import evaluation
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.sentences import sentences
 from tests.helpers.rows import ITERATION, POLICY
-from tests.helpers.runs import SMOKE
+from tests.helpers.runs import SMOKE, write_run
 from tests.helpers.scorers import vowels
 
 
@@ -329,26 +327,9 @@ def stopped_run(folder: Path, config, *, trained: list[int], past: tuple[int, ..
     """Makes a run folder with rows of the policies `trained`, and nothing else; those of `past` went past
     --max-kl."""
     algorithm = "caid" if isinstance(config, CaidConfig) else "mocan"
-    none = Prompts(text=[], kind=[], token_ids=[], key_P=torch.zeros(0, dtype=torch.int64))
-    record = RunInputs(
-        train=none,
-        heldout=none,
-        pairs=None,
-        preferences=None,
-        stop_token_ids=[],
-        began="",
-        sources={},
-        model={"model.safetensors": "1" * 64},
-        scorers={},
-    )
-    settings = asdict(replace(config, threads=1))
-    with Run.create(folder, algorithm, settings, versions={}, fingerprint="f", inputs=record) as run:
-        for t in trained:
-            row = replace(POLICY, iteration=t, lam=[float(t)])
-            run.stage(f"iteration-{t}/policy", dict, lambda stage, row=row: stage.log(row) or {})
-        for t in past:
-            row = replace(ITERATION, iteration=t, kl=2.0)
-            run.stage(f"iteration-{t}/slack", dict, lambda stage, row=row: stage.log(row) or {})
+    stages = {f"iteration-{t}/policy": [replace(POLICY, iteration=t, lam=[float(t)])] for t in trained}
+    stages |= {f"iteration-{t}/slack": [replace(ITERATION, iteration=t, kl=2.0)] for t in past}
+    write_run(folder, algorithm, asdict(replace(config, threads=1)), stages)
     return folder
 
 
