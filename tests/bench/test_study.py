@@ -276,7 +276,10 @@ def test_parts_are_run_gone_on_with_and_collected(tmp_path, trained, monkeypatch
     # Stopped in the third run, then gone on with by the same command, then only read.
     trained.fail["stop"] = "caid-b0.4-seed0"
     assert run(*question) == 130 and trained == ["caid-b0.2-seed0", "mocan-b0.2-seed0"]
-    assert not (tmp_path / "gpu").exists() and "the same command goes on in" in capsys.readouterr().err
+    assert (
+        not (tmp_path / "gpu").exists()
+        and "start the same command again, which goes on in" in capsys.readouterr().err
+    )
     del trained.fail["stop"]
     assert run(*question) == 0 and len(trained) == 6 and trained[0] == "caid-b0.4-seed0"
 

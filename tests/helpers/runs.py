@@ -27,7 +27,7 @@ def write(path: Path, rows: list[dict]) -> str:
 def write_run(
     folder: Path, algorithm: str, settings: dict, stages: dict[str, list[Row]], versions: dict | None = None
 ) -> None:
-    """Writes a run folder whose stages logged these rows and have nothing else; it was made from no prompts."""
+    """Writes a run folder, made from no prompts, whose stages logged these rows and have nothing else."""
     none = Prompts(text=[], kind=[], token_ids=[], key_P=torch.zeros(0, dtype=torch.int64))
     record = RunInputs(
         train=none,
