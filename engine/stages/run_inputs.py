@@ -77,6 +77,13 @@ class OwnedInputs:
             said.append(f"{source / name} is new since the run began; the run goes on without it")
         return said
 
+    def copies_are_whole(self) -> bool:
+        """Tells whether the run's copies of the model's files are as they were made."""
+        copies = {name: digest for name, digest in self.record.model.items() if is_copied(name)}
+        return all(
+            sha256_of_file(RunFolder(self.run).model / name) == digest for name, digest in copies.items()
+        )
+
     def check_sources(self) -> list[str]:
         """Returns what to say of files of prompts and pairs that have changed since they were read."""
         return [

@@ -18,6 +18,7 @@ from engine.run.rows import (
     StepRow,
     read_timing,
 )
+from engine.stages.run_inputs import DamagedInputs, owned_inputs
 from engine.sweep.plans import Plan
 from engine.verdict.evaluation import Evaluation
 
@@ -59,7 +60,11 @@ def finished(plan: Plan) -> bool:
     if not outputs.is_whole(paths, paths.evaluation) or outputs.damaged(paths, paths.path):
         return False
     run = read_committed(plan.folder)
-    return not run.broken and run.wrote_its_rows()
+    try:
+        copies = owned_inputs(plan.folder).copies_are_whole()
+    except DamagedInputs:
+        return False
+    return copies and not run.broken and run.wrote_its_rows()
 
 
 def read_run(plan: Plan, error: str = "") -> Outcome:

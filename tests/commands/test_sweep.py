@@ -369,8 +369,13 @@ def test_a_sweep_reads_one_state_of_its_files_and_counts_no_damaged_run(tmp_path
     (by_steps / "metrics.jsonl").write_text("".join(lines[:-2]))
     verdict = (by_pairs / "evaluation.json").read_bytes()
     (by_pairs / "evaluation.json").write_bytes(verdict.replace(b"0.", b"1."))
+    files = by_pairs / "inputs.safetensors", by_steps / "model/config.json"
+    owned = {file: file.read_bytes() for file in files}
+    for file in owned:
+        file.write_bytes(b"")
     assert sweep_main.main(["--resume", str(out)]) == 0
     assert (by_pairs / "evaluation.json").read_bytes() == verdict
+    assert owned == {file: file.read_bytes() for file in owned}
     assert (by_steps / "metrics.jsonl").read_text() == "".join(lines)
     assert (table, page) == tuple((out / name).read_bytes() for name in ("table.csv", "index.html"))
     # A run that begins later reads the files that the runs before it have read, or none.
