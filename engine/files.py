@@ -3,6 +3,7 @@ the one for writing, beyond which no OSError goes."""
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 from engine.errors import NotWritten, UserError
 
+HASHED_BLOCK = 1 << 22  # bytes that are read at a time to hash a file
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
@@ -179,6 +181,12 @@ def clear(path: Path) -> None:
     """
     move_aside(path)
     path.unlink(missing_ok=True)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hashes a file by large blocks. Raises: OSError."""
+    with open(path, "rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256", _bufsize=HASHED_BLOCK).hexdigest()
 
 
 def move_aside(path: Path) -> None:

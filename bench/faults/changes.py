@@ -111,38 +111,28 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = ()) -> list[Case]:
 
 def resumed(slot: Slot, name: str, alteration: str, stop: float) -> Outcome:
     """Kills a run, changes an input, and goes on: the run has to end as if nothing had been changed."""
-    change = ALTERATIONS[alteration]
     begin_stopped(slot, name, stop)
-    before = tree(slot.work / "run")
-    change.change(slot.work)
-    words = ("engine.train", "--resume", "run")
-    ended = slot.call(words, before=outside_of(alteration))
-    return judged(
-        slot,
-        words,
-        change,
-        ended,
-        before,
-        lambda: compared(tree(slot.work / "run"), slot.oracle(f"run-{name}", "run")),
-    )
+    return changed(slot, alteration, ("engine.train", "--resume", "run"), "run", f"run-{name}")
 
 
 def evaluated(slot: Slot, name: str, alteration: str) -> Outcome:
     """Changes an input of a finished run and evaluates it: the result has to be the same."""
-    change = ALTERATIONS[alteration]
     slot.begin(f"run-{name}")
-    before = tree(slot.work / "run")
+    return changed(slot, alteration, COMMANDS["evaluate"].words, "run/evaluation-1", f"evaluate-{name}")
+
+
+def changed(slot: Slot, alteration: str, words: tuple, result: str, oracle: str) -> Outcome:
+    """Changes an input, calls a command, and compares the folder `result` with the undisturbed one."""
+    change, before = ALTERATIONS[alteration], tree(slot.work / "run")
     change.change(slot.work)
-    words = COMMANDS["evaluate"].words
     ended = slot.call(words, before=outside_of(alteration))
-    result = "run/evaluation-1"
     return judged(
         slot,
         words,
         change,
         ended,
         before,
-        lambda: compared(tree(slot.work / result), slot.oracle(f"evaluate-{name}", result)),
+        lambda: compared(tree(slot.work / result), slot.oracle(oracle, result)),
     )
 
 

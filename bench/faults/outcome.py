@@ -25,7 +25,7 @@ Tree = dict[str, bytes | str]
 
 
 class Outcome(NamedTuple):
-    """What came of a case."""
+    """The outcome of a case."""
 
     kind: str  # one of OUTCOMES
     detail: str = ""

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from engine import files
 from engine.errors import UserError
-from engine.files import is_file, is_folder, one_line, reading, shown, sync_files, whole_folder, writing
+from engine.files import (
+    is_file,
+    is_folder,
+    one_line,
+    reading,
+    sha256_of_file,
+    shown,
+    sync_files,
+    whole_folder,
+    writing,
+)
 from engine.model.checkpoint import (
     FETCH,
     INDEX,
@@ -46,7 +56,6 @@ TEXT_FILES = {
 }  # fmt: skip
 # from those that match one of these patterns, and from the folder of named chat templates.
 TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
-_BLOCK = 1 << 22  # bytes that are read at a time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -234,8 +243,8 @@ def digests(folder: Path) -> dict[str, str]:
     names = sorted(weights | index | {"config.json"} | set(text_files(folder)))
 
     def sha256(name: str) -> str:
-        with reading(folder / name, cure=FETCH), open(folder / name, "rb", buffering=0) as stream:
-            return hashlib.file_digest(stream, "sha256", _bufsize=_BLOCK).hexdigest()
+        with reading(folder / name, cure=FETCH):
+            return sha256_of_file(folder / name)
 
     order = sorted(names, key=lambda name: name not in weights)  # the largest files are begun first
     with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as threads:

@@ -1,4 +1,4 @@
-"""What the stages of a run have committed, read and checked without running it."""
+"""Reads and checks what the stages of a run have committed, without running it."""
 
 import math
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ class Committed:
     files: dict[str, Path]  # by the stage's name
     metrics: list[dict]  # the rows of these stages, as they are written
     broken: str  # says which file ends them before the last one; "" where all are whole
+    written: list[int]  # iterates that had a noted folder when reading began: each has a stage by now
 
     @property
     def config(self) -> RunConfig:
@@ -66,12 +67,13 @@ class Committed:
 
         Raises: UserError otherwise, since a later iterate may be missing.
         """
-        trained = {row.iteration for row in self.rows(PolicyRow)}
-        gone = [path for number, path in RunFolder(self.folder).iterates().items() if number not in trained]
         if self.broken:
             raise self.lacks("")
-        if gone and outputs.has(RunFolder(self.folder), gone[-1]):
-            raise UserError(f"{self.folder}: the stage that made {gone[-1]} is gone; {self._resume()}")
+        trained = {row.iteration for row in self.rows(PolicyRow)}
+        if gone := [number for number in self.written if number not in trained]:
+            raise UserError(
+                f"{self.folder}: the stage that made iterate {gone[-1]} is gone; {self._resume()}"
+            )
 
     def wrote_its_rows(self) -> bool:
         """Tells whether metrics.jsonl holds exactly the rows of these stages."""
@@ -94,6 +96,8 @@ def read_committed(folder: Path) -> Committed:
     Raises: UserError where there is no run.
     """
     paths, contents = RunFolder(folder), read_contents(folder)
+    # A run that goes on meanwhile adds stages, and then the folders of their iterates.
+    written = [number for number, path in paths.iterates().items() if outputs.has(paths, path)]
     files, metrics, after, broken = {}, [], contents.inputs, ""
     for number, path in enumerate(_numbered(paths), start=1):
         if path is None:
@@ -109,7 +113,9 @@ def read_committed(folder: Path) -> Committed:
             broken = str(error)
             break
         after = content["sha256"]
-    return Committed(folder=folder, contents=contents, files=files, metrics=metrics, broken=broken)
+    return Committed(
+        folder=folder, contents=contents, files=files, metrics=metrics, broken=broken, written=written
+    )
 
 
 def _numbered(paths: RunFolder) -> Iterator[Path | None]:

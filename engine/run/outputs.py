@@ -4,18 +4,17 @@ Nothing is computed from these files, and a resumed run makes them again from it
 tells whether that is needed.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine.files import move_aside, write_json
+from engine.files import move_aside, sha256_of_file, write_json
 from engine.run.folder import RunFolder
 
 
 def note(paths: RunFolder, written: Iterable[Path]) -> None:
     """Notes the digests of files that were written whole, and of all files of folders that were."""
-    digests = noted(paths) | {_name(paths, file): _digest(file) for file in _files(written)}
+    digests = noted(paths) | {_name(paths, file): sha256_of_file(file) for file in _files(written)}
     move_aside(paths.outputs)
     write_json(paths.outputs, {name: digests[name] for name in digests if (paths.path / name).is_file()})
 
@@ -64,11 +63,6 @@ def _name(paths: RunFolder, file: Path) -> str:
 
 def _matches(file: Path, digest: object) -> bool:
     try:
-        return file.is_file() and _digest(file) == digest
+        return file.is_file() and sha256_of_file(file) == digest
     except OSError:
         return False
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

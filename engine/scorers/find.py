@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
+from engine.files import sha256_of_file
 from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextFunction, TextScorer
 from engine.scorers.classifiers import classifier, read_files
 from engine.scorers.functions import python_function, source_file
@@ -107,8 +108,7 @@ class UnloadedScorer:
         digest = hashlib.sha256()
         for name, file in sorted(files.items()):
             try:
-                with open(file, "rb") as stream:
-                    of_file = hashlib.file_digest(stream, "sha256").hexdigest()
+                of_file = sha256_of_file(file)
             except OSError as error:
                 raise UserError(
                     f"scorer {self.name}: {file} cannot be read ({error.strerror}); make it readable."

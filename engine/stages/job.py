@@ -19,6 +19,7 @@ from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
 from engine.records import Prompts
+from engine.run.committed import Committed, read_committed
 from engine.run.contents import read_contents
 from engine.run.display import Display
 from engine.run.plan import Plan
@@ -100,6 +101,7 @@ class Job(Subject):
     heldout: Prompts  # those of the verdict
     pairs: ResponsePairs | None  # of a file, to learn from
     preferences: ResponsePairs | None  # of a file, to be scored by
+    samples: Committed | None  # the run of --samples-of
 
 
 @contextmanager
@@ -199,7 +201,6 @@ def open_job(
             heldout=heldout,
             pairs=own_pairs,
             preferences=preferences,
-            stop_token_ids=list(inputs.stop_token_ids),
             began=inputs.began,
             sources=source_digests(config) | inputs.sources,
             model=inputs.files,
@@ -241,6 +242,7 @@ def open_job(
             heldout=used[1],
             pairs=own_pairs,
             preferences=preferences,
+            samples=read_committed(Path(config.samples_of)) if config.samples_of else None,
         )
 
 

@@ -1,6 +1,5 @@
 """The inputs of a run, as they were when it began: a resumed run, and whoever judges it, go on with these."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from engine.config import RunConfig
 from engine.data.response_pairs import ResponsePairs
 from engine.errors import UserError
-from engine.files import append_line, move_aside, read_json_lines, write_whole
+from engine.files import append_line, move_aside, read_json_lines, sha256_of_file, write_whole
 from engine.records import Prompts
 from engine.run.contents import Contents, read_contents
 from engine.run.folder import RunFolder
@@ -24,11 +23,10 @@ class RunInputs:
     heldout: Prompts
     pairs: ResponsePairs | None  # of the file of --pairs
     preferences: ResponsePairs | None
-    stop_token_ids: list[int]
     began: str  # the time that a chat template which asks for it is told, ISO 8601; "" where none does
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
     model: dict[str, str]  # file of the model's folder -> SHA-256
-    scorers: dict[str, dict[str, str]]  # what each scorer is, as `engine.scorers.find.contents` gives it
+    scorers: dict[str, dict[str, str]]  # what each scorer is, as `engine.scorers.find.content` gives it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ class OwnedInputs:
             if not is_copied(name):
                 continue
             copy = RunFolder(self.run).model / name
-            if sha256_of_file(copy) != digest:
+            if _digest(copy) != digest:
                 if now != digest:
                     raise UserError(
                         f"{copy} is damaged, and {source / name} has changed since the run began; put the "
@@ -80,9 +78,7 @@ class OwnedInputs:
     def copies_are_whole(self) -> bool:
         """Tells whether the run's copies of the model's files are as they were made."""
         copies = {name: digest for name, digest in self.record.model.items() if is_copied(name)}
-        return all(
-            sha256_of_file(RunFolder(self.run).model / name) == digest for name, digest in copies.items()
-        )
+        return all(_digest(RunFolder(self.run).model / name) == digest for name, digest in copies.items())
 
     def check_sources(self) -> list[str]:
         """Returns what to say of files of prompts and pairs that have changed since they were read."""
@@ -91,7 +87,7 @@ class OwnedInputs:
             "the run goes on with what it read then"
             for flag, files in self.record.sources.items()
             for file, digest in files.items()
-            if sha256_of_file(Path(file)) != digest
+            if _digest(Path(file)) != digest
         ]
 
     def check_scorers(self, now: Mapping[str, Mapping[str, str]], *, accept: bool) -> list[str]:
@@ -143,17 +139,17 @@ def owned_inputs(run: Path) -> OwnedInputs:
             raise Torn(f"{file} is not the one that {RunFolder(run).config} names")
         record = unpack_file(file, RunInputs, tensors, content["record"])
     except FileNotFoundError as error:
-        raise DamagedInputs(f"{file} is missing") from error
+        raise DamagedInputs(f"{file} is missing", run) from error
     except Torn as error:
-        raise DamagedInputs(str(error)) from error
+        raise DamagedInputs(str(error), run) from error
     return OwnedInputs(run=run, contents=contents, record=record)
 
 
 class DamagedInputs(UserError):
     """inputs.safetensors is missing or damaged; a resumed run restores it if nothing has changed outside."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}; go on with python -m engine.train --resume, which restores it.")
+    def __init__(self, what: str, run: Path) -> None:
+        super().__init__(f"{what}; go on with python -m engine.train --resume {run}, which restores it.")
         self.what = what
 
 
@@ -184,7 +180,7 @@ def source_digests(config: RunConfig) -> dict[str, dict[str, str]]:
     found = {}
     for flag, name in _sources(config):
         if Path(name).is_file():
-            found.setdefault(flag, {})[name] = sha256_of_file(Path(name))
+            found.setdefault(flag, {})[name] = _digest(Path(name))
     return found
 
 
@@ -208,10 +204,9 @@ def is_model(name: str) -> bool:
     return name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
-def sha256_of_file(file: Path) -> str:
+def _digest(file: Path) -> str:
     """Hashes a file; "" where it cannot be read."""
     try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of_file(file)
     except OSError:
         return ""

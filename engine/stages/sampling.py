@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,6 @@ from engine.records import Prompts, Rollouts
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.run.committed import read_committed
 from engine.run.plan import kept_states_bytes
 from engine.run.rows import SampledRow, SpeedRow
 from engine.run.run import Run, Stage
@@ -207,9 +205,9 @@ def gap_of(run: Run, stage: str) -> str:
 def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
     """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError
     where that run has none."""
-    if not job.config.samples_of:
+    if job.samples is None:
         return None
     try:
-        return read_committed(Path(job.config.samples_of)).load(stage, cls)
+        return job.samples.load(stage, cls)
     except UserError as error:
         raise UserError(f"--samples-of {job.config.samples_of}: {error}") from error

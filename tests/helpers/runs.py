@@ -34,7 +34,6 @@ def write_run(
         heldout=none,
         pairs=None,
         preferences=None,
-        stop_token_ids=[],
         began="",
         sources={},
         model={"model.safetensors": "1" * 64},

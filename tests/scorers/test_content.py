@@ -1,4 +1,4 @@
-"""What a scorer is by its content, so that a run sees that one has changed."""
+"""A scorer is known by its content, so that a run sees that one has changed."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What heads and names of scorers may be, refused before anything is computed."""
+"""Heads and names of scorers that cannot be are refused before anything is computed."""
 
 import json
 

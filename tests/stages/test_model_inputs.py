@@ -1,4 +1,4 @@
-"""What is wrong with a model's numbers is said by a run in one line, and of the model."""
+"""A run says in one line, and of the model, what is wrong with the model's numbers."""
 
 import shutil
 from pathlib import Path

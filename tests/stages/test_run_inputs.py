@@ -232,6 +232,14 @@ def test_a_damaged_stage_is_named_and_computed_again(here, capsys):
         assert train.main(["--resume", "run"]) == 0
 
 
+def test_an_iterate_whose_stage_is_gone_is_not_judged_past(here, capsys):
+    for path in sorted((here / "run" / "stages").iterdir())[3:]:
+        path.unlink()
+    for main, argv in ((evaluate.main, ["run", "--out", "x"]), (export.main, ["run", "x"])):
+        assert main(argv) == 2 and not (here / "x").exists()
+        assert "the stage that made iterate 1 is gone; go on with" in capsys.readouterr().err
+
+
 def test_samples_come_with_the_prompts_that_they_answer(here, capsys):
     own = ["--model", "model", "--prompts", "prompts.jsonl", "--audit", "short:brevity", "--force"]
     whole = ["mocan", *SMOKE, *own]

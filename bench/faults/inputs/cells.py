@@ -1,4 +1,4 @@
-"""What is no file at all, and bad cells of files: prompts, pairs, preferences, rows of heads, scores."""
+"""Paths that lead to no file, and bad cells of files: prompts, pairs, preferences, rows of heads, scores."""
 
 import json
 import os
