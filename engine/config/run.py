@@ -56,7 +56,9 @@ class RunConfig:
     """Costs that are reported and never optimised. Same forms as --cost."""
 
     prompts: str = ""
-    """Training prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the project's own."""
+    """Training prompts: a file (jsonl, json, csv or parquet, also as .gz or .xz), a folder of them, or a
+    `datasets` name; NAME:SPLIT and NAME:CONFIG:SPLIT name a split, by default train.
+    Default: the project's own."""
     heldout: str = ""
     """Held-out prompts, same forms. Default: the project's own, or a seeded fifth of --prompts."""
     prompt_column: str = "prompt"

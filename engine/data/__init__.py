@@ -1,6 +1,7 @@
 """From files to token ids.
 
-tables.py          rows of jsonl, csv and parquet files and of `datasets`
+formats.py         rows of a file: jsonl, json, csv, parquet, also compressed
+tables.py          from a name to rows: of a file, a folder or a data set that `datasets` knows
 chat.py            cells -> conversations, and through the chat template to token ids
 prompts.py         rows -> prompts: checked, in the chat template, as token ids
 response_pairs.py  rows -> prompts with two responses each

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 
-from engine.data.tables import DuplicateKey, check_encodes, first_line, parse_json
+from engine.data.formats import DuplicateKey, check_encodes, first_line, parse_json
 from engine.errors import UserError
 
 # A template writes a conversation in a millisecond; one that takes this long loops.

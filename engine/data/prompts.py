@@ -60,7 +60,7 @@ def load_prompts(
     text, kind, token_ids, conversations = [], [], [], []
     place_of: dict[int, str] = {}
     for name in [source] if isinstance(source, str | Path) else source:
-        rows = read_rows(str(name))
+        rows = list(read_rows(str(name)))
         if not rows:
             raise UserError(
                 f"{shown(name)}: no prompts in it; give at least one row with the column {column!r}."

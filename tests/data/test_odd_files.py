@@ -244,7 +244,7 @@ REFUSED = {
     "jsonl as parquet": ("p.parquet", b'{"prompt": "a"}\n', ": not a readable parquet file"),
     "magic alone": ("p.parquet", b"PAR1PAR1", ": not a readable parquet file"),
     "parquet as jsonl": ("p.jsonl", b"PAR1\x15\x04", ":1: malformed JSON"),
-    "another suffix": ("p.json", b"[]", ": not one of .jsonl, .csv, .parquet"),
+    "another suffix": ("p.txt", b"[]", ": not one of .jsonl, .json, .csv, .parquet, also with .gz or .xz"),
     "same prompt as messages": (
         "p.jsonl",
         f'{{"prompt": "Hi"}}\n{{"prompt": [{HI}]}}',
@@ -316,6 +316,10 @@ def refusal(call, *arguments, **options) -> str:
         call(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def all_rows(source: str) -> list[dict]:
+    return [row for _, row in read_rows(source)]
 
 
 def test_there_are_enough_cases():
@@ -419,7 +423,7 @@ def test_a_parquet_column_twice_is_refused(tmp_path):
         [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"]
     )
     parquet.write_table(table, tmp_path / "p.parquet")
-    assert "the column 'prompt' stands there twice" in refusal(read_rows, str(tmp_path / "p.parquet"))
+    assert "the column 'prompt' stands there twice" in refusal(all_rows, str(tmp_path / "p.parquet"))
 
 
 def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
@@ -438,13 +442,13 @@ def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
         ("n" * 300 + ".jsonl", "cannot be read (File name too long)"),
         ("a\0b.jsonl", "cannot be read (embedded null byte)"),
     ):
-        assert says in refusal(read_rows, str(tmp_path / name)), name
-    assert "not one of .jsonl" in refusal(read_rows, str(tmp_path / "pipe"))
-    assert "not one of .jsonl" in refusal(read_rows, "/dev/null")
+        assert says in refusal(all_rows, str(tmp_path / name)), name
+    assert "not one of .jsonl" in refusal(all_rows, str(tmp_path / "pipe"))
+    assert "not one of .jsonl" in refusal(all_rows, "/dev/null")
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)
         server.bind("s.jsonl")
-        assert "a pipe or device" in refusal(read_rows, "s.jsonl")
+        assert "a pipe or device" in refusal(all_rows, "s.jsonl")
 
 
 @pytest.mark.parametrize("error", [IndexError("list index"), RuntimeError("a script\nmore"), KeyError()])
@@ -456,8 +460,8 @@ def test_whatever_datasets_raises_is_one_line(monkeypatch, tmp_path, error):
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
     reason = str(error).partition("\n")[0] or "KeyError"
-    assert f"{tmp_path}: neither a" in refusal(read_rows, str(tmp_path))
-    assert f"({reason})" in refusal(read_rows, "/")
+    assert f"{tmp_path}: neither a" in refusal(all_rows, str(tmp_path))
+    assert f"({reason})" in refusal(all_rows, "someone/prompts:test")
 
 
 def limits(max_new_tokens: int) -> TextLimits:

@@ -89,7 +89,7 @@ def test_settings_that_do_not_go_with_pairs_are_refused():
 
 
 def heldout_prompt() -> str:
-    return tables.read_rows(shipped_prompts("heldout")[0])[0][1]["prompt"]
+    return next(tables.read_rows(shipped_prompts("heldout")[0]))[1]["prompt"]
 
 
 @pytest.mark.parametrize(
