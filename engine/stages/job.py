@@ -14,7 +14,7 @@ import torch
 from engine import constraints, keys, model
 from engine.config import SAMPLING, RunConfig, check, fit, shown_name
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, prompt_key
+from engine.data.prompts import assert_disjoint, overlap, prompt_key
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
@@ -27,7 +27,7 @@ from engine.run.run import Run
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, load_scorers
 from engine.scorers.scoring import try_out
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, rules_of
 from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
@@ -166,9 +166,8 @@ def open_job(
         own_pairs, preferences = owned.record.pairs, owned.record.preferences
     else:
         own_pairs, preferences = _read_pairs(config, names, inputs)
-    for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
-        if own is not None:
-            assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
+        own_pairs = _without_heldout(config, own_pairs, heldout, "--pairs")
+        preferences = _without_heldout(config, preferences, heldout, "--preferences")
     if own_pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": own_pairs.prompts})
     warnings = try_out(scorers, used[0], config.max_new_tokens)
@@ -189,6 +188,8 @@ def open_job(
     for own in (own_pairs, preferences):
         for note in own.notes() if own is not None else []:
             display.warn(note)
+    for line in inputs.reading if resume is None else []:
+        display.line(line)
     display.line(plan.sentence())
     if plan.rows < asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")
@@ -201,6 +202,7 @@ def open_job(
             heldout=heldout,
             pairs=own_pairs,
             preferences=preferences,
+            reading=inputs.reading,
             began=inputs.began,
             sources=source_digests(config) | inputs.sources,
             model=inputs.files,
@@ -284,12 +286,28 @@ def _read_pairs(
     """Reads the files of --pairs and --preferences; None for one that the config does not name."""
     pairs = preferences = None
     if source := config.pairs_file:
-        pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits)
+        enough = config.policy_updates * config.steps * config.prompts_per_step
+        pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits, rules_of(config, enough))
     if config.by_preference and config.preferences:
+        columns = config.preference_columns or ("reward", *names)
+        enough = config.preference_steps * config.prompts_per_step
         preferences = read_response_pairs(
-            config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits
+            config.preferences, columns, inputs.tokenizer, inputs.limits, rules_of(config, enough)
         )
     return pairs, preferences
+
+
+def _without_heldout(
+    config: RunConfig, own: ResponsePairs | None, heldout: Prompts, flag: str
+) -> ResponsePairs | None:
+    """Leaves the rows out whose prompts are held out; --strict refuses them. Raises: UserError."""
+    if own is None:
+        return None
+    prompts = _by_tokens(own.prompts)
+    if config.strict:
+        assert_disjoint(prompts, heldout, f"prompt of {flag}")
+    shared = overlap(prompts, heldout)
+    return own.without(shared, "with a held-out prompt") if shared else own
 
 
 def check_samples_of(config: RunConfig) -> None:

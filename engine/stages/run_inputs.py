@@ -24,6 +24,7 @@ class RunInputs:
     heldout: Prompts
     pairs: ResponsePairs | None  # of the file of --pairs
     preferences: ResponsePairs | None
+    reading: list[str]  # says what prompts were read as, and which rows were left out
     began: str  # the time that a chat template which asks for it is told, ISO 8601; "" where none does
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
     model: dict[str, str]  # file of the model's folder -> SHA-256

@@ -21,6 +21,7 @@ from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
     out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column
+    response-columns strict
     system n-prompts n-responses max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean
     cost-rate unsafe-above cost-on accept-changes beta margin lam-max steps prompts-per-step
     tokens-per-forward
@@ -30,10 +31,14 @@ RUN_FLAGS = """
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
+PREFERENCES = ["preferences", "preference-columns", "preference-steps"]
 FLAGS = {
-    "caid": [*ITERATIVE, *"dual-rule dual-step pairs scores preferences preference-steps".split()],
+    "caid": [
+        *ITERATIVE,
+        *"dual-rule dual-step pairs scores preferences preference-columns preference-steps".split(),
+    ],
     "mocan": [*RUN_FLAGS, "pairs"],
-    "pecan": [*RUN_FLAGS, "pairs", "preferences", "preference-steps"],
+    "pecan": [*RUN_FLAGS, "pairs", *PREFERENCES],
     "primal_dual": ASCENT,
     "repo": ASCENT,
     "opd": [*ITERATIVE, "lam-init", "dual-rate", "proximity"],

@@ -297,7 +297,7 @@ HEAD_REFUSED = {
     "prompt an object": ('"prompt": {}', "column 'prompt' holds a dict"),
     "label true": ('"label": true', '"label" is True'),
     "label 5000 digits": (f'"label": {LONG}', '"label" is inf'),
-    "response null": ('"response": null', '"response" is empty or not text'),
+    "response null": ('"response": null', '"response" is empty; fill'),
 }
 
 
@@ -349,7 +349,7 @@ def test_cells_of_csv_are_read_as_values(tmp_path, case):
     cells, found = HEAD_CELLS[case]
     header = ",".join(["prompt", "response", "label", *cells])
     file = write(tmp_path / "h.csv", f"{header}\nhi,yes,1,{','.join(cells.values())}\n")
-    (row,) = read_head_rows([file], "auto")
+    (row,), _ = read_head_rows([file], "auto")
     assert (row.weight, row.text.finished) == found
 
 
@@ -357,7 +357,7 @@ def test_cells_of_csv_are_read_as_values(tmp_path, case):
 def test_values_of_json_are_read(tmp_path, case):
     values, found = HEAD_VALUES[case]
     row = {"prompt": "hi", "response": "yes", "label": 1, **values}
-    (read,) = read_head_rows([write(tmp_path / "h.jsonl", json.dumps(row))], "auto")
+    (read,), _ = read_head_rows([write(tmp_path / "h.jsonl", json.dumps(row))], "auto")
     assert (read.weight, read.text.finished) == found
 
 
@@ -373,7 +373,7 @@ def test_values_of_no_meaning_are_refused(tmp_path, case):
 
 def test_an_empty_group_is_none(tmp_path):
     file = write(tmp_path / "h.csv", "prompt,response,label,group\na,yes,1,\nb,no,0,\nc,no,0,g\n")
-    assert len({row.group for row in read_head_rows([file], "auto")}) == 3
+    assert len({row.group for row in read_head_rows([file], "auto")[0]}) == 3
 
 
 def test_cells_of_parquet_that_python_cannot_hold_matter_only_where_they_are_asked_for(tmp_path, tokenizer):
@@ -496,7 +496,7 @@ def test_cut_texts_of_heads_end_without_the_end_of_a_turn(tmp_path, tokenizer):
     file = write(
         tmp_path / "h.csv", "prompt,response,label,finished\na,yes,1,\na,no,0,False\na,a long answer,1,True\n"
     )
-    texts = unique_texts(read_head_rows([file], "auto"))
+    texts = unique_texts(read_head_rows([file], "auto")[0])
     (group,) = encode(texts, tokenizer, limits(8))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [response[-1] == end for response in group.responses] == [True, False, False]
