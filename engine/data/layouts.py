@@ -158,9 +158,9 @@ def _conversation(column: str) -> Reader:
 
 def _messages(value: object, column: str, place: str) -> list[Message]:
     """Reads messages of either form, {"role", "content"} or {"from", "value"}, also as text."""
-    if isinstance(value, str):
-        value = messages_in(value, column, place)
-    if value is None:
+    if isinstance(value, str) and value.strip():
+        value = messages_in(value, column, place) or value
+    if value is None or value == "":
         raise Unusable(f"{place}: no messages in column {column!r}; remove the row.", "without text")
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{place}: column {column!r} holds no list of messages; see --prompt-column.")

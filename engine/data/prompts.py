@@ -16,7 +16,7 @@ import torch
 
 from engine.data.chat import as_text, chat_ids
 from engine.data.layouts import read_example
-from engine.data.reading import Pool, Rules, Tally, Unusable
+from engine.data.reading import REPEATED, Pool, Rules, Tally, Unusable
 from engine.data.tables import read_rows
 from engine.errors import UserError
 from engine.files import shown
@@ -161,7 +161,7 @@ def _tokenised(rows: list[_Row], ids_of: Callable, max_prompt_tokens: int) -> Pr
 def _twice(place: str, first: str) -> Unusable:
     return Unusable(
         f"{place}: the same prompt as {first}; remove one, as equal prompts get equal random numbers.",
-        "with a prompt that stands there before",
+        REPEATED,
     )
 
 

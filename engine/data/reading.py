@@ -18,6 +18,7 @@ from engine.files import shown
 ItemT = TypeVar("ItemT")
 # Sets of at most so many rows are held whole, and what a run uses of them is chosen later, by their tokens.
 HELD_WHOLE = 4096
+REPEATED = "with a prompt that stands there before"
 
 
 class Unusable(UserError):
@@ -60,7 +61,7 @@ class Tally:
         self.rows = self.usable = self.held = 0
         self.layouts: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
-        self.first: Unusable | None = None  # says where the first row stands that was left out
+        self.first: Unusable | None = None  # of the first row that was left out for what it says itself
 
     @contextmanager
     def leaving_out(self) -> Iterator[None]:
@@ -70,7 +71,8 @@ class Tally:
         except Unusable as error:
             if self._strict:
                 raise
-            self.first = self.first or error
+            if error.reason != REPEATED:
+                self.first = self.first or error
             self.left_out[error.reason] += 1
 
     def lines(self) -> list[str]:
