@@ -179,7 +179,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     constraints.check_prompts(
         limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {})
     )
-    units = units_of(reference, limits)
+    units = units_of(reference, limits, config.units)
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
     aimed = committed.one(DualRow).aim if by_preference else reference.aimed
@@ -346,6 +346,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         limits=q.limits,
         aimed=q.aimed,
         units=scoring.units,
+        counted_in=q.config.units,
         audit_names=scoring.audit_names,
         confidence=confidence,
         truncated=q.config.truncated,
@@ -439,8 +440,10 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
 
 
 def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
-    """Adds units of audits that the run did not know, measured on the reference's
-    responses, to the run's units."""
+    """Adds units of audits that the run did not know to the run's units: measured on the reference's
+    responses, unless the run counts in the scorers' own."""
+    if q.config.units == "raw":
+        return replace(q.units, audit_A=[1.0] * len(q.scorers.audits))
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name

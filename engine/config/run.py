@@ -87,7 +87,10 @@ class RunConfig:
     Samples depend on it by rounding alone."""
 
     threshold: tuple[float, ...] = bounded((0.3,), at_least=-1e6, at_most=1e6)
-    """b: required improvement of each utility over the reference, in within-prompt standard deviations."""
+    """b: required improvement of each utility over the reference, in --units."""
+    units: str = one_of("deviation", "raw")
+    """Units of rewards, utilities, b, beta and lambda. deviation: the reference's within-prompt standard
+    deviation of each score; raw: the scorers' own, as published numbers are."""
     cost_mean: tuple[float, ...] = bounded(
         (),
         at_least=-LARGEST_SCORE,
@@ -111,12 +114,12 @@ class RunConfig:
     """The prompts that each constraint is about, by their kind (the column kind), such as delicate: its mean
     runs over these. all, the default, is every prompt."""
     beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
-    """Weight of KL(policy || reference), in units of the scaled reward."""
+    """Weight of KL(policy || reference), in --units of the reward."""
     margin: float = bounded(3.3, at_least=0, at_most=1e6)
     """The dual aims at b + margin x the predicted standard error of the held-out set;
     0 is the papers' method."""
     lam_max: float = bounded(20.0, above=0, at_most=1e9)
-    """Upper bound of each multiplier, in scaled units."""
+    """Upper bound of each multiplier, in --units."""
 
     steps: int = bounded(5, at_least=1, at_most=MOST_STEPS)
     """Policy steps per iteration."""

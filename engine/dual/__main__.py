@@ -91,7 +91,7 @@ def print_analysis(analysis: Analysis, display: Display) -> None:
     sizes = ", ".join(f"{name} {unit:.4g}" for name, unit in units)
     which = (
         "those of the file"
-        if config.raw
+        if config.units == "raw"
         else f"within-prompt standard deviations, which are {sizes} of the file's"
     )
     display.line(f"units: {which}; beta {config.beta:g}, b and lambda are in them")

@@ -106,7 +106,7 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
     scaled, _ = result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40")
     (harm,) = arrays(rows, "harm")
     sd_r, sd_g = scaled["reward_unit"], scaled["constraints"][0]["unit"]
-    raw_flags = ["--raw", "--beta", str(sd_r), "--draws", "40"]
+    raw_flags = ["--units", "raw", "--beta", str(sd_r), "--draws", "40"]
     raw, out = result(capsys, file, "--cost", "harm", "--threshold", str(0.3 * sd_g), *raw_flags)
     assert "units: those of the file" in out
     for key in ("lam", "lam_se"):
