@@ -1,8 +1,8 @@
 """report.png and report.html of a run folder.
 
 They are a pure function of the files in it: equal files give equal bytes. The page names what a stopped run
-has not written as missing. Rewards and utilities in the files are in the run's --units. The page loads nothing
-from elsewhere.
+has not written as missing. Rewards and utilities in the files are in the run's --units. The page loads
+nothing from elsewhere.
 """
 
 import base64
