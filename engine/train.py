@@ -26,6 +26,7 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
                   repeated into another folder; flags that you give win
 --resume RUN      go on with the interrupted run in that folder, with its own settings and inputs: takes no
                   other flag but --accept-changes, which lets a changed scorer pass
+--help-all        show all flags; --help shows the usual ones
 """
 
 
@@ -76,7 +77,8 @@ def parse(algorithm: str, flags: list[str]):
         "prog": f"python -m engine.train {algorithm}",
         "usage": usage,
         "first": "algorithm",
-        "others": ("--preset", "--config", "--resume"),
+        "others": ("--preset", "--config", "--resume", "--help-all"),
+        "grouped": chosen.trains_policy,
     }
     flags, file = take(flags, "--config")
     if file is not None:

@@ -189,4 +189,4 @@ def test_help_ends_in_a_terminal_of_one_column(monkeypatch, capsys):
 
     monkeypatch.setenv("COLUMNS", "1")
     assert train.main(["--help"]) == 0
-    assert "--resume FOLDER" in capsys.readouterr().out and os.environ["COLUMNS"] == "1"
+    assert "--resume RUN" in capsys.readouterr().out and os.environ["COLUMNS"] == "1"

@@ -16,17 +16,17 @@ import pytest
 
 from engine import train as cli
 from engine.config import ALGORITHMS, CaidConfig, MocanConfig, algorithms, check, fit, run, shown_name, smoke
+from engine.config.help import GROUPS, USUAL
 from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
     out seed device dtype threads force tensorboard units model reward cost audit prompts heldout
-    prompt-column system n-prompts n-responses max-new-tokens temperature top-p rollout-rows samples-of threshold
-    cost-mean cost-rate unsafe-above cost-on accept-changes beta margin lam-max steps prompts-per-step
-    tokens-per-forward
-    activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
-    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts
-    eval-responses
+    prompt-column system n-prompts n-responses max-new-tokens temperature top-p rollout-rows samples-of
+    threshold cost-mean cost-rate unsafe-above cost-on accept-changes beta margin lam-max steps
+    prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels
+    learning-rate warmup-steps schedule weight-decay clip-norm tune lora-rank lora-alpha lora-from
+    memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
@@ -92,7 +92,7 @@ def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={"COLUMNS": "160"},
+        env={"COLUMNS": "100"},
     )
     stdout, _, modules = done.stdout.rpartition("MODULES")
     return done.returncode, stdout, done.stderr, set(modules.split())
@@ -124,7 +124,7 @@ def test_flags_are_pinned(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["caid", "mocan", "primal_dual"])
 def test_help_shows_every_flag_with_its_text_and_default(algorithm):
-    code, out, _, modules = in_new_process(algorithm, "--help")
+    code, out, _, modules = in_new_process(algorithm, "--help-all")
     assert code == 0
     assert not modules & {"torch", "transformers", "numpy"}
     helps, shown = field_helps(), flat(out)
@@ -141,6 +141,17 @@ def test_help_shows_every_flag_with_its_text_and_default(algorithm):
         assert re.search(rf"^  {name} ", out, re.MULTILINE)
     assert "--preset smoke" in out
     assert "--resume RUN" in out
+
+
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_every_flag_has_a_subject_and_the_help_shows_the_usual_ones(algorithm, capsys):
+    names = [name for group in GROUPS.values() for name in group]
+    assert len(set(names)) == len(names) and {f.name for f in fields(CONFIGS[algorithm])} <= set(names)
+    assert cli.main([algorithm, "--help"]) == 0
+    usual = {f"--{name.replace('_', '-')}" for name in USUAL}
+    _, text = capsys.readouterr().out.split(f"usage: python -m engine.train {algorithm} ")
+    shown = set(re.findall(r"^\W+(--\w[\w-]*)", text, re.MULTILINE))
+    assert shown == usual & {f"--{flag}" for flag in FLAGS[algorithm]} and 12 <= len(shown) <= 16
 
 
 BAD = {
