@@ -8,8 +8,6 @@ from engine.errors import UserError
 from engine.files import one_line, reading, shown
 
 CURE = "write one setting per line, such as steps: 8"
-# What a run's config.json says of that run alone.
-OF_ONE_RUN = ("out", "accept_changes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,6 @@ def read_settings(file: str) -> SettingsFile:
     settings = _mapping(file, tree)
     if {"algorithm", "config", "versions"} <= settings.keys():
         algorithm, settings = settings["algorithm"].value, _mapping(file, settings["config"])
-        settings = {name: node for name, node in settings.items() if name not in OF_ONE_RUN}
     else:
         named = settings.pop("algorithm", None)
         algorithm = None if named is None else str(named.value)

@@ -59,7 +59,8 @@ TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Tells whether a name has the form of a repository on the hub, owner/name."""
     return _HUB_ID.fullmatch(name) is not None
 
 
@@ -139,7 +140,7 @@ def resolve(path_or_id: str | Path) -> Path:
     name = str(path_or_id)
     if is_file(folder):
         raise UserError(f"model {shown(name)}: a file; give the folder that it is in.")
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise UserError(
             f"model {shown(name)}: no such folder, and not a hub id of the form owner/name; "
             "give an existing folder."
@@ -162,7 +163,7 @@ def lasting_name(path_or_id: str, folder: Path) -> str:
 
     folder: where `path_or_id` was found.
     """
-    return path_or_id if _is_hub_id(path_or_id) and not is_folder(path_or_id) else str(folder.resolve())
+    return path_or_id if is_hub_id(path_or_id) and not is_folder(path_or_id) else str(folder.resolve())
 
 
 def read_json(file: Path) -> dict:
@@ -171,12 +172,17 @@ def read_json(file: Path) -> dict:
 
 
 def save(
-    model: Decoder, folder: str | Path, *, adapter: LowRank | None = None, tokenizer_from: Path | None = None
+    model: Decoder,
+    folder: str | Path,
+    *,
+    adapter: LowRank | None = None,
+    tokenizer_from: Path | None = None,
+    card: str = "",
 ) -> None:
     """Writes a Hugging Face folder (config.json, model.safetensors), with `adapter` merged if given.
 
     transformers and vLLM load it. The folder appears whole or not at all, and is on the disk then. The
-    `text_files` of `tokenizer_from` are copied along.
+    `text_files` of `tokenizer_from` are copied along, and `card` becomes its README.md.
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
@@ -207,6 +213,8 @@ def save(
             for name in copies:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(tokenizer_from / name, temporary / name)
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             sync_files(temporary)
     except SafetensorError as error:
         raise UserError(
