@@ -9,15 +9,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from engine import evaluate, export, train
-from engine.stages import inputs
+from engine.model.tokenizer import load_tokenizer
+from engine.stages import inputs, sampling
 from engine.stages.smoke import write_smoke_model
 from tests.helpers.runs import SMOKE, files, write
 
 DATED = (
     "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}."
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+END, EOS = 0, 2  # what this template ends a turn with, and the only token that the model's files name
 SCORER = "def brevity(prompts, responses):\n    return [-len(text) / 10 for text in responses]\n"
 
 
@@ -104,6 +106,23 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(here, capsys):
         for file in ("--prompts prompts.jsonl", "--pairs pairs.jsonl", "model/tokenizer_config.json"):
             assert f"{file} has changed since the run began; the run goes on" in said
         assert "model/chat_template.jinja is new since the run began" in said
+
+
+def test_answers_stop_where_the_template_ends_a_turn_as_the_runs_copy_of_it_does(here, monkeypatch):
+    stops, generate = [], sampling.generate
+
+    def listening(*given, stop_token_ids, **options):
+        stops.append(stop_token_ids)
+        return generate(*given, stop_token_ids=stop_token_ids, **options)
+
+    monkeypatch.setattr(sampling, "generate", listening)
+    assert inputs.stop_tokens(here / "model", load_tokenizer(here / "model")) == (END, EOS)
+    cut_short(here / "run", 3)
+    change_all(here)
+    assert inputs.stop_tokens(here / "model", load_tokenizer(here / "model")) == (EOS,)
+    assert train.main(["--resume", "run"]) == 0
+    assert evaluate.main(["run", "--out", "judged"]) == 0
+    assert len(stops) >= 3 and set(stops) == {(END, EOS)}
 
 
 def test_an_evaluation_judges_on_the_prompts_that_the_run_held_out(here, capsys):
