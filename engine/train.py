@@ -70,12 +70,11 @@ def parse(algorithm: str, flags: list[str]):
         default = smoke(default)
     usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{row.help}" for name, row in ALGORITHMS.items()))
     return parse_flags(
-        chosen.config_class,
+        default,
         flags,
         prog=f"python -m engine.train {algorithm}",
         usage=usage,
         first="algorithm",
-        default=default,
         others=("--preset", "--resume"),
     )
 

@@ -4,23 +4,23 @@ so that a mistake costs one line."""
 import difflib
 import os
 import shutil
-from typing import Any, get_type_hints
+from typing import TypeVar, get_type_hints
 
 from engine.errors import UserError
 
+ConfigT = TypeVar("ConfigT")
 NARROWEST = 40  # columns of the help
 
 
 def parse_flags(
-    config_class: type,
+    default: ConfigT,
     flags: list[str],
     *,
     prog: str,
     usage: str,
     first: str,
-    default: Any,
     others: tuple[str, ...] = (),
-) -> Any | None:
+) -> ConfigT | None:
     """Returns `default` with `flags` on top, or prints the help where it is asked for and returns None.
 
     usage: stands above the flags in the help. first: names what stands before the flags; others: flags that
@@ -29,23 +29,23 @@ def parse_flags(
     """
     if "--help" in flags or "-h" in flags:
         print(usage)
-        _print_help(config_class, prog, default)
+        _print_help(prog, default)
         return None
-    _check(flags, config_class, first, others)
+    _check(flags, type(default), first, others)
 
     import tyro
 
-    return tyro.cli(config_class, prog=prog, args=flags, default=default)
+    return tyro.cli(type(default), prog=prog, args=flags, default=default)
 
 
-def _print_help(config_class: type, prog: str, default: Any) -> None:
+def _print_help(prog: str, default: object) -> None:
     """Prints the flags, in 40 columns at least: tyro never ends in a terminal of a few."""
     import tyro
 
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(max(shutil.get_terminal_size().columns, NARROWEST))
     try:
-        tyro.cli(config_class, prog=prog, args=["--help"], default=default)
+        tyro.cli(type(default), prog=prog, args=["--help"], default=default)
     except SystemExit:
         pass
     finally:
