@@ -469,7 +469,7 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
             raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
         run, argv = argv[0], argv[1:]
     words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
-    flags = parse_flags(EvaluateConfig, argv, default=EvaluateConfig(), **words)
+    flags = parse_flags(EvaluateConfig(), argv, **words)
     if flags is not None:
         run_evaluation(run, flags)
 

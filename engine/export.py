@@ -165,7 +165,7 @@ def _export(argv: list[str], standing: Standing) -> None:
         if len(places) < 2:
             raise UserError("the run and the new folder come first: python -m engine.export RUN FOLDER.")
     words = {"prog": "python -m engine.export RUN FOLDER", "usage": USAGE, "first": "run and the new folder"}
-    flags = parse_flags(ExportConfig, argv, default=ExportConfig(), **words)
+    flags = parse_flags(ExportConfig(), argv, **words)
     if flags is not None:
         export(*places, flags)
 

@@ -89,10 +89,10 @@ def parse(algorithm: str, flags: list[str]):
                 "the same algorithm in both."
             )
         try:
-            default = parse_flags(chosen.config_class, settings.flags, default=default, **words)
+            default = parse_flags(default, settings.flags, **words)
         except UserError as error:
             raise UserError(f"--config {file}: {error}") from None
-    return parse_flags(chosen.config_class, flags, default=default, **words)
+    return parse_flags(default, flags, **words)
 
 
 def _algorithm(argv: list[str]) -> tuple[str, list[str]]:

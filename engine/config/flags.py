@@ -5,25 +5,25 @@ import difflib
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import TypeVar, get_type_hints
 
 from engine.config.help import print_grouped
 from engine.errors import UserError
 
+ConfigT = TypeVar("ConfigT")
 NARROWEST = 40  # columns of the help
 
 
 def parse_flags(
-    config_class: type,
+    default: ConfigT,
     flags: list[str],
     *,
     prog: str,
     usage: str,
     first: str,
-    default: Any,
     others: tuple[str, ...] = (),
     grouped: bool = False,
-) -> Any | None:
+) -> ConfigT | None:
     """Returns `default` with `flags` on top, or prints the help where it is asked for and returns None.
 
     usage: stands above the flags in the help. first: names what stands before the flags; others: flags that
@@ -35,21 +35,21 @@ def parse_flags(
     if everything or "--help" in flags or "-h" in flags:
         print(usage)
         if grouped:
-            _in_columns(lambda: print_grouped(config_class, prog, default, everything=everything))
+            _in_columns(lambda: print_grouped(prog, default, everything=everything))
         else:
-            _in_columns(lambda: _print_flags(config_class, prog, default))
+            _in_columns(lambda: _print_flags(prog, default))
         return None
-    _check(flags, config_class, first, others)
+    _check(flags, type(default), first, others)
 
     import tyro
 
-    return tyro.cli(config_class, prog=prog, args=flags, default=default)
+    return tyro.cli(type(default), prog=prog, args=flags, default=default)
 
 
-def _print_flags(config_class: type, prog: str, default: Any) -> None:
+def _print_flags(prog: str, default: object) -> None:
     import tyro
 
-    tyro.cli(config_class, prog=prog, args=["--help"], default=default)
+    tyro.cli(type(default), prog=prog, args=["--help"], default=default)
 
 
 def _in_columns(print_help: Callable[[], None]) -> None:

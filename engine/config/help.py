@@ -38,10 +38,11 @@ USUAL = (
 )  # fmt: skip
 
 
-def print_grouped(config_class: type, prog: str, default: Any, *, everything: bool) -> None:
+def print_grouped(prog: str, default: Any, *, everything: bool) -> None:
     """Prints the flags of an algorithm in groups: all of them, or the `USUAL` ones. Raises: SystemExit."""
     import tyro
 
+    config_class = type(default)
     types, docs = get_type_hints(config_class), docstrings(config_class)
     groups = []
     for subject, names in GROUPS.items():

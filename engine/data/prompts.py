@@ -4,7 +4,7 @@ import hashlib
 import json
 import unicodedata
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -98,6 +98,12 @@ def prompt_key(token_ids: list[int]) -> int:
     if byteorder == "big":
         packed.byteswap()
     return int.from_bytes(hashlib.blake2b(packed.tobytes(), digest_size=8).digest(), "little") >> 1
+
+
+def by_tokens(prompts: Prompts) -> Prompts:
+    """Returns the prompts with the keys that `load_prompts` gives them, where theirs are others, such as the
+    numbers of rows in a file of pairs."""
+    return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 
 def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:

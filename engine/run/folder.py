@@ -110,12 +110,6 @@ class RunFolder:
         """Returns the beginning of the names of a stage's files; stages are counted from 1."""
         return f"{number:02d}-{name.replace('/', '-')}"
 
-    def stage_file(self, name: str) -> Path | None:
-        """Finds the result of a stage, whatever its number; None where it has none yet."""
-        wanted = f"{name.replace('/', '-')}.safetensors"
-        found = [path for path in sorted(self.stages.glob("*-*")) if path.name.partition("-")[2] == wanted]
-        return found[0] if found else None
-
     def iterate(self, iteration: int) -> Path:
         """Returns the folder of an iterate's weights."""
         return self.adapters / f"{ITERATE}{iteration}"

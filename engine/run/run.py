@@ -19,7 +19,7 @@ from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import Row, RowT, SpeedRow, StageTimeRow, typed
 from engine.run.store import RecordT, Torn, dumps, read_whole, save, unpack_file
-from engine.run.tensorboard import TensorBoard, check_tensorboard, tensorboard_writer
+from engine.run.tensorboard import TensorBoard, check_tensorboard
 
 
 def _append(path: Path, row: dict) -> None:
@@ -130,7 +130,7 @@ class Run:
         self._old_handler: Any = None
         # Events are for people: a config without the field has none.
         wanted = contents.config.get("tensorboard", False)
-        self._tensorboard: TensorBoard | None = tensorboard_writer(folder) if wanted else None
+        self._tensorboard = TensorBoard(folder, self.display.warn) if wanted else None
 
     @classmethod
     def create(

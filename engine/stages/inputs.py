@@ -10,7 +10,7 @@ import torch
 from engine import model, quickstart
 from engine.config import RunConfig
 from engine.data import dealing
-from engine.data.chat import check_known
+from engine.data.chat import check_known, end_of_turn
 from engine.data.prompts import TextLimits, assert_disjoint, load_prompts, shipped_prompts
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
@@ -66,8 +66,8 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
     if unknown:
         raise UserError(
             f"{folder}: end-of-sequence token {unknown[0]} is not among the {shape.vocab_size} of "
-            "config.json's vocab_size; "
-            "correct eos_token_id in generation_config.json, config.json or the tokenizer."
+            "config.json's vocab_size; correct eos_token_id in generation_config.json, config.json or the "
+            "tokenizer, or what the chat template writes behind an answer."
         )
     now = datetime.now().replace(microsecond=0)
     if owned is not None and owned.record.began:
@@ -130,12 +130,12 @@ def model_folder(name: str) -> Path:
 
 
 def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
-    """Returns the end-of-sequence ids of tokenizer, generation_config.json and config.json together: they
-    disagree in many checkpoints.
+    """Returns the end-of-sequence ids of tokenizer, generation_config.json and config.json together, as they
+    disagree in many checkpoints, and the token with which the chat template ends an answer.
 
     Raises: UserError naming a file whose ids are not whole numbers.
     """
-    found = {tokenizer.eos_token_id}
+    found = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             ids = read_json(folder / name).get("eos_token_id")

@@ -14,7 +14,7 @@ import torch
 from engine import constraints, keys, model
 from engine.config import SAMPLING, RunConfig, check, fit, shown_name
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, prompt_key
+from engine.data.prompts import assert_disjoint, by_tokens
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
@@ -168,7 +168,7 @@ def open_job(
         own_pairs, preferences = _read_pairs(config, names, inputs)
     for flag, own in (("--pairs", own_pairs), ("--preferences", preferences)):
         if own is not None:
-            assert_disjoint(_by_tokens(own.prompts), heldout, f"prompt of {flag}")
+            assert_disjoint(by_tokens(own.prompts), heldout, f"prompt of {flag}")
     if own_pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": own_pairs.prompts})
     warnings = try_out(scorers, used[0], config.max_new_tokens)
@@ -322,12 +322,6 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
                 deal_prompts(config, reference, t)[1]
             )
     return sets
-
-
-def _by_tokens(prompts: Prompts) -> Prompts:
-    """Returns the prompts with keys that are equal where the tokens are;
-    the keys of a file of pairs are its rows' numbers."""
-    return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 
 def _versions() -> dict[str, str]:

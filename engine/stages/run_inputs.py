@@ -91,24 +91,35 @@ class OwnedInputs:
         ]
 
     def check_scorers(self, now: Mapping[str, Mapping[str, str]], *, accept: bool) -> list[str]:
-        """Compares the scorers with those of the run's beginning; returns what to say of accepted changes.
+        """Compares the scorers with those of the run's beginning; returns what to say of accepted changes and
+        of a scorer that was put back after one.
 
         Raises: UserError for a change that is not accepted.
         """
         said, accepted = [], self._accepted()
         for name, scorer in self.record.scorers.items():
-            if name in now and now[name]["sha256"] not in (scorer["sha256"], accepted.get(name)):
-                changed = f"scorer {name} ({now[name]['source']}) has changed since {self.run} began"
-                if not accept:
-                    raise UserError(
-                        f"{changed}, so its scores would not compare; put the original back, or go "
-                        "on with it by --accept-changes."
-                    )
-                said.append(f"{changed}; --accept-changes: scores from here on are those of the changed one")
+            began = scorer["sha256"]
+            if name not in now or now[name]["sha256"] == accepted.get(name, began):
+                continue
+            what = f"scorer {name} ({now[name]['source']})"
+            if now[name]["sha256"] == began:
+                said.append(
+                    f"{what} is again as it was when {self.run} began: scores from here on are its own, "
+                    "those since --accept-changes are of the changed one"
+                )
+                continue
+            changed = f"{what} has changed since {self.run} began"
+            if not accept:
+                raise UserError(
+                    f"{changed}, so its scores would not compare; put the original back, or go "
+                    "on with it by --accept-changes."
+                )
+            said.append(f"{changed}; --accept-changes: scores from here on are those of the changed one")
         return said
 
     def accept(self, now: Mapping[str, Mapping[str, str]]) -> None:
-        """Notes the changed scorers with which a run goes on, so that they need not be accepted again."""
+        """Notes the scorers with which a run goes on where they are others than before, so that a change need
+        not be accepted again."""
         accepted = self._accepted()
         for name, scorer in self.record.scorers.items():
             changed = now[name]["sha256"]

@@ -101,7 +101,7 @@ def _plan(
     default = kind() if preset is None else smoke(kind())
     flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
     flags += _label_flags(label, settings)
-    config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
+    config = parse_flags(default, flags, prog="engine.sweep", usage="", first="algorithm")
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
     at = f"-b{'_'.join(map(_exact, values))}" if kind.has_thresholds else ""
     out = Path(sweep.out)
