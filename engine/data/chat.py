@@ -20,7 +20,8 @@ BEGINS_AS_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")
 def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     """Turns a cell into chat messages that end with a user turn.
 
-    The cell is a text, a list of messages, one message, or any of these as JSON or as Python prints it.
+    The cell is a text, a list of messages, one message, or any of these as JSON or as Python prints it. The
+    content of a message is a text, or a list of parts that are texts.
     Raises: UserError where it is none of these.
     """
     if isinstance(value, str):
@@ -32,22 +33,39 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
         kind = type(value).__name__
         raise UserError(f"{place}: column {column!r} holds a {kind}; give text or a list of messages.")
-    for message in value:
-        if not (
-            isinstance(message, dict)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        ):
-            raise UserError(
-                f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.'
-            )
-        check_encodes(message["role"] + message["content"], place)
-    if value[-1]["role"] != "user":
+    messages = [_as_message(message, place) for message in value]
+    if messages[-1]["role"] != "user":
         raise UserError(
-            f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn."
+            f"{place}: the messages end with role {messages[-1]['role']!r}; end them with a user turn."
         )
-    if not value[-1]["content"].strip():
+    if not messages[-1]["content"].strip():
         raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return messages
+
+
+def _as_message(value: object, place: str) -> dict[str, str]:
+    """Turns one message into its role and its text; content in parts is joined as templates write parts, with
+    nothing between them. Raises: UserError for what is no message, and for a part that is no text."""
+    role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        content = "".join(_text_of(part, place) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(
+            f'{place}: message {str(value)[:60]!r} is not {{"role": text, "content": text}}; '
+            "write it so, or remove the row."
+        )
+    check_encodes(role + content, place)
+    return {"role": role, "content": content}
+
+
+def _text_of(part: dict, place: str) -> str:
+    """Returns the text of a part of a message. Raises: UserError for any other kind of part."""
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise UserError(
+            f'{place}: part {str(part)[:60]!r} of a message is not {{"type": "text", "text": text}}, and '
+            "nothing else is read; take it out, or remove the row."
+        )
+    return part["text"]
 
 
 def _messages_in(text: str, column: str, place: str) -> list | dict | None:
@@ -122,7 +140,10 @@ def chat_ids(
                 f"{place}: the chat template refuses a system line ({reason}); go on without one: "
                 '--system "".'
             ) from None
-        raise UserError(f"{place}: the chat template refuses these messages ({reason}).") from None
+        raise UserError(
+            f"{place}: the chat template refuses these messages ({reason}); "
+            "change the messages, or give a model whose template takes them."
+        ) from None
     # The template writes the special tokens itself: adding them again would double the bos.
     return tokenizer.encode(text, add_special_tokens=False)
 

@@ -76,8 +76,10 @@ def load_prompts(
             check_length(ids, max_prompt_tokens, place)
             key = prompt_key(ids)
             if key in place_of:
+                alike = conversations[list(place_of).index(key)] == messages
                 raise UserError(
-                    f"{place}: the same prompt as {place_of[key]}; remove one, "
+                    f"{place}: the same prompt as {place_of[key]}"
+                    f"{'' if alike else ' as the chat template writes it'}; remove one, "
                     "as equal prompts get equal random numbers."
                 )
             place_of[key] = place

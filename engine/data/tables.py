@@ -205,7 +205,9 @@ def _read_parquet(source: str, data: bytes) -> list[PlacedRow]:
         raise
     # Damaged files end in errors of many kinds, OSError and UnicodeDecodeError among them.
     except Exception as error:
-        raise UserError(f"{shown(source)}: not a readable parquet file ({first_line(error)}).") from None
+        raise UserError(
+            f"{shown(source)}: not a readable parquet file ({first_line(error)}); write or fetch it again."
+        ) from None
     damaged: dict[int, dict[str, str]] = {}
     columns = [
         _cells(column, name, damaged) for name, column in zip(table.column_names, table.columns, strict=True)
@@ -248,7 +250,8 @@ def _read_dataset(source: str) -> list[PlacedRow]:
     except Exception as error:
         kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{shown(source)}: neither a {kinds} file nor a dataset that loads ({first_line(error)})."
+            f"{shown(source)}: neither a {kinds} file nor a dataset that loads ({first_line(error)}); "
+            "check the name, or save its rows in such a file."
         ) from None
     return [(f"{shown(source)} row {number}", row) for number, row in enumerate(rows, 1)]
 

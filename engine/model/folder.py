@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.files import (
     is_file,
     is_folder,
+    is_there,
     one_line,
     reading,
     sha256_of_file,
@@ -52,7 +53,8 @@ DTYPES = {
 # A tokenizer, its chat templates and the end of an answer are read from these files of a model folder,
 TEXT_FILES = {
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+    "chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+    "tokenizer.json", "tokenizer.model",
 }  # fmt: skip
 # from those that match one of these patterns, and from the folder of named chat templates.
 TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
@@ -265,9 +267,24 @@ def text_files(folder: Path) -> list[str]:
 
     Raises: UserError where one is a link that leads out of the folder.
     """
-    found = {name for name in TEXT_FILES if is_file(folder / name)}
+    return [name for name in _text_names(folder) if is_file(inside(folder, name))]
+
+
+def check_text_files(folder: Path) -> None:
+    """Refuses a model folder in which something else stands in the place of one of its `text_files`, such as
+    a link that leads nowhere: a library would go on as if nothing were there.
+
+    Raises: UserError, also where one is a link that leads out of the folder.
+    """
+    for name in _text_names(folder):
+        if not is_file(inside(folder, name)):
+            raise UserError(f"{shown(folder / name)}: not a file that can be read; {FETCH}.")
+
+
+def _text_names(folder: Path) -> list[str]:
+    """Lists what has the name of a text file; a folder that only matches a pattern may be called so for
+    reasons of its own."""
+    found = {name for name in TEXT_FILES if is_there(folder / name)}
     for pattern in TEXT_PATTERNS:
-        found |= {file.relative_to(folder).as_posix() for file in folder.glob(pattern) if is_file(file)}
-    for name in found:
-        inside(folder, name)
+        found |= {path.relative_to(folder).as_posix() for path in folder.glob(pattern) if not is_folder(path)}
     return sorted(found)

@@ -98,7 +98,9 @@ def test_a_template_that_refuses_system_turns_names_the_cure():
         chat_ids(ASKED, made(refuses), "Be brief.", "f:1")
     assert chat_ids(ASKED, made(refuses), "", "f:1") == chat_ids(ASKED, made(), "", "f:1")
     own = [{"role": "system", "content": "Sing."}, *ASKED]
-    with pytest.raises(UserError, match=r"^f:1: the chat template refuses these messages \(no system\)\.$"):
+    with pytest.raises(
+        UserError, match=r"^f:1: the chat template refuses these messages \(no system\); change"
+    ):
         chat_ids(own, made(refuses), "Be brief.", "f:1")
 
 
@@ -124,7 +126,7 @@ def test_a_template_that_refuses_system_turns_names_the_cure():
 def test_templates_that_fail_are_one_line(template):
     for system in ("", "Be brief."):
         with pytest.raises(
-            UserError, match=r"^f:1: the chat template refuses these messages \(.+\)\.$"
+            UserError, match=r"^f:1: the chat template refuses these messages \(.+\); change .*\.$"
         ) as error:
             chat_ids(ASKED, made(template), system, "f:1")
         assert "\n" not in str(error.value)
