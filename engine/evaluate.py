@@ -272,7 +272,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         write_heldout(RunFolder(folder).heldout, before, after)
         settings = {
             f: getattr(config, f)
-            for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")
+            for f in ("temperature", "top_p", "top_k", "max_new_tokens", "reward", "cost", "audit")
         }
         settings |= {
             "iterate": iterate,
@@ -427,7 +427,8 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
-        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most "
+        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, "
+        f"{f'top_k {config.top_k}, ' if config.top_k else ''}at most "
         f"{config.max_new_tokens} new tokens, "
         f"seed {flags.seed} (the run's is {config.seed}, {own})",
         *again,

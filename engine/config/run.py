@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.config.bounds import LARGEST_SCORE, any_seed, bounded, check_bounds, count, one_of
+from engine.config.bounds import LARGEST_SCORE, MOST, any_seed, bounded, check_bounds, count, one_of
+from engine.config.template import template_kwargs
 from engine.errors import UserError
 
 FEW_PROMPTS = (
@@ -64,6 +65,10 @@ class RunConfig:
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own.
     Ignored by a tokenizer without a template."""
+    template: str = ""
+    """Chat template in place of the tokenizer's: safe-rlhf, hh, alpaca, chatml, plain, or a jinja file."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Variables for the chat template: NAME=VALUE, such as enable_thinking=false, or one JSON object."""
 
     accept_changes: bool = False
     """Go on with a scorer whose code or weights have changed since the run began whose samples these are;
@@ -82,6 +87,8 @@ class RunConfig:
     """Sampling temperature; it defines the policy, so log-probs use it too."""
     top_p: float = bounded(1.0, above=0, at_most=1)
     """Nucleus mass; 1 is off."""
+    top_k: int = bounded(0, at_least=0, at_most=MOST)
+    """Sample from this many most likely tokens; 0 is off."""
     rollout_rows: int = count(384)
     """Responses decoded side by side; the default is lowered where memory is short.
     Samples depend on it by rounding alone."""
@@ -181,7 +188,13 @@ class RunConfig:
         The KL of two of these is infinite, and the mean log-ratio of the whole policies on such samples is
         the KL of no two policies.
         """
-        return self.top_p < 1
+        return bool(self.cut_by)
+
+    @property
+    def cut_by(self) -> str:
+        """The flags that cut the distributions which are sampled; empty where none does."""
+        flags = [f"--top-k {self.top_k}"] * (self.top_k > 0) + [f"--top-p {self.top_p:g}"] * (self.top_p < 1)
+        return " and ".join(flags)
 
     @property
     def memory_budget_bytes(self) -> int | None:
@@ -224,6 +237,7 @@ class RunConfig:
         Raises: UserError naming the flag, its value and what is accepted.
         """
         check_bounds(self)
+        template_kwargs(self.chat_template_kwargs)
         if self.responses_per_prompt and not 2 <= self.responses_per_prompt <= self.n_responses:
             raise UserError(
                 f"--responses-per-prompt {self.responses_per_prompt}: must be at least 2 and at most "
@@ -312,8 +326,8 @@ class IterativeConfig(RunConfig):
         super().check()
         if self.truncated and self.max_kl < math.inf:
             raise UserError(
-                f"--max-kl {self.max_kl:g}: no KL is measured with --top-p {self.top_p:g}, as that cuts the "
-                "distributions that are sampled; leave out one of the two."
+                f"--max-kl {self.max_kl:g}: no KL is measured with {self.cut_by}, as that cuts the "
+                "distributions that are sampled; leave out one of them."
             )
         if self.slack_responses > self.n_responses:
             raise UserError(

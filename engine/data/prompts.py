@@ -4,16 +4,17 @@ import hashlib
 import json
 import unicodedata
 from array import array
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from sys import byteorder
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from engine.data.chat import as_messages, as_text, chat_ids
+from engine.data.chat import NO_KWARGS, as_messages, as_text, chat_ids
 from engine.data.tables import read_rows
 from engine.errors import UserError
 from engine.files import escaped, shown
@@ -29,6 +30,7 @@ class TextLimits:
     max_new_tokens: int  # responses are cut to this many tokens
     vocab_size: int  # token ids from here on are unknown to the model
     now: datetime | None = None  # the date for chat templates that write one; None: that of the clock
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables for the chat template
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -43,6 +45,7 @@ def load_prompts(
     column: str = "prompt",
     system: str = "",
     now: datetime | None = None,
+    template_kwargs: Mapping[str, Any] = NO_KWARGS,
     max_prompt_tokens: int,
 ) -> Prompts:
     """Reads prompts, applies the tokenizer's chat template once and tokenises.
@@ -53,7 +56,8 @@ def load_prompts(
     optional column "kind" is a label.
     system: put before messages that have no system message. A tokenizer without a chat template takes the
     text alone, and adds its bos itself.
-    now: the date for chat templates that write one; by default that of the clock.
+    now: the date for chat templates that write one; by default that of the clock. template_kwargs: variables
+    for the chat template.
 
     Raises: UserError naming the file and the line (where there are no lines, the row, counted from 1).
     """
@@ -72,7 +76,7 @@ def load_prompts(
                     f"{place}: no column {column!r}; columns found: {columns}. See --prompt-column."
                 )
             messages = as_messages(row[column], column, place)
-            ids = chat_ids(messages, tokenizer, system, place, now)
+            ids = chat_ids(messages, tokenizer, system, place, now, template_kwargs)
             check_length(ids, max_prompt_tokens, place)
             key = prompt_key(ids)
             if key in place_of:

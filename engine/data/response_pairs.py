@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.data import tables
-from engine.data.chat import chat_ids, check_known, known_end_of_turn
+from engine.data.chat import answer_ids, check_known, known_end_of_turn, lead_of_answers, write_prompt
 from engine.data.prompts import TextLimits, check_length
 from engine.errors import UserError
 from engine.files import shown
@@ -53,27 +53,29 @@ def read_response_pairs(source: str, columns: Sequence[str], tokenizer, limits: 
     """Reads a jsonl, csv or parquet file with the columns prompt, response_0, response_1, and `columns`.
 
     The column "kind" is optional. Each of `columns` holds 0 or 1: the number of the better response. Where no
-    columns are asked for, the responses may also stand in chosen and rejected. Answers end as the policy's
-    do. A pair whose answers are equal, also where they became so by the cut at the longest response, is left
-    out.
+    columns are asked for, the responses may also stand in chosen and rejected. Answers are tokenised behind
+    their prompt, and end as the policy's do. A pair whose answers are equal, also where they became so by the
+    cut at the longest response, is left out.
 
     Raises: UserError naming the row and the column: one that is missing, a prompt or response that is not
     text, a label that is neither 0 nor 1; a file whose pairs are all left out.
     """
     prompts, tokens, labels = [], [], []
-    end = known_end_of_turn(tokenizer, limits.vocab_size, shown(source))
+    kwargs = limits.template_kwargs
+    end = known_end_of_turn(tokenizer, limits.vocab_size, shown(source), kwargs)
+    lead = lead_of_answers(tokenizer, kwargs)
     n_cut = n_alike = 0
     for place, row in tables.read_rows(source):
         pair = ("chosen", "rejected") if not columns and "chosen" in row else ("response_0", "response_1")
         _check_row(row, pair, columns, place)
-        ids = chat_ids(
-            [{"role": "user", "content": row["prompt"]}], tokenizer, limits.system, place, limits.now
-        )
+        messages = [{"role": "user", "content": row["prompt"]}]
+        prompt = write_prompt(messages, tokenizer, limits.system, place, limits.now, kwargs)
+        ids = prompt.token_ids
         check_length(ids, limits.max_prompt_tokens, place)
         check_known(ids, limits.vocab_size, place)
         answers = []
         for name in pair:
-            response = tokenizer(row[name], add_special_tokens=False)["input_ids"]
+            response = answer_ids(prompt, row[name], tokenizer, lead, place)
             check_known(response, limits.vocab_size, place)
             answers.append((response + [end])[: limits.max_new_tokens])
             n_cut += len(response) >= limits.max_new_tokens

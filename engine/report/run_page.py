@@ -78,7 +78,8 @@ def _iteration_table(run: RunFiles) -> str:
     head = ["iteration", "reward"]
     for name in run.names:
         head += [f"{name}: {what}" for what in ("lambda", "improvement", "b", "aimed at", "slack")]
-    truncated = run.config.get("config", {}).get("top_p", 1) < 1
+    settings = run.config.get("config", {})
+    truncated = settings.get("top_p", 1) < 1 or settings.get("top_k", 0) > 0
     head += ["log-ratio (nats)" if truncated else "KL (nats)", "loss"]
     body = []
     for i, row in enumerate(run.iteration):

@@ -142,13 +142,13 @@ class Run:
         versions: dict,
         fingerprint: str,
         inputs: Any = None,
-        model_files: Mapping[str, Path] | None = None,
+        model_files: Mapping[str, Path | str] | None = None,
         display: Display | None = None,
     ) -> "Run":
         """Makes the folder and writes what the run is made from into it.
 
         `config`'s field "out" is left out, as it says nothing about the results. inputs: a record of what was
-        read. model_files: files that are copied to RUN/model, by the names that they get there.
+        read. model_files: files that are copied to RUN/model, or texts, by the names that they get there.
 
         Raises: UserError when the folder exists or cannot be made.
         """
@@ -167,7 +167,7 @@ class Run:
             for name, source in (model_files or {}).items():
                 copy = paths.model / name
                 make_folder(copy.parent)
-                write_whole(copy, source.read_bytes())
+                write_whole(copy, source.encode() if isinstance(source, str) else source.read_bytes())
             contents = write_contents(
                 partial, algorithm, settings, fingerprint=fingerprint, versions=versions, inputs=inputs
             )

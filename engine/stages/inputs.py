@@ -9,9 +9,11 @@ import torch
 
 from engine import model, quickstart
 from engine.config import RunConfig
+from engine.config.template import template_kwargs
 from engine.data import dealing
 from engine.data.chat import check_known, end_of_turn
 from engine.data.prompts import TextLimits, assert_disjoint, load_prompts, shipped_prompts
+from engine.data.templates import check_kwargs, remarks, use_template
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import examine
@@ -42,9 +44,12 @@ class Inputs:
     limits: TextLimits
     train: Prompts
     heldout: Prompts
+    template: str  # the text of --template; "" without it
     began: str  # the time that the chat template is told, ISO 8601; "" where it asks for none
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
-    notes: list[str]  # says what has changed since the run began whose inputs these are
+    # Says what is unexpected in how prompts are written, or what has changed since the run began whose inputs
+    # these are.
+    notes: list[str]
 
 
 def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
@@ -60,7 +65,12 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
     notes = [] if owned is None else [*owned.check_model(folder, files), *owned.check_sources()]
     texts = folder if owned is None else RunFolder(owned.run).model
     shape = examine(folder).config
-    tokenizer = load_tokenizer(texts)
+    tokenizer, kwargs = load_tokenizer(texts), template_kwargs(config.chat_template_kwargs)
+    template = "" if owned is None else owned.record.template
+    if owned is None:
+        if config.template:
+            template, notes = use_template(tokenizer, config.template, kwargs)
+        check_kwargs(tokenizer, kwargs)
     stop_token_ids = stop_tokens(texts, tokenizer)
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
     if unknown:
@@ -78,15 +88,19 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         max_new_tokens=config.max_new_tokens,
         vocab_size=shape.vocab_size,
         now=now,
+        template_kwargs=kwargs,
     )
     if owned is None:
         train, heldout = _prompts(config, tokenizer, limits)
+        notes += remarks(tokenizer, train.token_ids[0], kwargs, has_system=_has_system(config, train))
         began = now.isoformat() if asks_for_time(tokenizer) else ""
         sources = source_digests(config)
     else:
         record = owned.record
         train, heldout, began = record.train, record.heldout, record.began
-        sources = {f: record.sources[f] for f in ("--prompts", "--heldout") if f in record.sources}
+        sources = {
+            f: record.sources[f] for f in ("--prompts", "--heldout", "--template") if f in record.sources
+        }
         files = record.model
     return Inputs(
         device=device,
@@ -101,6 +115,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         limits=limits,
         train=train,
         heldout=heldout,
+        template=template,
         began=began,
         sources=sources,
         notes=notes,
@@ -157,6 +172,7 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
         column=column,
         system=limits.system,
         now=limits.now,
+        template_kwargs=limits.template_kwargs,
         max_prompt_tokens=limits.max_prompt_tokens,
     )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
@@ -179,6 +195,12 @@ def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts,
         train, heldout = train.select(chosen), train.select(held)
     assert_disjoint(train, heldout)
     return train, heldout
+
+
+def _has_system(config: RunConfig, prompts: Prompts) -> bool:
+    """Tells whether prompts have a system line, the run's or their own."""
+    own = any(m["role"] == "system" for messages in prompts.conversations for m in messages)
+    return bool(config.system) or own
 
 
 def _cores() -> int:

@@ -32,7 +32,7 @@ from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
     RunInputs,
-    is_copied,
+    copies,
     owned_inputs,
     restore_inputs,
     source_digests,
@@ -46,6 +46,7 @@ class SamplingSettings:
     seed: int
     temperature: float
     top_p: float
+    top_k: int
     max_new_tokens: int
     rows: int  # responses decoded side by side
     memory_budget_bytes: int | None  # of the loss head; None: the op's default
@@ -58,6 +59,7 @@ class SamplingSettings:
             seed=config.seed,
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.top_k,
             max_new_tokens=config.max_new_tokens,
             rows=config.rollout_rows,
             memory_budget_bytes=config.memory_budget_bytes,
@@ -183,7 +185,7 @@ def open_job(
         display.warn(warning)
     if config.truncated:
         display.warn(
-            f"--top-p {config.top_p:g} cuts the distributions that are sampled, so no KL is measured: in its "
+            f"with {config.cut_by} the distributions that are sampled are cut, so no KL is measured: in its "
             "place stands the mean log-ratio of the whole policies on these samples"
         )
     for own in (own_pairs, preferences):
@@ -205,6 +207,7 @@ def open_job(
             sources=source_digests(config) | inputs.sources,
             model=inputs.files,
             scorers=scorer_contents,
+            template=inputs.template,
         )
     if resume is None:
         run = Run.create(
@@ -214,7 +217,7 @@ def open_job(
             versions=_versions(),
             fingerprint=fingerprint,
             inputs=record,
-            model_files={name: inputs.texts / name for name in inputs.files if is_copied(name)},
+            model_files=copies(inputs.texts, inputs.files, inputs.template),
             display=display,
         )
     else:
@@ -235,7 +238,8 @@ def open_job(
         if subject is None:
             subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
         yield Job(
-            **vars(subject),
+            # What is written goes on with the run's own texts: --template is among them.
+            **vars(subject) | {"texts": run.paths.model},
             config=config,
             run=run,
             train=used[0],

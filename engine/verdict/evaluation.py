@@ -42,7 +42,7 @@ class Evaluation:
     n_prompts: int
     n_responses: int  # per prompt, of the policy
     confidence: float = 0.95  # of all intervals and bounds
-    truncated: bool = False  # the samples are of distributions that top-p has cut
+    truncated: bool = False  # the samples are of distributions that top-k or top-p has cut
     units: str = "deviation"  # of improvements: the run's --units
 
     def as_dict(self) -> dict:
@@ -171,7 +171,7 @@ class Asked:
     limits: Sequence[Limit]
     aims: Sequence[float]  # each in its constraint's measure
     unit_J: Sequence[float]  # one of the run's units in the scorer's
-    truncated: bool = False  # the samples are of distributions that top-p has cut
+    truncated: bool = False  # the samples are of distributions that top-k or top-p has cut
     units: str = "deviation"  # the run's --units
 
 

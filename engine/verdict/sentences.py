@@ -18,7 +18,7 @@ def sentences(evaluation: Evaluation) -> list[str]:
         f"audit {name} (never optimised): {improvement_text(x, confidence)}, in {units}"
         for name, x in e.audits
     ]
-    cut = "mean log-ratio of policy and reference on samples cut by top-p, which is no KL"
+    cut = "mean log-ratio of policy and reference on samples cut by top-k or top-p, which is no KL"
     lines.append(
         f"{cut if e.truncated else 'KL(policy || reference)'}: {number(e.kl.mean)} nats per response, "
         f"{interval_text(e.kl, confidence)}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from engine.data.chat import Written
 from engine.errors import UserError
 from engine.quickstart import tiny_model_folder
 from engine.scorers import training
@@ -265,7 +266,8 @@ class Words:
     [(3, True, [7, 7, 7, 2]), (3, False, [7, 7, 7]), (4, True, [7, 7, 7, 7]), (9, True, [7, 7, 7, 7])],
 )
 def test_stop_token_only_where_it_fits(words, finished, expected):
-    assert response_ids(Text("", "w " * words, finished), Words(), 4, end=2) == expected
+    text, prompt = Text("", "w " * words, finished), Written("q ", [], [7])
+    assert response_ids(text, prompt, Words(), "", 4, end=2) == expected
 
 
 def test_auc_and_calibration_closed_forms():

@@ -123,10 +123,13 @@ def test_a_run_says_what_it_leaves_out_and_that_top_p_measures_no_kl(tmp_path, c
     flags = ["--pairs", file, "--top-p", "0.5", "--iterations", "1", "--steps", "1", "--eval-prompts", "2"]
     with pytest.raises(UserError, match="--max-kl 2: no KL is measured with --top-p 0.5"):
         check(CaidConfig(max_kl=2.0, top_p=0.5))
+    with pytest.raises(UserError, match="no KL is measured with --top-k 50 and --top-p 0.5, as"):
+        check(CaidConfig(max_kl=2.0, top_p=0.5, top_k=50))
     check(CaidConfig(max_kl=2.0))
+    assert CaidConfig(top_k=50).truncated and not CaidConfig().truncated
     assert train.main(["caid", *SMOKE, *flags, "--out", str(out)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "--top-p 0.5 cuts the distributions that are sampled, so no KL is measured" in said
+    assert "with --top-p 0.5 the distributions that are sampled are cut, so no KL is measured" in said
     assert f"1 of {len(rows)} pairs have equal answers and were left out" in said
     assert f"of {2 * len(rows)} answers are longer than --max-new-tokens 8 and were cut" in said
     assert "| log-ratio " in said and "| KL " not in said and "KL(policy || reference)" not in said
