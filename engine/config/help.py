@@ -9,12 +9,12 @@ from typing import Annotated, Any, get_type_hints
 # The settings of all algorithms, by subject. Those that an algorithm does not have are left out of its help.
 GROUPS = {
     "model-and-data": (
-        "model", "prompts", "heldout", "prompt_column", "pairs", "preferences", "system", "n_prompts",
-        "samples_of",
+        "model", "prompts", "heldout", "prompt_column", "pairs", "preferences", "system", "template",
+        "chat_template_kwargs", "n_prompts", "samples_of",
     ),
     "scorers": ("reward", "cost", "audit", "scores", "preference_steps", "units"),
     "constraints": ("threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_on", "margin", "force"),
-    "sampling": ("n_responses", "max_new_tokens", "temperature", "top_p", "rollout_rows"),
+    "sampling": ("n_responses", "max_new_tokens", "temperature", "top_p", "top_k", "rollout_rows"),
     "multipliers": (
         "beta", "lam_max", "lam", "offset", "objective", "iterations", "slack_prompts", "slack_responses",
         "lam_max_change", "max_kl", "dual_rule", "dual_step", "lam_init", "dual_rate", "advantage",

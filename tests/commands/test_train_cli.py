@@ -21,12 +21,12 @@ from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
-    out seed device dtype threads force tensorboard units model reward cost audit prompts heldout
-    prompt-column system n-prompts n-responses max-new-tokens temperature top-p rollout-rows samples-of
-    threshold cost-mean cost-rate unsafe-above cost-on accept-changes beta margin lam-max steps
-    prompts-per-step tokens-per-forward activation-checkpointing responses-per-prompt labels
-    learning-rate warmup-steps schedule weight-decay clip-norm tune lora-rank lora-alpha lora-from
-    memory-budget-mb checkpoint-every eval-prompts eval-responses
+    template chat-template-kwargs top-k out seed device dtype threads force tensorboard units model
+    reward cost audit prompts heldout prompt-column system n-prompts n-responses max-new-tokens
+    temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on
+    accept-changes beta margin lam-max steps prompts-per-step tokens-per-forward activation-checkpointing
+    responses-per-prompt labels learning-rate warmup-steps schedule weight-decay clip-norm tune lora-rank
+    lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
