@@ -42,8 +42,9 @@ class RunConfig:
     """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
     force: bool = False
     """Go on with thresholds beyond what the samples support."""
-    tensorboard: bool = False
-    """Also write TensorBoard event files (needs the package tensorboard)."""
+    trackers: tuple[str, ...] = one_of("tensorboard", "wandb", "mlflow", "trackio", default=())
+    """Also write the metrics rows to tensorboard (RUN/tensorboard), wandb, mlflow or trackio; each needs its
+    package."""
 
     model: str = ""
     """Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""

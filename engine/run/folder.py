@@ -18,6 +18,7 @@ RUN/heldout.jsonl                                  the responses that the verdic
 RUN/report.png, report.html                        the report
 RUN/evaluation-N                                   what `engine.evaluate` wrote
 RUN/judged.jsonl                                   the prompts that have judged the run
+RUN/tensorboard, wandb, trackers.jsonl             what --trackers wrote, and how many rows each has
 RUN/nonfinite.safetensors                          the batch that stopped the run
 """
 
@@ -75,8 +76,8 @@ class RunFolder:
         return self.path / "timing.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+    def trackers(self) -> Path:
+        return self.path / "trackers.jsonl"
 
     @property
     def adapters(self) -> Path:

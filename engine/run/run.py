@@ -19,7 +19,7 @@ from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import Row, RowT, SpeedRow, StageTimeRow, typed
 from engine.run.store import RecordT, Torn, dumps, read_whole, save, unpack_file
-from engine.run.tensorboard import TensorBoard, check_tensorboard
+from engine.run.trackers import Trackers, check_trackers
 
 
 def _append(path: Path, row: dict) -> None:
@@ -128,9 +128,9 @@ class Run:
         self._open = False
         self._last_checksum = contents.inputs
         self._old_handler: Any = None
-        # Events are for people: a config without the field has none.
-        wanted = contents.config.get("tensorboard", False)
-        self._tensorboard = TensorBoard(folder, self.display.warn) if wanted else None
+        # Trackers are for people: a config without the field has none.
+        names = contents.config.get("trackers", ())
+        self._trackers = Trackers(folder, names, contents.config, self.display.warn)
 
     @classmethod
     def create(
@@ -158,8 +158,7 @@ class Run:
                 f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
             )
         settings = {name: value for name, value in config.items() if name != "out"}
-        if settings.get("tensorboard"):
-            check_tensorboard()
+        check_trackers(settings.get("trackers", ()))
         # The folder appears whole, so that a kill before leaves none that could not be resumed.
         with whole_folder(folder) as partial:
             paths = RunFolder(partial)
@@ -290,8 +289,7 @@ class Run:
         self._last_checksum = content["sha256"]
         for path in (stage.previous_path, stage.partial_path):
             clear(path)
-        if self._tensorboard is not None:
-            self._tensorboard.write(content["rows"])
+        self._trackers.write(content["rows"])
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
         """Deletes the stage's files and all later ones; returns how many. The last go first,
@@ -344,8 +342,7 @@ class Run:
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._trackers.close()
         self._lock.close()
 
 

@@ -1,6 +1,5 @@
 """What the display prints on terminals and elsewhere, and what is read back from a run."""
 
-import errno
 import fcntl
 import io
 import json
@@ -13,10 +12,8 @@ import sys
 import termios
 import threading
 import time
-import types
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -282,115 +279,3 @@ def test_reading_what_is_no_run(tmp_path: Path) -> None:
             read(tmp_path, *cls)
     with pytest.raises(UserError, match="is no run folder"):
         time_table(tmp_path / "nothing")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZRow(Row):
-    KIND = "z"
-
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongZRow(ZRow):
-    lam: list[float]
-    text: str
-    nan: float
-
-
-class FakeEvents:
-    """Stands for the three modules of tensorboard that are used; an event is a line of JSON, and from the
-    call `full_from` on the disk is full."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls, self.full_from = 0, math.inf
-
-        @dataclass(kw_only=True)
-        class Summary:
-            value: list = field(default_factory=list)
-
-            def Value(*, tag: str, simple_value: float) -> tuple[str, float]:
-                return tag, simple_value
-
-        @dataclass(kw_only=True)
-        class Event:
-            wall_time: float
-            step: int = 0
-            file_version: str = ""
-            summary: Summary = field(default_factory=Summary)
-
-            def SerializeToString(self) -> bytes:
-                return json.dumps([[*pair, self.step] for pair in self.summary.value]).encode()
-
-        class RecordWriter:
-            def __init__(writer, file: IO[bytes]) -> None:
-                writer.file, writer.flush = file, file.flush
-
-            def write(writer, data: bytes) -> None:
-                self.calls += 1
-                if self.calls >= self.full_from:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                writer.file.write(data + b"\n")
-
-        for name, made in (
-            ("compat.proto.event_pb2", Event),
-            ("compat.proto.summary_pb2", Summary),
-            ("summary.writer.record_writer", RecordWriter),
-        ):
-            module = types.SimpleNamespace(**{made.__name__: made})
-            monkeypatch.setitem(sys.modules, f"tensorboard.{name}", module)
-
-    @staticmethod
-    def written(run: Path) -> list[list]:
-        (file,) = (run / "tensorboard").iterdir()
-        assert "tfevents" in file.name, "TensorBoard looks for files by this word"
-        return [scalar for line in file.read_text().splitlines() for scalar in json.loads(line)]
-
-
-def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        Run.create(tmp_path / "run", "caid", {"tensorboard": True}, versions={}, fingerprint="f")
-    assert not list(tmp_path.iterdir())
-
-    events, folder = FakeEvents(monkeypatch), tmp_path / "r"
-    expected = [["z/lam/0", 1.0, 0], ["z/lam/1", 2.0, 0], ["z/loss", 0.5, 0]]
-    expected += [["z/loss", 0.25, 1], ["x/v", 3.0, 0]]
-    first = LongZRow(loss=0.5, lam=[1, 2.0], text="x", nan=float("nan"))
-
-    def go_on(run: Run) -> None:
-        with run:
-            run.stage("a", dict, lambda stage: stage.log(first) or {})
-            run.stage("b", dict, lambda stage: stage.log(ZRow(loss=0.25)) or stage.log(XRow(v=3)) or {})
-
-    go_on(Run.create(folder, "caid", {"tensorboard": True}, versions={}, fingerprint="f"))
-    assert events.written(folder) == expected
-    (folder / "tensorboard" / "older").write_text("")
-    go_on(Run.resume(folder, fingerprint="f"))
-    assert events.written(folder) == expected
-
-
-@pytest.mark.parametrize("full_from", [1, 4])
-def test_a_disk_without_room_for_events_stops_these_and_not_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_from: int
-) -> None:
-    events, folder, out = FakeEvents(monkeypatch), tmp_path / "r", io.StringIO()
-    events.full_from = full_from
-    settings = {"tensorboard": True}
-    display = Display(file=out)
-    with Run.create(folder, "caid", settings, versions={}, fingerprint="f", display=display) as run:
-        for name in ("a", "b", "c"):
-            run.stage(name, dict, lambda stage: stage.log(ZRow(loss=0.25)) or stage.log(XRow(v=3)) or {})
-    assert len(run.rows(ZRow)) == 3
-    (said,) = [line for line in out.getvalue().splitlines() if "warning" in line]
-    assert "disk full while saving" in said and said.endswith(
-        "the run goes on without TensorBoard events, and --resume writes them all"
-    )
-    assert events.calls == full_from, "no more is tried"
-    # A file in the place of the folder stops the events alike.
-    (folder / "tensorboard").rename(tmp_path / "aside")
-    (folder / "tensorboard").write_text("a note")
-    out.truncate(0)
-    with Run.resume(folder, fingerprint="f", display=display) as run:
-        run.stage("a", dict, lambda stage: {})
-    assert out.getvalue().count("cannot write") == 1 and (folder / "tensorboard").read_text() == "a note"
