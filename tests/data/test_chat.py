@@ -92,6 +92,8 @@ def test_a_system_line_that_a_template_does_not_take_begins_the_first_user_turn(
         [opened[0], {"role": "user", "content": "Be brief.\n\nSay it"}], made(), "", "p"
     )
     assert takes_system(made()) and not takes_system(tokenizer)
+    shouts = made(CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"))
+    assert "system\nBE BRIEF.<|end|>" in shouts.decode(chat_ids(ASKED, shouts, "Be brief.", "p"))
     (said,) = remarks(tokenizer, [], {}, has_system=True)
     assert "takes no system line, so it begins the first user turn" in said
     assert remarks(tokenizer, [], {}, has_system=False) == remarks(made(), [], {}, has_system=True) == []

@@ -245,6 +245,29 @@ def test_pairs_that_the_cut_makes_equal_are_removed(tiny, tmp_path, capsys):
         training.train(dataclasses.replace(config, max_new_tokens=8))
 
 
+def test_a_head_is_trained_on_texts_in_the_template_of_the_run(tiny, tmp_path, capsys, monkeypatch):
+    read, encode = [], training.encode
+
+    def kept(texts, tokenizer, limits):
+        groups = encode(texts, tokenizer, limits)
+        read.append(tokenizer.decode(groups[0].prompt))
+        return groups
+
+    monkeypatch.setattr(training, "encode", kept)
+    own = tmp_path / "t.jinja"
+    own.write_text("{% for m in messages %}{{ mark }}{{ m.content }}{% endfor %}")
+    config = HeadConfig(
+        data=(write(tmp_path / "p.jsonl", toy_pairs(4)),), out=str(tmp_path / "o"), model=tiny, layer=1,
+        template=str(own), chat_template_kwargs=("mark=>",), system="",
+    )  # fmt: skip
+    training.train(config)
+    assert read[0].startswith(">Question ") and read[0].endswith("?")
+    assert f"note: --template {own} replaces the chat template" in capsys.readouterr().out
+    for change, says in (({"template": "none"}, "--template none"), ({"chat_template_kwargs": ("x",)}, "x")):
+        with pytest.raises(UserError, match=says):
+            training.train(dataclasses.replace(config, out=str(tmp_path / "p"), **change))
+
+
 def test_one_class_or_one_prompt_is_refused(tmp_path):
     out = str(tmp_path / "o")
     rows = [dict(row, label=1) for row in toy_labels(5)]
