@@ -4,6 +4,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+# While `python -m engine.NAME` looks for its module, argv[0] is "-m". From then on it ends in one line,
+# also where it is stopped while torch is imported, which takes seconds.
+_is_command = sys.argv[:1] == ["-m"] and "engine." in sys.orig_argv[-len(sys.argv)]
 _expected = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
 _spec = find_spec("kernels")
 _found = Path(_spec.origin).resolve() if _spec is not None and _spec.origin else None
@@ -12,8 +15,12 @@ if _found is None or _found.parent.parent != _expected.parent.parent:
         f"dualign needs its own package 'kernels' at {_expected.parent}, but python finds {_found}. "
         "Cure: pip uninstall kernels, then pip install dualign again."
     )
-    # While `python -m engine.NAME` looks for its module, argv[0] is "-m": a command says this in one line.
-    if sys.argv[:1] == ["-m"]:
+    if _is_command:
         print(f"error: {_message}", file=sys.stderr)
         raise SystemExit(2)
     raise ImportError(_message)
+
+if _is_command:
+    from engine.command import end_imports
+
+    sys.excepthook = end_imports

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from types import TracebackType
+from typing import NoReturn, TextIO
 
 from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
@@ -65,36 +66,51 @@ def run_command(work: Callable[[list[str], Standing], int | None], argv: list[st
         try:
             _check_text(argv)
             return work(argv, standing) or 0
-        except NotWritten as error:
-            _say(f"error: {error}{f' and {standing.again()}' if error.again else '.'}")
-            return error.exit_code
-        except (UserError, NonFiniteError) as error:
-            _say(f"error: {error}")
-            return error.exit_code
-        except KeyboardInterrupt as stop:
-            # An Interrupted says itself how to go on.
-            _say(str(stop) if isinstance(stop, Interrupted) else f"interrupted: {standing.again()}")
-            return Interrupted.exit_code
-        except SystemExit as stop:
-            _say(
-                f"error: something that this command called ended the process (SystemExit: {stop.code}), so "
-                f"it has no result; take that call out, then {standing.again()}"
-            )
-            return 1
         except BaseException as error:  # a panic of a library in Rust is no Exception
-            if isinstance(error, OSError) and (error.errno in REFUSED or _no_temporary_folder(error)):
-                place = f"{shown(error.filename)}: " if error.filename else ""
-                advice, again = ADVICE.get(error.errno, ("see to that", True))
-                if _no_temporary_folder(error):
-                    advice, again = "free space there, or set TMPDIR to a folder with room", True
-                _say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
-                return UserError.exit_code
-            traceback.print_exc()
-            _say(
-                f"error: {type(error).__name__} is a mistake of this program, not yours: please report the "
-                f"lines above; to try once more, {standing.again()}"
-            )
-            return 1
+            return _ended(error, standing)
+
+
+def end_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+    """Ends a command that is stopped while its modules are imported, before `run_command` begins.
+
+    It stands for `sys.excepthook`, from which SystemExit sets the exit code.
+    """
+    with _surviving_output():
+        code = _ended(error, Standing())
+    sys.exit(code)
+
+
+def _ended(error: BaseException, standing: Standing) -> int:
+    """Says in one line what ended a command; returns its exit code."""
+    if isinstance(error, NotWritten):
+        _say(f"error: {error}{f' and {standing.again()}' if error.again else '.'}")
+        return error.exit_code
+    if isinstance(error, UserError | NonFiniteError):
+        _say(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        # An Interrupted says itself how to go on.
+        _say(str(error) if isinstance(error, Interrupted) else f"interrupted: {standing.again()}")
+        return Interrupted.exit_code
+    if isinstance(error, SystemExit):
+        _say(
+            f"error: something that this command called ended the process (SystemExit: {error.code}), so "
+            f"it has no result; take that call out, then {standing.again()}"
+        )
+        return 1
+    if isinstance(error, OSError) and (error.errno in REFUSED or _no_temporary_folder(error)):
+        place = f"{shown(error.filename)}: " if error.filename else ""
+        advice, again = ADVICE.get(error.errno, ("see to that", True))
+        if _no_temporary_folder(error):
+            advice, again = "free space there, or set TMPDIR to a folder with room", True
+        _say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
+        return UserError.exit_code
+    traceback.print_exception(error)
+    _say(
+        f"error: {type(error).__name__} is a mistake of this program, not yours: please report the "
+        f"lines above; to try once more, {standing.again()}"
+    )
+    return 1
 
 
 def _no_temporary_folder(error: OSError) -> bool:

@@ -186,7 +186,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     constraints.check_prompts(
         limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {})
     )
-    units = units_of(reference, limits)
+    units = units_of(reference, limits, config.units)
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
     aimed = committed.one(DualRow).aim if by_preference else reference.aimed
@@ -279,7 +279,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         write_heldout(RunFolder(folder).heldout, before, after)
         settings = {
             f: getattr(config, f)
-            for f in ("temperature", "top_p", "max_new_tokens", "reward", "cost", "audit")
+            for f in ("temperature", "top_p", "top_k", "max_new_tokens", "reward", "cost", "audit")
         }
         settings |= {
             "iterate": iterate,
@@ -353,6 +353,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         limits=q.limits,
         aimed=q.aimed,
         units=scoring.units,
+        counted_in=q.config.units,
         audit_names=scoring.audit_names,
         confidence=confidence,
         truncated=q.config.truncated,
@@ -433,7 +434,8 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
-        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, at most "
+        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, "
+        f"{f'top_k {config.top_k}, ' if config.top_k else ''}at most "
         f"{config.max_new_tokens} new tokens, "
         f"seed {flags.seed} (the run's is {config.seed}, {own})",
         *again,
@@ -446,8 +448,10 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
 
 
 def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
-    """Adds units of audits that the run did not know, measured on the reference's
-    responses, to the run's units."""
+    """Adds units of audits that the run did not know to the run's units: measured on the reference's
+    responses, unless the run counts in the scorers' own."""
+    if q.config.units == "raw":
+        return replace(q.units, audit_A=[1.0] * len(q.scorers.audits))
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
         name = q.scorers.audits[a].name
@@ -473,7 +477,7 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
             raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
         run, argv = argv[0], argv[1:]
     words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
-    flags = parse_flags(EvaluateConfig, argv, default=EvaluateConfig(), **words)
+    flags = parse_flags(EvaluateConfig(), argv, **words)
     if flags is not None:
         run_evaluation(run, flags)
 

@@ -6,7 +6,7 @@ one sign everywhere: larger is better (`utility_of_cost` is the only place where
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -87,10 +87,17 @@ class ScaledScores(_Scores):
     """Scores in the run's units (`Units.apply`)."""
 
 
+# The unit of improvements in sentences, by --units.
+UNIT_NAMES = {
+    "deviation": "within-prompt standard deviations of the reference",
+    "raw": "the scorers' own units",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """The reference's pooled within-prompt standard deviations: one unit of reward,
-    utility and audit in this run."""
+    """One unit of reward, utilities and audits in this run, in the scorers' own units: the reference's pooled
+    within-prompt standard deviations, or 1 with --units raw."""
 
     reward: float
     utility_J: list[float]
@@ -98,6 +105,11 @@ class Units:
     unsafe_above_J: list[float | None] = field(
         default_factory=list
     )  # a utility with a number here is -1 where its cost lies above, else 0
+
+    def as_raw(self) -> "Units":
+        """Returns the scorers' own units: 1 of each."""
+        ones_J, ones_A = [1.0] * len(self.utility_J), [1.0] * len(self.audit_A)
+        return replace(self, reward=1.0, utility_J=ones_J, audit_A=ones_A)
 
     def apply(self, scores: Scores) -> ScaledScores:
         """Returns the same scores in these units."""

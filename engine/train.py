@@ -12,17 +12,21 @@ from pathlib import Path
 from engine.command import Standing, run_command
 from engine.config import ALGORITHMS, check, smoke
 from engine.config.flags import parse_flags, suggest, take
+from engine.config.settings_file import read_settings
 from engine.errors import UserError
 
-USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--resume FOLDER] [flags]
+USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--config FILE] [--resume RUN] [flags]
 
 algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 {algorithms}
 
 --preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win
                   (not for head)
---resume FOLDER   go on with the interrupted run in FOLDER, with its own settings and inputs: takes no other
-                  flag but --accept-changes, which lets a changed scorer pass
+--config FILE     read settings from a YAML file (steps: 8), or from the config.json of a run, which is then
+                  repeated into another folder; flags that you give win
+--resume RUN      go on with the interrupted run in that folder, with its own settings and inputs: takes no
+                  other flag but --accept-changes, which lets a changed scorer pass
+--help-all        show all flags; --help shows the usual ones
 """
 
 
@@ -56,10 +60,10 @@ def _train(argv: list[str], standing: Standing) -> None:
 
 
 def parse(algorithm: str, flags: list[str]):
-    """Reads the algorithm's config from `flags`, on top of the defaults or the preset;
-    None after printing help.
+    """Reads the algorithm's config from `flags`, on top of the defaults, the preset and the file of --config,
+    in this order; None after printing help.
 
-    Raises: UserError for an unknown preset or flag, a stray word, or a value of the wrong type.
+    Raises: UserError for an unknown preset, file or flag, a stray word, or a value of the wrong type.
     """
     flags, preset = take(flags, "--preset")
     chosen = ALGORITHMS[algorithm]
@@ -69,27 +73,46 @@ def parse(algorithm: str, flags: list[str]):
             raise UserError(f"--preset {preset}: the only preset is smoke, and head has none.")
         default = smoke(default)
     usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{row.help}" for name, row in ALGORITHMS.items()))
-    return parse_flags(
-        chosen.config_class,
-        flags,
-        prog=f"python -m engine.train {algorithm}",
-        usage=usage,
-        first="algorithm",
-        default=default,
-        others=("--preset", "--resume"),
-    )
+    words = {
+        "prog": f"python -m engine.train {algorithm}",
+        "usage": usage,
+        "first": "algorithm",
+        "others": ("--preset", "--config", "--resume", "--help-all"),
+        "grouped": chosen.trains_policy,
+    }
+    flags, file = take(flags, "--config")
+    if file is not None:
+        settings = read_settings(file)
+        if settings.algorithm not in (None, algorithm):
+            raise UserError(
+                f"--config {file}: its settings are those of {settings.algorithm}, not of {algorithm}; name "
+                "the same algorithm in both."
+            )
+        try:
+            default = parse_flags(default, settings.flags, **words)
+        except UserError as error:
+            raise UserError(f"--config {file}: {error}") from None
+    return parse_flags(default, flags, **words)
 
 
 def _algorithm(argv: list[str]) -> tuple[str, list[str]]:
-    """Splits the algorithm's name, caid where none is given, from the rest of the command line."""
+    """Splits the algorithm's name from the rest of the command line; where none is given, it is that of
+    --config, or caid."""
     if not argv or argv[0].startswith("-"):
-        return "caid", argv
-    if argv[0] not in ALGORITHMS:
+        _, file = take(argv, "--config")
+        named = None if file is None else read_settings(file).algorithm
+        return _known(named or "caid"), argv
+    return _known(argv[0]), argv[1:]
+
+
+def _known(algorithm: str) -> str:
+    """Returns the name of an algorithm. Raises: UserError where there is none of that name."""
+    if algorithm not in ALGORITHMS:
         raise UserError(
-            f"unknown algorithm {argv[0]!r}.{suggest(argv[0], list(ALGORITHMS))} Choose from "
+            f"unknown algorithm {algorithm!r}.{suggest(algorithm, list(ALGORITHMS))} Choose from "
             f"{', '.join(ALGORITHMS)}."
         )
-    return argv[0], argv[1:]
+    return algorithm
 
 
 def _resumed(folder: str, named: str | None, flags: list[str]) -> tuple[str, object]:

@@ -63,7 +63,7 @@ def test_installed_dependencies_do_not_require_kernels():
 
 def test_extras():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {"test", "bench", "flash", "tensorboard"}
+    assert set(extras) == {"test", "bench", "flash"}
     assert any(re.fullmatch(r"ruff==[\d.]+", r) for r in extras["test"])
 
 

@@ -25,7 +25,7 @@ from bench.figures.page import page_text
 from bench.figures.predictions import draw_realised, realised
 from bench.figures.stored import read_stored
 from bench.figures.subsets import draw_subsets, lam_of_subsets
-from engine.errors import UserError
+from engine.command import run_command
 from engine.files import write_json, write_whole
 from engine.report.drawing import png
 
@@ -41,15 +41,15 @@ def main() -> int:
     shown = "run folder on preference scores, whose calibration is shown"
     parser.add_argument("--preference", type=Path, help=shown)
     given = parser.parse_args()
-    try:
-        known = {folder: read_stored(folder) for folder in dict.fromkeys([given.samples, *given.runs])}
-        samples, runs = known[given.samples], [known[run] for run in given.runs]
-        calibrated = [] if given.preference is None else judge_preferences(given.preference)
-        by_size = lam_of_subsets(samples.reward_PG, samples.utility_PGJ, samples.aim_J, samples.beta)
-        rows = [row for run in given.runs for row in realised(run, known[run])]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_command(lambda _, standing: _figures(given), None)
+
+
+def _figures(given: argparse.Namespace) -> None:
+    known = {folder: read_stored(folder) for folder in dict.fromkeys([given.samples, *given.runs])}
+    samples, runs = known[given.samples], [known[run] for run in given.runs]
+    calibrated = [] if given.preference is None else judge_preferences(given.preference)
+    by_size = lam_of_subsets(samples.reward_PG, samples.utility_PGJ, samples.aim_J, samples.beta)
+    rows = [row for run in given.runs for row in realised(run, known[run])]
     write_whole(DOCS / "figures-subsets.png", png(lambda: draw_subsets(by_size)))
     if rows:
         write_whole(DOCS / "figures-realised.png", png(lambda: draw_realised(rows)))
@@ -60,7 +60,6 @@ def main() -> int:
     text = page_text(_command(given), samples, by_size, rows, runs, calibrated)
     write_whole(DOCS / "figures.md", text.encode())
     print(f"written: {DOCS / 'figures.md'}")
-    return 0
 
 
 def _command(given: argparse.Namespace) -> str:

@@ -48,11 +48,12 @@ def read_stored(folder: Path) -> Stored:
         reward, *utility = row(folder, PreferenceRow).log_ratio_sd
         audits = scores.audit_PGA.shape[2]
         units = Units(reward=reward, utility_J=utility, audit_A=[1.0] * audits)
+        units = units.as_raw() if config.units == "raw" else units
         aim = row(folder, DualRow).aim
     else:
         scores = _load(folder, "01-reference.safetensors", ReferenceSamples).samples.scores
         reference = row(folder, ReferenceRow)
-        units, aim = units_of(reference, []), reference.aim
+        units, aim = units_of(reference, [], config.units), reference.aim
     scores = units.apply(scores)
     versions = json.loads((folder / "config.json").read_text())["versions"]
     shown = ", ".join(f"{name} {value[:12]}" for name, value in sorted(versions.items()))

@@ -19,6 +19,8 @@ import tyro
 from bench.gpu.parts import PARTS
 from bench.gpu.steps import go_on, read
 from bench.run.results import add_new
+from engine.command import run_command
+from engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,17 @@ def collect(folder: Path) -> int:
 def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code, 0 where every step is done."""
     options = tyro.cli(Options, args=arguments, prog="python -m bench.gpu")
+    return run_command(lambda _, standing: _part(options), arguments)
+
+
+def _part(options: Options) -> int:
     if options.part == 0:
         print(f"{collect(options.out)} new lines in bench/results.jsonl; bench/RESULTS.md is written")
         return 0
     if options.part not in PARTS:
-        raise SystemExit(f"--part {options.part}: must be 1 to {len(PARTS)}, or 0.")
+        raise UserError(f"--part {options.part}: must be 1 to {len(PARTS)}, or 0.")
     if not torch.cuda.is_available():
-        raise SystemExit("--part needs a GPU, and torch finds none here.")
+        raise UserError("--part needs a GPU, and torch finds none here.")
     title, steps = PARTS[options.part]
     options.out.mkdir(parents=True, exist_ok=True)
     left = go_on(steps, options.out / f"part-{options.part}.jsonl", torch.device("cuda"))

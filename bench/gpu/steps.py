@@ -13,6 +13,7 @@ import torch
 from bench.run import floors
 from bench.run.measure import interleaved
 from bench.run.origin import origin
+from engine.files import append_line
 
 LIMIT_S = 8.5 * 60  # no step begins that is expected to end later
 BF16 = torch.bfloat16
@@ -81,8 +82,7 @@ def go_on(steps: list[Step], path: Path, device: torch.device, limit_s: float = 
             print(f"{step.name}: {needs}; the same command goes on with it")
             break
         record = _tried(step, device)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(path, json.dumps(record))
         outcome = record.get("failed", "done").splitlines()[-1]
         print(f"{step.name}: {outcome} after {record['seconds']:.0f} s", flush=True)
         left -= "lines" in record

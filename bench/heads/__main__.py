@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.heads.cards import ABOUT, LICENCES, LIMITS
 from bench.heads.gates import check
 from bench.heads.rows import harm_rows, helpfulness_rows
+from engine.command import run_command
 from engine.config import RunConfig
 from engine.scorers import training as head
 from engine.scorers.base import Head
@@ -29,6 +30,10 @@ def main() -> int:
     out = "folder for helpfulness/, harm/ and harm-audit/"
     parser.add_argument("--out", type=Path, required=True, help=out)
     options = parser.parse_args()
+    return run_command(lambda _, standing: _heads(options), None)
+
+
+def _heads(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         heads = {name: train(name, options.data, options.out / name, Path(scratch) / name) for name in LAYER}
     gates = check(heads, options.data, options.out)

@@ -13,6 +13,7 @@ from bench.heads.rows import harm_rows
 from engine import quickstart
 from engine.config import RunConfig
 from engine.data.prompts import load_prompts, shipped_prompts
+from engine.files import write_whole
 from engine.model.folder import load
 from engine.model.packing import groups
 from engine.model.tokenizer import load_tokenizer
@@ -69,9 +70,11 @@ def check(heads: dict[str, Head], folder: Path, out: Path) -> list[Gate]:
         "reference_samples": described,
     }
     for name in heads:
-        (out / name / "metrics.json").write_text(json.dumps(figures[name] | extra, indent=2) + "\n")
+        contents = json.dumps(figures[name] | extra, indent=2) + "\n"
+        write_whole(out / name / "metrics.json", contents.encode())
         readme = out / name / "README.md"
-        readme.write_text(f"{readme.read_text()}\n## On samples of the reference\n\n{SAMPLES}\n\n{table}\n")
+        text = f"{readme.read_text()}\n## On samples of the reference\n\n{SAMPLES}\n\n{table}\n"
+        write_whole(readme, text.encode())
     return gates
 
 

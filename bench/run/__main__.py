@@ -9,6 +9,7 @@ from rich.table import Table
 
 from bench.run.cases import CASES
 from bench.run.results import add, notes_of, table_of
+from engine.command import run_command
 
 
 def main(arguments: list[str]) -> int:
@@ -20,6 +21,10 @@ def main(arguments: list[str]) -> int:
         return 2 if arguments and arguments[0] not in ("-h", "--help") else 0
     name = arguments[0]
     config = tyro.cli(CASES[name].config, args=arguments[1:], prog=f"python -m bench.run {name}")
+    return run_command(lambda _, standing: _measure(name, config), arguments)
+
+
+def _measure(name: str, config) -> None:
     line = CASES[name].run(config)
     title, header, rows = table_of(line)
     table = Table(*header, title=title)
@@ -31,7 +36,6 @@ def main(arguments: list[str]) -> int:
         console.print(note)
     if config.save:
         add(line)
-    return 0
 
 
 if __name__ == "__main__":

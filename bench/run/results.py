@@ -6,7 +6,7 @@ from pathlib import Path
 from bench.run import growth
 from bench.run.cases import CASES
 from bench.run.tables import Table
-from engine.files import write_whole
+from engine.files import append_line, write_whole
 from engine.policy.forward import LogprobGap
 from engine.report.drawing import png
 
@@ -50,9 +50,7 @@ def notes_of(line: dict) -> list[str]:
 
 def add(line: dict) -> None:
     """Adds a line to results.jsonl, and writes RESULTS.md and the line's picture anew."""
-    path = HERE / "results.jsonl"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, sort_keys=True) + "\n")
+    append_line(HERE / "results.jsonl", json.dumps(line, sort_keys=True))
     write_results(read_lines())
     if line["case"] == "growth":
         write_whole(HERE / "growth.png", png(lambda: growth.draw(line["points"])))
@@ -87,7 +85,7 @@ def write_results(lines: list[dict]) -> None:
         for note in notes_of(line):
             text += ["", note]
         text += ["", _origin(line), ""]
-    (HERE / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
+    write_whole(HERE / "RESULTS.md", "\n".join(text).encode())
 
 
 def _origin(line: dict) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bench.theory.page import write
 from bench.theory.tasks import QUICK, Sizes, compute
+from engine.command import run_command
 from engine.errors import UserError
 
 
@@ -29,10 +30,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
+    return run_command(lambda _, standing: _theory(options), arguments)
+
+
+def _theory(options: argparse.Namespace) -> int:
     if options.workers < 1:
-        error = UserError(f"--workers {options.workers}: must be at least 1.")
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        raise UserError(f"--workers {options.workers}: must be at least 1.")
     sizes = QUICK if options.quick else Sizes()
     # Few problems must not replace the committed page.
     out = Path(options.out or (tempfile.mkdtemp(prefix="theory-") if options.quick else "docs"))

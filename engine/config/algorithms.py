@@ -227,7 +227,7 @@ class OpdConfig(IterativeConfig):
     dual_rate: float = bounded(0.5, above=0, at_most=1e9)
     """Step of the dual descent: change of lambda per unit of slack."""
     proximity: float = bounded(1.0, above=0, at_most=1e9)
-    """Weight of KL(policy || last policy) in a proximal step, in units of the scaled reward."""
+    """Weight of KL(policy || last policy) in a proximal step, in --units of the reward."""
 
     @property
     def policy_updates(self) -> int:

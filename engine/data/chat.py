@@ -5,9 +5,12 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
+from typing import Any
 
 from engine.data.formats import DuplicateKey, check_encodes, first_line, parse_json
 from engine.data.reading import Unusable
@@ -15,6 +18,7 @@ from engine.errors import UserError
 
 # A template writes a conversation in a millisecond; one that takes this long loops.
 RENDERING_LIMIT_S = 5.0
+NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 BEGINS_AS_MESSAGES = re.compile(
     r"""\s*(\{|\[\s*\{)\s*["'](role|content)["']\s*:|\s*\[\s*\{\s*["'](from|value)["']\s*:"""
 )
@@ -23,7 +27,8 @@ BEGINS_AS_MESSAGES = re.compile(
 def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     """Turns a cell into chat messages that end with a user turn.
 
-    The cell is a text, a list of messages, one message, or any of these as JSON or as Python prints it.
+    The cell is a text, a list of messages, one message, or any of these as JSON or as Python prints it. The
+    content of a message is a text, or a list of parts that are texts.
     Raises: UserError where it is none of these.
     """
     if isinstance(value, str):
@@ -35,22 +40,39 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
         kind = type(value).__name__
         raise UserError(f"{place}: column {column!r} holds a {kind}; give text or a list of messages.")
-    for message in value:
-        if not (
-            isinstance(message, dict)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        ):
-            raise UserError(
-                f'{place}: message {str(message)[:60]!r} is not {{"role": text, "content": text}}.'
-            )
-        check_encodes(message["role"] + message["content"], place)
-    if value[-1]["role"] != "user":
+    messages = [_as_message(message, place) for message in value]
+    if messages[-1]["role"] != "user":
         raise UserError(
-            f"{place}: the messages end with role {value[-1]['role']!r}; end them with a user turn."
+            f"{place}: the messages end with role {messages[-1]['role']!r}; end them with a user turn."
         )
-    if not value[-1]["content"].strip():
+    if not messages[-1]["content"].strip():
         raise Unusable(f"{place}: empty prompt in column {column!r}; fill or remove the row.", "without text")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return messages
+
+
+def _as_message(value: object, place: str) -> dict[str, str]:
+    """Turns one message into its role and its text; content in parts is joined as templates write parts, with
+    nothing between them. Raises: UserError for what is no message, and for a part that is no text."""
+    role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        content = "".join(_text_of(part, place) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(
+            f'{place}: message {str(value)[:60]!r} is not {{"role": text, "content": text}}; '
+            "write it so, or remove the row."
+        )
+    check_encodes(role + content, place)
+    return {"role": role, "content": content}
+
+
+def _text_of(part: dict, place: str) -> str:
+    """Returns the text of a part of a message. Raises: UserError for any other kind of part."""
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise UserError(
+            f'{place}: part {str(part)[:60]!r} of a message is not {{"type": "text", "text": text}}, and '
+            "nothing else is read; take it out, or remove the row."
+        )
+    return part["text"]
 
 
 def messages_in(text: str, column: str, place: str) -> list | dict | None:
@@ -99,38 +121,102 @@ def as_text(messages: list[dict[str, str]]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def chat_ids(
-    messages: list[dict[str, str]], tokenizer, system: str, place: str, now: datetime | None = None
-) -> list[int]:
-    """Tokenises a whole prompt, with its special tokens once.
+@dataclass(frozen=True)
+class Written:
+    """A prompt as the model is given it."""
 
-    now: the date for templates that write one; by default that of the clock.
+    text: str
+    # What the tokenizer itself puts before the text, such as its bos; none where a chat template writes it.
+    before: list[int]
+    token_ids: list[int]  # of the whole prompt
+
+
+def chat_ids(
+    messages: list[dict[str, str]],
+    tokenizer,
+    system: str,
+    place: str,
+    now: datetime | None = None,
+    kwargs: Mapping[str, Any] = NO_KWARGS,
+) -> list[int]:
+    """Tokenises a whole prompt, with its special tokens once; see `write_prompt`."""
+    return write_prompt(messages, tokenizer, system, place, now, kwargs).token_ids
+
+
+def write_prompt(
+    messages: list[dict[str, str]],
+    tokenizer,
+    system: str,
+    place: str,
+    now: datetime | None = None,
+    kwargs: Mapping[str, Any] = NO_KWARGS,
+) -> Written:
+    """Writes a prompt as the chat template does, up to where the answer begins, and tokenises it.
+
+    A system line that the template refuses or leaves out is put into the first user turn.
+
+    now: the date for templates that write one; by default that of the clock. kwargs: variables for the
+    template.
     Raises: UserError where the tokenizer has no chat template for several messages,
     or its template refuses them.
     """
     if not tokenizer.chat_template:
         if len(messages) > 1:
             raise UserError(
-                f"{place}: {len(messages)} messages, but the tokenizer has no chat template; give plain text."
+                f"{place}: {len(messages)} messages, but the tokenizer has no chat template; give plain text "
+                "or --template."
             )
         return _without_end(tokenizer, messages[0]["content"])
 
     own = system and all(message["role"] != "system" for message in messages)
+    turns = [{"role": "system", "content": system}, *messages] if own else messages
     try:
-        text = render([{"role": "system", "content": system}, *messages] if own else messages, tokenizer, now)
+        text = _with_system(turns, tokenizer, now, kwargs)
     except Exception as error:
-        reason = first_line(error)
-        if own and _renders(messages, tokenizer, now):
+        try:
+            text = render(_system_in_user_turn(turns), tokenizer, now, kwargs)
+        except Exception:
             raise UserError(
-                f"{place}: the chat template refuses a system line ({reason}); go on without one: "
-                '--system "".'
+                f"{place}: the chat template refuses these messages ({first_line(error)}); "
+                "change the messages, or give a model whose template takes them."
             ) from None
-        raise UserError(f"{place}: the chat template refuses these messages ({reason}).") from None
     # The template writes the special tokens itself: adding them again would double the bos.
-    return tokenizer.encode(text, add_special_tokens=False)
+    return Written(text, [], tokenizer.encode(text, add_special_tokens=False))
 
 
-def _without_end(tokenizer, text: str) -> list[int]:
+def takes_system(tokenizer, kwargs: Mapping[str, Any] = NO_KWARGS) -> bool:
+    """Tells whether the chat template writes a system line; `write_prompt` says what becomes of it if not."""
+    turns = [{"role": "system", "content": "A line"}, {"role": "user", "content": "A question"}]
+    try:
+        _with_system(turns, tokenizer, None, kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def _with_system(
+    turns: list[dict[str, str]], tokenizer, now: datetime | None, kwargs: Mapping[str, Any]
+) -> str:
+    """Renders turns. Raises: whatever the template raises, and ValueError where it leaves out a system line
+    at the beginning."""
+    text, first = render(turns, tokenizer, now, kwargs), turns[0]
+    if first["role"] == "system" and first["content"].strip() not in text:
+        # It may be there in another spelling.
+        if text == render(turns[1:], tokenizer, now, kwargs):
+            raise ValueError("it leaves out the system line")
+    return text
+
+
+def _system_in_user_turn(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Puts the system lines at the beginning of the first user turn, a blank line behind each."""
+    lines = "".join(f"{turn['content']}\n\n" for turn in turns if turn["role"] == "system")
+    others = [turn for turn in turns if turn["role"] != "system"]
+    first = [turn["role"] for turn in others].index("user")
+    asked = {"role": "user", "content": lines + others[first]["content"]}
+    return [*others[:first], asked, *others[first + 1 :]]
+
+
+def _without_end(tokenizer, text: str) -> Written:
     """Tokenises a text with what the tokenizer puts before it, and not with what it puts behind it.
 
     Some tokenizers end every text with eos, but an answer is to follow a prompt.
@@ -138,19 +224,62 @@ def _without_end(tokenizer, text: str) -> list[int]:
     ids, bare = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
     for start in range(len(ids) - len(bare) + 1):
         if ids[start : start + len(bare)] == bare:
-            return ids[: start + len(bare)]
-    return ids
+            return Written(text, ids[:start], ids[: start + len(bare)])
+    return Written(text, [], ids)
 
 
-def end_of_turn(tokenizer) -> int | None:
+def answer_ids(prompt: Written, answer: str, tokenizer, lead: str, place: str) -> list[int]:
+    """Tokenises an answer together with its prompt and returns the ids that follow the prompt's own.
+
+    Alone, a text gets what some tokenizers put before every text, such as the space of sentencepiece: a first
+    token that the policy never samples there.
+
+    lead: as `lead_of_answers` finds it; an answer that begins with white space already gets none.
+    Raises: UserError naming the place of an answer whose beginning belongs to no token of its own.
+    """
+    if not answer:
+        return []
+    answer = answer if answer[0].isspace() else lead + answer
+    # The policy samples behind the prompt's ids as they are without an answer, so these must not change.
+    # Where the answer's first characters and the prompt's last are one token together, as two line breaks
+    # often are, the answer is tokenised behind another character, with which they are not.
+    prompt_ids = prompt.token_ids[len(prompt.before) :]
+    for text, ids in ((prompt.text, prompt_ids), ("\n", None), ("a", None)):
+        ids = tokenizer.encode(text, add_special_tokens=False) if ids is None else ids
+        joint = tokenizer.encode(text + answer, add_special_tokens=False)
+        if joint[: len(ids)] == ids:
+            return joint[len(ids) :]
+    raise UserError(
+        f"{place}: the tokenizer joins the beginning of the response {answer[:20]!r} with whatever stands "
+        "before it; begin it otherwise, or remove the row."
+    )
+
+
+def lead_of_answers(tokenizer, kwargs: Mapping[str, Any] = NO_KWARGS) -> str:
+    """Finds the white space that the chat template writes between a prompt and its answer, as that of Llama 2
+    does; "" where there is none. Models of such a template sample it, so it belongs to the answer."""
+    asked, answer = {"role": "user", "content": "A question"}, "An answer"
+    told = {"role": "assistant", "content": answer}
+    try:
+        prompt = render([asked], tokenizer, kwargs=kwargs)
+        text = render([asked, told], tokenizer, kwargs=kwargs, answered=True)
+    # A tokenizer without a template ends here too.
+    except Exception:
+        return ""
+    between, found, _ = text.removeprefix(prompt).partition(answer)
+    return between if text.startswith(prompt) and found and between.isspace() else ""
+
+
+def end_of_turn(tokenizer, kwargs: Mapping[str, Any] = NO_KWARGS) -> int | None:
     """Finds the token that ends an answer.
 
     It is the control token that the chat template writes behind an answer, which models of many families
     sample in place of the tokenizer's eos; eos where the template writes none.
     """
     asked, answer = {"role": "user", "content": "A question"}, "An answer"
+    told = {"role": "assistant", "content": answer}
     try:
-        text = render([asked, {"role": "assistant", "content": answer}], tokenizer, answered=True)
+        text = render([asked, told], tokenizer, kwargs=kwargs, answered=True)
     # A tokenizer without a template ends here too.
     except Exception:
         return tokenizer.eos_token_id
@@ -164,9 +293,9 @@ def end_of_turn(tokenizer) -> int | None:
     return tokenizer.eos_token_id
 
 
-def known_end_of_turn(tokenizer, vocab_size: int, place: str) -> int:
+def known_end_of_turn(tokenizer, vocab_size: int, place: str, kwargs: Mapping[str, Any] = NO_KWARGS) -> int:
     """Returns the `end_of_turn` of a tokenizer whose answers must have one. Raises: UserError."""
-    end = end_of_turn(tokenizer)
+    end = end_of_turn(tokenizer, kwargs)
     if end is None:
         raise UserError(
             f"{place}: the tokenizer has no eos token, and its chat template ends an answer with none, so "
@@ -186,14 +315,23 @@ def check_known(token_ids: list[int], vocab_size: int, place: str) -> None:
 
 
 def render(
-    messages: list[dict[str, str]], tokenizer, now: datetime | None = None, *, answered: bool = False
+    messages: list[dict[str, str]],
+    tokenizer,
+    now: datetime | None = None,
+    kwargs: Mapping[str, Any] = NO_KWARGS,
+    *,
+    answered: bool = False,
 ) -> str:
     """Writes messages as the chat template does, by default up to where the next answer begins.
+
+    now: see `write_prompt`. kwargs: variables for the template, such as enable_thinking.
 
     Templates are programs: whatever they raise is raised here, and TimeoutError for one that does not end.
     """
     with _time_limit(RENDERING_LIMIT_S), _dated(tokenizer, now):
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not answered, tokenize=False, **kwargs
+        )
 
 
 @contextmanager
@@ -212,15 +350,6 @@ def _dated(tokenizer, now: datetime | None) -> Iterator[None]:
         yield
     finally:
         del compiled.globals["strftime_now"]
-
-
-def _renders(messages: list[dict[str, str]], tokenizer, now: datetime | None) -> bool:
-    """Tells whether the chat template takes these messages."""
-    try:
-        render(messages, tokenizer, now)
-    except Exception:
-        return False
-    return True
 
 
 @contextmanager

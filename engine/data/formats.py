@@ -143,7 +143,9 @@ def _json(source: str) -> Iterator[PlacedRow]:
             )
         (content,) = lists.values()
     if not isinstance(content, list):
-        raise UserError(f"{shown(source)}: a JSON {type(content).__name__}, not a list of objects.")
+        raise UserError(
+            f"{shown(source)}: a JSON {type(content).__name__}, not a list of objects; write one."
+        )
     escapes = "\\u" in text
     for number, row in enumerate(content, 1):
         place = f"{shown(source)} row {number}"
@@ -254,7 +256,10 @@ def _parquet(source: str) -> Iterator[PlacedRow]:
             raise
         # Damaged files end in errors of many kinds, OSError and UnicodeDecodeError among them.
         except Exception as error:
-            raise UserError(f"{shown(source)}: not a readable parquet file ({first_line(error)}).") from None
+            raise UserError(
+                f"{shown(source)}: not a readable parquet file ({first_line(error)}); write or fetch it "
+                "again."
+            ) from None
 
 
 def _batch_rows(source: str, batch, first: int) -> Iterator[PlacedRow]:

@@ -4,17 +4,17 @@ import hashlib
 import json
 import unicodedata
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from sys import byteorder
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from engine.data.chat import as_text, chat_ids
+from engine.data.chat import NO_KWARGS, as_text, chat_ids
 from engine.data.layouts import read_example
 from engine.data.reading import REPEATED, Pool, Rules, Tally, Unusable
 from engine.data.tables import read_rows
@@ -32,6 +32,7 @@ class TextLimits:
     max_new_tokens: int  # responses are cut to this many tokens
     vocab_size: int  # token ids from here on are unknown to the model
     now: datetime | None = None  # the date for chat templates that write one; None: that of the clock
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables for the chat template
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -46,6 +47,7 @@ def load_prompts(
     column: str = "prompt",
     system: str = "",
     now: datetime | None = None,
+    template_kwargs: Mapping[str, Any] = NO_KWARGS,
     max_prompt_tokens: int,
 ) -> Prompts:
     """Reads all prompts of a source, refusing rows that cannot be used; see `read_prompts`."""
@@ -55,6 +57,7 @@ def load_prompts(
         Rules(prompt_column=column),
         system=system,
         now=now,
+        template_kwargs=template_kwargs,
         max_prompt_tokens=max_prompt_tokens,
     )[0]
 
@@ -66,6 +69,7 @@ def read_prompts(
     *,
     system: str = "",
     now: datetime | None = None,
+    template_kwargs: Mapping[str, Any] = NO_KWARGS,
     max_prompt_tokens: int,
 ) -> tuple[Prompts, list[str]]:
     """Reads prompts of any layout, applies the tokenizer's chat template once and tokenises.
@@ -74,7 +78,8 @@ def read_prompts(
     rules: with `enough`, a large set is read row by row, and a seeded choice of it is held and tokenised.
     system: put before messages that have no system message. A tokenizer without a chat template takes the
     text alone, and adds its bos itself.
-    now: the date for chat templates that write one; by default that of the clock.
+    now: the date for chat templates that write one; by default that of the clock. template_kwargs: variables
+    for the chat template.
 
     The optional column "kind" is a label; of equal prompts the first is kept, with its kind.
     Returns the prompts in the order of the rows, and what to say of the reading.
@@ -86,7 +91,7 @@ def read_prompts(
         pool, tallies = _offered(names, rules, held)
         prompts = _tokenised(
             pool.items,
-            lambda messages, place: chat_ids(messages, tokenizer, system, place, now),
+            lambda messages, place: chat_ids(messages, tokenizer, system, place, now, template_kwargs),
             max_prompt_tokens,
         )
         # Where too many of the pool are too long, the next ones by their hash take their places.
@@ -147,7 +152,7 @@ def _tokenised(rows: list[_Row], ids_of: Callable, max_prompt_tokens: int) -> Pr
             check_length(ids, max_prompt_tokens, row.place)
             key = prompt_key(ids)
             if key in kept:
-                raise _twice(row.place, kept[key][0].place)
+                raise _twice(row.place, f"{kept[key][0].place} as the chat template writes it")
             kept[key] = (row, ids)
     return Prompts(
         text=[as_text(row.messages) for row, _ in kept.values()],
@@ -174,6 +179,12 @@ def prompt_key(token_ids: list[int]) -> int:
     if byteorder == "big":
         packed.byteswap()
     return int.from_bytes(hashlib.blake2b(packed.tobytes(), digest_size=8).digest(), "little") >> 1
+
+
+def by_tokens(prompts: Prompts) -> Prompts:
+    """Returns the prompts with the keys that `load_prompts` gives them, where theirs are others, such as the
+    numbers of rows in a file of pairs."""
+    return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 
 def assert_disjoint(train: Prompts, heldout: Prompts, use: str = "training prompt") -> None:

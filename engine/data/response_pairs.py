@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from engine.data import tables
-from engine.data.chat import as_text, chat_ids, check_known, known_end_of_turn
+from engine.data.chat import (
+    answer_ids,
+    as_text,
+    check_known,
+    known_end_of_turn,
+    lead_of_answers,
+    write_prompt,
+)
 from engine.data.layouts import TWO_RESPONSES, Example, no_column, read_example
 from engine.data.prompts import TextLimits, check_length
 from engine.data.reading import EVERY_ROW, Pool, Rules, Tally, Unusable
@@ -96,8 +103,8 @@ def read_response_pairs(
 ) -> ResponsePairs:
     """Reads pairs of responses of any layout, and their labels, as `read_pairs` does.
 
-    Answers end as the policy's do. A pair whose answers are equal, also where they became so by the cut at
-    the longest response, is left out.
+    Answers are tokenised behind their prompt, and end as the policy's do. A pair whose answers are equal,
+    also where they became so by the cut at the longest response, is left out.
 
     rules: with `enough`, a seeded choice of a large set is held and tokenised.
     Raises: UserError naming the row and the column: one that is missing, a prompt or response that is not
@@ -218,19 +225,22 @@ def _tokenised(
     """Tokenises pairs, and leaves out those whose prompts are too long or whose answers are equal."""
     source = tally.source
     prompts, tokens, labels = [], [], []
-    end = known_end_of_turn(tokenizer, limits.vocab_size, shown(source))
+    kwargs = limits.template_kwargs
+    end = known_end_of_turn(tokenizer, limits.vocab_size, shown(source), kwargs)
+    lead = lead_of_answers(tokenizer, kwargs)
     n_read = n_cut = n_alike = 0
     for pair in pairs:
         tally.held += 1
         with tally.leaving_out():
             place = pair.place
-            ids = chat_ids(pair.messages, tokenizer, limits.system, place, limits.now)
+            prompt = write_prompt(pair.messages, tokenizer, limits.system, place, limits.now, kwargs)
+            ids = prompt.token_ids
             check_length(ids, limits.max_prompt_tokens, place)
             check_known(ids, limits.vocab_size, place)
             n_read += 1
             answers = []
             for text in pair.responses:
-                response = tokenizer(text, add_special_tokens=False)["input_ids"]
+                response = answer_ids(prompt, text, tokenizer, lead, place)
                 check_known(response, limits.vocab_size, place)
                 answers.append((response + [end])[: limits.max_new_tokens])
                 n_cut += len(response) >= limits.max_new_tokens

@@ -174,5 +174,6 @@ def _dataset_rows(source: str) -> Iterator[PlacedRow]:
     except Exception as error:
         kinds = ", ".join(FORMATS)
         raise UserError(
-            f"{shown(source)}: neither a {kinds} file nor a dataset that loads ({first_line(error)})."
+            f"{shown(source)}: neither a {kinds} file nor a dataset that loads ({first_line(error)}); "
+            "check the name, or save its rows in such a file."
         ) from None

@@ -38,14 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _solve(argv: list[str], standing: Standing) -> None:
     file, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    config = parse_flags(
-        DualConfig,
-        flags,
-        prog="python -m engine.dual SCORES",
-        usage=USAGE,
-        first="scores file",
-        default=DualConfig(),
-    )
+    words = {"prog": "python -m engine.dual SCORES", "usage": USAGE, "first": "scores file"}
+    config = parse_flags(DualConfig(), flags, **words)
     if config is None:
         return
     check(file, config)
@@ -91,7 +85,7 @@ def print_analysis(analysis: Analysis, display: Display) -> None:
     sizes = ", ".join(f"{name} {unit:.4g}" for name, unit in units)
     which = (
         "those of the file"
-        if config.raw
+        if config.units == "raw"
         else f"within-prompt standard deviations, which are {sizes} of the file's"
     )
     display.line(f"units: {which}; beta {config.beta:g}, b and lambda are in them")

@@ -52,7 +52,7 @@ class Analysis:
     @property
     def unit(self) -> str:
         """Names the unit of the numbers."""
-        return "units of the file" if self.config.raw else "within-prompt sd"
+        return "units of the file" if self.config.units == "raw" else "within-prompt sd"
 
     @property
     def shift_J(self) -> Tensor:
@@ -75,7 +75,7 @@ def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
         )
     columns = {"reward": table.reward_PG, **dict(zip(table.names, table.utility_PGJ.unbind(2), strict=True))}
     deviations = [dual.within_deviation(x_PG, f"{file}: column {name!r}") for name, x_PG in columns.items()]
-    units = [1.0] * (1 + J) if config.raw else deviations
+    units = [1.0] * (1 + J) if config.units == "raw" else deviations
     reward, utility = (
         table.reward_PG / units[0],
         table.utility_PGJ / torch.tensor(units[1:], dtype=torch.float64),
@@ -136,7 +136,7 @@ def as_dict(analysis: Analysis, curve: Curve) -> dict:
         "responses": G,
         "beta": config.beta,
         "absolute": config.absolute,
-        "raw": config.raw,
+        "units": config.units,
         "draws": config.draws,
         "seed": config.seed,
         "reward_unit": analysis.units[0],

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds
+from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds, one_of
 from engine.errors import UserError
 from engine.files import check_out, is_folder
 
@@ -17,7 +17,7 @@ class DualConfig:
     """Multipliers of a threshold from a file of scores, without training."""
 
     threshold: tuple[float, ...] = bounded((), at_least=-LARGEST_SCORE, at_most=LARGEST_SCORE)
-    """b of each constraint: required improvement over the mean of its column, in units as --raw says."""
+    """b of each constraint: required improvement over the mean of its column, in --units."""
     absolute: bool = False
     """The thresholds are levels of the utility (of minus the cost), not improvements."""
     beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
@@ -26,8 +26,9 @@ class DualConfig:
     """Columns that are larger where better. Default without --cost: all other columns with numbers."""
     cost: tuple[str, ...] = ()
     """Columns that are smaller where better: they are negated once."""
-    raw: bool = False
-    """Keep the file's units. Default: divide columns by their within-prompt deviations, as a run does."""
+    units: str = one_of("deviation", "raw")
+    """deviation: columns are divided by their within-prompt standard deviations, as in a run; raw: the file's
+    own units."""
     draws: int = bounded(400, at_least=40, at_most=100_000, too_low="a 95 % interval needs at least 40")
     """Bootstrap samples of the prompts."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)

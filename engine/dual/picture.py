@@ -52,7 +52,11 @@ def _lambda_panel(axis: Axes, analysis: Analysis, curve: Curve) -> None:
         axis.errorbar(x, lam, yerr=bars, fmt="o", color=colour, markersize=6, capsize=3, label=label)
     axis.axvline(x, color=INK, linewidth=1, linestyle=":")
     axis.set_ylim(-0.03 * top, top)
-    per = "reward per utility, units of the file" if analysis.config.raw else "reward sd per utility sd"
+    per = (
+        "reward per utility, units of the file"
+        if analysis.config.units == "raw"
+        else "reward sd per utility sd"
+    )
     axis.set(xlabel=_x_label(analysis), ylabel=f"multiplier lambda\n({per})")
 
 

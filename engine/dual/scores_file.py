@@ -44,7 +44,7 @@ def read_scores(file: str, utility: tuple[str, ...], cost: tuple[str, ...], *, t
     if not rows:
         raise UserError(f"{file}: no rows in it; give one row per response.")
     if not utility and not cost:
-        utility = _further_columns(*rows[0])
+        utility = _further_columns(rows)
     groups = _by_prompt(rows, texts)
     _check_counts(file, groups)
 
@@ -66,7 +66,8 @@ def _by_prompt(rows: list[PlacedRow], texts: bool) -> dict[str | int, list[Place
     groups: dict[str | int, list[PlacedRow]] = {}
     for place, row in rows:
         prompt = _cell(row, "prompt", place)
-        if not isinstance(prompt, str | int) or (texts and not isinstance(prompt, str)):
+        # True and False are whole numbers to Python.
+        if not isinstance(prompt, str if texts else str | int) or isinstance(prompt, bool):
             wanted = "text" if texts else "text or a whole number"
             raise UserError(f"{place}: column 'prompt' holds a {type(prompt).__name__}; give {wanted}.")
         groups.setdefault(prompt, []).append((place, row))
@@ -91,17 +92,17 @@ def _check_counts(file: str, groups: dict[str | int, list[PlacedRow]]) -> None:
         raise UserError(f"{file}: one prompt; an interval over prompts needs at least 2.")
 
 
-def _further_columns(place: str, row: dict) -> tuple[str, ...]:
-    """Returns the columns with numbers beside prompt, response and reward.
+def _further_columns(rows: list[PlacedRow]) -> tuple[str, ...]:
+    """Returns the columns of the first row that hold a number in any row, beside prompt, response and reward.
 
     Raises: UserError where there is none, or where one may be a cost.
     """
+    place, first = rows[0]
     known = ("prompt", "response", "reward")
-    further = tuple(
-        name for name, value in row.items() if name not in known and isinstance(value, int | float)
-    )
+    numbers = {name for _, row in rows for name, value in row.items() if isinstance(value, int | float)}
+    further = tuple(name for name in first if name in numbers and name not in known)
     if not further:
-        raise UserError(f"{place}: no column of a utility or cost; columns found: {joined(row)}.")
+        raise UserError(f"{place}: no column of a utility or cost; columns found: {joined(first)}.")
     for name in further:
         if "cost" in name.lower():
             raise UserError(
@@ -119,8 +120,11 @@ def _cell(row: dict, name: str, place: str) -> object:
 
 def _finite_number(row: dict, name: str, place: str) -> float:
     value = _cell(row, name, place)
-    if not isinstance(value, int | float):
-        raise UserError(f"{place}: column {name!r} holds {str(value)[:60]!r}; give a number.")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(
+            f"{place}: column {name!r} holds {str(value)[:60]!r}; give a number, or name the columns to read "
+            "with --utility and --cost."
+        )
     if not abs(value) <= LARGEST_SCORE:
         raise UserError(
             f"{place}: column {name!r} is {str(value)[:20]}; it must be finite, and at most "

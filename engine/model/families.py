@@ -27,6 +27,8 @@ METADATA = {
     "attn_implementation", "return_dict", "id2label", "label2id", "problem_type", "tokenizer_class",
     "is_llama_config", "unsloth_version", "unsloth_fixed", "max_length", "do_sample", "temperature", "top_p",
     "top_k",
+    # Early conversions of LLaMA write this one beside max_position_embeddings, and nothing reads it.
+    "max_sequence_length",
     # Gemma 3 writes this one beside layer_types, which say the same, and nothing reads it.
     "_sliding_window_pattern",
 }  # fmt: skip

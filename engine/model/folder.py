@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.files import (
     is_file,
     is_folder,
+    is_there,
     one_line,
     reading,
     sha256_of_file,
@@ -52,14 +53,16 @@ DTYPES = {
 # A tokenizer, its chat templates and the end of an answer are read from these files of a model folder,
 TEXT_FILES = {
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+    "chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+    "tokenizer.json", "tokenizer.model",
 }  # fmt: skip
 # from those that match one of these patterns, and from the folder of named chat templates.
 TEXT_PATTERNS = ("tokenizer.*", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Tells whether a name has the form of a repository on the hub, owner/name."""
     return _HUB_ID.fullmatch(name) is not None
 
 
@@ -139,7 +142,7 @@ def resolve(path_or_id: str | Path) -> Path:
     name = str(path_or_id)
     if is_file(folder):
         raise UserError(f"model {shown(name)}: a file; give the folder that it is in.")
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise UserError(
             f"model {shown(name)}: no such folder, and not a hub id of the form owner/name; "
             "give an existing folder."
@@ -162,7 +165,7 @@ def lasting_name(path_or_id: str, folder: Path) -> str:
 
     folder: where `path_or_id` was found.
     """
-    return path_or_id if _is_hub_id(path_or_id) and not is_folder(path_or_id) else str(folder.resolve())
+    return path_or_id if is_hub_id(path_or_id) and not is_folder(path_or_id) else str(folder.resolve())
 
 
 def read_json(file: Path) -> dict:
@@ -171,12 +174,17 @@ def read_json(file: Path) -> dict:
 
 
 def save(
-    model: Decoder, folder: str | Path, *, adapter: LowRank | None = None, tokenizer_from: Path | None = None
+    model: Decoder,
+    folder: str | Path,
+    *,
+    adapter: LowRank | None = None,
+    tokenizer_from: Path | None = None,
+    card: str = "",
 ) -> None:
     """Writes a Hugging Face folder (config.json, model.safetensors), with `adapter` merged if given.
 
     transformers and vLLM load it. The folder appears whole or not at all, and is on the disk then. The
-    `text_files` of `tokenizer_from` are copied along.
+    `text_files` of `tokenizer_from` are copied along, and `card` becomes its README.md.
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
@@ -207,6 +215,8 @@ def save(
             for name in copies:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(tokenizer_from / name, temporary / name)
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             sync_files(temporary)
     except SafetensorError as error:
         raise UserError(
@@ -257,9 +267,24 @@ def text_files(folder: Path) -> list[str]:
 
     Raises: UserError where one is a link that leads out of the folder.
     """
-    found = {name for name in TEXT_FILES if is_file(folder / name)}
+    return [name for name in _text_names(folder) if is_file(inside(folder, name))]
+
+
+def check_text_files(folder: Path) -> None:
+    """Refuses a model folder in which something else stands in the place of one of its `text_files`, such as
+    a link that leads nowhere: a library would go on as if nothing were there.
+
+    Raises: UserError, also where one is a link that leads out of the folder.
+    """
+    for name in _text_names(folder):
+        if not is_file(inside(folder, name)):
+            raise UserError(f"{shown(folder / name)}: not a file that can be read; {FETCH}.")
+
+
+def _text_names(folder: Path) -> list[str]:
+    """Lists what has the name of a text file; a folder that only matches a pattern may be called so for
+    reasons of its own."""
+    found = {name for name in TEXT_FILES if is_there(folder / name)}
     for pattern in TEXT_PATTERNS:
-        found |= {file.relative_to(folder).as_posix() for file in folder.glob(pattern) if is_file(file)}
-    for name in found:
-        inside(folder, name)
+        found |= {path.relative_to(folder).as_posix() for path in folder.glob(pattern) if not is_folder(path)}
     return sorted(found)

@@ -1,26 +1,30 @@
 """The tokenizer of a model folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.files import is_file, one_line, shown
 from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import read_config
-from engine.model.folder import read_json, text_files
+from engine.model.folder import check_text_files, read_json
 
 
 def load_tokenizer(folder: Path):
     """Loads the tokenizer of a model folder.
 
-    Raises: UserError where it cannot be loaded, brings code, or has more tokens than the model.
+    Raises: UserError where it cannot be loaded, brings code, or has more tokens than the model, and
+    where something else stands in the place of one of its files.
     """
     from transformers import AutoTokenizer
 
     refuse_code(folder)
     size = ModelConfig.from_json(read_config(folder), folder / "config.json").vocab_size
-    text_files(folder)  # none of them may lead out of the folder
+    check_text_files(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with library_warnings_off():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except MemoryError as error:
         raise UserError(
             f"{shown(folder)}: the memory does not hold the tokenizer; "
@@ -33,8 +37,6 @@ def load_tokenizer(folder: Path):
             f"{shown(folder)}: no tokenizer could be loaded ({shown(one_line(error))}); "
             "give a complete model folder."
         ) from error
-    # Its warning of long texts comes before the refusal here, which names the place.
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     # Special tokens may lie beyond (Gemma 3 has one for images): no text gives them,
     # and prompts that name them are refused.
     plain = (number for number, token in tokenizer.added_tokens_decoder.items() if not token.special)
@@ -46,6 +48,20 @@ def load_tokenizer(folder: Path):
     # Who reads texts checks their lengths, and says in one line what to do; the library would warn before it.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+@contextmanager
+def library_warnings_off() -> Iterator[None]:
+    """Keeps what transformers warns of while it loads something off stderr: what of it matters is checked
+    here, and said in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def refuse_code(folder: Path) -> None:

@@ -14,7 +14,8 @@ from engine.intervals import Estimate
 # the same colours in all panels.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE, POLICY, INK = "#8A8A8A", "#0072B2", "#222222"
-AXIS_UNIT = "reference within-prompt sd"
+# The unit of improvements on axes, by --units.
+AXIS_UNITS = {"deviation": "reference within-prompt sd", "raw": "scorers' own units"}
 
 
 def png(draw: Callable[[], Figure]) -> bytes:

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engine.report.drawing import (
-    AXIS_UNIT,
     INK,
     POLICY,
     REFERENCE,
@@ -47,9 +46,7 @@ def picture(run: RunFiles) -> bytes:
             _improvement_panel(axes[1], run),
             _tradeoff_panel(axes[2], run),
         ]
-        titles += [
-            _histogram_panel(axis, run.heldout, *score) for axis, score in zip(axes[3:], scores, strict=False)
-        ]
+        titles += [_histogram_panel(axis, run, *score) for axis, score in zip(axes[3:], scores, strict=False)]
         titles.append(_loss_panel(axes[n_panels - 1], run))
         for i, (axis, title) in enumerate(zip(axes, titles, strict=False)):
             frame(axis, f"({chr(97 + i)}) {title}")
@@ -103,7 +100,7 @@ def _improvement_panel(axis: Axes, run: RunFiles) -> str:
         axis.axhline(0, color=REFERENCE, linewidth=1, linestyle=":", label="reference")
         axis.margins(y=0.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set(xlabel="iteration", ylabel=f"improvement, \u00b11.96 se\n({AXIS_UNIT})")
+    axis.set(xlabel="iteration", ylabel=f"improvement, \u00b11.96 se\n({run.axis_unit})")
     return "Constraints, on slack prompts"
 
 
@@ -127,7 +124,9 @@ def _tradeoff_panel(axis: Axes, run: RunFiles) -> str:
     if axis.has_data():
         axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
         axis.margins(0.1)
-    axis.set(xlabel=f"constraint improvement\n({AXIS_UNIT})", ylabel=f"reward improvement\n({AXIS_UNIT})")
+    axis.set(
+        xlabel=f"constraint improvement\n({run.axis_unit})", ylabel=f"reward improvement\n({run.axis_unit})"
+    )
     return "Reward against constraint"
 
 
@@ -142,9 +141,9 @@ def _draw_path(axis: Axes, run: RunFiles, rows: list[dict], j: int) -> None:
         axis.annotate(number, (safety[i], reward[i]), **offset, fontsize=8, color=colour)
 
 
-def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: int | None) -> str:
+def _histogram_panel(axis: Axes, run: RunFiles, label: str, key: str, j: int | None) -> str:
     """Draws the held-out scores before and after in common bins, and their means as vertical lines."""
-    sides = {side: _column(heldout, f"{side}_{key}", j) for side in ("reference", "policy")}
+    sides = {side: _column(run.heldout, f"{side}_{key}", j) for side in ("reference", "policy")}
     sides = {side: values[np.isfinite(values)] for side, values in sides.items()}
     if all(len(values) for values in sides.values()):
         low, high = (float(f(np.concatenate(list(sides.values())))) for f in (np.min, np.max))
@@ -160,7 +159,7 @@ def _histogram_panel(axis: Axes, heldout: list[dict], label: str, key: str, j: i
             )
         axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
-    axis.set(xlabel=f"{label}, larger is better\n({AXIS_UNIT})", ylabel="share of held-out responses")
+    axis.set(xlabel=f"{label}, larger is better\n({run.axis_unit})", ylabel="share of held-out responses")
     return f"Held-out {label}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.config import shown_name
 from engine.errors import UserError
 from engine.files import is_file, read_json, read_json_lines
-from engine.report.drawing import shortened
+from engine.report.drawing import AXIS_UNITS, shortened
 from engine.verdict.evaluation import Evaluation
 
 FILES = ("config.json", "metrics.jsonl", "evaluation.json", "heldout.jsonl")
@@ -31,6 +31,16 @@ class RunFiles:
         if self.evaluation is not None:
             return [c.name for c in self.evaluation.constraints]
         return list(self.reference.get("names") or self.config.get("config", {}).get("cost") or [])
+
+    @property
+    def units(self) -> str:
+        """The run's --units."""
+        return self.config.get("config", {}).get("units", "deviation")
+
+    @property
+    def axis_unit(self) -> str:
+        """The unit of improvements, for axes."""
+        return AXIS_UNITS[self.units]
 
     @property
     def title(self) -> str:

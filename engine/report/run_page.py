@@ -1,8 +1,8 @@
 """report.png and report.html of a run folder.
 
 They are a pure function of the files in it: equal files give equal bytes. The page names what a stopped run
-has not written as missing. Rewards and utilities in the files are in the run's units, the reference's
-within-prompt standard deviations. The page loads nothing from elsewhere.
+has not written as missing. Rewards and utilities in the files are in the run's --units. The page loads
+nothing from elsewhere.
 """
 
 import base64
@@ -14,6 +14,12 @@ from engine.report.html import SAMPLES_NOTE, cell, document, item, table, with_s
 from engine.report.panels import picture
 from engine.report.run_files import RunFiles, read
 from engine.verdict.sentences import sentences
+
+ONE_UNIT = {
+    "deviation": "One unit of reward, of a utility and of an audit is that score's standard deviation within "
+    "one prompt among the reference's responses.",
+    "raw": "Rewards, utilities and audits are in the scorers' own units.",
+}
 
 
 def write(folder: Path) -> list[Path]:
@@ -72,7 +78,8 @@ def _iteration_table(run: RunFiles) -> str:
     head = ["iteration", "reward"]
     for name in run.names:
         head += [f"{name}: {what}" for what in ("lambda", "improvement", "b", "aimed at", "slack")]
-    truncated = run.config.get("config", {}).get("top_p", 1) < 1
+    settings = run.config.get("config", {})
+    truncated = settings.get("top_p", 1) < 1 or settings.get("top_k", 0) > 0
     head += ["log-ratio (nats)" if truncated else "KL (nats)", "loss"]
     body = []
     for i, row in enumerate(run.iteration):
@@ -140,8 +147,7 @@ def _settings(run: RunFiles) -> str:
 def _note(run: RunFiles) -> str:
     """Explains the numbers, and gives the reference's."""
     lines = [
-        "One unit of reward, of a utility and of an audit is that score's standard deviation within one "
-        "prompt among the reference's responses. A utility is a cost with its sign changed, so larger is "
+        f"{ONE_UNIT[run.units]} A utility is a cost with its sign changed, so larger is "
         "better everywhere. All improvements are over the reference.",
         "b is the required improvement. The dual may aim higher, so that the held-out test can confirm b. "
         "The slack is the measured improvement minus the aimed value. The multiplier lambda is the price of "

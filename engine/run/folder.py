@@ -18,6 +18,7 @@ RUN/heldout.jsonl                                  the responses that the verdic
 RUN/report.png, report.html                        the report
 RUN/evaluation-N                                   what `engine.evaluate` wrote
 RUN/judged.jsonl                                   the prompts that have judged the run
+RUN/tensorboard, wandb, trackers.jsonl             what --trackers wrote, and how many rows each has
 RUN/nonfinite.safetensors                          the batch that stopped the run
 """
 
@@ -75,8 +76,8 @@ class RunFolder:
         return self.path / "timing.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+    def trackers(self) -> Path:
+        return self.path / "trackers.jsonl"
 
     @property
     def adapters(self) -> Path:
@@ -109,12 +110,6 @@ class RunFolder:
     def stage_stem(self, number: int, name: str) -> str:
         """Returns the beginning of the names of a stage's files; stages are counted from 1."""
         return f"{number:02d}-{name.replace('/', '-')}"
-
-    def stage_file(self, name: str) -> Path | None:
-        """Finds the result of a stage, whatever its number; None where it has none yet."""
-        wanted = f"{name.replace('/', '-')}.safetensors"
-        found = [path for path in sorted(self.stages.glob("*-*")) if path.name.partition("-")[2] == wanted]
-        return found[0] if found else None
 
     def iterate(self, iteration: int) -> Path:
         """Returns the folder of an iterate's weights."""

@@ -55,7 +55,7 @@ class ReferenceRow(Row):
 
     names: list[str]  # of the constraints
     audit_names: list[str]
-    reward_sd: float  # within-prompt standard deviations: one unit of each score
+    reward_sd: float  # within-prompt standard deviations of the scores, in the scorers' own units
     utility_sd: Numbers
     audit_sd: Numbers
     correlation: Numbers  # of the reward with each utility, within prompts
@@ -169,7 +169,7 @@ class PreferenceRow(Row):
     KIND = "preference"
 
     names: list[str]  # reward and the constraints
-    log_ratio_sd: list[float]  # within-prompt standard deviation of each log-ratio, nats: one unit of it
+    log_ratio_sd: list[float]  # within-prompt standard deviation of each log-ratio, nats
     agreement: list[float]  # correlation of each log-ratio with the scorer of its kind, within prompts
 
 

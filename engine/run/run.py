@@ -19,7 +19,7 @@ from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import Row, RowT, SpeedRow, StageTimeRow, typed
 from engine.run.store import RecordT, Torn, dumps, read_whole, save, unpack_file
-from engine.run.tensorboard import TensorBoard, check_tensorboard, tensorboard_writer
+from engine.run.trackers import Trackers, check_trackers
 
 
 def _append(path: Path, row: dict) -> None:
@@ -128,9 +128,9 @@ class Run:
         self._open = False
         self._last_checksum = contents.inputs
         self._old_handler: Any = None
-        # Events are for people: a config without the field has none.
-        wanted = contents.config.get("tensorboard", False)
-        self._tensorboard: TensorBoard | None = tensorboard_writer(folder) if wanted else None
+        # Trackers are for people: a config without the field has none.
+        names = contents.config.get("trackers", ())
+        self._trackers = Trackers(folder, names, contents.config, self.display.warn)
 
     @classmethod
     def create(
@@ -142,13 +142,13 @@ class Run:
         versions: dict,
         fingerprint: str,
         inputs: Any = None,
-        model_files: Mapping[str, Path] | None = None,
+        model_files: Mapping[str, Path | str] | None = None,
         display: Display | None = None,
     ) -> "Run":
         """Makes the folder and writes what the run is made from into it.
 
         `config`'s field "out" is left out, as it says nothing about the results. inputs: a record of what was
-        read. model_files: files that are copied to RUN/model, by the names that they get there.
+        read. model_files: files that are copied to RUN/model, or texts, by the names that they get there.
 
         Raises: UserError when the folder exists or cannot be made.
         """
@@ -158,8 +158,7 @@ class Run:
                 f"run folder {folder} exists; choose another --out, or go on with --resume {folder}"
             )
         settings = {name: value for name, value in config.items() if name != "out"}
-        if settings.get("tensorboard"):
-            check_tensorboard()
+        check_trackers(settings.get("trackers", ()))
         # The folder appears whole, so that a kill before leaves none that could not be resumed.
         with whole_folder(folder) as partial:
             paths = RunFolder(partial)
@@ -167,7 +166,7 @@ class Run:
             for name, source in (model_files or {}).items():
                 copy = paths.model / name
                 make_folder(copy.parent)
-                write_whole(copy, source.read_bytes())
+                write_whole(copy, source.encode() if isinstance(source, str) else source.read_bytes())
             contents = write_contents(
                 partial, algorithm, settings, fingerprint=fingerprint, versions=versions, inputs=inputs
             )
@@ -290,8 +289,7 @@ class Run:
         self._last_checksum = content["sha256"]
         for path in (stage.previous_path, stage.partial_path):
             clear(path)
-        if self._tensorboard is not None:
-            self._tensorboard.write(content["rows"])
+        self._trackers.write(content["rows"])
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
         """Deletes the stage's files and all later ones; returns how many. The last go first,
@@ -344,8 +342,7 @@ class Run:
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._trackers.close()
         self._lock.close()
 
 

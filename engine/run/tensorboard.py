@@ -1,64 +1,50 @@
 """Metrics rows as TensorBoard events."""
 
 import shutil
-from collections.abc import Iterator
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from engine.errors import UserError
-
-
-def _scalars(tag: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, bool | int | float):
-        yield tag, float(value)
-    elif isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _scalars(f"{tag}/{key}", item)
+from engine.files import writing
 
 
 class TensorBoard:
-    """Writes rows as scalars named kind/field; a list's elements are kind/field/0, kind/field/1."""
+    """Writes scalars into a fresh FOLDER/tensorboard (`engine.run.trackers.Tracker`).
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-        self._count: dict[str, int] = {}
+    Older events there are removed: a resumed run writes all rows again, none twice. The time stands in them,
+    so they are not equal between equal runs. TensorBoard's own writer has a queue and a thread, which ends
+    with a traceback on a full disk; so the records are written here.
+    """
 
-    def write(self, rows: list[dict]) -> None:
-        """Adds `rows`; the horizontal axis counts the rows of each kind."""
-        for row in rows:
-            step = self._count.get(row["kind"], 0)
-            self._count[row["kind"]] = step + 1
-            for field, value in row.items():
-                if field not in ("kind", "stage"):
-                    for tag, scalar in _scalars(f"{row['kind']}/{field}", value):
-                        self._writer.add_scalar(tag, scalar, step)
-        self._writer.flush()
+    def __init__(self, folder: Path) -> None:
+        """Raises: NotWritten where the folder cannot be made."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary, self._recorder = Event, Summary, RecordWriter
+        self._path = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}"
+        self._waiting = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        with writing(self._path):
+            shutil.rmtree(self._path.parent, ignore_errors=True)
+            self._path.parent.mkdir()
+            self._file = open(self._path, "wb")  # noqa: SIM115, open until the run ends
+        self.flush()
+
+    def log(self, scalars: dict[str, float], kind: str, step: int) -> None:
+        for tag, scalar in scalars.items():
+            summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=scalar)])
+            self._waiting.append(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Writes what was logged. Raises: NotWritten on a full disk."""
+        events, self._waiting = self._waiting, []
+        with writing(self._path):
+            records = self._recorder(self._file)
+            for event in events:
+                records.write(event.SerializeToString())
+            records.flush()
 
     def close(self) -> None:
-        self._writer.close()
-
-
-def tensorboard_writer(folder: str | Path) -> TensorBoard:
-    """Opens a fresh writer to FOLDER/tensorboard. Older events there are removed: a resumed run writes all
-    rows again, none twice.
-
-    TensorBoard puts the time and the host into its files, so these are not equal between equal runs.
-    Raises: UserError when the package is missing.
-    """
-    writer = _summary_writer()
-    target = Path(folder) / "tensorboard"
-    shutil.rmtree(target, ignore_errors=True)
-    return TensorBoard(writer(str(target)))
-
-
-def check_tensorboard() -> None:
-    """Checks that the package is there. Raises: UserError when it is missing."""
-    _summary_writer()
-
-
-def _summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter
+        with suppress(OSError):
+            self._file.close()

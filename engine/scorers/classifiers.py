@@ -1,6 +1,7 @@
 """Sequence-classification models as scorers."""
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from engine.data.chat import as_text, render
-from engine.data.tables import first_line
+from engine.data.formats import first_line
 from engine.errors import UserError
+from engine.files import shown
 from engine.model import packing
-from engine.model.folder import resolve, stored_tensors
-from engine.model.tokenizer import refuse_code
+from engine.model.folder import check_text_files, resolve, stored_tensors
+from engine.model.tokenizer import library_warnings_off, refuse_code
 from engine.policy.forward import TOKENS_PER_FORWARD
 from engine.scorers.base import Asked, LastForward, LoadContext, TextScorer, messages_of
 
@@ -87,17 +89,23 @@ def _load_classifier(spec: str, context: LoadContext) -> Classifier:
     folder = resolve(spec.partition("#")[0])
     refuse_code(folder)
     stored_tensors(folder)
+    check_text_files(folder)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"scorer {spec}: an adapter and a model in one folder; "
             "merge the adapter into the model, or remove one of them."
         )
     try:
-        network, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-        network = network.to(context.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with library_warnings_off():
+            network, loading = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+            network = network.to(context.device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -107,6 +115,18 @@ def _load_classifier(spec: str, context: LoadContext) -> Classifier:
     if missing := loading["missing_keys"]:
         raise UserError(
             f"scorer {spec}: it lacks tensor {min(missing)}; give a complete sequence-classification model."
+        )
+    if others := loading["mismatched_keys"]:
+        name, stored, wanted = min(others)
+        raise UserError(
+            f"scorer {spec}: tensor {name} has shape {tuple(stored)}, config.json wants {tuple(wanted)}; "
+            "use a config.json and weights that belong together."
+        )
+    if unused := loading["unexpected_keys"]:
+        print(
+            f"scorer {spec}: {len(unused)} tensor(s) of its weights, such as {shown(min(unused))}, are of no "
+            "use to the model.",
+            file=sys.stderr,
         )
     shape = network.config.get_text_config()
     pad = getattr(shape, "pad_token_id", None)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from engine.config import RunConfig
 from engine.config.bounds import any_seed, bounded, check_bounds, count
+from engine.config.template import template_kwargs
 from engine.errors import UserError
 from engine.scorers.names import LONGEST, is_name
 
@@ -43,6 +44,10 @@ class HeadConfig:
     """Weight of half the squared norm of the weights on standardised states."""
     system: str = RunConfig.system
     """System line put before every prompt; use the run's."""
+    template: str = ""
+    """Chat template in place of the tokenizer's, as in the run: a name or a jinja file."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Variables for the chat template, as in the run."""
     max_new_tokens: int = count(RunConfig.max_new_tokens)
     """Responses are cut to this many tokens, as in the run that will use the head."""
     seed: int = any_seed()
@@ -76,3 +81,4 @@ def check(config: HeadConfig) -> None:
         given = " ".join(config.response_columns)
         raise UserError(f"--response-columns {given}: at most two columns hold responses.")
     check_bounds(config)
+    template_kwargs(config.chat_template_kwargs)

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data import tables
-from engine.data.chat import as_messages, chat_ids, check_known, known_end_of_turn
+from engine.data.chat import (
+    Written,
+    answer_ids,
+    as_messages,
+    chat_ids,
+    check_known,
+    known_end_of_turn,
+    lead_of_answers,
+    write_prompt,
+)
 from engine.data.layouts import layout_of
 from engine.data.prompts import TextLimits
 from engine.data.reading import EVERY_ROW, Rules, Tally, Unusable
@@ -177,8 +186,9 @@ def _finished(row: dict, place: str) -> bool:
 
 def without_long_prompts(rows: list[Row], tokenizer, limits: TextLimits) -> list[Row]:
     """Returns the rows whose prompts leave room for a response."""
+    kwargs = limits.template_kwargs
     fits = {
-        chat: len(chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now))
+        chat: len(chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now, kwargs))
         <= limits.max_prompt_tokens
         for chat in {row.text.chat for row in rows}
     }
@@ -242,15 +252,20 @@ def encode(texts: Sequence[Text], tokenizer, limits: TextLimits) -> list[Group]:
     for row, text in enumerate(texts):
         rows_of.setdefault(text.chat, []).append(row)
     groups = []
-    end = known_end_of_turn(tokenizer, limits.vocab_size, "--model")
+    kwargs = limits.template_kwargs
+    end = known_end_of_turn(tokenizer, limits.vocab_size, "--model", kwargs)
+    lead = lead_of_answers(tokenizer, kwargs)
     for chat, rows in rows_of.items():
-        prompt = chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now)
+        written = write_prompt(json.loads(chat), tokenizer, limits.system, "--data", limits.now, kwargs)
+        prompt = written.token_ids
         if len(prompt) > limits.max_prompt_tokens:
             raise UserError(
                 f"--data: the prompt {chat[:60]!r} has {len(prompt)} tokens, too many for the model's "
                 f"{limits.max_positions} and --max-new-tokens {limits.max_new_tokens}; shorten or remove it."
             )
-        responses = [response_ids(texts[row], tokenizer, limits.max_new_tokens, end) for row in rows]
+        responses = [
+            response_ids(texts[row], written, tokenizer, lead, limits.max_new_tokens, end) for row in rows
+        ]
         for row, response in zip(rows, responses, strict=True):
             place = f"--data: the text {texts[row].response[:60]!r} or its prompt"
             check_known([*prompt, *response], limits.vocab_size, place)
@@ -269,12 +284,14 @@ def without_equal_pairs(rows: list[Row], index: dict[Text, int], groups: list[Gr
     return [row for row in rows if row.other is None or ids[index[row.text]] != ids[index[row.other]]]
 
 
-def response_ids(text: Text, tokenizer, max_new_tokens: int, end: int) -> list[int]:
-    """Tokenises a response as a rollout would have sampled it.
+def response_ids(
+    text: Text, prompt: Written, tokenizer, lead: str, max_new_tokens: int, end: int
+) -> list[int]:
+    """Tokenises a response as a rollout would have sampled it behind its prompt; lead: see `answer_ids`.
 
     It is cut at the limit, and has the token `end` of a turn where it ended by itself before the limit.
     """
-    ids = tokenizer.encode(text.response, add_special_tokens=False)
+    ids = answer_ids(prompt, text.response, tokenizer, lead, "--data")
     if text.finished and len(ids) < max_new_tokens:
         ids.append(end)
     return ids[:max_new_tokens]

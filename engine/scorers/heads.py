@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import quickstart
-from engine.data.chat import chat_ids, known_end_of_turn
+from engine.data.chat import answer_ids, known_end_of_turn, lead_of_answers, write_prompt
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.folder import fingerprint, load, read_config
@@ -77,17 +77,16 @@ def _load_trunk(head: Head, context: LoadContext) -> Trunk:
         )
     model, tokenizer = load(folder, dtype=torch.float32, device=context.device), load_tokenizer(folder)
     end = known_end_of_turn(tokenizer, model.config.vocab_size, str(folder))
-    layers: set[int] = set()
+    lead, layers = lead_of_answers(tokenizer), set()
+
+    def group(prompt: Asked, response: str, row: int) -> Group:
+        written = write_prompt(messages_of(prompt), tokenizer, "", "prompt", context.now)
+        answer = answer_ids(written, response, tokenizer, lead, f"head {head.name}")
+        return Group(written.token_ids, [[*answer, end]], [row])
 
     def states(prompts: list[Asked], responses: list[str]) -> dict[int, Tensor]:
-        groups = [
-            Group(
-                chat_ids(messages_of(prompt), tokenizer, "", "prompt", context.now),
-                [tokenizer(response, add_special_tokens=False)["input_ids"] + [end]],
-                [row],
-            )
-            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
+        turns = zip(prompts, responses, strict=True)
+        groups = [group(prompt, response, row) for row, (prompt, response) in enumerate(turns)]
         longest = max(group.tokens for group in groups)
         if longest > model.config.max_positions:
             raise UserError(

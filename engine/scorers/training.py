@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from engine import quickstart
+from engine.config.template import template_kwargs
 from engine.data.prompts import TextLimits
 from engine.data.reading import Rules
+from engine.data.templates import check_kwargs, remarks, use_template
 from engine.errors import UserError
 from engine.files import whole_files, write_whole
 from engine.model.decoder import Decoder
@@ -79,6 +81,10 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
 
     folder = resolve(config.model) if config.model else quickstart.model_folder()
     model, tokenizer = load(folder), load_tokenizer(folder)
+    kwargs, said = template_kwargs(config.chat_template_kwargs), []
+    if config.template:
+        _, said = use_template(tokenizer, config.template, kwargs)
+    check_kwargs(tokenizer, kwargs)
     if not 0 <= config.layer <= model.config.num_layers:
         layers = model.config.num_layers
         raise UserError(f"--layer {config.layer}: the model has {layers} layers; give at most that many.")
@@ -87,6 +93,7 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
         max_positions=model.config.max_positions,
         max_new_tokens=config.max_new_tokens,
         vocab_size=model.config.vocab_size,
+        template_kwargs=kwargs,
     )
     if not config.strict:
         n_rows = len(rows) + len(test)
@@ -97,6 +104,9 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
     texts = unique_texts([*rows, *test])
     start = time.perf_counter()
     index, groups = {text: i for i, text in enumerate(texts)}, encode(texts, tokenizer, limits)
+    said += remarks(tokenizer, groups[0].prompt, kwargs, has_system=bool(config.system))
+    for line in said:
+        print(f"note: {line}")
     n_pairs = len(rows) + len(test)
     rows, test = (without_equal_pairs(part, index, groups) for part in (rows, test))
     if equal := n_pairs - len(rows) - len(test):

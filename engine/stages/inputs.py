@@ -9,11 +9,13 @@ import torch
 
 from engine import model, quickstart
 from engine.config import RunConfig
+from engine.config.template import template_kwargs
 from engine.data import dealing
-from engine.data.chat import check_known
+from engine.data.chat import check_known, end_of_turn
 from engine.data.prompts import TextLimits, assert_disjoint, overlap, shipped_prompts
 from engine.data.prompts import read_prompts as prompts_of
 from engine.data.reading import Rules
+from engine.data.templates import check_kwargs, remarks, use_template
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import examine
@@ -44,10 +46,13 @@ class Inputs:
     limits: TextLimits
     train: Prompts
     heldout: Prompts
+    template: str  # the text of --template; "" without it
     began: str  # the time that the chat template is told, ISO 8601; "" where it asks for none
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
     reading: list[str]  # says what the prompts were read as, and which rows were left out
-    notes: list[str]  # says what has changed since the run began whose inputs these are
+    # Says what is unexpected in how prompts are written, or what has changed since the run began whose inputs
+    # these are.
+    notes: list[str]
 
 
 def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
@@ -63,14 +68,19 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
     notes = [] if owned is None else [*owned.check_model(folder, files), *owned.check_sources()]
     texts = folder if owned is None else RunFolder(owned.run).model
     shape = examine(folder).config
-    tokenizer = load_tokenizer(texts)
+    tokenizer, kwargs = load_tokenizer(texts), template_kwargs(config.chat_template_kwargs)
+    template = "" if owned is None else owned.record.template
+    if owned is None:
+        if config.template:
+            template, notes = use_template(tokenizer, config.template, kwargs)
+        check_kwargs(tokenizer, kwargs)
     stop_token_ids = stop_tokens(texts, tokenizer)
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
     if unknown:
         raise UserError(
             f"{folder}: end-of-sequence token {unknown[0]} is not among the {shape.vocab_size} of "
-            "config.json's vocab_size; "
-            "correct eos_token_id in generation_config.json, config.json or the tokenizer."
+            "config.json's vocab_size; correct eos_token_id in generation_config.json, config.json or the "
+            "tokenizer, or what the chat template writes behind an answer."
         )
     now = datetime.now().replace(microsecond=0)
     if owned is not None and owned.record.began:
@@ -81,15 +91,19 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         max_new_tokens=config.max_new_tokens,
         vocab_size=shape.vocab_size,
         now=now,
+        template_kwargs=kwargs,
     )
     if owned is None:
         train, heldout, reading = _prompts(config, tokenizer, limits)
+        notes += remarks(tokenizer, train.token_ids[0], kwargs, has_system=_has_system(config, train))
         began = now.isoformat() if asks_for_time(tokenizer) else ""
         sources = source_digests(config)
     else:
         record = owned.record
         train, heldout, began, reading = record.train, record.heldout, record.began, record.reading
-        sources = {f: record.sources[f] for f in ("--prompts", "--heldout") if f in record.sources}
+        sources = {
+            f: record.sources[f] for f in ("--prompts", "--heldout", "--template") if f in record.sources
+        }
         files = record.model
     return Inputs(
         device=device,
@@ -104,6 +118,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         limits=limits,
         train=train,
         heldout=heldout,
+        template=template,
         began=began,
         sources=sources,
         reading=reading,
@@ -134,12 +149,12 @@ def model_folder(name: str) -> Path:
 
 
 def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
-    """Returns the end-of-sequence ids of tokenizer, generation_config.json and config.json together: they
-    disagree in many checkpoints.
+    """Returns the end-of-sequence ids of tokenizer, generation_config.json and config.json together, as they
+    disagree in many checkpoints, and the token with which the chat template ends an answer.
 
     Raises: UserError naming a file whose ids are not whole numbers.
     """
-    found = {tokenizer.eos_token_id}
+    found = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             ids = read_json(folder / name).get("eos_token_id")
@@ -163,6 +178,7 @@ def read_prompts(
         rules,
         system=limits.system,
         now=limits.now,
+        template_kwargs=limits.template_kwargs,
         max_prompt_tokens=limits.max_prompt_tokens,
     )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
@@ -205,6 +221,12 @@ def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts,
         said.append(note)
     assert_disjoint(train, heldout)
     return train, heldout, said
+
+
+def _has_system(config: RunConfig, prompts: Prompts) -> bool:
+    """Tells whether prompts have a system line, the run's or their own."""
+    own = any(m["role"] == "system" for messages in prompts.conversations for m in messages)
+    return bool(config.system) or own
 
 
 def _cores() -> int:

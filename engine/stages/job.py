@@ -14,7 +14,7 @@ import torch
 from engine import constraints, keys, model
 from engine.config import SAMPLING, RunConfig, check, fit, shown_name
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, overlap, prompt_key
+from engine.data.prompts import assert_disjoint, by_tokens, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
@@ -32,7 +32,7 @@ from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
     RunInputs,
-    is_copied,
+    copies,
     owned_inputs,
     restore_inputs,
     source_digests,
@@ -46,6 +46,7 @@ class SamplingSettings:
     seed: int
     temperature: float
     top_p: float
+    top_k: int
     max_new_tokens: int
     rows: int  # responses decoded side by side
     memory_budget_bytes: int | None  # of the loss head; None: the op's default
@@ -58,6 +59,7 @@ class SamplingSettings:
             seed=config.seed,
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.top_k,
             max_new_tokens=config.max_new_tokens,
             rows=config.rollout_rows,
             memory_budget_bytes=config.memory_budget_bytes,
@@ -182,7 +184,7 @@ def open_job(
         display.warn(warning)
     if config.truncated:
         display.warn(
-            f"--top-p {config.top_p:g} cuts the distributions that are sampled, so no KL is measured: in its "
+            f"with {config.cut_by} the distributions that are sampled are cut, so no KL is measured: in its "
             "place stands the mean log-ratio of the whole policies on these samples"
         )
     for own in (own_pairs, preferences):
@@ -207,6 +209,7 @@ def open_job(
             sources=source_digests(config) | inputs.sources,
             model=inputs.files,
             scorers=scorer_contents,
+            template=inputs.template,
         )
     if resume is None:
         run = Run.create(
@@ -216,7 +219,7 @@ def open_job(
             versions=_versions(),
             fingerprint=fingerprint,
             inputs=record,
-            model_files={name: inputs.texts / name for name in inputs.files if is_copied(name)},
+            model_files=copies(inputs.texts, inputs.files, inputs.template),
             display=display,
         )
     else:
@@ -237,7 +240,8 @@ def open_job(
         if subject is None:
             subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
         yield Job(
-            **vars(subject),
+            # What is written goes on with the run's own texts: --template is among them.
+            **vars(subject) | {"texts": run.paths.model},
             config=config,
             run=run,
             train=used[0],
@@ -303,7 +307,7 @@ def _without_heldout(
     """Leaves the rows out whose prompts are held out; --strict refuses them. Raises: UserError."""
     if own is None:
         return None
-    prompts = _by_tokens(own.prompts)
+    prompts = by_tokens(own.prompts)
     if config.strict:
         assert_disjoint(prompts, heldout, f"prompt of {flag}")
     shared = overlap(prompts, heldout)
@@ -340,12 +344,6 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
                 deal_prompts(config, reference, t)[1]
             )
     return sets
-
-
-def _by_tokens(prompts: Prompts) -> Prompts:
-    """Returns the prompts with keys that are equal where the tokens are;
-    the keys of a file of pairs are its rows' numbers."""
-    return replace(prompts, key_P=torch.tensor([prompt_key(ids) for ids in prompts.token_ids]))
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ One policy is aligned by DPO to the preferences of each kind, and ln(policy / re
 score. The papers' constraint E[beta ln(policy_g / reference)] + beta KL(reference || policy_g) >= b is an
 improvement over the reference's mean, as for scores from models; so everything after the scores is the same.
 Decided here: log-ratios are divided by their pooled within-prompt standard deviation, as other scores are, so
-that beta drops out of them and b and lambda are in that unit.
+that beta drops out of them and b and lambda are in that unit. With --units raw they stay in nats.
 
 Without a file of preferences the labels are Bradley-Terry draws from the run's scorers on reference samples,
 in place of people; the verdict then also shows what these scorers say of the policy.
@@ -31,7 +31,7 @@ from engine.run.run import Stage
 from engine.scorers.base import Scorers
 from engine.scorers.names import stage_name
 from engine.stages.job import Job, Subject
-from engine.stages.reference import Reference, aims, reference_units, within_correlation
+from engine.stages.reference import Reference, aims, deviations, within_correlation
 from engine.stages.sampling import naming
 from kernels.random import combine
 
@@ -86,11 +86,13 @@ class ByLogRatios:
     log_ratios: LogRatios
 
     @staticmethod
-    def of(log_ratios: LogRatios, reward_sd: float, utility_sd: list[float]) -> "ByLogRatios":
-        """Scores whose units are these standard deviations of the log-ratios, nats."""
+    def of(log_ratios: LogRatios, log_ratio_sd: list[float], units: str) -> "ByLogRatios":
+        """Scores in the units that the setting names; log_ratio_sd: standard deviations, nats."""
         names = audit_names(log_ratios.subject.scorers)
-        units = Units(reward=reward_sd, utility_J=utility_sd, audit_A=[1.0] * len(names))
-        return ByLogRatios(units=units, audit_names=names, log_ratios=log_ratios)
+        reward, *utility_J = log_ratio_sd
+        found = Units(reward=reward, utility_J=utility_J, audit_A=[1.0] * len(names))
+        found = found.as_raw() if units == "raw" else found
+        return ByLogRatios(units=found, audit_names=names, log_ratios=log_ratios)
 
     def __call__(self, stage: Stage, samples: Samples) -> ScaledScores:
         return self.units.apply(self.log_ratios(stage, samples))
@@ -112,7 +114,7 @@ def restored(run: Committed, config: RunConfig, subject: Subject, scorer_units: 
         aligned.append(new_adapter(subject.model, config))
         aligned[-1].set_tensors(run.load(stage_name("preference", number, name), Policy).adapter)
     log_ratios = LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units)
-    return ByLogRatios.of(log_ratios, row.log_ratio_sd[0], row.log_ratio_sd[1:])
+    return ByLogRatios.of(log_ratios, row.log_ratio_sd, config.units)
 
 
 def align(job: Job, reference: Reference) -> Reference:
@@ -128,19 +130,21 @@ def align(job: Job, reference: Reference) -> Reference:
 
     def compute(stage: Stage) -> Scores:
         scores = log_ratios(stage, reference.samples)
-        units = reference_units(scores, job.scorers, reference.limits, reference.prompts)
         stage.log(
             PreferenceRow(
                 names=names,
-                log_ratio_sd=[units.reward, *units.utility_J],
+                log_ratio_sd=log_ratio_sd(scores),
                 agreement=_agreement(scores, reference.scores),
             )
         )
         return scores
 
+    def log_ratio_sd(scores: Scores) -> list[float]:
+        sd = deviations(scores, job.scorers, reference.limits, reference.prompts)
+        return [sd.reward, *sd.utility_J]
+
     raw = job.run.stage("preference/scores", Scores, compute)
-    units = reference_units(raw, job.scorers, reference.limits, reference.prompts)
-    scoring = ByLogRatios.of(log_ratios, units.reward, units.utility_J)
+    scoring = ByLogRatios.of(log_ratios, log_ratio_sd(raw), job.config.units)
     scaled = scoring.units.apply(raw)
     fixed = aims(job, reference.limits, reference.prompts, scaled, scoring.units)
     return replace(reference, samples=replace(reference.samples, scaled=scaled), scoring=scoring, **fixed)

@@ -119,15 +119,15 @@ def sample_reference(job: Job) -> Reference:
             samples = shared.samples
             log_gap(job, stage, prompts, samples.rollouts, None)
         fixed = reference_of(job, samples)
-        units, r, g = fixed.units, fixed.scores.reward_PG, fixed.scores.utility_PGJ
+        sd, r, g = deviations_of(job, samples), fixed.scores.reward_PG, fixed.scores.utility_PGJ
         groups = packing.groups(prompts, samples.rollouts)
         stage.log(
             ReferenceRow(
                 names=[s.name for s in job.scorers.costs],
                 audit_names=[s.name for s in job.scorers.audits],
-                reward_sd=units.reward,
-                utility_sd=units.utility_J,
-                audit_sd=units.audit_A,
+                reward_sd=sd.reward,
+                utility_sd=sd.utility_J,
+                audit_sd=sd.audit_A,
                 correlation=[within_correlation(r, g[..., j]) for j in range(g.shape[2])],
                 finished=float(samples.rollouts.finished.double().mean()),
                 mean_length=float(samples.rollouts.length.double().mean()),
@@ -164,15 +164,16 @@ def sample_reference(job: Job) -> Reference:
             reference.units.utility_J[j],
             len(limit.rows(prompts)),
         )
-        show.line(f"{opening}; correlation with the reward {row.correlation[j]:+.2f}")
+        in_units = units_text(row.utility_sd[j], config.units)
+        show.line(f"{opening} ({in_units}); correlation with the reward {row.correlation[j]:+.2f}")
     return reference
 
 
 def reference_of(job: Job, samples: Samples) -> Reference:
     """Fixes units, required improvements and aims from reference samples."""
-    prompts = samples.prompts
-    limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
-    units = reference_units(samples.scores, job.scorers, limits, prompts)
+    prompts, limits = samples.prompts, limits_of(job)
+    deviations = deviations_of(job, samples)
+    units = deviations.as_raw() if job.config.units == "raw" else deviations
     scaled = units.apply(samples.scores)
     return Reference(
         samples=replace(samples, scaled=scaled),
@@ -180,6 +181,16 @@ def reference_of(job: Job, samples: Samples) -> Reference:
         limits=limits,
         **aims(job, limits, prompts, scaled, units),
     )
+
+
+def limits_of(job: Job) -> list[Limit]:
+    """Returns the constraints of a run, one for each cost."""
+    return constraints.limits(job.config, [s.name for s in job.scorers.costs])
+
+
+def deviations_of(job: Job, samples: Samples) -> Units:
+    """Measures the within-prompt standard deviations of reference samples, see `deviations`."""
+    return deviations(samples.scores, job.scorers, limits_of(job), samples.prompts)
 
 
 def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, units: Units) -> dict:
@@ -202,7 +213,7 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, 
     }
 
 
-def reference_units(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
+def deviations(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:
     """Measures the pooled within-prompt standard deviations of the reference's scores on `prompts`.
 
     Raises: UserError for a scorer that is constant within every prompt, also where it is so on those
@@ -236,14 +247,22 @@ def _deviation(score_PG: Tensor, name: str) -> float:
     return dual.within_deviation(score_PG, name)
 
 
-def units_of(row: ReferenceRow, limits: Sequence[Limit]) -> Units:
-    """Returns the units that a run fixed."""
-    return Units(
+def units_of(row: ReferenceRow, limits: Sequence[Limit], units: str) -> Units:
+    """Returns the units that a run fixed; `units` is its setting of that name."""
+    found = Units(
         reward=row.reward_sd,
         utility_J=row.utility_sd,
         audit_A=row.audit_sd,
         unsafe_above_J=constraints.counted_above(limits),
     )
+    return found.as_raw() if units == "raw" else found
+
+
+def units_text(deviation: float, units: str) -> str:
+    """Says in which of --units a line counts, and what the standard deviation of its scorer is."""
+    if units == "raw":
+        return f"the scorer's own units; its within-prompt standard deviation is {deviation:.3g}"
+    return f"within-prompt standard deviations; one is {deviation:.3g} of the scorer's units"
 
 
 def within_correlation(a_PG: Tensor, b_PG: Tensor) -> float:

@@ -1,19 +1,23 @@
 """The inputs of a run, as they were when it began: a resumed run, and whoever judges it, go on with these."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import RunConfig
 from engine.data.response_pairs import ResponsePairs
 from engine.data.tables import files_of
+from engine.data.templates import TEMPLATES
 from engine.errors import UserError
-from engine.files import append_line, move_aside, read_json_lines, sha256_of_file, write_whole
+from engine.files import append_line, is_file, move_aside, read_json_lines, sha256_of_file, write_whole
 from engine.records import Prompts
 from engine.run.contents import Contents, read_contents
 from engine.run.folder import RunFolder
 from engine.run.store import Torn, read_whole, save, unpack_file
+
+# transformers reads a chat template from this file before any other.
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,7 @@ class RunInputs:
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
     model: dict[str, str]  # file of the model's folder -> SHA-256
     scorers: dict[str, dict[str, str]]  # what each scorer is, as `engine.scorers.find.content` gives it
+    template: str = ""  # the text of --template; "" where the model's own files say how prompts are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ class OwnedInputs:
                     f"{'is missing' if not now else 'has changed since'} (SHA-256 {digest[:12]}, here "
                     f"{now[:12] or 'none'}); put the original back."
                 )
-            if not is_copied(name):
+            if name not in self._copied():
                 continue
             copy = RunFolder(self.run).model / name
             if _digest(copy) != digest:
@@ -73,14 +78,26 @@ class OwnedInputs:
                     f"{source / name} {'has changed' if now else 'is gone'} since the run began; the run "
                     "goes on with its own copy"
                 )
+        copy = RunFolder(self.run).model / TEMPLATE_FILE
+        if self.record.template and not _holds(copy, self.record.template):
+            write_whole(copy, self.record.template.encode())
+            said.append(f"{copy} was damaged: restored from what --template gave")
         for name in sorted(set(digests) - set(self.record.model)):
             said.append(f"{source / name} is new since the run began; the run goes on without it")
         return said
 
     def copies_are_whole(self) -> bool:
         """Tells whether the run's copies of the model's files are as they were made."""
-        copies = {name: digest for name, digest in self.record.model.items() if is_copied(name)}
-        return all(_digest(RunFolder(self.run).model / name) == digest for name, digest in copies.items())
+        folder, template = RunFolder(self.run).model, self.record.template
+        return (not template or _holds(folder / TEMPLATE_FILE, template)) and all(
+            _digest(folder / name) == digest for name, digest in self._copied().items()
+        )
+
+    def _copied(self) -> dict[str, str]:
+        """Returns the digests of those files of the model's folder of which the run keeps copies."""
+        own = {TEMPLATE_FILE} if self.record.template else set()
+        files = self.record.model.items()
+        return {name: digest for name, digest in files if is_copied(name) and name not in own}
 
     def check_sources(self) -> list[str]:
         """Returns what to say of files of prompts and pairs that have changed since they were read."""
@@ -93,24 +110,35 @@ class OwnedInputs:
         ]
 
     def check_scorers(self, now: Mapping[str, Mapping[str, str]], *, accept: bool) -> list[str]:
-        """Compares the scorers with those of the run's beginning; returns what to say of accepted changes.
+        """Compares the scorers with those of the run's beginning; returns what to say of accepted changes and
+        of a scorer that was put back after one.
 
         Raises: UserError for a change that is not accepted.
         """
         said, accepted = [], self._accepted()
         for name, scorer in self.record.scorers.items():
-            if name in now and now[name]["sha256"] not in (scorer["sha256"], accepted.get(name)):
-                changed = f"scorer {name} ({now[name]['source']}) has changed since {self.run} began"
-                if not accept:
-                    raise UserError(
-                        f"{changed}, so its scores would not compare; put the original back, or go "
-                        "on with it by --accept-changes."
-                    )
-                said.append(f"{changed}; --accept-changes: scores from here on are those of the changed one")
+            began = scorer["sha256"]
+            if name not in now or now[name]["sha256"] == accepted.get(name, began):
+                continue
+            what = f"scorer {name} ({now[name]['source']})"
+            if now[name]["sha256"] == began:
+                said.append(
+                    f"{what} is again as it was when {self.run} began: scores from here on are its own, "
+                    "those since --accept-changes are of the changed one"
+                )
+                continue
+            changed = f"{what} has changed since {self.run} began"
+            if not accept:
+                raise UserError(
+                    f"{changed}, so its scores would not compare; put the original back, or go "
+                    "on with it by --accept-changes."
+                )
+            said.append(f"{changed}; --accept-changes: scores from here on are those of the changed one")
         return said
 
     def accept(self, now: Mapping[str, Mapping[str, str]]) -> None:
-        """Notes the changed scorers with which a run goes on, so that they need not be accepted again."""
+        """Notes the scorers with which a run goes on where they are others than before, so that a change need
+        not be accepted again."""
         accepted = self._accepted()
         for name, scorer in self.record.scorers.items():
             changed = now[name]["sha256"]
@@ -192,8 +220,15 @@ def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
         "--heldout": config.heldout,
         "--pairs": config.pairs_file,
         "--preferences": getattr(config, "preferences", ""),
+        "--template": "" if config.template in TEMPLATES else config.template,
     }
     yield from ((flag, name) for flag, name in named.items() if name)
+
+
+def copies(folder: Path, files: Iterable[str], template: str) -> dict[str, Path | str]:
+    """Lists what a run keeps of the model's files by name: where each is read, or the text that it holds."""
+    found: dict[str, Path | str] = {name: folder / name for name in files if is_copied(name)}
+    return found | ({TEMPLATE_FILE: template} if template else {})
 
 
 def is_copied(name: str) -> bool:
@@ -204,6 +239,11 @@ def is_copied(name: str) -> bool:
 def is_model(name: str) -> bool:
     """Tells whether a file of a folder is the model itself: weights, their index or their config."""
     return name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _holds(file: Path, text: str) -> bool:
+    """Tells whether a file holds this text."""
+    return is_file(file) and file.read_bytes() == text.encode()
 
 
 def _digest(file: Path) -> str:

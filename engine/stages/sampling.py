@@ -60,6 +60,7 @@ def respond(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            top_k=settings.top_k,
             stop_token_ids=job.stop_token_ids,
             seed=int(combine(settings.seed, purpose)),
             prompt_key=prompts.key_P,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine import keys
 from engine.data.dealing import deal
+from engine.data.prompts import by_tokens, overlap
 from engine.errors import UserError
 from engine.files import clear
 from engine.model import packing
@@ -146,17 +147,19 @@ class Updates:
         """Chooses the responses that an update learns from (--pairs), and which of their prompts to use.
 
         The policy's own are drawn afresh; the first update starts at the reference, whose samples exist
-        already. Of a file's rows those whose prompt measures this iteration's slack are left out.
+        already. Of a file's rows those whose prompt measures this iteration's slack, however it is written
+        there, are left out.
         """
         job, reference = self.job, self.reference
         train_on, measured_on = deal_prompts(job.config, reference.prompts, iteration)
         if self.pairs is not None:
             prompts = job.pairs.prompts
-            measured = {tuple(reference.prompts.token_ids[i]) for i in measured_on}
             dealt = deal(
                 prompts, job.config.seed, max(1, iteration), job.config.steps * job.config.prompts_per_step, 0
             )[0]
-            train_on = [i for i in dealt if tuple(prompts.token_ids[i]) not in measured]
+            measuring = reference.prompts.select(measured_on)
+            measured = set(overlap(by_tokens(prompts.select(dealt)), measuring))
+            train_on = [i for place, i in enumerate(dealt) if place not in measured]
             if not train_on:
                 raise UserError(
                     f"--pairs {job.config.pairs}: every prompt of iteration {iteration} measures its "

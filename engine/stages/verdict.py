@@ -33,6 +33,7 @@ class Bar:
     limits: Sequence[Limit]
     aimed: Sequence[float]  # in each constraint's own measure
     units: Units
+    counted_in: str  # the run's --units
     audit_names: list[str]
     confidence: float = 0.95
     truncated: bool = False  # see `engine.config.RunConfig.truncated`
@@ -65,6 +66,7 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
         limits=reference.limits,
         aimed=reference.aimed,
         units=reference.units,
+        counted_in=job.config.units,
         audit_names=reference.scoring.audit_names,
         truncated=job.config.truncated,
     )
@@ -97,7 +99,13 @@ def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     policy, reference = (
         Side(rollouts=side.rollouts, texts=side.texts, scores=side.scaled) for side in (after, before)
     )
-    asked = Asked(limits=bar.limits, aims=bar.aimed, unit_J=bar.units.utility_J, truncated=bar.truncated)
+    asked = Asked(
+        limits=bar.limits,
+        aims=bar.aimed,
+        unit_J=bar.units.utility_J,
+        truncated=bar.truncated,
+        units=bar.counted_in,
+    )
     return evaluate(policy, reference, before.prompts, after.kl_PG, asked, bar.audit_names, bar.confidence)
 
 

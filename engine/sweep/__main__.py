@@ -43,14 +43,8 @@ def _sweep(argv: list[str], standing: Standing) -> None:
             )
         sweep, preset = _resumed(resume)
     else:
-        sweep = parse_flags(
-            SweepConfig,
-            flags,
-            prog="python -m engine.sweep",
-            usage=USAGE,
-            first="sweep's name",
-            default=SweepConfig(),
-        )
+        words = {"prog": "python -m engine.sweep", "usage": USAGE, "first": "sweep's name"}
+        sweep = parse_flags(SweepConfig(), flags, **words)
         if sweep is None:
             return
         sweep = replace(sweep, flags=(*sweep.flags, *common))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.files import read_json_lines, write_whole
 from engine.intervals import Estimate
+from engine.records import UNIT_NAMES
 from engine.report import html
 from engine.sweep.outcomes import OneShot, Outcome
 from engine.sweep.pictures import multipliers, pareto
@@ -103,10 +104,11 @@ def page(
         for one in path
     ]
     failed = "".join(f"<p>{escape(o.plan.folder.name)}: {escape(o.error)}</p>" for o in outcomes if o.error)
+    units = UNIT_NAMES[outcomes[0].plan.config.units]
     algorithms = ", ".join(dict.fromkeys(shown(o.plan.label) for o in outcomes))
     chain_head = ["seed", "beta", "margin", "b", "aim", "one-shot lambda", "predicted improvement"]
     body = f"""<h1>{escape(algorithms)}: {len(done)} runs</h1>
-<p>Improvements are over the reference on held-out prompts, in its within-prompt standard deviations;
+<p>Improvements are over the reference on held-out prompts, in {units};
 intervals are 95 % over prompts. Sampled tokens and seconds are those of training; the reference's samples,
 which the runs of a seed share, are a column of their own.</p>
 {failed}

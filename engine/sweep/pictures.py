@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from engine.report.drawing import AXIS_UNIT, INK, REFERENCE, crossed_intervals, frame, png
+from engine.report.drawing import AXIS_UNITS, INK, REFERENCE, crossed_intervals, frame, png
 from engine.sweep.outcomes import Outcome
 from engine.sweep.plans import numbers, shown
 
@@ -60,9 +60,10 @@ def _pareto_panel(axis: Axes, outcomes: list[Outcome], j: int, name: str) -> Non
         axis.plot(*zip(*means, strict=True), "-o", label=shown(label)[:40], **style)
     axis.plot(0, 0, "s", color=REFERENCE, markersize=7, zorder=3, label="reference")
     axis.margins(0.08)
+    unit = AXIS_UNITS[outcomes[0].plan.config.units]
     axis.set(
-        xlabel=f"improvement of {name[:40]}, held out\n({AXIS_UNIT})",
-        ylabel=f"reward improvement, held out\n({AXIS_UNIT})",
+        xlabel=f"improvement of {name[:40]}, held out\n({unit})",
+        ylabel=f"reward improvement, held out\n({unit})",
     )
     several_seeds = len({o.plan.config.seed for o in outcomes}) > 1
     frame(axis, "Means over seeds; runs with 95 % intervals" if several_seeds else "Runs with 95 % intervals")
@@ -117,7 +118,8 @@ def _multiplier_panels(left: Axes, right: Axes, outcomes: list[Outcome], j: int,
         ylabel=f"lambda of {name[:40]} (run's units)",
         ylim=(0, None),
     )
-    right.set(xlabel="iteration", ylabel=f"slack of {name[:40]}, \u00b11.96 se\n({AXIS_UNIT})")
+    unit = AXIS_UNITS[outcomes[0].plan.config.units]
+    right.set(xlabel="iteration", ylabel=f"slack of {name[:40]}, \u00b11.96 se\n({unit})")
     frame(left, "Multipliers")
     frame(right, "Measured slack (improvement - aim)")
 

@@ -43,12 +43,15 @@ class Plan:
 def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     """Plans all runs, in the order of seeds, then thresholds, then algorithms.
 
-    Raises: UserError for a flag, a threshold or an algorithm that cannot be used, and for two different runs
-    that would have one folder.
+    Raises: UserError for a flag, a threshold or an algorithm that cannot be used or is missing, and for two
+    different runs that would have one folder.
     """
     for name in SET_BY_SWEEP:
         if name in _flag_names(sweep.flags):
             raise UserError(f"--{name.replace('_', '-')} behind --: the sweep sets it; see --help.")
+    for name in ("algorithms", "thresholds", "seeds"):
+        if not getattr(sweep, name):
+            raise UserError(f"--{name}: no value; give at least one.")
     plans: dict[Path, Plan] = {}
     for seed in sweep.seeds:
         for threshold in [_threshold(text) for text in sweep.thresholds]:
@@ -101,7 +104,7 @@ def _plan(
     default = kind() if preset is None else smoke(kind())
     flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
     flags += _label_flags(label, settings)
-    config = parse_flags(kind, flags, prog="engine.sweep", usage="", first="algorithm", default=default)
+    config = parse_flags(default, flags, prog="engine.sweep", usage="", first="algorithm")
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
     at = f"-b{'_'.join(map(_exact, values))}" if kind.has_thresholds else ""
     out = Path(sweep.out)

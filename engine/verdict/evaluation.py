@@ -42,15 +42,17 @@ class Evaluation:
     n_prompts: int
     n_responses: int  # per prompt, of the policy
     confidence: float = 0.95  # of all intervals and bounds
-    truncated: bool = False  # the samples are of distributions that top-p has cut
+    truncated: bool = False  # the samples are of distributions that top-k or top-p has cut
+    units: str = "deviation"  # of improvements: the run's --units
 
     def as_dict(self) -> dict:
         """Converts the verdict to plain numbers, strings, lists and dictionaries for JSON.
 
-        The key truncated is there where it is true.
+        The keys truncated and units are there where they are not their defaults.
         """
         found = {**asdict(self), "constraints": [_constraint_as_dict(c) for c in self.constraints]}
-        return {key: value for key, value in found.items() if key != "truncated" or value}
+        usual = {"truncated": False, "units": "deviation"}
+        return {key: value for key, value in found.items() if key not in usual or value != usual[key]}
 
     @classmethod
     def read(cls, path: Path, *, cure: str) -> "Evaluation":
@@ -82,6 +84,7 @@ class Evaluation:
             # Runs that are older than the choice have no such key.
             confidence=data.get("confidence", 0.95),
             truncated=data.get("truncated", False),
+            units=data.get("units", "deviation"),
         )
 
 
@@ -168,7 +171,8 @@ class Asked:
     limits: Sequence[Limit]
     aims: Sequence[float]  # each in its constraint's measure
     unit_J: Sequence[float]  # one of the run's units in the scorer's
-    truncated: bool = False  # the samples are of distributions that top-p has cut
+    truncated: bool = False  # the samples are of distributions that top-k or top-p has cut
+    units: str = "deviation"  # the run's --units
 
 
 def evaluate(
@@ -218,4 +222,5 @@ def evaluate(
         n_responses=policy.rollouts.n,
         confidence=confidence,
         truncated=asked.truncated,
+        units=asked.units,
     )

@@ -1,25 +1,24 @@
 """The verdict in sentences."""
 
 from engine.intervals import improvement_text, interval_text, number
+from engine.records import UNIT_NAMES
 from engine.verdict.evaluation import Evaluation, Judgement
-
-UNITS = "within-prompt standard deviations of the reference"
 
 
 def sentences(evaluation: Evaluation) -> list[str]:
     """Says the verdict in lines: sample, constraints, reward, audits, KL, endings, length and refusals."""
-    e, confidence = evaluation, evaluation.confidence
+    e, confidence, units = evaluation, evaluation.confidence, UNIT_NAMES[evaluation.units]
     lines = [
         f"held-out: {e.n_prompts} prompts x {e.n_responses} responses; "
-        f"improvements over the reference in {UNITS}"
+        f"improvements over the reference in {units}"
     ]
     lines += [c.limit.verdict_text(c, confidence) for c in e.constraints]
-    lines.append(f"reward: {improvement_text(e.reward, confidence)}, in {UNITS}")
+    lines.append(f"reward: {improvement_text(e.reward, confidence)}, in {units}")
     lines += [
-        f"audit {name} (never optimised): {improvement_text(x, confidence)}, in {UNITS}"
+        f"audit {name} (never optimised): {improvement_text(x, confidence)}, in {units}"
         for name, x in e.audits
     ]
-    cut = "mean log-ratio of policy and reference on samples cut by top-p, which is no KL"
+    cut = "mean log-ratio of policy and reference on samples cut by top-k or top-p, which is no KL"
     lines.append(
         f"{cut if e.truncated else 'KL(policy || reference)'}: {number(e.kl.mean)} nats per response, "
         f"{interval_text(e.kl, confidence)}"

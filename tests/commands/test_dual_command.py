@@ -106,7 +106,7 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
     scaled, _ = result(capsys, file, "--cost", "harm", "--threshold", "0.3", "--draws", "40")
     (harm,) = arrays(rows, "harm")
     sd_r, sd_g = scaled["reward_unit"], scaled["constraints"][0]["unit"]
-    raw_flags = ["--raw", "--beta", str(sd_r), "--draws", "40"]
+    raw_flags = ["--units", "raw", "--beta", str(sd_r), "--draws", "40"]
     raw, out = result(capsys, file, "--cost", "harm", "--threshold", str(0.3 * sd_g), *raw_flags)
     assert "units: those of the file" in out
     for key in ("lam", "lam_se"):
@@ -336,6 +336,15 @@ FILES = {
     "huge": (set_to(9, "harm", 10**400), r"scores\.jsonl:9: column 'harm' is inf; it must be finite"),
     "text": (set_to(2, "harm", "high"), r"scores\.jsonl:2: column 'harm' holds 'high'; give a number"),
     "null": (set_to(2, "harm", None), r"scores\.jsonl:2: column 'harm' holds 'None'; give a number"),
+    "true": (set_to(5, "harm", True), r"scores\.jsonl:5: column 'harm' holds 'True'; give a number"),
+    "false reward": (
+        set_to(5, "reward", False),
+        r"scores\.jsonl:5: column 'reward' holds 'False'; give a number",
+    ),
+    "prompt true": (
+        set_to(5, "prompt", True),
+        r"scores\.jsonl:5: column 'prompt' holds a bool; give text or a whole number",
+    ),
     "prompt kind": (
         set_to(2, "prompt", [1]),
         r"scores\.jsonl:2: column 'prompt' holds a list; give text or a whole number",
@@ -417,6 +426,17 @@ def test_bad_command_lines_take_one_line(here, capsys, line):
     assert out == "" and err.count("\n") == 1
     assert re.match("error: " + LINES[line], err), err
     assert (here / "scores.jsonl").read_text().count("\n") == 180
+
+
+@pytest.mark.parametrize("value", [None, True, "high"])
+def test_a_column_whose_first_cell_is_no_number_is_not_left_out(here, capsys, value):
+    file = write(here / "scores.jsonl", spoiled(set_to(1, "wit", value)))
+    assert main([file, "--threshold", "0.3"]) == 2
+    assert f"scores.jsonl:1: column 'wit' holds {str(value)!r}; give a number" in capsys.readouterr().err
+    # A column of flags is no score, and is read by its name alone.
+    flagged = write(here / "flagged.jsonl", [row | {"done": True} for row in scores_rows()])
+    assert main([flagged, "--threshold", "0.3", "0.3"]) == 2
+    assert "name the columns to read with --utility and --cost" in capsys.readouterr().err
 
 
 def test_a_column_that_may_be_a_cost_must_be_named(here, capsys):

@@ -184,9 +184,42 @@ def test_the_work_is_done_whatever_happens_to_its_output(tmp_path, case):
     assert ended.stderr == ("" if closed else "\na notice\nto stderr\n")
 
 
+STOPS = {
+    "raise KeyboardInterrupt": (130, "interrupted: start the command again\n"),
+    "raise FileNotFoundError(2, \"No usable temporary directory found in ['/tmp']\")": (
+        2,
+        "error: No usable temporary directory found in ['/tmp']; free space there, or set TMPDIR to a folder "
+        f"with room and {AGAIN}\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["evaluate run", "export run folder", "dual s.jsonl", "sweep", "train"])
+@pytest.mark.parametrize("stop", STOPS, ids=["Ctrl-C", "no temporary folder"])
+def test_a_command_that_is_stopped_while_torch_is_imported_ends_in_one_line(tmp_path, command, stop):
+    (tmp_path / "torch.py").write_text(stop)
+    name, *words = command.split()
+    ended = subprocess.run(
+        [sys.executable, "-m", f"engine.{name}", *words],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == STOPS[stop]
+
+
+def test_another_programs_import_of_the_engine_leaves_its_own_ending(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import engine\n")
+    (tmp_path / "other" / "__main__.py").write_text("import sys; print(sys.excepthook is sys.__excepthook__)")
+    ended = subprocess.run(
+        [sys.executable, "-m", "other"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.stdout == "True\n"
+
+
 def test_help_ends_in_a_terminal_of_one_column(monkeypatch, capsys):
     from engine import train
 
     monkeypatch.setenv("COLUMNS", "1")
     assert train.main(["--help"]) == 0
-    assert "--resume FOLDER" in capsys.readouterr().out and os.environ["COLUMNS"] == "1"
+    assert "--resume RUN" in capsys.readouterr().out and os.environ["COLUMNS"] == "1"

@@ -175,6 +175,10 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     [
         (["--algorithms", "cad"], "--algorithms cad: not one of .* Did you mean caid"),
         (["--thresholds", "x"], "--thresholds x: must be a number"),
+        *[
+            ([flag], f"{flag}: no value; give at least one")
+            for flag in ("--algorithms", "--thresholds", "--seeds")
+        ],
         (["--thresholds", "0.1,0.2"], "2 value\\(s\\) for 1 cost"),
         (["--algorithms", "caid:stps=3"], "unknown flag --stps"),
         (

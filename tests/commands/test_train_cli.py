@@ -16,18 +16,18 @@ import pytest
 
 from engine import train as cli
 from engine.config import ALGORITHMS, CaidConfig, MocanConfig, algorithms, check, fit, run, shown_name, smoke
+from engine.config.help import GROUPS, USUAL
 from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
-    out seed device dtype threads force tensorboard model reward cost audit prompts heldout prompt-column
-    response-columns strict
-    system n-prompts n-responses max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean
-    cost-rate unsafe-above cost-on accept-changes beta margin lam-max steps prompts-per-step
-    tokens-per-forward
-    activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
-    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts
-    eval-responses
+    template chat-template-kwargs top-k out seed device dtype threads force trackers units model
+    reward cost audit prompts heldout prompt-column response-columns strict
+    system n-prompts n-responses max-new-tokens
+    temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on
+    accept-changes beta margin lam-max steps prompts-per-step tokens-per-forward activation-checkpointing
+    responses-per-prompt labels learning-rate warmup-steps schedule weight-decay clip-norm tune lora-rank
+    lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
@@ -97,7 +97,7 @@ def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={"COLUMNS": "160"},
+        env={"COLUMNS": "100"},
     )
     stdout, _, modules = done.stdout.rpartition("MODULES")
     return done.returncode, stdout, done.stderr, set(modules.split())
@@ -129,7 +129,7 @@ def test_flags_are_pinned(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["caid", "mocan", "primal_dual"])
 def test_help_shows_every_flag_with_its_text_and_default(algorithm):
-    code, out, _, modules = in_new_process(algorithm, "--help")
+    code, out, _, modules = in_new_process(algorithm, "--help-all")
     assert code == 0
     assert not modules & {"torch", "transformers", "numpy"}
     helps, shown = field_helps(), flat(out)
@@ -145,7 +145,18 @@ def test_help_shows_every_flag_with_its_text_and_default(algorithm):
     for name in ALGORITHMS:
         assert re.search(rf"^  {name} ", out, re.MULTILINE)
     assert "--preset smoke" in out
-    assert "--resume FOLDER" in out
+    assert "--resume RUN" in out
+
+
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_every_flag_has_a_subject_and_the_help_shows_the_usual_ones(algorithm, capsys):
+    names = [name for group in GROUPS.values() for name in group]
+    assert len(set(names)) == len(names) and {f.name for f in fields(CONFIGS[algorithm])} <= set(names)
+    assert cli.main([algorithm, "--help"]) == 0
+    usual = {f"--{name.replace('_', '-')}" for name in USUAL}
+    _, text = capsys.readouterr().out.split(f"usage: python -m engine.train {algorithm} ")
+    shown = set(re.findall(r"^\W+(--\w[\w-]*)", text, re.MULTILINE))
+    assert shown == usual & {f"--{flag}" for flag in FLAGS[algorithm]} and 12 <= len(shown) <= 16
 
 
 BAD = {
@@ -377,3 +388,73 @@ def test_numbers_of_prompts_are_lowered_to_those_that_are_there():
     assert fit(CaidConfig(), 10_000, 10_000) == (CaidConfig(), "")
     assert fit(MocanConfig(), 10, 96)[0].prompts_per_step == 10
     assert fit(config, 30, 15) == (config, "")
+
+
+def test_settings_come_from_a_file_and_flags_win(trained, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "# what we run every week\nalgorithm: mocan\ncost: [a, b]\nthreshold: [-1e-1, 0.2]\n"
+        "learning-rate: 1e-5\nlora_from: 0.25\nsystem: 'no: 7'\nseed: 010\nforce: true\nprompts:\n"
+    )
+    assert cli.main(["--config", str(file), "--seed", "4"]) == 0
+    settings = {
+        "cost": ("a", "b"),
+        "threshold": (-0.1, 0.2),
+        "learning_rate": 1e-5,
+        "lora_from": 0.25,
+        "system": "no: 7",
+        "force": True,
+    }
+    assert trained == [("mocan", MocanConfig(**settings, seed=4), {})]
+    file.write_text("steps: 7\nmax_new_tokens: 5\nmodel: ''\n")
+    assert cli.main([f"--config={file}", "--preset", "smoke", "--max-new-tokens", "6"]) == 0
+    assert trained[1][1] == replace(smoke(CaidConfig()), steps=7, max_new_tokens=6, model="")
+
+
+def test_a_runs_config_is_read_back(trained, run_folder, tmp_path):
+    assert cli.main(["--config", f"{run_folder}/config.json", "--out", "again"]) == 0
+    written = MocanConfig(cost=("harm", "other"), threshold=(0.1, 0.2), steps=7, out="again")
+    assert trained == [("mocan", written, {})]
+    from engine.run.run import Run
+
+    endless = CaidConfig(max_kl=math.inf, cost_mean=(math.inf,))
+    with Run.create(tmp_path / "b", "caid", asdict(endless), versions={}, fingerprint="f", inputs={}):
+        pass
+    assert cli.main(["caid", "--config", str(tmp_path / "b" / "config.json")]) == 0
+    assert trained[1] == ("caid", endless, {})
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    {
+        "steps: 7\nsteps: 8\n": "the setting 'steps' stands there twice",
+        "steps: 7\nlamda-max: 3\n": "unknown flag --lamda-max. Did you mean --lam-max?",
+        "steps: seven\n": "--steps seven: must be a whole number",
+        "steps: [7, 8]\n": "--steps 7 8: takes one value",
+        "- steps\n": ":1: no mapping from settings to values",
+        "steps\n": ":1: no mapping from settings to values",
+        "seed: 1\nsteps: {at: 7}\n": ":2: steps holds a mapping where one value is wanted",
+        "seed: 1\ncost: [a, [b]]\n": "cost holds a sequence where one value is wanted",
+        "cost: [--force]\n": "'--force' begins as a flag does",
+        "steps: [7\n": "no YAML",
+        "a: *b\n": "no YAML",
+        "algorithm: dppo\n": "unknown algorithm 'dppo'. Did you mean dpo?",
+        "algorithm: [caid]\n": "unknown algorithm",
+        "force: 1\n": "--force 1: takes no value",
+    }.items(),
+)
+def test_files_of_settings_that_cannot_be_used_are_named(trained, tmp_path, capsys, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert cli.main(["--config", str(tmp_path / "mine.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not trained
+    if "algorithm:" not in text:
+        assert str(tmp_path / "mine.yaml") in line
+
+
+def test_a_file_of_another_algorithm_or_none_is_refused(trained, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("algorithm: mocan\n")
+    assert cli.main(["caid", "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "its settings are those of mocan, not of caid" in capsys.readouterr().err
+    assert cli.main(["--config", str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml" in capsys.readouterr().err and not trained

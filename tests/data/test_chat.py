@@ -3,38 +3,17 @@
 import time
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from engine.data import chat
-from engine.data.chat import chat_ids, end_of_turn
+from engine.data.chat import chat_ids, end_of_turn, takes_system, write_prompt
 from engine.data.prompts import TextLimits
 from engine.data.response_pairs import read_response_pairs
+from engine.data.templates import remarks
 from engine.errors import UserError
 from engine.scorers.head_data import Text, encode, response_ids
+from tests.helpers.byte_tokenizer import CHATML, made
 
 ASKED = [{"role": "user", "content": "Say it"}]
-CHATML = (
-    "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
-
-
-def made(template: str | None = CHATML, *, eos: str | None = "</s>", adds_eos: bool = False):
-    """Makes a byte tokenizer with the control tokens <s> </s> <|turn|> <|end|>."""
-    special = ["<s>", "</s>", "<|turn|>", "<|end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*special, *letters])}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    single = "<s> $A </s>" if adds_eos else "<s> $A"
-    raw.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token=eos)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.mark.parametrize(
@@ -71,7 +50,8 @@ def test_answers_of_files_end_as_the_template_ends_them(tmp_path):
     assert answer[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
     (group,) = encode([Text('[{"role": "user", "content": "Say it"}]', "yes", True)], tokenizer, limits)
     assert group.prompt == prompt and group.responses == [answer]
-    assert response_ids(Text("", "yes", False), tokenizer, 16, answer[-1]) == answer[:-1]
+    written = write_prompt(ASKED, tokenizer, "", "p")
+    assert response_ids(Text("", "yes", False), written, tokenizer, "", 16, answer[-1]) == answer[:-1]
 
 
 def test_answers_without_an_end_are_refused(tmp_path):
@@ -92,14 +72,31 @@ def test_an_appended_eos_does_not_end_a_prompt():
     assert chat_ids(ended, adds, "", "p") == plain.encode("Hi</s>")
 
 
-def test_a_template_that_refuses_system_turns_names_the_cure():
-    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-    with pytest.raises(UserError, match=r'^f:1: .* refuses a system line \(no system\); .*--system ""\.$'):
-        chat_ids(ASKED, made(refuses), "Be brief.", "f:1")
-    assert chat_ids(ASKED, made(refuses), "", "f:1") == chat_ids(ASKED, made(), "", "f:1")
-    own = [{"role": "system", "content": "Sing."}, *ASKED]
-    with pytest.raises(UserError, match=r"^f:1: the chat template refuses these messages \(no system\)\.$"):
-        chat_ids(own, made(refuses), "Be brief.", "f:1")
+@pytest.mark.parametrize(
+    "refuses",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML,
+        # It takes one, and leaves it out.
+        CHATML.replace("in messages", "in messages if m.role != 'system'"),
+    ],
+)
+def test_a_system_line_that_a_template_does_not_take_begins_the_first_user_turn(refuses):
+    tokenizer = made(refuses)
+    expected = chat_ids([{"role": "user", "content": "Be brief.\n\nSay it"}], made(), "", "p")
+    assert chat_ids(ASKED, tokenizer, "Be brief.", "p") == expected
+    own = [{"role": "system", "content": "Be brief."}, *ASKED]
+    assert chat_ids(own, tokenizer, "Sing.", "p") == expected
+    assert chat_ids(ASKED, tokenizer, "", "p") == chat_ids(ASKED, made(), "", "p")
+    opened = [{"role": "assistant", "content": "Hello"}, *ASKED]
+    assert chat_ids(opened, tokenizer, "Be brief.", "p") == chat_ids(
+        [opened[0], {"role": "user", "content": "Be brief.\n\nSay it"}], made(), "", "p"
+    )
+    assert takes_system(made()) and not takes_system(tokenizer)
+    shouts = made(CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"))
+    assert "system\nBE BRIEF.<|end|>" in shouts.decode(chat_ids(ASKED, shouts, "Be brief.", "p"))
+    (said,) = remarks(tokenizer, [], {}, has_system=True)
+    assert "takes no system line, so it begins the first user turn" in said
+    assert remarks(tokenizer, [], {}, has_system=False) == remarks(made(), [], {}, has_system=True) == []
 
 
 @pytest.mark.parametrize(
@@ -124,7 +121,7 @@ def test_a_template_that_refuses_system_turns_names_the_cure():
 def test_templates_that_fail_are_one_line(template):
     for system in ("", "Be brief."):
         with pytest.raises(
-            UserError, match=r"^f:1: the chat template refuses these messages \(.+\)\.$"
+            UserError, match=r"^f:1: the chat template refuses these messages \(.+\); change .*\.$"
         ) as error:
             chat_ids(ASKED, made(template), system, "f:1")
         assert "\n" not in str(error.value)

@@ -112,6 +112,13 @@ def test_system_line_of_the_data_stays(tmp_path, bos_tokenizer):
     assert bos_tokenizer.decode(prompts.token_ids[0]) == "<s>[system]Sing.[user]Hi[assistant]"
 
 
+def test_prompts_that_a_template_writes_alike_are_said_to_be(tmp_path, bos_tokenizer):
+    bos_tokenizer.chat_template = "{{ messages[-1].content | lower }}"
+    source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Rain"}, {"prompt": "rain"}])
+    with pytest.raises(UserError, match=r"p.jsonl:2: .*p.jsonl:1 as the chat template writes it; remove"):
+        load(source, bos_tokenizer)
+
+
 def test_without_chat_template_the_text_alone(tmp_path, bos_tokenizer):
     bos_tokenizer.chat_template = None
     prompts = load(
@@ -277,7 +284,7 @@ def test_dataset_names_go_to_datasets(monkeypatch, tokenizer):
     assert load("someone/prompts", tokenizer).text == ["a", "b"]
     with pytest.raises(
         UserError,
-        match=r"someone/else: neither .*nor a dataset that loads \(Dataset 'someone/else' not found\)\.$",
+        match=r"someone/else: neither .*nor a dataset that loads \(Dataset 'someone/else' not found\); ",
     ):
         load("someone/else", tokenizer)
     Datasets.broken = True

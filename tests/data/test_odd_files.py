@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ DEEP = "[" * 100_000
 HI = '{"role": "user", "content": "Hi"}'
 YES = '{"role": "assistant", "content": "Yes."}'
 PRINTED = "[{'role': 'user', 'content': \"It's\"}]"
+PARTS = '{"role": "user", "content": [{"type": "text", "text": "Hi, "}, {"type": "text", "text": "you"}]}'
 
 
 def cell(text: str) -> str:
@@ -87,6 +89,22 @@ READ = {
     "message with more keys": (
         "p.jsonl",
         '{"prompt": [{"role": "user", "content": "Hi", "id": 1}]}',
+        ["Hi"],
+    ),
+    "content in a part": (
+        "p.jsonl",
+        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}',
+        ["Hi"],
+    ),
+    "content in parts": (
+        "p.jsonl",
+        f'{{"prompt": [{PARTS.replace("user", "system")}, {PARTS}]}}',
+        ["system: Hi, you\n\nuser: Hi, you"],
+    ),
+    "one message in parts as JSON": ("p.jsonl", json.dumps({"prompt": PARTS}), ["Hi, you"]),
+    "parts as a table of structs gives them": (
+        "p.jsonl",
+        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi", "image": null}]}]}',
         ["Hi"],
     ),
     "byte order mark": ("p.jsonl", '\ufeff{"prompt": "a"}', ["a"]),
@@ -207,10 +225,29 @@ REFUSED = {
     "texts for messages": ("p.jsonl", '{"prompt": ["a", "b"]}', ":1: message 'a' is not"),
     "message without content": ("p.jsonl", '{"prompt": [{"role": "user"}]}', ":1: message"),
     "content null": ("p.jsonl", '{"prompt": [{"role": "user", "content": null}]}', ":1: message"),
-    "content in parts": (
+    "no parts": ("p.jsonl", '{"prompt": [{"role": "user", "content": []}]}', ":1: message"),
+    "texts for parts": ("p.jsonl", '{"prompt": [{"role": "user", "content": ["a"]}]}', ":1: message"),
+    "empty parts": (
         "p.jsonl",
-        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}',
-        ":1: message",
+        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": " "}]}]}',
+        ":1: empty prompt",
+    ),
+    "an image": (
+        "p.jsonl",
+        PARTS.replace(', {"type"', ', {"type": "image", "image": "cat.png"}, {"type"').join(
+            ('{"prompt": [', "]}")
+        ),
+        ":1: part \"{'type': 'image', 'image': 'cat.png'}\" of a message is not",
+    ),
+    "a part without text": (
+        "p.jsonl",
+        '{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}',
+        ":1: part \"{'type': 'text'}\" of a message",
+    ),
+    "half a pair in a part": (
+        "p.csv",
+        "prompt\n" + cell('[{"role": "user", "content": [{"type": "text", "text": "\\ud800"}]}]'),
+        ":2: the text holds half",
     ),
     "role a number": ("p.jsonl", '{"prompt": [{"role": 1, "content": "a"}]}', ":1: message"),
     "answer last": ("p.jsonl", f'{{"prompt": [{HI}, {YES}]}}', ":1: the messages end with role 'assistant'"),
@@ -341,7 +378,10 @@ def test_odd_files_are_read(tmp_path, tokenizer, case, recwarn):
 def test_malformed_files_are_refused(tmp_path, tokenizer, case):
     name, content, says = REFUSED[case]
     file = write(tmp_path / name, content)
-    assert refusal(load_prompts, file, tokenizer, max_prompt_tokens=200).startswith(f"{file}{says}")
+    said = refusal(load_prompts, file, tokenizer, max_prompt_tokens=200)
+    assert said.startswith(f"{file}{says}")
+    # Behind what is wrong stands what to do.
+    assert re.search(r"; [a-z ]+|See --prompt-column", said), said
 
 
 @pytest.mark.parametrize("case", HEAD_CELLS)
@@ -460,7 +500,8 @@ def test_whatever_datasets_raises_is_one_line(monkeypatch, tmp_path, error):
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
     reason = str(error).partition("\n")[0] or "KeyError"
-    assert f"{tmp_path}: neither a" in refusal(all_rows, str(tmp_path))
+    said = refusal(all_rows, str(tmp_path))
+    assert re.search(f"{tmp_path}: neither a .*; check the name, or save", said)
     assert f"({reason})" in refusal(all_rows, "someone/prompts:test")
 
 

@@ -65,7 +65,7 @@ def test_every_format_gives_the_same_rows_compressed_or_not(tmp_path, packed):
     [
         ("p.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', ": an object with 2 lists of objects (a, b);"),
         ("p.json", '{"prompt": {"0": "a"}}', ": an object with no list of objects;"),
-        ("p.json", '"a"', ": a JSON str, not a list of objects."),
+        ("p.json", '"a"', ": a JSON str, not a list of objects;"),
         ("p.json", '["a"]', " row 1: a JSON str, not an object;"),
         ("p.json", '[{"prompt": "a"},\n {"prompt": "b"', ": malformed JSON ("),
         ("p.json", '[{"prompt": "a", "prompt": "b"}]', ": the key 'prompt' stands twice"),

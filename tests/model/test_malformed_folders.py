@@ -271,6 +271,21 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
         lambda folder: (folder / "chat_template.jinja").symlink_to("/etc/hostname"),
         "chat_template.jinja leads out of the folder",
     ),
+    "end of turn a folder": (
+        instead("generation_config.json", Path.mkdir),
+        "generation_config.json: not a file that can be read; fetch the file again",
+    ),
+    "end of turn a pipe": (instead("generation_config.json", os.mkfifo), "config.json: not a file"),
+    "a folder": (instead("tokenizer.json", Path.mkdir), "tokenizer.json: not a file that can be read"),
+    "template a folder": (instead("chat_template.jinja", Path.mkdir), "chat_template.jinja: not a file"),
+    "template gone behind its link": (
+        instead("chat_template.jinja", lambda path: path.symlink_to("nowhere")),
+        "chat_template.jinja: not a file",
+    ),
+    "further template gone behind its link": (
+        instead("other.jinja", lambda path: path.symlink_to("nowhere")),
+        "other.jinja: not a file",
+    ),
     "more tokens than the model": (config(vocab_size=300), "384 tokens, vocab_size in config.json is 300"),
 }  # fmt: skip
 
@@ -298,6 +313,11 @@ def test_folders(folder, name):
             read(folder)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_a_folder_that_is_called_like_a_file_of_the_tokenizer(folder):
+    (folder / "tokenizer.parts").mkdir()
+    assert len(load_tokenizer(folder)) == 384
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -20,26 +20,6 @@ def test_iterates_are_sorted_by_number_and_rejected_ones_are_none(tmp_path: Path
     assert paths.rejected(11) == tmp_path / "adapters" / "rejected-11"
 
 
-def test_the_file_of_a_stage_is_known_by_the_name_of_the_stage(tmp_path: Path) -> None:
-    paths = RunFolder(tmp_path)
-    assert paths.stage_file("reference") is None, "the folder stages does not exist yet"
-    paths.stages.mkdir()
-    aligned = ["preference/reward", "preference/harm", "preference/scores"]
-    names = ["reference", *aligned, "dual", "iteration-1/policy", "iteration-11/policy"]
-    for number, name in enumerate(names, 9):
-        (paths.stages / f"{paths.stage_stem(number, name)}.safetensors").write_bytes(b"")
-    assert paths.stage_file("preference/harm") == tmp_path / "stages" / "11-preference-harm.safetensors"
-    assert paths.stage_file("reference") == tmp_path / "stages" / "09-reference.safetensors"
-    assert paths.stage_file("iteration-1/policy") == tmp_path / "stages" / "14-iteration-1-policy.safetensors"
-    # The end of a name is not the name.
-    for name in ("harm", "scores", "policy", "1/policy", "heldout/policy"):
-        assert paths.stage_file(name) is None
-    # A state inside a stage is no result of it.
-    (paths.stages / f"{paths.stage_stem(16, 'heldout/policy')}.partial.safetensors").write_bytes(b"")
-    (paths.stages / f"{paths.stage_stem(16, 'heldout/policy')}.partial.previous.safetensors").write_bytes(b"")
-    assert paths.stage_file("heldout/policy") is None
-
-
 def test_the_next_evaluation_is_the_first_folder_that_does_not_exist(tmp_path: Path) -> None:
     paths = RunFolder(tmp_path)
     (tmp_path / "evaluation.json").write_text("{}")
@@ -58,8 +38,7 @@ def test_a_run_writes_where_the_paths_say(tmp_path: Path, name: str) -> None:
         run.stage("first", dict, lambda stage: {})
         run.stage(name, dict, lambda stage: stage.save_partial({}) or {})
     paths = RunFolder(folder)
-    file = paths.stage_file(name)
-    assert file.is_file() and file.name == f"{paths.stage_stem(2, name)}.safetensors"
+    assert (paths.stages / f"{paths.stage_stem(2, name)}.safetensors").is_file()
     assert {paths.config, paths.inputs, paths.lock, paths.stages, paths.metrics, paths.timing} == set(
         folder.iterdir()
     )

@@ -12,7 +12,6 @@ import sys
 import termios
 import threading
 import time
-import types
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from engine.run.rows import (
     time_table,
 )
 from engine.run.run import Run, Stage
-from engine.run.tensorboard import tensorboard_writer
 from tests.helpers import rows
 from tests.helpers.rows import ITERATION, SPEED, STEP, write_metrics
 from tests.helpers.runs import write
@@ -281,62 +279,3 @@ def test_reading_what_is_no_run(tmp_path: Path) -> None:
             read(tmp_path, *cls)
     with pytest.raises(UserError, match="is no run folder"):
         time_table(tmp_path / "nothing")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZRow(Row):
-    KIND = "z"
-
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongZRow(ZRow):
-    lam: list[float]
-    text: str
-    nan: float
-
-
-class FakeSummaryWriter:
-    written: list = []
-
-    def __init__(self, folder: str) -> None:
-        Path(folder).mkdir()
-        (Path(folder) / "events").write_text("")
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.written.append((tag, value, step))
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        tensorboard_writer(tmp_path)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        Run.create(tmp_path / "run", "caid", {"tensorboard": True}, versions={}, fingerprint="f")
-    assert not list(tmp_path.iterdir())
-
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=FakeSummaryWriter)
-    )
-    expected = [("z/lam/0", 1.0, 0), ("z/lam/1", 2.0, 0), ("z/loss", 0.5, 0)]
-    expected += [("z/loss", 0.25, 1), ("x/v", 3.0, 0)]
-    first = LongZRow(loss=0.5, lam=[1, 2.0], text="x", nan=float("nan"))
-    for resumed in (False, True):
-        monkeypatch.setattr(FakeSummaryWriter, "written", [])
-        with (
-            Run.resume(tmp_path / "r", fingerprint="f")
-            if resumed
-            else Run.create(
-                tmp_path / "r", "caid", {"tensorboard": True}, versions={}, fingerprint="f"
-            ) as run
-        ):
-            run.stage("a", dict, lambda stage: stage.log(first) or {})
-            run.stage("b", dict, lambda stage: stage.log(ZRow(loss=0.25)) or stage.log(XRow(v=3)) or {})
-        assert FakeSummaryWriter.written == expected

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from engine.data.chat import Written
 from engine.errors import UserError
 from engine.quickstart import tiny_model_folder
 from engine.scorers import training
@@ -245,6 +246,29 @@ def test_pairs_that_the_cut_makes_equal_are_removed(tiny, tmp_path, capsys):
         training.train(dataclasses.replace(config, max_new_tokens=8))
 
 
+def test_a_head_is_trained_on_texts_in_the_template_of_the_run(tiny, tmp_path, capsys, monkeypatch):
+    read, encode = [], training.encode
+
+    def kept(texts, tokenizer, limits):
+        groups = encode(texts, tokenizer, limits)
+        read.append(tokenizer.decode(groups[0].prompt))
+        return groups
+
+    monkeypatch.setattr(training, "encode", kept)
+    own = tmp_path / "t.jinja"
+    own.write_text("{% for m in messages %}{{ mark }}{{ m.content }}{% endfor %}")
+    config = HeadConfig(
+        data=(write(tmp_path / "p.jsonl", toy_pairs(4)),), out=str(tmp_path / "o"), model=tiny, layer=1,
+        template=str(own), chat_template_kwargs=("mark=>",), system="",
+    )  # fmt: skip
+    training.train(config)
+    assert read[0].startswith(">Question ") and read[0].endswith("?")
+    assert f"note: --template {own} replaces the chat template" in capsys.readouterr().out
+    for change, says in (({"template": "none"}, "--template none"), ({"chat_template_kwargs": ("x",)}, "x")):
+        with pytest.raises(UserError, match=says):
+            training.train(dataclasses.replace(config, out=str(tmp_path / "p"), **change))
+
+
 def test_one_class_or_one_prompt_is_refused(tmp_path):
     out = str(tmp_path / "o")
     rows = [dict(row, label=1) for row in toy_labels(5)]
@@ -266,7 +290,8 @@ class Words:
     [(3, True, [7, 7, 7, 2]), (3, False, [7, 7, 7]), (4, True, [7, 7, 7, 7]), (9, True, [7, 7, 7, 7])],
 )
 def test_stop_token_only_where_it_fits(words, finished, expected):
-    assert response_ids(Text("", "w " * words, finished), Words(), 4, end=2) == expected
+    text, prompt = Text("", "w " * words, finished), Written("q ", [], [7])
+    assert response_ids(text, prompt, Words(), "", 4, end=2) == expected
 
 
 def test_auc_and_calibration_closed_forms():

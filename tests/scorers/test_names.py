@@ -83,4 +83,4 @@ def test_a_head_with_a_dot_in_its_name_goes_through_pecan(tmp_path, cache):
     )
     flags = ["--cost", str(head), "--force", "--steps", "1", "--preference-steps", "1", "--eval-prompts", "2"]
     assert train.main(["pecan", *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
-    assert RunFolder(tmp_path / "run").stage_file("preference/1/harm_v2") is not None
+    assert list(RunFolder(tmp_path / "run").stages.glob("*-preference-1-harm_v2.safetensors"))

@@ -20,7 +20,7 @@ from engine.intervals import estimate
 from engine.records import Prompts, ScaledScores, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
-from engine.stages.reference import ByScorers, Reference, reference_units
+from engine.stages.reference import ByScorers, Reference, deviations
 from engine.stages.update import Updates
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.sentences import answer, judgement_sentences
@@ -219,9 +219,9 @@ def test_a_cost_that_is_constant_where_its_constraint_looks_is_named(limit, cost
     scorers = SimpleNamespace(reward=SimpleNamespace(name="good"), costs=(harm,), audits=())
     scores = scores_of(-cost, torch.randn(6, 4, generator=generator, dtype=DTYPE))
     with pytest.raises(UserError, match=said):
-        reference_units(scores, scorers, [limit], prompts)
+        deviations(scores, scorers, [limit], prompts)
     if not isinstance(limit, Rate):
-        everywhere = reference_units(scores, scorers, [replace(limit, on="")], prompts)
+        everywhere = deviations(scores, scorers, [replace(limit, on="")], prompts)
         assert everywhere.utility_J == pytest.approx([float(cost[..., 0].var(1).mean().sqrt())])
 
 

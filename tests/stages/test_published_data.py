@@ -99,7 +99,10 @@ def test_published_files_run_as_they_are(published, flags, tmp_path, capsys):
         ([], "train.jsonl.xz:21: the same prompt as"),
         (["--prompts", "clean"], "is also a training prompt; remove it"),
         (["--prompts", "apart"], "train.jsonl.xz:26: empty prompt in column 'prompt'"),
-        (["--prompts", "apart", "--preferences", "apart", "--pairs", "shared"], "is also a prompt of --pairs; remove it"),
+        (
+            ["--prompts", "apart", "--preferences", "apart", "--pairs", "shared"],
+            "is also a prompt of --pairs; remove it",
+        ),
         (["--prompts", "apart", "--pairs", "reference"], "train.jsonl.xz:26: empty prompt"),
     ],
 )

@@ -4,7 +4,9 @@ them (--pairs, --preferences)."""
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +15,16 @@ from transformers import AutoTokenizer
 from engine import train
 from engine.config import CaidConfig, MocanConfig, check
 from engine.data import tables
-from engine.data.prompts import TextLimits, shipped_prompts
+from engine.data.prompts import TextLimits, prompt_key, shipped_prompts
 from engine.data.response_pairs import SURE, read_response_pairs
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.folder import read_config
+from engine.policy.samples import Samples
+from engine.records import Prompts
 from engine.run.rows import PairsRow, PairStepRow, StepRow, read_rows
+from engine.stages.job import deal_prompts
+from engine.stages.update import Updates
 from tests.helpers.runs import SMOKE, files, write
 
 ROWS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(8)]
@@ -121,10 +127,13 @@ def test_a_run_says_what_it_leaves_out_and_that_top_p_measures_no_kl(tmp_path, c
     flags = ["--pairs", file, "--top-p", "0.5", "--iterations", "1", "--steps", "1", "--eval-prompts", "2"]
     with pytest.raises(UserError, match="--max-kl 2: no KL is measured with --top-p 0.5"):
         check(CaidConfig(max_kl=2.0, top_p=0.5))
+    with pytest.raises(UserError, match="no KL is measured with --top-k 50 and --top-p 0.5, as"):
+        check(CaidConfig(max_kl=2.0, top_p=0.5, top_k=50))
     check(CaidConfig(max_kl=2.0))
+    assert CaidConfig(top_k=50).truncated and not CaidConfig().truncated
     assert train.main(["caid", *SMOKE, *flags, "--out", str(out)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "--top-p 0.5 cuts the distributions that are sampled, so no KL is measured" in said
+    assert "with --top-p 0.5 the distributions that are sampled are cut, so no KL is measured" in said
     assert f"1 of {len(rows)} pairs have equal answers and were left out" in said
     assert f"of {2 * len(rows)} answers are longer than --max-new-tokens 8 and were cut" in said
     assert "| log-ratio " in said and "| KL " not in said and "KL(policy || reference)" not in said
@@ -163,6 +172,33 @@ def test_updates_learn_from_the_policys_own_samples_and_end_equal_after_a_kill(t
     assert train.main(["--resume", str(tmp_path / "killed")]) == 0
     whole, resumed = files(tmp_path / "whole"), files(tmp_path / "killed")
     assert whole.keys() == resumed.keys() and [name for name in whole if whole[name] != resumed[name]] == []
+
+
+def asked(texts: list[str], tokens: list[list[int]], keys: list[int]) -> Prompts:
+    return Prompts(text=texts, kind=[""] * len(texts), token_ids=tokens, key_P=torch.tensor(keys))
+
+
+def test_rows_whose_prompt_measures_the_slack_are_left_out_however_it_is_written():
+    tokens = [[i, i + 1] for i in range(6)]
+    own = asked([f"Say {i}" for i in range(6)], tokens, [prompt_key(ids) for ids in tokens])
+    config = replace(CaidConfig(), pairs="p.jsonl", steps=2, prompts_per_step=2, slack_prompts=2)
+    first, second = deal_prompts(config, own, 1)[1]
+
+    def trained_on(texts: list[str], ids: list[list[int]]) -> list[int]:
+        rows = Samples(
+            prompts=asked(texts, ids, list(range(len(texts)))),
+            rollouts=None, texts=[], scores=None, kl_PG=None,
+        )  # fmt: skip
+        job = SimpleNamespace(config=config, pairs=rows)
+        reference = SimpleNamespace(prompts=own, scoring=lambda stage, samples: None)
+        weights = SimpleNamespace(tensors=dict)
+        return sorted(Updates(job, reference, weights, rows)._learned_from(None, None, 1)[1])
+
+    # In another case, in equal tokens, and two prompts that are none of these.
+    texts = [f"say   {first} ", "Another text", "New", "Newer"]
+    assert trained_on(texts, [[90], tokens[second], [91], [92]]) == [2, 3]
+    with pytest.raises(UserError, match="--pairs p.jsonl: every prompt of iteration 1 measures its slack"):
+        trained_on([f"SAY {first}"], [[90]])
 
 
 def test_updates_learn_from_a_files_pairs(tmp_path):

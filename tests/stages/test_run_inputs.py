@@ -9,15 +9,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from engine import evaluate, export, train
-from engine.stages import inputs
+from engine.model.tokenizer import load_tokenizer
+from engine.stages import inputs, sampling
 from engine.stages.smoke import write_smoke_model
 from tests.helpers.runs import SMOKE, files, write
 
 DATED = (
     "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}."
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+END, EOS = 0, 2  # what this template ends a turn with, and the only token that the model's files name
 SCORER = "def brevity(prompts, responses):\n    return [-len(text) / 10 for text in responses]\n"
 
 
@@ -80,6 +82,10 @@ def cut_short(run: Path, after: int) -> None:
     shutil.rmtree(run / "adapters")
 
 
+def oneline(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
 def change_all(here: Path) -> None:
     """Changes everything outside the run but its model and its scorers."""
     lines = (here / "prompts.jsonl").read_text().splitlines(keepends=True)
@@ -100,10 +106,27 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(here, capsys):
         assert train.main(["--resume", "run"]) == 0
         again = files(here / "run")
         assert whole.keys() == again.keys() and [name for name in whole if whole[name] != again[name]] == []
-        said = " ".join(capsys.readouterr().out.split())
+        said = oneline(capsys)
         for file in ("--prompts prompts.jsonl", "--pairs pairs.jsonl", "model/tokenizer_config.json"):
             assert f"{file} has changed since the run began; the run goes on" in said
         assert "model/chat_template.jinja is new since the run began" in said
+
+
+def test_answers_stop_where_the_template_ends_a_turn_as_the_runs_copy_of_it_does(here, monkeypatch):
+    stops, generate = [], sampling.generate
+
+    def listening(*given, stop_token_ids, **options):
+        stops.append(stop_token_ids)
+        return generate(*given, stop_token_ids=stop_token_ids, **options)
+
+    monkeypatch.setattr(sampling, "generate", listening)
+    assert inputs.stop_tokens(here / "model", load_tokenizer(here / "model")) == (END, EOS)
+    cut_short(here / "run", 3)
+    change_all(here)
+    assert inputs.stop_tokens(here / "model", load_tokenizer(here / "model")) == (EOS,)
+    assert train.main(["--resume", "run"]) == 0
+    assert evaluate.main(["run", "--out", "judged"]) == 0
+    assert len(stops) >= 3 and set(stops) == {(END, EOS)}
 
 
 def test_an_evaluation_judges_on_the_prompts_that_the_run_held_out(here, capsys):
@@ -115,7 +138,7 @@ def test_an_evaluation_judges_on_the_prompts_that_the_run_held_out(here, capsys)
     assert evaluate.main(["run", *out, "after"]) == 0
     before, after = ((here / name / "heldout.jsonl").read_bytes() for name in ("before", "after"))
     assert before == after and {json.loads(line)["prompt"] for line in after.splitlines()} == held
-    assert "prompts.jsonl has changed since the run began" in " ".join(capsys.readouterr().out.split())
+    assert "prompts.jsonl has changed since the run began" in oneline(capsys)
     # New prompts are told the run's date, not today's.
     write(here / "new.jsonl", [{"prompt": "Something else"}, {"prompt": "Another thing"}])
     shown = []
@@ -140,12 +163,18 @@ def test_changed_scorers_are_refused_until_they_are_accepted(here, capsys):
     assert "--accept-changes" in said and said.count("\n") == 1
     assert evaluate.main(["run", "--out", "x"]) == 2 and not (here / "x").exists()
     assert train.main(["--resume", "run", "--accept-changes"]) == 0
-    assert "--accept-changes: scores from here on" in " ".join(capsys.readouterr().out.split())
+    assert "--accept-changes: scores from here on" in oneline(capsys)
     # What was accepted once is not asked again; a further change is.
     assert train.main(["--resume", "run"]) == 0
     assert evaluate.main(["run", "--out", "y", "--n-prompts", "2"]) == 0
     (here / "short.py").write_text(SCORER.replace("10", "4"))
     assert train.main(["--resume", "run"]) == 2
+    # The original needs no leave, but a run with scores of both says so, once.
+    (here / "short.py").write_text(SCORER)
+    for said in (True, False):
+        capsys.readouterr()
+        assert train.main(["--resume", "run"]) == 0
+        assert said == ("short.py) is again as it was when run began: scores" in oneline(capsys))
 
 
 def test_another_model_is_refused_by_file(here, capsys):
@@ -251,7 +280,7 @@ def test_samples_come_with_the_prompts_that_they_answer(here, capsys):
     first = "stages/01-reference.safetensors"
     assert load_file(here / "a" / first).keys() == load_file(here / "b" / first).keys()
     assert a["evaluation.json"] == b["evaluation.json"] and a["heldout.jsonl"] == b["heldout.jsonl"]
-    assert kept and "the run goes on" in " ".join(capsys.readouterr().out.split())
+    assert kept and "the run goes on" in oneline(capsys)
     (here / "short.py").write_text(SCORER.replace("10", "3"))
     assert train.main([*whole, "--samples-of", "run", "--out", "c"]) == 2
     assert "has changed since run began" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import fields
 
+from bench.faults.commands import SHARED
 from bench.faults.inputs.cells import DUAL, HEAD
 from bench.faults.inputs.malformed import Malformed, with_flags
 
@@ -20,6 +21,14 @@ MEANT = {
     ("unsafe_above", "1e300"),
 }
 SWEEP = ("engine.sweep", "--preset", "smoke", "--out", "sweep")
+ALONE = ("--algorithms", "mocan", "--thresholds", "0.01")
+
+
+def _small_sweep(*flags: str) -> tuple[str, ...]:
+    """Returns the words of a sweep that ends in seconds."""
+    return (*SWEEP, *flags, "--", *SHARED)
+
+
 LINES = {
     "unknown-flag": with_flags("--colour", "red"),
     "stray-word": ("engine.train", "mocan", "red"),
@@ -54,9 +63,9 @@ LINES = {
     "top-p-small": with_flags("--top-p", "1e-300"),
     "sweep-algorithm": (*SWEEP, "--algorithms", "mocam"),
     "sweep-threshold": (*SWEEP, "--thresholds", "much"),
-    "sweep-equal": (*SWEEP, "--algorithms", "mocan", "--thresholds", "0.1", "0.10000001"),
-    "sweep-same": (*SWEEP, "--algorithms", "mocan", "mocan"),
-    "sweep-seeds": (*SWEEP, "--seeds", "0", "0"),
+    "sweep-equal": _small_sweep(*ALONE, "0.01000001"),
+    "sweep-same": _small_sweep("--algorithms", "mocan", *ALONE[1:]),
+    "sweep-seeds": _small_sweep(*ALONE, "--seeds", "3", "3"),
     "sweep-override": (*SWEEP, "--algorithms", "mocan:threshold=0.9"),
     "sweep-out": (*SWEEP, "--algorithms", "mocan:out=x"),
     "sweep-seed-override": (*SWEEP, "--algorithms", "mocan:seed=4"),
@@ -68,8 +77,10 @@ LINES = {
     "sweep-seed-behind": (*SWEEP, "--", "--seed", "3"),
     "sweep-unknown-behind": (*SWEEP, "--", "--colour", "red"),
     "sweep-setting": (*SWEEP, "--algorithms", "mocan:colour=red"),
-    "sweep-colon": (*SWEEP, "--algorithms", "mocan:"),
+    "sweep-colon": _small_sweep("--algorithms", "mocan:", *ALONE[2:]),
     "sweep-none": (*SWEEP, "--algorithms"),
+    "sweep-no-thresholds": (*SWEEP, "--thresholds"),
+    "sweep-no-seeds": (*SWEEP, "--seeds"),
     "sweep-long": (*SWEEP, "--algorithms", "mocan:steps=" + "1" * 300),
     "sweep-resume-none": ("engine.sweep", "--resume", "nothing"),
     "sweep-dash": (*SWEEP, "--thresholds", "-"),
@@ -93,7 +104,12 @@ LINES = {
 }
 # Commands that print how they are used.
 SAYS_USAGE = {"evaluate-none", "export-one", "export-none", "export-three"}
-FINE = {"sweep-colon", "sweep-same", "sweep-seeds", "threshold-beyond", "top-p-small", "long-system"}
+FINE = {
+    "sweep-colon", "sweep-equal", "sweep-same", "sweep-seeds", "threshold-beyond", "top-p-small",
+    "long-system",
+}  # fmt: skip
+# Thresholds that are two numbers are two runs, however near they lie.
+MADE = {"sweep-equal": ("sweep/mocan-b0.01-seed0", "sweep/mocan-b0.01000001-seed0")}
 
 
 def cases() -> Iterator[Malformed]:
@@ -124,7 +140,7 @@ def cases() -> Iterator[Malformed]:
     head = (*HEAD, "--data", "head.jsonl")
     yield from _numbers(HeadConfig, lambda flag, value: (*_without(head, flag), flag, value), "head", set())
     for name, words in LINES.items():
-        yield Malformed(f"lines/{name}", words, accepts=name in FINE)
+        yield Malformed(f"lines/{name}", words, accepts=name in FINE, made=MADE.get(name, ()))
 
 
 def _without(words: tuple[str, ...], flag: str) -> tuple[str, ...]:

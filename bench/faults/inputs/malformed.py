@@ -22,6 +22,7 @@ class Malformed(NamedTuple):
     accepts: bool = False  # a command may also take it, as it does no harm
     needs: str = "inputs"
     restores: bool = False  # an export that is the undisturbed one is right
+    made: tuple[str, ...] = ()  # what a command that takes it leaves
 
 
 def with_flags(*flags: str) -> tuple[str, ...]:
@@ -48,6 +49,8 @@ def judge(slot: Slot, malformed: Malformed) -> Outcome:
             and compared(tree(slot.work / "exported"), slot.oracle("export", "exported")).kind == CLEAN
         ):
             return Outcome(CLEAN, "restored")
+        if missing := [name for name in malformed.made if not (slot.work / name).exists()]:
+            return Outcome(WRONG, f"accepted, but made no {missing[0]}")
         if malformed.accepts:
             return Outcome(CLEAN, "accepted")
         said = ended.out.strip().splitlines()

@@ -60,7 +60,10 @@ TEMPLATES = {
 # Heads belong to the weights of one model.
 OWN_SCORERS = ("--reward", "judge:letters", "--cost", "odd=judge:codes", "--audit")
 # An index beside one whole file is an old one.
-FINE = ("link", "extra-file", "code-file", "index-empty", "index-missing-file", "index-number")
+FINE = (
+    "link", "extra-file", "code-file",
+    "index-empty", "index-missing-file", "index-number", "index-beside-outside",
+)  # fmt: skip
 Write = Callable[[Path], object]
 
 
@@ -134,6 +137,16 @@ def _folders() -> dict[str, Write]:
 
         return write
 
+    def index_alone(place: Callable[[Path], str]) -> Write:
+        """Moves the weights out of the folder; the index says where they are."""
+
+        def write(work: Path) -> None:
+            names = list(_tensors(work / "model" / "model.safetensors"))
+            (work / "model" / "model.safetensors").rename(work / "x.safetensors")
+            index(dict.fromkeys(names, place(work)))(work)
+
+        return write
+
     return {
         "no-config": lambda work: (work / "model" / "config.json").unlink(),
         "config-empty": config(""),
@@ -156,8 +169,9 @@ def _folders() -> dict[str, Write]:
         "weights-infinite": lambda work: _fill(work, float("inf")),
         "weights-integers": lambda work: _fill(work, None),
         "weights-missing": lambda work: _drop(work),
-        "index-outside": index({"model.norm.weight": "../x.safetensors"}),
-        "index-absolute": index({"model.norm.weight": "/etc/passwd"}),
+        "index-outside": index_alone(lambda work: "../x.safetensors"),
+        "index-absolute": index_alone(lambda work: str(work / "x.safetensors")),
+        "index-beside-outside": index({"model.norm.weight": "../x.safetensors"}),
         "index-number": index({"model.norm.weight": 5}),
         "index-empty": index({}),
         "index-missing-file": index({"model.norm.weight": "other.safetensors"}),
