@@ -25,9 +25,9 @@ class CaidConfig(IterativeConfig):
     in the columns reward and one per cost: 0 or 1, the number of the response that is better in that respect.
     Default: labels drawn from the scorers on reference samples."""
     preference_columns: tuple[str, ...] = ()
-    """Columns of the labels in --preferences, the reward's first and then one per cost; -COLUMN turns one.
-    Where each response has a row of its own, these are its scores. Default: reward and the costs' names, or
-    those of PKU-SafeRLHF."""
+    """Columns of the labels in --preferences, the reward's first and then one per cost; NAME=-COLUMN turns
+    one. Where each response has a row of its own, these are its scores. Default: reward and the costs'
+    names, or those of PKU-SafeRLHF."""
     preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     pairs: str = "reference"
@@ -105,9 +105,9 @@ class PecanConfig(MocanConfig):
     one per cost: 0 or 1, the number of the response that is better in that respect. Default: labels drawn
     from the scorers on reference samples."""
     preference_columns: tuple[str, ...] = ()
-    """Columns of the labels in --preferences, the reward's first and then one per cost; -COLUMN turns one.
-    Where each response has a row of its own, these are its scores. Default: reward and the costs' names, or
-    those of PKU-SafeRLHF."""
+    """Columns of the labels in --preferences, the reward's first and then one per cost; NAME=-COLUMN turns
+    one. Where each response has a row of its own, these are its scores. Default: reward and the costs'
+    names, or those of PKU-SafeRLHF."""
     preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """DPO steps of each policy that is aligned to preferences."""
 

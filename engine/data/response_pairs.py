@@ -127,7 +127,7 @@ def read_pairs(source: str, columns: Sequence[str], rules: Rules, tally: Tally) 
     """Yields the pairs of a source: its rows of two responses, and of one response the next two of a prompt.
 
     columns: of labels. Beside two responses a label is 0 or 1, the number of the better one; of single
-    responses it is a number, and the larger one is better, or with "-" before the column's name the smaller.
+    responses it is a number, and the larger one is better, or of NAME=-COLUMN the smaller.
     Where the row lacks them, those that its layout is known to have take their places.
     Raises: UserError naming the row.
     """
@@ -175,24 +175,25 @@ def _pair(
 
 def _known(columns: Sequence[str], row: dict, example: Example) -> Sequence[str]:
     """Returns the label columns, or those of the row's layout where it has as many and the row lacks them."""
-    lacks = any(_bare(name, row) not in row for name in columns)
+    lacks = any(_bare(name, row)[0] not in row for name in columns)
     return example.labels if lacks and len(example.labels) == len(columns) else columns
 
 
-def _bare(column: str, row: dict) -> str:
-    """Returns the name of a label column without the sign that may stand before it."""
-    return column[1:] if column not in row and column.startswith("-") else column
+def _bare(column: str, row: dict) -> tuple[str, int]:
+    """Parts [NAME=][-]COLUMN, as flags spell it, into the column and -1 where a minus stands before it."""
+    bare = column if column in row else column.partition("=")[2] or column
+    return (bare, 1) if bare in row or not bare.startswith("-") else (bare[1:], -1)
 
 
 def _cell(row: dict, column: str, place: str) -> tuple[object, int]:
-    """Returns the cell of a label column, and -1 where the column is named with a minus, else 1."""
-    bare = _bare(column, row)
+    """Returns the cell of a label column, and its sign."""
+    bare, sign = _bare(column, row)
     if bare not in row:
         raise UserError(
             f"{place}: no column {bare!r}; columns found: {escaped(', '.join(map(str, row)))[:300]}. "
             "Name the columns of labels with --preference-columns, a head's with --label-column."
         )
-    return row[bare], 1 if bare == column else -1
+    return row[bare], sign
 
 
 def _label(row: dict, column: str, place: str) -> int:

@@ -24,7 +24,8 @@ class HeadConfig:
     """Column of the response, or of the chosen and the rejected one, where the layout is not recognised."""
     label_column: str = ""
     """Column that says which of two responses is the better one (0 or 1), or the score by which the two rows
-    of a prompt compare (-COLUMN: the smaller is better); of labelled texts their label. Default: label."""
+    of a prompt compare (NAME=-COLUMN: the smaller is better); of labelled texts their label, by default
+    label."""
     strict: bool = False
     """Refuse rows that cannot be used (without text, with equal texts, with too long a prompt) instead of
     leaving them out and counting them."""

@@ -205,7 +205,7 @@ def test_labels_of_pku_are_known_and_others_are_named(tmp_path, tokenizer):
         f"{file}: read as PKU-SafeRLHF: prompt, two responses, labels better_response_id and "
         "safer_response_id"
     ]
-    read = read_response_pairs(file, ["mine", "-mine"], tokenizer, LIMITS, LENIENT)
+    read = read_response_pairs(file, ["mine", "x=-mine"], tokenizer, LIMITS, LENIENT)
     assert read.label_PGO[:, 0].tolist() == [[SURE, -SURE]] * 4
     for columns, missing in ((["reward", "harm", "rude"], "reward"), (["mine", "gone"], "gone")):
         if missing == "gone":
@@ -223,14 +223,14 @@ def test_single_responses_are_paired_by_prompt_and_compared_by_score(tmp_path, t
         HELP | {"prompt": "a", "response": "a1", "helpfulness": 0.5, "verbosity": 2},
     ]
     file = write(tmp_path / "h.jsonl", rows)
-    read = read_response_pairs(file, ["helpfulness", "-verbosity"], tokenizer, LIMITS, LENIENT)
+    read = read_response_pairs(file, ["helpfulness", "terse=-verbosity"], tokenizer, LIMITS, LENIENT)
     assert read.texts == ["b0", "b1", "a0", "a1"]
     assert read.label_PGO.tolist() == [[[0, -SURE], [0, SURE]], [[SURE, 0], [-SURE, 0]]]
     assert read.notes() == [
         f"{file}: read as HelpSteer: prompt, one response, scores",
         f"{file}: left out of 5 rows: 1 without a second response (--strict refuses them)",
         f"{file}: in helpfulness neither answer of 1 of 2 pairs is the better one",
-        f"{file}: in -verbosity neither answer of 1 of 2 pairs is the better one",
+        f"{file}: in terse=-verbosity neither answer of 1 of 2 pairs is the better one",
     ]
     with pytest.raises(UserError, match=r"h.jsonl:4: no second response to this prompt"):
         read_response_pairs(file, ["helpfulness"], tokenizer, LIMITS)
@@ -261,7 +261,7 @@ def test_heads_learn_from_published_layouts(tmp_path):
         "helpsteer": (
             [HELP, HELP | {"response": "great", "helpfulness": 4}], "helpfulness", ("great", "so so"),
         ),
-        "terse": ([HELP, HELP | {"response": "long", "verbosity": 4}], "-verbosity", ("so so", "long")),
+        "terse": ([HELP, HELP | {"response": "long", "verbosity": 4}], "terse=-verbosity", ("so so", "long")),
     }  # fmt: skip
     for name, (rows, label, (chosen, rejected)) in files.items():
         file = write(tmp_path / f"{name}.jsonl", rows)
