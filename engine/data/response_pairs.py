@@ -49,8 +49,8 @@ class ResponsePairs:
     reading: list[str] = field(default_factory=list)  # says what rows were read as, and what was left out
 
     def notes(self) -> list[str]:
-        """Says what was read, cut and left out, in lines."""
-        notes = list(self.reading)
+        """Says what was cut, and which pairs have equal answers, in lines."""
+        notes = []
         if self.n_cut:
             notes.append(
                 f"{shown(self.source)}: {self.n_cut} of {2 * self.n_read} answers are longer than "

@@ -187,11 +187,14 @@ def open_job(
             f"with {config.cut_by} the distributions that are sampled are cut, so no KL is measured: in its "
             "place stands the mean log-ratio of the whole policies on these samples"
         )
-    for own in (own_pairs, preferences):
-        for note in own.notes() if own is not None else []:
+    own_files = [own for own in (own_pairs, preferences) if own is not None]
+    if resume is None:
+        for lines in (inputs.reading, *(own.reading for own in own_files)):
+            for line in lines:
+                display.line(line)
+    for own in own_files:
+        for note in own.notes():
             display.warn(note)
-    for line in inputs.reading if resume is None else []:
-        display.line(line)
     display.line(plan.sentence())
     if plan.rows < asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")

@@ -201,7 +201,7 @@ def test_labels_of_pku_are_known_and_others_are_named(tmp_path, tokenizer):
     read = read_response_pairs(file, ["reward", "harm"], tokenizer, LIMITS, LENIENT)
     assert read.label_PGO[:, 0, 0].tolist() == [SURE, -SURE] * 2
     assert read.label_PGO[:, 1, 1].tolist() == [SURE] * 4
-    assert read.notes() == [
+    assert read.reading == [
         f"{file}: read as PKU-SafeRLHF: prompt, two responses, labels better_response_id and "
         "safer_response_id"
     ]
@@ -226,7 +226,7 @@ def test_single_responses_are_paired_by_prompt_and_compared_by_score(tmp_path, t
     read = read_response_pairs(file, ["helpfulness", "terse=-verbosity"], tokenizer, LIMITS, LENIENT)
     assert read.texts == ["b0", "b1", "a0", "a1"]
     assert read.label_PGO.tolist() == [[[0, -SURE], [0, SURE]], [[SURE, 0], [-SURE, 0]]]
-    assert read.notes() == [
+    assert read.reading == [
         f"{file}: read as HelpSteer: prompt, one response, scores",
         f"{file}: left out of 5 rows: 1 without a second response (--strict refuses them)",
         f"{file}: in helpfulness neither answer of 1 of 2 pairs is the better one",

@@ -99,7 +99,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, tokenizer)
     file = write(tmp_path / "p.jsonl", rows)
     found = pairs_of(file, tokenizer, Rules(strict=False))
     assert found.prompts.text == ["q0", "q4", "q0"] and found.texts == ["yes", "no", "yes", "no", "no", "yes"]
-    assert found.notes() == [
+    assert found.reading == [
         f"{file}: left out of 6 rows: 1 with a prompt of more than {LIMIT} tokens, 2 without text "
         "(--strict refuses them)"
     ]
@@ -111,7 +111,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(tmp_path, tokenizer)
     assert kept.prompts.text == ["q4"] and kept.texts == ["yes", "no"]
     assert kept.rollouts.tokens.tolist() == found.rollouts.tokens[2:4].tolist()
     assert kept.rollouts.n == 2 and kept.label_PGO.shape == (1, 2, 0)
-    assert kept.notes()[-1] == f"{file}: left out of 3 pairs: 2 with a held-out prompt"
+    assert kept.reading[-1] == f"{file}: left out of 3 pairs: 2 with a held-out prompt"
     with pytest.raises(UserError, match="left out of 3 pairs: 3 with a held-out prompt; none is left"):
         found.without([0, 1, 2], "with a held-out prompt")
 
@@ -186,7 +186,7 @@ def test_of_many_pairs_a_choice_by_hash_is_tokenised(tmp_path, tokenizer, small)
     rows = [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": "b"} for i in range(120)]
     file, turned = write(tmp_path / "p.jsonl", rows), write(tmp_path / "t.jsonl", rows[::-1])
     found = pairs_of(file, tokenizer, Rules(strict=False, enough=10))
-    assert len(found.prompts) == 40 and found.notes() == [
+    assert len(found.prompts) == 40 and found.reading == [
         f"{file}: 40 of 120 are drawn by a hash of their text"
     ]
     assert set(found.prompts.text) == set(pairs_of(turned, tokenizer, Rules(enough=10)).prompts.text)

@@ -77,7 +77,7 @@ def test_published_files_run_as_they_are(published, flags, tmp_path, capsys):
     assert record.heldout.text == [f"Question {i}?" for i in range(17, 27)]
     numbers = [*range(17), *range(5)]
     for pairs in (record.pairs, record.preferences):
-        assert pairs.prompts.text == [f"Question {i}?" for i in numbers] and pairs.notes()[-1] == own
+        assert pairs.prompts.text == [f"Question {i}?" for i in numbers] and pairs.reading[-1] == own
         assert [pairs.texts[2 * row] for row in range(22)] == ["yes" * (1 + i % 2) for i in numbers]
     assert (record.preferences.label_PGO[:, 1, 0] > 0).tolist() == [i % 2 == 1 for i in numbers]
     assert (record.preferences.label_PGO[:, 0, 1] > 0).all()
