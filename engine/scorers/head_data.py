@@ -18,6 +18,7 @@ from engine.data.chat import (
     lead_of_answers,
     write_prompt,
 )
+from engine.data.formats import COMPRESSED
 from engine.data.layouts import layout_of
 from engine.data.prompts import TextLimits
 from engine.data.reading import EVERY_ROW, Rules, Tally, Unusable
@@ -79,7 +80,8 @@ def read_head_rows(
 
 def _rows_of(file: str, loss: str, rules: Rules, label: str, tally: Tally) -> Iterator[Row]:
     _, first = next(tables.read_rows(file), ("", {}))
-    layout, source = layout_of(first), Path(file).name.partition(".")[0]
+    bare = Path(file).stem if Path(file).suffix in COMPRESSED else file
+    layout, source = layout_of(first), Path(bare).stem
     named = rules.response_columns or rules.prompt_column != Rules.prompt_column
     if named or layout is None or not layout.title:
         for place, row in tables.read_rows(file):
