@@ -172,6 +172,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         folder=inputs.folder,
         trunk=inputs.fingerprint,
         device=inputs.device,
+        dtype=inputs.dtype,
         now=inputs.limits.now,
     )
     reference = committed.one(ReferenceRow)

@@ -158,6 +158,7 @@ def open_job(
         folder=inputs.folder,
         trunk=fingerprint,
         device=inputs.device,
+        dtype=inputs.dtype,
         now=inputs.limits.now,
     )
     names = [s.name for s in scorers.costs]
