@@ -59,14 +59,14 @@ class Guard:
         if self.recipe.row is not None:
             ids = self.reader.encode(prompts, responses)["input_ids"]
             return self.logits(prompts, ids, [self.recipe.row])[:, 0].tolist()
-        behind = [""] * len(prompts)
+        texts = self.reader.texts(prompts, responses)
         for step, tokens in zip(self.recipe.steps, self.tokens, strict=True):
-            texts = self.reader.texts(prompts, responses)
-            behind = [more + _prefix(text + more, step) for text, more in zip(texts, behind, strict=True)]
-            ids = self.reader.encode(prompts, responses, behind)["input_ids"]
+            texts = [text + _prefix(text, step) for text in texts]
+            first = step is self.recipe.steps[0]
+            ids = self.reader.encode(prompts, responses, texts, counted=first)["input_ids"]
             logits_NK = self.logits(prompts, ids, tokens)
             chosen = logits_NK.argmax(dim=1).tolist()
-            behind = [more + step.answers[i] for more, i in zip(behind, chosen, strict=True)]
+            texts = [text + step.answers[i] for text, i in zip(texts, chosen, strict=True)]
         n_bad = len(step.bad)
         return (logits_NK[:, :n_bad].logsumexp(dim=1) - logits_NK[:, n_bad:].logsumexp(dim=1)).tolist()
 

@@ -51,23 +51,27 @@ class Reader:
         return [self.written(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     def encode(
-        self, prompts: Sequence[Asked], responses: Sequence[str], behind: Sequence[str] | None = None
+        self,
+        prompts: Sequence[Asked],
+        responses: Sequence[str],
+        texts: Sequence[str] | None = None,
+        *,
+        counted: bool = True,
     ) -> dict[str, list[list[int]]]:
         """Tokenises each prompt with its response: by the chat template, else as a pair of texts.
 
-        behind: what follows the texts of a chat template. Of what is too long the start of the prompt is cut,
-        never the response.
+        texts: what `texts` wrote, and more behind it. counted: `warnings` counts these. Of what is too long
+        the start of the prompt is cut, never the response.
         Raises: UserError where a response alone is too long, or the template refuses a conversation.
         """
-        texts = self.texts(prompts, responses)
+        texts = list(texts or self.texts(prompts, responses))
         if self.chat:
-            texts = [text + more for text, more in zip(texts, behind or [""] * len(texts), strict=True)]
             inputs = dict(self.tokenizer(texts, add_special_tokens=False, verbose=False))
         elif self.recipe.alone:
             inputs = dict(self.tokenizer(list(responses), verbose=False))
         else:
             inputs = dict(self.tokenizer(texts, list(responses), verbose=False))
-        self.n_read += len(texts)
+        self.n_read += counted * len(texts)
         for i, ids in enumerate(inputs["input_ids"]):
             if not ids:
                 raise UserError(
@@ -75,7 +79,7 @@ class Reader:
                     "use another scorer."
                 )
             if len(ids) > self.max_tokens:
-                self.n_cut += 1
+                self.n_cut += counted
                 for name, values in self._cut(texts[i], prompts[i], responses[i]).items():
                     inputs[name][i] = values
         return inputs
@@ -167,9 +171,10 @@ class Reader:
 
     def _check_answer(self, n_tokens: int, response: str) -> None:
         if n_tokens >= self.max_tokens:
+            asked = "with what it is asked " if self.recipe.steps else ""
             raise UserError(
-                f"scorer {self.spec} reads {self.max_tokens} tokens, the response {response[:60]!r} has "
-                f"{n_tokens}; lower --max-new-tokens or use another scorer."
+                f"scorer {self.spec} reads {self.max_tokens} tokens, the response {response[:60]!r} {asked}"
+                f"has {n_tokens}; lower --max-new-tokens or use another scorer."
             )
 
 
