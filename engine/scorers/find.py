@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
+from engine import quickstart
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import sha256_of_file
+from engine.model.folder import resolve
+from engine.run.plan import ScorerSize
 from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextScorer
 from engine.scorers.functions import python_function, source_file
 from engine.scorers.heads import find_head, load_head, shipped_heads
-from engine.scorers.models import model_scorer, read_files
+from engine.scorers.models import model_scorer, model_size, read_files
 from engine.scorers.names import LONGEST, ModelSpec, is_name
 
 
@@ -52,6 +56,22 @@ def content(
     return {"reward": first.content(), **{scorer.name: scorer.content() for scorer in others}}
 
 
+def sizes(
+    config: RunConfig, *, folder: Path, trunk: str, dtype: torch.dtype, device: torch.device
+) -> list[ScorerSize]:
+    """Says what the models of a run's scorers cost beside the policy's, each model once. Nothing is loaded.
+
+    folder, trunk: the policy's checkpoint and its fingerprint. Raises: UserError as `load_scorers`.
+    """
+    found = {}
+    for scorer in _find_all(config.reward, config.cost, config.audit, folder):
+        if scorer.model is not None and (model := scorer.model(trunk)) is not None:
+            # Heads on another trunk than the policy's read it in float32.
+            wide = torch.float32 if scorer.form == "head" else dtype
+            found[model.resolve()] = model_size(model, wide, device)
+    return list(found.values())
+
+
 def _find_all(
     reward: str, costs: Sequence[str], audits: Sequence[str], folder: Path
 ) -> list["UnloadedScorer"]:
@@ -81,6 +101,8 @@ class UnloadedScorer:
     # The file or folder that it is read from, and each file there by name.
     files: Callable[[], tuple[Path, dict[str, Path]]]
     load_as: Callable[[LoadContext], Head | TextScorer]
+    # The folder of the model that it loads beside the policy's, by whose fingerprint it is told apart.
+    model: Callable[[str], Path | None] | None = None
 
     def load(self, trunk: str, device: torch.device, **context: Any) -> Scorer:
         """Loads the weights.
@@ -147,6 +169,7 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
             form="head",
             files=lambda: (file, {file.name: file}),
             load_as=lambda context: load_head(head, context, folder),
+            model=lambda trunk: None if head.trunk == trunk else quickstart.model_folder(),
         )
     model = ModelSpec.of(spec)
     if Path(model.path).is_dir() or (model.path.count("/") == 1 and ":" not in model.path):
@@ -155,6 +178,7 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
             form="classifier",
             files=lambda: read_files(model.path),
             load_as=lambda context: model_scorer(spec, context),
+            model=lambda trunk: resolve(model.path),
         )
     if ":" in spec and not Path(spec).exists():
 

@@ -1,8 +1,11 @@
 """Models as scorers: which kind a folder is, and how it is asked."""
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.errors import UserError
@@ -10,6 +13,7 @@ from engine.files import is_file, one_line, shown
 from engine.model.checkpoint import read_config, stored_tensors
 from engine.model.folder import check_text_files, resolve
 from engine.model.tokenizer import library_warnings_off, refuse_code
+from engine.run.plan import ScorerSize
 from engine.scorers import guards, last_token
 from engine.scorers.base import Asked, LastForward, LoadContext, Sampled, TextScorer
 from engine.scorers.classifiers import Classifier, load_classifier, of_no_use
@@ -17,6 +21,9 @@ from engine.scorers.last_token import HeadFolder, LastToken
 from engine.scorers.names import ModelSpec
 from engine.scorers.reader import LONGEST_TEXT, Reader
 from engine.scorers.recipes import CAUSAL, RECIPES, Recipe, recipe_named, recipe_of_folder
+
+# Matrices of which a token takes a row, and those of which only answers take some.
+_LOOKED_UP = re.compile(r"embed|wte|wpe|lm_head")
 
 
 def read_files(path_or_id: str) -> tuple[Path, dict[str, Path]]:
@@ -28,6 +35,25 @@ def read_files(path_or_id: str) -> tuple[Path, dict[str, Path]]:
     suffixes = {".json", ".safetensors", ".model", ".jinja", ".txt"}
     files = (file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
     return folder, {str(file.relative_to(folder)): file for file in files}
+
+
+def model_size(folder: Path, dtype: torch.dtype, device: torch.device) -> ScorerSize:
+    """Says what a model of a folder costs, from config.json and the headers of its weights."""
+    raw, stored = read_config(folder), stored_tensors(folder)
+    parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
+    matrices = [
+        tensor for name, tensor in stored.items() if len(tensor.shape) == 2 and not _LOOKED_UP.search(name)
+    ]
+    hidden, inner = (raw.get(key) for key in ("hidden_size", "intermediate_size"))
+    numbers = 10 * hidden + 4 * inner if isinstance(hidden, int) and isinstance(inner, int) else 0
+    own = last_token.examine(folder) is not None
+    tokens = last_token.TOKENS_GPU if own and device.type == "cuda" else last_token.TOKENS_CPU
+    return ScorerSize(
+        weight_bytes=parameters * dtype.itemsize,
+        working_bytes=tokens * numbers * dtype.itemsize,
+        products=sum(math.prod(tensor.shape) for tensor in matrices),
+        shares_prompts=own,
+    )
 
 
 def model_scorer(value: str, context: LoadContext) -> TextScorer:

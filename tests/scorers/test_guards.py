@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from engine import train
 from engine.errors import UserError
 from engine.records import Prompts
 from engine.scorers import last_token
@@ -16,10 +17,12 @@ from engine.scorers.scoring import try_out
 from tests.helpers.published import (
     everything,
     vocabulary_size,
+    write_beaver,
     write_byte_tokenizer,
     write_llama1_tokenizer,
     write_network,
 )
+from tests.helpers.runs import SMOKE
 
 CPU = torch.device("cpu")
 # As in Llama Guard, the text ends at the header, and the answer begins with two line breaks.
@@ -292,3 +295,14 @@ def test_a_guard_as_a_reward_is_warned_about(tmp_path, tiny_folder):
     (said,) = try_out(Scorers(reward=scorer, costs=(other,), audits=()), prompts, 8)
     assert "is a cost model" in said
     assert try_out(Scorers(reward=other, costs=(scorer,), audits=()), prompts, 8) == []
+
+
+def test_a_run_with_a_reward_model_and_a_guard(tmp_path, tiny_folder, capfd):
+    beaver, judge, out = tmp_path / "beaver", tmp_path / "guard", tmp_path / "run"
+    write_beaver(beaver)
+    guard(judge, "Llama", LLAMA_GUARD)
+    flags = ["--reward", str(beaver), "--cost", f"harm={judge}@llama-guard", "--audit", f"other=-{beaver}"]
+    flags += ["--threshold", "0.1", "--force", "--offload-scorers", "--out", str(out)]
+    assert train.main([*SMOKE, *flags]) == 0
+    scored = json.loads((out / "heldout.jsonl").read_text().splitlines()[0])
+    assert scored and (out / "report.html").exists()

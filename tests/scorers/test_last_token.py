@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from engine.config import CaidConfig
 from engine.errors import UserError
 from engine.records import Prompts
 from engine.scorers import last_token
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, find_scorer, load_scorers
+from engine.scorers.find import content, find_scorer, load_scorers, sizes
 from engine.scorers.models import model_scorer
 from engine.scorers.scoring import try_out
 from tests.helpers.published import (
@@ -279,6 +280,17 @@ def test_bfloat16_states_are_read_by_a_float32_head(tmp_path):
     assert scores.dtype == torch.float64
     steps = scores / 2.0 ** (scores.abs().log2().floor() - 7)
     assert (steps - steps.round()).abs().max() > 1e-3, "they are not rounded to bfloat16"
+
+
+def test_a_model_is_counted_once_and_by_its_tensors(tmp_path, tiny_folder):
+    network = classifier(tmp_path, num_labels=3)
+    costs = tuple(f"{name}={tmp_path}#{i}" for i, name in enumerate("abc"))
+    config = CaidConfig(reward=f"{tmp_path}#0", cost=costs, audit=("tests.helpers.scorers:letters",))
+    (size,) = sizes(config, folder=tiny_folder, trunk="x", dtype=torch.bfloat16, device=CPU)
+    weights = dict(network.named_parameters())
+    assert size.weight_bytes == 2 * sum(weight.numel() for weight in weights.values())
+    matrices = sum(weight.numel() for weight in weights.values() if weight.dim() == 2)
+    assert size.products == matrices - weights["model.embed_tokens.weight"].numel() and size.shares_prompts
 
 
 def test_weights_are_put_aside_between_uses(tmp_path, monkeypatch):
