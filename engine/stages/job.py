@@ -25,7 +25,7 @@ from engine.run.display import Display
 from engine.run.plan import Plan
 from engine.run.run import Run
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, load_scorers
+from engine.scorers.find import content, load_scorers, sizes
 from engine.scorers.scoring import try_out
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs
 from engine.stages.run_inputs import (
@@ -143,6 +143,9 @@ def open_job(
         inputs.dtype,
         inputs.device,
         *([len(ids) for ids in prompts.token_ids] for prompts in used),
+        scorers=sizes(
+            config, folder=inputs.folder, trunk=fingerprint, dtype=inputs.dtype, device=inputs.device
+        ),
         fewer_rows=resume is not None or config.rollout_rows == RunConfig.rollout_rows,
     )
     plan.check()
@@ -158,7 +161,9 @@ def open_job(
         folder=inputs.folder,
         trunk=fingerprint,
         device=inputs.device,
+        dtype=inputs.dtype,
         now=inputs.limits.now,
+        offload=config.offload_scorers,
     )
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
