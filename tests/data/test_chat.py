@@ -113,6 +113,8 @@ def test_a_system_line_that_a_template_does_not_take_begins_the_first_user_turn(
         "{{ messages[0].content.encode('ascii', 'no such handler') }}{{ 'x'.join([1]) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ raise_exception('') }}",
+        "{{ '\\ud800' }}",  # no UTF-8
+        "{{ 'a' * 10 ** 7 }}",  # a text that a tokenizer would read for minutes
         {"tool_use": CHATML, "rag": CHATML},
         5,
         ["a", "list"],
