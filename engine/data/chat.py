@@ -370,7 +370,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"it does not end within {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # It rings again, as Jinja swallows an error while it computes a constant.
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds / 5)
     try:
         yield
     finally:

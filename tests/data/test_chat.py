@@ -1,5 +1,6 @@
 """Chat templates: where a turn ends, what they refuse, and templates that fail or do not end."""
 
+import contextlib
 import time
 
 import pytest
@@ -138,3 +139,20 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     assert time.monotonic() - start < 20
     # The alarm is off again.
     time.sleep(0.4)
+
+
+def test_a_template_whose_compiler_swallows_the_first_alarm_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat, "RENDERING_LIMIT_S", 0.1)
+
+    class Swallows:
+        chat_template = "any"
+
+        def apply_chat_template(self, *_, **__):
+            with contextlib.suppress(TimeoutError):
+                time.sleep(20)
+            time.sleep(20)
+
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        chat.render(ASKED, Swallows())
+    assert time.monotonic() - start < 20
