@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds, one_of
 from engine.errors import UserError
-from engine.files import check_out, is_folder
+from engine.files import check_out, is_file, is_folder, is_there
 
 FILES = ("dual.json", "dual.png")
 
@@ -85,8 +85,9 @@ def _check_export(target: Path, scores: Path) -> None:
         raise UserError(f"{flag}: must end in .jsonl.")
     if os.path.realpath(target) == os.path.realpath(scores):
         raise UserError(f"{flag}: that is the scores file; name another one.")
-    if is_folder(target):
-        raise UserError(f"{flag}: that is a folder; name a file.")
+    if is_there(target) and not is_file(target):
+        what = "a folder" if is_folder(target) else "no file but a pipe, a device or a link"
+        raise UserError(f"{flag}: that is {what}; name a file.")
     if not is_folder(target.parent):
         raise UserError(f"{flag}: the folder {target.parent} does not exist; make it first.")
     if not os.access(target.parent, os.W_OK):

@@ -154,10 +154,20 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
     return scorer
 
 
+def _is_named(spec: str) -> bool:
+    """Tells whether a specification is NAME=SCORER."""
+    name, equals, _ = spec.partition("=")
+    return bool(equals and re.fullmatch(r"[\w-]+", name)) and not Path(spec).exists()
+
+
 def _find(spec: str, folder: Path) -> UnloadedScorer:
-    name, equals, renamed = spec.partition("=")
-    if equals and re.fullmatch(r"[\w-]+", name) and not Path(spec).exists():
-        scorer = _find(renamed.removeprefix("-"), folder)
+    name, _, renamed = spec.partition("=")
+    if _is_named(spec):
+        if _is_named(inner := renamed.removeprefix("-")):
+            raise UserError(
+                f"scorer {spec}: it has two names; give it one: {name}={inner.partition('=')[2]}."
+            )
+        scorer = _find(inner, folder)
         return replace(scorer, name=name, sign=-scorer.sign if renamed.startswith("-") else scorer.sign)
     if spec.startswith("-") and not Path(spec).exists():
         scorer = _find(spec[1:], folder)

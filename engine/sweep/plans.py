@@ -91,7 +91,9 @@ def config_class(label: str) -> type[RunConfig]:
     names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
     if name not in names:
-        raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
+        raise UserError(
+            f"--algorithms {name}: not one of {', '.join(names)}; choose one of them.{suggest(name, names)}"
+        )
     return ALGORITHMS[name].config_class
 
 

@@ -1,6 +1,7 @@
 """`python -m engine.dual SCORES`: what it reads, refuses, prints, draws and writes."""
 
 import json
+import os
 import re
 import runpy
 import sys
@@ -413,6 +414,10 @@ LINES = {
     "0.3 --export-pairs ./scores.jsonl": r"--export-pairs scores\.jsonl: that is the scores file",
     "scores.jsonl --cost harm --threshold "
     "0.3 --export-pairs no/pairs.jsonl": r"--export-pairs no/pairs\.jsonl: the folder no does not",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs pipe.jsonl": r"--export-pairs pipe\.jsonl: that is no file but a pipe",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs circle.jsonl": r"--export-pairs circle\.jsonl: that is no file but",
     "scores.jsonl --cost harm --threshold 0.3 --out scores.jsonl": r"--out scores\.jsonl: that is a file",
 }
 
@@ -421,6 +426,8 @@ LINES = {
 def test_bad_command_lines_take_one_line(here, capsys, line):
     write(here / "scores.jsonl", scores_rows())
     (here / "scores.csv").write_text("prompt,reward,harm\n")
+    os.mkfifo(here / "pipe.jsonl")
+    (here / "circle.jsonl").symlink_to("circle.jsonl")
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

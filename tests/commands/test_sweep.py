@@ -173,7 +173,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--algorithms", "cad"], "--algorithms cad: not one of .* Did you mean caid"),
+        (["--algorithms", "cad"], "--algorithms cad: not one of .*; choose one of them. Did you mean caid"),
         (["--thresholds", "x"], "--thresholds x: must be a number"),
         *[
             ([flag], f"{flag}: no value; give at least one")

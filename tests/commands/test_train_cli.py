@@ -169,7 +169,7 @@ BAD = {
     "--force yes": r"--force yes: takes no value; write --force alone\.",
     "--seed 1 --preset smoke mocan": r"--seed 1 mocan: takes one value",
     "--preset smoke mocan": r"unexpected word 'mocan'; the algorithm comes first",
-    "--preset smok": r"--preset smok: the only preset is smoke",
+    "--preset smok": r"--preset smok: the only preset is smoke.*; use that one",
     "--preset": r"--preset: a value is missing",
     "--preset --steps 3": r"--preset: a value is missing",
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
