@@ -74,7 +74,8 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     for name in _flag_names(sweep.flags):
         if name not in known:
             raise UserError(
-                f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it."
+                f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it; "
+                "correct it or leave it out."
             )
     return list(plans.values())
 

@@ -253,9 +253,15 @@ def test_what_cannot_be_written_is_refused_before_the_work(here, capsys, monkeyp
     (here / "d.jsonl").mkdir()
     (here / "out" / "dual.json").mkdir(parents=True)
     (here / "file").write_text("")
+    own = '{"prompt": "mine", "chosen": "a", "rejected": "b"}\n'
+    (here / "own.jsonl").write_text(own)
     monkeypatch.setattr("engine.dual.__main__.analyse", lambda *a: pytest.fail("the work was begun"))
     for flags, message in (
         (["--export-pairs", "d.jsonl"], "--export-pairs d.jsonl: that is a folder"),
+        (
+            ["--export-pairs", "own.jsonl"],
+            "--export-pairs own.jsonl: that file holds no pairs of this command",
+        ),
         (["--out", "out"], "out/dual.json is a folder"),
         (["--out", "file/below"], "no folder can be made in"),
         (["--seed", "9" * 20], "--seed 99999999999999999999: must lie in [0,"),
@@ -264,6 +270,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(here, capsys, monkeyp
         assert main([file, "--cost", "harm", "--threshold", "0.3", *flags]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+    assert (here / "own.jsonl").read_text() == own
 
 
 def test_ctrl_c_is_one_line_and_130(here, capsys, monkeypatch):

@@ -196,7 +196,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
             ["--algorithms", "caid:pairs=a/b", "caid:pairs=a-b"],
             "both would have the folder caid-pairs=a-b-b0.2",
         ),
-        (["--", "--nonsense", "3"], "flag --nonsense behind --"),
+        (["--", "--nonsense", "3"], "flag --nonsense behind --: .*; correct it or leave it out"),
         (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
         (["--", "--beta", "0"], "--beta 0"),
         (["--preset", "large"], "--preset large"),
