@@ -111,8 +111,8 @@ def of_no_use(spec: str, tensors: Collection[str]) -> tuple[str, ...]:
     if not tensors:
         return ()
     return (
-        f"scorer {spec}: {len(tensors)} tensor(s) of its weights, such as {shown(min(tensors))}, are of no use "
-        "to the model",
+        f"scorer {spec}: {len(tensors)} tensor(s) of its weights, such as {shown(min(tensors))}, are of no "
+        "use to the model",
     )
 
 

@@ -22,9 +22,10 @@ from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
     template chat-template-kwargs top-k out seed device dtype threads force tensorboard units model
-    reward cost audit offload-scorers prompts heldout prompt-column system n-prompts n-responses max-new-tokens
-    temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on
-    accept-changes beta margin lam-max steps prompts-per-step tokens-per-forward activation-checkpointing
+    reward cost audit offload-scorers prompts heldout prompt-column system n-prompts n-responses
+    max-new-tokens temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above
+    cost-on accept-changes beta margin lam-max steps prompts-per-step tokens-per-forward
+    activation-checkpointing
     responses-per-prompt labels learning-rate warmup-steps schedule weight-decay clip-norm tune lora-rank
     lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
 """.split()
