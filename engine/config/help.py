@@ -12,7 +12,7 @@ GROUPS = {
         "model", "prompts", "heldout", "prompt_column", "pairs", "preferences", "system", "template",
         "chat_template_kwargs", "n_prompts", "samples_of",
     ),
-    "scorers": ("reward", "cost", "audit", "scores", "preference_steps", "units"),
+    "scorers": ("reward", "cost", "audit", "offload_scorers", "scores", "preference_steps", "units"),
     "constraints": ("threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_on", "margin", "force"),
     "sampling": ("n_responses", "max_new_tokens", "temperature", "top_p", "top_k", "rollout_rows"),
     "multipliers": (

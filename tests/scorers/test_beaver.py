@@ -161,5 +161,5 @@ def test_a_cost_model_as_a_reward_is_warned_about_and_its_negative_is_not(
 
 def test_what_has_no_place_in_the_text_is_refused(beaver, tiny_folder):
     scorer = load(str(beaver[0]), tiny_folder)
-    with pytest.raises(Exception, match="refuses the prompt .*it has no place for the role system"):
+    with pytest.raises(Exception, match="refuses the prompt .*it has no turns of system"):
         scorer([[{"role": "system", "content": "Sing."}, *TALKS[0]]], ANSWERS[:1])

@@ -134,7 +134,7 @@ def test_tensors_that_nothing_reads_are_said(tmp_path, tiny_folder):
     assert (scorer(*everything()) - alone(network, tmp_path, *everything())[:, 0]).abs().max() < 1e-5
     prompts = Prompts(text=["Hi"], kind=[""], token_ids=[[7]], key_P=torch.arange(1))
     (said,) = try_out(Scorers(reward=scorer, costs=(), audits=()), prompts, 8)
-    assert said.endswith("nothing reads the tensors mean and std of its folder")
+    assert said.endswith("2 tensor(s) of its weights, such as mean, are of no use to the model")
 
 
 def test_code_is_not_asked_for_where_all_tensors_are_understood(tmp_path, tiny_folder):
