@@ -21,6 +21,7 @@ from engine.config import EvaluateConfig, RunConfig, check, shown_name, was_by_p
 from engine.config.flags import parse_flags
 from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
+from engine.data.reading import EVERY_ROW
 from engine.errors import UserError
 from engine.files import is_there, whole_folder, write_json
 from engine.model import packing
@@ -39,7 +40,14 @@ from engine.scorers.base import Scorers
 from engine.scorers.find import content, load_scorers, sizes
 from engine.scorers.scoring import try_out
 from engine.stages import preference
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, read_prompts
+from engine.stages.inputs import (
+    DEFAULT_MODEL,
+    Inputs,
+    prepare_process,
+    read_inputs,
+    read_prompts,
+    rules_of,
+)
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
 from engine.stages.run_inputs import owned_inputs
@@ -110,7 +118,7 @@ class Question:
     lookalikes: Prompts
     safety_alone: bool  # plain DPO on g: pairs are to have the order of g
     judged_before: int  # final verdicts on the run that these prompts gave, the run's own among them
-    notes: list[str]  # says what has changed since the run began
+    notes: list[str]  # says what has changed since the run began, and what was left out of --prompts
     fewer_rows: bool  # memory is short, so that fewer responses are decoded side by side than in the run
 
 
@@ -136,11 +144,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
     prepare_process(config.threads)
     inputs = read_inputs(config, owned)
-    pool = (
-        read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, config.prompt_column)
-        if flags.prompts
-        else inputs.heldout
-    )
+    pool, said = inputs.heldout, []
+    if flags.prompts:
+        rules = rules_of(config, flags.n_prompts or None)
+        pool, said = read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, rules)
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
@@ -157,7 +164,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     selection = judged_on if flags.best_feasible else None
     if selection:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
-    lookalikes = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits)
+    lookalikes, _ = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits, EVERY_ROW)
     asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
     most = max(len(prompts), len(selection) if selection else 0)
     beside = sizes(
@@ -212,7 +219,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         lookalikes=lookalikes,
         safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
         judged_before=judged.times(RunFolder(run), prompts, judged_on),
-        notes=[*inputs.notes, *changed],
+        notes=[*inputs.notes, *changed, *said],
         fewer_rows=fewer,
     )
 

@@ -21,15 +21,19 @@ class CaidConfig(IterativeConfig):
     """model: reward and utilities are what the scorers say (MoCAID). preference: they are log-ratios of
     policies aligned to preferences (PeCAID, Algorithm 3)."""
     preferences: str = ""
-    """With --scores preference: jsonl, csv or parquet with the columns prompt, response_0, response_1, reward
-    and one per cost: 0 or 1, the number of the response that is better in that respect. Default: labels drawn
-    from the scorers on reference samples."""
+    """With --scores preference: data in the forms of --prompts with two responses to each prompt, and labels
+    in the columns reward and one per cost: 0 or 1, the number of the response that is better in that respect.
+    Default: labels drawn from the scorers on reference samples."""
+    preference_columns: tuple[str, ...] = ()
+    """Columns of the labels in --preferences, the reward's first and then one per cost; NAME=-COLUMN turns
+    one. Where each response has a row of its own, these are its scores. Default: reward and the costs'
+    names, or those of PKU-SafeRLHF."""
     preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """With --scores preference: DPO steps of each policy that is aligned to preferences."""
     pairs: str = "reference"
     """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy:
-    fresh samples of the last iterate. Or a jsonl, csv or parquet file with the columns prompt, response_0,
-    response_1 (or chosen, rejected): only its responses are taken, and the run's scorers score them."""
+    fresh samples of the last iterate. Or data in the forms of --prompts with two responses to
+    each prompt: only its responses are taken, and the run's scorers score them."""
     dual_rule: str = one_of("newton", "secant", "optimistic", "bisection")
     """The step of the multipliers. newton: as --dual-step says. secant: the same, with the curvature
     corrected by the measured slacks where they tell more than noise. optimistic: the same, on a forecast of
@@ -76,9 +80,9 @@ class MocanConfig(RunConfig):
     steps: int = 25
     """Policy steps in all."""
     pairs: str = "reference"
-    """Whose responses the policy update learns from. reference: the samples that the dual is solved on. Or a
-    jsonl, csv or parquet file with the columns prompt, response_0, response_1 (or chosen, rejected): only its
-    responses are taken, and the run's scorers score them."""
+    """Whose responses the policy update learns from. reference: the samples that the dual is solved on. Or
+    data in the forms of --prompts with two responses to each prompt: only its responses are taken, and the
+    run's scorers score them."""
 
     solves_dual = True
 
@@ -97,9 +101,13 @@ class PecanConfig(MocanConfig):
     """PeCAN: MoCAN on log-ratios of policies aligned to preferences (arXiv 2405.19544, Algorithm 2)."""
 
     preferences: str = ""
-    """Jsonl, csv or parquet with the columns prompt, response_0, response_1, reward and one per cost:
-    0 or 1, the number of the response that is better in that respect. Default: labels drawn from
-    the scorers on reference samples."""
+    """Data in the forms of --prompts with two responses to each prompt, and labels in the columns reward and
+    one per cost: 0 or 1, the number of the response that is better in that respect. Default: labels drawn
+    from the scorers on reference samples."""
+    preference_columns: tuple[str, ...] = ()
+    """Columns of the labels in --preferences, the reward's first and then one per cost; NAME=-COLUMN turns
+    one. Where each response has a row of its own, these are its scores. Default: reward and the costs'
+    names, or those of PKU-SafeRLHF."""
     preference_steps: int = bounded(10, at_least=1, at_most=MOST_STEPS)
     """DPO steps of each policy that is aligned to preferences."""
 

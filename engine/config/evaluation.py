@@ -17,7 +17,7 @@ class EvaluateConfig:
     of those that meet every constraint there (none: the one that misses least).
     Then judge it on --prompts, which must be others."""
     prompts: str = ""
-    """Prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the run's held-out prompts."""
+    """Prompts, in the forms of --prompts in training. Default: the run's held-out prompts."""
     n_prompts: int = count(0, at_least=0)
     """Prompts, at most: the run's seeded subset. 0 takes as many as the run's
     verdict, or all of --prompts."""

@@ -9,8 +9,8 @@ from typing import Annotated, Any, get_type_hints
 # The settings of all algorithms, by subject. Those that an algorithm does not have are left out of its help.
 GROUPS = {
     "model-and-data": (
-        "model", "prompts", "heldout", "prompt_column", "pairs", "preferences", "system", "template",
-        "chat_template_kwargs", "n_prompts", "samples_of",
+        "model", "prompts", "heldout", "prompt_column", "response_columns", "strict", "pairs", "preferences",
+        "preference_columns", "system", "template", "chat_template_kwargs", "n_prompts", "samples_of",
     ),
     "scorers": ("reward", "cost", "audit", "offload_scorers", "scores", "preference_steps", "units"),
     "constraints": ("threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_on", "margin", "force"),

@@ -60,11 +60,19 @@ class RunConfig:
     """Keep models that score texts in the processor's memory, and on the GPU only while they score."""
 
     prompts: str = ""
-    """Training prompts: jsonl, csv or parquet file, or a `datasets` name. Default: the project's own."""
+    """Training prompts: a file (jsonl, json, csv or parquet, also as .gz or .xz), a folder of them, or a
+    `datasets` name; NAME:SPLIT and NAME:CONFIG:SPLIT name a split, by default train.
+    Default: the project's own."""
     heldout: str = ""
     """Held-out prompts, same forms. Default: the project's own, or a seeded fifth of --prompts."""
     prompt_column: str = "prompt"
-    """Column with the prompt text or the chat messages."""
+    """Column with the prompt text or the chat messages, where the layout of the data is not recognised."""
+    response_columns: tuple[str, ...] = ()
+    """Columns of --pairs and --preferences with the two responses, or with one where the two responses to a
+    prompt stand in two rows; where the layout of the data is not recognised."""
+    strict: bool = False
+    """Refuse data with rows that cannot be used (a prompt that stands there before, is too long or without
+    text, or is held out) instead of leaving them out and counting them."""
     system: str = "Answer in one sentence of at most 15 words."
     """System line put before every prompt; empty leaves the chat template's own.
     Ignored by a tokenizer without a template."""
@@ -253,6 +261,9 @@ class RunConfig:
                 f"--tune full: --learning-rate {self.learning_rate:g}, the default, is for adapters; give "
                 "one of about 1e-5."
             )
+        if len(self.response_columns) > 2:
+            given = " ".join(self.response_columns)
+            raise UserError(f"--response-columns {given}: at most two columns hold responses.")
         if not self.cost:
             raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
         if len(set(self.cost)) != len(self.cost):

@@ -12,14 +12,17 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
-from engine.data.tables import DuplicateKey, check_encodes, first_line, parse_json
+from engine.data.formats import DuplicateKey, check_encodes, first_line, parse_json
+from engine.data.reading import Unusable
 from engine.errors import UserError
 
 # A template writes a conversation in a millisecond; one that takes this long loops.
 RENDERING_LIMIT_S = 5.0
 NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 LONGEST_FRAME = 1_000_000  # characters that a template may write around the messages
-BEGINS_AS_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")
+BEGINS_AS_MESSAGES = re.compile(
+    r"""\s*(\{|\[\s*\{)\s*["'](role|content)["']\s*:|\s*\[\s*\{\s*["'](from|value)["']\s*:"""
+)
 
 
 def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
@@ -30,11 +33,11 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
     Raises: UserError where it is none of these.
     """
     if isinstance(value, str):
-        value = _messages_in(value, column, place) or [{"role": "user", "content": value}]
+        value = messages_in(value, column, place) or [{"role": "user", "content": value}]
     if isinstance(value, dict) and {"role", "content"} <= value.keys():
         value = [value]
     if value is None or value == []:
-        raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
+        raise Unusable(f"{place}: empty prompt in column {column!r}; fill or remove the row.", "without text")
     if not isinstance(value, list):
         kind = type(value).__name__
         raise UserError(f"{place}: column {column!r} holds a {kind}; give text or a list of messages.")
@@ -44,7 +47,7 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
             f"{place}: the messages end with role {messages[-1]['role']!r}; end them with a user turn."
         )
     if not messages[-1]["content"].strip():
-        raise UserError(f"{place}: empty prompt in column {column!r}; fill or remove the row.")
+        raise Unusable(f"{place}: empty prompt in column {column!r}; fill or remove the row.", "without text")
     return messages
 
 
@@ -73,7 +76,7 @@ def _text_of(part: dict, place: str) -> str:
     return part["text"]
 
 
-def _messages_in(text: str, column: str, place: str) -> list | dict | None:
+def messages_in(text: str, column: str, place: str) -> list | dict | None:
     """Returns the messages that a text writes down, or None for a plain text.
 
     A plain text may start with a bracket and even be JSON: only objects in a list, or one with a role, count.

@@ -1,12 +1,15 @@
 """Seeded choices among prompts: subsets, splits, the prompts of an iteration and of its steps."""
 
 import hashlib
+import math
 from functools import lru_cache
 
 from engine import keys
 from engine.data.prompts import meanings
 from engine.errors import UserError
 from engine.records import Prompts
+
+HELDOUT_SHARE = 0.2
 
 
 def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
@@ -28,7 +31,12 @@ def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
     return sorted(range(len(prompts)), key=rank)[:n]
 
 
-def split(prompts: Prompts, seed: int, share: float = 0.2) -> tuple[list[int], list[int]]:
+def enough_to_split(n_train: int, n_heldout: int) -> int:
+    """Returns how many prompts are enough that `split` gives so many to either side."""
+    return math.ceil(max(n_train / (1 - HELDOUT_SHARE), n_heldout / HELDOUT_SHARE))
+
+
+def split(prompts: Prompts, seed: int, share: float = HELDOUT_SHARE) -> tuple[list[int], list[int]]:
     """Holds out a seeded share of the prompts, with at least one prompt on either side.
 
     Prompts that differ only in case or spaces are held out together, so that the share may be larger.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import unicodedata
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.resources import files
@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from engine.data.chat import NO_KWARGS, as_messages, as_text, chat_ids
+from engine.data.chat import NO_KWARGS, as_text, chat_ids
+from engine.data.layouts import read_example
+from engine.data.reading import REPEATED, Pool, Rules, Tally, Unusable
 from engine.data.tables import read_rows
 from engine.errors import UserError
-from engine.files import escaped, shown
+from engine.files import shown
 from engine.records import Prompts
 
 
@@ -48,51 +50,124 @@ def load_prompts(
     template_kwargs: Mapping[str, Any] = NO_KWARGS,
     max_prompt_tokens: int,
 ) -> Prompts:
-    """Reads prompts, applies the tokenizer's chat template once and tokenises.
+    """Reads all prompts of a source, refusing rows that cannot be used; see `read_prompts`."""
+    return read_prompts(
+        source,
+        tokenizer,
+        Rules(prompt_column=column),
+        system=system,
+        now=now,
+        template_kwargs=template_kwargs,
+        max_prompt_tokens=max_prompt_tokens,
+    )[0]
 
-    source: a jsonl, csv or parquet file, a name for `datasets.load_dataset`
-    (split train), or a list of these.
-    column: its cells are texts, chat messages (lists of {"role", "content"}) or such lists as JSON. The
-    optional column "kind" is a label.
+
+def read_prompts(
+    source: str | list[str],
+    tokenizer,
+    rules: Rules,
+    *,
+    system: str = "",
+    now: datetime | None = None,
+    template_kwargs: Mapping[str, Any] = NO_KWARGS,
+    max_prompt_tokens: int,
+) -> tuple[Prompts, list[str]]:
+    """Reads prompts of any layout, applies the tokenizer's chat template once and tokenises.
+
+    source: what `engine.data.tables.read_rows` reads, or a list of these.
+    rules: with `enough`, a large set is read row by row, and a seeded choice of it is held and tokenised.
     system: put before messages that have no system message. A tokenizer without a chat template takes the
     text alone, and adds its bos itself.
     now: the date for chat templates that write one; by default that of the clock. template_kwargs: variables
     for the chat template.
 
+    The optional column "kind" is a label; of equal prompts the first is kept, with its kind.
+    Returns the prompts in the order of the rows, and what to say of the reading.
     Raises: UserError naming the file and the line (where there are no lines, the row, counted from 1).
     """
-    text, kind, token_ids, conversations = [], [], [], []
-    place_of: dict[int, str] = {}
-    for name in [source] if isinstance(source, str | Path) else source:
-        rows = read_rows(str(name))
-        if not rows:
+    names = [str(name) for name in ([source] if isinstance(source, str | Path) else source)]
+    held = rules.held
+    while True:
+        pool, tallies = _offered(names, rules, held)
+        prompts = _tokenised(
+            pool.items,
+            lambda messages, place: chat_ids(messages, tokenizer, system, place, now, template_kwargs),
+            max_prompt_tokens,
+        )
+        # Where too many of the pool are too long, the next ones by their hash take their places.
+        if not pool.is_cut or len(prompts) >= rules.enough:
+            if not len(prompts):
+                raise next(tally.first for tally in tallies if tally.first)
+            return prompts, [line for tally in tallies for line in tally.lines()]
+        held *= 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row of a pool of prompts."""
+
+    place: str
+    messages: list[dict[str, str]]
+    kind: str
+    tally: Tally
+
+
+def _offered(names: list[str], rules: Rules, held: int | None) -> tuple[Pool[_Row], list[Tally]]:
+    """Offers the different conversations of all sources to a pool. Raises: UserError."""
+    pool: Pool[_Row] = Pool(held, rules.seed)
+    place_of: dict[bytes, str] = {}
+    tallies = []
+    for name in names:
+        tally = Tally(name, rules.strict)
+        tallies.append(tally)
+        for place, row in read_rows(name):
+            tally.rows += 1
+            with tally.leaving_out():
+                example = read_example(row, place, rules, answers=False)
+                kind = _kind(row.get("kind"), place)
+                tally.layouts[example.layout] += 1
+                text = json.dumps(example.messages)
+                digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                if digest in place_of:
+                    raise _twice(place, place_of[digest])
+                # Places are named by --strict alone, and a large set has many.
+                place_of[digest] = place if rules.strict else ""
+                tally.usable += 1
+                pool.offer(text, _Row(place=place, messages=example.messages, kind=kind, tally=tally))
+        if not tally.rows:
             raise UserError(
-                f"{shown(name)}: no prompts in it; give at least one row with the column {column!r}."
+                f"{shown(name)}: no prompts in it; give at least one row with the column "
+                f"{rules.prompt_column!r}."
             )
-        for place, row in rows:
-            if column not in row:
-                columns = escaped(", ".join(map(str, row)))[:300] or "none"
-                raise UserError(
-                    f"{place}: no column {column!r}; columns found: {columns}. See --prompt-column."
-                )
-            messages = as_messages(row[column], column, place)
-            ids = chat_ids(messages, tokenizer, system, place, now, template_kwargs)
-            check_length(ids, max_prompt_tokens, place)
+    return pool, tallies
+
+
+def _tokenised(rows: list[_Row], ids_of: Callable, max_prompt_tokens: int) -> Prompts:
+    """Tokenises conversations; leaves out those that are too long, or equal once they are tokens."""
+    kept: dict[int, tuple[_Row, list[int]]] = {}
+    for row in rows:
+        row.tally.held += 1
+        with row.tally.leaving_out():
+            ids = ids_of(row.messages, row.place)
+            check_length(ids, max_prompt_tokens, row.place)
             key = prompt_key(ids)
-            if key in place_of:
-                alike = conversations[list(place_of).index(key)] == messages
-                raise UserError(
-                    f"{place}: the same prompt as {place_of[key]}"
-                    f"{'' if alike else ' as the chat template writes it'}; remove one, "
-                    "as equal prompts get equal random numbers."
-                )
-            place_of[key] = place
-            text.append(as_text(messages))
-            conversations.append(messages)
-            kind.append(_kind(row.get("kind"), place))
-            token_ids.append(ids)
-    key_P = torch.tensor(list(place_of), dtype=torch.int64)
-    return Prompts(text=text, kind=kind, token_ids=token_ids, key_P=key_P, messages=conversations)
+            if key in kept:
+                raise _twice(row.place, f"{kept[key][0].place} as the chat template writes it")
+            kept[key] = (row, ids)
+    return Prompts(
+        text=[as_text(row.messages) for row, _ in kept.values()],
+        kind=[row.kind for row, _ in kept.values()],
+        token_ids=[ids for _, ids in kept.values()],
+        key_P=torch.tensor(list(kept), dtype=torch.int64),
+        messages=[row.messages for row, _ in kept.values()],
+    )
+
+
+def _twice(place: str, first: str) -> Unusable:
+    return Unusable(
+        f"{place}: the same prompt as {first}; remove one, as equal prompts get equal random numbers.",
+        REPEATED,
+    )
 
 
 def prompt_key(token_ids: list[int]) -> int:
@@ -167,10 +242,11 @@ def meanings(prompts: Prompts) -> list[str]:
 
 
 def check_length(token_ids: list[int], limit: int, place: str) -> None:
-    """Refuses a prompt of more than `limit` tokens. Raises: UserError."""
+    """Refuses a prompt of more than `limit` tokens. Raises: Unusable."""
     if len(token_ids) > limit:
-        raise UserError(
-            f"{place}: the prompt has {len(token_ids)} tokens, the limit is {limit}; shorten or remove it."
+        raise Unusable(
+            f"{place}: the prompt has {len(token_ids)} tokens, the limit is {limit}; shorten or remove it.",
+            f"with a prompt of more than {limit} tokens",
         )
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.data.chat import NO_KWARGS, render, takes_system
-from engine.data.tables import first_line
+from engine.data.formats import first_line
 from engine.errors import UserError
 from engine.files import escaped, is_file, reading, shown
 

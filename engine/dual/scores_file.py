@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.config.bounds import LARGEST_SCORE
-from engine.data.tables import PlacedRow, read_file
+from engine.data.formats import PlacedRow
+from engine.data.tables import read_file
 from engine.errors import UserError
 from engine.records import utility_of_cost
 
@@ -39,7 +40,7 @@ def read_scores(file: str, utility: tuple[str, ...], cost: tuple[str, ...], *, t
     Raises: UserError naming the file and line of a missing column, a value that is not a finite number, or a
     prompt whose number of responses differs.
     """
-    rows = read_file(file, SUFFIXES)
+    rows = list(read_file(file, SUFFIXES))
     if not rows:
         raise UserError(f"{file}: no rows in it; give one row per response.")
     if not utility and not cost:

@@ -14,9 +14,21 @@ class HeadConfig:
     """Train a reward or cost head on labelled texts; it reads the states of one frozen model."""
 
     data: tuple[str, ...] = ()
-    """Training files (jsonl, csv or parquet) with rows {"prompt", "chosen", "rejected"} or {"prompt",
-    "response", "label": 0 or 1}; optional: "source", "kind", "group", "weight", and "finished": false for a
-    response that was cut. An empty prompt stands for "Answer the request."."""
+    """Training data, in the forms of a run's --prompts, with rows {"prompt", "chosen", "rejected"} or
+    {"prompt", "response", "label": 0 or 1}, or in a layout that is recognised; optional: "source", "kind",
+    "group", "weight", and "finished": false for a response that was cut. An empty prompt stands for "Answer
+    the request."."""
+    prompt_column: str = RunConfig.prompt_column
+    """Column with the prompt, where the layout is not recognised."""
+    response_columns: tuple[str, ...] = ()
+    """Column of the response, or of the chosen and the rejected one, where the layout is not recognised."""
+    label_column: str = ""
+    """Column that says which of two responses is the better one (0 or 1), or the score by which the two rows
+    of a prompt compare (NAME=-COLUMN: the smaller is better); of labelled texts their label, by default
+    label."""
+    strict: bool = False
+    """Refuse rows that cannot be used (without text, with equal texts, with too long a prompt) instead of
+    leaving them out and counting them."""
     test: tuple[str, ...] = ()
     """Test files of the same form. Default: a seeded fifth of the training prompts is held out."""
     out: str = ""
@@ -66,5 +78,8 @@ def check(config: HeadConfig) -> None:
         )
     if config.loss not in ("auto", "pairs", "labels"):
         raise UserError(f"--loss {config.loss}: must be one of auto, pairs, labels.")
+    if len(config.response_columns) > 2:
+        given = " ".join(config.response_columns)
+        raise UserError(f"--response-columns {given}: at most two columns hold responses.")
     check_bounds(config)
     template_kwargs(config.chat_template_kwargs)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,18 @@ from engine.data.chat import (
     Written,
     answer_ids,
     as_messages,
+    chat_ids,
     check_known,
     known_end_of_turn,
     lead_of_answers,
     write_prompt,
 )
+from engine.data.layouts import layout_of
 from engine.data.prompts import TextLimits
+from engine.data.reading import EVERY_ROW, Rules, Tally, Unusable
+from engine.data.response_pairs import read_pairs
 from engine.errors import UserError
+from engine.files import shown
 from engine.model.packing import Group
 
 NEUTRAL_PROMPT = "Answer the request."
@@ -55,13 +60,57 @@ class Row:
         return (self.text,) if self.other is None else (self.text, self.other)
 
 
-def read_head_rows(files: Sequence[str], loss: str) -> list[Row]:
-    """Reads the rows of all files; `loss` is the setting of that name. Raises: UserError naming file:line."""
-    return [
-        _as_row(row, place, Path(file).stem, loss)
-        for file in files
-        for place, row in tables.read_rows(str(file))
-    ]
+def read_head_rows(
+    files: Sequence[str], loss: str, rules: Rules = EVERY_ROW, label: str = ""
+) -> tuple[list[Row], list[str]]:
+    """Reads the rows of all files, of the project's own forms or in a layout that is recognised.
+
+    loss: the setting of that name. label: column that says which of two responses is the better one, or by
+    which score two rows of a prompt compare; of labelled texts their label.
+    Returns the rows, and what to say of the reading. Raises: UserError naming file:line.
+    """
+    rows, said = [], []
+    for file in map(str, files):
+        tally = Tally(file, rules.strict)
+        rows += _rows_of(file, loss, rules, label, tally)
+        said += tally.lines()
+    return rows, said
+
+
+def _rows_of(file: str, loss: str, rules: Rules, label: str, tally: Tally) -> Iterator[Row]:
+    _, first = next(tables.read_rows(file), ("", {}))
+    layout, source = layout_of(first), Path(file).name.partition(".")[0]
+    named = rules.response_columns or rules.prompt_column != Rules.prompt_column
+    if named or layout is None or not layout.title:
+        for place, row in tables.read_rows(file):
+            tally.rows += 1
+            with tally.leaving_out():
+                yield _as_row(_own_form(row, rules, label), place, source, loss)
+        return
+    if not label and "chosen" not in layout.columns:
+        raise UserError(
+            f"{shown(file)}: read as {layout.title}; say by --label-column which column tells the better one."
+        )
+    for pair in read_pairs(file, [label] if label else [], rules, tally):
+        with tally.leaving_out():
+            better = pair.labels[0] if label else 1
+            if not better:
+                raise Unusable(
+                    f"{pair.place}: {label} prefers neither response; remove the row.",
+                    "in which neither response is the better one",
+                )
+            chosen, rejected = pair.responses[::better]
+            row = {"prompt": pair.messages, "chosen": chosen, "rejected": rejected, "kind": pair.kind}
+            yield _as_row(row, pair.place, source, loss)
+
+
+def _own_form(row: dict, rules: Rules, label: str) -> dict:
+    """Returns a row with the columns that flags name under the project's own names."""
+    responses = {1: ("response",), 2: ("chosen", "rejected")}.get(len(rules.response_columns), ())
+    named = dict(zip(responses, rules.response_columns, strict=True)) | {"prompt": rules.prompt_column}
+    if label:
+        named["label"] = label
+    return row | {own: row[theirs] for own, theirs in named.items() if theirs in row}
 
 
 def _as_row(row: dict, place: str, source: str, loss: str) -> Row:
@@ -97,12 +146,16 @@ def _check_row(row: dict, place: str, is_pair: bool, loss: str) -> None:
         kind = "pair" if is_pair else "label"
         raise UserError(f"{place}: a {kind}, but --loss is {loss}; use --loss auto or remove the row.")
     for column in ("chosen", "rejected") if is_pair else ("response",):
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise UserError(f'{place}: "{column}" is empty or not text; fill or remove the row.')
+        if row[column] is None or (isinstance(row[column], str) and not row[column].strip()):
+            raise Unusable(f'{place}: "{column}" is empty; fill or remove the row.', "without text")
+        if not isinstance(row[column], str):
+            raise UserError(f'{place}: "{column}" is {row[column]!r:.60}; give text, or remove the row.')
     if not is_pair and str(row["label"]) not in ("0", "1"):
         raise UserError(f'{place}: "label" is {row["label"]!r}; it must be 0 or 1.')
     if is_pair and row["chosen"].split() == row["rejected"].split() and _finished(row, place):
-        raise UserError(f'{place}: "chosen" and "rejected" are the same text; remove the row.')
+        raise Unusable(
+            f'{place}: "chosen" and "rejected" are the same text; remove the row.', "with equal texts"
+        )
 
 
 def _weight(row: dict, place: str) -> float:
@@ -129,6 +182,17 @@ def _finished(row: dict, place: str) -> bool:
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise UserError(f'{place}: "finished" is {value!r:.60}; it must be true or false.')
     return bool(value)
+
+
+def without_long_prompts(rows: list[Row], tokenizer, limits: TextLimits) -> list[Row]:
+    """Returns the rows whose prompts leave room for a response."""
+    kwargs = limits.template_kwargs
+    fits = {
+        chat: len(chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now, kwargs))
+        <= limits.max_prompt_tokens
+        for chat in {row.text.chat for row in rows}
+    }
+    return [row for row in rows if fits[row.text.chat]]
 
 
 def hold_out(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:

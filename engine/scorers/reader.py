@@ -10,7 +10,7 @@ from os.path import commonprefix
 from typing import Any
 
 from engine.data.chat import as_text, render
-from engine.data.tables import first_line
+from engine.data.formats import first_line
 from engine.errors import UserError
 from engine.scorers.base import Asked, messages_of
 from engine.scorers.recipes import Recipe

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine import quickstart
 from engine.config.template import template_kwargs
 from engine.data.prompts import TextLimits
+from engine.data.reading import Rules
 from engine.data.templates import check_kwargs, remarks, use_template
 from engine.errors import UserError
 from engine.files import whole_files, write_whole
@@ -35,6 +36,7 @@ from engine.scorers.head_data import (
     read_head_rows,
     unique_texts,
     without_equal_pairs,
+    without_long_prompts,
     without_shared_texts,
 )
 from engine.scorers.head_figures import heldout_figures
@@ -60,7 +62,14 @@ def train(config: HeadConfig, *, command: str = "") -> Head:
 
 
 def _train(config: HeadConfig, out: Path, command: str) -> Head:
-    rows, test = read_head_rows(config.data, config.loss), read_head_rows(config.test, config.loss)
+    rules = Rules(
+        prompt_column=config.prompt_column, response_columns=config.response_columns, strict=config.strict
+    )
+    (rows, said), (test, more) = (
+        read_head_rows(files, config.loss, rules, config.label_column) for files in (config.data, config.test)
+    )
+    for line in [*said, *more]:
+        print(line)
     if not test:
         rows, test = hold_out(rows, config.seed)
     n_rows = len(rows)
@@ -86,6 +95,12 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
         vocab_size=model.config.vocab_size,
         template_kwargs=kwargs,
     )
+    if not config.strict:
+        n_rows = len(rows) + len(test)
+        rows, test = (without_long_prompts(part, tokenizer, limits) for part in (rows, test))
+        if long := n_rows - len(rows) - len(test):
+            print(f"{long} rows removed: their prompts have more than {limits.max_prompt_tokens} tokens")
+            check_classes(rows)
     texts = unique_texts([*rows, *test])
     start = time.perf_counter()
     index, groups = {text: i for i, text in enumerate(texts)}, encode(texts, tokenizer, limits)

@@ -14,7 +14,9 @@ from engine.config import RunConfig
 from engine.config.template import template_kwargs
 from engine.data import dealing
 from engine.data.chat import NO_KWARGS, check_known, end_of_turn
-from engine.data.prompts import TextLimits, assert_disjoint, load_prompts, shipped_prompts
+from engine.data.prompts import TextLimits, assert_disjoint, overlap, shipped_prompts
+from engine.data.prompts import read_prompts as prompts_of
+from engine.data.reading import Rules
 from engine.data.templates import check_kwargs, remarks, use_template
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
@@ -49,6 +51,7 @@ class Inputs:
     template: str  # the text of --template; "" without it
     began: str  # the time that the chat template is told, ISO 8601; "" where it asks for none
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
+    reading: list[str]  # says what the prompts were read as, and which rows were left out
     # Says what is unexpected in how prompts are written, or what has changed since the run began whose inputs
     # these are.
     notes: list[str]
@@ -93,13 +96,13 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         template_kwargs=kwargs,
     )
     if owned is None:
-        train, heldout = _prompts(config, tokenizer, limits)
+        train, heldout, reading = _prompts(config, tokenizer, limits)
         notes += remarks(tokenizer, train.token_ids[0], kwargs, has_system=_has_system(config, train))
         began = now.isoformat() if asks_for_time(tokenizer) else ""
         sources = source_digests(config)
     else:
         record = owned.record
-        train, heldout, began = record.train, record.heldout, record.began
+        train, heldout, began, reading = record.train, record.heldout, record.began, record.reading
         sources = {
             f: record.sources[f] for f in ("--prompts", "--heldout", "--template") if f in record.sources
         }
@@ -120,6 +123,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         template=template,
         began=began,
         sources=sources,
+        reading=reading,
         notes=notes,
     )
 
@@ -166,13 +170,15 @@ def stop_tokens(folder: Path, tokenizer, kwargs: Mapping[str, Any] = NO_KWARGS) 
     return tuple(sorted(found - {None}))
 
 
-def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column: str = "prompt") -> Prompts:
-    """Reads prompts with a run's system line and longest response;
-    see `engine.data.prompts.load_prompts`. Raises: UserError."""
-    prompts = load_prompts(
+def read_prompts(
+    source: str | list[str], tokenizer, limits: TextLimits, rules: Rules
+) -> tuple[Prompts, list[str]]:
+    """Reads prompts with a run's system line and longest response, and says what was read and left out;
+    see `engine.data.prompts.read_prompts`. Raises: UserError."""
+    prompts, said = prompts_of(
         source,
         tokenizer,
-        column=column,
+        rules,
         system=limits.system,
         now=limits.now,
         template_kwargs=limits.template_kwargs,
@@ -180,24 +186,44 @@ def read_prompts(source: str | list[str], tokenizer, limits: TextLimits, column:
     )
     for text, ids in zip(prompts.text, prompts.token_ids, strict=True):
         check_known(ids, limits.vocab_size, f"prompt {text[:60]!r}")
-    return prompts
+    return prompts, said
 
 
-def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts, Prompts]:
-    """Reads training and held-out prompts, disjoint ones. Without --heldout a seeded fifth
-    of the user's --prompts is held out."""
+def rules_of(config: RunConfig, enough: int | None) -> Rules:
+    """Returns how a run reads its data; see `Rules` for enough."""
+    return Rules(
+        prompt_column=config.prompt_column,
+        response_columns=config.response_columns,
+        strict=config.strict,
+        enough=enough,
+        seed=config.seed,
+    )
 
-    def read(source: str | list[str]) -> Prompts:
-        return read_prompts(source, tokenizer, limits, config.prompt_column)
 
-    train = read(config.prompts or shipped_prompts("train"))
+def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts, Prompts, list[str]]:
+    """Reads training and held-out prompts, disjoint ones, and says what was read and left out. Without
+    --heldout a seeded fifth of the user's --prompts is held out."""
+
+    def read(source: str | list[str], enough: int) -> tuple[Prompts, list[str]]:
+        return read_prompts(source, tokenizer, limits, rules_of(config, enough))
+
     if config.heldout or not config.prompts:
-        heldout = read(config.heldout or shipped_prompts("heldout"))
+        train, said = read(config.prompts or shipped_prompts("train"), config.n_prompts)
+        heldout, more = read(config.heldout or shipped_prompts("heldout"), config.eval_prompts)
+        said += more
     else:
-        chosen, held = dealing.split(train, config.seed)
-        train, heldout = train.select(chosen), train.select(held)
+        both, said = read(config.prompts, dealing.enough_to_split(config.n_prompts, config.eval_prompts))
+        train, heldout = (both.select(part) for part in dealing.split(both, config.seed))
+    shared = [] if config.strict else overlap(train, heldout)
+    if shared:
+        out = set(shared)
+        train = train.select([i for i in range(len(train)) if i not in out])
+        note = f"{len(out)} training prompts are held-out ones too and were left out of the training"
+        if not len(train):
+            raise UserError(f"{note}; none is left, so give others with --prompts or --heldout.")
+        said.append(note)
     assert_disjoint(train, heldout)
-    return train, heldout
+    return train, heldout, said
 
 
 def _has_system(config: RunConfig, prompts: Prompts) -> bool:

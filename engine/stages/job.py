@@ -14,7 +14,7 @@ import torch
 from engine import constraints, keys, model
 from engine.config import SAMPLING, RunConfig, check, fit, shown_name
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, by_tokens
+from engine.data.prompts import assert_disjoint, by_tokens, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.errors import UserError
 from engine.model.decoder import Decoder
@@ -27,7 +27,7 @@ from engine.run.run import Run
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, load_scorers, sizes
 from engine.scorers.scoring import try_out
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, rules_of
 from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
@@ -121,7 +121,7 @@ def open_job(
     start = _start(algorithm, config, resume)
     prepared = _prepare(config, start)
     display = Display(n_stages=n_stages or stages_of(prepared.config))
-    _announce(display, algorithm, prepared)
+    _announce(display, algorithm, prepared, resumes=start.resumes)
     # Weights that cannot be used are refused before there is a run folder.
     subject = None if start.resumes else prepared.subject()
     display.line(f"run folder {start.out}")
@@ -192,6 +192,7 @@ class Prepared:
             heldout=self.inputs.heldout,
             pairs=self.pairs,
             preferences=self.preferences,
+            reading=self.inputs.reading,
             began=self.inputs.began,
             sources=source_digests(self.config) | self.inputs.sources,
             model=self.inputs.files,
@@ -253,9 +254,8 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         pairs, preferences = owned.record.pairs, owned.record.preferences
     else:
         pairs, preferences = _read_pairs(config, names, inputs)
-    for flag, own in (("--pairs", pairs), ("--preferences", preferences)):
-        if own is not None:
-            assert_disjoint(by_tokens(own.prompts), inputs.heldout, f"prompt of {flag}")
+        pairs = _without_heldout(config, pairs, inputs.heldout, "--pairs")
+        preferences = _without_heldout(config, preferences, inputs.heldout, "--preferences")
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
     return Prepared(
@@ -297,7 +297,7 @@ def _plan(config: RunConfig, inputs: Inputs, train: Prompts, heldout: Prompts, *
     return plan
 
 
-def _announce(display: Display, algorithm: str, prepared: Prepared) -> None:
+def _announce(display: Display, algorithm: str, prepared: Prepared, *, resumes: bool) -> None:
     """Says what the run is, what it takes, and what of its settings and files cannot be used as it is."""
     config, inputs, plan = prepared.config, prepared.inputs, prepared.plan
     display.line(
@@ -314,8 +314,12 @@ def _announce(display: Display, algorithm: str, prepared: Prepared) -> None:
             f"with {config.cut_by} the distributions that are sampled are cut, so no KL is measured: in its "
             "place stands the mean log-ratio of the whole policies on these samples"
         )
-    for own in (prepared.pairs, prepared.preferences):
-        for note in own.notes() if own is not None else []:
+    files = [own for own in (prepared.pairs, prepared.preferences) if own is not None]
+    for lines in [] if resumes else (inputs.reading, *(own.reading for own in files)):
+        for line in lines:
+            display.line(line)
+    for own in files:
+        for note in own.notes():
             display.warn(note)
     display.line(plan.sentence())
     if plan.rows < prepared.asked_rows:
@@ -382,12 +386,28 @@ def _read_pairs(
     """Reads the files of --pairs and --preferences; None for one that the config does not name."""
     pairs = preferences = None
     if source := config.pairs_file:
-        pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits)
+        enough = config.policy_updates * config.steps * config.prompts_per_step
+        pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits, rules_of(config, enough))
     if config.by_preference and config.preferences:
+        columns = config.preference_columns or ("reward", *names)
+        enough = config.preference_steps * config.prompts_per_step
         preferences = read_response_pairs(
-            config.preferences, ["reward", *names], inputs.tokenizer, inputs.limits
+            config.preferences, columns, inputs.tokenizer, inputs.limits, rules_of(config, enough)
         )
     return pairs, preferences
+
+
+def _without_heldout(
+    config: RunConfig, own: ResponsePairs | None, heldout: Prompts, flag: str
+) -> ResponsePairs | None:
+    """Leaves the rows out whose prompts are held out; --strict refuses them. Raises: UserError."""
+    if own is None:
+        return None
+    prompts = by_tokens(own.prompts)
+    if config.strict:
+        assert_disjoint(prompts, heldout, f"prompt of {flag}")
+    shared = overlap(prompts, heldout)
+    return own.without(shared, "with a held-out prompt") if shared else own
 
 
 def check_samples_of(config: RunConfig) -> None:

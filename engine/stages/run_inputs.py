@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.config import RunConfig
 from engine.data.response_pairs import ResponsePairs
+from engine.data.tables import files_of
 from engine.data.templates import TEMPLATES
 from engine.errors import UserError
 from engine.files import append_line, is_file, move_aside, read_json_lines, sha256_of_file, write_whole
@@ -27,6 +28,7 @@ class RunInputs:
     heldout: Prompts
     pairs: ResponsePairs | None  # of the file of --pairs
     preferences: ResponsePairs | None
+    reading: list[str]  # says what prompts were read as, and which rows were left out
     began: str  # the time that a chat template which asks for it is told, ISO 8601; "" where none does
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
     model: dict[str, str]  # file of the model's folder -> SHA-256
@@ -201,15 +203,15 @@ def restore_inputs(run: Path, contents: Contents, record: RunInputs, damage: Dam
 
 
 def source_digests(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Hashes the files of prompts, pairs and preferences that a config names, by flag.
+    """Hashes the files of prompts, pairs and preferences that a config names, also those in folders, by flag.
 
-    Names that are no file, such as those of data sets on a hub, are left out.
+    Data sets that `datasets` finds, on a hub or elsewhere, are left out.
     """
-    found = {}
-    for flag, name in _sources(config):
-        if Path(name).is_file():
-            found.setdefault(flag, {})[name] = _digest(Path(name))
-    return found
+    return {
+        flag: {str(file): _digest(file) for file in files}
+        for flag, name in _sources(config)
+        if (files := files_of(name))
+    }
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -22,18 +22,23 @@ from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
     out seed device dtype threads force trackers model reward cost audit offload-scorers prompts heldout
-    prompt-column system template chat-template-kwargs accept-changes samples-of n-prompts n-responses
-    max-new-tokens temperature top-p top-k rollout-rows threshold units cost-mean cost-rate unsafe-above
-    cost-on beta margin lam-max steps prompts-per-step tokens-per-forward activation-checkpointing
-    responses-per-prompt labels learning-rate warmup-steps schedule weight-decay clip-norm tune lora-rank
-    lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
+    prompt-column response-columns strict system template chat-template-kwargs accept-changes samples-of
+    n-prompts n-responses max-new-tokens temperature top-p top-k rollout-rows threshold units cost-mean
+    cost-rate unsafe-above cost-on beta margin lam-max steps prompts-per-step tokens-per-forward
+    activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
+    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts
+    eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
+PREFERENCES = ["preferences", "preference-columns", "preference-steps"]
 FLAGS = {
-    "caid": [*ITERATIVE, *"dual-rule dual-step pairs scores preferences preference-steps".split()],
+    "caid": [
+        *ITERATIVE,
+        *"dual-rule dual-step pairs scores preferences preference-columns preference-steps".split(),
+    ],
     "mocan": [*RUN_FLAGS, "pairs"],
-    "pecan": [*RUN_FLAGS, "pairs", "preferences", "preference-steps"],
+    "pecan": [*RUN_FLAGS, "pairs", *PREFERENCES],
     "primal_dual": ASCENT,
     "repo": ASCENT,
     "opd": [*ITERATIVE, "lam-init", "dual-rate", "proximity"],

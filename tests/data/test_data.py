@@ -229,7 +229,11 @@ BAD_BYTES = {
     ),
     "bad kind": ("p.jsonl", b'{"prompt": "a", "kind": 1}\n', r"p.jsonl:1: column 'kind' holds a int"),
     "not parquet": ("p.parquet", b"PAR0", r"p.parquet: not a readable parquet file"),
-    "another suffix": ("p.txt", b"a\n", r"p.txt: not one of .jsonl, .csv, .parquet"),
+    "another suffix": (
+        "p.txt",
+        b"a\n",
+        r"p.txt: not one of .jsonl, .json, .csv, .parquet, also with .gz or .xz",
+    ),
 }
 
 

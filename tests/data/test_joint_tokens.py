@@ -67,7 +67,7 @@ def test_answers_of_files_begin_without_the_space_of_sentencepiece(tokenizer, tm
         pairs = read_response_pairs(write(tmp_path / "p.jsonl", [row]), columns, tokenizer, limits(tokenizer))
         assert pairs.rollouts.tokens[0, :3].tolist() == expected
     file = write(tmp_path / "h.jsonl", [{"prompt": "hello", "chosen": "Hello hello", "rejected": "x"}])
-    texts = unique_texts(read_head_rows([file], "auto"))
+    texts = unique_texts(read_head_rows([file], "auto")[0])
     (group,) = encode(texts, tokenizer, limits(tokenizer))
     assert group.responses[0] == expected
     assert group.prompt == pairs.prompts.token_ids[0] == write_prompt(ASKED, tokenizer, "", "p").token_ids
@@ -141,7 +141,7 @@ def test_variables_reach_the_template_from_every_reader(tmp_path):
         asked = limits(tokenizer, template_kwargs=kwargs)
         read = load_prompts(file, tokenizer, max_prompt_tokens=99, template_kwargs=kwargs).token_ids[0]
         pairs = read_response_pairs(file, [], tokenizer, asked).prompts.token_ids[0]
-        (group,) = encode(unique_texts(read_head_rows([file], "auto")), tokenizer, asked)
+        (group,) = encode(unique_texts(read_head_rows([file], "auto")[0]), tokenizer, asked)
         assert read == pairs == group.prompt
         assert tokenizer.decode(read).endswith("[none]") == (not kwargs.get("think"))
 

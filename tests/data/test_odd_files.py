@@ -281,7 +281,7 @@ REFUSED = {
     "jsonl as parquet": ("p.parquet", b'{"prompt": "a"}\n', ": not a readable parquet file"),
     "magic alone": ("p.parquet", b"PAR1PAR1", ": not a readable parquet file"),
     "parquet as jsonl": ("p.jsonl", b"PAR1\x15\x04", ":1: malformed JSON"),
-    "another suffix": ("p.json", b"[]", ": not one of .jsonl, .csv, .parquet"),
+    "another suffix": ("p.txt", b"[]", ": not one of .jsonl, .json, .csv, .parquet, also with .gz or .xz"),
     "same prompt as messages": (
         "p.jsonl",
         f'{{"prompt": "Hi"}}\n{{"prompt": [{HI}]}}',
@@ -334,7 +334,7 @@ HEAD_REFUSED = {
     "prompt an object": ('"prompt": {}', "column 'prompt' holds a dict"),
     "label true": ('"label": true', '"label" is True'),
     "label 5000 digits": (f'"label": {LONG}', '"label" is inf'),
-    "response null": ('"response": null', '"response" is empty or not text'),
+    "response null": ('"response": null', '"response" is empty; fill'),
 }
 
 
@@ -353,6 +353,10 @@ def refusal(call, *arguments, **options) -> str:
         call(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def all_rows(source: str) -> list[dict]:
+    return [row for _, row in read_rows(source)]
 
 
 def test_there_are_enough_cases():
@@ -385,7 +389,7 @@ def test_cells_of_csv_are_read_as_values(tmp_path, case):
     cells, found = HEAD_CELLS[case]
     header = ",".join(["prompt", "response", "label", *cells])
     file = write(tmp_path / "h.csv", f"{header}\nhi,yes,1,{','.join(cells.values())}\n")
-    (row,) = read_head_rows([file], "auto")
+    (row,), _ = read_head_rows([file], "auto")
     assert (row.weight, row.text.finished) == found
 
 
@@ -393,7 +397,7 @@ def test_cells_of_csv_are_read_as_values(tmp_path, case):
 def test_values_of_json_are_read(tmp_path, case):
     values, found = HEAD_VALUES[case]
     row = {"prompt": "hi", "response": "yes", "label": 1, **values}
-    (read,) = read_head_rows([write(tmp_path / "h.jsonl", json.dumps(row))], "auto")
+    (read,), _ = read_head_rows([write(tmp_path / "h.jsonl", json.dumps(row))], "auto")
     assert (read.weight, read.text.finished) == found
 
 
@@ -409,7 +413,7 @@ def test_values_of_no_meaning_are_refused(tmp_path, case):
 
 def test_an_empty_group_is_none(tmp_path):
     file = write(tmp_path / "h.csv", "prompt,response,label,group\na,yes,1,\nb,no,0,\nc,no,0,g\n")
-    assert len({row.group for row in read_head_rows([file], "auto")}) == 3
+    assert len({row.group for row in read_head_rows([file], "auto")[0]}) == 3
 
 
 def test_cells_of_parquet_that_python_cannot_hold_matter_only_where_they_are_asked_for(tmp_path, tokenizer):
@@ -459,7 +463,7 @@ def test_a_parquet_column_twice_is_refused(tmp_path):
         [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"]
     )
     parquet.write_table(table, tmp_path / "p.parquet")
-    assert "the column 'prompt' stands there twice" in refusal(read_rows, str(tmp_path / "p.parquet"))
+    assert "the column 'prompt' stands there twice" in refusal(all_rows, str(tmp_path / "p.parquet"))
 
 
 def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
@@ -478,13 +482,13 @@ def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
         ("n" * 300 + ".jsonl", "cannot be read (File name too long)"),
         ("a\0b.jsonl", "cannot be read (embedded null byte)"),
     ):
-        assert says in refusal(read_rows, str(tmp_path / name)), name
-    assert "not one of .jsonl" in refusal(read_rows, str(tmp_path / "pipe"))
-    assert "not one of .jsonl" in refusal(read_rows, "/dev/null")
+        assert says in refusal(all_rows, str(tmp_path / name)), name
+    assert "not one of .jsonl" in refusal(all_rows, str(tmp_path / "pipe"))
+    assert "not one of .jsonl" in refusal(all_rows, "/dev/null")
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)
         server.bind("s.jsonl")
-        assert "a pipe or device" in refusal(read_rows, "s.jsonl")
+        assert "a pipe or device" in refusal(all_rows, "s.jsonl")
 
 
 @pytest.mark.parametrize("error", [IndexError("list index"), RuntimeError("a script\nmore"), KeyError()])
@@ -496,8 +500,9 @@ def test_whatever_datasets_raises_is_one_line(monkeypatch, tmp_path, error):
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
     reason = str(error).partition("\n")[0] or "KeyError"
-    assert re.search(f"{tmp_path}: neither a .*; check the name, or save", refusal(read_rows, str(tmp_path)))
-    assert f"({reason})" in refusal(read_rows, "/")
+    said = refusal(all_rows, str(tmp_path))
+    assert re.search(f"{tmp_path}: neither a .*; check the name, or save", said)
+    assert f"({reason})" in refusal(all_rows, "someone/prompts:test")
 
 
 def limits(max_new_tokens: int) -> TextLimits:
@@ -532,7 +537,7 @@ def test_cut_texts_of_heads_end_without_the_end_of_a_turn(tmp_path, tokenizer):
     file = write(
         tmp_path / "h.csv", "prompt,response,label,finished\na,yes,1,\na,no,0,False\na,a long answer,1,True\n"
     )
-    texts = unique_texts(read_head_rows([file], "auto"))
+    texts = unique_texts(read_head_rows([file], "auto")[0])
     (group,) = encode(texts, tokenizer, limits(8))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [response[-1] == end for response in group.responses] == [True, False, False]

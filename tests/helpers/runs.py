@@ -34,6 +34,7 @@ def write_run(
         heldout=none,
         pairs=None,
         preferences=None,
+        reading=[],
         began="",
         sources={},
         model={"model.safetensors": "1" * 64},

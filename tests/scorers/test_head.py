@@ -160,7 +160,7 @@ def test_scaling_a_state_does_not_change_the_scores():
 
 def test_split_holds_out_whole_prompts(tmp_path):
     config = HeadConfig(data=(write(tmp_path / "l.jsonl", toy_labels(30)),))
-    rows = read_head_rows(config.data, config.loss)
+    rows, _ = read_head_rows(config.data, config.loss)
     train, heldout = hold_out(rows, 0)
     assert len({r.group for r in heldout}) == 6
     assert not {r.group for r in train} & {r.group for r in heldout}
@@ -202,7 +202,8 @@ GOOD = {"prompt": "p", "response": "r", "label": 1}
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, says):
-    config = HeadConfig(data=(write(tmp_path / "bad.jsonl", [GOOD, row]),), out=str(tmp_path / "o"))
+    file = write(tmp_path / "bad.jsonl", [GOOD, row])
+    config = HeadConfig(data=(file,), out=str(tmp_path / "o"), strict=True)
     with pytest.raises(UserError) as error:
         training.train(config)
     assert "bad.jsonl:2" in str(error.value)

@@ -65,8 +65,8 @@ def test_pairs_of_a_file_and_their_labels(reader, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt": None}, "p.jsonl:2: prompt is None; give text"),
-        ({"prompt": " "}, "p.jsonl:2: prompt is ' '; give text"),
+        ({"prompt": None}, "p.jsonl:2: empty prompt in column 'prompt'"),
+        ({"prompt": " "}, "p.jsonl:2: empty prompt in column 'prompt'"),
         ({"response_1": None}, "p.jsonl:2: response_1 is None; give text"),
         ({"response_0": ["a"]}, r"p.jsonl:2: response_0 is \['a'\]; give text"),
         ({"response_0": 3.5}, "p.jsonl:2: response_0 is 3.5; give text"),
@@ -95,17 +95,21 @@ def test_settings_that_do_not_go_with_pairs_are_refused():
 
 
 def heldout_prompt() -> str:
-    return tables.read_rows(shipped_prompts("heldout")[0])[0][1]["prompt"]
+    return next(tables.read_rows(shipped_prompts("heldout")[0]))[1]["prompt"]
 
 
 @pytest.mark.parametrize(
     ("flags", "rows", "said"),
     [
-        (["caid", "--pairs"], ROWS[:1] + [ROWS[1] | {"prompt": None}], "own.jsonl:2: prompt is None"),
+        (
+            ["caid", "--strict", "--pairs"],
+            ROWS[:1] + [ROWS[1] | {"prompt": None}],
+            "own.jsonl:2: empty prompt in column 'prompt'",
+        ),
         (["mocan", "--pairs"], [{"prompt": "a", "response_0": "b"}], "no column 'response_1'"),
         (["mocan", "--eval-prompts", "40", "--cost-on", "delicate", "--pairs"], ROWS, "0 of the 8 rows of"),
-        (["caid", "--pairs"], "held out", "is also a prompt of --pairs"),
-        (["pecan", "--preferences"], "held out", "is also a prompt of --preferences"),
+        (["caid", "--strict", "--pairs"], "held out", "is also a prompt of --pairs"),
+        (["pecan", "--strict", "--preferences"], "held out", "is also a prompt of --preferences"),
     ],
 )
 def test_a_file_is_refused_before_any_compute(tmp_path, capsys, flags, rows, said):

@@ -52,11 +52,15 @@ def _script(folder: Path) -> None:
 HEAD = ("engine.train", "head", "--model", "model", "--layer", "2", "--out", "trained")
 DUAL = ("--cost", "harm", "--threshold", "0.1", "--draws", "40", "--out", "dual")
 SOURCES: dict[str, Callable[[str], tuple[str, ...]]] = {
-    "--prompts": lambda path: with_flags("--prompts", path),
-    "--heldout": lambda path: with_flags("--heldout", path),
-    "--pairs": lambda path: with_flags("--pairs", path),
-    "--preferences": lambda path: ("engine.train", "pecan", *with_flags("--preferences", path)[2:]),
-    "--data": lambda path: (*HEAD, "--data", path),
+    "--prompts": lambda path: with_flags("--prompts", path, "--strict"),
+    "--heldout": lambda path: with_flags("--heldout", path, "--strict"),
+    "--pairs": lambda path: with_flags("--pairs", path, "--strict"),
+    "--preferences": lambda path: (
+        "engine.train",
+        "pecan",
+        *with_flags("--preferences", path, "--strict")[2:],
+    ),
+    "--data": lambda path: (*HEAD, "--strict", "--data", path),
     "scores": lambda path: ("engine.dual", path, *DUAL),
     "--export-pairs": lambda path: ("engine.dual", "scores.jsonl", *DUAL, "--export-pairs", path),
 }
