@@ -153,6 +153,6 @@ def test_the_end_of_a_turn_is_that_of_the_template_with_its_variables(tmp_path):
     for kwargs, end in (({"ends": False}, ends[0]), ({"ends": True}, ends[1])):
         asked = limits(tokenizer, template_kwargs=kwargs)
         rollouts = read_response_pairs(file, [], tokenizer, asked).rollouts
-        (group,) = encode(unique_texts(read_head_rows([file], "auto")), tokenizer, asked)
+        (group,) = encode(unique_texts(read_head_rows([file], "auto")[0]), tokenizer, asked)
         assert rollouts.tokens[0, 3] == group.responses[0][3] == end
         assert set(stop_tokens(tmp_path, tokenizer, kwargs)) == {ends[0], end}
