@@ -37,7 +37,7 @@ from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
 from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, load_scorers
+from engine.scorers.find import content, load_scorers, sizes
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import (
@@ -167,7 +167,14 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     lookalikes, _ = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits, EVERY_ROW)
     asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
     most = max(len(prompts), len(selection) if selection else 0)
-    rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most)
+    beside = sizes(
+        config,
+        folder=inputs.folder,
+        trunk=inputs.fingerprint,
+        dtype=inputs.dtype,
+        device=inputs.device,
+    )
+    rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most, beside)
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
     changed = owned.check_scorers(
         content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
@@ -179,7 +186,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         folder=inputs.folder,
         trunk=inputs.fingerprint,
         device=inputs.device,
+        dtype=inputs.dtype,
         now=inputs.limits.now,
+        offload=config.offload_scorers,
     )
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])

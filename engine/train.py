@@ -70,7 +70,10 @@ def parse(algorithm: str, flags: list[str]):
     default = chosen.config_class()
     if preset is not None:
         if preset != "smoke" or not chosen.trains_policy:
-            raise UserError(f"--preset {preset}: the only preset is smoke, and head has none.")
+            raise UserError(
+                f"--preset {preset}: the only preset is smoke, and head has none; "
+                "use that one, or leave the flag out."
+            )
         default = smoke(default)
     usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{row.help}" for name, row in ALGORITHMS.items()))
     words = {

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bench.run import dual, growth, iteration, loss_head, rollout, train_step
+from bench.run import dual, growth, iteration, loss_head, rollout, scoring, train_step
 from bench.run.tables import Table
 
 
@@ -19,6 +19,7 @@ CASES = {
     "loss_head": Case(loss_head.LossHead, loss_head.run, loss_head.table),
     "rollout": Case(rollout.Rollout, rollout.run, rollout.table),
     "train_step": Case(train_step.TrainStep, train_step.run, train_step.table),
+    "scoring": Case(scoring.Scoring, scoring.run, scoring.table),
     "iteration": Case(iteration.Iteration, iteration.run, iteration.table),
     "growth": Case(growth.Growth, growth.run, growth.table),
     "dual": Case(dual.Dual, dual.run, dual.table),

@@ -12,7 +12,7 @@ GROUPS = {
         "model", "prompts", "heldout", "prompt_column", "response_columns", "strict", "pairs", "preferences",
         "preference_columns", "system", "template", "chat_template_kwargs", "n_prompts", "samples_of",
     ),
-    "scorers": ("reward", "cost", "audit", "scores", "preference_steps", "units"),
+    "scorers": ("reward", "cost", "audit", "offload_scorers", "scores", "preference_steps", "units"),
     "constraints": ("threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_on", "margin", "force"),
     "sampling": ("n_responses", "max_new_tokens", "temperature", "top_p", "top_k", "rollout_rows"),
     "multipliers": (
@@ -28,7 +28,7 @@ GROUPS = {
     "verdict": ("eval_prompts", "eval_responses"),
     "run-and-machine": (
         "out", "seed", "device", "dtype", "threads", "tokens_per_forward", "activation_checkpointing",
-        "memory_budget_mb", "checkpoint_every", "accept_changes", "trackers",
+        "memory_budget_mb", "offload_scorers", "checkpoint_every", "accept_changes", "trackers",
     ),
 }  # fmt: skip
 # The settings that most people need.

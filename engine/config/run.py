@@ -49,13 +49,15 @@ class RunConfig:
     model: str = ""
     """Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""
     reward: str = "helpfulness"
-    """Reward: shipped head (helpfulness), head folder, sequence-classification model, or module:function;
-    NAME= and NAME=- as in --cost."""
+    """Reward: shipped head (helpfulness), head folder, MODEL[#LABEL][@RECIPE] (a classifier, a reward or cost
+    model or a guard), or module:function; NAME= and NAME=- as in --cost."""
     cost: tuple[str, ...] = ("harm",)
-    """Costs, of which smaller is better: shipped head (harm), head folder, sequence-classification model, or
+    """Costs, of which smaller is better: shipped head (harm), head folder, MODEL[#LABEL][@RECIPE], or
     module:function. NAME=COST names it; NAME=-COST negates a score of which larger is better."""
     audit: tuple[str, ...] = ("harm-audit",)
     """Costs that are reported and never optimised. Same forms as --cost."""
+    offload_scorers: bool = False
+    """Keep models that score texts in the processor's memory, and on the GPU only while they score."""
 
     prompts: str = ""
     """Training prompts: a file (jsonl, json, csv or parquet, also as .gz or .xz), a folder of them, or a

@@ -19,6 +19,7 @@ from engine.errors import UserError
 # A template writes a conversation in a millisecond; one that takes this long loops.
 RENDERING_LIMIT_S = 5.0
 NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
+LONGEST_FRAME = 1_000_000  # characters that a template may write around the messages
 BEGINS_AS_MESSAGES = re.compile(
     r"""\s*(\{|\[\s*\{)\s*["'](role|content)["']\s*:|\s*\[\s*\{\s*["'](from|value)["']\s*:"""
 )
@@ -326,12 +327,17 @@ def render(
 
     now: see `write_prompt`. kwargs: variables for the template, such as enable_thinking.
 
-    Templates are programs: whatever they raise is raised here, and TimeoutError for one that does not end.
+    Templates are programs: whatever they raise is raised here, TimeoutError for one that does not end, and
+    ValueError for a text that no tokenizer reads.
     """
     with _time_limit(RENDERING_LIMIT_S), _dated(tokenizer, now):
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=not answered, tokenize=False, **kwargs
         )
+    if len(text) > LONGEST_FRAME + sum(len(message["content"]) for message in messages):
+        raise ValueError(f"it writes {len(text)} characters")
+    text.encode()  # not half of a surrogate pair
+    return text
 
 
 @contextmanager
@@ -367,7 +373,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"it does not end within {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # It rings again, as Jinja swallows an error while it computes a constant.
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds / 5)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds, one_of
 from engine.errors import UserError
-from engine.files import check_out, is_folder
+from engine.files import check_out, is_file, is_folder, is_there, reading
 
 FILES = ("dual.json", "dual.png")
 
@@ -36,8 +36,8 @@ class DualConfig:
     out: str = ""
     """Folder for dual.json and dual.png, which are overwritten. Default: NAME-dual for NAME.jsonl."""
     export_pairs: str = ""
-    """Also write the best and the worst response of each prompt at lambda to this jsonl file:
-    prompt, chosen, rejected. Which of the two is chosen is drawn, with the probability
+    """Also write the best and the worst response of each prompt at lambda to this jsonl file, new or of an
+    earlier call: prompt, chosen, rejected. Which of the two is chosen is drawn, with the probability
     sigmoid(difference of reward + lambda utility)."""
 
 
@@ -79,14 +79,25 @@ def _check_names(config: DualConfig) -> None:
             raise UserError(f"--utility or --cost {name}: that column has its own meaning; name another one.")
 
 
+def _holds_pairs(file: Path) -> bool:
+    """Tells whether a file was written by --export-pairs, so that it may be written again. Raises: UserError
+    where it cannot be read."""
+    with reading(file, cure="name another file"), open(file, encoding="utf-8") as lines:
+        first = lines.readline()
+    return not first or '"score_chosen": ' in first
+
+
 def _check_export(target: Path, scores: Path) -> None:
     flag = f"--export-pairs {target}"
     if target.suffix != ".jsonl":
         raise UserError(f"{flag}: must end in .jsonl.")
     if os.path.realpath(target) == os.path.realpath(scores):
         raise UserError(f"{flag}: that is the scores file; name another one.")
-    if is_folder(target):
-        raise UserError(f"{flag}: that is a folder; name a file.")
+    if is_there(target) and not is_file(target):
+        what = "a folder" if is_folder(target) else "no file but a pipe, a device or a link"
+        raise UserError(f"{flag}: that is {what}; name a file.")
+    if is_there(target) and not _holds_pairs(target):
+        raise UserError(f"{flag}: that file holds no pairs of this command; name another one.")
     if not is_folder(target.parent):
         raise UserError(f"{flag}: the folder {target.parent} does not exist; make it first.")
     if not os.access(target.parent, os.W_OK):

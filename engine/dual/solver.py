@@ -265,6 +265,7 @@ def _gradient_change(x: Tensor, moments: DualMoments, cap: Tensor) -> Tensor:
 # Newton steps after which a linear program decides whether the thresholds are supported. A problem that is
 # neither at the edge of what is nor has rewards that are huge in units of beta takes a handful.
 FEW = (_newton_change, 40)
+BY_NEWTON = 4  # rounds of `_largest_multiple` that begin with Newton's steps
 STEPS = {"newton": FEW, "pgd": (_gradient_change, 50_000)}  # (change of x, most iterations)
 
 
@@ -367,14 +368,17 @@ def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, T
         torch.zeros_like(b),
     )
     # Each round finds a lower limit, or shows that 0.999 of this one is supported (Dinkelbach's iteration).
-    for _ in range(40 if len(b) > 1 else 0):
+    # Newton's steps find one fast; the best one, which the linear program finds, needs fewer rounds.
+    for number in range(40 if len(b) > 1 else 0):
         target = 0.999 * multiple * b
         better = single_direction(g, target)
-        if better is None:
+        if better is None and number < BY_NEWTON:
             descent = _descend(no_reward, g, target, unbounded, start, steps=FEW, certify=True)
             better = descent.unsupported
-            if better is None and descent.kkt > TOLERANCE:
-                better = unsupported_direction(g, target)
+            if better is None and descent.kkt <= TOLERANCE:
+                break
+        if better is None:
+            better = unsupported_direction(g, target)
         if better is None:
             break
         direction, multiple = better, support(g, better) / float(better @ b)

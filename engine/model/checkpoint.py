@@ -20,6 +20,13 @@ STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FETCH = "fetch the file again"
+# Turns the pickles of a folder into a safetensors file.
+CONVERT = (
+    'python -c "import glob, torch, safetensors.torch as s; '
+    "t = {k: v.clone() for f in sorted(glob.glob('pytorch_model*.bin')) "
+    "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; "
+    "s.save_file(t, 'model.safetensors', metadata={'format': 'pt'})\""
+)
 _LAYER = "model.layers."
 _BLOCK = 1 << 24  # numbers of the embedding and the head that are compared at a time
 
@@ -56,8 +63,16 @@ def examine(folder: Path) -> Checkpoint:
             f"{shown(folder)}: an adapter and a model in one folder; merge the adapter into the model, "
             "or remove one of them."
         )
-    config = ModelConfig.from_json(raw, folder / "config.json")
-    stored, remarks = stored_tensors(folder), []
+    return fitted(folder, raw, stored_tensors(folder))
+
+
+def fitted(folder: Path, raw: dict, stored: dict[str, Stored]) -> Checkpoint:
+    """Checks that a config.json and the tensors of a folder fit together.
+
+    raw, stored: what `read_config` and `stored_tensors` give, or the part of it that is the decoder's.
+    Raises: UserError as `examine`.
+    """
+    config, stored, remarks = ModelConfig.from_json(raw, folder / "config.json"), dict(stored), []
     if is_file(folder / WEIGHTS) and is_file(folder / INDEX):
         remarks.append(f"{shown(folder)}: the weights are those of {WEIGHTS}; {INDEX} is not used.")
     if config.tied and HEAD in stored:
@@ -148,8 +163,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         return _header(file)
     if not is_file(index):
         pickles = sorted(p.name for p in folder.glob("*.bin"))
-        why = f"only {pickles[0]}, a pickle, which is never executed" if pickles else f"no {WEIGHTS}"
-        raise UserError(f"{shown(folder)}: {why}; use a safetensors checkpoint.")
+        if pickles:
+            raise UserError(
+                f"{shown(folder)}: only {shown(pickles[0])}, a pickle, which is never executed; use a "
+                f"safetensors checkpoint, or make one in a copy of the folder elsewhere: {CONVERT}"
+            )
+        raise UserError(f"{shown(folder)}: no {WEIGHTS}; use a safetensors checkpoint.")
     weight_map = read_json(index, cure=FETCH).get("weight_map")
     if (
         not weight_map

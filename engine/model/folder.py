@@ -34,6 +34,7 @@ from engine.model.checkpoint import (
     FETCH,
     INDEX,
     WEIGHTS,
+    Checkpoint,
     Stored,
     examine,
     inside,
@@ -85,12 +86,16 @@ def load(
     """
     if dtype not in DTYPES and dtype not in DTYPES.values():
         raise UserError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}.")
-    folder = resolve(path_or_id)
-    checkpoint = examine(folder)
+    checkpoint = examine(resolve(path_or_id))
     for sentence in checkpoint.remarks:
         say(sentence)
+    return filled(checkpoint, DTYPES.get(dtype, dtype), torch.device(device))
+
+
+def filled(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Returns the decoder with the weights of a checkpoint. Raises: UserError as `load`."""
     config, stored = checkpoint.config, checkpoint.stored
-    model = Decoder(config, checkpoint.raw_config, DTYPES.get(dtype, dtype), torch.device(device))
+    model = Decoder(config, checkpoint.raw_config, dtype, device)
     targets = to_hugging_face(model.state_dict(), config)
     for file in sorted({tensor.file for tensor in stored.values()}):
         _fill({name: (stored[name], targets[name]) for name in sorted(stored) if stored[name].file == file})

@@ -64,9 +64,9 @@ def library_warnings_off() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def refuse_code(folder: Path) -> None:
-    """Raises a UserError where a model folder asks for code that it brings along to be run."""
-    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+def refuse_code(folder: Path, names: tuple[str, ...] = ("config.json", "tokenizer_config.json")) -> None:
+    """Raises a UserError where one of these files of a model folder names code of its own to be run."""
+    for file in (folder / name for name in names):
         if is_file(file) and "auto_map" in read_json(file):
             raise UserError(
                 f"{file}: auto_map names code that comes with the checkpoint, which is never run; "

@@ -1,6 +1,7 @@
 """Import and export of adapters in PEFT's file format."""
 
 import json
+import math
 from pathlib import Path
 
 import safetensors.torch
@@ -131,6 +132,9 @@ def _by_peft_name(adapter: Adapter) -> dict[str, Tensor]:
 def _check_config(config: dict, file: Path) -> tuple[int, float]:
     """Returns rank and alpha of an adapter_config.json.
 
+    With use_rslora the scale is alpha / sqrt(rank) (arXiv 2312.03732): the alpha that is returned, divided by
+    the rank, gives that scale.
+
     Raises: UserError naming the key that is not supported.
     """
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
@@ -142,7 +146,7 @@ def _check_config(config: dict, file: Path) -> tuple[int, float]:
         if key in PATTERNS and isinstance(value, dict):
             # Where every entry is the value of all others, nothing differs.
             value = [entry for entry in value.values() if entry != config.get(PATTERNS[key])]
-        if value and key not in KNOWN:
+        if value and key not in KNOWN and not (key == "use_rslora" and value is True):
             raise UserError(
                 f"{file}: {shown(key)} {shown(str(value)[:60])} is not supported; use a plain LoRA adapter."
             )
@@ -160,7 +164,7 @@ def _check_config(config: dict, file: Path) -> tuple[int, float]:
             f"{file}: lora_alpha is {alpha!r:.60}; it must be a number of at most {LARGEST_ALPHA:g}: "
             "fetch the file again."
         )
-    return rank, alpha
+    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
 def _adapted(tensors: dict[str, Tensor], file: Path) -> dict:

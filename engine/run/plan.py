@@ -5,7 +5,7 @@ then, the run stops there.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,16 @@ PAIR_BYTES = 128  # of two responses' indices, in lists and in a tensor
 ADAPTER_BYTES = 24  # of an adapter's weight: float32 with gradient, two moments, the start and a checkpoint
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScorerSize:
+    """What a model that scores texts costs."""
+
+    weight_bytes: int
+    working_bytes: int  # of a forward pass
+    products: int  # multiplications for a token
+    shares_prompts: bool  # a prompt is passed once for all its responses
+
+
 @dataclass(frozen=True)
 class Plan:
     """The prediction for a run."""
@@ -35,6 +45,7 @@ class Plan:
     available_bytes: int
     seconds: float
     rows: int  # responses to decode side by side
+    spare: str = ""  # what else spares memory
 
     @staticmethod
     def of(
@@ -45,12 +56,13 @@ class Plan:
         train: list[int],
         heldout: list[int],
         *,
+        scorers: Sequence[ScorerSize] = (),
         fewer_rows: bool = False,
     ) -> "Plan":
         """Counts the bytes and the products of a run, and time a matrix product for the rate.
 
-        train, heldout: lengths in tokens of the prompts that will be sampled. fewer_rows: `rows` may be
-        lowered to those that fit, down to the responses of one prompt.
+        train, heldout: lengths in tokens of the prompts that will be sampled. scorers: models beside the
+        policy's. fewer_rows: `rows` may be lowered to those that fit, down to the responses of one prompt.
         """
         lengths = train + heldout
         longest, mean = max(lengths), sum(lengths) / len(lengths)
@@ -59,17 +71,20 @@ class Plan:
             config, shape, dtype, device, train
         )
         results = _samples_bytes(config)
+        beside, scoring = scorer_bytes(config, device, scorers)
         most_rows = max(config.n_prompts, config.eval_prompts) * config.n_responses
 
         def needed(rows: int) -> int:
             sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
-            return _peak(weights + results + max(sampling, training))
+            return _peak(weights + beside + results + max(sampling, training, scoring))
 
         available, rows = available_memory(device), config.rollout_rows
         if fewer_rows:
             rows = rows_that_fit(rows, max(config.n_responses, config.eval_responses), needed, available)
-        products = _products(config, shape, dtype, mean)
-        return Plan(needed(rows), available, 2 * products / (EFFICIENCY * matmul_rate(dtype, device)), rows)
+        products = _products(config, shape, dtype, mean) + _scorer_products(config, scorers, mean)
+        seconds = 2 * products / (EFFICIENCY * matmul_rate(dtype, device))
+        spare = "--offload-scorers or " if device.type == "cuda" and beside else ""
+        return Plan(needed(rows), available, seconds, rows, spare)
 
     def check(self) -> None:
         """Stops a run that does not fit. Raises: UserError when less memory is free than is needed."""
@@ -78,7 +93,7 @@ class Plan:
                 f"this run needs about {self.needed_bytes / 1e9:.1f} GB of memory and "
                 f"{self.available_bytes / 1e9:.1f} GB are free; lower --rollout-rows (here {self.rows}), "
                 "--prompts-per-step, --n-responses, --eval-responses, --max-new-tokens or --lora-rank, "
-                "or use --dtype bfloat16."
+                f"or use {self.spare}--dtype bfloat16."
             )
 
     def sentence(self) -> str:
@@ -175,6 +190,29 @@ def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_pr
     return total + config.policy_updates * config.steps * tokens * passes * trained
 
 
+def scorer_bytes(config: RunConfig, device: torch.device, scorers: Sequence[ScorerSize]) -> tuple[int, int]:
+    """Counts what scorers' weights take all the time, and what they need while they score.
+
+    Weights that are put aside need the memory of the GPU only then, one model at a time.
+    """
+    aside = config.offload_scorers and device.type == "cuda"
+    working = max((scorer.working_bytes for scorer in scorers), default=0)
+    if aside:
+        return 0, max((scorer.weight_bytes + scorer.working_bytes for scorer in scorers), default=0)
+    return sum(scorer.weight_bytes for scorer in scorers), working
+
+
+def _scorer_products(config: RunConfig, scorers: Sequence[ScorerSize], mean_prompt: float) -> float:
+    """Counts the multiplications of the models that score the texts."""
+    samples = [(1, config.n_prompts, config.n_responses), (2, config.eval_prompts, config.eval_responses)]
+    total = 0.0
+    for times, prompts, n in [*samples, *config.fresh_samples]:
+        for scorer in scorers:
+            passed = mean_prompt * (1 if scorer.shares_prompts else n)
+            total += times * prompts * (passed + n * ANSWER_SHARE * config.max_new_tokens) * scorer.products
+    return total
+
+
 def cache_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
     """Counts the bytes of the keys and values of one token in all layers."""
     return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * dtype.itemsize
@@ -212,11 +250,13 @@ def evaluation_rows(
     device: torch.device,
     heldout: list[int],
     n_prompts: int,
+    scorers: Sequence[ScorerSize] = (),
 ) -> int:
     """Returns how many responses `engine.evaluate` decodes side by side:
     config.rollout_rows, or as many as fit.
 
-    heldout: lengths in tokens of all prompts; n_prompts: the most that are scored at once.
+    heldout: lengths in tokens of all prompts; n_prompts: the most that are scored at once. scorers: models
+    beside the policy's.
     Raises: UserError where there is no room for one prompt's responses.
     """
     n, longest, weights = config.eval_responses, max(heldout), shape.parameter_count() * dtype.itemsize
@@ -224,10 +264,11 @@ def evaluation_rows(
         weights += shape.parameter_count() * (dtype.itemsize + max(4, dtype.itemsize))
     kept = kept_states_bytes([longest] * n_prompts, n * config.max_new_tokens, shape.hidden_size, dtype)
     loss_head = budget_or_default(config.memory_budget_bytes, device)
+    beside, scoring = scorer_bytes(config, device, scorers)
 
     def needed(rows: int) -> int:
         sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, n_prompts * n))
-        return _peak(weights + kept + max(sampling, loss_head))
+        return _peak(weights + beside + kept + max(sampling, loss_head, scoring))
 
     available = available_memory(device)
     rows = rows_that_fit(config.rollout_rows, n, needed, available)

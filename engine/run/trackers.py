@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 from engine.errors import UserError
 from engine.files import append_line, one_line, read_json_lines
@@ -90,7 +91,8 @@ class Trackio:
     def __init__(self, folder: Path, settings: dict, run_id: str | None) -> None:
         import trackio
 
-        self.run_id = run_id or folder.name
+        # Its runs are known by their names, and two folders may have one name.
+        self.run_id = run_id or f"{folder.name}-{uuid4().hex[:8]}"
         self._run = trackio.init(
             project=PROJECT, name=self.run_id, config=settings, resume="allow", embed=False
         )

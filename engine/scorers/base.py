@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine.data.chat import as_text
 from engine.errors import UserError
 from engine.files import make_folder, write_whole
 from engine.model.architecture import ModelConfig
@@ -21,9 +23,8 @@ from engine.scorers.names import is_name
 
 # A prompt as a text, or as the messages of its conversation.
 Asked = str | list[dict[str, str]]
-# (prompts, responses) -> one score per response
-TextFunction = Callable[[list[str], list[str]], Sequence[float]]
-MessageFunction = Callable[[list[Asked], list[str]], Sequence[float]]
+# (prompts, responses) -> one score per response. What else it takes, `TextScorer.keywords` names.
+TextFunction = Callable[..., Sequence[float]]
 
 
 def messages_of(prompt: Asked) -> list[dict[str, str]]:
@@ -104,25 +105,50 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """How N responses were sampled."""
+
+    prompt_ids: list[list[int]]  # the prompts as the policy read them
+    response_ids: list[list[int]]  # a stop token included
+    finished: list[bool]  # ended by a stop token, not by the limit
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextScorer:
-    """A scorer that reads texts: a Python function, a classifier, a head on
+    """A scorer that reads texts: a Python function, a classifier, a guard, a head on
     another model than the policy's."""
 
     name: str
-    function: TextFunction | MessageFunction
+    function: TextFunction
     sign: int = 1  # -1 where the user asked for the negative of this score (NAME=-SCORER)
     reads_messages: bool = False  # prompts are given to it as messages, else as texts
+    # What it takes besides prompts and responses: "messages" and "finished" of each, "sampled" of all.
+    keywords: tuple[str, ...] = ()
     max_tokens: int | None = None  # the longest text that it reads, where there is such a limit
     # What it has cut since the last call, in lines.
     warnings: Callable[[], list[str]] = list
+    measures: str = ""  # "reward" or "cost", where the model says what larger values mean
+    notes: tuple[str, ...] = ()  # what the user should know of the model, in lines
 
-    def __call__(self, prompts: Sequence[Asked], responses: list[str]) -> Tensor:
+    def __call__(
+        self, prompts: Sequence[Asked], responses: list[str], sampled: Sampled | None = None
+    ) -> Tensor:
         """Scores N responses: float64 [N], without the sign.
 
+        sampled: how they were sampled. Without it every response has ended by itself.
         Raises: UserError when the function fails or returns anything else than a real number per response.
         """
+        given = {
+            "messages": lambda: [[dict(message) for message in messages_of(prompt)] for prompt in prompts],
+            "finished": lambda: [True] * len(responses) if sampled is None else list(sampled.finished),
+            "sampled": lambda: sampled,
+        }
+        asked = list(prompts)
+        if not self.reads_messages:
+            asked = [as_text(messages_of(prompt)) for prompt in prompts]
+        more = {name: given[name]() for name in self.keywords}
         return torch.tensor(
-            guest.scores(self.name, self.function, list(prompts), responses), dtype=torch.float64
+            guest.scores(self.name, self.function, asked, responses, more), dtype=torch.float64
         )
 
 
@@ -155,14 +181,18 @@ class Scorers:
 class LastForward:
     """Caches a model's last forward pass, so that scorers sharing the model cost one pass per batch."""
 
-    def __init__(self, forward: Callable[[list[Asked], list[str]], Any]) -> None:
+    def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward, self._texts, self._output = forward, None, None
 
-    def __call__(self, prompts: list[Asked], responses: list[str]) -> Any:
-        """Returns forward(prompts, responses), from the cache where the texts are those of the last call."""
-        if self._texts != (prompts, responses):
-            self._output = self._forward(prompts, responses)
-            self._texts = list(prompts), list(responses)
+    def __call__(self, prompts: list[Asked], responses: list[str], sampled: Sampled | None = None) -> Any:
+        """Returns forward(prompts, responses), from the cache where the texts are those of the last call.
+
+        sampled: is given to the function too, where it is not None.
+        """
+        texts = list(prompts), list(responses), *([] if sampled is None else [sampled])
+        if self._texts != texts:
+            self._output = self._forward(*texts)
+            self._texts = texts
         return self._output
 
 
@@ -175,3 +205,16 @@ class LoadContext:
     # The models that scorers have loaded before, by fingerprint or folder; loading another one adds it.
     loaded: dict[str, Any]
     now: datetime | None = None  # the date for chat templates that write one; None: that of the clock
+    dtype: torch.dtype = torch.float32  # of the weights
+    # Between two uses the weights of models that score texts lie in the memory of the processor.
+    offload: bool = False
+
+    @contextmanager
+    def placed(self, network: nn.Module) -> Iterator[None]:
+        """Has the weights of a model on the device within a block, and puts them aside after it."""
+        network.to(self.device)
+        try:
+            yield
+        finally:
+            if self.offload:
+                network.to("cpu")

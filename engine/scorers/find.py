@@ -4,18 +4,22 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine import quickstart
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import sha256_of_file
-from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextFunction, TextScorer
-from engine.scorers.classifiers import classifier, read_files
+from engine.model.folder import resolve
+from engine.run.plan import ScorerSize
+from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextScorer
 from engine.scorers.functions import python_function, source_file
 from engine.scorers.heads import find_head, load_head, shipped_heads
-from engine.scorers.names import LONGEST, is_name
+from engine.scorers.models import model_scorer, model_size, read_files
+from engine.scorers.names import LONGEST, ModelSpec, is_name
 
 
 def load_scorers(
@@ -26,17 +30,16 @@ def load_scorers(
     folder: Path,
     trunk: str,
     device: torch.device,
-    now: datetime | None = None,
+    **context: Any,
 ) -> Scorers:
     """Loads the scorers of a run, see `find_scorer`.
 
-    folder, trunk: the policy's checkpoint and its fingerprint.
-    now: the date for chat templates that write one; by default that of the clock.
+    folder, trunk: the policy's checkpoint and its fingerprint. context: other fields of `LoadContext`.
     Raises: UserError as `find_scorer`, and before any scorer is loaded where two costs have one name.
     """
     unloaded = _find_all(reward, costs, audits, folder)
     loaded: dict[str, object] = {}
-    first, *others = (scorer.load(trunk, device, loaded, now) for scorer in unloaded)
+    first, *others = (scorer.load(trunk, device, loaded=loaded, **context) for scorer in unloaded)
     return Scorers(reward=first, costs=tuple(others[: len(costs)]), audits=tuple(others[len(costs) :]))
 
 
@@ -51,6 +54,22 @@ def content(
     """
     first, *others = _find_all(reward, costs, audits, folder)
     return {"reward": first.content(), **{scorer.name: scorer.content() for scorer in others}}
+
+
+def sizes(
+    config: RunConfig, *, folder: Path, trunk: str, dtype: torch.dtype, device: torch.device
+) -> list[ScorerSize]:
+    """Says what the models of a run's scorers cost beside the policy's, each model once. Nothing is loaded.
+
+    folder, trunk: the policy's checkpoint and its fingerprint. Raises: UserError as `load_scorers`.
+    """
+    found = {}
+    for scorer in _find_all(config.reward, config.cost, config.audit, folder):
+        if scorer.model is not None and (model := scorer.model(trunk)) is not None:
+            # Heads on another trunk than the policy's read it in float32.
+            wide = torch.float32 if scorer.form == "head" else dtype
+            found[model.resolve()] = model_size(model, wide, device)
+    return list(found.values())
 
 
 def _find_all(
@@ -81,26 +100,18 @@ class UnloadedScorer:
     form: str  # head, classifier or function
     # The file or folder that it is read from, and each file there by name.
     files: Callable[[], tuple[Path, dict[str, Path]]]
-    load_as: Callable[[LoadContext], Head | TextScorer | TextFunction]
+    load_as: Callable[[LoadContext], Head | TextScorer]
+    # The folder of the model that it loads beside the policy's, by whose fingerprint it is told apart.
+    model: Callable[[str], Path | None] | None = None
 
-    def load(
-        self,
-        trunk: str,
-        device: torch.device,
-        loaded: dict[str, object] | None = None,
-        now: datetime | None = None,
-    ) -> Scorer:
+    def load(self, trunk: str, device: torch.device, **context: Any) -> Scorer:
         """Loads the weights.
 
-        trunk: fingerprint of the policy's checkpoint. loaded: models of other scorers, which are shared.
-        now: see `load_scorers`.
+        trunk: fingerprint of the policy's checkpoint. context: other fields of `LoadContext`.
         Raises: UserError where it cannot be loaded.
         """
-        context = LoadContext(trunk=trunk, device=device, loaded={} if loaded is None else loaded, now=now)
-        head_or_function = self.load_as(context)
-        if isinstance(head_or_function, Head | TextScorer):
-            return replace(head_or_function, name=self.name, sign=self.sign)
-        return TextScorer(name=self.name, function=head_or_function, sign=self.sign)
+        loading = LoadContext(trunk=trunk, device=device, **{"loaded": {}, **context})
+        return replace(self.load_as(loading), name=self.name, sign=self.sign)
 
     def content(self) -> dict[str, str]:
         """Says what the scorer is by its content; see `content`."""
@@ -122,8 +133,9 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
 
         HEAD               a head: in the policy's folder under heads/, shipped, or its folder (heads.py)
         module:function    a Python function (functions.py)
-        MODEL[#LABEL]      the folder or hub id of a sequence-classification model (classifiers.py)
-        NAME=SCORER        any of these under another name; NAME=-SCORER takes its negative
+        MODEL[#LABEL][@RECIPE]   the folder or hub id of a classifier, a reward or cost model or a guard
+                           (models.py); recipes.py lists the recipes
+        NAME=SCORER        any of these under another name; NAME=-SCORER and -SCORER take its negative
 
     Raises: UserError naming the value and the accepted forms.
     """
@@ -142,11 +154,24 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
     return scorer
 
 
+def _is_named(spec: str) -> bool:
+    """Tells whether a specification is NAME=SCORER."""
+    name, equals, _ = spec.partition("=")
+    return bool(equals and re.fullmatch(r"[\w-]+", name)) and not Path(spec).exists()
+
+
 def _find(spec: str, folder: Path) -> UnloadedScorer:
-    name, equals, renamed = spec.partition("=")
-    if equals and re.fullmatch(r"[\w-]+", name) and not Path(spec).exists():
-        scorer = _find(renamed.removeprefix("-"), folder)
+    name, _, renamed = spec.partition("=")
+    if _is_named(spec):
+        if _is_named(inner := renamed.removeprefix("-")):
+            raise UserError(
+                f"scorer {spec}: it has two names; give it one: {name}={inner.partition('=')[2]}."
+            )
+        scorer = _find(inner, folder)
         return replace(scorer, name=name, sign=-scorer.sign if renamed.startswith("-") else scorer.sign)
+    if spec.startswith("-") and not Path(spec).exists():
+        scorer = _find(spec[1:], folder)
+        return replace(scorer, sign=-scorer.sign)
     if (at := find_head(spec, folder)) is not None:
         head, file = Head.load(at), at / "head.safetensors"
         return UnloadedScorer(
@@ -154,6 +179,16 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
             form="head",
             files=lambda: (file, {file.name: file}),
             load_as=lambda context: load_head(head, context, folder),
+            model=lambda trunk: None if head.trunk == trunk else quickstart.model_folder(),
+        )
+    model = ModelSpec.of(spec)
+    if Path(model.path).is_dir() or (model.path.count("/") == 1 and ":" not in model.path):
+        return UnloadedScorer(
+            name=Path(model.path).name,
+            form="classifier",
+            files=lambda: read_files(model.path),
+            load_as=lambda context: model_scorer(spec, context),
+            model=lambda trunk: resolve(model.path),
         )
     if ":" in spec and not Path(spec).exists():
 
@@ -166,14 +201,6 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
             form="function",
             files=source,
             load_as=lambda context: python_function(spec),
-        )
-    path = spec.partition("#")[0]
-    if Path(path).is_dir() or spec.count("/") == 1:
-        return UnloadedScorer(
-            name=Path(path).name,
-            form="classifier",
-            files=lambda: read_files(path),
-            load_as=lambda context: classifier(spec, context),
         )
     raise UserError(
         f"scorer {spec}: not found; give a shipped head ({', '.join(shipped_heads())}), a head folder, "

@@ -2,20 +2,26 @@
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.scorers import guest
-from engine.scorers.base import TextFunction
+from engine.scorers.base import TextScorer
 
 CURE = "give module:function of something Python can import here"
 
 
-def python_function(spec: str) -> TextFunction:
-    """Imports module:function.
+# What a function may take besides prompts and responses, in lists with an entry for each response: the
+# messages of the prompt, and whether the response ended by itself.
+KEYWORDS = ("messages", "finished")
 
-    Raises: UserError where there is no such thing, where it is no function that can be called and returns at
-    once, and where its module fails.
+
+def python_function(spec: str) -> TextScorer:
+    """Imports module:function, which may be an async function.
+
+    Raises: UserError where there is no such thing, where it is no function that can be called, and where its
+    module fails.
     """
     file = str(source_file(spec))
     name = spec.partition(":")[2]
@@ -24,9 +30,23 @@ def python_function(spec: str) -> TextFunction:
         raise UserError(f"scorer {spec}: {file} has no {name}; {CURE}.")
     if not callable(function):
         raise UserError(f"scorer {spec}: a {type(function).__name__}, not a function; {CURE}.")
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise UserError(f"scorer {spec}: an async function; give one that returns the scores when called.")
-    return function
+    if inspect.isasyncgenfunction(function):
+        raise UserError(f"scorer {spec}: an async generator; give a function that returns the scores.")
+    return TextScorer(name=name, function=function, keywords=_keywords(function))
+
+
+def _keywords(function: Callable) -> tuple[str, ...]:
+    """Returns those of `KEYWORDS` that a function takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # compiled code may have no signature
+        return ()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return (
+        KEYWORDS
+        if any(p.kind is p.VAR_KEYWORD for p in parameters)
+        else tuple(k for k in KEYWORDS if k in named)
+    )
 
 
 def source_file(spec: str) -> Path:

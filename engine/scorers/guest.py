@@ -7,6 +7,7 @@ what would end the process (SystemExit, os._exit). Only Ctrl-C passes through.
 """
 
 import array
+import asyncio
 import inspect
 import itertools
 import math
@@ -14,7 +15,7 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from numbers import Real
@@ -29,19 +30,55 @@ from engine.errors import UserError
 
 T = TypeVar("T")
 ENGINE = str(Path(__file__).parents[1])
+CALLS_AT_ONCE = 16  # of an async scorer
 ACCEPTED = "return a list, tuple, array, tensor or generator of one real number per response"
 
 
-def scores(name: str, function: Callable, prompts: list[str], responses: list[str]) -> list[float]:
+def scores(
+    name: str,
+    function: Callable,
+    prompts: list[str],
+    responses: list[str],
+    more: Mapping[str, Any] | None = None,
+) -> list[float]:
     """Asks a scorer of texts for its scores, one per response; they may be NaN or infinite.
 
+    more: what the function takes by keyword. An async function is asked for each response alone,
+    `CALLS_AT_ONCE` at a time.
     Raises: UserError where it fails, or returns anything else than so many real numbers.
     """
+    more = dict(more or {})
 
     def call() -> list[float]:
-        return _numbers(name, function(list(prompts), list(responses)), len(responses))
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+            return asyncio.run(_each_alone(name, function, prompts, responses, more))
+        return _numbers(name, function(list(prompts), list(responses), **more), len(responses))
 
     return visit(f"scorer {name} raised", call, lambda: _file_of(function))
+
+
+async def _each_alone(
+    name: str, function: Callable, prompts: list[str], responses: list[str], more: dict[str, list]
+) -> list[float]:
+    """Awaits an async scorer once per response, and a bounded number of these calls at once.
+
+    The first that fails ends the others.
+    """
+    free = asyncio.Semaphore(CALLS_AT_ONCE)
+
+    async def one(row: int) -> float:
+        async with free:
+            own = {key: [values[row]] for key, values in more.items()}
+            returned = await function([prompts[row]], [responses[row]], **own)
+        return _numbers(name, returned, 1, row)[0]
+
+    tasks = [asyncio.ensure_future(one(row)) for row in range(len(responses))]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def visit(failed: str, call: Callable[[], T], file: Callable[[], str | None]) -> T:
@@ -157,8 +194,11 @@ STATES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 )
 
 
-def _numbers(name: str, returned: Any, n: int) -> list[float]:
-    """Reads what a scorer returned as n real numbers. A flag counts as 0 or 1."""
+def _numbers(name: str, returned: Any, n: int, first: int = 0) -> list[float]:
+    """Reads what a scorer returned for n responses, from number `first` on, as so many real numbers.
+
+    A flag counts as 0 or 1.
+    """
     kind = type(returned).__name__
     if isinstance(returned, Tensor | np.ndarray):
         if returned.ndim != 1:
@@ -178,7 +218,7 @@ def _numbers(name: str, returned: Any, n: int) -> list[float]:
         raise UserError(
             f"scorer {name} returned {len(values)} scores for {n} responses; return one per response."
         )
-    return [_number(name, row, value) for row, value in enumerate(values)]
+    return [_number(name, row, value) for row, value in enumerate(values, first)]
 
 
 def _number(name: str, row: int, value: Any) -> float:

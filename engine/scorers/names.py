@@ -1,8 +1,29 @@
-"""Names of scorers: in messages, tables and files."""
+"""Names of scorers: in messages, tables and files; and how a model is named as one."""
 
 import re
+from pathlib import Path
+from typing import NamedTuple
 
 LONGEST = 100  # bytes of a name: it becomes part of a file's
+_MODEL = re.compile(r"(?P<path>[^#]+?)(?:#(?P<label>[^@]*))?(?:@(?P<recipe>[\w:.-]+))?", re.DOTALL)
+
+
+class ModelSpec(NamedTuple):
+    """A model as a scorer, MODEL[#LABEL][@RECIPE]."""
+
+    path: str  # a folder or hub id
+    label: str = ""
+    recipe: str = ""
+
+    @staticmethod
+    def of(spec: str) -> "ModelSpec":
+        """Reads a scorer's value; a folder of that whole name comes first."""
+        found = None if Path(spec).is_dir() else _MODEL.fullmatch(spec)
+        return ModelSpec(**found.groupdict(default="")) if found else ModelSpec(spec)
+
+    def __str__(self) -> str:
+        label, recipe = f"#{self.label}" if self.label else "", f"@{self.recipe}" if self.recipe else ""
+        return f"{self.path}{label}{recipe}"
 
 
 def is_name(name: object) -> bool:

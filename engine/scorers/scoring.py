@@ -18,7 +18,7 @@ from engine.model.decoder import Decoder
 from engine.policy.forward import frozen_forward
 from engine.records import Prompts, Rollouts, Scores, utility_of_cost
 from engine.rollout.states import States
-from engine.scorers.base import Asked, Head, Scorer, Scorers, TextScorer
+from engine.scorers.base import Head, Sampled, Scorer, Scorers, TextScorer
 
 # Answers to try scorers of texts on, as unlike each other as those that a scorer may meet.
 TRIAL = (
@@ -34,11 +34,12 @@ def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str
     """Lets every scorer of texts score `TRIAL` as answers to some of the run's prompts.
 
     So a broken scorer stops the run before anything is sampled. Returns a warning for each scorer that gives
-    all trial answers one score.
+    all trial answers one score or measures the opposite of what it is used for, and the scorers' own notes.
     Raises: UserError when a scorer fails, returns the wrong number of scores, or one that is not finite, and
     where it does not read a response of `max_new_tokens`.
     """
-    asked, warnings = prompts.select([i % len(prompts) for i in range(len(TRIAL))]), []
+    asked = prompts.select([i % len(prompts) for i in range(len(TRIAL))])
+    warnings = _opposites(scorers)
     for scorer in scorers.all:
         if isinstance(scorer, TextScorer):
             if scorer.max_tokens is not None and max_new_tokens >= scorer.max_tokens:
@@ -46,8 +47,9 @@ def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str
                     f"scorer {scorer.name} reads {scorer.max_tokens} tokens, prompt and response together; "
                     f"lower --max-new-tokens {max_new_tokens}, or use another scorer."
                 )
-            score_N = scorer(_asked(scorer, asked, 1), list(TRIAL))
+            score_N = scorer(asked.conversations, list(TRIAL))
             scorer.warnings()  # what is cut of the trial is cut of the run's responses too
+            warnings += scorer.notes
             _check_finite(scorer, score_N, asked.text, 1)
             if score_N.min() == score_N.max():
                 # Only a warning: an honest scorer may have no preference among these few.
@@ -56,6 +58,23 @@ def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str
                     f"scorer {scorer.name} gave {value} for each of {len(TRIAL)} trial answers; "
                     "one that does so for all responses ends the run after sampling"
                 )
+    return warnings
+
+
+def _opposites(scorers: Scorers) -> list[str]:
+    """Warns of cost models that are maximised, and of reward models that are kept small."""
+    warnings = []
+    for scorer in scorers.all:
+        if not isinstance(scorer, TextScorer) or scorer.sign == -1:
+            continue
+        flag, wrong = ("--reward", "cost") if scorer is scorers.reward else ("--cost", "reward")
+        if scorer.measures == wrong:
+            name = "NAME" if scorer is scorers.reward else scorer.name
+            larger = "worse" if wrong == "cost" else "better"
+            warnings.append(
+                f"scorer {scorer.name} is a {wrong} model, where larger is {larger}, under {flag}; "
+                f"if that is not meant, give its negative: {name}=-SCORER"
+            )
     return warnings
 
 
@@ -103,12 +122,14 @@ def score(
     if states is not None:
         pooled = states.pooled
     asked, texts = [text for text in prompts.text for _ in range(rollouts.n)], list(texts)
+    conversations = [talk for talk in prompts.conversations for _ in range(rollouts.n)]
+    sampled = _sampled(prompts, rollouts)
     columns = []
     for scorer in scorers.all:
         if isinstance(scorer, Head):
             score_N = scorer(pooled[scorer.layer])
         else:
-            score_N = scorer(_asked(scorer, prompts, rollouts.n), texts)
+            score_N = scorer(conversations, texts, sampled)
         _check_finite(scorer, score_N, asked, rollouts.n)
         columns.append(scorer.sign * score_N.view(len(prompts), rollouts.n))
     J = len(scorers.costs)
@@ -122,10 +143,14 @@ def score(
     )
 
 
-def _asked(scorer: TextScorer, prompts: Prompts, n: int) -> list[Asked]:
-    """Returns each prompt n times, as a scorer reads it."""
-    read = prompts.conversations if scorer.reads_messages else prompts.text
-    return [asked for asked in read for _ in range(n)]
+def _sampled(prompts: Prompts, rollouts: Rollouts) -> Sampled:
+    """Returns how the responses were sampled."""
+    tokens, lengths = rollouts.tokens.tolist(), rollouts.length.tolist()
+    return Sampled(
+        prompt_ids=[ids for ids in prompts.token_ids for _ in range(rollouts.n)],
+        response_ids=[row[:length] for row, length in zip(tokens, lengths, strict=True)],
+        finished=rollouts.finished.tolist(),
+    )
 
 
 def _check_finite(scorer: Scorer, score_N: Tensor, asked: Sequence[str], n: int) -> None:

@@ -1,9 +1,11 @@
 """A config's model and prompts, read and checked before any weights are loaded."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +13,7 @@ from engine import model, quickstart
 from engine.config import RunConfig
 from engine.config.template import template_kwargs
 from engine.data import dealing
-from engine.data.chat import check_known, end_of_turn
+from engine.data.chat import NO_KWARGS, check_known, end_of_turn
 from engine.data.prompts import TextLimits, assert_disjoint, overlap, shipped_prompts
 from engine.data.prompts import read_prompts as prompts_of
 from engine.data.reading import Rules
@@ -74,7 +76,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         if config.template:
             template, notes = use_template(tokenizer, config.template, kwargs)
         check_kwargs(tokenizer, kwargs)
-    stop_token_ids = stop_tokens(texts, tokenizer)
+    stop_token_ids = stop_tokens(texts, tokenizer, kwargs)
     unknown = [number for number in stop_token_ids if not 0 <= number < shape.vocab_size]
     if unknown:
         raise UserError(
@@ -148,13 +150,14 @@ def model_folder(name: str) -> Path:
     return resolve(name) if name else quickstart.model_folder()
 
 
-def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
+def stop_tokens(folder: Path, tokenizer, kwargs: Mapping[str, Any] = NO_KWARGS) -> tuple[int, ...]:
     """Returns the end-of-sequence ids of tokenizer, generation_config.json and config.json together, as they
-    disagree in many checkpoints, and the token with which the chat template ends an answer.
+    disagree in many checkpoints, and the token with which the chat template ends an answer. kwargs: variables
+    for that template.
 
     Raises: UserError naming a file whose ids are not whole numbers.
     """
-    found = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    found = {tokenizer.eos_token_id, end_of_turn(tokenizer, kwargs)}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             ids = read_json(folder / name).get("eos_token_id")

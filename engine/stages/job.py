@@ -25,7 +25,7 @@ from engine.run.display import Display
 from engine.run.plan import Plan
 from engine.run.run import Run
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, load_scorers
+from engine.scorers.find import content, load_scorers, sizes
 from engine.scorers.scoring import try_out
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, rules_of
 from engine.stages.run_inputs import (
@@ -117,35 +117,120 @@ def open_job(
     Raises: UserError before any compute is spent.
     """
     check(config)
+    prepare_process(config.threads)
+    start = _start(algorithm, config, resume)
+    prepared = _prepare(config, start)
+    display = Display(n_stages=n_stages or stages_of(prepared.config))
+    _announce(display, algorithm, prepared, resumes=start.resumes)
+    # Weights that cannot be used are refused before there is a run folder.
+    subject = None if start.resumes else prepared.subject()
+    display.line(f"run folder {start.out}")
+    if start.resumes:
+        run = _resume(start, prepared, display)
+    else:
+        run = _create(algorithm, start.out, prepared, display)
+    with run:
+        yield prepared.job(subject or prepared.subject(), run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a run begins: anew, or with what an interrupted one has left."""
+
+    out: Path
+    resumes: bool
+    owned: OwnedInputs | None  # the run's own inputs where it goes on, else those of the run of --samples-of
+    damage: DamagedInputs | None  # of the run's own inputs, which then are read anew and restored
+
+    @property
+    def goes_on(self) -> bool:
+        """Tells whether the run has its own inputs, so that none are read from outside."""
+        return self.resumes and self.damage is None
+
+
+def _start(algorithm: str, config: RunConfig, resume: str | None) -> Start:
+    """Finds the run's folder, and the inputs that it has or shares.
+
+    Raises: UserError where a new run's folder exists, or there are no such inputs.
+    """
     out = Path(resume or config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{algorithm}-seed{config.seed}")
     if resume is None and out.exists():
         raise UserError(f"run folder {out} exists; choose another --out, or go on with --resume {out}.")
-    prepare_process(config.threads)
-    owned, damage = _owner(resume or config.samples_of, restores=resume is not None)
-    if damage is not None and config.samples_of:
+    owned = damage = None
+    if resume is not None:
+        try:
+            owned = owned_inputs(Path(resume))
+        except DamagedInputs as error:
+            damage = error
+    if owned is None and config.samples_of:
         owned = owned_inputs(Path(config.samples_of))
-    inputs = read_inputs(config, owned)
-    train, heldout, fingerprint = inputs.train, inputs.heldout, inputs.fingerprint
-    config, lowered = fit(config, len(train), len(heldout))
+    return Start(out=out, resumes=resume is not None, owned=owned, damage=damage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that a run needs, read and checked; the weights of its model are not loaded yet."""
+
+    config: RunConfig  # with as many prompts as there are, and as many rows as the memory holds
+    inputs: Inputs
+    train: Prompts  # those that the reference answers
+    heldout: Prompts  # those of the verdict
+    pairs: ResponsePairs | None
+    preferences: ResponsePairs | None
+    scorers: Scorers
+    scorer_contents: dict[str, dict[str, str]]  # as `engine.scorers.find.content` gives them
+    plan: Plan
+    asked_rows: int  # of --rollout-rows
+    lowered: str  # says which numbers of prompts are lower than asked for; "" where none is
+    warnings: list[str]  # of the scorers
+    notes: list[str]  # say what has changed since the run began
+
+    def record(self) -> RunInputs:
+        """Returns what a run keeps of its inputs."""
+        return RunInputs(
+            train=self.inputs.train,
+            heldout=self.inputs.heldout,
+            pairs=self.pairs,
+            preferences=self.preferences,
+            reading=self.inputs.reading,
+            began=self.inputs.began,
+            sources=source_digests(self.config) | self.inputs.sources,
+            model=self.inputs.files,
+            scorers=self.scorer_contents,
+            template=self.inputs.template,
+        )
+
+    def subject(self) -> Subject:
+        """Loads the weights."""
+        return Subject.load(SamplingSettings.of(self.config), self.inputs, self.scorers)
+
+    def job(self, subject: Subject, run: Run) -> Job:
+        """Returns what every stage needs."""
+        samples_of = self.config.samples_of
+        return Job(
+            # What is written goes on with the run's own texts: --template is among them.
+            **vars(subject) | {"texts": run.paths.model},
+            config=self.config,
+            run=run,
+            train=self.train,
+            heldout=self.heldout,
+            pairs=self.pairs,
+            preferences=self.preferences,
+            samples=read_committed(Path(samples_of)) if samples_of else None,
+        )
+
+
+def _prepare(config: RunConfig, start: Start) -> Prepared:
+    """Reads and checks model, prompts, scorers and pairs. Raises: UserError."""
+    inputs, owned = read_inputs(config, start.owned), start.owned
+    config, lowered = fit(config, len(inputs.train), len(inputs.heldout))
     # Check again: `fit` may have lowered the numbers of prompts below what a verdict needs.
     check(config)
     if config.samples_of and owned is not None:
         check_samples_of(config)
-    used = (
-        training_prompts(train, config.n_prompts, config.seed),
-        heldout_prompts(heldout, config.eval_prompts, config.seed),
-    )
-    # Lower rollout_rows only where the user left the default; a resumed run has no flags,
-    # so there it may always be lowered.
-    plan = Plan.of(
-        config,
-        inputs.shape,
-        inputs.dtype,
-        inputs.device,
-        *([len(ids) for ids in prompts.token_ids] for prompts in used),
-        fewer_rows=resume is not None or config.rollout_rows == RunConfig.rollout_rows,
-    )
-    plan.check()
+    train = training_prompts(inputs.train, config.n_prompts, config.seed)
+    heldout = heldout_prompts(inputs.heldout, config.eval_prompts, config.seed)
+    plan = _plan(config, inputs, train, heldout, resumes=start.resumes)
     asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
     scorer_contents = content(config.reward, config.cost, config.audit, folder=inputs.folder)
     notes = list(inputs.notes)
@@ -156,103 +241,126 @@ def open_job(
         config.cost,
         config.audit,
         folder=inputs.folder,
-        trunk=fingerprint,
+        trunk=inputs.fingerprint,
         device=inputs.device,
+        dtype=inputs.dtype,
         now=inputs.limits.now,
+        offload=config.offload_scorers,
     )
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
-    constraints.check_prompts(limits, _judged_on(config, *used))
-    goes_on = resume is not None and damage is None
-    if goes_on:
-        own_pairs, preferences = owned.record.pairs, owned.record.preferences
+    constraints.check_prompts(limits, _judged_on(config, train, heldout))
+    if start.goes_on:
+        pairs, preferences = owned.record.pairs, owned.record.preferences
     else:
-        own_pairs, preferences = _read_pairs(config, names, inputs)
-        own_pairs = _without_heldout(config, own_pairs, heldout, "--pairs")
-        preferences = _without_heldout(config, preferences, heldout, "--preferences")
-    if own_pairs is not None:
-        constraints.check_prompts(limits, {f"rows of {config.pairs_file}": own_pairs.prompts})
-    warnings = try_out(scorers, used[0], config.max_new_tokens)
-    display = Display(n_stages=n_stages or stages_of(config))
+        pairs, preferences = _read_pairs(config, names, inputs)
+        pairs = _without_heldout(config, pairs, inputs.heldout, "--pairs")
+        preferences = _without_heldout(config, preferences, inputs.heldout, "--preferences")
+    if pairs is not None:
+        constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
+    return Prepared(
+        config=config,
+        inputs=inputs,
+        train=train,
+        heldout=heldout,
+        pairs=pairs,
+        preferences=preferences,
+        scorers=scorers,
+        scorer_contents=scorer_contents,
+        plan=plan,
+        asked_rows=asked_rows,
+        lowered=lowered,
+        warnings=try_out(scorers, train, config.max_new_tokens),
+        notes=notes,
+    )
+
+
+def _plan(config: RunConfig, inputs: Inputs, train: Prompts, heldout: Prompts, *, resumes: bool) -> Plan:
+    """Plans time and memory. Raises: UserError where the memory does not suffice."""
+    plan = Plan.of(
+        config,
+        inputs.shape,
+        inputs.dtype,
+        inputs.device,
+        *([len(ids) for ids in prompts.token_ids] for prompts in (train, heldout)),
+        scorers=sizes(
+            config,
+            folder=inputs.folder,
+            trunk=inputs.fingerprint,
+            dtype=inputs.dtype,
+            device=inputs.device,
+        ),
+        # Fewer only where the user left the default; a resumed run has no flags, so there it is always fine.
+        fewer_rows=resumes or config.rollout_rows == RunConfig.rollout_rows,
+    )
+    plan.check()
+    return plan
+
+
+def _announce(display: Display, algorithm: str, prepared: Prepared, *, resumes: bool) -> None:
+    """Says what the run is, what it takes, and what of its settings and files cannot be used as it is."""
+    config, inputs, plan = prepared.config, prepared.inputs, prepared.plan
     display.line(
         f"{shown_name(algorithm)} on {config.model or DEFAULT_MODEL} "
         f"({inputs.shape.parameter_count() / 1e6:.0f}M weights, {inputs.dtype}, {inputs.device})"
     )
-    if lowered:
-        display.line(f"{len(train)} training and {len(heldout)} held-out prompts are there, so {lowered}")
-    for warning in warnings:
+    if prepared.lowered:
+        there = f"{len(inputs.train)} training and {len(inputs.heldout)} held-out prompts are there"
+        display.line(f"{there}, so {prepared.lowered}")
+    for warning in prepared.warnings:
         display.warn(warning)
     if config.truncated:
         display.warn(
             f"with {config.cut_by} the distributions that are sampled are cut, so no KL is measured: in its "
             "place stands the mean log-ratio of the whole policies on these samples"
         )
-    own_files = [own for own in (own_pairs, preferences) if own is not None]
-    if resume is None:
-        for lines in (inputs.reading, *(own.reading for own in own_files)):
-            for line in lines:
-                display.line(line)
-    for own in own_files:
+    files = [own for own in (prepared.pairs, prepared.preferences) if own is not None]
+    for lines in [] if resumes else (inputs.reading, *(own.reading for own in files)):
+        for line in lines:
+            display.line(line)
+    for own in files:
         for note in own.notes():
             display.warn(note)
     display.line(plan.sentence())
-    if plan.rows < asked_rows:
+    if plan.rows < prepared.asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")
-    # Weights that cannot be used are refused before there is a run folder.
-    subject = None if resume else Subject.load(SamplingSettings.of(config), inputs, scorers)
-    display.line(f"run folder {out}")
-    if not goes_on:
-        record = RunInputs(
-            train=train,
-            heldout=heldout,
-            pairs=own_pairs,
-            preferences=preferences,
-            reading=inputs.reading,
-            began=inputs.began,
-            sources=source_digests(config) | inputs.sources,
-            model=inputs.files,
-            scorers=scorer_contents,
-            template=inputs.template,
+
+
+def _create(algorithm: str, out: Path, prepared: Prepared, display: Display) -> Run:
+    """Makes the run folder. Raises: UserError."""
+    config, inputs = prepared.config, prepared.inputs
+    run = Run.create(
+        out,
+        algorithm,
+        {f.name: getattr(config, f.name) for f in fields(config) if f.name != "accept_changes"},
+        versions=_versions(),
+        fingerprint=inputs.fingerprint,
+        inputs=prepared.record(),
+        model_files=copies(inputs.texts, inputs.files, inputs.template),
+        display=display,
+    )
+    for note in prepared.notes:
+        display.warn(note)
+    return run
+
+
+def _resume(start: Start, prepared: Prepared, display: Display) -> Run:
+    """Opens the run folder, and restores its inputs where they are damaged. Raises: UserError."""
+    owned, inputs, notes = start.owned, prepared.inputs, list(prepared.notes)
+    if start.damage is not None:
+        owned = restore_inputs(start.out, read_contents(start.out), prepared.record(), start.damage)
+        notes.append(f"{start.damage.what}: restored from what the run was made from")
+        notes += owned.check_model(inputs.folder, inputs.files)
+    run = Run.resume(start.out, fingerprint=inputs.fingerprint, display=display)
+    owned.accept(prepared.scorer_contents)
+    if run.versions != (here := _versions()):
+        changed = sorted(k for k in here if here[k] != run.versions.get(k))
+        display.warn(
+            f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits"
         )
-    if resume is None:
-        run = Run.create(
-            out,
-            algorithm,
-            {f.name: getattr(config, f.name) for f in fields(config) if f.name != "accept_changes"},
-            versions=_versions(),
-            fingerprint=fingerprint,
-            inputs=record,
-            model_files=copies(inputs.texts, inputs.files, inputs.template),
-            display=display,
-        )
-    else:
-        if damage is not None:
-            owned = restore_inputs(out, read_contents(out), record, damage)
-            notes.append(f"{damage.what}: restored from what the run was made from")
-            notes += owned.check_model(inputs.folder, inputs.files)
-        run = Run.resume(out, fingerprint=fingerprint, display=display)
-        owned.accept(scorer_contents)
-        if run.versions != (here := _versions()):
-            changed = sorted(k for k in here if here[k] != run.versions.get(k))
-            display.warn(
-                f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits"
-            )
     for note in notes:
         display.warn(note)
-    with run:
-        if subject is None:
-            subject = Subject.load(SamplingSettings.of(config), inputs, scorers)
-        yield Job(
-            # What is written goes on with the run's own texts: --template is among them.
-            **vars(subject) | {"texts": run.paths.model},
-            config=config,
-            run=run,
-            train=used[0],
-            heldout=used[1],
-            pairs=own_pairs,
-            preferences=preferences,
-            samples=read_committed(Path(config.samples_of)) if config.samples_of else None,
-        )
+    return run
 
 
 def stages_of(config: RunConfig) -> int:
@@ -270,21 +378,6 @@ def training_prompts(train: Prompts, n: int, seed: int) -> Prompts:
 def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
     """Chooses the n prompts of a verdict, a seeded subset."""
     return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS))
-
-
-def _owner(run: str | None, *, restores: bool) -> tuple[OwnedInputs | None, DamagedInputs | None]:
-    """Reads the inputs of the run that has drawn the samples; where they may be restored, what is damaged.
-
-    Raises: UserError where there is no such run, or its inputs are damaged and may not be restored.
-    """
-    if not run:
-        return None, None
-    try:
-        return owned_inputs(Path(run)), None
-    except DamagedInputs as damage:
-        if not restores:
-            raise
-        return None, damage
 
 
 def _read_pairs(

@@ -35,7 +35,7 @@ def _sweep(argv: list[str], standing: Standing) -> None:
     flags, resume = take(flags, "--resume")
     flags, preset = take(flags, "--preset")
     if preset not in (None, "smoke"):
-        raise UserError(f"--preset {preset}: the only preset is smoke.")
+        raise UserError(f"--preset {preset}: the only preset is smoke; use that one, or leave the flag out.")
     if resume is not None:
         if flags or common or preset:
             raise UserError(

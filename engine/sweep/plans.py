@@ -74,7 +74,8 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     for name in _flag_names(sweep.flags):
         if name not in known:
             raise UserError(
-                f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it."
+                f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it; "
+                "correct it or leave it out."
             )
     return list(plans.values())
 
@@ -91,7 +92,9 @@ def config_class(label: str) -> type[RunConfig]:
     names = [name for name, row in ALGORITHMS.items() if row.trains_policy]
     name = label.partition(":")[0]
     if name not in names:
-        raise UserError(f"--algorithms {name}: not one of {', '.join(names)}.{suggest(name, names)}")
+        raise UserError(
+            f"--algorithms {name}: not one of {', '.join(names)}; choose one of them.{suggest(name, names)}"
+        )
     return ALGORITHMS[name].config_class
 
 

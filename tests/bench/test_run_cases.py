@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.run import iteration, results, rollout, shapes, train_step
+from bench.run import iteration, results, rollout, scoring, shapes, train_step
 from bench.run.candidates import add_rivals
 from bench.run.results import notes_of, table_of
 from engine.model.folder import load
@@ -45,6 +45,20 @@ def _one_row(line: dict) -> tuple[dict, str, list[str], list[str]]:
     title, header, ((*shown,),) = table_of(json.loads(json.dumps(line)))
     (row,) = line["candidates"]
     return row, title, header, shown
+
+
+def test_line_of_scoring(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    case = scoring.Scoring(shape="tiny", prompts=2, responses=3, prompt=5, response=2, repeats=1)
+    line = json.loads(json.dumps(scoring.run(case)))
+    assert line["difference"] < 1e-5 and line["packed_tokens"] < line["tokens"]
+    title, header, rows = table_of(line)
+    assert "6 responses of 2 words to prompts of 5" in title and [row[0] for row in rows] == [
+        "dualign",
+        "transformers",
+    ]
+    ours, theirs = (row["median_s"] for row in line["candidates"])
+    assert rows[1][header.index("time / ours")] == f"{theirs / ours:.2f}"
 
 
 def test_line_of_a_rollout(monkeypatch):

@@ -1,6 +1,7 @@
 """`python -m engine.dual SCORES`: what it reads, refuses, prints, draws and writes."""
 
 import json
+import os
 import re
 import runpy
 import sys
@@ -252,9 +253,15 @@ def test_what_cannot_be_written_is_refused_before_the_work(here, capsys, monkeyp
     (here / "d.jsonl").mkdir()
     (here / "out" / "dual.json").mkdir(parents=True)
     (here / "file").write_text("")
+    own = '{"prompt": "mine", "chosen": "a", "rejected": "b"}\n'
+    (here / "own.jsonl").write_text(own)
     monkeypatch.setattr("engine.dual.__main__.analyse", lambda *a: pytest.fail("the work was begun"))
     for flags, message in (
         (["--export-pairs", "d.jsonl"], "--export-pairs d.jsonl: that is a folder"),
+        (
+            ["--export-pairs", "own.jsonl"],
+            "--export-pairs own.jsonl: that file holds no pairs of this command",
+        ),
         (["--out", "out"], "out/dual.json is a folder"),
         (["--out", "file/below"], "no folder can be made in"),
         (["--seed", "9" * 20], "--seed 99999999999999999999: must lie in [0,"),
@@ -263,6 +270,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(here, capsys, monkeyp
         assert main([file, "--cost", "harm", "--threshold", "0.3", *flags]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+    assert (here / "own.jsonl").read_text() == own
 
 
 def test_ctrl_c_is_one_line_and_130(here, capsys, monkeypatch):
@@ -413,6 +421,10 @@ LINES = {
     "0.3 --export-pairs ./scores.jsonl": r"--export-pairs scores\.jsonl: that is the scores file",
     "scores.jsonl --cost harm --threshold "
     "0.3 --export-pairs no/pairs.jsonl": r"--export-pairs no/pairs\.jsonl: the folder no does not",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs pipe.jsonl": r"--export-pairs pipe\.jsonl: that is no file but a pipe",
+    "scores.jsonl --cost harm --threshold "
+    "0.3 --export-pairs circle.jsonl": r"--export-pairs circle\.jsonl: that is no file but",
     "scores.jsonl --cost harm --threshold 0.3 --out scores.jsonl": r"--out scores\.jsonl: that is a file",
 }
 
@@ -421,6 +433,8 @@ LINES = {
 def test_bad_command_lines_take_one_line(here, capsys, line):
     write(here / "scores.jsonl", scores_rows())
     (here / "scores.csv").write_text("prompt,reward,harm\n")
+    os.mkfifo(here / "pipe.jsonl")
+    (here / "circle.jsonl").symlink_to("circle.jsonl")
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

@@ -173,7 +173,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--algorithms", "cad"], "--algorithms cad: not one of .* Did you mean caid"),
+        (["--algorithms", "cad"], "--algorithms cad: not one of .*; choose one of them. Did you mean caid"),
         (["--thresholds", "x"], "--thresholds x: must be a number"),
         *[
             ([flag], f"{flag}: no value; give at least one")
@@ -196,7 +196,7 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
             ["--algorithms", "caid:pairs=a/b", "caid:pairs=a-b"],
             "both would have the folder caid-pairs=a-b-b0.2",
         ),
-        (["--", "--nonsense", "3"], "flag --nonsense behind --"),
+        (["--", "--nonsense", "3"], "flag --nonsense behind --: .*; correct it or leave it out"),
         (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
         (["--", "--beta", "0"], "--beta 0"),
         (["--preset", "large"], "--preset large"),

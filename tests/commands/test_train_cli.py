@@ -21,13 +21,13 @@ from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
-    template chat-template-kwargs top-k out seed device dtype threads force trackers units model
-    reward cost audit prompts heldout prompt-column response-columns strict
-    system n-prompts n-responses max-new-tokens
-    temperature top-p rollout-rows samples-of threshold cost-mean cost-rate unsafe-above cost-on
-    accept-changes beta margin lam-max steps prompts-per-step tokens-per-forward activation-checkpointing
-    responses-per-prompt labels learning-rate warmup-steps schedule weight-decay clip-norm tune lora-rank
-    lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts eval-responses
+    out seed device dtype threads force trackers model reward cost audit offload-scorers prompts heldout
+    prompt-column response-columns strict system template chat-template-kwargs accept-changes samples-of
+    n-prompts n-responses max-new-tokens temperature top-p top-k rollout-rows threshold units cost-mean
+    cost-rate unsafe-above cost-on beta margin lam-max steps prompts-per-step tokens-per-forward
+    activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
+    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts
+    eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
@@ -174,7 +174,7 @@ BAD = {
     "--force yes": r"--force yes: takes no value; write --force alone\.",
     "--seed 1 --preset smoke mocan": r"--seed 1 mocan: takes one value",
     "--preset smoke mocan": r"unexpected word 'mocan'; the algorithm comes first",
-    "--preset smok": r"--preset smok: the only preset is smoke",
+    "--preset smok": r"--preset smok: the only preset is smoke.*; use that one",
     "--preset": r"--preset: a value is missing",
     "--preset --steps 3": r"--preset: a value is missing",
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",

@@ -1,5 +1,6 @@
 """Chat templates: where a turn ends, what they refuse, and templates that fail or do not end."""
 
+import contextlib
 import time
 
 import pytest
@@ -113,6 +114,8 @@ def test_a_system_line_that_a_template_does_not_take_begins_the_first_user_turn(
         "{{ messages[0].content.encode('ascii', 'no such handler') }}{{ 'x'.join([1]) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ raise_exception('') }}",
+        "{{ '\\ud800' }}",  # no UTF-8
+        "{{ 'a' * 10 ** 7 }}",  # a text that a tokenizer would read for minutes
         {"tool_use": CHATML, "rag": CHATML},
         5,
         ["a", "list"],
@@ -136,3 +139,20 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     assert time.monotonic() - start < 20
     # The alarm is off again.
     time.sleep(0.4)
+
+
+def test_a_template_whose_compiler_swallows_the_first_alarm_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat, "RENDERING_LIMIT_S", 0.1)
+
+    class Swallows:
+        chat_template = "any"
+
+        def apply_chat_template(self, *_, **__):
+            with contextlib.suppress(TimeoutError):
+                time.sleep(20)
+            time.sleep(20)
+
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        chat.render(ASKED, Swallows())
+    assert time.monotonic() - start < 20

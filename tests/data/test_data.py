@@ -284,7 +284,7 @@ def test_dataset_names_go_to_datasets(monkeypatch, tokenizer):
     assert load("someone/prompts", tokenizer).text == ["a", "b"]
     with pytest.raises(
         UserError,
-        match=r"someone/else: neither .*nor a dataset that loads \(Dataset 'someone/else' not found\); ",
+        match=r"someone/else: neither .*nor a dataset that loads \(Dataset 'someone/else' not found\); check",
     ):
         load("someone/else", tokenizer)
     Datasets.broken = True

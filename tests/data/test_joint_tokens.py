@@ -16,6 +16,7 @@ from engine.model.tokenizer import load_tokenizer
 from engine.scorers.base import Head, LoadContext
 from engine.scorers.head_data import encode, read_head_rows, unique_texts
 from engine.scorers.heads import load_head
+from engine.stages.inputs import stop_tokens
 from tests.helpers.byte_tokenizer import CHATML, made
 from tests.helpers.llama1 import write_llama1
 from tests.helpers.runs import write
@@ -143,3 +144,15 @@ def test_variables_reach_the_template_from_every_reader(tmp_path):
         (group,) = encode(unique_texts(read_head_rows([file], "auto")[0]), tokenizer, asked)
         assert read == pairs == group.prompt
         assert tokenizer.decode(read).endswith("[none]") == (not kwargs.get("think"))
+
+
+def test_the_end_of_a_turn_is_that_of_the_template_with_its_variables(tmp_path):
+    tokenizer = made(CHATML.replace("<|end|>", "{{ '<|end|>' if ends else '</s>' }}"))
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|end|>")]
+    file = write(tmp_path / "p.jsonl", [{"prompt": "Say it", "chosen": "yes", "rejected": "no"}])
+    for kwargs, end in (({"ends": False}, ends[0]), ({"ends": True}, ends[1])):
+        asked = limits(tokenizer, template_kwargs=kwargs)
+        rollouts = read_response_pairs(file, [], tokenizer, asked).rollouts
+        (group,) = encode(unique_texts(read_head_rows([file], "auto")[0]), tokenizer, asked)
+        assert rollouts.tokens[0, 3] == group.responses[0][3] == end
+        assert set(stop_tokens(tmp_path, tokenizer, kwargs)) == {ends[0], end}

@@ -10,7 +10,8 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_matrix, eye, hstack, kron
 
 from engine import dual
-from engine.dual.feasibility import unsupported_direction
+from engine.dual import solver
+from engine.dual.feasibility import EXACT, unsupported_direction
 from engine.errors import UserError
 
 
@@ -23,6 +24,7 @@ def lp_multiple(g_PGJ: np.ndarray, b_J: np.ndarray) -> float:
         b_ub=np.zeros(J),
         A_eq=hstack([kron(eye(P), np.ones((1, G))), csr_matrix((P, 1))]).tocsr(),
         b_eq=np.ones(P),
+        options=EXACT,
     )
     return np.inf if found.status == 3 else found.x[-1]
 
@@ -97,3 +99,21 @@ def test_both_outcomes_of_the_decision():
     v, b = decided(0.3, -0.2), torch.tensor([0.3, -0.2], dtype=torch.float64)
     assert (g @ v).amax(1).mean() < v @ b
     assert decided(1.0, -5.0) is not None  # at the limit of the first: its multiplier is beyond all numbers
+
+
+def test_the_largest_multiple_of_nearly_opposite_constraints_takes_a_handful_of_rounds(monkeypatch):
+    rng = np.random.default_rng(2)
+    utility = rng.normal(size=(8, 2, 4))
+    utility[..., 1] = -utility[..., 0] + 1e-6 * utility[..., 1]
+    rounds = []
+    for name in ("_descend", "unsupported_direction"):
+        exact = getattr(solver, name)
+        monkeypatch.setattr(
+            solver, name, lambda *given, exact=exact, **more: rounds.append(0) or exact(*given, **more)
+        )
+    direction = np.array([0.6, 0.9, 0.3, 0.5])
+    found = dual.largest_multiple(utility, direction)
+    assert found == pytest.approx(
+        lp_multiple(utility - utility.mean(1, keepdims=True), direction), rel=1.1e-3
+    )
+    assert len(rounds) <= 16, "by Newton's steps alone it takes 41"

@@ -259,15 +259,28 @@ def test_adapter_gradients_equal_peft(tmp_path, name):
             assert (value.grad - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, (kind, key)
 
 
-@pytest.mark.parametrize("linears", [["q_proj", "v_proj"], ["k_proj", "down_proj"], ["o_proj", "up_proj"]])
-def test_adapters_of_peft_on_some_linears_and_layers(tmp_path, linears):
+@pytest.mark.parametrize(
+    ("linears", "by_root"),
+    [
+        (["q_proj", "v_proj"], False),
+        (["k_proj", "down_proj"], False),
+        (["o_proj", "up_proj"], False),
+        (["q_proj", "up_proj"], True),
+    ],
+)
+def test_adapters_of_peft_on_some_linears_and_layers(tmp_path, linears, by_root):
     peft = pytest.importorskip("peft")
     network = write_model(tmp_path / "base", "qwen 2")
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(
         network,
         peft.LoraConfig(
-            r=3, lora_alpha=7, target_modules=linears, layers_to_transform=[1], init_lora_weights=False
+            r=3,
+            lora_alpha=7,
+            target_modules=linears,
+            layers_to_transform=[1],
+            init_lora_weights=False,
+            use_rslora=by_root,
         ),
     ).eval()
     wrapped.save_pretrained(tmp_path / "adapter")
@@ -283,13 +296,16 @@ def test_adapters_of_peft_on_some_linears_and_layers(tmp_path, linears):
     save_peft(adapter, tmp_path / "again", str(tmp_path / "base"))
     back = load_peft(tmp_path / "again", ours).tensors()
     assert all(torch.equal(value, back[name]) for name, value in adapter.tensors().items()) and len(back) == 4
+    again = peft.PeftModel.from_pretrained(write_model(tmp_path / "base", "qwen 2"), tmp_path / "again")
+    with torch.no_grad():
+        assert (again(tokens[None]).logits - wrapped(tokens[None]).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
+        ({"use_rslora": "yes"}, "use_rslora yes"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "peft_type"),

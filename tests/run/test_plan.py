@@ -15,7 +15,15 @@ from engine.model.architecture import ModelConfig, Rope
 from engine.run import plan as memory
 from engine.run.contents import read_contents
 from engine.run.machine import available_memory
-from engine.run.plan import KEPT_STATES_BYTES, Plan, evaluation_rows, kept_states_bytes, rows_that_fit
+from engine.run.plan import (
+    KEPT_STATES_BYTES,
+    Plan,
+    ScorerSize,
+    evaluation_rows,
+    kept_states_bytes,
+    rows_that_fit,
+    scorer_bytes,
+)
 
 SHAPE = ModelConfig(
     vocab_size=1000,
@@ -301,3 +309,42 @@ def test_sentence():
         Plan(2 * 10**9, 10**10, 150.0, 384).sentence()
         == "predicted: about 2 min, 2.0 GB of memory (10.0 GB free)"
     )
+
+
+GB = 10**9
+TWO_SCORERS = (
+    ScorerSize(weight_bytes=14 * GB, working_bytes=3 * GB, products=7 * GB, shares_prompts=True),
+    ScorerSize(weight_bytes=12 * GB, working_bytes=4 * GB, products=6 * GB, shares_prompts=False),
+)
+
+
+def test_scorers_weights_and_passes_are_counted():
+    def planned(scorers):
+        config, cpu = replace(CaidConfig(), max_new_tokens=100), torch.device("cpu")
+        return Plan.of(config, SHAPE, torch.float32, cpu, [20] * 400, [20] * 96, scorers=scorers)
+
+    base, both = planned(()), planned(TWO_SCORERS)
+    assert both.needed_bytes - base.needed_bytes >= 1.15 * 26 * GB
+    c = CaidConfig()
+    sets = [(1, c.n_prompts, c.n_responses), (2, c.eval_prompts, c.eval_responses), *c.fresh_samples]
+    answers = sum(times * prompts * n * 70 for times, prompts, n in sets)
+    once = sum(times * prompts * 20 for times, prompts, n in sets)
+    each = sum(times * prompts * n * 20 for times, prompts, n in sets)
+    products = (answers + once) * 7 * GB + (answers + each) * 6 * GB
+    assert both.seconds - base.seconds == pytest.approx(2 * products / (memory.EFFICIENCY * 1e11), rel=1e-6)
+
+
+def test_scorers_that_are_put_aside_need_the_gpu_one_at_a_time():
+    gpu, cpu, aside = torch.device("cuda"), torch.device("cpu"), replace(CaidConfig(), offload_scorers=True)
+    assert scorer_bytes(CaidConfig(), gpu, TWO_SCORERS) == (26 * GB, 4 * GB)
+    assert scorer_bytes(aside, gpu, TWO_SCORERS) == (0, 17 * GB)
+    assert scorer_bytes(aside, cpu, TWO_SCORERS) == (26 * GB, 4 * GB), "there it is the same memory"
+    assert scorer_bytes(aside, gpu, ()) == (0, 0)
+
+
+def test_an_evaluation_leaves_room_for_its_scorers(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 20 * GB)
+    settings = CaidConfig(), SHAPE, torch.float32, torch.device("cpu"), [20] * 10, 10
+    assert evaluation_rows(*settings) > 0
+    with pytest.raises(UserError, match="this evaluation needs about 3[0-9].* GB"):
+        evaluation_rows(*settings, TWO_SCORERS)

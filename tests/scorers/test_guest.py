@@ -55,6 +55,10 @@ def test_flags_count_as_0_and_1():
     assert scored(lambda p, r: np.array(r) == "b") == [0.0, 1.0, 0.0]
 
 
+async def streamed(prompts, responses):
+    yield 0.0
+
+
 async def later(prompts, responses):
     return [0.0] * len(responses)
 
@@ -73,7 +77,7 @@ def endless(prompts, responses):
         (lambda p, r: "123", "returned a str;"),
         (lambda p, r: None, "returned a NoneType;"),
         (lambda p, r: 1.0, "returned a float;"),
-        (later, "returned a coroutine;"),
+        (lambda p, r: later(p, r), "returned a coroutine;"),
         (lambda p, r: ["1", "2", "3"], "returned a str for response 0"),
         (lambda p, r: [1.0, 2.0, None], "returned a NoneType for response 2"),
         (lambda p, r: [1.0, 2j, 3.0], "returned a complex for response 1"),
@@ -195,7 +199,7 @@ def test_errors_of_a_call_name_the_users_line(tmp_path, monkeypatch, body, said,
     file.write_text(f"def f(prompts, responses):\n    {body}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "called_guest", raising=False)
-    told = refusal(python_function("called_guest:f"))
+    told = refusal(python_function("called_guest:f").function)
     assert re.fullmatch(f"scorer judge raised {said} \\({file}, line {line}\\); mend the scorer.", told)
 
 
@@ -209,7 +213,7 @@ def test_errors_of_a_call_name_the_users_line(tmp_path, monkeypatch, body, said,
         ("json.nowhere:f", "No module named 'json.nowhere'"),
         ("json:nothing", "has no nothing"),
         ("json:__doc__", "a str, not a function"),
-        ("tests.scorers.test_guest:later", "an async function"),
+        ("tests.scorers.test_guest:streamed", "an async generator"),
     ],
 )
 def test_what_is_no_function_is_refused_before_it_is_called(spec, said, monkeypatch):

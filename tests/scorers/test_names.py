@@ -59,6 +59,12 @@ def test_a_head_of_other_states_than_its_models_is_refused(tmp_path, tiny_folder
         find_scorer(str(folder), tiny_folder).load(trunk, CPU)
 
 
+@pytest.mark.parametrize("spec", ["a=b=harm", "a=-b=harm", "harm=harm=harm"])
+def test_a_scorer_with_two_names_is_refused(tiny_folder, spec):
+    with pytest.raises(UserError, match=rf"scorer {spec}: it has two names; give it one: \w+=harm\.$"):
+        find_scorer(spec, tiny_folder)
+
+
 @pytest.mark.parametrize("spec", ["x" * 300, "a/" + "y" * 300, "m:" + "f" * 200, "nul\0byte", "/"])
 def test_values_that_no_file_can_have_are_refused(tiny_folder, spec):
     with pytest.raises(UserError) as refused:

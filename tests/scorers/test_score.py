@@ -12,6 +12,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
@@ -201,7 +203,7 @@ def test_a_head_that_says_nothing_is_refused(tmp_path, weight, bias, said):
 
 
 def test_names_are_told_apart_before_anything_is_loaded(tiny_folder, monkeypatch):
-    monkeypatch.setattr("engine.scorers.find.classifier", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("engine.scorers.find.model_scorer", lambda *args: pytest.fail("loaded"))
     options = {"folder": tiny_folder, "trunk": "x", "device": CPU}
     with pytest.raises(UserError, match="two scorers are named a; give each its own name: NAME=SCORER"):
         load_scorers("org/reward", ["a=org/x", "a=-org/y"], [], **options)
@@ -290,6 +292,10 @@ def test_code_of_a_checkpoint_is_never_run(tiny_folder, classifier_folder, tmp_p
         shutil.copytree(tiny_folder, folder)
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     raw = json.loads((folder / name).read_text())
+    if use == "scorer":  # a decoder of the project's with a head of rows would need no code
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        weights["gate.weight"] = torch.ones(2)
+        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if name == "tokenizer_config.json":
         # Transformers does not have this class, which a tokenizer of its own would name.
         raw["tokenizer_class"] = "Tokenizer"
@@ -411,12 +417,14 @@ def classifier(folder, tiny_folder, labels):
 def test_labels_of_one_classifier_share_its_pass_in_batches_of_like_length(
     tiny_folder, tmp_path, monkeypatch
 ):
-    classifier(tmp_path, tiny_folder, 3)
+    shape = {"vocab_size": 384, "n_embd": 16, "n_layer": 1, "n_head": 2, "num_labels": 3, "pad_token_id": 2}
+    GPT2ForSequenceClassification(GPT2Config(**shape, initializer_range=0.3)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
     monkeypatch.setattr(classifiers, "TOKENS_PER_FORWARD", 300)
-    loads, shapes = counted(monkeypatch, LlamaForSequenceClassification, "from_pretrained"), []
-    forward = LlamaForSequenceClassification.forward
+    loads, shapes = counted(monkeypatch, GPT2ForSequenceClassification, "from_pretrained"), []
+    forward = GPT2ForSequenceClassification.forward
     monkeypatch.setattr(
-        LlamaForSequenceClassification,
+        GPT2ForSequenceClassification,
         "forward",
         lambda self, **inputs: shapes.append(inputs["input_ids"].shape) or forward(self, **inputs),
     )

@@ -88,7 +88,8 @@ FINE = {
     ("preferences", "prompt"): {"text"},
     ("preferences", "response_0"): {"text", "empty", "space"},
     ("preferences", "response_1"): {"text", "empty", "space"},
-    ("head", "prompt"): {"text", "empty", "null", "space"},
+    # No prompt: a list is empty in a column of messages as a text is in one of texts.
+    ("head", "prompt"): {"text", "empty", "null", "space", "list"},
     ("head", "chosen"): {"text"},
     ("head", "rejected"): {"text"},
     ("scores", "prompt"): {"text", "empty", "space", "five", "half-surrogate"},

@@ -42,7 +42,8 @@ TEMPLATES = {
     "include": "{% include 'x' %}",
     "import": "{% import 'x' as y %}",
     "unsafe": "{{ ''.__class__.__mro__ }}",
-    "long": "{{ 'a' * 10**9 }}",
+    # Ten times as long is refused too, but Jinja takes most of a minute to find out.
+    "long": "{{ 'a' * 10**8 }}",
     "number": 5,
     "list": ["a"],
     "object": {"a": 1},
@@ -74,8 +75,10 @@ def cases() -> Iterator[Malformed]:
             yield _model(
                 f"config/{key}/{json.dumps(value)[:20].replace('/', '|')}",
                 lambda work, k=key, v=value: change_json(work / "model" / "config.json", k, v),
+                # Without a type the architecture tells what the model is.
+                (key, value) == ("model_type", None)
                 # What does not touch the weights may be as the folder says.
-                key
+                or key
                 in (
                     "max_position_embeddings",
                     "rope_theta",
