@@ -195,7 +195,7 @@ def test_of_many_pairs_a_choice_by_hash_is_tokenised(tmp_path, tokenizer, small)
 
 def test_memory_is_that_of_the_choice(tmp_path, tokenizer, small):
     """Rows that are not chosen leave no more than their hashes."""
-    peaks, n_more = [], 4_000
+    peaks, n_more = [], 2_000
     for n in (400, 400 + n_more):
         rows = [{"prompt": f"prompt {i}", "beside": f"{i} " * 150} for i in range(n)]
         file = write(tmp_path / "p.jsonl", rows)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from engine import train
-from engine.config import EvaluateConfig
+from engine.config import CaidConfig, EvaluateConfig, smoke
 from engine.data import reading
 from engine.evaluate import ask
+from engine.stages.inputs import read_inputs
 from engine.stages.run_inputs import owned_inputs
 from tests.helpers.runs import SMOKE, write
 
@@ -137,13 +138,10 @@ def test_prompts_of_which_none_is_left_are_refused(flags, tmp_path, capsys, prom
     assert says in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
-def test_the_fifth_that_is_held_out_of_a_large_set_is_enough(tmp_path, capsys, monkeypatch):
+def test_the_fifth_that_is_held_out_of_a_large_set_is_enough(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "HELD_WHOLE", 10)
     file = write(tmp_path / "p.jsonl", [{"prompt": f"Question {i}?"} for i in range(300)])
-    flags = [*SMOKE, "--prompts", file, "--steps", "1", "--iterations", "1", "--force"]
-    assert train.main([*flags, "--out", str(tmp_path / "r")]) == 0
-    record = owned_inputs(tmp_path / "r").record
+    inputs = read_inputs(smoke(CaidConfig(prompts=file, threads=1)))
     # 12 training prompts want 15 in all, 8 held-out ones 40.
-    assert (len(record.train), len(record.heldout)) == (32, 8)
-    assert record.reading == [f"{file}: 40 of 300 are drawn by a hash of their text"]
-    assert json.loads((tmp_path / "r" / "evaluation.json").read_text())["n_prompts"] == 8
+    assert (len(inputs.train), len(inputs.heldout)) == (32, 8)
+    assert inputs.reading == [f"{file}: 40 of 300 are drawn by a hash of their text"]
