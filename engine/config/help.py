@@ -28,7 +28,7 @@ GROUPS = {
     "verdict": ("eval_prompts", "eval_responses"),
     "run-and-machine": (
         "out", "seed", "device", "dtype", "threads", "tokens_per_forward", "activation_checkpointing",
-        "memory_budget_mb", "offload_scorers", "checkpoint_every", "accept_changes", "trackers",
+        "memory_budget_mb", "checkpoint_every", "accept_changes", "trackers",
     ),
 }  # fmt: skip
 # The settings that most people need.
