@@ -8,6 +8,7 @@ Nothing is saved on the way: the folder of the results appears whole at the end.
 prompts have judged the run, so that a second look at a test split is told as one.
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,8 +37,9 @@ from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
 from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
+from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, load_scorers, sizes
+from engine.scorers.find import content, sizes
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import (
@@ -47,6 +49,7 @@ from engine.stages.inputs import (
     read_inputs,
     read_prompts,
     rules_of,
+    scorers_of,
 )
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, units_of
@@ -179,17 +182,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     changed = owned.check_scorers(
         content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
     )
-    scorers = load_scorers(
-        config.reward,
-        config.cost,
-        config.audit,
-        folder=inputs.folder,
-        trunk=inputs.fingerprint,
-        device=inputs.device,
-        dtype=inputs.dtype,
-        now=inputs.limits.now,
-        offload=config.offload_scorers,
-    )
+    answers = Answers()
+    answers.keep_in(RunFolder(run).judge_cache, read_only=not os.access(run, os.W_OK))
+    scorers = scorers_of(config, inputs, answers)
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(
