@@ -129,6 +129,7 @@ class TextScorer:
     max_tokens: int | None = None  # the longest text that it reads, where there is such a limit
     # What it has cut since the last call, in lines.
     warnings: Callable[[], list[str]] = list
+    counts: bool = False  # it counts something: one score for all responses is no mistake
     measures: str = ""  # "reward" or "cost", where the model says what larger values mean
     notes: tuple[str, ...] = ()  # what the user should know of the model, in lines
 

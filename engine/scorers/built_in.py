@@ -14,7 +14,7 @@ TELLER = "refusal"  # the name of the cost or audit that tells refusals
 def built_in(name: str, context: LoadContext) -> TextScorer:
     """Returns the scorer of one of the names in `BUILT_IN`."""
     if name == "refusal":
-        return TextScorer(name=name, function=_refusal)
+        return TextScorer(name=name, function=_refusal, counts=True)
     tokenizer = context.tokenizer
 
     def length(prompts: list[Asked], responses: list[str], sampled: Sampled | None) -> list[float]:
@@ -23,7 +23,7 @@ def built_in(name: str, context: LoadContext) -> TextScorer:
         # A response that was not sampled has ended, by a token that its text does not show.
         return [float(1 + len(tokenizer.encode(text, add_special_tokens=False))) for text in responses]
 
-    return TextScorer(name=name, function=length, keywords=("sampled",))
+    return TextScorer(name=name, function=length, keywords=("sampled",), counts=True)
 
 
 def _refusal(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
