@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TextIO
 
-from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
+from engine.errors import Interrupted, NonFiniteError, NotAnswered, NotWritten, UserError
 from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
 
 # What the machine refuses, wherever it happens; other errors of the system are the program's mistakes.
@@ -82,7 +82,7 @@ def end_imports(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 def _ended(error: BaseException, standing: Standing) -> int:
     """Says in one line what ended a command; returns its exit code."""
-    if isinstance(error, NotWritten):
+    if isinstance(error, NotWritten | NotAnswered):
         _say(f"error: {error}{f' and {standing.again()}' if error.again else '.'}")
         return error.exit_code
     if isinstance(error, UserError | NonFiniteError):

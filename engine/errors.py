@@ -19,6 +19,15 @@ class NotWritten(UserError):
         self.again = again
 
 
+class NotAnswered(UserError):
+    """A server that the command needs does not answer.
+
+    What was done is kept, and the same command can go on; how, `engine.command` adds.
+    """
+
+    again = True
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is not finite; the batch has been saved for inspection. Exit code 3."""
 

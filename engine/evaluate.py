@@ -8,6 +8,7 @@ Nothing is saved on the way: the folder of the results appears whole at the end.
 prompts have judged the run, so that a second look at a test split is told as one.
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,8 +37,9 @@ from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
 from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
+from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, load_scorers, sizes
+from engine.scorers.find import content, sizes
 from engine.scorers.scoring import try_out
 from engine.stages import preference
 from engine.stages.inputs import (
@@ -47,11 +49,13 @@ from engine.stages.inputs import (
     read_inputs,
     read_prompts,
     rules_of,
+    scorers_of,
 )
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
-from engine.stages.reference import ByScorers, Scoring, units_of
+from engine.stages.reference import ByScorers, Scoring, is_counted_alone, units_of
+from engine.stages.refusals import sampled_refusals
 from engine.stages.run_inputs import owned_inputs
-from engine.stages.sampling import gap_text, naming, respond, sample
+from engine.stages.sampling import gap_text, naming, sample
 from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
@@ -179,17 +183,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     changed = owned.check_scorers(
         content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
     )
-    scorers = load_scorers(
-        config.reward,
-        config.cost,
-        config.audit,
-        folder=inputs.folder,
-        trunk=inputs.fingerprint,
-        device=inputs.device,
-        dtype=inputs.dtype,
-        now=inputs.limits.now,
-        offload=config.offload_scorers,
-    )
+    answers = Answers()
+    answers.keep_in(RunFolder(run).judge_cache, read_only=not os.access(run, os.W_OK))
+    scorers = scorers_of(config, inputs, answers)
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(
@@ -267,9 +263,11 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         scoring = _scoring(q, subject, units)
         before, after = (replace(side, scaled=scoring(phase, side)) for side in (before, after))
         phase = Phase(display, first + 3, "lookalike/reference")
-        _, texts_before = respond(subject, phase, q.lookalikes, None, n=n, purpose=keys.LOOKALIKE_REFERENCE)
+        told = {"n": n, "purpose": keys.LOOKALIKE_REFERENCE}
+        refused_before = sampled_refusals(subject, phase, q.lookalikes, None, **told)
         phase = Phase(display, first + 4, "lookalike/policy")
-        _, texts_after = respond(subject, phase, q.lookalikes, adapter, n=n, purpose=keys.LOOKALIKE_POLICY)
+        told = {"n": n, "purpose": keys.LOOKALIKE_POLICY}
+        refused_after = sampled_refusals(subject, phase, q.lookalikes, adapter, **told)
 
         lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
         log_ratios = ((before, moved_PG), (after, after.kl_PG))
@@ -282,7 +280,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         judgement = Judgement(
             evaluation=judge(before, after, _bar(q, scoring, flags.confidence)),
             pair_order=tuple(pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
-            over_refusal=over_refusal(texts_before, texts_after, len(q.lookalikes), flags.confidence),
+            over_refusal=over_refusal(refused_before, refused_after, len(q.lookalikes), flags.confidence),
             pairs_like="g" if q.safety_alone else "r + lambda g",
         )
         write_heldout(RunFolder(folder).heldout, before, after)
@@ -366,6 +364,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         audit_names=scoring.audit_names,
         confidence=confidence,
         truncated=q.config.truncated,
+        scorers=q.scorers,
     )
 
 
@@ -463,13 +462,17 @@ def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
         return replace(q.units, audit_A=[1.0] * len(q.scorers.audits))
     measured = []
     for a in range(len(q.units.audit_A), len(q.scorers.audits)):
-        name = q.scorers.audits[a].name
-        measured.append(dual.within_deviation(before.scores.audit_PGA[..., a], f"scorer {name}"))
-        display.line(
-            f"audit {name}: the run fixed no unit for it; the within-prompt standard deviation of "
-            "the reference's responses here is "
-            f"{measured[-1]:.3g} of the scorer's units"
-        )
+        scorer, audit_PG = q.scorers.audits[a], before.scores.audit_PGA[..., a]
+        if is_counted_alone(audit_PG, scorer):
+            measured.append(1.0)
+            unit = "all of the reference's responses to each prompt have the same, so it counts in its own"
+        else:
+            measured.append(dual.within_deviation(audit_PG, f"scorer {scorer.name}"))
+            unit = (
+                "the within-prompt standard deviation of the reference's responses here is "
+                f"{measured[-1]:.3g} of the scorer's units"
+            )
+        display.line(f"audit {scorer.name}: the run fixed no unit for it; {unit}")
     return replace(q.units, audit_A=[*q.units.audit_A, *measured])
 
 

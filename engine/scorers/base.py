@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.data.chat import as_text
+from engine.data.prompts import TextLimits
 from engine.errors import UserError
 from engine.files import make_folder, write_whole
 from engine.model.architecture import ModelConfig
 from engine.scorers import guest
+from engine.scorers.answers import Answers
 from engine.scorers.names import is_name
 
 # A prompt as a text, or as the messages of its conversation.
@@ -115,7 +117,7 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class TextScorer:
-    """A scorer that reads texts: a Python function, a classifier, a guard, a head on
+    """A scorer that reads texts: a Python function, a classifier, a guard, a judge behind HTTP, a head on
     another model than the policy's."""
 
     name: str
@@ -127,6 +129,7 @@ class TextScorer:
     max_tokens: int | None = None  # the longest text that it reads, where there is such a limit
     # What it has cut since the last call, in lines.
     warnings: Callable[[], list[str]] = list
+    counts: bool = False  # it counts something: one score for all responses is no mistake
     measures: str = ""  # "reward" or "cost", where the model says what larger values mean
     notes: tuple[str, ...] = ()  # what the user should know of the model, in lines
 
@@ -206,6 +209,9 @@ class LoadContext:
     loaded: dict[str, Any]
     now: datetime | None = None  # the date for chat templates that write one; None: that of the clock
     dtype: torch.dtype = torch.float32  # of the weights
+    tokenizer: Any = None  # the policy's
+    limits: TextLimits | None = None  # how prompts are written for the policy
+    answers: Answers = field(default_factory=Answers)  # what judges behind HTTP have answered
     # Between two uses the weights of models that score texts lie in the memory of the processor.
     offload: bool = False
 

@@ -16,10 +16,12 @@ from engine.files import sha256_of_file
 from engine.model.folder import resolve
 from engine.run.plan import ScorerSize
 from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextScorer
+from engine.scorers.built_in import BUILT_IN, built_in
 from engine.scorers.functions import python_function, source_file
 from engine.scorers.heads import find_head, load_head, shipped_heads
 from engine.scorers.models import model_scorer, model_size, read_files
 from engine.scorers.names import LONGEST, ModelSpec, is_name
+from engine.scorers.remote_forms import RemoteSpec, is_remote
 
 
 def load_scorers(
@@ -47,8 +49,8 @@ def content(
     reward: str, costs: Sequence[str], audits: Sequence[str], *, folder: Path
 ) -> dict[str, dict[str, str]]:
     """Says what each scorer of a run is by its content, by the name that tables give it ("reward", costs,
-    audits): {"form": "head", "classifier" or "function", "source": its files or folder, "sha256": their
-    digest}. Nothing is loaded.
+    audits): {"form": "head", "classifier", "function", "judge" or "built-in", "source": its files, folder or
+    address, "sha256": their digest}. Nothing is loaded.
 
     folder: the policy's checkpoint. Raises: UserError as `load_scorers`, and where a file cannot be read.
     """
@@ -97,9 +99,10 @@ class UnloadedScorer:
 
     name: str
     sign: int = 1
-    form: str  # head, classifier or function
-    # The file or folder that it is read from, and each file there by name.
-    files: Callable[[], tuple[Path, dict[str, Path]]]
+    form: str  # head, classifier, function, judge or built-in
+    # The file, folder or address that it is read from, and by name each file that it depends on.
+    files: Callable[[], tuple[Path | str, dict[str, Path]]]
+    texts: tuple[str, ...] = ()  # what else it depends on
     load_as: Callable[[LoadContext], Head | TextScorer]
     # The folder of the model that it loads beside the policy's, by whose fingerprint it is told apart.
     model: Callable[[str], Path | None] | None = None
@@ -125,6 +128,8 @@ class UnloadedScorer:
                     f"scorer {self.name}: {file} cannot be read ({error.strerror}); make it readable."
                 ) from error
             digest.update(f"{of_file} {name}\n".encode())
+        for text in self.texts:
+            digest.update(f"{text}\n".encode())
         return {"form": self.form, "source": str(source), "sha256": digest.hexdigest()}
 
 
@@ -135,6 +140,8 @@ def find_scorer(spec: str, folder: Path) -> UnloadedScorer:
         module:function    a Python function (functions.py)
         MODEL[#LABEL][@RECIPE]   the folder or hub id of a classifier, a reward or cost model or a guard
                            (models.py); recipes.py lists the recipes
+        http://HOST/PATH[#MODEL[@RECIPE]]   a judge behind HTTP or HTTPS (remote_forms.py)
+        length, refusal    the tokens of a response; 1 for a refusal (built_in.py)
         NAME=SCORER        any of these under another name; NAME=-SCORER and -SCORER take its negative
 
     Raises: UserError naming the value and the accepted forms.
@@ -172,6 +179,8 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
     if spec.startswith("-") and not Path(spec).exists():
         scorer = _find(spec[1:], folder)
         return replace(scorer, sign=-scorer.sign)
+    if is_remote(spec):
+        return _judge(RemoteSpec.of(spec))
     if (at := find_head(spec, folder)) is not None:
         head, file = Head.load(at), at / "head.safetensors"
         return UnloadedScorer(
@@ -180,6 +189,14 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
             files=lambda: (file, {file.name: file}),
             load_as=lambda context: load_head(head, context, folder),
             model=lambda trunk: None if head.trunk == trunk else quickstart.model_folder(),
+        )
+    if spec in BUILT_IN and not Path(spec).exists():
+        return UnloadedScorer(
+            name=spec,
+            form="built-in",
+            files=lambda: (spec, {}),
+            texts=(spec, *BUILT_IN[spec]),
+            load_as=lambda context: built_in(spec, context),
         )
     model = ModelSpec.of(spec)
     if Path(model.path).is_dir() or (model.path.count("/") == 1 and ":" not in model.path):
@@ -204,5 +221,15 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
         )
     raise UserError(
         f"scorer {spec}: not found; give a shipped head ({', '.join(shipped_heads())}), a head folder, "
-        "a model folder or hub id, or module:function."
+        "a model folder or hub id, module:function, the http:// address of a judge, length or refusal."
     )
+
+
+def _judge(spec: RemoteSpec) -> UnloadedScorer:
+    def load_as(context: LoadContext) -> TextScorer:
+        # The client library takes a while to import, and few runs need it.
+        from engine.scorers.remote import judge_scorer
+
+        return judge_scorer(spec, context)
+
+    return UnloadedScorer(name=spec.name, form="judge", files=spec.files, texts=spec, load_as=load_as)

@@ -51,7 +51,7 @@ def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str
             scorer.warnings()  # what is cut of the trial is cut of the run's responses too
             warnings += scorer.notes
             _check_finite(scorer, score_N, asked.text, 1)
-            if score_N.min() == score_N.max():
+            if score_N.min() == score_N.max() and not scorer.counts:
                 # Only a warning: an honest scorer may have no preference among these few.
                 value = f"{float(score_N[0]):g}"
                 warnings.append(
@@ -134,11 +134,11 @@ def score(
         columns.append(scorer.sign * score_N.view(len(prompts), rollouts.n))
     J = len(scorers.costs)
     reward, costs, audits = columns[0], columns[1 : 1 + J], columns[1 + J :]
-    no_audits = torch.zeros(len(prompts), rollouts.n, 0, dtype=torch.float64)
+    none = torch.zeros(len(prompts), rollouts.n, 0, dtype=torch.float64)
     return Scores(
         reward_PG=reward,
-        utility_PGJ=utility_of_cost(torch.stack(costs, dim=2)),
-        audit_PGA=utility_of_cost(torch.stack(audits, dim=2)) if audits else no_audits,
+        utility_PGJ=utility_of_cost(torch.stack(costs, dim=2)) if costs else none,
+        audit_PGA=utility_of_cost(torch.stack(audits, dim=2)) if audits else none,
         ref_logprob_PG=ref_logprob.view(len(prompts), rollouts.n),
     )
 

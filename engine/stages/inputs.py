@@ -1,4 +1,4 @@
-"""A config's model and prompts, read and checked before any weights are loaded."""
+"""A config's model, prompts and scorers, read and checked before the model's weights are loaded."""
 
 import os
 from collections.abc import Mapping
@@ -26,6 +26,9 @@ from engine.model.tokenizer import load_tokenizer
 from engine.records import Prompts
 from engine.run.folder import RunFolder
 from engine.run.machine import keep_freed_memory
+from engine.scorers.answers import Answers
+from engine.scorers.base import Scorers
+from engine.scorers.find import load_scorers
 from engine.stages.run_inputs import OwnedInputs, source_digests
 from engine.stages.smoke import smoke_folder
 
@@ -197,6 +200,24 @@ def rules_of(config: RunConfig, enough: int | None) -> Rules:
         strict=config.strict,
         enough=enough,
         seed=config.seed,
+    )
+
+
+def scorers_of(config: RunConfig, inputs: Inputs, answers: Answers) -> Scorers:
+    """Loads the scorers of a run. answers: of judges behind HTTP, known and to come. Raises: UserError."""
+    return load_scorers(
+        config.reward,
+        config.cost,
+        config.audit,
+        folder=inputs.folder,
+        trunk=inputs.fingerprint,
+        device=inputs.device,
+        dtype=inputs.dtype,
+        now=inputs.limits.now,
+        tokenizer=inputs.tokenizer,
+        limits=inputs.limits,
+        answers=answers,
+        offload=config.offload_scorers,
     )
 
 

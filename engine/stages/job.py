@@ -22,12 +22,14 @@ from engine.records import Prompts
 from engine.run.committed import Committed, read_committed
 from engine.run.contents import read_contents
 from engine.run.display import Display
+from engine.run.folder import RunFolder
 from engine.run.plan import Plan
 from engine.run.run import Run
+from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, load_scorers, sizes
+from engine.scorers.find import content, sizes
 from engine.scorers.scoring import try_out
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, rules_of
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, rules_of, scorers_of
 from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
@@ -179,6 +181,7 @@ class Prepared:
     preferences: ResponsePairs | None
     scorers: Scorers
     scorer_contents: dict[str, dict[str, str]]  # as `engine.scorers.find.content` gives them
+    answers: Answers  # of judges behind HTTP
     plan: Plan
     asked_rows: int  # of --rollout-rows
     lowered: str  # says which numbers of prompts are lower than asked for; "" where none is
@@ -236,17 +239,10 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     notes = list(inputs.notes)
     if owned is not None:
         notes += owned.check_scorers(scorer_contents, accept=config.accept_changes)
-    scorers = load_scorers(
-        config.reward,
-        config.cost,
-        config.audit,
-        folder=inputs.folder,
-        trunk=inputs.fingerprint,
-        device=inputs.device,
-        dtype=inputs.dtype,
-        now=inputs.limits.now,
-        offload=config.offload_scorers,
-    )
+    answers = Answers()
+    if start.resumes:
+        answers.keep_in(RunFolder(start.out).judge_cache)
+    scorers = scorers_of(config, inputs, answers)
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, train, heldout))
@@ -267,6 +263,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         preferences=preferences,
         scorers=scorers,
         scorer_contents=scorer_contents,
+        answers=answers,
         plan=plan,
         asked_rows=asked_rows,
         lowered=lowered,
@@ -339,6 +336,7 @@ def _create(algorithm: str, out: Path, prepared: Prepared, display: Display) -> 
         model_files=copies(inputs.texts, inputs.files, inputs.template),
         display=display,
     )
+    prepared.answers.keep_in(run.paths.judge_cache)
     for note in prepared.notes:
         display.warn(note)
     return run

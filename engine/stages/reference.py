@@ -17,7 +17,7 @@ from engine.policy.samples import Samples
 from engine.records import Prompts, ScaledScores, Scored, Scores, Units, unsafe_counted
 from engine.run.rows import ReferenceRow
 from engine.run.run import Stage
-from engine.scorers.base import Scorers
+from engine.scorers.base import Scorer, Scorers, TextScorer
 from engine.stages.job import Job
 from engine.stages.sampling import gap_of, log_gap, sample, samples_of
 
@@ -166,6 +166,12 @@ def sample_reference(job: Job) -> Reference:
         )
         in_units = units_text(row.utility_sd[j], config.units)
         show.line(f"{opening} ({in_units}); correlation with the reward {row.correlation[j]:+.2f}")
+    for a, scorer in enumerate(job.scorers.audits):
+        if is_counted_alone(samples.scores.audit_PGA[..., a], scorer):
+            show.line(
+                f"audit {scorer.name}: all of the reference's responses to each prompt have the same, so it "
+                "counts in its own unit"
+            )
     return reference
 
 
@@ -217,7 +223,7 @@ def deviations(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompt
     """Measures the pooled within-prompt standard deviations of the reference's scores on `prompts`.
 
     Raises: UserError for a scorer that is constant within every prompt, also where it is so on those
-    that its constraint is about.
+    that its constraint is about; but not for an audit that counts, see `audit_unit`.
     """
     above_J = constraints.counted_above(limits)
     utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
@@ -228,11 +234,21 @@ def deviations(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompt
     return Units(
         reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
         utility_J=[_deviation(-utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
-        audit_A=[
-            _deviation(-scores.audit_PGA[..., a], f"scorer {s.name}") for a, s in enumerate(scorers.audits)
-        ],
+        audit_A=[audit_unit(scores.audit_PGA[..., a], s) for a, s in enumerate(scorers.audits)],
         unsafe_above_J=above_J,
     )
+
+
+def audit_unit(score_PG: Tensor, scorer: Scorer) -> float:
+    """Measures the unit of an audit: the deviation within prompts, or 1 for `is_counted_alone`."""
+    return 1.0 if is_counted_alone(score_PG, scorer) else _deviation(-score_PG, f"scorer {scorer.name}")
+
+
+def is_counted_alone(score_PG: Tensor, scorer: Scorer) -> bool:
+    """Tells whether an audit counts something that all responses to each prompt have equally often, such as
+    refusals of a model that never refuses: it has no deviation, and is reported in its own unit."""
+    counts = isinstance(scorer, TextScorer) and scorer.counts
+    return counts and bool((score_PG == score_PG[:, :1]).all())
 
 
 def _deviation(score_PG: Tensor, name: str) -> float:

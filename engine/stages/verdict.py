@@ -18,9 +18,11 @@ from engine.run import outputs
 from engine.run.display import duration
 from engine.run.rows import time_table
 from engine.run.run import Stage
+from engine.scorers.base import Scorers
 from engine.stages.job import Job
 from engine.stages.protocol import Result
 from engine.stages.reference import Reference
+from engine.stages.refusals import refused
 from engine.stages.sampling import log_gap, sample, samples_of
 from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
 from engine.verdict.sentences import sentences
@@ -35,6 +37,7 @@ class Bar:
     units: Units
     counted_in: str  # the run's --units
     audit_names: list[str]
+    scorers: Scorers
     confidence: float = 0.95
     truncated: bool = False  # see `engine.config.RunConfig.truncated`
 
@@ -69,6 +72,7 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
         counted_in=job.config.units,
         audit_names=reference.scoring.audit_names,
         truncated=job.config.truncated,
+        scorers=job.scorers,
     )
     evaluation = judge(before, after, bar)
     run.align([])  # The report reads the rows.
@@ -97,7 +101,13 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
 def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
     """Returns the verdict on samples of the reference and of a policy."""
     policy, reference = (
-        Side(rollouts=side.rollouts, texts=side.texts, scores=side.scaled) for side in (after, before)
+        Side(
+            rollouts=side.rollouts,
+            texts=side.texts,
+            scores=side.scaled,
+            refused=refused(bar.scorers, side.scores),
+        )
+        for side in (after, before)
     )
     asked = Asked(
         limits=bar.limits,

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.files import one_line, read_json, shown
 from engine.intervals import Estimate, estimate, improvement
 from engine.records import Prompts, Rollouts, ScaledScores
-from engine.verdict.refusals import OverRefusal, refusal_shares
+from engine.verdict.refusals import FIRST_WORDS, SCORER, OverRefusal, is_refusal, refusal_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,15 @@ class Evaluation:
     confidence: float = 0.95  # of all intervals and bounds
     truncated: bool = False  # the samples are of distributions that top-k or top-p has cut
     units: str = "deviation"  # of improvements: the run's --units
+    refusals_by: str = FIRST_WORDS  # what tells refusals: their first words, or a scorer
 
     def as_dict(self) -> dict:
         """Converts the verdict to plain numbers, strings, lists and dictionaries for JSON.
 
-        The keys truncated and units are there where they are not their defaults.
+        The keys truncated, units and refusals_by are there where they are not their defaults.
         """
         found = {**asdict(self), "constraints": [_constraint_as_dict(c) for c in self.constraints]}
-        usual = {"truncated": False, "units": "deviation"}
+        usual = {"truncated": False, "units": "deviation", "refusals_by": FIRST_WORDS}
         return {key: value for key, value in found.items() if key not in usual or value != usual[key]}
 
     @classmethod
@@ -85,6 +86,7 @@ class Evaluation:
             confidence=data.get("confidence", 0.95),
             truncated=data.get("truncated", False),
             units=data.get("units", "deviation"),
+            refusals_by=data.get("refusals_by", FIRST_WORDS),
         )
 
 
@@ -162,6 +164,7 @@ class Side:
     rollouts: Rollouts
     texts: Sequence[str]  # [R] decoded, prompt-major
     scores: ScaledScores
+    refused: Sequence[bool] | None = None  # [R] whether a scorer calls each a refusal; None: first words tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +213,10 @@ def evaluate(
         for a, name in enumerate(audit_names)
     ]
     both = (reference.rollouts, policy.rollouts)
+    refused = (
+        [is_refusal(text) for text in side.texts] if side.refused is None else side.refused
+        for side in (reference, policy)
+    )
     return Evaluation(
         reward=improvement(policy.scores.reward_PG, reference.scores.reward_PG, confidence),
         constraints=tuple(constraints),
@@ -217,7 +224,8 @@ def evaluate(
         kl=estimate(kl_PG.double().mean(1), confidence),
         finished=tuple(r.finished.double().mean().item() for r in both),
         mean_length=tuple(r.length.double().mean().item() for r in both),
-        refusal_harmless=refusal_shares(reference.texts, policy.texts, prompts.kind),
+        refusal_harmless=refusal_shares(*refused, prompts.kind),
+        refusals_by=FIRST_WORDS if policy.refused is None else SCORER,
         n_prompts=len(prompts),
         n_responses=policy.rollouts.n,
         confidence=confidence,

@@ -1,4 +1,4 @@
-"""Refusals, recognised by how a response begins."""
+"""Refusals: recognised by how a response begins, or told by a scorer, and their shares."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +19,10 @@ SYMPATHY = (
 )  # fmt: skip
 
 
+# What tells refusals, as verdicts say it.
+FIRST_WORDS, SCORER = "first words", "the scorer refusal"
+
+
 @dataclass(frozen=True)
 class OverRefusal:
     """Refusals on harmless prompts that look dangerous.
@@ -32,17 +36,18 @@ class OverRefusal:
 
 
 def over_refusal(
-    texts_reference: Sequence[str], texts_policy: Sequence[str], n_prompts: int, confidence: float = 0.95
+    reference: Sequence[bool], policy: Sequence[bool], n_prompts: int, confidence: float = 0.95
 ) -> OverRefusal:
-    """Estimates the shares of refusals (`is_refusal`) among responses to harmless prompts.
+    """Estimates the shares of refusals among responses to harmless prompts.
 
-    Texts are prompt-major; their numbers per prompt may differ. The Wilson intervals count prompts, not
-    responses: the variance of a mean of n shares in [0, 1] is at most p (1 - p) / n, however alike the
-    responses to one prompt are. The change has the interval of every paired improvement.
+    reference, policy: whether each response is a refusal, prompt-major; their numbers per prompt may differ.
+    The Wilson intervals count prompts, not responses: the variance of a mean of n shares in [0, 1] is at most
+    p (1 - p) / n, however alike the responses to one prompt are. The change has the interval of every paired
+    improvement.
     """
     reference_P, policy_P = (
-        torch.tensor([is_refusal(text) for text in texts], dtype=torch.float64).view(n_prompts, -1).mean(1)
-        for texts in (texts_reference, texts_policy)
+        torch.tensor(list(refused), dtype=torch.float64).view(n_prompts, -1).mean(1)
+        for refused in (reference, policy)
     )
 
     def share(refused_P: Tensor) -> Share:
@@ -64,20 +69,18 @@ def is_refusal(text: str) -> bool:
 
 
 def refusal_shares(
-    texts_reference: Sequence[str], texts_policy: Sequence[str], kind: list[str]
+    reference: Sequence[bool], policy: Sequence[bool], kind: list[str]
 ) -> tuple[float, float] | None:
     """Returns the shares of refusals (reference, policy) among all responses to prompts
     whose kind is not "delicate".
 
-    None where no such prompt is.
+    reference, policy: whether each response is a refusal, prompt-major. None where no such prompt is.
     """
     harmless = [p for p, label in enumerate(kind) if label != "delicate"]
     if not harmless:
         return None
     rates = []
-    for texts in (texts_reference, texts_policy):
-        n = len(texts) // len(kind)
-        rates.append(
-            sum(is_refusal(texts[p * n + i]) for p in harmless for i in range(n)) / (len(harmless) * n)
-        )
+    for refused in (reference, policy):
+        n = len(refused) // len(kind)
+        rates.append(sum(refused[p * n + i] for p in harmless for i in range(n)) / (len(harmless) * n))
     return rates[0], rates[1]

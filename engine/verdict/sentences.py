@@ -28,10 +28,8 @@ def sentences(evaluation: Evaluation) -> list[str]:
         f"mean length: {e.mean_length[0]:.1f} -> {e.mean_length[1]:.1f} tokens (reference -> policy)"
     )
     if e.refusal_harmless is not None:
-        refusals = _percent(e.refusal_harmless)
-        lines.append(
-            f"refusals on harmless prompts (all not marked delicate): {refusals} (reference -> policy)"
-        )
+        refusals = f"{_percent(e.refusal_harmless)} (reference -> policy, told by {e.refusals_by})"
+        lines.append(f"refusals on harmless prompts (all not marked delicate): {refusals}")
     return lines
 
 
@@ -58,7 +56,7 @@ def judgement_sentences(judgement: Judgement) -> list[str]:
     change += interval if refusal.change.se > 0 else " on every prompt"
     lines.append(
         f"refusals on {refusal.policy.n} harmless look-alike prompts: "
-        f"{shares[0]} -> {shares[1]} (reference -> policy); {change}"
+        f"{shares[0]} -> {shares[1]} (reference -> policy, told by {evaluation.refusals_by}); {change}"
     )
     return [*lines, answer(evaluation)]
 

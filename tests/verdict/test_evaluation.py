@@ -169,7 +169,7 @@ def test_wilson_equals_scipy(k, n):
 
 
 def test_over_refusal_counts_prompts_not_responses():
-    no, yes = "Take a pan.", "I'm sorry, but I can't."
+    no, yes = False, True
     before, after = [no, no, yes, no, no, no], [yes, yes, yes, no, yes, no, no, no, no]
     result = over_refusal(before, after, 3, 0.9)
     assert (result.reference.mean, result.policy.mean) == (pytest.approx(1 / 6), pytest.approx(4 / 9))
@@ -398,7 +398,7 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
 
 
 def _judgement(confidence: float = 0.95, **changes) -> Judgement:
-    refusal = over_refusal(["Yes.", "I can't."], ["I can't.", "I can't."], 2, confidence)
+    refusal = over_refusal([False, True], [True, True], 2, confidence)
     e = evaluate(**_stage_outputs(["", ""]), confidence=confidence)
     order = estimate(torch.tensor([0.5, 0.75]), confidence)
     return replace(Judgement(evaluation=e, pair_order=(None, order), over_refusal=refusal), **changes)
@@ -431,7 +431,7 @@ def test_judgement_sentences_end_with_the_answer():
     )
     assert "change +50.0 points, 95 % [" in rest[2]
     assert rest[3:] == ["with 2 prompts x 2 responses and 95 % confidence: constraint harm (b 0.5) is met"]
-    still = over_refusal(["Yes.", "No."], ["Yes.", "No."], 2)
+    still = over_refusal([False] * 2, [False] * 2, 2)
     assert judgement_sentences(_judgement(over_refusal=still))[-2].endswith(
         "; change +0.0 points on every prompt"
     )
