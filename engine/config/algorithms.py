@@ -176,9 +176,10 @@ class SafeDpoConfig(RunConfig):
     def check(self) -> None:
         """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
-        if self.labels not in ("soft", "sampled"):
+        if self.labels not in ("soft", "sampled", "sampled-once"):
             raise UserError(
-                f"--labels {self.labels}: safe responses win by labels here; use soft or sampled."
+                f"--labels {self.labels}: safe responses win by labels here; use soft, sampled or "
+                "sampled-once."
             )
 
 
@@ -276,6 +277,15 @@ class PrimalDualConfig(IterativeConfig):
         """Returns how many of a prompt's `n` responses a policy step trains on:
         a policy gradient takes all."""
         return n
+
+    def check(self) -> None:
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
+        super().check()
+        if self.lora_dropout:
+            raise UserError(
+                f"--lora-dropout {self.lora_dropout:g}: a policy gradient compares the policy with the one "
+                "that sampled, which has none; leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ FEW_PROMPTS = (
     "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "
     "or --heldout"
 )
+LINEAR_LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 # Beyond these, random numbers of one purpose would be those of another; see `engine.keys`.
 MOST_STEPS, MOST_ITERATIONS = 10**6, 10**6 - 1
 
@@ -152,10 +153,13 @@ class RunConfig:
     responses_per_prompt: int = count(2, at_least=0)
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs
     are used. 0 takes all G, which fits the tilt itself; the two ends act like a smaller --beta."""
-    labels: str = one_of("soft", "sampled", "regression", "listwise", "single", default="regression")
+    labels: str = one_of(
+        "soft", "sampled", "sampled-once", "regression", "listwise", "single", default="regression"
+    )
     """regression (least squares of margins on score differences), soft (expected Bradley-Terry label),
-    sampled (a random draw of it, as in the papers), listwise (cross-entropy over a prompt's responses) or
-    single (least squares of each response, DRO)."""
+    sampled (a random draw of it in each step, as in the papers), sampled-once (one draw that all steps of a
+    policy update keep, as in MoCAN's code), listwise (cross-entropy over a prompt's responses) or single
+    (least squares of each response, DRO)."""
     learning_rate: float = bounded(1.5e-3, above=0, at_most=10.0)
     """Peak learning rate of AdamW. The default is for adapters; --tune full wants one of about 1e-5."""
     warmup_steps: int = count(1, at_least=0)
@@ -176,6 +180,11 @@ class RunConfig:
     """The adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_from: float = bounded(0.5, at_least=0, below=1)
     """The adapter sits above this share of the layers; those below are computed once per sample."""
+    lora_targets: tuple[str, ...] = one_of(*LINEAR_LAYERS, default=LINEAR_LAYERS)
+    """The linear layers with an adapter."""
+    lora_dropout: float = bounded(0.0, at_least=0, below=1)
+    """Share of an adapter's inputs that a policy step sets to 0 at random, anew in each step and for each
+    linear layer; sampling and the reference have none."""
     memory_budget_mb: int = count(0, at_least=0)
     """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and 4096 on a GPU."""
     checkpoint_every: int = count(2)
@@ -264,6 +273,10 @@ class RunConfig:
         if len(self.response_columns) > 2:
             given = " ".join(self.response_columns)
             raise UserError(f"--response-columns {given}: at most two columns hold responses.")
+        if not self.lora_targets:
+            raise UserError(
+                f"--lora-targets is empty: name at least one of {', '.join(LINEAR_LAYERS)}, or leave it out."
+            )
         if not self.cost:
             raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
         if len(set(self.cost)) != len(self.cost):

@@ -156,7 +156,8 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
     config = job.config
     adapter = new_adapter(job.model, config)
     seed = int(combine(config.seed, keys.preference(number)))
-    settings = replace(config, steps=config.preference_steps, labels="sampled", seed=seed)
+    labels = config.labels if config.labels == "sampled-once" else "sampled"
+    settings = replace(config, steps=config.preference_steps, labels=labels, seed=seed)
     target = ScoredTarget(score_PG=label_PG, coefficient=config.beta)
 
     def compute(stage: Stage) -> Policy:
