@@ -196,6 +196,7 @@ class RunConfig:
     """Responses per held-out prompt."""
 
     # The following are no fields, hence no flags. They hold for an algorithm that does not say otherwise.
+    epochs = 0
     has_thresholds = True  # without thresholds, a sweep trains the algorithm once for each seed
     solves_dual = False  # solves the dual on the reference's samples, as a stage of the run
     pairs = "reference"
@@ -318,6 +319,37 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairsConfig(RunConfig):
+    """The settings of algorithms that align to pairs without sampling their policies."""
+
+    pairs: str = "reference"
+    """Whose responses a policy update learns from. reference: the reference's samples, on which the dual is
+    solved. Or data in the forms of --prompts with two responses to each prompt: only its responses are taken,
+    and the run's scorers score them."""
+    epochs: int = count(0, at_least=0)
+    """Passes of each policy update over the data of --pairs, in place of --steps; 0: --steps counts."""
+
+    def check(self) -> None:
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
+        super().check()
+        if self.pairs == "policy":
+            raise UserError(
+                "--pairs policy: a one-shot method starts at the reference, whose samples are there "
+                "already; use reference."
+            )
+        check_epochs(self)
+
+
+def check_epochs(config: RunConfig) -> None:
+    """Refuses passes over the pairs of no file. Raises: UserError."""
+    if config.epochs and not config.pairs_file:
+        raise UserError(
+            f"--epochs {config.epochs}: it counts passes over data of --pairs, which is {config.pairs} "
+            "here; give some, or --steps."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class IterativeConfig(RunConfig):
     """The settings of algorithms that measure the slack of their policies and descend the dual."""
 
@@ -360,7 +392,13 @@ class IterativeConfig(RunConfig):
             raise UserError(
                 f"--slack-responses {self.slack_responses}: must be at most --n-responses {self.n_responses}."
             )
-        if self.slack_prompts + self.prompts_per_step > self.n_prompts:
+        if self.pairs_file and self.slack_prompts > self.n_prompts:
+            raise UserError(
+                f"--slack-prompts {self.slack_prompts}: must be at most --n-prompts {self.n_prompts}, as the "
+                "slack is measured on prompts that the reference answers."
+            )
+        # The prompts of a file of pairs are others: those that measure the slack are left out of its rows.
+        if not self.pairs_file and self.slack_prompts + self.prompts_per_step > self.n_prompts:
             raise UserError(
                 f"--slack-prompts {self.slack_prompts}: slack and pairs need disjoint prompts, and "
                 f"{self.n_prompts} prompts leave fewer than --prompts-per-step {self.prompts_per_step}; "

@@ -16,8 +16,8 @@ class Factors(NamedTuple):
 
     down: Tensor  # A [rank, in]
     up: Tensor  # B [out, rank], scaled
-    # With dropout: from an input to what each of the linears in this matrix sees of it. Their ranks, which are
-    # equal, stand side by side in A.
+    # With dropout: from an input to what each of the linears in this matrix sees of it. Each has as many rows
+    # of A.
     seen: Callable[[Tensor], list[Tensor]] | None = None
 
     def inner(self, x: Tensor) -> Tensor:

@@ -35,18 +35,18 @@ PREFERENCES = ["preferences", "preference-columns", "preference-steps"]
 FLAGS = {
     "caid": [
         *ITERATIVE,
-        *"dual-rule dual-step pairs scores preferences preference-columns preference-steps".split(),
+        *"dual-rule dual-step pairs epochs scores preferences preference-columns preference-steps".split(),
     ],
-    "mocan": [*RUN_FLAGS, "pairs"],
-    "pecan": [*RUN_FLAGS, "pairs", *PREFERENCES],
+    "mocan": [*RUN_FLAGS, "pairs", "epochs"],
+    "pecan": [*RUN_FLAGS, "pairs", "epochs", *PREFERENCES],
     "primal_dual": ASCENT,
     "repo": ASCENT,
     "opd": [*ITERATIVE, "lam-init", "dual-rate", "proximity"],
     "cdpo": [*ITERATIVE, "lam-init", "dual-rate"],
     "pd_dpo": [*ITERATIVE, "lam-init", "dual-rate"],
-    "sacpo": [*RUN_FLAGS, "lam"],
-    "safe_dpo": [*RUN_FLAGS, "offset"],
-    "dpo": [*RUN_FLAGS, "objective"],
+    "sacpo": [*RUN_FLAGS, "pairs", "epochs", "lam"],
+    "safe_dpo": [*RUN_FLAGS, "pairs", "epochs", "offset"],
+    "dpo": [*RUN_FLAGS, "pairs", "epochs", "objective"],
 }
 CONFIGS = {name: row.config_class for name, row in ALGORITHMS.items() if name != "head"}
 
