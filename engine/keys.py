@@ -37,8 +37,12 @@ def selection(number: int) -> int:
 
 
 def label(iteration: int, step: int) -> int:
-    """Keys the labels that a policy step draws."""
+    """Keys the labels and the dropout that a policy step draws; no step has the number `ONCE`."""
     return iteration * 1_000_003 + step
+
+
+# In place of a step: keys the labels that an update draws once for all its steps.
+ONCE = 1_000_001
 
 
 # Purposes of choices among prompts, see `engine.data.dealing.subset`.

@@ -10,18 +10,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from engine.command import Standing, run_command
-from engine.config import ALGORITHMS, check, smoke
-from engine.config.flags import parse_flags, suggest, take
+from engine.config import ALGORITHMS, RunConfig, check, preset_named, published, without_epochs
+from engine.config.flags import names_of, parse_flags, suggest, take
 from engine.config.settings_file import read_settings
 from engine.errors import UserError
 
-USAGE = """usage: python -m engine.train [ALGORITHM] [--preset smoke] [--config FILE] [--resume RUN] [flags]
+USAGE = """usage: python -m engine.train [ALGORITHM] [--preset NAME] [--config FILE] [--resume RUN] [flags]
 
 algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 {algorithms}
 
---preset smoke    the whole loop on a tiny random model in under 30 seconds; flags that you give win
-                  (not for head)
+--preset NAME     other defaults; flags that you give win (not for head)
+                  smoke: the whole loop on a tiny random model in under 30 seconds
+                  safe-rlhf, hh-rlhf: the papers' protocols, see docs/protocols.md
 --config FILE     read settings from a YAML file (steps: 8), or from the config.json of a run, which is then
                   repeated into another folder; flags that you give win
 --resume RUN      go on with the interrupted run in that folder, with its own settings and inputs: takes no
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str], standing: Standing) -> None:
     algorithm, flags = _algorithm(argv)
     flags, resume = take(flags, "--resume")
+    preset = take(flags, "--preset")[1]
     if resume is None:
         config = parse(algorithm, flags)
         if config is None:
@@ -53,10 +55,21 @@ def _train(argv: list[str], standing: Standing) -> None:
         return
     standing.resumable("python -m engine.train", resume or config.out, "config.json")
     check(config)
+    if preset is not None:
+        _find(preset, config)
     if resume is None:
         chosen.train(config)
     else:
         chosen.train(config, resume=resume)
+
+
+def _find(preset: str, config: RunConfig) -> None:
+    """Looks for what a preset names. Raises: UserError naming all that is missing."""
+    if wanted := published(preset, config):
+        # Imported here, as it loads torch.
+        from engine.stages.published import check_published
+
+        check_published(preset, wanted)
 
 
 def parse(algorithm: str, flags: list[str]):
@@ -69,12 +82,7 @@ def parse(algorithm: str, flags: list[str]):
     chosen = ALGORITHMS[algorithm]
     default = chosen.config_class()
     if preset is not None:
-        if preset != "smoke" or not chosen.trains_policy:
-            raise UserError(
-                f"--preset {preset}: the only preset is smoke, and head has none; "
-                "use that one, or leave the flag out."
-            )
-        default = smoke(default)
+        default = preset_named(preset, algorithm).apply(default)
     usage = USAGE.format(algorithms="\n".join(f"  {name:<12}{row.help}" for name, row in ALGORITHMS.items()))
     words = {
         "prog": f"python -m engine.train {algorithm}",
@@ -92,10 +100,12 @@ def parse(algorithm: str, flags: list[str]):
                 "the same algorithm in both."
             )
         try:
+            if "epochs" not in names_of(settings.flags):
+                default = without_epochs(default, settings.flags)
             default = parse_flags(default, settings.flags, **words)
         except UserError as error:
             raise UserError(f"--config {file}: {error}") from None
-    return parse_flags(default, flags, **words)
+    return parse_flags(without_epochs(default, flags), flags, **words)
 
 
 def _algorithm(argv: list[str]) -> tuple[str, list[str]]:

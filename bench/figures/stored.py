@@ -9,11 +9,12 @@ from torch import Tensor
 
 from engine.config import RunConfig, was_by_preference
 from engine.errors import UserError
-from engine.records import Scores, Units
+from engine.records import Scores
 from engine.run.contents import read_contents
 from engine.run.rows import DualRow, PreferenceRow, ReferenceRow, RowT, read_rows
 from engine.run.store import RecordT, Torn, load
 from engine.stages.inputs import DEFAULT_MODEL
+from engine.stages.preference import log_ratio_units
 from engine.stages.reference import ReferenceSamples, units_of
 
 
@@ -45,10 +46,7 @@ def read_stored(folder: Path) -> Stored:
         )
     if was_by_preference(algorithm, values):
         scores = preference_scores(folder)
-        reward, *utility = row(folder, PreferenceRow).log_ratio_sd
-        audits = scores.audit_PGA.shape[2]
-        units = Units(reward=reward, utility_J=utility, audit_A=[1.0] * audits)
-        units = units.as_raw() if config.units == "raw" else units
+        units = log_ratio_units(row(folder, PreferenceRow).log_ratio_sd, scores.audit_PGA.shape[2], config)
         aim = row(folder, DualRow).aim
     else:
         scores = _load(folder, "01-reference.safetensors", ReferenceSamples).samples.scores

@@ -19,7 +19,19 @@ from engine.config.algorithms import (
 )
 from engine.config.bounds import check
 from engine.config.evaluation import EvaluateConfig
-from engine.config.presets import SAMPLING, SMOKE, fit, smoke
+from engine.config.presets import (
+    PRESETS,
+    SAMPLING,
+    SMOKE,
+    fit,
+    hh_rlhf,
+    preset_named,
+    published,
+    safe_rlhf,
+    smoke,
+    with_steps,
+    without_epochs,
+)
 from engine.config.run import IterativeConfig, RunConfig
 
 __all__ = [
@@ -34,6 +46,7 @@ __all__ = [
     "OpdConfig",
     "PdDpoConfig",
     "PecanConfig",
+    "PRESETS",
     "PrimalDualConfig",
     "RepoConfig",
     "RunConfig",
@@ -43,7 +56,13 @@ __all__ = [
     "SafeDpoConfig",
     "check",
     "fit",
+    "hh_rlhf",
+    "preset_named",
+    "published",
+    "safe_rlhf",
     "shown_name",
     "smoke",
     "was_by_preference",
+    "with_steps",
+    "without_epochs",
 ]

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from engine.config.bounds import bounded, count, one_of
-from engine.config.run import MOST_STEPS, Draws, IterativeConfig, RunConfig
+from engine.config.run import MOST_STEPS, Draws, IterativeConfig, PairsConfig, RunConfig, check_epochs
 from engine.errors import UserError
 
 
@@ -34,6 +34,8 @@ class CaidConfig(IterativeConfig):
     """Whose responses a policy update learns from. reference: the samples that the dual is solved on. policy:
     fresh samples of the last iterate. Or data in the forms of --prompts with two responses to
     each prompt: only its responses are taken, and the run's scorers score them."""
+    epochs: int = count(0, at_least=0)
+    """Passes of each policy update over the data of --pairs, in place of --steps; 0: --steps counts."""
     dual_rule: str = one_of("newton", "secant", "optimistic", "bisection")
     """The step of the multipliers. newton: as --dual-step says. secant: the same, with the curvature
     corrected by the measured slacks where they tell more than noise. optimistic: the same, on a forecast of
@@ -62,6 +64,7 @@ class CaidConfig(IterativeConfig):
     def check(self) -> None:
         """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
+        check_epochs(self)
         if self.dual_rule == "bisection" and len(self.cost) > 1:
             raise UserError(
                 f"--dual-rule bisection: {len(self.cost)} costs; it takes one, use newton or secant."
@@ -74,26 +77,13 @@ class CaidConfig(IterativeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MocanConfig(RunConfig):
+class MocanConfig(PairsConfig):
     """MoCAN: solve the dual once, then align once (arXiv 2405.19544, Algorithm 1)."""
 
     steps: int = 25
     """Policy steps in all."""
-    pairs: str = "reference"
-    """Whose responses the policy update learns from. reference: the samples that the dual is solved on. Or
-    data in the forms of --prompts with two responses to each prompt: only its responses are taken, and the
-    run's scorers score them."""
 
     solves_dual = True
-
-    def check(self) -> None:
-        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
-        super().check()
-        if self.pairs == "policy":
-            raise UserError(
-                "--pairs policy: a one-shot method starts at the reference, whose samples are there "
-                "already; use reference."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +108,7 @@ class PecanConfig(MocanConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(RunConfig):
+class DpoConfig(PairsConfig):
     """Plain DPO on one score, without a constraint (arXiv 2305.18290): the two ends of every trade-off."""
 
     objective: str = one_of("reward", "safety")
@@ -131,7 +121,7 @@ class DpoConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SacpoConfig(RunConfig):
+class SacpoConfig(PairsConfig):
     """SACPO: align to the reward, then to safety with the first policy as
     the reference (arXiv 2404.11049)."""
 
@@ -162,7 +152,7 @@ class SacpoConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeDpoConfig(RunConfig):
+class SafeDpoConfig(PairsConfig):
     """SafeDPO: DPO in which a safe response always wins over an unsafe one (arXiv 2505.20065)."""
 
     offset: float = bounded(10.0, at_least=0, at_most=1e6)
@@ -176,9 +166,10 @@ class SafeDpoConfig(RunConfig):
     def check(self) -> None:
         """Refuses values that no run of this kind can use; see `RunConfig.check`."""
         super().check()
-        if self.labels not in ("soft", "sampled"):
+        if self.labels not in ("soft", "sampled", "sampled-once"):
             raise UserError(
-                f"--labels {self.labels}: safe responses win by labels here; use soft or sampled."
+                f"--labels {self.labels}: safe responses win by labels here; use soft, sampled or "
+                "sampled-once."
             )
 
 
@@ -276,6 +267,15 @@ class PrimalDualConfig(IterativeConfig):
         """Returns how many of a prompt's `n` responses a policy step trains on:
         a policy gradient takes all."""
         return n
+
+    def check(self) -> None:
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
+        super().check()
+        if self.lora_dropout:
+            raise UserError(
+                f"--lora-dropout {self.lora_dropout:g}: a policy gradient compares the policy with the one "
+                "that sampled, which has none; leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ so that a mistake costs one line."""
 import difflib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar, get_type_hints
 
 from engine.config.help import print_grouped
@@ -117,6 +117,15 @@ def _check(flags: list[str], config_class: type, first: str, others: tuple[str, 
         for value in values:
             if element in (int, float) and not _is(element, value):
                 raise UserError(f"{flag} {value}: must be a {'whole ' if element is int else ''}number.")
+
+
+def names_of(flags: Iterable[str]) -> list[str]:
+    """Lists the names of the fields that flags set."""
+    return [
+        flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
+        for flag in flags
+        if flag.startswith("--")
+    ]
 
 
 def suggest(word: str, accepted: list[str]) -> str:

@@ -21,9 +21,9 @@ GROUPS = {
         "proximity",
     ),
     "training": (
-        "steps", "prompts_per_step", "responses_per_prompt", "labels", "learning_rate", "warmup_steps",
-        "schedule", "weight_decay", "clip_norm", "clip", "ascent_prompts", "tune", "lora_rank", "lora_alpha",
-        "lora_from",
+        "steps", "epochs", "prompts_per_step", "responses_per_prompt", "labels", "learning_rate",
+        "warmup_steps", "schedule", "weight_decay", "clip_norm", "clip", "ascent_prompts", "tune",
+        "lora_rank", "lora_alpha", "lora_from", "lora_targets", "lora_dropout",
     ),
     "verdict": ("eval_prompts", "eval_responses"),
     "run-and-machine": (

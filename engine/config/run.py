@@ -12,6 +12,7 @@ FEW_PROMPTS = (
     "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "
     "or --heldout"
 )
+LINEAR_LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 # Beyond these, random numbers of one purpose would be those of another; see `engine.keys`.
 MOST_STEPS, MOST_ITERATIONS = 10**6, 10**6 - 1
 
@@ -153,10 +154,13 @@ class RunConfig:
     responses_per_prompt: int = count(2, at_least=0)
     """Responses of each prompt in a policy step, the most and the least preferred of the G; all their pairs
     are used. 0 takes all G, which fits the tilt itself; the two ends act like a smaller --beta."""
-    labels: str = one_of("soft", "sampled", "regression", "listwise", "single", default="regression")
+    labels: str = one_of(
+        "soft", "sampled", "sampled-once", "regression", "listwise", "single", default="regression"
+    )
     """regression (least squares of margins on score differences), soft (expected Bradley-Terry label),
-    sampled (a random draw of it, as in the papers), listwise (cross-entropy over a prompt's responses) or
-    single (least squares of each response, DRO)."""
+    sampled (a random draw of it in each step, as in the papers), sampled-once (one draw that all steps of a
+    policy update keep, as in MoCAN's code), listwise (cross-entropy over a prompt's responses) or single
+    (least squares of each response, DRO)."""
     learning_rate: float = bounded(1.5e-3, above=0, at_most=10.0)
     """Peak learning rate of AdamW. The default is for adapters; --tune full wants one of about 1e-5."""
     warmup_steps: int = count(1, at_least=0)
@@ -177,6 +181,11 @@ class RunConfig:
     """The adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_from: float = bounded(0.5, at_least=0, below=1)
     """The adapter sits above this share of the layers; those below are computed once per sample."""
+    lora_targets: tuple[str, ...] = one_of(*LINEAR_LAYERS, default=LINEAR_LAYERS)
+    """The linear layers with an adapter."""
+    lora_dropout: float = bounded(0.0, at_least=0, below=1)
+    """Share of an adapter's inputs that a policy step sets to 0 at random, anew in each step and for each
+    linear layer; sampling and the reference have none."""
     memory_budget_mb: int = count(0, at_least=0)
     """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and 4096 on a GPU."""
     checkpoint_every: int = count(2)
@@ -188,6 +197,7 @@ class RunConfig:
     """Responses per held-out prompt."""
 
     # The following are no fields, hence no flags. They hold for an algorithm that does not say otherwise.
+    epochs = 0
     has_thresholds = True  # without thresholds, a sweep trains the algorithm once for each seed
     solves_dual = False  # solves the dual on the reference's samples, as a stage of the run
     pairs = "reference"
@@ -265,6 +275,10 @@ class RunConfig:
         if len(self.response_columns) > 2:
             given = " ".join(self.response_columns)
             raise UserError(f"--response-columns {given}: at most two columns hold responses.")
+        if not self.lora_targets:
+            raise UserError(
+                f"--lora-targets is empty: name at least one of {', '.join(LINEAR_LAYERS)}, or leave it out."
+            )
         if not self.cost:
             raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
         if len(set(self.cost)) != len(self.cost):
@@ -303,6 +317,37 @@ class RunConfig:
                 "--cost-mean, --cost-rate: log-ratios of policies have no level of their own; use "
                 "--threshold."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(RunConfig):
+    """The settings of algorithms that align to pairs without sampling their policies."""
+
+    pairs: str = "reference"
+    """Whose responses a policy update learns from. reference: the reference's samples, on which the dual is
+    solved. Or data in the forms of --prompts with two responses to each prompt: only its responses are taken,
+    and the run's scorers score them."""
+    epochs: int = count(0, at_least=0)
+    """Passes of each policy update over the data of --pairs, in place of --steps; 0: --steps counts."""
+
+    def check(self) -> None:
+        """Refuses values that no run of this kind can use; see `RunConfig.check`."""
+        super().check()
+        if self.pairs == "policy":
+            raise UserError(
+                "--pairs policy: a one-shot method starts at the reference, whose samples are there "
+                "already; use reference."
+            )
+        check_epochs(self)
+
+
+def check_epochs(config: RunConfig) -> None:
+    """Refuses passes over the pairs of no file. Raises: UserError."""
+    if config.epochs and not config.pairs_file:
+        raise UserError(
+            f"--epochs {config.epochs}: it counts passes over data of --pairs, which is {config.pairs} "
+            "here; give some, or --steps."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +393,13 @@ class IterativeConfig(RunConfig):
             raise UserError(
                 f"--slack-responses {self.slack_responses}: must be at most --n-responses {self.n_responses}."
             )
-        if self.slack_prompts + self.prompts_per_step > self.n_prompts:
+        if self.pairs_file and self.slack_prompts > self.n_prompts:
+            raise UserError(
+                f"--slack-prompts {self.slack_prompts}: must be at most --n-prompts {self.n_prompts}, as the "
+                "slack is measured on prompts that the reference answers."
+            )
+        # The prompts of a file of pairs are others: those that measure the slack are left out of its rows.
+        if not self.pairs_file and self.slack_prompts + self.prompts_per_step > self.n_prompts:
             raise UserError(
                 f"--slack-prompts {self.slack_prompts}: slack and pairs need disjoint prompts, and "
                 f"{self.n_prompts} prompts leave fewer than --prompts-per-step {self.prompts_per_step}; "

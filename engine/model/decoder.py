@@ -239,5 +239,4 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LayerMatrices 
     out = linear(x, weight, bias)
     if lora is None or name not in lora:
         return out
-    down, up = lora[name]
-    return torch.addmm(out, F.linear(x, down), up.t())
+    return torch.addmm(out, lora[name].inner(x), lora[name].up.t())

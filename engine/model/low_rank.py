@@ -3,12 +3,35 @@
 It asks no more than this, so that `engine.policy.lora` can stand above this package.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# The adapted matrices of a layer: name of the decoder's matrix -> (A [rank, in], scaled B [out, rank]).
-LayerMatrices = dict[str, tuple[Tensor, Tensor]]
+
+class Factors(NamedTuple):
+    """A matrix W of the decoder acts as W + B A."""
+
+    down: Tensor  # A [rank, in]
+    up: Tensor  # B [out, rank], scaled
+    # With dropout: from an input to what each of the linears in this matrix sees of it. Each has as many rows
+    # of A.
+    seen: Callable[[Tensor], list[Tensor]] | None = None
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Computes A x [M, rank] of inputs [M, in]."""
+        if self.seen is None:
+            return F.linear(x, self.down)
+        inputs = self.seen(x)
+        return torch.cat(
+            [F.linear(own, a) for own, a in zip(inputs, self.down.chunk(len(inputs)), strict=True)], dim=1
+        )
+
+
+# The adapted matrices of a layer, by the name of the decoder's matrix.
+LayerMatrices = dict[str, Factors]
 
 
 class LowRank(Protocol):

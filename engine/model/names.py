@@ -3,6 +3,7 @@
 The decoder fuses matrices that read the same input, the files do not.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,6 +49,11 @@ FUSED = {
     for matrix in ("qkv", "o", "gate_up", "down")
 }
 LINEARS = tuple(name for names in FUSED.values() for name in names)
+
+
+def linears_of(targets: Iterable[str]) -> tuple[str, ...]:
+    """Returns the Hugging Face names of the linears that --lora-targets names."""
+    return tuple(name for name in LINEARS if name.rpartition(".")[2].removesuffix("_proj") in set(targets))
 
 
 def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:

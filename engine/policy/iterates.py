@@ -8,12 +8,14 @@ from engine.policy.peft import save_peft
 from engine.policy.weights import Weights
 
 
-def save_weights(weights: Weights, folder: Path, base_model: str, tokenizer_from: Path) -> None:
+def save_weights(
+    weights: Weights, folder: Path, base_model: str, tokenizer_from: Path, dropout: float
+) -> None:
     """Writes an iterate: an adapter as PEFT's folder, all weights as a Hugging Face folder.
 
-    Raises: UserError on a full or closed disk.
+    dropout: of the adapter's training. Raises: UserError on a full or closed disk.
     """
     if isinstance(weights, Adapter):
-        save_peft(weights, folder, base_model)
+        save_peft(weights, folder, base_model, dropout)
     else:
         model.save(weights.decoder(), folder, tokenizer_from=tokenizer_from)

@@ -6,15 +6,17 @@ without it gives the reference.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
-from engine.model.low_rank import LayerMatrices
+from engine.model.low_rank import Factors, LayerMatrices
 from engine.model.names import FUSED, LINEARS, linear_shapes
 from engine.policy.parameters import PolicyWeights
+from kernels.random import combine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,18 @@ class Adapter(PolicyWeights):
                 )
 
     @staticmethod
-    def on(model: Decoder, *, rank: int, alpha: float, share: float, seed: int) -> "Adapter":
+    def on(
+        model: Decoder,
+        *,
+        rank: int,
+        alpha: float,
+        share: float,
+        seed: int,
+        linears: tuple[str, ...] = LINEARS,
+    ) -> "Adapter":
         """Makes a new adapter, with B = 0, on the layers of `model` from `share` of its depth on."""
         first, last = first_layer(model.config.num_layers, share), model.config.num_layers
-        placement = Placement(config=model.config, first_layer=first, last_layer=last)
+        placement = Placement(config=model.config, first_layer=first, last_layer=last, linears=tuple(linears))
         return Adapter(placement, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=seed)
 
     @property
@@ -82,16 +92,21 @@ class Adapter(PolicyWeights):
         rank, is block-diagonal, [out, parts * rank].
         """
         first, last = max(start, self.placement.first_layer), min(stop, self.placement.last_layer)
-        matrices = {
-            matrix: names for matrix, names in FUSED.items() if set(names) & set(self.placement.linears)
-        }
+        matrices = [matrix for matrix in FUSED if self.adapted(matrix)]
         return {
-            layer: {matrix: self._fused(layer, names) for matrix, names in matrices.items()}
-            for layer in range(first, last)
+            layer: {matrix: self._fused(layer, matrix) for matrix in matrices} for layer in range(first, last)
         }
 
-    def _fused(self, layer: int, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        adapted = [name for name in names if name in self.placement.linears]
+    def with_dropout(self, share: float, key: int) -> "WithDropout":
+        """Returns the adapter as a policy step trains it; `key` names its random numbers."""
+        return WithDropout(adapter=self, share=share, key=key)
+
+    def adapted(self, matrix: str) -> list[str]:
+        """Returns the adapted linears in a fused matrix, in the order of its rows."""
+        return [name for name in FUSED[matrix] if name in self.placement.linears]
+
+    def _fused(self, layer: int, matrix: str) -> Factors:
+        names, adapted = FUSED[matrix], self.adapted(matrix)
         down = torch.cat([self.down[key_of(layer, name)] for name in adapted])
         # A linear that is not adapted is a block without columns.
         blocks = [
@@ -99,7 +114,7 @@ class Adapter(PolicyWeights):
             for name in names
         ]
         up = torch.block_diag(*blocks) * (self.alpha / self.rank)
-        return down.to(self.compute_dtype), up.to(self.compute_dtype)
+        return Factors(down.to(self.compute_dtype), up.to(self.compute_dtype))
 
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
@@ -109,6 +124,48 @@ class Adapter(PolicyWeights):
             layer, name = layer_and_name(key)
             result[f"model.layers.{layer}.{name}.weight"] = scale * self.up[key] @ self.down[key]
         return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDropout:
+    """An adapter in a policy step with dropout: output += (alpha / rank) B A d(x), where d sets a random
+    `share` of the numbers of x to 0, other ones for each linear, and divides the rest by 1 - share.
+
+    It is an `engine.model.low_rank.LowRank`. The random numbers depend on (key, layer, linear) alone, so that
+    a layer which is computed again for the backward pass sees the same.
+    """
+
+    adapter: Adapter
+    share: float
+    key: int
+
+    @property
+    def first_layer(self) -> int:
+        """The first adapted layer."""
+        return self.adapter.first_layer
+
+    def fused(self, start: int, stop: int) -> dict[int, LayerMatrices]:
+        """Computes the adapted matrices of layers start..stop-1, as `Adapter.fused` does."""
+        # Dividing B, which is small, divides all that passes through it.
+        return {
+            layer: {
+                matrix: f._replace(up=f.up / (1 - self.share), seen=partial(self._seen, layer, matrix))
+                for matrix, f in matrices.items()
+            }
+            for layer, matrices in self.adapter.fused(start, stop).items()
+        }
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Computes what merging adds: dropout is no part of it."""
+        return self.adapter.deltas()
+
+    def _seen(self, layer: int, matrix: str, x: Tensor) -> list[Tensor]:
+        inputs = []
+        for name in self.adapter.adapted(matrix):
+            key = int(combine(self.key, layer, LINEARS.index(name)))
+            generator = torch.Generator(x.device).manual_seed(key)
+            inputs.append(x * torch.empty_like(x).bernoulli_(1 - self.share, generator=generator))
+        return inputs
 
 
 def first_layer(num_layers: int, share: float) -> int:

@@ -35,10 +35,11 @@ LARGEST_ALPHA = 1e6
 _PREFIX = "base_model.model.model.layers."
 
 
-def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
+def save_peft(adapter: Adapter, folder: Path, base_model: str, dropout: float = 0.0) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as peft reads them, each whole or not at all.
 
-    base_model: folder or id of the base model. Raises: UserError on a full or closed disk.
+    base_model: folder or id of the base model. dropout: that of the training, which peft goes on with where
+    it trains. Raises: UserError on a full or closed disk.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in _by_peft_name(adapter).items()}
     config = {
@@ -50,7 +51,7 @@ def save_peft(adapter: Adapter, folder: Path, base_model: str) -> None:
         "layers_pattern": "layers",
         "layers_to_transform": list(range(adapter.first_layer, adapter.placement.last_layer)),
         "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": adapter.rank,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine import keys
 from engine.config import RunConfig
 from engine.model import packing
 from engine.model.decoder import Decoder
@@ -32,7 +33,7 @@ class Loss:
 class PreferenceLoss:
     """The loss of pairs of `samples` under the weights, towards a target.
 
-    anchor: the weights of `target.anchor`, None for the reference.
+    anchor: the weights of `target.anchor`, None for the reference. iteration: keys what is drawn at random.
     """
 
     config: RunConfig
@@ -41,12 +42,13 @@ class PreferenceLoss:
     samples: Samples
     target: ScoredTarget
     anchor: Weights | None = None
+    iteration: int = 0
 
-    def __call__(self, pairs: Pairs, draw: int, first: int = 0) -> Loss:
+    def __call__(self, pairs: Pairs, step: int, first: int = 0) -> Loss:
         """Returns the loss of one batch of pairs in the label form `config.labels`.
 
-        draw: the number of the step, which keys labels that are drawn. first: the number of the batch's
-        first sequence in the step.
+        step: its number, from 0, which keys dropout and labels that are drawn. first: the number of the
+        batch's first sequence in the step.
         """
         config, target, samples, model = self.config, self.target, self.samples, self.model
         batch = samples.groups(rows_by_prompt(pairs))
@@ -59,9 +61,12 @@ class PreferenceLoss:
         }
         reference_N = self._anchor_logprob(batch, packed, pairs, options)
         score_N = target.score_PG.reshape(-1)[torch.tensor(pairs.row)].to(model.device)
-        hidden, head = policy_states(config, model, samples.lower, batch, packed, self.weights)
-        if config.labels in ("soft", "sampled"):
-            key = combine(config.seed, draw, (pairs.pairs[:, 0] + first) * 65_537 + pairs.pairs[:, 1] + first)
+        dropout = int(combine(config.seed, keys.label(self.iteration, step), first))
+        hidden, head = policy_states(
+            config, model, samples.lower, batch, packed, self.weights, dropout=dropout
+        )
+        if config.labels in ("soft", "sampled", "sampled-once"):
+            drawn = None if config.labels == "soft" else self._uniform(pairs, step, first).to(model.device)
             result = lagrangian_preference_loss(
                 hidden,
                 head,
@@ -72,8 +77,8 @@ class PreferenceLoss:
                 score_N.new_zeros(0),
                 reference_N,
                 beta=target.coefficient,
-                labels=config.labels,
-                uniform=uniform(key, 0).to(model.device) if config.labels == "sampled" else None,
+                labels="soft" if drawn is None else "sampled",
+                uniform=drawn,
                 **options,
             )
             return Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin)
@@ -82,6 +87,18 @@ class PreferenceLoss:
         margin = (moved_N[a] - moved_N[b]).detach()
         accuracy = (((margin * (score_N[a] - score_N[b])).sign() + 1) / 2).mean()
         return Loss(loss=self._without_labels(moved_N, score_N, pairs), accuracy=accuracy, margin=margin)
+
+    def _uniform(self, pairs: Pairs, step: int, first: int) -> Tensor:
+        """Returns the uniform numbers float64 [K] that draw the labels of pairs: of their places in the step,
+        or, where labels are drawn once, of their responses."""
+        a, b = pairs.pairs.unbind(1)
+        if self.config.labels == "sampled-once":
+            row = torch.tensor(pairs.row)
+            return uniform(
+                combine(self.config.seed, keys.label(self.iteration, keys.ONCE), row[a], row[b]), 0
+            )
+        place = (a + first) * 65_537 + b + first
+        return uniform(combine(self.config.seed, keys.label(self.iteration, step), place), 0)
 
     def _anchor_logprob(
         self, batch: list[packing.Group], packed: packing.Packed, pairs: Pairs, options: dict

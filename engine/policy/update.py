@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine import keys
 from engine.data.dealing import Schedule
 from engine.errors import UserError
 from engine.model import packing
@@ -33,7 +32,7 @@ def fit(
     """Takes `config.steps` steps of the preference loss on pairs of `samples`.
 
     train_on: the prompts whose pairs may be used. anchor: the weights of `target.anchor`, None for the
-    reference. Labels are drawn afresh in every step from target.score_PG.
+    reference. Labels that are random are drawn from target.score_PG, afresh in every step or once.
 
     Raises: NonFiniteError with the batch saved in the run folder; UserError where a step will have no pair
     left, before the first.
@@ -47,13 +46,14 @@ def fit(
         samples=samples,
         target=target,
         anchor=anchor,
+        iteration=update.iteration,
     )
 
     def step_of(i: int) -> Step:
         pairs = pairs_of(i)
         loss = accuracy = margin = 0.0
         for part, first in parts(pairs, samples.groups(rows_by_prompt(pairs)), config.tokens_per_forward):
-            found = loss_of(part, keys.label(update.iteration, i), first)
+            found = loss_of(part, i, first)
             loss += add_gradient(found.loss, share_of(config.labels, part, pairs))
             share = len(part.pairs) / len(pairs.pairs)
             accuracy += share * float(found.accuracy)

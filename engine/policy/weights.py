@@ -6,6 +6,7 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.model.decoder import Decoder
+from engine.model.names import linears_of
 from engine.policy.full import FullWeights
 from engine.policy.lora import Adapter
 
@@ -16,7 +17,12 @@ Weights = Adapter | FullWeights
 def new_adapter(network: Decoder, config: RunConfig) -> Adapter:
     """Returns a fresh adapter of the size that a config asks for; its policy equals the reference."""
     return Adapter.on(
-        network, rank=config.lora_rank, alpha=config.lora_alpha, share=config.lora_from, seed=config.seed
+        network,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        share=config.lora_from,
+        seed=config.seed,
+        linears=linears_of(config.lora_targets),
     )
 
 

@@ -23,6 +23,7 @@ from engine.report.run_files import RunFiles
 LOSSES = {
     "soft": "cross-entropy per pair (nats)",
     "sampled": "cross-entropy per pair (nats)",
+    "sampled-once": "cross-entropy per pair (nats)",
     "listwise": "cross-entropy per prompt (nats)",
     "regression": "half squared error per pair",
     "single": "half squared error per response",

@@ -13,7 +13,7 @@ import torch
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
-from engine.model.names import linear_shapes
+from engine.model.names import linear_shapes, linears_of
 from engine.run.machine import available_memory, matmul_rate
 from kernels.loss_head.schemes import budget_or_default
 
@@ -144,7 +144,8 @@ def _samples_bytes(config: RunConfig) -> int:
 def _adapter_parameters(config: RunConfig, shape: ModelConfig) -> int:
     """Counts the weights of an adapter."""
     layers = math.ceil(shape.num_layers * _trained_share(config))
-    return layers * config.lora_rank * sum(map(sum, linear_shapes(shape).values()))
+    shapes = linear_shapes(shape)
+    return layers * config.lora_rank * sum(sum(shapes[name]) for name in linears_of(config.lora_targets))
 
 
 def _kept_bytes(

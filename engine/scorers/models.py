@@ -20,7 +20,7 @@ from engine.scorers.classifiers import Classifier, load_classifier, of_no_use
 from engine.scorers.last_token import HeadFolder, LastToken
 from engine.scorers.names import ModelSpec
 from engine.scorers.reader import LONGEST_TEXT, Reader
-from engine.scorers.recipes import CAUSAL, RECIPES, Recipe, recipe_named, recipe_of_folder
+from engine.scorers.recipes import CAUSAL, PAIRS, RECIPES, Recipe, recipe_named, recipe_of_folder
 
 # Matrices of which a token takes a row, and those of which only answers take some.
 _LOOKED_UP = re.compile(r"embed|wte|wpe|lm_head")
@@ -74,7 +74,7 @@ def model_scorer(value: str, context: LoadContext) -> TextScorer:
     check_text_files(folder)
     refuse_code(folder, ("tokenizer_config.json",) if found else ("config.json", "tokenizer_config.json"))
     if found is None and not last_token.causal(read_config(folder), stored_tensors(folder)):
-        _check_recipe(value, given, given is None or given in (RECIPES["pair"], RECIPES["response"]))
+        _check_recipe(value, given, given is None or given in [RECIPES[name] for name in PAIRS])
         model = _once(context, spec, lambda: load_classifier(value, folder, given or Recipe(), context))
         return _with_labels(value, spec, model)
     tokenizer = _once(context, ModelSpec(spec.path, recipe="tokenizer"), lambda: _tokenizer(value, folder))

@@ -47,7 +47,7 @@ class Reader:
         Raises: UserError where the template refuses a conversation.
         """
         if not self.chat:
-            return [as_text(messages_of(prompt)) for prompt in prompts]
+            return [self._prompt(prompt) for prompt in prompts]
         return [self.written(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     def encode(
@@ -91,6 +91,19 @@ class Reader:
         except Exception as error:
             raise UserError(
                 f"scorer {self.spec}: its chat template refuses the prompt {str(prompt)[:60]!r} "
+                f"({first_line(error)}); give other prompts or another scorer."
+            ) from error
+
+    def _prompt(self, prompt: Asked) -> str:
+        """Writes the prompt of a pair. Raises: UserError as `texts`."""
+        messages, template = messages_of(prompt), self.recipe.prompt
+        if template is None:
+            return as_text(messages)
+        try:
+            return render(messages, self.tokenizer, self.now, {"chat_template": template})
+        except Exception as error:
+            raise UserError(
+                f"scorer {self.spec}: its recipe refuses the prompt {str(prompt)[:60]!r} "
                 f"({first_line(error)}); give other prompts or another scorer."
             ) from error
 

@@ -36,6 +36,7 @@ class Recipe:
     options: Mapping[str, object] = field(default_factory=dict)  # of the chat template
     generation_prompt: bool = False  # the text ends where an answer begins
     template: bool = True  # False: no chat template is used, also where there is one
+    prompt: str | None = None  # the chat template that writes the prompt of a pair
     alone: bool = False  # the response is read without its prompt
     steps: tuple[Step, ...] = ()  # of a guard's answer; the score is read at the last one
     row: int | None = None  # the score is the logit of this token, as it is
@@ -163,6 +164,7 @@ _YES_NO = {"bad": (" yes",), "good": (" no",)}
 _UNSAFE_SAFE = {"bad": ("unsafe",), "good": ("safe",)}
 RECIPES: dict[str, Recipe] = {
     "pair": Recipe(template=False),
+    "hh": Recipe(template=False, prompt=TEMPLATES["hh"]),
     "response": Recipe(template=False, alone=True),
     "beaver": Recipe(text=BEAVER, sampled=True),
     "ultrarm": Recipe(text=ULTRARM, measures="reward"),
@@ -196,6 +198,7 @@ RECIPES: dict[str, Recipe] = {
         measures="cost",
     ),
 }
+PAIRS = ("pair", "hh", "response")  # of classifiers that read a pair of texts
 # Parts of the published folders' names, in lower case.
 _NAMES = (
     (r"llama-?guard", "llama-guard"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from engine import constraints, keys, model
-from engine.config import SAMPLING, RunConfig, check, fit, shown_name
+from engine.config import SAMPLING, RunConfig, check, fit, shown_name, with_steps
 from engine.data.dealing import deal, subset
 from engine.data.prompts import assert_disjoint, by_tokens, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
@@ -185,6 +185,7 @@ class Prepared:
     plan: Plan
     asked_rows: int  # of --rollout-rows
     lowered: str  # says which numbers of prompts are lower than asked for; "" where none is
+    passes: str  # says what --epochs comes to; "" without it
     warnings: list[str]  # of the scorers
     notes: list[str]  # say what has changed since the run began
 
@@ -231,6 +232,9 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     check(config)
     if config.samples_of and owned is not None:
         check_samples_of(config)
+    pairs, passes = owned.record.pairs if start.goes_on else _pairs(config, inputs), ""
+    if pairs is not None:
+        config, passes = with_steps(config, len(pairs.prompts))
     train = training_prompts(inputs.train, config.n_prompts, config.seed)
     heldout = heldout_prompts(inputs.heldout, config.eval_prompts, config.seed)
     plan = _plan(config, inputs, train, heldout, resumes=start.resumes)
@@ -246,12 +250,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, train, heldout))
-    if start.goes_on:
-        pairs, preferences = owned.record.pairs, owned.record.preferences
-    else:
-        pairs, preferences = _read_pairs(config, names, inputs)
-        pairs = _without_heldout(config, pairs, inputs.heldout, "--pairs")
-        preferences = _without_heldout(config, preferences, inputs.heldout, "--preferences")
+    preferences = owned.record.preferences if start.goes_on else _preferences(config, names, inputs)
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
     return Prepared(
@@ -267,6 +266,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         plan=plan,
         asked_rows=asked_rows,
         lowered=lowered,
+        passes=passes,
         warnings=try_out(scorers, train, config.max_new_tokens),
         notes=notes,
     )
@@ -318,6 +318,8 @@ def _announce(display: Display, algorithm: str, prepared: Prepared, *, resumes: 
     for own in files:
         for note in own.notes():
             display.warn(note)
+    if prepared.passes:
+        display.line(prepared.passes)
     display.line(plan.sentence())
     if plan.rows < prepared.asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")
@@ -378,29 +380,27 @@ def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
     return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS))
 
 
-def _read_pairs(
-    config: RunConfig, names: list[str], inputs: Inputs
-) -> tuple[ResponsePairs | None, ResponsePairs | None]:
-    """Reads the files of --pairs and --preferences; None for one that the config does not name."""
-    pairs = preferences = None
-    if source := config.pairs_file:
-        enough = config.policy_updates * config.steps * config.prompts_per_step
-        pairs = read_response_pairs(source, [], inputs.tokenizer, inputs.limits, rules_of(config, enough))
-    if config.by_preference and config.preferences:
-        columns = config.preference_columns or ("reward", *names)
-        enough = config.preference_steps * config.prompts_per_step
-        preferences = read_response_pairs(
-            config.preferences, columns, inputs.tokenizer, inputs.limits, rules_of(config, enough)
-        )
-    return pairs, preferences
-
-
-def _without_heldout(
-    config: RunConfig, own: ResponsePairs | None, heldout: Prompts, flag: str
-) -> ResponsePairs | None:
-    """Leaves the rows out whose prompts are held out; --strict refuses them. Raises: UserError."""
-    if own is None:
+def _pairs(config: RunConfig, inputs: Inputs) -> ResponsePairs | None:
+    """Reads the data of --pairs, all of it where --epochs counts passes; None without. Raises: UserError."""
+    if not (source := config.pairs_file):
         return None
+    enough = None if config.epochs else config.policy_updates * config.steps * config.prompts_per_step
+    own = read_response_pairs(source, [], inputs.tokenizer, inputs.limits, rules_of(config, enough))
+    return _without_heldout(config, own, inputs.heldout, "--pairs")
+
+
+def _preferences(config: RunConfig, names: list[str], inputs: Inputs) -> ResponsePairs | None:
+    """Reads the data of --preferences; None where the run is not scored by any. Raises: UserError."""
+    if not (config.by_preference and config.preferences):
+        return None
+    rules = rules_of(config, config.preference_steps * config.prompts_per_step)
+    columns = config.preference_columns or ("reward", *names)
+    own = read_response_pairs(config.preferences, columns, inputs.tokenizer, inputs.limits, rules)
+    return _without_heldout(config, own, inputs.heldout, "--preferences")
+
+
+def _without_heldout(config: RunConfig, own: ResponsePairs, heldout: Prompts, flag: str) -> ResponsePairs:
+    """Leaves the rows out whose prompts are held out; --strict refuses them. Raises: UserError."""
     prompts = by_tokens(own.prompts)
     if config.strict:
         assert_disjoint(prompts, heldout, f"prompt of {flag}")

@@ -4,7 +4,8 @@ One policy is aligned by DPO to the preferences of each kind, and ln(policy / re
 score. The papers' constraint E[beta ln(policy_g / reference)] + beta KL(reference || policy_g) >= b is an
 improvement over the reference's mean, as for scores from models; so everything after the scores is the same.
 Decided here: log-ratios are divided by their pooled within-prompt standard deviation, as other scores are, so
-that beta drops out of them and b and lambda are in that unit. With --units raw they stay in nats.
+that beta drops out of them and b and lambda are in that unit. With --units raw the scores are the papers',
+beta x log-ratio.
 
 Without a file of preferences the labels are Bradley-Terry draws from the run's scorers on reference samples,
 in place of people; the verdict then also shows what these scorers say of the policy.
@@ -86,16 +87,20 @@ class ByLogRatios:
     log_ratios: LogRatios
 
     @staticmethod
-    def of(log_ratios: LogRatios, log_ratio_sd: list[float], units: str) -> "ByLogRatios":
-        """Scores in the units that the setting names; log_ratio_sd: standard deviations, nats."""
+    def of(log_ratios: LogRatios, log_ratio_sd: list[float], config: RunConfig) -> "ByLogRatios":
+        """Scores in the units of a run; log_ratio_sd: standard deviations, nats."""
         names = audit_names(log_ratios.subject.scorers)
-        reward, *utility_J = log_ratio_sd
-        found = Units(reward=reward, utility_J=utility_J, audit_A=[1.0] * len(names))
-        found = found.as_raw() if units == "raw" else found
-        return ByLogRatios(units=found, audit_names=names, log_ratios=log_ratios)
+        units = log_ratio_units(log_ratio_sd, len(names), config)
+        return ByLogRatios(units=units, audit_names=names, log_ratios=log_ratios)
 
     def __call__(self, stage: Stage, samples: Samples) -> ScaledScores:
         return self.units.apply(self.log_ratios(stage, samples))
+
+
+def log_ratio_units(log_ratio_sd: list[float], n_audits: int, config: RunConfig) -> Units:
+    """Returns the units of log-ratios, nats: the standard deviations, or with --units raw 1 / beta."""
+    one = log_ratio_sd if config.units == "deviation" else [1 / config.beta] * len(log_ratio_sd)
+    return Units(reward=one[0], utility_J=one[1:], audit_A=[1.0] * n_audits)
 
 
 def audit_names(scorers: Scorers) -> list[str]:
@@ -114,7 +119,7 @@ def restored(run: Committed, config: RunConfig, subject: Subject, scorer_units: 
         aligned.append(new_adapter(subject.model, config))
         aligned[-1].set_tensors(run.load(stage_name("preference", number, name), Policy).adapter)
     log_ratios = LogRatios(subject=subject, aligned=aligned, scorer_units=scorer_units)
-    return ByLogRatios.of(log_ratios, row.log_ratio_sd, config.units)
+    return ByLogRatios.of(log_ratios, row.log_ratio_sd, config)
 
 
 def align(job: Job, reference: Reference) -> Reference:
@@ -144,7 +149,7 @@ def align(job: Job, reference: Reference) -> Reference:
         return [sd.reward, *sd.utility_J]
 
     raw = job.run.stage("preference/scores", Scores, compute)
-    scoring = ByLogRatios.of(log_ratios, log_ratio_sd(raw), job.config.units)
+    scoring = ByLogRatios.of(log_ratios, log_ratio_sd(raw), job.config)
     scaled = scoring.units.apply(raw)
     fixed = aims(job, reference.limits, reference.prompts, scaled, scoring.units)
     return replace(reference, samples=replace(reference.samples, scaled=scaled), scoring=scoring, **fixed)
@@ -156,7 +161,8 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
     config = job.config
     adapter = new_adapter(job.model, config)
     seed = int(combine(config.seed, keys.preference(number)))
-    settings = replace(config, steps=config.preference_steps, labels="sampled", seed=seed)
+    labels = config.labels if config.labels == "sampled-once" else "sampled"
+    settings = replace(config, steps=config.preference_steps, labels=labels, seed=seed)
     target = ScoredTarget(score_PG=label_PG, coefficient=config.beta)
 
     def compute(stage: Stage) -> Policy:

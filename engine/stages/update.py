@@ -139,7 +139,8 @@ class Updates:
             if outputs.has(paths, folder):
                 job.run.display.warn(f"{folder} is not as it was written: made again from {paths.stages}")
             _remove(folder)
-            save_weights(self.weights, folder, lasting_name(job.config.model, job.folder), job.texts)
+            base = lasting_name(job.config.model, job.folder)
+            save_weights(self.weights, folder, base, job.texts, job.config.lora_dropout)
             outputs.note(paths, [folder])
         return policy
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.command import Standing, run_command
+from engine.config import PRESETS
 from engine.config.flags import parse_flags, take
 from engine.errors import UserError
 from engine.files import read_json
@@ -19,7 +20,7 @@ USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engin
 
     python -m engine.sweep --algorithms caid mocan --thresholds 0.2 0.3 0.4 --seeds 0 1 -- --n-prompts 200
 
---preset smoke    tiny random model, for trying it out
+--preset NAME     smoke (a tiny random model, for trying it out), safe-rlhf or hh-rlhf, as in engine.train
 --resume FOLDER   go on with the sweep in FOLDER, with its own settings: takes no other flags
 """
 
@@ -34,8 +35,6 @@ def _sweep(argv: list[str], standing: Standing) -> None:
     flags, common = argv[:cut], argv[cut + 1 :]
     flags, resume = take(flags, "--resume")
     flags, preset = take(flags, "--preset")
-    if preset not in (None, "smoke"):
-        raise UserError(f"--preset {preset}: the only preset is smoke; use that one, or leave the flag out.")
     if resume is not None:
         if flags or common or preset:
             raise UserError(
@@ -58,7 +57,7 @@ def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
     settings = read_json(Path(folder) / "sweep.json", cure=cure)
     try:
         preset = settings.pop("preset")
-        if preset not in (None, "smoke"):
+        if preset not in (None, *PRESETS):
             raise ValueError(f"preset {preset}")
         for name, value in settings.items():
             kind = int if name == "seeds" else str

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from engine.config import ALGORITHMS, SAMPLING, RunConfig, check, shown_name, smoke
-from engine.config.flags import parse_flags, suggest
+from engine.config import ALGORITHMS, SAMPLING, RunConfig, check, preset_named, shown_name, without_epochs
+from engine.config.flags import names_of, parse_flags, suggest
 from engine.errors import UserError
 
 SET_BY_SWEEP = ("seed", "threshold", "out", "samples_of")  # settings of a run that no label and no flag sets
@@ -47,7 +47,7 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     different runs that would have one folder.
     """
     for name in SET_BY_SWEEP:
-        if name in _flag_names(sweep.flags):
+        if name in names_of(sweep.flags):
             raise UserError(f"--{name.replace('_', '-')} behind --: the sweep sets it; see --help.")
     for name in ("algorithms", "thresholds", "seeds"):
         if not getattr(sweep, name):
@@ -71,7 +71,7 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
                 "sweep each by itself."
             )
     known = {f.name for plan in plans.values() for f in fields(plan.config)}
-    for name in _flag_names(sweep.flags):
+    for name in names_of(sweep.flags):
         if name not in known:
             raise UserError(
                 f"flag --{name.replace('_', '-')} behind --: none of {', '.join(sweep.algorithms)} has it; "
@@ -104,9 +104,10 @@ def _plan(
     """Builds the config of one run and checks it."""
     name, _, settings = label.partition(":")
     kind = config_class(label)
-    default = kind() if preset is None else smoke(kind())
+    default = kind() if preset is None else preset_named(preset, name).apply(kind())
     flags = _known_flags(sweep.flags, {f.name for f in fields(kind)})
     flags += _label_flags(label, settings)
+    default = without_epochs(default, flags)
     config = parse_flags(default, flags, prog="engine.sweep", usage="", first="algorithm")
     values = threshold * len(config.cost) if len(threshold) == 1 else threshold
     at = f"-b{'_'.join(map(_exact, values))}" if kind.has_thresholds else ""
@@ -124,7 +125,7 @@ def _label_flags(label: str, settings: str) -> list[str]:
     twice."""
     parts = [part.partition("=") for part in settings.split(",") if part]
     flags = [f"--{name.replace('_', '-')}{equals}{value}" for name, equals, value in parts]
-    names = _flag_names(tuple(flags))
+    names = names_of(tuple(flags))
     for name in names:
         flag = f"--{name.replace('_', '-')}"
         if name in SET_BY_SWEEP:
@@ -154,21 +155,12 @@ def _threshold(text: str) -> tuple[float, ...]:
         raise UserError(f"--thresholds {text}: must be a number, or one per cost as in 0.2,0.3.") from None
 
 
-def _flag_names(flags: tuple[str, ...]) -> list[str]:
-    """Lists the names of the fields that flags set."""
-    return [
-        flag.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
-        for flag in flags
-        if flag.startswith("--")
-    ]
-
-
 def _known_flags(flags: tuple[str, ...], known: set[str]) -> list[str]:
     """Keeps the flags, with their values, that set one of the known fields."""
     kept, keeping = [], True
     for word in flags:
         if word.startswith("--"):
-            keeping = _flag_names((word,))[0] in known
+            keeping = names_of((word,))[0] in known
         if keeping:
             kept.append(word)
     return kept

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ALGORITHMS, fit
+from engine.config import ALGORITHMS, fit, published
 from engine.errors import NonFiniteError, UserError
 from engine.files import is_folder, is_there, make_folder, write_json
 from engine.run.folder import RunFolder
 from engine.stages.job import open_job
+from engine.stages.published import check_published
 from engine.stages.reference import reference_of
 from engine.stages.run import RunStages
 from engine.stages.run_inputs import owned_inputs, source_digests
@@ -37,6 +38,9 @@ def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = F
     """
     out = Path(sweep.out)
     plans = configs_of(sweep, preset)
+    if preset is not None:
+        wanted = {flag: name for plan in plans for flag, name in published(preset, plan.config).items()}
+        check_published(preset, wanted)
     if not resume:
         # A sweep that was killed before sweep.json was whole has left nothing else.
         if is_there(out) and not (is_folder(out) and set(os.listdir(out)) <= {"sweep.json.tmp"}):

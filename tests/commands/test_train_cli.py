@@ -26,8 +26,8 @@ RUN_FLAGS = """
     n-prompts n-responses max-new-tokens temperature top-p top-k rollout-rows threshold units cost-mean
     cost-rate unsafe-above cost-on beta margin lam-max steps prompts-per-step tokens-per-forward
     activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
-    clip-norm tune lora-rank lora-alpha lora-from memory-budget-mb checkpoint-every eval-prompts
-    eval-responses
+    clip-norm tune lora-rank lora-alpha lora-from lora-targets lora-dropout memory-budget-mb
+    checkpoint-every eval-prompts eval-responses
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
 ASCENT = [*ITERATIVE, *"lam-init dual-rate advantage ascent-prompts clip".split()]
@@ -35,18 +35,18 @@ PREFERENCES = ["preferences", "preference-columns", "preference-steps"]
 FLAGS = {
     "caid": [
         *ITERATIVE,
-        *"dual-rule dual-step pairs scores preferences preference-columns preference-steps".split(),
+        *"dual-rule dual-step pairs epochs scores preferences preference-columns preference-steps".split(),
     ],
-    "mocan": [*RUN_FLAGS, "pairs"],
-    "pecan": [*RUN_FLAGS, "pairs", *PREFERENCES],
+    "mocan": [*RUN_FLAGS, "pairs", "epochs"],
+    "pecan": [*RUN_FLAGS, "pairs", "epochs", *PREFERENCES],
     "primal_dual": ASCENT,
     "repo": ASCENT,
     "opd": [*ITERATIVE, "lam-init", "dual-rate", "proximity"],
     "cdpo": [*ITERATIVE, "lam-init", "dual-rate"],
     "pd_dpo": [*ITERATIVE, "lam-init", "dual-rate"],
-    "sacpo": [*RUN_FLAGS, "lam"],
-    "safe_dpo": [*RUN_FLAGS, "offset"],
-    "dpo": [*RUN_FLAGS, "objective"],
+    "sacpo": [*RUN_FLAGS, "pairs", "epochs", "lam"],
+    "safe_dpo": [*RUN_FLAGS, "pairs", "epochs", "offset"],
+    "dpo": [*RUN_FLAGS, "pairs", "epochs", "objective"],
 }
 CONFIGS = {name: row.config_class for name, row in ALGORITHMS.items() if name != "head"}
 
@@ -196,7 +196,7 @@ BAD = {
     "--eval-prompts 1": r"--eval-prompts 1: must be at least 2, as one prompt has no standard error",
     "--slack-prompts 1": r"--slack-prompts 1: must be at least 2",
     "--top-p 1.5": r"--top-p 1\.5: must lie in \(0, 1\]\.",
-    "--labels hard": r"--labels hard: must be one of soft, sampled, regression, listwise, single\.",
+    "--labels hard": r"--labels hard: must be one of soft, sampled, sampled-once, regression, ",
     "--schedule step": r"--schedule step: must be one of constant, linear, cosine\.",
     "--device tpu": r"--device tpu: must be one of auto, cpu, cuda\.",
     "--cost": r"--cost is empty: name at least one cost",

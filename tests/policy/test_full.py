@@ -90,7 +90,7 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     target = ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
     result = PreferenceLoss(
         config=config, model=network, weights=weights, samples=samples, target=target, anchor=anchor
-    )(pairs, draw=0)
+    )(pairs, step=0)
     result.loss.backward()
 
     def transformers_of(policy_weights, folder):

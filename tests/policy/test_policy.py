@@ -149,7 +149,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
     config = smoke(CaidConfig(temperature=0.8, labels="soft"))
     result = PreferenceLoss(
         config=config, model=network, weights=adapter, samples=samples, target=target, anchor=anchor
-    )(pairs, draw=0)
+    )(pairs, step=0)
     result.loss.backward()
     with torch.no_grad():
         tuned, token_logprob = in_peft(anchor, folder, tmp_path / "anchor")
@@ -207,7 +207,7 @@ def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
     result = PreferenceLoss(config=config, model=network, weights=adapter, samples=samples, target=target)(
-        pairs, draw=0
+        pairs, step=0
     )
     result.loss.backward()
 
@@ -238,7 +238,7 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
     result = PreferenceLoss(config=config, model=network, weights=adapter, samples=samples, target=target)(
-        pairs, draw=0
+        pairs, step=0
     )
     result.loss.backward()
 

@@ -6,7 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from engine import evaluate, train
-from engine.run.rows import DualRow, IterationRow, PreferenceRow, ReferenceRow, read_rows
+from engine.records import Scores
+from engine.run.committed import read_committed
+from engine.run.rows import DualRow, IterationRow, ReferenceRow, read_rows
 from tests.helpers.runs import SMOKE
 
 B, BETA, LAM_MAX = 0.2, 1.0, 20.0
@@ -68,9 +70,14 @@ def test_a_run_in_raw_units_is_judged_again_in_them(runs, tmp_path, capsys):
     assert "in the scorers' own units" in capsys.readouterr().out
 
 
-def test_log_ratios_in_raw_units_are_nats(tmp_path):
-    flags = ["pecan", *SMOKE, "--units", "raw", "--threshold", "1e-4", "--margin", "0", "--force"]
+def test_log_ratios_in_raw_units_are_the_papers_scores(tmp_path):
+    """The tilt at lambda is softmax(ln pi_r / pi_ref + lambda ln pi_g / pi_ref), whatever beta is; the
+    constraint is about beta x log-ratio (arXiv 2405.19544, Algorithm 2)."""
+    flags = ["pecan", *SMOKE, "--units", "raw", "--beta", "0.5", "--threshold", "1e-4", "--force"]
     assert train.main([*flags, "--out", str(tmp_path / "p")]) == 0
-    (row,), (dual,) = (read_rows(tmp_path / "p", kind) for kind in (PreferenceRow, DualRow))
-    assert max(row.log_ratio_sd) < 0.5  # of a few steps on tiny weights, nats
-    assert abs(dual.predicted_improvement[0]) < 4 * row.log_ratio_sd[1] and dual.threshold == [1e-4]
+    (dual,) = read_rows(tmp_path / "p", DualRow)
+    scores = read_committed(tmp_path / "p").load("preference/scores", Scores)  # nats
+    g_PG, lam = scores.utility_PGJ[..., 0], dual.lam[0]
+    tilt_PG = (scores.reward_PG + lam * g_PG).softmax(1)
+    expected = 0.5 * ((tilt_PG * g_PG).sum(1).mean() - g_PG.mean())
+    assert dual.threshold == [1e-4] and dual.predicted_improvement[0] == pytest.approx(float(expected))
