@@ -54,7 +54,8 @@ class RunConfig:
     model or a guard), module:function, http://HOST/PATH[#MODEL@RECIPE] (a judge), length or refusal; NAME=
     and NAME=- as in --cost."""
     cost: tuple[str, ...] = ("harm",)
-    """Costs, of which smaller is better: shipped head (harm), or the other forms of --reward. NAME=COST names it; NAME=-COST negates a score of which larger is better."""
+    """Costs, of which smaller is better: shipped head (harm), or the other forms of --reward. NAME=COST names
+    it; NAME=-COST negates a score of which larger is better."""
     audit: tuple[str, ...] = ("harm-audit",)
     """Costs that are reported and never optimised. Same forms as --cost. One named refusal tells refusals in
     the verdict."""
