@@ -15,7 +15,19 @@ from types import SimpleNamespace
 import pytest
 
 from engine import train as cli
-from engine.config import ALGORITHMS, CaidConfig, MocanConfig, algorithms, check, fit, run, shown_name, smoke
+from engine.config import (
+    ALGORITHMS,
+    CaidConfig,
+    MocanConfig,
+    algorithms,
+    check,
+    fit,
+    run,
+    safe_rlhf,
+    shown_name,
+    smoke,
+    with_steps,
+)
 from engine.config.help import GROUPS, USUAL
 from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 
@@ -144,7 +156,7 @@ def test_help_shows_every_flag_with_its_text_and_default(algorithm):
         assert f"{flat(text)} (default: {default})" in shown
     for name in ALGORITHMS:
         assert re.search(rf"^  {name} ", out, re.MULTILINE)
-    assert "--preset smoke" in out
+    assert "safe-rlhf, hh-rlhf" in out
     assert "--resume RUN" in out
 
 
@@ -174,7 +186,15 @@ BAD = {
     "--force yes": r"--force yes: takes no value; write --force alone\.",
     "--seed 1 --preset smoke mocan": r"--seed 1 mocan: takes one value",
     "--preset smoke mocan": r"unexpected word 'mocan'; the algorithm comes first",
-    "--preset smok": r"--preset smok: the only preset is smoke.*; use that one",
+    "--preset smok": r"--preset smok: there is none\. Did you mean smoke\? There are smoke, safe-rlhf, ",
+    "head --preset smoke": r"--preset smoke: head has none; caid, mocan, .* have it",
+    "--epochs 2": r"--epochs 2: it counts passes over data of --pairs, which is reference here",
+    "--pairs a.csv --epochs 2 --steps 3": r"--steps and --epochs: both count the policy steps; give one",
+    "dpo --pairs policy": r"--pairs policy: a one-shot method starts at the reference",
+    "--pairs a.csv --slack-prompts 401": r"--slack-prompts 401: must be at most --n-prompts 400",
+    "--lora-targets": r"--lora-targets is empty: name at least one of q, k, v, o, gate, up, down",
+    "--lora-targets q lm_head": r"--lora-targets lm_head: must be one of q, k, v, o, gate, up, down",
+    "primal_dual --lora-dropout 0.1": r"--lora-dropout 0\.1: a policy gradient compares the policy with",
     "--preset": r"--preset: a value is missing",
     "--preset --steps 3": r"--preset: a value is missing",
     "--resume some/run --steps 3": r"--resume some/run: takes no other flags, but got --steps;",
@@ -458,3 +478,35 @@ def test_a_file_of_another_algorithm_or_none_is_refused(trained, tmp_path, capsy
     assert "its settings are those of mocan, not of caid" in capsys.readouterr().err
     assert cli.main(["--config", str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml" in capsys.readouterr().err and not trained
+
+
+def test_steps_take_the_place_of_the_epochs_of_a_preset_or_a_file(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_find", lambda *published: None)
+    assert cli.main(["mocan", "--preset", "safe-rlhf"]) == 0
+    assert cli.main(["mocan", "--preset", "safe-rlhf", "--steps", "25", "--beta", "1"]) == 0
+    preset, freed = trained[0][1], trained[1][1]
+    assert preset == safe_rlhf(MocanConfig()) and (preset.epochs, preset.beta) == (3, 0.1)
+    # Also flags at the default win.
+    assert freed == replace(preset, epochs=0, steps=25, beta=1.0)
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm: mocan\npairs: p.csv\nepochs: 2\nsteps: 40\n")
+    assert cli.main(["--config", str(file)]) == 0
+    assert cli.main(["--config", str(file), "--steps", "3"]) == 0
+    assert [(c.epochs, c.steps) for _, c, _ in trained[2:]] == [(2, 40), (0, 3)]
+
+
+def test_epochs_become_steps():
+    config = MocanConfig(pairs="p.csv", epochs=3, prompts_per_step=16)
+    with_5039, said = with_steps(config, 26_874)
+    assert with_5039 == replace(config, steps=5039)  # 3 x 26,874 / 16 = 5,038.9
+    assert said == "--epochs 3 of 26874 pairs, 16 a step: 5039 steps in each policy update"
+    assert with_steps(MocanConfig(), 26_874) == (MocanConfig(), "")
+    with pytest.raises(UserError, match="3000000 steps, more than 1000000; lower --epochs"):
+        with_steps(replace(config, prompts_per_step=1), 10**6)
+
+
+def test_pairs_of_a_file_leave_all_prompts_to_the_slack():
+    config = CaidConfig(pairs="p.csv", n_prompts=600, slack_prompts=600, prompts_per_step=35)
+    check(config)
+    assert fit(config, 10**4, 10**4) == (config, "")
+    assert fit(config, 100, 10**4)[0] == replace(config, n_prompts=100, slack_prompts=100)

@@ -99,6 +99,22 @@ def test_a_pair_of_question_and_answer(tmp_path, tiny_folder):
     assert (scores(str(tmp_path), tiny_folder) - pairs[:, 0]).abs().max() < 1e-5
 
 
+def test_reward_models_of_hh_read_the_question_as_a_transcript(tmp_path, tiny_folder):
+    network = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=270, n_embd=32, n_layer=2, n_head=4, num_labels=1)
+    )
+    write(tmp_path, network, pad_token_id=0)
+    asked = [f"\n\nHuman: {prompt} \n\nAssistant:" for prompt in PROMPTS]
+    pairs = logits(network, tmp_path, asked, RESPONSES)
+    assert (scores(f"-{tmp_path}@hh", tiny_folder) - pairs[:, 0]).abs().max() < 1e-5
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh."}]
+    scorer = find_scorer(f"{tmp_path}@hh", tiny_folder).load("x", CPU)
+    transcript = "\n\nHuman: Hi\n\nAssistant: Oh.\n\nHuman: Why? \n\nAssistant:"
+    right = logits(network, tmp_path, [transcript], ["No"])[0]
+    found = scorer([[*turns, {"role": "user", "content": "Why?"}]], ["No"])
+    assert (found - right).abs().max() < 1e-5
+
+
 def test_a_long_pair_loses_the_prompts_start_and_a_long_response_alone_is_refused(tmp_path, tiny_folder):
     network = BertForSequenceClassification(
         BertConfig(**SHORT, num_labels=1, pad_token_id=0, max_position_embeddings=64)
