@@ -3,8 +3,9 @@ then align once at that lambda.
 
 Decided here: the dual is solved by projected Newton steps, which end at the optimum of the paper's projected
 gradient; the policy is fitted in the label form of `config.labels`, and labels that are drawn are drawn
-afresh in every step, not once and frozen; where the paper allows pairs of any policy, the update learns from
-the samples that the dual is solved on, or from those of a file (--pairs).
+afresh in every step, unless "sampled-once" freezes them as the paper's code does; where the paper allows
+pairs of any policy, the update learns from the samples that the dual is solved on, or from those of a file
+(--pairs).
 """
 
 from engine.config import MocanConfig

@@ -123,7 +123,7 @@ def hh_rlhf(config: RunConfig) -> RunConfig:
     `python -m engine.train caid --preset hh-rlhf --model SFT`, where SFT is your own Llama-2-7B, fine-tuned
     on HH-RLHF: the paper's is not published.
 
-    Predicted cost on one H100 of 80 GB: about 7 h. To be expected at b .50 .50: helpful .776, harmless .542,
+    Predicted cost on one H100 of 80 GB: about 5 h. To be expected at b .50 .50: helpful .776, harmless .542,
     humour .556 better than the reference.
     """
     return _with_defaults(config, HH_RLHF[type(config)])

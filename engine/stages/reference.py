@@ -157,6 +157,8 @@ def sample_reference(job: Job) -> Reference:
         f"{100 * row.finished:.0f} % finished, mean length "
         f"{row.mean_length:.0f} tokens{f'; {gap}' if gap else ''}"
     )
+    if config.units == "raw":
+        show.line(f"reference means: {means_text(job, samples.scores)}")
     for j, limit in enumerate(reference.limits):
         opening = limit.opening(
             float(reference.needed_J[j]),
@@ -173,6 +175,13 @@ def sample_reference(job: Job) -> Reference:
                 "counts in its own unit"
             )
     return reference
+
+
+def means_text(job: Job, scores: Scores) -> str:
+    """Says the means of the reference's reward and costs, in the scorers' own units."""
+    costs = zip(job.scorers.costs, (-scores.utility_PGJ).mean((0, 1)).tolist(), strict=True)
+    each = [f"reward {float(scores.reward_PG.mean()):.2f}", *(f"{s.name} {mean:.2f}" for s, mean in costs)]
+    return f"{', '.join(each)} (costs: smaller is better)"
 
 
 def reference_of(job: Job, samples: Samples) -> Reference:

@@ -212,13 +212,16 @@ def test_pecan_learns_from_peoples_labels(mocan):
     assert ((label_PGO[:, 1, 0] > 0) == better).all() and ((label_PGO[:, 1, 1] > 0) == ~better).all()
 
 
-def test_primal_dual_is_about_the_mean_of_the_cost_itself():
+def test_primal_dual_is_about_the_mean_of_the_cost_itself(capsys):
     run = ran("primal_dual", "safe-rlhf", ascent_prompts=4, steps=1, **{**SLACK, "slack_prompts": 2})
     rows = read_rows(run, IterationRow)
     assert rows[0].lam == [1.0] and len(read_rows(run, AscentStepRow)) == 2
     # The improvement that is needed for a mean cost of 0 is the reference's mean cost.
-    costs = -read_committed(run).load("reference", ReferenceSamples).samples.scores.utility_PGJ
-    assert rows[0].threshold[0] == pytest.approx(float(costs.mean()), rel=1e-9)
+    scores = read_committed(run).load("reference", ReferenceSamples).samples.scores
+    reward, cost = float(scores.reward_PG.mean()), -float(scores.utility_PGJ.mean())
+    assert rows[0].threshold[0] == pytest.approx(cost, rel=1e-9)
+    means = f"reference means: reward {reward:.2f}, beaver-7b-v1.0-cost {cost:.2f} (costs: smaller is better)"
+    assert means in capsys.readouterr().out
 
 
 def test_hh_rlhf_goes_from_transcripts_to_two_constraints():
