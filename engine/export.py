@@ -130,10 +130,13 @@ def _facts(committed: Committed, inputs: RunInputs, iterate: int, evaluation: Ev
     contents, config = committed.contents, committed.config
     sources = {flag: ", ".join(Path(file).name for file in files) for flag, files in inputs.sources.items()}
     shipped = "the project's own"
-    held_out = config.heldout or ("held out of these" if config.prompts else shipped)
+    held_out = config.heldout or ("held out of these" if config.prompts or config.samples else shipped)
+    trained_on = sources.get(
+        "--samples", sources.get("--prompts", config.samples or config.prompts or shipped)
+    )
     data = [
         f"training prompts: {min(config.n_prompts, len(inputs.train))} of {len(inputs.train)} "
-        f"({sources.get('--prompts', config.prompts or shipped)}), {config.n_responses} responses each",
+        f"({trained_on}), {config.n_responses} responses each",
         f"held-out prompts: {len(inputs.heldout)} ({sources.get('--heldout', held_out)})",
     ]
     for name, pairs in (("pairs", inputs.pairs), ("preferences", inputs.preferences)):

@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_type_hints
 GROUPS = {
     "model-and-data": (
         "model", "prompts", "heldout", "prompt_column", "response_columns", "strict", "pairs", "preferences",
-        "preference_columns", "system", "template", "chat_template_kwargs", "n_prompts", "samples_of",
+        "preference_columns", "system", "template", "chat_template_kwargs", "n_prompts", "samples",
+        "samples_of",
     ),
     "scorers": ("reward", "cost", "audit", "offload_scorers", "scores", "preference_steps", "units"),
     "constraints": ("threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_on", "margin", "force"),

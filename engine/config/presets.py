@@ -28,7 +28,7 @@ Settings = Mapping[str, Any]
 
 # The settings that determine the reference's samples, their scores and the kept states.
 SAMPLING = (
-    "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "heldout",
+    "seed", "device", "dtype", "threads", "model", "reward", "cost", "audit", "prompts", "samples", "heldout",
     "prompt_column", "system", "template", "chat_template_kwargs", "n_prompts", "n_responses",
     "max_new_tokens", "temperature", "top_p", "top_k", "tune", "lora_from", "memory_budget_mb",
     "eval_prompts", "eval_responses",

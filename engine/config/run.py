@@ -87,8 +87,12 @@ class RunConfig:
     accept_changes: bool = False
     """Go on with a scorer whose code or weights have changed since the run began whose samples these are;
     also beside --resume RUN."""
+    samples: str = ""
+    """Take training prompts and the reference's responses to them from this data: in a row a prompt and its
+    responses, or one response, perhaps with scores (columns reward and the costs' names)."""
     samples_of: str = ""
-    """Take the reference's samples, for training and verdict, from this run of equal settings; draw none."""
+    """Take the reference's samples, for training and verdict, from this run of equal settings; draw none. The
+    scorers may be others, which score them anew."""
     n_prompts: int = count(400, at_least=2, too_low=FEW_PROMPTS)
     """Training prompts sampled from the reference, at most: a seeded subset."""
     n_responses: int = count(8, at_least=2)
@@ -279,6 +283,11 @@ class RunConfig:
         if not self.lora_targets:
             raise UserError(
                 f"--lora-targets is empty: name at least one of {', '.join(LINEAR_LAYERS)}, or leave it out."
+            )
+        if self.samples and self.prompts:
+            raise UserError(
+                f"--prompts {self.prompts}: the training prompts are those of --samples {self.samples}; "
+                "leave one of the two out."
             )
         if not self.cost:
             raise UserError("--cost is empty: name at least one cost, for example --cost harm.")

@@ -124,7 +124,7 @@ def _offered(names: list[str], rules: Rules, held: int | None) -> tuple[Pool[_Ro
             tally.rows += 1
             with tally.leaving_out():
                 example = read_example(row, place, rules, answers=False)
-                kind = _kind(row.get("kind"), place)
+                kind = kind_of(row.get("kind"), place)
                 tally.layouts[example.layout] += 1
                 text = json.dumps(example.messages)
                 digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -250,7 +250,8 @@ def check_length(token_ids: list[int], limit: int, place: str) -> None:
         )
 
 
-def _kind(value: object, place: str) -> str:
+def kind_of(value: object, place: str) -> str:
+    """Reads a cell of the column kind. Raises: UserError."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: column 'kind' holds a {type(value).__name__}; give text.")
     return value or ""

@@ -64,8 +64,9 @@ class Tally:
         self.first: Unusable | None = None  # of the first row that was left out for what it says itself
 
     @contextmanager
-    def leaving_out(self) -> Iterator[None]:
-        """Counts a row that cannot be used, or with --strict lets it be the error that it is."""
+    def leaving_out(self, rows: int = 1) -> Iterator[None]:
+        """Counts a row that cannot be used, or all `rows` of a prompt, or with --strict lets it be the error
+        that it is."""
         try:
             yield
         except Unusable as error:
@@ -73,7 +74,7 @@ class Tally:
                 raise
             if error.reason != REPEATED:
                 self.first = self.first or error
-            self.left_out[error.reason] += 1
+            self.left_out[error.reason] += rows
 
     def lines(self) -> list[str]:
         """Says what rows were read as, and what was left out."""

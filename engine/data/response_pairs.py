@@ -263,7 +263,7 @@ def _tokenised(
         prompts=Prompts(
             text=text, kind=kind, token_ids=token_ids, key_P=torch.arange(len(text)), messages=messages
         ),
-        rollouts=_as_rollouts(tokens, limits.max_new_tokens),
+        rollouts=as_rollouts(tokens, 2, limits.max_new_tokens, end),
         texts=[tokenizer.decode(response, skip_special_tokens=True) for response in tokens],
         label_PGO=torch.tensor(labels, dtype=torch.float64).view(len(text), 2, len(columns)),
         source=source,
@@ -284,18 +284,21 @@ def _ties(source: str, labels: list, columns: Sequence[str]) -> list[str]:
     ]
 
 
-def _as_rollouts(tokens: list[list[int]], max_new_tokens: int) -> Rollouts:
-    """Pads the responses, two per prompt, as if they had been sampled; their log-probs are zeros."""
+def as_rollouts(tokens: list[list[int]], n: int, max_new_tokens: int, end: int) -> Rollouts:
+    """Pads the responses, n per prompt, as if they had been sampled; their log-probs are zeros.
+
+    end: the token that ends a response which was not cut.
+    """
     length = torch.tensor([len(response) for response in tokens])
     padded = torch.zeros(len(tokens), max_new_tokens, dtype=torch.int64)
     for row, response in enumerate(tokens):
         padded[row, : len(response)] = torch.tensor(response)
     zeros = torch.zeros(padded.shape)
     return Rollouts(
-        n=2,
+        n=n,
         tokens=padded,
         length=length,
-        finished=length < max_new_tokens,
+        finished=torch.tensor([response[-1] == end for response in tokens]),
         logprob=zeros,
         model_logprob=zeros,
         near_tie=zeros.bool(),

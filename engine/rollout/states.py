@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.model.packing import LowerStates
+from engine.model.packing import Group, LowerStates
 
 
 @dataclass
@@ -21,6 +21,27 @@ class States:
     lower: LowerStates | None  # keeps the states below its layer
     # layer -> mean states of each response, float32 [R, D]
     pooled: dict[int, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def kept(layer: int, states_MD: Tensor, groups: list[Group]) -> "States":
+        """Pools states [M, D] before a layer that were kept in the order of these packed groups.
+
+        The sums run over a response's tokens in their order, as those of `Collector` do, so that the means
+        are bitwise those that are taken while sampling.
+        """
+        lengths = [len(response) for group in groups for response in group.responses]
+        starts, base = [], 0
+        for group in groups:
+            base += len(group.prompt)
+            for response in group.responses:
+                starts.append(base)
+                base += len(response)
+        length_R, start_R = torch.tensor(lengths), torch.tensor(starts)
+        total_RD = torch.zeros(len(lengths), states_MD.shape[1])
+        for step in range(max(lengths)):
+            row = (length_R > step).nonzero()[:, 0]
+            total_RD[row] += states_MD[start_R[row] + step].float()
+        return States([layer], None, {layer: total_RD / length_R[:, None].clamp(min=1)})
 
     @property
     def top(self) -> int:

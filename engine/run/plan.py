@@ -35,6 +35,8 @@ class ScorerSize:
     working_bytes: int  # of a forward pass
     products: int  # multiplications for a token
     shares_prompts: bool  # a prompt is passed once for all its responses
+    # There are scores already of the reference's responses that are not sampled.
+    spared: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,12 @@ def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_pr
 
     reference = config.n_prompts, config.n_responses
     heldout = config.eval_prompts, config.eval_responses
-    total = sampled(*reference) + 2 * sampled(*heldout) + scored(*heldout)
-    if dtype != torch.float32:  # see engine.stages.sampling
-        total += scored(*reference) + scored(*heldout)
+    total = sampled(*heldout) + scored(*heldout)  # of the policy
+    if not config.samples_of:
+        again = dtype != torch.float32  # see engine.stages.sampling
+        total += sampled(*heldout) + again * scored(*heldout)
+        # Given responses are passed once, as a sampled one is token by token.
+        total += sampled(*reference) + (again and not config.samples) * scored(*reference)
     for times, prompts, responses in config.fresh_samples:
         total += times * (sampled(prompts, responses) + scored(prompts, responses))
     tokens = config.prompts_per_step * (mean_prompt + _trained_responses(config) * answer)
@@ -205,10 +210,13 @@ def scorer_bytes(config: RunConfig, device: torch.device, scorers: Sequence[Scor
 
 def _scorer_products(config: RunConfig, scorers: Sequence[ScorerSize], mean_prompt: float) -> float:
     """Counts the multiplications of the models that score the texts."""
-    samples = [(1, config.n_prompts, config.n_responses), (2, config.eval_prompts, config.eval_responses)]
+    reference = 1, config.n_prompts, config.n_responses
+    heldout = config.eval_prompts, config.eval_responses
     total = 0.0
-    for times, prompts, n in [*samples, *config.fresh_samples]:
-        for scorer in scorers:
+    for scorer in scorers:
+        samples = [] if scorer.spared else [reference]
+        samples.append((1 if scorer.spared and config.samples_of else 2, *heldout))
+        for times, prompts, n in [*samples, *config.fresh_samples]:
             passed = mean_prompt * (1 if scorer.shares_prompts else n)
             total += times * prompts * (passed + n * ANSWER_SHARE * config.max_new_tokens) * scorer.products
     return total

@@ -48,6 +48,19 @@ class SampledRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivenRow(Row):
+    """How likely responses of a file are under the reference (`engine.policy.surprise`), nats per token."""
+
+    KIND = "given"
+
+    prompts: int  # whose responses were compared
+    responses: int  # of each of them
+    logprob: float
+    entropy: float  # minus the log-prob that the reference's own samples would have
+    se: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceRow(Row):
     """The reference's samples on the training prompts, and what they fix."""
 

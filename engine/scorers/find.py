@@ -59,19 +59,38 @@ def content(
 
 
 def sizes(
-    config: RunConfig, *, folder: Path, trunk: str, dtype: torch.dtype, device: torch.device
+    config: RunConfig,
+    *,
+    folder: Path,
+    trunk: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    known: Sequence[bool] = (),
 ) -> list[ScorerSize]:
     """Says what the models of a run's scorers cost beside the policy's, each model once. Nothing is loaded.
 
-    folder, trunk: the policy's checkpoint and its fingerprint. Raises: UserError as `load_scorers`.
+    folder, trunk: the policy's checkpoint and its fingerprint. known: for each scorer whether there are
+    scores of the reference's responses already. Raises: UserError as `load_scorers`.
     """
-    found = {}
-    for scorer in _find_all(config.reward, config.cost, config.audit, folder):
+    found: dict[Path, ScorerSize] = {}
+    unloaded = _find_all(config.reward, config.cost, config.audit, folder)
+    for scorer, is_known in zip(unloaded, known or [False] * len(unloaded), strict=True):
         if scorer.model is not None and (model := scorer.model(trunk)) is not None:
             # Heads on another trunk than the policy's read it in float32.
             wide = torch.float32 if scorer.form == "head" else dtype
-            found[model.resolve()] = model_size(model, wide, device)
+            place = model.resolve()
+            spared = is_known and (place not in found or found[place].spared)
+            found[place] = replace(model_size(model, wide, device), spared=spared)
     return list(found.values())
+
+
+def score_names(config: RunConfig, folder: Path) -> list[str]:
+    """Names the scores of a run as tables do: reward, costs, audits. folder: the policy's checkpoint.
+
+    Raises: UserError as `load_scorers`.
+    """
+    _, *others = _find_all(config.reward, config.cost, config.audit, folder)
+    return ["reward", *(scorer.name for scorer in others)]
 
 
 def _find_all(

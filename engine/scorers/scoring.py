@@ -98,20 +98,24 @@ def score(
     forward: ReferenceForward,
     *,
     on_tokens: Callable[[int], None] = lambda n: None,
+    known: Sequence[Tensor | None] = (),
 ) -> Scores:
     """Scores the P * n responses of `rollouts`, whose decoded texts are given prompt-major, with all scorers.
 
-    `on_tokens` is called with the number of tokens of each batch.
+    `on_tokens` is called with the number of tokens of each batch. known: for each scorer the scores [P, n]
+    that it has given already, with its sign, or None; it is not asked for them again.
 
     Raises: UserError when a scorer fails, returns the wrong number of scores, or one that is not finite.
     """
-    states = forward.states
+    states, known = forward.states, list(known) or [None] * len(scorers.all)
     ref_logprob = torch.zeros(len(prompts) * rollouts.n, dtype=torch.float64)
-    if states is None or forward.logprob:
+    layers = layers_asked(scorers, known) if states is None else []
+    pooled: dict[int, Tensor] = {}
+    if layers or forward.logprob:
         pooled, logprob = frozen_forward(
             model,
             packing.groups(prompts, rollouts),
-            scorers.layers if states is None else [],
+            layers,
             temperature=forward.temperature if forward.logprob else None,
             memory_budget_bytes=forward.memory_budget_bytes,
             lower=states.lower if states else None,
@@ -125,7 +129,10 @@ def score(
     conversations = [talk for talk in prompts.conversations for _ in range(rollouts.n)]
     sampled = _sampled(prompts, rollouts)
     columns = []
-    for scorer in scorers.all:
+    for scorer, score_PG in zip(scorers.all, known, strict=True):
+        if score_PG is not None:
+            columns.append(score_PG)
+            continue
         if isinstance(scorer, Head):
             score_N = scorer(pooled[scorer.layer])
         else:
@@ -141,6 +148,12 @@ def score(
         audit_PGA=utility_of_cost(torch.stack(audits, dim=2)) if audits else none,
         ref_logprob_PG=ref_logprob.view(len(prompts), rollouts.n),
     )
+
+
+def layers_asked(scorers: Scorers, known: Sequence[Tensor | None]) -> list[int]:
+    """Returns the layers, ascending, of the heads among the scorers whose scores are not known."""
+    asked = (scorer for scorer, score_PG in zip(scorers.all, known, strict=True) if score_PG is None)
+    return sorted({scorer.layer for scorer in asked if isinstance(scorer, Head)})
 
 
 def _sampled(prompts: Prompts, rollouts: Rollouts) -> Sampled:

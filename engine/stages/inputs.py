@@ -17,6 +17,7 @@ from engine.data.chat import NO_KWARGS, check_known, end_of_turn
 from engine.data.prompts import TextLimits, assert_disjoint, overlap, shipped_prompts
 from engine.data.prompts import read_prompts as prompts_of
 from engine.data.reading import Rules
+from engine.data.samples_file import GivenSamples, read_samples
 from engine.data.templates import check_kwargs, remarks, use_template
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
@@ -28,7 +29,7 @@ from engine.run.folder import RunFolder
 from engine.run.machine import keep_freed_memory
 from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
-from engine.scorers.find import load_scorers
+from engine.scorers.find import load_scorers, score_names
 from engine.stages.run_inputs import OwnedInputs, source_digests
 from engine.stages.smoke import smoke_folder
 
@@ -51,6 +52,7 @@ class Inputs:
     limits: TextLimits
     train: Prompts
     heldout: Prompts
+    given: GivenSamples | None  # responses of a file to the training prompts
     template: str  # the text of --template; "" without it
     began: str  # the time that the chat template is told, ISO 8601; "" where it asks for none
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
@@ -99,16 +101,16 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         template_kwargs=kwargs,
     )
     if owned is None:
-        train, heldout, reading = _prompts(config, tokenizer, limits)
+        train, heldout, given, reading = _prompts(config, folder, tokenizer, limits)
         notes += remarks(tokenizer, train.token_ids[0], kwargs, has_system=_has_system(config, train))
         began = now.isoformat() if asks_for_time(tokenizer) else ""
         sources = source_digests(config)
     else:
         record = owned.record
         train, heldout, began, reading = record.train, record.heldout, record.began, record.reading
-        sources = {
-            f: record.sources[f] for f in ("--prompts", "--heldout", "--template") if f in record.sources
-        }
+        given = record.samples
+        flags = ("--prompts", "--samples", "--heldout", "--template")
+        sources = {flag: record.sources[flag] for flag in flags if flag in record.sources}
         files = record.model
     return Inputs(
         device=device,
@@ -123,6 +125,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
         limits=limits,
         train=train,
         heldout=heldout,
+        given=given,
         template=template,
         began=began,
         sources=sources,
@@ -221,19 +224,30 @@ def scorers_of(config: RunConfig, inputs: Inputs, answers: Answers) -> Scorers:
     )
 
 
-def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts, Prompts, list[str]]:
-    """Reads training and held-out prompts, disjoint ones, and says what was read and left out. Without
-    --heldout a seeded fifth of the user's --prompts is held out."""
+def _prompts(
+    config: RunConfig, folder: Path, tokenizer, limits: TextLimits
+) -> tuple[Prompts, Prompts, GivenSamples | None, list[str]]:
+    """Reads training and held-out prompts, disjoint ones, and the responses of --samples to the former; says
+    what was read and left out. Without --heldout a seeded fifth of the user's own prompts is held out."""
+    given = None
 
     def read(source: str | list[str], enough: int) -> tuple[Prompts, list[str]]:
         return read_prompts(source, tokenizer, limits, rules_of(config, enough))
 
-    if config.heldout or not config.prompts:
-        train, said = read(config.prompts or shipped_prompts("train"), config.n_prompts)
+    def read_own(enough: int) -> tuple[Prompts, list[str]]:
+        nonlocal given
+        if not config.samples:
+            return read(config.prompts or shipped_prompts("train"), enough)
+        names, rules = score_names(config, folder), rules_of(config, enough)
+        given = read_samples(config.samples, names, tokenizer, limits, rules, config.n_responses)
+        return given.prompts, given.reading
+
+    if config.heldout or not (config.prompts or config.samples):
+        train, said = read_own(config.n_prompts)
         heldout, more = read(config.heldout or shipped_prompts("heldout"), config.eval_prompts)
         said += more
     else:
-        both, said = read(config.prompts, dealing.enough_to_split(config.n_prompts, config.eval_prompts))
+        both, said = read_own(dealing.enough_to_split(config.n_prompts, config.eval_prompts))
         train, heldout = (both.select(part) for part in dealing.split(both, config.seed))
     shared = [] if config.strict else overlap(train, heldout)
     if shared:
@@ -241,10 +255,10 @@ def _prompts(config: RunConfig, tokenizer, limits: TextLimits) -> tuple[Prompts,
         train = train.select([i for i in range(len(train)) if i not in out])
         note = f"{len(out)} training prompts are held-out ones too and were left out of the training"
         if not len(train):
-            raise UserError(f"{note}; none is left, so give others with --prompts or --heldout.")
+            raise UserError(f"{note}; none is left, so give others with --prompts, --samples or --heldout.")
         said.append(note)
     assert_disjoint(train, heldout)
-    return train, heldout, said
+    return train, heldout, given and given.of(train), said
 
 
 def _has_system(config: RunConfig, prompts: Prompts) -> bool:

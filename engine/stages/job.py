@@ -2,7 +2,7 @@
 slack, give the verdict."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from engine import constraints, keys, model
-from engine.config import SAMPLING, RunConfig, check, fit, shown_name, with_steps
+from engine.config import RunConfig, check, fit, shown_name, with_steps
 from engine.data.dealing import deal, subset
 from engine.data.prompts import assert_disjoint, by_tokens, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
+from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
 from engine.model.decoder import Decoder
 from engine.records import Prompts
-from engine.run.committed import Committed, read_committed
 from engine.run.contents import read_contents
 from engine.run.display import Display
 from engine.run.folder import RunFolder
@@ -39,6 +39,7 @@ from engine.stages.run_inputs import (
     restore_inputs,
     source_digests,
 )
+from engine.stages.shared import SharedSamples, check_samples_of, spelled_alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,8 @@ class Job(Subject):
     heldout: Prompts  # those of the verdict
     pairs: ResponsePairs | None  # of a file, to learn from
     preferences: ResponsePairs | None  # of a file, to be scored by
-    samples: Committed | None  # the run of --samples-of
+    given: GivenSamples | None  # of the file of --samples, to the prompts of `train`
+    samples: SharedSamples | None  # of the run of --samples-of
 
 
 @contextmanager
@@ -180,6 +182,7 @@ class Prepared:
     pairs: ResponsePairs | None
     preferences: ResponsePairs | None
     scorers: Scorers
+    samples: SharedSamples | None
     scorer_contents: dict[str, dict[str, str]]  # as `engine.scorers.find.content` gives them
     answers: Answers  # of judges behind HTTP
     plan: Plan
@@ -196,6 +199,7 @@ class Prepared:
             heldout=self.inputs.heldout,
             pairs=self.pairs,
             preferences=self.preferences,
+            samples=self.inputs.given if self.samples is None else None,
             reading=self.inputs.reading,
             began=self.inputs.began,
             sources=source_digests(self.config) | self.inputs.sources,
@@ -210,7 +214,7 @@ class Prepared:
 
     def job(self, subject: Subject, run: Run) -> Job:
         """Returns what every stage needs."""
-        samples_of = self.config.samples_of
+        given = self.inputs.given
         return Job(
             # What is written goes on with the run's own texts: --template is among them.
             **vars(subject) | {"texts": run.paths.model},
@@ -220,13 +224,16 @@ class Prepared:
             heldout=self.heldout,
             pairs=self.pairs,
             preferences=self.preferences,
-            samples=read_committed(Path(samples_of)) if samples_of else None,
+            given=None if given is None else given.of(self.train),
+            samples=self.samples,
         )
 
 
 def _prepare(config: RunConfig, start: Start) -> Prepared:
     """Reads and checks model, prompts, scorers and pairs. Raises: UserError."""
     inputs, owned = read_inputs(config, start.owned), start.owned
+    if inputs.given is not None:
+        config = replace(config, n_responses=inputs.given.rollouts.n)
     config, lowered = fit(config, len(inputs.train), len(inputs.heldout))
     # Check again: `fit` may have lowered the numbers of prompts below what a verdict needs.
     check(config)
@@ -237,12 +244,17 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         config, passes = with_steps(config, len(pairs.prompts))
     train = training_prompts(inputs.train, config.n_prompts, config.seed)
     heldout = heldout_prompts(inputs.heldout, config.eval_prompts, config.seed)
-    plan = _plan(config, inputs, train, heldout, resumes=start.resumes)
-    asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
     scorer_contents = content(config.reward, config.cost, config.audit, folder=inputs.folder)
+    samples = SharedSamples.of(config, scorer_contents) if config.samples_of else None
+    known = None if samples is None else [place is not None for place in samples.places]
+    if samples is None and inputs.given is not None:
+        known = [name in inputs.given.names for name in scorer_contents]
+    plan = _plan(config, inputs, train, heldout, known or (), resumes=start.resumes)
+    asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
     notes = list(inputs.notes)
     if owned is not None:
-        notes += owned.check_scorers(scorer_contents, accept=config.accept_changes)
+        compared = scorer_contents if start.goes_on else spelled_alike(config, scorer_contents, owned)
+        notes += owned.check_scorers(compared, accept=config.accept_changes)
     answers = Answers()
     if start.resumes:
         answers.keep_in(RunFolder(start.out).judge_cache)
@@ -261,6 +273,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         pairs=pairs,
         preferences=preferences,
         scorers=scorers,
+        samples=samples,
         scorer_contents=scorer_contents,
         answers=answers,
         plan=plan,
@@ -272,8 +285,17 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     )
 
 
-def _plan(config: RunConfig, inputs: Inputs, train: Prompts, heldout: Prompts, *, resumes: bool) -> Plan:
-    """Plans time and memory. Raises: UserError where the memory does not suffice."""
+def _plan(
+    config: RunConfig,
+    inputs: Inputs,
+    train: Prompts,
+    heldout: Prompts,
+    known: Sequence[bool],
+    *,
+    resumes: bool,
+) -> Plan:
+    """Plans time and memory. known: see `engine.scorers.find.sizes`. Raises: UserError where the memory does
+    not suffice."""
     plan = Plan.of(
         config,
         inputs.shape,
@@ -286,6 +308,7 @@ def _plan(config: RunConfig, inputs: Inputs, train: Prompts, heldout: Prompts, *
             trunk=inputs.fingerprint,
             dtype=inputs.dtype,
             device=inputs.device,
+            known=known,
         ),
         # Fewer only where the user left the default; a resumed run has no flags, so there it is always fine.
         fewer_rows=resumes or config.rollout_rows == RunConfig.rollout_rows,
@@ -315,7 +338,7 @@ def _announce(display: Display, algorithm: str, prepared: Prepared, *, resumes: 
     for lines in [] if resumes else (inputs.reading, *(own.reading for own in files)):
         for line in lines:
             display.line(line)
-    for own in files:
+    for own in files if inputs.given is None else [inputs.given, *files]:
         for note in own.notes():
             display.warn(note)
     if prepared.passes:
@@ -406,21 +429,6 @@ def _without_heldout(config: RunConfig, own: ResponsePairs, heldout: Prompts, fl
         assert_disjoint(prompts, heldout, f"prompt of {flag}")
     shared = overlap(prompts, heldout)
     return own.without(shared, "with a held-out prompt") if shared else own
-
-
-def check_samples_of(config: RunConfig) -> None:
-    """Checks that the samples of --samples-of are those that this run would draw.
-
-    Raises: UserError where the run that it names has others.
-    """
-    other = read_contents(Path(config.samples_of)).config
-    for name in SAMPLING:
-        theirs, own = other.get(name, getattr(RunConfig, name)), getattr(config, name)
-        if theirs != own:
-            raise UserError(
-                f"--samples-of {config.samples_of}: it has --{name.replace('_', '-')} {theirs}, "
-                f"this run has {own}."
-            )
 
 
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Stage reference: sample the reference, and fix what its samples fix:
+"""Stage reference: sample the reference, or take its samples from elsewhere, and fix what they fix:
 units, required improvements and aims."""
 
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ from engine.records import Prompts, ScaledScores, Scored, Scores, Units, unsafe_
 from engine.run.rows import ReferenceRow
 from engine.run.run import Stage
 from engine.scorers.base import Scorer, Scorers, TextScorer
+from engine.stages import taken
 from engine.stages.job import Job
-from engine.stages.sampling import gap_of, log_gap, sample, samples_of
+from engine.stages.sampling import gap_of, sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +109,17 @@ def sample_reference(job: Job) -> Reference:
     and fixes the units and the aim."""
     config = job.config
     prompts = job.train
-    shared = samples_of(job, "reference", ReferenceSamples)
+    shared = None if job.samples is None else job.samples.load("reference", ReferenceSamples)
 
     def compute(stage: Stage) -> ReferenceSamples:
-        if shared is None:
+        if shared is not None:
+            samples = taken.shared(job, stage, shared.samples, shared.lower_MD)
+        elif job.given is not None:
+            samples = taken.given(job, stage)
+        else:
             samples = sample(
                 job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True
             )
-        else:
-            samples = shared.samples
-            log_gap(job, stage, prompts, samples.rollouts, None)
         fixed = reference_of(job, samples)
         sd, r, g = deviations_of(job, samples), fixed.scores.reward_PG, fixed.scores.utility_PGJ
         groups = packing.groups(prompts, samples.rollouts)

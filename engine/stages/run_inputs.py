@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.config import RunConfig
 from engine.data.response_pairs import ResponsePairs
+from engine.data.samples_file import GivenSamples
 from engine.data.tables import files_of
 from engine.data.templates import TEMPLATES
 from engine.errors import UserError
@@ -33,6 +34,7 @@ class RunInputs:
     sources: dict[str, dict[str, str]]  # flag -> file -> SHA-256 of what was read
     model: dict[str, str]  # file of the model's folder -> SHA-256
     scorers: dict[str, dict[str, str]]  # what each scorer is, as `engine.scorers.find.content` gives it
+    samples: GivenSamples | None = None  # of the file of --samples
     template: str = ""  # the text of --template; "" where the model's own files say how prompts are written
 
 
@@ -148,6 +150,11 @@ class OwnedInputs:
                     json.dumps({"scorer": name, "sha256": changed, "was": scorer["sha256"]}),
                 )
 
+    @property
+    def has_changed_scorers(self) -> bool:
+        """Tells whether the run went on with a changed scorer once."""
+        return bool(self._accepted())
+
     def _accepted(self) -> dict[str, str]:
         """Returns the digest of each changed scorer that was accepted last."""
         file = RunFolder(self.run).accepted
@@ -203,7 +210,8 @@ def restore_inputs(run: Path, contents: Contents, record: RunInputs, damage: Dam
 
 
 def source_digests(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Hashes the files of prompts, pairs and preferences that a config names, also those in folders, by flag.
+    """Hashes the files of prompts, samples, pairs and preferences that a config names, by flag, also those in
+    folders.
 
     Data sets that `datasets` finds, on a hub or elsewhere, are left out.
     """
@@ -217,6 +225,7 @@ def source_digests(config: RunConfig) -> dict[str, dict[str, str]]:
 def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
     named = {
         "--prompts": config.prompts,
+        "--samples": config.samples,
         "--heldout": config.heldout,
         "--pairs": config.pairs_file,
         "--preferences": getattr(config, "preferences", ""),

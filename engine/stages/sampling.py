@@ -1,29 +1,29 @@
 """Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
+from torch import Tensor
 
-from engine.errors import NonFiniteError, UserError
+from engine.errors import NonFiniteError
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, logprob_gap
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Prompts, Rollouts
+from engine.records import Prompts, Rollouts, Scores
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
 from engine.run.plan import kept_states_bytes
 from engine.run.rows import SampledRow, SpeedRow
 from engine.run.run import Run, Stage
-from engine.run.store import RecordT
 from engine.scorers.scoring import ReferenceForward, score
-from engine.stages.job import Job, Subject
+from engine.stages.job import SamplingSettings, Subject
 from kernels.random import combine
 
 # Prompts of each sampling whose samples are run through the training forward again.
@@ -115,22 +115,8 @@ def sample(
 
     rollouts, texts = respond(job, stage, prompts, adapter, n=n, purpose=purpose, states=states)
     sampled = time.monotonic()
-
-    def on_tokens(tokens: int) -> None:
-        scored.advance(tokens)
-        stage.check_stop()
-
-    total = sum(g.tokens for g in packing.groups(prompts, rollouts))
-    with naming(stage), stage.progress(total, "tokens", "scoring") as scored:
-        forward = ReferenceForward(
-            temperature=settings.temperature,
-            memory_budget_bytes=settings.memory_budget_bytes,
-            logprob=not own,
-            states=states,
-        )
-        scores = score(job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens)
-    for warning in job.scorers.warnings():
-        stage.warn(warning)
+    forward = forward_of(settings, logprob=not own, states=states)
+    scores, passed = scored(job, stage, prompts, rollouts, texts, forward)
     tokens = int(rollouts.length.sum())
     stage.log_speed(
         SpeedRow(
@@ -138,7 +124,7 @@ def sample(
             sampling_s=sampled - start,
             scoring_s=time.monotonic() - sampled,
             tokens_per_s=tokens / (sampled - start),
-            scored_tokens_per_s=scored.done / (time.monotonic() - sampled),
+            scored_tokens_per_s=passed / (time.monotonic() - sampled),
         )
     )
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
@@ -152,6 +138,46 @@ def sample(
         scores=scores,
         kl_PG=logprob_PG - scores.ref_logprob_PG,
         lower=states.lower if states and keep else None,
+    )
+
+
+def scored(
+    job: Subject,
+    stage: Stage,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    texts: list[str],
+    forward: ReferenceForward,
+    known: Sequence[Tensor | None] = (),
+) -> tuple[Scores, int]:
+    """Scores responses as `engine.scorers.scoring.score` does, and says what scorers have cut.
+
+    Returns the scores and the number of tokens that passed the model. stage: see `sample`.
+    """
+
+    def on_tokens(tokens: int) -> None:
+        passed.advance(tokens)
+        stage.check_stop()
+
+    total = sum(g.tokens for g in packing.groups(prompts, rollouts))
+    with naming(stage), stage.progress(total, "tokens", "scoring") as passed:
+        scores = score(
+            job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens, known=known
+        )
+    for warning in job.scorers.warnings():
+        stage.warn(warning)
+    return scores, passed.done
+
+
+def forward_of(
+    settings: SamplingSettings, *, logprob: bool, states: States | None = None
+) -> ReferenceForward:
+    """Says what a run wants of the reference's forward pass over responses."""
+    return ReferenceForward(
+        temperature=settings.temperature,
+        memory_budget_bytes=settings.memory_budget_bytes,
+        logprob=logprob,
+        states=states,
     )
 
 
@@ -201,14 +227,3 @@ def gap_text(row: SampledRow) -> str:
 def gap_of(run: Run, stage: str) -> str:
     """Says what `log_gap` found in a stage of a run; empty where nothing was sampled there."""
     return next((gap_text(row) for row in run.rows(SampledRow) if row.stage == stage), "")
-
-
-def samples_of(job: Job, stage: str, cls: type[RecordT]) -> RecordT | None:
-    """Loads the record of a stage of the run that --samples-of names; None without it. Raises: UserError
-    where that run has none."""
-    if job.samples is None:
-        return None
-    try:
-        return job.samples.load(stage, cls)
-    except UserError as error:
-        raise UserError(f"--samples-of {job.config.samples_of}: {error}") from error

@@ -19,11 +19,12 @@ from engine.run.display import duration
 from engine.run.rows import time_table
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
+from engine.stages import taken
 from engine.stages.job import Job
 from engine.stages.protocol import Result
 from engine.stages.reference import Reference
 from engine.stages.refusals import refused
-from engine.stages.sampling import log_gap, sample, samples_of
+from engine.stages.sampling import sample
 from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
 from engine.verdict.sentences import sentences
 
@@ -50,10 +51,8 @@ def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> S
     purpose = keys.HELDOUT_REFERENCE if weights is None else keys.HELDOUT_POLICY
 
     def compute(stage: Stage) -> Samples:
-        shared = samples_of(job, name, Samples) if weights is None else None
-        if shared is not None:
-            samples = shared
-            log_gap(job, stage, prompts, samples.rollouts, None)
+        if weights is None and job.samples is not None:
+            samples = taken.shared(job, stage, job.samples.load(name, Samples))
         else:
             samples = sample(job, stage, prompts, weights, n=config.eval_responses, purpose=purpose)
         return replace(samples, scaled=reference.scoring(stage, samples))

@@ -34,9 +34,9 @@ from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
     out seed device dtype threads force trackers model reward cost audit offload-scorers prompts heldout
-    prompt-column response-columns strict system template chat-template-kwargs accept-changes samples-of
-    n-prompts n-responses max-new-tokens temperature top-p top-k rollout-rows threshold units cost-mean
-    cost-rate unsafe-above cost-on beta margin lam-max steps prompts-per-step tokens-per-forward
+    prompt-column response-columns strict system template chat-template-kwargs accept-changes samples
+    samples-of n-prompts n-responses max-new-tokens temperature top-p top-k rollout-rows threshold units
+    cost-mean cost-rate unsafe-above cost-on beta margin lam-max steps prompts-per-step tokens-per-forward
     activation-checkpointing responses-per-prompt labels learning-rate warmup-steps schedule weight-decay
     clip-norm tune lora-rank lora-alpha lora-from lora-targets lora-dropout memory-budget-mb
     checkpoint-every eval-prompts eval-responses

@@ -1,0 +1,108 @@
+"""Responses of the reference that are taken, from another run or from a file, instead of sampled.
+
+What they lack of scores, this run's scorers give. The log-probs of another run's responses come with them,
+those of a file from the frozen forward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.files import shown
+from engine.model import packing
+from engine.policy.lora import first_layer
+from engine.policy.samples import Samples
+from engine.policy.surprise import surprise
+from engine.rollout.states import States
+from engine.run.rows import GivenRow
+from engine.run.run import Stage
+from engine.scorers.scoring import layers_asked
+from engine.stages.job import Job
+from engine.stages.sampling import forward_of, log_gap, scored
+
+# Prompts of a file whose responses are compared with what the reference samples.
+COMPARED_PROMPTS = 8
+# Nats per token, and standard errors, from which on responses are none of the reference's.
+ABSURD, CERTAIN = 0.5, 4.0
+
+
+def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = None) -> Samples:
+    """Returns responses of the run that --samples-of names, with the scores of this run's scorers; those that
+    have scored them there are not asked again.
+
+    lower_MD: states below the adapter, where they were kept, in the order of the packed groups.
+    """
+    log_gap(job, stage, samples.prompts, samples.rollouts, None)
+    if job.samples.is_scored:
+        return samples
+    known = job.samples.known(samples.scores)
+    asked = _names(job, [score is None for score in known])
+    if asked:
+        job.run.display.line(
+            f"{stage.name}: {asked} scored anew on the responses of {job.samples.run.folder}"
+        )
+    forward = forward_of(job.settings, logprob=False, states=_kept(job, samples, known, lower_MD))
+    scores, _ = scored(job, stage, samples.prompts, samples.rollouts, samples.texts, forward, known)
+    scores = replace(scores, ref_logprob_PG=samples.scores.ref_logprob_PG)
+    return replace(samples, scores=scores, scaled=None)
+
+
+def _kept(
+    job: Job, samples: Samples, known: Sequence[Tensor | None], lower_MD: Tensor | None
+) -> States | None:
+    """Returns the mean states that heads read, where those that were kept are all that they need."""
+    layers = layers_asked(job.scorers, known)
+    if lower_MD is None or layers != [first_layer(job.model.config.num_layers, job.config.lora_from)]:
+        return None
+    return States.kept(layers[0], lower_MD, packing.groups(samples.prompts, samples.rollouts))
+
+
+def given(job: Job, stage: Stage) -> Samples:
+    """Returns the responses of the file of --samples, with their log-probs and scores."""
+    own = job.given
+    known = own.known(["reward", *(scorer.name for scorer in job.scorers.all[1:])])
+    scores, _ = scored(
+        job, stage, own.prompts, own.rollouts, own.texts, forward_of(job.settings, logprob=True), known
+    )
+    groups = packing.groups(own.prompts, own.rollouts)[:COMPARED_PROMPTS]
+    found = surprise(job.model, groups, job.config.temperature)
+    row = GivenRow(
+        prompts=len(groups),
+        responses=own.rollouts.n,
+        logprob=found.logprob,
+        entropy=found.entropy,
+        se=found.se,
+    )
+    stage.log(row)
+    _say(job, row)
+    return Samples(
+        prompts=own.prompts,
+        rollouts=own.rollouts,
+        texts=own.texts,
+        scores=scores,
+        kl_PG=torch.zeros_like(scores.ref_logprob_PG),
+    )
+
+
+def _say(job: Job, row: GivenRow) -> None:
+    """Says how likely a file's responses are under the reference, and warns where they cannot be its own."""
+    line = (
+        f"{shown(job.given.source)}: mean log-prob {row.logprob:.2f} per token under the reference; its own "
+        f"samples would have {-row.entropy:.2f} (+- {row.se:.2f})"
+    )
+    apart = row.logprob + row.entropy
+    # A distribution that is cut by --top-p or --top-k gives likelier responses.
+    apart = min(apart, 0.0) if job.config.truncated else apart
+    if abs(apart) > max(ABSURD, CERTAIN * row.se):
+        job.run.display.warn(
+            f"{line}, so these are not its samples at --temperature {job.config.temperature:g}, and "
+            "multipliers from them are not those of the reference: check --model, --template, --system"
+        )
+    else:
+        job.run.display.line(line)
+
+
+def _names(job: Job, which: Sequence[bool]) -> str:
+    return ", ".join(s.name for s, chosen in zip(job.scorers.all, which, strict=True) if chosen)
