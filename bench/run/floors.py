@@ -43,10 +43,13 @@ class Probe:
     flops: float = 0.0
 
 
+# Bytes that are copied and read, and rows and columns of the matrices that are multiplied.
+PROBED = {"cuda": (2**30, 8192), "cpu": (2**28, 2048)}
+
+
 def probes(dtype: torch.dtype, device: torch.device) -> dict[str, Probe]:
     """Returns a copy and a read of more than any cache holds, and a large product in `dtype`."""
-    on_gpu = device.type == "cuda"
-    size, side = (2**30, 8192) if on_gpu else (2**28, 2048)
+    size, side = PROBED[device.type]
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

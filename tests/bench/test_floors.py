@@ -63,7 +63,7 @@ def test_floor_of_a_training_step_by_hand():
     assert sum(p.flops for p in full) == 6 * (240 * 7 + 40 * 3)
 
 
-def test_rates_are_those_of_the_fastest_probe():
+def test_rates_are_those_of_the_fastest_probe(monkeypatch):
     probes = {
         "copy": floors.Probe(print, bytes=12),
         "read": floors.Probe(print, bytes=8),
@@ -71,6 +71,7 @@ def test_rates_are_those_of_the_fastest_probe():
     }
     times = {name: {"median": s} for name, s in {"copy": 4, "read": 2, "product": 3, "dualign": 1}.items()}
     assert floors.rates(probes, times) == floors.Rates(bytes_per_s=4, flops_per_s=10)
+    monkeypatch.setitem(floors.PROBED, "cpu", (2**20, 64))
     for probe in floors.probes(torch.bfloat16, torch.device("cpu")).values():
         probe.step()
 

@@ -7,12 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.run import iteration, results, rollout, scoring, shapes, train_step
+from bench.run import floors, iteration, results, rollout, scoring, shapes, train_step
 from bench.run.candidates import add_rivals
 from bench.run.results import notes_of, table_of
 from engine.model.folder import load
 from engine.stages.smoke import smoke_folder
 from tests.helpers.tiny_shape import TINY
+
+
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch):
+    """Products of 16 bits take a minute on processors without instructions for them."""
+    monkeypatch.setitem(floors.PROBED, "cpu", (2**20, 64))
 
 
 def test_training_step_is_dpo():
