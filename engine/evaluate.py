@@ -149,8 +149,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     prepare_process(config.threads)
     inputs = read_inputs(config, owned)
     pool, said = inputs.heldout, []
+    rules = rules_of(config, inputs.folder, flags.n_prompts or None)
     if flags.prompts:
-        rules = rules_of(config, flags.n_prompts or None)
         pool, said = read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, rules)
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
@@ -168,7 +168,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     selection = judged_on if flags.best_feasible else None
     if selection:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
-    lookalikes, _ = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits, EVERY_ROW)
+    every = replace(EVERY_ROW, rows=rules.rows)
+    lookalikes, _ = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits, every)
     asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
     most = max(len(prompts), len(selection) if selection else 0)
     beside = sizes(

@@ -27,6 +27,8 @@ class Prompts:
     # The messages of each prompt as the data has them, {"role": text, "content": text}, without the run's
     # system line. Empty where every text is one message of the user.
     messages: list[list[dict[str, str]]] = field(default_factory=list)
+    # The row that each prompt was read from, as JSON. Empty where no scorer asks for rows.
+    rows: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -44,6 +46,7 @@ class Prompts:
             token_ids=[self.token_ids[i] for i in index],
             key_P=self.key_P[torch.as_tensor(index, dtype=torch.int64)],
             messages=[self.messages[i] for i in index] if self.messages else [],
+            rows=[self.rows[i] for i in index] if self.rows else [],
         )
 
 

@@ -109,6 +109,7 @@ class _Row:
     place: str
     messages: list[dict[str, str]]
     kind: str
+    row: str  # as JSON; "" where rows are not kept
     tally: Tally
 
 
@@ -133,7 +134,14 @@ def _offered(names: list[str], rules: Rules, held: int | None) -> tuple[Pool[_Ro
                 # Places are named by --strict alone, and a large set has many.
                 place_of[digest] = place if rules.strict else ""
                 tally.usable += 1
-                pool.offer(text, _Row(place=place, messages=example.messages, kind=kind, tally=tally))
+                offered = _Row(
+                    place=place,
+                    messages=example.messages,
+                    kind=kind,
+                    row=row_text(row) if rules.rows else "",
+                    tally=tally,
+                )
+                pool.offer(text, offered)
         if not tally.rows:
             raise UserError(
                 f"{shown(name)}: no prompts in it; give at least one row with the column "
@@ -160,7 +168,13 @@ def _tokenised(rows: list[_Row], ids_of: Callable, max_prompt_tokens: int) -> Pr
         token_ids=[ids for _, ids in kept.values()],
         key_P=torch.tensor(list(kept), dtype=torch.int64),
         messages=[row.messages for row, _ in kept.values()],
+        rows=[row.row for row, _ in kept.values() if row.row],
     )
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """Writes a row as JSON; of a cell that JSON has no form for, such as a date, its text is kept."""
+    return json.dumps(row, default=str)
 
 
 def _twice(place: str, first: str) -> Unusable:

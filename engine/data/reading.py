@@ -39,6 +39,7 @@ class Rules:
     prompt_column: str = "prompt"
     response_columns: tuple[str, ...] = ()  # empty: as the layout of the row has them
     strict: bool = True  # rows that cannot be used are errors
+    rows: bool = False  # whole rows are kept beside what is read from them
     # So many rows are needed: of a set of more than these and `HELD_WHOLE`, a seeded choice is held.
     # None: all are wanted.
     enough: int | None = None

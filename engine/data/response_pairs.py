@@ -21,7 +21,7 @@ from engine.data.chat import (
     write_prompt,
 )
 from engine.data.layouts import TWO_RESPONSES, Example, no_column, read_example
-from engine.data.prompts import TextLimits, check_length
+from engine.data.prompts import TextLimits, check_length, row_text
 from engine.data.reading import EVERY_ROW, Pool, Rules, Tally, Unusable
 from engine.errors import UserError
 from engine.files import escaped, shown
@@ -96,6 +96,7 @@ class Pair:
     # For each label column 1 where the first answer is the better one, -1 where the second is, 0 for neither.
     labels: list[int]
     kind: str
+    row: str = ""  # that of the first answer, as JSON; "" where rows are not kept
 
 
 def read_response_pairs(
@@ -143,12 +144,12 @@ def read_pairs(source: str, columns: Sequence[str], rules: Rules, tally: Tally) 
                 raise no_column(row, place, missing)
             if len(example.responses) == 2:
                 labels = [_label(row, name, place) for name in _known(columns, row, example)]
-                yield _pair(place, row, example.messages, example.responses, labels)
+                yield _pair(place, row, example, labels, rules)
             elif chat in waiting:
                 _, other, first = waiting.pop(chat)
                 labels = [_larger(other, row, name, place) for name in columns]
-                responses = (*first.responses, *example.responses)
-                yield _pair(place, other, example.messages, responses, labels)
+                both = replace(first, responses=(*first.responses, *example.responses))
+                yield _pair(place, other, both, labels, rules)
             else:
                 waiting[chat] = (place, row, example)
     for place, _, _ in waiting.values():
@@ -160,16 +161,15 @@ def read_pairs(source: str, columns: Sequence[str], rules: Rules, tally: Tally) 
         raise UserError(f"{shown(source)}: no rows in it; give at least one.")
 
 
-def _pair(
-    place: str, row: dict, messages: list[dict[str, str]], responses: tuple[str, ...], labels: list[int]
-) -> Pair:
-    first, second = responses
+def _pair(place: str, row: dict, example: Example, labels: list[int], rules: Rules) -> Pair:
+    first, second = example.responses
     return Pair(
         place=place,
-        messages=messages,
+        messages=example.messages,
         responses=(first, second),
         labels=labels,
         kind=str(row.get("kind") or ""),
+        row=row_text(row) if rules.rows else "",
     )
 
 
@@ -248,7 +248,7 @@ def _tokenised(
             if answers[0] == answers[1]:
                 n_alike += 1
                 continue
-            prompts.append((as_text(pair.messages), pair.kind, ids, pair.messages))
+            prompts.append((as_text(pair.messages), pair.kind, ids, pair.messages, pair.row))
             tokens += answers
             labels.append([[SURE * label for label in pair.labels], [-SURE * label for label in pair.labels]])
     if n_alike and not prompts:
@@ -258,10 +258,15 @@ def _tokenised(
         )
     if not prompts:
         raise tally.first or UserError(f"{shown(source)}: no pairs in it; give at least one.")
-    text, kind, token_ids, messages = (list(column) for column in zip(*prompts, strict=True))
+    text, kind, token_ids, messages, rows = (list(column) for column in zip(*prompts, strict=True))
     return ResponsePairs(
         prompts=Prompts(
-            text=text, kind=kind, token_ids=token_ids, key_P=torch.arange(len(text)), messages=messages
+            text=text,
+            kind=kind,
+            token_ids=token_ids,
+            key_P=torch.arange(len(text)),
+            messages=messages,
+            rows=[row for row in rows if row],
         ),
         rollouts=as_rollouts(tokens, 2, limits.max_new_tokens, end),
         texts=[tokenizer.decode(response, skip_special_tokens=True) for response in tokens],

@@ -23,7 +23,7 @@ from engine.data.chat import (
 )
 from engine.data.formats import parse_json
 from engine.data.layouts import no_column, read_example
-from engine.data.prompts import TextLimits, check_length, kind_of, prompt_key
+from engine.data.prompts import TextLimits, check_length, kind_of, prompt_key, row_text
 from engine.data.reading import REPEATED, Pool, Rules, Tally, Unusable
 from engine.data.response_pairs import as_rollouts
 from engine.data.tables import read_rows
@@ -85,6 +85,7 @@ class _Asked:
     place: str
     messages: list[dict[str, str]]
     kind: str
+    row: str  # the first one, as JSON; "" where rows are not kept
     rows: int = 0
     responses: list[str] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)  # of each response
@@ -157,10 +158,9 @@ def _grouped(
                 )
             columns = [_scores(row[name], name, len(responses), place) for name in there]
             tally.layouts[layout] += 1
-            one = asked.setdefault(
-                json.dumps(messages),
-                _Asked(place=place, messages=messages, kind=kind_of(row.get("kind"), place)),
-            )
+            kind, kept = kind_of(row.get("kind"), place), row_text(row) if rules.rows else ""
+            new = _Asked(place=place, messages=messages, kind=kind, row=kept)
+            one = asked.setdefault(json.dumps(messages), new)
             one.rows += 1
             one.responses += responses
             one.scores += [list(scores) for scores in zip(*columns, strict=True)] or [[] for _ in responses]
@@ -270,6 +270,7 @@ def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally
             token_ids=[ids for _, ids in kept.values()],
             key_P=torch.tensor(list(kept), dtype=torch.int64),
             messages=[one.messages for one in chosen],
+            rows=[one.row for one in chosen if one.row],
         ),
         rollouts=as_rollouts(tokens, n, limits.max_new_tokens, end),
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens],

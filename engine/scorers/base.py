@@ -124,7 +124,7 @@ class TextScorer:
     function: TextFunction
     sign: int = 1  # -1 where the user asked for the negative of this score (NAME=-SCORER)
     reads_messages: bool = False  # prompts are given to it as messages, else as texts
-    # What it takes besides prompts and responses: "messages" and "finished" of each, "sampled" of all.
+    # What it takes besides prompts and responses: "messages", "finished" and "row" of each, "sampled" of all.
     keywords: tuple[str, ...] = ()
     max_tokens: int | None = None  # the longest text that it reads, where there is such a limit
     # What it has cut since the last call, in lines.
@@ -134,16 +134,28 @@ class TextScorer:
     notes: tuple[str, ...] = ()  # what the user should know of the model, in lines
 
     def __call__(
-        self, prompts: Sequence[Asked], responses: list[str], sampled: Sampled | None = None
+        self,
+        prompts: Sequence[Asked],
+        responses: list[str],
+        sampled: Sampled | None = None,
+        rows: Sequence[str] = (),
     ) -> Tensor:
         """Scores N responses: float64 [N], without the sign.
 
-        sampled: how they were sampled. Without it every response has ended by itself.
-        Raises: UserError when the function fails or returns anything else than a real number per response.
+        sampled: how they were sampled. Without it every response has ended by itself. rows: those that the
+        prompts were read from, as JSON.
+        Raises: UserError when the function fails or returns anything else than a real number per response,
+        and where it takes rows and there are none.
         """
+        if "row" in self.keywords and len(rows) != len(prompts):
+            raise UserError(
+                f"scorer {self.name}: it takes row, and the rows of these prompts were not kept, as no "
+                "scorer of the run that has read them took any; let a new run or --prompts read them."
+            )
         given = {
             "messages": lambda: [[dict(message) for message in messages_of(prompt)] for prompt in prompts],
             "finished": lambda: [True] * len(responses) if sampled is None else list(sampled.finished),
+            "row": lambda: [json.loads(row) for row in rows],
             "sampled": lambda: sampled,
         }
         asked = list(prompts)

@@ -93,6 +93,14 @@ def score_names(config: RunConfig, folder: Path) -> list[str]:
     return ["reward", *(scorer.name for scorer in others)]
 
 
+def take_rows(specs: Sequence[str], folder: Path) -> bool:
+    """Tells whether one of some scorers takes the rows that prompts are read from. Functions are imported for
+    it. folder: the policy's checkpoint. Raises: UserError as `find_scorer`, and where an import fails."""
+    unloaded = [find_scorer(spec, folder) for spec in specs]
+    functions = [scorer.load("", torch.device("cpu")) for scorer in unloaded if scorer.form == "function"]
+    return any("row" in function.keywords for function in functions)
+
+
 def _find_all(
     reward: str, costs: Sequence[str], audits: Sequence[str], folder: Path
 ) -> list["UnloadedScorer"]:

@@ -13,8 +13,9 @@ CURE = "give module:function of something Python can import here"
 
 
 # What a function may take besides prompts and responses, in lists with an entry for each response: the
-# messages of the prompt, and whether the response ended by itself.
-KEYWORDS = ("messages", "finished")
+# messages of the prompt, whether the response ended by itself, and the row that the prompt was read from. A
+# run keeps rows only for a function that names them.
+KEYWORDS = ("messages", "finished", "row")
 
 
 def python_function(spec: str) -> TextScorer:
@@ -36,17 +37,15 @@ def python_function(spec: str) -> TextScorer:
 
 
 def _keywords(function: Callable) -> tuple[str, ...]:
-    """Returns those of `KEYWORDS` that a function takes."""
+    """Returns those of `KEYWORDS` that a function takes; **more takes all but rows."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # compiled code may have no signature
         return ()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return (
-        KEYWORDS
-        if any(p.kind is p.VAR_KEYWORD for p in parameters)
-        else tuple(k for k in KEYWORDS if k in named)
-    )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        named |= {"messages", "finished"}
+    return tuple(k for k in KEYWORDS if k in named)
 
 
 def source_file(spec: str) -> Path:

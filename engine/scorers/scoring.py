@@ -47,7 +47,7 @@ def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str
                     f"scorer {scorer.name} reads {scorer.max_tokens} tokens, prompt and response together; "
                     f"lower --max-new-tokens {max_new_tokens}, or use another scorer."
                 )
-            score_N = scorer(asked.conversations, list(TRIAL))
+            score_N = scorer(asked.conversations, list(TRIAL), rows=asked.rows)
             scorer.warnings()  # what is cut of the trial is cut of the run's responses too
             warnings += scorer.notes
             _check_finite(scorer, score_N, asked.text, 1)
@@ -127,6 +127,7 @@ def score(
         pooled = states.pooled
     asked, texts = [text for text in prompts.text for _ in range(rollouts.n)], list(texts)
     conversations = [talk for talk in prompts.conversations for _ in range(rollouts.n)]
+    rows = [row for row in prompts.rows for _ in range(rollouts.n)]
     sampled = _sampled(prompts, rollouts)
     columns = []
     for scorer, score_PG in zip(scorers.all, known, strict=True):
@@ -136,7 +137,7 @@ def score(
         if isinstance(scorer, Head):
             score_N = scorer(pooled[scorer.layer])
         else:
-            score_N = scorer(conversations, texts, sampled)
+            score_N = scorer(conversations, texts, sampled, rows)
         _check_finite(scorer, score_N, asked, rollouts.n)
         columns.append(scorer.sign * score_N.view(len(prompts), rollouts.n))
     J = len(scorers.costs)

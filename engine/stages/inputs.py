@@ -29,7 +29,7 @@ from engine.run.folder import RunFolder
 from engine.run.machine import keep_freed_memory
 from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
-from engine.scorers.find import load_scorers, score_names
+from engine.scorers.find import load_scorers, score_names, take_rows
 from engine.stages.run_inputs import OwnedInputs, source_digests
 from engine.stages.smoke import smoke_folder
 
@@ -195,12 +195,16 @@ def read_prompts(
     return prompts, said
 
 
-def rules_of(config: RunConfig, enough: int | None) -> Rules:
-    """Returns how a run reads its data; see `Rules` for enough."""
+def rules_of(config: RunConfig, folder: Path, enough: int | None) -> Rules:
+    """Returns how a run reads its data; see `Rules` for enough.
+
+    folder: the policy's checkpoint. Raises: UserError where a scorer is not found.
+    """
     return Rules(
         prompt_column=config.prompt_column,
         response_columns=config.response_columns,
         strict=config.strict,
+        rows=take_rows((config.reward, *config.cost, *config.audit), folder),
         enough=enough,
         seed=config.seed,
     )
@@ -232,13 +236,13 @@ def _prompts(
     given = None
 
     def read(source: str | list[str], enough: int) -> tuple[Prompts, list[str]]:
-        return read_prompts(source, tokenizer, limits, rules_of(config, enough))
+        return read_prompts(source, tokenizer, limits, rules_of(config, folder, enough))
 
     def read_own(enough: int) -> tuple[Prompts, list[str]]:
         nonlocal given
         if not config.samples:
             return read(config.prompts or shipped_prompts("train"), enough)
-        names, rules = score_names(config, folder), rules_of(config, enough)
+        names, rules = score_names(config, folder), rules_of(config, folder, enough)
         given = read_samples(config.samples, names, tokenizer, limits, rules, config.n_responses)
         return given.prompts, given.reading
 

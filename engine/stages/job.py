@@ -408,7 +408,9 @@ def _pairs(config: RunConfig, inputs: Inputs) -> ResponsePairs | None:
     if not (source := config.pairs_file):
         return None
     enough = None if config.epochs else config.policy_updates * config.steps * config.prompts_per_step
-    own = read_response_pairs(source, [], inputs.tokenizer, inputs.limits, rules_of(config, enough))
+    own = read_response_pairs(
+        source, [], inputs.tokenizer, inputs.limits, rules_of(config, inputs.folder, enough)
+    )
     return _without_heldout(config, own, inputs.heldout, "--pairs")
 
 
@@ -416,7 +418,7 @@ def _preferences(config: RunConfig, names: list[str], inputs: Inputs) -> Respons
     """Reads the data of --preferences; None where the run is not scored by any. Raises: UserError."""
     if not (config.by_preference and config.preferences):
         return None
-    rules = rules_of(config, config.preference_steps * config.prompts_per_step)
+    rules = rules_of(config, inputs.folder, config.preference_steps * config.prompts_per_step)
     columns = config.preference_columns or ("reward", *names)
     own = read_response_pairs(config.preferences, columns, inputs.tokenizer, inputs.limits, rules)
     return _without_heldout(config, own, inputs.heldout, "--preferences")

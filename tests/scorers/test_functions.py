@@ -25,6 +25,9 @@ def finished(prompts, responses, *, finished):
     return [float(f) for f in finished]
 def both(prompts, responses, **more):
     return [float(sorted(more) == ["finished", "messages"])] * len(responses)
+def graded(prompts, responses, row):
+    found = [(one.pop("level") or 0) + len(r) / 10 for one, r in zip(row, responses)]
+    return found
 class Judge:
     async def __call__(self, prompts, responses, finished):
         return [float(len(responses[0])) if finished[0] else -1.0]
@@ -99,3 +102,13 @@ def test_an_async_function_is_awaited_for_each_response_and_a_bounded_number_at_
 def test_an_async_function_that_fails_ends_the_calls_beside_it(module, name, said):
     with pytest.raises(UserError, match=said):
         score(name)
+
+
+def test_a_function_gets_the_rows_where_it_names_them(module):
+    scorer = find_scorer("asked_for_more:graded", None).load("x", None)
+    rows = ['{"level": 3, "tags": ["a"]}', '{"level": null, "tags": []}']
+    assert scorer([TALK] * 2, ["a", "bb"], None, rows).tolist() == [3.1, 0.2]
+    with pytest.raises(UserError, match="scorer graded: it takes row, and the rows of these"):
+        scorer([TALK] * 2, ["a", "bb"])
+    # **more takes what is there anyway; rows would have to be kept for it.
+    assert find_scorer("asked_for_more:both", None).load("x", None).keywords == ("messages", "finished")

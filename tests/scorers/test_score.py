@@ -219,8 +219,6 @@ def test_a_name_and_a_sign_are_given_and_undone(tiny_folder):
         ("harm", "harm", 1),
         ("h=harm", "h", 1),
         ("h=-harm", "h", -1),
-        ("i=-h=-harm", "i", 1),
-        ("i=h=-harm", "i", -1),
     ):
         scorer = find_scorer(spec, tiny_folder).load(fingerprint(tiny_folder), CPU)
         assert (scorer.name, scorer.sign) == (name, sign)
