@@ -193,7 +193,10 @@ def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_pr
         total += times * (sampled(prompts, responses) + scored(prompts, responses))
     tokens = config.prompts_per_step * (mean_prompt + _trained_responses(config) * answer)
     passes = 3 if config.tune == "full" else 2  # forward, to the states, to the weights
-    return total + config.policy_updates * config.steps * tokens * passes * trained
+    steps = config.policy_updates * config.steps
+    if config.by_preference:
+        steps += (1 + len(config.cost)) * config.preference_steps
+    return total + steps * tokens * passes * trained
 
 
 def scorer_bytes(config: RunConfig, device: torch.device, scorers: Sequence[ScorerSize]) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from transformers import (
 from engine import train
 from engine.config import ALGORITHMS, PRESETS
 from engine.errors import UserError
+from engine.policy.preference_loss import PreferenceLoss
 from engine.report import panels
 from engine.run.committed import read_committed
 from engine.run.contents import read_contents
@@ -139,14 +140,20 @@ def beside_the_files(shelf, cache):
         yield
 
 
-def ran(algorithm: str, preset: str, *words: str, **settings) -> Path:
-    """Runs a preset, made small, in the folder PRESET-ALGORITHM; returns that, checked by `check_run`."""
-    small = {**SMALL, **settings}
-    out = f"{preset}-{algorithm}"
+def command_line(algorithm: str, preset: str, *words: str, **settings) -> list[str]:
+    """Writes the command line of a preset that is made small, by default in the folder PRESET-ALGORITHM."""
+    small = {**SMALL, "out": f"{preset}-{algorithm}", **settings}
     flags = [word for name, value in small.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert train.main([algorithm, "--preset", preset, *flags, *words, "--force", "--out", out]) == 0
-    check_run(Path(out), algorithm, preset, {*small, *(word[2:].replace("-", "_") for word in words)})
-    return Path(out)
+    return [algorithm, "--preset", preset, *flags, *words, "--force"]
+
+
+def ran(algorithm: str, preset: str, *words: str, **settings) -> Path:
+    """Runs a preset that is made small; returns the run's folder, checked by `check_run`."""
+    flags = command_line(algorithm, preset, *words, **settings)
+    assert train.main(flags) == 0
+    run = Path(settings.get("out", f"{preset}-{algorithm}"))
+    check_run(run, algorithm, preset, {word[2:].replace("-", "_") for word in flags if word[:2] == "--"})
+    return run
 
 
 def check_run(run: Path, algorithm: str, preset: str, given: set[str]) -> None:
@@ -154,7 +161,7 @@ def check_run(run: Path, algorithm: str, preset: str, given: set[str]) -> None:
     wanted = PRESETS[preset].apply(ALGORITHMS[algorithm].config_class())
     kept = type(wanted)(**read_contents(run).config)
     for field in fields(wanted):
-        if field.name not in given | {"out", "steps", "force", "rollout_rows"}:
+        if field.name not in given | {"steps", "rollout_rows"}:
             assert getattr(kept, field.name) == getattr(wanted, field.name), field.name
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["units"] == "raw" and evaluation["n_prompts"] == 4
@@ -193,6 +200,28 @@ def test_baselines_that_align_once_share_its_samples(mocan, algorithm, settings,
     assert read_rows(run, PolicyRow)[-1].lam == [lam[algorithm]]
 
 
+def test_a_stopped_run_goes_on_with_the_same_dropout_and_labels(mocan, monkeypatch):
+    new = {"lora_dropout": 0.2, "checkpoint_every": 2, "epochs": 1, "threshold": 0.2}
+    words = ("--samples-of", str(mocan), "--lora-targets", "q", "k", "v")
+    whole = ran("mocan", "safe-rlhf", *words, **new, out="whole")
+    loss_of = PreferenceLoss.__call__
+
+    def stop(self, pairs, step, first=0):
+        if step == 3:
+            raise KeyboardInterrupt
+        return loss_of(self, pairs, step, first)
+
+    flags = command_line("mocan", "safe-rlhf", *words, **new, out="stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceLoss, "__call__", stop)
+        assert train.main(flags) == 130
+    assert train.main(["--resume", "stopped"]) == 0
+    for file in ("adapters/iteration-1/adapter_model.safetensors", "metrics.jsonl"):
+        assert (whole / file).read_bytes() == Path("stopped", file).read_bytes()
+    card = json.loads((whole / "adapters/iteration-1/adapter_config.json").read_text())
+    assert (card["target_modules"], card["lora_dropout"]) == (["k_proj", "q_proj", "v_proj"], 0.2)
+
+
 def test_caid_measures_its_slack_on_prompts_outside_the_pairs(mocan):
     run = ran("caid", "safe-rlhf", "--samples-of", str(mocan), threshold=0.2, **SLACK)
     rows = read_rows(run, IterationRow)
@@ -225,7 +254,7 @@ def test_primal_dual_is_about_the_mean_of_the_cost_itself(capsys):
 
 
 def test_hh_rlhf_goes_from_transcripts_to_two_constraints():
-    run = ran("caid", "hh-rlhf", model="sft", **SLACK)
+    run = ran("caid", "hh-rlhf", model="sft", **{**SLACK, "iterations": 1})
     record = owned_inputs(run).record
     assert len(record.pairs.prompts) == 14 and len(record.heldout) == 6
     raw = Tokenizer.from_file("sft/tokenizer.json")
