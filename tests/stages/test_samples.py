@@ -8,13 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import mocan, train
+from engine import mocan, model, train
 from engine.config import MocanConfig, smoke
 from engine.dual.analysis import analyse
 from engine.dual.config import DualConfig
 from engine.dual.scores_file import read_scores
 from engine.errors import UserError
+from engine.model.packing import groups
 from engine.policy.samples import Samples
+from engine.policy.surprise import surprise
 from engine.run.committed import read_committed
 from engine.run.rows import DualRow, GivenRow
 from engine.stages import sampling
@@ -281,6 +283,13 @@ def test_samples_that_are_not_the_references_are_warned_of(given, tmp_path, caps
     out, err = capsys.readouterr()
     said = " ".join((out + err).split())
     assert "mean log-prob -" in said and "so these are not its samples at --temperature 0.02" in said
+
+
+def test_the_references_own_samples_are_as_likely_as_they_should_be(runs):
+    """Its own would be refused by nobody: log-prob and minus entropy differ by chance alone."""
+    samples = reference_of(runs / "heads").samples
+    found = surprise(model.load(model_folder("smoke")), groups(samples.prompts, samples.rollouts), 0.7)
+    assert abs(found.logprob + found.entropy) < 3 * found.se < 0.5
 
 
 def test_a_sweep_takes_the_samples_of_a_file_once(given, tmp_path):
