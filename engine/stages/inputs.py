@@ -244,7 +244,7 @@ def _prompts(
             return read(config.prompts or shipped_prompts("train"), enough)
         names, rules = score_names(config, folder), rules_of(config, folder, enough)
         given = read_samples(config.samples, names, tokenizer, limits, rules, config.n_responses)
-        return given.prompts, given.reading
+        return given.prompts, [*given.reading]
 
     if config.heldout or not (config.prompts or config.samples):
         train, said = read_own(config.n_prompts)

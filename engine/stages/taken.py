@@ -38,8 +38,7 @@ def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = N
     if job.samples.is_scored:
         return samples
     known = job.samples.known(samples.scores)
-    asked = _names(job, [score is None for score in known])
-    if asked:
+    if asked := ", ".join(n for n, score in zip(_names(job), known, strict=True) if score is None):
         job.run.display.line(
             f"{stage.name}: {asked} scored anew on the responses of {job.samples.run.folder}"
         )
@@ -62,7 +61,7 @@ def _kept(
 def given(job: Job, stage: Stage) -> Samples:
     """Returns the responses of the file of --samples, with their log-probs and scores."""
     own = job.given
-    known = own.known(["reward", *(scorer.name for scorer in job.scorers.all[1:])])
+    known = own.known(_names(job))
     scores, _ = scored(
         job, stage, own.prompts, own.rollouts, own.texts, forward_of(job.settings, logprob=True), known
     )
@@ -104,5 +103,6 @@ def _say(job: Job, row: GivenRow) -> None:
         job.run.display.line(line)
 
 
-def _names(job: Job, which: Sequence[bool]) -> str:
-    return ", ".join(s.name for s, chosen in zip(job.scorers.all, which, strict=True) if chosen)
+def _names(job: Job) -> list[str]:
+    """Names the scorers of a run as tables do."""
+    return ["reward", *(scorer.name for scorer in job.scorers.all[1:])]

@@ -334,6 +334,40 @@ def test_scorers_weights_and_passes_are_counted():
     assert both.seconds - base.seconds == pytest.approx(2 * products / (memory.EFFICIENCY * 1e11), rel=1e-6)
 
 
+def test_nothing_is_counted_of_responses_that_are_not_sampled():
+    c, body = CaidConfig(), SHAPE.parameter_count() - 64 * SHAPE.vocab_size  # its head is its embedding
+    answer = memory.ANSWER_SHARE * c.max_new_tokens
+
+    def sampled(prompts: int, n: int) -> float:
+        return prompts * (20 * body + n * answer * SHAPE.parameter_count())
+
+    products = sampled(c.n_prompts, c.n_responses) + sampled(c.eval_prompts, c.eval_responses)
+    spared = plan().seconds - plan(samples_of="run").seconds
+    assert spared == pytest.approx(2 * products / (memory.EFFICIENCY * 1e11), rel=1e-6)
+    # A file's responses pass the model once, at the price of sampling; in 16 bits there is no other pass.
+    assert plan(samples="file").seconds == plan().seconds
+    half = plan(dtype=torch.bfloat16).seconds
+    assert plan(samples="file", dtype=torch.bfloat16).seconds < half
+    assert plan(samples_of="run", dtype=torch.bfloat16).seconds == plan(samples_of="run").seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "heldout"), [({"samples": "file"}, 2), ({"samples_of": "run"}, 1), ({"samples_of": "run"}, 2)]
+)
+def test_scores_that_are_there_already_are_not_counted(given, heldout):
+    c, cpu = replace(CaidConfig(), max_new_tokens=100, **given), torch.device("cpu")
+    scorer = replace(TWO_SCORERS[0], spared="samples" in given or heldout == 1)
+
+    def seconds(scorers) -> float:
+        return Plan.of(c, SHAPE, torch.float32, cpu, [20] * 400, [20] * 96, scorers=scorers).seconds
+
+    sets = [] if scorer.spared else [(1, c.n_prompts, c.n_responses)]
+    sets += [(heldout, c.eval_prompts, c.eval_responses), *c.fresh_samples]
+    tokens = sum(times * prompts * (20 + n * 70) for times, prompts, n in sets)
+    expected = 2 * tokens * 7 * GB / (memory.EFFICIENCY * 1e11)
+    assert seconds((scorer,)) - seconds(()) == pytest.approx(expected, rel=1e-6)
+
+
 def test_scorers_that_are_put_aside_need_the_gpu_one_at_a_time():
     gpu, cpu, aside = torch.device("cuda"), torch.device("cpu"), replace(CaidConfig(), offload_scorers=True)
     assert scorer_bytes(CaidConfig(), gpu, TWO_SCORERS) == (26 * GB, 4 * GB)

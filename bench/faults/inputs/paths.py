@@ -19,6 +19,7 @@ WRITTEN = {
 READ = {
     "resume": lambda path: ("engine.train", "--resume", path),
     "samples-of": lambda path: with_flags("--samples-of", path),
+    "samples": lambda path: with_flags("--samples", path),
     "evaluated": lambda path: ("engine.evaluate", path),
     "exported": lambda path: ("engine.export", path, "exported"),
     "sweep-resume": lambda path: ("engine.sweep", "--resume", path),
