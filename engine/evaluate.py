@@ -6,6 +6,8 @@ those that the run fixed. To the run's verdict this adds the slack, scorers that
 often the policy orders pairs as the Lagrangian does, and refusals on harmless prompts that look dangerous.
 Nothing is saved on the way: the folder of the results appears whole at the end. RUN/judged.jsonl keeps which
 prompts have judged the run, so that a second look at a test split is told as one.
+
+With --profile it judges on sets of safe and unsafe prompts instead, see `engine.stages.profile`.
 """
 
 import sys
@@ -35,7 +37,7 @@ from engine.run.folder import RunFolder
 from engine.run.rows import DualRow, ReferenceRow
 from engine.scorers.base import Scorers
 from engine.scorers.scoring import try_out
-from engine.stages import preference
+from engine.stages import preference, profile
 from engine.stages.finished import Finished, Phase, open_run
 from engine.stages.inputs import read_prompts, rules_of
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
@@ -378,7 +380,7 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
     words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
     flags = parse_flags(EvaluateConfig(), argv, **words)
     if flags is not None:
-        run_evaluation(run, flags)
+        (profile.run_profile if flags.profile else run_evaluation)(run, flags)
 
 
 if __name__ == "__main__":

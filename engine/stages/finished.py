@@ -114,7 +114,7 @@ def open_run(run: str | Path, flags: EvaluateConfig) -> Finished:
         audit=(*config.audit, *flags.audit),
         eval_responses=flags.n_responses or config.eval_responses,
     )
-    if config.eval_responses < 2:
+    if config.eval_responses < 2 and not flags.profile:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
     prepare_process(config.threads)
     return Finished(
