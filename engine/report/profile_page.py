@@ -68,7 +68,7 @@ def _panel(axis: Axes, name: str, verdicts: Sequence[SetVerdict]) -> None:
     for height in range(len(verdicts)):
         if height not in found:
             place = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8}
-            axis.text(0.03, height, "no such prompts", color=REFERENCE, **place)
+            axis.text(0.03, height, "fewer than 2 such prompts", color=REFERENCE, **place)
     words = "share of responses (%)" if share else "the scorer's own units"
     axis.set(xlabel="share of pairs, ties half (%)" if name == profile.WIN_RATE else words)
     axis.grid(axis="x", color="#DDDDDD", linewidth=0.7)

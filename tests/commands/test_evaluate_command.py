@@ -474,7 +474,7 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     printed = capsys.readouterr().out
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
     flags = (
-        "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap "
+        "iterate best-feasible prompts profile n-prompts n-responses seed audit confidence allow-overlap "
         "accept-changes out device threads".split()
     )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
