@@ -27,13 +27,15 @@ from engine.run import judged
 from engine.run.display import Display
 from engine.run.folder import RunFolder
 from engine.scorers.base import Scorers
+from engine.scorers.built_in import teller_of_refusals
 from engine.scorers.scoring import try_out
 from engine.stages.finished import Finished, Phase, open_run
 from engine.stages.inputs import read_prompts
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts
+from engine.stages.refusals import refused
 from engine.stages.sampling import sample
 from engine.verdict.profile import Answers, Scales, SetVerdict, judge_set, table_lines
-from engine.verdict.refusals import is_refusal
+from engine.verdict.refusals import FIRST_WORDS, SCORER, is_refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,11 @@ class Asked:
     def iterate(self) -> int:
         """The iterate that is judged."""
         return next(iter(self.opened.iterates))
+
+    @property
+    def refusals_by(self) -> str:
+        """What tells refusals."""
+        return FIRST_WORDS if teller_of_refusals(self.scorers) is None else SCORER
 
     @property
     def scales(self) -> Scales:
@@ -197,7 +204,7 @@ def run_profile(run: str | Path, flags: EvaluateConfig) -> tuple[list[SetVerdict
         verdicts, rows, gaps = [], [], {}
         for number, read in enumerate(q.sets):
             before, after, gaps[read.set.name] = _answered(q, subject, display, read, number, adapter)
-            sides = [_answers(side) for side in (before, after)]
+            sides = [_answers(side, q.scorers) for side in (before, after)]
             verdicts.append(judge_set(read.set.name, read.prompts.kind, *sides, q.scales, flags.confidence))
             rows += _rows(read, before, after, sides)
         _write(folder, q, flags, verdicts, gaps)
@@ -228,8 +235,11 @@ def _answered(
     return *found, gaps
 
 
-def _answers(side: Samples) -> Answers:
-    return Answers(scores=side.scores, refused=[is_refusal(text) for text in side.texts])
+def _answers(side: Samples, scorers: Scorers) -> Answers:
+    told = refused(scorers, side.scores)
+    return Answers(
+        scores=side.scores, refused=[is_refusal(text) for text in side.texts] if told is None else told
+    )
 
 
 def _opening(q: Asked, flags: EvaluateConfig) -> list[str]:
@@ -244,7 +254,7 @@ def _opening(q: Asked, flags: EvaluateConfig) -> list[str]:
         *(line for read in q.sets for line in read.lines()),
         q.opened.sampling_text(flags.seed),
         f"responses per prompt and side: {q.config.eval_responses}; safe ones have a cost {safe}; refusals "
-        "are told by first words; scores and costs are in the scorers' own units",
+        f"are told by {q.refusals_by}; scores and costs are in the scorers' own units",
     ]
 
 
@@ -293,6 +303,7 @@ def _write(folder: Path, q: Asked, flags: EvaluateConfig, verdicts: Sequence[Set
         "lam": q.opened.iterates[q.iterate],
         "seed": flags.seed,
         "safe_at_most": list(scales.safe_at_most),
+        "refusals_by": q.refusals_by,
         "confidence": flags.confidence,
         "allow_overlap": flags.allow_overlap,
     }

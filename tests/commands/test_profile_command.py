@@ -20,6 +20,7 @@ from engine.verdict.profile import SetVerdict
 from engine.verdict.refusals import is_refusal
 from tests.helpers.published_sets import write_sets
 from tests.helpers.runs import SMOKE, write
+from tests.helpers.scorers import either_sign
 
 pytest.importorskip("pyarrow")
 FILES = {"profile.json", "profile.png", "profile.html", "responses.jsonl"}
@@ -140,7 +141,8 @@ def test_own_sets_with_one_response_of_a_chosen_iterate(run, here, capsys, monke
     fields = "name: own, source: own.jsonl, prompt: question, label: danger, safe: false, unsafe: true"
     (here / "mine.yaml").write_text(f"sets:\n- {{{fields}}}\n")
     flags = ["--n-prompts", "5", "--n-responses", "1", "--confidence", "0.8", "--iterate", "1", "--out", "o"]
-    assert main([str(run), "--profile", "mine.yaml", *flags]) == 0
+    teller = ["--audit", "refusal=tests.helpers.scorers:either_sign"]
+    assert main([str(run), "--profile", "mine.yaml", *flags, *teller]) == 0
     found = json.loads((here / "o/profile.json").read_text())
     (own,) = found["sets"]
     assert (own["n_prompts"], own["n_responses"], found["profile"]) == (5, 1, "mine")
@@ -149,8 +151,15 @@ def test_own_sets_with_one_response_of_a_chosen_iterate(run, here, capsys, monke
     assert [row["kind"] == "unsafe" for row in lines] == [
         next(r["danger"] for r in rows if r["question"] == row["prompt"]) for row in lines
     ]
+    # A scorer of that name tells refusals, by a score above 0.
+    assert found["settings"]["refusals_by"] == "the scorer refusal"
+    for side in ("reference", "policy"):
+        scores = either_sign([], [row[side] for row in lines])
+        assert [row[f"{side}_refused"] for row in lines] == [score > 0 for score in scores]
+        assert [row[f"{side}_audit"][1] for row in lines] == scores
+    assert len({(score > 0) for score in scores}) == 2
     assert {row["reference"] for row in lines} != {row["policy"] for row in lines}
-    capsys.readouterr()
+    assert "refusals are told by the scorer refusal" in capsys.readouterr().out
 
 
 def test_training_prompts_stay_with_allow_overlap(run, here):
