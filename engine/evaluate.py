@@ -6,9 +6,10 @@ those that the run fixed. To the run's verdict this adds the slack, scorers that
 often the policy orders pairs as the Lagrangian does, and refusals on harmless prompts that look dangerous.
 Nothing is saved on the way: the folder of the results appears whole at the end. RUN/judged.jsonl keeps which
 prompts have judged the run, so that a second look at a test split is told as one.
+
+With --profile it judges on sets of safe and unsafe prompts instead, see `engine.stages.profile`.
 """
 
-import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from engine import constraints, dual, keys
 from engine.command import Standing, run_command
-from engine.config import EvaluateConfig, RunConfig, check, shown_name, was_by_preference
+from engine.config import EvaluateConfig, RunConfig, was_by_preference
 from engine.config.flags import parse_flags
 from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
@@ -28,34 +29,21 @@ from engine.files import is_there, whole_folder, write_json
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples
-from engine.policy.steps import Policy
-from engine.policy.weights import Weights, trained_weights
+from engine.policy.weights import Weights
 from engine.records import Prompts, Units
 from engine.run import judged
-from engine.run.committed import Committed, read_committed
-from engine.run.display import Display, Progress
+from engine.run.display import Display
 from engine.run.folder import RunFolder
-from engine.run.plan import evaluation_rows
-from engine.run.rows import DualRow, ReferenceRow, Row, SampledRow, SpeedRow
-from engine.scorers.answers import Answers
+from engine.run.rows import DualRow, ReferenceRow
 from engine.scorers.base import Scorers
-from engine.scorers.find import content, sizes
 from engine.scorers.scoring import try_out
-from engine.stages import preference
-from engine.stages.inputs import (
-    DEFAULT_MODEL,
-    Inputs,
-    prepare_process,
-    read_inputs,
-    read_prompts,
-    rules_of,
-    scorers_of,
-)
+from engine.stages import preference, profile
+from engine.stages.finished import Finished, Phase, open_run
+from engine.stages.inputs import read_prompts, rules_of
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, is_counted_alone, units_of
 from engine.stages.refusals import sampled_refusals
-from engine.stages.run_inputs import owned_inputs
-from engine.stages.sampling import gap_text, naming, sample
+from engine.stages.sampling import naming, sample
 from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
@@ -67,54 +55,18 @@ USAGE = (
 )
 
 
-class Phase:
-    """Gives sampling what it asks of a stage (`engine.run.store.Stage`), where nothing is saved:
-    progress. Ctrl-C stops at once."""
-
-    def __init__(self, display: Display, number: int, name: str) -> None:
-        self.name = name
-        self.logprob_gap = None  # of its samples, as `engine.stages.sampling.log_gap` gives it
-        self._display = display
-        display.stage(number, name)
-
-    def log(self, row: Row) -> None:
-        """Prints and keeps what `engine.stages.sampling.log_gap` found, the only row of sampling."""
-        assert isinstance(row, SampledRow)
-        self.logprob_gap = row.logprob_gap
-        self._display.line(f"{self.name}: {gap_text(row)}")
-
-    def progress(self, total: int, unit: str, what: str) -> Progress:
-        """Opens a progress bar; `unit` is a plural such as "tokens"."""
-        return self._display.progress(total, unit, what)
-
-    def warn(self, text: str) -> None:
-        """Prints a warning."""
-        self._display.warn(text)
-
-    def log_speed(self, row: SpeedRow) -> None:
-        """Speeds are seen while they last, and not kept."""
-
-    def check_stop(self) -> None:
-        """Does nothing: Ctrl-C is not held back, so there is nothing to ask."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """Holds what is to be judged, read and checked; no weights are loaded yet."""
 
-    run: Path
-    committed: Committed  # what its stages hold
-    algorithm: str
-    config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
-    # Those to choose from, with the multipliers that each was trained at; one unless --best-feasible.
-    iterates: dict[int, list[float]]
-    selection: Prompts | None  # what they are chosen on
+    opened: Finished
+    config: RunConfig  # that of `opened`, with as many rows as the memory holds
+    selection: Prompts | None  # what the iterate is chosen on
     by_preference: bool  # scores are log-ratios of policies that the run aligned to preferences
     units: Units  # of the run's scorers; further audits have none yet
     limits: list[Limit]
     aimed: list[float]  # in each constraint's own measure
     trained_on: Prompts
-    inputs: Inputs
     scorers: Scorers
     prompts: Prompts
     pool: int  # prompts that these are a subset of
@@ -131,23 +83,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
 
     Raises: UserError.
     """
-    check(flags)
-    run = Path(run)
-    owned, committed = owned_inputs(run), read_committed(run)
-    algorithm, values = committed.contents.algorithm, committed.contents.config
-    iterates = _iterates(committed, flags.iterate, every=flags.best_feasible)
-    config = committed.config
-    config = replace(
-        config,
-        device=flags.device or config.device,
-        threads=flags.threads or config.threads,
-        audit=(*config.audit, *flags.audit),
-        eval_responses=flags.n_responses or config.eval_responses,
-    )
-    if config.eval_responses < 2:
-        raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
-    prepare_process(config.threads)
-    inputs = read_inputs(config, owned)
+    opened = open_run(run, flags)
+    committed, config, inputs = opened.committed, opened.config, opened.inputs
+    algorithm, values = opened.algorithm, committed.contents.config
     pool, said = inputs.heldout, []
     rules = rules_of(config, inputs.folder, flags.n_prompts or None)
     if flags.prompts:
@@ -170,23 +108,10 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
     every = replace(EVERY_ROW, rows=rules.rows)
     lookalikes, _ = read_prompts(lookalike_prompts(), inputs.tokenizer, inputs.limits, every)
-    asked = [len(ids) for group in (prompts, lookalikes, selection) if group for ids in group.token_ids]
-    most = max(len(prompts), len(selection) if selection else 0)
-    beside = sizes(
-        config,
-        folder=inputs.folder,
-        trunk=inputs.fingerprint,
-        dtype=inputs.dtype,
-        device=inputs.device,
-    )
-    rows = evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most, beside)
+    groups = [group for group in (prompts, lookalikes, selection) if group]
+    rows = opened.rows(groups, max(len(prompts), len(selection) if selection else 0))
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
-    changed = owned.check_scorers(
-        content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=flags.accept_changes
-    )
-    answers = Answers()
-    answers.keep_in(RunFolder(run).judge_cache, read_only=not os.access(run, os.W_OK))
-    scorers = scorers_of(config, inputs, answers)
+    scorers, changed = opened.scorers(accept_changes=flags.accept_changes)
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(
@@ -197,17 +122,13 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     # Aims of log-ratios, which are improvements, were fixed with their units.
     aimed = committed.one(DualRow).aim if by_preference else reference.aimed
     return Question(
-        run=run,
-        committed=committed,
-        algorithm=algorithm,
+        opened=opened,
         config=config,
-        iterates=iterates,
         selection=selection,
         by_preference=by_preference,
         units=units,
         limits=limits,
         aimed=aimed,
-        inputs=inputs,
         trained_on=training_prompts(inputs.train, config.n_prompts, config.seed),
         scorers=scorers,
         prompts=prompts,
@@ -215,7 +136,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         shared=shared,
         lookalikes=lookalikes,
         safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=judged.times(RunFolder(run), prompts, judged_on),
+        judged_before=judged.times(RunFolder(opened.run), prompts, judged_on),
         notes=[*inputs.notes, *changed, *said],
         fewer_rows=fewer,
     )
@@ -232,7 +153,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         raise UserError(f"--out {out} exists; name a folder that does not.")
     q = ask(run, flags)
     config, prompts, n = q.config, q.prompts, q.config.eval_responses
-    first = 1 + len(q.iterates) if q.selection else 0
+    first = 1 + len(q.opened.iterates) if q.selection else 0
     display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
@@ -244,14 +165,16 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     def next_free() -> Path:
         """Takes the next name: another evaluation, which began later, has ended first."""
         nonlocal out
-        out = RunFolder(q.run).next_evaluation()
+        out = RunFolder(q.opened.run).next_evaluation()
         return out
 
     with whole_folder(out, otherwise=None if flags.out else next_free) as folder, display:
-        subject = Subject.load(replace(SamplingSettings.of(config), seed=flags.seed), q.inputs, q.scorers)
+        subject = Subject.load(
+            replace(SamplingSettings.of(config), seed=flags.seed), q.opened.inputs, q.scorers
+        )
         tried = _try_all(q, subject, display) if q.selection else []
-        iterate = best_feasible(tried) if tried else next(iter(q.iterates))
-        adapter = _policy(q, subject, iterate)
+        iterate = best_feasible(tried) if tried else next(iter(q.opened.iterates))
+        adapter = q.opened.policy(subject.model, iterate)
         # The same keys as the run's own verdict: with the run's seed this draws exactly its responses.
         phase = Phase(display, first + 1, "heldout/reference")
         before = sample(subject, phase, prompts, None, n=n, purpose=keys.HELDOUT_REFERENCE)
@@ -270,7 +193,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         told = {"n": n, "purpose": keys.LOOKALIKE_POLICY}
         refused_after = sampled_refusals(subject, phase, q.lookalikes, adapter, **told)
 
-        lam_J = torch.tensor(q.iterates[iterate], dtype=torch.float64)
+        lam_J = torch.tensor(q.opened.iterates[iterate], dtype=torch.float64)
         log_ratios = ((before, moved_PG), (after, after.kl_PG))
 
         def wanted(s: Samples) -> Tensor:
@@ -291,7 +214,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         }
         settings |= {
             "iterate": iterate,
-            "lam": q.iterates[iterate],
+            "lam": q.opened.iterates[iterate],
             "selection": tried,
             "seed": flags.seed,
             "units": asdict(scoring.units),
@@ -301,7 +224,7 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
         )
         try:
-            judged.note(RunFolder(q.run), prompts)
+            judged.note(RunFolder(q.opened.run), prompts)
         except UserError as error:
             display.warn(f"{error}; these prompts are not on record")
         for line in judgement_sentences(judgement):
@@ -323,8 +246,8 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
         return replace(samples, scaled=scoring(phase, samples))
 
     before = tried(Phase(display, 1, "selection/reference"), None, keys.SELECTION_REFERENCE)
-    for number, (iterate, lam) in enumerate(q.iterates.items(), 2):
-        adapter = _policy(q, subject, iterate)
+    for number, (iterate, lam) in enumerate(q.opened.iterates.items(), 2):
+        adapter = q.opened.policy(subject.model, iterate)
         after = tried(Phase(display, number, f"selection/{iterate}"), adapter, keys.selection(number))
         e = judge(before, after, _bar(q, scoring))
         room = [c.estimate.mean - c.required for c in e.constraints]
@@ -352,7 +275,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
 def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
     """Returns what the run scored by. units: of its scorers."""
     if q.by_preference:
-        return preference.restored(q.committed, q.config, subject, units)
+        return preference.restored(q.opened.committed, q.config, subject, units)
     return ByScorers(units=units, audit_names=[s.name for s in q.scorers.audits])
 
 
@@ -397,56 +320,22 @@ def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: We
     return logprob.view(len(samples.prompts), -1)
 
 
-def _iterates(run: Committed, wanted: int, *, every: bool) -> dict[int, list[float]]:
-    """Finds the iterate to judge (0: the last one), or every one, with the multipliers it was trained at.
-
-    Raises: UserError when there is none, or not the wanted one.
-    """
-    run.check_whole()
-    there = run.iterates
-    if not there:
-        raise run.lacks("iterate")
-    if wanted and wanted not in there:
-        raise UserError(
-            f"--iterate {wanted}: {run.folder} has {', '.join(map(str, there))}; give one of these."
-        )
-    return there if every else {wanted or max(there): there[wanted or max(there)]}
-
-
-def _policy(q: Question, subject: Subject, iterate: int) -> Weights:
-    """Returns the weights of an iterate. Raises: UserError where its stage is damaged."""
-    policy = q.committed.load(f"iteration-{iterate}/policy", Policy)
-    return trained_weights(subject.model, q.config, policy.adapter)
-
-
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     """Says what is judged, and how the responses are drawn."""
-    config, inputs = q.config, q.inputs
-    lam = ", ".join(f"{x:.3f}" for x in list(q.iterates.values())[-1])
-    which = (
-        f"iterates {', '.join(map(str, q.iterates))}" if q.selection else f"iterate {next(iter(q.iterates))}"
-    )
+    config, inputs, iterates = q.config, q.opened.inputs, list(q.opened.iterates)
+    lam = ", ".join(f"{x:.3f}" for x in q.opened.iterates[iterates[-1]])
     times = "once" if q.judged_before == 1 else f"{q.judged_before} times"
     again = (
         [f"these prompts have judged this run {times} before; the interval does not allow for that"]
         if q.judged_before
         else []
     )
-    own = (
-        "so the random numbers are those of its verdict"
-        if flags.seed == config.seed
-        else "so no response was seen before"
-    )
     return [
-        f"{which} of {q.run}: {shown_name(q.algorithm)} on {config.model or DEFAULT_MODEL} "
-        f"({inputs.dtype}, {inputs.device}), "
+        f"{q.opened.title(iterates)} ({inputs.dtype}, {inputs.device}), "
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
-        f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, "
-        f"{f'top_k {config.top_k}, ' if config.top_k else ''}at most "
-        f"{config.max_new_tokens} new tokens, "
-        f"seed {flags.seed} (the run's is {config.seed}, {own})",
+        q.opened.sampling_text(flags.seed),
         *again,
         *(
             [f"memory is short, so {config.rollout_rows} responses are decoded side by side"]
@@ -492,7 +381,7 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
     words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
     flags = parse_flags(EvaluateConfig(), argv, **words)
     if flags is not None:
-        run_evaluation(run, flags)
+        (profile.run_profile if flags.profile else run_evaluation)(run, flags)
 
 
 if __name__ == "__main__":

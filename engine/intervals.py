@@ -158,7 +158,8 @@ def negated(e: Estimate) -> Estimate:
 
 
 def rate(unsafe_PG: Tensor, confidence: float = 0.95) -> Estimate:
-    """Estimates a share of responses [P, G] (values 0 and 1) with exact binomial bounds, clustered by prompt.
+    """Estimates a share of responses [P, G] (values 0 and 1, or 1/2 for a tie) with exact binomial bounds,
+    clustered by prompt.
 
     The bounds are those of an effective number of responses (Korn and Graubard 1998, Clopper and Pearson
     1934): they have a width at 0 and 1, and keep their confidence for rare events.

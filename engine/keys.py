@@ -12,6 +12,9 @@ HELDOUT_POLICY = -2
 LOOKALIKE_REFERENCE = -3
 LOOKALIKE_POLICY = -4
 SELECTION_REFERENCE = -5
+# Of all sets of a profile: a prompt that is in two of them has the same responses in both.
+PROFILE_REFERENCE = 3_000_000
+PROFILE_POLICY = 3_000_001
 
 
 def slack(iteration: int) -> int:

@@ -18,9 +18,11 @@ class EvaluateConfig:
     Then judge it on --prompts, which must be others."""
     prompts: str = ""
     """Prompts, in the forms of --prompts in training. Default: the run's held-out prompts."""
+    profile: str = ""
+    """Judge on sets of safe and unsafe prompts instead: safety, or a YAML file of your own sets."""
     n_prompts: int = count(0, at_least=0)
     """Prompts, at most: the run's seeded subset. 0 takes as many as the run's
-    verdict, or all of --prompts."""
+    verdict, or all of --prompts. With --profile of each set, where 0 takes all."""
     n_responses: int = count(0, at_least=0)
     """Responses per prompt, of reference and policy each; 0 takes as many as the run's verdict."""
     seed: int = any_seed(1000)
@@ -34,11 +36,12 @@ class EvaluateConfig:
     )
     """Confidence of the two-sided intervals, and of the one-sided bounds that decide met or not met."""
     allow_overlap: bool = False
-    """Go on with prompts that are among the run's training prompts."""
+    """Go on with prompts that are among the run's training prompts; --profile leaves these out without it."""
     accept_changes: bool = False
     """Go on with a scorer whose code or weights have changed since the run began."""
     out: str = ""
-    """Folder of the results, must not exist yet. Default: RUN/evaluation-1, or the next free number."""
+    """Folder of the results, must not exist yet. Default: RUN/evaluation-1 (with --profile: RUN/profile-1),
+    or the next free number."""
     device: str = one_of("", "auto", "cpu", "cuda")
     """auto, cpu or cuda. Default: as in the run."""
     threads: int = bounded(0, at_least=0, at_most=1024)
@@ -50,10 +53,13 @@ class EvaluateConfig:
         Raises: UserError naming the flag, its value and what is accepted.
         """
         check_bounds(self)
-        for name in ("n_prompts", "n_responses"):
+        for name in ("n_prompts",) if self.profile else ("n_prompts", "n_responses"):
             if getattr(self, name) == 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} 1: must be at least 2, as one has no spread; 0 takes the default.")
+        if self.profile and (self.prompts or self.best_feasible):
+            other = "--prompts" if self.prompts else "--best-feasible"
+            raise UserError(f"--profile {self.profile}: it has prompts of its own; leave {other} out.")
         if self.best_feasible and (self.iterate or not self.prompts):
             raise UserError(
                 "--best-feasible: chooses the iterate on the run's held-out prompts, so leave --iterate "

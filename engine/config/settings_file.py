@@ -1,11 +1,10 @@
 """Settings in a file: `--config FILE.yaml`, where FILE may be a run's own config.json."""
 
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
+from engine.config.yaml_file import compose, line, mapping
 from engine.errors import UserError
-from engine.files import one_line, reading, shown
+from engine.files import shown
 
 CURE = "write one setting per line, such as steps: 8"
 
@@ -27,34 +26,14 @@ def read_settings(file: str) -> SettingsFile:
     Raises: UserError naming the file and the line: where it cannot be read, names a setting twice, or nests
     values.
     """
-    import yaml
-
-    try:
-        with reading(Path(file), cure=CURE):
-            tree = yaml.compose(Path(file).read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{shown(file)}: no YAML ({one_line(error)}); {CURE}.") from None
-    settings = _mapping(file, tree)
+    settings = mapping(file, compose(file, cure=CURE), cure=CURE)
     if {"algorithm", "config", "versions"} <= settings.keys():
-        algorithm, settings = settings["algorithm"].value, _mapping(file, settings["config"])
+        algorithm, settings = settings["algorithm"].value, mapping(file, settings["config"], cure=CURE)
     else:
         named = settings.pop("algorithm", None)
         algorithm = None if named is None else str(named.value)
     words = [word for name, node in settings.items() for word in _words(file, name, node)]
     return SettingsFile(algorithm=algorithm, flags=words)
-
-
-def _mapping(file: str, node) -> dict:
-    """Returns the nodes of a mapping by name, with underscores. Raises: UserError."""
-    if node is None:
-        return {}
-    if not isinstance(node.value, list) or node.id != "mapping":
-        raise UserError(f"{shown(file)}:{_line(node)}: no mapping from settings to values; {CURE}.")
-    names = [str(key.value).replace("-", "_") for key, _ in node.value]
-    for name, times in Counter(names).items():
-        if times > 1:
-            raise UserError(f"{shown(file)}: the setting {name!r} stands there twice; keep one of them.")
-    return {name: value for name, (_, value) in zip(names, node.value, strict=True)}
 
 
 def _words(file: str, name: str, node) -> list[str]:
@@ -64,7 +43,7 @@ def _words(file: str, name: str, node) -> list[str]:
         values = [_scalar(file, name, item) for item in node.value]
         for value in values:
             if value.startswith("--"):
-                raise UserError(f"{shown(file)}:{_line(node)}: {name}: {value!r} begins as a flag does.")
+                raise UserError(f"{shown(file)}:{line(node)}: {name}: {value!r} begins as a flag does.")
         return [flag, *values]
     if node.tag.endswith(":null"):
         return []
@@ -78,10 +57,6 @@ def _scalar(file: str, name: str, node) -> str:
         return node.value[0][1].value  # an infinite number in a run's config.json
     if node.id != "scalar":
         raise UserError(
-            f"{shown(file)}:{_line(node)}: {name} holds a {node.id} where one value is wanted; {CURE}."
+            f"{shown(file)}:{line(node)}: {name} holds a {node.id} where one value is wanted; {CURE}."
         )
     return node.value
-
-
-def _line(node) -> int:
-    return node.start_mark.line + 1

@@ -124,8 +124,10 @@ def _offered(names: list[str], rules: Rules, held: int | None) -> tuple[Pool[_Ro
         for place, row in read_rows(name):
             tally.rows += 1
             with tally.leaving_out():
+                # It comes first, as it says of a missing column where that was named.
+                known = rules.kind_of(row, place) if rules.kind_of else None
                 example = read_example(row, place, rules, answers=False)
-                kind = kind_of(row.get("kind"), place)
+                kind = kind_of(row.get("kind"), place) if known is None else known
                 tally.layouts[example.layout] += 1
                 text = json.dumps(example.messages)
                 digest = hashlib.blake2b(text.encode(), digest_size=16).digest()

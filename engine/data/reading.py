@@ -7,7 +7,7 @@ text. They are left out, and counted; --strict refuses them instead.
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -19,6 +19,7 @@ ItemT = TypeVar("ItemT")
 # Sets of at most so many rows are held whole, and what a run uses of them is chosen later, by their tokens.
 HELD_WHOLE = 4096
 REPEATED = "with a prompt that stands there before"
+STRICT_REFUSES = " (--strict refuses them)"
 
 
 class Unusable(UserError):
@@ -37,6 +38,8 @@ class Rules:
     """How rows are read, as the flags say."""
 
     prompt_column: str = "prompt"
+    # From a row and its place to the kind of its prompt; None: the column kind, where there is one.
+    kind_of: Callable[[dict, str], str] | None = None
     response_columns: tuple[str, ...] = ()  # empty: as the layout of the row has them
     strict: bool = True  # rows that cannot be used are errors
     rows: bool = False  # whole rows are kept beside what is read from them
@@ -85,7 +88,7 @@ class Tally:
             lines.append(f"{name}: {self.held} of {self.usable} are drawn by a hash of their text")
         if self.left_out:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
-            lines.append(f"{name}: left out of {self.rows} rows: {counts} (--strict refuses them)")
+            lines.append(f"{name}: left out of {self.rows} rows: {counts}{STRICT_REFUSES}")
         return lines
 
 

@@ -24,6 +24,10 @@ DEFAULT_SPLIT = "train"
 DEEPEST = 3  # folders below a folder of data, as in NAME/data/MODEL/train.jsonl
 
 
+class NotFound(UserError):
+    """A source that names no file, no split of a folder, and no data set that can be loaded."""
+
+
 class _Named(NamedTuple):
     """What a source names; config and split are empty where it does not say."""
 
@@ -59,9 +63,9 @@ def files_of(source: str) -> list[Path] | None:
                 f"{shown(source)}: a file has no splits; leave :{source[len(named.name) + 1 :]} out."
             )
         return [Path(named.name)]
-    if there == "nothing" or named.config:
+    if there == "nothing":
         return None
-    return _files_below(Path(named.name), named.split)
+    return _files_below(Path(named.name), named)
 
 
 def _parsed(source: str) -> _Named:
@@ -76,13 +80,25 @@ def _parsed(source: str) -> _Named:
     return _Named(name, config, split)
 
 
-def _files_below(folder: Path, split: str) -> list[Path] | None:
+def _files_below(folder: Path, named: _Named) -> list[Path] | None:
     """Lists the files of a split in a folder and below; None for a folder that `datasets` is to read: one
-    whose card lists its files, and one that holds none of the formats."""
-    card = folder / "README.md"
+    whose card lists its files, and one that holds none of the formats.
+
+    A configuration is of the files whose paths have its letters and digits next to each other, as
+    test/wildguard_test.parquet has those of wildguardtest.
+    """
+    card, split = folder / "README.md", named.split
     if card.is_file() and re.search(r"^(configs|dataset_info):", _start_of(card), re.MULTILINE):
         return None
     files = sorted(_data_files(folder))
+    if named.config and files:
+        wanted = _bare(named.config)
+        files = [file for file in files if wanted in _bare(str(file.relative_to(folder)))]
+        if not files:
+            raise NotFound(
+                f"{shown(folder)}: no file's path tells that it is of the configuration {named.config}; "
+                f"leave it out, as in {shown(folder)}:{split}."
+            )
     splits: dict[str, list[Path]] = {}
     for file in files:
         if told := _split_of(file.relative_to(folder)):
@@ -92,10 +108,15 @@ def _files_below(folder: Path, split: str) -> list[Path] | None:
         return files or None
     if wanted not in splits:
         there = ", ".join(f"{shown(folder)}:{name}" for name in sorted(splits)) or shown(folder)
-        raise UserError(
+        raise NotFound(
             f"{shown(folder)}: no file's name tells that it is of the split {wanted}; try {there}."
         )
     return splits[wanted]
+
+
+def _bare(text: str) -> str:
+    """Returns the letters and digits of a text, in lower case."""
+    return "".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
@@ -148,7 +169,7 @@ def read_file(source: str, formats: tuple[str, ...] = FORMATS) -> Iterator[Place
         )
     there = _kind_of_path(source)
     if there == "nothing":
-        raise UserError(f"{shown(source)}: no such file; check the path.")
+        raise NotFound(f"{shown(source)}: no such file; check the path.")
     if there == "pipe or device":
         raise UserError(f"{shown(source)}: a pipe or device, which is read once; write the rows to a file.")
     yield from rows_of(source)
@@ -159,7 +180,7 @@ def _dataset_rows(source: str) -> Iterator[PlacedRow]:
         # Lazy: this import takes seconds.
         import datasets
     except ImportError:
-        raise UserError(
+        raise NotFound(
             f"{shown(source)}: no such file; a dataset of that name needs the package datasets: "
             "pip install datasets."
         ) from None
@@ -173,7 +194,7 @@ def _dataset_rows(source: str) -> Iterator[PlacedRow]:
     # A folder can hold anything, and what fails in there is no matter of this program.
     except Exception as error:
         kinds = ", ".join(FORMATS)
-        raise UserError(
+        raise (UserError if number else NotFound)(
             f"{shown(source)}: neither a {kinds} file nor a dataset that loads ({first_line(error)}); "
             "check the name, or save its rows in such a file."
         ) from None

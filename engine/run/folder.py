@@ -17,6 +17,7 @@ RUN/evaluation.json                                the verdict
 RUN/heldout.jsonl                                  the responses that the verdict judged
 RUN/report.png, report.html                        the report
 RUN/evaluation-N                                   what `engine.evaluate` wrote
+RUN/profile-N                                      what it wrote with --profile
 RUN/judged.jsonl                                   the prompts that have judged the run
 RUN/judge-cache.jsonl                              what judges behind HTTP have answered
 RUN/tensorboard, wandb, trackers.jsonl             what --trackers wrote, and how many rows each has
@@ -131,7 +132,14 @@ class RunFolder:
 
     def next_evaluation(self) -> Path:
         """Returns the first folder evaluation-N that does not exist yet."""
+        return self._next("evaluation")
+
+    def next_profile(self) -> Path:
+        """Returns the first folder profile-N that does not exist yet."""
+        return self._next("profile")
+
+    def _next(self, name: str) -> Path:
         number = 1
-        while (self.path / f"evaluation-{number}").exists():
+        while (self.path / f"{name}-{number}").exists():
             number += 1
-        return self.path / f"evaluation-{number}"
+        return self.path / f"{name}-{number}"

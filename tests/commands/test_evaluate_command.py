@@ -28,6 +28,7 @@ from engine.run.display import Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import DualRow, IterationRow, ReferenceRow, SampledRow, read_rows
 from engine.stages import inputs
+from engine.stages.finished import iterates
 from engine.stages.sampling import gap_text
 from engine.verdict import evaluation
 from engine.verdict.evaluation import Evaluation
@@ -348,12 +349,12 @@ def test_which_iterate_is_judged(tmp_path, trained, past, wanted, chosen):
     config = smoke(CaidConfig(max_kl=1.0))
     run = read_committed(stopped_run(tmp_path / "r", config, trained=trained, past=past))
     if isinstance(chosen, dict):
-        assert evaluate_command._iterates(run, wanted, every=False) == chosen
+        assert iterates(run, wanted, every=False) == chosen
         kept = {i: [float(i)] for i in trained if i not in past}
-        assert evaluate_command._iterates(run, 0, every=True) == kept
+        assert iterates(run, 0, every=True) == kept
     else:
         with pytest.raises(evaluate_command.UserError, match=chosen):
-            evaluate_command._iterates(run, wanted, every=False)
+            iterates(run, wanted, every=False)
 
 
 def one_error(capsys, argv: list[str], message: str) -> str:
@@ -473,7 +474,7 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     printed = capsys.readouterr().out
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
     flags = (
-        "iterate best-feasible prompts n-prompts n-responses seed audit confidence allow-overlap "
+        "iterate best-feasible prompts profile n-prompts n-responses seed audit confidence allow-overlap "
         "accept-changes out device threads".split()
     )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags

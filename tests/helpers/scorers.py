@@ -9,6 +9,10 @@ def codes(prompts, responses):
     return [float(sum(map(ord, r)) % 25) for r in responses]
 
 
+def either_sign(prompts, responses):
+    return [score - 12.0 for score in codes(prompts, responses)]
+
+
 def brevity(prompts, responses):
     return [-score for score in codes(prompts, responses)]
 

@@ -1,0 +1,174 @@
+"""A run with iterates, opened to be judged again: what it was made from, with the flags of the evaluation.
+
+`engine.evaluate` judges it on held-out prompts (`engine/evaluate.py`) or on the sets of a profile
+(`engine/stages/profile.py`).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config import EvaluateConfig, RunConfig, check, shown_name
+from engine.errors import UserError
+from engine.model.decoder import Decoder
+from engine.policy.steps import Policy
+from engine.policy.weights import Weights, trained_weights
+from engine.records import Prompts
+from engine.run.committed import Committed, read_committed
+from engine.run.display import Display, Progress
+from engine.run.folder import RunFolder
+from engine.run.plan import evaluation_rows
+from engine.run.rows import Row, SampledRow, SpeedRow
+from engine.scorers.answers import Answers
+from engine.scorers.base import Scorers
+from engine.scorers.find import content, sizes
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
+from engine.stages.run_inputs import OwnedInputs, owned_inputs
+from engine.stages.sampling import gap_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run to judge, read and checked; no weights are loaded yet."""
+
+    run: Path
+    owned: OwnedInputs
+    committed: Committed  # what its stages hold
+    config: RunConfig  # the run's, with the flags' device, threads, number of responses and further audits
+    # Those to choose from, with the multipliers that each was trained at; one unless every one is asked for.
+    iterates: dict[int, list[float]]
+    inputs: Inputs
+
+    @property
+    def algorithm(self) -> str:
+        """Returns the name of the run's algorithm."""
+        return self.committed.contents.algorithm
+
+    def rows(self, groups: Sequence[Prompts], most: int) -> int:
+        """Returns how many responses to prompts of these groups are decoded side by side, where so many as
+        `most` prompts are scored at once. Raises: UserError where there is no room for one prompt's."""
+        config, inputs = self.config, self.inputs
+        asked = [len(ids) for group in groups for ids in group.token_ids]
+        beside = sizes(
+            config,
+            folder=inputs.folder,
+            trunk=inputs.fingerprint,
+            dtype=inputs.dtype,
+            device=inputs.device,
+        )
+        return evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most, beside)
+
+    def scorers(self, *, accept_changes: bool) -> tuple[Scorers, list[str]]:
+        """Loads the run's scorers and further audits; says which have changed since the run began.
+
+        Raises: UserError for changed ones, unless these are accepted.
+        """
+        config, inputs = self.config, self.inputs
+        changed = self.owned.check_scorers(
+            content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=accept_changes
+        )
+        answers = Answers()
+        answers.keep_in(RunFolder(self.run).judge_cache, read_only=not os.access(self.run, os.W_OK))
+        return scorers_of(config, inputs, answers), changed
+
+    def policy(self, model: Decoder, iterate: int) -> Weights:
+        """Returns the weights of an iterate. Raises: UserError where its stage is damaged."""
+        policy = self.committed.load(f"iteration-{iterate}/policy", Policy)
+        return trained_weights(model, self.config, policy.adapter)
+
+    def title(self, iterates: Sequence[int]) -> str:
+        """Names iterates, the run, its algorithm and its model."""
+        which = ", ".join(map(str, iterates))
+        return (
+            f"{'iterates' if len(iterates) > 1 else 'iterate'} {which} of {self.run}: "
+            f"{shown_name(self.algorithm)} on {self.config.model or DEFAULT_MODEL}"
+        )
+
+    def sampling_text(self, seed: int) -> str:
+        """Says how the responses are drawn."""
+        config = self.config
+        own = (
+            "so the random numbers are those of its verdict"
+            if seed == config.seed
+            else "so no response was seen before"
+        )
+        return (
+            f"reference and policy: temperature {config.temperature:g}, top_p {config.top_p:g}, "
+            f"{f'top_k {config.top_k}, ' if config.top_k else ''}at most {config.max_new_tokens} new tokens, "
+            f"seed {seed} (the run's is {config.seed}, {own})"
+        )
+
+
+def open_run(run: str | Path, flags: EvaluateConfig) -> Finished:
+    """Reads a run that has iterates. Raises: UserError."""
+    check(flags)
+    run = Path(run)
+    owned, committed = owned_inputs(run), read_committed(run)
+    found = iterates(committed, flags.iterate, every=flags.best_feasible)
+    config = committed.config
+    config = replace(
+        config,
+        device=flags.device or config.device,
+        threads=flags.threads or config.threads,
+        audit=(*config.audit, *flags.audit),
+        eval_responses=flags.n_responses or config.eval_responses,
+    )
+    if config.eval_responses < 2 and not flags.profile:
+        raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
+    prepare_process(config.threads)
+    return Finished(
+        run=run,
+        owned=owned,
+        committed=committed,
+        config=config,
+        iterates=found,
+        inputs=read_inputs(config, owned),
+    )
+
+
+def iterates(run: Committed, wanted: int, *, every: bool) -> dict[int, list[float]]:
+    """Finds the iterate to judge (0: the last one), or every one, with the multipliers it was trained at.
+
+    Raises: UserError when there is none, or not the wanted one.
+    """
+    run.check_whole()
+    there = run.iterates
+    if not there:
+        raise run.lacks("iterate")
+    if wanted and wanted not in there:
+        raise UserError(
+            f"--iterate {wanted}: {run.folder} has {', '.join(map(str, there))}; give one of these."
+        )
+    return there if every else {wanted or max(there): there[wanted or max(there)]}
+
+
+class Phase:
+    """Gives sampling what it asks of a stage (`engine.run.store.Stage`), where nothing is saved:
+    progress. Ctrl-C stops at once."""
+
+    def __init__(self, display: Display, number: int, name: str) -> None:
+        self.name = name
+        self.logprob_gap = None  # of its samples, as `engine.stages.sampling.log_gap` gives it
+        self._display = display
+        display.stage(number, name)
+
+    def log(self, row: Row) -> None:
+        """Prints and keeps what `engine.stages.sampling.log_gap` found, the only row of sampling."""
+        assert isinstance(row, SampledRow)
+        self.logprob_gap = row.logprob_gap
+        self._display.line(f"{self.name}: {gap_text(row)}")
+
+    def progress(self, total: int, unit: str, what: str) -> Progress:
+        """Opens a progress bar; `unit` is a plural such as "tokens"."""
+        return self._display.progress(total, unit, what)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._display.warn(text)
+
+    def log_speed(self, row: SpeedRow) -> None:
+        """Speeds are seen while they last, and not kept."""
+
+    def check_stop(self) -> None:
+        """Does nothing: Ctrl-C is not held back, so there is nothing to ask."""
