@@ -51,7 +51,7 @@ _SAFE_RLHF = {
     **_PAPERS, "model": "PKU-Alignment/alpaca-7b-reproduced", "template": "safe-rlhf",
     "reward": "PKU-Alignment/beaver-7b-v1.0-reward", "cost": ("PKU-Alignment/beaver-7b-v1.0-cost",),
     "audit": ("PKU-Alignment/beaver-7b-v3.0-cost",), "prompts": _PKU, "heldout": f"{_PKU}:test",
-    "max_new_tokens": 480, "eval_prompts": 3000, "learning_rate": 5e-4,
+    "max_new_tokens": 480, "eval_prompts": 3000, "learning_rate": 5e-4, "offload_scorers": True,
 }  # fmt: skip
 # All that align once have the reference's samples of MoCAN, which --samples-of shares.
 _ONCE = {
