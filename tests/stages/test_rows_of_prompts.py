@@ -4,10 +4,15 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine import evaluate, train
+from engine.data.prompts import TextLimits
+from engine.data.reading import Rules
+from engine.data.response_pairs import read_response_pairs
+from engine.data.samples_file import read_samples
 from engine.stages.run_inputs import owned_inputs
-from tests.helpers.runs import SMOKE, files
+from tests.helpers.runs import SMOKE, files, write
 
 MODULE = """
 def by_level(prompts, responses, row):
@@ -71,3 +76,21 @@ def test_an_audit_that_takes_rows_is_refused_where_none_were_kept(world, tmp_pat
     (tmp_path / "new.jsonl").write_text('{"prompt": "One?", "level": 1}\n{"prompt": "Two?", "level": 2}\n')
     prompts = ["--prompts", str(tmp_path / "new.jsonl")]
     assert evaluate.main([str(world / "variety"), *flags, *prompts]) == 0
+
+
+def test_pairs_and_given_samples_have_their_rows_too(tmp_path, tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    limits = TextLimits(system="", max_positions=300, max_new_tokens=8, vocab_size=384)
+    rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no", "level": i} for i in range(4)]
+    rows[1]["rejected"] = rows[1]["chosen"]
+    source = write(tmp_path / "pairs.jsonl", rows)
+    pairs = read_response_pairs(source, [], tokenizer, limits, Rules(rows=True))
+    assert [json.loads(row) for row in pairs.prompts.rows] == [rows[0], *rows[2:]]
+    left = pairs.without([0], "for the test").prompts
+    assert [json.loads(row)["level"] for row in left.rows] == [2, 3] and left.text == ["2?", "3?"]
+    assert read_response_pairs(source, [], tokenizer, limits, Rules()).prompts.rows == []
+    rows = [{"prompt": f"{i}?", "responses": ["a", "b"], "level": i} for i in range(3)]
+    source = write(tmp_path / "samples.jsonl", rows)
+    given = read_samples(source, ["reward"], tokenizer, limits, Rules(rows=True), 2)
+    assert [json.loads(row) for row in given.prompts.rows] == rows
+    assert read_samples(source, ["reward"], tokenizer, limits, Rules(), 2).prompts.rows == []
