@@ -44,7 +44,6 @@ class GivenSamples:
     names: list[str]  # [C]: the scores that the file has
     score_PGC: Tensor  # float64 [P, G, C]: of a cost larger is worse
     source: str
-    n_cut: int = 0  # responses that were cut at the longest response of the run
     reading: list[str] = field(default_factory=list)  # says what rows were read as, and what was left out
 
     def of(self, prompts: Prompts) -> "GivenSamples":
@@ -71,10 +70,11 @@ class GivenSamples:
 
     def notes(self) -> list[str]:
         """Says what was cut, in lines."""
-        if not self.n_cut:
+        n_cut = int((~self.rollouts.finished).sum())
+        if not n_cut:
             return []
         n, longest = len(self.texts), self.rollouts.tokens.shape[1]
-        longer = f"{self.n_cut} of {n} responses are longer than --max-new-tokens {longest} and were cut"
+        longer = f"{n_cut} of {n} responses are longer than --max-new-tokens {longest} and were cut"
         return [f"{shown(self.source)}: {longer}"]
 
 
@@ -239,7 +239,7 @@ def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally
     end = known_end_of_turn(tokenizer, limits.vocab_size, shown(tally.source), kwargs)
     lead = lead_of_answers(tokenizer, kwargs)
     kept: dict[int, tuple[_Asked, list[int]]] = {}
-    tokens, n_cut = [], 0
+    tokens: list[list[int]] = []
     for one in asked:
         tally.held += 1
         with tally.leaving_out(one.rows):
@@ -257,7 +257,6 @@ def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally
             answers = [answer_ids(prompt, text, tokenizer, lead, place) for text in one.responses[:n]]
             for ids in answers:
                 check_known(ids, limits.vocab_size, place)
-                n_cut += len(ids) >= limits.max_new_tokens
             tokens += [[*ids, end][: limits.max_new_tokens] for ids in answers]
             kept[key] = one, prompt.token_ids
     if not kept:
@@ -277,5 +276,4 @@ def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally
         names=[],
         score_PGC=torch.tensor([one.scores[:n] for one in chosen], dtype=torch.float64),
         source=tally.source,
-        n_cut=n_cut,
     )

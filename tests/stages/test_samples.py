@@ -119,8 +119,9 @@ def test_other_scorers_of_texts_end_bitwise_like_a_run_of_their_own(runs, tmp_pa
 
 
 def test_scorers_that_both_runs_have_are_not_asked_again(runs, tmp_path, judge, sampled, capsys):
-    # The audit of the one is the cost of the other; the reward stays, and the units change.
-    mixed = {"cost": ("harm-audit",), "audit": ("loud=shared_judge:shouting",), "units": "raw"}
+    # Cost and audit change their places; the reward stays, and the units change.
+    audits = ("harm", "loud=shared_judge:shouting")
+    mixed = {"cost": ("harm-audit",), "audit": audits, "units": "raw"}
     alone = draw(config_of(tmp_path / "alone", **mixed))
     judge.asked.clear()
     sampled.clear()
@@ -251,6 +252,9 @@ def test_a_run_on_a_file_goes_on_without_it(given, capsys):
         (given / "samples.jsonl").write_bytes(content)
     said = " ".join("".join(capsys.readouterr()).split())
     assert f"--samples {given / 'samples.jsonl'} is gone since the run began" in said
+    rewards = torch.tensor([row["reward"] for row in given_rows()]).view(12, 3)
+    spread = float((rewards - rewards.mean(1, keepdim=True)).square().sum(1).div(2).mean().sqrt())
+    assert f"reward has a standard deviation of {spread:.3g} within prompts; its scorer gives" in said
     assert list(owned_inputs(out).record.sources["--samples"]) == [str(given / "samples.jsonl")]
 
 
