@@ -122,6 +122,7 @@ def read_samples(
         if not pool.is_cut or len(read.prompts) >= rules.enough:
             break
         held *= 2
+    _check_differ(read, limits)
     return replace(read, names=found, reading=[*tally.lines(), _summary(read, counts, found, names)])
 
 
@@ -230,6 +231,19 @@ def _answered(one: _Asked, tally: Tally) -> bool:
             )
         return True
     return False
+
+
+def _check_differ(read: GivenSamples, limits: TextLimits) -> None:
+    """Refuses samples of which nothing can be learned. Raises: UserError."""
+    tokens_PG, cut = (
+        read.rollouts.tokens.view(len(read.prompts), read.rollouts.n, -1),
+        ~read.rollouts.finished,
+    )
+    if bool((tokens_PG == tokens_PG[:, :1]).all()):
+        raise UserError(
+            f"{shown(read.source)}: the responses to every prompt are equal ({int(cut.sum())} of {len(cut)} "
+            f"were cut at --max-new-tokens {limits.max_new_tokens}); give others, or raise that limit."
+        )
 
 
 def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally: Tally) -> GivenSamples:

@@ -37,7 +37,9 @@ def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = N
 
     lower_MD: states below the adapter, where they were kept, in the order of the packed groups.
     """
-    log_gap(job, stage, samples.prompts, samples.rollouts, None)
+    # Those of a file have not been sampled there either.
+    if not (job.config.samples and stage.name == "reference"):
+        log_gap(job, stage, samples.prompts, samples.rollouts, None)
     if job.samples.is_scored:
         return samples
     known = job.samples.known(samples.scores)
@@ -120,8 +122,8 @@ def warn_of_scale(job: Job, reference: Samples, heldout: Samples) -> None:
         if here > 0 and not 1 / FAR <= there / here <= FAR:
             job.run.display.warn(
                 f"{shown(job.given.source)}: {name} has a standard deviation of {there:.3g} within prompts; "
-                f"its scorer gives the reference's held-out responses one of {here:.3g}, so it can hardly have "
-                "given these scores"
+                f"its scorer gives the reference's held-out responses one of {here:.3g}, so it hardly gave "
+                "these scores"
             )
 
 

@@ -136,6 +136,7 @@ def test_a_file_without_a_usable_row_says_why(tmp_path, read):
     for rows, says in (
         ([{"prompt": "P", "responses": ["x"]}], ":1: one response to this prompt"),
         ([{"prompt": "P"}], ":1: no column 'responses'; columns found: prompt"),
+        ([{"prompt": "P", "responses": ["x", "x"]}], r"are equal \(0 of 2 were cut at --max-new-tokens 12\)"),
         ([], "no rows in it"),
     ):
         with pytest.raises(UserError, match=says):

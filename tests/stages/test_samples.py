@@ -18,7 +18,7 @@ from engine.model.packing import groups
 from engine.policy.samples import Samples
 from engine.policy.surprise import surprise
 from engine.run.committed import read_committed
-from engine.run.rows import DualRow, GivenRow
+from engine.run.rows import DualRow, GivenRow, SampledRow
 from engine.stages import sampling
 from engine.stages.inputs import model_folder
 from engine.stages.job import open_job
@@ -299,7 +299,8 @@ def test_the_references_own_samples_are_as_likely_as_they_should_be(runs):
 def test_a_sweep_takes_the_samples_of_a_file_once(given, tmp_path):
     run = tmp_path / "shares"
     draw(given_config(given, run, samples_of=str(given / "run"), threshold=(0.2,)))
-    assert owned_inputs(run).record.samples is None
+    assert owned_inputs(run).record.samples is None and not read_committed(run).rows(GivenRow)
+    assert {row.stage for row in read_committed(run).rows(SampledRow)} == {"heldout/reference"}
     assert torch.equal(
         reference_of(run).samples.scores.reward_PG, reference_of(given / "run").samples.scores.reward_PG
     )
