@@ -44,7 +44,6 @@ class GivenSamples:
     names: list[str]  # [C]: the scores that the file has
     score_PGC: Tensor  # float64 [P, G, C]: of a cost larger is worse
     source: str
-    n_cut: int = 0  # responses that were cut at the longest response of the run
     reading: list[str] = field(default_factory=list)  # says what rows were read as, and what was left out
 
     def of(self, prompts: Prompts) -> "GivenSamples":
@@ -71,10 +70,11 @@ class GivenSamples:
 
     def notes(self) -> list[str]:
         """Says what was cut, in lines."""
-        if not self.n_cut:
+        n_cut = int((~self.rollouts.finished).sum())
+        if not n_cut:
             return []
         n, longest = len(self.texts), self.rollouts.tokens.shape[1]
-        longer = f"{self.n_cut} of {n} responses are longer than --max-new-tokens {longest} and were cut"
+        longer = f"{n_cut} of {n} responses are longer than --max-new-tokens {longest} and were cut"
         return [f"{shown(self.source)}: {longer}"]
 
 
@@ -122,6 +122,7 @@ def read_samples(
         if not pool.is_cut or len(read.prompts) >= rules.enough:
             break
         held *= 2
+    _check_differ(read, limits)
     return replace(read, names=found, reading=[*tally.lines(), _summary(read, counts, found, names)])
 
 
@@ -232,6 +233,19 @@ def _answered(one: _Asked, tally: Tally) -> bool:
     return False
 
 
+def _check_differ(read: GivenSamples, limits: TextLimits) -> None:
+    """Refuses samples of which nothing can be learned. Raises: UserError."""
+    tokens_PG, cut = (
+        read.rollouts.tokens.view(len(read.prompts), read.rollouts.n, -1),
+        ~read.rollouts.finished,
+    )
+    if bool((tokens_PG == tokens_PG[:, :1]).all()):
+        raise UserError(
+            f"{shown(read.source)}: the responses to every prompt are equal ({int(cut.sum())} of {len(cut)} "
+            f"were cut at --max-new-tokens {limits.max_new_tokens}); give others, or raise that limit."
+        )
+
+
 def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally: Tally) -> GivenSamples:
     """Tokenises prompts with their first n responses; leaves out prompts that are too long, or equal once
     they are tokens."""
@@ -239,7 +253,7 @@ def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally
     end = known_end_of_turn(tokenizer, limits.vocab_size, shown(tally.source), kwargs)
     lead = lead_of_answers(tokenizer, kwargs)
     kept: dict[int, tuple[_Asked, list[int]]] = {}
-    tokens, n_cut = [], 0
+    tokens: list[list[int]] = []
     for one in asked:
         tally.held += 1
         with tally.leaving_out(one.rows):
@@ -257,7 +271,6 @@ def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally
             answers = [answer_ids(prompt, text, tokenizer, lead, place) for text in one.responses[:n]]
             for ids in answers:
                 check_known(ids, limits.vocab_size, place)
-                n_cut += len(ids) >= limits.max_new_tokens
             tokens += [[*ids, end][: limits.max_new_tokens] for ids in answers]
             kept[key] = one, prompt.token_ids
     if not kept:
@@ -277,5 +290,4 @@ def _tokenised(asked: list[_Asked], n: int, tokenizer, limits: TextLimits, tally
         names=[],
         score_PGC=torch.tensor([one.scores[:n] for one in chosen], dtype=torch.float64),
         source=tally.source,
-        n_cut=n_cut,
     )

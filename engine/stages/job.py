@@ -214,7 +214,7 @@ class Prepared:
 
     def job(self, subject: Subject, run: Run) -> Job:
         """Returns what every stage needs."""
-        given = self.inputs.given
+        given = None if self.samples is not None else self.inputs.given
         return Job(
             # What is written goes on with the run's own texts: --template is among them.
             **vars(subject) | {"texts": run.paths.model},

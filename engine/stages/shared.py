@@ -67,9 +67,14 @@ class SharedSamples:
     def known(self, scores: Scores) -> list[Tensor | None]:
         """Picks, from the other run's scores of some responses, those [P, G] of each of this run's scorers;
         None for one that has yet to score them."""
-        # Utilities are negated costs, and audits too.
-        columns = [scores.reward_PG, *(-scores.utility_PGJ).unbind(2), *(-scores.audit_PGA).unbind(2)]
+        columns = as_given(scores)
         return [None if place is None else columns[place] for place in self.places]
+
+
+def as_given(scores: Scores) -> list[Tensor]:
+    """Returns the scores [P, G] of each scorer as it has given them: utilities are negated costs, and audits
+    too."""
+    return [scores.reward_PG, *(-scores.utility_PGJ).unbind(2), *(-scores.audit_PGA).unbind(2)]
 
 
 def specs(config: RunConfig) -> list[str]:

@@ -21,11 +21,14 @@ from engine.run.run import Stage
 from engine.scorers.scoring import layers_asked
 from engine.stages.job import Job
 from engine.stages.sampling import forward_of, log_gap, scored
+from engine.stages.shared import as_given
 
 # Prompts of a file whose responses are compared with what the reference samples.
 COMPARED_PROMPTS = 8
 # Nats per token, and standard errors, from which on responses are none of the reference's.
 ABSURD, CERTAIN = 0.5, 4.0
+# Factor between two spreads of a score within prompts from which on one scorer hardly gave both.
+FAR = 4.0
 
 
 def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = None) -> Samples:
@@ -34,7 +37,9 @@ def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = N
 
     lower_MD: states below the adapter, where they were kept, in the order of the packed groups.
     """
-    log_gap(job, stage, samples.prompts, samples.rollouts, None)
+    # Those of a file have not been sampled there either.
+    if not (job.config.samples and stage.name == "reference"):
+        log_gap(job, stage, samples.prompts, samples.rollouts, None)
     if job.samples.is_scored:
         return samples
     known = job.samples.known(samples.scores)
@@ -101,6 +106,25 @@ def _say(job: Job, row: GivenRow) -> None:
         )
     else:
         job.run.display.line(line)
+
+
+def warn_of_scale(job: Job, reference: Samples, heldout: Samples) -> None:
+    """Warns of scores in a file that spread otherwise than those that the scorer itself gives.
+
+    reference: the file's responses. heldout: those of the reference to the held-out prompts.
+    """
+    known = job.given.known(_names(job))
+    spreads = zip(_names(job), known, as_given(reference.scores), as_given(heldout.scores), strict=True)
+    for name, score, given_PG, own_PG in spreads:
+        if score is None or own_PG.shape[1] < 2:
+            continue
+        there, here = (float(x_PG.var(1).mean().sqrt()) for x_PG in (given_PG, own_PG))
+        if here > 0 and not 1 / FAR <= there / here <= FAR:
+            job.run.display.warn(
+                f"{shown(job.given.source)}: {name} has a standard deviation of {there:.3g} within prompts; "
+                f"its scorer gives the reference's held-out responses one of {here:.3g}, so it hardly gave "
+                "these scores"
+            )
 
 
 def _names(job: Job) -> list[str]:

@@ -55,6 +55,8 @@ def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> S
             samples = taken.shared(job, stage, job.samples.load(name, Samples))
         else:
             samples = sample(job, stage, prompts, weights, n=config.eval_responses, purpose=purpose)
+        if weights is None and job.given is not None:
+            taken.warn_of_scale(job, reference.samples, samples)
         return replace(samples, scaled=reference.scoring(stage, samples))
 
     return job.run.stage(name, Samples, compute)

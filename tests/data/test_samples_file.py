@@ -99,7 +99,8 @@ def test_responses_end_as_the_policys_do_and_are_cut_at_its_longest(tmp_path, re
         tokens, length = given.rollouts.tokens, given.rollouts.length.tolist()
         assert tokens[0, : length[0]].tolist() == [*ids, end][:longest] and length[1] == 1
         assert tokens[1, 0] == end and given.rollouts.finished.tolist() == [whole, True, True]
-        assert given.n_cut == (not whole) and len(given.notes()) == given.n_cut
+        cut = f"1 of 3 responses are longer than --max-new-tokens {longest} and were cut"
+        assert given.notes() == ([] if whole else [f"{file}: {cut}"])
 
 
 def test_the_first_of_unequal_numbers_are_taken_and_some_prompts_are_left_out(tmp_path, read):
@@ -135,6 +136,7 @@ def test_a_file_without_a_usable_row_says_why(tmp_path, read):
     for rows, says in (
         ([{"prompt": "P", "responses": ["x"]}], ":1: one response to this prompt"),
         ([{"prompt": "P"}], ":1: no column 'responses'; columns found: prompt"),
+        ([{"prompt": "P", "responses": ["x", "x"]}], r"are equal \(0 of 2 were cut at --max-new-tokens 12\)"),
         ([], "no rows in it"),
     ):
         with pytest.raises(UserError, match=says):

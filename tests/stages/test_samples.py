@@ -18,7 +18,7 @@ from engine.model.packing import groups
 from engine.policy.samples import Samples
 from engine.policy.surprise import surprise
 from engine.run.committed import read_committed
-from engine.run.rows import DualRow, GivenRow
+from engine.run.rows import DualRow, GivenRow, SampledRow
 from engine.stages import sampling
 from engine.stages.inputs import model_folder
 from engine.stages.job import open_job
@@ -119,8 +119,9 @@ def test_other_scorers_of_texts_end_bitwise_like_a_run_of_their_own(runs, tmp_pa
 
 
 def test_scorers_that_both_runs_have_are_not_asked_again(runs, tmp_path, judge, sampled, capsys):
-    # The audit of the one is the cost of the other; the reward stays, and the units change.
-    mixed = {"cost": ("harm-audit",), "audit": ("loud=shared_judge:shouting",), "units": "raw"}
+    # Cost and audit change their places; the reward stays, and the units change.
+    audits = ("harm", "loud=shared_judge:shouting")
+    mixed = {"cost": ("harm-audit",), "audit": audits, "units": "raw"}
     alone = draw(config_of(tmp_path / "alone", **mixed))
     judge.asked.clear()
     sampled.clear()
@@ -251,6 +252,9 @@ def test_a_run_on_a_file_goes_on_without_it(given, capsys):
         (given / "samples.jsonl").write_bytes(content)
     said = " ".join("".join(capsys.readouterr()).split())
     assert f"--samples {given / 'samples.jsonl'} is gone since the run began" in said
+    rewards = torch.tensor([row["reward"] for row in given_rows()]).view(12, 3)
+    spread = float((rewards - rewards.mean(1, keepdim=True)).square().sum(1).div(2).mean().sqrt())
+    assert f"reward has a standard deviation of {spread:.3g} within prompts; its scorer gives" in said
     assert list(owned_inputs(out).record.sources["--samples"]) == [str(given / "samples.jsonl")]
 
 
@@ -295,7 +299,8 @@ def test_the_references_own_samples_are_as_likely_as_they_should_be(runs):
 def test_a_sweep_takes_the_samples_of_a_file_once(given, tmp_path):
     run = tmp_path / "shares"
     draw(given_config(given, run, samples_of=str(given / "run"), threshold=(0.2,)))
-    assert owned_inputs(run).record.samples is None
+    assert owned_inputs(run).record.samples is None and not read_committed(run).rows(GivenRow)
+    assert {row.stage for row in read_committed(run).rows(SampledRow)} == {"heldout/reference"}
     assert torch.equal(
         reference_of(run).samples.scores.reward_PG, reference_of(given / "run").samples.scores.reward_PG
     )

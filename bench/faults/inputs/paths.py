@@ -19,7 +19,7 @@ WRITTEN = {
 READ = {
     "resume": lambda path: ("engine.train", "--resume", path),
     "samples-of": lambda path: with_flags("--samples-of", path),
-    "samples": lambda path: with_flags("--samples", path),
+    "samples": lambda path: with_flags("--samples", path, "--prompts", ""),
     "evaluated": lambda path: ("engine.evaluate", path),
     "exported": lambda path: ("engine.export", path, "exported"),
     "sweep-resume": lambda path: ("engine.sweep", "--resume", path),
