@@ -15,7 +15,7 @@ from engine.config import EvaluateConfig, RunConfig
 from engine.constraints import unsafe_above
 from engine.data.profiles import Profile, PromptSet, profile_of
 from engine.data.prompts import overlap
-from engine.data.reading import STRICT_REFUSES, Rules
+from engine.data.reading import STRICT_REFUSES
 from engine.data.tables import NotFound
 from engine.errors import UserError
 from engine.files import is_there, whole_folder, write_json, write_whole
@@ -30,7 +30,7 @@ from engine.scorers.base import Scorers
 from engine.scorers.built_in import teller_of_refusals
 from engine.scorers.scoring import try_out
 from engine.stages.finished import Finished, Phase, open_run
-from engine.stages.inputs import read_prompts
+from engine.stages.inputs import read_prompts, rules_of
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts
 from engine.stages.refusals import refused
 from engine.stages.sampling import sample
@@ -131,12 +131,12 @@ def _read_set(opened: Finished, prompt_set: PromptSet, flags: EvaluateConfig) ->
     Raises: UserError for a set that is there and cannot be read; _Unjudged for another one.
     """
     name, config, inputs = prompt_set.name, opened.config, opened.inputs
-    rules = Rules(
+    rules = replace(
+        rules_of(config, inputs.folder, flags.n_prompts or None),
         prompt_column=prompt_set.prompt,
+        response_columns=(),
         kind_of=prompt_set.kind_of,
         strict=False,  # published sets repeat prompts
-        enough=flags.n_prompts or None,
-        seed=config.seed,
     )
     try:
         pool, said = read_prompts(prompt_set.source, inputs.tokenizer, inputs.limits, rules)
