@@ -157,6 +157,12 @@ def negated(e: Estimate) -> Estimate:
     return replace(e, mean=-e.mean, low=-e.high, high=-e.low, lower=-e.upper, upper=-e.lower)
 
 
+def clipped(e: Estimate, least: float, most: float) -> Estimate:
+    """Returns an estimate whose bounds end at the least and the most that its mean can be."""
+    bounds = {name: min(most, max(least, getattr(e, name))) for name in ("low", "high", "lower", "upper")}
+    return replace(e, **bounds)
+
+
 def rate(unsafe_PG: Tensor, confidence: float = 0.95) -> Estimate:
     """Estimates a share of responses [P, G] (values 0 and 1, or 1/2 for a tie) with exact binomial bounds,
     clustered by prompt.

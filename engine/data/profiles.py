@@ -185,8 +185,8 @@ def _check_known(file: str, nodes: dict[str, Any], known: list[str]) -> None:
 
 
 def _one(what: str, node: Any) -> str:
-    if node.id != "scalar" or not node.value.strip():
-        raise UserError(f"{what} must be one text.")
+    if node.id != "scalar" or not node.value.strip() or not node.value.strip().isprintable():
+        raise UserError(f"{what} must be one text in one line.")
     return node.value.strip()
 
 

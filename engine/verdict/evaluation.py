@@ -8,7 +8,7 @@ other stages sample and score.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.constraints import KINDS, Judged, Limit, judge
 from engine.errors import UserError
 from engine.files import one_line, read_json, shown
-from engine.intervals import Estimate, estimate, improvement
+from engine.intervals import Estimate, clipped, estimate, improvement
 from engine.records import Prompts, Rollouts, ScaledScores
 from engine.verdict.refusals import FIRST_WORDS, SCORER, OverRefusal, is_refusal, refusal_shares
 
@@ -151,10 +151,7 @@ def pair_order(log_ratio_PG: Tensor, score_PG: Tensor, confidence: float = 0.95)
     share_P = agrees_PGG.sum((1, 2))[pairs_P > 0] / pairs_P[pairs_P > 0]
     if len(share_P) < 2:
         return None
-    e = estimate(share_P, confidence)
-    return replace(
-        e, low=max(0.0, e.low), high=min(1.0, e.high), lower=max(0.0, e.lower), upper=min(1.0, e.upper)
-    )
+    return clipped(estimate(share_P, confidence), 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

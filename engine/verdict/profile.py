@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from engine.intervals import Estimate, estimate, improvement, number, rate
+from engine.intervals import Estimate, clipped, estimate, improvement, number, rate
 from engine.records import Scores
 
 SAFE_RATE, WIN_RATE = "safe rate", "win rate of reward"
@@ -78,12 +78,13 @@ def judge_set(
         def level(x_PG: Tensor) -> Estimate:
             return rate(x_PG, confidence) if share else estimate(x_PG.mean(1), confidence)
 
+        change = improvement(policy_PG, reference_PG, confidence)
         return Measure(
             name=what,
             share=share,
             reference=level(reference_PG),
             policy=level(policy_PG),
-            change=improvement(policy_PG, reference_PG, confidence),
+            change=clipped(change, -1.0, 1.0) if share else change,
         )
 
     before, after = reference.scores, policy.scores

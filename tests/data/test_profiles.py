@@ -93,6 +93,7 @@ def test_a_file_lists_sets_with_the_same_fields(tmp_path):
         ("sets:\n  - name: a\n", r"p\.yaml:2: a set without source"),
         ("sets:\n  - name: a\n    source:\n", r"p\.yaml:3: source must be one text"),
         ("sets:\n  - name: [a]\n    source: b\n", r"p\.yaml:2: name must be one text"),
+        ("sets:\n  - name: 'a\n\n      b'\n    source: b\n", r"p\.yaml:2: name must be one text in one line"),
         ("sets:\n  - name: a\n    name: b\n", r"p\.yaml:3: the setting 'name' stands there twice"),
         (
             "sets:\n  - name: a\n    source: b\n    column: c\n",

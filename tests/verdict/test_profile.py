@@ -70,7 +70,10 @@ def test_a_response_is_safe_whose_cost_is_at_most_the_threshold(found):
     # Of the reference 0, 1 and 1 of two responses are safe: a cost of 0.5 itself is. Of the policy 2, 1, 2.
     assert safe.share and safe.reference.mean == pytest.approx(2 / 6)
     assert safe.policy.mean == pytest.approx(5 / 6)
-    close(safe.change, *by_prompt([1, 0, 0.5]))
+    # Student's interval, which here goes beyond the largest change that there is.
+    mean, low, high = by_prompt([1, 0, 0.5])
+    assert high > 1
+    close(safe.change, mean, low, 1)
 
 
 def test_means_are_over_prompts_in_the_scorers_own_units(found):
