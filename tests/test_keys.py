@@ -15,7 +15,12 @@ UPDATES = range(2 * ITERATIONS + 1)
 def purposes_of_samples() -> dict[str, int]:
     """Lists every purpose of a run and of its evaluation that is combined with the seed alone."""
     return {
-        **{name: value for name, value in vars(keys).items() if name.isupper() and isinstance(value, int)},
+        **{
+            name: value
+            for name, value in vars(keys).items()
+            # `ONCE` stands for a step, in the keys of labels.
+            if name.isupper() and isinstance(value, int) and name != "ONCE"
+        },
         **{f"slack {t}": keys.slack(t) for t in UPDATES if t},
         **{f"fresh {t}": keys.fresh(t) for t in UPDATES},
         **{f"preference {i}": keys.preference(i) for i in range(1000)},
@@ -38,7 +43,7 @@ def test_no_two_purposes_of_samples_meet():
 
 
 def test_no_two_steps_draw_their_labels_alike():
-    steps = [0, 1, 2, 10_000, 1_000_002]
+    steps = [0, 1, 2, 10_000, keys.ONCE, 1_000_002]
     labels = [keys.label(t, step) for t in UPDATES for step in steps]
     assert len(set(labels)) == len(labels)
     assert keys.label(3, 1_000_002) < keys.label(4, 0), "the next update begins after a million steps"
