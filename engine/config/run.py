@@ -287,7 +287,7 @@ class RunConfig:
         if self.samples and self.prompts:
             raise UserError(
                 f"--prompts {self.prompts}: the training prompts are those of --samples {self.samples}; "
-                "leave one of the two out."
+                "leave one of the two out, a preset's prompts by --prompts ''."
             )
         if not self.cost:
             raise UserError("--cost is empty: name at least one cost, for example --cost harm.")
