@@ -45,9 +45,12 @@ def print_grouped(prog: str, default: Any, *, everything: bool) -> None:
 
     config_class = type(default)
     types, docs = get_type_hints(config_class), docstrings(config_class)
+    grouped_names = {name for names in GROUPS.values() for name in names}
+    # What an algorithm alone has, and nobody has put into a group, is always shown.
+    own = tuple(f.name for f in fields(config_class) if f.name not in grouped_names)
     groups = []
-    for subject, names in GROUPS.items():
-        shown = [name for name in names if name in types and (everything or name in USUAL)]
+    for subject, names in {**GROUPS, "own": own}.items():
+        shown = [name for name in names if name in types and (everything or name in (*USUAL, *own))]
         if shown:
             flags = [
                 (

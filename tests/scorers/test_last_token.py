@@ -244,7 +244,7 @@ def test_the_prompts_start_is_cut_and_the_beginning_of_the_text_stays(tmp_path, 
 
 def test_a_recipe_that_does_not_fit_is_refused(tmp_path, tiny_folder):
     classifier(tmp_path)
-    with pytest.raises(UserError, match="no recipe nothing; there are pair, response, beaver, "):
+    with pytest.raises(UserError, match="no recipe nothing; there are pair, hh, response, beaver, "):
         load(f"{tmp_path}@nothing", tiny_folder)
     with pytest.raises(UserError, match="the recipe llama-guard is for another kind of model"):
         load(f"{tmp_path}@llama-guard", tiny_folder)

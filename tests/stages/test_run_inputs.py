@@ -56,7 +56,7 @@ def place(tmp_path_factory, cache):
         flags = ["--model", "model", "--prompts", "prompts.jsonl", "--pairs", "pairs.jsonl", "--force"]
         flags += ["--audit", "short:brevity", "--out", "run"]
         assert train.main(["mocan", *SMOKE, *flags]) == 0
-    shutil.copytree(folder, folder.with_name("kept"))
+    shutil.copytree(folder, folder.with_name(f"{folder.name}-kept"))
     return folder
 
 
@@ -67,7 +67,7 @@ def here(place, monkeypatch):
     It is always the same folder, since adapters name their base model by its place.
     """
     shutil.rmtree(place)
-    shutil.copytree(place.with_name("kept"), place)
+    shutil.copytree(place.with_name(f"{place.name}-kept"), place)
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(place)
     monkeypatch.setattr(Later, "days", 3)

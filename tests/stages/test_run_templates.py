@@ -44,7 +44,7 @@ def place(tmp_path_factory, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert train.main(["mocan", *SMOKE, *FLAGS, "--out", "run"]) == 0
-    shutil.copytree(folder, folder.with_name("kept"))
+    shutil.copytree(folder, folder.with_name(f"{folder.name}-kept"))
     return folder
 
 
@@ -52,7 +52,7 @@ def place(tmp_path_factory, cache):
 def here(place, monkeypatch):
     """Returns that folder as it was; the process works in it."""
     shutil.rmtree(place)
-    shutil.copytree(place.with_name("kept"), place)
+    shutil.copytree(place.with_name(f"{place.name}-kept"), place)
     monkeypatch.chdir(place)
     return place
 
