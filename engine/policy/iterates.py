@@ -19,3 +19,10 @@ def save_weights(
         save_peft(weights, folder, base_model, dropout)
     else:
         model.save(weights.decoder(), folder, tokenizer_from=tokenizer_from)
+
+
+def files_of(weights: Weights) -> tuple[str, str]:
+    """Returns the names of the files without which an iterate's folder is not whole."""
+    if isinstance(weights, Adapter):
+        return "adapter_config.json", "adapter_model.safetensors"
+    return "config.json", "model.safetensors"

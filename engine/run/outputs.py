@@ -4,11 +4,10 @@ Nothing is computed from these files, and a resumed run makes them again from it
 tells whether that is needed.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine.files import move_aside, sha256_of_file, write_json
+from engine.files import move_aside, parse_json, sha256_of_file, write_json
 from engine.run.folder import RunFolder
 
 
@@ -42,7 +41,8 @@ def damaged(paths: RunFolder, path: Path) -> list[str]:
 def noted(paths: RunFolder) -> dict[str, str]:
     """Reads the digests, by name in the run folder; none where the file itself is damaged."""
     try:
-        digests = json.loads(paths.outputs.read_text(encoding="utf-8"))
+        # A name that stands there twice stands in the place of another one.
+        digests = parse_json(paths.outputs.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return digests if isinstance(digests, dict) else {}

@@ -201,9 +201,13 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
             raise UserError(
                 f"scorer {spec}: it has two names; give it one: {name}={inner.partition('=')[2]}."
             )
+        if renamed.startswith("--") and not Path(inner).exists():
+            raise UserError(f"scorer {spec}: two minus signs; one takes the negative, none the score itself.")
         scorer = _find(inner, folder)
         return replace(scorer, name=name, sign=-scorer.sign if renamed.startswith("-") else scorer.sign)
     if spec.startswith("-") and not Path(spec).exists():
+        if spec.startswith("--"):
+            raise UserError(f"scorer {spec}: two minus signs; one takes the negative, none the score itself.")
         scorer = _find(spec[1:], folder)
         return replace(scorer, sign=-scorer.sign)
     if is_remote(spec):

@@ -16,7 +16,7 @@ from engine.files import clear
 from engine.model import packing
 from engine.model.folder import lasting_name
 from engine.policy import update
-from engine.policy.iterates import save_weights
+from engine.policy.iterates import files_of, save_weights
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
 from engine.policy.weights import Weights, copy_of
@@ -135,7 +135,8 @@ class Updates:
             job.run.display.line(f"{name}: {gap}")
         self.hold(policy)
         paths = job.run.paths
-        if not outputs.is_whole(paths, folder):
+        noted = all(outputs.has(paths, folder / file) for file in files_of(self.weights))
+        if not (noted and outputs.is_whole(paths, folder)):
             if outputs.has(paths, folder):
                 job.run.display.warn(f"{folder} is not as it was written: made again from {paths.stages}")
             _remove(folder)

@@ -394,7 +394,8 @@ LINES = {
     "--threshold 0.3": r"the scores file is missing",
     "scores.jsonl": r"--threshold is missing",
     "absent.jsonl --threshold 0.3": r"absent\.jsonl: no such file",
-    "scores.csv --threshold 0.3": r"scores\.csv: not one of \.jsonl, \.parquet, also with \.gz or \.xz behind; convert it",
+    "scores.csv --threshold 0.3": r"scores\.csv: not one of \.jsonl, \.parquet, also with \.gz or \.xz "
+    "behind; convert it",
     "scores.jsonl --cost harm --threshold 0.3 0.2": r"--threshold 0\.3 0\.2: 2 value\(s\) "
     r"for 1 constraint\(s\) \(harm\)",
     "scores.jsonl --threshold 0.3": r"--threshold 0\.3: 1 value\(s\) for 2 constraint\(s\) \(harm, wit\)",

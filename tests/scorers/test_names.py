@@ -65,6 +65,13 @@ def test_a_scorer_with_two_names_is_refused(tiny_folder, spec):
         find_scorer(spec, tiny_folder)
 
 
+@pytest.mark.parametrize("spec", ["a=--harm", "--harm"])
+def test_two_minus_signs_are_refused(tiny_folder, spec):
+    with pytest.raises(UserError, match=rf"scorer {spec}: two minus signs; one takes the negative"):
+        find_scorer(spec, tiny_folder)
+    assert find_scorer(spec.replace("--", "-"), tiny_folder).sign == -1
+
+
 @pytest.mark.parametrize("spec", ["x" * 300, "a/" + "y" * 300, "m:" + "f" * 200, "nul\0byte", "/"])
 def test_values_that_no_file_can_have_are_refused(tiny_folder, spec):
     with pytest.raises(UserError) as refused:

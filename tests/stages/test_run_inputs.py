@@ -240,6 +240,17 @@ def test_a_resumed_run_restores_what_is_damaged_outside_its_stages(here, capsys,
     assert (how != "a folder") or all(note.read_text() == "mine" for note in notes)
 
 
+def test_names_that_were_changed_in_the_record_of_outputs_are_noted_again(here):
+    run, name = here / "run", "adapters/iteration-1/adapter_config.json"
+    whole = files(run)
+    for other in ("adapters/iteration-2/adapter_config.json", "evaluation.json"):
+        text = (run / "outputs.json").read_text()
+        assert name in text
+        (run / "outputs.json").write_text(text.replace(name, other))
+        assert train.main(["--resume", "run"]) == 0
+        assert {n: data for n, data in files(run).items() if "moved-aside" not in n} == whole
+
+
 def test_a_damaged_stage_is_named_and_computed_again(here, capsys):
     run = here / "run"
     whole = files(run)
