@@ -1,7 +1,8 @@
 """Does what all commands share: they end early with one line and an exit code, and their output survives a
 reader who goes away.
 
-Exit codes: 0 done, 1 a mistake of the program, 2 user's error, 3 non-finite stop, 130 Ctrl-C.
+Exit codes: 0 done, 1 a mistake of the program, 2 user's error, 3 non-finite stop, 4 a constraint
+is not met, 130 Ctrl-C.
 """
 
 import errno

@@ -28,6 +28,12 @@ class NotAnswered(UserError):
     again = True
 
 
+class NotMet(UserError):
+    """A policy that does not meet every constraint would be published. Exit code 4."""
+
+    exit_code = 4
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is not finite; the batch has been saved for inspection. Exit code 3."""
 

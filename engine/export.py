@@ -10,7 +10,7 @@ from pathlib import Path
 from engine import model
 from engine.command import Standing, run_command
 from engine.config.flags import parse_flags
-from engine.errors import UserError
+from engine.errors import NotMet, UserError
 from engine.files import is_file, one_line
 from engine.model.folder import digests, is_hub_id
 from engine.policy.steps import Policy
@@ -25,12 +25,6 @@ from engine.verdict.evaluation import Evaluation
 
 USAGE = "usage: python -m engine.export RUN FOLDER [flags]\n"
 DEFAULT_MODEL_ID = f"HuggingFaceTB/{DEFAULT_MODEL}"
-
-
-class NotMet(UserError):
-    """A policy that does not meet every constraint would be published. Exit code 4."""
-
-    exit_code = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,12 +202,12 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
                 f"scorer {spec}: it has two names; give it one: {name}={inner.partition('=')[2]}."
             )
         if renamed.startswith("--") and not Path(inner).exists():
-            raise UserError(f"scorer {spec}: two minus signs; one takes the negative, none the score itself.")
+            raise _two_signs(spec)
         scorer = _find(inner, folder)
         return replace(scorer, name=name, sign=-scorer.sign if renamed.startswith("-") else scorer.sign)
     if spec.startswith("-") and not Path(spec).exists():
         if spec.startswith("--"):
-            raise UserError(f"scorer {spec}: two minus signs; one takes the negative, none the score itself.")
+            raise _two_signs(spec)
         scorer = _find(spec[1:], folder)
         return replace(scorer, sign=-scorer.sign)
     if is_remote(spec):
@@ -254,6 +254,10 @@ def _find(spec: str, folder: Path) -> UnloadedScorer:
         f"scorer {spec}: not found; give a shipped head ({', '.join(shipped_heads())}), a head folder, "
         "a model folder or hub id, module:function, the http:// address of a judge, length or refusal."
     )
+
+
+def _two_signs(spec: str) -> UserError:
+    return UserError(f"scorer {spec}: two minus signs; one takes the negative, none the score itself.")
 
 
 def _judge(spec: RemoteSpec) -> UnloadedScorer:
