@@ -40,7 +40,7 @@ from engine.scorers.scoring import try_out
 from engine.stages import preference, profile
 from engine.stages.finished import Finished, Phase, open_run
 from engine.stages.inputs import read_prompts, rules_of
-from engine.stages.job import SamplingSettings, Subject, heldout_prompts, training_prompts
+from engine.stages.job import SamplingSettings, Subject, heldout_prompts, judged_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, is_counted_alone, units_of
 from engine.stages.refusals import sampled_refusals
 from engine.stages.sampling import naming, sample
@@ -93,7 +93,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
-    prompts = heldout_prompts(pool, n, config.seed)
+    prompts = heldout_prompts(pool, n, config.seed, shipped=config.judged_on_shipped and not flags.prompts)
     common, shared = overlap(prompts, inputs.train), ""
     if common:
         shared = (
@@ -102,7 +102,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         )
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    judged_on = heldout_prompts(inputs.heldout, min(config.eval_prompts, len(inputs.heldout)), config.seed)
+    judged_on = judged_prompts(config, inputs.heldout)
     selection = judged_on if flags.best_feasible else None
     if selection:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")

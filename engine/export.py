@@ -124,14 +124,15 @@ def _facts(committed: Committed, inputs: RunInputs, iterate: int, evaluation: Ev
     contents, config = committed.contents, committed.config
     sources = {flag: ", ".join(Path(file).name for file in files) for flag, files in inputs.sources.items()}
     shipped = "the project's own"
-    held_out = config.heldout or ("held out of these" if config.prompts or config.samples else shipped)
+    held_out = shipped if config.judged_on_shipped else config.heldout or "held out of these"
     trained_on = sources.get(
         "--samples", sources.get("--prompts", config.samples or config.prompts or shipped)
     )
     data = [
         f"training prompts: {min(config.n_prompts, len(inputs.train))} of {len(inputs.train)} "
         f"({trained_on}), {config.n_responses} responses each",
-        f"held-out prompts: {len(inputs.heldout)} ({sources.get('--heldout', held_out)})",
+        f"held-out prompts: {min(config.eval_prompts, len(inputs.heldout))} of {len(inputs.heldout)} "
+        f"({sources.get('--heldout', held_out)})",
     ]
     for name, pairs in (("pairs", inputs.pairs), ("preferences", inputs.preferences)):
         if pairs is not None:

@@ -209,6 +209,12 @@ class RunConfig:
     slack_prompts = 0
 
     @property
+    def judged_on_shipped(self) -> bool:
+        """Tells whether the held-out prompts are the project's own: those of --heldout or a share of the
+        user's take their place."""
+        return not (self.heldout or self.prompts or self.samples)
+
+    @property
     def truncated(self) -> bool:
         """Tells whether samples are of distributions that are cut.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Collection
 from functools import lru_cache
 
 from engine import keys
@@ -12,11 +13,13 @@ from engine.records import Prompts
 HELDOUT_SHARE = 0.2
 
 
-def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
+def subset(
+    prompts: Prompts, n: int, seed: int, purpose: str, first: Collection[int] = frozenset()
+) -> list[int]:
     """Chooses n prompts and orders them by a hash of (seed, purpose, key).
 
-    So the order of the file has no effect. Returns their indices. Raises: UserError where
-    there are fewer than n prompts.
+    So the order of the file has no effect. first: indices of prompts that come before all others.
+    Returns their indices. Raises: UserError where there are fewer than n prompts.
     """
     if n > len(prompts):
         raise UserError(
@@ -25,8 +28,9 @@ def subset(prompts: Prompts, n: int, seed: int, purpose: str) -> list[int]:
         )
     key_P = prompts.key_P.tolist()
 
-    def rank(i: int) -> bytes:
-        return hashlib.blake2b(f"{seed} {key_P[i]} {purpose}".encode(), digest_size=16).digest()
+    def rank(i: int) -> tuple[bool, bytes]:
+        digest = hashlib.blake2b(f"{seed} {key_P[i]} {purpose}".encode(), digest_size=16).digest()
+        return i not in first, digest
 
     return sorted(range(len(prompts)), key=rank)[:n]
 

@@ -22,6 +22,8 @@ from engine.errors import UserError
 from engine.files import shown
 from engine.records import Prompts
 
+FIRST_LOOK = 48
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextLimits:
@@ -228,6 +230,15 @@ def shipped_prompts(split: Literal["train", "heldout"]) -> list[str]:
     """Returns the paths of the prompts that come with the project, for `load_prompts`."""
     folder = files("engine") / "assets" / "prompts"
     return [str(folder / f"{kind}_{split}.jsonl") for kind in ("everyday", "delicate")]
+
+
+def first_look(shipped: Prompts) -> set[int]:
+    """Returns the indices of those shipped held-out prompts that come before the others in every verdict: the
+    first `FIRST_LOOK` of each kind, on which the verdicts in the docs were given."""
+    of_kind: dict[str, list[int]] = {}
+    for i, kind in enumerate(shipped.kind):
+        of_kind.setdefault(kind, []).append(i)
+    return {i for indices in of_kind.values() for i in indices[:FIRST_LOOK]}
 
 
 def lookalike_prompts() -> str:

@@ -246,7 +246,7 @@ def _prompts(
         given = read_samples(config.samples, names, tokenizer, limits, rules, config.n_responses)
         return given.prompts, [*given.reading]
 
-    if config.heldout or not (config.prompts or config.samples):
+    if config.heldout or config.judged_on_shipped:
         train, said = read_own(config.n_prompts)
         heldout, more = read(config.heldout or shipped_prompts("heldout"), config.eval_prompts)
         said += more

@@ -14,7 +14,7 @@ import torch
 from engine import constraints, keys, model
 from engine.config import RunConfig, check, fit, shown_name, with_steps
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, by_tokens, overlap
+from engine.data.prompts import assert_disjoint, by_tokens, first_look, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
@@ -243,7 +243,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     if pairs is not None:
         config, passes = with_steps(config, len(pairs.prompts))
     train = training_prompts(inputs.train, config.n_prompts, config.seed)
-    heldout = heldout_prompts(inputs.heldout, config.eval_prompts, config.seed)
+    heldout = judged_prompts(config, inputs.heldout)
     scorer_contents = content(config.reward, config.cost, config.audit, folder=inputs.folder)
     samples = SharedSamples.of(config, scorer_contents) if config.samples_of else None
     known = None if samples is None else [place is not None for place in samples.places]
@@ -398,9 +398,19 @@ def training_prompts(train: Prompts, n: int, seed: int) -> Prompts:
     return train.select(subset(train, n, seed, keys.TRAINING_PROMPTS))
 
 
-def heldout_prompts(heldout: Prompts, n: int, seed: int) -> Prompts:
-    """Chooses the n prompts of a verdict, a seeded subset."""
-    return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS))
+def heldout_prompts(heldout: Prompts, n: int, seed: int, *, shipped: bool = False) -> Prompts:
+    """Chooses the n prompts of a verdict, a seeded subset.
+
+    shipped: they are the project's own, of which those of the first look come first.
+    """
+    first = first_look(heldout) if shipped else set()
+    return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS, first))
+
+
+def judged_prompts(config: RunConfig, heldout: Prompts) -> Prompts:
+    """Chooses the prompts of a run's own verdict."""
+    n = min(config.eval_prompts, len(heldout))
+    return heldout_prompts(heldout, n, config.seed, shipped=config.judged_on_shipped)
 
 
 def _pairs(config: RunConfig, inputs: Inputs) -> ResponsePairs | None:

@@ -31,7 +31,7 @@ from engine.scorers.built_in import teller_of_refusals
 from engine.scorers.scoring import try_out
 from engine.stages.finished import Finished, Phase, open_run
 from engine.stages.inputs import read_prompts, rules_of
-from engine.stages.job import SamplingSettings, Subject, heldout_prompts
+from engine.stages.job import SamplingSettings, Subject, heldout_prompts, judged_prompts
 from engine.stages.refusals import refused
 from engine.stages.sampling import sample
 from engine.verdict.profile import Answers, Scales, SetVerdict, judge_set, table_lines
@@ -163,7 +163,7 @@ def _read_set(opened: Finished, prompt_set: PromptSet, flags: EvaluateConfig) ->
     if n < 2:
         raise _Unjudged(f"{name} is left out: {n} prompt(s), and a standard error needs at least 2.")
     prompts = heldout_prompts(pool, n, config.seed) if n < len(pool) else pool
-    own = heldout_prompts(inputs.heldout, min(config.eval_prompts, len(inputs.heldout)), config.seed)
+    own = judged_prompts(config, inputs.heldout)
     return ReadSet(
         set=prompt_set,
         prompts=prompts,
