@@ -484,7 +484,7 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
 def test_questions_take_the_runs_settings(finished):
     q = ask(finished, EvaluateConfig(threads=2, n_responses=3))
     assert (q.config.threads, q.config.eval_responses, q.config.seed, q.config.eval_prompts) == (2, 3, 0, 8)
-    assert q.config.temperature == 0.7 and len(q.prompts) == 8 and q.pool == 96
+    assert q.config.temperature == 0.7 and len(q.prompts) == 8 and q.pool == 416
     torch.set_num_threads(1)
 
 

@@ -68,6 +68,7 @@ def test_the_card_shows_the_verdict_and_how_to_repeat_the_run(run, tmp_path, cap
         assert numbers == [round(estimate[key], 2) for key in ("mean", "low", "high")]
         assert word in rows[name]
     assert "training prompts: 12 of 420 (the project's own), 4 responses each" in card
+    assert "held-out prompts: 8 of 416 (the project's own)" in card
     (command,) = re.findall(r"```bash\n(.*)\n```", card)
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "engine.train", "mocan"]

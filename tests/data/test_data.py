@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine import keys
 from engine.data.dealing import split, subset
-from engine.data.prompts import assert_disjoint, load_prompts, overlap, prompt_key, shipped_prompts
+from engine.data.prompts import assert_disjoint, load_prompts, overlap, prompt_key
 from engine.errors import UserError
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
@@ -387,17 +387,3 @@ def test_split_holds_prompts_of_one_meaning_out_together():
         UserError, match=r"1 prompt\(s\) that differ in more than case and spaces cannot be split"
     ):
         split(keyed(["a", "A"]), 0)
-
-
-@pytest.mark.parametrize("part", ["train", "heldout"])
-def test_shipped_prompts_load(tokenizer, part):
-    paths = shipped_prompts(part)
-    assert [Path(path).name for path in paths] == [f"everyday_{part}.jsonl", f"delicate_{part}.jsonl"]
-    prompts = load(paths, tokenizer, max_prompt_tokens=4000)
-    assert set(prompts.kind) == {"everyday", "delicate"}
-
-
-def test_shipped_prompts_are_disjoint(tokenizer):
-    assert_disjoint(
-        *(load(shipped_prompts(part), tokenizer, max_prompt_tokens=4000) for part in ("train", "heldout"))
-    )
