@@ -44,6 +44,24 @@ def one_measurement() -> None:
     plan.matmul_rate = functools.cache(plan.matmul_rate)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waits_for_the_disk() -> None:
+    """Leaves what is written to the kernel, which keeps it for a killed process too.
+
+    A run of a second would wait for the disk a quarter of a second more. A handle is looked at all the same.
+    """
+    os.fsync = os.fstat
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pixels() -> None:
+    """Draws the pictures of runs without their pixels; tests of pictures ask for `in_pixels`."""
+    from engine.report import panels
+    from tests.helpers.pictures import contents
+
+    panels.png = contents
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Fails a test that leaves several threads to the tests after it, as a run without --threads 1 does.

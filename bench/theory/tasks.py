@@ -1,5 +1,6 @@
 """Computes everything that the page shows, each problem as a task of its own, on several processes."""
 
+import importlib
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,6 +171,8 @@ def _grid(**axes) -> list[dict]:
 
 def compute(sizes: Sizes, workers: int) -> Results:
     """Runs all tasks on `workers` processes."""
+    # The first op of a process imports this in a second, and the processes have what this one has.
+    importlib.import_module("torch._dynamo")
     results = {}
     with multiprocessing.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for name, (function, arguments) in tasks(sizes).items():

@@ -59,6 +59,9 @@ def pack(record: Any) -> tuple[dict[str, Tensor], Any]:
                 "__record__": type(value).__name__,
                 "fields": {f.name: encode(getattr(value, f.name), below + f.name) for f in fields(value)},
             }
+        if type(value) is list and all(type(item) is int for item in value):
+            # Token ids are most of what is saved.
+            return value.copy()
         if isinstance(value, list | tuple):
             items = [encode(item, f"{below}{i}") for i, item in enumerate(value)]
             return items if isinstance(value, list) else {"__tuple__": items}
@@ -86,7 +89,7 @@ def unpack(cls: Any, tensors: dict[str, Tensor], meta: Any) -> Any:
 
     def decode(value: Any, hint: Any) -> Any:
         if isinstance(value, list):
-            return [decode(item, hint) for item in value]
+            return [decode(item, hint) if type(item) in (list, dict) else item for item in value]
         if not isinstance(value, dict):
             return value
         if "__tensor__" in value:

@@ -5,15 +5,16 @@ from types import SimpleNamespace
 
 from bench.theory import __main__ as command
 from bench.theory.failures import failures
-from bench.theory.runs import Convergence, no_gap
+from bench.theory.runs import Convergence
 from bench.theory.tasks import Outcome
 
 
 def test_ends_of_caid_at_nu_0_are_required():
-    runs = no_gap(1, 1)
-    late = {name for (name, _, _), run in runs.items() if run.needed is None}
-    assert late <= {"primal-dual, RLOO", "RePO"}
     asked = SimpleNamespace(seed=1, J=1)
+    runs = {
+        ("CAID, secant 0.5", "0", 60): Convergence(12, 1e-9),
+        ("RePO", "0.05", 100): Convergence(None, 1e-2),
+    }
     results = {"problems": [], "variants": [], "six": [], "ends": [], "no_gap": [Outcome(asked, runs)]}
     assert failures(results) == []
     results["no_gap"] = [Outcome(asked, {("CAID, secant 0.5", "0", 60): Convergence(None, 1e-5)})]
@@ -36,7 +37,10 @@ def test_quick_without_a_folder_leaves_the_committed_page_alone(monkeypatch, tmp
     assert written[0].parent == tmp_path and str(written[1]) == "docs"
 
 
-def test_quick_command_writes_page_pictures_and_ratios(tmp_path, capsys):
+def test_quick_command_writes_page_pictures_and_ratios(tmp_path, monkeypatch):
+    computed = []
+    compute = command.compute
+    monkeypatch.setattr(command, "compute", lambda *x: computed.append(compute(*x)) or computed[0])
     assert command.main(["--quick", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "theory.md").read_text(encoding="utf-8")
     assert "<!--" not in page and "pairwise regression" in page
@@ -50,3 +54,6 @@ def test_quick_command_writes_page_pictures_and_ratios(tmp_path, capsys):
     assert len(sharp) > 10
     for x in written["problems"]:
         assert all(left <= right + 1e-5 for left, right in (x["sides"][i] for i in sharp if x["sides"][i]))
+    for _, runs in computed[0]["no_gap"]:
+        late = {name for (name, _, _), run in runs.items() if run.needed is None}
+        assert late <= {"primal-dual, RLOO", "RePO"}

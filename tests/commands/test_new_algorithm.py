@@ -19,6 +19,7 @@ from engine.records import Target, lagrangian
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 from engine.sweep import __main__ as sweep
+from tests.helpers.pictures import in_pixels
 from tests.helpers.runs import SMOKE, files
 
 # --- What would be the algorithm's file: MoCAN's box with a multiplier that is given, not solved for. ---
@@ -71,7 +72,8 @@ def module() -> Iterator[ModuleType]:
 def finished(module, tmp_path_factory, cache) -> Path:
     """Trains a run to its end and returns the run's folder."""
     folder = tmp_path_factory.mktemp("fixed") / "run"
-    assert train.main(["fixed", *FLAGS, "--multiplier", "0.5", "--out", str(folder)]) == 0
+    with in_pixels():
+        assert train.main(["fixed", *FLAGS, "--multiplier", "0.5", "--out", str(folder)]) == 0
     return folder
 
 
@@ -101,7 +103,8 @@ def test_a_run_interrupted_after_its_policy_stage_goes_on_and_ends_equal(
     assert f"--resume {folder}" in capsys.readouterr().err
     assert (folder / "adapters" / "iteration-1").is_dir() and not (folder / "evaluation.json").exists()
     monkeypatch.undo()
-    assert train.main(["--resume", str(folder)]) == 0
+    with in_pixels():
+        assert train.main(["--resume", str(folder)]) == 0
     whole, resumed = files(finished), files(folder)
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if whole[name] != resumed[name]] == []

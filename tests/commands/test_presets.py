@@ -22,7 +22,6 @@ from engine import train
 from engine.config import ALGORITHMS, PRESETS
 from engine.errors import UserError
 from engine.policy.preference_loss import PreferenceLoss
-from engine.report import panels
 from engine.run.committed import read_committed
 from engine.run.contents import read_contents
 from engine.run.rows import (
@@ -135,8 +134,6 @@ def beside_the_files(shelf, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(shelf)
         patch.setenv("HF_HUB_OFFLINE", "1")
-        # The picture of a run takes half of its time.
-        patch.setattr(panels, "png", lambda draw: b"")
         yield
 
 

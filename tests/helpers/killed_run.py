@@ -1,8 +1,6 @@
-"""Makes smoke runs in forked children that are killed at chosen events: `killed_run.py FOLDER SEED`.
+"""Makes smoke runs in forked children that are killed at chosen events.
 
-This is a program that test_runs.py starts. An event is a step of progress or an fsync inside the write
-of a checkpoint. Run `whole` is not disturbed and gives the list of events; run `killed` is killed once
-in each stage, at a seeded event, and resumed each time. Prints the stages and kinds of event killed at.
+An event is a step of progress or an fsync inside the write of a checkpoint.
 """
 
 import os
@@ -49,22 +47,27 @@ def run(argv: list[str], on_event) -> int:
 
     Stage.__init__, Progress.advance, os.fsync = opened, advanced, synced
     sys.stdout = open(os.devnull, "w")
-    code = train.main(argv)
-    sys.stdout.flush()
-    os._exit(code)
+    code = 1
+    try:
+        code = train.main(argv)
+        sys.stdout.flush()
+    finally:
+        # Nothing of the tests' own process may go on in the child.
+        os._exit(code)
 
 
 def prepare() -> None:
     """Imports the tokenizer's library and measures the machine once, before
     the forks, in place of each child."""
     load_tokenizer(smoke_folder())
-    rate = plan.matmul_rate(torch.float32, torch.device("cpu"))
-    plan.matmul_rate = lambda dtype, device: rate
+    plan.matmul_rate(torch.float32, torch.device("cpu"))
 
 
-def main() -> None:
+def whole_and_killed(folder: Path, seed: int) -> list[tuple[str, str]]:
+    """Makes the run `whole`, undisturbed, and the run `killed`, killed once in each stage, at a seeded event,
+    and resumed each time; returns the stages and kinds of event killed at."""
     prepare()
-    folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+    rng = random.Random(seed)
     log = folder / "events.txt"
 
     def record(stage: str, kind: str) -> None:
@@ -78,7 +81,7 @@ def main() -> None:
         events.setdefault(stage, []).append(kind)
     events.pop("start", None)
 
-    argv = [*FLAGS, "--out", str(folder / "killed")]
+    argv, killed = [*FLAGS, "--out", str(folder / "killed")], []
     for stage, kinds in events.items():
         # Half of the kills fall into a write where the stage has progress too.
         writes = [i for i, kind in enumerate(kinds) if kind == "write"]
@@ -92,10 +95,7 @@ def main() -> None:
                 seen["n"] += 1
 
         assert run(argv, kill) == -signal.SIGKILL, (stage, chosen)
-        print(stage, kinds[chosen])
+        killed.append((stage, kinds[chosen]))
         argv = ["--resume", str(folder / "killed")]
     assert run(argv, lambda stage, kind: None) == 0
-
-
-if __name__ == "__main__":
-    main()
+    return killed

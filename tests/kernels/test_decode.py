@@ -8,7 +8,7 @@ from kernels import decode_attention
 from kernels.attention.decode import store
 from kernels.attention.records import Caches, Score
 from tests.helpers.decode import OPTIONS, assert_as_good_as_torch, dense, problem
-from tests.helpers.interpreter import compiled, interpreted, run_interpreted
+from tests.helpers.interpreter import compiled, interpreted
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -79,11 +79,6 @@ def test_parts_fill_the_processors_and_are_not_too_short():
         (1, 0, None, 1),
     ):
         assert decode_triton.parts_of(longest, window, programs) == parts
-
-
-@compiled
-def test_interpreter():
-    run_interpreted(__file__, "-k", "interpreted")
 
 
 @compiled

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layer import layer
-from tests.helpers.interpreter import compiled, interpreted, run_interpreted
+from tests.helpers.interpreter import compiled, interpreted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,10 +27,6 @@ def assert_as_good_as_torch(got, plain, exact) -> None:
         (x.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30) for x in (got, plain)
     )
     assert error <= 2 * bound + 2 * torch.finfo(got.dtype).eps, f"{error} against {bound}"
-
-
-def test_interpreter():
-    run_interpreted(__file__, "-k", "interpreted")
 
 
 @interpreted

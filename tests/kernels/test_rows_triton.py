@@ -11,7 +11,7 @@ from kernels.loss_head import losses as losses_module
 from kernels.loss_head import ops, passes
 from kernels.loss_head.records import Head
 from tests.helpers import losses, schemes
-from tests.helpers.interpreter import compiled, interpreted, run_interpreted
+from tests.helpers.interpreter import compiled, interpreted
 
 pytest.importorskip("triton")
 
@@ -32,11 +32,6 @@ def token_logprob(hidden, weight, target, bias=None, temperature=1.0, softcap=No
     return sequence_logprob(
         hidden, weight, target, cu_seqlens, bias=bias, return_token_logprob=True, **options
     )[1]
-
-
-@compiled
-def test_interpreter():
-    run_interpreted(__file__)
 
 
 @compiled
@@ -253,7 +248,8 @@ def test_empty_batch():
         for x in (torch.float32, torch.bfloat16, torch.float16)
         for shape in ((9, 8, 33), (16, 16, 32), (1, 16, 7), (0, 8, 9))
     ]
-    + [(x, 33, 40, 1000) for x in (torch.float32, torch.bfloat16, torch.float16)],
+    # Eight parts of two tiles of 32 tokens, the last one ragged.
+    + [(x, 33, 40, 500) for x in (torch.float32, torch.bfloat16, torch.float16)],
 )
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 3.0}], ids=["plain", "softcap"])
 def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options):

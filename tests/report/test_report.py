@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +23,7 @@ from engine.report import run_page
 from engine.report.run_files import FILES, read
 from engine.report.run_page import _page
 from engine.verdict.evaluation import Evaluation
+from tests.helpers.pictures import in_pixels
 from tests.helpers.rows import DUAL, ITERATION, REFERENCE, STEP, write_metrics
 
 
@@ -118,6 +120,12 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_pictures() -> Iterator[None]:
+    with in_pixels():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -529,9 +529,9 @@ def go_slowly(folder: Path, fsync_s: float) -> None:
 
 @pytest.fixture(scope="module")
 def start_process() -> object:
-    # A fork server has torch imported and no threads: each process starts in milliseconds.
+    # A fork server has imported what this file does and has no threads: each process starts in milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "engine.run.store"])
+    context.set_forkserver_preload(["pytest", "engine.run.run", "tests.helpers.rows"])
 
     def start(target: object, *args: object) -> multiprocessing.Process:
         process = context.Process(target=target, args=args)

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from engine import caid, export, model, train
 from engine.config import CaidConfig, MocanConfig, shown_name, smoke
 from engine.errors import UserError
 from engine.model.tokenizer import load_tokenizer
+from engine.report.panels import picture
+from engine.report.run_files import read
 from engine.run import rows as run_rows
 from engine.run.rows import (
     DualRow,
@@ -34,18 +34,22 @@ from engine.run.rows import (
 )
 from engine.run.run import Run, Stage
 from engine.stages.sampling import gap_text
+from tests.helpers.killed_run import whole_and_killed
+from tests.helpers.pictures import in_pixels
 from tests.helpers.runs import SMOKE, files, write
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("runs") / "a"
-    assert train.main([*SMOKE, "--out", str(folder)]) == 0
+    with in_pixels():
+        assert train.main([*SMOKE, "--out", str(folder)]) == 0
     return folder
 
 
 def test_equal_runs_are_bitwise_equal(finished, tmp_path):
-    assert train.main([*SMOKE, "--out", str(tmp_path / "b")]) == 0
+    with in_pixels():
+        assert train.main([*SMOKE, "--out", str(tmp_path / "b")]) == 0
     first, second = files(finished), files(tmp_path / "b")
     assert first.keys() == second.keys() and len(first) > 15
     assert [name for name in first if first[name] != second[name]] == []
@@ -57,12 +61,7 @@ def test_another_seed_gives_another_run(finished, tmp_path):
 
 
 def test_a_run_killed_in_every_stage_ends_bitwise_equal(tmp_path):
-    program = Path(__file__).parents[1] / "helpers" / "killed_run.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path), "5"], capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed = [line.split() for line in done.stdout.splitlines()]
+    killed = whole_and_killed(tmp_path, 5)
     assert len(killed) == 8 and {kind for _, kind in killed} == {"progress", "write"}
     whole, resumed = files(tmp_path / "whole"), files(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
@@ -188,7 +187,8 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
         assert out.count(f"{opening}{gap_text(row)}\n") == 1
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
-    assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
+    with in_pixels():
+        assert len(picture(read(tmp_path / "run"))) > 10_000
     # The files that a kill after half of the stages leaves are enough to end equal.
     whole = files(tmp_path / "run")
     stages = sorted((tmp_path / "run" / "stages").iterdir())
