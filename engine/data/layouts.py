@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from engine.data.chat import as_messages, messages_in
+from engine.data.chat import as_messages, content_of, messages_in
 from engine.data.reading import Rules, Unusable
 from engine.errors import UserError
 from engine.files import escaped
@@ -168,7 +168,8 @@ def _messages(value: object, column: str, place: str) -> list[Message]:
 
 
 def _message(message: dict, column: str, place: str) -> Message:
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    role = message.get("role", message.get("from"))
+    content = content_of(message, "content" if "content" in message else "value", place)
     if not isinstance(role, str) or not isinstance(content, str):
         raise UserError(
             f'{place}: message {str(message)[:60]!r} in column {column!r} is neither {{"role", "content"}} '

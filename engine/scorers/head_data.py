@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from engine.data.chat import (
 )
 from engine.data.formats import COMPRESSED
 from engine.data.layouts import layout_of
-from engine.data.prompts import TextLimits
+from engine.data.prompts import TextLimits, check_length
 from engine.data.reading import EVERY_ROW, Rules, Tally, Unusable
 from engine.data.response_pairs import read_pairs
 from engine.errors import UserError
@@ -186,15 +187,22 @@ def _finished(row: dict, place: str) -> bool:
     return bool(value)
 
 
-def without_long_prompts(rows: list[Row], tokenizer, limits: TextLimits) -> list[Row]:
-    """Returns the rows whose prompts leave room for a response."""
-    kwargs = limits.template_kwargs
-    fits = {
-        chat: len(chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now, kwargs))
-        <= limits.max_prompt_tokens
-        for chat in {row.text.chat for row in rows}
-    }
-    return [row for row in rows if fits[row.text.chat]]
+def without_unusable_prompts(
+    rows: list[Row], tokenizer, limits: TextLimits
+) -> tuple[list[Row], Counter[str]]:
+    """Returns the rows whose prompts the chat template takes and that leave room for a response, and counts
+    the others by what is wrong with them."""
+    reasons: dict[str, str] = {}
+    for chat in {row.text.chat for row in rows}:
+        try:
+            ids = chat_ids(
+                json.loads(chat), tokenizer, limits.system, "--data", limits.now, limits.template_kwargs
+            )
+            check_length(ids, limits.max_prompt_tokens, "--data")
+        except Unusable as error:
+            reasons[chat] = error.reason
+    kept = [row for row in rows if row.text.chat not in reasons]
+    return kept, Counter(reasons[row.text.chat] for row in rows if row.text.chat in reasons)
 
 
 def hold_out(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:
