@@ -152,18 +152,6 @@ class Written:
     token_ids: list[int]  # of the whole prompt
 
 
-def chat_ids(
-    messages: list[dict[str, str]],
-    tokenizer,
-    system: str,
-    place: str,
-    now: datetime | None = None,
-    kwargs: Mapping[str, Any] = NO_KWARGS,
-) -> list[int]:
-    """Tokenises a whole prompt, with its special tokens once; see `write_prompt`."""
-    return write_prompt(messages, tokenizer, system, place, now, kwargs).token_ids
-
-
 def write_prompt(
     messages: list[dict[str, str]],
     tokenizer,

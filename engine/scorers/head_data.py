@@ -13,7 +13,6 @@ from engine.data.chat import (
     Written,
     answer_ids,
     as_messages,
-    chat_ids,
     check_known,
     known_end_of_turn,
     lead_of_answers,
@@ -25,7 +24,7 @@ from engine.data.prompts import TextLimits, check_length
 from engine.data.reading import EVERY_ROW, Rules, Tally, Unusable
 from engine.data.response_pairs import read_pairs
 from engine.errors import UserError
-from engine.files import shown
+from engine.files import escaped, shown
 from engine.model.packing import Group
 
 NEUTRAL_PROMPT = "Answer the request."
@@ -144,7 +143,11 @@ def _check_row(row: dict, place: str, is_pair: bool, loss: str) -> None:
     for column in ("prompt", "chosen", "rejected") if is_pair else ("prompt", "response", "label"):
         if column not in row:
             forms = '{"prompt", "chosen", "rejected"} or {"prompt", "response", "label"}'
-            raise UserError(f'{place}: no "{column}"; a row is {forms}.')
+            found = escaped(", ".join(map(str, row)))[:300] or "none"
+            raise UserError(
+                f'{place}: no "{column}"; a row is {forms}, and columns found are {found}: name others by '
+                "--prompt-column, --response-columns and --label-column."
+            )
     if loss != "auto" and (loss == "pairs") != is_pair:
         kind = "pair" if is_pair else "label"
         raise UserError(f"{place}: a {kind}, but --loss is {loss}; use --loss auto or remove the row.")
@@ -195,10 +198,9 @@ def without_unusable_prompts(
     reasons: dict[str, str] = {}
     for chat in {row.text.chat for row in rows}:
         try:
-            ids = chat_ids(
-                json.loads(chat), tokenizer, limits.system, "--data", limits.now, limits.template_kwargs
-            )
-            check_length(ids, limits.max_prompt_tokens, "--data")
+            talk, kwargs = json.loads(chat), limits.template_kwargs
+            prompt = write_prompt(talk, tokenizer, limits.system, "--data", limits.now, kwargs)
+            check_length(prompt.token_ids, limits.max_prompt_tokens, "--data")
         except Unusable as error:
             reasons[chat] = error.reason
     kept = [row for row in rows if row.text.chat not in reasons]

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from engine.data import chat
-from engine.data.chat import chat_ids, end_of_turn, takes_system, write_prompt
+from engine.data.chat import end_of_turn, takes_system, write_prompt
 from engine.data.prompts import TextLimits, read_prompts
 from engine.data.reading import Rules
 from engine.data.response_pairs import read_response_pairs
@@ -15,6 +15,7 @@ from engine.data.templates import remarks
 from engine.errors import UserError
 from engine.scorers.head_data import Text, encode, read_head_rows, response_ids, without_unusable_prompts
 from tests.helpers.byte_tokenizer import CHATML, made
+from tests.helpers.chat import chat_ids
 
 ASKED = [{"role": "user", "content": "Say it"}]
 

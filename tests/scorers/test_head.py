@@ -192,6 +192,7 @@ GOOD = {"prompt": "p", "response": "r", "label": 1}
     [
         ({"prompt": "p", "response": "r"}, 'no "label"'),
         ({"response": "r", "label": 1}, 'no "prompt"'),
+        ({"question": "q", "Response": "r"}, "columns found are question, Response: name others by --prompt"),
         ({"prompt": "p", "chosen": "r"}, 'no "rejected"'),
         ({"prompt": "p", "chosen": "r", "rejected": "r "}, "same text"),
         ({"prompt": "p", "response": " ", "label": 1}, '"response" is empty'),

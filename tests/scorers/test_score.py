@@ -20,7 +20,6 @@ from transformers import (
 
 from engine import model, quickstart
 from engine.config import CaidConfig, smoke
-from engine.data.chat import chat_ids
 from engine.data.prompts import load_prompts
 from engine.errors import UserError
 from engine.model.packing import batches, groups
@@ -34,6 +33,7 @@ from engine.scorers.base import Head, Scorers, TextScorer
 from engine.scorers.find import find_scorer, load_scorers
 from engine.scorers.scoring import ReferenceForward, score, try_out
 from engine.stages.inputs import read_inputs
+from tests.helpers.chat import chat_ids
 
 CPU = torch.device("cpu")
 

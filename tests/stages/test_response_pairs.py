@@ -107,7 +107,7 @@ def heldout_prompt() -> str:
             "own.jsonl:2: empty prompt in column 'prompt'",
         ),
         (["mocan", "--pairs"], [{"prompt": "a", "response_0": "b"}], "no column 'response_1'"),
-        (["mocan", "--eval-prompts", "40", "--cost-on", "delicate", "--pairs"], ROWS, "0 of the 8 rows of"),
+        (["mocan", "--eval-prompts", "40", "--cost-on", "delicate", "--pairs"], ROWS, "0 of the 6 rows of"),
         (["caid", "--strict", "--pairs"], "held out", "is also a prompt of --pairs"),
         (["pecan", "--strict", "--preferences"], "held out", "is also a prompt of --preferences"),
     ],
