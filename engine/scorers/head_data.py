@@ -236,13 +236,15 @@ def without_shared_texts(rows: list[Row], test: list[Row]) -> list[Row]:
     return [row for row in rows if not any(plain(text) in seen for text in row.texts)]
 
 
-def check_classes(rows: list[Row]) -> None:
-    """Refuses training rows from which nothing can be learned.
+def check_classes(rows: list[Row], test: list[Row]) -> None:
+    """Refuses training rows from which nothing can be learned, and a head that nothing is judged by.
 
-    Raises: UserError where none are left, or all have one label.
+    Raises: UserError where no training or no held-out rows are left, or all training rows have one label.
     """
     if not rows:
         raise UserError("--data: no training rows are left; give more rows.")
+    if not test:
+        raise UserError("--data, --test: no held-out rows are left to judge the head on; give more rows.")
     labels = {row.label for row in rows if row.other is None}
     if len(labels) == 1 and all(row.other is None for row in rows):
         raise UserError(
