@@ -209,11 +209,12 @@ def write_beaver(
     edit_config(folder, **both, **numbers, **(of_later if later else of_2023), tie_word_embeddings=False)
     edit_config(folder, **config)
     settings = {**both, **config}
+    oracle = oracle.double()  # so that the whole difference is the rounding of what is tested
 
     def score(ids: list[int]) -> float:
         with torch.no_grad():
             state = oracle(torch.tensor([ids])).last_hidden_state[0, -1]
-        raw = float(weight.float()[0] @ state) + (bias or 0.0)
+        raw = float(weight.double()[0] @ state) + (bias or 0.0)
         if not settings["do_normalize"]:
             return raw
         shift = float(mean) if settings["score_type"] == "reward" else 0.0
