@@ -157,7 +157,8 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
     display = Display(n_stages=first + 4)
     for line in _opening(q, flags):
         display.line(line)
-    for warning in [*q.notes, *try_out(q.scorers, prompts, config.max_new_tokens)]:
+    asked = [group for group in (prompts, q.selection) if group]
+    for warning in [*q.notes, *try_out(q.scorers, asked, config.max_new_tokens)]:
         display.warn(warning)
     if q.shared:
         display.warn(f"{q.shared}: what follows may be better than on new prompts")

@@ -53,6 +53,7 @@ TRAINING_PROMPTS = "reference"
 HELDOUT_PROMPTS = "heldout"
 SPLIT = "split"
 DECK = "deck"
+PAIRS = "pairs"
 
 
 def epoch(purpose: str, number: int) -> str:

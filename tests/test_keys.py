@@ -50,7 +50,7 @@ def test_no_two_steps_draw_their_labels_alike():
 
 
 def test_no_two_choices_among_prompts_are_keyed_alike():
-    choices = [keys.TRAINING_PROMPTS, keys.HELDOUT_PROMPTS, keys.SPLIT, keys.DECK]
+    choices = [keys.TRAINING_PROMPTS, keys.HELDOUT_PROMPTS, keys.SPLIT, keys.DECK, keys.PAIRS]
     assert len(choices) == sum(isinstance(value, str) for name, value in vars(keys).items() if name.isupper())
     passes = chain.from_iterable((keys.epoch(f"iteration-{t}", n) for n in range(20)) for t in UPDATES)
     texts = [*choices, *passes]

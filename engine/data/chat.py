@@ -12,6 +12,8 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
+from jinja2 import TemplateError
+
 from engine.data.formats import DuplicateKey, check_encodes, first_line, parse_json
 from engine.data.reading import Unusable
 from engine.errors import UserError
@@ -52,11 +54,11 @@ def as_messages(value: object, column: str, place: str) -> list[dict[str, str]]:
 
 
 def _as_message(value: object, place: str) -> dict[str, str]:
-    """Turns one message into its role and its text; content in parts is joined as templates write parts, with
-    nothing between them. Raises: UserError for what is no message, and for a part that is no text."""
-    role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        content = "".join(_text_of(part, place) for part in content)
+    """Turns one message into its role and its text. Raises: UserError for what is no message, and for a part
+    that is no text; Unusable for a message without content."""
+    role, content = None, None
+    if isinstance(value, dict):
+        role, content = value.get("role"), content_of(value, "content", place)
     if not isinstance(role, str) or not isinstance(content, str):
         raise UserError(
             f'{place}: message {str(value)[:60]!r} is not {{"role": text, "content": text}}; '
@@ -64,6 +66,24 @@ def _as_message(value: object, place: str) -> dict[str, str]:
         )
     check_encodes(role + content, place)
     return {"role": role, "content": content}
+
+
+def content_of(message: dict, key: str, place: str) -> object:
+    """Returns the content of a message, None where there is no such key; of one in parts their texts, joined
+    as templates write them, with nothing between.
+
+    Raises: UserError for a part that is no text; Unusable for a message without content, as those are that
+    call a tool.
+    """
+    content = message.get(key)
+    if content is None and key in message:
+        raise Unusable(
+            f"{place}: message {str(message)[:60]!r} has no content; fill it, or remove the row.",
+            "without text",
+        )
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        return "".join(_text_of(part, place) for part in content)
+    return content
 
 
 def _text_of(part: dict, place: str) -> str:
@@ -132,18 +152,6 @@ class Written:
     token_ids: list[int]  # of the whole prompt
 
 
-def chat_ids(
-    messages: list[dict[str, str]],
-    tokenizer,
-    system: str,
-    place: str,
-    now: datetime | None = None,
-    kwargs: Mapping[str, Any] = NO_KWARGS,
-) -> list[int]:
-    """Tokenises a whole prompt, with its special tokens once; see `write_prompt`."""
-    return write_prompt(messages, tokenizer, system, place, now, kwargs).token_ids
-
-
 def write_prompt(
     messages: list[dict[str, str]],
     tokenizer,
@@ -158,8 +166,8 @@ def write_prompt(
 
     now: the date for templates that write one; by default that of the clock. kwargs: variables for the
     template.
-    Raises: UserError where the tokenizer has no chat template for several messages,
-    or its template refuses them.
+    Raises: UserError where the tokenizer has no chat template for several messages, or its template fails;
+    Unusable where the template itself refuses them.
     """
     if not tokenizer.chat_template:
         if len(messages) > 1:
@@ -177,10 +185,14 @@ def write_prompt(
         try:
             text = render(_system_in_user_turn(turns), tokenizer, now, kwargs)
         except Exception:
-            raise UserError(
+            said = (
                 f"{place}: the chat template refuses these messages ({first_line(error)}); "
                 "change the messages, or give a model whose template takes them."
-            ) from None
+            )
+            # What a template itself refuses, such as two turns of one role, is no reason to stop a run.
+            if type(error) is TemplateError:
+                raise Unusable(said, "that the chat template refuses") from None
+            raise UserError(said) from None
     # The template writes the special tokens itself: adding them again would double the bos.
     return Written(text, [], tokenizer.encode(text, add_special_tokens=False))
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from engine.data.chat import as_messages, messages_in
+from engine.data.chat import as_messages, content_of, messages_in
 from engine.data.reading import Rules, Unusable
 from engine.errors import UserError
 from engine.files import escaped
@@ -111,7 +111,9 @@ def _text(row: dict, column: str, place: str) -> str:
 
 def _transcripts(row: dict, place: str, answers: bool) -> Example:
     """Reads two dialogues, each one text of turns such as "\\n\\nHuman: ..", that part in the last answer."""
-    asked, answers = zip(*(row[name].rpartition(ANSWER)[::2] for name in ("chosen", "rejected")), strict=True)
+    asked, told = zip(
+        *((row[name] or "").rpartition(ANSWER)[::2] for name in ("chosen", "rejected")), strict=True
+    )
     if not all(asked):
         raise Unusable(f"{place}: a dialogue without an answer; remove the row.", "without an answer")
     if asked[0].strip() != asked[1].strip():
@@ -122,7 +124,7 @@ def _transcripts(row: dict, place: str, answers: bool) -> Example:
         for name, said in zip(turns[1::2], turns[2::2], strict=True)
     ]
     return Example(
-        messages=_asked(messages, "chosen", place), responses=tuple(answer.strip() for answer in answers)
+        messages=_asked(messages, "chosen", place), responses=tuple(answer.strip() for answer in told)
     )
 
 
@@ -168,7 +170,8 @@ def _messages(value: object, column: str, place: str) -> list[Message]:
 
 
 def _message(message: dict, column: str, place: str) -> Message:
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    role = message.get("role", message.get("from"))
+    content = content_of(message, "content" if "content" in message else "value", place)
     if not isinstance(role, str) or not isinstance(content, str):
         raise UserError(
             f'{place}: message {str(message)[:60]!r} in column {column!r} is neither {{"role", "content"}} '
@@ -199,15 +202,23 @@ def _parted(place: str) -> Unusable:
     )
 
 
+def _filled(row: dict) -> list[object]:
+    """Returns those of the two cells that hold something: a dialogue that is missing does not make its row
+    another layout's."""
+    return [row[name] for name in ("chosen", "rejected") if row[name] not in (None, "")]
+
+
 def _are_transcripts(row: dict) -> bool:
-    pair = (row["chosen"], row["rejected"])
-    return all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in pair)
+    filled = _filled(row)
+    told = all(isinstance(cell, str) and cell.lstrip().startswith("Human:") for cell in filled)
+    return told and (bool(filled) or "prompt" not in row)
 
 
 def _are_lists(row: dict) -> bool:
-    return all(
+    filled = _filled(row)
+    return bool(filled) and all(
         isinstance(cell, list) or (isinstance(cell, str) and cell.lstrip().startswith(("[{", "[ {")))
-        for cell in (row["chosen"], row["rejected"])
+        for cell in filled
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from engine.config.flags import suggest
 from engine.config.yaml_file import compose, line, mapping
 from engine.data.layouts import layout_of
-from engine.data.reading import Rules
+from engine.data.reading import Rules, Unusable
 from engine.errors import UserError
 from engine.files import escaped, shown
 
@@ -41,7 +41,8 @@ class PromptSet:
     def kind_of(self, row: dict, place: str) -> str:
         """Tells whether the prompt of a row is a safe or an unsafe one; "" where the row does not say.
 
-        Raises: UserError for a missing column, and for a label that is neither text nor a number.
+        Raises: Unusable for a missing column, which some rows of a file may lack; UserError for a label that
+        is neither text nor a number.
         """
         wanted = [self.label] if self.label else []
         if self.prompt != Rules.prompt_column or layout_of(row) is None:
@@ -49,8 +50,10 @@ class PromptSet:
         for column in wanted:
             if column not in row:
                 found = escaped(", ".join(map(str, row)))[:300] or "none"
-                raise UserError(
-                    f"{place}: no column {column!r}, which the set {self.name} needs; columns found: {found}."
+                raise Unusable(
+                    f"{place}: no column {column!r}, which the set {self.name} needs; columns found: "
+                    f"{found}.",
+                    f"without the column {shown(column)}",
                 )
         if not self.label:
             return self.every

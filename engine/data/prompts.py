@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from engine.data.chat import NO_KWARGS, as_text, chat_ids
+from engine.data.chat import NO_KWARGS, as_text, write_prompt
 from engine.data.layouts import read_example
 from engine.data.reading import REPEATED, Pool, Rules, Tally, Unusable
 from engine.data.tables import read_rows
@@ -93,7 +93,7 @@ def read_prompts(
         pool, tallies = _offered(names, rules, held)
         prompts = _tokenised(
             pool.items,
-            lambda messages, place: chat_ids(messages, tokenizer, system, place, now, template_kwargs),
+            lambda talk, place: write_prompt(talk, tokenizer, system, place, now, template_kwargs).token_ids,
             max_prompt_tokens,
         )
         # Where too many of the pool are too long, the next ones by their hash take their places.

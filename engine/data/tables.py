@@ -3,10 +3,12 @@
 NAME:SPLIT and NAME:CONFIG:SPLIT name a split, by default train, of a folder or a data set.
 """
 
+import logging
 import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,7 +190,9 @@ def _dataset_rows(source: str) -> Iterator[PlacedRow]:
     number = 0
     try:
         config = (named.config,) if named.config else ()
-        for row in datasets.load_dataset(named.name, *config, split=named.split or DEFAULT_SPLIT):
+        with _hub_warnings_off():
+            rows = datasets.load_dataset(named.name, *config, split=named.split or DEFAULT_SPLIT)
+        for row in rows:
             number += 1
             yield f"{shown(source)} row {number}", row
     # A folder can hold anything, and what fails in there is no matter of this program.
@@ -198,3 +202,16 @@ def _dataset_rows(source: str) -> Iterator[PlacedRow]:
             f"{shown(source)}: neither a {kinds} file nor a dataset that loads ({first_line(error)}); "
             "check the name, or save its rows in such a file."
         ) from None
+
+
+@contextmanager
+def _hub_warnings_off() -> Iterator[None]:
+    """Keeps off stderr what the hub's client says of every attempt to reach it: the last one's error is said
+    in one line."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -64,11 +64,14 @@ def library_warnings_off() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def refuse_code(folder: Path, names: tuple[str, ...] = ("config.json", "tokenizer_config.json")) -> None:
+def refuse_code(
+    folder: Path,
+    names: tuple[str, ...] = ("config.json", "tokenizer_config.json"),
+    cure: str = "use a checkpoint without it",
+) -> None:
     """Raises a UserError where one of these files of a model folder names code of its own to be run."""
     for file in (folder / name for name in names):
         if is_file(file) and "auto_map" in read_json(file):
             raise UserError(
-                f"{file}: auto_map names code that comes with the checkpoint, which is never run; "
-                "use a checkpoint without it."
+                f"{file}: auto_map names code that comes with the checkpoint, which is never run; {cure}."
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import shown
+from engine.files import one_line, shown
 from engine.model import packing
 from engine.model.checkpoint import read_config, stored_tensors
 from engine.model.tokenizer import library_warnings_off
@@ -54,9 +54,8 @@ def load_classifier(spec: str, folder: Path, recipe: Recipe, context: LoadContex
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"scorer {spec}: no sequence-classification model could be loaded ({reason}); "
+            f"scorer {spec}: no sequence-classification model could be loaded ({shown(one_line(error))}); "
             "give its local folder."
         ) from error
     if missing := loading["missing_keys"]:

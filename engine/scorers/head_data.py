@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from engine.data.chat import (
     Written,
     answer_ids,
     as_messages,
-    chat_ids,
     check_known,
     known_end_of_turn,
     lead_of_answers,
@@ -20,11 +20,11 @@ from engine.data.chat import (
 )
 from engine.data.formats import COMPRESSED
 from engine.data.layouts import layout_of
-from engine.data.prompts import TextLimits
+from engine.data.prompts import TextLimits, check_length
 from engine.data.reading import EVERY_ROW, Rules, Tally, Unusable
 from engine.data.response_pairs import read_pairs
 from engine.errors import UserError
-from engine.files import shown
+from engine.files import escaped, shown
 from engine.model.packing import Group
 
 NEUTRAL_PROMPT = "Answer the request."
@@ -143,7 +143,11 @@ def _check_row(row: dict, place: str, is_pair: bool, loss: str) -> None:
     for column in ("prompt", "chosen", "rejected") if is_pair else ("prompt", "response", "label"):
         if column not in row:
             forms = '{"prompt", "chosen", "rejected"} or {"prompt", "response", "label"}'
-            raise UserError(f'{place}: no "{column}"; a row is {forms}.')
+            found = escaped(", ".join(map(str, row)))[:300] or "none"
+            raise UserError(
+                f'{place}: no "{column}"; a row is {forms}, and columns found are {found}: name others by '
+                "--prompt-column, --response-columns and --label-column."
+            )
     if loss != "auto" and (loss == "pairs") != is_pair:
         kind = "pair" if is_pair else "label"
         raise UserError(f"{place}: a {kind}, but --loss is {loss}; use --loss auto or remove the row.")
@@ -186,15 +190,21 @@ def _finished(row: dict, place: str) -> bool:
     return bool(value)
 
 
-def without_long_prompts(rows: list[Row], tokenizer, limits: TextLimits) -> list[Row]:
-    """Returns the rows whose prompts leave room for a response."""
-    kwargs = limits.template_kwargs
-    fits = {
-        chat: len(chat_ids(json.loads(chat), tokenizer, limits.system, "--data", limits.now, kwargs))
-        <= limits.max_prompt_tokens
-        for chat in {row.text.chat for row in rows}
-    }
-    return [row for row in rows if fits[row.text.chat]]
+def without_unusable_prompts(
+    rows: list[Row], tokenizer, limits: TextLimits
+) -> tuple[list[Row], Counter[str]]:
+    """Returns the rows whose prompts the chat template takes and that leave room for a response, and counts
+    the others by what is wrong with them."""
+    reasons: dict[str, str] = {}
+    for chat in {row.text.chat for row in rows}:
+        try:
+            talk, kwargs = json.loads(chat), limits.template_kwargs
+            prompt = write_prompt(talk, tokenizer, limits.system, "--data", limits.now, kwargs)
+            check_length(prompt.token_ids, limits.max_prompt_tokens, "--data")
+        except Unusable as error:
+            reasons[chat] = error.reason
+    kept = [row for row in rows if row.text.chat not in reasons]
+    return kept, Counter(reasons[row.text.chat] for row in rows if row.text.chat in reasons)
 
 
 def hold_out(rows: list[Row], seed: int, share: float = HELDOUT_SHARE) -> tuple[list[Row], list[Row]]:
@@ -226,13 +236,15 @@ def without_shared_texts(rows: list[Row], test: list[Row]) -> list[Row]:
     return [row for row in rows if not any(plain(text) in seen for text in row.texts)]
 
 
-def check_classes(rows: list[Row]) -> None:
-    """Refuses training rows from which nothing can be learned.
+def check_classes(rows: list[Row], test: list[Row]) -> None:
+    """Refuses training rows from which nothing can be learned, and a head that nothing is judged by.
 
-    Raises: UserError where none are left, or all have one label.
+    Raises: UserError where no training or no held-out rows are left, or all training rows have one label.
     """
     if not rows:
         raise UserError("--data: no training rows are left; give more rows.")
+    if not test:
+        raise UserError("--data, --test: no held-out rows are left to judge the head on; give more rows.")
     labels = {row.label for row in rows if row.other is None}
     if len(labels) == 1 and all(row.other is None for row in rows):
         raise UserError(

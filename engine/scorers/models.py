@@ -72,7 +72,11 @@ def model_scorer(value: str, context: LoadContext) -> TextScorer:
         )
     found = last_token.examine(folder)
     check_text_files(folder)
-    refuse_code(folder, ("tokenizer_config.json",) if found else ("config.json", "tokenizer_config.json"))
+    refuse_code(
+        folder,
+        ("tokenizer_config.json",) if found else ("config.json", "tokenizer_config.json"),
+        cure="use a checkpoint without it, or let a server run it and give its http:// address",
+    )
     if found is None and not last_token.causal(read_config(folder), stored_tensors(folder)):
         _check_recipe(value, given, given is None or given in [RECIPES[name] for name in PAIRS])
         model = _once(context, spec, lambda: load_classifier(value, folder, given or Recipe(), context))

@@ -73,7 +73,12 @@ class Reader:
             inputs = dict(self.tokenizer(texts, list(responses), verbose=False))
         self.n_read += counted * len(texts)
         for i, ids in enumerate(inputs["input_ids"]):
-            if not ids:
+            if not ids and self.tokenizer.eos_token_id is not None:
+                # An empty response is read as its end alone, where the tokenizer puts nothing around texts.
+                end = self.tokenizer(self.tokenizer.eos_token, add_special_tokens=False, verbose=False)
+                for name, values in end.items():
+                    inputs[name][i] = values
+            elif not ids:
                 raise UserError(
                     f"scorer {self.spec}: the response {responses[i][:60]!r} has no tokens for it; "
                     "use another scorer."

@@ -27,7 +27,7 @@ import torch
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engine.data.chat import as_text, chat_ids
+from engine.data.chat import as_text, write_prompt
 from engine.errors import UserError
 from engine.files import escaped, one_line, reading, shown
 from engine.scorers.base import Asked, LoadContext, Sampled, messages_of
@@ -134,7 +134,9 @@ class RewardServer:
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             if sampled is None:
                 messages, kwargs = messages_of(prompt), limits.template_kwargs
-                asked = chat_ids(messages, tokenizer, limits.system, "a prompt", limits.now, kwargs)
+                asked = write_prompt(
+                    messages, tokenizer, limits.system, "a prompt", limits.now, kwargs
+                ).token_ids
                 answer = tokenizer.encode(response, add_special_tokens=False)
             else:
                 asked, answer = sampled.prompt_ids[row], sampled.response_ids[row]

@@ -30,15 +30,20 @@ TRIAL = (
 )
 
 
-def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str]:
-    """Lets every scorer of texts score `TRIAL` as answers to some of the run's prompts.
+def try_out(scorers: Scorers, sets: Sequence[Prompts], max_new_tokens: int) -> list[str]:
+    """Lets every scorer of texts score `TRIAL` as answers to some of the prompts that it will be asked about.
 
-    So a broken scorer stops the run before anything is sampled. Returns a warning for each scorer that gives
+    So a broken scorer stops the run before anything is sampled, also one whose template takes the first
+    prompts and refuses others, such as those with a system line. Returns a warning for each scorer that gives
     all trial answers one score or measures the opposite of what it is used for, and the scorers' own notes.
+
+    sets: all prompts whose responses will be scored.
     Raises: UserError when a scorer fails, returns the wrong number of scores, or one that is not finite, and
     where it does not read a response of `max_new_tokens`.
     """
-    asked = prompts.select([i % len(prompts) for i in range(len(TRIAL))])
+    asked = _of_every_form(sets)
+    texts = [text for text, _, _ in asked]
+    answers = [TRIAL[i % len(TRIAL)] for i in range(len(asked))]
     warnings = _opposites(scorers)
     for scorer in scorers.all:
         if isinstance(scorer, TextScorer):
@@ -47,18 +52,39 @@ def try_out(scorers: Scorers, prompts: Prompts, max_new_tokens: int) -> list[str
                     f"scorer {scorer.name} reads {scorer.max_tokens} tokens, prompt and response together; "
                     f"lower --max-new-tokens {max_new_tokens}, or use another scorer."
                 )
-            score_N = scorer(asked.conversations, list(TRIAL), rows=asked.rows)
+            score_N = scorer([talk for _, talk, _ in asked], answers, rows=[row for *_, row in asked if row])
             scorer.warnings()  # what is cut of the trial is cut of the run's responses too
             warnings += scorer.notes
-            _check_finite(scorer, score_N, asked.text, 1)
+            _check_finite(scorer, score_N, texts, 1)
             if score_N.min() == score_N.max() and not scorer.counts:
                 # Only a warning: an honest scorer may have no preference among these few.
                 value = f"{float(score_N[0]):g}"
                 warnings.append(
-                    f"scorer {scorer.name} gave {value} for each of {len(TRIAL)} trial answers; "
+                    f"scorer {scorer.name} gave {value} for each of {len(asked)} trial answers; "
                     "one that does so for all responses ends the run after sampling"
                 )
     return warnings
+
+
+def _of_every_form(sets: Sequence[Prompts]) -> list[tuple[str, list[dict[str, str]], str]]:
+    """Chooses prompts for the trial: the first ones, one for each of `TRIAL`, and of every other order of
+    roles the first. Returns the text, the messages and the row ("" without) of each."""
+    found, forms = [], set()
+    for number, prompts in enumerate(sets):
+        talks, rows = prompts.conversations, prompts.rows or [""] * len(prompts)
+        everything = list(zip(prompts.text, talks, rows, strict=True))
+        if number == 0:
+            found = [everything[i % len(everything)] for i in range(len(TRIAL))]
+            forms = {_form(talk) for _, talk, _ in found}
+        for one in everything:
+            if (form := _form(one[1])) not in forms:
+                forms.add(form)
+                found.append(one)
+    return found
+
+
+def _form(talk: list[dict[str, str]]) -> tuple[str, ...]:
+    return tuple(message["role"] for message in talk)
 
 
 def _opposites(scorers: Scorers) -> list[str]:

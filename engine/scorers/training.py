@@ -36,8 +36,8 @@ from engine.scorers.head_data import (
     read_head_rows,
     unique_texts,
     without_equal_pairs,
-    without_long_prompts,
     without_shared_texts,
+    without_unusable_prompts,
 )
 from engine.scorers.head_figures import heldout_figures
 from engine.scorers.head_fit import fit_head
@@ -77,7 +77,7 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
     removed = n_rows - len(rows)
     if removed:
         print(f"{removed} training rows removed: their texts are also in the test rows")
-    check_classes(rows)
+    check_classes(rows, test)
 
     folder = resolve(config.model) if config.model else quickstart.model_folder()
     model, tokenizer = load(folder), load_tokenizer(folder)
@@ -96,11 +96,12 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
         template_kwargs=kwargs,
     )
     if not config.strict:
-        n_rows = len(rows) + len(test)
-        rows, test = (without_long_prompts(part, tokenizer, limits) for part in (rows, test))
-        if long := n_rows - len(rows) - len(test):
-            print(f"{long} rows removed: their prompts have more than {limits.max_prompt_tokens} tokens")
-            check_classes(rows)
+        (rows, left_out), (test, more) = (
+            without_unusable_prompts(part, tokenizer, limits) for part in (rows, test)
+        )
+        for reason, count in sorted((left_out + more).items()):
+            print(f"{count} rows removed: {reason}")
+        check_classes(rows, test)
     texts = unique_texts([*rows, *test])
     start = time.perf_counter()
     index, groups = {text: i for i, text in enumerate(texts)}, encode(texts, tokenizer, limits)
@@ -111,7 +112,7 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
     rows, test = (without_equal_pairs(part, index, groups) for part in (rows, test))
     if equal := n_pairs - len(rows) - len(test):
         print(f"{equal} pairs removed: cut at --max-new-tokens {config.max_new_tokens} they are equal")
-        check_classes(rows)
+        check_classes(rows, test)
     pooled_ND = pooled_states(model, groups, config.layer)
     print(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
 

@@ -259,6 +259,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     if start.resumes:
         answers.keep_in(RunFolder(start.out).judge_cache)
     scorers = scorers_of(config, inputs, answers)
+    scored = [train, heldout, *([] if pairs is None else [pairs.prompts])]
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, train, heldout))
@@ -280,7 +281,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         asked_rows=asked_rows,
         lowered=lowered,
         passes=passes,
-        warnings=try_out(scorers, train, config.max_new_tokens),
+        warnings=try_out(scorers, scored, config.max_new_tokens),
         notes=notes,
     )
 
@@ -414,14 +415,21 @@ def judged_prompts(config: RunConfig, heldout: Prompts) -> Prompts:
 
 
 def _pairs(config: RunConfig, inputs: Inputs) -> ResponsePairs | None:
-    """Reads the data of --pairs, all of it where --epochs counts passes; None without. Raises: UserError."""
+    """Reads the data of --pairs, all of it where --epochs counts passes, else as many rows as the steps take,
+    as each is scored; None without. Raises: UserError."""
     if not (source := config.pairs_file):
         return None
     enough = None if config.epochs else config.policy_updates * config.steps * config.prompts_per_step
     own = read_response_pairs(
         source, [], inputs.tokenizer, inputs.limits, rules_of(config, inputs.folder, enough)
     )
-    return _without_heldout(config, own, inputs.heldout, "--pairs")
+    own = _without_heldout(config, own, inputs.heldout, "--pairs")
+    if enough is None or len(own.prompts) <= enough:
+        return own
+    kept = set(subset(by_tokens(own.prompts), enough, config.seed, keys.PAIRS))
+    return own.without(
+        [row for row in range(len(own.prompts)) if row not in kept], "more than the steps take"
+    )
 
 
 def _preferences(config: RunConfig, names: list[str], inputs: Inputs) -> ResponsePairs | None:

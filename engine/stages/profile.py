@@ -187,7 +187,8 @@ def run_profile(run: str | Path, flags: EvaluateConfig) -> tuple[list[SetVerdict
     opening = _opening(q, flags)
     for line in opening:
         display.line(line)
-    warnings = try_out(q.scorers, q.sets[0].prompts, q.config.max_new_tokens)
+    sets = [read.prompts for read in q.sets]
+    warnings = try_out(q.scorers, sets, q.config.max_new_tokens)
     for warning in [*q.notes, *q.left_out, *warnings, *_overlaps(q, flags)]:
         display.warn(warning)
 

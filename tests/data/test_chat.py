@@ -1,18 +1,21 @@
 """Chat templates: where a turn ends, what they refuse, and templates that fail or do not end."""
 
 import contextlib
+import json
 import time
 
 import pytest
 
 from engine.data import chat
-from engine.data.chat import chat_ids, end_of_turn, takes_system, write_prompt
-from engine.data.prompts import TextLimits
+from engine.data.chat import end_of_turn, takes_system, write_prompt
+from engine.data.prompts import TextLimits, read_prompts
+from engine.data.reading import Rules
 from engine.data.response_pairs import read_response_pairs
 from engine.data.templates import remarks
 from engine.errors import UserError
-from engine.scorers.head_data import Text, encode, response_ids
+from engine.scorers.head_data import Text, encode, read_head_rows, response_ids, without_unusable_prompts
 from tests.helpers.byte_tokenizer import CHATML, made
+from tests.helpers.chat import chat_ids
 
 ASKED = [{"role": "user", "content": "Say it"}]
 
@@ -156,3 +159,28 @@ def test_a_template_whose_compiler_swallows_the_first_alarm_is_stopped(monkeypat
     with pytest.raises(TimeoutError):
         chat.render(ASKED, Swallows())
     assert time.monotonic() - start < 20
+
+
+def test_conversations_that_a_template_refuses_are_left_out_and_counted(tmp_path):
+    # As those of Llama 2, Mistral and Gemma; HH-RLHF has dialogues in which one side speaks twice.
+    alternates = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<|turn|>{{ m.content }}<|end|>{% endfor %}"
+    )
+    tokenizer, file = made(alternates), tmp_path / "hh.jsonl"
+    asked = ["\n\nHuman: a", "\n\nHuman: b\n\nHuman: c", "\n\nHuman: d\n\nAssistant: e\n\nHuman: f"]
+    rows = [{name: f"{a}\n\nAssistant: {name}" for name in ("chosen", "rejected")} for a in asked]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lenient, note = Rules(strict=False), f"{file}: left out of 3 rows: 1 that the chat template refuses"
+    prompts, lines = read_prompts(str(file), tokenizer, lenient, max_prompt_tokens=90)
+    assert prompts.text == ["a", "user: d\n\nassistant: e\n\nuser: f"]
+    assert lines[-1] == f"{note} (--strict refuses them)"
+    limits = TextLimits(system="", max_positions=99, max_new_tokens=9, vocab_size=999)
+    pairs = read_response_pairs(str(file), [], tokenizer, limits, lenient)
+    assert len(pairs.prompts) == 2 and pairs.reading[-1] == f"{note} (--strict refuses them)"
+    head_rows, _ = read_head_rows([str(file)], "auto", lenient)
+    kept, left_out = without_unusable_prompts(head_rows, tokenizer, limits)
+    assert [row.text.chat for row in kept] == [json.dumps(talk) for talk in prompts.messages]
+    assert left_out == {"that the chat template refuses": 1}
+    with pytest.raises(UserError, match=r"hh.jsonl:2: the chat template refuses .*\(roles must alternate\)"):
+        read_prompts(str(file), tokenizer, Rules(), max_prompt_tokens=90)

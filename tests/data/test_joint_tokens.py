@@ -18,7 +18,7 @@ from engine.scorers.head_data import encode, read_head_rows, unique_texts
 from engine.scorers.heads import load_head
 from engine.stages.inputs import stop_tokens
 from tests.helpers.byte_tokenizer import CHATML, made
-from tests.helpers.llama1 import write_llama1
+from tests.helpers.published import write_llama1
 from tests.helpers.runs import write
 
 ASKED = [{"role": "user", "content": "hello"}]

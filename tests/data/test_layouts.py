@@ -135,6 +135,9 @@ def test_layouts_are_recognised_by_their_columns(name):
             {name: "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c" for name in ("chosen", "rejected")},
             "no user speaks first and last",
         ),
+        ({"chosen": HH["chosen"], "rejected": None}, "a dialogue without an answer"),
+        ({"chosen": "", "rejected": None}, "a dialogue without an answer"),
+        ({"chosen": said("Q", "a"), "rejected": None}, "no messages in column 'rejected'"),
         ({"chosen": said("Q", "a"), "rejected": said("R", "a")}, "differ before their last answer"),
         ({"chosen": said("Q"), "rejected": said("Q", "a")}, "a dialogue without an answer"),
         ({"conversations": GPT[1:] + GPT}, "no user speaks first and last"),
@@ -142,6 +145,8 @@ def test_layouts_are_recognised_by_their_columns(name):
             {"conversations": [{"from": "tool", "value": "x"}, *GPT]},
             "a turn of 'tool'; known are human, user",
         ),
+        ({"messages": [{"role": "user", "content": None}]}, "has no content; fill it"),
+        ({"prompt": [{"role": "user", "content": None}]}, "has no content; fill it"),
         ({"conversations": None}, "no messages in column 'conversations'"),
         ({"conversations": []}, "no user speaks first and last"),
         ({"prompt": " "}, "empty prompt in column 'prompt'"),
@@ -240,6 +245,19 @@ def test_single_responses_are_paired_by_prompt_and_compared_by_score(tmp_path, t
             UserError, match="bad.jsonl:2: helpfulness of a response to this prompt is .*number"
         ):
             read_response_pairs(file, ["helpfulness"], tokenizer, LIMITS)
+
+
+def test_contents_in_parts_are_texts_in_every_layout():
+    parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "!"}]
+    asked = [{"role": "user", "content": parts}]
+    told = [*asked, {"role": "assistant", "content": parts[:1]}]
+    for row in ({"prompt": asked}, {"messages": told}, {"chosen": told, "rejected": told}):
+        found = read_example(row, "f:1", EVERY_ROW, answers=True)
+        assert found.messages == said("Q!") and set(found.responses) <= {"Q"}
+    picture = [{"role": "user", "content": [{"type": "image", "image": "p.png"}]}]
+    for row in ({"prompt": picture}, {"messages": picture}):
+        with pytest.raises(UserError, match=r"^f:1: part .* and nothing else is read"):
+            read_example(row, "f:1", EVERY_ROW, answers=True)
 
 
 def test_pairs_have_whole_conversations(tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import re
 import socket
@@ -492,10 +493,11 @@ def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [IndexError("list index"), RuntimeError("a script\nmore"), KeyError()])
-def test_whatever_datasets_raises_is_one_line(monkeypatch, tmp_path, error):
+def test_whatever_datasets_raises_is_one_line(monkeypatch, tmp_path, caplog, error):
     class Datasets:
         @staticmethod
         def load_dataset(name: str, split: str):
+            logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s [Retry 1/5].")
             raise error
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
@@ -503,6 +505,9 @@ def test_whatever_datasets_raises_is_one_line(monkeypatch, tmp_path, error):
     said = refusal(all_rows, str(tmp_path))
     assert re.search(f"{tmp_path}: neither a .*; check the name, or save", said)
     assert f"({reason})" in refusal(all_rows, "someone/prompts:test")
+    assert not caplog.records
+    logging.getLogger("huggingface_hub.utils").warning("heard again")
+    assert caplog.messages == ["heard again"]
 
 
 def limits(max_new_tokens: int) -> TextLimits:

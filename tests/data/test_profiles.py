@@ -4,8 +4,11 @@ import json
 from collections import Counter
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine.data.profiles import SAFETY, PromptSet, profile_of
+from engine.data.prompts import read_prompts
+from engine.data.reading import Rules
 from engine.data.tables import NotFound, read_rows
 from engine.errors import UserError
 from tests.helpers.published_sets import write_do_not_answer, write_sets
@@ -148,3 +151,20 @@ def test_a_file_that_is_missing_is_one_line(tmp_path):
 def test_rows_without_the_columns_of_a_set_are_refused(fields, row, says):
     with pytest.raises(UserError, match=says):
         PromptSet(name="s", source="f", **fields).kind_of(row, "f:2")
+
+
+def test_rows_that_lack_the_label_are_left_out_and_none_with_it_is_refused(tmp_path, tiny_folder):
+    tokenizer, file = AutoTokenizer.from_pretrained(tiny_folder), tmp_path / "m.jsonl"
+    one = PromptSet(name="m", source=str(file), label="S", safe=("0",), unsafe=("1",))
+
+    def read(*rows: dict):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rules = Rules(strict=False, kind_of=one.kind_of)
+        return read_prompts(one.source, tokenizer, rules, max_prompt_tokens=200)
+
+    # As in OpenAI's moderation set, whose rows have the labels that were asked for.
+    prompts, lines = read({"prompt": "a", "S": 1}, {"prompt": "b", "V": 0}, {"prompt": "c", "S": 0})
+    assert prompts.kind == ["unsafe", "safe"]
+    assert lines == [f"{file}: left out of 3 rows: 1 without the column S (--strict refuses them)"]
+    with pytest.raises(UserError, match=r"m.jsonl:1: no column 'S', which the set m needs; .*: prompt, V"):
+        read({"prompt": "b", "V": 0}, {"prompt": "c", "V": 0})

@@ -145,8 +145,8 @@ def small(monkeypatch):
 
 def test_of_a_large_set_a_choice_by_hash_is_tokenised(tmp_path, tokenizer, small, monkeypatch):
     asked = []
-    real = prompts_module.chat_ids
-    monkeypatch.setattr(prompts_module, "chat_ids", lambda *args: asked.append(args) or real(*args))
+    real = prompts_module.write_prompt
+    monkeypatch.setattr(prompts_module, "write_prompt", lambda *args: asked.append(args) or real(*args))
     rows = [{"prompt": f"prompt {i}"} for i in range(300)]
     whole = write(tmp_path / "whole.jsonl", rows)
     parts = [

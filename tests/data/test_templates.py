@@ -4,12 +4,13 @@ import pytest
 from tokenizers import processors
 
 from engine.config.template import template_kwargs
-from engine.data.chat import chat_ids, end_of_turn, lead_of_answers, render, write_prompt
+from engine.data.chat import end_of_turn, lead_of_answers, render, write_prompt
 from engine.data.templates import TEMPLATES, check_kwargs, remarks, use_template
 from engine.errors import UserError
 from engine.model.tokenizer import load_tokenizer
 from tests.helpers.byte_tokenizer import made
-from tests.helpers.llama1 import write_llama1
+from tests.helpers.chat import chat_ids
+from tests.helpers.published import write_llama1
 
 TURNS = [
     {"role": "user", "content": "hello"},

@@ -92,6 +92,29 @@ def write_llama1_tokenizer(folder: Path) -> None:
         **{f"{name}_token": token for name, token in zip(("unk", "bos", "eos", "pad"), special, strict=True)},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    names = {key: token for key, token in config.items() if key.endswith("_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+
+
+def write_llama1(folder: Path) -> Path:
+    """Writes a model as conversions of LLaMA-1 are published, without a chat template."""
+    write_llama1_tokenizer(folder)
+    size = vocabulary_size(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=size - 1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    edit_config(folder, max_sequence_length=2048)
+    return folder
 
 
 def vocabulary_size(folder: Path) -> int:
@@ -186,11 +209,12 @@ def write_beaver(
     edit_config(folder, **both, **numbers, **(of_later if later else of_2023), tie_word_embeddings=False)
     edit_config(folder, **config)
     settings = {**both, **config}
+    oracle = oracle.double()  # so that the whole difference is the rounding of what is tested
 
     def score(ids: list[int]) -> float:
         with torch.no_grad():
             state = oracle(torch.tensor([ids])).last_hidden_state[0, -1]
-        raw = float(weight.float()[0] @ state) + (bias or 0.0)
+        raw = float(weight.double()[0] @ state) + (bias or 0.0)
         if not settings["do_normalize"]:
             return raw
         shift = float(mean) if settings["score_type"] == "reward" else 0.0

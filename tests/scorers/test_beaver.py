@@ -155,7 +155,7 @@ def test_a_cost_model_as_a_reward_is_warned_about_and_its_negative_is_not(
         reward=model if role == "reward" else other, costs=(model if role == "cost" else other,), audits=()
     )
     prompts = Prompts(text=["Hi"], kind=[""], token_ids=[[7]], key_P=torch.arange(1))
-    warned = try_out(scorers, prompts, 8)
+    warned = try_out(scorers, [prompts], 8)
     assert len(warned) == bool(said) and all(said in line for line in warned)
 
 

@@ -74,6 +74,10 @@ def test_a_response_is_judged_alone_where_its_model_was_trained_so(tmp_path, tin
     assert (scores(f"{tmp_path}#1:logit@response", tiny_folder) - alone[:, 1]).abs().max() < 1e-5
     by_name = scores(f"humor=-{tmp_path}#HUMOR:logit@response", tiny_folder)
     assert (by_name - alone[:, 1]).abs().max() < 1e-5
+    # The tokenizer puts nothing around texts, so of an empty response the end alone is read.
+    empty = find_scorer(f"{tmp_path}#1:logit@response", tiny_folder).load("x", CPU)(["Hi", "Hi"], ["", "No"])
+    right = logits(network, tmp_path, ["</s>", "No"])[:, 1]
+    assert (empty - right).abs().max() < 1e-5
     odds = alone[:, 1] - alone[:, 0]
     assert (scores(f"{tmp_path}@response", tiny_folder) - odds).abs().max() < 1e-5
     pairs = logits(network, tmp_path, PROMPTS, RESPONSES)

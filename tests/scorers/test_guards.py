@@ -292,9 +292,9 @@ def test_a_guard_as_a_reward_is_warned_about(tmp_path, tiny_folder):
     scorer = load(f"{tmp_path}@llama-guard", tiny_folder)
     other = TextScorer(name="other", function=lambda p, r: [float(len(text)) for text in r])
     prompts = Prompts(text=["Hi"], kind=[""], token_ids=[[7]], key_P=torch.arange(1))
-    (said,) = try_out(Scorers(reward=scorer, costs=(other,), audits=()), prompts, 8)
+    (said,) = try_out(Scorers(reward=scorer, costs=(other,), audits=()), [prompts], 8)
     assert "is a cost model" in said
-    assert try_out(Scorers(reward=other, costs=(scorer,), audits=()), prompts, 8) == []
+    assert try_out(Scorers(reward=other, costs=(scorer,), audits=()), [prompts], 8) == []
 
 
 def test_a_run_with_a_reward_model_and_a_guard(tmp_path, tiny_folder, capfd):

@@ -184,6 +184,21 @@ def test_shared_texts_leave_the_training_rows(tiny, tmp_path, capsys):
     assert "1 training rows removed" in capsys.readouterr().out
 
 
+def test_a_head_without_rows_to_judge_it_on_is_refused(tiny, tmp_path, capsys):
+    long = [row | {"prompt": "x" * 5000, "response": f"{row['response']} z"} for row in toy_labels(3)]
+    config = HeadConfig(
+        data=(write(tmp_path / "a.jsonl", toy_labels(10)),),
+        test=(write(tmp_path / "b.jsonl", long),),
+        out=str(tmp_path / "o"),
+        model=tiny,
+        layer=1,
+    )
+    with pytest.raises(UserError, match="no held-out rows are left to judge the head on"):
+        training.train(config)
+    assert "6 rows removed: with a prompt of more than 2000 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "o").exists()
+
+
 GOOD = {"prompt": "p", "response": "r", "label": 1}
 
 
@@ -192,6 +207,7 @@ GOOD = {"prompt": "p", "response": "r", "label": 1}
     [
         ({"prompt": "p", "response": "r"}, 'no "label"'),
         ({"response": "r", "label": 1}, 'no "prompt"'),
+        ({"question": "q", "Response": "r"}, "columns found are question, Response: name others by --prompt"),
         ({"prompt": "p", "chosen": "r"}, 'no "rejected"'),
         ({"prompt": "p", "chosen": "r", "rejected": "r "}, "same text"),
         ({"prompt": "p", "response": " ", "label": 1}, '"response" is empty'),

@@ -8,7 +8,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.command import run_command
-from engine.data.chat import chat_ids
 from engine.data.prompts import TextLimits
 from engine.errors import NotAnswered, UserError
 from engine.scorers import remote
@@ -16,6 +15,7 @@ from engine.scorers.answers import Answers
 from engine.scorers.base import Sampled
 from engine.scorers.find import content, find_scorer
 from engine.scorers.remote_forms import number_in
+from tests.helpers.chat import chat_ids
 from tests.helpers.judges import JudgeServer, away, reward, rewards, says
 
 TALK = [

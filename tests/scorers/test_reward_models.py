@@ -143,9 +143,9 @@ def test_the_positions_of_a_reward_model_end_before_anything_is_sampled(tmp_path
     scorer = find_scorer(f"rm={tmp_path}", tiny_folder).load("x", CPU)
     prompts = Prompts(text=["Hi"], kind=[""], token_ids=[[7]], key_P=torch.arange(1))
     scorers = Scorers(reward=scorer, costs=(), audits=())
-    assert try_out(scorers, prompts, 200) == []
+    assert try_out(scorers, [prompts], 200) == []
     with pytest.raises(UserError, match="scorer rm reads 256 tokens, .*; lower --max-new-tokens 256"):
-        try_out(scorers, prompts, 256)
+        try_out(scorers, [prompts], 256)
 
 
 def test_learned_positions_behind_the_padding_count(tmp_path, tiny_folder):

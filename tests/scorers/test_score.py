@@ -20,7 +20,6 @@ from transformers import (
 
 from engine import model, quickstart
 from engine.config import CaidConfig, smoke
-from engine.data.chat import chat_ids
 from engine.data.prompts import load_prompts
 from engine.errors import UserError
 from engine.model.packing import batches, groups
@@ -34,6 +33,7 @@ from engine.scorers.base import Head, Scorers, TextScorer
 from engine.scorers.find import find_scorer, load_scorers
 from engine.scorers.scoring import ReferenceForward, score, try_out
 from engine.stages.inputs import read_inputs
+from tests.helpers.chat import chat_ids
 
 CPU = torch.device("cpu")
 
@@ -237,18 +237,44 @@ def test_scorers_of_texts_are_tried_on_the_runs_prompts():
         return TextScorer(name=name, function=lambda p, r: asked.append(p) or values[: len(r)])
 
     good, constant = scorer([1.0, 2.0, 3.0, 4.0]), scorer([2.5] * 4, "same")
-    assert try_out(Scorers(reward=good, costs=(good,), audits=()), tried("one", "two"), 8) == []
+    assert try_out(Scorers(reward=good, costs=(good,), audits=()), [tried("one", "two")], 8) == []
     assert asked == [["one", "two", "one", "two"]] * 2, "a scorer may know its prompts"
-    (said,) = try_out(Scorers(reward=good, costs=(constant,), audits=()), tried("one"), 8)
+    (said,) = try_out(Scorers(reward=good, costs=(constant,), audits=()), [tried("one")], 8)
     assert "scorer same gave 2.5 for each of 4 trial answers" in said
     with pytest.raises(
         UserError, match=r"judge gave nan for response 0 to prompt 2 \('one'\); let it give a finite number"
     ):
         try_out(
-            Scorers(reward=good, costs=(), audits=(scorer([0.0, 1.0, float("nan"), 2.0]),)), tried("one"), 8
+            Scorers(reward=good, costs=(), audits=(scorer([0.0, 1.0, float("nan"), 2.0]),)), [tried("one")], 8
         )
     with pytest.raises(UserError, match="returned 3 scores for 4"):
-        try_out(Scorers(reward=scorer([0.0] * 3), costs=(), audits=()), tried("one"), 8)
+        try_out(Scorers(reward=scorer([0.0] * 3), costs=(), audits=()), [tried("one")], 8)
+
+
+def test_scorers_are_tried_on_a_conversation_of_every_form():
+    def asked(*talks):
+        texts, ids = ["x"] * len(talks), [[7]] * len(talks)
+        messages = [[{"role": role, "content": text} for role, text in talk] for talk in talks]
+        keys, rows = torch.arange(len(talks)), [json.dumps(talk) for talk in talks]
+        return Prompts(text=texts, kind=texts, token_ids=ids, key_P=keys, messages=messages, rows=rows)
+
+    def scores(prompts, responses, row):
+        tried.extend(zip(prompts, responses, row, strict=True))
+        if any("user" != talk[0]["role"] for talk in prompts):
+            raise ValueError("it takes no system line")
+        return [float(len(text)) for text in responses]
+
+    tried = []
+    judge = TextScorer(name="judge", function=scores, reads_messages=True, keywords=("row",))
+    scorers = Scorers(reward=judge, costs=(), audits=())
+    a, b, c = [("user", "a")], [("user", "b")], [("user", "c")]
+    turns, more = ([("user", "c"), ("assistant", text), ("user", "d")] for text in "ef")
+    assert try_out(scorers, [asked(a, b, a, b, c, turns), asked(more, c)], 8) == []
+    talks = [[(message["role"], message["content"]) for message in talk] for talk, _, _ in tried]
+    assert talks == [a, b, a, b, turns]
+    assert [row for *_, row in tried] == [[list(turn) for turn in talk] for talk in talks]
+    with pytest.raises(UserError, match="scorer judge raised ValueError: it takes no system line"):
+        try_out(scorers, [asked(a), asked(b, [("system", "s"), *b])], 8)
 
 
 @pytest.fixture
@@ -500,7 +526,7 @@ def test_a_scorer_is_given_the_whole_conversation(world, tmp_path):
         "user: I am Bo.\n\nassistant: Hello.\n\nuser: What is it?",
     ]
     assert seen["messages"][::4] == TALKS and len(seen["messages"]) == 12
-    try_out(scorers, prompts, 8)
+    try_out(scorers, [prompts], 8)
     assert seen["messages"] == [*TALKS, TALKS[0]] and seen["text"][0] == "What is it?"
 
 

@@ -48,7 +48,7 @@ def flags(published) -> list[str]:
     train_rows, test_rows = str(published), f"{published}:test"
     return [
         "pecan", *SMOKE, "--prompts", train_rows, "--heldout", test_rows, "--pairs", train_rows,
-        "--preferences", train_rows, "--preference-steps", "1", "--steps", "1", "--force",
+        "--preferences", train_rows, "--preference-steps", "1", "--steps", "11", "--force",
     ]  # fmt: skip
 
 

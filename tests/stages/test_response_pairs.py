@@ -107,7 +107,7 @@ def heldout_prompt() -> str:
             "own.jsonl:2: empty prompt in column 'prompt'",
         ),
         (["mocan", "--pairs"], [{"prompt": "a", "response_0": "b"}], "no column 'response_1'"),
-        (["mocan", "--eval-prompts", "40", "--cost-on", "delicate", "--pairs"], ROWS, "0 of the 8 rows of"),
+        (["mocan", "--eval-prompts", "40", "--cost-on", "delicate", "--pairs"], ROWS, "0 of the 6 rows of"),
         (["caid", "--strict", "--pairs"], "held out", "is also a prompt of --pairs"),
         (["pecan", "--strict", "--preferences"], "held out", "is also a prompt of --preferences"),
     ],
@@ -212,9 +212,10 @@ def test_updates_learn_from_a_files_pairs(tmp_path):
     ]
     losses = []
     for name, rows in (("a", ROWS), ("b", chosen), ("c", turned)):
+        # Of 8 rows those are scored that 3 steps of 2 prompts can take.
         file = write(tmp_path / f"{name}.jsonl", rows)
         assert train.main(["mocan", *SMOKE, "--pairs", file, "--out", str(tmp_path / name)]) == 0
-        assert [row.prompts for row in read_rows(tmp_path / name, PairsRow)] == [8]
+        assert [row.prompts for row in read_rows(tmp_path / name, PairsRow)] == [6]
         losses.append([loss for _, loss in steps_of(tmp_path / name)])
         pairs = {row.pairs for row in read_rows(tmp_path / name, PairStepRow)}
         assert pairs == {2}, "two prompts a step, a pair each"

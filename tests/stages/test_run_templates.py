@@ -17,7 +17,7 @@ from engine.stages.inputs import read_inputs
 from engine.stages.reference import ReferenceSamples
 from engine.stages.run_inputs import owned_inputs
 from engine.stages.smoke import write_random_heads
-from tests.helpers.llama1 import write_llama1
+from tests.helpers.published import write_llama1
 from tests.helpers.runs import SMOKE, files, write
 
 TEMPLATE = (
