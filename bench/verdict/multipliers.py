@@ -5,10 +5,11 @@ A cell is a kind of scores and a size. In each of its replications scores are dr
 for the multipliers and gives their interval. The truth is known in closed form for normal scores, else from a
 few hundred prompts of evenly spaced spreads with thousands of responses each.
 
-    rows(replications=2000, seed=0)
+    print(*table(rows(replications=2000, seed=0)), sep="\n")
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -93,7 +94,8 @@ class Cell:
 
 
 CELLS = [
-    *(Cell(kind=kind, G=G) for kind in KINDS for G in (4, 8, 32)),
+    *(Cell(kind=kind, G=G) for kind in KINDS for G in (8, 32)),
+    *(Cell(kind=kind, G=4) for kind in ("normal", "unequal prompts", "lognormal costs")),
     *(
         Cell(kind=kind, G=G, b_J=(0.3,) * J)
         for kind in ("normal", "lognormal costs")
@@ -120,11 +122,45 @@ def rows(replications: int = 2000, seed: int = 0, cells: list[Cell] = CELLS) -> 
     - ess: mean effective share of the responses. unsupported: replications whose samples do not support the
       thresholds, which are left out.
     """
-    return [_row(cell, replications, seed + number) for number, cell in enumerate(cells)]
+    return [_row(cell, replications, seed) for cell in cells]
+
+
+def table(found: list[dict]) -> list[str]:
+    """Writes the rows as lines of a Markdown table."""
+    head = [
+        "scores",
+        "P",
+        "G",
+        "b",
+        "beta",
+        "effective",
+        "true",
+        "solved",
+        "corrected",
+        "before",
+        "held",
+        "width",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in found:
+        b = ", ".join(f"{b:g}" for b in row["b"])
+        cells = [row["kind"], str(row["P"]), str(row["G"]), b, f"{row['beta']:g}"]
+        cells += [
+            "" if row[name] is None else f"{row[name]:.2f}"
+            for name in ("ess", "truth", "solved", "corrected")
+        ]
+        cells.append("" if row["at_same_G"] is None else f"{100 * row['at_same_G']:.0f} %")
+        claim = "no claim" if row["coverage"] is None else f"{100 * row['coverage']:.1f} %"
+        if row["coverage"] is not None and row["claimed"] < 1:
+            claim += f", claimed in {100 * row['claimed']:.0f} %"
+        cells += [claim, "" if row["width"] is None else f"{row['width']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _row(cell: Cell, replications: int, seed: int) -> dict:
-    rng, truth = np.random.default_rng(seed), true_lam(cell)
+    # A cell's numbers do not depend on the other cells.
+    rng, truth = np.random.default_rng([seed, zlib.crc32(repr(cell).encode())]), true_lam(cell)
     found, ess, unsupported = [], [], 0
     for _ in range(replications):
         reward, utility = draw(cell, rng, cell.P, cell.G, rng.normal(size=(cell.P, 1, 1)))
