@@ -8,6 +8,7 @@ few hundred prompts of evenly spaced spreads with thousands of responses each.
     print(*table(rows(replications=2000, seed=0)), sep="\n")
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -17,9 +18,14 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
+from bench.theory.exact_stages import ExactStages
+from bench.theory.problem import make
+from bench.theory.updates import regression
 from engine import dual
+from engine.config import MocanConfig
 from engine.errors import UserError
 from engine.intervals import t_quantile
+from engine.records import Target, lagrangian
 
 CORRELATION = -0.45  # of the reward with each utility, before a kind bends them
 BETWEEN = 0.2  # of two utilities
@@ -248,3 +254,38 @@ def _uncorrected(reward, utility, cell: Cell, solution: dual.Solution) -> tuple[
     se = (inverse @ covariance @ inverse / cell.P).diagonal().sqrt()
     reach[free] = t_quantile(0.975, cell.P - 1) * se
     return solution.lam - reach, solution.lam + reach
+
+
+def warm_starts(seeds: range = range(40)) -> list[dict]:
+    """Compares where policies end at the solved and at the corrected multipliers, in the exact world.
+
+    24 prompts with 30 listed responses each, of which `G` are drawn; problems of `bench.theory.problem`, J
+    constraints, and a class of policies that is `eps` away from the tilts. |E g - b| of a policy is exact.
+    One dict a cell, with means over seeds and constraints, each for "solved" and "corrected":
+
+    - tilt: of pi*(lambda). class: of the policy that fits the drawn responses best (regression on pairs).
+    - short: how far the latter falls short of b on average; below 0 where it goes beyond.
+    """
+    found = []
+    for eps, J, G in itertools.product((0.0, 0.3, 1.0), (1, 2), (4, 8, 32)):
+        row = {"eps": eps, "J": J, "G": G}
+        slacks: dict[tuple[str, str], list] = {}
+        for seed in seeds:
+            problem = make(seed, J=J, eps=eps, P=24, Y=30)
+            world = ExactStages(problem, MocanConfig(beta=problem.beta), regression, draws=G, seed=seed)
+            solution, scores = world.solve_dual(), world.scores
+            u_PJ = dual.unbiased_improvement(scores.reward_PG, scores.utility_PGJ, solution.lam, problem.beta)
+            slack_J = u_PJ.mean(0) - problem.b_J
+            corrected = dual.step(solution.lam, slack_J, solution.hessian, max_change=math.inf)
+            for name, lam in (("solved", solution.lam), ("corrected", corrected)):
+                tilt_PY = (problem.reward_PY + problem.utility_PYJ @ lam).div(problem.beta).softmax(1)
+                tilted_J = (tilt_PY[..., None] * problem.shifted_PYJ).sum(1).mean(0)
+                target = Target(lam_J=lam, score=lagrangian(lam), coefficient=problem.beta)
+                slacks.setdefault(("tilt", name), []).append(tilted_J)
+                slacks.setdefault(("class", name), []).append(problem.slack_J(world.fit(target, 1)))
+        for (where, name), values in slacks.items():
+            row[f"{where}, {name}"] = float(torch.stack(values).abs().mean())
+            if where == "class":
+                row[f"short, {name}"] = -float(torch.stack(values).mean())
+        found.append(row)
+    return found

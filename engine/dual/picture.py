@@ -48,7 +48,9 @@ def _lambda_panel(axis: Axes, analysis: Analysis, curve: Curve) -> None:
             )
         if len(analysis.b_J) == 1:
             high = np.minimum(curve.high_KJ[:, j], 2 * top)
-            axis.fill_between(curve.x_K, curve.low_KJ[:, j], high, color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(
+                curve.x_K, curve.low_KJ[:, j], high, color=colour, alpha=0.2, linewidth=0, label="its 95 %"
+            )
         lam, low, high = (float(part[j]) for part in (interval.lam, interval.low, interval.high))
         bars = [[lam - min(low, lam)], [min(max(high, lam), 2 * top) - lam]]
         label = f"here: {'true ' if interval.of_truth else ''}{lam:.3f}, 95 %"

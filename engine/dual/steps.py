@@ -39,7 +39,7 @@ def step(
         raise UserError(f"dual step: {values} must be finite.")
     lower, upper = _bounds(lam, max_change, lam_max, floor)
     if eta.ndim:
-        return model_minimum(lam, slack, eta, lower, upper)
+        return _model_minimum(lam, slack, eta, lower, upper)
     return (lam - eta * slack).clamp(min=lower, max=upper)
 
 
@@ -136,7 +136,7 @@ def secant_step(
             best, radius = point, 2 * radius
     lam, slack, se = points[-1]
     lower, upper = _bounds(lam, max_change, lam_max, floor)
-    target = model_minimum(lam, resolved(slack, se), model, lower, upper)
+    target = _model_minimum(lam, resolved(slack, se), model, lower, upper)
     way = target - best[0]
     length = float(way @ metric @ way) ** 0.5
     if length > radius:
@@ -216,7 +216,7 @@ def _distance_from_0(hessian: Tensor, point: tuple[Tensor, ...]) -> float:
     return float(open_slack @ solve_psd(hessian, open_slack)) ** 0.5
 
 
-def model_minimum(lam: Tensor, slack: Tensor, hessian: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+def _model_minimum(lam: Tensor, slack: Tensor, hessian: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Finds the x in [lower, upper] that minimises slack . (x - lam) + (x - lam) . H (x - lam) / 2.
 
     The method is an active set: a coordinate that meets a bound is fixed there and the others are solved

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.dual.problem import check_problem, in_brackets, solve_psd, within_std
 from engine.dual.solver import Solution, tilted_improvement
-from engine.dual.steps import model_minimum
+from engine.dual.steps import step
 from engine.errors import UserError
 from engine.intervals import float64, t_quantile
 
@@ -106,8 +106,7 @@ def lam_interval(
     of_truth = enough_responses(solution.ess, reward.shape[1])
     if of_truth:
         u_PJ = unbiased_improvement(reward, utility, lam, beta) - required_PJ
-        lowest, highest = torch.zeros_like(lam), torch.full_like(lam, math.inf)
-        lam = model_minimum(lam, u_PJ.mean(0), hessian, lowest, highest)
+        lam = step(lam, u_PJ.mean(0), hessian, max_change=math.inf)
     else:
         u_PJ = tilted_improvement(reward, utility, lam, beta)[1] - required_PJ
     gradient = u_PJ.mean(0) + hessian @ (lam - solution.lam)
