@@ -31,11 +31,11 @@ CORRELATION = -0.45  # of the reward with each utility, before a kind bends them
 BETWEEN = 0.2  # of two utilities
 
 
-def _normal(z, spread):
+def _normal(z, spread, rng=None):
     return z * np.exp(0.3 * spread - 0.09)
 
 
-def _unequal(z, spread):
+def _unequal(z, spread, rng=None):
     """The 5 % of prompts that spread most do so four times as much as the 5 % that spread least."""
     return z * np.exp(0.42 * spread - 0.42**2)
 
@@ -50,31 +50,32 @@ def _lognormal(z, sigma: float):
     return (np.exp(sigma * z) - math.sqrt(square)) / math.sqrt(square * (square - 1))
 
 
-def _harmful(z, spread):
+def _harmful(z, spread, rng=None):
     """Costs are lognormal, so utilities fall far now and then."""
     return _normal(_bent(z, lambda x: -_lognormal(-x, 0.7)), spread)
 
 
-def _outstanding(z, spread):
+def _outstanding(z, spread, rng=None):
     """Utilities rise far now and then, up to 4 standard deviations."""
     return _normal(_bent(z, lambda x: np.minimum(_lognormal(x, 0.5), 4)), spread)
 
 
-def _whole(z, spread):
+def _whole(z, spread, rng=None):
     """Rewards and utilities are grades of a few whole numbers."""
     return _normal(np.round(1.5 * z) / 1.53, spread)
 
 
-def _unsafe(z, spread):
+def _unsafe(z, spread, rng=None):
     """Costs are 0 or 1, in about 22 % of the responses, more with some prompts than with others."""
     limit = NormalDist().inv_cdf(0.2) + 0.4 * spread
     return np.concatenate([z[..., :1], (z[..., 1:] >= limit) / 0.41], -1)
 
 
-def _heavy(z, spread):
-    """All scores have heavy tails, up to 5 standard deviations, where the tilt of many responses finds its
-    weight and that of few does not."""
-    return _normal(np.clip(np.sinh(0.8 * z) / math.sqrt((math.exp(1.28) - 1) / 2), -5, 5), spread)
+def _heavy(z, spread, rng):
+    """Responses differ in how far out all their scores are, up to 5 standard deviations. The true tilt has
+    its weight in a few of very many responses, which 8 or 32 do not show."""
+    size = np.exp(0.6 * rng.normal(size=(*z.shape[:2], 1)) - 0.36)
+    return _normal(np.clip(z * size, -5, 5), spread)
 
 
 KINDS: dict[str, Callable] = {
@@ -111,6 +112,7 @@ CELLS = [
     *(Cell(kind=kind, P=P) for kind in ("normal", "unequal prompts", "lognormal costs") for P in (32, 400)),
     *(Cell(beta=beta, G=G) for beta in (0.5, 0.7, 2.0) for G in (8, 32)),
     *(Cell(b_J=(b,), beta=beta) for b in (0.2, 0.6) for beta in (1.0, 2.0)),
+    Cell(kind="heavy tails", beta=2.0),
     Cell(P=1000),
     Cell(b_J=(0.3, -0.5)),  # the second constraint has room
     Cell(b_J=(0.3, -0.27)),  # it has hardly any
@@ -210,7 +212,7 @@ def _row(cell: Cell, replications: int, seed: int) -> dict:
 def draw(cell: Cell, rng: np.random.Generator, P: int, G: int, spread) -> tuple[np.ndarray, np.ndarray]:
     """Draws rewards [P, G] and utilities [P, G, J] of prompts with the standard normal `spread` [P, 1, 1]."""
     z = rng.normal(size=(P, G, 1 + len(cell.b_J))) @ np.linalg.cholesky(_covariance(len(cell.b_J))).T
-    scores = KINDS[cell.kind](z, spread)
+    scores = KINDS[cell.kind](z, spread, rng)
     return scores[..., 0], scores[..., 1:]
 
 
