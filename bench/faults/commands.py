@@ -43,9 +43,7 @@ COMMANDS = {
         needs="caid",
         resumes=True,
     ),
-    "dual": Command(
-        tuple("engine.dual scores.jsonl --cost harm --threshold 0.1 --out dual --draws 40".split()), "dual"
-    ),
+    "dual": Command(tuple("engine.dual scores.jsonl --cost harm --threshold 0.1 --out dual".split()), "dual"),
     "head": Command(
         tuple("engine.train head --data head.jsonl --model model --layer 2 --out trained".split()), "trained"
     ),

@@ -61,7 +61,8 @@ def _subsets(by_size: dict[str, list]) -> list[str]:
         *lines,
         "",
         f"All samples: lambda {lam}. Subsets of the prompts are drawn with replacement; their "
-        "spread is what the interval should cover. Fewer responses make lambda larger on average: the best "
+        "spread is what the interval should cover; from 8 responses on it also holds what is not known of "
+        "their bias. Fewer responses make lambda larger on average: the best "
         "of few is not as good, so more weight is needed for the same predicted improvement.",
     ]
 

@@ -68,7 +68,7 @@ def lam_of_subsets(
 def _row(n: int, solutions: list[_Solved | None], full: Tensor) -> dict:
     """Summarises the draws of one size; None stands for a draw that does not support the thresholds."""
     infinite = torch.full_like(full, math.inf)
-    low, high = dual.percentiles(torch.stack([infinite if x is None else x.lam for x in solutions]))
+    low, high = _percentiles(torch.stack([infinite if x is None else x.lam for x in solutions]))
     kept = [x for x in solutions if x is not None]
     return {
         "n": n,
@@ -79,6 +79,16 @@ def _row(n: int, solutions: list[_Solved | None], full: Tensor) -> dict:
         "unsupported": len(solutions) - len(kept),
         "ess": float(np.mean([x.ess for x in kept])) if kept else None,
     }
+
+
+def _percentiles(draws: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Returns (low, high), the bounds of the central `level` of draws along the first dimension.
+
+    They are draws themselves, not interpolated but rounded outward; inf counts as the largest value.
+    """
+    ordered = draws.sort(dim=0).values
+    cut = math.floor((1 - level) / 2 * (len(ordered) - 1) + 1e-9)
+    return ordered[cut], ordered[len(ordered) - 1 - cut]
 
 
 def _finite(values: Tensor) -> list[float | None]:

@@ -6,7 +6,7 @@ The library (names below; below the report and the run folder)
     solver.py       solve; the limits of what thresholds samples support
     feasibility.py  whether thresholds are supported, decided exactly where the solver is slow
     steps.py        the next multipliers from measured slack
-    uncertainty.py  intervals of the multipliers
+    uncertainty.py  intervals of the multipliers, with the bias of few responses taken out
 
 The command `python -m engine.dual SCORES`
 
@@ -28,11 +28,10 @@ from engine.dual.solver import (
 from engine.dual.steps import bisection_step, optimistic_step, resolved, secant_step, step
 from engine.dual.uncertainty import (
     Interval,
-    bootstrap,
     ess_warning,
-    half_sample,
     lam_interval,
-    percentiles,
+    said,
+    unbiased_improvement,
 )
 from engine.intervals import paired_improvement, predicted_se, standard_error, within_deviation
 
@@ -41,21 +40,20 @@ __all__ = [
     "Interval",
     "Solution",
     "bisection_step",
-    "bootstrap",
     "ess_warning",
-    "half_sample",
     "lam_interval",
     "largest_multiple",
     "largest_threshold",
     "optimistic_step",
     "paired_improvement",
-    "percentiles",
     "predicted_se",
     "resolved",
+    "said",
     "secant_step",
     "solve",
     "standard_error",
     "step",
     "tilted_improvement",
+    "unbiased_improvement",
     "within_deviation",
 ]

@@ -112,19 +112,13 @@ def print_analysis(analysis: Analysis, display: Display) -> None:
 
 
 def _constraint_lines(analysis: Analysis, j: int) -> list[str]:
-    config, solution, interval = analysis.config, analysis.solution, analysis.interval
-    word, (low_J, high_J) = _word(config), analysis.bootstrap
+    config, solution, word = analysis.config, analysis.solution, _word(analysis.config)
     se_J = dual.standard_error(analysis.improvement_PJ)
-    if interval.se[j].isinf():
-        delta = "not identified by the delta method (another constraint asks for the same)"
-    else:
-        delta = f"{range_text(interval.low[j], interval.high[j])} by the delta method"
+    said = dual.said(solution.lam[j : j + 1], analysis.interval.of(j), analysis.reward_PG.shape[1])
     largest = analysis.alone_J[j] + analysis.shift_J[j]
     alone = " alone" if len(analysis.table.names) > 1 else ""
     return [
-        f"constraint {analysis.table.names[j]}: {word} {config.threshold[j]:.3f}, "
-        f"lambda {solution.lam[j]:.4f}, 95 % over prompts {delta}, "
-        f"{range_text(low_J[j], high_J[j])} by the bootstrap",
+        f"constraint {analysis.table.names[j]}: {word} {config.threshold[j]:.3f}, lambda {said}",
         f"  predicted improvement {solution.predicted_improvement[j]:+.3f} +- {se_J[j]:.3f} "
         f"(at lambda 0: {analysis.at_zero_J[j]:+.3f}); largest supported {word} {largest:.3f}{alone}",
     ]
@@ -137,10 +131,6 @@ def _word(config: DualConfig) -> str:
 
 def _decimals(values: Tensor) -> str:
     return ", ".join(f"{value:.3f}" for value in values.tolist())
-
-
-def range_text(low: Tensor, high: Tensor) -> str:
-    return f"[{float(low):.3f}, {'unbounded' if high.isinf() else f'{float(high):.3f}'}]"
 
 
 if __name__ == "__main__":

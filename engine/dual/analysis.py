@@ -16,13 +16,17 @@ from engine.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Solutions along K thresholds, and the bootstrap's interval of lambda there (of one constraint only)."""
+    """Solutions along K thresholds."""
 
     x_K: np.ndarray  # the threshold of one constraint, or the common factor of several
     lam_KJ: np.ndarray
     gain_K: np.ndarray  # predicted improvement of the reward
     gain_se_K: np.ndarray
-    band: tuple[np.ndarray, np.ndarray] | None
+    # What the intervals of the true multipliers are about, and their bounds; NaN where the responses are too
+    # few to say so.
+    true_KJ: np.ndarray
+    low_KJ: np.ndarray
+    high_KJ: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,6 @@ class Analysis:
     b_J: Tensor  # required improvements
     solution: dual.Solution
     interval: dual.Interval
-    bootstrap: tuple[Tensor, Tensor]  # low, high, each [J]
-    lost: int  # bootstrap samples that do not support the thresholds
     gain_P: Tensor  # predicted improvement of the reward
     improvement_PJ: Tensor  # predicted improvement of the utilities
     gain_at_zero: float  # mean of gain_P at lambda 0
@@ -89,18 +91,9 @@ def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
         "absolute": config.absolute,
     }
     solution = dual.solve(**problem)
-    draws = dual.bootstrap(**problem, draws=config.draws, seed=config.seed, start_J=solution.lam)
     gain_P, improvement_PJ = dual.tilted_improvement(reward, utility, solution.lam, config.beta)
     gain_at_zero_P, at_zero_PJ = dual.tilted_improvement(reward, utility, torch.zeros(J), config.beta)
-    lost = int(draws[:, 0].isinf().sum())
-    warnings = []
-    if warning := dual.ess_warning(solution.ess, reward.shape[1]):
-        warnings.append(warning + dual.half_sample(**problem, lam_J=solution.lam, seed=config.seed))
-    if lost:
-        warnings.append(
-            f"{lost} of {config.draws} bootstrap samples do not support the thresholds; "
-            "they count as infinite multipliers."
-        )
+    warning = dual.ess_warning(solution.ess, reward.shape[1])
     return Analysis(
         file=file,
         config=config,
@@ -112,22 +105,21 @@ def analyse(file: str, table: Table, config: DualConfig) -> Analysis:
         b_J=threshold - mean if config.absolute else threshold,
         solution=solution,
         interval=dual.lam_interval(**problem, solution=solution),
-        bootstrap=dual.percentiles(draws),
-        lost=lost,
         gain_P=gain_P,
         improvement_PJ=improvement_PJ,
         gain_at_zero=float(gain_at_zero_P.mean()),
         at_zero_J=at_zero_PJ.mean(0),
         alone_J=dual.largest_threshold(utility),
         multiple=dual.largest_multiple(utility, threshold, absolute=config.absolute),
-        warnings=warnings,
+        warnings=[warning] if warning else [],
     )
 
 
 def as_dict(analysis: Analysis, curve: Curve) -> dict:
     """Returns the content of dual.json.
 
-    null stands for what is unbounded; lam_se is null for a multiplier that the scores do not identify.
+    null stands for what is unbounded; lam_se is null for a multiplier that the scores do not identify. The
+    intervals are about lam_corrected, which is lam itself where `intervals_of_true_lambda` is false.
     """
     config, solution, (P, G) = analysis.config, analysis.solution, analysis.reward_PG.shape
     return {
@@ -137,9 +129,9 @@ def as_dict(analysis: Analysis, curve: Curve) -> dict:
         "beta": config.beta,
         "absolute": config.absolute,
         "units": config.units,
-        "draws": config.draws,
         "seed": config.seed,
         "reward_unit": analysis.units[0],
+        "intervals_of_true_lambda": analysis.interval.of_truth,
         "constraints": [_constraint(analysis, j) for j in range(len(analysis.table.names))],
         "largest_multiple": finite_or_none(analysis.multiple),
         "reward_improvement": float(analysis.gain_P.mean()),
@@ -148,7 +140,6 @@ def as_dict(analysis: Analysis, curve: Curve) -> dict:
         "ess": float(solution.ess.mean()),
         "value": solution.value,
         "kkt": solution.kkt,
-        "unsupported_draws": analysis.lost,
         "warnings": analysis.warnings,
         "curve": {
             "x": curve.x_K.tolist(),
@@ -168,9 +159,9 @@ def _constraint(analysis: Analysis, j: int) -> dict:
         "threshold": config.threshold[j],
         "b": float(analysis.b_J[j]),
         "lam": float(solution.lam[j]),
+        "lam_corrected": float(interval.lam[j]),
         "lam_se": finite_or_none(interval.se[j]),
-        "lam_delta": [finite_or_none(interval.low[j]), finite_or_none(interval.high[j])],
-        "lam_bootstrap": [finite_or_none(bound[j]) for bound in analysis.bootstrap],
+        "lam_interval": [finite_or_none(interval.low[j]), finite_or_none(interval.high[j])],
         "slack": float(solution.gradient[j]),
         "improvement": float(solution.predicted_improvement[j]),
         "improvement_se": float(dual.standard_error(analysis.improvement_PJ)[j]),
@@ -192,52 +183,29 @@ def trace_curve(analysis: Analysis, points: int = 61) -> Curve:
     else:
         low, asked, top = 0.0, 1.0, min(analysis.multiple, 3.0)
     x_K = np.unique([*np.linspace(low, max(low + 0.95 * (top - low), asked), points), asked])
-    lam, lams, gains = None, [], []
+    lam, solved, gains = None, [], []
     for x in x_K:
+        b_J = b * x if J > 1 else b.new_tensor([x])
         try:
-            lam = dual.solve(reward, utility, b * x if J > 1 else [x], config.beta, start_J=lam).lam
+            solution = dual.solve(reward, utility, b_J, config.beta, start_J=lam)
         except UserError:  # so near to the limit that lambda has no accurate value
             break
-        lams.append(lam.numpy())
+        lam, interval = solution.lam, dual.lam_interval(reward, utility, b_J, config.beta, solution)
+        known = 1.0 if interval.of_truth else math.nan
+        bounds = [known * part.numpy() for part in (interval.lam, interval.low, interval.high)]
+        solved.append([lam.numpy(), *bounds])
         gains.append(dual.tilted_improvement(reward, utility, lam, config.beta)[0])
-    x_K, lam_KJ = x_K[: len(lams)], np.stack(lams)
-    shift = float(analysis.shift_J) if J == 1 else 0.0
+    lam_KJ, true_KJ, low_KJ, high_KJ = np.stack(solved, axis=1)
+    x_K = x_K[: len(lam_KJ)]
     return Curve(
-        x_K=x_K + shift if J == 1 else x_K,
+        x_K=x_K + float(analysis.shift_J) if J == 1 else x_K,
         lam_KJ=lam_KJ,
         gain_K=np.array([float(gain_P.mean()) for gain_P in gains]),
         gain_se_K=np.array([float(dual.standard_error(gain_P)) for gain_P in gains]),
-        band=_band(analysis, x_K + shift, lam_KJ.max()) if J == 1 else None,
+        true_KJ=true_KJ,
+        low_KJ=low_KJ,
+        high_KJ=high_KJ,
     )
-
-
-def _band(analysis: Analysis, x_K: np.ndarray, lam_max: float) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the bootstrap's 95 % interval of one multiplier at all thresholds.
-
-    A bootstrap sample's improvement at lambda is a mean over its prompts. So one table of every prompt's
-    improvement on a grid of lambdas serves all samples, and lambda is read off backwards.
-    """
-    config, P = analysis.config, len(analysis.reward_PG)
-    grid = np.linspace(0, 3 * max(lam_max, 1e-3), 150)
-    level_P = torch.zeros(P, dtype=torch.float64)
-    if config.absolute:
-        level_P = analysis.utility_PGJ[..., 0].mean(1)
-
-    def reached_P(lam: float) -> Tensor:
-        lam_J = torch.tensor([lam])
-        improvement_PJ = dual.tilted_improvement(
-            analysis.reward_PG, analysis.utility_PGJ, lam_J, config.beta
-        )[1]
-        return improvement_PJ[:, 0] + level_P
-
-    table_LP = torch.stack([reached_P(lam) for lam in grid])
-    generator = torch.Generator().manual_seed(config.seed)
-    draws = []
-    for _ in range(config.draws):
-        reached_L = table_LP[:, torch.randint(P, (P,), generator=generator)].mean(1).numpy()
-        draws.append(np.interp(x_K, reached_L, grid, left=0.0, right=math.inf))
-    low, high = dual.percentiles(np.stack(draws))
-    return low.numpy(), high.numpy()
 
 
 def finite_or_none(value: Tensor | float) -> float | None:

@@ -29,10 +29,8 @@ class DualConfig:
     units: str = one_of("deviation", "raw")
     """deviation: columns are divided by their within-prompt standard deviations, as in a run; raw: the file's
     own units."""
-    draws: int = bounded(400, at_least=40, at_most=100_000, too_low="a 95 % interval needs at least 40")
-    """Bootstrap samples of the prompts."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
-    """Seed of the bootstrap and of the labels of pairs."""
+    """Seed of the labels of pairs."""
     out: str = ""
     """Folder for dual.json and dual.png, which are overwritten. Default: NAME-dual for NAME.jsonl."""
     export_pairs: str = ""

@@ -36,19 +36,24 @@ def _chosen(analysis: Analysis) -> float:
 
 
 def _lambda_panel(axis: Axes, analysis: Analysis, curve: Curve) -> None:
-    x, low, high = _chosen(analysis), *analysis.bootstrap
+    x, interval = _chosen(analysis), analysis.interval
     top = 1.15 * max(float(curve.lam_KJ.max()), 1e-3)
-    if curve.band is not None:
-        below, above = curve.band[0], np.minimum(curve.band[1], 2 * top)
-        axis.fill_between(
-            curve.x_K, below, above, color=COLOURS[0], alpha=0.2, linewidth=0, label="95 %, bootstrap"
-        )
     for j, name in enumerate(analysis.table.names):
         colour = COLOURS[j % len(COLOURS)]
-        lam = float(analysis.solution.lam[j])
         axis.plot(curve.x_K, curve.lam_KJ[:, j], color=colour, linewidth=2, label=f"lambda of {name[:30]}")
-        bars = [[lam - min(float(low[j]), lam)], [min(max(float(high[j]), lam), 2 * top) - lam]]
-        label = f"here: {lam:.3f}, 95 % bootstrap"
+        if np.isfinite(curve.true_KJ[:, j]).any():
+            label = "true lambda, bias taken out" if j == 0 else None
+            axis.plot(
+                curve.x_K, curve.true_KJ[:, j], color=colour, linewidth=1.3, linestyle="--", label=label
+            )
+        if len(analysis.b_J) == 1:
+            high = np.minimum(curve.high_KJ[:, j], 2 * top)
+            axis.fill_between(
+                curve.x_K, curve.low_KJ[:, j], high, color=colour, alpha=0.2, linewidth=0, label="its 95 %"
+            )
+        lam, low, high = (float(part[j]) for part in (interval.lam, interval.low, interval.high))
+        bars = [[lam - min(low, lam)], [min(max(high, lam), 2 * top) - lam]]
+        label = f"here: {'true ' if interval.of_truth else ''}{lam:.3f}, 95 %"
         axis.errorbar(x, lam, yerr=bars, fmt="o", color=colour, markersize=6, capsize=3, label=label)
     axis.axvline(x, color=INK, linewidth=1, linestyle=":")
     axis.set_ylim(-0.03 * top, top)

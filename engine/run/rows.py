@@ -88,9 +88,13 @@ class DualRow(Row):
     KIND = "dual"
 
     lam: Numbers
-    lam_low: Numbers | None  # 95 % interval over prompts; None where a multiplier is held by lam_max
+    # 95 % interval; None where a multiplier is held by lam_max
+    lam_low: Numbers | None
     lam_high: Numbers | None
     lam_se: Numbers | None
+    # What the interval is about: the multipliers with the bias of few responses taken out, or lam itself
+    # where the responses are too few for it.
+    lam_corrected: Numbers | None
     predicted_improvement: Numbers
     predicted_improvement_se: Numbers
     improvement_at_zero: Numbers  # predicted at lambda 0

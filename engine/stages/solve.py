@@ -1,4 +1,4 @@
-"""Runs stage dual: the one-shot multipliers from reference samples, with intervals over prompts."""
+"""Runs stage dual: the one-shot multipliers from reference samples, with their intervals."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from engine import dual
 from engine.config import RunConfig
 from engine.constraints import Limit
-from engine.dual.uncertainty import range_text
 from engine.errors import UserError
 from engine.run.rows import DualRow
 from engine.run.run import Stage
@@ -51,8 +50,7 @@ def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> d
 
 
 def solve_dual(job: Job, reference: Reference) -> dual.Solution:
-    """Runs stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2),
-    with intervals over prompts.
+    """Runs stage dual: the one-shot multipliers (arXiv 2405.19544, Algorithm 1, step 2), with intervals.
 
     Raises: UserError as `one_shot`.
     """
@@ -66,15 +64,15 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
         # Where a constraint is about some prompts, their number counts as random too:
         # its interval is a little wide.
         interval = dual.lam_interval(*scores, aim, config.beta, solution)
-    low, high, lam_se = (interval.low, interval.high, interval.se) if interval else (None, None, None)
 
     def compute(stage: Stage) -> dict[str, Tensor]:
         stage.log(
             DualRow(
                 lam=solution.lam,
-                lam_low=low,
-                lam_high=high,
-                lam_se=lam_se,
+                lam_low=interval and interval.low,
+                lam_high=interval and interval.high,
+                lam_se=interval and interval.se,
+                lam_corrected=interval and interval.lam,
                 predicted_improvement=solution.predicted_improvement,
                 predicted_improvement_se=predicted_se,
                 improvement_at_zero=at_zero,
@@ -89,16 +87,12 @@ def solve_dual(job: Job, reference: Reference) -> dual.Solution:
     job.run.stage("dual", dict, compute)
     show = job.run.display
     if warning := dual.ess_warning(solution.ess, config.n_responses):
-        show.warn(warning + dual.half_sample(*scores, aim, config.beta, solution.lam, seed=config.seed))
+        show.warn(warning)
     warn_of_lam_max(job, limits, solution.lam, solution.gradient)
-    shown = [
-        f"{lam:.3f}" + (f" {_interval_text(interval, j)}" if interval else "")
-        for j, lam in enumerate(solution.lam.tolist())
-    ]
+    said = dual.said(solution.lam, interval, config.n_responses) if interval else listed(solution.lam)
     predicted = zip(solution.predicted_improvement.tolist(), predicted_se.tolist(), strict=True)
     show.line(
-        f"one-shot lambda {', '.join(shown)}{' (95 % over prompts)' if interval else ''}: predicted "
-        "improvement "
+        f"one-shot lambda {said}: predicted improvement "
         f"{', '.join(f'{x:.3f} +- {se:.3f}' for x, se in predicted)} (at lambda 0: "
         f"{listed(at_zero)}); effective sample size "
         f"{float(solution.ess.mean()):.1f} of {config.n_responses}"
@@ -115,12 +109,6 @@ def _predicted_se(reference: Reference, improvement_PJ: Tensor) -> Tensor:
         # Undo the weight that the Lagrangian gives to this subset of prompts.
         found.append(dual.standard_error(improvement_PJ[own, j] * len(own) / len(reference.prompts)))
     return torch.stack(found)
-
-
-def _interval_text(interval: dual.Interval, j: int) -> str:
-    if interval.se[j].isinf():
-        return "(not identified)"
-    return range_text(interval.low[j], interval.high[j])
 
 
 def held_by_lam_max(config: RunConfig, lam_J: Tensor, gradient_J: Tensor) -> Tensor:

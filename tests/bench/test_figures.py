@@ -31,8 +31,8 @@ def test_subsets_show_the_spread_of_prompts_and_the_bias_of_few_responses():
     few, *_, many = found["prompts"]
     narrow, wide = (row["high"][0] - row["low"][0] for row in (many, few))
     assert (few["n"], many["n"]) == (25, 100) and wide > narrow
-    # The delta method's interval is about as wide as the spread that it predicts.
-    assert many["half"][0] == pytest.approx(narrow / 2, rel=0.5)
+    # The interval also has in it what is not known of the bias of 8 responses.
+    assert narrow / 2 < many["half"][0] < 1.5 * narrow
     means = [row["mean"][0] for row in found["responses"] if row["mean"]]
     assert means[0] > means[-1] and means[-1] == pytest.approx(found["full"][0])
     assert found["responses"][-1]["n"] == 8

@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 SMOKE = ["mocan", "--preset", "smoke", "--threads", "1"]
-DUAL = ["--cost", "harm", "--threshold", "0.1", "--draws", "40"]
+DUAL = ["--cost", "harm", "--threshold", "0.1"]
 HEAD = ["head", "--layer", "1", "--model", "nowhere"]
 INPUTS = (LONG + ".jsonl", DEEP, "loop.jsonl", "file/x.jsonl", "loop/x.jsonl", "folder.jsonl", "bytes.jsonl")
 FOLDERS = (LONG, DEEP, "loop", "file", "file/x", "loop/x")

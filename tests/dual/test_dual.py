@@ -1,5 +1,4 @@
 import math
-import re
 import subprocess
 import sys
 
@@ -410,20 +409,6 @@ def test_ess_warning_below_a_quarter_of_the_responses():
     assert dual.ess_warning(torch.full((5,), 2.0), 8) is None
     warning = dual.ess_warning(torch.full((5,), 1.9), 8)
     assert "1.9 of 8" in warning and "over-estimated" in warning and "\n" not in warning
-    reward, utility = scores(3, P=200, G=8, J=1)
-    solution = dual.solve(reward, utility, [0.5], 0.2)
-    said = re.fullmatch(
-        r" A random half .* lambda (\S+): .* about (\S+)\.",
-        dual.half_sample(reward, utility, [0.5], 0.2, solution.lam),
-    )
-    assert (
-        float(said[1]) - solution.lam.item() == pytest.approx(float(said[2]), abs=2e-3)
-        and float(said[2]) > 0.01
-    )
-    assert "not support" in dual.half_sample(
-        reward, utility, 0.95 * dual.largest_threshold(utility), 0.2, solution.lam
-    )
-    assert dual.half_sample(reward[:, :3], utility[:, :3], [0.5], 0.2, solution.lam) == ""
 
 
 def test_projected_gradient_finds_newtons_optimum():
@@ -599,57 +584,6 @@ def test_interval_refuses_what_it_is_not_of():
     one = dual.solve(reward[:1], utility[:1], [0.1, 0.1], 1.0)
     with pytest.raises(UserError, match="at least 2"):
         dual.lam_interval(reward[:1], utility[:1], [0.1, 0.1], 1.0, one)
-
-
-@pytest.mark.parametrize("absolute", [False, True])
-def test_bootstrap_intervals_cover_the_truth(many_prompts, absolute):
-    b, level, truth = many_prompts
-    rng = np.random.default_rng(3)
-    covered, ratio, clear = [], [], []
-    for _ in range(40):
-        reward, utility = data_set(rng, 60)
-        threshold = level if absolute else b
-        solution = dual.solve(reward, utility, threshold, WORLD["beta"], absolute=absolute)
-        draws = dual.bootstrap(
-            reward, utility, threshold, WORLD["beta"], absolute=absolute, draws=40, start_J=solution.lam
-        )
-        low, high = dual.percentiles(draws)
-        covered.append(low[0] <= truth[0] <= high[0])
-        clear.append((low[2] == 0) & (high[2] == 0) & (low[1] <= truth[1]))
-        se = dual.lam_interval(reward, utility, threshold, WORLD["beta"], solution, absolute=absolute).se
-        ratio.append((draws[:, 0].std() / se[0]).item())
-    assert np.mean(covered) >= 0.85  # 40 data sets: 0.95 has a Monte-Carlo error of 0.035
-    assert np.mean(clear) >= 0.9
-    assert np.median(ratio) == pytest.approx(1.0, abs=0.12)
-
-
-def test_bootstrap_is_seeded_resamples_whole_prompts_and_marks_what_is_unsupported():
-    reward, utility = scores(4, P=12, G=5, J=1)
-    top = dual.largest_threshold(utility).item()
-    first, second, other = (
-        dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, seed=seed) for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, second) and not torch.equal(first, other)
-    warm = dual.bootstrap(reward, utility, [0.3 * top], 1.0, draws=40, start_J=[0.5])
-    torch.testing.assert_close(first, warm, rtol=0, atol=1e-8)
-    # The same rows are solved one by one, by hand.
-    generator = torch.Generator().manual_seed(0)
-    for d in range(3):
-        rows = torch.randint(12, (12,), generator=generator).numpy()
-        assert dual.solve(reward[rows], utility[rows], [0.3 * top], 1.0).lam.item() == pytest.approx(
-            first[d, 0].item(), abs=1e-8
-        )
-    near = dual.bootstrap(reward, utility, [0.97 * top], 1.0, draws=40)
-    lost = near[:, 0].isinf()
-    assert 0 < lost.sum() < 40
-    low, high = dual.percentiles(near)
-    assert low.isfinite().all() and high.isinf().all()
-
-
-def test_percentiles_keep_the_central_share():
-    draws = torch.arange(1001.0)[torch.randperm(1001, generator=torch.Generator().manual_seed(0))][:, None]
-    low, high = dual.percentiles(draws, level=0.9)
-    assert (low.item(), high.item()) == (50.0, 950.0)
 
 
 def descend(reward, utility, b, start, propose, most=200):

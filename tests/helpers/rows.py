@@ -29,6 +29,7 @@ DUAL = DualRow(
     lam=[1.0],
     lam_low=[0.5],
     lam_high=[1.5],
+    lam_corrected=[0.9],
     lam_se=[0.25],
     predicted_improvement=[0.5],
     predicted_improvement_se=[0.05],

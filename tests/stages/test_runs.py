@@ -77,7 +77,7 @@ def test_what_a_run_writes(finished):
         assert row.slack[0] == pytest.approx(row.improvement[0] - row.aim[0])
         assert 0 < row.kl_se < 10
     (dual,) = read_rows(finished, DualRow)
-    assert dual.lam_low[0] <= dual.lam[0] <= dual.lam_high[0]
+    assert dual.lam_low[0] <= dual.lam_corrected[0] <= dual.lam_high[0]
     assert dual.lam_se[0] > 0 and dual.predicted_improvement_se[0] > 0
     config = json.loads((finished / "config.json").read_text())
     assert config["algorithm"] == "caid" and config["config"]["seed"] == 0 and "commit" in config["versions"]

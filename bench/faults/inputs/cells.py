@@ -50,7 +50,7 @@ def _script(folder: Path) -> None:
 
 
 HEAD = ("engine.train", "head", "--model", "model", "--layer", "2", "--out", "trained")
-DUAL = ("--cost", "harm", "--threshold", "0.1", "--draws", "40", "--out", "dual")
+DUAL = ("--cost", "harm", "--threshold", "0.1", "--out", "dual")
 SOURCES: dict[str, Callable[[str], tuple[str, ...]]] = {
     "--prompts": lambda path: with_flags("--prompts", path, "--strict"),
     "--heldout": lambda path: with_flags("--heldout", path, "--strict"),

@@ -1,0 +1,1 @@
+"""Measures what the verdicts and intervals hold: `python -m bench.verdict`."""
