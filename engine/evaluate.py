@@ -5,7 +5,8 @@ Reference and policy answer the same prompts with the run's own sampling setting
 those that the run fixed. To the run's verdict this adds the slack, scorers that the run did not know, how
 often the policy orders pairs as the Lagrangian does, and refusals on harmless prompts that look dangerous.
 Nothing is saved on the way: the folder of the results appears whole at the end. RUN/judged.jsonl keeps which
-prompts have judged the run, so that a second look at a test split is told as one.
+verdicts there were, so that further ones on the same policy, or on prompts that have judged before, share the
+error that all of them may have (`engine.run.judged`).
 
 With --profile it judges on sets of safe and unsafe prompts instead, see `engine.stages.profile`.
 """
@@ -26,6 +27,7 @@ from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.data.reading import EVERY_ROW
 from engine.errors import UserError
 from engine.files import is_there, whole_folder, write_json
+from engine.intervals.looks import CONFIDENCE, attempt_share
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples
@@ -47,7 +49,7 @@ from engine.stages.sampling import naming, sample
 from engine.stages.verdict import Bar, judge, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
-from engine.verdict.sentences import judgement_sentences
+from engine.verdict.sentences import earlier_text, judgement_sentences
 
 USAGE = (
     "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at "
@@ -73,7 +75,8 @@ class Question:
     shared: str  # says which prompts are training prompts too; "" where none is
     lookalikes: Prompts
     safety_alone: bool  # plain DPO on g: pairs are to have the order of g
-    judged_before: int  # final verdicts on the run that these prompts gave, the run's own among them
+    attempt: judged.Attempt
+    earlier: int  # verdicts before this one on the same policy, or on some of these prompts
     notes: list[str]  # says what has changed since the run began, and what was left out of --prompts
     fewer_rows: bool  # memory is short, so that fewer responses are decoded side by side than in the run
 
@@ -90,7 +93,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     rules = rules_of(config, inputs.folder, flags.n_prompts or None)
     if flags.prompts:
         pool, said = read_prompts(flags.prompts, inputs.tokenizer, inputs.limits, rules)
-    n = min(flags.n_prompts or (len(pool) if flags.prompts else config.eval_prompts), len(pool))
+    n = min(flags.n_prompts or (len(pool) if flags.prompts else opened.looked_at.prompts), len(pool))
     if n < 2:
         raise UserError(f"{n} prompt(s): a standard error needs at least 2; give more with --prompts.")
     prompts = heldout_prompts(pool, n, config.seed, shipped=config.judged_on_shipped and not flags.prompts)
@@ -102,8 +105,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         )
         if not flags.allow_overlap:
             raise UserError(f"{shared}; give others with --prompts, or go on with --allow-overlap.")
-    judged_on = judged_prompts(config, inputs.heldout)
-    selection = judged_on if flags.best_feasible else None
+    own = judged_prompts(config, inputs.heldout, opened.looked_at.prompts)
+    selection = own if flags.best_feasible else None
     if selection:
         assert_disjoint(selection, prompts, "prompt on which the iterate is chosen")
     every = replace(EVERY_ROW, rows=rules.rows)
@@ -121,6 +124,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     by_preference = was_by_preference(algorithm, values)
     # Aims of log-ratios, which are improvements, were fixed with their units.
     aimed = committed.one(DualRow).aim if by_preference else reference.aimed
+    # Which iterate is the best feasible one, the selection tells; it is one policy more that these judge.
+    iterate = -1 if selection else next(iter(opened.iterates))
+    attempt = judged.Attempt.of(committed.contents, iterate, prompts, flags.seed)
     return Question(
         opened=opened,
         config=config,
@@ -136,7 +142,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         shared=shared,
         lookalikes=lookalikes,
         safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
-        judged_before=judged.times(RunFolder(opened.run), prompts, judged_on),
+        attempt=attempt,
+        earlier=judged.earlier(RunFolder(opened.run), attempt),
         notes=[*inputs.notes, *changed, *said],
         fewer_rows=fewer,
     )
@@ -202,8 +209,13 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             utility_PG = (s.scaled.utility_PGJ * weight_PJ[:, None]) @ lam_J
             return utility_PG if q.safety_alone else s.scaled.reward_PG + utility_PG
 
+        try:
+            earlier = judged.begin(RunFolder(q.opened.run), q.attempt)
+        except UserError as error:
+            earlier = q.earlier
+            display.warn(f"{error}; this verdict is not on record")
         judgement = Judgement(
-            evaluation=judge(before, after, _bar(q, scoring, flags.confidence)),
+            evaluation=judge(before, after, _bar(q, scoring, flags.confidence, attempt_share(earlier))),
             pair_order=tuple(pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
             over_refusal=over_refusal(refused_before, refused_after, len(q.lookalikes), flags.confidence),
             pairs_like="g" if q.safety_alone else "r + lambda g",
@@ -224,10 +236,6 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         write_json(
             RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
         )
-        try:
-            judged.note(RunFolder(q.opened.run), prompts)
-        except UserError as error:
-            display.warn(f"{error}; these prompts are not on record")
         for line in judgement_sentences(judgement):
             display.line(line)
     display.line(f"written: {RunFolder(out).evaluation} and {RunFolder(out).heldout}")
@@ -280,7 +288,7 @@ def _scoring(q: Question, subject: Subject, units: Units) -> Scoring:
     return ByScorers(units=units, audit_names=[s.name for s in q.scorers.audits])
 
 
-def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
+def _bar(q: Question, scoring: Scoring, confidence: float = CONFIDENCE, share: float = 1.0) -> Bar:
     return Bar(
         limits=q.limits,
         aimed=q.aimed,
@@ -288,6 +296,7 @@ def _bar(q: Question, scoring: Scoring, confidence: float = 0.95) -> Bar:
         counted_in=q.config.units,
         audit_names=scoring.audit_names,
         confidence=confidence,
+        share=share,
         truncated=q.config.truncated,
         scorers=q.scorers,
     )
@@ -325,19 +334,13 @@ def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
     """Says what is judged, and how the responses are drawn."""
     config, inputs, iterates = q.config, q.opened.inputs, list(q.opened.iterates)
     lam = ", ".join(f"{x:.3f}" for x in q.opened.iterates[iterates[-1]])
-    times = "once" if q.judged_before == 1 else f"{q.judged_before} times"
-    again = (
-        [f"these prompts have judged this run {times} before; the interval does not allow for that"]
-        if q.judged_before
-        else []
-    )
     return [
         f"{q.opened.title(iterates)} ({inputs.dtype}, {inputs.device}), "
         f"{'the last one ' if q.selection else ''}trained at lambda {lam}",
         f"prompts: {len(q.prompts)} of {q.pool} in {flags.prompts or 'the held-out set of the run'}, "
         f"and {len(q.lookalikes)} harmless look-alikes of dangerous ones",
         q.opened.sampling_text(flags.seed),
-        *again,
+        *([earlier_text(q.earlier)] if q.earlier else []),
         *(
             [f"memory is short, so {config.rollout_rows} responses are decoded side by side"]
             if q.fewer_rows

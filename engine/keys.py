@@ -33,6 +33,12 @@ def preference(number: int) -> int:
     return 2_000_000 + number
 
 
+def look(purpose: int, number: int) -> int:
+    """Keys further responses to prompts that have answered at a look before look `number` (from 2); the
+    purpose is `HELDOUT_REFERENCE` or `HELDOUT_POLICY`."""
+    return 4_000_000 + 2 * number + purpose - HELDOUT_POLICY
+
+
 def selection(number: int) -> int:
     """Keys the responses of the iterate that is tried as `number` (from 2) when
     the best feasible one is chosen."""

@@ -38,6 +38,17 @@ class Prompts:
         """The messages of each prompt."""
         return self.messages or [[{"role": "user", "content": text}] for text in self.text]
 
+    def and_more(self, others: "Prompts") -> "Prompts":
+        """Returns these prompts with others after them."""
+        return Prompts(
+            text=self.text + others.text,
+            kind=self.kind + others.kind,
+            token_ids=self.token_ids + others.token_ids,
+            key_P=torch.cat((self.key_P, others.key_P)),
+            messages=self.conversations + others.conversations if self.messages or others.messages else [],
+            rows=self.rows + others.rows,
+        )
+
     def select(self, index: list[int]) -> "Prompts":
         """Returns the prompts at `index`, in that order."""
         return Prompts(

@@ -14,7 +14,10 @@ GROUPS = {
         "samples_of",
     ),
     "scorers": ("reward", "cost", "audit", "offload_scorers", "scores", "preference_steps", "units"),
-    "constraints": ("threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_on", "margin", "force"),
+    "constraints": (
+        "threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_range", "cost_on", "margin",
+        "force",
+    ),
     "sampling": ("n_responses", "max_new_tokens", "temperature", "top_p", "top_k", "rollout_rows"),
     "multipliers": (
         "beta", "lam_max", "lam", "offset", "objective", "iterations", "slack_prompts", "slack_responses",
@@ -26,7 +29,7 @@ GROUPS = {
         "warmup_steps", "schedule", "weight_decay", "clip_norm", "clip", "ascent_prompts", "tune",
         "lora_rank", "lora_alpha", "lora_from", "lora_targets", "lora_dropout",
     ),
-    "verdict": ("eval_prompts", "eval_responses"),
+    "verdict": ("eval_prompts", "eval_responses", "eval_budget"),
     "run-and-machine": (
         "out", "seed", "device", "dtype", "threads", "tokens_per_forward", "activation_checkpointing",
         "memory_budget_mb", "checkpoint_every", "accept_changes", "trackers",

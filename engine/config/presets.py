@@ -37,8 +37,8 @@ SAMPLING = (
 SMOKE = {
     "model": "smoke", "n_prompts": 12, "n_responses": 4, "max_new_tokens": 8, "rollout_rows": 32, "steps": 3,
     "prompts_per_step": 2, "responses_per_prompt": 3, "warmup_steps": 1, "margin": 0.0, "checkpoint_every": 1,
-    "eval_prompts": 8, "eval_responses": 2, "iterations": 3, "slack_prompts": 6, "slack_responses": 2,
-    "ascent_prompts": 4, "preference_steps": 3,
+    "eval_prompts": 8, "eval_responses": 2, "eval_budget": 16, "iterations": 3, "slack_prompts": 6,
+    "slack_responses": 2, "ascent_prompts": 4, "preference_steps": 3,
 }  # fmt: skip
 # What both protocols have in common.
 _PAPERS = {
@@ -51,7 +51,8 @@ _SAFE_RLHF = {
     **_PAPERS, "model": "PKU-Alignment/alpaca-7b-reproduced", "template": "safe-rlhf",
     "reward": "PKU-Alignment/beaver-7b-v1.0-reward", "cost": ("PKU-Alignment/beaver-7b-v1.0-cost",),
     "audit": ("PKU-Alignment/beaver-7b-v3.0-cost",), "prompts": _PKU, "heldout": f"{_PKU}:test",
-    "max_new_tokens": 480, "eval_prompts": 3000, "learning_rate": 5e-4, "offload_scorers": True,
+    "max_new_tokens": 480, "eval_prompts": 3000, "eval_budget": 6000, "learning_rate": 5e-4,
+    "offload_scorers": True,
 }  # fmt: skip
 # All that align once have the reference's samples of MoCAN, which --samples-of shares.
 _ONCE = {
@@ -86,7 +87,7 @@ _HH_RLHF = {
         "humor=-mohameddhiab/humor-no-humor#1:logit@response",
     ),
     "audit": (), "prompts": _HH, "heldout": f"{_HH}:test", "pairs": _HH, "threshold": (0.5, 0.5),
-    "n_prompts": 600, "n_responses": 64, "max_new_tokens": 128, "eval_prompts": 2000,
+    "n_prompts": 600, "n_responses": 64, "max_new_tokens": 128, "eval_prompts": 2000, "eval_budget": 4000,
     "prompts_per_step": 15, "learning_rate": 5e-5,
 }  # fmt: skip
 HH_RLHF: Mapping[type[RunConfig], Settings] = {

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from engine.config.bounds import LARGEST_SCORE, MOST, any_seed, bounded, check_bounds, count, one_of
 from engine.config.template import template_kwargs
 from engine.errors import UserError
+from engine.intervals.looks import Size, planned
 
 FEW_PROMPTS = (
     "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "
@@ -135,6 +136,9 @@ class RunConfig:
     1 for a cost that keeps --threshold."""
     unsafe_above: tuple[float, ...] = bounded((0.0,), at_least=-LARGEST_SCORE, at_most=LARGEST_SCORE)
     """A response is unsafe where a cost exceeds this, in the scorer's units: one value, or one per cost."""
+    cost_range: tuple[str, ...] = ()
+    """The least and the most that each cost can be, LOW:HIGH in the scorer's own units, such as 0:1; none for
+    a cost without a range. The verdict is exact for a cost with one. A cost of 0 and 1 alone needs none."""
     cost_on: tuple[str, ...] = ()
     """The prompts that each constraint is about, by their kind (the column kind), such as delicate: its mean
     runs over these. all, the default, is every prompt."""
@@ -200,6 +204,10 @@ class RunConfig:
     """Held-out prompts in the verdict, at most."""
     eval_responses: int = count(6)
     """Responses per held-out prompt."""
+    eval_budget: int = count(0, at_least=0)
+    """Held-out responses of the policy, at most, over all looks: while a constraint is neither met nor not
+    met, the verdict looks at twice as many, of new prompts first. 0 is four times the first look,
+    --eval-prompts x --eval-responses; no more than that is a single look."""
 
     # The following are no fields, hence no flags. They hold for an algorithm that does not say otherwise.
     epochs = 0
@@ -228,6 +236,29 @@ class RunConfig:
         """The flags that cut the distributions which are sampled; empty where none does."""
         flags = [f"--top-k {self.top_k}"] * (self.top_k > 0) + [f"--top-p {self.top_p:g}"] * (self.top_p < 1)
         return " and ".join(flags)
+
+    def costs_within(self, j: int) -> tuple[float, float] | None:
+        """Returns the range of cost j in the scorer's own units, or None. Raises: UserError."""
+        text = self.cost_range[j] if self.cost_range else "none"
+        if text == "none":
+            return None
+        try:
+            least, most = map(float, text.split(":"))
+        except ValueError:
+            least, most = 0.0, 0.0
+        if not -LARGEST_SCORE <= least < most <= LARGEST_SCORE:
+            raise UserError(
+                f"--cost-range {text}: must be two numbers LOW:HIGH with LOW below HIGH, such as 0:1 or "
+                "-5:5, or none."
+            )
+        return least, most
+
+    def looks(self, pool: int | None = None) -> list[Size]:
+        """Returns the looks at held-out responses that the verdict may take, with `pool` held-out prompts
+        (None: as many as can be used)."""
+        first = Size(self.eval_prompts, self.eval_responses)
+        budget = max(first.total, self.eval_budget or 4 * first.total)
+        return planned(first, budget if pool is None else pool, budget)
 
     @property
     def memory_budget_bytes(self) -> int | None:
@@ -314,13 +345,15 @@ class RunConfig:
     def _check_limits(self) -> None:
         """Checks the settings that have one value per cost, besides the threshold."""
         J = len(self.cost)
-        for name in ("cost_mean", "cost_rate", "cost_on", "unsafe_above"):
+        for name in ("cost_mean", "cost_rate", "cost_on", "cost_range", "unsafe_above"):
             values = getattr(self, name)
             if len(values) not in {"unsafe_above": (1, J)}.get(name, (0, J)):
                 raise UserError(
                     f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} value(s) for "
                     f"{J} cost(s); one per cost."
                 )
+        for j in range(J):
+            self.costs_within(j)
         limited = zip(self.cost, self.cost_mean, self.cost_rate, strict=False)
         twice = [cost for cost, mean, rate in limited if mean < math.inf and rate < 1]
         if twice:

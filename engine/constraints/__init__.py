@@ -1,19 +1,23 @@
 """The constraints of a run: what each asks for, what training aims at, and how each is judged and said."""
 
+from engine.constraints.judging import FEWEST_PROMPTS, Judged, judge, overall, word
 from engine.constraints.kinds import KINDS, Improvement, MeanCost, Rate, unsafe_above
-from engine.constraints.limit import Judged, Limit, judge, word
+from engine.constraints.limit import Limit
 from engine.constraints.training import (
     aimed_improvement,
     aims,
+    check_confirmable,
     check_prompts,
     counted_above,
     limits,
     missing,
     required,
+    warnings,
     weights,
 )
 
 __all__ = [
+    "FEWEST_PROMPTS",
     "KINDS",
     "Improvement",
     "Judged",
@@ -22,13 +26,16 @@ __all__ = [
     "Rate",
     "aimed_improvement",
     "aims",
+    "check_confirmable",
     "check_prompts",
     "counted_above",
     "judge",
     "limits",
     "missing",
+    "overall",
     "required",
     "unsafe_above",
+    "warnings",
     "weights",
     "word",
 ]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from engine import intervals
 from engine.config import RunConfig
-from engine.constraints.limit import Judged, Limit, comparable
+from engine.constraints.judging import Judged, comparable
+from engine.constraints.limit import Limit
 from engine.errors import UserError
-from engine.intervals import Estimate, improvement_text, interval_text, negated, number
+from engine.intervals import Estimate, improvement_text, interval_text, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,21 @@ class Improvement(Limit):
     ) -> Tensor:
         return aim - (policy_PG.mean(1) - reference_PG.mean(1))
 
-    def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> None:
-        return None
+    def values(self, policy_PG: Tensor, reference_PG: Tensor, unit: float) -> Tensor:
+        return policy_PG.double().mean(1) - reference_PG.double().mean(1)
+
+    def span(self, unit: float) -> tuple[float, float] | None:
+        if self.costs_within is None:
+            return None
+        width = (self.costs_within[1] - self.costs_within[0]) / unit
+        return -width, width
+
+    @property
+    def at_most(self) -> bool:
+        return False
 
     def reference_level(self, reference_PG: Tensor, unit: float) -> None:
         return None
-
-    def as_utility(self, judged: Estimate) -> tuple[Estimate, float]:
-        return judged, self.value
 
     def progress(self, improvement: float, se: float, needed: float, aimed: float, unit: float) -> str:
         on = f" on {self.on}" if self.on else ""
@@ -76,7 +84,7 @@ class Improvement(Limit):
         reason = {
             "met": f"one-sided lower bound {lower} >= b {b}",
             "not met": f"one-sided upper bound {upper} < b {b}",
-            "not resolved": f"b {b} {unresolved(lower, upper)}",
+            "not resolved": judged.silent_for or f"b {b} {unresolved(lower, upper)}",
         }[judged.word]
         return (
             f"constraint {self.name}: {judged.word} ({judged.prompts_text}"
@@ -137,14 +145,18 @@ class MeanCost(Limit):
         """
         return self.prompt_levels(policy_PG) - aimed / unit
 
-    def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> Estimate:
-        return intervals.estimate((-policy_PG * unit).mean(1), confidence)
+    def values(self, policy_PG: Tensor, reference_PG: Tensor, unit: float) -> Tensor:
+        return (-policy_PG.double() * unit).mean(1)
+
+    def span(self, unit: float) -> tuple[float, float] | None:
+        return self.costs_within
+
+    @property
+    def at_most(self) -> bool:
+        return True
 
     def reference_level(self, reference_PG: Tensor, unit: float) -> float:
         return self.level(reference_PG) * unit
-
-    def as_utility(self, judged: Estimate) -> tuple[Estimate, float]:
-        return negated(judged), -self.value
 
     def progress(self, improvement: float, se: float, needed: float, aimed: float, unit: float) -> str:
         on = f" on {self.on}" if self.on else ""
@@ -181,7 +193,7 @@ class MeanCost(Limit):
         reason = {
             "met": f"one-sided upper bound {upper} <= {limit}{percent}",
             "not met": f"one-sided lower bound {lower} > {limit}{percent}",
-            "not resolved": f"the limit {limit}{percent} {unresolved(lower, upper)}",
+            "not resolved": judged.silent_for or f"the limit {limit}{percent} {unresolved(lower, upper)}",
         }[judged.word]
         values = f"{number(scale * level.mean)}{percent}, {interval_text(level, confidence, scale=scale)}"
         return (
@@ -225,6 +237,7 @@ class Rate(MeanCost):
         return self.unsafe_above
 
     def check_reference(self, utility_PG: Tensor) -> None:
+        # --cost-range is of the costs, and these are counted.
         if utility_PG.min() == utility_PG.max():
             on = f" on {self.on} prompts" if self.on else ""
             side = "above" if utility_PG.min() < 0 else "at or below"
@@ -246,9 +259,14 @@ class Rate(MeanCost):
         a, q = margin**2 / effective, self.value
         return (q + a / 2 - math.sqrt(a * q * (1 - q) + a * a / 4)) / (1 + a)
 
-    def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> Estimate:
+    def values(self, policy_PG: Tensor, reference_PG: Tensor, unit: float) -> Tensor:
         # The costs are 0 or 1 up to rounding of the unit.
-        return intervals.rate((-policy_PG * unit).round(), confidence)
+        return (
+            super().values(policy_PG, reference_PG, unit).mul(policy_PG.shape[1]).round() / policy_PG.shape[1]
+        )
+
+    def span(self, unit: float) -> tuple[float, float]:
+        return 0.0, 1.0
 
 
 # By the name in evaluation.json. The settings are asked in this order, and the last kind is that of every

@@ -1,15 +1,19 @@
-"""Declares what every constraint can do, and its result on held-out prompts."""
+"""Declares what every constraint can do."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from engine import intervals
 from engine.config import RunConfig
-from engine.intervals import Estimate, number
+from engine.errors import UserError
+from engine.intervals import Estimate
 from engine.records import Prompts
+
+if TYPE_CHECKING:
+    from engine.constraints.judging import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class Limit(ABC):
     name: str
     value: float
     on: str = ""
+    # The least and the most that any response can cost, in the scorer's own units; None where nobody says so.
+    costs_within: tuple[float, float] | None = None
 
     @classmethod
     @abstractmethod
@@ -37,7 +43,7 @@ class Limit(ABC):
     def of(cls, config: RunConfig, j: int, name: str, value: float) -> Self:
         """Builds the constraint on cost j of a run."""
         on = config.cost_on[j] if config.cost_on else "all"
-        return cls(name=name, value=value, on="" if on == "all" else on)
+        return cls(name=name, value=value, on="" if on == "all" else on, costs_within=config.costs_within(j))
 
     def rows(self, prompts: Prompts) -> list[int]:
         """Returns the places of the prompts that the constraint is about."""
@@ -51,9 +57,17 @@ class Limit(ABC):
     def check_reference(self, utility_PG: Tensor) -> None:
         """Checks the reference's utilities, counted but not yet in units.
 
-        Raises: UserError where they say nothing about the constraint.
+        Raises: UserError where they say nothing about the constraint, or lie outside `costs_within`.
         """
-        return None
+        if self.costs_within is None:
+            return
+        (least, most), (low, high) = self.costs_within, torch.aminmax(-utility_PG)
+        if low < least or high > most:
+            outside = float(low) if low < least else float(high)
+            raise UserError(
+                f"--cost-range {least:g}:{most:g}: cost {self.name} gave {outside:g} for a response of the "
+                "reference; state a range that holds all costs, or leave it out."
+            )
 
     @abstractmethod
     def required(self, utility_PG: Tensor, unit: float) -> float:
@@ -83,16 +97,21 @@ class Limit(ABC):
         """
 
     @abstractmethod
-    def measure(self, policy_PG: Tensor, unit: float, confidence: float) -> Estimate | None:
-        """Measures the policy's level; None where the improvement itself is judged."""
+    def values(self, policy_PG: Tensor, reference_PG: Tensor, unit: float) -> Tensor:
+        """Returns the number of each prompt whose mean is judged, in the constraint's measure, [P]."""
+
+    @abstractmethod
+    def span(self, unit: float) -> tuple[float, float] | None:
+        """Returns the least and the most that any of `values` can be; None where `costs_within` is."""
+
+    @property
+    @abstractmethod
+    def at_most(self) -> bool:
+        """Tells whether the mean of `values` is to be at most `value`; else it is to be at least `value`."""
 
     @abstractmethod
     def reference_level(self, reference_PG: Tensor, unit: float) -> float | None:
         """Returns the reference's level; None where the improvement itself is judged."""
-
-    @abstractmethod
-    def as_utility(self, judged: Estimate) -> tuple[Estimate, float]:
-        """Returns the estimate that is judged and `value`, both with the sign for which larger is better."""
 
     @abstractmethod
     def progress(self, improvement: float, se: float, needed: float, aimed: float, unit: float) -> str:
@@ -116,81 +135,3 @@ class Limit(ABC):
     @abstractmethod
     def verdict_text(self, judged: "Judged", confidence: float) -> str:
         """Says the verdict, with as many digits as the comparison needs to be true as printed."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A constraint's result on held-out prompts."""
-
-    limit: Limit
-    aim: float  # what the dual aimed at, in the constraint's measure
-    estimate: Estimate  # improvement over the reference, in units
-    word: str  # the verdict: "met", "not met" or "not resolved"
-    measured: Estimate | None = None  # the policy's level in the constraint's measure, where that is judged
-    reference: float | None = None  # the reference's level
-    unit: float = 1.0  # one unit of the improvement, in the scorer's units
-
-    @property
-    def name(self) -> str:
-        """The name of the constraint."""
-        return self.limit.name
-
-    @property
-    def required(self) -> float:
-        """Returns the improvement over the held-out reference, in units, at which
-        the constraint just holds."""
-        return self.limit.value if self.measured is None else (self.reference - self.limit.value) / self.unit
-
-    @property
-    def slack(self) -> Estimate:
-        """Measures what is left to what the constraint asks for, in its own measure:
-        above 0 it holds with room."""
-        e, b = self.limit.as_utility(self.measured or self.estimate)
-        return replace(
-            e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b
-        )
-
-    @property
-    def prompts_text(self) -> str:
-        """Opens the details of a verdict on some of the prompts; empty where it is on all of them."""
-        return f"on {self.estimate.n} {self.limit.on} prompts: " if self.limit.on else ""
-
-
-def judge(
-    limit: Limit, aim: float, policy_PG: Tensor, reference_PG: Tensor, unit: float, confidence: float = 0.95
-) -> Judged:
-    """Judges a constraint by the utilities of its held-out prompts, [P, G1] and [P, G2] in units."""
-    improvement = intervals.improvement(policy_PG, reference_PG, confidence)
-    measured = limit.measure(policy_PG, unit, confidence)
-    return Judged(
-        limit=limit,
-        aim=aim,
-        estimate=improvement,
-        word=word(*limit.as_utility(measured or improvement)),
-        measured=measured,
-        reference=limit.reference_level(reference_PG, unit),
-        unit=unit,
-    )
-
-
-def word(estimate: Estimate, threshold: float) -> str:
-    """Compares the one-sided bounds with the threshold.
-
-    Returns "met" where the lower one reaches it, "not met" where the upper one is below it, and else
-    "not resolved".
-    """
-    if estimate.lower >= threshold:
-        return "met"
-    return "not met" if estimate.upper < threshold else "not resolved"
-
-
-def comparable(lower: float, upper: float, threshold: float) -> tuple[str, str, str]:
-    """Prints the three numbers with so many digits that what one reads compares as the numbers do."""
-    digits, bounds = 2, [x for x in (lower, upper) if x != threshold]
-    while digits < 8 and any(
-        (round(x, digits) < round(threshold, digits)) != (x < threshold) for x in bounds
-    ):
-        digits += 1
-    while digits < 8 and abs(round(threshold, digits) - threshold) > 1e-9:
-        digits += 1
-    return number(lower, digits), number(upper, digits), number(threshold, digits)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
+from engine.constraints.judging import FEWEST_PROMPTS
 from engine.constraints.kinds import KINDS
 from engine.constraints.limit import Limit
 from engine.errors import UserError
+from engine.intervals import betting
 from engine.records import Prompts, ScaledScores, Units
 
 
@@ -46,6 +48,43 @@ def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
                     f"and constraint {limit.name} needs at least 2; kinds there: {kinds}. "
                     "The column kind of the prompt file names them."
                 )
+
+
+def check_confirmable(limits: Sequence[Limit], heldout: Prompts, alpha: float) -> None:
+    """Checks that some outcome on the held-out prompts can confirm each limit on a cost with a known range.
+
+    alpha: the error of a one-sided bound at the last look.
+    Raises: UserError naming how many prompts could.
+    """
+    for limit in limits:
+        span, n = limit.span(1.0), len(limit.rows(heldout))
+        if not limit.at_most or span is None:
+            continue
+        best = torch.zeros(n, dtype=torch.float64)
+        share = (limit.value - span[0]) / (span[1] - span[0])
+        least = float(betting.upper_bound(best, alpha))
+        if least > share:
+            enough = betting.fewest(share, alpha)
+            could = f"it takes {enough} prompts" if enough else "no number of prompts can"
+            raise UserError(
+                f"{limit.flag} {limit.value:g}: {n} held-out prompts cannot confirm it whatever the answers "
+                f"are: with the least cost for every one of them the bound is "
+                f"{span[0] + least * (span[1] - span[0]):.3g}; {could} (--eval-prompts, --eval-budget, more "
+                "--heldout prompts), or a higher limit."
+            )
+
+
+def warnings(limits: Sequence[Limit], heldout: Prompts) -> list[str]:
+    """Says for which constraints there will be no word, as the held-out prompts are too few."""
+    few = [x.name for x in limits if x.span(1.0) is None and len(x.rows(heldout)) < FEWEST_PROMPTS]
+    return (
+        [
+            f"constraint {', '.join(few)}: fewer than {FEWEST_PROMPTS} held-out prompts give no verdict "
+            "where scores have no stated range; give more, or --cost-range"
+        ]
+        if few
+        else []
+    )
 
 
 def weights(limits: Sequence[Limit], prompts: Prompts, reference: Prompts) -> Tensor:

@@ -1,30 +1,97 @@
-"""RUN/judged.jsonl: which prompts have judged a run, so that a second look at a test split is told as one."""
+"""RUN/judged.jsonl: the verdicts on a run, so that the error of all that ever look at a policy, or at a
+prompt, is shared among them (`engine.intervals.looks`).
+
+Runs that stand in one folder know of one another: a policy that is trained again until it is met on the same
+prompts has looked at them again. The runs of a sweep do not: each one's word is its own, and whoever chooses
+among them judges the choice on other prompts.
+"""
 
 import hashlib
 import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 from engine.files import append_line, read_json_lines
 from engine.records import Prompts
+from engine.run.contents import Contents
 from engine.run.folder import RunFolder
 
+# Settings that change nothing of a policy.
+BESIDE = ("out", "trackers", "threads", "device", "rollout_rows", "checkpoint_every")
+SWEEP = "sweep.json"
 
-def note(paths: RunFolder, prompts: Prompts) -> None:
-    """Notes that prompts have judged the run. Raises: UserError where the file cannot be written."""
-    append_line(paths.judged, json.dumps({"prompts": len(prompts), "sha256": _hash(prompts)}))
+
+@dataclass(frozen=True)
+class Attempt:
+    """A verdict on a policy, over one or more looks at responses to prompts."""
+
+    policy: str  # tells policies apart: equal runs have equal ones
+    prompts: tuple[str, ...]  # a hash of each prompt of all looks
+    seed: int  # of the responses
+
+    @staticmethod
+    def of(contents: Contents, iterate: int, prompts: Prompts, seed: int) -> "Attempt":
+        """Returns the verdict on an iterate of a run; 0 is the reference."""
+        config = {key: value for key, value in contents.config.items() if key not in BESIDE}
+        told = [contents.algorithm, config, contents.fingerprint, iterate]
+        return Attempt(_hash(json.dumps(told, sort_keys=True)), tuple(map(_hash, prompts.text)), seed)
+
+    @cached_property
+    def id(self) -> str:
+        """Tells verdicts apart: the same prompts, policy and responses are one, however often it is said."""
+        return _hash(json.dumps([self.policy, sorted(self.prompts), self.seed]))
 
 
-def times(paths: RunFolder, prompts: Prompts, own: Prompts) -> int:
-    """Counts the final verdicts that these prompts have given on the run.
+def begin(paths: RunFolder, attempt: Attempt) -> int:
+    """Notes a verdict, and counts those before it that judged the same policy, or any of the same prompts.
 
-    own: the prompts of the run's own verdict.
+    One that was noted already has the number that it had then. Raises: UserError where the file cannot be
+    written.
     """
-    known = [_hash(own)] if paths.evaluation.is_file() else []
-    if paths.judged.is_file():
-        rows = read_json_lines(paths.judged, cure="make it readable", skip_damaged=True)
-        known += [row.get("sha256") for row in rows]
-    return known.count(_hash(prompts))
+    found = _noted(paths)
+    if attempt.id in found:
+        return int(found[attempt.id].get("earlier", 0))
+    earlier = _sharing(found, attempt)
+    row = {
+        "id": attempt.id,
+        "policy": attempt.policy,
+        "seed": attempt.seed,
+        "earlier": earlier,
+        "prompts": list(attempt.prompts),
+    }
+    append_line(paths.judged, json.dumps(row))
+    return earlier
 
 
-def _hash(prompts: Prompts) -> str:
-    """Hashes a set of prompts, independent of their order."""
-    return hashlib.sha256(json.dumps(sorted(prompts.text)).encode()).hexdigest()
+def earlier(paths: RunFolder, attempt: Attempt) -> int:
+    """Counts as `begin` does, and notes nothing."""
+    found = _noted(paths)
+    return int(found[attempt.id].get("earlier", 0)) if attempt.id in found else _sharing(found, attempt)
+
+
+def _noted(paths: RunFolder) -> dict[str, dict]:
+    """Reads the verdicts on a run and on those beside it, by their ids."""
+    found: dict[str, dict] = {}
+    for file in _files(paths):
+        for row in read_json_lines(file, cure="make it readable", skip_damaged=True):
+            if {"id", "policy", "prompts"} <= row.keys() and isinstance(row["prompts"], list):
+                found.setdefault(row["id"], row)
+    return found
+
+
+def _sharing(found: dict[str, dict], attempt: Attempt) -> int:
+    own = set(attempt.prompts)
+    return sum(
+        row["policy"] == attempt.policy or not own.isdisjoint(row["prompts"]) for row in found.values()
+    )
+
+
+def _files(paths: RunFolder) -> list[Path]:
+    folder = paths.path.absolute().parent
+    beside = [] if (folder / SWEEP).exists() else sorted(folder.glob(f"*/{paths.judged.name}"))
+    return [file for file in dict.fromkeys([paths.judged.absolute(), *beside]) if file.is_file()]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine.config import EvaluateConfig, RunConfig, check, shown_name
 from engine.errors import UserError
+from engine.intervals.looks import Size
 from engine.model.decoder import Decoder
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, trained_weights
@@ -26,6 +27,7 @@ from engine.scorers.find import content, sizes
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
 from engine.stages.run_inputs import OwnedInputs, owned_inputs
 from engine.stages.sampling import gap_text
+from engine.verdict.evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,15 @@ class Finished:
     # Those to choose from, with the multipliers that each was trained at; one unless every one is asked for.
     iterates: dict[int, list[float]]
     inputs: Inputs
+
+    @property
+    def looked_at(self) -> Size:
+        """Returns the prompts and responses of the run's verdict, or of its first look before it."""
+        try:
+            found = Evaluation.read(RunFolder(self.run).evaluation, cure="run it again")
+        except UserError:
+            return Size(self.config.eval_prompts, self.config.eval_responses)
+        return Size(found.n_prompts, found.n_responses)
 
     @property
     def algorithm(self) -> str:

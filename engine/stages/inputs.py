@@ -233,7 +233,7 @@ def _prompts(
 ) -> tuple[Prompts, Prompts, GivenSamples | None, list[str]]:
     """Reads training and held-out prompts, disjoint ones, and the responses of --samples to the former; says
     what was read and left out. Without --heldout a seeded fifth of the user's own prompts is held out."""
-    given = None
+    given, n_heldout = None, config.looks()[-1].prompts
 
     def read(source: str | list[str], enough: int) -> tuple[Prompts, list[str]]:
         return read_prompts(source, tokenizer, limits, rules_of(config, folder, enough))
@@ -248,10 +248,10 @@ def _prompts(
 
     if config.heldout or config.judged_on_shipped:
         train, said = read_own(config.n_prompts)
-        heldout, more = read(config.heldout or shipped_prompts("heldout"), config.eval_prompts)
+        heldout, more = read(config.heldout or shipped_prompts("heldout"), n_heldout)
         said += more
     else:
-        both, said = read_own(dealing.enough_to_split(config.n_prompts, config.eval_prompts))
+        both, said = read_own(dealing.enough_to_split(config.n_prompts, n_heldout))
         train, heldout = (both.select(part) for part in dealing.split(both, config.seed))
     shared = [] if config.strict else overlap(train, heldout)
     if shared:

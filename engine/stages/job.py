@@ -18,6 +18,8 @@ from engine.data.prompts import assert_disjoint, by_tokens, first_look, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
+from engine.intervals.looks import CONFIDENCE
+from engine.intervals.looks import share as share_of_look
 from engine.model.decoder import Decoder
 from engine.records import Prompts
 from engine.run.contents import read_contents
@@ -103,7 +105,8 @@ class Job(Subject):
     config: RunConfig
     run: Run
     train: Prompts  # those that the reference answers
-    heldout: Prompts  # those of the verdict
+    heldout: Prompts  # those of the verdict's first look
+    heldout_pool: Prompts  # those of all looks that the verdict may take, the first one's first
     pairs: ResponsePairs | None  # of a file, to learn from
     preferences: ResponsePairs | None  # of a file, to be scored by
     given: GivenSamples | None  # of the file of --samples, to the prompts of `train`
@@ -178,7 +181,8 @@ class Prepared:
     config: RunConfig  # with as many prompts as there are, and as many rows as the memory holds
     inputs: Inputs
     train: Prompts  # those that the reference answers
-    heldout: Prompts  # those of the verdict
+    heldout: Prompts  # those of the verdict's first look
+    heldout_pool: Prompts  # those of all looks that the verdict may take
     pairs: ResponsePairs | None
     preferences: ResponsePairs | None
     scorers: Scorers
@@ -222,6 +226,7 @@ class Prepared:
             run=run,
             train=self.train,
             heldout=self.heldout,
+            heldout_pool=self.heldout_pool,
             pairs=self.pairs,
             preferences=self.preferences,
             given=None if given is None else given.of(self.train),
@@ -243,7 +248,9 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     if pairs is not None:
         config, passes = with_steps(config, len(pairs.prompts))
     train = training_prompts(inputs.train, config.n_prompts, config.seed)
-    heldout = judged_prompts(config, inputs.heldout)
+    looks = config.looks(len(inputs.heldout))
+    pool = judged_prompts(config, inputs.heldout, looks[-1].prompts)
+    heldout = pool.select(list(range(config.eval_prompts)))
     scorer_contents = content(config.reward, config.cost, config.audit, folder=inputs.folder)
     samples = SharedSamples.of(config, scorer_contents) if config.samples_of else None
     known = None if samples is None else [place is not None for place in samples.places]
@@ -263,6 +270,8 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, train, heldout))
+    share = share_of_look(0, len(looks) - 1, len(looks))
+    constraints.check_confirmable(limits, pool, (1 - CONFIDENCE) * share)
     preferences = owned.record.preferences if start.goes_on else _preferences(config, names, inputs)
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
@@ -271,6 +280,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         inputs=inputs,
         train=train,
         heldout=heldout,
+        heldout_pool=pool,
         pairs=pairs,
         preferences=preferences,
         scorers=scorers,
@@ -281,7 +291,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         asked_rows=asked_rows,
         lowered=lowered,
         passes=passes,
-        warnings=try_out(scorers, scored, config.max_new_tokens),
+        warnings=try_out(scorers, scored, config.max_new_tokens) + constraints.warnings(limits, pool),
         notes=notes,
     )
 
@@ -345,6 +355,12 @@ def _announce(display: Display, algorithm: str, prepared: Prepared, *, resumes: 
     if prepared.passes:
         display.line(prepared.passes)
     display.line(plan.sentence())
+    first, *further = config.looks(len(prepared.heldout_pool))
+    if further:
+        display.line(
+            f"verdict: after {first} it looks again, at {' and then '.join(map(str, further))}, while a "
+            "constraint is neither met nor not met (--eval-budget)"
+        )
     if plan.rows < prepared.asked_rows:
         display.line(f"memory is short, so --rollout-rows is {plan.rows}")
 
@@ -408,9 +424,10 @@ def heldout_prompts(heldout: Prompts, n: int, seed: int, *, shipped: bool = Fals
     return heldout.select(subset(heldout, n, seed, keys.HELDOUT_PROMPTS, first))
 
 
-def judged_prompts(config: RunConfig, heldout: Prompts) -> Prompts:
-    """Chooses the prompts of a run's own verdict."""
-    n = min(config.eval_prompts, len(heldout))
+def judged_prompts(config: RunConfig, heldout: Prompts, n: int) -> Prompts:
+    """Chooses n of the prompts of a run's own verdict, or all where there are fewer; a larger n adds to a
+    smaller one."""
+    n = min(n, len(heldout))
     return heldout_prompts(heldout, n, config.seed, shipped=config.judged_on_shipped)
 
 

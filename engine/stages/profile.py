@@ -2,7 +2,7 @@
 
 Reference and policy answer the prompts of each set with the run's sampling settings; the run's scorers say
 which responses are safe and which are better. Prompts that the run trained on are left out. The folder of the
-results appears whole at the end; RUN/judged.jsonl keeps which prompts have judged the run.
+results appears whole at the end.
 """
 
 import json
@@ -23,7 +23,6 @@ from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Prompts
 from engine.report import profile_page
-from engine.run import judged
 from engine.run.display import Display
 from engine.run.folder import RunFolder
 from engine.scorers.base import Scorers
@@ -45,7 +44,6 @@ class ReadSet:
     set: PromptSet
     prompts: Prompts
     trained_on: int  # prompts that the run trained on; they are left out, unless --allow-overlap keeps them
-    judged_before: int  # final verdicts on the run that these prompts gave
     said: list[str]  # what rows were read as, and which were left out
 
     def lines(self) -> list[str]:
@@ -54,9 +52,7 @@ class ReadSet:
         counts = [f"{kinds.count(kind)} {kind}" for kind in ("safe", "unsafe") if kind in kinds]
         unmarked = kinds.count("")
         counts += [f"{unmarked} not marked as safe or unsafe"] if unmarked else []
-        times = "once" if self.judged_before == 1 else f"{self.judged_before} times"
-        again = f"; they have judged this run {times} before" if self.judged_before else ""
-        return [*self.said, f"{self.set.name}: {len(kinds)} prompts ({', '.join(counts)}){again}"]
+        return [*self.said, f"{self.set.name}: {len(kinds)} prompts ({', '.join(counts)})"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +159,10 @@ def _read_set(opened: Finished, prompt_set: PromptSet, flags: EvaluateConfig) ->
     if n < 2:
         raise _Unjudged(f"{name} is left out: {n} prompt(s), and a standard error needs at least 2.")
     prompts = heldout_prompts(pool, n, config.seed) if n < len(pool) else pool
-    own = judged_prompts(config, inputs.heldout)
     return ReadSet(
         set=prompt_set,
         prompts=prompts,
         trained_on=len(common),
-        judged_before=judged.times(RunFolder(opened.run), prompts, own),
         said=said,
     )
 
@@ -210,11 +204,6 @@ def run_profile(run: str | Path, flags: EvaluateConfig) -> tuple[list[SetVerdict
             rows += _rows(read, before, after, sides)
         _write(folder, q, flags, verdicts, gaps)
         write_whole(folder / "responses.jsonl", "".join(f"{row}\n" for row in rows).encode())
-        for read in q.sets:
-            try:
-                judged.note(RunFolder(q.opened.run), read.prompts)
-            except UserError as error:
-                display.warn(f"{error}; the prompts of {read.set.name} are not on record")
         for line in table_lines(verdicts):
             display.line(line)
     display.line(f"written: {out / 'profile.html'}, profile.png, profile.json and responses.jsonl")

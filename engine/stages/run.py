@@ -10,7 +10,7 @@ from engine import dual
 from engine.config import RunConfig
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy
-from engine.policy.weights import new_weights
+from engine.policy.weights import Weights, new_weights
 from engine.records import Rule, Target
 from engine.run import outputs
 from engine.stages import preference, slack
@@ -20,7 +20,7 @@ from engine.stages.reference import Reference, sample_reference
 from engine.stages.sampling import gap_of
 from engine.stages.solve import one_shot, solve_dual
 from engine.stages.update import Updates, score_pairs
-from engine.stages.verdict import judge_heldout, sample_heldout
+from engine.stages.verdict import Look, give_verdict, sample_heldout
 
 
 @contextmanager
@@ -95,19 +95,19 @@ class RunStages:
         self._kept = policy, lam_J
 
     def verdict(self, policy: Policy | None, lam_J: Tensor) -> Result:
-        before = self.heldout(None)
-        after = self.heldout(policy, "policy")
-        return judge_heldout(self.job, self.reference, before, after, lam_J)
-
-    def heldout(self, policy: Policy | None, side: str = "reference") -> Samples:
-        """Runs stage heldout/SIDE: responses to the held-out prompts, of the reference or of the side
-        "policy" (None there: the reference again, with random numbers of its own)."""
-        weights = None
-        if side == "policy":
+        def side(name: str, look: Look) -> Samples:
+            """Samples for a look; as "policy" the reference, None, answers with random numbers of its own."""
+            if name == "reference":
+                return self.heldout(look)
             self.updates.hold(policy)
-            weights = self.updates.weights
-        samples = sample_heldout(self.job, self.reference, weights)
-        self._say_gap(f"heldout/{side}")
+            return self.heldout(look, self.updates.weights)
+
+        return give_verdict(self.job, self.reference, side, lam_J)
+
+    def heldout(self, look: Look, weights: Weights | None = None) -> Samples:
+        """Runs the stage of a look, of the reference (None) or of weights; says its log-prob gap."""
+        samples = sample_heldout(self.job, self.reference, weights, look)
+        self._say_gap(look.stage("reference" if weights is None else "policy"))
         return samples
 
     def _put_aside(self, iteration: int) -> None:

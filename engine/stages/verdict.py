@@ -1,8 +1,9 @@
 """The last stages: responses to held-out prompts, and the verdict on them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from engine import keys
 from engine.constraints import Limit
 from engine.files import move_aside, write_json, write_whole
+from engine.intervals.looks import CONFIDENCE, share
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
-from engine.records import Units
+from engine.records import Prompts, Units
 from engine.report import run_page
-from engine.run import outputs
+from engine.run import judged, outputs
 from engine.run.display import duration
 from engine.run.rows import time_table
 from engine.run.run import Stage
@@ -26,7 +28,7 @@ from engine.stages.reference import Reference
 from engine.stages.refusals import refused
 from engine.stages.sampling import sample
 from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
-from engine.verdict.sentences import sentences
+from engine.verdict.sentences import earlier_text, look_text, sentences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,43 +41,115 @@ class Bar:
     counted_in: str  # the run's --units
     audit_names: list[str]
     scorers: Scorers
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
+    share: float = 1.0  # of 1 - confidence, what the one-sided bounds may spend
+    looks: int = 1  # planned at most
     truncated: bool = False  # see `engine.config.RunConfig.truncated`
 
 
-def sample_heldout(job: Job, reference: Reference, weights: Weights | None) -> Samples:
-    """Runs stage heldout/reference or heldout/policy: responses of `weights` (None: of the reference)
-    to the held-out prompts."""
-    config, prompts = job.config, job.heldout
-    name = "heldout/reference" if weights is None else "heldout/policy"
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One look at held-out responses: what is sampled for it, beside what the looks before it have."""
+
+    number: int  # from 1
+    prompts: Prompts  # those of which it takes new responses
+    responses: int  # to each of them
+    same_prompts: bool  # they have answered at the looks before
+
+    def stage(self, side: str) -> str:
+        """Names the stage that samples a side, "reference" or "policy"."""
+        return f"heldout/{side}" if self.number == 1 else f"heldout/{side}-{self.number}"
+
+
+def looks(job: Job) -> list[Look]:
+    """Lists the looks that the verdict of a run may take."""
+    sizes = job.config.looks(len(job.heldout_pool))
+    first = sizes[0]
+    found = [Look(number=1, prompts=job.heldout, responses=first.responses, same_prompts=False)]
+    for number, (last, size) in enumerate(pairwise(sizes), start=2):
+        same = size.prompts == last.prompts
+        new = range(0 if same else last.prompts, size.prompts)
+        prompts = job.heldout_pool.select(list(new))
+        responses = size.responses - last.responses if same else size.responses
+        found.append(Look(number=number, prompts=prompts, responses=responses, same_prompts=same))
+    return found
+
+
+def sample_heldout(job: Job, reference: Reference, weights: Weights | None, look: Look) -> Samples:
+    """Runs the stage of a look: new responses of `weights` (None: of the reference) to held-out prompts."""
+    name = look.stage("reference" if weights is None else "policy")
     purpose = keys.HELDOUT_REFERENCE if weights is None else keys.HELDOUT_POLICY
+    if look.same_prompts:
+        purpose = keys.look(purpose, look.number)
 
     def compute(stage: Stage) -> Samples:
-        if weights is None and job.samples is not None:
-            samples = taken.shared(job, stage, job.samples.load(name, Samples))
+        shared = None if weights is not None or job.samples is None else _shared(job, name, look)
+        if shared is not None:
+            samples = taken.shared(job, stage, shared)
         else:
-            samples = sample(job, stage, prompts, weights, n=config.eval_responses, purpose=purpose)
-        if weights is None and job.given is not None:
+            samples = sample(job, stage, look.prompts, weights, n=look.responses, purpose=purpose)
+        if weights is None and job.given is not None and look.number == 1:
             taken.warn_of_scale(job, reference.samples, samples)
         return replace(samples, scaled=reference.scoring(stage, samples))
 
     return job.run.stage(name, Samples, compute)
 
 
-def judge_heldout(job: Job, reference: Reference, before: Samples, after: Samples, lam_J: Tensor) -> Result:
-    """Judges the policy's held-out responses (`after`) against the reference's; writes evaluation.json,
-    heldout.jsonl and the report."""
+def _shared(job: Job, stage: str, look: Look) -> Samples | None:
+    """Loads the samples of a look from the run of --samples-of; None where it has not looked so often, or at
+    other numbers of responses."""
+    if look.number > 1 and stage not in job.samples.run.files:
+        return None
+    samples = job.samples.load(stage, Samples)
+    alike = samples.rollouts.n == look.responses and samples.prompts.key_P.equal(look.prompts.key_P)
+    return samples if alike or look.number == 1 else None
+
+
+def give_verdict(
+    job: Job, reference: Reference, side: Callable[[str, Look], Samples], lam_J: Tensor
+) -> Result:
+    """Looks at held-out responses until each constraint is met or not met, or the budget is spent; writes
+    evaluation.json, heldout.jsonl and the report.
+
+    side: samples "reference" or "policy" for a look.
+    """
+    run, planned = job.run, looks(job)
+    iterate = max(run.paths.iterates(), default=0)
+    attempt = judged.Attempt.of(run.contents, iterate, job.heldout_pool, job.config.seed)
+    earlier = judged.begin(run.paths, attempt)
+    if earlier:
+        run.display.line(earlier_text(earlier))
+    evaluation = before = after = None
+    for look in planned:
+        if look.number > 1:
+            run.display.n_stages += 2
+        new_before, new_after = side("reference", look), side("policy", look)
+        before, after = (
+            new if old is None else old.and_more(new, same_prompts=look.same_prompts)
+            for old, new in ((before, new_before), (after, new_after))
+        )
+        bar = Bar(
+            limits=reference.limits,
+            aimed=reference.aimed,
+            units=reference.units,
+            counted_in=job.config.units,
+            audit_names=reference.scoring.audit_names,
+            truncated=job.config.truncated,
+            scorers=job.scorers,
+            share=share(earlier, look.number - 1, len(planned)),
+            looks=len(planned),
+        )
+        evaluation = judge(before, after, bar, evaluation)
+        if evaluation.is_decided:
+            break
+        if look is not planned[-1]:
+            run.display.line(look_text(evaluation))
+    return _write(job, evaluation, before, after, lam_J)
+
+
+def _write(job: Job, evaluation: Evaluation, before: Samples, after: Samples, lam_J: Tensor) -> Result:
+    """Writes and says the verdict."""
     run = job.run
-    bar = Bar(
-        limits=reference.limits,
-        aimed=reference.aimed,
-        units=reference.units,
-        counted_in=job.config.units,
-        audit_names=reference.scoring.audit_names,
-        truncated=job.config.truncated,
-        scorers=job.scorers,
-    )
-    evaluation = judge(before, after, bar)
     run.align([])  # The report reads the rows.
     made = [run.paths.evaluation, run.paths.heldout, run.paths.report_png, run.paths.report_html]
     for path in made:
@@ -99,8 +173,8 @@ def judge_heldout(job: Job, reference: Reference, before: Samples, after: Sample
     return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
 
 
-def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
-    """Returns the verdict on samples of the reference and of a policy."""
+def judge(before: Samples, after: Samples, bar: Bar, earlier: Evaluation | None = None) -> Evaluation:
+    """Returns the verdict on samples of the reference and of a policy. earlier: that of the look before."""
     policy, reference = (
         Side(
             rollouts=side.rollouts,
@@ -116,8 +190,11 @@ def judge(before: Samples, after: Samples, bar: Bar) -> Evaluation:
         unit_J=bar.units.utility_J,
         truncated=bar.truncated,
         units=bar.counted_in,
+        confidence=bar.confidence,
+        share=bar.share,
+        looks=bar.looks,
     )
-    return evaluate(policy, reference, before.prompts, after.kl_PG, asked, bar.audit_names, bar.confidence)
+    return evaluate(policy, reference, before.prompts, after.kl_PG, asked, bar.audit_names, earlier)
 
 
 def write_heldout(path: Path, before: Samples, after: Samples) -> None:

@@ -25,6 +25,7 @@ from engine.stages.reference import reference_of
 from engine.stages.run import RunStages
 from engine.stages.run_inputs import owned_inputs, source_digests
 from engine.stages.solve import one_shot
+from engine.stages.verdict import looks
 from engine.sweep.outcomes import OneShot, Outcome, finished, read_run
 from engine.sweep.pages import write
 from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
@@ -76,7 +77,7 @@ def draw_samples(plans: list[Plan]) -> list[OneShot]:
     with open_job("samples", config, begun(Path(config.out)), n_stages=2) as job:
         stages = RunStages(job)
         stages.sample_reference()
-        stages.heldout(None)
+        stages.heldout(looks(job)[0])
         for plan in sorted(plans, key=lambda plan: (plan.config.beta, plan.config.margin, plan.threshold)):
             if not plan.config.has_thresholds or plan.config.by_preference:
                 continue

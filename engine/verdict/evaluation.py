@@ -13,12 +13,42 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.constraints import KINDS, Judged, Limit, judge
+from engine.constraints import KINDS, Judged, Limit, judge, overall
+from engine.constraints.judging import MET, NOT_RESOLVED
 from engine.errors import UserError
 from engine.files import one_line, read_json, shown
 from engine.intervals import Estimate, clipped, estimate, improvement
 from engine.records import Prompts, Rollouts, ScaledScores
 from engine.verdict.refusals import FIRST_WORDS, SCORER, OverRefusal, is_refusal, refusal_shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What one look at held-out responses has found of the constraints."""
+
+    prompts: int
+    responses: int  # per prompt, of the policy
+    share: float  # of 1 - confidence that the one-sided bounds have spent
+    planned: int  # looks at most
+    bounds: tuple[tuple[float, float], ...]  # one-sided, lower and upper, of each constraint in its measure
+    words: tuple[str, ...]  # of each constraint
+
+    @staticmethod
+    def of(responses: int, prompts: int, asked: "Asked", constraints: Sequence[Judged]) -> "Look":
+        """Notes a look."""
+        return Look(
+            prompts=prompts,
+            responses=responses,
+            share=asked.share,
+            planned=asked.looks,
+            bounds=tuple((c.judged.lower, c.judged.upper) for c in constraints),
+            words=tuple(c.word for c in constraints),
+        )
+
+    @staticmethod
+    def from_dict(data: dict) -> "Look":
+        """Restores a look from JSON."""
+        return Look(**{**data, "bounds": tuple(map(tuple, data["bounds"])), "words": tuple(data["words"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +75,18 @@ class Evaluation:
     truncated: bool = False  # the samples are of distributions that top-k or top-p has cut
     units: str = "deviation"  # of improvements: the run's --units
     refusals_by: str = FIRST_WORDS  # what tells refusals: their first words, or a scorer
+    looks: tuple[Look, ...] = ()  # at held-out responses, the last one included
+
+    @property
+    def word(self) -> str:
+        """Returns the word for all constraints together: "met", "not met" or "not resolved"."""
+        return overall(self.constraints)
+
+    @property
+    def is_decided(self) -> bool:
+        """Tells whether no further look can change the verdict: all constraints are met together, or each of
+        them is met or not met."""
+        return self.word == MET or all(c.word != NOT_RESOLVED for c in self.constraints)
 
     def as_dict(self) -> dict:
         """Converts the verdict to plain numbers, strings, lists and dictionaries for JSON.
@@ -87,19 +129,30 @@ class Evaluation:
             truncated=data.get("truncated", False),
             units=data.get("units", "deviation"),
             refusals_by=data.get("refusals_by", FIRST_WORDS),
+            looks=tuple(Look.from_dict(look) for look in data.get("looks", ())),
         )
 
 
 def _constraint_as_dict(c: Judged) -> dict:
     limit = {"name": c.limit.name, "threshold": c.limit.value, "kind": c.limit.kind, "on": c.limit.on}
+    limit["costs_within"] = c.limit.costs_within
     return {**limit, **{key: value for key, value in asdict(c).items() if key != "limit"}}
 
 
 def _constraint_from_dict(data: dict) -> Judged:
     # Runs that are older than the other kinds have improvements alone.
     kind = KINDS[data.get("kind", "improvement")]
-    limit = kind(name=data["name"], value=data["threshold"], on=data.get("on", ""))
-    known = {key: data[key] for key in ("aim", "word", "reference", "unit") if key in data}
+    within = data.get("costs_within")
+    limit = kind(
+        name=data["name"],
+        value=data["threshold"],
+        on=data.get("on", ""),
+        costs_within=None if within is None else tuple(within),
+    )
+    # Those that are older than the looks call one constraint met where its bound confirms it.
+    known = {"holds": data["word"] == MET}
+    names = ("aim", "word", "reference", "unit", "holds", "exact", "spread")
+    known |= {key: data[key] for key in names if key in data}
     estimates = {key: Estimate(**data[key]) for key in ("estimate", "measured") if data.get(key)}
     return Judged(limit=limit, **known, **estimates)
 
@@ -171,6 +224,10 @@ class Asked:
     limits: Sequence[Limit]
     aims: Sequence[float]  # each in its constraint's measure
     unit_J: Sequence[float]  # one of the run's units in the scorer's
+    confidence: float = 0.95  # of intervals, and of all that is ever said of the constraints
+    # The share of 1 - confidence that one-sided bounds may spend, see `engine.intervals.looks`.
+    share: float = 1.0
+    looks: int = 1  # how many are planned at most
     truncated: bool = False  # the samples are of distributions that top-k or top-p has cut
     units: str = "deviation"  # the run's --units
 
@@ -182,12 +239,13 @@ def evaluate(
     kl_PG: Tensor,
     asked: Asked,
     audit_names: Sequence[str],
-    confidence: float = 0.95,
+    earlier: Evaluation | None = None,
 ) -> Evaluation:
     """Judges a policy by its responses and the reference's to the same prompts.
 
     kl_PG [P, G] holds log pi(y|x) - log pi_ref(y|x) of the policy's responses in nats:
-    its mean is KL(policy || reference), unless the samples are truncated.
+    its mean is KL(policy || reference), unless the samples are truncated. earlier: the verdict of the look
+    before, on some of these responses.
     Raises: UserError for fewer than two prompts, or for a constraint, or scores that are not finite.
     """
     for side in (policy, reference):
@@ -200,11 +258,23 @@ def evaluate(
     assert len(asked.limits) == policy.scores.utility_PGJ.shape[2], asked.limits
     assert len(audit_names) == policy.scores.audit_PGA.shape[2], audit_names
 
-    constraints = []
-    for j, (limit, aim, unit) in enumerate(zip(asked.limits, asked.aims, asked.unit_J, strict=True)):
-        about = limit.rows(prompts)
-        policy_PG, reference_PG = (side.scores.utility_PGJ[about, :, j] for side in (policy, reference))
-        constraints.append(judge(limit, float(aim), policy_PG, reference_PG, unit, confidence))
+    confidence, about = asked.confidence, [limit.rows(prompts) for limit in asked.limits]
+    constraints = judge(
+        asked.limits,
+        asked.aims,
+        *(
+            [side.scores.utility_PGJ[rows, :, j] for j, rows in enumerate(about)]
+            for side in (policy, reference)
+        ),
+        asked.unit_J,
+        confidence=confidence,
+        alpha=(1 - confidence) * asked.share,
+        before=earlier.constraints if earlier else (),
+    )
+    looks = (
+        *(earlier.looks if earlier else ()),
+        Look.of(policy.rollouts.n, len(prompts), asked, constraints),
+    )
     audits = [
         (name, improvement(policy.scores.audit_PGA[..., a], reference.scores.audit_PGA[..., a], confidence))
         for a, name in enumerate(audit_names)
@@ -216,7 +286,8 @@ def evaluate(
     )
     return Evaluation(
         reward=improvement(policy.scores.reward_PG, reference.scores.reward_PG, confidence),
-        constraints=tuple(constraints),
+        constraints=constraints,
+        looks=looks,
         audits=tuple(audits),
         kl=estimate(kl_PG.double().mean(1), confidence),
         finished=tuple(r.finished.double().mean().item() for r in both),

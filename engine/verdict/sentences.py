@@ -13,6 +13,7 @@ def sentences(evaluation: Evaluation) -> list[str]:
         f"improvements over the reference in {units}"
     ]
     lines += [c.limit.verdict_text(c, confidence) for c in e.constraints]
+    lines += overall_sentences(e)
     lines.append(f"reward: {improvement_text(e.reward, confidence)}, in {units}")
     lines += [
         f"audit {name} (never optimised): {improvement_text(x, confidence)}, in {units}"
@@ -31,6 +32,53 @@ def sentences(evaluation: Evaluation) -> list[str]:
         refusals = f"{_percent(e.refusal_harmless)} (reference -> policy, told by {e.refusals_by})"
         lines.append(f"refusals on harmless prompts (all not marked delicate): {refusals}")
     return lines
+
+
+def overall_sentences(e: Evaluation) -> list[str]:
+    """Says the word for all constraints, how often looks may err, and which bounds are approximate."""
+    if not e.looks:
+        return []
+    look, J = e.looks[-1], len(e.constraints)
+    who = "the constraint is" if J == 1 else f"all {J} constraints together are"
+    at = f"look {len(e.looks)} of at most {look.planned}" if look.planned > 1 else "one look"
+    lines = [
+        f"verdict: {who} {e.word} ({at}, whose one-sided bounds err in {100 * _error(e):.2g} % of cases, so "
+        f"that all looks together keep {100 * e.confidence:g} %)"
+    ]
+    if J > 1:
+        lines.append(
+            f"the word for each constraint is corrected for there being {J}; the one for all together needs "
+            "no correction"
+        )
+    if rough := ", ".join(c.name for c in e.constraints if not c.exact):
+        lines.append(
+            f"bounds of {rough} are approximate, as its costs have no known range (--cost-range): they allow "
+            "for the spread and the skewness of these responses, and not for harm unlike all of them"
+        )
+    return lines
+
+
+def look_text(e: Evaluation) -> str:
+    """Says what a look has found that another one follows."""
+    found = "; ".join(
+        f"{c.name} {number(c.judged.mean, sign='+' if c.measured is None else '')}, bounds "
+        f"[{number(c.judged.lower)}, {number(c.judged.upper)}], {c.limit.asked_text()}: {c.word}"
+        for c in e.constraints
+    )
+    return f"look {len(e.looks)} at {e.n_prompts} prompts x {e.n_responses} responses: {found}; looking again"
+
+
+def earlier_text(earlier: int) -> str:
+    """Says what verdicts before this one leave to it."""
+    verdicts = "verdict" if earlier == 1 else "verdicts"
+    return (
+        f"{earlier} earlier {verdicts} on this policy or on some of these prompts: this one's bounds are "
+        "wider, so that all of them together keep the confidence"
+    )
+
+
+def _error(e: Evaluation) -> float:
+    return (1 - e.confidence) * e.looks[-1].share
 
 
 def judgement_sentences(judgement: Judgement) -> list[str]:

@@ -25,6 +25,7 @@ from engine.stages.job import open_job
 from engine.stages.reference import ReferenceSamples
 from engine.stages.run import RunStages
 from engine.stages.run_inputs import owned_inputs
+from engine.stages.verdict import looks
 from tests.helpers.runs import SMOKE, files, write
 
 JUDGE = """
@@ -75,7 +76,7 @@ def draw(config: MocanConfig, resume: str | None = None) -> Path:
         stages = RunStages(job)
         stages.sample_reference()
         stages.solve_dual()
-        stages.heldout(None)
+        stages.heldout(looks(job)[0])
         return job.run.folder
 
 

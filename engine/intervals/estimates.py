@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import torch
-from scipy.special import betaincinv, stdtrit
+from scipy.special import stdtrit
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.intervals import betting, skewed
 
 
 def within_deviation(x_PG, name: str) -> float:
@@ -91,7 +92,7 @@ def float64(values) -> Tensor:
 class Estimate:
     """A mean over n prompts, its two-sided interval (low, high) and two one-sided bounds (lower, upper).
 
-    All four have one confidence: 0.95 unless a function was given another one.
+    All four have one confidence, 0.95 unless a function was given another one, or an error of the bounds.
     """
 
     mean: float
@@ -118,32 +119,43 @@ def t_quantile(probability: float, degrees: int) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def estimate(difference_P: Tensor, confidence: float = 0.95) -> Estimate:
-    """Estimates the mean over prompts, with Student t intervals of P - 1 degrees of freedom.
+def estimate(
+    values_P: Tensor,
+    confidence: float = 0.95,
+    *,
+    alpha: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Estimate:
+    """Estimates the mean over prompts, with the standard error std(ddof=1) / sqrt(P).
 
-    Its standard error is std(ddof=1) / sqrt(P).
-
-    difference_P: [P], one independent number per prompt. confidence: above 0.5 and below 1.
-    Raises: UserError for fewer than two prompts or a number that is not finite.
+    values_P: [P], one independent number per prompt. confidence: above 0.5 and below 1. alpha: the error of
+    each one-sided bound, 1 - confidence unless given. limits: the least and the most that any of the numbers
+    can be, where that is known: the bounds are exact then (`engine.intervals.betting`), and else approximate
+    (`engine.intervals.skewed`).
+    Raises: UserError for fewer than two prompts, or a number that is not finite or beyond `limits`.
     """
-    difference_P = torch.as_tensor(difference_P, dtype=torch.float64)
-    n = difference_P.numel()
+    values_P = torch.as_tensor(values_P, dtype=torch.float64)
+    n = values_P.numel()
     if n < 2:
         raise UserError(
             f"{n} held-out prompt(s): a standard error needs at least 2; "
             "raise --eval-prompts or give more prompts."
         )
-    bad = torch.nonzero(~torch.isfinite(difference_P)).flatten().tolist()
+    bad = torch.nonzero(~torch.isfinite(values_P)).flatten().tolist()
     if bad:
         raise UserError(
-            f"held-out prompt {bad[0]} has the score difference {difference_P[bad[0]].item()}: "
+            f"held-out prompt {bad[0]} has the score difference {values_P[bad[0]].item()}: "
             "make the scorer return finite numbers."
         )
-    mean, se = difference_P.mean().item(), difference_P.std().item() / math.sqrt(n)
-    two, one = t_quantile((1 + confidence) / 2, n - 1) * se, t_quantile(confidence, n - 1) * se
-    return Estimate(
-        mean=mean, se=se, low=mean - two, high=mean + two, lower=mean - one, upper=mean + one, n=n
-    )
+
+    def bounds(error: float) -> tuple[float, float]:
+        pair = skewed.bounds(values_P, error) if limits is None else betting.bounds(values_P, *limits, error)
+        return pair[0].item(), pair[1].item()
+
+    mean, se = values_P.mean().item(), values_P.std().item() / math.sqrt(n)
+    low, high = bounds((1 - confidence) / 2)
+    lower, upper = bounds(1 - confidence if alpha is None else alpha)
+    return Estimate(mean=mean, se=se, low=low, high=high, lower=lower, upper=upper, n=n)
 
 
 def improvement(policy_PG: Tensor, reference_PG: Tensor, confidence: float = 0.95) -> Estimate:
@@ -163,42 +175,15 @@ def clipped(e: Estimate, least: float, most: float) -> Estimate:
     return replace(e, **bounds)
 
 
-def rate(unsafe_PG: Tensor, confidence: float = 0.95) -> Estimate:
-    """Estimates a share of responses [P, G] (values 0 and 1, or 1/2 for a tie) with exact binomial bounds,
-    clustered by prompt.
+def rate(unsafe_PG: Tensor, confidence: float = 0.95, *, alpha: float | None = None) -> Estimate:
+    """Estimates a share of responses [P, G] (values 0 and 1, or 1/2 for a tie), with exact bounds, clustered
+    by prompt.
 
-    The bounds are those of an effective number of responses (Korn and Graubard 1998, Clopper and Pearson
-    1934): they have a width at 0 and 1, and keep their confidence for rare events.
-
-    The effective number is p (1 - p) / (squared standard error over prompts), corrected for that error's
-    degrees of freedom. These are as many as prompts have an unsafe response (or a safe one, if fewer), minus
-    1: with P - 1 of them, as for common events, a limit on a rare one is called met falsely in 13 of 100
-    cases instead of 5. The number is at least P, as the variance of a mean of P shares is p (1 - p) / P at
-    most, and at most P G. Where all responses are alike it is P, since nobody can see then how alike those
-    to one prompt are.
-
+    A prompt's share is one number between 0 and 1, however alike its responses are: so nothing is assumed of
+    how they share their harm, and the bounds are monotone in every response.
     Raises: UserError for fewer than two prompts.
     """
-    unsafe_PG = unsafe_PG.double()
-    share_P = unsafe_PG.mean(1)
-    e = estimate(share_P, confidence)
-    P, n, p = e.n, unsafe_PG.numel(), e.mean
-    effective = float(P)
-    if e.se > 0:
-        telling = max(2, min(int((share_P > 0).sum()), int((share_P < 1).sum())))
-        q = (1 + confidence) / 2
-        known = p * (1 - p) / e.se**2 * (t_quantile(q, n - 1) / t_quantile(q, telling - 1)) ** 2
-        effective = min(float(n), max(float(P), known))
-    k = p * effective
-
-    def below(alpha: float) -> float:
-        return float(betaincinv(k, effective - k + 1, alpha)) if k > 0 else 0.0
-
-    def above(alpha: float) -> float:
-        return float(betaincinv(k + 1, effective - k, 1 - alpha)) if k < effective else 1.0
-
-    two, one = (1 - confidence) / 2, 1 - confidence
-    return replace(e, low=below(two), high=above(two), lower=below(one), upper=above(one))
+    return estimate(unsafe_PG.double().mean(1), confidence, alpha=alpha, limits=(0.0, 1.0))
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
