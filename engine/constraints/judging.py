@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from engine import intervals
@@ -110,11 +111,12 @@ def judge(
     tested = intervals.holm(errors, alpha)
     judged = []
     for j, (limit, x) in enumerate(zip(limits, each, strict=True)):
-        estimate = x.estimate(confidence, tested[j])
-        # A false "not met" is corrected by Bonferroni alone.
-        wider = x.estimate(confidence, alpha / len(limits))
-        estimate = replace(estimate, **{"lower" if limit.at_most else "upper": _other(wider, limit)})
-        alone = x.estimate(confidence, alpha)
+        estimate = alone = x.estimate(confidence, alpha)
+        if len(limits) > 1:
+            estimate = x.estimate(confidence, tested[j])
+            # A false "not met" is corrected by Bonferroni alone.
+            wider = x.estimate(confidence, alpha / len(limits))
+            estimate = replace(estimate, **{"lower" if limit.at_most else "upper": _other(wider, limit)})
         if before:
             estimate = _closed(estimate, before[j].judged)
         improvement = intervals.improvement(policy[j], reference[j], confidence)
@@ -162,11 +164,11 @@ class _Numbers:
     def of(limit: Limit, policy_PG: Tensor, reference_PG: Tensor, unit: float) -> "_Numbers":
         assert policy_PG.shape[0] == reference_PG.shape[0], (policy_PG.shape, reference_PG.shape)
         values_P = limit.values(policy_PG, reference_PG, unit)
-        costs = [(-scores_PG.double() * unit).flatten() for scores_PG in (policy_PG, reference_PG)]
-        if limit.costs_within is None and all(_is_0_or_1(c) for c in costs):
+        costs = torch.cat([(-scores_PG.double() * unit).flatten() for scores_PG in (policy_PG, reference_PG)])
+        if limit.costs_within is None and _are_0_and_1(costs):
             limit = replace(limit, costs_within=(0.0, 1.0))
         within = None if limit.counted_above is not None else limit.costs_within
-        beyond = within and any(c.min() < within[0] - 1e-9 or c.max() > within[1] + 1e-9 for c in costs)
+        beyond = within and (costs.min() < within[0] - 1e-9 or costs.max() > within[1] + 1e-9)
         return _Numbers(values_P, None if beyond else limit.span(unit))
 
     @property
@@ -191,7 +193,7 @@ class _Numbers:
         return _word(self.estimate(0.95, alpha), limit) == MET
 
 
-def _is_0_or_1(costs: Tensor) -> bool:
+def _are_0_and_1(costs: Tensor) -> bool:
     """Tells whether costs are 0 or 1 each, up to the rounding of units, and both are there."""
     whole = costs.round()
     near = bool(((costs - whole).abs() < 1e-9).all())

@@ -20,7 +20,7 @@ from torch import Tensor
 # to the best one where every x is 0 or 1.
 SHARES = (0.4, 0.2, 0.2, 0.2)
 # Halvings of the interval that holds the bound.
-HALVINGS = 50
+HALVINGS = 40
 
 
 def log_capital(x: Tensor, m: Tensor | float, alpha: float) -> Tensor:

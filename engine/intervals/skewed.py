@@ -40,7 +40,7 @@ def error_of(x: Tensor, threshold: float) -> Tensor:
     t = (mean - threshold) / se
     a = skewness.clamp(max=0) / math.sqrt(n)
     g = t + a * t**2 / 3 + a**2 * t**3 / 27 + a / 6
-    p = 1 - torch.from_numpy(stdtr(n - 1, g.minimum(t).numpy()))
+    p = 1 - torch.as_tensor(stdtr(n - 1, g.minimum(t).numpy()))
     return torch.where(se > 0, p, torch.ones_like(p))
 
 
