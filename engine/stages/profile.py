@@ -30,7 +30,7 @@ from engine.scorers.built_in import teller_of_refusals
 from engine.scorers.scoring import try_out
 from engine.stages.finished import Finished, Phase, open_run
 from engine.stages.inputs import read_prompts, rules_of
-from engine.stages.job import SamplingSettings, Subject, heldout_prompts, judged_prompts
+from engine.stages.job import SamplingSettings, Subject, heldout_prompts
 from engine.stages.refusals import refused
 from engine.stages.sampling import sample
 from engine.verdict.profile import Answers, Scales, SetVerdict, judge_set, table_lines
