@@ -1,8 +1,8 @@
 """The constraints of a run: what each asks for, what training aims at, and how each is judged and said."""
 
-from engine.constraints.judging import FEWEST_PROMPTS, Judged, judge, overall, word
+from engine.constraints.judging import judge, overall, word
 from engine.constraints.kinds import KINDS, Improvement, MeanCost, Rate, unsafe_above
-from engine.constraints.limit import Limit
+from engine.constraints.limit import FEWEST_PROMPTS, Judged, Limit
 from engine.constraints.training import (
     aimed_improvement,
     aims,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine import intervals
 from engine.config import RunConfig
-from engine.constraints.judging import Judged, comparable
-from engine.constraints.limit import Limit
+from engine.constraints.judging import comparable
+from engine.constraints.limit import Judged, Limit
 from engine.errors import UserError
 from engine.intervals import Estimate, improvement_text, interval_text, number
 

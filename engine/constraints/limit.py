@@ -1,19 +1,23 @@
-"""Declares what every constraint can do."""
+"""Declares what every constraint can do, and its result on held-out prompts."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from engine import intervals
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.intervals import Estimate
 from engine.records import Prompts
 
-if TYPE_CHECKING:
-    from engine.constraints.judging import Judged
+# Fewer prompts give no word where scores have no stated range: bounds that rest on the sample's own spread
+# and skewness are off by too much then (`bench.verdict`).
+FEWEST_PROMPTS = 20
+
+MET, NOT_MET, NOT_RESOLVED = "met", "not met", "not resolved"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +139,68 @@ class Limit(ABC):
     @abstractmethod
     def verdict_text(self, judged: "Judged", confidence: float) -> str:
         """Says the verdict, with as many digits as the comparison needs to be true as printed."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A constraint's result on held-out prompts.
+
+    The one-sided bounds of what is judged are those of the look's error, corrected for the number of
+    constraints, and no looser than at any look before.
+    """
+
+    limit: Limit
+    aim: float  # what the dual aimed at, in the constraint's measure
+    estimate: Estimate  # improvement over the reference, in units
+    word: str  # the verdict: "met", "not met" or "not resolved"
+    measured: Estimate | None = None  # the policy's level in the constraint's measure, where that is judged
+    reference: float | None = None  # the reference's level
+    unit: float = 1.0  # one unit of the improvement, in the scorer's units
+    # Whether the bound of this constraint alone confirms it, at this look or at one before, without a
+    # correction for the others: what "all met" rests on.
+    holds: bool = False
+    exact: bool = False  # the bounds are exact, as all costs lie in a known range; else they are approximate
+    spread: bool = True  # the numbers that were averaged differ
+
+    @property
+    def name(self) -> str:
+        """The name of the constraint."""
+        return self.limit.name
+
+    @property
+    def judged(self) -> Estimate:
+        """What is compared with the constraint's value."""
+        return self.measured or self.estimate
+
+    @property
+    def required(self) -> float:
+        """Returns the improvement over the held-out reference, in units, at which
+        the constraint just holds."""
+        return self.limit.value if self.measured is None else (self.reference - self.limit.value) / self.unit
+
+    @property
+    def slack(self) -> Estimate:
+        """Measures what is left to what the constraint asks for, in its own measure:
+        above 0 it holds with room."""
+        e, b = self.judged, self.limit.value
+        e = replace(e, mean=e.mean - b, low=e.low - b, high=e.high - b, lower=e.lower - b, upper=e.upper - b)
+        return intervals.negated(e) if self.limit.at_most else e
+
+    @property
+    def prompts_text(self) -> str:
+        """Opens the details of a verdict on some of the prompts; empty where it is on all of them."""
+        return f"on {self.estimate.n} {self.limit.on} prompts: " if self.limit.on else ""
+
+    @property
+    def silent_for(self) -> str:
+        """Says why no word is given whatever the bounds are; empty where one may be."""
+        if self.exact:
+            return ""
+        if self.estimate.n < FEWEST_PROMPTS:
+            return (
+                f"{self.estimate.n} prompts are too few where scores have no stated range: it takes "
+                f"{FEWEST_PROMPTS}, or --cost-range"
+            )
+        if not self.spread:
+            return "all prompts have one number, so nothing tells how others would differ"
+        return ""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.constraints.judging import FEWEST_PROMPTS
 from engine.constraints.kinds import KINDS
-from engine.constraints.limit import Limit
+from engine.constraints.limit import FEWEST_PROMPTS, Limit
 from engine.errors import UserError
 from engine.intervals import betting
 from engine.records import Prompts, ScaledScores, Units

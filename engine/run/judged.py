@@ -8,6 +8,7 @@ among them judges the choice on other prompts.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,31 +50,29 @@ def begin(paths: RunFolder, attempt: Attempt) -> int:
     One that was noted already has the number that it had then. Raises: UserError where the file cannot be
     written.
     """
-    found = _noted(paths)
-    if attempt.id in found:
-        return int(found[attempt.id].get("earlier", 0))
-    earlier = _sharing(found, attempt)
-    row = {
-        "id": attempt.id,
-        "policy": attempt.policy,
-        "seed": attempt.seed,
-        "earlier": earlier,
-        "prompts": list(attempt.prompts),
-    }
-    append_line(paths.judged, json.dumps(row))
-    return earlier
+    count = earlier(paths, attempt)
+    if attempt.id not in _noted([paths.judged]):
+        row = {
+            "id": attempt.id,
+            "policy": attempt.policy,
+            "seed": attempt.seed,
+            "earlier": count,
+            "prompts": list(attempt.prompts),
+        }
+        append_line(paths.judged, json.dumps(row))
+    return count
 
 
 def earlier(paths: RunFolder, attempt: Attempt) -> int:
     """Counts as `begin` does, and notes nothing."""
-    found = _noted(paths)
+    found = _noted(_files(paths))
     return int(found[attempt.id].get("earlier", 0)) if attempt.id in found else _sharing(found, attempt)
 
 
-def _noted(paths: RunFolder) -> dict[str, dict]:
-    """Reads the verdicts on a run and on those beside it, by their ids."""
+def _noted(files: Iterable[Path]) -> dict[str, dict]:
+    """Reads the verdicts that files hold, by their ids."""
     found: dict[str, dict] = {}
-    for file in _files(paths):
+    for file in filter(Path.is_file, files):
         for row in read_json_lines(file, cure="make it readable", skip_damaged=True):
             if {"id", "policy", "prompts"} <= row.keys() and isinstance(row["prompts"], list):
                 found.setdefault(row["id"], row)
@@ -90,7 +89,7 @@ def _sharing(found: dict[str, dict], attempt: Attempt) -> int:
 def _files(paths: RunFolder) -> list[Path]:
     folder = paths.path.absolute().parent
     beside = [] if (folder / SWEEP).exists() else sorted(folder.glob(f"*/{paths.judged.name}"))
-    return [file for file in dict.fromkeys([paths.judged.absolute(), *beside]) if file.is_file()]
+    return list(dict.fromkeys([paths.judged.absolute(), *beside]))
 
 
 def _hash(text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.constraints import KINDS, Judged, Limit, judge, overall
-from engine.constraints.judging import MET, NOT_RESOLVED
+from engine.constraints.limit import MET, NOT_RESOLVED
 from engine.errors import UserError
 from engine.files import one_line, read_json, shown
 from engine.intervals import Estimate, clipped, estimate, improvement
