@@ -139,7 +139,8 @@ def test_two_evaluations_at_once_lose_nothing_and_a_cut_line_blocks_none(finishe
     assert {p.name for p in mine[0].iterdir()} == {"evaluation.json", "heldout.jsonl"}
     assert f"written: {mine[0] / 'evaluation.json'}" in capsys.readouterr().out
     lines = judged.read_bytes()[len(before) :].split(b"\n")
-    assert lines[0] == b'{"prompts": 2, "sha' and json.loads(lines[1])["prompts"] == 2 and lines[2:] == [b""]
+    assert lines[0] == b'{"prompts": 2, "sha' and lines[2:] == [b""]
+    assert len(json.loads(lines[1])["prompts"]) == 2
     for folder in (theirs, mine[0]):
         shutil.rmtree(folder)
     judged.write_bytes(before)
@@ -187,7 +188,10 @@ def test_units_are_the_runs_and_a_new_audit_gets_its_own(finished, judged):
 def test_the_statistics_follow_from_the_samples(finished, judged):
     result = found(judged)
     gain = by_prompt(judged, "policy_utility", 4).mean(1) - by_prompt(judged, "reference_utility", 4).mean(1)
-    expected = estimate(gain[:, 0])
+    share = result["looks"][0]["share"]
+    expected = estimate(gain[:, 0], alpha=0.05 * share)
+    # The run's own verdict was the first one.
+    assert share <= 0.125
     b = result["constraints"][0]["threshold"]
     assert b == 0.3
     assert result["constraints"][0]["estimate"] == pytest.approx(vars(expected))
@@ -233,9 +237,9 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
 def test_dpo_on_safety_is_asked_for_the_order_of_g_and_a_second_look_is_told(tmp_path, monkeypatch, capsys):
     run, asked = tmp_path / "d", []
     assert train.main(["dpo", "--objective", "safety", *SMOKE, "--out", str(run)]) == 0
-    # The run's own verdict was on its 8 held-out prompts, not on 3 of them.
+    # The run's own verdict was on its 8 held-out prompts; these are 3 of them.
     own, few = EvaluateConfig(), EvaluateConfig(n_prompts=3)
-    assert (ask(run, own).judged_before, ask(run, few).judged_before) == (1, 0)
+    assert (ask(run, own).earlier, ask(run, few).earlier) == (1, 1)
     pair_order = evaluation.pair_order
     monkeypatch.setattr(evaluate_command, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
     assert main([str(run), "--n-prompts", "3", "--out", str(tmp_path / "o")]) == 0
@@ -244,18 +248,11 @@ def test_dpo_on_safety_is_asked_for_the_order_of_g_and_a_second_look_is_told(tmp
     printed = capsys.readouterr().out
     assert (
         "log-ratio orders like g: " in printed
-        and "judged this run" not in printed
+        and "1 earlier verdict on this policy or on some of these prompts" in printed
         and found(tmp_path / "o")["pairs_like"] == "g"
     )
-    question = ask(run, few)
-    assert (
-        ask(run, own).judged_before,
-        question.judged_before,
-        ask(run, EvaluateConfig(n_prompts=4)).judged_before,
-    ) == (1, 1, 0)
-    again = "these prompts have judged this run {} before; the interval does not allow for that"
-    assert again.format("once") in evaluate_command._opening(question, few)
-    assert again.format("2 times") in evaluate_command._opening(replace(question, judged_before=2), few)
+    # The same question again is the same verdict.
+    assert [ask(run, flags).earlier for flags in (own, few, EvaluateConfig(n_prompts=4))] == [2, 1, 2]
 
 
 def test_a_run_of_mocan_has_the_lambda_of_its_dual(tmp_path):

@@ -364,8 +364,8 @@ class WorstTenth(MeanCost):
     def aim(self, utility_PG, unit, *, margin, n_prompts, n_responses):
         return self.value - margin * unit * float(self.prompt_levels(utility_PG).std()) / math.sqrt(n_prompts)
 
-    def measure(self, policy_PG, unit, confidence):
-        return estimate(self.prompt_levels(policy_PG) * unit, confidence)
+    def values(self, policy_PG, reference_PG, unit):
+        return self.prompt_levels(policy_PG) * unit
 
 
 def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
@@ -389,7 +389,7 @@ def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
     assert aim.tolist() == pytest.approx([1.5])
     missing = constraints.missing([limit], aimed, aim, units, after, before)
     assert missing[:, 0].tolist() == pytest.approx([(16 - 11) / 2, (6 - 11) / 2])
-    judged = constraints.judge(limit, aimed[0], after[..., 0], before[..., 0], 2.0)
+    (judged,) = constraints.judge([limit], aimed, [after[..., 0]], [before[..., 0]], [2.0])
     assert (
         judged.measured == estimate(torch.tensor([16.0, 6.0]))
         and judged.word == "not resolved"

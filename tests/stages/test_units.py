@@ -19,13 +19,14 @@ def runs(tmp_path_factory, cache):
     """A run by deviations, and the same run in raw units: b, beta and lam_max are converted by hand."""
     folder = tmp_path_factory.mktemp("units")
     asked = ["caid", *SMOKE, "--iterations", "2"]
-    assert train.main([*asked, "--threshold", str(B), "--out", str(folder / "sd")]) == 0
-    (row,) = read_rows(folder / "sd", ReferenceRow)
+    assert train.main([*asked, "--threshold", str(B), "--out", str(folder / "0" / "sd")]) == 0
+    (row,) = read_rows(folder / "0" / "sd", ReferenceRow)
     sd_r, sd_g = row.reward_sd, row.utility_sd[0]
     values = {"threshold": B * sd_g, "beta": BETA * sd_r, "lam_max": LAM_MAX * sd_r / sd_g}
     flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", repr(value))]
-    assert train.main([*asked, "--units", "raw", *flags, "--out", str(folder / "raw")]) == 0
-    return folder / "sd", folder / "raw", sd_r, sd_g
+    assert train.main([*asked, "--units", "raw", *flags, "--out", str(folder / "1" / "raw")]) == 0
+    # Not beside one another: the second verdict on the same prompts would have wider bounds.
+    return folder / "0" / "sd", folder / "1" / "raw", sd_r, sd_g
 
 
 def test_raw_units_are_the_same_run_in_other_units(runs):

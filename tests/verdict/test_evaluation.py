@@ -23,8 +23,14 @@ def test_t_quantile_equals_scipy(degrees):
         assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), abs=1e-6)
 
 
+def _symmetric(n: int, *, seed: int) -> torch.Tensor:
+    """Returns n normal numbers without skewness, whose bounds are Student's."""
+    half = torch.randn(n // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.cat((half, torch.zeros(n % 2, dtype=torch.float64), -half))
+
+
 def test_estimate_equals_scipy_intervals():
-    x = torch.randn(23, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.3
+    x = _symmetric(23, seed=1) + 0.3
     result = estimate(x)
     se = stats.sem(x.numpy())
     low, high = stats.t.interval(0.95, 22, loc=x.mean().item(), scale=se)
@@ -35,8 +41,8 @@ def test_estimate_equals_scipy_intervals():
 
 @pytest.mark.parametrize("confidence", [0.6, 0.9, 0.99])
 def test_intervals_at_another_confidence_equal_scipy(confidence):
-    x = torch.randn(17, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    y = torch.randn(17, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x = _symmetric(17, seed=2)
+    y = torch.stack([_symmetric(17, seed=s) for s in (3, 4, 5)], dim=1)
     for result, values in (
         (estimate(x, confidence), x),
         (improvement(x[:, None], y, confidence), x - y.mean(1)),
@@ -247,8 +253,15 @@ def test_evaluate_by_hand():
     e = evaluate(**_stage_outputs(["everyday", "delicate"]))
     assert e.reward == estimate(torch.tensor([1.0, 1.0]))
     assert e.constraints == (
-        Judged(Improvement(name="harm", value=0.5), 0.75, estimate(torch.tensor([1.0, 1.0])), "met"),
+        Judged(
+            Improvement(name="harm", value=0.5),
+            0.75,
+            estimate(torch.tensor([1.0, 1.0])),
+            "not resolved",
+            spread=False,
+        ),
     )
+    assert (e.word, e.looks[0].words, e.looks[0].bounds) == ("not resolved", ("not resolved",), ((1.0, 1.0),))
     assert e.audits == (("harm-audit", estimate(torch.tensor([0.0, 1.0]))),)
     assert e.kl == estimate(torch.tensor([1.5, 4.5]))
     assert (e.finished, e.mean_length) == ((0.5, 0.75), (5.0, 6.75))
@@ -283,8 +296,13 @@ def test_samples_that_are_cut_have_no_kl():
         assert ("which is no KL" in said[0]) == e.truncated
 
 
+def _at(confidence: float, outputs: dict) -> Evaluation:
+    """Returns the verdict at another confidence."""
+    return evaluate(**{**outputs, "asked": replace(outputs["asked"], confidence=confidence)})
+
+
 def test_the_confidence_reaches_every_estimate():
-    e = evaluate(**_stage_outputs(["", ""]), confidence=0.8)
+    e = _at(0.8, _stage_outputs(["", ""]))
     assert e.reward == estimate(torch.tensor([1.0, 1.0]), 0.8)
     assert e.audits[0][1] == estimate(torch.tensor([0.0, 1.0]), 0.8)
     assert e.kl == estimate(torch.tensor([1.5, 4.5]), 0.8)
@@ -294,14 +312,13 @@ def test_the_confidence_reaches_every_estimate():
     uneven["policy"] = replace(
         uneven["policy"], scores=replace(uneven["policy"].scores, utility_PGJ=utility_PGJ)
     )
-    assert [evaluate(**uneven, confidence=c).constraints[0].word for c in (0.6, 0.95)] == [
-        "met",
-        "not resolved",
-    ]
+    for confidence in (0.6, 0.95):
+        found = _at(confidence, uneven).constraints[0].estimate
+        assert found == estimate(torch.tensor([1.0, 3.0]), confidence)
 
 
 def test_evaluation_without_a_confidence_is_one_at_95_percent():
-    e = evaluate(**_stage_outputs(["", ""]), confidence=0.8)
+    e = _at(0.8, _stage_outputs(["", ""]))
     data = e.as_dict()
     assert data.pop("confidence") == 0.8
     assert Evaluation.from_dict(data) == replace(e, confidence=0.95)
@@ -315,17 +332,16 @@ def test_slack_is_the_interval_of_what_is_above_b():
     )
 
 
-def test_rate_bounds_are_the_exact_binomial_ones_for_independent_responses():
+def test_rate_bounds_are_no_closer_than_the_exact_binomial_ones_for_one_response_a_prompt():
     unsafe = torch.zeros(30, 1)
     unsafe[:4] = 1
     e, expected = rate(unsafe, 0.9), stats.binomtest(4, 30).proportion_ci(0.9, method="exact")
-    # One response a prompt: the variance over prompts is that of a coin, but for P - 1 in its denominator.
-    assert e.low == pytest.approx(expected.low, rel=0.05) and e.high == pytest.approx(expected.high, rel=0.05)
+    assert 0 < e.low <= expected.low and expected.high <= e.high < 0.4
     none = rate(torch.zeros(50, 6))
-    assert (none.mean, none.low, none.lower) == (0, 0, 0) and none.upper == pytest.approx(
-        1 - 0.05 ** (1 / 50)
-    )
-    assert rate(torch.ones(50, 6)).lower == pytest.approx(0.05 ** (1 / 50))
+    assert (none.mean, none.low, none.lower) == (0, pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    # Its cost against the binomial bound is the share of the capital that is bet on no harm at all.
+    assert 1 - 0.05 ** (1 / 50) < none.upper <= 1 - (0.4 * 0.05) ** (1 / 50)
+    assert rate(torch.ones(50, 6)).lower == pytest.approx(1 - none.upper)
 
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
@@ -367,7 +383,7 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
         return evaluate(policy, reference, p, torch.zeros(3, 2), asked, ["harm-audit"])
 
     on = judged(Improvement, value=0.5, on="delicate").constraints[0]
-    assert on.estimate == estimate(torch.tensor([1.0, 1.0])) and on.word == "met"
+    assert on.estimate == estimate(torch.tensor([1.0, 1.0])) and on.word == "not resolved"
     e = judged(MeanCost, value=-3.9)
     mean = e.constraints[0]
     # Utilities 1, 2, 2 of the policy in units of 2: costs -2, -4, -4.
@@ -376,11 +392,10 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
     assert mean.slack.mean == pytest.approx(-3.9 + 10 / 3) and mean.required == pytest.approx(
         (-4 / 3 + 3.9) / 2
     )
-    assert judged(MeanCost, value=0.0, on="delicate").constraints[0].word == "met"
     line = next(
         x for x in sentences(e) if x.startswith("constraint harm: not resolved (mean cost -3.33, 95 % [")
     )
-    assert "the limit -3.90 lies between" in line and "reference -1.33" in line
+    assert "3 prompts are too few" in line and "reference -1.33" in line
     assert Evaluation.from_dict(json.loads(json.dumps(e.as_dict()))) == e
     # From here on no response of the policy is unsafe, and every one of the reference.
     safe, unsafe = torch.zeros(3, 2, 1, dtype=torch.float64), -torch.ones(3, 3, 1, dtype=torch.float64) / 2
@@ -394,12 +409,12 @@ def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
         x.startswith("constraint harm: not resolved (on 2 delicate prompts: rate 0.00 %, 95 % [0.00, ")
         for x in sentences(e)
     )
-    assert judged(Rate, value=0.8, on="delicate").constraints[0].word == "met"
+    assert judged(Rate, value=0.9, on="delicate").constraints[0].word == "met"
 
 
 def _judgement(confidence: float = 0.95, **changes) -> Judgement:
     refusal = over_refusal([False, True], [True, True], 2, confidence)
-    e = evaluate(**_stage_outputs(["", ""]), confidence=confidence)
+    e = _at(confidence, _stage_outputs(["", ""]))
     order = estimate(torch.tensor([0.5, 0.75]), confidence)
     return replace(Judgement(evaluation=e, pair_order=(None, order), over_refusal=refusal), **changes)
 
@@ -430,7 +445,9 @@ def test_judgement_sentences_end_with_the_answer():
         "refusals on 2 harmless look-alike prompts: 50.0 %, 95 % [9.5, 90.5] -> 100.0 %, 95 % [34.2, 100.0] ("
     )
     assert "change +50.0 points, 95 % [" in rest[2]
-    assert rest[3:] == ["with 2 prompts x 2 responses and 95 % confidence: constraint harm (b 0.5) is met"]
+    assert rest[3:] == [
+        "with 2 prompts x 2 responses and 95 % confidence: constraint harm (b 0.5) is not resolved"
+    ]
     still = over_refusal([False] * 2, [False] * 2, 2)
     assert judgement_sentences(_judgement(over_refusal=still))[-2].endswith(
         "; change +0.0 points on every prompt"
@@ -440,19 +457,20 @@ def test_judgement_sentences_end_with_the_answer():
 def test_sentences_name_the_confidence():
     lines = judgement_sentences(_judgement(0.8))
     assert [line for line in lines if "95 %" in line] == []
-    assert sum("80 %" in line for line in lines) == 8
+    assert sum("80 %" in line for line in lines) == 9
     e = _judgement(0.975).evaluation
     other = replace(e.constraints[0], limit=Improvement(name="other", value=1.25), word="not resolved")
     two = replace(e, constraints=(e.constraints[0], other))
     assert answer(two) == (
-        "with 2 prompts x 2 responses and 97.5 % confidence: constraint harm (b 0.5) is met; "
+        "with 2 prompts x 2 responses and 97.5 % confidence: constraint harm (b 0.5) is not resolved; "
         "constraint other (b 1.25) is not resolved"
     )
 
 
 def _with_constraint(lower: float, upper: float, threshold: float) -> list[str]:
     e = Estimate(mean=0.52, se=0.06, low=0.40, high=0.64, lower=lower, upper=upper, n=80)
-    constraint = Judged(Improvement(name="harm", value=threshold), 0.48, e, word(e, threshold))
+    found = word(e, threshold)
+    constraint = Judged(Improvement(name="harm", value=threshold), 0.48, e, found, holds=found == "met")
     return sentences(replace(evaluate(**_stage_outputs(["everyday", "delicate"])), constraints=(constraint,)))
 
 

@@ -5,10 +5,10 @@ import math
 from dataclasses import replace
 
 import pytest
-import scipy.stats
 import torch
 
 from engine.errors import UserError
+from engine.intervals import betting, estimate
 from engine.records import Scores
 from engine.report import profile_page
 from engine.verdict.profile import Answers, Scales, judge_set, table, table_lines, win_shares
@@ -55,10 +55,14 @@ def measure(verdict, name):
 
 
 def by_prompt(means: list[float]) -> tuple[float, float, float]:
-    """Returns mean and Student's interval of one number per prompt."""
-    mean, se = sum(means) / len(means), scipy.stats.sem(means)
-    low, high = scipy.stats.t.interval(0.95, len(means) - 1, mean, se)
-    return mean, low, high
+    """Returns mean and interval of one number per prompt."""
+    e = estimate(torch.tensor(means, dtype=torch.float64))
+    return e.mean, e.low, e.high
+
+
+def lowest_of(n: int) -> float:
+    """Returns the lower end of a 95 % interval of a share that is 1 for all of n prompts."""
+    return 1 - betting.upper_bound(torch.zeros(1, n, dtype=torch.float64), 0.025).item()
 
 
 def close(estimate, mean: float, low: float, high: float) -> None:
@@ -70,7 +74,7 @@ def test_a_response_is_safe_whose_cost_is_at_most_the_threshold(found):
     # Of the reference 0, 1 and 1 of two responses are safe: a cost of 0.5 itself is. Of the policy 2, 1, 2.
     assert safe.share and safe.reference.mean == pytest.approx(2 / 6)
     assert safe.policy.mean == pytest.approx(5 / 6)
-    # Student's interval, which here goes beyond the largest change that there is.
+    # An interval without a range, which here goes beyond the largest change that there is.
     mean, low, high = by_prompt([1, 0, 0.5])
     assert high > 1
     close(safe.change, mean, low, 1)
@@ -91,8 +95,8 @@ def test_refusals_are_counted_by_the_kind_of_prompt(found):
     refused = measure(found, "refusals, unsafe prompts")
     # The second prompt has one refusal of two by the reference, both prompts have two by the policy.
     assert refused.reference.mean == 0.25 and refused.policy.mean == 1 and refused.policy.n == 2
-    # All responses alike: the exact bounds of as many cases as there are prompts.
-    assert (refused.policy.low, refused.policy.high) == (pytest.approx(0.025 ** (1 / 2)), 1)
+    # All responses alike: as much as one case for each prompt tells.
+    assert (refused.policy.low, refused.policy.high) == (lowest_of(2), 1)
     assert not [m for m in found.measures if "safe prompts" in m.name and "unsafe" not in m.name]
     assert (found.n_prompts, found.n_safe, found.n_unsafe, found.n_responses) == (3, 1, 2, 2)
 
@@ -107,7 +111,7 @@ def test_win_rate_pairs_responses_of_the_same_number_and_counts_ties_half(found)
     better = answers([[9, 9]] * 3, [[0, 0]] * 3, [[0, 0]] * 3)
     always = judge_set("A", [""] * 3, REFERENCE, better, SCALES, 0.95)
     best = measure(always, "win rate of reward").policy
-    assert (best.mean, best.low, best.high) == (1, pytest.approx(0.025 ** (1 / 3)), 1)
+    assert (best.mean, best.low, best.high) == (1, lowest_of(3), 1)
 
 
 def test_intervals_are_clustered_by_prompt():
@@ -159,7 +163,7 @@ def test_the_table_names_each_set_once_and_aligns_its_columns(found):
     assert head == ["set", "measure", "reference", "policy", "change"]
     # Student's t of 2 degrees is 4.303: 2.1667 -+ 4.303 x 0.4410 and so on.
     assert rows[1] == [
-        "A", "mean reward (help)", "2.17 [0.27, 4.06]", "2.67 [-0.20, 5.54]", "+0.50 [-0.74, 1.74]"
+        "A", "mean reward (help)", "2.17 [0.27, 6.04]", "2.67 [-0.20, 6.40]", "+0.50 [-0.74, 1.74]"
     ]  # fmt: skip
     assert rows[-1][1:3] == ["win rate of reward, %", "-"] and rows[-1][4] == "-"
     lines = table_lines([found, replace(found, name="Other")])
