@@ -161,7 +161,7 @@ def test_scores_that_are_no_numbers_are_refused(bad):
 def test_the_table_names_each_set_once_and_aligns_its_columns(found):
     head, rows = table([found])
     assert head == ["set", "measure", "reference", "policy", "change"]
-    # Student's t of 2 degrees is 4.303: 2.1667 -+ 4.303 x 0.4410 and so on.
+    # Student's t of 2 degrees is 4.303: 2.1667 - 4.303 x 0.4410 and so on; above, skewness makes it more.
     assert rows[1] == [
         "A", "mean reward (help)", "2.17 [0.27, 6.04]", "2.67 [-0.20, 6.40]", "+0.50 [-0.74, 1.74]"
     ]  # fmt: skip
