@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from bench.study.arms import costs_of
 from bench.study.flags import Flags, options, shown, words
-from bench.study.plan import FLAGS
+from bench.study.plan import FLAGS, ONE_LOOK
 from engine import constraints
 from engine.errors import UserError
 from engine.files import read_json, write_json
@@ -132,13 +132,13 @@ def run_part(asked: Asked, out: Path, docs: Path) -> None:
         algorithms=asked.labels,
         thresholds=asked.thresholds,
         seeds=tuple(asked.seeds),
-        flags=(*FLAGS, *asked.flags),
+        flags=(*FLAGS, *ONE_LOOK, *asked.flags),
     )
     settings = {
         "seeds": asked.seeds,
         "algorithms": asked.labels,
         "thresholds": asked.thresholds,
-        "flags": shown(config.flags),
+        "flags": shown((*FLAGS, *asked.flags)),
     }
     plans = configs_of(config, None)
     kept = docs / "study" / f"part-{out.name}.csv"

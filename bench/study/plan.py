@@ -17,6 +17,8 @@ OTHERS = ("primal_dual", "dpo:objective=reward", "dpo:objective=safety")
 FLAGS = (
     "--margin", "0", "--heldout", str(TEST_PROMPTS), "--eval-prompts", "208", "--eval-responses", "8",
 )  # fmt: skip
+# Every run is judged on as many responses; parts from before there were several looks are alike.
+ONE_LOOK = ("--eval-budget", "1")
 
 
 class Planned(NamedTuple):

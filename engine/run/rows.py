@@ -94,7 +94,7 @@ class DualRow(Row):
     lam_se: Numbers | None
     # What the interval is about: the multipliers with the bias of few responses taken out, or lam itself
     # where the responses are too few for it.
-    lam_corrected: Numbers | None = None
+    lam_corrected: Numbers | None
     predicted_improvement: Numbers
     predicted_improvement_se: Numbers
     improvement_at_zero: Numbers  # predicted at lambda 0

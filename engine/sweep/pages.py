@@ -110,7 +110,9 @@ def page(
     body = f"""<h1>{escape(algorithms)}: {len(done)} runs</h1>
 <p>Improvements are over the reference on held-out prompts, in {units};
 intervals are 95 % over prompts. Sampled tokens and seconds are those of training; the reference's samples,
-which the runs of a seed share, are a column of their own.</p>
+which the runs of a seed share, are a column of their own. Each run's word is its own, at the confidence of a
+single verdict. Whoever chooses one of these runs by this table judges the choice on other prompts:
+<code>python -m engine.evaluate RUN --prompts OTHERS</code>.</p>
 {failed}
 {images}
 <h2>Runs</h2>
