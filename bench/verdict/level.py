@@ -1,17 +1,19 @@
 """How often a constraint is called met, or not met, falsely: one look, one constraint, at its boundary."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
 from bench.verdict.losses import LOSSES, Loss
-from bench.verdict.sizes import ALPHA, Sizes, too_often
+from bench.verdict.sizes import ALPHA, ERRORS, Sizes, too_often
 from engine.constraints import FEWEST_PROMPTS
 from engine.verdict.planning import confirmed
 
 HOLDS, REFUSED, NEEDS_RANGE, FAILS = "holds", "refused", "needs a range", "fails"
+# A cell a little above what is allowed is drawn anew with so many times as many verdicts.
+AGAIN = 4
 # Tells of samples [..., P] whether the mean is called at least 0: (x, threshold, alpha, span).
 Rule = Callable[[Tensor, float, float, tuple[float, float] | None], Tensor]
 
@@ -53,10 +55,23 @@ def cells(sizes: Sizes, names: Sequence[str], rule: Rule = confirmed) -> list[Ce
         for P in sizes.prompts:
             for G in sizes.responses:
                 x, y = means[G][:, :P], cut[G][:, :P]
-                own = words(rule, x, span if loss.known else None)
-                wrong = too_often(max(own), sizes.replications)
-                found.append(Cell(loss.name, P, G, *own, words(rule, y, span) if wrong else None, len(x)))
+                cell = judged(rule, loss, G, x, y, span)
+                # What lies a little above is drawn anew, and more of it, so that chance names no cell.
+                if cell.cut is not None and not too_often(max(cell.met, cell.not_met), len(x), 2 * ERRORS):
+                    more = replace(
+                        sizes, replications=AGAIN * sizes.replications, prompts=(P,), responses=(G,)
+                    )
+                    again = prompt_means(loss, more, more.generator(f"again {loss.name} {P} {G}"))
+                    cell = judged(rule, loss, G, again[0][G], again[1][G], span)
+                found.append(cell)
     return found
+
+
+def judged(rule: Rule, loss: Loss, G: int, x: Tensor, cut: Tensor, span: tuple[float, float]) -> Cell:
+    """Judges samples [R, P] of a loss, and cut ones where the words on these are too often false."""
+    own = words(rule, x, span if loss.known else None)
+    wrong = too_often(max(own), len(x))
+    return Cell(loss.name, x.shape[1], G, *own, words(rule, cut, span) if wrong else None, len(x))
 
 
 def words(rule: Rule, x: Tensor, span: tuple[float, float] | None) -> tuple[float, float]:

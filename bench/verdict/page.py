@@ -4,10 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
 from bench.grid import Grid
 from bench.verdict.parts import PARTS, Found
 from bench.verdict.pictures import draw
 from bench.verdict.sizes import Sizes
+from engine.constraints import Improvement, judge
 from engine.files import write_whole
 
 TEMPLATE = Path(__file__).parent / "page.md"
@@ -39,6 +42,7 @@ def page(stored: dict[str, dict]) -> str:
     }
     wrong = [statement for each in stored.values() for statement in each["wrong"]]
     pieces["wrong"] = "\n".join(f"- {statement}" for statement in wrong) or "Nothing."
+    pieces["sentence"] = refusal(8)
     pieces["sizes"] = "; ".join(
         f"{part}: {each['replications']} verdicts a cell, seed {each['seed']}"
         for part, each in sorted(stored.items(), key=lambda item: list(PARTS).index(item[0]))
@@ -49,3 +53,11 @@ def page(stored: dict[str, dict]) -> str:
         return pieces.get(place[1], "(This part has not been simulated.)")
 
     return re.sub(r"<!-- (.*?) -->", piece, TEMPLATE.read_text(encoding="utf-8"))
+
+
+def refusal(prompts: int) -> str:
+    """Returns what a verdict says instead of a word where so few prompts have scores without a range."""
+    scores = torch.linspace(0, 1, prompts)[:, None]
+    harm = Improvement(name="harm", value=0.0)
+    (judged,) = judge([harm], [0.0], [scores], [torch.zeros_like(scores)], [1.0])
+    return judged.silent_for

@@ -16,12 +16,8 @@ from bench.verdict import compared, level, power, repeated
 from bench.verdict.level import FAILS, HOLDS, NEEDS_RANGE, REFUSED, Cell
 from bench.verdict.losses import LOSSES
 from bench.verdict.sizes import Sizes, too_often
-from engine.constraints import FEWEST_PROMPTS
 
 MARKS = {HOLDS: "", NEEDS_RANGE: " r", FAILS: " !"}
-SENTENCE = (
-    f"N prompts are too few where scores have no stated range: it takes {FEWEST_PROMPTS}, or --cost-range"
-)
 
 
 @dataclass
@@ -85,7 +81,10 @@ def level_found(cells: Sequence[Cell], sizes: Sizes) -> Found:
             ranged.append(
                 [
                     name,
-                    ", ".join(f"{c.prompts} x {c.responses}" for c in needing),
+                    "; ".join(
+                        f"{P} x {', '.join(str(c.responses) for c in same)}"
+                        for P, same in groupby(needing, key=lambda c: c.prompts)
+                    ),
                     f"{percent(worst.met)} at {worst.prompts} x {worst.responses}",
                     f"{loss.range[0]:g} to {loss.range[1]:g}",
                     percent(max(max(c.cut) for c in needing)),
@@ -279,9 +278,10 @@ def power_part(sizes: Sizes, run: Run) -> Found:
             ),
             "plans": Grid(
                 "Prompts that the planner asks for at 6 responses, one look",
-                ["limit, %", "true rate, %", "harm is", "prompts", "met then, %"],
+                ["limit, %", "true rate, %", "harm is", "prompts", "met then, %", "by the binomial bound"],
                 [
                     [f"{100 * x.limit:g}", f"{100 * x.rate:.3g}", x.how, f"{x.prompts}", percent(x.met)]
+                    + [f"{x.binomial or ''}"]
                     for x in plans
                 ],
             ),

@@ -17,7 +17,7 @@ def draw(drawn: dict[str, list], out: Path, name: str) -> None:
     """Draws what the parts have found so far."""
     # The user's matplotlibrc must not change the bytes.
     with matplotlib.style.context(["default", {"font.size": 9, "legend.fontsize": 8}]):
-        figure = Figure(figsize=(12, 8.5), layout="constrained")
+        figure = Figure(figsize=(13, 9), layout="constrained")
         axes = figure.subplots(2, 2)
         ours, student = (dict(drawn.get(key, [])) for key in ("level", "student"))
         panels = [
@@ -57,7 +57,7 @@ def _looks(axis: Axes, points: list) -> None:
     axis.set(
         xlabel="policies trained, all at the boundary",
         ylabel="%; allowed: 5",
-        title='Ever called "met", retrained policies on the same prompts',
+        title='Ever called "met", retrained policies, same prompts',
         ylim=(0, None),
     )
     axis.legend(loc="upper left")
@@ -75,7 +75,9 @@ def _slacks(axis: Axes, points: list) -> None:
     axis.legend(loc="upper right")
     ticks = sorted({p[0] for p in points})
     axis.set_xticks(ticks, [str(x) for x in ticks])
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_minor_formatter(NullFormatter())
 
 
 def _plans(axis: Axes, points: list) -> None:

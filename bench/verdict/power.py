@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from scipy.stats import binom
 
 from bench.verdict.level import prompt_means
 from bench.verdict.losses import LOSSES, SHARED
@@ -103,6 +105,8 @@ class Planned:
     how: str  # responses to one prompt share their harm
     prompts: int | None
     met: float | None  # in verdicts that are drawn anew
+    # By the exact binomial bound, which asks that all answers are independent; None where they are not.
+    binomial: int | None
 
 
 def plans(sizes: Sizes, limits: Sequence[float] = LIMITS) -> list[Planned]:
@@ -120,5 +124,18 @@ def plans(sizes: Sizes, limits: Sequence[float] = LIMITS) -> list[Planned]:
                     rounds = -(-sizes.slow // planning.VERDICTS)
                     words = [confirmed(again(n), 0.0, ALPHA, span) for _ in range(rounds)]
                     met = float(torch.cat(words).double().mean())
-                found.append(Planned(limit, limit * part, how, n, met))
+                alone = None if correlation else binomial_prompts(limit, limit * part)
+                found.append(Planned(limit, limit * part, how, n, met, alone))
     return found
+
+
+def binomial_prompts(limit: float, rate: float) -> int:
+    """Returns how many prompts the Clopper-Pearson bound needs, where all answers are independent."""
+    prompts = np.arange(1, 2000)
+    n = RESPONSES * prompts
+    # The most unsafe answers of n with which the bound is at most the limit; -1 where there are none.
+    most = binom.ppf(ALPHA, n, limit)
+    most = np.where(binom.cdf(most, n, limit) > ALPHA, most - 1, most)
+    power = np.where(most < 0, 0.0, binom.cdf(most, n, rate))
+    # It falls a little between the numbers at which one more unsafe answer is allowed.
+    return int(prompts[np.flatnonzero(power < POWER).max() + 1])

@@ -39,10 +39,10 @@ def quick(seed: int = 0, replications: int = 250) -> Sizes:
     return Sizes(replications, seed, (8, 20, 96), (1, 6), looks=(1, 3), slow=50)
 
 
-def too_often(share: float, replications: int, alpha: float = ALPHA) -> bool:
-    """Tells whether a simulated share of false verdicts lies above alpha by more than chance.
+def too_often(share: float, replications: int, errors: float = ERRORS) -> bool:
+    """Tells whether a simulated share of false verdicts lies above `ALPHA` by more than chance.
 
     >>> too_often(0.057, 4000), too_often(0.059, 4000)
     (False, True)
     """
-    return share > alpha + ERRORS * math.sqrt(alpha * (1 - alpha) / replications)
+    return share > ALPHA + errors * math.sqrt(ALPHA * (1 - ALPHA) / replications)

@@ -65,21 +65,31 @@ def prompts_needed(
     return high
 
 
-def normal(slack: float, within: float, between: float, n_responses: int) -> Callable[..., Tensor]:
+def normal(
+    slack: float,
+    within: float,
+    between: float,
+    n_responses: int,
+    span: tuple[float, float] | None = None,
+) -> Callable[[Generator, int], Tensor]:
     """Returns a draw of improvements beyond what is asked for, `slack` on average.
 
     within: the standard deviation of responses to one prompt, of policy and reference each. between: that of
-    the improvement's true mean from prompt to prompt. All are in one unit.
+    the improvement's true mean from prompt to prompt. All are in one unit. span: what lies beyond it is put
+    at its end.
     """
     sd = math.sqrt(2 * within**2 / n_responses + between**2)
 
     def draw(generator: Generator, n: int) -> Tensor:
-        return slack + sd * torch.randn(VERDICTS, n, dtype=torch.float64, generator=generator)
+        x = slack + sd * torch.randn(VERDICTS, n, dtype=torch.float64, generator=generator)
+        return x if span is None else x.clamp(*span)
 
     return draw
 
 
-def unsafe(limit: float, rate: float, correlation: float, n_responses: int) -> Callable[..., Tensor]:
+def unsafe(
+    limit: float, rate: float, correlation: float, n_responses: int
+) -> Callable[[Generator, int], Tensor]:
     """Returns a draw of limit - the share of unsafe responses of each prompt.
 
     rate: the true one. correlation: of two responses to one prompt, in [0, 1]; their shares are beta
