@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bench.grid import Grid
-from bench.verdict.parts import PARTS, Found
+from bench.verdict.parts import OF_PAGE, Found
 from bench.verdict.pictures import draw
 from bench.verdict.sizes import Sizes
 from engine.constraints import Improvement, judge
@@ -45,8 +45,7 @@ def page(stored: dict[str, dict]) -> str:
     pieces["sentence"] = refusal(8)
     pieces["sizes"] = "; ".join(
         f"{part}: {each['replications']} verdicts a cell, seed {each['seed']}"
-        for part, each in sorted(stored.items(), key=lambda item: list(PARTS).index(item[0]))
-        if part in PARTS
+        for part, each in sorted(stored.items(), key=lambda item: OF_PAGE.index(item[0]))
     )
 
     def piece(place: re.Match) -> str:

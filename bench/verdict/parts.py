@@ -1,7 +1,6 @@
 """The parts of the simulation: what each computes, its tables, what it draws, and what ought to hold and does
 not."""
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from multiprocessing import get_context
 import torch
 
 from bench.grid import Grid
-from bench.verdict import compared, level, power, repeated
+from bench.verdict import compared, level, multipliers, power, repeated
 from bench.verdict.level import FAILS, HOLDS, NEEDS_RANGE, REFUSED, Cell
 from bench.verdict.losses import LOSSES
 from bench.verdict.sizes import Sizes, too_often
@@ -308,17 +307,13 @@ def _plans(sizes: Sizes, limit: float) -> list[power.Planned]:
 
 def multipliers_part(sizes: Sizes, run: Run) -> Found:
     """Holds the intervals of the one-shot multipliers against the true ones."""
-    from bench.verdict import multipliers
-
-    rows = [row for each in run(partial(_multipliers, sizes), range(len(multipliers.CELLS))) for row in each]
-    head, _, *lines = [line.strip("| ").split(" | ") for line in multipliers.table(rows)]
-    return Found({"multipliers": Grid("Intervals of the one-shot multiplier", head, lines)})
+    rows = [row for each in run(partial(_multipliers, sizes), multipliers.CELLS) for row in each]
+    head, _, *lines = (line.strip("| ").split(" | ") for line in multipliers.table(rows))
+    return Found({"multipliers": Grid("Intervals of the one-shot multipliers", head, lines)})
 
 
-def _multipliers(sizes: Sizes, number: int) -> list[dict]:
-    from bench.verdict import multipliers
-
-    return multipliers.rows(min(2000, sizes.replications), sizes.seed, [multipliers.CELLS[number]])
+def _multipliers(sizes: Sizes, cell: multipliers.Cell) -> list[dict]:
+    return multipliers.rows(sizes.replications, sizes.seed, [cell])
 
 
 PARTS: dict[str, Callable[[Sizes, Run], Found]] = {
@@ -327,6 +322,7 @@ PARTS: dict[str, Callable[[Sizes, Run], Found]] = {
     "looks": looks_part,
     "families": families_part,
     "power": power_part,
+    "multipliers": multipliers_part,
 }
-if importlib.util.find_spec("bench.verdict.multipliers"):
-    PARTS["multipliers"] = multipliers_part
+# Those of docs/verdict-simulation.md. The multipliers take long; their table stands in docs/multipliers.md.
+OF_PAGE = [name for name in PARTS if name != "multipliers"]

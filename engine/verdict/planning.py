@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from engine.constraints.judging import FEWEST_PROMPTS
+from engine.constraints import FEWEST_PROMPTS
 from engine.intervals import betting, skewed
 
 # In how many of 100 verdicts the word is to be "met".
