@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bench.grid import Grid
-from bench.verdict.parts import OF_PAGE, Found
+from bench.verdict.parts import Found
 from bench.verdict.pictures import draw
 from bench.verdict.sizes import Sizes
 from engine.constraints import Improvement, judge
@@ -43,10 +43,8 @@ def page(stored: dict[str, dict]) -> str:
     wrong = [statement for each in stored.values() for statement in each["wrong"]]
     pieces["wrong"] = "\n".join(f"- {statement}" for statement in wrong) or "Nothing."
     pieces["sentence"] = refusal(8)
-    pieces["sizes"] = "; ".join(
-        f"{part}: {each['replications']} verdicts a cell, seed {each['seed']}"
-        for part, each in sorted(stored.items(), key=lambda item: OF_PAGE.index(item[0]))
-    )
+    each_size = sorted({(each["replications"], each["seed"]) for each in stored.values()})
+    pieces["sizes"] = "; ".join(f"{n:,} verdicts a cell, seed {seed}" for n, seed in each_size)
 
     def piece(place: re.Match) -> str:
         return pieces.get(place[1], "(This part has not been simulated.)")

@@ -3,6 +3,7 @@ out, and the command."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from bench.verdict import __main__ as command
 from bench.verdict import compared, level, parts, power, repeated, rules
 from bench.verdict.level import FAILS, HOLDS, NEEDS_RANGE, REFUSED, Cell
 from bench.verdict.losses import LOSSES, SHARED
-from bench.verdict.page import refusal
+from bench.verdict.page import page, refusal
 from bench.verdict.sizes import Sizes, quick, too_often
 from engine.constraints import Improvement, MeanCost, Rate, judge
 from engine.intervals import looks
 from engine.verdict.planning import confirmed
 
 FEW = quick()
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def serial(work, each):
@@ -184,11 +186,11 @@ def test_looks_stop_early_where_there_is_slack():
 def test_quick_command_writes_page_and_picture(tmp_path, capsys):
     arguments = ["--quick", "--workers", "1", "--replications", "40", "--out", str(tmp_path)]
     assert command.main([*arguments, "--part", "families"]) == 0
-    page = (tmp_path / "verdict-simulation.md").read_text(encoding="utf-8")
-    assert "Several constraints, false" in page and "(This part has not been simulated.)" in page
+    text = (tmp_path / "verdict-simulation.md").read_text(encoding="utf-8")
+    assert "Several constraints, false" in text and "(This part has not been simulated.)" in text
     assert command.main([*arguments, "--part", "looks"]) == 0
-    page = (tmp_path / "verdict-simulation.md").read_text(encoding="utf-8")
-    assert "Several constraints, false" in page and "retrained policies" in page and "<!--" not in page
+    text = (tmp_path / "verdict-simulation.md").read_text(encoding="utf-8")
+    assert "Several constraints, false" in text and "retrained policies" in text and "<!--" not in text
     assert (tmp_path / "verdict-simulation.png").stat().st_size > 10_000
     stored = json.loads((tmp_path / "verdict-simulation.json").read_text(encoding="utf-8"))
     assert set(stored) == {"families", "looks"} and stored["looks"]["replications"] == 40
@@ -201,6 +203,12 @@ def test_the_exit_code_tells_what_does_not_hold(tmp_path, monkeypatch, capsys):
     assert command.main(arguments) == 1
     assert "does not hold: this" in capsys.readouterr().out
     assert "- this" in (tmp_path / "verdict-simulation.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_page_is_that_of_its_parts():
+    stored = json.loads((DOCS / "verdict-simulation.json").read_text(encoding="utf-8"))
+    assert set(stored) == set(parts.OF_PAGE)
+    assert (DOCS / "verdict-simulation.md").read_text(encoding="utf-8") == page(stored)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--workers", "0"), ("--replications", "-1")])
