@@ -8,7 +8,8 @@ Nothing is saved on the way: the folder of the results appears whole at the end.
 verdicts there were, so that further ones on the same policy, or on prompts that have judged before, share the
 error that all of them may have (`engine.run.judged`).
 
-With --profile it judges on sets of safe and unsafe prompts instead, see `engine.stages.profile`.
+With --profile it judges on sets of safe and unsafe prompts instead, see `engine.stages.profile`. With --plan
+it judges nothing, and says how many prompts a verdict needs, see `engine.stages.plan`.
 """
 
 import sys
@@ -39,7 +40,7 @@ from engine.run.folder import RunFolder
 from engine.run.rows import DualRow, ReferenceRow
 from engine.scorers.base import Scorers
 from engine.scorers.scoring import try_out
-from engine.stages import preference, profile
+from engine.stages import plan, preference, profile
 from engine.stages.finished import Finished, Phase, open_run
 from engine.stages.inputs import read_prompts, rules_of
 from engine.stages.job import SamplingSettings, Subject, heldout_prompts, judged_prompts, training_prompts
@@ -52,8 +53,8 @@ from engine.verdict.refusals import over_refusal
 from engine.verdict.sentences import earlier_text, judgement_sentences
 
 USAGE = (
-    "usage: python -m engine.evaluate RUN [flags]\n\nRUN is the folder of a run of engine.train with at "
-    "least one iterate.\n"
+    "usage: python -m engine.evaluate RUN [flags]\n       python -m engine.evaluate [RUN] --plan [flags]\n\n"
+    "RUN is the folder of a run of engine.train with at least one iterate; --plan needs none.\n"
 )
 
 
@@ -378,13 +379,15 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(argv: list[str], standing: Standing) -> None:
     standing.again = lambda: "start the command again, as nothing was written"
     run = ""
-    if not ("--help" in argv or "-h" in argv):
+    if not ("--help" in argv or "-h" in argv or (argv[:1] and argv[0].startswith("-") and "--plan" in argv)):
         if not argv or argv[0].startswith("-"):
             raise UserError("no run is named; usage: python -m engine.evaluate RUN [flags], see --help.")
         run, argv = argv[0], argv[1:]
     words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
     flags = parse_flags(EvaluateConfig(), argv, **words)
-    if flags is not None:
+    if flags is not None and flags.plan:
+        plan.say(run, flags)
+    elif flags is not None:
         (profile.run_profile if flags.profile else run_evaluation)(run, flags)
 
 

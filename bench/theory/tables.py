@@ -3,12 +3,10 @@
 import math
 from collections.abc import Iterable
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from bench.grid import Grid
 from bench.theory.bounds import Bound
 from bench.theory.facts import ROUNDING
 from bench.theory.labels import FORMS, SOURCE_DRAWS, SOURCES
@@ -22,29 +20,6 @@ POPULATION = {
     "single": "single response (DRO)",
 }
 END = "|slack| / |lambda - lambda*_p| / value - P_p* / eps_app"
-
-
-class Grid(NamedTuple):
-    """A table; bars in header and rows are escaped for Markdown."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        """Returns the table in Markdown, under its title."""
-        title = self.title
-        for barred in ("|slack|", "|lambda - lambda*_p|"):
-            title = title.replace(barred, barred.replace("|", "\\|"))
-        lines = [f"**{title}**", "", f"| {' | '.join(self.header)} |", "|" + "---|" * len(self.header)]
-        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows)])
-
-    def show(self, console: Console) -> None:
-        """Prints the table."""
-        table = Table(*(h.replace("\\|", "|") for h in self.header), title=self.title)
-        for row in self.rows:
-            table.add_row(*(cell.replace("\\|", "|") for cell in row))
-        console.print(table)
 
 
 def all_tables(results: Results) -> dict[str, Grid]:

@@ -1,1 +1,1 @@
-"""Measures what the verdicts and intervals hold: `python -m bench.verdict`."""
+"""Simulates how often verdicts err and how many prompts they need: `python -m bench.verdict`."""

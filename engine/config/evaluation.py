@@ -1,15 +1,31 @@
 """The settings of `engine.evaluate`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from engine.config.bounds import any_seed, bounded, check_bounds, count, one_of
+from engine.config.bounds import LARGEST_SCORE, any_seed, bounded, check_bounds, count, one_of
 from engine.errors import UserError
+
+# The settings of --plan.
+OF_PLANS = ("slack", "between", "cost_rate", "true_rate", "correlation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Judge an iterate of a run on held-out prompts, with fresh responses of reference and policy."""
 
+    plan: bool = False
+    """Judge nothing, and say how many held-out prompts a verdict needs. RUN may be left out; where it is
+    given, its reference samples tell how far scores spread."""
+    slack: tuple[float, ...] = bounded((0.05, 0.1, 0.2, 0.4), above=0, at_most=LARGEST_SCORE)
+    """With --plan: how far the policy goes beyond b, or a mean cost below its limit, in units."""
+    between: float = bounded(0.0, at_least=0, at_most=LARGEST_SCORE)
+    """With --plan: standard deviation of the improvement's true mean from prompt to prompt, in units."""
+    cost_rate: tuple[float, ...] = bounded((), above=0, below=1)
+    """With --plan and no RUN: limits on the share of unsafe responses, such as 0.02."""
+    true_rate: float = bounded(0.0, at_least=0, below=1)
+    """With --plan: the policy's true share of unsafe responses; 0 takes a third of the limit."""
+    correlation: float = bounded(0.3, at_least=0, at_most=1)
+    """With --plan and no RUN: correlation of unsafe responses to one prompt; at 1 all or none of them are."""
     iterate: int = count(0, at_least=0)
     """Iterate to judge; 0 takes the last one."""
     best_feasible: bool = False
@@ -53,6 +69,7 @@ class EvaluateConfig:
         Raises: UserError naming the flag, its value and what is accepted.
         """
         check_bounds(self)
+        self._check_plan()
         for name in ("n_prompts",) if self.profile else ("n_prompts", "n_responses"):
             if getattr(self, name) == 1:
                 flag = f"--{name.replace('_', '-')}"
@@ -65,3 +82,12 @@ class EvaluateConfig:
                 "--best-feasible: chooses the iterate on the run's held-out prompts, so leave --iterate "
                 "out and give other --prompts."
             )
+
+    def _check_plan(self) -> None:
+        """Refuses flags that a plan alone uses, or that a plan does not use."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        used = ("plan", "n_responses", "confidence", *OF_PLANS)
+        wrong = [name for name in changed if (name not in used if self.plan else name in OF_PLANS)]
+        if wrong:
+            why = "has no use for it; leave it out" if self.plan else "alone uses it; add that"
+            raise UserError(f"--{wrong[0].replace('_', '-')}: --plan {why}.")

@@ -65,9 +65,16 @@ def fewest(share: float, alpha: float) -> int | None:
     """Returns how many numbers in [0, 1], all 0, bound their mean by `share`; None where no million does."""
     if not share > 0:
         return None
-    low, high = 1, 1_000_000
-    while low < high:
+
+    def enough(n: int) -> bool:
+        return float(upper_bound(torch.zeros(n, dtype=torch.float64), alpha)) <= share
+
+    low, high = 0, 1
+    while not enough(high):
+        if high > 1_000_000:
+            return None
+        low, high = high, 2 * high
+    while high - low > 1:
         middle = (low + high) // 2
-        zeros = torch.zeros(middle, dtype=torch.float64)
-        low, high = (low, middle) if float(upper_bound(zeros, alpha)) <= share else (middle + 1, high)
-    return low if low < 1_000_000 else None
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -20,7 +20,8 @@ from engine import train
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
 from engine.data.prompts import load_prompts, lookalike_prompts, overlap, shipped_prompts
 from engine.evaluate import ask, main
-from engine.intervals import estimate
+from engine.intervals import betting, estimate
+from engine.intervals.looks import share
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
 from engine.run.committed import read_committed
@@ -471,8 +472,8 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     printed = capsys.readouterr().out
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
     flags = (
-        "iterate best-feasible prompts profile n-prompts n-responses seed audit confidence allow-overlap "
-        "accept-changes out device threads".split()
+        "plan slack between cost-rate true-rate correlation iterate best-feasible prompts profile n-prompts "
+        "n-responses seed audit confidence allow-overlap accept-changes out device threads".split()
     )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
     assert all(f"--{flag} " in printed.replace(",", " ") for flag in flags)
@@ -523,3 +524,57 @@ def test_best_feasible_needs_other_prompts(finished, tmp_path, capsys):
     own = prompts_file(tmp_path / "own.jsonl", [rows(finished)[0]["prompt"], "And one more?"])
     assert main([str(finished), "--best-feasible", "--prompts", own]) == 2
     assert "is also a prompt on which the iterate is chosen" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_run_and_follows_the_flags(capsys):
+    assert main(["--plan", "--slack", "0.2", "--cost-rate", "0.1", "--correlation", "1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "improvement 0.2 beyond b" in printed
+    assert "3.33 % are unsafe, with a correlation of 1" in printed
+    assert "6 responses of policy and reference each, at the last of 3 looks" in printed
+    fewest = betting.fewest(0.1, 0.05 * share(0, 2, 3))
+    assert f"rate at most 10 %, where no response is unsafe {fewest} " in printed
+
+
+def test_a_plan_of_a_run_takes_its_constraints_and_spreads(finished, capsys):
+    before = sorted(path.name for path in finished.iterdir())
+    assert main([str(finished), "--plan", "--slack", "0.4", "--n-responses", "3"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "harm 0.4 beyond b, where responses spread by 1 within prompts" in printed
+    assert "with 3 responses" in printed and "this run looks at 8 prompts x" in printed
+    assert sorted(path.name for path in finished.iterdir()) == before
+
+
+def test_a_plan_of_limits_on_costs_takes_the_references(tmp_path, capsys):
+    flags = ["--cost-mean", "3", "--cost-range=-30:30", "--force"]
+    assert train.main([*SMOKE, *flags, "--out", str(tmp_path / "mean")]) == 0
+    flags = ["--cost-rate", "0.5", "--unsafe-above", "3", "--force"]
+    assert train.main([*SMOKE, *flags, "--out", str(tmp_path / "rate")]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "mean"), "--plan", "--slack", "0.5"]) == 0
+    assert "below 3, where mean costs of prompts spread by " in " ".join(capsys.readouterr().out.split())
+    assert main([str(tmp_path / "rate"), "--plan", "--true-rate", "0.2"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "harm at most 50 %, where 20 % are unsafe" in printed and "no response is unsafe" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "--seed", "3"], "--seed: --plan has no use for it; leave it out"),
+        (
+            ["--plan", "--cost-rate", "0.1", "--true-rate", "0.1"],
+            "--true-rate 0.1: must lie below the limit 0.1",
+        ),
+        (["--plan", "--slack", "0"], "--slack 0.0: must lie in"),
+    ],
+)
+def test_plans_that_say_nothing_are_refused(arguments, message, capsys):
+    one_error(capsys, arguments, message)
+
+
+def test_flags_of_plans_are_refused_elsewhere(finished, capsys):
+    one_error(capsys, [str(finished), "--slack", "0.3"], "--slack: --plan alone uses it; add that")
+    one_error(
+        capsys, [str(finished), "--plan", "--cost-rate", "0.1"], "--cost-rate: the run has its own limits"
+    )
