@@ -28,7 +28,7 @@ from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.data.reading import EVERY_ROW
 from engine.errors import UserError
 from engine.files import is_there, whole_folder, write_json
-from engine.intervals.looks import CONFIDENCE, attempt_share
+from engine.looks import CONFIDENCE, attempt_share
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples

@@ -15,7 +15,7 @@ from bench.verdict.repeated import RESPONSES
 from bench.verdict.sizes import ALPHA, Sizes
 from engine.constraints import FEWEST_PROMPTS
 from engine.intervals import betting, skewed
-from engine.intervals.looks import FIRST, Size, planned, share
+from engine.looks import FIRST, Size, planned, share
 from engine.verdict import planning
 from engine.verdict.planning import POWER, confirmed
 

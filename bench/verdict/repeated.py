@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from bench.verdict.losses import LOSSES, Loss
 from bench.verdict.sizes import ALPHA, Sizes, too_often
 from engine.intervals import betting, holm, skewed
-from engine.intervals.looks import Size, planned, share
+from engine.looks import Size, planned, share
 from engine.verdict.planning import confirmed
 
 # Per prompt, of policy and reference.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from engine.config.bounds import LARGEST_SCORE, MOST, any_seed, bounded, check_bounds, count, one_of
 from engine.config.template import template_kwargs
 from engine.errors import UserError
-from engine.intervals.looks import Size, planned
+from engine.looks import Size, planned
 
 FEW_PROMPTS = (
     "must be at least 2, as one prompt has no standard error; if there are no more, give more with --prompts "

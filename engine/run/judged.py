@@ -1,5 +1,5 @@
 """RUN/judged.jsonl: the verdicts on a run, so that the error of all that ever look at a policy, or at a
-prompt, is shared among them (`engine.intervals.looks`).
+prompt, is shared among them (`engine.looks`).
 
 Runs that stand in one folder know of one another: a policy that is trained again until it is met on the same
 prompts has looked at them again. The runs of a sweep do not: each one's word is its own, and whoever chooses

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.config import EvaluateConfig, RunConfig, check, shown_name
 from engine.errors import UserError
-from engine.intervals.looks import Size
+from engine.looks import Size
 from engine.model.decoder import Decoder
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, trained_weights

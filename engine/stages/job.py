@@ -18,8 +18,8 @@ from engine.data.prompts import assert_disjoint, by_tokens, first_look, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
-from engine.intervals.looks import CONFIDENCE
-from engine.intervals.looks import share as share_of_look
+from engine.looks import CONFIDENCE
+from engine.looks import share as share_of_look
 from engine.model.decoder import Decoder
 from engine.records import Prompts
 from engine.run.contents import read_contents

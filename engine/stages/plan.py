@@ -16,7 +16,7 @@ from engine.constraints import Limit
 from engine.constraints.kinds import variances
 from engine.errors import UserError
 from engine.intervals import betting, number
-from engine.intervals.looks import share
+from engine.looks import share
 from engine.run.committed import Committed, read_committed
 from engine.run.display import Display
 from engine.run.rows import ReferenceRow

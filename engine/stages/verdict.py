@@ -11,7 +11,7 @@ from torch import Tensor
 from engine import keys
 from engine.constraints import Limit
 from engine.files import move_aside, write_json, write_whole
-from engine.intervals.looks import CONFIDENCE, share
+from engine.looks import CONFIDENCE, share
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Prompts, Units
@@ -121,6 +121,8 @@ def give_verdict(
         run.display.line(earlier_text(earlier))
     evaluation = before = after = None
     for look in planned:
+        if evaluation is not None and look.same_prompts and evaluation.needs_prompts:
+            break  # More responses to as few prompts give no word either.
         if look.number > 1:
             run.display.n_stages += 2
         new_before, new_after = side("reference", look), side("policy", look)
@@ -142,7 +144,7 @@ def give_verdict(
         evaluation = judge(before, after, bar, evaluation)
         if evaluation.is_decided:
             break
-        if look is not planned[-1]:
+        if len(planned) > 1:
             run.display.line(look_text(evaluation))
     return _write(job, evaluation, before, after, lam_J)
 

@@ -88,6 +88,11 @@ class Evaluation:
         them is met or not met."""
         return self.word == MET or all(c.word != NOT_RESOLVED for c in self.constraints)
 
+    @property
+    def needs_prompts(self) -> bool:
+        """Tells whether no constraint that is open can have a word on so few prompts."""
+        return all(c.silent_for for c in self.constraints if c.word == NOT_RESOLVED)
+
     def as_dict(self) -> dict:
         """Converts the verdict to plain numbers, strings, lists and dictionaries for JSON.
 
@@ -225,7 +230,7 @@ class Asked:
     aims: Sequence[float]  # each in its constraint's measure
     unit_J: Sequence[float]  # one of the run's units in the scorer's
     confidence: float = 0.95  # of intervals, and of all that is ever said of the constraints
-    # The share of 1 - confidence that one-sided bounds may spend, see `engine.intervals.looks`.
+    # The share of 1 - confidence that one-sided bounds may spend, see `engine.looks`.
     share: float = 1.0
     looks: int = 1  # how many are planned at most
     truncated: bool = False  # the samples are of distributions that top-k or top-p has cut

@@ -65,7 +65,7 @@ def look_text(e: Evaluation) -> str:
         f"[{number(c.judged.lower)}, {number(c.judged.upper)}], {c.limit.asked_text()}: {c.word}"
         for c in e.constraints
     )
-    return f"look {len(e.looks)} at {e.n_prompts} prompts x {e.n_responses} responses: {found}; looking again"
+    return f"look {len(e.looks)} at {e.n_prompts} prompts x {e.n_responses} responses: {found}"
 
 
 def earlier_text(earlier: int) -> str:

@@ -21,7 +21,7 @@ from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
 from engine.data.prompts import load_prompts, lookalike_prompts, overlap, shipped_prompts
 from engine.evaluate import ask, main
 from engine.intervals import betting, estimate
-from engine.intervals.looks import share
+from engine.looks import share
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
 from engine.run.committed import read_committed

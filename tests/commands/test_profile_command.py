@@ -70,7 +70,7 @@ def test_the_published_sets_are_judged_by_the_runs_scorers(run, here, capsys, mo
     before = {path.name for path in run.iterdir()}
     assert main([str(run), "--profile", "safety"]) == 0
     printed, out = capsys.readouterr().out, run / "profile-1"
-    assert {path.name for path in run.iterdir()} - before == {"profile-1", "judged.jsonl"}
+    assert {path.name for path in run.iterdir()} - before == {"profile-1"}
     assert {path.name for path in out.iterdir()} == FILES
     found = json.loads((out / "profile.json").read_text())
     sizes = {s["name"]: (s["n_prompts"], s["n_safe"], s["n_unsafe"], s["trained_on"]) for s in found["sets"]}
@@ -98,12 +98,11 @@ def test_the_published_sets_are_judged_by_the_runs_scorers(run, here, capsys, mo
     start = next(i for i, line in enumerate(lines) if head.fullmatch(line))
     assert len(lines) - start - 2 == sum(len(s["measures"]) for s in found["sets"])
     assert lines[-1].startswith(f"written: {out}/profile.html")
-    assert len((run / "judged.jsonl").read_text().splitlines()) == 4
-    # A second look is told as one, and gives the same numbers.
+    # A second look gives the same numbers.
     monkeypatch.setattr(profile_page, "picture", lambda *_: b"")
     assert main([str(run), "--profile", "safety"]) == 0
     printed = capsys.readouterr().out
-    assert "XSTest: 5 prompts (3 safe, 2 unsafe); they have judged this run once before\n" in printed
+    assert "XSTest: 5 prompts (3 safe, 2 unsafe)\n" in printed
     for name in ("profile.json", "responses.jsonl"):
         assert (out / name).read_bytes() == (run / "profile-2" / name).read_bytes()
 

@@ -201,7 +201,7 @@ def given_config(folder: Path, out: Path, **changes) -> MocanConfig:
 
 
 def test_the_multipliers_are_those_of_the_dual_on_the_same_file(given):
-    file, config = str(given / "samples.jsonl"), DualConfig(cost=("loud",), threshold=(0.3,), draws=40)
+    file, config = str(given / "samples.jsonl"), DualConfig(cost=("loud",), threshold=(0.3,))
     solution = analyse(file, read_scores(file, (), ("loud",), texts=False), config).solution
     (row,) = read_committed(given / "run").rows(DualRow)
     assert row.lam == pytest.approx(solution.lam.tolist(), rel=1e-6) and row.lam[0] > 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from engine.intervals import betting, holm
-from engine.intervals.looks import Size, attempt_share, look_share, planned, share
+from engine.looks import Size, attempt_share, look_share, planned, share
 
 
 def test_all_looks_that_will_ever_be_share_one_error():
