@@ -15,8 +15,8 @@ from bench.verdict.level import FAILS, HOLDS, NEEDS_RANGE, REFUSED, Cell
 from bench.verdict.losses import LOSSES, SHARED
 from bench.verdict.page import page, refusal
 from bench.verdict.sizes import Sizes, quick, too_often
+from engine import looks
 from engine.constraints import Improvement, MeanCost, Rate, judge
-from engine.intervals import looks
 from engine.verdict.planning import confirmed
 
 FEW = quick()

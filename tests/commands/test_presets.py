@@ -48,8 +48,8 @@ from tests.helpers.published import (
 N_ROWS, N_PROMPTS = 17, 12  # of the training data of PKU-SafeRLHF; prompts stand in several rows
 # What makes a run small; all else is the preset's.
 SMALL = {
-    "n_prompts": 6, "n_responses": 4, "max_new_tokens": 5, "eval_prompts": 4, "eval_budget": 8, "prompts_per_step": 4,
-    "warmup_steps": 1, "threads": 1,
+    "n_prompts": 6, "n_responses": 4, "max_new_tokens": 5, "eval_prompts": 4, "eval_budget": 8,
+    "prompts_per_step": 4, "warmup_steps": 1, "threads": 1,
 }  # fmt: skip
 SLACK = {"iterations": 2, "slack_prompts": 6, "slack_responses": 2}
 ASKED = "\n\nAssistant:"
