@@ -88,8 +88,8 @@ def tilt_kl(samples: Samples, lam: float, run) -> float:
 def table(rows: list[dict]) -> str:
     """Writes the measures as a Markdown table."""
     lines = [
-        "| reward against cost | b | word | looks | improvement | off b | reward | KL / tilt's, nats | finished "
-        "| worst loss / median | lambda | ran away |",
+        "| reward against cost | b | word | looks | improvement | off b | reward | KL / tilt's, nats "
+        "| finished | worst loss / median | lambda | ran away |",
         "|" + "---|" * 12,
     ]
     for r in rows:
