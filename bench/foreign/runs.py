@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from bench.foreign.pairs import FAR, SLACK_NATS, SPIKE, UNFINISHED, Pair, spec
+from engine import constraints
 from engine.errors import UserError
 from engine.policy.samples import Samples
-from engine.run.committed import read_committed
-from engine.run.rows import DualRow, IterationRow, StepRow
-from engine.stages.reference import ReferenceSamples
+from engine.run.committed import Committed, read_committed
+from engine.run.rows import DualRow, IterationRow, ReferenceRow, StepRow
+from engine.stages.reference import ReferenceSamples, units_of
 from engine.verdict.evaluation import Evaluation
 
 
@@ -77,9 +78,10 @@ def read(folder: Path, pair: Pair, b: float, seed: int) -> dict:
     }
 
 
-def tilt_kl(samples: Samples, lam: float, run) -> float:
+def tilt_kl(samples: Samples, lam: float, run: Committed) -> float:
     """Returns the KL of the tilt at lambda on the reference's samples, nats; at most log G."""
-    scaled, beta = samples.scaled, run.config.beta
+    limits, beta = constraints.limits(run.config, run.one(ReferenceRow).names), run.config.beta
+    scaled = units_of(run.one(ReferenceRow), limits, run.config.units).apply(samples.scores)
     score_PG = scaled.reward_PG + lam * scaled.utility_PGJ[..., 0]
     log_w = (score_PG / beta).log_softmax(1)
     return float((log_w.exp() * (log_w + math.log(score_PG.shape[1]))).sum(1).mean())
