@@ -1,0 +1,1 @@
+"""Runs on rewards and costs that nobody tuned the defaults for."""

@@ -1,0 +1,124 @@
+"""The runs of the study and what is read of them."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.foreign.pairs import FAR, SLACK_NATS, SPIKE, UNFINISHED, Pair, spec
+from engine import constraints
+from engine.errors import UserError
+from engine.policy.samples import Samples
+from engine.run.committed import Committed, read_committed
+from engine.run.rows import DualRow, IterationRow, ReferenceRow, StepRow
+from engine.stages.reference import ReferenceSamples, units_of
+from engine.verdict.evaluation import Evaluation
+
+
+def name_of(pair: Pair, b: float, seed: int) -> str:
+    """Names the folder of a run."""
+    return f"{pair.reward}-{pair.cost}-b{b:g}-seed{seed}".replace("--", "-less_")
+
+
+def train(folder: Path, pair: Pair, b: float, seed: int, flags: Sequence[str], samples: Path | None) -> None:
+    """Trains a run, or goes on with it; one that has its verdict is left as it is.
+
+    samples: a run with the same reference's samples. Raises: UserError where the run fails.
+    """
+    if (folder / "evaluation.json").is_file():
+        return
+    words = ["--resume", str(folder)]
+    if not (folder / "config.json").is_file():
+        words = [f"--reward={spec(pair.reward)}", f"--cost={spec(pair.cost)}", "--audit"]
+        words += ["--threshold", str(b), "--seed", str(seed), "--out", str(folder), *flags]
+        words += ["--samples-of", str(samples)] if samples and samples != folder else []
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.train", *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"{folder}: exit code {done.returncode}: {last}")
+
+
+def read(folder: Path, pair: Pair, b: float, seed: int) -> dict:
+    """Returns the measures of a run that has a verdict."""
+    run = read_committed(folder)
+    e = Evaluation.read(folder / "evaluation.json", cure="run it again")
+    c, dual, losses = e.constraints[0], run.one(DualRow), [row.loss for row in run.rows(StepRow)]
+    iterations = run.rows(IterationRow)
+    lam = [row.lam[0] for row in iterations]
+    tilt = tilt_kl(run.load("reference", ReferenceSamples).samples, lam[-1] if lam else dual.lam[0], run)
+    spike = max(losses) / statistics.median(losses) if losses else math.nan
+    lost = e.finished[0] - e.finished[1]
+    return {
+        "pair": str(pair),
+        "b": b,
+        "seed": seed,
+        "word": c.word,
+        "looks": len(e.looks),
+        "improvement": c.estimate.mean,
+        "off": abs(c.estimate.mean - b),
+        "reward": e.reward.mean,
+        "kl": e.kl.mean,
+        "tilt": tilt,
+        "finished": list(e.finished),
+        "spike": spike,
+        "lam": [dual.lam[0], *lam],
+        "aim": dual.aim[0],
+        "ess": float(torch.as_tensor(dual.ess).mean()),
+        "ran away": e.kl.mean > FAR * tilt + SLACK_NATS or lost > UNFINISHED or spike > SPIKE,
+    }
+
+
+def tilt_kl(samples: Samples, lam: float, run: Committed) -> float:
+    """Returns the KL of the tilt at lambda on the reference's samples, nats; at most log G."""
+    limits, beta = constraints.limits(run.config, run.one(ReferenceRow).names), run.config.beta
+    scaled = units_of(run.one(ReferenceRow), limits, run.config.units).apply(samples.scores)
+    score_PG = scaled.reward_PG + lam * scaled.utility_PGJ[..., 0]
+    log_w = (score_PG / beta).log_softmax(1)
+    return float((log_w.exp() * (log_w + math.log(score_PG.shape[1]))).sum(1).mean())
+
+
+def table(rows: list[dict]) -> str:
+    """Writes the measures as a Markdown table."""
+    lines = [
+        "| reward against cost | b | word | looks | improvement | off b | reward | KL / tilt's, nats "
+        "| finished | worst loss / median | lambda | ran away |",
+        "|" + "---|" * 12,
+    ]
+    for r in rows:
+        lam = ", ".join(f"{x:.2f}" for x in r["lam"])
+        lines.append(
+            f"| {r['pair']} | {r['b']:g} | {r['word']} | {r['looks']} | {r['improvement']:+.2f} | "
+            f"{r['off']:.2f} | {r['reward']:+.2f} | {r['kl']:.2f} / {r['tilt']:.2f} | "
+            f"{100 * r['finished'][0]:.0f} -> {100 * r['finished'][1]:.0f} % | {r['spike']:.1f} | {lam} | "
+            f"{'yes' if r['ran away'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict]) -> str:
+    """Sums the measures up in a line."""
+    n = len(rows)
+    words = {w: sum(r["word"] == w for r in rows) for w in ("met", "not met", "not resolved")}
+    said = ", ".join(f"{count} {word}" for word, count in words.items())
+    off, reward = (statistics.fmean(r[key] for r in rows) for key in ("off", "reward"))
+    ratio = statistics.median(r["kl"] / max(r["tilt"], 0.01) for r in rows)
+    return (
+        f"{n} runs: {said}; {sum(r['ran away'] for r in rows)} ran away; mean |improvement - b| {off:.2f}, "
+        f"reward {reward:+.2f}, median KL / tilt's {ratio:.2f}"
+    )
+
+
+def keep(path: Path, row: dict) -> None:
+    """Adds the measures of a run to a file of JSON lines."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")

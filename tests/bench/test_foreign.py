@@ -1,0 +1,79 @@
+"""The study on foreign scorers: what they count, what is measured of a run, and that it goes on."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bench.foreign import __main__ as foreign
+from bench.foreign import scorers
+from bench.foreign.pairs import PAIRS, Pair, spec
+from bench.foreign.runs import name_of, read, summary, table, tilt_kl
+from engine.policy.samples import Samples
+from engine.run.committed import read_committed
+from engine.stages.reference import ReferenceSamples
+from tests.helpers.runs import SMOKE
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("length", "Two words, and three.", 4),
+        ("word_length", "ab abcd", 3),
+        ("variety", "a b a A", 0.5),
+        ("punctuation", "ab, c!", 2 / 6),
+        ("first_person", "I gave my cat to us", 3),
+        ("hedging", "Perhaps it may help; consult me.", 2),
+        ("questions", "Why not? Or?", 1),
+        ("digits", "1 or 23", 3),
+        ("copying", "the sea is salt", 0.75),
+        ("reading_ease", "The cat sat.", 206.835 - 1.015 * 3 - 84.6),
+    ],
+)
+def test_scores_by_hand(name, text, expected):
+    score = getattr(scorers, name)
+    found = score(["Is the sea blue?"] * 2, [text, ""])
+    assert found[0] == pytest.approx(expected)
+    assert math.isfinite(found[1])
+
+
+def test_scores_that_cannot_be_counted_by_hand():
+    texts = ["aaaa aaaa aaaa aaaa aaaa aaaa aaaa", "Every word here says another thing.", "x", ""]
+    assert scorers.compression(texts, texts)[0] < scorers.compression(texts, texts)[1]
+    head = scorers.random_head(texts, texts)
+    assert head == scorers.random_head(texts, texts) and len({*head[:2]}) == 2 and head[2:] == [0, 0]
+    assert scorers.heavy_tail(texts, texts)[2:] == [1, 1]
+
+
+def test_there_are_twelve_pairs_at_least_and_every_scorer_exists():
+    assert len(PAIRS) >= 12 and len(set(PAIRS)) == len(PAIRS)
+    for name in {name.removeprefix("-") for pair in PAIRS for name in pair} - {"helpfulness", "harm"}:
+        assert callable(getattr(scorers, name))
+    assert spec("-length") == "less_length=-bench.foreign.scorers:length" and spec("harm") == "harm"
+
+
+def test_a_study_runs_measures_and_goes_on(tmp_path, capsys):
+    out = tmp_path / "f"
+    asked = ["--pairs", "1", "--thresholds", "0.2", "--out", str(out), "--", *SMOKE, "--force"]
+    assert foreign.main(asked) == 0
+    printed = capsys.readouterr().out
+    pair = Pair("length", "-variety")
+    assert PAIRS[1] == pair and "1 runs: " in printed
+    folder = out / name_of(pair, 0.2, 0)
+    row = read(folder, pair, 0.2, 0)
+    assert json.loads((out / "measures.jsonl").read_text()) == row
+    run = read_committed(folder)
+    samples: Samples = run.load("reference", ReferenceSamples).samples
+    reward, utility = samples.scores.reward_PG, samples.scores.utility_PGJ[..., 0]
+    reward, utility = (x / x.var(1).mean().sqrt() for x in (reward, utility))
+    score = reward + row["lam"][-1] * utility
+    weights = [[math.exp(s) for s in prompt] for prompt in score.tolist()]
+    kl = [sum(w / sum(ws) * math.log(w / sum(ws) * len(ws)) for w in ws) for ws in weights]
+    assert row["tilt"] == pytest.approx(sum(kl) / len(kl))
+    assert row["off"] == pytest.approx(abs(row["improvement"] - 0.2))
+    before = (folder / "evaluation.json").stat().st_mtime_ns
+    assert foreign.main(asked) == 0 and (folder / "evaluation.json").stat().st_mtime_ns == before
+    assert summary([row, row]).startswith("2 runs: ") and len(table([row]).splitlines()) == 3
+    one = tilt_kl(samples, 1e9, run)
+    assert one <= math.log(samples.rollouts.n) + 1e-9 and torch.isfinite(torch.tensor(one))
