@@ -260,9 +260,9 @@ def page(found: dict) -> str:
 
 def _constraint(c: Judged, units: str) -> dict:
     limit, judged = c.limit, c.judged
-    unit = {"improvement": UNIT_NAMES[units], "rate": "share of responses"}.get(
-        limit.kind, "the scorer's own units"
-    )
+    unit = UNIT_NAMES[units]
+    if limit.at_most:
+        unit = "share of responses" if limit.percent else "the scorer's own units"
     return {
         "name": limit.name,
         "kind": limit.kind,

@@ -196,41 +196,31 @@ def _loss_panel(axis: Axes, run: RunFiles) -> str:
 
 def _looks_panel(axis: Axes, evaluation: Evaluation, j: int) -> str:
     """Draws the one-sided bounds of constraint j and its mean at each look, against what it asks for."""
-    judged, looks, colour = evaluation.constraints[j], evaluation.looks, colour_of(j)
-    limit = judged.limit
-    # Shares are printed in percent, as the verdict prints them.
-    scale = 100 if limit.kind == "rate" else 1
+    limit, looks, colour = evaluation.constraints[j].limit, evaluation.looks, colour_of(j)
+    # A level is printed as the verdict prints it, shares in percent.
+    scale = limit.scale if limit.at_most else 1
     x = [look.prompts * look.responses for look in looks]
-    mean, lower, upper = (
-        scale * np.array(values)
-        for values in (
-            [look.means[j] for look in looks],
-            [look.bounds[j][0] for look in looks],
-            [look.bounds[j][1] for look in looks],
-        )
-    )
+    mean = scale * np.array([look.means[j] for look in looks])
+    lower, upper = scale * np.array([look.bounds[j] for look in looks]).T
     axis.fill_between(x, lower, upper, color=colour, alpha=0.2, linewidth=0)
     bars = [np.maximum(0, mean - lower), np.maximum(0, upper - mean)]
     style = {"color": colour, "markersize": 5, "capsize": 4, "linewidth": 1.4, "label": "mean and bounds"}
     axis.errorbar(x, mean, yerr=bars, fmt="-o", **style)
-    for place, bound, word in zip(x, upper, (look.words[j] for look in looks), strict=True):
+    for place, bound, look in zip(x, upper, looks, strict=True):
         offset = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        axis.annotate(word, (place, bound), color=INK, **offset)
-    asked = "at most" if limit.at_most else "at least"
-    axis.axhline(
-        scale * limit.value, color=INK, linewidth=1.3, label=f"asked for: {asked} {scale * limit.value:g}"
-    )
+        axis.annotate(look.words[j], (place, bound), color=INK, **offset)
+    asked = f"asked for: {'at most' if limit.at_most else 'at least'} {scale * limit.value:g}"
+    axis.axhline(scale * limit.value, color=INK, linewidth=1.3, label=asked)
     axis.set_xscale("log", base=2)
     axis.set_xticks(x, [f"{n:,}" for n in x])
     axis.set_xticks([], minor=True)
     axis.set_xlim(x[0] / 1.6, x[-1] * 1.6)
     axis.margins(y=0.15)
-    unit = {"improvement": AXIS_UNITS[evaluation.units], "rate": "% of responses"}.get(
-        limit.kind, "the scorer's own units"
-    )
-    what = "improvement" if limit.kind == "improvement" else limit.measured
-    axis.set(xlabel="held-out responses of either side", ylabel=f"{what}\n({unit})")
-    return f"Looks: {shortened(limit.name, 24)}"
+    what = f"improvement\n({AXIS_UNITS[evaluation.units]})"
+    if limit.at_most:
+        what = f"{limit.measured} ({limit.percent.strip() or AXIS_UNITS['raw']})"
+    axis.set(xlabel="held-out responses of either side", ylabel=what)
+    return f"Looks: {shortened(limit.name)}"
 
 
 def _column(rows: list[dict], key: str, j: int | None = None) -> np.ndarray:

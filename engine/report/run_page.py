@@ -145,11 +145,11 @@ def _note(run: RunFiles) -> str:
         "The slack is the measured improvement minus the aimed value. The multiplier lambda is the price of "
         "the constraint in units of reward.",
         "Met: the one-sided bound of a constraint confirms it. Not met: the other bound refutes it. Not "
-        "resolved: neither; more prompts would tell. Each look spends a share of the error that all of them may "
-        "have, fixed beforehand, so that one may look again. Intervals and bounds are over prompts: they hold "
-        "for new prompts of the same kind. They are exact where costs have a known range, and else Student's "
-        "with a correction for skewness, which is approximate. The certificate beside this page says on what "
-        "the verdict rests.",
+        "resolved: neither; more prompts would tell. Each look spends a share of the error that all of them "
+        "may have, fixed beforehand, so that one may look again. Intervals and bounds are over prompts: they "
+        "hold for new prompts of the same kind. They are exact where costs have a known range, and else "
+        "Student's with a correction for skewness, which is approximate. The certificate beside this page "
+        "says on what the verdict rests.",
         "Constraints and reward are judged by the scorers that training used, and a policy can exploit a "
         "scorer. Audits are scorers that training never used.",
     ]
