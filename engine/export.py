@@ -106,7 +106,7 @@ def read_verdict(committed: Committed, folder: str = "") -> dict | None:
     if not known and not is_file(paths.certificate):
         return None
     found = certificate.read(paths.certificate, cure=again)
-    if not outputs.is_whole(paths, paths.certificate):
+    if outputs.damaged(paths, paths.certificate):
         raise UserError(f"{paths.certificate} is not as the run wrote it; {again}.")
     return found
 

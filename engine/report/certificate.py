@@ -5,6 +5,7 @@ no time and no place of this machine is in them, beyond what the user's own sett
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from html import escape
@@ -113,8 +114,9 @@ def certificate(made: Made, judging: Judging) -> dict:
             "command": command_line(made.contents.algorithm, config),
         },
     }
-    found = plain(found)
-    return {**found, "sha256": sha256_of({}, dumps(found))}
+    text = dumps(plain(found))
+    # The order of the keys is that of the file, in which the page shows them.
+    return {**json.loads(text), "sha256": sha256_of({}, text)}
 
 
 def covers(e: Evaluation, earlier: int) -> str:
