@@ -314,6 +314,9 @@ def test_from_python_and_max_kl_keeps_the_iterate_before(tmp_path):
     assert len(read_rows(result.folder, IterationRow)) == 1
     assert [p.name for p in (result.folder / "adapters").iterdir()] == ["rejected-1"]
     assert result.evaluation.kl.mean == pytest.approx(0, abs=1e-4), "the kept iterate is the reference"
+    found = json.loads((result.folder / "certificate.json").read_text())
+    assert found["run"]["iterate"] == 0 and found["digests"]["policy"] == ""
+    assert export.main([str(result.folder), str(tmp_path / "merged"), "--or-reference"]) == 0
 
 
 def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
