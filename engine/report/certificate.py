@@ -100,7 +100,8 @@ def certificate(made: Made, judging: Judging) -> dict:
             "held-out prompts": prompts_digest(judging.prompts),
             "training prompts": prompts_digest(made.train),
             "files": {
-                flag: {PurePath(file).name: digest for file, digest in files.items()}
+                # Files in folders may have one name.
+                flag: sorted([PurePath(file).name, digest] for file, digest in files.items())
                 for flag, files in made.sources.items()
             },
             "model": {"fingerprint": made.contents.fingerprint, "files": dict(made.model)},
@@ -321,7 +322,10 @@ def _look_table(found: dict) -> str:
 
 def _other_table(found: dict) -> str:
     def estimated(name: str, e: Mapping, unit: str, scale: float = 1) -> list[str]:
-        return [name, number(scale * e["mean"], 3), _interval(scale * e["low"], scale * e["high"]), unit]
+        # Where no prompt's number differs, the interval has no width and says nothing.
+        equal = e.get("se") == 0
+        interval = "all prompts equal" if equal else _interval(scale * e["low"], scale * e["high"])
+        return [name, number(scale * e["mean"], 3), interval, unit]
 
     units = UNIT_NAMES[found["units"]]
     rows = [estimated("reward: improvement", found["reward"], units)]
@@ -352,7 +356,7 @@ def _digests(found: dict) -> list[list[str]]:
         ["held-out prompts", digests["held-out prompts"]],
         ["training prompts", digests["training prompts"]],
     ]
-    rows += [[f"{flag} {name}", d] for flag, files in digests["files"].items() for name, d in files.items()]
+    rows += [[f"{flag} {name}", d] for flag, files in digests["files"].items() for name, d in files]
     rows.append(["base model (fingerprint)", digests["model"]["fingerprint"]])
     rows += [[f"base model: {name}", digest] for name, digest in digests["model"]["files"].items()]
     for name, scorer in digests["scorers"].items():

@@ -145,3 +145,31 @@ def test_require_met_ends_with_exit_code_4_once_everything_is_written(runs, tmp_
     assert (out / "evaluation-2" / "certificate.json").is_file()
     assert evaluate.main([str(out), "--require-met", "--profile", "safety"]) == 2
     assert "gives no verdict" in capsys.readouterr().err
+
+
+def test_files_of_one_name_in_two_folders_are_both_in_it(runs):
+    found = json.loads((runs[0] / "certificate.json").read_text())
+    assert found["digests"]["files"] == {}
+    made = certificate.Made(
+        contents=read_committed(runs[0]).contents,
+        iterate=0,
+        weights="",
+        train=owned_inputs(runs[0]).record.train,
+        sources={"--prompts": {"/home/me/b/x.jsonl": "1" * 64, "/home/me/a/x.jsonl": "0" * 64}},
+        model={},
+        scorers={"reward": {"form": "judge", "source": "http://here", "sha256": "2" * 64}},
+        changed_scorers={"reward": "3" * 64},
+    )
+    e = Evaluation.read(runs[0] / "evaluation.json", cure="")
+    judging = certificate.Judging(
+        evaluation=e, prompts=made.train, seed=0, earlier=2, shared="2 of 3 prompts"
+    )
+    found = certificate.certificate(made, judging)
+    assert found["digests"]["files"] == {"--prompts": [["x.jsonl", "0" * 64], ["x.jsonl", "1" * 64]]}
+    assert "/home/me" not in json.dumps(found) and "/home/me" not in certificate.page(found)
+    assert found["digests"]["scorers"]["reward"]["changed_to"] == "3" * 64
+    said = " ".join(found["assumptions"])
+    assert "reward is a judge behind HTTP" in said and "reward changed on the way" in said
+    assert "2 of 3 prompts: on these the policy may be better" in said
+    assert "the 2 verdicts before it" in found["covers"]
+    assert "none: the reference was judged" in certificate.page(found)
