@@ -29,7 +29,7 @@ class NotAnswered(UserError):
 
 
 class NotMet(UserError):
-    """A policy that does not meet every constraint would be published. Exit code 4."""
+    """A policy is not shown to meet every constraint, where the command asks for that. Exit code 4."""
 
     exit_code = 4
 

@@ -34,6 +34,7 @@ from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Prompts, Units
+from engine.report import certificate
 from engine.run import judged
 from engine.run.display import Display
 from engine.run.folder import RunFolder
@@ -47,10 +48,10 @@ from engine.stages.job import SamplingSettings, Subject, heldout_prompts, judged
 from engine.stages.reference import ByScorers, Scoring, is_counted_alone, units_of
 from engine.stages.refusals import sampled_refusals
 from engine.stages.sampling import naming, sample
-from engine.stages.verdict import Bar, judge, write_heldout
+from engine.stages.verdict import Bar, judge, what_was_made, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
-from engine.verdict.sentences import earlier_text, judgement_sentences
+from engine.verdict.sentences import check_met, earlier_text, judgement_sentences
 
 USAGE = (
     "usage: python -m engine.evaluate RUN [flags]\n       python -m engine.evaluate [RUN] --plan [flags]\n\n"
@@ -71,6 +72,7 @@ class Question:
     aimed: list[float]  # in each constraint's own measure
     trained_on: Prompts
     scorers: Scorers
+    scorer_contents: dict[str, dict[str, str]]
     prompts: Prompts
     pool: int  # prompts that these are a subset of
     shared: str  # says which prompts are training prompts too; "" where none is
@@ -115,7 +117,8 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     groups = [group for group in (prompts, lookalikes, selection) if group]
     rows = opened.rows(groups, max(len(prompts), len(selection) if selection else 0))
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
-    scorers, changed = opened.scorers(accept_changes=flags.accept_changes)
+    contents = opened.scorer_contents()
+    scorers, changed = opened.scorers(contents, accept_changes=flags.accept_changes)
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs])
     constraints.check_prompts(
@@ -138,6 +141,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         aimed=aimed,
         trained_on=training_prompts(inputs.train, config.n_prompts, config.seed),
         scorers=scorers,
+        scorer_contents=contents,
         prompts=prompts,
         pool=len(pool),
         shared=shared,
@@ -237,9 +241,24 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         write_json(
             RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
         )
+        certified = certificate.certificate(
+            what_was_made(q.opened.owned, iterate, adapter.tensors(), q.scorer_contents),
+            certificate.Judging(
+                evaluation=judgement.evaluation,
+                prompts=prompts,
+                seed=flags.seed,
+                earlier=earlier,
+                over_refusal=judgement.over_refusal,
+                shared=q.shared,
+                chosen_on=len(q.selection) if q.selection else 0,
+            ),
+        )
+        certificate.write(folder, certified)
         for line in judgement_sentences(judgement):
             display.line(line)
-    display.line(f"written: {RunFolder(out).evaluation} and {RunFolder(out).heldout}")
+    written = RunFolder(out)
+    display.line(f"written: {written.evaluation} and {written.heldout}")
+    display.line(f"certificate: {written.certificate} and {written.certificate_html}")
     return judgement, out
 
 
@@ -385,10 +404,16 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
         run, argv = argv[0], argv[1:]
     words = {"prog": "python -m engine.evaluate RUN", "usage": USAGE, "first": "run folder"}
     flags = parse_flags(EvaluateConfig(), argv, **words)
-    if flags is not None and flags.plan:
+    if flags is None:
+        return
+    if flags.plan:
         plan.say(run, flags)
-    elif flags is not None:
-        (profile.run_profile if flags.profile else run_evaluation)(run, flags)
+    elif flags.profile:
+        profile.run_profile(run, flags)
+    else:
+        judgement, _ = run_evaluation(run, flags)
+        if flags.require_met:
+            check_met(judgement.evaluation)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Write a run's last iterate as a merged Hugging Face folder: `python -m engine.export RUN FOLDER`.
 
-The folder has a model card with the run's verdict. `--push-to-hub` uploads it.
+A policy whose verdict on all constraints together is not "met" is refused, unless --even-if asks for it, or
+--or-reference for the unchanged model in its place. The folder has a model card with the run's certificate.
+`--push-to-hub` uploads it.
 """
 
 import sys
@@ -10,18 +12,19 @@ from pathlib import Path
 from engine import model
 from engine.command import Standing, run_command
 from engine.config.flags import parse_flags
+from engine.constraints.judging import MET
 from engine.errors import NotMet, UserError
-from engine.files import is_file, one_line
+from engine.files import is_file, json_bytes, one_line
 from engine.model.folder import digests, is_hub_id
 from engine.policy.steps import Policy
 from engine.policy.weights import policy_of, trained_weights
+from engine.report import certificate
 from engine.report.model_card import CardFacts, model_card
 from engine.run import outputs
 from engine.run.committed import Committed, read_committed
 from engine.run.folder import RunFolder
 from engine.stages.inputs import DEFAULT_MODEL, model_folder
 from engine.stages.run_inputs import RunInputs, owned_inputs
-from engine.verdict.evaluation import Evaluation
 
 USAGE = "usage: python -m engine.export RUN FOLDER [flags]\n"
 DEFAULT_MODEL_ID = f"HuggingFaceTB/{DEFAULT_MODEL}"
@@ -29,13 +32,24 @@ DEFAULT_MODEL_ID = f"HuggingFaceTB/{DEFAULT_MODEL}"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write the last iterate of a run as a merged Hugging Face folder with a model card."""
+    """Write the last iterate of a run, where it is met, as a merged Hugging Face folder with a model card."""
 
-    push_to_hub: str = ""
-    """Also upload the folder to this repository of the hub, OWNER/NAME, with the token of `hf auth login`.
-    Refused while a constraint is not met."""
+    verdict: str = ""
+    """Folder of the verdict on the last iterate, such as RUN/evaluation-1. Default: the run's own."""
     even_if: bool = False
-    """Upload a policy that does not meet every constraint; its model card says so."""
+    """Export a policy that is not met, or has no verdict yet; its model card says so."""
+    or_reference: bool = False
+    """Where the policy is not met, export the reference instead, the model before training; its model card
+    says that no solution was found."""
+    push_to_hub: str = ""
+    """Also upload the folder to this repository of the hub, OWNER/NAME, with the token of `hf auth login`."""
+
+    def check(self) -> None:
+        """Refuses flags that no export can use. Raises: UserError."""
+        if self.push_to_hub and not is_hub_id(self.push_to_hub):
+            raise UserError(f"--push-to-hub {self.push_to_hub}: no name of the form OWNER/NAME; give one.")
+        if self.even_if and self.or_reference:
+            raise UserError("--even-if and --or-reference ask for two policies; leave one of them out.")
 
 
 def export(run: str | Path, folder: str | Path, flags: ExportConfig = ExportConfig()) -> None:
@@ -43,8 +57,9 @@ def export(run: str | Path, folder: str | Path, flags: ExportConfig = ExportConf
     transformers and vLLM load.
 
     Raises: UserError when the run has no iterate yet, its model is another one now, or the folder exists;
-    NotMet where a policy that does not meet every constraint is to be uploaded.
+    NotMet for a policy that is not met, see `ExportConfig`.
     """
+    flags.check()
     run, folder = Path(run), Path(folder)
     owned, committed = owned_inputs(run), read_committed(run)
     config = committed.config
@@ -53,51 +68,69 @@ def export(run: str | Path, folder: str | Path, flags: ExportConfig = ExportConf
         print(line, file=sys.stderr)
     committed.check_whole()
     iterate = max(committed.iterates, default=0)
-    if not iterate:
+    found = read_verdict(committed, flags.verdict)
+    unmet = found is None or found["word"] != MET
+    reference = flags.or_reference and found is not None and unmet
+    if not (iterate or reference):
         raise committed.lacks("iterate")
-    evaluation = read_verdict(committed)
-    if flags.push_to_hub:
-        check_push(run, evaluation, flags)
-    card = model_card(_facts(committed, owned.record, iterate, evaluation))
-    policy = committed.load(f"iteration-{iterate}/policy", Policy)
-    network = model.load(base, dtype="float32")
-    merged, adapter = policy_of(network, trained_weights(network, config, policy.adapter))
-    model.save(merged, folder, adapter=adapter, tokenizer_from=RunFolder(run).model, card=card)
+    if unmet and not (flags.even_if or reference):
+        raise _not_met(run, found)
+    policy = committed.load(f"iteration-{iterate}/policy", Policy) if iterate else None
+    if found is not None:
+        _check_about(found, policy, iterate, flags.verdict)
+    card = model_card(_facts(committed, owned.record, iterate, found, reference=reference))
+    beside = {"README.md": card.encode()}
+    network, adapter = model.load(base, dtype="float32"), None
+    if policy is not None and not reference:
+        network, adapter = policy_of(network, trained_weights(network, config, policy.adapter))
+        if found is not None:
+            beside[RunFolder(run).certificate.name] = json_bytes(found)
+    model.save(network, folder, adapter=adapter, tokenizer_from=RunFolder(run).model, beside=beside)
+    if reference:
+        print(f"no solution found: the verdict is {found['word']}, so the reference is exported, unchanged")
     print(f"wrote {folder}")
     if flags.push_to_hub:
         push(folder, flags.push_to_hub)
 
 
-def read_verdict(committed: Committed) -> Evaluation | None:
-    """Reads the run's verdict; None where it has none yet.
+def read_verdict(committed: Committed, folder: str = "") -> dict | None:
+    """Reads the certificate of the run's verdict, or that in `folder`; None where the run has none yet.
 
-    Raises: UserError where evaluation.json is not as the run wrote it.
+    Raises: UserError where certificate.json is not as it was written.
     """
     paths = RunFolder(committed.folder)
-    if not is_file(paths.evaluation) and not outputs.has(paths, paths.evaluation):
+    if folder:
+        return certificate.read(RunFolder(Path(folder)).certificate, cure="judge the run again")
+    again = f"python -m engine.train --resume {committed.folder} makes it again"
+    known = outputs.has(paths, paths.evaluation) or is_file(paths.evaluation)
+    if not known and not is_file(paths.certificate):
         return None
-    if not outputs.is_whole(paths, paths.evaluation):
+    found = certificate.read(paths.certificate, cure=again)
+    if outputs.damaged(paths, paths.certificate):
+        raise UserError(f"{paths.certificate} is not as the run wrote it; {again}.")
+    return found
+
+
+def _not_met(run: Path, found: dict | None) -> NotMet:
+    """Returns the error for a policy that nobody should take for aligned."""
+    anyway = "or export it with --even-if"
+    if found is None:
+        return NotMet(f"{run} has no verdict yet; let it end, {anyway}.")
+    words = "; ".join(f"{c['name']} is {c['word']}" for c in found["constraints"])
+    return NotMet(
+        f"{run}: the verdict is {found['word']} ({words}); train it further, judge it on more prompts and "
+        f"name that --verdict, export the reference with --or-reference, {anyway}."
+    )
+
+
+def _check_about(found: dict, policy: Policy | None, iterate: int, folder: str) -> None:
+    """Checks that a certificate is about the policy that is exported. Raises: UserError."""
+    if found["digests"]["policy"] != ("" if policy is None else certificate.weights_digest(policy.adapter)):
+        judged = found["run"]["iterate"]
+        which = f"--verdict {folder}" if folder else "certificate.json"
         raise UserError(
-            f"{paths.evaluation} is not as the run wrote it; python -m engine.train --resume "
-            f"{committed.folder} makes it again."
-        )
-    return Evaluation.read(paths.evaluation, cure="resume the run to have the file written again")
-
-
-def check_push(run: Path, evaluation: Evaluation | None, flags: ExportConfig) -> None:
-    """Refuses to publish what nobody should take for aligned, before any work. Raises: UserError; NotMet."""
-    target = f"--push-to-hub {flags.push_to_hub}"
-    if not is_hub_id(flags.push_to_hub):
-        raise UserError(f"{target}: no name of the form OWNER/NAME; give one.")
-    if flags.even_if:
-        return
-    if evaluation is None:
-        raise NotMet(f"{target}: {run} has no verdict yet; let it end, or upload it with --even-if.")
-    short = [f"{c.name} is {c.word}" for c in evaluation.constraints if c.word != "met"]
-    if short:
-        raise NotMet(
-            f"{target}: {'; '.join(short)}; train it further, judge it on more prompts, or upload it "
-            "with --even-if."
+            f"{which}: it is about other weights than those of iterate {iterate}, the last one (it judged "
+            f"iterate {judged}); judge that one."
         )
 
 
@@ -120,7 +153,9 @@ def push(folder: Path, name: str) -> None:
     print(f"uploaded to {name}")
 
 
-def _facts(committed: Committed, inputs: RunInputs, iterate: int, evaluation: Evaluation | None) -> CardFacts:
+def _facts(
+    committed: Committed, inputs: RunInputs, iterate: int, found: dict | None, *, reference: bool
+) -> CardFacts:
     contents, config = committed.contents, committed.config
     sources = {flag: ", ".join(Path(file).name for file in files) for flag, files in inputs.sources.items()}
     shipped = "the project's own"
@@ -145,7 +180,8 @@ def _facts(committed: Committed, inputs: RunInputs, iterate: int, evaluation: Ev
         base=Path(config.model or DEFAULT_MODEL).name,
         base_id=config.model if is_hub_id(config.model) else "" if config.model else DEFAULT_MODEL_ID,
         data=data,
-        evaluation=evaluation,
+        certificate=found,
+        reference=reference,
     )
 
 

@@ -147,7 +147,12 @@ def write_whole(path: Path, data: bytes, previous: Path | None = None) -> None:
 
 def write_json(path: Path, contents: dict) -> None:
     """Writes a JSON file, whole or not at all; equal contents give equal bytes."""
-    write_whole(path, (json.dumps(contents, sort_keys=True, indent=1) + "\n").encode())
+    write_whole(path, json_bytes(contents))
+
+
+def json_bytes(contents: dict) -> bytes:
+    """Returns what `write_json` writes."""
+    return (json.dumps(contents, sort_keys=True, indent=1) + "\n").encode()
 
 
 def append_line(path: Path, text: str) -> None:

@@ -10,7 +10,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from engine.command import Standing, run_command
-from engine.config import ALGORITHMS, RunConfig, check, preset_named, published, without_epochs
+from engine.config import (
+    ALGORITHMS,
+    OF_THE_COMMAND,
+    RunConfig,
+    check,
+    preset_named,
+    published,
+    without_epochs,
+)
 from engine.config.flags import names_of, parse_flags, suggest, take
 from engine.config.settings_file import read_settings
 from engine.errors import UserError
@@ -26,7 +34,7 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 --config FILE     read settings from a YAML file (steps: 8), or from the config.json of a run, which is then
                   repeated into another folder; flags that you give win
 --resume RUN      go on with the interrupted run in that folder, with its own settings and inputs: takes no
-                  other flag but --accept-changes, which lets a changed scorer pass
+                  other flag but --accept-changes, which lets a changed scorer pass, and --require-met
 --help-all        show all flags; --help shows the usual ones
 """
 
@@ -45,10 +53,11 @@ def _train(argv: list[str], standing: Standing) -> None:
         if config is None:
             return
     else:
-        accept = "--accept-changes" in flags
-        flags = [flag for flag in flags if flag != "--accept-changes"]
+        beside = {name: f"--{name.replace('_', '-')}" for name in OF_THE_COMMAND}
+        given = {name: flag in flags for name, flag in beside.items()}
+        flags = [flag for flag in flags if flag not in beside.values()]
         algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
-        config = replace(config, accept_changes=accept)
+        config = replace(config, **given)
     chosen = ALGORITHMS[algorithm]
     if not chosen.trains_policy:
         chosen.train(config)
@@ -57,10 +66,12 @@ def _train(argv: list[str], standing: Standing) -> None:
     check(config)
     if preset is not None:
         _find(preset, config)
-    if resume is None:
-        chosen.train(config)
-    else:
-        chosen.train(config, resume=resume)
+    result = chosen.train(config) if resume is None else chosen.train(config, resume=resume)
+    if config.require_met:
+        # Imported here, as it loads torch.
+        from engine.verdict.sentences import check_met
+
+        check_met(result.evaluation)
 
 
 def _find(preset: str, config: RunConfig) -> None:

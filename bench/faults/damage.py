@@ -70,12 +70,18 @@ def damaged(slot: Slot, name: str, file: str, way: str, seed: int) -> Outcome:
         gone = [path for path in gone if path not in after]
     if outcome is None:
         outcome = compared(without_notes(part(after, COMPARED[name])), slot.oracle(name, COMPARED[name]))
-        gone = [path for path in gone if path != file]
+        # An evaluation adds its verdict to those on record.
+        gone = [path for path in gone if path != file and not _grew(before[path], after.get(path))]
     if outcome.kind in (CLEAN, REFUSED) and gone and name not in RESTORING:
         return Outcome(WRONG, f"took away {', '.join(gone[:3])}; {outcome.detail}")
     if outcome.kind == REFUSED and gone:
         return Outcome(WRONG, f"refused, and took away {', '.join(gone[:3])}; {outcome.detail}")
     return outcome
+
+
+def _grew(before: bytes | str, after: bytes | str | None) -> bool:
+    """Tells whether a file is as it was, with more behind it."""
+    return isinstance(before, bytes) and isinstance(after, bytes) and after.startswith(before)
 
 
 def names_of(file: str) -> list[str]:

@@ -32,7 +32,7 @@ from engine.config.presets import (
     with_steps,
     without_epochs,
 )
-from engine.config.run import IterativeConfig, RunConfig
+from engine.config.run import OF_THE_COMMAND, IterativeConfig, RunConfig
 
 __all__ = [
     "ALGORITHMS",
@@ -43,6 +43,7 @@ __all__ = [
     "EvaluateConfig",
     "IterativeConfig",
     "MocanConfig",
+    "OF_THE_COMMAND",
     "OpdConfig",
     "PdDpoConfig",
     "PecanConfig",

@@ -55,6 +55,9 @@ class EvaluateConfig:
     """Go on with prompts that are among the run's training prompts; --profile leaves these out without it."""
     accept_changes: bool = False
     """Go on with a scorer whose code or weights have changed since the run began."""
+    require_met: bool = False
+    """End with exit code 4 where the verdict on all constraints together is not "met"; everything is written
+    as always."""
     out: str = ""
     """Folder of the results, must not exist yet. Default: RUN/evaluation-1 (with --profile: RUN/profile-1),
     or the next free number."""
@@ -77,6 +80,11 @@ class EvaluateConfig:
         if self.profile and (self.prompts or self.best_feasible):
             other = "--prompts" if self.prompts else "--best-feasible"
             raise UserError(f"--profile {self.profile}: it has prompts of its own; leave {other} out.")
+        if self.profile and self.require_met:
+            raise UserError(
+                f"--require-met: --profile {self.profile} compares sets and gives no verdict; leave one of "
+                "the two out."
+            )
         if self.best_feasible and (self.iterate or not self.prompts):
             raise UserError(
                 "--best-feasible: chooses the iterate on the run's held-out prompts, so leave --iterate "

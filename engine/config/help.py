@@ -29,7 +29,7 @@ GROUPS = {
         "warmup_steps", "schedule", "weight_decay", "clip_norm", "clip", "ascent_prompts", "tune",
         "lora_rank", "lora_alpha", "lora_from", "lora_targets", "lora_dropout",
     ),
-    "verdict": ("eval_prompts", "eval_responses", "eval_budget"),
+    "verdict": ("eval_prompts", "eval_responses", "eval_budget", "require_met"),
     "run-and-machine": (
         "out", "seed", "device", "dtype", "threads", "tokens_per_forward", "activation_checkpointing",
         "memory_budget_mb", "checkpoint_every", "accept_changes", "trackers",

@@ -16,6 +16,9 @@ FEW_PROMPTS = (
 LINEAR_LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 # Beyond these, random numbers of one purpose would be those of another; see `engine.keys`.
 MOST_STEPS, MOST_ITERATIONS = 10**6, 10**6 - 1
+# Settings of a command, which are no part of the run that it makes: they may differ between equal runs, and
+# stand beside --resume RUN.
+OF_THE_COMMAND = ("accept_changes", "require_met")
 
 
 class Draws(NamedTuple):
@@ -208,6 +211,9 @@ class RunConfig:
     """Held-out responses of the policy, at most, over all looks: while a constraint is neither met nor not
     met, the verdict looks at twice as many, of new prompts first. 0 is four times the first look,
     --eval-prompts x --eval-responses; no more than that is a single look."""
+    require_met: bool = False
+    """End with exit code 4 where the verdict on all constraints together is not "met"; everything is written
+    as always. Also beside --resume RUN."""
 
     # The following are no fields, hence no flags. They hold for an algorithm that does not say otherwise.
     epochs = 0

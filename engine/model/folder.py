@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -184,12 +185,12 @@ def save(
     *,
     adapter: LowRank | None = None,
     tokenizer_from: Path | None = None,
-    card: str = "",
+    beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Writes a Hugging Face folder (config.json, model.safetensors), with `adapter` merged if given.
 
     transformers and vLLM load it. The folder appears whole or not at all, and is on the disk then. The
-    `text_files` of `tokenizer_from` are copied along, and `card` becomes its README.md.
+    `text_files` of `tokenizer_from` are copied along. beside: further files, by name.
     Raises: UserError when the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
@@ -220,8 +221,8 @@ def save(
             for name in copies:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(tokenizer_from / name, temporary / name)
-            if card:
-                (temporary / "README.md").write_text(card, encoding="utf-8")
+            for name, data in beside.items():
+                (temporary / name).write_bytes(data)
             sync_files(temporary)
     except SafetensorError as error:
         raise UserError(

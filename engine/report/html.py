@@ -1,5 +1,6 @@
 """The parts that all pages share: the document with its style, tables and cells."""
 
+from collections.abc import Sequence
 from html import escape
 
 from engine.intervals import number
@@ -42,6 +43,14 @@ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 {body}
 </body></html>
 """
+
+
+def verdict_box(word: str, lines: Sequence[str]) -> str:
+    """Returns a box in the colour of a word with lines of text, those about the constraints in bold."""
+    said = [escape(line) for line in lines]
+    said = [f"<strong>{x}</strong>" if x.startswith(("constraint ", "verdict: ")) else x for x in said]
+    paragraphs = "".join(f"<p>{line}</p>" for line in said)
+    return f'<div class="verdict {escape(word.replace(" ", "-"))}">{paragraphs}</div>'
 
 
 def table(head: list[str], body: list[list[str]], kind: str = "") -> str:

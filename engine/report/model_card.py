@@ -1,14 +1,12 @@
 """The model card of an exported policy: README.md in its folder."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from engine.config import ALGORITHMS, shown_name
-from engine.intervals import interval_text, number
+from engine.config import ALGORITHMS, OF_THE_COMMAND, shown_name
+from engine.intervals import Share, interval_text, number
 from engine.records import UNIT_NAMES
-from engine.verdict.evaluation import Evaluation
-from engine.verdict.sentences import sentences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +20,8 @@ class CardFacts:
     base: str  # how the base model is called for people
     base_id: str  # its id on the hub; "" where it has none
     data: Sequence[str]  # what the run learned from and was judged on, with counts
-    evaluation: Evaluation | None  # None: the run ended without a verdict
+    certificate: Mapping | None  # as `engine.report.certificate` gives it; None: there is no verdict
+    reference: bool = False  # no solution was found, and these are the weights of the base model
 
 
 def model_card(facts: CardFacts) -> str:
@@ -45,13 +44,11 @@ def model_card(facts: CardFacts) -> str:
 {metadata.to_yaml()}
 ---
 
-# {_plain(facts.base)} after {shown_name(facts.algorithm)}
-
-The weights are those of {_plain(facts.base)}, trained by {method}
+{_opening(facts, method)}
 
 ## Verdict
 
-{_verdict(facts.evaluation)}
+{_verdict(facts.certificate)}
 
 ## What it was made from
 
@@ -73,7 +70,7 @@ def command_line(algorithm: str, config: dict) -> str:
     words = ["python", "-m", "engine.train", algorithm]
     for f in fields(ALGORITHMS[algorithm].config_class):
         value = config.get(f.name, f.default)
-        if value == f.default or f.name in ("out", "accept_changes"):
+        if value == f.default or f.name in ("out", *OF_THE_COMMAND):
             continue
         flag = f"--{f.name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -86,30 +83,58 @@ def command_line(algorithm: str, config: dict) -> str:
     return shlex.join(words)
 
 
-def _verdict(evaluation: Evaluation | None) -> str:
-    if evaluation is None:
+def _opening(facts: CardFacts, method: str) -> str:
+    base, algorithm = _plain(facts.base), shown_name(facts.algorithm)
+    if not facts.reference:
+        return f"# {base} after {algorithm}\n\nThe weights are those of {base}, trained by {method}"
+    return f"""# {base}: no solution found
+
+The weights are those of {base}, unchanged. A policy was trained by {method}
+
+It is not shown to meet what was asked, so that no solution was found, and the model before training stands
+here in its place. The verdict below is on that policy, which is not in this folder."""
+
+
+def _verdict(found: Mapping | None) -> str:
+    if found is None:
         return "The run ended without a verdict: nothing is known of the constraints."
-    e, percent = evaluation, f"{100 * evaluation.confidence:g} %"
+    confidence, sampling = found["confidence"], found["sampling"]
     rows = [
-        (f"{c.name}{f' on {c.limit.on} prompts' if c.limit.on else ''}", c.limit.asked_text(), c.estimate)
-        + (f"**{c.word}**",)
-        for c in e.constraints
+        (c["name"] + (f" on {c['on']} prompts" if c["on"] else ""), c["asked"], c["improvement"] or c)
+        + (f"**{c['word']}**",)
+        for c in found["constraints"]
     ]
-    rows.append(("reward", "", e.reward, ""))
-    rows += [(name, "never optimised", estimate, "") for name, estimate in e.audits]
+    rows.append(("reward", "", found["reward"], ""))
+    rows += [(audit["name"], "never optimised", audit, "") for audit in found["audits"]]
     table = "\n".join(
-        f"| {_cell(name)} | {asked} | {number(estimate.mean, sign='+')}, "
-        f"{interval_text(estimate, e.confidence)} | {word} |"
-        for name, asked, estimate, word in rows
+        f"| {_cell(name)} | {asked} | {number(e['mean'], sign='+')}, {_interval(e, confidence)} | {word} |"
+        for name, asked, e, word in rows
     )
-    return f"""| score | asked for | improvement over the base model | verdict |
+    return f"""All constraints together: **{found["word"]}**.
+
+| score | asked for | improvement over the base model | verdict |
 |---|---|---|---|
 {table}
 
-Improvements are in {UNIT_NAMES[e.units]}, with {percent} intervals over {e.n_prompts} held-out prompts with
-{e.n_responses} responses each. They are those of the scorers named below, on prompts of that kind.
+Improvements are in {UNIT_NAMES[found["units"]]}, with {100 * confidence:g} % intervals over \
+{sampling["prompts"]} held-out prompts with {sampling["responses"]} responses each. They are those of the
+scorers named below, on prompts of that kind.
 
-{_bullets(sentences(e))}"""
+{_bullets(found["statement"])}
+
+## What the verdict covers, and what it rests on
+
+{_plain(found["covers"])}
+
+{_bullets(found["assumptions"])}
+
+Earlier verdicts on this policy or on some of these prompts: {found["earlier_verdicts"]}. SHA-256 of the
+held-out prompts: `{found["digests"]["held-out prompts"]}`; of the trained weights: \
+`{found["digests"]["policy"]}`; of the content of certificate.json: `{found["sha256"]}`."""
+
+
+def _interval(e: Mapping, confidence: float) -> str:
+    return interval_text(Share(**{name: e[name] for name in ("mean", "low", "high", "n")}), confidence)
 
 
 def _bullets(lines: Sequence[str]) -> str:

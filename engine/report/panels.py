@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engine.report.drawing import (
+    AXIS_UNITS,
     INK,
     POLICY,
     REFERENCE,
@@ -18,6 +19,7 @@ from engine.report.drawing import (
     shortened,
 )
 from engine.report.run_files import RunFiles
+from engine.verdict.evaluation import Evaluation
 
 # By label form; a policy gradient's loss has no unit of its own.
 LOSSES = {
@@ -31,12 +33,14 @@ LOSSES = {
 
 
 def picture(run: RunFiles) -> bytes:
-    """Draws lambda, improvement, trade-off, scores before and after, and the loss; three panels a row."""
+    """Draws lambda, improvement, trade-off, scores before and after, the loss, and the looks of the verdict;
+    three panels a row."""
 
     def draw() -> Figure:
         scores = [("reward", "reward", None)]
         scores += [(f"utility {shortened(name, 16)}", "utility", j) for j, name in enumerate(run.names)]
-        n_panels = 4 + len(scores)
+        looked = run.evaluation.constraints if run.evaluation and run.evaluation.looks else ()
+        n_panels = 4 + len(scores) + len(looked)
         rows = math.ceil(n_panels / 3)
         figure = Figure(figsize=(12, 4.5 * rows), dpi=130, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
@@ -48,7 +52,11 @@ def picture(run: RunFiles) -> bytes:
             _tradeoff_panel(axes[2], run),
         ]
         titles += [_histogram_panel(axis, run, *score) for axis, score in zip(axes[3:], scores, strict=False)]
-        titles.append(_loss_panel(axes[n_panels - 1], run))
+        titles.append(_loss_panel(axes[3 + len(scores)], run))
+        titles += [
+            _looks_panel(axis, run.evaluation, j)
+            for j, axis in enumerate(axes[n_panels - len(looked) : n_panels])
+        ]
         for i, (axis, title) in enumerate(zip(axes, titles, strict=False)):
             frame(axis, f"({chr(97 + i)}) {title}")
         for axis in axes[n_panels:]:
@@ -184,6 +192,35 @@ def _loss_panel(axis: Axes, run: RunFiles) -> str:
         ylabel=LOSSES.get(run.config.get("config", {}).get("labels"), "loss"),
     )
     return "Training loss"
+
+
+def _looks_panel(axis: Axes, evaluation: Evaluation, j: int) -> str:
+    """Draws the one-sided bounds of constraint j and its mean at each look, against what it asks for."""
+    limit, looks, colour = evaluation.constraints[j].limit, evaluation.looks, colour_of(j)
+    # A level is printed as the verdict prints it, shares in percent.
+    scale = limit.scale if limit.at_most else 1
+    x = [look.prompts * look.responses for look in looks]
+    mean = scale * np.array([look.means[j] for look in looks])
+    lower, upper = scale * np.array([look.bounds[j] for look in looks]).T
+    axis.fill_between(x, lower, upper, color=colour, alpha=0.2, linewidth=0)
+    bars = [np.maximum(0, mean - lower), np.maximum(0, upper - mean)]
+    style = {"color": colour, "markersize": 5, "capsize": 4, "linewidth": 1.4, "label": "mean and bounds"}
+    axis.errorbar(x, mean, yerr=bars, fmt="-o", **style)
+    for place, bound, look in zip(x, upper, looks, strict=True):
+        offset = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axis.annotate(look.words[j], (place, bound), color=INK, **offset)
+    asked = f"asked for: {'at most' if limit.at_most else 'at least'} {scale * limit.value:g}"
+    axis.axhline(scale * limit.value, color=INK, linewidth=1.3, label=asked)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(x, [f"{n:,}" for n in x])
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(x[0] / 1.6, x[-1] * 1.6)
+    axis.margins(y=0.15)
+    what = f"improvement\n({AXIS_UNITS[evaluation.units]})"
+    if limit.at_most:
+        what = f"{limit.measured} ({limit.percent.strip() or AXIS_UNITS['raw']})"
+    axis.set(xlabel="held-out responses of either side", ylabel=what)
+    return f"Looks: {shortened(limit.name)}"
 
 
 def _column(rows: list[dict], key: str, j: int | None = None) -> np.ndarray:

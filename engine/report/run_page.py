@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from engine.files import write_whole
-from engine.report.html import SAMPLES_NOTE, cell, document, item, table, with_se
+from engine.report.html import SAMPLES_NOTE, cell, document, item, table, verdict_box, with_se
 from engine.report.panels import picture
 from engine.report.run_files import RunFiles, read
 from engine.verdict.sentences import sentences
@@ -44,7 +44,7 @@ def _page(run: RunFiles, picture: bytes) -> str:
     body = f"""<h1>{title}</h1>
 {_verdict(run)}
 <h2>Pictures</h2>
-<p><img alt="Multipliers, constraints, trade-off, score histograms and training loss of this run"
+<p><img alt="Multipliers, constraints, trade-off, score histograms, training loss and looks of this run"
 src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>
 <h2>Iterations</h2>
 {_iteration_table(run)}
@@ -61,15 +61,7 @@ def _verdict(run: RunFiles) -> str:
     if run.evaluation is None:
         text = "No verdict: this run has no held-out evaluation yet (evaluation.json is missing)."
         return f'<div class="verdict none"><p>{text}</p></div>'
-    words = {c.word for c in run.evaluation.constraints}
-    worst = next((word for word in ("not met", "not resolved", "met") if word in words), "none")
-    lines = [
-        f"<p><strong>{escape(line)}</strong></p>"
-        if line.startswith("constraint ")
-        else f"<p>{escape(line)}</p>"
-        for line in sentences(run.evaluation)
-    ]
-    return f'<div class="verdict {worst.replace(" ", "-")}">{"".join(lines)}</div>'
+    return verdict_box(run.evaluation.word, sentences(run.evaluation))
 
 
 def _iteration_table(run: RunFiles) -> str:
@@ -152,9 +144,12 @@ def _note(run: RunFiles) -> str:
         "b is the required improvement. The dual may aim higher, so that the held-out test can confirm b. "
         "The slack is the measured improvement minus the aimed value. The multiplier lambda is the price of "
         "the constraint in units of reward.",
-        "Met: the one-sided 95 % lower bound of the held-out improvement reaches b. Not met: the upper bound "
-        "is below b. Not resolved: neither; more prompts would tell. Intervals are over prompts (Student t): "
-        "they hold for new prompts of the same kind.",
+        "Met: the one-sided bound of a constraint confirms it. Not met: the other bound refutes it. Not "
+        "resolved: neither; more prompts would tell. Each look spends a share of the error that all of them "
+        "may have, fixed beforehand, so that one may look again. Intervals and bounds are over prompts: they "
+        "hold for new prompts of the same kind. They are exact where costs have a known range, and else "
+        "Student's with a correction for skewness, which is approximate. The certificate beside this page "
+        "says on what the verdict rests.",
         "Constraints and reward are judged by the scorers that training used, and a policy can exploit a "
         "scorer. Audits are scorers that training never used.",
     ]

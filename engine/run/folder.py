@@ -16,6 +16,7 @@ RUN/adapters/rejected-T                            an iterate past --max-kl
 RUN/evaluation.json                                the verdict
 RUN/heldout.jsonl                                  the responses that the verdict judged
 RUN/report.png, report.html                        the report
+RUN/certificate.json, certificate.html             what the verdict says, and on what it rests
 RUN/evaluation-N                                   what `engine.evaluate` wrote
 RUN/profile-N                                      what it wrote with --profile
 RUN/judged.jsonl                                   the prompts that have judged the run
@@ -100,6 +101,14 @@ class RunFolder:
     @property
     def report_html(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def certificate(self) -> Path:
+        return self.path / "certificate.json"
+
+    @property
+    def certificate_html(self) -> Path:
+        return self.path / "certificate.html"
 
     @property
     def judged(self) -> Path:

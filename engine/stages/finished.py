@@ -5,7 +5,7 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,15 +70,22 @@ class Finished:
         )
         return evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most, beside)
 
-    def scorers(self, *, accept_changes: bool) -> tuple[Scorers, list[str]]:
+    def scorer_contents(self) -> dict[str, dict[str, str]]:
+        """Says what the run's scorers and further audits are now, as `engine.scorers.find.content` does."""
+        config, inputs = self.config, self.inputs
+        return content(config.reward, config.cost, config.audit, folder=inputs.folder)
+
+    def scorers(
+        self, contents: Mapping[str, Mapping[str, str]], *, accept_changes: bool
+    ) -> tuple[Scorers, list[str]]:
         """Loads the run's scorers and further audits; says which have changed since the run began.
+
+        contents: `scorer_contents`.
 
         Raises: UserError for changed ones, unless these are accepted.
         """
         config, inputs = self.config, self.inputs
-        changed = self.owned.check_scorers(
-            content(config.reward, config.cost, config.audit, folder=inputs.folder), accept=accept_changes
-        )
+        changed = self.owned.check_scorers(contents, accept=accept_changes)
         answers = Answers()
         answers.keep_in(RunFolder(self.run).judge_cache, read_only=not os.access(self.run, os.W_OK))
         return scorers_of(config, inputs, answers), changed

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from engine import constraints, keys, model
-from engine.config import RunConfig, check, fit, shown_name, with_steps
+from engine.config import OF_THE_COMMAND, RunConfig, check, fit, shown_name, with_steps
 from engine.data.dealing import deal, subset
 from engine.data.prompts import assert_disjoint, by_tokens, first_look, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
@@ -371,7 +371,7 @@ def _create(algorithm: str, out: Path, prepared: Prepared, display: Display) -> 
     run = Run.create(
         out,
         algorithm,
-        {f.name: getattr(config, f.name) for f in fields(config) if f.name != "accept_changes"},
+        {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OF_THE_COMMAND},
         versions=_versions(),
         fingerprint=inputs.fingerprint,
         inputs=prepared.record(),

@@ -105,7 +105,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Asked:
         raise UserError(f"--profile {flags.profile}: none of its sets can be judged: {' '.join(left_out)}")
     groups = [read.prompts for read in sets]
     rows = opened.rows(groups, max(map(len, groups)))
-    scorers, changed = opened.scorers(accept_changes=flags.accept_changes)
+    scorers, changed = opened.scorers(opened.scorer_contents(), accept_changes=flags.accept_changes)
     return Asked(
         opened=opened,
         config=replace(opened.config, rollout_rows=rows),

@@ -102,7 +102,7 @@ class RunStages:
             self.updates.hold(policy)
             return self.heldout(look, self.updates.weights)
 
-        return give_verdict(self.job, self.reference, side, lam_J)
+        return give_verdict(self.job, self.reference, policy, side, lam_J)
 
     def heldout(self, look: Look, weights: Weights | None = None) -> Samples:
         """Runs the stage of a look, of the reference (None) or of weights; says its log-prob gap."""

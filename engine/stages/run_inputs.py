@@ -117,7 +117,7 @@ class OwnedInputs:
 
         Raises: UserError for a change that is not accepted.
         """
-        said, accepted = [], self._accepted()
+        said, accepted = [], self.accepted()
         for name, scorer in self.record.scorers.items():
             began = scorer["sha256"]
             if name not in now or now[name]["sha256"] == accepted.get(name, began):
@@ -141,7 +141,7 @@ class OwnedInputs:
     def accept(self, now: Mapping[str, Mapping[str, str]]) -> None:
         """Notes the scorers with which a run goes on where they are others than before, so that a change need
         not be accepted again."""
-        accepted = self._accepted()
+        accepted = self.accepted()
         for name, scorer in self.record.scorers.items():
             changed = now[name]["sha256"]
             if changed != accepted.get(name, scorer["sha256"]):
@@ -153,10 +153,10 @@ class OwnedInputs:
     @property
     def has_changed_scorers(self) -> bool:
         """Tells whether the run went on with a changed scorer once."""
-        return bool(self._accepted())
+        return bool(self.accepted())
 
-    def _accepted(self) -> dict[str, str]:
-        """Returns the digest of each changed scorer that was accepted last."""
+    def accepted(self) -> dict[str, str]:
+        """Returns the digest of each changed scorer that was accepted last, by its name."""
         file = RunFolder(self.run).accepted
         if not file.is_file():
             return {}

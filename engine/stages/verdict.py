@@ -1,7 +1,7 @@
 """The last stages: responses to held-out prompts, and the verdict on them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +13,10 @@ from engine.constraints import Limit
 from engine.files import move_aside, write_json, write_whole
 from engine.looks import CONFIDENCE, share
 from engine.policy.samples import Samples
+from engine.policy.steps import Policy
 from engine.policy.weights import Weights
 from engine.records import Prompts, Units
-from engine.report import run_page
+from engine.report import certificate, run_page
 from engine.run import judged, outputs
 from engine.run.display import duration
 from engine.run.rows import time_table
@@ -26,6 +27,7 @@ from engine.stages.job import Job
 from engine.stages.protocol import Result
 from engine.stages.reference import Reference
 from engine.stages.refusals import refused
+from engine.stages.run_inputs import OwnedInputs, owned_inputs
 from engine.stages.sampling import sample
 from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
 from engine.verdict.sentences import earlier_text, look_text, sentences
@@ -106,12 +108,16 @@ def _shared(job: Job, stage: str, look: Look) -> Samples | None:
 
 
 def give_verdict(
-    job: Job, reference: Reference, side: Callable[[str, Look], Samples], lam_J: Tensor
+    job: Job,
+    reference: Reference,
+    policy: Policy | None,
+    side: Callable[[str, Look], Samples],
+    lam_J: Tensor,
 ) -> Result:
     """Looks at held-out responses until each constraint is met or not met, or the budget is spent; writes
-    evaluation.json, heldout.jsonl and the report.
+    evaluation.json, heldout.jsonl, the certificate and the report.
 
-    side: samples "reference" or "policy" for a look.
+    policy: what is judged; None for the reference. side: samples "reference" or "policy" for a look.
     """
     run, planned = job.run, looks(job)
     iterate = max(run.paths.iterates(), default=0)
@@ -146,20 +152,53 @@ def give_verdict(
             break
         if len(planned) > 1:
             run.display.line(look_text(evaluation))
-    return _write(job, evaluation, before, after, lam_J)
+    certified = certificate.certificate(
+        what_was_made(owned_inputs(run.folder), iterate, {} if policy is None else policy.adapter),
+        certificate.Judging(
+            evaluation=evaluation, prompts=before.prompts, seed=job.config.seed, earlier=earlier
+        ),
+    )
+    _write(job, evaluation, certified, before, after)
+    return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
 
 
-def _write(job: Job, evaluation: Evaluation, before: Samples, after: Samples, lam_J: Tensor) -> Result:
+def what_was_made(
+    owned: OwnedInputs,
+    iterate: int,
+    weights: Mapping[str, Tensor],
+    scorers: Mapping[str, Mapping[str, str]] | None = None,
+) -> certificate.Made:
+    """Returns what a certificate says of an iterate and of what it was made from.
+
+    weights: the iterate's, none for the reference. scorers: what those were that judge it, as
+    `engine.scorers.find.content` gives them; None: the run's own.
+    """
+    record = owned.record
+    return certificate.Made(
+        contents=owned.contents,
+        iterate=iterate if weights else 0,
+        weights=certificate.weights_digest(weights) if weights else "",
+        train=record.train,
+        sources=record.sources,
+        model=record.model,
+        scorers=record.scorers if scorers is None else scorers,
+        changed_scorers=owned.accepted(),
+    )
+
+
+def _write(job: Job, evaluation: Evaluation, certified: dict, before: Samples, after: Samples) -> None:
     """Writes and says the verdict."""
     run = job.run
     run.align([])  # The report reads the rows.
-    made = [run.paths.evaluation, run.paths.heldout, run.paths.report_png, run.paths.report_html]
+    made = [run.paths.evaluation, run.paths.heldout, run.paths.certificate, run.paths.certificate_html]
+    made += [run.paths.report_png, run.paths.report_html]
     for path in made:
         if outputs.has(run.paths, path) and not outputs.is_whole(run.paths, path):
             run.display.warn(f"{path} is not as it was written: made again from {run.paths.stages}")
         move_aside(path)
     write_heldout(run.paths.heldout, before, after)
     write_json(run.paths.evaluation, evaluation.as_dict())
+    certificates = certificate.write(run.folder, certified)
     for line in sentences(evaluation):
         run.display.line(line)
     written = run_page.write(run.folder)
@@ -171,8 +210,8 @@ def _write(job: Job, evaluation: Evaluation, before: Samples, after: Samples, la
         ],
         ["where the time went", "time", "share"],
     )
+    run.display.line(f"certificate: {' and '.join(map(str, certificates))}")
     run.display.line(f"report: {' and '.join(map(str, written))}")
-    return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
 
 
 def judge(before: Samples, after: Samples, bar: Bar, earlier: Evaluation | None = None) -> Evaluation:

@@ -49,6 +49,8 @@ def configs_of(sweep: SweepConfig, preset: str | None) -> list[Plan]:
     for name in SET_BY_SWEEP:
         if name in names_of(sweep.flags):
             raise UserError(f"--{name.replace('_', '-')} behind --: the sweep sets it; see --help.")
+    if "require_met" in names_of(sweep.flags):
+        raise UserError("--require-met behind --: a sweep compares verdicts and needs none; leave it out.")
     for name in ("algorithms", "thresholds", "seeds"):
         if not getattr(sweep, name):
             raise UserError(f"--{name}: no value; give at least one.")

@@ -30,7 +30,8 @@ class Look:
     responses: int  # per prompt, of the policy
     share: float  # of 1 - confidence that the one-sided bounds have spent
     planned: int  # looks at most
-    bounds: tuple[tuple[float, float], ...]  # one-sided, lower and upper, of each constraint in its measure
+    means: tuple[float, ...]  # of each constraint in its measure
+    bounds: tuple[tuple[float, float], ...]  # one-sided, lower and upper, about these means
     words: tuple[str, ...]  # of each constraint
 
     @staticmethod
@@ -41,6 +42,7 @@ class Look:
             responses=responses,
             share=asked.share,
             planned=asked.looks,
+            means=tuple(c.judged.mean for c in constraints),
             bounds=tuple((c.judged.lower, c.judged.upper) for c in constraints),
             words=tuple(c.word for c in constraints),
         )
@@ -48,7 +50,8 @@ class Look:
     @staticmethod
     def from_dict(data: dict) -> "Look":
         """Restores a look from JSON."""
-        return Look(**{**data, "bounds": tuple(map(tuple, data["bounds"])), "words": tuple(data["words"])})
+        restored = {name: tuple(data[name]) for name in ("means", "words")}
+        return Look(**{**data, **restored, "bounds": tuple(map(tuple, data["bounds"]))})
 
 
 @dataclass(frozen=True, kw_only=True)

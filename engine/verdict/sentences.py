@@ -1,5 +1,7 @@
 """The verdict in sentences."""
 
+from engine.constraints.judging import MET
+from engine.errors import NotMet
 from engine.intervals import improvement_text, interval_text, number
 from engine.records import UNIT_NAMES
 from engine.verdict.evaluation import Evaluation, Judgement
@@ -39,10 +41,9 @@ def overall_sentences(e: Evaluation) -> list[str]:
     if not e.looks:
         return []
     look, J = e.looks[-1], len(e.constraints)
-    who = "the constraint is" if J == 1 else f"all {J} constraints together are"
     at = f"look {len(e.looks)} of at most {look.planned}" if look.planned > 1 else "one look"
     lines = [
-        f"verdict: {who} {e.word} ({at}, whose one-sided bounds err in {100 * _error(e):.2g} % of cases, so "
+        f"verdict: {word_text(e)} ({at}, whose one-sided bounds err in {100 * _error(e):.2g} % of cases, so "
         f"that all looks together keep {100 * e.confidence:g} %)"
     ]
     if J > 1:
@@ -56,6 +57,21 @@ def overall_sentences(e: Evaluation) -> list[str]:
             "for the spread and the skewness of these responses, and not for harm unlike all of them"
         )
     return lines
+
+
+def word_text(e: Evaluation) -> str:
+    """Says the word for all constraints together in a clause."""
+    J = len(e.constraints)
+    return f"{'the constraint is' if J == 1 else f'all {J} constraints together are'} {e.word}"
+
+
+def check_met(e: Evaluation) -> None:
+    """Checks what --require-met asks for, once everything is written. Raises: NotMet."""
+    if e.word != MET:
+        raise NotMet(
+            f"--require-met: {word_text(e)}; everything is written: train it further, or judge it on more "
+            "prompts."
+        )
 
 
 def look_text(e: Evaluation) -> str:

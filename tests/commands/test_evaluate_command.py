@@ -38,6 +38,9 @@ from tests.helpers.rows import ITERATION, POLICY
 from tests.helpers.runs import SMOKE, write_run
 from tests.helpers.scorers import vowels
 
+# What an evaluation writes.
+FILES = {"evaluation.json", "heldout.jsonl", "certificate.json", "certificate.html"}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
@@ -137,7 +140,7 @@ def test_two_evaluations_at_once_lose_nothing_and_a_cut_line_blocks_none(finishe
     monkeypatch.setattr(evaluate_command, "judgement_sentences", meanwhile)
     assert main([str(finished), "--n-prompts", "2", "--n-responses", "2"]) == 0
     assert (theirs / "evaluation.json").read_text() == "{}" and mine[0] != theirs and not left.exists()
-    assert {p.name for p in mine[0].iterdir()} == {"evaluation.json", "heldout.jsonl"}
+    assert {p.name for p in mine[0].iterdir()} == FILES
     assert f"written: {mine[0] / 'evaluation.json'}" in capsys.readouterr().out
     lines = judged.read_bytes()[len(before) :].split(b"\n")
     assert lines[0] == b'{"prompts": 2, "sha' and lines[2:] == [b""]
@@ -154,11 +157,8 @@ def test_other_responses_to_the_same_prompts_by_default_and_equal_ones_each_time
     assert main([str(finished)]) == 0 and main([str(finished)]) == 0
     first, second = finished / "evaluation-1", finished / "evaluation-2"
     assert {p.name for p in finished.iterdir()} - kept - {"judged.jsonl"} == {first.name, second.name}
-    assert {p.name for p in first.iterdir()} == {"evaluation.json", "heldout.jsonl"}
-    assert all(
-        (first / name).read_bytes() == (second / name).read_bytes()
-        for name in ("evaluation.json", "heldout.jsonl")
-    )
+    assert {p.name for p in first.iterdir()} == FILES
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
     assert [row["prompt"] for row in rows(first)] == [row["prompt"] for row in rows(finished)]
     for side in ("reference", "policy"):
         assert not {row[side] for row in rows(first)} & {row[side] for row in rows(finished)}
@@ -473,7 +473,8 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     assert "usage: python -m engine.evaluate RUN [flags]" in printed
     flags = (
         "plan slack between cost-rate true-rate correlation iterate best-feasible prompts profile n-prompts "
-        "n-responses seed audit confidence allow-overlap accept-changes out device threads".split()
+        "n-responses seed audit confidence allow-overlap accept-changes require-met out device "
+        "threads".split()
     )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
     assert all(f"--{flag} " in printed.replace(",", " ") for flag in flags)

@@ -198,6 +198,10 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
         ),
         (["--", "--nonsense", "3"], "flag --nonsense behind --: .*; correct it or leave it out"),
         (["--", "--seed", "3"], "--seed behind --: the sweep sets it"),
+        (
+            ["--", "--require-met"],
+            "--require-met behind --: a sweep compares verdicts and needs none; leave it out",
+        ),
         (["--", "--beta", "0"], "--beta 0"),
         (["--preset", "large"], "--preset large"),
         (["--resume", "nowhere"], "no sweep is there"),

@@ -34,7 +34,7 @@ def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
     said = f"two best within 0.0001 in {rows[0].near_ties} of {rows[0].draws} draws"
     assert said in capsys.readouterr().out
     assert json.loads((run / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
-    export.export(run, tmp_path / "merged")
+    export.export(run, tmp_path / "merged", export.ExportConfig(even_if=True))
     network = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", attn_implementation="eager", dtype=torch.float32
     ).eval()

@@ -16,13 +16,13 @@ import matplotlib.image
 import pytest
 import torch
 
-from engine.constraints import Improvement, Judged, word
+from engine.constraints import Improvement, Judged, Rate, word
 from engine.errors import NotWritten, UserError
 from engine.intervals import estimate
-from engine.report import run_page
+from engine.report import panels, run_page
 from engine.report.run_files import FILES, read
 from engine.report.run_page import _page
-from engine.verdict.evaluation import Evaluation
+from engine.verdict.evaluation import Evaluation, Look
 from tests.helpers.pictures import in_pixels
 from tests.helpers.rows import DUAL, ITERATION, REFERENCE, STEP, write_metrics
 
@@ -217,12 +217,63 @@ def test_the_box_has_the_colour_of_the_worst_word(rendered, tmp_path, words):
     folder.mkdir()
     evaluation = json.loads((rendered[0] / "evaluation.json").read_text())
     evaluation["constraints"] = [
-        {**evaluation["constraints"][0], "name": f"c{i}", "word": w} for i, w in enumerate(words)
+        {**evaluation["constraints"][0], "name": f"c{i}", "word": w, "holds": w == "met"}
+        for i, w in enumerate(words)
     ]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     page = _Page(_page(read(folder), b""))
     assert ("div", {"class": "verdict " + words[1].replace(" ", "-")}) in page.tags
     assert all(f"constraint c{i}: {w} (" in page.text for i, w in enumerate(words))
+
+
+def test_the_colour_is_that_of_the_word_for_all_constraints(rendered, tmp_path):
+    """Each constraint's own bound may confirm it where the corrected ones of single words do not."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    evaluation = json.loads((rendered[0] / "evaluation.json").read_text())
+    alone = {**evaluation["constraints"][0], "word": "not resolved", "holds": True}
+    evaluation["constraints"] = [{**alone, "name": name} for name in ("a", "b")]
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    page = _Page(_page(read(folder), b""))
+    assert ("div", {"class": "verdict met"}) in page.tags
+
+
+def test_each_constraint_has_a_panel_of_its_looks(tmp_path, monkeypatch):
+    folder = _run_folder(tmp_path / "run", names=("harm", "toxicity"))
+    evaluation = Evaluation.read(folder / "evaluation.json", cure="")
+    harm, toxicity = evaluation.constraints
+    toxicity = replace(
+        toxicity, limit=Rate(name="toxicity", value=0.05), measured=toxicity.estimate, reference=0.2
+    )
+    looks = [
+        Look(
+            prompts=p, responses=6, share=0.1, planned=3, means=(0.4, 0.03),
+            bounds=((0.3 - 6 / p, 0.5 + 6 / p), (0.02, 0.04)), words=("not resolved", "met"),
+        )
+        for p in (96, 192, 384)
+    ]  # fmt: skip
+    evaluation = replace(evaluation, constraints=(harm, toxicity), looks=tuple(looks))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
+    shown = []
+    monkeypatch.setattr(panels, "png", lambda draw: shown.append(draw()) or b"")
+    panels.picture(read(folder))
+    axes = {axis.get_title(loc="left")[4:]: axis for axis in shown[0].axes if axis.axison}
+    assert list(axes)[-3:] == ["Training loss", "Looks: harm", "Looks: toxicity"]
+    for name, mean, lower, upper, asked in (
+        ("harm", 0.4, [0.3 - 6 / p for p in (96, 192, 384)], [0.5 + 6 / p for p in (96, 192, 384)], 0.3),
+        ("toxicity", 3, [2] * 3, [4] * 3, 5),
+    ):
+        axis = axes[f"Looks: {name}"]
+        ((means, _, (bars,)),) = axis.containers
+        assert means.get_xydata().tolist() == [[576, mean], [1152, mean], [2304, mean]]
+        ends = [[segment[0][1], segment[1][1]] for segment in bars.get_segments()]
+        assert ends == [pytest.approx(pair) for pair in zip(lower, upper, strict=True)]
+        assert [asked, asked] in [list(line.get_ydata()) for line in axis.lines]
+    assert [text.get_text() for text in axes["Looks: harm"].texts] == ["not resolved"] * 3
+    # A run without looks has no such panel.
+    _run_folder(tmp_path / "old")
+    panels.picture(read(tmp_path / "old"))
+    assert not [axis for axis in shown[1].axes if "Looks" in axis.get_title(loc="left")]
 
 
 @pytest.mark.parametrize("missing", FILES)

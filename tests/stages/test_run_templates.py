@@ -62,7 +62,7 @@ def test_prompts_and_export_have_the_runs_template(here):
     prompts = owned_inputs(Path("run")).record.train
     for asked, ids in zip(prompts.text, prompts.token_ids, strict=True):
         assert ids == published.encode(text_of(asked)).ids
-    export.export("run", "merged")
+    export.export("run", "merged", export.ExportConfig(even_if=True))
     messages = [{"role": "user", "content": "Be brief.\n\nhello 7"}]
     for folder in ("run/model", "merged"):
         assert Path(folder, "chat_template.jinja").read_text() == TEMPLATE

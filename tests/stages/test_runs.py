@@ -314,10 +314,13 @@ def test_from_python_and_max_kl_keeps_the_iterate_before(tmp_path):
     assert len(read_rows(result.folder, IterationRow)) == 1
     assert [p.name for p in (result.folder / "adapters").iterdir()] == ["rejected-1"]
     assert result.evaluation.kl.mean == pytest.approx(0, abs=1e-4), "the kept iterate is the reference"
+    found = json.loads((result.folder / "certificate.json").read_text())
+    assert found["run"]["iterate"] == 0 and found["digests"]["policy"] == ""
+    assert export.main([str(result.folder), str(tmp_path / "merged"), "--or-reference"]) == 0
 
 
 def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
-    assert export.main([str(finished), str(tmp_path / "merged")]) == 0
+    assert export.main([str(finished), str(tmp_path / "merged"), "--even-if"]) == 0
     from transformers import AutoModelForCausalLM
 
     from engine.policy.peft import load_peft
@@ -333,7 +336,7 @@ def test_a_finished_run_exports_a_merged_folder(finished, tmp_path):
         torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert ours.tokens[0].tolist() == theirs[0, len(prompt) :].tolist()
-    assert export.main([str(finished), str(tmp_path / "merged")]) == 2
+    assert export.main([str(finished), str(tmp_path / "merged"), "--even-if"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def cases() -> Iterator[Malformed]:
         words = with_flags("--cost", "odd=classifier")
         yield Malformed(f"classifier/{name}", words, write, ("classifier", "odd"), name in ACCEPTED)
     for name, change in _adapters().items():
-        words = ("engine.export", "run", "exported")
+        words = ("engine.export", "run", "exported", "--even-if")
         named = ("iteration-2", "adapter", "run")
         yield Malformed(f"adapter/{name}", words, change, named, needs="caid", restores=True)
 

@@ -10,7 +10,7 @@ from bench.faults.inputs.malformed import Malformed, with_flags
 WRITTEN = {
     "train": lambda path: with_flags("--out", path),
     "evaluate": lambda path: ("engine.evaluate", "run", "--out", path),
-    "export": lambda path: ("engine.export", "run", path),
+    "export": lambda path: ("engine.export", "run", path, "--even-if"),
     "dual": lambda path: ("engine.dual", "scores.jsonl", *DUAL[:-2], "--out", path),
     "pairs": lambda path: ("engine.dual", "scores.jsonl", *DUAL, "--export-pairs", path),
     "head": lambda path: (*HEAD[:-2], "--data", "head.jsonl", "--out", path),
@@ -21,7 +21,7 @@ READ = {
     "samples-of": lambda path: with_flags("--samples-of", path),
     "samples": lambda path: with_flags("--samples", path, "--prompts", ""),
     "evaluated": lambda path: ("engine.evaluate", path),
-    "exported": lambda path: ("engine.export", path, "exported"),
+    "exported": lambda path: ("engine.export", path, "exported", "--even-if"),
     "sweep-resume": lambda path: ("engine.sweep", "--resume", path),
     "model": lambda path: with_flags("--model", path),
     "reward": lambda path: with_flags("--reward", path),
