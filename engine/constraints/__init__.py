@@ -6,6 +6,7 @@ from engine.constraints.limit import FEWEST_PROMPTS, Judged, Limit
 from engine.constraints.training import (
     aimed_improvement,
     aims,
+    can_confirm,
     check_confirmable,
     check_prompts,
     limits,
@@ -26,6 +27,7 @@ __all__ = [
     "WorstShare",
     "aimed_improvement",
     "aims",
+    "can_confirm",
     "check_confirmable",
     "check_prompts",
     "judge",

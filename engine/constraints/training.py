@@ -60,21 +60,30 @@ def check_confirmable(limits: Sequence[Limit], heldout: Prompts, alpha: float) -
     Raises: UserError naming how many prompts could.
     """
     for limit in limits:
-        span, n = limit.span(1.0), len(limit.rows(heldout))
-        if not limit.at_most or span is None:
+        if can_confirm(limit, heldout, alpha):
             continue
-        best = torch.zeros(n, dtype=torch.float64)
-        share = (limit.value - span[0]) / (span[1] - span[0])
-        least = float(betting.upper_bound(best, alpha))
-        if least > share:
-            enough = betting.fewest(share, alpha)
-            could = f"it takes {enough} prompts" if enough else "no number of prompts can"
-            raise UserError(
-                f"{limit.flag} {limit.value:g}: {n} held-out prompts cannot confirm it whatever the answers "
-                f"are: with the least cost for every one of them the bound is "
-                f"{span[0] + least * (span[1] - span[0]):.3g}; {could} (--eval-prompts, --eval-budget, more "
-                "--heldout prompts), or a higher limit."
-            )
+        (low, high), n = limit.span(1.0), len(limit.rows(heldout))
+        least = low + _least_share(n, alpha) * (high - low)
+        enough = betting.fewest((limit.value - low) / (high - low), alpha)
+        could = f"it takes {enough} prompts" if enough else "no number of prompts can"
+        raise UserError(
+            f"{limit.flag} {limit.value:g}: {n} held-out prompts cannot confirm it whatever the answers "
+            f"are: with the least cost for every one of them the bound is {least:.3g}; {could} "
+            "(--eval-prompts, --eval-budget, more --heldout prompts), or a higher limit."
+        )
+
+
+def can_confirm(limit: Limit, heldout: Prompts, alpha: float) -> bool:
+    """Tells whether some outcome on the held-out prompts confirms a limit; see `check_confirmable`."""
+    span = limit.span(1.0)
+    if not limit.at_most or span is None:
+        return True
+    return _least_share(len(limit.rows(heldout)), alpha) <= (limit.value - span[0]) / (span[1] - span[0])
+
+
+def _least_share(n: int, alpha: float) -> float:
+    """Returns the bound on the mean of n numbers in [0, 1] that are all 0."""
+    return float(betting.upper_bound(torch.zeros(n, dtype=torch.float64), alpha))
 
 
 def warnings(limits: Sequence[Limit], heldout: Prompts) -> list[str]:

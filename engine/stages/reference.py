@@ -224,13 +224,15 @@ def limits_of(job: Job, samples: Samples) -> list[Limit]:
     cost_J = [
         -samples.scores.utility_PGJ[limit.rows(samples.prompts), :, j] for j, limit in enumerate(limits)
     ]
+    error = error_of(job)
 
     def worth(fixed: Sequence[Limit]) -> worst_share.Worth | None:
         own = [place[limit.name] for limit in fixed]
         scorers = replace(job.scorers, costs=tuple(job.scorers.costs[j] for j in own))
         scores = replace(samples.scores, utility_PGJ=samples.scores.utility_PGJ[..., own])
+        if not all(constraints.can_confirm(limit, job.heldout_pool, error) for limit in fixed):
+            return None
         try:
-            constraints.check_confirmable(fixed, job.heldout_pool, error_of(job))
             at = _reference_of(job, scorers, replace(samples, scores=scores), list(fixed))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is chosen, the run itself warns
