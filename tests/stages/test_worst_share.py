@@ -272,8 +272,9 @@ def test_false_met_stays_below_the_error_where_the_worst_share_is_at_its_limit(c
         false[t] = int((upper <= 0.9).sum())
         (judged,) = judge([limit], [0.8], [-counted[0]], [-counted[0]], [1.0], alpha=0.05)
         assert judged.exact and judged.measured.upper == pytest.approx(float(upper[0]), abs=1e-9)
-    assert 0 < false[0.5] <= 0.05 * n
-    assert false[0.2] <= false[0.5]
+    assert false[0.2] <= false[0.5] <= 0.05 * n
+    # Betting loses most where a number lies at one of the two ends of its range: there the level is used.
+    assert not clustered or false[0.5] > 0.01 * n
 
 
 def settings_of_two_levels(out, **changes) -> MocanConfig:
