@@ -7,6 +7,7 @@ gives with some probability (Rockafellar and Uryasev 2000, Journal of Risk 2, Th
 reference's samples are tried.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from engine.constraints import Limit, WorstShare
 
 EACH = 32  # costs tried at a time: first over all of them, then between the two beside the best one
+ROUNDS = 8  # over several worst shares, at most
 EQUAL = 1e-9  # relative difference of objectives that are taken for one
 
 
@@ -24,9 +26,17 @@ class Worth:
     """What a choice is worth."""
 
     objective: float  # E r - beta KL at the dual's solution; higher is better
-    slack_J: Sequence[
-        float
-    ]  # of each constraint there, in the scorers' own units: tells equal objectives apart
+    # Of each constraint there, in the scorers' own units: decides between equal objectives.
+    slack_J: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A cost that was tried: the constraint with it, and what it is worth."""
+
+    limit: WorstShare
+    objective: float | None  # None where the constraints cannot be met together
+    slack: float  # of this constraint
 
 
 def choose(
@@ -39,55 +49,62 @@ def choose(
     cost_J: of each constraint, the reference's costs [P, G] on the prompts that it is about. worth: of
     constraints that are all fixed, some of `limits`; None where they cannot be met together.
 
-    Several are chosen in turn: each once with those that are chosen already, then all again. Where no choice
-    can be met, that one is taken with which the samples support the lowest mean: the dual's solver then says
-    what they support.
+    Several are chosen in turn, with those that are chosen already, until none changes. Where no choice can be
+    met, that one is taken with which the samples support the lowest mean: the dual's solver then says what
+    they support.
     """
     found = list(limits)
     places = [j for j, limit in enumerate(limits) if isinstance(limit, WorstShare)]
-    for j in places + (places if len(places) > 1 else []):
-
-        def tried(above: float, j: int = j) -> tuple[Worth | None, float, Limit]:
-            limit = replace(found[j], above=above)
-            fixed = [limit if i == j else x for i, x in enumerate(found) if i == j or _is_fixed(x)]
-            own = len([i for i in range(j) if _is_fixed(found[i])])
-            at = worth(fixed)
-            slack = 0.0 if at is None else at.slack_J[own]
-            return at, slack, limit
-
-        found[j] = _best(found[j], cost_J[j], tried)
+    for _ in range(ROUNDS if len(places) > 1 else 1):
+        before = list(found)
+        for j in places:
+            found[j] = _best(cost_J[j], lambda above, j=j: _tried(found, j, above, worth))
+        if found == before:
+            break
     return found
+
+
+def _tried(
+    limits: Sequence[Limit], j: int, above: float, worth: Callable[[Sequence[Limit]], Worth | None]
+) -> Tried:
+    """Tries a cost for constraint j, beside the constraints that are fixed."""
+    limit = replace(limits[j], above=above)
+    before = [x for x in limits[:j] if _is_fixed(x)]
+    found = worth([*before, limit, *(x for x in limits[j + 1 :] if _is_fixed(x))])
+    return Tried(
+        limit=limit,
+        objective=None if found is None else found.objective,
+        slack=math.nan if found is None else found.slack_J[len(before)],
+    )
 
 
 def _is_fixed(limit: Limit) -> bool:
     return not isinstance(limit, WorstShare) or limit.above is not None
 
 
-def _best(limit: WorstShare, cost_PG: Tensor, tried: Callable) -> Limit:
+def _best(cost_PG: Tensor, tried: Callable[[float], Tried]) -> Limit:
     """Chooses among the costs, but for the largest one, above which there is nothing."""
     costs = cost_PG.unique()
-    last = max(0, len(costs) - 2)
-    known: dict[int, tuple] = {}
-    low, high = 0, last
+    known: dict[int, Tried] = {}
+    low, high = 0, max(0, len(costs) - 2)
     while True:
         at = torch.linspace(low, high, EACH, dtype=torch.float64).round().long().unique().tolist()
         known |= {i: tried(float(costs[i])) for i in at if i not in known}
-        best = _highest(known) if any(worth for worth, *_ in known.values()) else _lowest(known, cost_PG)
-        places = sorted(known)
+        best, places = _highest(known, cost_PG), sorted(known)
         here = places.index(best)
         low, high = places[max(0, here - 1)], places[min(len(places) - 1, here + 1)]
         if all(i in known for i in range(low, high + 1)):
-            return known[best][2]
+            return known[best].limit
 
 
-def _highest(known: dict[int, tuple]) -> int:
-    """Returns the place with the highest objective, and of equal ones that with the most slack."""
-    met = {i: (worth.objective, slack) for i, (worth, slack, _) in known.items() if worth is not None}
-    top = max(objective for objective, _ in met.values())
-    equal = {i: slack for i, (objective, slack) in met.items() if objective >= top - EQUAL * (1 + abs(top))}
-    return max(equal, key=lambda i: equal[i])
+def _highest(known: dict[int, Tried], cost_PG: Tensor) -> int:
+    """Returns the place with the highest objective, and of equal ones that with the most slack.
 
-
-def _lowest(known: dict[int, tuple], cost_PG: Tensor) -> int:
-    """Returns the place at which the best response of every prompt has the lowest mean."""
-    return min(known, key=lambda i: float(known[i][2].counted(cost_PG).amin(1).mean()))
+    Where none has one, it is the place at which the mean is lowest if every prompt has its best response.
+    """
+    met = {i: at for i, at in known.items() if at.objective is not None}
+    if not met:
+        return min(known, key=lambda i: float(known[i].limit.counted(cost_PG).amin(1).mean()))
+    top = max(at.objective for at in met.values())
+    equal = [i for i, at in met.items() if at.objective >= top - EQUAL * (1 + abs(top))]
+    return max(equal, key=lambda i: met[i].slack)

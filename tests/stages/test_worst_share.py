@@ -163,8 +163,10 @@ def test_a_mean_and_a_worst_share_of_one_scorer_hold_together():
     assert worst_mean(costs, own / 12, 0.1) == pytest.approx(worst, abs=1e-6)
 
 
-def test_two_worst_shares_are_chosen_in_turn():
-    r, c = world(2, P=10, Y=12, J=2)
+@pytest.mark.parametrize("seed", [2, 6])
+def test_two_worst_shares_are_chosen_in_turn(seed):
+    """In problem 6 the first choice changes once the second is made."""
+    r, c = world(seed, P=10, Y=12, J=2)
     limits = [0.6 * worst_mean(x.numpy(), np.full((10, 12), 1 / 120), 0.2) for x in c.unbind(2)]
     config = exact(cost=("a", "b"), threshold=(0.0, 0.0), cost_worst=tuple(limits), worst_share=(0.2,))
     reference = reference_at(config, r, c)
