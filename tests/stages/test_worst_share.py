@@ -345,3 +345,26 @@ def test_a_verdict_that_is_read_again_has_what_its_costs_were_counted_by():
             refusal_harmless=None, n_prompts=30, n_responses=2,
         )  # fmt: skip
         assert Evaluation.from_dict(json.loads(json.dumps(whole.as_dict()))).constraints[0].limit == limit
+
+
+def test_needs_and_aims_are_those_of_the_mean_that_it_counts_on_its_own_prompts():
+    """Half of the prompts are delicate, and the limit is about them; a verdict takes 30 prompts x 5."""
+    _, c = world(8, P=40, Y=6)
+    kinds = ["delicate", "everyday"] * 20
+    prompts = Prompts(text=kinds, kind=kinds, token_ids=[[i] for i in range(40)], key_P=torch.arange(40))
+    heldout = prompts.select(list(range(0, 40, 2)) + list(range(0, 20, 2)))
+    limit = WorstShare(name="harm", value=1.5, on="delicate", share=0.2, above=0.7)
+    unit, own = 0.4, c[::2, :, 0].numpy()
+    counted = 0.7 + np.maximum(own - 0.7, 0) / 0.2
+    units = Units(reward=1.0, utility_J=[unit], audit_A=[], counted_J=[limit.counted])
+    scores = Scores(reward_PG=c[..., 0], utility_PGJ=-c, audit_PGA=c[..., :0], ref_logprob_PG=c[..., 0])
+    scaled = units.apply(scores)
+    needed_J = constraints.required([limit], scaled, prompts, units)
+    assert float(needed_J) == pytest.approx((counted.mean() - 1.5) / unit, rel=1e-12)
+    aimed = constraints.aims([limit], scaled, prompts, units, margin=2.0, heldout=heldout, n_responses=5)
+    within = counted.var(1, ddof=1).mean()
+    between = max(0.0, counted.mean(1).var(ddof=1) - within / 6)
+    se = math.sqrt((between + within / 5) / 30)
+    assert aimed == pytest.approx([1.5 - 2 * se], rel=1e-12)
+    aim_J = constraints.aimed_improvement([limit], aimed, needed_J, units)
+    assert float(aim_J) == pytest.approx((counted.mean() - 1.5 + 2 * se) / unit, rel=1e-12)
