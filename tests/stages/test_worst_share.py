@@ -329,6 +329,8 @@ def test_a_scorer_limited_at_two_levels_is_asked_once_and_its_threshold_outlives
     assert worst.measured.mean == pytest.approx((t + np.maximum(costs - t, 0) / 0.25).mean(), abs=1e-9)
     again, _ = run_evaluation(tmp_path / "run", EvaluateConfig(seed=config.seed))
     assert again.evaluation.constraints[1].limit == worst.limit
+    (_, said) = json.loads((tmp_path / "run" / "certificate.json").read_text())["constraints"]
+    assert said["counted"] == {"above": row.worst_above[1], "share": 0.25}
     assert again.evaluation.constraints[1].measured.mean == worst.measured.mean
 
 
