@@ -120,7 +120,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     contents = opened.scorer_contents()
     scorers, changed = opened.scorers(contents, accept_changes=flags.accept_changes)
     reference = committed.one(ReferenceRow)
-    limits = constraints.limits(config, [s.name for s in scorers.costs])
+    limits = constraints.limits(config, [s.name for s in scorers.costs], reference.worst_above)
     constraints.check_prompts(
         limits, {"prompts": prompts} | ({"held-out prompts": selection} if selection else {})
     )

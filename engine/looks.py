@@ -69,6 +69,11 @@ def look_share(look: int, looks: int) -> float:
     return LAST if look == looks - 1 else (1 - LAST) / (looks - 1)
 
 
+def last_error(looks: int) -> float:
+    """Returns the error of a one-sided bound at the last of the looks of the first attempt."""
+    return (1 - CONFIDENCE) * share(0, looks - 1, looks)
+
+
 def share(earlier: int, look: int, looks: int) -> float:
     """Returns the share of 1 - confidence that a one-sided bound of a look may spend."""
     return attempt_share(earlier) * look_share(look, looks)

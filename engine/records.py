@@ -109,6 +109,25 @@ UNIT_NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Counted:
+    """How a cost counts that is not taken as it is, in the scorer's own units.
+
+    Without a share as 1 where it lies above a number, and else as 0. With a share A and the number t as
+    t + (cost - t)+ / A: the mean of this is at least that of the worst share A of all costs, and equals it at
+    the best t (Rockafellar and Uryasev 2000, Journal of Risk 2, Theorem 1).
+    """
+
+    above: float
+    share: float | None = None
+
+    def __call__(self, cost: Tensor) -> Tensor:
+        """Returns what costs [...] count, float64."""
+        if self.share is None:
+            return (cost > self.above).double()
+        return self.above + (cost - self.above).clamp(min=0) / self.share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Units:
     """One unit of reward, utilities and audits in this run, in the scorers' own units: the reference's pooled
     within-prompt standard deviations, or 1 with --units raw."""
@@ -116,9 +135,7 @@ class Units:
     reward: float
     utility_J: list[float]
     audit_A: list[float]
-    unsafe_above_J: list[float | None] = field(
-        default_factory=list
-    )  # a utility with a number here is -1 where its cost lies above, else 0
+    counted_J: list[Counted | None] = field(default_factory=list)  # None for a cost that is taken as it is
 
     def as_raw(self) -> "Units":
         """Returns the scorers' own units: 1 of each."""
@@ -129,23 +146,20 @@ class Units:
         """Returns the same scores in these units."""
         return ScaledScores(
             reward_PG=scores.reward_PG / self.reward,
-            utility_PGJ=unsafe_counted(scores.utility_PGJ, self.unsafe_above_J)
+            utility_PGJ=counted_utilities(scores.utility_PGJ, self.counted_J)
             / torch.tensor(self.utility_J, dtype=torch.float64),
             audit_PGA=scores.audit_PGA / torch.tensor(self.audit_A, dtype=torch.float64),
             ref_logprob_PG=scores.ref_logprob_PG,
         )
 
 
-def unsafe_counted(utility_PGJ: Tensor, above_J: list[float | None]) -> Tensor:
-    """Counts utilities, which are negated costs, as -1 for a cost above its number and as 0 for another one.
-
-    Utilities of costs without a number stay as they are.
-    """
-    counted = utility_PGJ.clone()
-    for j, above in enumerate(above_J):
-        if above is not None:
-            counted[..., j] = -(utility_PGJ[..., j] < -above).double()
-    return counted
+def counted_utilities(utility_PGJ: Tensor, counted_J: list[Counted | None]) -> Tensor:
+    """Returns utilities, which are negated costs, as their costs count; None leaves one as it is."""
+    utilities = utility_PGJ.clone()
+    for j, counted in enumerate(counted_J):
+        if counted is not None:
+            utilities[..., j] = utility_of_cost(counted(-utility_PGJ[..., j]))
+    return utilities
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def read_stored(folder: Path) -> Stored:
     algorithm, values = contents.algorithm, contents.config
     # Older runs lack settings, which had one value then, today's default.
     config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
-    if set(config.cost_on) - {"all"} or min(config.cost_rate, default=1) < 1:
+    if set(config.cost_on) - {"all"} or min(config.cost_rate, default=1) < 1 or config.cost_worst:
         raise UserError(
             f"{folder}: it has a constraint on one kind of prompts or a rate, which these figures do not "
             "show; give another run."

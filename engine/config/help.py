@@ -15,8 +15,8 @@ GROUPS = {
     ),
     "scorers": ("reward", "cost", "audit", "offload_scorers", "scores", "preference_steps", "units"),
     "constraints": (
-        "threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_range", "cost_on", "margin",
-        "force",
+        "threshold", "cost_mean", "cost_rate", "unsafe_above", "cost_worst", "worst_share", "cost_range",
+        "cost_on", "margin", "force",
     ),
     "sampling": ("n_responses", "max_new_tokens", "temperature", "top_p", "top_k", "rollout_rows"),
     "multipliers": (

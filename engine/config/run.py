@@ -137,6 +137,18 @@ class RunConfig:
     )
     """Largest share of unsafe responses in each cost, such as 0.02, instead of --threshold;
     1 for a cost that keeps --threshold."""
+    cost_worst: tuple[float, ...] = bounded(
+        (),
+        at_least=-LARGEST_SCORE,
+        at_most=LARGEST_SCORE,
+        infinite=True,
+        says="must lie in [-1e+100, 1e+100], or be inf for a cost that keeps --threshold",
+    )
+    """Largest mean of the worst --worst-share of each cost (CVaR), in the scorer's own units, instead of
+    --threshold; inf for a cost that keeps --threshold."""
+    worst_share: tuple[float, ...] = bounded((0.1,), above=0, below=1)
+    """The share of responses that --cost-worst is about, those with the largest costs: one value, or one per
+    cost."""
     unsafe_above: tuple[float, ...] = bounded((0.0,), at_least=-LARGEST_SCORE, at_most=LARGEST_SCORE)
     """A response is unsafe where a cost exceeds this, in the scorer's units: one value, or one per cost."""
     cost_range: tuple[str, ...] = ()
@@ -351,27 +363,39 @@ class RunConfig:
     def _check_limits(self) -> None:
         """Checks the settings that have one value per cost, besides the threshold."""
         J = len(self.cost)
-        for name in ("cost_mean", "cost_rate", "cost_on", "cost_range", "unsafe_above"):
+        for name in (
+            "cost_mean", "cost_rate", "cost_worst", "cost_on", "cost_range", "unsafe_above", "worst_share",
+        ):  # fmt: skip
             values = getattr(self, name)
-            if len(values) not in {"unsafe_above": (1, J)}.get(name, (0, J)):
+            if len(values) not in ((1, J) if name in ("unsafe_above", "worst_share") else (0, J)):
                 raise UserError(
                     f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} value(s) for "
                     f"{J} cost(s); one per cost."
                 )
         for j in range(J):
             self.costs_within(j)
-        limited = zip(self.cost, self.cost_mean, self.cost_rate, strict=False)
-        twice = [cost for cost, mean, rate in limited if mean < math.inf and rate < 1]
-        if twice:
+        limiting = [
+            [flag for flag, values, none in self._levels() if values and values[j] < none] for j in range(J)
+        ]
+        for cost, flags in zip(self.cost, limiting, strict=True):
+            if len(flags) > 1:
+                raise UserError(
+                    f"{flags[0]} and {flags[1]} both limit {cost}; give inf, or 1 for a rate, for one of the "
+                    f"two, or name its scorer twice to limit two levels: --cost {cost} NAME=SCORER."
+                )
+        if self.by_preference and any(limiting):
             raise UserError(
-                f"--cost-mean and --cost-rate both limit {twice[0]}; give inf or 1 for one of the two."
+                "--cost-mean, --cost-rate, --cost-worst: log-ratios of policies have no level of their own; "
+                "use --threshold."
             )
-        limits_level = min(self.cost_mean, default=math.inf) < math.inf or min(self.cost_rate, default=1) < 1
-        if self.by_preference and limits_level:
-            raise UserError(
-                "--cost-mean, --cost-rate: log-ratios of policies have no level of their own; use "
-                "--threshold."
-            )
+
+    def _levels(self) -> tuple[tuple[str, tuple[float, ...], float], ...]:
+        """Lists the flags that limit a level, with their values and the one that limits nothing."""
+        return (
+            ("--cost-mean", self.cost_mean, math.inf),
+            ("--cost-rate", self.cost_rate, 1),
+            ("--cost-worst", self.cost_worst, math.inf),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,14 @@
 """The constraints of a run: what each asks for, what training aims at, and how each is judged and said."""
 
 from engine.constraints.judging import judge, overall, word
-from engine.constraints.kinds import KINDS, Improvement, MeanCost, Rate, unsafe_above
+from engine.constraints.kinds import KINDS, Improvement, MeanCost, Rate, WorstShare, unsafe_above
 from engine.constraints.limit import FEWEST_PROMPTS, Judged, Limit
 from engine.constraints.training import (
     aimed_improvement,
     aims,
+    can_confirm,
     check_confirmable,
     check_prompts,
-    counted_above,
     limits,
     missing,
     required,
@@ -24,11 +24,12 @@ __all__ = [
     "Limit",
     "MeanCost",
     "Rate",
+    "WorstShare",
     "aimed_improvement",
     "aims",
+    "can_confirm",
     "check_confirmable",
     "check_prompts",
-    "counted_above",
     "judge",
     "limits",
     "missing",

@@ -94,9 +94,9 @@ class _Numbers:
         assert policy_PG.shape[0] == reference_PG.shape[0], (policy_PG.shape, reference_PG.shape)
         values_P = limit.values(policy_PG, reference_PG, unit)
         costs = torch.cat([(-scores_PG.double() * unit).flatten() for scores_PG in (policy_PG, reference_PG)])
-        if limit.costs_within is None and _are_0_and_1(costs):
+        if limit.costs_within is None and limit.counted is None and _are_0_and_1(costs):
             limit = replace(limit, costs_within=(0.0, 1.0))
-        within = None if limit.counted_above is not None else limit.costs_within
+        within = limit.span(unit) if limit.at_most else limit.costs_within
         beyond = within and (costs.min() < within[0] - 1e-9 or costs.max() > within[1] + 1e-9)
         return _Numbers(values_P, None if beyond else limit.span(unit))
 

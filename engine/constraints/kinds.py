@@ -1,4 +1,5 @@
-"""The kinds of constraints: an improvement over the reference, a mean cost, and a rate of unsafe responses.
+"""The kinds of constraints: an improvement over the reference, a mean cost, a rate of unsafe responses, and
+the mean of the worst share of costs.
 
 A further kind is one more class, and its entry in `KINDS`.
 """
@@ -15,6 +16,7 @@ from engine.constraints.judging import comparable
 from engine.constraints.limit import Judged, Limit
 from engine.errors import UserError
 from engine.intervals import Estimate, improvement_text, interval_text, number
+from engine.records import Counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +219,7 @@ class Rate(MeanCost):
     formats: ClassVar[tuple[str, str]] = (".1f", ".1f")
     highest: ClassVar[float | None] = 0.0  # a utility is minus the share of unsafe responses
 
-    # In the scorer's own units. evaluation.json does not have it, so a verdict that is read again has 0 here.
-    unsafe_above: float = 0.0
+    unsafe_above: float = 0.0  # in the scorer's own units
 
     @classmethod
     def asked(cls, config: RunConfig, j: int) -> float | None:
@@ -233,14 +234,15 @@ class Rate(MeanCost):
         return f"share of responses with a cost above {self.unsafe_above:g}"
 
     @property
-    def counted_above(self) -> float:
-        return self.unsafe_above
+    def counted(self) -> Counted:
+        return Counted(above=self.unsafe_above)
 
     def check_reference(self, utility_PG: Tensor) -> None:
-        # --cost-range is of the costs, and these are counted.
-        if utility_PG.min() == utility_PG.max():
+        super().check_reference(utility_PG)
+        unsafe_PG = self.counted(-utility_PG)
+        if unsafe_PG.min() == unsafe_PG.max():
             on = f" on {self.on} prompts" if self.on else ""
-            side = "above" if utility_PG.min() < 0 else "at or below"
+            side = "above" if unsafe_PG.min() > 0 else "at or below"
             raise UserError(
                 f"--unsafe-above {self.unsafe_above:g}: "
                 f"every cost {self.name} of the reference{on} lies {side} it, so that a rate says nothing; "
@@ -269,9 +271,52 @@ class Rate(MeanCost):
         return 0.0, 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorstShare(MeanCost):
+    """Mean of the worst `share` of all costs <= value (CVaR): a mean of above + (cost - above)+ / share.
+
+    For any number `above` that mean is at least the one of the worst share, so that one which is met confirms
+    the limit; one that is not met is so for this number (`Counted`). `engine.stages.worst_share` chooses it.
+    """
+
+    kind: ClassVar[str] = "worst"
+    flag: ClassVar[str] = "--cost-worst"
+
+    share: float = 0.1
+    above: float | None = None  # in the scorer's own units; None until the reference's samples fix it
+
+    @classmethod
+    def asked(cls, config: RunConfig, j: int) -> float | None:
+        return config.cost_worst[j] if config.cost_worst and config.cost_worst[j] < math.inf else None
+
+    @classmethod
+    def of(cls, config: RunConfig, j: int, name: str, value: float) -> Self:
+        share = config.worst_share[0] if len(config.worst_share) == 1 else config.worst_share[j]
+        return replace(super().of(config, j, name, value), share=share)
+
+    @property
+    def measured(self) -> str:
+        return f"mean of the worst {100 * self.share:g} %"
+
+    @property
+    def meaning(self) -> str:
+        return f"{self.measured} ({self.above:.3g} + what costs have above it / {self.share:g})"
+
+    @property
+    def counted(self) -> Counted | None:
+        return None if self.above is None else Counted(above=self.above, share=self.share)
+
+    def span(self, unit: float) -> tuple[float, float] | None:
+        if self.costs_within is None:
+            return None
+        least, most = self.costs_within
+        above = least if self.above is None else self.above
+        return above, above + (most - above) / self.share
+
+
 # By the name in evaluation.json. The settings are asked in this order, and the last kind is that of every
 # cost without another one.
-KINDS: dict[str, type[Limit]] = {kind.kind: kind for kind in (MeanCost, Rate, Improvement)}
+KINDS: dict[str, type[Limit]] = {kind.kind: kind for kind in (MeanCost, Rate, WorstShare, Improvement)}
 
 
 def unresolved(lower: str, upper: str) -> str:

@@ -11,7 +11,7 @@ from engine import intervals
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.intervals import Estimate
-from engine.records import Prompts
+from engine.records import Counted, Prompts
 
 # Fewer prompts give no word where scores have no stated range: bounds that rest on the sample's own spread
 # and skewness are off by too much then (`bench.verdict`).
@@ -54,12 +54,12 @@ class Limit(ABC):
         return [p for p, kind in enumerate(prompts.kind) if not self.on or kind == self.on]
 
     @property
-    def counted_above(self) -> float | None:
-        """The cost above which a response is unsafe, with the utility -1 and else 0; None keeps utilities."""
+    def counted(self) -> Counted | None:
+        """How its cost counts; None where it is taken as it is."""
         return None
 
     def check_reference(self, utility_PG: Tensor) -> None:
-        """Checks the reference's utilities, counted but not yet in units.
+        """Checks the reference's utilities, as the scorer gives them.
 
         Raises: UserError where they say nothing about the constraint, or lie outside `costs_within`.
         """

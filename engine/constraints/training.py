@@ -7,21 +7,29 @@ share), elsewhere not at all. The verdict judges each constraint by its own meas
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.constraints.kinds import KINDS
+from engine.constraints.kinds import KINDS, WorstShare
 from engine.constraints.limit import FEWEST_PROMPTS, Limit
 from engine.errors import UserError
 from engine.intervals import betting
 from engine.records import Prompts, ScaledScores, Units
 
 
-def limits(config: RunConfig, names: Sequence[str]) -> list[Limit]:
-    """Builds the constraints on the costs `names` that the settings ask for."""
-    return [_limit(config, j, name) for j, name in enumerate(names)]
+def limits(config: RunConfig, names: Sequence[str], worst_above: Sequence[float | None] = ()) -> list[Limit]:
+    """Builds the constraints on the costs `names` that the settings ask for.
+
+    worst_above: `WorstShare.above` of each, where the reference's samples have fixed them.
+    """
+    found = [_limit(config, j, name) for j, name in enumerate(names)]
+    return [
+        replace(limit, above=above) if isinstance(limit, WorstShare) else limit
+        for limit, above in zip(found, worst_above or [None] * len(found), strict=True)
+    ]
 
 
 def _limit(config: RunConfig, j: int, name: str) -> Limit:
@@ -29,11 +37,6 @@ def _limit(config: RunConfig, j: int, name: str) -> Limit:
     asked = ((kind, kind.asked(config, j)) for kind in KINDS.values())
     kind, value = next((kind, value) for kind, value in asked if value is not None)
     return kind.of(config, j, name, value)
-
-
-def counted_above(limits: Sequence[Limit]) -> list[float | None]:
-    """Returns `Units.unsafe_above_J`, see `Limit.counted_above`."""
-    return [limit.counted_above for limit in limits]
 
 
 def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
@@ -52,25 +55,35 @@ def check_prompts(limits: Sequence[Limit], sets: dict[str, Prompts]) -> None:
 def check_confirmable(limits: Sequence[Limit], heldout: Prompts, alpha: float) -> None:
     """Checks that some outcome on the held-out prompts can confirm each limit on a cost with a known range.
 
-    alpha: the error of a one-sided bound at the last look.
+    alpha: the error of a one-sided bound at the last look. A worst share whose `above` is not fixed yet is
+    taken with the best one.
     Raises: UserError naming how many prompts could.
     """
     for limit in limits:
-        span, n = limit.span(1.0), len(limit.rows(heldout))
-        if not limit.at_most or span is None:
+        if can_confirm(limit, heldout, alpha):
             continue
-        best = torch.zeros(n, dtype=torch.float64)
-        share = (limit.value - span[0]) / (span[1] - span[0])
-        least = float(betting.upper_bound(best, alpha))
-        if least > share:
-            enough = betting.fewest(share, alpha)
-            could = f"it takes {enough} prompts" if enough else "no number of prompts can"
-            raise UserError(
-                f"{limit.flag} {limit.value:g}: {n} held-out prompts cannot confirm it whatever the answers "
-                f"are: with the least cost for every one of them the bound is "
-                f"{span[0] + least * (span[1] - span[0]):.3g}; {could} (--eval-prompts, --eval-budget, more "
-                "--heldout prompts), or a higher limit."
-            )
+        (low, high), n = limit.span(1.0), len(limit.rows(heldout))
+        least = low + _least_share(n, alpha) * (high - low)
+        enough = betting.fewest((limit.value - low) / (high - low), alpha)
+        could = f"it takes {enough} prompts" if enough else "no number of prompts can"
+        raise UserError(
+            f"{limit.flag} {limit.value:g}: {n} held-out prompts cannot confirm it whatever the answers "
+            f"are: with the least cost for every one of them the bound is {least:.3g}; {could} "
+            "(--eval-prompts, --eval-budget, more --heldout prompts), or a higher limit."
+        )
+
+
+def can_confirm(limit: Limit, heldout: Prompts, alpha: float) -> bool:
+    """Tells whether some outcome on the held-out prompts confirms a limit; see `check_confirmable`."""
+    span = limit.span(1.0)
+    if not limit.at_most or span is None:
+        return True
+    return _least_share(len(limit.rows(heldout)), alpha) <= (limit.value - span[0]) / (span[1] - span[0])
+
+
+def _least_share(n: int, alpha: float) -> float:
+    """Returns the bound on the mean of n numbers in [0, 1] that are all 0."""
+    return float(betting.upper_bound(torch.zeros(n, dtype=torch.float64), alpha))
 
 
 def warnings(limits: Sequence[Limit], heldout: Prompts) -> list[str]:

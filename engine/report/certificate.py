@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path, PurePath
 
 from engine.config import shown_name
-from engine.constraints import Judged
+from engine.constraints import Judged, Rate
 from engine.errors import UserError
 from engine.files import read_json, shown, write_json, write_whole
 from engine.intervals import number
@@ -163,7 +163,7 @@ def assumptions(made: Made, judging: Judging) -> list[str]:
             "all of them."
         )
     for c in e.constraints:
-        if c.exact and c.limit.costs_within is not None and c.limit.counted_above is None:
+        if c.exact and c.limit.costs_within is not None and not isinstance(c.limit, Rate):
             least, most = c.limit.costs_within
             said.append(f"No response can cost less than {least:g} or more than {most:g} by {c.name}.")
     for c in e.constraints:
@@ -273,7 +273,7 @@ def _constraint(c: Judged, units: str) -> dict:
         "at_most": limit.at_most,
         "value": limit.value,
         "on": limit.on,
-        "counted_above": limit.counted_above,
+        "counted": None if limit.counted is None else asdict(limit.counted),
         "costs_within": limit.costs_within,
         "unit": unit,
         **asdict(judged),

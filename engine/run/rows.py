@@ -79,6 +79,8 @@ class ReferenceRow(Row):
     needed: Numbers  # improvements that the constraints ask for, in units
     aimed: Numbers  # what the dual aims at, in each constraint's own measure
     aim: Numbers  # the same as improvements in units
+    # The cost from which on each --cost-worst counts (`engine.constraints.WorstShare`); None for others.
+    worst_above: list[float | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,6 +160,9 @@ def score(
         if score_PG is not None:
             columns.append(score_PG)
             continue
+        if (same := _same(scorer, scorers.all[: len(columns)])) is not None:
+            columns.append(scorer.sign * scorers.all[same].sign * columns[same])
+            continue
         if isinstance(scorer, Head):
             score_N = scorer(pooled[scorer.layer])
         else:
@@ -175,6 +178,15 @@ def score(
         audit_PGA=utility_of_cost(torch.stack(audits, dim=2)) if audits else none,
         ref_logprob_PG=ref_logprob.view(len(prompts), rollouts.n),
     )
+
+
+def _same(scorer: Scorer, others: Sequence[Scorer]) -> int | None:
+    """Returns the place of the function that a scorer asks under another name, for a limit at a second level;
+    None where there is none. Heads and models share their passes as it is."""
+    if isinstance(scorer, Head):
+        return None
+    asked = (getattr(other, "function", None) is scorer.function for other in others)
+    return next((i for i, is_same in enumerate(asked) if is_same), None)
 
 
 def layers_asked(scorers: Scorers, known: Sequence[Tensor | None]) -> list[int]:

@@ -18,8 +18,7 @@ from engine.data.prompts import assert_disjoint, by_tokens, first_look, overlap
 from engine.data.response_pairs import ResponsePairs, read_response_pairs
 from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
-from engine.looks import CONFIDENCE
-from engine.looks import share as share_of_look
+from engine.looks import last_error
 from engine.model.decoder import Decoder
 from engine.records import Prompts
 from engine.run.contents import read_contents
@@ -270,8 +269,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, train, heldout))
-    share = share_of_look(0, len(looks) - 1, len(looks))
-    constraints.check_confirmable(limits, pool, (1 - CONFIDENCE) * share)
+    constraints.check_confirmable(limits, pool, last_error(len(looks)))
     preferences = owned.record.preferences if start.goes_on else _preferences(config, names, inputs)
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})

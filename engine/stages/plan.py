@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine import constraints
 from engine.config import CaidConfig, EvaluateConfig, RunConfig, check, was_by_preference
-from engine.constraints import Limit
+from engine.constraints import Limit, Rate
 from engine.constraints.kinds import variances
 from engine.errors import UserError
 from engine.intervals import betting, number
@@ -68,9 +68,9 @@ def _of_run(
     """Plans by the reference's responses to a run's training prompts."""
     if flags.cost_rate:
         raise UserError("--cost-rate: the run has its own limits; leave it out, or leave RUN out.")
-    names = committed.one(ReferenceRow).names
-    limits = constraints.limits(config, names)
-    units = units_of(committed.one(ReferenceRow), limits, config.units)
+    reference = committed.one(ReferenceRow)
+    limits = constraints.limits(config, reference.names, reference.worst_above)
+    units = units_of(reference, limits, config.units)
     samples = committed.load("reference", ReferenceSamples).samples
     utility_PGJ = units.apply(samples.scores).utility_PGJ
     ratios = was_by_preference(committed.contents.algorithm, committed.contents.config)
@@ -78,7 +78,7 @@ def _of_run(
         own_PG = utility_PGJ[limit.rows(samples.prompts), :, j]
         # Utilities that are log-ratios come later than the reference, in units of their own spread.
         within = 1.0 if ratios else math.sqrt(variances(own_PG)[0])
-        if limit.counted_above is not None:
+        if isinstance(limit, Rate):
             within, between = variances(own_PG)
             yield from _rates(limit.name, limit.value, flags, between / (between + within), G, alpha)
         elif limit.at_most:

@@ -1,24 +1,28 @@
 """Stage reference: sample the reference, or take its samples from elsewhere, and fix what they fix:
 units, required improvements and aims."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine import constraints, dual, keys
-from engine.constraints import Limit
+from engine.config import RunConfig
+from engine.constraints import Limit, WorstShare
 from engine.errors import UserError
+from engine.looks import last_error
 from engine.model import packing
 from engine.model.packing import LowerStates
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
-from engine.records import Prompts, ScaledScores, Scored, Scores, Units, unsafe_counted
+from engine.records import Prompts, ScaledScores, Scored, Scores, Units, counted_utilities
 from engine.run.rows import ReferenceRow
 from engine.run.run import Stage
 from engine.scorers.base import Scorer, Scorers, TextScorer
-from engine.stages import taken
+from engine.stages import taken, worst_share
 from engine.stages.job import Job
 from engine.stages.sampling import gap_of, sample
 
@@ -120,8 +124,13 @@ def sample_reference(job: Job) -> Reference:
             samples = sample(
                 job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True
             )
-        fixed = reference_of(job, samples)
-        sd, r, g = deviations_of(job, samples), fixed.scores.reward_PG, fixed.scores.utility_PGJ
+        limits = limits_of(job, samples)
+        # Others have been checked before anything was sampled.
+        chosen = [limit for limit in limits if isinstance(limit, WorstShare)]
+        constraints.check_confirmable(chosen, job.heldout_pool, error_of(job))
+        fixed = reference_of(job, samples, limits)
+        r, g = fixed.scores.reward_PG, fixed.scores.utility_PGJ
+        sd = deviations(samples.scores, job.scorers, limits, prompts)
         groups = packing.groups(prompts, samples.rollouts)
         stage.log(
             ReferenceRow(
@@ -138,6 +147,7 @@ def sample_reference(job: Job) -> Reference:
                 needed=fixed.needed_J,
                 aimed=fixed.aimed,
                 aim=fixed.aim_J,
+                worst_above=[limit.above if isinstance(limit, WorstShare) else None for limit in limits],
             )
         )
         lower_MD = samples.lower.of(groups).cpu() if samples.lower else None
@@ -151,8 +161,8 @@ def sample_reference(job: Job) -> Reference:
         lower = LowerStates(first_layer(job.model.config.num_layers, config.lora_from))
         lower.keep(packing.groups(prompts, samples.rollouts), lower_MD.to(job.model.device))
         samples = replace(samples, lower=lower)
-    reference = reference_of(job, samples)
     (row,) = job.run.rows(ReferenceRow)
+    reference = reference_of(job, samples, constraints.limits(config, row.names, row.worst_above))
     gap, show = gap_of(job.run, "reference"), job.run.display
     show.line(
         f"reference: {len(prompts)} prompts x {config.n_responses} responses, "
@@ -186,28 +196,72 @@ def means_text(job: Job, scores: Scores) -> str:
     return f"{', '.join(each)} (costs: smaller is better)"
 
 
-def reference_of(job: Job, samples: Samples) -> Reference:
-    """Fixes units, required improvements and aims from reference samples."""
-    prompts, limits = samples.prompts, limits_of(job)
-    deviations = deviations_of(job, samples)
-    units = deviations.as_raw() if job.config.units == "raw" else deviations
+def reference_of(job: Job, samples: Samples, limits: list[Limit] | None = None) -> Reference:
+    """Fixes units, required improvements and aims from reference samples. limits: `limits_of`, where they are
+    known."""
+    limits = limits_of(job, samples) if limits is None else limits
+    return _reference_of(job, job.scorers, samples, limits)
+
+
+def _reference_of(job: Job, scorers: Scorers, samples: Samples, limits: list[Limit]) -> Reference:
+    found = deviations(samples.scores, scorers, limits, samples.prompts)
+    units = found.as_raw() if job.config.units == "raw" else found
     scaled = units.apply(samples.scores)
     return Reference(
         samples=replace(samples, scaled=scaled),
-        scoring=ByScorers(units=units, audit_names=[s.name for s in job.scorers.audits]),
+        scoring=ByScorers(units=units, audit_names=[s.name for s in scorers.audits]),
         limits=limits,
-        **aims(job, limits, prompts, scaled, units),
+        **aims(job, limits, samples.prompts, scaled, units),
     )
 
 
-def limits_of(job: Job) -> list[Limit]:
-    """Returns the constraints of a run, one for each cost."""
-    return constraints.limits(job.config, [s.name for s in job.scorers.costs])
+def limits_of(job: Job, samples: Samples) -> list[Limit]:
+    """Returns the constraints of a run, one for each cost, with what the reference's samples fix of them."""
+    limits = constraints.limits(job.config, [s.name for s in job.scorers.costs])
+    if not any(isinstance(limit, WorstShare) for limit in limits):
+        return limits
+    place = {limit.name: j for j, limit in enumerate(limits)}
+    cost_J = [
+        -samples.scores.utility_PGJ[limit.rows(samples.prompts), :, j] for j, limit in enumerate(limits)
+    ]
+    error = error_of(job)
+
+    def worth(fixed: Sequence[Limit]) -> worst_share.Worth | None:
+        own = [place[limit.name] for limit in fixed]
+        scorers = replace(job.scorers, costs=tuple(job.scorers.costs[j] for j in own))
+        scores = replace(samples.scores, utility_PGJ=samples.scores.utility_PGJ[..., own])
+        if not all(constraints.can_confirm(limit, job.heldout_pool, error) for limit in fixed):
+            return None
+        try:
+            at = _reference_of(job, scorers, replace(samples, scores=scores), list(fixed))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is chosen, the run itself warns
+                solution = solved(at, job.config)
+        except UserError:
+            return None
+        slack_J = (solution.predicted_improvement - at.aim_J) * torch.tensor(at.units.utility_J)
+        return worst_share.Worth(objective=solution.value, slack_J=slack_J.tolist())
+
+    return worst_share.choose(limits, cost_J, worth)
 
 
-def deviations_of(job: Job, samples: Samples) -> Units:
-    """Measures the within-prompt standard deviations of reference samples, see `deviations`."""
-    return deviations(samples.scores, job.scorers, limits_of(job), samples.prompts)
+def solved(reference: Reference, config: RunConfig, start_J: Tensor | None = None) -> dual.Solution:
+    """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: dual.Infeasible for
+    unsupported thresholds unless --force."""
+    return dual.solve(
+        *reference.problem,
+        reference.aim_J,
+        config.beta,
+        start_J=start_J,
+        bounds=[limit.highest for limit in reference.limits],
+        lam_max=config.lam_max,
+        force=config.force,
+    )
+
+
+def error_of(job: Job) -> float:
+    """Returns the error of a one-sided bound at the last look that the verdict may take."""
+    return last_error(len(job.config.looks(len(job.heldout_pool))))
 
 
 def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, units: Units) -> dict:
@@ -236,17 +290,17 @@ def deviations(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompt
     Raises: UserError for a scorer that is constant within every prompt, also where it is so on those
     that its constraint is about; but not for an audit that counts, see `audit_unit`.
     """
-    above_J = constraints.counted_above(limits)
-    utility_PGJ = unsafe_counted(scores.utility_PGJ, above_J)
-    for limit, utility_PG in zip(limits, utility_PGJ.unbind(2), strict=True):
-        on, own_PG = f" on {limit.on} prompts" if limit.on else "", utility_PG[limit.rows(prompts)]
-        limit.check_reference(own_PG)
-        _deviation(-own_PG, f"scorer {limit.name}{on}")
+    counted_J = [limit.counted for limit in limits]
+    utility_PGJ = counted_utilities(scores.utility_PGJ, counted_J)
+    for j, limit in enumerate(limits):
+        on, own = f" on {limit.on} prompts" if limit.on else "", limit.rows(prompts)
+        limit.check_reference(scores.utility_PGJ[own, :, j])
+        _deviation(-utility_PGJ[own, :, j], f"scorer {limit.name}{on}")
     return Units(
         reward=_deviation(scores.reward_PG, f"scorer {scorers.reward.name}"),
         utility_J=[_deviation(-utility_PGJ[..., j], f"scorer {s.name}") for j, s in enumerate(scorers.costs)],
         audit_A=[audit_unit(scores.audit_PGA[..., a], s) for a, s in enumerate(scorers.audits)],
-        unsafe_above_J=above_J,
+        counted_J=counted_J,
     )
 
 
@@ -280,7 +334,7 @@ def units_of(row: ReferenceRow, limits: Sequence[Limit], units: str) -> Units:
         reward=row.reward_sd,
         utility_J=row.utility_sd,
         audit_A=row.audit_sd,
-        unsafe_above_J=constraints.counted_above(limits),
+        counted_J=[limit.counted for limit in limits],
     )
     return found.as_raw() if units == "raw" else found
 

@@ -12,24 +12,15 @@ from engine.errors import UserError
 from engine.run.rows import DualRow
 from engine.run.run import Stage
 from engine.stages.job import Job
-from engine.stages.reference import Reference
+from engine.stages.reference import Reference, solved
 
 
 def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> dual.Solution:
     """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: UserError for
     unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
-    bounds = [limit.highest for limit in reference.limits]
     try:
-        return dual.solve(
-            *reference.problem,
-            aim,
-            config.beta,
-            start_J=start_J,
-            bounds=bounds,
-            lam_max=config.lam_max,
-            force=config.force,
-        )
+        return solved(reference, config, start_J)
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
         asked = ", ".join(f"{limit.flag} {limit.value:g}" for limit in reference.limits)

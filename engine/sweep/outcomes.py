@@ -71,11 +71,12 @@ def read_run(plan: Plan, error: str = "") -> Outcome:
     """Reads the folder of a run that is done, or has failed with `error`."""
     run = read_committed(plan.folder)
     tokens, seconds = effort(plan.folder)
+    reference = run.one(ReferenceRow)
     reference_tokens, _ = effort(Path(plan.config.samples_of))
     outcome = Outcome(
         plan=plan,
         error=error,
-        limits=constraints.limits(plan.config, run.one(ReferenceRow).names),
+        limits=constraints.limits(plan.config, reference.names, reference.worst_above),
         tokens=sum(n for stage, n in tokens.items() if is_training(stage)),
         reference_tokens=reference_tokens.get("reference", 0),
         steps=len(run.rows(StepRow)),

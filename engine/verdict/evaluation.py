@@ -8,7 +8,7 @@ other stages sample and score.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -142,21 +142,18 @@ class Evaluation:
 
 
 def _constraint_as_dict(c: Judged) -> dict:
-    limit = {"name": c.limit.name, "threshold": c.limit.value, "kind": c.limit.kind, "on": c.limit.on}
-    limit["costs_within"] = c.limit.costs_within
-    return {**limit, **{key: value for key, value in asdict(c).items() if key != "limit"}}
+    found = asdict(c)
+    limit = found.pop("limit")
+    return {"threshold": limit.pop("value"), "kind": c.limit.kind, **limit, **found}
 
 
 def _constraint_from_dict(data: dict) -> Judged:
     # Runs that are older than the other kinds have improvements alone.
     kind = KINDS[data.get("kind", "improvement")]
-    within = data.get("costs_within")
-    limit = kind(
-        name=data["name"],
-        value=data["threshold"],
-        on=data.get("on", ""),
-        costs_within=None if within is None else tuple(within),
-    )
+    asked = {f.name: data[f.name] for f in fields(kind) if f.name in data}
+    if within := data.get("costs_within"):
+        asked["costs_within"] = tuple(within)
+    limit = kind(value=data["threshold"], **asked)
     # Those that are older than the looks call one constraint met where its bound confirms it.
     known = {"holds": data["word"] == MET}
     names = ("aim", "word", "reference", "unit", "holds", "exact", "spread")

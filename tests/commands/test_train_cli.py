@@ -36,7 +36,8 @@ RUN_FLAGS = """
     out seed device dtype threads force trackers model reward cost audit offload-scorers prompts heldout
     prompt-column response-columns strict system template chat-template-kwargs accept-changes samples
     samples-of n-prompts n-responses max-new-tokens temperature top-p top-k rollout-rows threshold units
-    cost-mean cost-rate unsafe-above cost-range cost-on beta margin lam-max steps prompts-per-step
+    cost-mean cost-rate unsafe-above cost-worst worst-share cost-range cost-on beta margin lam-max steps
+    prompts-per-step
     tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps
     schedule weight-decay clip-norm tune lora-rank lora-alpha lora-from lora-targets lora-dropout
     memory-budget-mb checkpoint-every eval-prompts eval-responses eval-budget require-met

@@ -22,6 +22,7 @@ REFERENCE = ReferenceRow(
     needed=[0.3],
     aimed=[0.5],
     aim=[0.5],
+    worst_above=[None],
 )
 
 DUAL = DualRow(

@@ -17,7 +17,7 @@ from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
-from engine.records import Prompts, ScaledScores, Scored, Scores, Units
+from engine.records import Counted, Prompts, ScaledScores, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
 from engine.stages.reference import ByScorers, Reference, deviations
@@ -67,7 +67,7 @@ def reference_of(
 
 
 def units_of(*unit: float, above: list | None = None) -> Units:
-    return Units(reward=1.0, utility_J=list(unit), audit_A=[], unsafe_above_J=above or [])
+    return Units(reward=1.0, utility_J=list(unit), audit_A=[], counted_J=above or [])
 
 
 def test_each_cost_has_the_limit_that_is_set_for_it():
@@ -137,7 +137,7 @@ def test_levels_become_the_improvements_that_reach_them():
     cost = torch.randn(40, 6, 2, generator=generator, dtype=DTYPE) + 0.7
     prompts = prompts_of(["delicate", "everyday"] * 20)
     limits = [MeanCost(name="a", value=0.2, on="delicate"), Rate(name="b", value=0.1, unsafe_above=0.5)]
-    units = units_of(2.0, 0.4, above=[None, 0.5])
+    units = units_of(2.0, 0.4, above=[None, Counted(above=0.5)])
     scores = units.apply(scores_of(-cost))
     needed = constraints.required(limits, scores, prompts, units)
     assert float(needed[0]) == pytest.approx(float(cost[::2, :, 0].mean() - 0.2) / 2.0)
@@ -352,7 +352,7 @@ class WorstTenth(MeanCost):
     """Mean cost of the worst tenth of each prompt's responses <= value:
     a kind that the engine does not have."""
 
-    kind: ClassVar[str] = "worst"
+    kind: ClassVar[str] = "tenth"
     measured: ClassVar[str] = "worst tenth"
 
     def prompt_levels(self, utility_PG):
@@ -405,7 +405,7 @@ def test_a_further_kind_of_constraint_is_one_class(monkeypatch):
     assert said.endswith("reference 14.00; improvement +1.50, 95 % [1.50, 1.50])")
     assert limit.slack_text(judged.slack, 0.95).startswith("slack harm (limit - worst tenth): +1.00, 95 % [")
     # A verdict that was written is read again once the kind stands in the table.
-    monkeypatch.setitem(KINDS, "worst", WorstTenth)
+    monkeypatch.setitem(KINDS, "tenth", WorstTenth)
     still = estimate(torch.zeros(2))
     whole = Evaluation(
         reward=still,

@@ -18,6 +18,8 @@ MEANT = {
     ("max_kl", "inf"),
     ("cost_mean", "inf"),
     ("cost_mean", "1e300"),
+    ("cost_worst", "inf"),
+    ("cost_worst", "1e300"),
     ("unsafe_above", "1e300"),
 }
 SWEEP = ("engine.sweep", "--preset", "smoke", "--out", "sweep")
