@@ -163,11 +163,11 @@ def _facts(
     trained_on = sources.get(
         "--samples", sources.get("--prompts", config.samples or config.prompts or shipped)
     )
+    judged = found["sampling"]["prompts"] if found else min(config.eval_prompts, len(inputs.heldout))
     data = [
         f"training prompts: {min(config.n_prompts, len(inputs.train))} of {len(inputs.train)} "
         f"({trained_on}), {config.n_responses} responses each",
-        f"held-out prompts: {min(config.eval_prompts, len(inputs.heldout))} of {len(inputs.heldout)} "
-        f"({sources.get('--heldout', held_out)})",
+        f"held-out prompts: {judged} of {len(inputs.heldout)} ({sources.get('--heldout', held_out)})",
     ]
     for name, pairs in (("pairs", inputs.pairs), ("preferences", inputs.preferences)):
         if pairs is not None:
