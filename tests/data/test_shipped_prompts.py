@@ -75,7 +75,7 @@ def test_heads_were_trained_on_training_prompts_alone():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_first_look_is_at_the_prompts_of_earlier_verdicts(heldout, seed):
-    judged = judged_prompts(MocanConfig(seed=seed), heldout)
+    judged = judged_prompts(MocanConfig(seed=seed), heldout, 96)
     assert hashlib.sha256(json.dumps(judged.text).encode()).hexdigest()[:16] == FIRST_96[seed]
     assert Counter(judged.kind) == {"everyday": 48, "delicate": 48}
     # Without the others there is nothing to put them before.
@@ -86,7 +86,7 @@ def test_the_first_look_is_at_the_prompts_of_earlier_verdicts(heldout, seed):
 
 def test_further_looks_take_the_others_in_a_seeded_order(heldout):
     first, more, every, other = (
-        judged_prompts(MocanConfig(eval_prompts=n, seed=seed), heldout).text
+        judged_prompts(MocanConfig(seed=seed), heldout, n).text
         for n, seed in ((96, 0), (192, 0), (1000, 0), (1000, 1))
     )
     assert more[:96] == first and every[:192] == more and len(more) == 192
@@ -101,6 +101,6 @@ def test_further_looks_take_the_others_in_a_seeded_order(heldout):
 )
 def test_prompts_of_the_user_have_no_first_look(heldout, own):
     assert MocanConfig().judged_on_shipped and not MocanConfig(**own).judged_on_shipped
-    judged = judged_prompts(MocanConfig(**own), heldout)
+    judged = judged_prompts(MocanConfig(**own), heldout, 96)
     assert judged.text == [heldout.text[i] for i in subset(heldout, 96, 0, keys.HELDOUT_PROMPTS)]
-    assert judged.text != judged_prompts(MocanConfig(), heldout).text
+    assert judged.text != judged_prompts(MocanConfig(), heldout, 96).text
