@@ -216,7 +216,7 @@ def test_an_eva_adapter_is_plain_lora_on_disk(folder, tmp_path):
         hidden = ours(TOKENS, torch.tensor([0, len(TOKENS)]), adapter=load_peft(tmp_path / "eva", ours))
         found, theirs = ours.logits(hidden), wrapped(TOKENS[None]).logits[0]
         exact = wrapped.double()(TOKENS[None]).logits[0]
-        # So large an adapter makes attention nearly a choice, which rounding sways: as far as it sways theirs.
+        # So large an adapter makes attention nearly a choice, which rounding sways: as it sways theirs.
         ours, theirs = ((x - exact).abs().max() for x in (found, theirs))
         assert ours < 1e-5 + 3 * theirs and theirs < 1e-3
 
