@@ -87,7 +87,12 @@ def test_the_bound_rises_with_every_number_and_knows_no_order(xs, place, raised,
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.floats(0.001, 0.998), st.floats(0, 1))
+# Next to 1 a factor next to 0 is rounding alone.
+@given(
+    st.lists(st.one_of(st.just(1.0), st.floats(0, 0.999)), min_size=2, max_size=20),
+    st.floats(0.001, 0.998),
+    st.floats(0, 1),
+)
 def test_the_capital_rises_with_the_mean_that_is_bet_against(xs, m, t):
     x = torch.tensor([xs], dtype=torch.float64)
     more = m + (0.999 - m) * t
