@@ -38,7 +38,7 @@ from engine.report import certificate
 from engine.run import judged
 from engine.run.display import Display
 from engine.run.folder import RunFolder
-from engine.run.rows import DualRow, ReferenceRow
+from engine.run.rows import DualRow, ReferenceRow, VerdictRow
 from engine.scorers.base import Scorers
 from engine.scorers.scoring import try_out
 from engine.stages import plan, preference, profile
@@ -148,10 +148,19 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
         lookalikes=lookalikes,
         safety_alone=algorithm == "dpo" and values.get("objective") == "safety",
         attempt=attempt,
-        earlier=judged.earlier(RunFolder(opened.run), attempt),
+        earlier=judged.earlier(RunFolder(opened.run), attempt, _own_verdict(opened)),
         notes=[*inputs.notes, *changed, *said],
         fewer_rows=fewer,
     )
+
+
+def _own_verdict(opened: Finished) -> judged.Attempt | None:
+    """Returns the run's own verdict, as its stages know of it; None before there was one."""
+    committed, config, heldout = opened.committed, opened.committed.config, opened.inputs.heldout
+    if not committed.rows(VerdictRow):
+        return None
+    pool = judged_prompts(config, heldout, config.looks(len(heldout))[-1].prompts)
+    return judged.Attempt.of(committed.contents, max(committed.iterates), pool, config.seed)
 
 
 def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, Path]:
@@ -214,10 +223,11 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
             utility_PG = (s.scaled.utility_PGJ * weight_PJ[:, None]) @ lam_J
             return utility_PG if q.safety_alone else s.scaled.reward_PG + utility_PG
 
+        # Another evaluation may have ended meanwhile.
+        earlier = judged.earlier(RunFolder(q.opened.run), q.attempt, _own_verdict(q.opened))
         try:
-            earlier = judged.begin(RunFolder(q.opened.run), q.attempt)
+            judged.begin(RunFolder(q.opened.run), q.attempt, earlier)
         except UserError as error:
-            earlier = q.earlier
             display.warn(f"{error}; this verdict is not on record")
         judgement = Judgement(
             evaluation=judge(before, after, _bar(q, scoring, flags.confidence, attempt_share(earlier))),

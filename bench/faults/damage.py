@@ -44,6 +44,8 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = tuple(COMPARED)) -> l
         slot.make(base)
         files = sorted(path for path in (slot.kept / base / root).rglob("*") if path.is_file())
         for path in files:
+            if path.name == "judged.jsonl" and name != "evaluate":
+                continue  # Nothing but the file knows which verdicts there were beside the run's own.
             file = path.relative_to(slot.kept / base).as_posix()
             if base == "full" and "/adapters/" not in file:
                 continue
@@ -88,7 +90,11 @@ def names_of(file: str) -> list[str]:
     """Returns the words of which a refusal has to hold one: the file, or its folder below the run's."""
     path = Path(file)
     parents = [parent.name for parent in path.parents if parent.name not in ("", "run", "sweep", "stages")]
-    return [path.name, *parents]
+    # What a missing file of a stage was called, nobody knows.
+    stage = (
+        [f"stage {int(path.name[:2])} "] if path.parent.name == "stages" and path.name[:2].isdigit() else []
+    )
+    return [path.name, *parents, *stage]
 
 
 def without_notes(found: Tree) -> Tree:

@@ -44,13 +44,8 @@ class Attempt:
         return _hash(json.dumps([self.policy, sorted(self.prompts), self.seed]))
 
 
-def begin(paths: RunFolder, attempt: Attempt) -> int:
-    """Notes a verdict, and counts those before it that judged the same policy, or any of the same prompts.
-
-    One that was noted already has the number that it had then. Raises: UserError where the file cannot be
-    written.
-    """
-    count = earlier(paths, attempt)
+def begin(paths: RunFolder, attempt: Attempt, count: int) -> None:
+    """Notes a verdict that `count` others came before. Raises: UserError where the file cannot be written."""
     if attempt.id not in _noted([paths.judged]):
         row = {
             "id": attempt.id,
@@ -60,12 +55,17 @@ def begin(paths: RunFolder, attempt: Attempt) -> int:
             "prompts": list(attempt.prompts),
         }
         append_line(paths.judged, json.dumps(row))
-    return count
 
 
-def earlier(paths: RunFolder, attempt: Attempt) -> int:
-    """Counts as `begin` does, and notes nothing."""
+def earlier(paths: RunFolder, attempt: Attempt, own: Attempt | None = None) -> int:
+    """Counts the verdicts before this one that judged the same policy, or any of the same prompts.
+
+    own: the run's own verdict, which its stages know of without the file. One that was noted already has the
+    number that it had then.
+    """
     found = _noted(_files(paths))
+    if own is not None and own.id not in found:
+        found[own.id] = {"id": own.id, "policy": own.policy, "prompts": list(own.prompts)}
     return int(found[attempt.id].get("earlier", 0)) if attempt.id in found else _sharing(found, attempt)
 
 

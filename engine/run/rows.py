@@ -173,6 +173,15 @@ class IterationRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerdictRow(Row):
+    """The run's verdict, as it begins."""
+
+    KIND = "verdict"
+
+    earlier: int  # verdicts before it on this policy, or on some of its prompts
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairsRow(Row):
     """A file's pairs of responses that updates learn from."""
 

@@ -256,8 +256,8 @@ def _holds(file: Path, text: str) -> bool:
 
 
 def _digest(file: Path) -> str:
-    """Hashes a file; "" where it cannot be read."""
+    """Hashes a file; "" where it cannot be read, or is none, as a pipe that nobody writes to."""
     try:
-        return sha256_of_file(file)
+        return sha256_of_file(file) if is_file(file) else ""
     except OSError:
         return ""

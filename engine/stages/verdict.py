@@ -19,7 +19,7 @@ from engine.records import Prompts, Units
 from engine.report import certificate, run_page
 from engine.run import judged, outputs
 from engine.run.display import duration
-from engine.run.rows import time_table
+from engine.run.rows import VerdictRow, time_table
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
 from engine.stages import taken
@@ -57,6 +57,7 @@ class Look:
     prompts: Prompts  # those of which it takes new responses
     responses: int  # to each of them
     same_prompts: bool  # they have answered at the looks before
+    earlier: int = 0  # verdicts before this one, see `engine.run.judged`
 
     def stage(self, side: str) -> str:
         """Names the stage that samples a side, "reference" or "policy"."""
@@ -92,6 +93,8 @@ def sample_heldout(job: Job, reference: Reference, weights: Weights | None, look
             samples = sample(job, stage, look.prompts, weights, n=look.responses, purpose=purpose)
         if weights is None and job.given is not None and look.number == 1:
             taken.warn_of_scale(job, reference.samples, samples)
+        if weights is not None and look.number == 1:
+            stage.log(VerdictRow(earlier=look.earlier))
         return replace(samples, scaled=reference.scoring(stage, samples))
 
     return job.run.stage(name, Samples, compute)
@@ -122,11 +125,13 @@ def give_verdict(
     run, planned = job.run, looks(job)
     iterate = max(run.paths.iterates(), default=0)
     attempt = judged.Attempt.of(run.contents, iterate, job.heldout_pool, job.config.seed)
-    earlier = judged.begin(run.paths, attempt)
+    begun = run.rows(VerdictRow)
+    earlier = begun[0].earlier if begun else judged.earlier(run.paths, attempt)
+    judged.begin(run.paths, attempt, earlier)
     if earlier:
         run.display.line(earlier_text(earlier))
     evaluation = before = after = None
-    for look in planned:
+    for look in (replace(look, earlier=earlier) for look in planned):
         if evaluation is not None and look.same_prompts and evaluation.needs_prompts:
             break  # More responses to as few prompts give no word either.
         if look.number > 1:

@@ -13,7 +13,7 @@ from engine.config import PRESETS
 from engine.config.flags import parse_flags, take
 from engine.errors import UserError
 from engine.files import read_json
-from engine.sweep.plans import SweepConfig
+from engine.sweep.plans import SweepConfig, configs_of
 from engine.sweep.runs import run_sweep
 
 USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engine.train for all runs]
@@ -63,7 +63,9 @@ def _resumed(folder: str) -> tuple[SweepConfig, str | None]:
             kind = int if name == "seeds" else str
             if not (type(value) is list and all(type(x) is kind for x in value)):
                 raise ValueError(f"{name} {value}")
-        return SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()}), preset
+        sweep = SweepConfig(out=folder, **{name: tuple(value) for name, value in settings.items()})
+        configs_of(sweep, preset)
+        return sweep, preset
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--resume {folder}: sweep.json holds something else ({error}); {cure}.") from error
 

@@ -7,7 +7,7 @@ from engine.records import Prompts
 from engine.run import judged
 from engine.run.contents import Contents
 from engine.run.folder import RunFolder
-from engine.run.judged import Attempt, begin, earlier
+from engine.run.judged import Attempt, earlier
 
 
 def prompts(*texts: str) -> Prompts:
@@ -17,6 +17,13 @@ def prompts(*texts: str) -> Prompts:
         token_ids=[[1]] * len(texts),
         key_P=torch.arange(len(texts)),
     )
+
+
+def begin(paths: RunFolder, attempt: Attempt) -> int:
+    """Counts the verdicts before one and notes it."""
+    count = earlier(paths, attempt)
+    judged.begin(paths, attempt, count)
+    return count
 
 
 def contents(**config) -> Contents:
@@ -72,3 +79,12 @@ def test_damaged_lines_are_left_out(runs):
     begin(a, Attempt.of(contents(seed=0), 1, prompts("one"), 0))
     a.judged.write_text("{cut\n" + a.judged.read_text() + '{"prompts": 3}\n')
     assert earlier(b, Attempt.of(contents(seed=1), 1, prompts("one"), 1)) == 1
+
+
+def test_the_runs_own_verdict_counts_without_the_file(runs):
+    a = runs[0]
+    own = Attempt.of(contents(seed=0), 5, prompts("one"), 0)
+    again = Attempt.of(contents(seed=0), 5, prompts("two"), 1000)
+    assert (earlier(a, again), earlier(a, again, own), earlier(a, own, own)) == (0, 1, 0)
+    begin(a, own)
+    assert earlier(a, again, own) == 1
