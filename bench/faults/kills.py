@@ -1,5 +1,6 @@
 """Kills every command at random moments and before its file operations, then goes on."""
 
+import json
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -71,11 +72,18 @@ def go_on(slot: Slot, name: str) -> Outcome:
 
 
 def _looked_once(found: Tree) -> Tree:
-    """Drops lines of judged.jsonl that stand there twice.
-
-    A verdict that was printed before the kill was seen, so the same command counts as another look.
-    """
+    """Drops lines of judged.jsonl that stand there twice, and one that the kill has cut: whoever reads the
+    file leaves it out."""
     name = "run/judged.jsonl"
     if isinstance(content := found.get(name), bytes):
-        found[name] = b"".join(dict.fromkeys(content.splitlines(keepends=True)))
+        lines = dict.fromkeys(content.splitlines(keepends=True))
+        found[name] = b"".join(line for line in lines if _is_json(line))
     return found
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
