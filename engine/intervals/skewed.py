@@ -13,7 +13,7 @@ often than it says.
 import math
 
 import torch
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtrit
 from torch import Tensor
 
 # A sample of a skewed distribution shows too little of its skewness. Half as much again keeps the level where
@@ -31,17 +31,6 @@ def bounds(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     q = torch.full_like(mean, float(stdtrit(n - 1, 1 - alpha)))
     below, above = (_inverse(q, sign * skewness, n).maximum(q) * se for sign in (1, -1))
     return mean - below, mean + above
-
-
-def error_of(x: Tensor, threshold: float) -> Tensor:
-    """Returns the alpha at which the lower bound of `bounds` is `threshold`, [...]: 1/2 or more where the
-    sample's mean does not exceed it, and 1 where all x are one number."""
-    n, mean, se, skewness = _moments(x)
-    t = (mean - threshold) / se
-    a = skewness.clamp(max=0) / math.sqrt(n)
-    g = t + a * t**2 / 3 + a**2 * t**3 / 27 + a / 6
-    p = 1 - torch.as_tensor(stdtr(n - 1, g.minimum(t).numpy()))
-    return torch.where(se > 0, p, torch.ones_like(p))
 
 
 def _moments(x: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
