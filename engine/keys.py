@@ -33,6 +33,12 @@ def preference(number: int) -> int:
     return 2_000_000 + number
 
 
+def trust(iteration: int, time: int) -> int:
+    """Keys the responses on which it is measured how far an update took its policy, again each time that it
+    is taken back; there are fewer than 16 of them."""
+    return 5_000_000 + 16 * iteration + time
+
+
 def look(purpose: int, number: int) -> int:
     """Keys further responses to prompts that have answered at a look before look `number` (from 2); the
     purpose is `HELDOUT_REFERENCE` or `HELDOUT_POLICY`."""

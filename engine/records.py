@@ -5,6 +5,7 @@ Shape legend: P prompts, G responses per prompt, R = P * G rows, N sequences, K 
 one sign everywhere: larger is better (`utility_of_cost` is the only place where a cost is negated).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -237,6 +238,19 @@ class ScoredTarget:
     anchor_share: float = 1.0
     shift_PG: Tensor | None = None  # float64 [P, G]
     dropped_PG: Tensor | None = None  # bool [P, G]
+
+    def bounded(self, least_weight: float) -> "ScoredTarget":
+        """Raises scores to where the tilt exp(score / coefficient) gives a response `least_weight` of the
+        mean weight of its prompt's G.
+
+        The highest weight is G times the mean anyway, so that no margin of a pair is asked to be larger than
+        coefficient x ln(G / least_weight), whatever the scorer's tails are. 0 changes nothing.
+        """
+        if least_weight == 0:
+            return self
+        c, G = self.coefficient, self.score_PG.shape[1]
+        mean_P1 = c * ((self.score_PG / c).logsumexp(1, keepdim=True) - math.log(G))
+        return replace(self, score_PG=self.score_PG.maximum(mean_P1 + c * math.log(least_weight)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,6 +196,14 @@ class RunConfig:
     """AdamW weight decay."""
     clip_norm: float = bounded(1.0, above=0, at_most=1e9)
     """Largest gradient norm."""
+    least_weight: float = bounded(0.01, at_least=0, below=1)
+    """Least weight of a response in the tilt that a policy update fits on pairs, as a share of its prompt's
+    mean weight: a lower score counts as one of this weight. So single outliers do not make up the loss, and
+    the tilt hardly changes. 0 takes every score as it is, as in the papers."""
+    max_kl_ratio: float = bounded(2.0, above=0, at_most=1e9, infinite=True)
+    """Largest KL(policy || reference), as a multiple of that of the tilt which a policy update fits on pairs:
+    a policy beyond it is taken back towards the reference. inf leaves each update as it is, as in the papers,
+    and so do --top-k and --top-p, with which no KL is measured."""
     tune: str = one_of("lora", "full")
     """lora: train an adapter on the frozen model. full: train all weights; each iterate is a whole
     checkpoint, --checkpoint-every writes 12 bytes for every weight, and the --lora flags have no effect."""
@@ -248,6 +256,11 @@ class RunConfig:
         the KL of no two policies.
         """
         return bool(self.cut_by)
+
+    @property
+    def trusts(self) -> bool:
+        """Tells whether updates on pairs are held to --max-kl-ratio."""
+        return self.max_kl_ratio < math.inf and not self.truncated
 
     @property
     def cut_by(self) -> str:

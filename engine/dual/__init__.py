@@ -23,6 +23,7 @@ from engine.dual.solver import (
     largest_multiple,
     largest_threshold,
     solve,
+    tilt_kl,
     tilted_improvement,
 )
 from engine.dual.steps import bisection_step, optimistic_step, resolved, secant_step, step
@@ -53,6 +54,7 @@ __all__ = [
     "solve",
     "standard_error",
     "step",
+    "tilt_kl",
     "tilted_improvement",
     "unbiased_improvement",
     "within_deviation",

@@ -196,6 +196,26 @@ def tilted_improvement(reward_PG, utility_PGJ, lam_J, beta: float) -> tuple[Tens
     return (change_PG * reward).sum(1), torch.einsum("pg,pgj->pj", change_PG, utility)
 
 
+def tilt_kl(score_PG, beta: float) -> float:
+    """Estimates KL(tilt || reference) of the tilt exp(score / beta), nats per response, mean over prompts.
+
+    score_PG [P, G]: of the reference's samples. With the weights w_i = softmax(score / beta) a prompt's is
+    sum_i w_i ln(G w_i), which is at most ln G and too small for few responses. The jackknife over responses
+    takes out the part of that bias which falls as 1 / G.
+    """
+    x_PG = float64(score_PG) / beta
+    G = x_PG.shape[1]
+
+    def plug_in(x_PG: Tensor) -> float:
+        log_w = x_PG.log_softmax(1)
+        return float((log_w.exp() * log_w).sum(1).mean()) + math.log(x_PG.shape[1])
+
+    if G == 1:
+        return 0.0
+    left_out = [plug_in(torch.cat((x_PG[:, :i], x_PG[:, i + 1 :]), 1)) for i in range(G)]
+    return max(0.0, G * plug_in(x_PG) - (G - 1) * sum(left_out) / G)
+
+
 def _check_bounds(
     bounds, utility: Tensor, threshold: Tensor, mean: Tensor, scale: Tensor, absolute: bool
 ) -> None:

@@ -117,6 +117,12 @@ class Adapter(PolicyWeights):
         return Factors(down.to(self.compute_dtype), up.to(self.compute_dtype))
 
     @torch.no_grad()
+    def take_back(self, untrained: dict[str, Tensor], share: float) -> None:
+        """Leaves the product B A a share of itself, by B alone: A has no say in how far the policy is."""
+        for up in self.up.values():
+            up.mul_(share)
+
+    @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
         """Computes (alpha / rank) B A of each adapted weight, by Hugging Face name, for merging."""
         scale, result = self.alpha / self.rank, {}

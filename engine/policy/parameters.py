@@ -16,3 +16,9 @@ class PolicyWeights(nn.Module):
         """Takes over the values that `tensors` of an equal module returned."""
         for name, value in self.named_parameters():
             value.copy_(tensors[name])
+
+    @torch.no_grad()
+    def take_back(self, untrained: dict[str, Tensor], share: float) -> None:
+        """Leaves each parameter a share of its way from those of the reference, `tensors` before training."""
+        for name, value in self.named_parameters():
+            value.copy_(torch.lerp(untrained[name], value, share))

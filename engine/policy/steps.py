@@ -27,6 +27,7 @@ class Policy:
     second_moment: dict[str, Tensor]
     steps: int
     losses: list[float]  # of the label form, see `engine.config`
+    pace: float = 1.0  # share of the learning rate at which updates go on from it, see `engine.stages.trust`
 
     @property
     def loss(self) -> float:
@@ -69,13 +70,13 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
     )
     partial = stage.partial(Policy)
     losses = list(partial.losses) if partial else []
-    done, taken = len(losses), start.steps if start else 0
+    done, taken, pace = len(losses), start.steps if start else 0, start.pace if start else 1.0
     if known := partial or start:
         _restore(known, weights, optimizer)
     with stage.progress(config.steps, "steps", f"policy {update.iteration}") as progress:
         progress.advance(done)
         for i in range(done, config.steps):
-            rate = config.learning_rate * learning_rate_factor(config, i, taken)
+            rate = pace * config.learning_rate * learning_rate_factor(config, i, taken)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
@@ -97,10 +98,10 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
             )
             progress.advance(1)
             if stage.stopping or ((i + 1) % config.checkpoint_every == 0 and i + 1 < config.steps):
-                stage.save_partial(_policy(taken + i + 1, weights, optimizer, losses))
+                stage.save_partial(_policy(taken + i + 1, weights, optimizer, losses, pace))
                 stage.check_stop()
     optimizer.zero_grad(set_to_none=True)
-    return _policy(taken + config.steps, weights, optimizer, losses)
+    return _policy(taken + config.steps, weights, optimizer, losses, pace)
 
 
 def learning_rate_factor(config: RunConfig, step: int, taken: int) -> float:
@@ -120,7 +121,9 @@ def learning_rate_factor(config: RunConfig, step: int, taken: int) -> float:
     return 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
-def _policy(steps: int, weights: Weights, optimizer: torch.optim.AdamW, losses: list[float]) -> Policy:
+def _policy(
+    steps: int, weights: Weights, optimizer: torch.optim.AdamW, losses: list[float], pace: float
+) -> Policy:
     state = {name: optimizer.state[value] for name, value in weights.named_parameters()}
     return Policy(
         adapter=weights.tensors(),
@@ -128,6 +131,7 @@ def _policy(steps: int, weights: Weights, optimizer: torch.optim.AdamW, losses: 
         second_moment={name: of["exp_avg_sq"] for name, of in state.items()},
         steps=steps,
         losses=losses,
+        pace=pace,
     )
 
 

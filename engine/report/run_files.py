@@ -21,6 +21,7 @@ class RunFiles:
     reference: dict  # the metrics row of kind "reference"
     dual: list[dict]  # the rows of this kind, and so on
     step: list[dict]
+    policy: list[dict]
     iteration: list[dict]
     evaluation: Evaluation | None
     heldout: list[dict]  # a row for each prompt and response
@@ -62,13 +63,14 @@ def read(folder: Path) -> RunFiles:
         )
     config, metrics, evaluation, heldout = (folder / name for name in FILES)
     rows = _rows(metrics)
-    names = ("reference", "dual", "step", "iteration")
+    names = ("reference", "dual", "step", "policy", "iteration")
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in names}
     return RunFiles(
         config=read_json(config, cure=CURE) if is_file(config) else {},
         reference=kinds["reference"][-1] if kinds["reference"] else {},
         dual=kinds["dual"],
         step=kinds["step"],
+        policy=kinds["policy"],
         iteration=kinds["iteration"],
         evaluation=Evaluation.read(evaluation, cure=CURE) if is_file(evaluation) else None,
         heldout=_rows(heldout),

@@ -72,7 +72,8 @@ def _iteration_table(run: RunFiles) -> str:
         head += [f"{name}: {what}" for what in ("lambda", "improvement", "b", "aimed at", "slack")]
     settings = run.config.get("config", {})
     truncated = settings.get("top_p", 1) < 1 or settings.get("top_k", 0) > 0
-    head += ["log-ratio (nats)" if truncated else "KL (nats)", "loss"]
+    head += ["log-ratio (nats)" if truncated else "KL (nats)", "KL of the tilt aimed at", "loss"]
+    tilt = {row.get("iteration"): row.get("tilt_kl") for row in run.policy}
     body = []
     for i, row in enumerate(run.iteration):
         cells = [str(row.get("iteration", i)), with_se(row.get("reward"), row.get("reward_se"))]
@@ -88,7 +89,8 @@ def _iteration_table(run: RunFiles) -> str:
                 cell(value["aim"]),
                 with_se(value["slack"], value["slack_se"]),
             ]
-        body.append(cells + [with_se(row.get("kl"), row.get("kl_se")), cell(row.get("loss"), 4)])
+        kl = with_se(row.get("kl"), row.get("kl_se"))
+        body.append([*cells, kl, cell(tilt.get(row.get("iteration"))), cell(row.get("loss"), 4)])
     return table(head, body)
 
 

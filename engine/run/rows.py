@@ -79,6 +79,7 @@ class ReferenceRow(Row):
     needed: Numbers  # improvements that the constraints ask for, in units
     aimed: Numbers  # what the dual aims at, in each constraint's own measure
     aim: Numbers  # the same as improvements in units
+    margin: float  # of the aims: --margin, or what few samples leave of it
     # The cost from which on each --cost-worst counts (`engine.constraints.WorstShare`); None for others.
     worst_above: list[float | None]
 
@@ -146,6 +147,22 @@ class PolicyRow(Row):
     iteration: int
     lam: Numbers
     loss: float  # mean of the update's steps
+    # KL(tilt || reference) of what the update aims at, nats per response (`engine.dual.tilt_kl`); None where
+    # that is no tilt of the reference
+    tilt_kl: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRow(Row):
+    """How far from the reference a policy is after its update, and again each time that it is taken back."""
+
+    KIND = "trust"
+
+    iteration: int
+    kl: float  # nats per response
+    kl_se: float
+    limit: float  # nats per response: --max-kl-ratio times what the tilt needs
+    share: float  # what is left of the way from the reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,9 @@ from engine.stages import taken, worst_share
 from engine.stages.job import Job
 from engine.stages.sampling import gap_of, sample
 
+# The multiple of the aims that the samples have to support before a margin is added to the thresholds.
+SUPPORTED = 1.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSamples:
@@ -69,6 +72,7 @@ class Reference:
     needed_J: Tensor
     aimed: list[float]  # what to aim at, in each constraint's own measure
     aim_J: Tensor  # float64 [J]: the improvements to aim at, in units
+    margin: float  # of the aims: --margin, or what `aims` leaves of it
 
     @property
     def units(self) -> Units:
@@ -147,6 +151,7 @@ def sample_reference(job: Job) -> Reference:
                 needed=fixed.needed_J,
                 aimed=fixed.aimed,
                 aim=fixed.aim_J,
+                margin=fixed.margin,
                 worst_above=[limit.above if isinstance(limit, WorstShare) else None for limit in limits],
             )
         )
@@ -180,6 +185,11 @@ def sample_reference(job: Job) -> Reference:
         )
         in_units = units_text(row.utility_sd[j], config.units)
         show.line(f"{opening} ({in_units}); correlation with the reward {row.correlation[j]:+.2f}")
+    if reference.margin < config.margin:
+        show.line(
+            f"--margin {config.margin:g} is lowered to {reference.margin:.2g}, so that the aims stay below "
+            f"two thirds of what {config.n_responses} responses of each prompt support"
+        )
     for a, scorer in enumerate(job.scorers.audits):
         if is_counted_alone(samples.scores.audit_PGA[..., a], scorer):
             show.line(
@@ -265,23 +275,40 @@ def error_of(job: Job) -> float:
 
 
 def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, units: Units) -> dict:
-    """Returns the fields needed_J, aimed and aim_J of a `Reference`; scores: of its samples."""
+    """Returns the fields needed_J, aimed, aim_J and margin of a `Reference`; scores: of its samples.
+
+    The margin is lowered, down to 0, until the samples support `SUPPORTED` times the aims: nearer to what
+    they support at most, the tilt rests on the one best response of each prompt, and its multiplier goes
+    from 3 to 8 for a tenth more.
+    """
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
-    aimed = constraints.aims(
-        limits,
-        scores,
-        prompts,
-        units,
-        margin=config.margin,
-        heldout=job.heldout,
-        n_responses=config.eval_responses,
-    )
-    return {
-        "needed_J": needed_J,
-        "aimed": aimed,
-        "aim_J": constraints.aimed_improvement(limits, aimed, needed_J, units),
-    }
+    counted_PGJ = scores.utility_PGJ * constraints.weights(limits, prompts, prompts)[:, None]
+
+    def at(margin: float) -> dict:
+        aimed = constraints.aims(
+            limits,
+            scores,
+            prompts,
+            units,
+            margin=margin,
+            heldout=job.heldout,
+            n_responses=config.eval_responses,
+        )
+        aim_J = constraints.aimed_improvement(limits, aimed, needed_J, units)
+        return {"needed_J": needed_J, "aimed": aimed, "aim_J": aim_J, "margin": margin}
+
+    def supported(found: dict) -> bool:
+        return dual.largest_multiple(counted_PGJ, found["aim_J"]) >= SUPPORTED
+
+    whole = at(config.margin)
+    if config.margin == 0 or supported(whole):
+        return whole
+    least, most = 0.0, config.margin
+    for _ in range(10):
+        middle = (least + most) / 2
+        least, most = (middle, most) if supported(at(middle)) else (least, middle)
+    return at(least)
 
 
 def deviations(scores: Scores, scorers: Scorers, limits: Sequence[Limit], prompts: Prompts) -> Units:

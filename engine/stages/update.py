@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import keys
+from engine import dual, keys
 from engine.data.dealing import deal
 from engine.data.prompts import by_tokens, overlap
 from engine.errors import UserError
@@ -25,6 +25,7 @@ from engine.run import outputs
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
 from engine.scorers.scoring import ReferenceForward, score
+from engine.stages import trust
 from engine.stages.job import Job, deal_prompts
 from engine.stages.reference import Reference
 from engine.stages.sampling import gap_of, sample
@@ -78,18 +79,23 @@ class Updates:
     def fit(self, target: Target, iteration: int) -> Policy:
         """Fits the target on pairs of responses (`_learned_from`)."""
         anchor = None if target.anchor is None else copy_of(self.weights, target.anchor.adapter)
+        tilt_kl = self._tilt_kl(target)
 
         def compute(stage: Stage) -> Policy:
             samples, train_on = self._learned_from(stage, target.start, iteration)
-            scored = target.on(self.reference.scored(samples))
-            return update.fit(self._update(stage, target.start, iteration), samples, scored, train_on, anchor)
+            scored = target.on(self.reference.scored(samples)).bounded(self.job.config.least_weight)
+            own = self._update(stage, target.start, iteration)
+            policy = update.fit(own, samples, scored, train_on, anchor)
+            return policy if tilt_kl is None else self._trusted(stage, policy, tilt_kl, iteration)
 
-        return self._iterate(target.start, target.lam_J, iteration, compute)
+        return self._iterate(target.start, target.lam_J, iteration, compute, tilt_kl)
 
     def ascend(self, start: Policy | None, lam_J: Tensor, rule: Rule, iteration: int) -> Policy:
         """Takes policy-gradient steps on fresh samples of the policy, scored
         by the rule less beta x log-ratio."""
         reference, config = self.reference, self.job.config
+        missing_PJ = reference.missing(reference.scores.utility_PGJ, range(len(reference.prompts)))
+        tilt_kl = dual.tilt_kl(rule(reference.scored(reference.samples, missing_PJ)), config.beta)
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
         def compute(stage: Stage) -> Policy:
@@ -98,12 +104,32 @@ class Updates:
             score_PG = rule(scored) - config.beta * samples.kl_PG
             return update.ascend(self._update(stage, start, iteration), samples, score_PG)
 
-        return self._iterate(start, lam_J, iteration, compute)
+        return self._iterate(start, lam_J, iteration, compute, tilt_kl)
 
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
         """Takes no step: a policy that exists already becomes this iterate too,
         with a folder and a row of its own."""
-        return self._iterate(policy, lam_J, iteration, lambda stage: policy)
+        return self._iterate(policy, lam_J, iteration, lambda stage: policy, None)
+
+    def _tilt_kl(self, target: Target) -> float | None:
+        """Returns the KL of the tilt that a target asks for, nats per response;
+        None for a target that does not start from the reference alone."""
+        if target.anchor is not None or target.shift is not None:
+            return None
+        scored = target.on(self.reference.scored(self.reference.samples))
+        return dual.tilt_kl(scored.score_PG, scored.coefficient)
+
+    def _trusted(self, stage: Stage, policy: Policy, tilt_kl: float, iteration: int) -> Policy:
+        """Takes back a policy that went further from the reference than its target
+        needs (`engine.stages.trust`)."""
+        config, prompts = self.job.config, self.reference.prompts
+        if not config.trusts:
+            return policy
+        pairs, slack = deal_prompts(config, prompts, iteration)
+        asked, limit = prompts.select(slack + pairs), config.max_kl_ratio * tilt_kl
+        return trust.taken_back(
+            self.job, stage, policy, self.weights, self.untrained, asked, limit, iteration
+        )
 
     def _update(self, stage: Stage, start: Policy | None, iteration: int) -> Update:
         job = self.job
@@ -117,7 +143,12 @@ class Updates:
         )
 
     def _iterate(
-        self, start: Policy | None, lam_J: Tensor, iteration: int, compute: Callable[[Stage], Policy]
+        self,
+        start: Policy | None,
+        lam_J: Tensor,
+        iteration: int,
+        compute: Callable[[Stage], Policy],
+        tilt_kl: float | None,
     ) -> Policy:
         """Runs the stage around an update from `start`; the iterate goes to adapters/iteration-t."""
         job, name, folder = self.job, f"iteration-{iteration}/policy", self.job.run.paths.iterate(iteration)
@@ -127,7 +158,7 @@ class Updates:
         def updated(stage: Stage) -> Policy:
             _remove(folder)
             policy = compute(stage)
-            stage.log(PolicyRow(iteration=iteration, lam=lam_J, loss=policy.loss))
+            stage.log(PolicyRow(iteration=iteration, lam=lam_J, loss=policy.loss, tilt_kl=tilt_kl))
             return policy
 
         policy = job.run.stage(name, Policy, updated)

@@ -19,7 +19,7 @@ from engine.records import Prompts, Units
 from engine.report import certificate, run_page
 from engine.run import judged, outputs
 from engine.run.display import duration
-from engine.run.rows import VerdictRow, time_table
+from engine.run.rows import PolicyRow, VerdictRow, time_table
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
 from engine.stages import taken
@@ -31,6 +31,9 @@ from engine.stages.run_inputs import OwnedInputs, owned_inputs
 from engine.stages.sampling import sample
 from engine.verdict.evaluation import Asked, Evaluation, Side, evaluate
 from engine.verdict.sentences import earlier_text, look_text, sentences
+
+# How many times the KL of the tilt that it was fitted to a policy may have before a warning.
+FAR = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,7 @@ def give_verdict(
         ),
     )
     _write(job, evaluation, certified, before, after)
+    _compare_with_tilt(job, evaluation, iterate)
     return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
 
 
@@ -217,6 +221,19 @@ def _write(job: Job, evaluation: Evaluation, certified: dict, before: Samples, a
     )
     run.display.line(f"certificate: {' and '.join(map(str, certificates))}")
     run.display.line(f"report: {' and '.join(map(str, written))}")
+
+
+def _compare_with_tilt(job: Job, evaluation: Evaluation, iterate: int) -> None:
+    """Says how far the policy is from the reference, beside what its target needs."""
+    asked = [row.tilt_kl for row in job.run.rows(PolicyRow) if row.iteration == iterate]
+    if not asked or not asked[-1] or evaluation.truncated:
+        return
+    ratio = evaluation.kl.mean / asked[-1]
+    line = f"the policy's KL is {ratio:.1f} times that of the tilt it was fitted to, {asked[-1]:.2f} nats"
+    if ratio > FAR:
+        job.run.display.warn(f"{line}: it went further than its reward and constraints ask for")
+    else:
+        job.run.display.line(line)
 
 
 def judge(before: Samples, after: Samples, bar: Bar, earlier: Evaluation | None = None) -> Evaluation:

@@ -22,6 +22,7 @@ REFERENCE = ReferenceRow(
     needed=[0.3],
     aimed=[0.5],
     aim=[0.5],
+    margin=3.3,
     worst_above=[None],
 )
 
@@ -53,7 +54,7 @@ STEP = PairStepRow(
     pairs=12,
 )
 
-POLICY = PolicyRow(stage="iteration-1/policy", iteration=1, lam=[1.0], loss=0.6)
+POLICY = PolicyRow(stage="iteration-1/policy", iteration=1, lam=[1.0], loss=0.6, tilt_kl=0.5)
 
 ITERATION = IterationRow(
     stage="iteration-1/slack",

@@ -1,0 +1,81 @@
+"""Keeps policies near the reference: one that an update took too far is taken back towards it.
+
+AdamW moves a policy by its learning rate, however little the target asks for. Where a scorer counts what
+every token can do, such as the length of words, five steps went to seven nats for a tilt of one. So after an
+update the policy answers some prompts, and where its KL(policy || reference) passes `--max-kl-ratio` times
+that of the tilt it learns, its weights go back towards the reference's until it does not. The updates after
+that step as much shorter.
+"""
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from engine import keys
+from engine.model import packing
+from engine.policy.forward import frozen_forward
+from engine.policy.steps import Policy
+from engine.policy.weights import Weights
+from engine.records import Prompts
+from engine.run.rows import TrustRow
+from engine.run.run import Stage
+from engine.stages.job import Job
+from engine.stages.sampling import naming, respond
+
+RESPONSES = 64  # from which a KL is measured, one to a prompt
+# A policy that is still too far after so many times stays so, and the run says it. Each time takes at least
+# a twentieth off the way, and where the KL grows as the square of the way, the first is enough.
+MOST_TIMES, LEAST = 8, 0.95
+
+
+def taken_back(
+    job: Job,
+    stage: Stage,
+    policy: Policy,
+    weights: Weights,
+    untrained: dict[str, Tensor],
+    prompts: Prompts,
+    limit: float,
+    iteration: int,
+) -> Policy:
+    """Returns the policy, or one on the way from the reference to it whose KL is within the limit.
+
+    weights: hold those of `policy`, and in the end those of what is returned. untrained: those of the
+    reference. prompts: all that may be asked; the first `RESPONSES` are. limit: nats per response.
+    """
+    share = 1.0
+    asked = prompts.select(list(range(min(len(prompts), RESPONSES))))
+    for time in range(MOST_TIMES + 1):
+        kl, se = _measured_kl(job, stage, asked, weights, keys.trust(iteration, time))
+        stage.log(TrustRow(iteration=iteration, kl=kl, kl_se=se, limit=limit, share=share))
+        if kl <= limit:
+            break
+        if time == MOST_TIMES:
+            stage.warn(
+                f"iteration {iteration}: KL {kl:.2f} nats is still above the {limit:.2f} of --max-kl-ratio "
+                f"{job.config.max_kl_ratio:g}, at {share:.2g} of the way from the reference"
+            )
+            break
+        step = min(math.sqrt(limit / kl), LEAST)
+        weights.take_back(untrained, step)
+        share *= step
+    return policy if share == 1 else replace(policy, adapter=weights.tensors(), pace=policy.pace * share)
+
+
+def _measured_kl(
+    job: Job, stage: Stage, prompts: Prompts, weights: Weights, purpose: int
+) -> tuple[float, float]:
+    """Measures KL(policy || reference) on one response of the policy to each prompt; returns it with its
+    standard error, nats per response."""
+    rollouts, _ = respond(job, stage, prompts, weights, n=1, purpose=purpose)
+    with naming(stage):
+        reference_N = frozen_forward(
+            job.model,
+            packing.groups(prompts, rollouts),
+            [],
+            temperature=job.config.temperature,
+            memory_budget_bytes=job.config.memory_budget_bytes,
+        )[1]
+    kl_N = rollouts.model_logprob.double().sum(1) - reference_N
+    return float(kl_N.mean()), float(kl_N.std(correction=0) / math.sqrt(max(1, len(kl_N) - 1)))
