@@ -305,7 +305,7 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, 
     if config.margin == 0 or supported(whole):
         return whole
     least, most = 0.0, config.margin
-    for _ in range(10):
+    for _ in range(16):
         middle = (least + most) / 2
         least, most = (middle, most) if supported(at(middle)) else (least, middle)
     return at(least)

@@ -62,6 +62,7 @@ def reference_of(
         needed_J=none_J,
         aimed=none_J.tolist(),
         aim_J=none_J,
+        margin=0.0,
     )
     return replace(reference, **changes)
 
