@@ -5,9 +5,9 @@ Where the paper is silent, this is decided: the multipliers start at the one-sho
 so the literal step at t = 0 is left out; one adapter and its optimizer go on through all iterations;
 the reference stays the original model; labels are drawn afresh in every step; the improvement is measured
 against each prompt's own reference samples; the dual step is half the inverse Hessian at the warm start,
-with a cap on the change, as a policy of few steps lags behind lambda; the last iterate is the result,
-and no dual step follows it. An update learns from the reference's samples that the dual is solved on,
-in Algorithm 3 too, where the paper takes the preference set's pairs: --pairs with that file does so, --pairs
+with a cap on the change, as a policy of few steps lags behind lambda, and less where lambda was lowered too
+far; the last iterate is the result, and no dual step follows it. An update learns from the reference's
+samples that the dual is solved on, in Algorithm 3 too, where the paper takes the preference set's pairs: --pairs with that file does so, --pairs
 policy takes fresh samples of the last iterate.
 """
 
@@ -36,7 +36,7 @@ def loop(stages: Stages, config: CaidConfig):
     warm = stages.solve_dual()
     policy, history = None, []
     for t in range(1, config.iterations + 1):
-        lam_J = descend(history, warm.hessian / config.dual_step, config) if history else warm.lam
+        lam_J = descend(history, warm.hessian, config) if history else warm.lam
         policy = stages.fit(
             Target(lam_J=lam_J, score=lagrangian(lam_J), coefficient=config.beta, start=policy), t
         )
@@ -51,11 +51,14 @@ def descend(history: list[tuple[Tensor, Tensor, Tensor]], hessian_JJ: Tensor, co
     """Returns the next multipliers from the rows (lambda, slack, standard error) so far,
     by the step that the config names.
 
-    See `engine.dual` for the steps. No multiplier is moved by a slack within one standard error. Beyond it
-    newton, the paper's step, takes the slack as it was measured, as half a step averages noise already; the
-    others shrink it (`engine.dual.resolved`).
+    hessian_JJ: of the dual at the warm start. See `engine.dual` for the steps. No multiplier is moved by a
+    slack within one standard error. Beyond it guarded and newton, the paper's step, take the slack as it was
+    measured, as half a step averages noise already; the others shrink it (`engine.dual.resolved`).
     """
     bounds = {"max_change": config.lam_max_change, "lam_max": config.lam_max}
+    if config.dual_rule == "guarded":
+        return dual.guarded_step(history, hessian_JJ, config.dual_step, **bounds)
+    hessian_JJ = hessian_JJ / config.dual_step
     if config.dual_rule == "secant":
         return dual.secant_step(history, hessian_JJ, **bounds)
     if config.dual_rule == "bisection":

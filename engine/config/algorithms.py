@@ -36,11 +36,12 @@ class CaidConfig(IterativeConfig):
     each prompt: only its responses are taken, and the run's scorers score them."""
     epochs: int = count(0, at_least=0)
     """Passes of each policy update over the data of --pairs, in place of --steps; 0: --steps counts."""
-    dual_rule: str = one_of("newton", "secant", "optimistic", "bisection")
-    """The step of the multipliers. newton: as --dual-step says. secant: the same, with the curvature
-    corrected by the measured slacks where they tell more than noise. optimistic: the same, on a forecast of
-    the slack. bisection: for one multiplier, by the sign of the slack. In all of them a slack within one
-    standard error counts as 0."""
+    dual_rule: str = one_of("guarded", "newton", "secant", "optimistic", "bisection")
+    """The step of the multipliers. newton: as --dual-step says. guarded: the same, but a multiplier that a
+    surplus has lowered into a shortfall goes back as far as the two slacks say, and steps less from then on.
+    secant: the curvature corrected by the measured slacks wherever they tell more than noise. optimistic:
+    newton on a forecast of the slack. bisection: for one multiplier, by the sign of the slack. In all of them
+    a slack within one standard error counts as 0."""
     dual_step: float = bounded(0.5, above=0, at_most=1e6)
     """Step of the dual descent, as a share of the Newton step (inverse Hessian at the warm start times
     slack); below 1, as a policy of few steps lags behind lambda."""

@@ -44,7 +44,7 @@ SMOKE = {
 # What both protocols have in common.
 _PAPERS = {
     "system": "", "units": "raw", "beta": 0.1, "margin": 0.0, "temperature": 1.0, "top_p": 0.9,
-    "max_kl_ratio": math.inf, "least_weight": 0.0,
+    "max_kl_ratio": math.inf, "least_weight": 0.0, "dual_rule": "newton",
     "labels": "sampled-once", "schedule": "cosine", "warmup_steps": 100, "lora_rank": 8, "lora_alpha": 16.0,
     "lora_from": 0.0, "eval_responses": 2, "activation_checkpointing": True, "checkpoint_every": 100,
 }  # fmt: skip

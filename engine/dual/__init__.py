@@ -26,7 +26,14 @@ from engine.dual.solver import (
     tilt_kl,
     tilted_improvement,
 )
-from engine.dual.steps import bisection_step, optimistic_step, resolved, secant_step, step
+from engine.dual.steps import (
+    bisection_step,
+    guarded_step,
+    optimistic_step,
+    resolved,
+    secant_step,
+    step,
+)
 from engine.dual.uncertainty import (
     Interval,
     ess_warning,
@@ -42,6 +49,7 @@ __all__ = [
     "Solution",
     "bisection_step",
     "ess_warning",
+    "guarded_step",
     "lam_interval",
     "largest_multiple",
     "largest_threshold",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,6 +42,55 @@ def step(
     if eta.ndim:
         return _model_minimum(lam, slack, eta, lower, upper)
     return (lam - eta * slack).clamp(min=lower, max=upper)
+
+
+def guarded_step(
+    history: Sequence[tuple[Tensor, Tensor, Tensor]],
+    hessian_JJ: Tensor,
+    share: float,
+    *,
+    max_change: float = 2.0,
+    lam_max: float = math.inf,
+    floor: float = 0.05,
+) -> Tensor:
+    """Takes a `share` of the Newton step from the last row of `history`, shorter where policies were seen to
+    answer more strongly than the Hessian says; float64 [J].
+
+    history: rows (lambda, slack measured there, its standard errors), oldest first. A slack within its
+    standard error counts as 0. Where no multiplier was lowered too far, this is `step` with hessian / share.
+
+    A multiplier was lowered too far where a slack above its standard error lowered it, and the next slack lay
+    below 0 by more than that. A policy that lags behind lambda does not do so by itself: it rises after
+    lambda has fallen, too. Then (u_t - u_{t-1}) / (lambda_t - lambda_{t-1}) measures the curvature in that
+    multiplier, and the Hessian is raised to it, never lowered, for all later steps. The step that follows is
+    a whole one in that multiplier: back to where the line through the two slacks is 0.
+
+    Raises: UserError as `step`; if history is empty.
+    """
+    if not history:
+        raise UserError("dual step: history is empty; give at least one row (lambda, slack, standard error).")
+    points = [tuple(float64(x) for x in row) for row in history]
+    hessian = float64(hessian_JJ)
+    too_far = torch.zeros(len(hessian), dtype=torch.bool)
+    for (lam0, u0, se0), (lam1, u1, se1) in pairwise(points):
+        too_far = (lam1 < lam0) & (u0 > se0) & (u1 < -se1)
+        measured = torch.where(too_far, (u1 - u0) / (lam1 - lam0), 0.0)
+        hessian = _scaled(hessian, (measured / hessian.diagonal().clamp(min=1e-100)).clamp(min=1))
+    lam, slack, se = points[-1]
+    return step(
+        lam,
+        slack.where(slack.abs() > se, 0.0),
+        _scaled(hessian, torch.ones_like(lam).masked_fill(~too_far, 1 / share)),
+        max_change=max_change,
+        lam_max=lam_max,
+        floor=floor,
+    )
+
+
+def _scaled(hessian_JJ: Tensor, factor_J: Tensor) -> Tensor:
+    """Multiplies the curvature in each multiplier by a factor; correlations between them stay."""
+    root = factor_J.sqrt()
+    return root[:, None] * hessian_JJ * root
 
 
 def resolved(slack_J: Tensor, se_J: Tensor) -> Tensor:

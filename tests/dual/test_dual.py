@@ -714,7 +714,76 @@ def test_secant_takes_the_measured_curvature_by_hand():
 
 
 def caid_rule(rule: str, history, hessian):
-    return caid.descend(history, hessian, CaidConfig(dual_rule=rule))
+    return caid.descend(history, hessian, CaidConfig(dual_rule=rule, dual_step=1.0))
+
+
+def row(lam: list[float], slack: list[float], se: float = 0.05):
+    """A row of a history."""
+    return tuple(torch.tensor(x, dtype=torch.float64) for x in (lam, slack, [se] * len(lam)))
+
+
+def test_guarded_goes_back_to_the_line_through_two_slacks_and_then_steps_less():
+    hessian = torch.tensor([[0.45]], dtype=torch.float64)
+    # A surplus of 0.42 lowered lambda by 0.36 and left a shortfall of 0.57: the policy answers by 2.75, not by
+    # 0.45, and the line through both is 0 at 1.01 + 0.57 / 2.75.
+    history = [row([1.37], [0.42]), row([1.01], [-0.57])]
+    measured = (0.42 + 0.57) / 0.36
+    back = dual.guarded_step(history, hessian, 0.5)
+    assert back.item() == pytest.approx(1.01 + 0.57 / measured)
+    # From then on half steps are of that curvature.
+    history.append((back, *row([0.0], [0.2])[1:]))
+    assert dual.guarded_step(history, hessian, 0.5).item() == pytest.approx(
+        back.item() - 0.5 * 0.2 / measured
+    )
+    # A policy that answers less strongly than the Hessian says changes nothing but the length of this step.
+    weak = [row([2.0], [0.1]), row([1.0], [-0.1])]
+    assert dual.guarded_step(weak, hessian, 0.5).item() == pytest.approx(1.0 + 0.1 / 0.45)
+    assert dual.guarded_step([*weak, row([1.2], [-0.1])], hessian, 0.5).item() == pytest.approx(
+        1.2 + 0.5 * 0.1 / 0.45
+    )
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [row([1.0], [-0.4]), row([1.5], [0.5])],  # raised, as a policy that lags would be
+        [row([1.0], [0.4]), row([0.8], [0.2])],  # lowered, and not too far
+        [row([1.0], [0.04]), row([0.8], [-0.5])],  # the surplus is within its error
+        [row([1.0], [0.4]), row([0.8], [-0.04])],  # the shortfall is
+        [row([1.0], [0.4]), row([1.1], [-0.5])],  # lambda was raised all the same
+        [row([1.0], [-0.3])],
+    ],
+)
+def test_guarded_is_newton_where_no_multiplier_was_lowered_too_far(history):
+    hessian = torch.tensor([[0.45]], dtype=torch.float64)
+    lam, slack, se = history[-1]
+    expected = dual.step(lam, slack.where(slack.abs() > se, 0.0), hessian / 0.5)
+    torch.testing.assert_close(dual.guarded_step(history, hessian, 0.5), expected, rtol=1e-14, atol=0)
+    with pytest.raises(UserError, match="history is empty"):
+        dual.guarded_step([], hessian, 0.5)
+
+
+def test_guarded_raises_the_curvature_in_that_multiplier_alone():
+    hessian = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    history = [row([1.0, 1.0], [0.4, 0.3]), row([0.8, 0.9], [-0.4, 0.2])]
+    grown = (0.4 + 0.4) / 0.2 / 1.0
+    scaled = torch.tensor([[grown, 0.6 * grown**0.5 * 2**0.5], [0.6 * grown**0.5 * 2**0.5, 2.0]])
+    expected = dual.step(history[1][0], history[1][1], scaled.double())
+    torch.testing.assert_close(dual.guarded_step(history, hessian, 0.5), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0, 5.0, 10.0])
+def test_guarded_settles_where_policies_answer_ten_times_as_strongly_as_the_hessian_says(strength):
+    """Against a policy that follows lambda at once, half a Newton step swings from 4 times on."""
+    hessian, ends = torch.eye(1, dtype=torch.float64), {}
+    for rule in ("guarded", "newton"):
+        lam, history = torch.tensor([1.5], dtype=torch.float64), []
+        for _ in range(12):
+            history.append((lam, strength * (lam - 1.0), torch.tensor([0.01], dtype=torch.float64)))
+            lam = caid.descend(history, hessian, CaidConfig(dual_rule=rule))
+        ends[rule] = abs(history[-1][1].item())
+    assert ends["guarded"] <= 0.02
+    assert strength <= 4 or ends["newton"] > 0.3
 
 
 def test_newton_takes_a_slack_beyond_its_standard_error_as_it_is_measured():
