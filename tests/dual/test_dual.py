@@ -724,8 +724,8 @@ def row(lam: list[float], slack: list[float], se: float = 0.05):
 
 def test_guarded_goes_back_to_the_line_through_two_slacks_and_then_steps_less():
     hessian = torch.tensor([[0.45]], dtype=torch.float64)
-    # A surplus of 0.42 lowered lambda by 0.36 and left a shortfall of 0.57: the policy answers by 2.75, not by
-    # 0.45, and the line through both is 0 at 1.01 + 0.57 / 2.75.
+    # A surplus of 0.42 lowered lambda by 0.36 and left a shortfall of 0.57: the policy answers by 2.75,
+    # not by 0.45, and the line through both is 0 at 1.01 + 0.57 / 2.75.
     history = [row([1.37], [0.42]), row([1.01], [-0.57])]
     measured = (0.42 + 0.57) / 0.36
     back = dual.guarded_step(history, hessian, 0.5)
