@@ -26,7 +26,7 @@ from engine.records import ScoredTarget
 RATE, PROMPTS, RESPONSES, DRAWS, NOISE, SEEDS = 0.05, 80, 60, 8, 30, 20
 REACHES, TAILS = (1.0, 3.0, 10.0), ("normal", "heavy")
 RULES = {
-    "as in the papers": {"max_kl_ratio": math.inf, "least_weight": 0.0},
+    "as in the papers": {"max_kl_ratio": math.inf, "least_weight": 0.0, "dual_rule": "newton"},
     "least weight 0.01": {"max_kl_ratio": math.inf},
     "1.5 times the tilt's KL": {"max_kl_ratio": 1.5, "least_weight": 0.0},
     "2 times": {"max_kl_ratio": 2.0, "least_weight": 0.0},
