@@ -330,7 +330,7 @@ def worst_found(cells: Sequence[worst.Cell]) -> Found:
             ]
         )
         met = [[c.prompts, c.at_quantile, *c.met] for c in own if c.responses == worst.RESPONSES[-1]]
-        drawn.append([f"{name}, worst {percent(share)} %, range {range_text}", ranged, met])
+        drawn.append([f"{name}, {100 * share:g} %", ranged, met])
         wrong += [
             f"worst {percent(share)} %, {name}, range {range_text}, {c.prompts} x {c.responses}: met falsely "
             f"in {percent(c.met[0])} %, with t the quantile {percent(c.at_quantile)} %"

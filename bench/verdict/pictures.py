@@ -111,7 +111,7 @@ def _worst_levels(axis: Axes, points: list) -> None:
     axis.invert_yaxis()
     axis.grid(axis="y", linewidth=0.3)
     axis.set(xlabel="%; allowed: 5 (open: t the policy's own quantile)", xlim=(-0.5, None))
-    axis.set_title('Worst share at its limit: false "met", 96 prompts x 6')
+    axis.set_title('Worst share at its limit: false "met", 96 x 6')
     axis.legend(loc="lower right")
 
 
@@ -122,6 +122,6 @@ def _worst_power(axis: Axes, points: list) -> None:
         axis.plot(x, y, color=colour, linewidth=0.9, marker="o", markersize=3)
     ticks = sorted({p[0] for _, _, met in points for p in met})
     axis.set(xscale="log", xlabel="prompts with 6 responses", ylabel="met, %", ylim=(-2, 102))
-    axis.set_title("Worst share at half of its limit: met (blue: range known or stated)")
+    axis.set_title("Worst share at half of its limit (blue: with a range)")
     axis.set_xticks(ticks, [str(x) for x in ticks])
     axis.xaxis.set_minor_formatter(NullFormatter())

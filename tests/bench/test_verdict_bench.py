@@ -104,16 +104,15 @@ def test_three_words_are_those_of_a_verdict():
 
 @pytest.mark.parametrize("tail", worst.TAILS, ids=lambda tail: f"{tail.name} {tail.share}")
 def test_worst_shares_have_the_mean_that_is_their_limit(tail):
-    """By sorting costs that are drawn; below the limit and for the reference it is in proportion."""
+    """By sorting costs that are drawn; below the limit it is in proportion."""
     for level_, ranged in ((1.0, True), (1.0, tail.known), (0.5, tail.known)):
         cost = tail.draw((50, 400, 4), Generator().manual_seed(3), level_)
         cost = cost.clamp(*tail.range) if ranged else cost
         n = round(tail.share * 400 * 4)
         means = cost.flatten(1).sort(1, descending=True).values[:, :n].mean(1)
         expected = level_ * tail.worst_mean(ranged=ranged)
-        if level_ == 1 or not tail.name.startswith("a tenth"):
-            error = means.std() / 50**0.5 + 0.002 * expected
-            assert abs(means.mean() - expected) < 4 * error
+        error = means.std() / 50**0.5 + 0.002 * expected
+        assert abs(means.mean() - expected) < 4 * error
         assert not tail.known or (cost.min() >= 0 and cost.max() <= 1)
 
 
@@ -134,7 +133,7 @@ def test_a_worst_share_is_met_falsely_by_a_plain_t_and_with_a_number_that_counts
     assert "worst 10.0 %, 0/1, 5 % of prompts, range known" in parts.worst_found(theirs).wrong[0]
     few, many = ours[1], ours[-1]
     assert (few.prompts, many.prompts, many.responses) == (32, 384, 6)
-    assert few.met[2] <= many.met[2] and many.met[2] > 0.5 and many.beyond == pytest.approx(0, abs=0.05)
+    assert few.met[2] < 0.05 and many.met[2] > 0.2 and many.beyond == pytest.approx(0, abs=0.05)
 
 
 def test_a_safe_policy_is_met_by_recognised_costs_too():
