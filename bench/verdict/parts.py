@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import torch
 
 from bench.grid import Grid
-from bench.verdict import compared, level, multipliers, power, repeated
+from bench.verdict import compared, level, multipliers, power, repeated, worst
 from bench.verdict.level import FAILS, HOLDS, NEEDS_RANGE, REFUSED, Cell
 from bench.verdict.losses import LOSSES
 from bench.verdict.sizes import Sizes, too_often
@@ -305,6 +305,62 @@ def _plans(sizes: Sizes, limit: float) -> list[power.Planned]:
     return power.plans(sizes, [limit])
 
 
+def worst_part(sizes: Sizes, run: Run) -> Found:
+    """Judges the mean of the worst share."""
+    work = partial(worst.cells, sizes)
+    return worst_found([cell for cells in run(work, range(len(worst.TAILS))) for cell in cells])
+
+
+def worst_found(cells: Sequence[worst.Cell]) -> Found:
+    """Makes tables of cells."""
+    rows, drawn, wrong = [], [], []
+    for (name, share, ranged), each in groupby(cells, key=lambda c: (c.name, c.share, c.ranged)):
+        own = list(each)
+        range_text = "known" if own[0].known else "stated" if ranged else "none"
+        by_P = [[c for c in own if c.prompts == P] for P in worst.PROMPTS]
+        rows.append(
+            [
+                name,
+                percent(share),
+                range_text,
+                *(" / ".join(percent(c.met[0]) for c in same) for same in by_P),
+                *(" / ".join(percent(c.at_quantile) + " r" * c.needs_range for c in same) for same in by_P),
+                *(" / ".join(percent(same[-1].met[k]) for same in by_P) for k in range(1, len(worst.LEVELS))),
+                percent(own[0].beyond),
+            ]
+        )
+        met = [[c.prompts, c.at_quantile, *c.met] for c in own if c.responses == worst.RESPONSES[-1]]
+        drawn.append([f"{name}, {100 * share:g} %", ranged, met])
+        wrong += [
+            f"worst {percent(share)} %, {name}, range {range_text}, {c.prompts} x {c.responses}: met falsely "
+            f"in {percent(c.met[0])} %, with t the quantile {percent(c.at_quantile)} %"
+            for c in own
+            if c.errs and ranged
+        ]
+    G = " / ".join(map(str, worst.RESPONSES))
+    P = " / ".join(map(str, worst.PROMPTS))
+    below = [f"met at {100 * part:g} % of it, {P} x {worst.RESPONSES[-1]}" for part in worst.LEVELS[1:]]
+    return Found(
+        {
+            "worst": Grid(
+                f'Worst share at its limit, false "met", %, with {G} responses a prompt',
+                [
+                    "cost",
+                    "share, %",
+                    "range",
+                    *(f"{P} prompts" for P in worst.PROMPTS),
+                    *(f"t the quantile, {P} prompts" for P in worst.PROMPTS),
+                    *below,
+                    "judged above the limit by, %",
+                ],
+                rows,
+            )
+        },
+        {"worst": drawn},
+        wrong,
+    )
+
+
 def multipliers_part(sizes: Sizes, run: Run) -> Found:
     """Holds the intervals of the one-shot multipliers against the true ones."""
     rows = [row for each in run(partial(_multipliers, sizes), multipliers.CELLS) for row in each]
@@ -321,6 +377,7 @@ PARTS: dict[str, Callable[[Sizes, Run], Found]] = {
     "rules": rules_part,
     "looks": looks_part,
     "families": families_part,
+    "worst": worst_part,
     "power": power_part,
     "multipliers": multipliers_part,
 }

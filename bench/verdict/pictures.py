@@ -17,14 +17,16 @@ def draw(drawn: dict[str, list], out: Path, name: str) -> None:
     """Draws what the parts have found so far."""
     # The user's matplotlibrc must not change the bytes.
     with matplotlib.style.context(["default", {"font.size": 9, "legend.fontsize": 8}]):
-        figure = Figure(figsize=(13, 9), layout="constrained")
-        axes = figure.subplots(2, 2)
+        figure = Figure(figsize=(13, 13.5), layout="constrained")
+        axes = figure.subplots(3, 2)
         ours, student = (dict(drawn.get(key, [])) for key in ("level", "student"))
         panels = [
             (_levels, [[name, met, student[name]] for name, met in ours.items() if name in student]),
             (_looks, drawn.get("looks", [])),
             (_slacks, drawn.get("slack", [])),
             (_plans, drawn.get("plans", [])),
+            (_worst_levels, drawn.get("worst", [])),
+            (_worst_power, drawn.get("worst", [])),
         ]
         for axis, (panel, points) in zip(axes.flat, panels, strict=True):
             if points:
@@ -94,3 +96,32 @@ def _plans(axis: Axes, points: list) -> None:
     for each in (axis.xaxis, axis.yaxis):
         each.set_minor_formatter(NullFormatter())
     axis.legend(loc="upper right")
+
+
+def _worst_levels(axis: Axes, points: list) -> None:
+    """Draws false "met" of worst shares at their limit, at 96 prompts: with t as it is chosen (filled), and
+    with the best one."""
+    for ranged, colour, label in ((True, OURS, "range known or stated"), (False, OTHER, "no range")):
+        y = [i for i, point in enumerate(points) if point[1] == ranged]
+        found = [(100 * p[1], 100 * p[2]) for i in y for p in points[i][2] if p[0] == 96]
+        axis.scatter([x for _, x in found], y, color=colour, label=label, zorder=3)
+        axis.scatter([x for x, _ in found], y, edgecolors=colour, facecolors="none", zorder=3)
+    axis.axvline(100 * ALPHA, color=GREY, linewidth=0.8)
+    axis.set_yticks(range(len(points)), [p[0] for p in points])
+    axis.invert_yaxis()
+    axis.grid(axis="y", linewidth=0.3)
+    axis.set(xlabel="%; allowed: 5 (open: t the policy's own quantile)", xlim=(-0.5, None))
+    axis.set_title('Worst share at its limit: false "met", 96 x 6')
+    axis.legend(loc="lower right")
+
+
+def _worst_power(axis: Axes, points: list) -> None:
+    """Draws how often policies whose worst share costs half of the limit are met."""
+    for _, ranged, met in points:
+        x, y, colour = [p[0] for p in met], [100 * p[-1] for p in met], OURS if ranged else OTHER
+        axis.plot(x, y, color=colour, linewidth=0.9, marker="o", markersize=3)
+    ticks = sorted({p[0] for _, _, met in points for p in met})
+    axis.set(xscale="log", xlabel="prompts with 6 responses", ylabel="met, %", ylim=(-2, 102))
+    axis.set_title("Worst share at half of its limit (blue: with a range)")
+    axis.set_xticks(ticks, [str(x) for x in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())

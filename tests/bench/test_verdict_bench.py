@@ -10,13 +10,13 @@ import torch
 from torch import Generator
 
 from bench.verdict import __main__ as command
-from bench.verdict import compared, level, parts, power, repeated, rules
+from bench.verdict import compared, level, parts, power, repeated, rules, worst
 from bench.verdict.level import FAILS, HOLDS, NEEDS_RANGE, REFUSED, Cell
 from bench.verdict.losses import LOSSES, SHARED
 from bench.verdict.page import page, refusal
 from bench.verdict.sizes import Sizes, quick, too_often
 from engine import looks
-from engine.constraints import Improvement, MeanCost, Rate, judge
+from engine.constraints import Improvement, MeanCost, Rate, WorstShare, judge
 from engine.verdict.planning import confirmed
 
 FEW = quick()
@@ -42,6 +42,11 @@ def test_unsafe_answers_to_a_prompt_share_their_harm_as_said(how, correlation):
     assert rules.pooled_correlation(unsafe).item() == pytest.approx(correlation, abs=0.03)
 
 
+def tail(costs_within=None):
+    """Returns a limit on the mean of the worst three tenths."""
+    return WorstShare(name="a", value=1.8, share=0.3, above=0.5, costs_within=costs_within)
+
+
 @pytest.mark.parametrize("P", [8, 20, 40])
 def test_simulated_words_are_those_of_a_verdict(P):
     generator = Generator().manual_seed(P)
@@ -63,6 +68,13 @@ def test_simulated_words_are_those_of_a_verdict(P):
         (Rate(name="a", value=0.25), -unsafe, -before, (-0.75, 0.25)),
         (MeanCost(name="a", value=0.25), -unsafe, -before, (-0.75, 0.25)),
         (Improvement(name="a", value=0.1), -unsafe, -before, (-1.1, 0.9)),
+        (tail(), -tail().counted(policy), -tail().counted(reference), None),
+        (
+            tail(wide),
+            -tail().counted(policy.clamp(*wide)),
+            -tail().counted(reference.clamp(*wide)),
+            (1.8 - (0.5 + 1.5 / 0.3), 1.8 - 0.5),
+        ),
     )
     words = set()
     for limit, after, at_first, span in cases:
@@ -88,6 +100,40 @@ def test_three_words_are_those_of_a_verdict():
         judged = judge(limits, [0.0] * 3, sides, [torch.zeros_like(side) for side in sides], [1.0] * 3)
         assert [c.word == "met" for c in judged] == words[r].tolist()
     assert 0 < words.double().mean() < 1
+
+
+@pytest.mark.parametrize("tail", worst.TAILS, ids=lambda tail: f"{tail.name} {tail.share}")
+def test_worst_shares_have_the_mean_that_is_their_limit(tail):
+    """By sorting costs that are drawn; below the limit it is in proportion."""
+    for level_, ranged in ((1.0, True), (1.0, tail.known), (0.5, tail.known)):
+        cost = tail.draw((50, 400, 4), Generator().manual_seed(3), level_)
+        cost = cost.clamp(*tail.range) if ranged else cost
+        n = round(tail.share * 400 * 4)
+        means = cost.flatten(1).sort(1, descending=True).values[:, :n].mean(1)
+        expected = level_ * tail.worst_mean(ranged=ranged)
+        error = means.std() / 50**0.5 + 0.002 * expected
+        assert abs(means.mean() - expected) < 4 * error
+        assert not tail.known or (cost.min() >= 0 and cost.max() <= 1)
+
+
+def test_the_threshold_of_a_simulated_worst_share_is_one_of_the_costs_of_a_reference():
+    tail = next(x for x in worst.TAILS if x.name.startswith("a tenth of answers"))
+    limit = worst.threshold(tail, 0.9, True, Generator().manual_seed(1))
+    (cost,) = tail.draw((1, *worst.TRAINED), Generator().manual_seed(1), worst.REFERENCE)
+    assert limit.above in cost and (limit.value, limit.share) == (0.9, 0.1)
+    assert limit.costs_within == (0.0, 1.0) and 0.1 < limit.above < 0.8
+
+
+def test_a_worst_share_is_met_falsely_by_a_plain_t_and_with_a_number_that_counts_too_little():
+    sizes = Sizes(400, 0, slow=250)
+    number = next(i for i, x in enumerate(worst.TAILS) if x.name == "0/1, 5 % of prompts")
+    ours, theirs = (worst.cells(sizes, number, rule) for rule in (confirmed, by_t))
+    assert not any(c.errs for c in ours) and any(c.errs for c in theirs)
+    assert parts.worst_found(ours).wrong == []
+    assert "worst 10.0 %, 0/1, 5 % of prompts, range known" in parts.worst_found(theirs).wrong[0]
+    few, many = ours[1], ours[-1]
+    assert (few.prompts, many.prompts, many.responses) == (32, 384, 6)
+    assert few.met[2] < 0.05 and many.met[2] > 0.2 and many.beyond == pytest.approx(0, abs=0.05)
 
 
 def test_a_safe_policy_is_met_by_recognised_costs_too():
