@@ -213,7 +213,9 @@ def reference_of(job: Job, samples: Samples, limits: list[Limit] | None = None) 
     return _reference_of(job, job.scorers, samples, limits)
 
 
-def _reference_of(job: Job, scorers: Scorers, samples: Samples, limits: list[Limit]) -> Reference:
+def _reference_of(
+    job: Job, scorers: Scorers, samples: Samples, limits: list[Limit], *, lower: bool = True
+) -> Reference:
     found = deviations(samples.scores, scorers, limits, samples.prompts)
     units = found.as_raw() if job.config.units == "raw" else found
     scaled = units.apply(samples.scores)
@@ -221,7 +223,7 @@ def _reference_of(job: Job, scorers: Scorers, samples: Samples, limits: list[Lim
         samples=replace(samples, scaled=scaled),
         scoring=ByScorers(units=units, audit_names=[s.name for s in scorers.audits]),
         limits=limits,
-        **aims(job, limits, samples.prompts, scaled, units),
+        **aims(job, limits, samples.prompts, scaled, units, lower=lower),
     )
 
 
@@ -243,7 +245,8 @@ def limits_of(job: Job, samples: Samples) -> list[Limit]:
         if not all(constraints.can_confirm(limit, job.heldout_pool, error) for limit in fixed):
             return None
         try:
-            at = _reference_of(job, scorers, replace(samples, scores=scores), list(fixed))
+            # With the whole margin, so that no choice looks better for a lower one.
+            at = _reference_of(job, scorers, replace(samples, scores=scores), list(fixed), lower=False)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is chosen, the run itself warns
                 solution = solved(at, job.config)
@@ -274,12 +277,20 @@ def error_of(job: Job) -> float:
     return last_error(len(job.config.looks(len(job.heldout_pool))))
 
 
-def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, units: Units) -> dict:
+def aims(
+    job: Job,
+    limits: list[Limit],
+    prompts: Prompts,
+    scores: ScaledScores,
+    units: Units,
+    *,
+    lower: bool = True,
+) -> dict:
     """Returns the fields needed_J, aimed, aim_J and margin of a `Reference`; scores: of its samples.
 
-    The margin is lowered, down to 0, until the samples support `SUPPORTED` times the aims: nearer to what
-    they support at most, the tilt rests on the one best response of each prompt, and its multiplier goes
-    from 3 to 8 for a tenth more.
+    With `lower` the margin is lowered, down to 0, until the samples support `SUPPORTED` times the aims:
+    nearer to what they support at most, the tilt rests on the one best response of each prompt, and its
+    multiplier goes from 3 to 8 for a tenth more.
     """
     config = job.config
     needed_J = constraints.required(limits, scores, prompts, units)
@@ -302,7 +313,7 @@ def aims(job: Job, limits: list[Limit], prompts: Prompts, scores: ScaledScores, 
         return dual.largest_multiple(counted_PGJ, found["aim_J"]) >= SUPPORTED
 
     whole = at(config.margin)
-    if config.margin == 0 or supported(whole):
+    if not lower or config.margin == 0 or supported(whole):
         return whole
     least, most = 0.0, config.margin
     for _ in range(16):

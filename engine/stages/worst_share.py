@@ -78,9 +78,10 @@ def _together(
     """Chooses the worst shares at `places` from combinations of their costs: first of some over all costs,
     then of those between the costs beside the best ones.
 
-    A combination is worth no more than any of its costs is without the other worst shares, if the margin of
-    the aims is the same. So the one that may be worth most is tried first, and none that cannot be worth more
-    than the best one is tried at all. Returns the constraints as they are where no combination can be met.
+    A combination is worth no more than any of its costs is without the other worst shares, as the margin of
+    the aims is the same for all. So the one that may be worth most is tried first, and none that cannot be
+    worth more than the best one is tried at all. Returns the constraints as they are where no combination can
+    be met.
     """
     costs = {j: cost_J[j].unique().tolist() for j in places}
     each = max(4, int(TOGETHER ** (1 / len(places))))
