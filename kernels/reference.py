@@ -74,13 +74,18 @@ def lagrangian_preference_loss(
     preference: Tensor | None = None,  # [K]
     uniform: Tensor | None = None,  # [K]
     generator: torch.Generator | None = None,
+    value: Tensor | None = None,  # [N]
+    group: Tensor | None = None,  # [N]
     **options,
 ) -> PreferenceLoss:
-    """Returns DPO's loss (Rafailov et al. 2023, eq. 7) with labels from the score s = reward + utility @ lam.
+    """Returns the loss of log-ratios L - ref against the score s = reward + utility @ lam.
 
-    q = sigmoid(s_a - s_b) ("soft"), 1 where u < that and else 0 ("sampled"), or the preference ("given");
-    x = beta ((L_a - ref_a) - (L_b - ref_b)); loss = mean of -q log sigmoid(x) - (1 - q) log sigmoid(-x).
-    options: those of `sequence_logprob`, which gives L.
+    q = sigmoid(s_a - s_b), 1 where u < that and else 0 ("sampled"), or the preference ("given");
+    x = beta ((L_a - ref_a) - (L_b - ref_b)). "soft", "sampled" and "given" are DPO's loss (Rafailov et al.
+    2023, eq. 7), the mean of -q log sigmoid(x) - (1 - q) log sigmoid(-x); "regression" is the mean of
+    (x - (s_a - s_b))^2 / 2; "single" the mean over sequences of (beta (L - ref) - (s - value))^2 / 2 (DRO,
+    Richemond et al. 2024); "listwise" the mean over groups of the cross-entropy of softmax(s / beta) and
+    softmax(L - ref). options: those of `sequence_logprob`, which gives L.
     """
     logprob = sequence_logprob(hidden, weight, target, cu_seqlens, **options)
     first, second = pairs.long().T
@@ -97,7 +102,19 @@ def lagrangian_preference_loss(
             q = (uniform < q).double()
     q, ref = q.to(logprob.dtype), ref_logprob.to(logprob.dtype)
     margin = beta * ((logprob[first] - logprob[second]) - (ref[first] - ref[second]))
-    loss = F.binary_cross_entropy_with_logits(margin, q) if len(pairs) else 0 * logprob.sum()
+    if not (len(logprob) if labels in ("single", "listwise") else len(pairs)):
+        loss = 0 * logprob.sum()
+    elif labels == "regression":
+        loss = F.mse_loss(margin, (score[first] - score[second]).to(logprob.dtype)) / 2
+    elif labels == "single":
+        loss = F.mse_loss(beta * (logprob - ref), (score - value.double()).to(logprob.dtype)) / 2
+    elif labels == "listwise":
+        members = [group == g for g in group.unique()]
+        goals = [(score[own] / beta).softmax(0).to(logprob.dtype) for own in members]
+        each = [F.cross_entropy((logprob - ref)[own], goal) for own, goal in zip(members, goals, strict=True)]
+        loss = sum(each) / len(each)
+    else:
+        loss = F.binary_cross_entropy_with_logits(margin, q)
     margin = margin.detach()
     right = (((margin > 0) == (q > 0.5)).double()).where((margin != 0) & (q != 0.5), 0.5)
     return PreferenceLoss(loss, logprob.detach(), margin, q, right.mean().to(logprob.dtype))

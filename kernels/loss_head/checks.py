@@ -74,15 +74,26 @@ def check_preference(
     check_tensor("pairs", pairs, (None, 2), INTEGERS, places)
     check_tensor("ref_logprob", ref_logprob, (rows.sequences,), FLOATS, places)
     check_positive("beta", beta)
-    kind, preference, uniform, generator = labels
-    if kind not in ("soft", "sampled", "given"):
-        raise ValueError(f"labels = {kind!r}: expected 'soft', 'sampled' or 'given'")
+    kind, preference, uniform, value, group, generator = labels
+    kinds = ("soft", "sampled", "given", "regression", "single", "listwise")
+    if kind not in kinds:
+        raise ValueError(f"labels = {kind!r}: expected {', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}")
+    for name, argument, owner in (
+        ("preference", preference, "given"),
+        ("value", value, "single"),
+        ("group", group, "listwise"),
+    ):
+        if argument is not None and kind != owner:
+            cure = f"pass labels={owner!r} or leave it out"
+            raise ValueError(f"{name} is given with labels = {kind!r}: {cure}")
     if kind == "given":
         check_tensor("preference", preference, (pairs.shape[0],), FLOATS, places)
         return
-    if preference is not None:
-        raise ValueError(f"preference is given with labels = {kind!r}: pass labels='given' or leave it out")
     _check_scores(rows.sequences, scores, places)
+    if kind == "single":
+        check_tensor("value", value, (rows.sequences,), FLOATS, places)
+    if kind == "listwise":
+        check_tensor("group", group, (rows.sequences,), INTEGERS, places)
     if kind == "sampled":
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"generator = {generator!r}: expected a torch.Generator")
@@ -101,7 +112,7 @@ def _check_scores(sequences: int, scores: Scores, places: tuple[torch.device, ..
 def check_preference_values(
     pairs: Tensor, scores: Scores, ref_logprob: Tensor, labels: Labels, debug: bool
 ) -> None:
-    """Checks the values that `check_preference` leaves."""
+    """Checks the values that `check_preference` leaves. A group may be any integer."""
     sequences = len(ref_logprob)
     if readable(pairs, debug):
         inside = (pairs >= 0) & (pairs < sequences)
@@ -113,8 +124,10 @@ def check_preference_values(
             inside = (preference >= 0) & (preference <= 1)
             check_values("preference", preference, inside, "a probability in [0, 1]")
         return
-    for name, value in scores._asdict().items():
-        check_finite(name, value, debug)
+    for name, number in scores._asdict().items():
+        check_finite(name, number, debug)
+    if labels.value is not None:
+        check_finite("value", labels.value, debug)
     if uniform is not None and readable(uniform, debug):
         check_values("uniform", uniform, (uniform >= 0) & (uniform <= 1), "a number in [0, 1]")
 

@@ -13,9 +13,10 @@ from kernels.loss_head.ops import (
     preference_terms_op,
     sequence_logprob_op,
 )
-from kernels.loss_head.records import Head, Labels, Needs, Policy, Rows, Scores
+from kernels.loss_head.policy import PolicyLoss
+from kernels.loss_head.preference import UNBOUNDED, PreferenceLoss, draw_uniform
+from kernels.loss_head.records import Aims, Head, Labels, Needs, Policy, Rows, Scores
 from kernels.loss_head.schemes import budget_or_default, plan, row_workspace
-from kernels.loss_head.terms import PolicyLoss, PreferenceLoss, draw_uniform
 
 
 def lagrangian_preference_loss(
@@ -34,6 +35,8 @@ def lagrangian_preference_loss(
     preference: Tensor | None = None,
     uniform: Tensor | None = None,
     generator: torch.Generator | None = None,
+    value: Tensor | None = None,
+    group: Tensor | None = None,
     token_weight: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -41,53 +44,66 @@ def lagrangian_preference_loss(
     memory_budget_bytes: int | None = None,
     debug: bool = False,
 ) -> PreferenceLoss:
-    """Returns the preference loss of pairs whose labels come from the Lagrangian score
-    s = reward + utility @ lam.
+    """Returns the loss that fits log-ratios to the Lagrangian score s = reward + utility @ lam.
 
-    margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`;
-    loss = mean_k of the binary cross-entropy of sigmoid(margin_k) against q_k;
-    0 with zero gradients where there is no pair.
+    margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`.
+    By labels the loss is
+
+    - "soft", "sampled", "given": mean_k of the binary cross-entropy of sigmoid(margin_k) against q_k
+    - "regression": mean_k of (margin_k - (s_a - s_b))^2 / 2
+    - "single": mean over all sequences of (beta * (L_n - ref_n) - (s_n - value_n))^2 / 2
+    - "listwise": mean over groups of the cross-entropy of softmax(s / beta) and softmax(L - ref)
+
+    and 0 with zero gradients where there is nothing to take a mean of.
 
     - hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes,
       debug: as in `sequence_logprob`.
-    - pairs [K, 2], int32 or int64: sequence numbers; a sequence may be in several pairs or in none.
+    - pairs [K, 2], int32 or int64: sequence numbers; a sequence may be in several pairs or in none. With
+      "single" and "listwise" only margin, preference and accuracy come from them, and there may be none.
     - reward [N], utility [N, J], lam [J], ref_logprob [N] (same weights and temperature): any float dtype, on
       the CPU or hidden's device, no gradients.
-    - labels "soft": q = sigmoid(s_a - s_b). "sampled": q = 1 if u < sigmoid(s_a - s_b) else 0,
-      with u = uniform [K], or drawn from generator. "given": q = preference [K] in [0, 1];
-      reward, utility and lam may be None.
+    - labels: q = sigmoid(s_a - s_b), but with "sampled" q = 1 if u < sigmoid(s_a - s_b) else 0, with u =
+      uniform [K] or drawn from generator, and with "given" q = preference [K] in [0, 1], where reward,
+      utility and lam may be None.
+    - value [N], with "single": stands for V(x) of a sequence's prompt (DRO, arXiv 2405.19107), for example
+      beta * ln E_ref exp(s / beta); any float dtype, no gradient.
+    - group [N], int32 or int64, with "listwise": sequences of one prompt have one number.
 
-    cu_seqlens and pairs on the CPU let chunks hold whole pairs, which is faster in a small budget; to capture
-    the call in a CUDA graph give both on the GPU. `torch.compile` takes uniform, not generator.
+    cu_seqlens, pairs and group on the CPU let chunks hold whole pairs and groups, which is faster in a small
+    budget; to capture the call in a CUDA graph give them on the GPU. `torch.compile` takes uniform, not
+    generator.
 
     Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N],
     `.margin` [K], `.preference` [K] (q) and `.accuracy`: the share of pairs with (margin > 0) == (q > 1/2),
     ties counting 1/2, NaN without pairs. Raises ValueError for arguments that cannot be used.
     """
     rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
-    scores, how = Scores(reward, utility, lam), Labels(labels, preference, uniform, generator)
+    scores = Scores(reward, utility, lam)
+    how = Labels(labels, preference, uniform, value, group, generator)
     check_rows(rows, head, memory_budget_bytes)
     check_preference(rows, pairs, scores, ref_logprob, beta, how)
     how = draw_uniform(how, pairs)
     with torch.no_grad():
-        q = preference_labels_op(hidden, pairs, *scores, ref_logprob, labels, preference, how.uniform, debug)
+        q, goal = preference_labels_op(hidden, pairs, *scores, ref_logprob, *how[:-1], float(beta), debug)
+    aims = Aims(labels, pairs, q, goal, group, ref_logprob, float(beta))
     temperature, budget = float(temperature), budget_or_default(memory_budget_bytes, hidden.device)
     needs = Needs(needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias))
     arguments = hidden, weight, bias, target, token_weight, cu_seqlens
     options = temperature, softcap, budget
     planned = plan(row_workspace(hidden), hidden, head, budget, needs.hidden, needs.head)
     if needs.head:
-        on_cpu = cu_seqlens.device.type == pairs.device.type == "cpu"
-        in_forward_pass = planned.kept < hidden.shape[0] and on_cpu
+        on_cpu = all(x is None or x.device.type == "cpu" for x in (cu_seqlens, pairs, group))
+        # In float16 the head's gradient is added up relative to the size of coefficients, which must be known
+        # or bounded.
+        sized = hidden.dtype != torch.float16 or labels not in UNBOUNDED
+        in_forward_pass = planned.kept < hidden.shape[0] and on_cpu and sized
     else:
         in_forward_pass = needs.hidden and planned.kind == "values"
     if in_forward_pass:
-        loss, logprob, margin, accuracy, *_ = preference_pass_op(
-            *arguments, pairs, q, ref_logprob, float(beta), *options, *needs, debug
-        )
+        loss, logprob, margin, accuracy, *_ = preference_pass_op(*arguments, *aims, *options, *needs, debug)
     else:
         logprob, *_ = sequence_logprob_op(*arguments, *options, needs.hidden, needs.head, debug)
-        loss, margin, accuracy, _ = preference_terms_op(logprob, pairs, q, ref_logprob, float(beta))
+        loss, margin, accuracy, _ = preference_terms_op(logprob, *aims)
     return PreferenceLoss(loss, logprob.detach(), margin, q, accuracy)
 
 

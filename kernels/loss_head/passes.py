@@ -171,6 +171,8 @@ def preference_pass(
         at = rows_of(part.sequences, starts, lengths, device)
         size = sum(lengths[n] for n in part.sequences)
         pieces = list(chunks(0, size, chunk))
+        if size == 0:
+            continue  # empty sequences: their log-prob is 0, and they have no rows
         if part.used and size <= chunk:
             kept = forward(at)
             total.add(at, kept, coefficients(part, at)[1])

@@ -132,6 +132,12 @@ def test_a_component_longer_than_a_chunk_is_computed_twice(monkeypatch):
     assert (spy.forward, spy.weight) == (33 * 2 + 5, 33)
 
 
+def test_a_pair_of_empty_sequences_beside_one_that_fills_chunks():
+    data, labels = problem(lengths=(30, 0, 0, 31), pairs=torch.tensor([[0, 3], [1, 2]]))
+    for rows in (10, 61):
+        check(data, labels, budget=budget_of(data, rows))
+
+
 def test_pairs_far_apart_share_a_chunk():
     """Rows that do not follow each other are gathered."""
     order = torch.randperm(24, generator=torch.Generator().manual_seed(5))
