@@ -512,7 +512,8 @@ def op_calls():
     rows = [data[k] for k in ("hidden", "weight", "bias", "target", "token_weight", "cu_seqlens")]
     leaves = [x.requires_grad_() for x in rows[:3]] + rows[3:]
     frozen = [rows[0].detach().requires_grad_(), *(x.detach() for x in rows[1:3]), *rows[3:]]
-    q = torch.full((6,), 0.7)
+    q, no_goal = torch.full((6,), 0.7), torch.zeros(0, dtype=torch.float64)
+    aims = "soft", PAIRS, q, no_goal, None, labels["ref_logprob"], 0.3
     budget = budget_of(data, 12)
     advantage = torch.linspace(-1, 1, 10, dtype=torch.float64)
     scores = [labels[k] for k in ("reward", "utility", "lam")]
@@ -523,20 +524,17 @@ def op_calls():
         "recomputed": (ops.sequence_logprob_op, (*leaves, 0.8, None, budget, True, True, False)),
         "labels": (
             ops.preference_labels_op,
-            (detached, PAIRS, *scores, labels["ref_logprob"], "soft", None, None, False),
+            (detached, PAIRS, *scores, labels["ref_logprob"], "soft", *(None,) * 4, 0.3, False),
         ),
         "terms": (
             ops.preference_terms_op,
-            (torch.randn(10).requires_grad_(), PAIRS, q, labels["ref_logprob"], 0.3),
+            (torch.randn(10).requires_grad_(), *aims),
         ),
         "pass": (
             ops.preference_pass_op,
             (
                 *leaves,
-                PAIRS,
-                q,
-                labels["ref_logprob"],
-                0.3,
+                *aims,
                 0.8,
                 3.0,
                 budget_of(data, 12, 3.0),
