@@ -144,17 +144,20 @@ def lagrangian_policy_loss(
     - old_logprob [T]: log-probs under the policy that sampled; None takes the present ones (rho = 1).
       clip = (low, high) or None.
     - ref_logprob [T]: with d = ref_logprob - log p the KL term is d^2 / 2 (kl="k2") or exp(d) - d - 1 ("k3");
-      needed with kl_coef > 0.
+      needed with kl_coef > 0. Both see the KL of each token alone. kl="score" has no term and takes
+      ref_logprob [N] and old_logprob: kl_coef * (sum of old_logprob - ref_logprob_n) is taken off s_n, whose
+      gradient at the policy that sampled is that of the KL of whole sequences.
     - advantage "rloo": A_n = s_n - mean of the others in its group (Ahmadian et al. 2024). "group_norm": A_n
       = Z(reward) + sum_j lam_j Z(utility_j), Z = (x - group mean) / population standard deviation of the
-      group, 0 where that is 0 (Shao et al. 2024, each part standardised first). A group of one gives 0.
+      group, 0 where that is 0 (Shao et al. 2024, each part standardised first); what kl="score" takes off
+      counts there less its group mean. A group of one gives 0.
     - normalize "token": mean over all tokens; "sequence": mean over sequences of per-sequence means, an empty
       one counting 0. Means are weighted by token_weight.
 
     Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N] (as
-    `sequence_logprob`), `.token_logprob` [T], `.advantage` [N] (float64), `.kl` (mean KL term in nats, NaN
-    without ref_logprob) and `.clip_fraction` (share of tokens that the clip cuts off). Raises ValueError for
-    arguments that cannot be used.
+    `sequence_logprob`), `.token_logprob` [T], `.advantage` [N] (float64), `.kl` (mean KL term in nats a
+    token; with kl="score" mean log-ratio in nats a sequence; NaN without ref_logprob) and `.clip_fraction`
+    (share of tokens that the clip cuts off). Raises ValueError for arguments that cannot be used.
     """
     rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
     scores = Scores(reward, utility, lam)
@@ -162,7 +165,11 @@ def lagrangian_policy_loss(
     check_rows(rows, head, memory_budget_bytes)
     check_policy(rows, group, scores, policy, advantage)
     with torch.no_grad():
-        advantage_N = group_advantage_op(hidden, group, *scores, old_logprob, ref_logprob, advantage, debug)
+        options = float(kl_coef), kl, advantage, debug
+        advantage_N, nats = group_advantage_op(
+            hidden, token_weight, cu_seqlens, group, *scores, old_logprob, ref_logprob, *options
+        )
+    in_score = kl == "score"
     low, high = (None, None) if clip is None else map(float, clip)
     loss, logprob, token, divergence, clipped, *_ = policy_pass_op(
         hidden,
@@ -173,10 +180,10 @@ def lagrangian_policy_loss(
         cu_seqlens,
         advantage_N,
         old_logprob,
-        ref_logprob,
+        None if in_score else ref_logprob,
         low,
         high,
-        float(kl_coef),
+        0.0 if in_score else float(kl_coef),
         kl,
         normalize,
         float(temperature),
@@ -187,4 +194,5 @@ def lagrangian_policy_loss(
         needs_gradient(bias),
         debug,
     )
+    divergence = nats.to(loss.dtype) if in_score else divergence
     return PolicyLoss(loss, logprob, token, advantage_N, divergence, clipped)

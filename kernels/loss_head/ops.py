@@ -10,7 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.loss_head.checks import check_policy_values, check_preference_values, check_row_values
+from kernels.loss_head.checks import (
+    check_offset_values,
+    check_policy_values,
+    check_preference_values,
+    check_row_values,
+)
 from kernels.loss_head.passes import (
     empty_values,
     policy_pass,
@@ -18,7 +23,7 @@ from kernels.loss_head.passes import (
     sequence_logprob_backward,
     sequence_logprob_pass,
 )
-from kernels.loss_head.policy import group_advantage
+from kernels.loss_head.policy import group_advantage, sequence_log_ratio
 from kernels.loss_head.preference import GOALS, preference_labels, preference_terms
 from kernels.loss_head.records import (
     Aims,
@@ -297,22 +302,31 @@ preference_pass_op = _register("preference_pass", _preference_pass, _preference_
 
 def _group_advantage(
     hidden: Tensor,
+    token_weight: Tensor | None,
+    cu_seqlens: Tensor,
     group: Tensor,
     reward: Tensor,
     utility: Tensor,
     lam: Tensor,
     old_logprob: Tensor | None,
     ref_logprob: Tensor | None,
+    kl_coef: float,
+    kl: str,
     advantage: str,
     debug: bool,
-) -> Tensor:
-    scores = Scores(reward, utility, lam)
+) -> tuple[Tensor, Tensor]:
+    scores, device = Scores(reward, utility, lam), hidden.device
     check_policy_values(scores, old_logprob, ref_logprob, debug)
-    return group_advantage(group, scores, advantage, hidden.device)
+    if kl != "score" or ref_logprob is None:
+        nats = torch.full((), torch.nan, dtype=torch.float64, device=device)
+        return group_advantage(group, scores, advantage, None, device), nats
+    check_offset_values(cu_seqlens, hidden.shape[0], debug)
+    log_ratio = sequence_log_ratio(old_logprob, ref_logprob, token_weight, cu_seqlens, device)
+    return group_advantage(group, scores, advantage, kl_coef * log_ratio, device), log_ratio.mean()
 
 
-def _group_advantage_shapes(hidden, group, *rest):
-    return hidden.new_empty(group.shape[0], dtype=torch.float64)
+def _group_advantage_shapes(hidden, token_weight, cu_seqlens, group, *rest):
+    return hidden.new_empty(group.shape[0], dtype=torch.float64), hidden.new_empty((), dtype=torch.float64)
 
 
 group_advantage_op = _register("group_advantage", _group_advantage, _group_advantage_shapes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.loss_head.records import Policy, Scores
-from kernels.loss_head.terms import Groups
+from kernels.loss_head.terms import Groups, sequence_sum
 
 
 class PolicyLoss(NamedTuple):
@@ -17,22 +17,40 @@ class PolicyLoss(NamedTuple):
     logprob: Tensor  # [N]
     token_logprob: Tensor  # [T]
     advantage: Tensor  # [N], float64
-    kl: Tensor  # scalar: mean of the KL term, nats per token; NaN without ref_logprob
+    # scalar: mean of the KL term, nats per token; with kl="score" of the log-ratios, nats per sequence; NaN
+    # without ref_logprob
+    kl: Tensor
     clip_fraction: Tensor  # scalar: share of tokens whose ratio the clip cuts off
 
 
-def group_advantage(group: Tensor, scores: Scores, advantage: str, device: torch.device) -> Tensor:
+def sequence_log_ratio(
+    old_logprob: Tensor,
+    ref_logprob: Tensor,
+    token_weight: Tensor | None,
+    cu_seqlens: Tensor,
+    device: torch.device,
+) -> Tensor:
+    """Returns the log-ratio of each sequence under the policy that sampled, float64 [N]."""
+    old, ref = (x.detach().to(device, torch.float64, non_blocking=True) for x in (old_logprob, ref_logprob))
+    return sequence_sum(old, token_weight, cu_seqlens) - ref
+
+
+def group_advantage(
+    group: Tensor, scores: Scores, advantage: str, penalty: Tensor | None, device: torch.device
+) -> Tensor:
     """Returns the advantage of each sequence within its group, float64 [N].
 
-    "rloo": A_n = s_n - mean of the others' s, s = reward + utility @ lam. "group_norm": A_n = Z(reward) +
-    sum_j lam_j Z(utility_j) with Z = (x - group mean) / group's population standard deviation, 0 where all of
-    a group are equal. A group of one gives 0.
+    "rloo": A_n = s_n - mean of the others' s, s = reward + utility @ lam - penalty. "group_norm": A_n =
+    Z(reward) + sum_j lam_j Z(utility_j) - (penalty - group mean) with Z = (x - group mean) / group's
+    population standard deviation, 0 where all of a group are equal. A group of one gives 0. penalty: float64
+    [N].
     """
     reward, utility, lam = (x.detach().to(device, torch.float64, non_blocking=True) for x in scores)
     groups = Groups(group, device)
     order, first, size = groups.order, groups.first, groups.size
     if advantage == "rloo":
-        s = (reward + utility @ lam)[order]
+        s = reward + utility @ lam
+        s = (s if penalty is None else s - penalty)[order]
         # Differences to one member of the group make equal scores give exactly 0.
         s = s - s[first]
         result = (s - groups.total(s) / size) * size / (size - 1).clamp_min(1)
@@ -44,6 +62,9 @@ def group_advantage(group: Tensor, scores: Scores, advantage: str, device: torch
             x = x - groups.total(x) / size
             deviation = (groups.total(x.square()) / size).sqrt()
             result = result + factor * torch.where(deviation > 0, x / deviation, 0)
+        if penalty is not None:
+            x = penalty[order]
+            result = result - (x - groups.total(x) / size)
     return groups.back(result)
 
 
