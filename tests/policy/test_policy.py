@@ -174,7 +174,11 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
     world, folder, tmp_path, monkeypatch
 ):
     network, prompts, rollouts, scores, adapter = world
-    config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
+    config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0, beta=0.3))
+    # The samples are those of a policy that is not the reference.
+    generator = torch.Generator().manual_seed(7)
+    apart_PG = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    scores = replace(scores, ref_logprob_PG=scores.ref_logprob_PG + apart_PG)
     samples = samples_of(prompts, rollouts, scores)
     seen = []
     monkeypatch.setattr(update, "take_steps", lambda *rest: seen.append(rest[-1]))
@@ -183,11 +187,12 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
     step = seen[0](0)
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     old, total, count = rollouts.model_logprob, 0.0, 0
+    score_PG = scores.reward_PG - 0.3 * (old.double().sum(1).view(3, 4) - scores.ref_logprob_PG)
     for r in range(12):
         p, i = divmod(r, 4)
-        others = [scores.reward_PG[p, k] for k in range(4) if k != i]
+        others = [score_PG[p, k] for k in range(4) if k != i]
         now = token_logprob(rollouts, r)
-        ratio, advantage = (now - old[r, : len(now)]).exp(), scores.reward_PG[p, i] - sum(others) / 3
+        ratio, advantage = (now - old[r, : len(now)]).exp(), score_PG[p, i] - sum(others) / 3
         total = total - torch.minimum(ratio * advantage, ratio.clamp(0, 2) * advantage).sum()
         count += len(now)
     (total / count).backward()
