@@ -98,6 +98,7 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
                 kl_coef=config.beta,
                 kl="score",
                 advantage=config.advantage,
+                normalize="token",
                 temperature=config.temperature,
                 softcap=model.config.logit_softcap,
                 memory_budget_bytes=config.memory_budget_bytes,

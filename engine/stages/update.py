@@ -94,8 +94,12 @@ class Updates:
         """Takes policy-gradient steps on fresh samples of the policy, scored
         by the rule less beta x log-ratio."""
         reference, config = self.reference, self.job.config
-        missing_PJ = reference.missing(reference.scores.utility_PGJ, range(len(reference.prompts)))
-        tilt_kl = dual.tilt_kl(rule(reference.scored(reference.samples, missing_PJ)), config.beta)
+        tilt_kl = None
+        # With group_norm the optimum moves with the policy, whose own deviations are the units.
+        if config.advantage == "rloo":
+            missing_PJ = reference.missing(reference.scores.utility_PGJ, range(len(reference.prompts)))
+            asked = rule(reference.scored(reference.samples, missing_PJ))
+            tilt_kl = dual.tilt_kl(asked.total_PG, config.beta)
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
         def compute(stage: Stage) -> Policy:

@@ -11,7 +11,7 @@ from engine.baselines import cdpo, primal_dual, sacpo
 from engine.config import CaidConfig, CdpoConfig, PrimalDualConfig, SacpoConfig, smoke
 from engine.policy import preference_loss, update
 from engine.run.rows import PolicyRow, read_rows
-from engine.stages.run import RealStages
+from engine.stages.run import RunStages
 
 
 class Calls(list):
@@ -37,8 +37,8 @@ class Calls(list):
 def train(algorithm, config, folder, monkeypatch):
     """Runs an algorithm in its smallest form, without a verdict; returns the multipliers of each iteration,
     [T, J]."""
-    monkeypatch.setattr(RealStages, "verdict", lambda self, policy, lam_J: None)
-    algorithm.train(replace(smoke(config), threads=1, force=True, steps=2, out=str(folder)))
+    monkeypatch.setattr(RunStages, "verdict", lambda self, policy, lam_J: None)
+    algorithm.train(replace(smoke(config), threads=1, force=True, steps=2, least_weight=0.0, out=str(folder)))
     return torch.tensor([row.lam for row in read_rows(folder, PolicyRow)], dtype=torch.float64)
 
 
