@@ -175,8 +175,6 @@ class Scored:
     cost_PGJ: Tensor  # float64 [P, G, J] in the scorers' own units
     # float64 [P, J]: what each prompt misses of the aims; None where it was not measured
     missing_PJ: Tensor | None = None
-    # float64 [P, G]: share of each response in its prompt's means; None: all equal
-    share_PG: Tensor | None = None
 
     @property
     def counted_PGJ(self) -> Tensor:
@@ -184,14 +182,46 @@ class Scored:
         return self.utility_PGJ * self.weight_PJ[:, None]
 
 
-# From the scores of any responses to a number for each of them, [P, G].
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The score r + lambda . g of responses in its parts, as the ops of the losses take them."""
+
+    reward_PG: Tensor  # float64 [P, G]
+    utility_PGJ: Tensor  # float64 [P, G, J]
+    lam_J: Tensor  # float64 [J]
+
+    @staticmethod
+    def plain(score_PG: Tensor) -> "Score":
+        """Returns a score that is no Lagrangian: all of it stands as the reward."""
+        none_PGJ = score_PG.new_zeros(*score_PG.shape, 0)
+        return Score(reward_PG=score_PG, utility_PGJ=none_PGJ, lam_J=none_PGJ.new_zeros(0))
+
+    @property
+    def total_PG(self) -> Tensor:
+        """The score as one number."""
+        return self.reward_PG + self.utility_PGJ @ self.lam_J
+
+    def at(self, row_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns reward [N] and utility [N, J] of the responses at these rows, and lambda [J]."""
+        return self.reward_PG.reshape(-1)[row_N], self.utility_PGJ.flatten(0, 1)[row_N], self.lam_J
+
+
+# From the scores of any responses to their score under an algorithm, and to another number for each, [P, G].
+ScoreRule = Callable[[Scored], Score]
 Rule = Callable[[Scored], Tensor]
 
 
-def lagrangian(lam_J: Tensor) -> Rule:
+def lagrangian(lam_J: Tensor) -> ScoreRule:
     """Builds the rule r + lambda . g, of which a policy update maximises the mean less beta x KL (arXiv
     2505.19387, Algorithm 2)."""
-    return lambda scored: scored.reward_PG + scored.counted_PGJ @ lam_J
+    return lambda scored: Score(reward_PG=scored.reward_PG, utility_PGJ=scored.counted_PGJ, lam_J=lam_J)
+
+
+def utilities_alone(lam_J: Tensor) -> ScoreRule:
+    """Builds the rule lambda . g, without the reward."""
+    return lambda scored: Score(
+        reward_PG=torch.zeros_like(scored.reward_PG), utility_PGJ=scored.counted_PGJ, lam_J=lam_J
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +235,7 @@ class Target:
     """
 
     lam_J: Tensor  # float64 [J]: multipliers of the scores, for the log
-    score: Rule  # labels and pairs come from it
+    score: ScoreRule  # labels and pairs come from it
     coefficient: float  # of KL(pi || anchor), in units of the score
     start: object = None  # the iterate whose parameters the update goes on from
     anchor: object = None  # an iterate
@@ -216,7 +246,7 @@ class Target:
     def on(self, scored: Scored) -> "ScoredTarget":
         """Returns the target on given responses."""
         return ScoredTarget(
-            score_PG=self.score(scored),
+            score=self.score(scored),
             coefficient=self.coefficient,
             start=self.start,
             anchor=self.anchor,
@@ -231,7 +261,7 @@ class ScoredTarget:
     """A `Target` whose rules were applied to the responses that an update learns from;
     the fields are those of `Target`."""
 
-    score_PG: Tensor  # float64 [P, G]
+    score: Score
     coefficient: float
     start: object = None
     anchor: object = None
@@ -239,18 +269,30 @@ class ScoredTarget:
     shift_PG: Tensor | None = None  # float64 [P, G]
     dropped_PG: Tensor | None = None  # bool [P, G]
 
+    @property
+    def score_PG(self) -> Tensor:
+        """The score as one number, float64 [P, G]."""
+        return self.score.total_PG
+
     def bounded(self, least_weight: float) -> "ScoredTarget":
         """Raises scores to where the tilt exp(score / coefficient) gives a response `least_weight` of the
-        mean weight of its prompt's G.
+        mean weight of its prompt's G; what is raised is no Lagrangian any more, but all reward.
 
         The highest weight is G times the mean anyway, so that no margin of a pair is asked to be larger than
         coefficient x ln(G / least_weight), whatever the scorer's tails are. 0 changes nothing.
         """
         if least_weight == 0:
             return self
-        c, G = self.coefficient, self.score_PG.shape[1]
-        mean_P1 = c * ((self.score_PG / c).logsumexp(1, keepdim=True) - math.log(G))
-        return replace(self, score_PG=self.score_PG.maximum(mean_P1 + c * math.log(least_weight)))
+        c, score, total_PG = self.coefficient, self.score, self.score_PG
+        mean_P1 = c * ((total_PG / c).logsumexp(1, keepdim=True) - math.log(total_PG.shape[1]))
+        least_P1 = mean_P1 + c * math.log(least_weight)
+        raised_PG = total_PG < least_P1
+        bounded = Score(
+            reward_PG=torch.where(raised_PG, least_P1, score.reward_PG),
+            utility_PGJ=score.utility_PGJ.masked_fill(raised_PG[..., None], 0),
+            lam_J=score.lam_J,
+        )
+        return replace(self, score=bounded)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,13 +74,18 @@ def lagrangian_preference_loss(
     preference: Tensor | None = None,  # [K]
     uniform: Tensor | None = None,  # [K]
     generator: torch.Generator | None = None,
+    value: Tensor | None = None,  # [N]
+    group: Tensor | None = None,  # [N]
     **options,
 ) -> PreferenceLoss:
-    """Returns DPO's loss (Rafailov et al. 2023, eq. 7) with labels from the score s = reward + utility @ lam.
+    """Returns the loss of log-ratios L - ref against the score s = reward + utility @ lam.
 
-    q = sigmoid(s_a - s_b) ("soft"), 1 where u < that and else 0 ("sampled"), or the preference ("given");
-    x = beta ((L_a - ref_a) - (L_b - ref_b)); loss = mean of -q log sigmoid(x) - (1 - q) log sigmoid(-x).
-    options: those of `sequence_logprob`, which gives L.
+    q = sigmoid(s_a - s_b), 1 where u < that and else 0 ("sampled"), or the preference ("given");
+    x = beta ((L_a - ref_a) - (L_b - ref_b)). "soft", "sampled" and "given" are DPO's loss (Rafailov et al.
+    2023, eq. 7), the mean of -q log sigmoid(x) - (1 - q) log sigmoid(-x); "regression" is the mean of
+    (x - (s_a - s_b))^2 / 2; "single" the mean over sequences of (beta (L - ref) - (s - value))^2 / 2 (DRO,
+    Richemond et al. 2024); "listwise" the mean over groups of the cross-entropy of softmax(s / beta) and
+    softmax(L - ref). options: those of `sequence_logprob`, which gives L.
     """
     logprob = sequence_logprob(hidden, weight, target, cu_seqlens, **options)
     first, second = pairs.long().T
@@ -97,7 +102,19 @@ def lagrangian_preference_loss(
             q = (uniform < q).double()
     q, ref = q.to(logprob.dtype), ref_logprob.to(logprob.dtype)
     margin = beta * ((logprob[first] - logprob[second]) - (ref[first] - ref[second]))
-    loss = F.binary_cross_entropy_with_logits(margin, q) if len(pairs) else 0 * logprob.sum()
+    if not (len(logprob) if labels in ("single", "listwise") else len(pairs)):
+        loss = 0 * logprob.sum()
+    elif labels == "regression":
+        loss = F.mse_loss(margin, (score[first] - score[second]).to(logprob.dtype)) / 2
+    elif labels == "single":
+        loss = F.mse_loss(beta * (logprob - ref), (score - value.double()).to(logprob.dtype)) / 2
+    elif labels == "listwise":
+        members = [group == g for g in group.unique()]
+        goals = [(score[own] / beta).softmax(0).to(logprob.dtype) for own in members]
+        each = [F.cross_entropy((logprob - ref)[own], goal) for own, goal in zip(members, goals, strict=True)]
+        loss = sum(each) / len(each)
+    else:
+        loss = F.binary_cross_entropy_with_logits(margin, q)
     margin = margin.detach()
     right = (((margin > 0) == (q > 0.5)).double()).where((margin != 0) & (q != 0.5), 0.5)
     return PreferenceLoss(loss, logprob.detach(), margin, q, right.mean().to(logprob.dtype))
@@ -125,7 +142,7 @@ def lagrangian_policy_loss(
     lam: Tensor,  # [J]
     *,
     old_logprob: Tensor | None = None,  # [T]
-    ref_logprob: Tensor | None = None,  # [T]
+    ref_logprob: Tensor | None = None,  # [T], with kl "score" [N]
     clip: tuple[float, float] | None = None,
     kl_coef: float = 0.0,
     kl: str = "k2",
@@ -137,12 +154,20 @@ def lagrangian_policy_loss(
     (PPO: Schulman et al. 2017, eq. 7).
 
     rho = exp(log p - old); with d = ref - log p the KL term is d^2 / 2 (k2) or exp(d) - d - 1 (k3; Schulman
-    2020). options: those of `sequence_logprob`.
+    2020). With kl "score" kl_coef x (log-ratio of the sequence under the policy that sampled) is in its score
+    instead. options: those of `sequence_logprob`.
     """
     rows = hidden, weight, target, cu_seqlens
     logprob, token_logprob = sequence_logprob(*rows, **options, return_token_logprob=True)
     token = token_logprob.double()
-    a_N = group_advantage(group, reward, utility, lam, advantage).to(token.device)
+    penalty = log_ratio = None
+    if kl == "score":
+        if ref_logprob is not None:
+            old = old_logprob.double() * options.get("token_weight", torch.ones(())).double()
+            log_ratio = torch.stack([rows.sum() for rows in _per_sequence(old, cu_seqlens)]) - ref_logprob
+            penalty = kl_coef * log_ratio
+        ref_logprob, kl_coef = None, 0.0
+    a_N = group_advantage(group, reward, utility, lam, advantage, penalty).to(token.device)
     a = a_N.repeat_interleave(cu_seqlens.diff().to(token.device))
     ratio = torch.exp(token - (token.detach() if old_logprob is None else old_logprob.double()))
     gain, clipped = ratio * a, torch.zeros_like(token)
@@ -163,30 +188,40 @@ def lagrangian_policy_loss(
         both = zip(_per_sequence(w * x, cu_seqlens), _per_sequence(w, cu_seqlens), strict=True)
         return sum(part.sum() / weights.sum() for part, weights in both if weights.sum() > 0) / len(a_N)
 
-    loss, nats, share = (mean(x).to(token_logprob.dtype) for x in (term, divergence, clipped))
+    nats = mean(divergence) if log_ratio is None else log_ratio.mean()
+    loss, nats, share = (x.to(token_logprob.dtype) for x in (mean(term), nats, mean(clipped)))
     return PolicyLoss(loss, logprob.detach(), token_logprob.detach(), a_N, nats.detach(), share.detach())
 
 
-def group_advantage(group: Tensor, reward: Tensor, utility: Tensor, lam: Tensor, advantage: str) -> Tensor:
+def group_advantage(
+    group: Tensor,
+    reward: Tensor,
+    utility: Tensor,
+    lam: Tensor,
+    advantage: str,
+    penalty: Tensor | None = None,
+) -> Tensor:
     """Returns the advantage of each sequence within its group, float64 [N].
 
-    "rloo": s_n - mean of the others' s (Ahmadian et al. 2024). "group_norm": the sum of reward
-    and of each lam_j utility_j, each standardised in its group (Shao et al. 2024), 0 where all are
-    equal. A group of one gives 0.
+    "rloo": s_n - mean of the others' s (Ahmadian et al. 2024), s less the penalty. "group_norm": the sum of
+    reward and of each lam_j utility_j, each standardised in its group (Shao et al. 2024), 0 where all are
+    equal, less the penalty's distance from its mean. A group of one gives 0.
     """
     reward, utility, lam = reward.double(), utility.double(), lam.double()
+    penalty = torch.zeros_like(reward) if penalty is None else penalty
     result = torch.zeros_like(reward)
     for n in range(len(group)):
         members = (group == group[n]).nonzero()[:, 0].tolist()
         others = [m for m in members if m != n]
         if advantage == "rloo":
-            s = reward + (utility * lam).sum(1)
+            s = reward + (utility * lam).sum(1) - penalty
             result[n] = s[n] - s[others].mean() if others else 0
             continue
         for x, factor in ((reward, 1.0), *zip(utility.T, lam, strict=True)):
             deviation = x[members].std(correction=0)
             if deviation > 1e-12 * x[members].abs().max():
                 result[n] += factor * (x[n] - x[members].mean()) / deviation
+        result[n] -= penalty[n] - penalty[members].mean()
     return result
 
 

@@ -23,15 +23,24 @@ from kernels.random import exponential, stream
 from tests.helpers.attention import HOW, LAYOUTS
 from tests.helpers.decode import OPTIONS, assert_as_good_as_torch
 from tests.helpers.decode import problem as decode_problem
-from tests.helpers.losses import PAIRS, budget_of, dense_dpo, policy, preference_gradients, problem
+from tests.helpers.losses import (
+    FORMS,
+    PAIRS,
+    budget_of,
+    dense_dpo,
+    form_of,
+    policy,
+    preference_gradients,
+    problem,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def on_gpu(data: dict, labels: dict, lengths_too: bool = False) -> tuple[dict, dict]:
-    """Puts everything on the GPU; cu_seqlens and pairs, from which the plan is made,
+    """Puts everything on the GPU; cu_seqlens, pairs and group, from which the plan is made,
     go only with `lengths_too`."""
-    stay = () if lengths_too else ("cu_seqlens", "pairs")
+    stay = ("labels", *(() if lengths_too else ("cu_seqlens", "pairs", "group")))
     return tuple({k: v if k in stay else v.cuda() for k, v in values.items()} for values in (data, labels))
 
 
@@ -50,13 +59,37 @@ def test_preference_loss_against_float64(dtype, vocabulary, width, chunk, length
         result = lagrangian_preference_loss(**leaves, **there_labels, beta=0.4, memory_budget_bytes=budget)
         return result.loss, result.margin, result.preference
 
-    got = preference_gradients(fused, there)
-    plain = preference_gradients(lambda leaves: dense_dpo(leaves, {}, labels, 0.4), data)
-    exact = preference_gradients(lambda leaves: dense_dpo(leaves, {}, labels, 0.4), data, torch.float64)
+    assert_as_good_as_dense(preference_gradients(fused, there), data, labels)
+
+
+def assert_as_good_as_dense(got: dict, data: dict, labels: dict) -> None:
+    """Asserts the error rule for what `preference_gradients` returned."""
+    plain, exact = (
+        preference_gradients(lambda leaves: dense_dpo(leaves, {}, labels, 0.4), data, cast)
+        for cast in (None, torch.float64)
+    )
     for name, true in exact.items():
         scale = true.abs().max().clamp_min(1e-30)
         error, bound = (((x[name].double().cpu() - true).abs().max() / scale).item() for x in (got, plain))
         assert error <= 2 * bound + 4 * torch.finfo(got[name].dtype).eps, f"{name}: {error} against {bound}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [None, 12])
+@pytest.mark.parametrize("lengths_too", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_labels_against_float64(form, dtype, chunk, lengths_too):
+    """Scores are large, so that no residual is the small difference of larger numbers."""
+    data, labels = problem(dtype, vocabulary=1000, width=64, bias=True, weighted=True)
+    labels |= form_of(form) | {"reward": 10 * labels["reward"]}
+    there, there_labels = on_gpu(data, labels, lengths_too)
+    budget = None if chunk is None else budget_of(there, chunk)
+
+    def fused(leaves):
+        result = lagrangian_preference_loss(**leaves, **there_labels, beta=0.4, memory_budget_bytes=budget)
+        return result.loss, result.margin, result.preference
+
+    assert_as_good_as_dense(preference_gradients(fused, there), data, labels)
 
 
 def test_forward_only_in_bfloat16():
@@ -81,13 +114,22 @@ def test_the_host_never_waits(needs, chunk):
     """Nothing is copied back to the host either."""
     data, labels = on_gpu(*problem(torch.bfloat16, vocabulary=1000, width=64))
     group = torch.arange(10).cuda() % 3
+    kl = {"kl": "score", "kl_coef": 0.1, "ref_logprob": labels["ref_logprob"]}
+    kl["old_logprob"] = torch.full((42,), -5.0).cuda()
+    forms = [on_gpu({}, form_of(form), True)[1] for form in FORMS]
     budget = None if chunk is None else budget_of(data, chunk)
     for name in needs:
         data[name].requires_grad_()
 
     def step() -> None:
-        loss = lagrangian_preference_loss(**data, **labels, beta=0.4, memory_budget_bytes=budget).loss
-        (loss + policy(data, labels, group, memory_budget_bytes=budget).loss).backward()
+        loss = policy(data, labels, group, memory_budget_bytes=budget).loss
+        loss = loss + policy(data, labels, group, memory_budget_bytes=budget, **kl).loss
+        for form in ({}, *forms):
+            result = lagrangian_preference_loss(
+                **data, **labels, **form, beta=0.4, memory_budget_bytes=budget
+            )
+            loss = loss + result.loss
+        loss.backward()
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -174,8 +216,10 @@ def test_more_than_2_to_the_31_logits_at_once():
     assert not gradient[:-3].any()
 
 
-def test_a_captured_graph_takes_a_new_lambda():
-    data, labels = on_gpu(*problem(vocabulary=1000, width=64), lengths_too=True)
+@pytest.mark.parametrize("form", ["soft", *FORMS])
+def test_a_captured_graph_takes_a_new_lambda(form):
+    data, labels = problem(vocabulary=1000, width=64)
+    data, labels = on_gpu(data, labels | form_of(form), lengths_too=True)
     assert torch.equal(labels["pairs"].cpu(), PAIRS)
     data["hidden"].requires_grad_()
 

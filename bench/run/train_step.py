@@ -44,7 +44,7 @@ from engine.policy.pairs import within_prompts
 from engine.policy.preference_loss import PreferenceLoss, parts, share_of
 from engine.policy.samples import Samples
 from engine.policy.update import add_gradient
-from engine.records import Prompts, Rollouts, ScoredTarget, Scores, Units
+from engine.records import Prompts, Rollouts, Score, ScoredTarget, Scores, Units
 from engine.run.machine import keep_freed_memory
 
 RANK, BETA, RATE = 8, 0.1, 1e-4
@@ -224,7 +224,7 @@ def _samples(groups: list[packing.Group], reference: Tensor) -> tuple[Samples, S
         kl_PG=torch.zeros(count, 2, dtype=torch.float64),
         scaled=Units(reward=1.0, utility_J=[], audit_A=[]).apply(scores),
     )
-    target = ScoredTarget(score_PG=score_PG, coefficient=BETA)
+    target = ScoredTarget(score=Score.plain(score_PG), coefficient=BETA)
     return samples, target
 
 

@@ -23,7 +23,7 @@ from bench.theory.newton import inverse_times
 from bench.theory.problem import Problem
 from engine import dual
 from engine.config import PrimalDualConfig, RunConfig
-from engine.records import Rule, ScaledScores, Scored, ScoredTarget, Target
+from engine.records import ScaledScores, Score, Scored, ScoredTarget, ScoreRule, Target
 from engine.stages.protocol import Result, Slack
 
 
@@ -152,11 +152,11 @@ class ExactStages:
         """Returns theta itself: nothing has to be written."""
         return theta
 
-    def ascend(self, start: Tensor | None, lam_J: Tensor, score: Rule, iteration: int) -> Tensor:
+    def ascend(self, start: Tensor | None, lam_J: Tensor, score: ScoreRule, iteration: int) -> Tensor:
         """Takes `config.steps` natural-gradient steps on score - beta ln(pi / reference), without PPO's clip.
 
         theta <- theta + rate / beta x (E Cov(features))^-1 E Cov(features, score).
-        The moments, also those that the rule takes, are those of the policy at that step,
+        The moments, also those that "group_norm" takes, are those of the policy at that step,
         or of `draws` responses from it with leave-one-out baselines.
         """
         problem, config = self.problem, self.config
@@ -181,9 +181,11 @@ class ExactStages:
                 weight_PJ=torch.ones_like(utility_PGJ[:, 0]),
                 cost_PGJ=-utility_PGJ,
                 missing_PJ=-(weight[..., None] * problem.shifted_PYJ[row, seen]).sum(1),
-                share_PG=weight,
             )
-            score_PG = score(scored) - problem.beta * problem.log_ratio_PY(theta)[row, seen]
+            parts = score(scored)
+            if config.advantage == "group_norm":
+                parts = standardised(parts, weight)
+            score_PG = parts.total_PG - problem.beta * problem.log_ratio_PY(theta)[row, seen]
             advantage = leave_one_out * (score_PG - (weight * score_PG).sum(1, keepdim=True))
             centred = phi - (pi[..., None] * phi).sum(1, keepdim=True)
             gradient = torch.einsum("pg,pg,pgf->f", weight, advantage, centred[row, seen]) / len(pi)
@@ -225,6 +227,20 @@ class ExactStages:
         )
 
 
+def standardised(score: Score, share_PG: Tensor) -> Score:
+    """Shifts and scales reward and utilities to mean 0 and population standard deviation 1 on each prompt; 0
+    where all are equal. share: of each response in its prompt's means."""
+
+    def mean(x_PGC: Tensor) -> Tensor:
+        return (share_PG[..., None] * x_PGC).sum(1, keepdim=True)
+
+    x_PGC = torch.cat((score.reward_PG[..., None], score.utility_PGJ), dim=2)
+    x_PGC = x_PGC - mean(x_PGC)
+    deviation = mean(x_PGC.square()).sqrt()
+    x_PGC = torch.where(deviation > 0, x_PGC / deviation, 0)
+    return Score(reward_PG=x_PGC[..., 0], utility_PGJ=x_PGC[..., 1:], lam_J=score.lam_J)
+
+
 # (world, target, number of the update, which keys its random numbers) -> theta
 Update = Callable[[ExactStages, ScoredTarget, int], Tensor]
 
@@ -241,7 +257,7 @@ def preferred(world: ExactStages) -> Problem:
     def log_ratio_PY(score_PY: Tensor, score_PG: Tensor, number: int) -> Tensor:
         if world.update is None:
             return (score_PY / problem.beta).log_softmax(1) + math.log(score_PY.shape[1])
-        target = ScoredTarget(score_PG=score_PG, coefficient=problem.beta)
+        target = ScoredTarget(score=Score.plain(score_PG), coefficient=problem.beta)
         return problem.log_ratio_PY(world.update(world, target, number))
 
     reward_PY = log_ratio_PY(problem.reward_PY, scores.reward_PG, 10_001)

@@ -19,7 +19,6 @@ from bench.theory.exact_stages import ExactStages
 from bench.theory.problem import Problem, make
 from engine import caid, dual
 from engine.config import CaidConfig
-from engine.policy.losses import regression
 from engine.policy.pairs import within_prompts
 from engine.records import ScoredTarget
 
@@ -53,7 +52,10 @@ class FewSteps:
             rows = torch.tensor(pairs.row)
             self.optimizer.zero_grad()
             moved_N = target.coefficient * features_PGF.flatten(0, 1)[rows] @ self.theta
-            regression(moved_N, score_R[rows], pairs.pairs).backward()
+            # Regression labels: margins against score differences.
+            a, b = pairs.pairs.unbind(1)
+            missed_N = moved_N - score_R[rows]
+            ((missed_N[a] - missed_N[b]).square().mean() / 2).backward()
             torch.nn.utils.clip_grad_norm_([self.theta], config.clip_norm)
             self.optimizer.step()
         limit = config.max_kl_ratio * dual.tilt_kl(target.score_PG, target.coefficient)

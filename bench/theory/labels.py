@@ -12,7 +12,7 @@ from bench.theory.problem import Problem, make
 from bench.theory.updates import highest_lagrangian, listwise, regression, sampled, single, soft
 from engine.config import MocanConfig
 from engine.policy.pairs import within_prompts
-from engine.records import ScoredTarget
+from engine.records import Score, ScoredTarget
 
 FORMS: dict[str, Update] = {
     "Bradley-Terry, sampled": sampled,
@@ -43,7 +43,9 @@ class LabelProblem(NamedTuple):
         world = ExactStages(problem, MocanConfig(beta=problem.beta), update, draws=draws, seed=seed)
 
         def fit(start: torch.Tensor | None, number: int) -> torch.Tensor:
-            target = ScoredTarget(score_PG=self.score_PG(world), coefficient=problem.beta, start=start)
+            target = ScoredTarget(
+                score=Score.plain(self.score_PG(world)), coefficient=problem.beta, start=start
+            )
             return update(world, target, number)
 
         if source == TWO_ENDS:

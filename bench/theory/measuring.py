@@ -15,7 +15,7 @@ from bench.theory.updates import local_maxima, maximiser, soft
 from engine import caid, dual, mocan
 from engine.baselines import cdpo
 from engine.config import CaidConfig, CdpoConfig, MocanConfig
-from engine.records import ScoredTarget
+from engine.records import Score, ScoredTarget
 
 UPDATES: dict[str, Update] = {"exact maximiser": maximiser, "soft labels": soft}
 SLACK_DRAWS = 16
@@ -171,7 +171,7 @@ def stochastic(optima: Optima, in_class: Point, eta: float, kind: str, steps: in
         reached = highest = problem.lagrangian(iterate.theta, iterate.lam_J)
         if update is not maximiser:
             score = problem.reward_PY + problem.utility_PYJ @ iterate.lam_J
-            target = ScoredTarget(score_PG=score, coefficient=problem.beta, start=iterate.theta)
+            target = ScoredTarget(score=Score.plain(score), coefficient=problem.beta, start=iterate.theta)
             highest = problem.lagrangian(maximiser(world, target, 0), iterate.lam_J)
         eps_app = max(eps_app, highest - reached)
         points.append((highest, iterate))

@@ -22,7 +22,7 @@ from engine.config import (
     RepoConfig,
     RunConfig,
 )
-from engine.records import ScoredTarget
+from engine.records import ScoredTarget, lagrangian
 
 # By these rules of its dual step (rule, step) CAID has to reach lambda* where nu is 0.
 CAID_RULES = (("newton", 1.0), ("newton", 0.5), ("secant", 0.5), ("optimistic", 0.5))
@@ -177,7 +177,7 @@ def standardising(seed: int, eps: float) -> dict[str, Standardised]:
         held = None
         for t in range(20):
             lam = torch.tensor(lam_star)
-            held = world.ascend(held, lam, primal_dual.penalised(lam, advantage), t)
+            held = world.ascend(held, lam, lagrangian(lam), t)
         theta, lam = primal_dual.loop(world, config)
         result[advantage] = Standardised(
             held_slack=float(problem.slack_J(held)[0]),

@@ -16,7 +16,7 @@ from bench.theory.exact_stages import ExactStages
 from bench.theory.newton import minimise, moment, softmax
 from bench.theory.problem import Problem
 from engine.config import MocanConfig
-from engine.records import ScoredTarget
+from engine.records import Score, ScoredTarget
 
 
 def maximiser(world: ExactStages, target: ScoredTarget, number: int) -> Tensor:
@@ -62,7 +62,7 @@ def highest_lagrangian(problem: Problem, lam: Tensor, near: Tensor | None = None
     """Returns D_p(lambda), the largest Lagrangian over theta; `near` is a further start."""
     score = problem.reward_PY + problem.utility_PYJ @ lam
     exact = ExactStages(problem, MocanConfig(beta=problem.beta))
-    target = ScoredTarget(score_PG=score, coefficient=problem.beta, start=near)
+    target = ScoredTarget(score=Score.plain(score), coefficient=problem.beta, start=near)
     return problem.lagrangian(maximiser(exact, target, 0), lam)
 
 

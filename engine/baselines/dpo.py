@@ -7,7 +7,7 @@ unit, on the prompts that its constraint is about.
 import torch
 
 from engine.config import DpoConfig
-from engine.records import Target
+from engine.records import Target, lagrangian, utilities_alone
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
@@ -28,8 +28,5 @@ def loop(stages: Stages, config: DpoConfig):
     stages.sample_reference()
     safety = config.objective == "safety"
     lam_J = torch.full((stages.n_constraints,), float(safety), dtype=torch.float64)
-
-    def score(scored):
-        return scored.counted_PGJ @ lam_J if safety else scored.reward_PG
-
+    score = utilities_alone(lam_J) if safety else lagrangian(lam_J)
     return stages.fit(Target(lam_J=lam_J, score=score, coefficient=config.beta), 1), lam_J

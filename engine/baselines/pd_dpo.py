@@ -10,7 +10,7 @@ import torch
 
 from engine import dual
 from engine.config import PdDpoConfig
-from engine.records import Target
+from engine.records import Target, lagrangian, utilities_alone
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
@@ -31,7 +31,7 @@ def loop(stages: Stages, config: PdDpoConfig):
     stages.check_thresholds()
     lam_J = torch.full((stages.n_constraints,), config.lam_init, dtype=torch.float64)
     none_J = torch.zeros_like(lam_J)
-    helpful = stages.fit(Target(lam_J=none_J, score=lambda s: s.reward_PG, coefficient=config.beta), 0)
+    helpful = stages.fit(Target(lam_J=none_J, score=lagrangian(none_J), coefficient=config.beta), 0)
     stages.keep(helpful, none_J)
     u = None
     for t in range(1, config.iterations + 1):
@@ -56,7 +56,7 @@ def safety(lam_J: torch.Tensor, beta: float, helpful) -> Target:
     share_J = lam_J / total
     return Target(
         lam_J=lam_J,
-        score=lambda s: s.counted_PGJ @ share_J,
+        score=utilities_alone(share_J),
         coefficient=beta / total,
         start=helpful,
         anchor=helpful,

@@ -6,14 +6,15 @@ beta ln(policy / reference), measures the slack on other prompts, and descends l
 lambda - rate lambda u. Decided here: the KL is in the score, of the policy that sampled, so that the gradient
 is the Lagrangian's own; the advantage is not divided by 1 + lambda; RLOO advantages without scaling are the
 faithful form, "group_norm" standardises reward and utilities per prompt before they are combined, which
-changes the objective and the meaning of lambda.
+changes the objective and the meaning of lambda; there a constraint about one kind of prompts counts on each
+of them as one about all prompts does, not more.
 """
 
 import torch
 from torch import Tensor
 
 from engine.config import PrimalDualConfig
-from engine.records import Rule, Scored
+from engine.records import lagrangian
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
@@ -39,7 +40,7 @@ def loop(stages: Stages, config: PrimalDualConfig):
     for t in range(1, config.iterations + 1):
         if u is not None:
             lam_J = descend(lam_J, u.slack_J, config)
-        policy = stages.ascend(policy, lam_J, penalised(lam_J, config.advantage), t)
+        policy = stages.ascend(policy, lam_J, lagrangian(lam_J), t)
         u = stages.measure_slack(policy, lam_J, t)
         if u is None:
             break
@@ -52,36 +53,3 @@ def descend(lam_J: Tensor, slack_J: Tensor, config: PrimalDualConfig) -> Tensor:
         (-config.dual_rate * lam_J * slack_J).exp().clamp(1 / config.lam_max_change, config.lam_max_change)
     )
     return (lam_J * factor).clamp(max=config.lam_max)
-
-
-def penalised(lam_J: Tensor, advantage: str) -> Rule:
-    """Builds the score r + lambda . g; with "group_norm" reward and utilities are
-    standardised on each prompt first.
-
-    lam_J: [J], or [P, 1, J] where it differs between prompts.
-    """
-
-    def score(scored: Scored) -> Tensor:
-        r_PG, g_PGJ = scored.reward_PG, scored.utility_PGJ
-        if advantage == "group_norm":
-            r_PG, g_PGJ = (
-                standardised(r_PG[..., None], scored.share_PG)[..., 0],
-                standardised(g_PGJ, scored.share_PG),
-            )
-        return r_PG + (lam_J * (g_PGJ * scored.weight_PJ[:, None])).sum(2)
-
-    return score
-
-
-def standardised(x_PGJ: Tensor, share_PG: Tensor | None) -> Tensor:
-    """Shifts and scales scores to mean 0 and population standard deviation 1 over the responses of each
-    prompt; 0 where all are equal."""
-
-    def mean(values: Tensor) -> Tensor:
-        if share_PG is None:
-            return values.mean(1, keepdim=True)
-        return (share_PG[..., None] * values).sum(1, keepdim=True)
-
-    x_PGJ = x_PGJ - mean(x_PGJ)
-    deviation = mean(x_PGJ.square()).sqrt()
-    return torch.where(deviation > 0, x_PGJ / deviation, 0)

@@ -13,9 +13,9 @@ step of lambda is on ln lambda, as in `engine.primal_dual`.
 import torch
 from torch import Tensor
 
-from engine.baselines.primal_dual import descend, penalised
+from engine.baselines.primal_dual import descend
 from engine.config import RepoConfig
-from engine.records import Rule, Scored
+from engine.records import Score, Scored, ScoreRule
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
@@ -39,18 +39,20 @@ def loop(stages: Stages, config: RepoConfig):
     for t in range(1, config.iterations + 1):
         if u is not None:
             lam_J = descend(lam_J, -u.violation_J, config)
-        policy = stages.ascend(policy, lam_J, rectified(lam_J, config.advantage), t)
+        policy = stages.ascend(policy, lam_J, rectified(lam_J), t)
         u = stages.measure_slack(policy, lam_J, t)
         if u is None:
             break
     return stages.kept
 
 
-def rectified(lam_J: Tensor, advantage: str) -> Rule:
+def rectified(lam_J: Tensor) -> ScoreRule:
     """Builds the score r + lambda . g in which lambda counts only on prompts whose samples miss the aim."""
 
-    def score(scored: Scored) -> Tensor:
-        lam_PJ = lam_J * (scored.missing_PJ > 0)
-        return penalised(lam_PJ[:, None], advantage)(scored)
+    def score(scored: Scored) -> Score:
+        missed_PJ = scored.missing_PJ > 0
+        return Score(
+            reward_PG=scored.reward_PG, utility_PGJ=scored.counted_PGJ * missed_PJ[:, None], lam_J=lam_J
+        )
 
     return score

@@ -11,7 +11,7 @@ in the second); weights of the two stages are not averaged (P-SACPO).
 import torch
 
 from engine.config import SacpoConfig
-from engine.records import Target
+from engine.records import Target, lagrangian, utilities_alone
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
@@ -31,11 +31,11 @@ def loop(stages: Stages, config: SacpoConfig):
     stages.sample_reference()
     lam_J = torch.tensor(config.lam, dtype=torch.float64)
     none_J = torch.zeros_like(lam_J)
-    helpful = stages.fit(Target(lam_J=none_J, score=lambda s: s.reward_PG, coefficient=config.beta), 1)
+    helpful = stages.fit(Target(lam_J=none_J, score=lagrangian(none_J), coefficient=config.beta), 1)
     share_J = lam_J / lam_J.sum()
     stage_two = Target(
         lam_J=lam_J,
-        score=lambda s: s.counted_PGJ @ share_J,
+        score=utilities_alone(share_J),
         coefficient=config.beta / float(lam_J.sum()),
         start=helpful,
         anchor=helpful,

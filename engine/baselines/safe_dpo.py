@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import SafeDpoConfig
 from engine.constraints import unsafe_above
-from engine.records import Scored, Target
+from engine.records import Score, Scored, Target
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
@@ -44,7 +44,7 @@ def loop(stages: Stages, config: SafeDpoConfig):
 
     target = Target(
         lam_J=torch.zeros(stages.n_constraints, dtype=torch.float64),
-        score=lambda scored: scored.reward_PG - SURE * unsafe(scored),
+        score=lambda scored: Score.plain(scored.reward_PG - SURE * unsafe(scored)),
         coefficient=config.beta,
         # A safe winner's margin counts from the offset on: beta (rho_w - rho_l) - (h_l - h_w) offset.
         shift=lambda scored: -config.offset * unsafe(scored).double(),

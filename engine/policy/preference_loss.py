@@ -12,7 +12,6 @@ from engine.config import RunConfig
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.policy.forward import policy_states
-from engine.policy.losses import listwise, regression, single
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Pairs, ScoredTarget
@@ -53,40 +52,33 @@ class PreferenceLoss:
         config, target, samples, model = self.config, self.target, self.samples, self.model
         batch = samples.groups(rows_by_prompt(pairs))
         packed = packing.pack(batch, model.device)
-        rows = packed.target_T, packed.cu_seqlens
         options = {
             "temperature": config.temperature,
             "softcap": model.config.logit_softcap,
             "memory_budget_bytes": config.memory_budget_bytes,
         }
         reference_N = self._anchor_logprob(batch, packed, pairs, options)
-        score_N = target.score_PG.reshape(-1)[torch.tensor(pairs.row)].to(model.device)
         dropout = int(combine(config.seed, keys.label(self.iteration, step), first))
         hidden, head = policy_states(
             config, model, samples.lower, batch, packed, self.weights, dropout=dropout
         )
-        if config.labels in ("soft", "sampled", "sampled-once"):
-            drawn = None if config.labels == "soft" else self._uniform(pairs, step, first).to(model.device)
-            result = lagrangian_preference_loss(
-                hidden,
-                head,
-                *rows,
-                pairs.pairs,
-                score_N,
-                score_N.new_zeros(len(score_N), 0),
-                score_N.new_zeros(0),
-                reference_N,
-                beta=target.coefficient,
-                labels="soft" if drawn is None else "sampled",
-                uniform=drawn,
-                **options,
-            )
-            return Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin)
-        moved_N = target.coefficient * (sequence_logprob(hidden, head, *rows, **options) - reference_N)
-        a, b = pairs.pairs.to(model.device).unbind(1)
-        margin = (moved_N[a] - moved_N[b]).detach()
-        accuracy = (((margin * (score_N[a] - score_N[b])).sign() + 1) / 2).mean()
-        return Loss(loss=self._without_labels(moved_N, score_N, pairs), accuracy=accuracy, margin=margin)
+        labels = "sampled" if config.labels == "sampled-once" else config.labels
+        result = lagrangian_preference_loss(
+            hidden,
+            head,
+            packed.target_T,
+            packed.cu_seqlens,
+            pairs.pairs,
+            *target.score.at(torch.tensor(pairs.row)),
+            reference_N,
+            beta=target.coefficient,
+            labels=labels,
+            uniform=self._uniform(pairs, step, first) if labels == "sampled" else None,
+            value=self._value(pairs) if labels == "single" else None,
+            group=torch.tensor(pairs.prompt) if labels == "listwise" else None,
+            **options,
+        )
+        return Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin.double())
 
     def _uniform(self, pairs: Pairs, step: int, first: int) -> Tensor:
         """Returns the uniform numbers float64 [K] that draw the labels of pairs: of their places in the step,
@@ -119,18 +111,12 @@ class PreferenceLoss:
             )
         return reference_N
 
-    def _without_labels(self, moved_N: Tensor, score_N: Tensor, pairs: Pairs) -> Tensor:
-        """Returns the loss of the forms that compare coefficient x log-ratio,
-        `moved_N`, with the score itself."""
+    def _value(self, pairs: Pairs) -> Tensor:
+        """Returns float64 [N] for V(x) of each sequence's prompt, c ln E_ref exp(score / c): the mean is that
+        of the prompt's own samples."""
         coefficient, score_PG = self.target.coefficient, self.target.score_PG
-        prompt_N = torch.tensor(pairs.prompt, device=moved_N.device)
-        if self.config.labels == "single":
-            # The group's value stands for V(x): c ln E_ref exp(score / c).
-            value_P = coefficient * ((score_PG / coefficient).logsumexp(1) - math.log(score_PG.shape[1]))
-            return single(moved_N, score_N - value_P.to(moved_N.device)[prompt_N])
-        if self.config.labels == "listwise":
-            return listwise(moved_N / coefficient, score_N / coefficient, prompt_N)
-        return regression(moved_N, score_N, pairs.pairs.to(moved_N.device))
+        value_P = coefficient * ((score_PG / coefficient).logsumexp(1) - math.log(score_PG.shape[1]))
+        return value_P[torch.tensor(pairs.prompt)]
 
 
 def share_of(labels: str, part: Pairs, whole: Pairs) -> float:

@@ -19,7 +19,7 @@ from engine.policy.preference_loss import PreferenceLoss, parts, rows_by_prompt,
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Step, Update, take_steps
 from engine.policy.weights import Weights
-from engine.records import Pairs, ScoredTarget
+from engine.records import Pairs, Score, ScoredTarget
 from engine.run.rows import AscentStepRow, PairStepRow
 from kernels import lagrangian_policy_loss
 
@@ -64,11 +64,12 @@ def fit(
     return take_steps(update, PairStepRow, step_of)
 
 
-def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
+def ascend(update: Update, samples: Samples, score: Score) -> Policy:
     """Takes `config.steps` clipped policy-gradient steps on samples of the policy
     itself, of a config with --clip.
 
-    The advantage of a response is its score, float64 [P, G], minus the mean score of its prompt's other ones.
+    beta x log-ratio to the reference is taken off the score; `config.advantage` says how a response's score
+    is compared with those of its prompt's others.
 
     Raises: NonFiniteError with the batch saved in the run folder.
     """
@@ -83,19 +84,21 @@ def ascend(update: Update, samples: Samples, score_PG: Tensor) -> Policy:
         for batch in packing.batches(groups, config.tokens_per_forward, packing.WHOLE):
             packed = packing.pack(batch, model.device)
             row = torch.tensor([r for g in batch for r in g.rows])
-            score = score_PG.reshape(-1)[row].to(model.device)
             found = lagrangian_policy_loss(
                 *policy_states(config, model, samples.lower, batch, packed, update.weights),
                 packed.target_T,
                 packed.cu_seqlens,
-                (row // n).to(model.device),
-                score,
-                score.new_zeros(len(row), 0),
-                score.new_zeros(0),
+                row // n,
+                *score.at(row),
                 old_logprob=torch.cat([rollouts.model_logprob[r, : int(length[r])] for r in row.tolist()]).to(
                     model.device
                 ),
+                ref_logprob=samples.scores.ref_logprob_PG.reshape(-1)[row],
                 clip=(config.clip, config.clip),
+                kl_coef=config.beta,
+                kl="score",
+                advantage=config.advantage,
+                normalize="token",
                 temperature=config.temperature,
                 softcap=model.config.logit_softcap,
                 memory_budget_bytes=config.memory_budget_bytes,

@@ -25,7 +25,7 @@ from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
 from engine.policy.weights import new_adapter
-from engine.records import ScaledScores, ScoredTarget, Scores, Units
+from engine.records import ScaledScores, Score, ScoredTarget, Scores, Units
 from engine.run.committed import Committed
 from engine.run.rows import PreferenceRow
 from engine.run.run import Stage
@@ -163,7 +163,7 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
     seed = int(combine(config.seed, keys.preference(number)))
     labels = config.labels if config.labels == "sampled-once" else "sampled"
     settings = replace(config, steps=config.preference_steps, labels=labels, seed=seed)
-    target = ScoredTarget(score_PG=label_PG, coefficient=config.beta)
+    target = ScoredTarget(score=Score.plain(label_PG), coefficient=config.beta)
 
     def compute(stage: Stage) -> Policy:
         step = Update(stage=stage, config=settings, model=job.model, weights=adapter, start=None, iteration=0)

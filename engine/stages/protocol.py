@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from engine.dual.solver import Solution
-from engine.records import Rule, Target
+from engine.records import ScoreRule, Target
 from engine.verdict.evaluation import Evaluation
 
 Iterate = Any
@@ -72,9 +72,9 @@ class Stages(Protocol):
     def fit(self, target: Target, iteration: int) -> Iterate:
         """Returns iterate `iteration`: the target fitted on pairs of responses (Algorithm 2, step 4)."""
 
-    def ascend(self, start: Iterate | None, lam_J: Tensor, score: Rule, iteration: int) -> Iterate:
+    def ascend(self, start: Iterate | None, lam_J: Tensor, score: ScoreRule, iteration: int) -> Iterate:
         """Returns iterate `iteration`: policy-gradient steps from `start` on fresh samples of the policy,
-        scored by the rule less beta x log-ratio."""
+        scored by the rule less beta x log-ratio, with advantages as the config says."""
 
     def adopt(self, policy: Iterate, lam_J: Tensor, iteration: int) -> Iterate:
         """Makes a policy that exists already iterate `iteration` too, without a step."""

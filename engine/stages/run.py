@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, new_weights
-from engine.records import Rule, Target
+from engine.records import ScoreRule, Target
 from engine.run import outputs
 from engine.stages import preference, slack
 from engine.stages.job import Job, open_job
@@ -67,7 +67,7 @@ class RunStages:
     def fit(self, target: Target, iteration: int) -> Policy:
         return self.updates.fit(target, iteration)
 
-    def ascend(self, start: Policy | None, lam_J: Tensor, score: Rule, iteration: int) -> Policy:
+    def ascend(self, start: Policy | None, lam_J: Tensor, score: ScoreRule, iteration: int) -> Policy:
         return self.updates.ascend(start, lam_J, score, iteration)
 
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:

@@ -20,7 +20,7 @@ from engine.policy.iterates import files_of, save_weights
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
 from engine.policy.weights import Weights, copy_of
-from engine.records import Rule, Target
+from engine.records import ScoreRule, Target
 from engine.run import outputs
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
@@ -90,19 +90,22 @@ class Updates:
 
         return self._iterate(target.start, target.lam_J, iteration, compute, tilt_kl)
 
-    def ascend(self, start: Policy | None, lam_J: Tensor, rule: Rule, iteration: int) -> Policy:
+    def ascend(self, start: Policy | None, lam_J: Tensor, rule: ScoreRule, iteration: int) -> Policy:
         """Takes policy-gradient steps on fresh samples of the policy, scored
         by the rule less beta x log-ratio."""
         reference, config = self.reference, self.job.config
-        missing_PJ = reference.missing(reference.scores.utility_PGJ, range(len(reference.prompts)))
-        tilt_kl = dual.tilt_kl(rule(reference.scored(reference.samples, missing_PJ)), config.beta)
+        tilt_kl = None
+        # With group_norm the optimum moves with the policy, whose own deviations are the units.
+        if config.advantage == "rloo":
+            missing_PJ = reference.missing(reference.scores.utility_PGJ, range(len(reference.prompts)))
+            asked = rule(reference.scored(reference.samples, missing_PJ))
+            tilt_kl = dual.tilt_kl(asked.total_PG, config.beta)
         chosen = deal_prompts(config, reference.prompts, iteration)[0][: config.ascent_prompts]
 
         def compute(stage: Stage) -> Policy:
             samples = self._fresh(stage, chosen, iteration)
             scored = reference.scored(samples, reference.missing(samples.scaled.utility_PGJ, chosen))
-            score_PG = rule(scored) - config.beta * samples.kl_PG
-            return update.ascend(self._update(stage, start, iteration), samples, score_PG)
+            return update.ascend(self._update(stage, start, iteration), samples, rule(scored))
 
         return self._iterate(start, lam_J, iteration, compute, tilt_kl)
 

@@ -54,6 +54,13 @@ def check_row_values(rows: Rows, head: Head, debug: bool) -> None:
     if readable(target, debug):
         inside = (target >= 0) & (target < vocabulary)
         check_values("target", target, inside, f"a token id in [0, {vocabulary})")
+    check_offset_values(cu_seqlens, count, debug)
+    if rows.token_weight is not None:
+        check_finite("token_weight", rows.token_weight, debug)
+
+
+def check_offset_values(cu_seqlens: Tensor, count: int, debug: bool) -> None:
+    """Checks that sequences begin at 0, end at `count` and do not overlap."""
     if readable(cu_seqlens, debug):
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != count:
             first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
@@ -62,8 +69,6 @@ def check_row_values(rows: Rows, head: Head, debug: bool) -> None:
         grows = torch.ones_like(cu_seqlens, dtype=torch.bool)
         grows[1:] = cu_seqlens[1:] >= cu_seqlens[:-1]
         check_values("cu_seqlens", cu_seqlens, grows, "a value not below the one before it")
-    if rows.token_weight is not None:
-        check_finite("token_weight", rows.token_weight, debug)
 
 
 def check_preference(
@@ -74,15 +79,26 @@ def check_preference(
     check_tensor("pairs", pairs, (None, 2), INTEGERS, places)
     check_tensor("ref_logprob", ref_logprob, (rows.sequences,), FLOATS, places)
     check_positive("beta", beta)
-    kind, preference, uniform, generator = labels
-    if kind not in ("soft", "sampled", "given"):
-        raise ValueError(f"labels = {kind!r}: expected 'soft', 'sampled' or 'given'")
+    kind, preference, uniform, value, group, generator = labels
+    kinds = ("soft", "sampled", "given", "regression", "single", "listwise")
+    if kind not in kinds:
+        raise ValueError(f"labels = {kind!r}: expected {', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}")
+    for name, argument, owner in (
+        ("preference", preference, "given"),
+        ("value", value, "single"),
+        ("group", group, "listwise"),
+    ):
+        if argument is not None and kind != owner:
+            cure = f"pass labels={owner!r} or leave it out"
+            raise ValueError(f"{name} is given with labels = {kind!r}: {cure}")
     if kind == "given":
         check_tensor("preference", preference, (pairs.shape[0],), FLOATS, places)
         return
-    if preference is not None:
-        raise ValueError(f"preference is given with labels = {kind!r}: pass labels='given' or leave it out")
     _check_scores(rows.sequences, scores, places)
+    if kind == "single":
+        check_tensor("value", value, (rows.sequences,), FLOATS, places)
+    if kind == "listwise":
+        check_tensor("group", group, (rows.sequences,), INTEGERS, places)
     if kind == "sampled":
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"generator = {generator!r}: expected a torch.Generator")
@@ -101,7 +117,7 @@ def _check_scores(sequences: int, scores: Scores, places: tuple[torch.device, ..
 def check_preference_values(
     pairs: Tensor, scores: Scores, ref_logprob: Tensor, labels: Labels, debug: bool
 ) -> None:
-    """Checks the values that `check_preference` leaves."""
+    """Checks the values that `check_preference` leaves. A group may be any integer."""
     sequences = len(ref_logprob)
     if readable(pairs, debug):
         inside = (pairs >= 0) & (pairs < sequences)
@@ -113,8 +129,10 @@ def check_preference_values(
             inside = (preference >= 0) & (preference <= 1)
             check_values("preference", preference, inside, "a probability in [0, 1]")
         return
-    for name, value in scores._asdict().items():
-        check_finite(name, value, debug)
+    for name, number in scores._asdict().items():
+        check_finite(name, number, debug)
+    if labels.value is not None:
+        check_finite("value", labels.value, debug)
     if uniform is not None and readable(uniform, debug):
         check_values("uniform", uniform, (uniform >= 0) & (uniform <= 1), "a number in [0, 1]")
 
@@ -124,11 +142,15 @@ def check_policy(rows: Rows, group: Tensor, scores: Scores, policy: Policy, adva
     places = (rows.hidden.device, torch.device("cpu"))
     check_tensor("group", group, (rows.sequences,), INTEGERS, places)
     _check_scores(rows.sequences, scores, places)
-    for name, value in (("old_logprob", policy.old_logprob), ("ref_logprob", policy.ref_logprob)):
+    length = rows.sequences if policy.kl == "score" else rows.hidden.shape[0]
+    for name, value, size in (
+        ("old_logprob", policy.old_logprob, rows.hidden.shape[0]),
+        ("ref_logprob", policy.ref_logprob, length),
+    ):
         if value is not None:
-            check_tensor(name, value, (rows.hidden.shape[0],), FLOATS, places)
+            check_tensor(name, value, (size,), FLOATS, places)
     for name, value, accepted in (
-        ("kl", policy.kl, ("k2", "k3")),
+        ("kl", policy.kl, ("k2", "k3", "score")),
         ("advantage", advantage, ("rloo", "group_norm")),
         ("normalize", policy.normalize, ("token", "sequence")),
     ):
@@ -138,8 +160,11 @@ def check_policy(rows: Rows, group: Tensor, scores: Scores, policy: Policy, adva
     if not isinstance(kl_coef, Real) or isinstance(kl_coef, bool) or not 0 <= kl_coef < math.inf:
         raise ValueError(f"kl_coef = {kl_coef!r}: expected a finite number of at least 0")
     if kl_coef and policy.ref_logprob is None:
-        cure = "pass the reference's log-probs [T], or kl_coef = 0"
+        cure = f"pass the reference's log-probs [{'N' if policy.kl == 'score' else 'T'}], or kl_coef = 0"
         raise ValueError(f"kl_coef = {kl_coef} with ref_logprob = None: {cure}")
+    if policy.kl == "score" and policy.ref_logprob is not None and policy.old_logprob is None:
+        cure = "pass the log-probs [T] under the policy that sampled"
+        raise ValueError(f"kl = 'score' with old_logprob = None: {cure}")
     if clip is not None and not _is_clip(clip):
         wanted = "(low, high) with low in [0, 1] and high at least 0"
         raise ValueError(f"clip = {clip!r}: expected {wanted}")

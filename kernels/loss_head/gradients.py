@@ -12,11 +12,11 @@ class Gradients:
     rows where it is 0 add nothing.
 
     In float16 small factors would be lost, so there the head's gradient is added up
-    relative to their size `unit`.
+    relative to their size `unit`, which other dtypes do not need.
     """
 
     def __init__(
-        self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: Needs, unit: Tensor | float
+        self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: Needs, unit: Tensor | float | None
     ) -> None:
         dtype = statistics_dtype(hidden.dtype)
         self.work, self.hidden, self.dtype = work, hidden, dtype
@@ -36,8 +36,8 @@ class Gradients:
         self.started = True
 
     def add_opposite(self, part: slice, kept: Kept, row_factor: Tensor) -> None:
-        """Adds rows of two sequences of scheme E, whose -a is known only up to its sign, as the second one's
-        is the negative of the first one's.
+        """Adds rows of a sequence or two of scheme E, whose -a is known only up to its sign, as the second
+        one's is the negative of the first one's.
         """
         if self.open is None:
             apart = self.started and self.d_weight is not None
@@ -48,7 +48,7 @@ class Gradients:
         self.open = d_weight, d_bias, False
 
     def end_opposite(self, parts: list[slice], factor: Tensor) -> None:
-        """Ends scheme E for two sequences, whose rows are all added; factor: the first one's -a."""
+        """Ends scheme E for sequences whose rows are all added; factor: the first one's -a."""
         for part in parts if self.d_hidden is not None else []:
             self.d_hidden[part] = (self.d_hidden[part] * factor).to(self.d_hidden.dtype)
         relative = factor if self.unit is None else factor / self.unit

@@ -13,9 +13,10 @@ from kernels.loss_head.ops import (
     preference_terms_op,
     sequence_logprob_op,
 )
-from kernels.loss_head.records import Head, Labels, Needs, Policy, Rows, Scores
+from kernels.loss_head.policy import PolicyLoss
+from kernels.loss_head.preference import UNBOUNDED, PreferenceLoss, draw_uniform
+from kernels.loss_head.records import Aims, Head, Labels, Needs, Policy, Rows, Scores
 from kernels.loss_head.schemes import budget_or_default, plan, row_workspace
-from kernels.loss_head.terms import PolicyLoss, PreferenceLoss, draw_uniform
 
 
 def lagrangian_preference_loss(
@@ -34,6 +35,8 @@ def lagrangian_preference_loss(
     preference: Tensor | None = None,
     uniform: Tensor | None = None,
     generator: torch.Generator | None = None,
+    value: Tensor | None = None,
+    group: Tensor | None = None,
     token_weight: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -41,53 +44,66 @@ def lagrangian_preference_loss(
     memory_budget_bytes: int | None = None,
     debug: bool = False,
 ) -> PreferenceLoss:
-    """Returns the preference loss of pairs whose labels come from the Lagrangian score
-    s = reward + utility @ lam.
+    """Returns the loss that fits log-ratios to the Lagrangian score s = reward + utility @ lam.
 
-    margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`;
-    loss = mean_k of the binary cross-entropy of sigmoid(margin_k) against q_k;
-    0 with zero gradients where there is no pair.
+    margin_k = beta * ((L_a - ref_a) - (L_b - ref_b)) for (a, b) = pairs[k], L = `sequence_logprob`.
+    By labels the loss is
+
+    - "soft", "sampled", "given": mean_k of the binary cross-entropy of sigmoid(margin_k) against q_k
+    - "regression": mean_k of (margin_k - (s_a - s_b))^2 / 2
+    - "single": mean over all sequences of (beta * (L_n - ref_n) - (s_n - value_n))^2 / 2
+    - "listwise": mean over groups of the cross-entropy of softmax(s / beta) and softmax(L - ref)
+
+    and 0 with zero gradients where there is nothing to take a mean of.
 
     - hidden, weight, target, cu_seqlens, token_weight, bias, temperature, softcap, memory_budget_bytes,
       debug: as in `sequence_logprob`.
-    - pairs [K, 2], int32 or int64: sequence numbers; a sequence may be in several pairs or in none.
+    - pairs [K, 2], int32 or int64: sequence numbers; a sequence may be in several pairs or in none. With
+      "single" and "listwise" only margin, preference and accuracy come from them, and there may be none.
     - reward [N], utility [N, J], lam [J], ref_logprob [N] (same weights and temperature): any float dtype, on
       the CPU or hidden's device, no gradients.
-    - labels "soft": q = sigmoid(s_a - s_b). "sampled": q = 1 if u < sigmoid(s_a - s_b) else 0,
-      with u = uniform [K], or drawn from generator. "given": q = preference [K] in [0, 1];
-      reward, utility and lam may be None.
+    - labels: q = sigmoid(s_a - s_b), but with "sampled" q = 1 if u < sigmoid(s_a - s_b) else 0, with u =
+      uniform [K] or drawn from generator, and with "given" q = preference [K] in [0, 1], where reward,
+      utility and lam may be None.
+    - value [N], with "single": stands for V(x) of a sequence's prompt (DRO, arXiv 2405.19107), for example
+      beta * ln E_ref exp(s / beta); any float dtype, no gradient.
+    - group [N], int32 or int64, with "listwise": sequences of one prompt have one number.
 
-    cu_seqlens and pairs on the CPU let chunks hold whole pairs, which is faster in a small budget; to capture
-    the call in a CUDA graph give both on the GPU. `torch.compile` takes uniform, not generator.
+    cu_seqlens, pairs and group on the CPU let chunks hold whole pairs and groups, which is faster in a small
+    budget; to capture the call in a CUDA graph give them on the GPU. `torch.compile` takes uniform, not
+    generator.
 
     Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N],
     `.margin` [K], `.preference` [K] (q) and `.accuracy`: the share of pairs with (margin > 0) == (q > 1/2),
     ties counting 1/2, NaN without pairs. Raises ValueError for arguments that cannot be used.
     """
     rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
-    scores, how = Scores(reward, utility, lam), Labels(labels, preference, uniform, generator)
+    scores = Scores(reward, utility, lam)
+    how = Labels(labels, preference, uniform, value, group, generator)
     check_rows(rows, head, memory_budget_bytes)
     check_preference(rows, pairs, scores, ref_logprob, beta, how)
     how = draw_uniform(how, pairs)
     with torch.no_grad():
-        q = preference_labels_op(hidden, pairs, *scores, ref_logprob, labels, preference, how.uniform, debug)
+        q, goal = preference_labels_op(hidden, pairs, *scores, ref_logprob, *how[:-1], float(beta), debug)
+    aims = Aims(labels, pairs, q, goal, group, ref_logprob, float(beta))
     temperature, budget = float(temperature), budget_or_default(memory_budget_bytes, hidden.device)
     needs = Needs(needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias))
     arguments = hidden, weight, bias, target, token_weight, cu_seqlens
     options = temperature, softcap, budget
     planned = plan(row_workspace(hidden), hidden, head, budget, needs.hidden, needs.head)
     if needs.head:
-        on_cpu = cu_seqlens.device.type == pairs.device.type == "cpu"
-        in_forward_pass = planned.kept < hidden.shape[0] and on_cpu
+        on_cpu = all(x is None or x.device.type == "cpu" for x in (cu_seqlens, pairs, group))
+        # In float16 the head's gradient is added up relative to the size of coefficients, which must be known
+        # or bounded.
+        sized = hidden.dtype != torch.float16 or labels not in UNBOUNDED
+        in_forward_pass = planned.kept < hidden.shape[0] and on_cpu and sized
     else:
         in_forward_pass = needs.hidden and planned.kind == "values"
     if in_forward_pass:
-        loss, logprob, margin, accuracy, *_ = preference_pass_op(
-            *arguments, pairs, q, ref_logprob, float(beta), *options, *needs, debug
-        )
+        loss, logprob, margin, accuracy, *_ = preference_pass_op(*arguments, *aims, *options, *needs, debug)
     else:
         logprob, *_ = sequence_logprob_op(*arguments, *options, needs.hidden, needs.head, debug)
-        loss, margin, accuracy, _ = preference_terms_op(logprob, pairs, q, ref_logprob, float(beta))
+        loss, margin, accuracy, _ = preference_terms_op(logprob, *aims)
     return PreferenceLoss(loss, logprob.detach(), margin, q, accuracy)
 
 
@@ -128,17 +144,20 @@ def lagrangian_policy_loss(
     - old_logprob [T]: log-probs under the policy that sampled; None takes the present ones (rho = 1).
       clip = (low, high) or None.
     - ref_logprob [T]: with d = ref_logprob - log p the KL term is d^2 / 2 (kl="k2") or exp(d) - d - 1 ("k3");
-      needed with kl_coef > 0.
+      needed with kl_coef > 0. Both see the KL of each token alone. kl="score" has no term and takes
+      ref_logprob [N] and old_logprob: kl_coef * (sum of old_logprob - ref_logprob_n) is taken off s_n, whose
+      gradient at the policy that sampled is that of the KL of whole sequences.
     - advantage "rloo": A_n = s_n - mean of the others in its group (Ahmadian et al. 2024). "group_norm": A_n
       = Z(reward) + sum_j lam_j Z(utility_j), Z = (x - group mean) / population standard deviation of the
-      group, 0 where that is 0 (Shao et al. 2024, each part standardised first). A group of one gives 0.
+      group, 0 where that is 0 (Shao et al. 2024, each part standardised first); what kl="score" takes off
+      counts there less its group mean. A group of one gives 0.
     - normalize "token": mean over all tokens; "sequence": mean over sequences of per-sequence means, an empty
       one counting 0. Means are weighted by token_weight.
 
     Returns `.loss`, differentiable once in hidden, weight and bias, and without gradients `.logprob` [N] (as
-    `sequence_logprob`), `.token_logprob` [T], `.advantage` [N] (float64), `.kl` (mean KL term in nats, NaN
-    without ref_logprob) and `.clip_fraction` (share of tokens that the clip cuts off). Raises ValueError for
-    arguments that cannot be used.
+    `sequence_logprob`), `.token_logprob` [T], `.advantage` [N] (float64), `.kl` (mean KL term in nats a
+    token; with kl="score" mean log-ratio in nats a sequence; NaN without ref_logprob) and `.clip_fraction`
+    (share of tokens that the clip cuts off). Raises ValueError for arguments that cannot be used.
     """
     rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
     scores = Scores(reward, utility, lam)
@@ -146,7 +165,11 @@ def lagrangian_policy_loss(
     check_rows(rows, head, memory_budget_bytes)
     check_policy(rows, group, scores, policy, advantage)
     with torch.no_grad():
-        advantage_N = group_advantage_op(hidden, group, *scores, old_logprob, ref_logprob, advantage, debug)
+        options = float(kl_coef), kl, advantage, debug
+        advantage_N, nats = group_advantage_op(
+            hidden, token_weight, cu_seqlens, group, *scores, old_logprob, ref_logprob, *options
+        )
+    in_score = kl == "score"
     low, high = (None, None) if clip is None else map(float, clip)
     loss, logprob, token, divergence, clipped, *_ = policy_pass_op(
         hidden,
@@ -157,10 +180,10 @@ def lagrangian_policy_loss(
         cu_seqlens,
         advantage_N,
         old_logprob,
-        ref_logprob,
+        None if in_score else ref_logprob,
         low,
         high,
-        float(kl_coef),
+        0.0 if in_score else float(kl_coef),
         kl,
         normalize,
         float(temperature),
@@ -171,4 +194,5 @@ def lagrangian_policy_loss(
         needs_gradient(bias),
         debug,
     )
+    divergence = nats.to(loss.dtype) if in_score else divergence
     return PolicyLoss(loss, logprob, token, advantage_N, divergence, clipped)

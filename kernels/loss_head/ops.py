@@ -10,7 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.loss_head.checks import check_policy_values, check_preference_values, check_row_values
+from kernels.loss_head.checks import (
+    check_offset_values,
+    check_policy_values,
+    check_preference_values,
+    check_row_values,
+)
 from kernels.loss_head.passes import (
     empty_values,
     policy_pass,
@@ -18,18 +23,19 @@ from kernels.loss_head.passes import (
     sequence_logprob_backward,
     sequence_logprob_pass,
 )
+from kernels.loss_head.policy import group_advantage, sequence_log_ratio
+from kernels.loss_head.preference import GOALS, preference_labels, preference_terms
 from kernels.loss_head.records import (
+    Aims,
     Head,
     Labels,
     Needs,
-    Pairs,
     Policy,
     Rows,
     Scores,
     statistics_dtype,
 )
 from kernels.loss_head.schemes import plan, row_workspace
-from kernels.loss_head.terms import group_advantage, preference_labels, preference_terms
 
 _ONCE = (
     "sequence_logprob and the losses on it have first derivatives only, so their gradients cannot be "
@@ -191,29 +197,41 @@ def _preference_labels(
     labels: str,
     preference: Tensor | None,
     uniform: Tensor | None,
+    value: Tensor | None,
+    group: Tensor | None,
+    beta: float,
     debug: bool,
-) -> Tensor:
-    scores, how = Scores(reward, utility, lam), Labels(labels, preference, uniform)
+) -> tuple[Tensor, Tensor]:
+    scores, how = Scores(reward, utility, lam), Labels(labels, preference, uniform, value, group)
     check_preference_values(pairs, scores, ref_logprob, how, debug)
-    q = preference_labels(pairs, scores, how, hidden.device, statistics_dtype(hidden.dtype))
+    q, goal = preference_labels(pairs, scores, how, beta, hidden.device, statistics_dtype(hidden.dtype))
     # An op must not hand back one of its arguments.
-    return q.clone() if labels == "given" else q
+    return q.clone() if labels == "given" else q, goal
 
 
-def _preference_labels_shapes(hidden, pairs, *rest):
-    return hidden.new_empty(pairs.shape[0], dtype=statistics_dtype(hidden.dtype))
+def _preference_labels_shapes(hidden, pairs, reward, utility, lam, ref_logprob, labels, *rest):
+    length = pairs.shape[0] if labels == "regression" else ref_logprob.shape[0]
+    q = hidden.new_empty(pairs.shape[0], dtype=statistics_dtype(hidden.dtype))
+    return q, q.new_empty(length if labels in GOALS else 0, dtype=torch.float64)
 
 
 preference_labels_op = _register("preference_labels", _preference_labels, _preference_labels_shapes)
 
 
 def _preference_terms(
-    logprob: Tensor, pairs: Tensor, q: Tensor, ref_logprob: Tensor, beta: float
+    logprob: Tensor,
+    labels: str,
+    pairs: Tensor,
+    q: Tensor,
+    goal: Tensor,
+    group: Tensor | None,
+    ref_logprob: Tensor,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return preference_terms(logprob, Pairs(pairs, q, ref_logprob, beta))
+    return preference_terms(logprob, Aims(labels, pairs, q, goal, group, ref_logprob, beta))
 
 
-def _preference_terms_shapes(logprob, pairs, q, ref_logprob, beta):
+def _preference_terms_shapes(logprob, labels, pairs, *rest):
     margin = logprob.new_empty(pairs.shape[0])
     return logprob.new_empty(()), margin, logprob.new_empty(()), torch.empty_like(logprob)
 
@@ -230,10 +248,10 @@ def _save_coefficient(ctx, inputs, output) -> None:
 def _scale_coefficient(ctx, d_loss, *rest):
     logprob, coefficient = ctx.saved_tensors
     if d_loss is None:
-        return (None,) * 5
+        return (None,) * 8
     with torch.no_grad():
         gradient = coefficient * d_loss
-    return *_first_order_only([gradient], d_loss, logprob), *(None,) * 4
+    return *_first_order_only([gradient], d_loss, logprob), *(None,) * 7
 
 
 preference_terms_op.register_autograd(_scale_coefficient, setup_context=_save_coefficient)
@@ -246,8 +264,11 @@ def _preference_pass(
     target: Tensor,
     token_weight: Tensor | None,
     cu_seqlens: Tensor,
+    labels: str,
     pairs: Tensor,
     q: Tensor,
+    goal: Tensor,
+    group: Tensor | None,
     ref_logprob: Tensor,
     beta: float,
     temperature: float,
@@ -261,10 +282,11 @@ def _preference_pass(
     rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
     check_row_values(rows, head, debug)
     needs = Needs(needs_hidden, needs_weight, needs_bias)
-    return preference_pass(rows, head, Pairs(pairs, q, ref_logprob, beta), budget, needs)
+    aims = Aims(labels, pairs, q, goal, group, ref_logprob, beta)
+    return preference_pass(rows, head, aims, budget, needs)
 
 
-def _preference_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqlens, pairs, *rest):
+def _preference_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqlens, labels, pairs, *rest):
     dtype = statistics_dtype(hidden.dtype)
     loss, accuracy = (hidden.new_empty((), dtype=dtype) for _ in range(2))
     logprob = hidden.new_empty(cu_seqlens.shape[0] - 1, dtype=dtype)
@@ -280,22 +302,31 @@ preference_pass_op = _register("preference_pass", _preference_pass, _preference_
 
 def _group_advantage(
     hidden: Tensor,
+    token_weight: Tensor | None,
+    cu_seqlens: Tensor,
     group: Tensor,
     reward: Tensor,
     utility: Tensor,
     lam: Tensor,
     old_logprob: Tensor | None,
     ref_logprob: Tensor | None,
+    kl_coef: float,
+    kl: str,
     advantage: str,
     debug: bool,
-) -> Tensor:
-    scores = Scores(reward, utility, lam)
+) -> tuple[Tensor, Tensor]:
+    scores, device = Scores(reward, utility, lam), hidden.device
     check_policy_values(scores, old_logprob, ref_logprob, debug)
-    return group_advantage(group, scores, advantage, hidden.device)
+    if kl != "score" or ref_logprob is None:
+        nats = torch.full((), torch.nan, dtype=torch.float64, device=device)
+        return group_advantage(group, scores, advantage, None, device), nats
+    check_offset_values(cu_seqlens, hidden.shape[0], debug)
+    log_ratio = sequence_log_ratio(old_logprob, ref_logprob, token_weight, cu_seqlens, device)
+    return group_advantage(group, scores, advantage, kl_coef * log_ratio, device), log_ratio.mean()
 
 
-def _group_advantage_shapes(hidden, group, *rest):
-    return hidden.new_empty(group.shape[0], dtype=torch.float64)
+def _group_advantage_shapes(hidden, token_weight, cu_seqlens, group, *rest):
+    return hidden.new_empty(group.shape[0], dtype=torch.float64), hidden.new_empty((), dtype=torch.float64)
 
 
 group_advantage_op = _register("group_advantage", _group_advantage, _group_advantage_shapes)

@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from kernels.loss_head.gradients import Gradients, scale_rows
-from kernels.loss_head.records import Head, Needs, Pairs, Policy, Rows, statistics_dtype
+from kernels.loss_head.policy import policy_terms, row_shares
+from kernels.loss_head.preference import (
+    aims_on_device,
+    largest_coefficient,
+    order_of,
+    preference_coefficient,
+    preference_links,
+    preference_terms,
+)
+from kernels.loss_head.records import Aims, Head, Needs, Policy, Rows, statistics_dtype
 from kernels.loss_head.rows import Kept, TorchRows, chunks
 from kernels.loss_head.schemes import (
     VECTOR_BYTES_PER_ROW,
@@ -19,16 +28,7 @@ from kernels.loss_head.schemes import (
     rows_that_fit,
     sizes_of_chunk,
 )
-from kernels.loss_head.terms import (
-    ends_by_sequence,
-    pairs_on_device,
-    policy_terms,
-    preference_coefficient,
-    preference_terms,
-    row_coefficients,
-    row_shares,
-    sequence_sum,
-)
+from kernels.loss_head.terms import row_coefficients, sequence_sum
 
 # sequence_logprob forms values, and later gradients for the coefficients that come then.
 
@@ -108,18 +108,18 @@ def sequence_logprob_backward(
     return total.result(head)
 
 
-# The preference loss with the head's gradient goes by chunks of whole pairs.
+# The preference loss with the head's gradient goes by chunks of whole pairs or groups.
 
 
 def preference_pass(
-    rows: Rows, head: Head, pairs: Pairs, budget: int, needs: Needs
+    rows: Rows, head: Head, aims: Aims, budget: int, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, logprob [N], margin [K], accuracy and d loss / d hidden, weight and bias.
 
-    cu_seqlens and pairs are on the CPU, unless the head is frozen.
+    cu_seqlens, pairs and group are on the CPU, unless the head is frozen.
     """
     if not needs.head:
-        return _frozen_preference_pass(rows, head, pairs, budget)
+        return _frozen_preference_pass(rows, head, aims, budget)
     hidden, target = rows.hidden, rows.target
     device, dtype, workspace = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden)
     starts = rows.cu_seqlens.tolist()
@@ -130,26 +130,27 @@ def preference_pass(
     fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * len(hidden)
     per_row = sizes.row + sizes.scratch + gathered
     chunk = rows_that_fit(budget, fixed, per_row, len(hidden))
-    parts = parts_of(pairs.index.tolist(), lengths, chunk)
+    links = preference_links(aims)
+    parts = parts_of(links, lengths, chunk)
     accumulator = dtype.itemsize * head.weight.numel()
     several = sum(part.opposite for part in parts) > 1
     if several and needs.weight and fixed + accumulator + (chunk // 2 + 1) * per_row <= budget:
         chunk = rows_that_fit(budget - accumulator, fixed, per_row, len(hidden))
-        parts = parts_of(pairs.index.tolist(), lengths, chunk)
+        parts = parts_of(links, lengths, chunk)
         several = False
     longest = max((sum(lengths[n] for n in part.sequences) for part in parts), default=0)
     chunk = max(1, min(chunk, longest))
     sizes = sizes_of_chunk(workspace, sizes, head, chunk, budget, kind)
     work = workspace(head, sizes, chunk, kind)
     buffer = work.new_z(head.weight, chunk)
-    total = Gradients(work, hidden, head.bias, needs, pairs.beta / max(1, len(pairs.index)))
+    total = Gradients(work, hidden, head.bias, needs, largest_coefficient(aims))
     token = torch.empty(len(hidden), dtype=dtype, device=device)
     logprob = torch.zeros(len(lengths), dtype=dtype, device=device)
     row_weight = torch.ones(len(hidden), dtype=dtype, device=device)
     if rows.token_weight is not None:
         row_weight = rows.token_weight.to(device, dtype, non_blocking=True)
-    here = pairs_on_device(pairs, device, dtype)
-    ends = ends_by_sequence(here.index, len(lengths))
+    here = aims_on_device(aims, device)
+    by = order_of(here, len(lengths))
 
     def forward(at: slice | Tensor) -> Kept:
         h, y = hidden[at], target[at]
@@ -164,18 +165,20 @@ def preference_pass(
         index = torch.tensor(part.sequences).to(device, non_blocking=True)
         offsets = torch.tensor([0, *(lengths[n] for n in part.sequences)]).cumsum(0)
         logprob.index_copy_(0, index, sequence_sum(token[at], row_weight[at], offsets))
-        a = -preference_coefficient(logprob, here, ends)[index]
+        a = -preference_coefficient(logprob, here, by)[index]
         return a, row_coefficients(a, offsets, row_weight[at], int(offsets[-1]))
 
     for part in parts:
         at = rows_of(part.sequences, starts, lengths, device)
         size = sum(lengths[n] for n in part.sequences)
         pieces = list(chunks(0, size, chunk))
+        if size == 0:
+            continue  # empty sequences: their log-prob is 0, and they have no rows
         if part.used and size <= chunk:
             kept = forward(at)
             total.add(at, kept, coefficients(part, at)[1])
         elif part.opposite and not (several and total.started):
-            for n, sign in zip(part.sequences, (1, -1), strict=True):
+            for n, sign in zip(part.sequences, (1, -1), strict=False):
                 for piece in chunks(starts[n], starts[n + 1], chunk):
                     total.add_opposite(piece, forward(piece), sign * row_weight[piece])
             a = coefficients(part, at)[0]
@@ -191,12 +194,12 @@ def preference_pass(
             for piece in pieces:
                 some = piece_of(at, piece)
                 total.add(some, forward(some), factor[piece])
-    loss, margin, accuracy, _ = preference_terms(logprob, pairs)
+    loss, margin, accuracy, _ = preference_terms(logprob, aims)
     return loss, logprob, margin, accuracy, *total.result(head)
 
 
 def _frozen_preference_pass(
-    rows: Rows, head: Head, pairs: Pairs, budget: int
+    rows: Rows, head: Head, aims: Aims, budget: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Does the preference pass for a frozen head: J W stands where the gradient, its scaled rows, will be."""
     hidden, target, token_weight, cu_seqlens = rows
@@ -210,7 +213,7 @@ def _frozen_preference_pass(
     for part in chunks(0, count, chunk):
         token[part] = work.product(hidden[part], target[part], d_hidden[part])
     logprob = sequence_sum(token, token_weight, cu_seqlens)
-    loss, margin, accuracy, coefficient = preference_terms(logprob, pairs)
+    loss, margin, accuracy, coefficient = preference_terms(logprob, aims)
     scale_rows(d_hidden, -row_coefficients(coefficient, cu_seqlens, token_weight, count), d_hidden)
     return loss, logprob, margin, accuracy, d_hidden, hidden.new_empty(0), hidden.new_empty(0)
 

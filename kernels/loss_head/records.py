@@ -49,19 +49,26 @@ class Scores(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Says where the labels of pairs come from."""
+    """Says in which form a preference loss takes the scores; see `kernels.lagrangian_preference_loss`."""
 
-    kind: str  # "soft", "sampled" or "given"
-    preference: Tensor | None  # [K], with "given"
-    uniform: Tensor | None  # [K], with "sampled"
+    kind: str
+    preference: Tensor | None = None  # [K], with "given"
+    uniform: Tensor | None = None  # [K], with "sampled"
+    value: Tensor | None = None  # [N], with "single"
+    group: Tensor | None = None  # [N], with "listwise"
     generator: torch.Generator | None = None  # draws `uniform` where there is none
 
 
-class Pairs(NamedTuple):
+class Aims(NamedTuple):
     """Says what a preference loss asks of its log-probs."""
 
-    index: Tensor  # [K, 2]: sequence numbers
-    q: Tensor  # [K]: labels
+    labels: str  # the kind of `Labels`
+    pairs: Tensor  # [K, 2]: sequence numbers
+    q: Tensor  # [K]: labels of the pairs
+    # float64: s_a - s_b [K] with "regression", s - value [N] with "single", softmax(s / beta) within the
+    # group [N] with "listwise"; else empty
+    goal: Tensor
+    group: Tensor | None  # [N], with "listwise"
     ref_logprob: Tensor  # [N]
     beta: float
 

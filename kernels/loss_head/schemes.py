@@ -10,10 +10,11 @@ by what the caller differentiates and the memory budget:
 - head with gradient (B): the forward pass keeps J [T, V], or as many rows as fit;
   the backward pass scales rows of hidden and of J W. 3 products, and a fourth for rows that were not kept;
   without any kept row this is recomputation (A).
-- preference loss whose J does not fit (D): sequences that share pairs are done together, their coefficients
-  follow from their log-probs, and their gradients are formed before the next ones' logits. 3 products. Two
-  sequences too long for a chunk (E): their coefficients differ only in sign, so the difference of both sums
-  is formed over many chunks and scaled at the end. 3 products.
+- preference loss whose J does not fit (D): sequences that share pairs or a group of "listwise" labels are
+  done together, their coefficients follow from their log-probs, and their gradients are formed before the
+  next ones' logits. 3 products. Two sequences too long for a chunk (E): their coefficients differ only in
+  sign, so the difference of both sums is formed over many chunks and scaled at the end, as is the sum of one
+  long sequence that shares nothing. 3 products.
 - policy loss (F): a row's coefficient follows from its own log-prob. 3 products,
   2 with a frozen head, in any chunks.
 
@@ -147,14 +148,15 @@ class Part(NamedTuple):
     """Sequences whose coefficients depend on each other, in one chunk (D) or over several ones (E, A)."""
 
     sequences: list[int]
-    opposite: bool  # two sequences in pairs with each other: their coefficients differ in sign only
-    used: bool  # they stand in pairs
+    opposite: bool  # one sequence, or two that are linked: their coefficients differ in sign only
+    used: bool  # they have coefficients
 
 
-def parts_of(pairs: list[list[int]], lengths: list[int], chunk: int) -> list[Part]:
-    """Packs connected sequences into parts of at most `chunk` rows.
+def parts_of(links: list[tuple[int, int]], lengths: list[int], chunk: int) -> list[Part]:
+    """Packs sequences that are linked into parts of at most `chunk` rows; those without a link have no
+    coefficients.
 
-    What is larger stands alone, and parts of two such sequences come first.
+    What is larger stands alone, and parts of one or two such sequences come first.
     """
     root = list(range(len(lengths)))
 
@@ -164,7 +166,7 @@ def parts_of(pairs: list[list[int]], lengths: list[int], chunk: int) -> list[Par
         return n
 
     used = [False] * len(lengths)
-    for a, b in pairs:
+    for a, b in links:
         used[a] = used[b] = True
         low, high = sorted((find(a), find(b)))
         root[high] = low
@@ -176,7 +178,7 @@ def parts_of(pairs: list[list[int]], lengths: list[int], chunk: int) -> list[Par
     for group in groups.values():
         rows = sum(lengths[n] for n in group)
         if rows > chunk:
-            parts.append(Part(group, len(group) == 2, True))
+            parts.append(Part(group, len(group) <= 2, True))
             continue
         if size + rows > chunk:
             parts.append(Part(open_part, False, True))

@@ -13,7 +13,7 @@ from bench.theory.optima import Optima
 from bench.theory.problem import make
 from bench.theory.updates import maximiser, regression, sampled, soft
 from engine.config import MocanConfig
-from engine.records import ScoredTarget
+from engine.records import Score, ScoredTarget
 from tests.helpers.exact_problems import FORMS, target_at
 
 
@@ -42,8 +42,12 @@ def test_dropped_pairs_carry_nothing():
     for update in (soft, regression):
         plain = update(world, target, 1)
         # Only pairs of two dropped responses do not see a number added to all dropped ones of a prompt.
-        pushed = update(world, replace(target, score_PG=target.score_PG + noise[:, :1] * dropped), 1)
-        moved = update(world, replace(target, score_PG=target.score_PG + noise * dropped, dropped_PG=None), 1)
+        pushed = update(
+            world, replace(target, score=Score.plain(target.score_PG + noise[:, :1] * dropped)), 1
+        )
+        moved = update(
+            world, replace(target, score=Score.plain(target.score_PG + noise * dropped), dropped_PG=None), 1
+        )
         assert (plain - torch.tensor([1.0, 0.7], dtype=torch.float64)).abs().max() < 1e-8
         assert (pushed - plain).abs().max() > 1e-3 and (moved - pushed).abs().max() > 1e-3
 
@@ -55,7 +59,7 @@ def test_fitting_v_turns_single_responses_into_pairs():
     prompt = torch.eye(len(phi), dtype=torch.float64)[:, None].expand(-1, 6, -1)
     both = torch.cat((phi, prompt), dim=2).flatten(0, 1)
     together = torch.linalg.lstsq(both, scores.reshape(-1, 1)).solution[:2, 0]
-    target = ScoredTarget(score_PG=scores, coefficient=1.0)
+    target = ScoredTarget(score=Score.plain(scores), coefficient=1.0)
     assert (regression(world, target, 1) - together).abs().max() < 1e-10
 
 

@@ -170,6 +170,23 @@ def problem(dtype=torch.float32, lengths=LENGTHS, pairs=PAIRS, vocabulary=211, w
     return data, labels
 
 
+# Labels that set log-ratios against the score itself.
+FORMS = ("regression", "single", "listwise")
+
+
+def form_of(labels, sequences=10, seed=11):
+    """Returns the arguments that say this form of labels. Groups have unlike sizes, lie apart, and bear any
+    numbers."""
+    g = torch.Generator().manual_seed(seed)
+    own = {}
+    if labels == "single":
+        own["value"] = torch.randn(sequences, generator=g)
+    if labels == "listwise":
+        names = torch.tensor([7, -1, 2**40, 3])[: max(1, sequences // 2)]
+        own["group"] = names[torch.randint(len(names), (sequences,), generator=g)]
+    return {"labels": labels} | own
+
+
 def budget_of(data, rows, softcap=None):
     """Returns the bytes in which a chunk of `rows` rows of the preference pass
     fits, and one row of any op."""

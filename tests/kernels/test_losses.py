@@ -543,7 +543,11 @@ def test_bad_row_arguments(op, name, value, message):
         bad("lam", torch.zeros(3), r"lam has shape \[3\]: expected \[2\]"),
         bad("ref_logprob", torch.full((4,), math.nan), r"ref_logprob\[0\] = nan"),
         bad("beta", 0.0, "beta = 0.0"),
-        bad("labels", "hard", "labels = 'hard': expected 'soft', 'sampled' or 'given'"),
+        bad(
+            "labels",
+            "hard",
+            "labels = 'hard': expected 'soft', 'sampled', 'given', 'regression', 'single' or 'listwise'",
+        ),
         bad("labels", "sampled", "neither uniform nor generator"),
         bad("labels", "given", "preference = None"),
         bad("generator", 3, "generator = 3: expected a torch.Generator"),

@@ -57,6 +57,30 @@ def test_preference_loss_of_certain_labels_is_that_of_dpo():
     assert sampled.preference.tolist() == (q > 0.5).double().tolist()
 
 
+def test_least_squares_and_listwise_losses_by_hand():
+    """There are three sequences of one token: L - ref is 0, 1 and 3, and s is 2, 1 and 1."""
+    hidden, weight = torch.zeros(3, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    rows = {"hidden": hidden, "weight": weight, "target": torch.arange(3), "cu_seqlens": torch.arange(4)}
+    rows |= {
+        "pairs": torch.tensor([[2, 0], [0, 1]]),
+        "ref_logprob": torch.tensor([0.0, -1, -3]) - math.log(5),
+    }
+    rows |= {"reward": torch.tensor([1.0, 1.0, -1.0]), "utility": torch.tensor([[2.0], [0.0], [4.0]])}
+    rows |= {"lam": torch.tensor([0.5]), "beta": 0.5}
+
+    def loss(**labels):
+        return reference.lagrangian_preference_loss(**rows, **labels).loss.item()
+
+    assert loss(labels="regression") == pytest.approx(((1.5 + 1) ** 2 + (-0.5 - 1) ** 2) / 2 / 2)
+    value = torch.tensor([1.0, 0.0, 2.0])
+    squares = (0 - 1) ** 2 + (0.5 - 1) ** 2 + (1.5 + 1) ** 2
+    assert loss(labels="single", value=value) == pytest.approx(squares / 3 / 2)
+    # Sequences 0 and 2 are a group: softmax(4, 2) against softmax(0, 3). Sequence 1 is one, and adds 0.
+    p, log_p = 1 / (1 + math.exp(-2)), [-math.log1p(math.exp(3)), -math.log1p(math.exp(-3))]
+    entropy = -p * log_p[0] - (1 - p) * log_p[1]
+    assert loss(labels="listwise", group=torch.tensor([8, -1, 8])) == pytest.approx(entropy / 2)
+
+
 def test_advantages_by_hand():
     group, reward = torch.tensor([4, 4, 4, 1]), torch.tensor([1.0, 2.0, 6.0, 5.0])
     utility, lam = torch.tensor([[1.0], [0.0], [0.0], [0.0]]), torch.tensor([2.0])

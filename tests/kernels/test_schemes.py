@@ -132,6 +132,12 @@ def test_a_component_longer_than_a_chunk_is_computed_twice(monkeypatch):
     assert (spy.forward, spy.weight) == (33 * 2 + 5, 33)
 
 
+def test_a_pair_of_empty_sequences_beside_one_that_fills_chunks():
+    data, labels = problem(lengths=(30, 0, 0, 31), pairs=torch.tensor([[0, 3], [1, 2]]))
+    for rows in (10, 61):
+        check(data, labels, budget=budget_of(data, rows))
+
+
 def test_pairs_far_apart_share_a_chunk():
     """Rows that do not follow each other are gathered."""
     order = torch.randperm(24, generator=torch.Generator().manual_seed(5))
@@ -373,7 +379,8 @@ def test_plan_prefers_three_products_then_memory():
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "full"])
 @pytest.mark.parametrize("advantage,normalize", [("rloo", "token"), ("group_norm", "sequence")])
 @pytest.mark.parametrize(
-    "clip,kl_coef,kl", [(None, 0.0, "k2"), ((0.2, 0.3), 0.1, "k2"), ((0.1, 0.1), 0.5, "k3")]
+    "clip,kl_coef,kl",
+    [(None, 0.0, "k2"), ((0.2, 0.3), 0.1, "k2"), ((0.1, 0.1), 0.5, "k3"), ((0.2, 0.3), 0.1, "score")],
 )
 def test_policy_loss_against_autograd(either_rows, dtype, needs, advantage, normalize, clip, kl_coef, kl):
     data, labels = problem(dtype, bias=True, weighted=clip is not None)
@@ -382,6 +389,12 @@ def test_policy_loss_against_autograd(either_rows, dtype, needs, advantage, norm
     token = dense_logprob(**{k: v for k, v in data.items() if k != "token_weight"})[1].double()
     old = (token + 0.3 * torch.randn(42, generator=g)).float() if clip else None
     ref = (token + torch.randn(42, generator=g)).float() if kl_coef else None
+    penalty = None
+    if kl == "score":
+        weighted = old.double() * data["token_weight"].double()
+        old_N = torch.stack([x.sum() for x in weighted.split(list(LENGTHS))])
+        ref = (old_N + torch.randn(10, generator=g)).float()
+        penalty = kl_coef * (old_N - ref.double())
     options = {
         "old_logprob": old,
         "ref_logprob": ref,
@@ -392,7 +405,7 @@ def test_policy_loss_against_autograd(either_rows, dtype, needs, advantage, norm
     }
     options |= {"group": group, "advantage": advantage} | {k: labels[k] for k in ("reward", "utility", "lam")}
     exact_advantage = reference.group_advantage(
-        *(options[k] for k in ("group", "reward", "utility", "lam")), advantage
+        *(options[k] for k in ("group", "reward", "utility", "lam")), advantage, penalty
     )
     budget = None if dtype.itemsize == 2 else 40_000
 
@@ -400,6 +413,8 @@ def test_policy_loss_against_autograd(either_rows, dtype, needs, advantage, norm
         result = lagrangian_policy_loss(**leaves, **options, memory_budget_bytes=budget)
         torch.testing.assert_close(result.advantage, exact_advantage, rtol=1e-12, atol=1e-12)
         assert not any(x.requires_grad for x in result[1:])
+        if penalty is not None:
+            assert float(result.kl) == pytest.approx(float(penalty.mean()) / kl_coef, rel=1e-6)
         return result.loss, result.logprob, result.token_logprob
 
     def dense(leaves):
@@ -423,6 +438,54 @@ def test_policy_statistics():
     assert result.kl.item() == pytest.approx(0.125)
     assert result.advantage.tolist() == [1, -1] * 5
     assert policy(data, labels, group).kl.isnan()
+
+
+def test_the_kl_in_the_score_has_the_gradient_of_the_kl_of_sequences():
+    """All sequences of two tokens of two are listed, the second state depends on the first token, and the
+    mean over pairs of draws, with the other draw as the baseline, is -E[s] + beta KL over two. The KL term of
+    each token alone has another gradient."""
+    g = torch.Generator().manual_seed(5)
+    states, weight = (torch.randn(n, 2, generator=g, dtype=torch.float64) for n in (3, 2))
+    reference_N, s_N = torch.randn(2, 4, generator=g, dtype=torch.float64).unbind()
+    reference_N, beta = reference_N.log_softmax(0), 0.7
+    states.requires_grad_()
+
+    def token_logprobs():
+        table = (states @ weight.T).log_softmax(1)
+        return torch.stack([torch.stack([table[0, a], table[1 + a, b]]) for a in (0, 1) for b in (0, 1)])
+
+    logprob_N = token_logprobs().sum(1)
+    p_N = logprob_N.exp()
+    exact = (p_N * (beta * (logprob_N - reference_N) - s_N)).sum() / 2
+    (want,) = torch.autograd.grad(exact, states)
+    old, p_N = token_logprobs().detach(), p_N.detach()
+
+    def mean_gradient(kl, ref_of):
+        total = torch.zeros_like(states)
+        for i in range(4):
+            for j in range(4):
+                rows = torch.tensor([0, 1 + i // 2, 0, 1 + j // 2])
+                loss = lagrangian_policy_loss(
+                    states[rows],
+                    weight,
+                    torch.tensor([i // 2, i % 2, j // 2, j % 2]),
+                    torch.tensor([0, 2, 4]),
+                    torch.zeros(2, dtype=torch.int64),
+                    s_N[[i, j]],
+                    torch.zeros(2, 0),
+                    torch.zeros(0),
+                    old_logprob=old[[i, j]].flatten(),
+                    ref_logprob=ref_of([i, j]),
+                    kl_coef=beta,
+                    kl=kl,
+                ).loss
+                total += p_N[i] * p_N[j] * torch.autograd.grad(loss, states)[0]
+        return total
+
+    torch.testing.assert_close(mean_gradient("score", lambda n: reference_N[n]), want, rtol=1e-12, atol=1e-13)
+    first = reference_N.view(2, 2).logsumexp(1).repeat_interleave(2)
+    by_token = torch.stack([first, reference_N - first], 1)
+    assert (mean_gradient("k2", lambda n: by_token[n].flatten()) - want).abs().max() > 1e-3
 
 
 def test_equal_scores_have_advantage_exactly_zero():
@@ -478,7 +541,10 @@ def test_double_backward_is_a_clear_error(op):
         ({"kl_coef": -1.0}, "kl_coef = -1.0: expected a finite number"),
         ({"clip": 0.2}, "clip = 0.2: expected"),
         ({"clip": (1.5, 0.2)}, r"clip = \(1.5, 0.2\)"),
-        ({"kl": "k1"}, "kl = 'k1': expected 'k2' or 'k3'"),
+        ({"kl": "k1"}, "kl = 'k1': expected 'k2' or 'k3' or 'score'"),
+        ({"kl": "score", "kl_coef": 0.1}, r"ref_logprob = None: pass the reference's log-probs \[N\]"),
+        ({"kl": "score", "ref_logprob": torch.zeros(42)}, r"ref_logprob has shape \[42\]: expected \[10\]"),
+        ({"kl": "score", "ref_logprob": torch.zeros(10)}, "kl = 'score' with old_logprob = None: pass"),
         ({"advantage": "gae"}, "advantage = 'gae'"),
         ({"normalize": "batch"}, "normalize = 'batch'"),
         ({"old_logprob": torch.zeros(3)}, r"old_logprob has shape \[3\]: expected \[42\]"),
@@ -506,7 +572,8 @@ def op_calls():
     rows = [data[k] for k in ("hidden", "weight", "bias", "target", "token_weight", "cu_seqlens")]
     leaves = [x.requires_grad_() for x in rows[:3]] + rows[3:]
     frozen = [rows[0].detach().requires_grad_(), *(x.detach() for x in rows[1:3]), *rows[3:]]
-    q = torch.full((6,), 0.7)
+    q, no_goal = torch.full((6,), 0.7), torch.zeros(0, dtype=torch.float64)
+    aims = "soft", PAIRS, q, no_goal, None, labels["ref_logprob"], 0.3
     budget = budget_of(data, 12)
     advantage = torch.linspace(-1, 1, 10, dtype=torch.float64)
     scores = [labels[k] for k in ("reward", "utility", "lam")]
@@ -517,20 +584,17 @@ def op_calls():
         "recomputed": (ops.sequence_logprob_op, (*leaves, 0.8, None, budget, True, True, False)),
         "labels": (
             ops.preference_labels_op,
-            (detached, PAIRS, *scores, labels["ref_logprob"], "soft", None, None, False),
+            (detached, PAIRS, *scores, labels["ref_logprob"], "soft", *(None,) * 4, 0.3, False),
         ),
         "terms": (
             ops.preference_terms_op,
-            (torch.randn(10).requires_grad_(), PAIRS, q, labels["ref_logprob"], 0.3),
+            (torch.randn(10).requires_grad_(), *aims),
         ),
         "pass": (
             ops.preference_pass_op,
             (
                 *leaves,
-                PAIRS,
-                q,
-                labels["ref_logprob"],
-                0.3,
+                *aims,
                 0.8,
                 3.0,
                 budget_of(data, 12, 3.0),
@@ -542,7 +606,18 @@ def op_calls():
         ),
         "advantage": (
             ops.group_advantage_op,
-            (detached, torch.arange(10) % 3, *scores, None, None, "rloo", False),
+            (
+                detached,
+                *rows[4:],
+                torch.arange(10) % 3,
+                *scores,
+                torch.full((42,), -5.0),
+                torch.full((10,), -20.0),
+                0.1,
+                "score",
+                "rloo",
+                False,
+            ),
         ),
         "policy": (
             ops.policy_pass_op,

@@ -21,7 +21,7 @@ from engine.policy.pairs import within_prompts
 from engine.policy.peft import save_peft
 from engine.policy.preference_loss import PreferenceLoss
 from engine.policy.weights import new_adapter
-from engine.records import Pairs, Prompts, ScoredTarget, Scores
+from engine.records import Pairs, Prompts, Score, ScoredTarget, Scores
 from engine.rollout.sampler import generate
 from tests.helpers.samples import samples_of
 
@@ -156,7 +156,7 @@ def loss_of(network, adapter, samples, iteration=1, **settings):
         model=network,
         weights=adapter,
         samples=samples,
-        target=ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.5),
+        target=ScoredTarget(score=Score.plain(samples.scores.reward_PG), coefficient=0.5),
         iteration=iteration,
     )
 

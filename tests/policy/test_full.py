@@ -19,7 +19,7 @@ from engine.policy.pairs import within_prompts
 from engine.policy.preference_loss import PreferenceLoss
 from engine.policy.samples import Samples
 from engine.policy.weights import copy_of
-from engine.records import Prompts, ScoredTarget, Scores
+from engine.records import Prompts, Score, ScoredTarget, Scores
 from engine.rollout.sampler import generate
 from engine.run.rows import IterationRow, read_rows
 from engine.run.run import Stage
@@ -87,7 +87,9 @@ def test_gradients_of_all_weights_equal_transformers(variant, dtype, checkpointe
     config = smoke(
         CaidConfig(temperature=0.8, labels="soft", tune="full", activation_checkpointing=checkpointed)
     )
-    target = ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.4, anchor="any", anchor_share=0.3)
+    target = ScoredTarget(
+        score=Score.plain(samples.scores.reward_PG), coefficient=0.4, anchor="any", anchor_share=0.3
+    )
     result = PreferenceLoss(
         config=config, model=network, weights=weights, samples=samples, target=target, anchor=anchor
     )(pairs, step=0)

@@ -27,7 +27,7 @@ from engine.policy.peft import save_peft
 from engine.policy.preference_loss import PreferenceLoss, parts
 from engine.policy.steps import Step, Update, learning_rate_factor, take_steps
 from engine.policy.update import ascend, fit
-from engine.records import Prompts, ScoredTarget, Scores
+from engine.records import Prompts, Score, ScoredTarget, Scores
 from engine.rollout.sampler import generate
 from engine.run.rows import AscentStepRow, PairStepRow, StepRow, read_rows
 from tests.helpers.architectures import write_model
@@ -132,7 +132,7 @@ def test_anchor_shift_and_dropped_pairs_equal_plain_autograd(world, folder, tmp_
         [[True, False, True, False], [True, True, True, False], [False, False, False, True]]
     )
     target = ScoredTarget(
-        score_PG=scores.reward_PG,
+        score=Score.plain(scores.reward_PG),
         coefficient=0.4,
         anchor="any",
         anchor_share=0.3,
@@ -174,20 +174,25 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
     world, folder, tmp_path, monkeypatch
 ):
     network, prompts, rollouts, scores, adapter = world
-    config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0))
+    config = smoke(PrimalDualConfig(temperature=0.8, steps=1, prompts_per_step=3, clip=1.0, beta=0.3))
+    # The samples are those of a policy that is not the reference.
+    generator = torch.Generator().manual_seed(7)
+    apart_PG = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    scores = replace(scores, ref_logprob_PG=scores.ref_logprob_PG + apart_PG)
     samples = samples_of(prompts, rollouts, scores)
     seen = []
     monkeypatch.setattr(update, "take_steps", lambda *rest: seen.append(rest[-1]))
-    ascend(update_of(config, network, adapter), samples, scores.reward_PG)
+    ascend(update_of(config, network, adapter), samples, Score.plain(scores.reward_PG))
     adapter.zero_grad()
     step = seen[0](0)
     tuned, token_logprob = in_peft(adapter, folder, tmp_path / "adapter")
     old, total, count = rollouts.model_logprob, 0.0, 0
+    score_PG = scores.reward_PG - 0.3 * (old.double().sum(1).view(3, 4) - scores.ref_logprob_PG)
     for r in range(12):
         p, i = divmod(r, 4)
-        others = [scores.reward_PG[p, k] for k in range(4) if k != i]
+        others = [score_PG[p, k] for k in range(4) if k != i]
         now = token_logprob(rollouts, r)
-        ratio, advantage = (now - old[r, : len(now)]).exp(), scores.reward_PG[p, i] - sum(others) / 3
+        ratio, advantage = (now - old[r, : len(now)]).exp(), score_PG[p, i] - sum(others) / 3
         total = total - torch.minimum(ratio * advantage, ratio.clamp(0, 2) * advantage).sum()
         count += len(now)
     (total / count).backward()
@@ -202,7 +207,9 @@ def test_loss_and_gradients_equal_plain_dpo(world, folder, tmp_path, beta, kept)
     lam = torch.tensor([0.7, 0.2], dtype=torch.float64)
     config = smoke(CaidConfig(beta=beta, temperature=0.8, labels="soft"))
     lower = kept_states(network, prompts, rollouts, adapter.first_layer) if kept else None
-    target = ScoredTarget(score_PG=scores.reward_PG + scores.utility_PGJ @ lam, coefficient=beta)
+    target = ScoredTarget(
+        score=Score(reward_PG=scores.reward_PG, utility_PGJ=scores.utility_PGJ, lam_J=lam), coefficient=beta
+    )
     samples = samples_of(prompts, rollouts, scores, lower)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
@@ -233,7 +240,7 @@ def test_other_label_forms_equal_plain_autograd(world, folder, tmp_path, labels)
     network, prompts, rollouts, scores, adapter = world
     config = smoke(CaidConfig(temperature=0.8, labels=labels))
     beta, shift = 0.4, torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-    target = ScoredTarget(score_PG=scores.reward_PG, coefficient=beta, shift_PG=shift)
+    target = ScoredTarget(score=Score.plain(scores.reward_PG), coefficient=beta, shift_PG=shift)
     samples = samples_of(prompts, rollouts, scores)
     pairs = within_prompts(target.score_PG, [2, 0], 3)
     adapter.zero_grad()
@@ -312,7 +319,9 @@ def test_a_later_step_without_a_pair_is_named_before_the_first_step():
     (last,) = Schedule(prompts, config.seed, "iteration-1", 1)[2]
     dropped = torch.zeros(3, 4, dtype=torch.bool)
     dropped[last] = True
-    target = ScoredTarget(score_PG=torch.arange(12.0).view(3, 4), coefficient=1.0, dropped_PG=dropped)
+    target = ScoredTarget(
+        score=Score.plain(torch.arange(12.0).view(3, 4)), coefficient=1.0, dropped_PG=dropped
+    )
     samples = SimpleNamespace(prompts=prompts, rollouts=SimpleNamespace(n=4))
     # There is no stage, model or weights, since nothing is done before the error.
     with pytest.raises(
@@ -537,7 +546,7 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(
     samples = samples_of(prompts, rollouts, scores)
     # The middle prompt has fewer pairs than the others.
     dropped = torch.tensor([[False] * 4, [True, True, True, False], [False] * 4])
-    target = ScoredTarget(score_PG=scores.reward_PG, coefficient=0.4, dropped_PG=dropped)
+    target = ScoredTarget(score=Score.plain(scores.reward_PG), coefficient=0.4, dropped_PG=dropped)
     cls, own = (PrimalDualConfig, {}) if labels == "policy gradient" else (CaidConfig, {"labels": labels})
     base = smoke(
         cls(
@@ -560,7 +569,7 @@ def test_the_gradient_of_a_step_cut_into_parts_is_that_of_one_batch(
     def step(**changes):
         config = replace(base, **changes)
         if labels == "policy gradient":
-            ascend(update_of(config, network, weights), samples, scores.reward_PG)
+            ascend(update_of(config, network, weights), samples, Score.plain(scores.reward_PG))
         else:
             fit(update_of(config, network, weights), samples, target, [0, 1, 2])
         weights.zero_grad()

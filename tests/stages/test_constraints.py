@@ -279,8 +279,8 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
         taken[name] = compute(SimpleNamespace(log=logged.append))
         return taken[name]
 
-    def ascend(step, samples, score_PG):
-        taken["score"] = score_PG
+    def ascend(step, samples, score):
+        taken["score"] = score
         return SimpleNamespace(adapter={}, loss=0.0)
 
     monkeypatch.setattr("engine.policy.update.ascend", ascend)
@@ -294,9 +294,10 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     job = SimpleNamespace(config=config, model=None, folder=tmp_path, texts=tmp_path, run=run)
     weights = SimpleNamespace(tensors=dict, set_tensors=lambda x: None)
     lam = torch.tensor([3.0], dtype=DTYPE)
-    Updates(job, reference, weights, None).ascend(None, lam, repo.rectified(lam, config.advantage), 1)
+    Updates(job, reference, weights, None).ascend(None, lam, repo.rectified(lam), 1)
     utility = new.utility_PGJ[..., 0]
-    assert torch.equal(taken["score"], new.reward_PG + torch.tensor([[0.0], [3.0]], dtype=DTYPE) * utility)
+    score_PG = new.reward_PG + torch.tensor([[0.0], [3.0]], dtype=DTYPE) * utility
+    assert torch.equal(taken["score"].total_PG, score_PG) and torch.equal(taken["score"].lam_J, lam)
     measured = slack.measure(job, reference, weights, SimpleNamespace(adapter={}, loss=0.0), lam, 1)
     assert float(measured.violation_J[0]) == pytest.approx(float(level) / 2)
     assert [row.KIND for row in logged] == ["policy", "iteration"] and logged[1].slack is measured.slack_J

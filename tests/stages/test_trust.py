@@ -2,6 +2,7 @@
 scores with a least weight."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from engine import dual, train
 from engine.config import MocanConfig
 from engine.policy.steps import Policy
-from engine.records import ScoredTarget
+from engine.records import Score, ScoredTarget
 from engine.run.committed import read_committed
 from engine.run.rows import DualRow, IterationRow, PolicyRow, ReferenceRow, StepRow, TrustRow, read_rows
 from engine.stages import trust
@@ -178,7 +179,7 @@ def test_a_margin_that_is_supported_stays(runs):
 
 def test_a_low_score_counts_as_one_of_the_least_weight():
     score_PG = torch.tensor([[0.0, 1.0, -50.0, 2.0], [0.3, 0.1, 0.2, 0.0]], dtype=torch.float64)
-    target = ScoredTarget(score_PG=score_PG, coefficient=0.5)
+    target = ScoredTarget(score=Score.plain(score_PG), coefficient=0.5)
     assert target.bounded(0.0) is target
     found = target.bounded(0.01).score_PG
     weights = (score_PG / 0.5).exp()
@@ -189,3 +190,9 @@ def test_a_low_score_counts_as_one_of_the_least_weight():
     assert float((found.amax(1) - found.amin(1)).max()) <= 0.5 * math.log(4 / 0.01)
     tilts = [(x / 0.5).softmax(1) for x in (score_PG, found)]
     assert float((tilts[0] - tilts[1]).abs().max()) < 0.01 / 4
+    # In parts, what is raised is all reward, and the rest is as it was.
+    one_PGJ, lam_J = score_PG.new_ones(2, 4, 1), score_PG.new_ones(1)
+    parts = Score(reward_PG=score_PG - 1, utility_PGJ=one_PGJ, lam_J=lam_J)
+    raised = replace(target, score=parts).bounded(0.01).score
+    assert torch.equal(raised.utility_PGJ[..., 0] == 1, found == score_PG) and raised.lam_J is lam_J
+    torch.testing.assert_close(raised.total_PG, found, rtol=1e-12, atol=1e-12)
