@@ -53,7 +53,7 @@ class Ranks:
         if launched() == 1:
             return Ranks()
         place = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        with _connected(int(os.environ["RANK"])):
+        with _connected():
             store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         return Ranks.join(store, rank, size, *place)
 
@@ -61,7 +61,7 @@ class Ranks:
     def join(store: dist.Store, rank: int, size: int, local: int, local_size: int) -> "Ranks":
         """Joins `size` processes that know one another by `store`."""
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        with _connected(rank):
+        with _connected():
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         return Ranks(rank, size, local, local_size, store)
 
@@ -110,7 +110,7 @@ class Ranks:
             return [value]
         own = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _connected(self.rank):
+        with _connected():
             dist.all_gather(sizes, torch.tensor([len(own)]))
             longest = int(max(sizes))
             padded = torch.cat((own, own.new_zeros(longest - len(own))))
@@ -131,7 +131,7 @@ class Ranks:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for alike in kinds.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-            with _connected(self.rank):
+            with _connected():
                 dist.all_reduce(flat)
             for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -160,26 +160,35 @@ class Ranks:
             self.gather(None)
 
     def says(self) -> bool:
-        """Tells whether this rank is the first that has something to say of the end of all."""
-        return self.store is None or self.store.add("said", 1) == 1
+        """Tells whether this rank is the first that has something to say of the end of all; also where nobody
+        can tell, as torchrun itself has ended."""
+        try:
+            return self.store is None or self.store.add("said", 1) == 1
+        except RuntimeError:
+            return True
 
     def _told(self, message: bytes) -> bytes:
         """Returns rank 0's message on all ranks."""
         size = torch.tensor([len(message)])
-        with _connected(self.rank):
+        with _connected():
             dist.broadcast(size, src=0)
             data = torch.frombuffer(bytearray(message or bytes(int(size))), dtype=torch.uint8)
             dist.broadcast(data, src=0)
         return data.numpy().tobytes()
 
 
+# One process, as without torchrun.
+ALONE = Ranks()
+
+
 @contextmanager
-def _connected(rank: int) -> Iterator[None]:
+def _connected() -> Iterator[None]:
     """Raises LostRank where a message does not get through."""
     try:
         yield
     except RuntimeError as error:
-        raise LostRank(f"rank {rank} has lost another rank ({str(error).splitlines()[0]:.120})") from error
+        reason = str(error).splitlines()[0]
+        raise LostRank(f"another rank has ended or does not answer ({reason:.120}): see to that") from error
 
 
 class _Packer(pickle.Pickler):

@@ -156,5 +156,5 @@ def test_a_rank_that_dies_is_noticed_at_once(call):
 
     results = on_ranks(2, work)
     error = results[call == "first"]
-    assert isinstance(error, LostRank) and "has lost another rank" in str(error)
+    assert isinstance(error, LostRank) and "another rank has ended" in str(error)
     assert isinstance(results[1 - (call == "first")], ChildProcessError)
