@@ -16,7 +16,7 @@ import torch.distributed as dist
 from engine.ranks import Ranks
 
 # So long may the ranks of a test take; a hang is an error of the test.
-PATIENCE_S = 60
+PATIENCE_S = 240
 
 
 def on_ranks(size: int, function: Callable[[Ranks], Any]) -> list[Any]:
