@@ -1,0 +1,236 @@
+"""Whole smoke runs on several ranks: the run of one process up to rounding, equal ones bit for bit, also when
+they are stopped or a rank is killed; and what is refused."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine.caid  # noqa: F401, imported before the forks
+from engine import train
+from engine.config import ALGORITHMS
+from engine.errors import Interrupted, LostRank, UserError
+from engine.model.tokenizer import load_tokenizer
+from engine.ranks import Ranks
+from engine.report import panels  # noqa: F401
+from engine.run import plan
+from engine.run.contents import read_contents
+from engine.run.rows import PairStepRow
+from engine.run.run import Stage
+from engine.run.store import read_whole
+from engine.stages.smoke import smoke_folder
+from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import SMOKE, files, write
+
+# No number of ranks divides these.
+ODD = ["--n-prompts", "11", "--slack-prompts", "5", "--eval-prompts", "7", "--iterations", "2"]
+CAID = ["caid", *ODD, "--audit", "vowels=tests.helpers.scorers:vowels"]
+FEW = ["caid", "--slack-prompts", "3", "--eval-prompts", "3", "--iterations", "2"]
+LEARN = [
+    "mocan",
+    *ODD[:2],
+    *ODD[4:6],
+    "--steps",
+    "2",
+    "--audit",
+    "codes=tests.helpers.scorers:codes",
+    "--force",
+]
+OTHERS = {
+    "primal_dual": ["primal_dual", "--iterations", "2"],
+    "pecan": ["pecan", "--preference-steps", "2", "--force"],
+}
+PAIRS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(7)]
+
+
+def run(ranks: Ranks, algorithm: str, *flags: str) -> None:
+    """Makes or resumes a run, as the command does after it has joined the ranks."""
+    if flags[0] == "--resume":
+        config = ALGORITHMS[algorithm].config_class(**read_contents(Path(flags[1])).config)
+        ALGORITHMS[algorithm].train(config, resume=flags[1], ranks=ranks)
+    else:
+        ALGORITHMS[algorithm].train(train.parse(algorithm, [*SMOKE, *flags]), ranks=ranks)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, cache) -> Path:
+    """Makes the runs one/NAME/run on one process, two/NAME/run and again/caid/run on 2 ranks, and
+    four/few/run on 4. None stands beside another, whose verdict would be an earlier one."""
+    folder = tmp_path_factory.mktemp("ranks")
+    load_tokenizer(smoke_folder())
+    plan.matmul_rate(torch.float32, torch.device("cpu"))
+    shared = ["--samples-of", str(folder / "one/caid/run"), "--pairs", write(folder / "pairs.jsonl", PAIRS)]
+    flags = {"caid": CAID, "few": FEW, **OTHERS, "learn": [*LEARN, *shared]}
+    for name, own in flags.items():
+        run(Ranks(), *own, "--out", str(folder / "one" / name / "run"))
+
+    def two(ranks: Ranks) -> None:
+        for name in ("caid", *OTHERS, "learn"):
+            run(ranks, *flags[name], "--out", str(folder / "two" / name / "run"))
+        run(ranks, *CAID, "--out", str(folder / "again" / "caid" / "run"))
+
+    assert on_ranks(2, two) == [None] * 2
+    four = on_ranks(4, lambda ranks: run(ranks, *FEW, "--out", str(folder / "four" / "few" / "run")))
+    assert four == [None] * 4
+    return folder
+
+
+def same(one: Path, many: Path) -> None:
+    """Compares a run with that of one process: the same files, tokens and texts, all else up to rounding.
+
+    Before the first step of an update the policy is its start: log-ratios are 0, and the signs of margins are
+    rounding alone, so the share of pairs in order is not compared.
+    """
+    whole, shared = files(one), files(many)
+    # When the states below the adapter are not kept, they are no part of the reference's file.
+    assert whole.keys() == shared.keys() and len(whole) > 15
+    for path in sorted((one / "stages").iterdir()):
+        (expected, content), (found, other) = (read_whole(run / "stages" / path.name) for run in (one, many))
+        assert expected.keys() - found.keys() <= {"lower_MD"} and not found.keys() - expected.keys()
+        weights = {"first_moment": 0.0, "second_moment": 0.0, "adapter": 0.0}
+        error = dict(weights)
+        for name, value in found.items():
+            kind = name.split(".")[0]
+            if kind in weights:
+                weights[kind] += float(expected[name].double().square().sum())
+                error[kind] += float((value - expected[name]).double().square().sum())
+            elif not value.is_floating_point():
+                assert value.equal(expected[name]), (path.name, name)
+            elif value.numel():
+                scale = max(1.0, float(expected[name].abs().max()))
+                assert (value - expected[name]).abs().max() <= 1e-5 * scale, (path.name, name)
+        assert all(error[kind] <= (1e-5) ** 2 * weights[kind] for kind in weights), (
+            path.name,
+            error,
+            weights,
+        )
+        texts = [stage["record"].get("fields", {}).get("texts") for stage in (content, other)]
+        assert texts[0] == texts[1]
+    rows, others = (map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in (one, many))
+    pairs = [(row["loss"], other["loss"]) for row, other in zip(rows, others, strict=True) if "loss" in row]
+    assert max(abs(a - b) for a, b in pairs) <= 1e-5 * max(abs(a) for a, _ in pairs)
+    verdicts = [json.loads((run / "evaluation.json").read_text()) for run in (one, many)]
+    assert verdicts[0]["constraints"][0]["verdict"] == verdicts[1]["constraints"][0]["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [("two", "caid"), ("two", "primal_dual"), ("two", "pecan"), ("two", "learn"), ("four", "few")],
+)
+def test_a_run_on_ranks_is_that_of_one_process(made, ranks, name):
+    same(made / "one" / name / "run", made / ranks / name / "run")
+
+
+def test_equal_runs_on_ranks_are_bitwise_equal(made):
+    first, second = files(made / "two/caid/run"), files(made / "again/caid/run")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert json.loads(first["config.json"])["versions"]["ranks"] == "2"
+
+
+def at_the_second_step(act: Callable[[], None]) -> Callable[[Ranks], None]:
+    """Returns what has rank 1 act after the second step of the first update."""
+    seen, log = [], Stage.log
+
+    def logged(self: Stage, row) -> None:
+        log(self, row)
+        if isinstance(row, PairStepRow):
+            seen.append(row)
+            if len(seen) == 2:
+                act()
+
+    def prepare(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            Stage.log = logged  # in the rank's own process
+
+    return prepare
+
+
+def test_a_stopped_run_goes_on_bitwise_equal(made, tmp_path):
+    """Ctrl-C reaches one rank alone: both end after the next step, which is saved."""
+    out = tmp_path / "stopped"
+    prepare = at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def stopped(ranks: Ranks) -> None:
+        prepare(ranks)
+        run(ranks, *CAID, "--out", str(out))
+
+    first, second = on_ranks(2, stopped)
+    for error in (first, second):
+        assert isinstance(error, Interrupted) and str(error) == f"stopped; go on with --resume {out}"
+    (partial,) = out.glob("stages/*.partial.safetensors")
+    assert len(read_whole(partial)[1]["record"]["fields"]["losses"]) == 3
+    assert on_ranks(2, lambda ranks: run(ranks, "caid", "--resume", str(out))) == [None, None]
+    whole, resumed = files(made / "two/caid/run"), files(out)
+    assert [name for name in whole.keys() | resumed.keys() if whole.get(name) != resumed.get(name)] == []
+
+
+def test_a_rank_is_killed_and_one_process_goes_on(made, tmp_path, capsys):
+    out = tmp_path / "killed"
+    prepare = at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    def killed(ranks: Ranks) -> None:
+        prepare(ranks)
+        run(ranks, *CAID, "--out", str(out))
+
+    survivor, gone = on_ranks(2, killed)
+    assert isinstance(survivor, LostRank) and isinstance(gone, ChildProcessError)
+    assert train.main(["--resume", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "resumed with other versions of ranks" in said
+    same(made / "one/caid/run", out)
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "said"),
+    [
+        (
+            4,
+            ["--n-prompts", "3"],
+            "4 ranks share out 3 training prompts, so some would never work: start at most 3",
+        ),
+        (2, ["--seed", "RANK"], "--seed: rank 1 has 1, rank 0 has 0; start all ranks with the same command"),
+        (2, ["--tune", "full", "--learning-rate", "1e-5"], "--tune full on 2 ranks: "),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_on_all_before_there_is_a_folder(tmp_path, cache, size, flags, said):
+    out = tmp_path / "refused"
+
+    def refused(ranks: Ranks) -> None:
+        own = [str(ranks.rank) if flag == "RANK" else flag for flag in flags]
+        run(ranks, "caid", *own, "--out", str(out))
+
+    for error in on_ranks(size, refused):
+        assert isinstance(error, UserError) and str(error).startswith(said), error
+    assert not out.exists()
+
+
+def test_a_scorer_that_fails_on_one_rank_ends_the_run_with_its_own_words(tmp_path, cache):
+    """Rank 1 alone meets the prompt; the other one does not wait for it."""
+    (tmp_path / "picky.py").write_text(
+        "def score(prompts, responses):\n"
+        "    if len(responses) > 4 and any('second' in p for p in prompts):\n"
+        "        raise RuntimeError('no such prompt')\n"
+        "    return [len(r) + 0.5 * i for i, r in enumerate(responses)]\n"
+    )
+    prompts = write(
+        tmp_path / "p.jsonl", [{"prompt": f"{'first' if i < 30 else 'second'} {i}"} for i in range(60)]
+    )
+
+    def fail(ranks: Ranks) -> None:
+        os.chdir(tmp_path)
+        flags = ["--prompts", prompts, "--n-prompts", "40", "--audit", "picky=picky:score"]
+        try:
+            run(ranks, "caid", *flags, "--out", str(tmp_path / "run"))
+        finally:
+            # A process that has failed ends, and with it its connections.
+            ranks.leave()
+
+    results = on_ranks(2, fail)
+    kinds = {type(error) for error in results}
+    assert UserError in kinds and kinds <= {UserError, LostRank}, results
+    assert any("no such prompt" in str(error) for error in results)
