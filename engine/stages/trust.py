@@ -70,7 +70,6 @@ def _measured_kl(
     """Measures KL(policy || reference) on one response of the policy to each prompt; returns it with its
     standard error, nats per response."""
 
-
     def work(own: range, part: Prompts) -> Tensor:
         rollouts, _ = respond(job, stage, part, weights, n=1, purpose=purpose)
         with naming(stage):
