@@ -56,27 +56,37 @@ def run(ranks: Ranks, algorithm: str, *flags: str) -> None:
         ALGORITHMS[algorithm].train(train.parse(algorithm, [*SMOKE, *flags]), ranks=ranks)
 
 
+class Runs:
+    """Makes runs when they are asked for first: FOLDER/RANKS/NAME/run. None stands beside another one, whose
+    verdict would be an earlier one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, ranks: str, name: str) -> Path:
+        out = self.folder / ranks / name / "run"
+        if not out.exists():
+            flags = [*self.flags(name), "--out", str(out)]
+            if ranks == "one":
+                run(Ranks(), *flags)
+            else:
+                size = 4 if ranks == "four" else 2
+                assert on_ranks(size, lambda ranks: run(ranks, *flags)) == [None] * size
+        return out
+
+    def flags(self, name: str) -> list[str]:
+        """Returns the algorithm and the flags of a run."""
+        if name != "learn":
+            return {"caid": CAID, "few": FEW, **OTHERS}[name]
+        pairs = write(self.folder / "pairs.jsonl", PAIRS)
+        return [*LEARN, "--samples-of", str(self("one", "caid")), "--pairs", pairs]
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, cache) -> Path:
-    """Makes the runs one/NAME/run on one process, two/NAME/run and again/caid/run on 2 ranks, and
-    four/few/run on 4. None stands beside another, whose verdict would be an earlier one."""
-    folder = tmp_path_factory.mktemp("ranks")
+def made(tmp_path_factory, cache) -> Runs:
     load_tokenizer(smoke_folder())
     plan.matmul_rate(torch.float32, torch.device("cpu"))
-    shared = ["--samples-of", str(folder / "one/caid/run"), "--pairs", write(folder / "pairs.jsonl", PAIRS)]
-    flags = {"caid": CAID, "few": FEW, **OTHERS, "learn": [*LEARN, *shared]}
-    for name, own in flags.items():
-        run(Ranks(), *own, "--out", str(folder / "one" / name / "run"))
-
-    def two(ranks: Ranks) -> None:
-        for name in ("caid", *OTHERS, "learn"):
-            run(ranks, *flags[name], "--out", str(folder / "two" / name / "run"))
-        run(ranks, *CAID, "--out", str(folder / "again" / "caid" / "run"))
-
-    assert on_ranks(2, two) == [None] * 2
-    four = on_ranks(4, lambda ranks: run(ranks, *FEW, "--out", str(folder / "four" / "few" / "run")))
-    assert four == [None] * 4
-    return folder
+    return Runs(tmp_path_factory.mktemp("ranks"))
 
 
 def same(one: Path, many: Path) -> None:
@@ -122,11 +132,11 @@ def same(one: Path, many: Path) -> None:
     [("two", "caid"), ("two", "primal_dual"), ("two", "pecan"), ("two", "learn"), ("four", "few")],
 )
 def test_a_run_on_ranks_is_that_of_one_process(made, ranks, name):
-    same(made / "one" / name / "run", made / ranks / name / "run")
+    same(made("one", name), made(ranks, name))
 
 
 def test_equal_runs_on_ranks_are_bitwise_equal(made):
-    first, second = files(made / "two/caid/run"), files(made / "again/caid/run")
+    first, second = files(made("two", "caid")), files(made("again", "caid"))
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
     assert json.loads(first["config.json"])["versions"]["ranks"] == "2"
@@ -165,7 +175,7 @@ def test_a_stopped_run_goes_on_bitwise_equal(made, tmp_path):
     (partial,) = out.glob("stages/*.partial.safetensors")
     assert len(read_whole(partial)[1]["record"]["fields"]["losses"]) == 3
     assert on_ranks(2, lambda ranks: run(ranks, "caid", "--resume", str(out))) == [None, None]
-    whole, resumed = files(made / "two/caid/run"), files(out)
+    whole, resumed = files(made("two", "caid")), files(out)
     assert [name for name in whole.keys() | resumed.keys() if whole.get(name) != resumed.get(name)] == []
 
 
@@ -182,7 +192,7 @@ def test_a_rank_is_killed_and_one_process_goes_on(made, tmp_path, capsys):
     assert train.main(["--resume", str(out)]) == 0
     said = capsys.readouterr().out
     assert "resumed with other versions of ranks" in said
-    same(made / "one/caid/run", out)
+    same(made("one", "caid"), out)
 
 
 @pytest.mark.parametrize(
