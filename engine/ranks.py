@@ -10,6 +10,7 @@ same program.
 import io
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,7 +188,8 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        # gloo puts a place in its source before its words, and advice behind them.
+        reason = re.sub(r"\[/[^\]]*\]\s*", "", str(error).splitlines()[0]).split(". ")[0]
         raise LostRank(f"another rank has ended or does not answer ({reason:.120}): see to that") from error
 
 
