@@ -94,8 +94,8 @@ def same(one: Path, many: Path) -> None:
     """Compares a run with that of one process: the same files, tokens and texts, all else up to rounding.
 
     Losses are held against the run's largest one: the first loss of a policy gradient is 0 but for rounding.
-    Before the first step of an update log-ratios are 0 and the signs of margins rounding alone, so the share of
-    pairs in order is not compared. tests/policy/test_shared_steps.py compares gradients.
+    Before the first step of an update log-ratios are 0 and the signs of margins rounding alone, so the share
+    of pairs in order is not compared. tests/policy/test_shared_steps.py compares gradients.
     """
     assert files(one).keys() == files(many).keys() and len(files(one)) > 15
     rows, others = (map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in (one, many))
