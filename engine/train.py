@@ -59,25 +59,22 @@ def _train(argv: list[str], standing: Standing) -> None:
         algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
         config = replace(config, **given)
     chosen = ALGORITHMS[algorithm]
-    several = {} if standing.ranks is None else {"ranks": standing.ranks}
+    ranks = standing.ranks
     if not chosen.trains_policy:
-        if several:
+        if ranks is not None:
             raise UserError(
-                f"torchrun has started {standing.ranks.size} processes, and {algorithm} is trained by one; "
-                "start it without torchrun."
+                f"torchrun has started {ranks.size} processes, and {algorithm} is trained by one; start it "
+                "without torchrun."
             )
         chosen.train(config)
         return
-    start = "python"
-    if several:
-        start = f"torchrun --nproc-per-node {standing.ranks.local_size}"
+    start = "python" if ranks is None else f"torchrun --nproc-per-node {ranks.local_size}"
     standing.resumable(f"{start} -m engine.train", resume or config.out, "config.json")
     check(config)
     if preset is not None:
         _find(preset, config)
-    if resume is not None:
-        several["resume"] = resume
-    result = chosen.train(config, **several)
+    how = ({} if resume is None else {"resume": resume}) | ({} if ranks is None else {"ranks": ranks})
+    result = chosen.train(config, **how)
     if config.require_met:
         # Imported here, as it loads torch.
         from engine.verdict.sentences import check_met
