@@ -10,8 +10,8 @@ from pathlib import Path
 from engine import constraints, keys, model
 from engine.config import OF_THE_COMMAND, RunConfig, check, fit, shown_name, with_steps
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, by_tokens, first_look, overlap
-from engine.data.response_pairs import ResponsePairs, read_response_pairs
+from engine.data.prompts import first_look
+from engine.data.response_pairs import ResponsePairs
 from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
 from engine.looks import last_error
@@ -28,7 +28,8 @@ from engine.scorers.base import Scorers
 from engine.scorers.find import content, sizes
 from engine.scorers.scoring import try_out
 from engine.stages.alike import check_ranks, check_same_inputs, check_shares, idle_warnings, versions
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, rules_of, scorers_of
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
+from engine.stages.pair_files import pairs_of, preferences_of
 from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
@@ -255,7 +256,7 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     check(config)
     if config.samples_of and owned is not None:
         check_samples_of(config)
-    pairs, passes = owned.record.pairs if start.goes_on else _pairs(config, inputs), ""
+    pairs, passes = owned.record.pairs if start.goes_on else pairs_of(config, inputs), ""
     if pairs is not None:
         config, passes = with_steps(config, len(pairs.prompts))
     train = training_prompts(inputs.train, config.n_prompts, config.seed)
@@ -283,7 +284,7 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, train, heldout))
     constraints.check_confirmable(limits, pool, last_error(len(looks)))
-    preferences = owned.record.preferences if start.goes_on else _preferences(config, names, inputs)
+    preferences = owned.record.preferences if start.goes_on else preferences_of(config, names, inputs)
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
     check_same_inputs(ranks, inputs, scorer_contents, [train, pool])
@@ -448,43 +449,6 @@ def judged_prompts(config: RunConfig, heldout: Prompts, n: int) -> Prompts:
     smaller one."""
     n = min(n, len(heldout))
     return heldout_prompts(heldout, n, config.seed, shipped=config.judged_on_shipped)
-
-
-def _pairs(config: RunConfig, inputs: Inputs) -> ResponsePairs | None:
-    """Reads the data of --pairs, all of it where --epochs counts passes, else as many rows as the steps take,
-    as each is scored; None without. Raises: UserError."""
-    if not (source := config.pairs_file):
-        return None
-    enough = None if config.epochs else config.policy_updates * config.steps * config.prompts_per_step
-    own = read_response_pairs(
-        source, [], inputs.tokenizer, inputs.limits, rules_of(config, inputs.folder, enough)
-    )
-    own = _without_heldout(config, own, inputs.heldout, "--pairs")
-    if enough is None or len(own.prompts) <= enough:
-        return own
-    kept = set(subset(by_tokens(own.prompts), enough, config.seed, keys.PAIRS))
-    return own.without(
-        [row for row in range(len(own.prompts)) if row not in kept], "more than the steps take"
-    )
-
-
-def _preferences(config: RunConfig, names: list[str], inputs: Inputs) -> ResponsePairs | None:
-    """Reads the data of --preferences; None where the run is not scored by any. Raises: UserError."""
-    if not (config.by_preference and config.preferences):
-        return None
-    rules = rules_of(config, inputs.folder, config.preference_steps * config.prompts_per_step)
-    columns = config.preference_columns or ("reward", *names)
-    own = read_response_pairs(config.preferences, columns, inputs.tokenizer, inputs.limits, rules)
-    return _without_heldout(config, own, inputs.heldout, "--preferences")
-
-
-def _without_heldout(config: RunConfig, own: ResponsePairs, heldout: Prompts, flag: str) -> ResponsePairs:
-    """Leaves the rows out whose prompts are held out; --strict refuses them. Raises: UserError."""
-    prompts = by_tokens(own.prompts)
-    if config.strict:
-        assert_disjoint(prompts, heldout, f"prompt of {flag}")
-    shared = overlap(prompts, heldout)
-    return own.without(shared, "with a held-out prompt") if shared else own
 
 
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:
