@@ -1,6 +1,7 @@
 """The ranks of a run: what rank 0 tells, shares, gathers and sums, on 2 and 4 processes."""
 
 import errno
+import json
 import os
 import signal
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engine.errors import LostRank, NonFiniteError, NotWritten, UserError
 from engine.ranks import Ranks
+from engine.scorers.answers import Answers
 from engine.stages.run_inputs import DamagedInputs
 from tests.helpers.ranks import on_ranks
 
@@ -158,3 +160,23 @@ def test_a_rank_that_dies_is_noticed_at_once(call):
     error = results[call == "first"]
     assert isinstance(error, LostRank) and "another rank has ended" in str(error)
     assert isinstance(results[1 - (call == "first")], ChildProcessError)
+
+
+def test_what_judges_have_answered_on_any_rank_is_known_to_all_and_kept_by_rank_0(tmp_path):
+    file = tmp_path / "judge-cache.jsonl"
+
+    def work(ranks: Ranks) -> list:
+        answers = Answers()
+        answers.put("asked by both", 0.5)
+        answers.keep_in(file, read_only=not ranks.is_first)
+        for step in range(2):
+            answers.put(f"step {step} of rank {ranks.rank}", float(step))
+            answers.share_out(ranks)
+        return [answers.get(f"step {step} of rank {rank}") for step in range(2) for rank in range(2)]
+
+    assert on_ranks(2, work) == [[0.0, 0.0, 1.0, 1.0]] * 2
+    kept = [json.loads(line)["key"] for line in file.read_text().splitlines()]
+    assert sorted(kept) == [
+        "asked by both",
+        *(f"step {step} of rank {r}" for step in range(2) for r in range(2)),
+    ]
