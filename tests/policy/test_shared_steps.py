@@ -20,7 +20,7 @@ from engine.policy.pairs import own_pairs, within_prompts
 from engine.policy.steps import Policy, Update
 from engine.policy.update import ascend, fit
 from engine.ranks import Ranks
-from engine.records import Prompts, ScoredTarget, Scores
+from engine.records import Prompts, Score, ScoredTarget, Scores
 from engine.rollout.sampler import generate
 from engine.run.folder import RunFolder
 from tests.helpers.ranks import on_ranks
@@ -81,9 +81,9 @@ def step(world, config, ranks: Ranks, folder: Path) -> tuple[Policy, list]:
         stage=stage, config=config, model=network, weights=adapter, start=None, iteration=1, ranks=ranks
     )
     if isinstance(config, PrimalDualConfig):
-        policy = ascend(update, samples, samples.scores.reward_PG)
+        policy = ascend(update, samples, Score.plain(samples.scores.reward_PG))
     else:
-        target = ScoredTarget(score_PG=samples.scores.reward_PG, coefficient=0.5)
+        target = ScoredTarget(score=Score.plain(samples.scores.reward_PG), coefficient=0.5)
         policy = fit(update, samples, target, train_on=list(range(5)))
     return policy, [row.as_dict() for row in stage.rows]
 
