@@ -14,6 +14,7 @@ from engine import model
 from engine.config import CaidConfig, PrimalDualConfig, smoke
 from engine.errors import NonFiniteError
 from engine.model import packing
+from engine.policy import update as update_of_policy
 from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.pairs import own_pairs, within_prompts
@@ -150,11 +151,14 @@ def test_shares_of_pairs_are_whole_prompts_and_all_pairs(size):
     assert sum(map(len, of_ranks)) == len(set(whole.prompt)), "a prompt is torn apart"
 
 
-def test_a_number_that_is_not_finite_on_one_rank_stops_all(world, tmp_path):
-    network, samples = world
-    broken = samples.scores.ref_logprob_PG.clone()
-    broken[4, 1:] = math.nan
-    bad = network, replace(samples, scores=replace(samples.scores, ref_logprob_PG=broken))
-    errors = on_ranks(2, lambda ranks: step(bad, CONFIGS[3], ranks, tmp_path))
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(world, tmp_path):
+    add_gradient = update_of_policy.add_gradient
+
+    def work(ranks: Ranks):
+        if ranks.rank == 1:  # in the rank's own process
+            update_of_policy.add_gradient = lambda loss, share: add_gradient(loss * math.nan, share)
+        return step(world, CONFIGS[3], ranks, tmp_path)
+
+    errors = on_ranks(2, work)
     assert all(isinstance(error, NonFiniteError) for error in errors), errors
     assert [path.name for path in tmp_path.iterdir()] == ["nonfinite.safetensors"]
