@@ -15,18 +15,19 @@ from torch import Tensor
 
 from engine import dual
 from engine.config import CaidConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import Target, lagrangian
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: CaidConfig, *, resume: str | None = None) -> Result:
+def train(config: CaidConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs CAID; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
     of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("caid", config, resume) as stages:
+    with open_stages("caid", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

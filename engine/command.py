@@ -17,10 +17,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from engine.errors import Interrupted, NonFiniteError, NotAnswered, NotWritten, UserError
 from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
+
+if TYPE_CHECKING:
+    from engine.ranks import Ranks  # which loads torch
 
 # What the machine refuses, wherever it happens; other errors of the system are the program's mistakes.
 REFUSED = (
@@ -43,6 +46,7 @@ class Standing:
     """Where a command stands; it changes this as soon as it knows better."""
 
     again: Callable[[], str] = lambda: "start the command again"  # how to go on, said where it stops early
+    ranks: "Ranks | None" = None  # where torchrun has started several
 
     def resumable(self, command: str, folder: str | Path, mark: str) -> None:
         """Says that `command --resume FOLDER` goes on once the file `mark` stands in the folder."""
@@ -55,20 +59,45 @@ class Standing:
         self.again = again
 
 
-def run_command(work: Callable[[list[str], Standing], int | None], argv: list[str] | None) -> int:
+def run_command(
+    work: Callable[[list[str], Standing], int | None], argv: list[str] | None, *, on_ranks: bool = False
+) -> int:
     """Does the work of a command and returns its exit code, whatever the work raises.
 
     work: gets the words of the command line and says in `Standing` how to go on; it may return another exit
-    code than 0. argv: those words; None for the process's own.
+    code than 0. argv: those words; None for the process's own. on_ranks: the work can be shared out where
+    torchrun has started several processes; other commands are refused there.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     standing = Standing()
     with _surviving_output():
         try:
+            _join_ranks(standing, on_ranks)
             _check_text(argv)
             return work(argv, standing) or 0
         except BaseException as error:  # a panic of a library in Rust is no Exception
             return _ended(error, standing)
+        finally:
+            if standing.ranks is not None:
+                standing.ranks.leave()
+
+
+def _join_ranks(standing: Standing, on_ranks: bool) -> None:
+    """Joins the processes that torchrun has started. Raises: UserError where the command is for one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    # Imported here, as it loads torch.
+    from engine.ranks import Ranks
+
+    ranks = Ranks.start()
+    if ranks.size == 1:
+        return
+    standing.ranks = ranks
+    if not on_ranks:
+        raise UserError(
+            f"torchrun has started {ranks.size} processes, and this command is for one; start it without "
+            "torchrun."
+        )
 
 
 def end_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
@@ -82,19 +111,26 @@ def end_imports(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def _ended(error: BaseException, standing: Standing) -> int:
-    """Says in one line what ended a command; returns its exit code."""
+    """Says in one line what ended a command; returns its exit code. Of several ranks one says it for all."""
+    ranks = standing.ranks
+    if ranks is not None and not ranks.says():
+        return getattr(error, "exit_code", 1)
+
+    def say(text: str) -> None:
+        _say(text if ranks is None or ranks.is_first else f"rank {ranks.rank}: {text}")
+
     if isinstance(error, NotWritten | NotAnswered):
-        _say(f"error: {error}{f' and {standing.again()}' if error.again else '.'}")
+        say(f"error: {error}{f' and {standing.again()}' if error.again else '.'}")
         return error.exit_code
     if isinstance(error, UserError | NonFiniteError):
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         # An Interrupted says itself how to go on.
-        _say(str(error) if isinstance(error, Interrupted) else f"interrupted: {standing.again()}")
+        say(str(error) if isinstance(error, Interrupted) else f"interrupted: {standing.again()}")
         return Interrupted.exit_code
     if isinstance(error, SystemExit):
-        _say(
+        say(
             f"error: something that this command called ended the process (SystemExit: {error.code}), so "
             f"it has no result; take that call out, then {standing.again()}"
         )
@@ -104,10 +140,10 @@ def _ended(error: BaseException, standing: Standing) -> int:
         advice, again = ADVICE.get(error.errno, ("see to that", True))
         if _no_temporary_folder(error):
             advice, again = "free space there, or set TMPDIR to a folder with room", True
-        _say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
+        say(f"error: {place}{reason(error)}; {advice}{f' and {standing.again()}' if again else '.'}")
         return UserError.exit_code
     traceback.print_exception(error)
-    _say(
+    say(
         f"error: {type(error).__name__} is a mistake of this program, not yours: please report the "
         f"lines above; to try once more, {standing.again()}"
     )

@@ -28,6 +28,10 @@ class NotAnswered(UserError):
     again = True
 
 
+class LostRank(NotAnswered):
+    """Another process of the same run does not answer, as it has ended."""
+
+
 class NotMet(UserError):
     """A policy is not shown to meet every constraint, where the command asks for that. Exit code 4."""
 

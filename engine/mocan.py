@@ -9,18 +9,19 @@ pairs of any policy, the update learns from the samples that the dual is solved 
 """
 
 from engine.config import MocanConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import Target, lagrangian
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: MocanConfig, *, resume: str | None = None) -> Result:
+def train(config: MocanConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs MoCAN; returns the run folder, the held-out verdict and the multipliers.
     `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("mocan", config, resume) as stages:
+    with open_stages("mocan", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

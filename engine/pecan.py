@@ -7,15 +7,16 @@ the pairs of the preference set, which --pairs with that file does.
 
 from engine import mocan
 from engine.config import PecanConfig
+from engine.ranks import ALONE, Ranks
 from engine.stages.protocol import Result
 from engine.stages.run import open_stages
 
 
-def train(config: PecanConfig, *, resume: str | None = None) -> Result:
+def train(config: PecanConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs PeCAN; returns the run folder, the held-out verdict and the multipliers.
     `resume`: the folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("pecan", config, resume) as stages:
+    with open_stages("pecan", config, resume, ranks) as stages:
         return stages.verdict(*mocan.loop(stages, config))

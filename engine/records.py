@@ -7,7 +7,7 @@ one sign everywhere: larger is better (`utility_of_cost` is the only place where
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,12 @@ class Rollouts:
     # bool [R, max_new_tokens]: steps whose two best perturbed logits
     # lie within `engine.rollout.decoding.NEAR_TIE`
     near_tie: Tensor
+
+    def of_prompts(self, own: range) -> "Rollouts":
+        """Returns the responses to consecutive prompts."""
+        rows = slice(own.start * self.n, own.stop * self.n)
+        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "n"}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    return run_command(_train, argv)
+    return run_command(_train, argv, on_ranks=True)
 
 
 def _train(argv: list[str], standing: Standing) -> None:
@@ -59,14 +59,22 @@ def _train(argv: list[str], standing: Standing) -> None:
         algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
         config = replace(config, **given)
     chosen = ALGORITHMS[algorithm]
+    ranks = standing.ranks
     if not chosen.trains_policy:
+        if ranks is not None:
+            raise UserError(
+                f"torchrun has started {ranks.size} processes, and {algorithm} is trained by one; start it "
+                "without torchrun."
+            )
         chosen.train(config)
         return
-    standing.resumable("python -m engine.train", resume or config.out, "config.json")
+    start = "python" if ranks is None else f"torchrun --nproc-per-node {ranks.local_size}"
+    standing.resumable(f"{start} -m engine.train", resume or config.out, "config.json")
     check(config)
     if preset is not None:
         _find(preset, config)
-    result = chosen.train(config) if resume is None else chosen.train(config, resume=resume)
+    how = ({} if resume is None else {"resume": resume}) | ({} if ranks is None else {"ranks": ranks})
+    result = chosen.train(config, **how)
     if config.require_met:
         # Imported here, as it loads torch.
         from engine.verdict.sentences import check_met

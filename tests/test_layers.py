@@ -16,7 +16,7 @@ loss_head sampling attention layer
 """.strip()
 LAYERS = """
 errors
-records files intervals keys looks
+records files intervals keys looks ranks
 config model command
 data run constraints quickstart
 verdict

@@ -126,6 +126,7 @@ SUBJECTS = (
     "sweeps",
     "inside",
     "performance",
+    "many-gpus",
 )
 
 

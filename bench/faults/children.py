@@ -60,14 +60,15 @@ def prepare() -> None:
     rate = plan.matmul_rate(torch.float32, torch.device("cpu"))
     plan.matmul_rate = lambda dtype, device: rate
     # One commit, also where somebody commits while cases run.
-    from engine.stages import inputs, job
+    from engine.ranks import Ranks
+    from engine.stages import alike, inputs
 
     # A template that writes the time is told noon, so that equal runs are equal on one day.
     inputs.datetime = Noon
-    commit, versions = job._versions()["commit"], job._versions
+    commit = alike.versions(Ranks())["commit"]
     done = subprocess.CompletedProcess("git", 0, commit + "\n", "")
-    job.subprocess = SimpleNamespace(run=lambda *words, **options: done)
-    assert versions()["commit"] == commit
+    alike.subprocess = SimpleNamespace(run=lambda *words, **options: done)
+    assert alike.versions(Ranks())["commit"] == commit
 
 
 def shown(figure: Any) -> bytes:

@@ -7,18 +7,19 @@ unit, on the prompts that its constraint is about.
 import torch
 
 from engine.config import DpoConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import Target, lagrangian, utilities_alone
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: DpoConfig, *, resume: str | None = None) -> Result:
+def train(config: DpoConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs DPO; returns the run folder, the held-out verdict and the weights of the utilities. `resume`: the
     folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("dpo", config, resume) as stages:
+    with open_stages("dpo", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from engine.config import OpdConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import Target, lagrangian
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: OpdConfig, *, resume: str | None = None) -> Result:
+def train(config: OpdConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs OPD; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
     of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("opd", config, resume) as stages:
+    with open_stages("opd", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

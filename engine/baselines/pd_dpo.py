@@ -10,18 +10,19 @@ import torch
 
 from engine import dual
 from engine.config import PdDpoConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import Target, lagrangian, utilities_alone
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: PdDpoConfig, *, resume: str | None = None) -> Result:
+def train(config: PdDpoConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs PD-DPO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the
     folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("pd_dpo", config, resume) as stages:
+    with open_stages("pd_dpo", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from engine.config import PrimalDualConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import lagrangian
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: PrimalDualConfig, *, resume: str | None = None) -> Result:
+def train(config: PrimalDualConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs primal-dual policy gradient; returns the run folder, the held-out
     verdict and the last multipliers.
 
@@ -27,7 +28,7 @@ def train(config: PrimalDualConfig, *, resume: str | None = None) -> Result:
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("primal_dual", config, resume) as stages:
+    with open_stages("primal_dual", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

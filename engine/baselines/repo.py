@@ -15,18 +15,19 @@ from torch import Tensor
 
 from engine.baselines.primal_dual import descend
 from engine.config import RepoConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import Score, Scored, ScoreRule
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: RepoConfig, *, resume: str | None = None) -> Result:
+def train(config: RepoConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs RePO; returns the run folder, the held-out verdict and the last multipliers. `resume`: the folder
     of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("repo", config, resume) as stages:
+    with open_stages("repo", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

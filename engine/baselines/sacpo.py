@@ -11,18 +11,19 @@ in the second); weights of the two stages are not averaged (P-SACPO).
 import torch
 
 from engine.config import SacpoConfig
+from engine.ranks import ALONE, Ranks
 from engine.records import Target, lagrangian, utilities_alone
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
 
 
-def train(config: SacpoConfig, *, resume: str | None = None) -> Result:
+def train(config: SacpoConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs SACPO; returns the run folder, the held-out verdict and the multipliers given. `resume`: the
     folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("sacpo", config, resume) as stages:
+    with open_stages("sacpo", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.config import SafeDpoConfig
 from engine.constraints import unsafe_above
+from engine.ranks import ALONE, Ranks
 from engine.records import Score, Scored, Target
 from engine.stages.protocol import Result, Stages
 from engine.stages.run import open_stages
@@ -22,13 +23,13 @@ from engine.stages.run import open_stages
 SURE = 1e3
 
 
-def train(config: SafeDpoConfig, *, resume: str | None = None) -> Result:
+def train(config: SafeDpoConfig, *, resume: str | None = None, ranks: Ranks = ALONE) -> Result:
     """Runs SafeDPO; returns the run folder, the held-out verdict and no multipliers (zeros). `resume`: the
     folder of a run to go on with.
 
     Raises: UserError, NonFiniteError, Interrupted.
     """
-    with open_stages("safe_dpo", config, resume) as stages:
+    with open_stages("safe_dpo", config, resume, ranks) as stages:
         return stages.verdict(*loop(stages, config))
 
 

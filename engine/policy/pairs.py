@@ -6,6 +6,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from engine.ranks import Ranks
 from engine.records import Pairs
 
 
@@ -36,3 +37,17 @@ def within_prompts(
             row += [p * n + i for i in chosen]
             pairs += own
     return Pairs(prompt=prompt, row=row, pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
+
+
+def own_pairs(pairs: Pairs, ranks: Ranks) -> tuple[Pairs, int]:
+    """Returns the pairs of a rank's share of a step's prompts, which stay whole, and the number of sequences
+    before them."""
+    prompts = list(dict.fromkeys(pairs.prompt))
+    own = {prompts[i] for i in ranks.share(len(prompts))}
+    rows = [i for i, p in enumerate(pairs.prompt) if p in own]
+    start, end = (rows[0], rows[-1] + 1) if rows else (0, 0)
+    inside = (pairs.pairs[:, 0] >= start) & (pairs.pairs[:, 0] < end)
+    return (
+        Pairs(prompt=pairs.prompt[start:end], row=pairs.row[start:end], pairs=pairs.pairs[inside] - start),
+        start,
+    )

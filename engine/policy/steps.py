@@ -2,8 +2,8 @@
 loss that is not finite."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from engine.config import RunConfig
 from engine.errors import NonFiniteError
 from engine.model.decoder import Decoder
 from engine.policy.weights import Weights
+from engine.ranks import ALONE, Ranks
 from engine.run.rows import StepRow
 from engine.run.run import Stage
-from engine.run.store import save
+from engine.run.store import save, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +46,24 @@ class Update:
     weights: Weights
     start: Policy | None  # the iterate that it goes on from; None: the weights as they are
     iteration: int
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The figures of one step, after it has added its gradients."""
+    """The figures of one step, after it has added its gradients; of several ranks each has those of its own
+    prompts, with their share of the whole step."""
 
     loss: float
-    figures: dict[str, float]  # further fields of its metrics row
-    batch: dict[str, Tensor]  # saved where the loss is not finite
+    figures: dict[str, float]  # further fields of its metrics row, which add up over the ranks
+    counts: dict[str, int] = field(default_factory=dict)  # and those that are of the whole step already
+    batch: dict[str, Tensor]  # the whole step's, saved where the loss is not finite
 
 
 def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step]) -> Policy:
     """Takes `config.steps` AdamW steps; step_of(i) adds the gradients of step i, from 0.
+
+    Of several ranks each adds those of its own prompts, and their sum is the step's gradient.
 
     Raises: NonFiniteError with the batch saved in the run folder.
     """
@@ -81,9 +87,11 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             step = step_of(i)
+            if update.ranks.size > 1:
+                step = _added_up(update, parameters, step)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm))
             if not (math.isfinite(step.loss) and math.isfinite(norm)):
-                _stop_non_finite(stage, step, weights, norm)
+                _stop_non_finite(update, step, norm)
             optimizer.step()
             losses.append(step.loss)
             stage.log(
@@ -94,14 +102,40 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
                     grad_norm=norm,
                     learning_rate=rate,
                     **step.figures,
+                    **step.counts,
                 )
             )
             progress.advance(1)
             if stage.stopping or ((i + 1) % config.checkpoint_every == 0 and i + 1 < config.steps):
+                _check_replicas(update, i + 1)
                 stage.save_partial(_policy(taken + i + 1, weights, optimizer, losses, pace))
-                stage.check_stop()
+                # A rank that stops without the others' knowledge would leave them in the middle of a step.
+                if update.ranks.size == 1 or stage.stopping:
+                    stage.check_stop()
     optimizer.zero_grad(set_to_none=True)
+    _check_replicas(update, config.steps)
     return _policy(taken + config.steps, weights, optimizer, losses, pace)
+
+
+def _added_up(update: Update, parameters: Sequence[Tensor], step: Step) -> Step:
+    """Adds gradients and figures up over the ranks, and lets them agree on whether to stop after the step."""
+    for parameter in parameters:
+        if parameter.grad is None:  # a rank without a prompt in this step
+            parameter.grad = torch.zeros_like(parameter)
+    own = [step.loss, *step.figures.values(), float(update.stage.wants_to_stop)]
+    figures = torch.tensor(own, dtype=torch.float64)
+    update.ranks.add([*(parameter.grad for parameter in parameters), figures])
+    loss, *rest, stopping = figures.tolist()
+    if stopping:
+        update.stage.agree_to_stop()
+    return replace(step, loss=loss, figures=dict(zip(step.figures, rest, strict=True)))
+
+
+def _check_replicas(update: Update, steps: int) -> None:
+    """Checks that the weights of all ranks are the same bits. Raises: UserError naming one that is not."""
+    if update.ranks.size > 1:
+        digest = sha256_of({name: value.cpu() for name, value in update.weights.tensors().items()}, "")
+        update.ranks.check_alike({f"{update.stage.name}: the weights after {steps} steps": digest[:16]})
 
 
 def learning_rate_factor(config: RunConfig, step: int, taken: int) -> float:
@@ -150,9 +184,10 @@ def _restore(policy: Policy, weights: Weights, optimizer: torch.optim.AdamW) -> 
         }
 
 
-def _stop_non_finite(stage: Stage, step: Step, weights: Weights, norm: float) -> None:
+def _stop_non_finite(update: Update, step: Step, norm: float) -> None:
+    stage, tensors = update.stage, update.weights.tensors()
     path = stage.paths.nonfinite
-    save(path, {**step.batch, **weights.tensors()}, stage=stage.name)
+    update.ranks.first(lambda: save(path, {**step.batch, **tensors}, stage=stage.name))
     raise NonFiniteError(
         f"{stage.name}: loss {step.loss}, gradient norm {norm}; the batch and the adapter are in {path}; "
         "lower --learning-rate, or use --dtype float32."

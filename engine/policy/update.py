@@ -14,7 +14,7 @@ from engine.data.dealing import Schedule
 from engine.errors import UserError
 from engine.model import packing
 from engine.policy.forward import policy_states
-from engine.policy.pairs import within_prompts
+from engine.policy.pairs import own_pairs, within_prompts
 from engine.policy.preference_loss import PreferenceLoss, parts, rows_by_prompt, share_of
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Step, Update, take_steps
@@ -32,7 +32,8 @@ def fit(
     """Takes `config.steps` steps of the preference loss on pairs of `samples`.
 
     train_on: the prompts whose pairs may be used. anchor: the weights of `target.anchor`, None for the
-    reference. Labels that are random are drawn from target.score_PG, afresh in every step or once.
+    reference. Labels that are random are drawn from target.score_PG, afresh in every step or once. Each rank
+    takes its share of a step's prompts.
 
     Raises: NonFiniteError with the batch saved in the run folder; UserError where a step will have no pair
     left, before the first.
@@ -51,15 +52,20 @@ def fit(
 
     def step_of(i: int) -> Step:
         pairs = pairs_of(i)
+        own, before = own_pairs(pairs, update.ranks)
         loss = accuracy = margin = 0.0
-        for part, first in parts(pairs, samples.groups(rows_by_prompt(pairs)), config.tokens_per_forward):
-            found = loss_of(part, i, first)
+        for part, first in parts(own, samples.groups(rows_by_prompt(own)), config.tokens_per_forward):
+            found = loss_of(part, i, before + first)
             loss += add_gradient(found.loss, share_of(config.labels, part, pairs))
             share = len(part.pairs) / len(pairs.pairs)
             accuracy += share * float(found.accuracy)
             margin += share * float(found.margin.abs().mean())
-        figures = {"accuracy": accuracy, "margin": margin, "pairs": len(pairs.pairs)}
-        return Step(loss=loss, figures=figures, batch={"row": torch.tensor(pairs.row), "pairs": pairs.pairs})
+        return Step(
+            loss=loss,
+            figures={"accuracy": accuracy, "margin": margin},
+            counts={"pairs": len(pairs.pairs)},
+            batch={"row": torch.tensor(pairs.row), "pairs": pairs.pairs},
+        )
 
     return take_steps(update, PairStepRow, step_of)
 
@@ -70,6 +76,7 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
 
     beta x log-ratio to the reference is taken off the score; `config.advantage` says how a response's score
     is compared with those of its prompt's others.
+    Each rank takes its share of a step's prompts.
 
     Raises: NonFiniteError with the batch saved in the run folder.
     """
@@ -78,8 +85,10 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
     n, length = rollouts.n, rollouts.length
 
     def step_of(i: int) -> Step:
-        groups = samples.groups({p: list(range(p * n, (p + 1) * n)) for p in dict.fromkeys(plan[i])})
-        step_rows = [r for g in groups for r in g.rows]
+        prompts = list(dict.fromkeys(plan[i]))
+        step_rows = [r for p in prompts for r in range(p * n, (p + 1) * n)]
+        own = [prompts[place] for place in update.ranks.share(len(prompts))]
+        groups = samples.groups({p: list(range(p * n, (p + 1) * n)) for p in own})
         loss = clipped = advantage = 0.0
         for batch in packing.batches(groups, config.tokens_per_forward, packing.WHOLE):
             packed = packing.pack(batch, model.device)
@@ -108,8 +117,12 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
             loss += add_gradient(found.loss, share)
             clipped += share * float(found.clip_fraction)
             advantage += len(row) / len(step_rows) * float(found.advantage.abs().mean())
-        figures = {"clip_fraction": clipped, "advantage": advantage, "responses": len(step_rows)}
-        return Step(loss=loss, figures=figures, batch={"row": torch.tensor(step_rows)})
+        return Step(
+            loss=loss,
+            figures={"clip_fraction": clipped, "advantage": advantage},
+            counts={"responses": len(step_rows)},
+            batch={"row": torch.tensor(step_rows)},
+        )
 
     return take_steps(update, AscentStepRow, step_of)
 

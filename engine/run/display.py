@@ -90,12 +90,14 @@ class Display:
         *,
         n_stages: int | None = None,
         file: TextIO | None = None,
+        silent: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """silent: nothing is shown, as on other ranks than the first."""
         self.n_stages, self.clock = n_stages, clock
         self.running: list[Progress] = []
-        self._console = Console(file=file, highlight=False, emoji=False, markup=False)
-        self._terminal = (file or sys.stdout).isatty() and not self._console.is_dumb_terminal
+        self._console = Console(file=file, highlight=False, emoji=False, markup=False, quiet=silent)
+        self._terminal = (file or sys.stdout).isatty() and not self._console.is_dumb_terminal and not silent
         self._live: Live | None = None
         self._stage = self._notice = ""
 

@@ -14,6 +14,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.names import linear_shapes, linears_of
+from engine.ranks import ALONE, Ranks
 from engine.run.machine import available_memory, matmul_rate
 from kernels.loss_head.schemes import budget_or_default
 
@@ -60,11 +61,13 @@ class Plan:
         *,
         scorers: Sequence[ScorerSize] = (),
         fewer_rows: bool = False,
+        ranks: Ranks = ALONE,
     ) -> "Plan":
         """Counts the bytes and the products of a run, and time a matrix product for the rate.
 
         train, heldout: lengths in tokens of the prompts that will be sampled. scorers: models beside the
         policy's. fewer_rows: `rows` may be lowered to those that fit, down to the responses of one prompt.
+        ranks: share out the work, and those of one machine its main memory.
         """
         lengths = train + heldout
         longest, mean = max(lengths), sum(lengths) / len(lengths)
@@ -81,10 +84,12 @@ class Plan:
             return _peak(weights + beside + results + max(sampling, training, scoring))
 
         available, rows = available_memory(device), config.rollout_rows
+        if device.type == "cpu":
+            available //= ranks.local_size
         if fewer_rows:
             rows = rows_that_fit(rows, max(config.n_responses, config.eval_responses), needed, available)
         products = _products(config, shape, dtype, mean) + _scorer_products(config, scorers, mean)
-        seconds = 2 * products / (EFFICIENCY * matmul_rate(dtype, device))
+        seconds = 2 * products / (EFFICIENCY * matmul_rate(dtype, device) * ranks.size)
         spare = "--offload-scorers or " if device.type == "cuda" and beside else ""
         return Plan(needed(rows), available, seconds, rows, spare)
 

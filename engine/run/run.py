@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from engine.errors import Interrupted, UserError
 from engine.files import clear, is_there, make_folder, move_aside, whole_folder, write_whole, writing
+from engine.ranks import ALONE, Ranks
 from engine.run.contents import Contents, read_contents, write_contents
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
@@ -46,11 +47,11 @@ class Stage:
         or a partial of it is saved."""
         written = replace(row, stage=self.name).as_dict()
         self.rows.append(written)
-        _append(self._run.paths.metrics, written)
+        self._run.append(self._run.paths.metrics, written)
 
     def log_speed(self, row: SpeedRow) -> None:
         """Logs seconds and speeds, to timing.jsonl only."""
-        _append(self._run.paths.timing, replace(row, stage=self.name).as_dict())
+        self._run.append(self._run.paths.timing, replace(row, stage=self.name).as_dict())
 
     @property
     def paths(self) -> RunFolder:
@@ -68,6 +69,10 @@ class Stage:
     def partial(self, cls: type[RecordT]) -> RecordT | None:
         """Loads the last whole partial of this stage, or None. The rows logged up to it
         replace those logged since."""
+        record, self.rows = self._run.ranks.first(lambda: (self._partial(cls), self.rows))
+        return record
+
+    def _partial(self, cls: type[RecordT]) -> RecordT | None:
         for path in (self.partial_path, self.previous_path):
             try:
                 record, content = self._run.read(path, cls, self.name)
@@ -88,18 +93,32 @@ class Stage:
 
         Raises: UserError on a full disk; the last partial stays.
         """
-        save(
-            self.partial_path,
-            record,
-            previous=self.previous_path,
-            rows=self.rows,
-            **self._run.origin(self.name),
-        )
+
+        def saved() -> None:
+            save(
+                self.partial_path,
+                record,
+                previous=self.previous_path,
+                rows=self.rows,
+                **self._run.origin(self.name),
+            )
+
+        self._run.ranks.first(saved)
 
     @property
     def stopping(self) -> bool:
-        """Tells whether Ctrl-C was pressed: then it is time to save a partial before `check_stop`."""
+        """Tells whether Ctrl-C was pressed: then it is time to save a partial before `check_stop`. On several
+        ranks it is what they have agreed on (`agree_to_stop`), as each sees the signal at another moment."""
+        return self._run.stopping if self._run.ranks.size == 1 else self._run.agreed
+
+    @property
+    def wants_to_stop(self) -> bool:
+        """Tells whether Ctrl-C was pressed as this rank sees it."""
         return self._run.stopping
+
+    def agree_to_stop(self) -> None:
+        """Notes that at least one rank wants to stop, where all ranks know it."""
+        self._run.agreed = True
 
     def check_stop(self) -> None:
         """Checks that the run may go on. Raises: Interrupted when Ctrl-C was pressed."""
@@ -107,7 +126,8 @@ class Stage:
 
 
 class Run:
-    """One run folder, locked by this process.
+    """One run folder, locked by this process. Of several ranks rank 0 has the folder; the others go through
+    the same stages, and get from it what the folder holds.
 
     >>> with Run.create("runs/a", "caid", {"seed": 0}, versions={"commit": "1f3"}, fingerprint="9c") as run:
     ...     units = run.stage("reference", Units, lambda stage: ...)
@@ -116,20 +136,28 @@ class Run:
     the second stops at once.
     """
 
-    def __init__(self, folder: Path, lock: IO[bytes], contents: Contents, display: Display | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lock: IO[bytes] | None,
+        contents: Contents,
+        display: Display | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
         self.folder, self.paths, self.contents = folder, RunFolder(folder), contents
         self.algorithm, self.config = contents.algorithm, contents.config
         self.versions, self.fingerprint = contents.versions, contents.fingerprint
         self.display = display or Display()
-        self.stopping = False
+        self.stopping = self.agreed = False
         self._lock = lock
         self._rows: list[dict] = []
         self._names: list[str] = []
         self._open = False
         self._last_checksum = contents.inputs
-        self._old_handler: Any = None
+        self._old_handlers: dict[int, Any] = {}
         # Trackers are for people: a config without the field has none.
-        names = contents.config.get("trackers", ())
+        names = contents.config.get("trackers", ()) if ranks.is_first else ()
         self._trackers = Trackers(folder, names, contents.config, self.display.warn)
 
     @classmethod
@@ -195,6 +223,23 @@ class Run:
                 file.write("\n")
         return run
 
+    @classmethod
+    def on(cls, ranks: Ranks, opened: Callable[[], "Run"], display: Display) -> "Run":
+        """Returns on each rank the run that `opened` makes or opens on rank 0. Raises: what `opened` raises,
+        on all."""
+        if ranks.size == 1:
+            return opened()
+        own: list[Run] = []
+
+        def open_it() -> tuple[Path, Contents]:
+            own.append(opened())
+            return own[0].folder, own[0].contents
+
+        folder, contents = ranks.first(open_it)
+        run = own[0] if own else cls(folder, None, contents, display, ranks)
+        run.ranks = ranks
+        return run
+
     @staticmethod
     def _take_lock(folder: Path) -> IO[bytes]:
         with writing(folder / ".lock", 0):
@@ -222,8 +267,33 @@ class Run:
         self.check_stop()
         self._names.append(name)
         stage = Stage(self, len(self._names), name)
+        if found := self.ranks.first(lambda: self._found(stage, cls)):
+            self.display.stage(stage.number, name, loaded=True)
+            record, committed = found
+            self._commit(stage, committed)
+            return record
+        self.display.stage(stage.number, name)
+        self.align([])
+        self._open, start = True, time.monotonic()
         try:
-            record, content = self.read(stage.path, cls, name)
+            result = compute(stage)
+            # Read back, so that a first run and a resumed one go on from the same objects.
+            record, committed = self.ranks.first(lambda: self._saved(stage, cls, result))
+        except KeyboardInterrupt:
+            self._time(stage, start)
+            raise
+        finally:
+            self._open = False
+        self._commit(stage, committed)
+        self.align([])
+        self._time(stage, start)
+        return record
+
+    def _found(self, stage: Stage, cls: type[RecordT]) -> tuple[RecordT, dict] | None:
+        """Returns the result of a stage that is on disk, with its rows and checksum; None where it has to be
+        computed."""
+        try:
+            record, content = self.read(stage.path, cls, stage.name)
         except FileNotFoundError:
             if self._forget(stage, keep=(stage.partial_path, stage.previous_path)):
                 self.display.warn(f"{stage.path} is missing; computing it and all later stages again")
@@ -231,26 +301,19 @@ class Run:
             self.display.warn(f"{error}; computing it and all later stages again")
             self._forget(stage)
         else:
-            self.display.stage(stage.number, name, loaded=True)
-            self._commit(stage, content)
-            return record
-        self.display.stage(stage.number, name)
-        self.align([])
-        self._open, start = True, time.monotonic()
-        try:
-            result = compute(stage)
-            save(stage.path, result, rows=stage.rows, **self.origin(name))
-        except KeyboardInterrupt:
-            self._time(stage, start)
-            raise
-        finally:
-            self._open = False
-        # Read back, so that a first run and a resumed one go on from the same objects.
-        record, content = self.read(stage.path, cls, name)
-        self._commit(stage, content)
-        self.align([])
-        self._time(stage, start)
-        return record
+            return record, {key: content[key] for key in ("rows", "sha256")}
+        return None
+
+    def _saved(self, stage: Stage, cls: type[RecordT], result: RecordT) -> tuple[RecordT, dict]:
+        """Saves the result of a stage, and reads it as `_found` does."""
+        save(stage.path, result, rows=stage.rows, **self.origin(stage.name))
+        record, content = self.read(stage.path, cls, stage.name)
+        return record, {key: content[key] for key in ("rows", "sha256")}
+
+    def append(self, path: Path, row: dict) -> None:
+        """Adds a row to a file of rows, on rank 0."""
+        if self.ranks.is_first:
+            _append(path, row)
 
     def rows(self, cls: type[RowT]) -> list[RowT]:
         """Returns the rows of one kind that the stages have committed so far, in order."""
@@ -273,6 +336,8 @@ class Run:
 
     def align(self, rows: list[dict]) -> None:
         """Makes metrics.jsonl hold exactly the committed rows and then `rows`."""
+        if not self.ranks.is_first:
+            return
         path = self.paths.metrics
         move_aside(path)
         data = "".join(dumps(row) + "\n" for row in self._rows + rows).encode()
@@ -281,13 +346,13 @@ class Run:
 
     def check_stop(self) -> None:
         """Checks that the run may go on. Raises: Interrupted when Ctrl-C was pressed."""
-        if self.stopping:
+        if self.stopping or self.agreed:
             raise Interrupted(f"stopped; go on with --resume {self.folder}")
 
     def _commit(self, stage: Stage, content: dict) -> None:
         self._rows += content["rows"]
         self._last_checksum = content["sha256"]
-        for path in (stage.previous_path, stage.partial_path):
+        for path in (stage.previous_path, stage.partial_path) if self.ranks.is_first else ():
             clear(path)
         self._trackers.write(content["rows"])
 
@@ -309,22 +374,27 @@ class Run:
         return len(stale)
 
     def _time(self, stage: Stage, start: float) -> None:
-        _append(
+        self.append(
             self.paths.timing,
             StageTimeRow(stage=stage.name, seconds=round(time.monotonic() - start, 3)).as_dict(),
         )
 
-    def _on_sigint(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
+        # A SIGTERM of torchrun may come of an error that another rank has told already.
+        if number != signal.SIGINT or not self.ranks.is_first:
+            return
         self.display.notice("finishing the current step, press Ctrl-C again to stop at once")
 
     def __enter__(self) -> "Run":
         self.display.__enter__()
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGINT, self._on_sigint)
+            # torchrun passes SIGTERM on, of a scheduler or because another rank has ended.
+            for number in (signal.SIGINT,) if self.ranks.size == 1 else (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -338,12 +408,13 @@ class Run:
             self.display.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Releases the lock and restores the previous SIGINT handler."""
-        if self._old_handler is not None:
-            signal.signal(signal.SIGINT, self._old_handler)
-            self._old_handler = None
+        """Releases the lock and restores the previous handlers of signals."""
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()
         self._trackers.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def check_model(folder: Path, contents: Contents, fingerprint: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import append_line, is_file, move_aside, read_json_lines
+from engine.ranks import Ranks
 
 
 def key_of(*asked: Any) -> str:
@@ -23,6 +24,7 @@ class Answers:
 
     def __init__(self) -> None:
         self._known: dict[str, float] = {}
+        self._new: dict[str, float] = {}  # since `share_out`
         self._file: Path | None = None
 
     def get(self, key: str) -> float | None:
@@ -31,9 +33,17 @@ class Answers:
 
     def put(self, key: str, score: float) -> None:
         """Keeps a score. Raises: NotWritten."""
-        self._known[key] = score
+        self._known[key] = self._new[key] = score
         if self._file is not None:
             _append(self._file, key, score)
+
+    def share_out(self, ranks: Ranks) -> None:
+        """Gives all ranks the scores that each has got since the last call. Raises: NotWritten."""
+        every = ranks.gather(self._new)
+        for key, score in (item for theirs in every for item in theirs.items()):
+            if key not in self._known:
+                self.put(key, score)
+        self._new = {}
 
     def keep_in(self, file: Path, *, read_only: bool = False) -> None:
         """Goes on with what a file holds, and keeps all answers there, unless it is only to be read.

@@ -24,6 +24,7 @@ from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import examine
 from engine.model.folder import DTYPES, digests, read_json, resolve
 from engine.model.tokenizer import load_tokenizer
+from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.folder import RunFolder
 from engine.run.machine import keep_freed_memory
@@ -62,12 +63,15 @@ class Inputs:
     notes: list[str]
 
 
-def read_inputs(config: RunConfig, owned: OwnedInputs | None = None) -> Inputs:
+def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Ranks = ALONE) -> Inputs:
     """Reads and checks a config's model and prompts; with `owned`, all but the weights come from that run.
 
+    Each rank takes the GPU of its number on its machine.
     Raises: UserError, also where the weights are not those of that run.
     """
     device = torch.device(_device(config.device))
+    if device.type == "cuda" and ranks.size > 1:
+        device = _own_gpu(ranks)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[automatic if config.dtype == "auto" else config.dtype]
     folder = model_folder(config.model)
@@ -141,10 +145,10 @@ def asks_for_time(tokenizer) -> bool:
     return any("strftime_now" in str(text) for text in texts)
 
 
-def prepare_process(threads: int) -> None:
-    """Sets the number of CPU threads (0: one for each core that the process may use)
-    and the allocator of this process."""
-    torch.set_num_threads(threads or _cores())
+def prepare_process(threads: int, ranks: Ranks = ALONE) -> None:
+    """Sets the number of CPU threads (0: one for each core that the process may use, which it shares with the
+    other ranks of its machine) and the allocator of this process."""
+    torch.set_num_threads(threads or max(1, _cores() // ranks.local_size))
     keep_freed_memory()
 
 
@@ -274,6 +278,18 @@ def _has_system(config: RunConfig, prompts: Prompts) -> bool:
 def _cores() -> int:
     """Counts the cores that this process may run on (taskset and containers limit them)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _own_gpu(ranks: Ranks) -> torch.device:
+    """Returns the GPU of a rank, and makes it the process's current one. Raises: UserError where there are
+    fewer GPUs than ranks."""
+    if (found := torch.cuda.device_count()) < ranks.local_size:
+        raise UserError(
+            f"{ranks.local_size} ranks on a machine with {found} visible CUDA devices: start "
+            f"--nproc-per-node {found}, or use --device cpu."
+        )
+    torch.cuda.set_device(ranks.local)
+    return torch.device("cuda", ranks.local)
 
 
 def _device(name: str) -> str:

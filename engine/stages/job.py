@@ -1,25 +1,22 @@
 """The stages that the algorithms share: open a run, sample and score, solve the dual, update, measure the
 slack, give the verdict."""
 
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from engine import constraints, keys, model
 from engine.config import OF_THE_COMMAND, RunConfig, check, fit, shown_name, with_steps
 from engine.data.dealing import deal, subset
-from engine.data.prompts import assert_disjoint, by_tokens, first_look, overlap
-from engine.data.response_pairs import ResponsePairs, read_response_pairs
+from engine.data.prompts import first_look
+from engine.data.response_pairs import ResponsePairs
 from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
 from engine.looks import last_error
 from engine.model.decoder import Decoder
+from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.contents import read_contents
 from engine.run.display import Display
@@ -30,7 +27,9 @@ from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, sizes
 from engine.scorers.scoring import try_out
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, rules_of, scorers_of
+from engine.stages.alike import check_ranks, check_same_inputs, check_shares, idle_warnings, versions
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
+from engine.stages.pair_files import pairs_of, preferences_of
 from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
@@ -82,9 +81,11 @@ class Subject:
     tokenizer: object
     scorers: Scorers
     stop_token_ids: tuple[int, ...]
+    ranks: Ranks = ALONE  # that share out the prompts
+    answers: Answers = field(default_factory=Answers)  # of judges behind HTTP
 
     @staticmethod
-    def load(settings: SamplingSettings, inputs: Inputs, scorers: Scorers) -> "Subject":
+    def load(settings: SamplingSettings, inputs: Inputs, scorers: Scorers, ranks: Ranks = ALONE) -> "Subject":
         """Loads the weights."""
         return Subject(
             settings=settings,
@@ -94,6 +95,7 @@ class Subject:
             tokenizer=inputs.tokenizer,
             scorers=scorers,
             stop_token_ids=inputs.stop_token_ids,
+            ranks=ranks,
         )
 
 
@@ -114,28 +116,36 @@ class Job(Subject):
 
 @contextmanager
 def open_job(
-    algorithm: str, config: RunConfig, resume: str | None, n_stages: int | None = None
+    algorithm: str,
+    config: RunConfig,
+    resume: str | None,
+    n_stages: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Job]:
     """Loads and checks everything, prints the plan, then creates or resumes the run folder.
 
-    n_stages: how many stages the run will have, for the display; by default what the config says.
+    n_stages: how many stages the run will have, for the display; by default what the config says. ranks: of
+    several, rank 0 alone prints and has the run folder.
 
     Raises: UserError before any compute is spent.
     """
     check(config)
-    prepare_process(config.threads)
-    start = _start(algorithm, config, resume)
-    prepared = _prepare(config, start)
-    display = Display(n_stages=n_stages or stages_of(prepared.config))
+    check_ranks(algorithm, config, resume, ranks)
+    prepare_process(config.threads, ranks)
+    start = ranks.first(lambda: _start(algorithm, config, resume))
+    prepared = _prepare(config, start, ranks)
+    display = Display(n_stages=n_stages or stages_of(prepared.config), silent=not ranks.is_first)
     _announce(display, algorithm, prepared, resumes=start.resumes)
     # Weights that cannot be used are refused before there is a run folder.
     subject = None if start.resumes else prepared.subject()
     display.line(f"run folder {start.out}")
-    if start.resumes:
-        run = _resume(start, prepared, display)
-    else:
-        run = _create(algorithm, start.out, prepared, display)
-    with run:
+
+    def opened() -> Run:
+        if start.resumes:
+            return _resume(start, prepared, display)
+        return _create(algorithm, start.out, prepared, display)
+
+    with Run.on(ranks, opened, display) as run:
         yield prepared.job(subject or prepared.subject(), run)
 
 
@@ -194,6 +204,7 @@ class Prepared:
     passes: str  # says what --epochs comes to; "" without it
     warnings: list[str]  # of the scorers
     notes: list[str]  # say what has changed since the run began
+    ranks: Ranks
 
     def record(self) -> RunInputs:
         """Returns what a run keeps of its inputs."""
@@ -213,14 +224,14 @@ class Prepared:
 
     def subject(self) -> Subject:
         """Loads the weights."""
-        return Subject.load(SamplingSettings.of(self.config), self.inputs, self.scorers)
+        return Subject.load(SamplingSettings.of(self.config), self.inputs, self.scorers, self.ranks)
 
     def job(self, subject: Subject, run: Run) -> Job:
         """Returns what every stage needs."""
         given = None if self.samples is not None else self.inputs.given
         return Job(
             # What is written goes on with the run's own texts: --template is among them.
-            **vars(subject) | {"texts": run.paths.model},
+            **vars(subject) | {"texts": run.paths.model, "answers": self.answers},
             config=self.config,
             run=run,
             train=self.train,
@@ -233,9 +244,11 @@ class Prepared:
         )
 
 
-def _prepare(config: RunConfig, start: Start) -> Prepared:
+def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     """Reads and checks model, prompts, scorers and pairs. Raises: UserError."""
-    inputs, owned = read_inputs(config, start.owned), start.owned
+    owned = start.owned
+    with ranks.node_first():
+        inputs = read_inputs(config, owned, ranks)
     if inputs.given is not None:
         config = replace(config, n_responses=inputs.given.rollouts.n)
     config, lowered = fit(config, len(inputs.train), len(inputs.heldout))
@@ -243,7 +256,7 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     check(config)
     if config.samples_of and owned is not None:
         check_samples_of(config)
-    pairs, passes = owned.record.pairs if start.goes_on else _pairs(config, inputs), ""
+    pairs, passes = owned.record.pairs if start.goes_on else pairs_of(config, inputs), ""
     if pairs is not None:
         config, passes = with_steps(config, len(pairs.prompts))
     train = training_prompts(inputs.train, config.n_prompts, config.seed)
@@ -255,7 +268,8 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
     known = None if samples is None else [place is not None for place in samples.places]
     if samples is None and inputs.given is not None:
         known = [name in inputs.given.names for name in scorer_contents]
-    plan = _plan(config, inputs, train, heldout, known or (), resumes=start.resumes)
+    check_shares(config, ranks)
+    plan = _plan(config, inputs, train, heldout, known or (), ranks, resumes=start.resumes)
     asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
     notes = list(inputs.notes)
     if owned is not None:
@@ -263,16 +277,17 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         notes += owned.check_scorers(compared, accept=config.accept_changes)
     answers = Answers()
     if start.resumes:
-        answers.keep_in(RunFolder(start.out).judge_cache)
+        answers.keep_in(RunFolder(start.out).judge_cache, read_only=not ranks.is_first)
     scorers = scorers_of(config, inputs, answers)
     scored = [train, heldout, *([] if pairs is None else [pairs.prompts])]
     names = [s.name for s in scorers.costs]
     limits = constraints.limits(config, names)
     constraints.check_prompts(limits, _judged_on(config, train, heldout))
     constraints.check_confirmable(limits, pool, last_error(len(looks)))
-    preferences = owned.record.preferences if start.goes_on else _preferences(config, names, inputs)
+    preferences = owned.record.preferences if start.goes_on else preferences_of(config, names, inputs)
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
+    check_same_inputs(ranks, inputs, scorer_contents, [train, pool])
     return Prepared(
         config=config,
         inputs=inputs,
@@ -289,8 +304,11 @@ def _prepare(config: RunConfig, start: Start) -> Prepared:
         asked_rows=asked_rows,
         lowered=lowered,
         passes=passes,
-        warnings=try_out(scorers, scored, config.max_new_tokens) + constraints.warnings(limits, pool),
+        warnings=try_out(scorers, scored, config.max_new_tokens)
+        + constraints.warnings(limits, pool)
+        + idle_warnings(config, ranks),
         notes=notes,
+        ranks=ranks,
     )
 
 
@@ -300,11 +318,12 @@ def _plan(
     train: Prompts,
     heldout: Prompts,
     known: Sequence[bool],
+    ranks: Ranks,
     *,
     resumes: bool,
 ) -> Plan:
-    """Plans time and memory. known: see `engine.scorers.find.sizes`. Raises: UserError where the memory does
-    not suffice."""
+    """Plans time and memory, on all ranks alike. known: see `engine.scorers.find.sizes`. Raises: UserError
+    where the memory of one does not suffice."""
     plan = Plan.of(
         config,
         inputs.shape,
@@ -321,9 +340,12 @@ def _plan(
         ),
         # Fewer only where the user left the default; a resumed run has no flags, so there it is always fine.
         fewer_rows=resumes or config.rollout_rows == RunConfig.rollout_rows,
+        ranks=ranks,
     )
-    plan.check()
-    return plan
+    plans = ranks.gather(plan)
+    for plan in plans:
+        plan.check()
+    return min(plans, key=lambda plan: plan.rows)
 
 
 def _announce(display: Display, algorithm: str, prepared: Prepared, *, resumes: bool) -> None:
@@ -370,7 +392,7 @@ def _create(algorithm: str, out: Path, prepared: Prepared, display: Display) -> 
         out,
         algorithm,
         {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OF_THE_COMMAND},
-        versions=_versions(),
+        versions=versions(prepared.ranks),
         fingerprint=inputs.fingerprint,
         inputs=prepared.record(),
         model_files=copies(inputs.texts, inputs.files, inputs.template),
@@ -391,8 +413,8 @@ def _resume(start: Start, prepared: Prepared, display: Display) -> Run:
         notes += owned.check_model(inputs.folder, inputs.files)
     run = Run.resume(start.out, fingerprint=inputs.fingerprint, display=display)
     owned.accept(prepared.scorer_contents)
-    if run.versions != (here := _versions()):
-        changed = sorted(k for k in here if here[k] != run.versions.get(k))
+    if run.versions != (here := versions(prepared.ranks)):
+        changed = sorted(k for k in here | run.versions if here.get(k) != run.versions.get(k))
         display.warn(
             f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits"
         )
@@ -429,43 +451,6 @@ def judged_prompts(config: RunConfig, heldout: Prompts, n: int) -> Prompts:
     return heldout_prompts(heldout, n, config.seed, shipped=config.judged_on_shipped)
 
 
-def _pairs(config: RunConfig, inputs: Inputs) -> ResponsePairs | None:
-    """Reads the data of --pairs, all of it where --epochs counts passes, else as many rows as the steps take,
-    as each is scored; None without. Raises: UserError."""
-    if not (source := config.pairs_file):
-        return None
-    enough = None if config.epochs else config.policy_updates * config.steps * config.prompts_per_step
-    own = read_response_pairs(
-        source, [], inputs.tokenizer, inputs.limits, rules_of(config, inputs.folder, enough)
-    )
-    own = _without_heldout(config, own, inputs.heldout, "--pairs")
-    if enough is None or len(own.prompts) <= enough:
-        return own
-    kept = set(subset(by_tokens(own.prompts), enough, config.seed, keys.PAIRS))
-    return own.without(
-        [row for row in range(len(own.prompts)) if row not in kept], "more than the steps take"
-    )
-
-
-def _preferences(config: RunConfig, names: list[str], inputs: Inputs) -> ResponsePairs | None:
-    """Reads the data of --preferences; None where the run is not scored by any. Raises: UserError."""
-    if not (config.by_preference and config.preferences):
-        return None
-    rules = rules_of(config, inputs.folder, config.preference_steps * config.prompts_per_step)
-    columns = config.preference_columns or ("reward", *names)
-    own = read_response_pairs(config.preferences, columns, inputs.tokenizer, inputs.limits, rules)
-    return _without_heldout(config, own, inputs.heldout, "--preferences")
-
-
-def _without_heldout(config: RunConfig, own: ResponsePairs, heldout: Prompts, flag: str) -> ResponsePairs:
-    """Leaves the rows out whose prompts are held out; --strict refuses them. Raises: UserError."""
-    prompts = by_tokens(own.prompts)
-    if config.strict:
-        assert_disjoint(prompts, heldout, f"prompt of {flag}")
-    shared = overlap(prompts, heldout)
-    return own.without(shared, "with a held-out prompt") if shared else own
-
-
 def deal_prompts(config: RunConfig, prompts: Prompts, iteration: int) -> tuple[list[int], list[int]]:
     """Prompts for the pairs and for the slack of an iteration, see `engine.data.dealing.deal`."""
     n_pairs = config.steps * config.prompts_per_step
@@ -481,15 +466,3 @@ def _judged_on(config: RunConfig, reference: Prompts, heldout: Prompts) -> dict[
                 deal_prompts(config, reference, t)[1]
             )
     return sets
-
-
-def _versions() -> dict[str, str]:
-    """Lists what the numbers of a run depend on: commit, packages, threads."""
-    root = Path(__file__).resolve().parents[2]
-    commit = ""
-    if (root / ".git").exists():
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True
-        ).stdout.strip()
-    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
-    return {"commit": commit or "unknown", "threads": str(torch.get_num_threads()), **packages}

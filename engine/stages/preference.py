@@ -20,7 +20,6 @@ from engine import keys
 from engine.config import RunConfig
 from engine.model import packing
 from engine.policy import update
-from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
@@ -33,7 +32,7 @@ from engine.scorers.base import Scorers
 from engine.scorers.names import stage_name
 from engine.stages.job import Job, Subject
 from engine.stages.reference import Reference, aims, deviations, within_correlation
-from engine.stages.sampling import naming
+from engine.stages.sampling import logprobs, naming
 from kernels.random import combine
 
 
@@ -50,21 +49,13 @@ class LogRatios:
         """Returns log-ratios of sampled responses, nats. stage: of a run, or anything else with
         `progress` and `check_stop`."""
         subject, prompts, scores = self.subject, samples.prompts, samples.scores
-        groups, n = packing.groups(prompts, samples.rollouts), samples.rollouts.n
         ratios = []
-        total = len(self.aligned) * sum(g.tokens for g in groups)
+        tokens = sum(g.tokens for g in packing.groups(prompts, samples.rollouts))
+        total = len(self.aligned) * tokens // subject.ranks.size
         with naming(stage), stage.progress(total, "tokens", "log-ratios") as progress:
             for adapter in self.aligned:
-                logprob = frozen_forward(
-                    subject.model,
-                    groups,
-                    [],
-                    temperature=subject.settings.temperature,
-                    memory_budget_bytes=subject.settings.memory_budget_bytes,
-                    adapter=adapter,
-                    on_tokens=progress.advance,
-                )[1]
-                ratios.append(logprob.view(len(prompts), n) - scores.ref_logprob_PG)
+                logprob_PG = logprobs(subject, prompts, samples.rollouts, adapter, progress.advance)
+                ratios.append(logprob_PG - scores.ref_logprob_PG)
                 stage.check_stop()
         by_scorers = self.scorer_units.apply(scores)
         return Scores(
@@ -166,7 +157,15 @@ def _aligned(job: Job, number: int, name: str, samples: Samples, label_PG: Tenso
     target = ScoredTarget(score=Score.plain(label_PG), coefficient=config.beta)
 
     def compute(stage: Stage) -> Policy:
-        step = Update(stage=stage, config=settings, model=job.model, weights=adapter, start=None, iteration=0)
+        step = Update(
+            stage=stage,
+            config=settings,
+            model=job.model,
+            weights=adapter,
+            start=None,
+            iteration=0,
+            ranks=job.ranks,
+        )
         return update.fit(step, samples, target, train_on=list(range(len(samples.prompts))))
 
     adapter.set_tensors(job.run.stage(stage_name("preference", number, name), Policy, compute).adapter)
@@ -183,20 +182,14 @@ def _from_scorers(reference: Reference) -> tuple[Samples, Tensor]:
 def _from_file(job: Job) -> tuple[Samples, Tensor]:
     """Returns the file's responses with their log-probs under the reference, and the scores
     [P, 2, 1 + J] of their labels."""
-    config, file = job.config, job.preferences
-    logprob_N = frozen_forward(
-        job.model,
-        packing.groups(file.prompts, file.rollouts),
-        [],
-        temperature=config.temperature,
-        memory_budget_bytes=config.memory_budget_bytes,
-    )[1]
+    file = job.preferences
+    logprob_PG = logprobs(job, file.prompts, file.rollouts, None)
     label = file.label_PGO
     scores = Scores(
         reward_PG=label[..., 0],
         utility_PGJ=label[..., 1:],
         audit_PGA=label[..., :0],
-        ref_logprob_PG=logprob_N.view(-1, 2),
+        ref_logprob_PG=logprob_PG,
     )
     unscaled = Units(reward=1.0, utility_J=[1.0] * (label.shape[2] - 1), audit_A=[])
     samples = Samples(

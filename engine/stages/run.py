@@ -11,6 +11,7 @@ from engine.config import RunConfig
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, new_weights
+from engine.ranks import ALONE, Ranks
 from engine.records import ScoreRule, Target
 from engine.run import outputs
 from engine.stages import preference, slack
@@ -24,10 +25,12 @@ from engine.stages.verdict import Look, give_verdict, sample_heldout
 
 
 @contextmanager
-def open_stages(algorithm: str, config: RunConfig, resume: str | None) -> Iterator["RunStages"]:
+def open_stages(
+    algorithm: str, config: RunConfig, resume: str | None, ranks: Ranks = ALONE
+) -> Iterator["RunStages"]:
     """Opens a run for an algorithm, or goes on with one, see `open_job`.
     Raises: UserError before any compute is spent."""
-    with open_job(algorithm, config, resume) as job:
+    with open_job(algorithm, config, resume, ranks=ranks) as job:
         yield RunStages(job)
 
 
@@ -80,9 +83,10 @@ class RunStages:
         self.updates.hold(policy)
         measured = slack.measure(job, self.reference, self.updates.weights, policy, lam_J, iteration)
         self._say_gap(slack.stage_name(iteration))
-        slack.say(job, self.reference, lam_J, measured, policy.loss, iteration)
+        if job.ranks.is_first:
+            slack.say(job, self.reference, lam_J, measured, policy.loss, iteration)
         if measured.kl > max_kl:
-            self._put_aside(iteration)
+            job.ranks.first(lambda: self._put_aside(iteration))
             job.run.display.warn(
                 f"iteration {iteration}: KL {measured.kl:.2f} nats passes --max-kl {max_kl}; "
                 "stopped, and the iterate before it is kept"

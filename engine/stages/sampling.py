@@ -1,9 +1,10 @@
 """Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from engine.errors import NonFiniteError
 from engine.model import packing
 from engine.model.packing import LowerStates
-from engine.policy.forward import LogprobGap, logprob_gap
+from engine.policy.forward import LogprobGap, frozen_forward, logprob_gap
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
@@ -24,6 +25,7 @@ from engine.run.rows import SampledRow, SpeedRow
 from engine.run.run import Run, Stage
 from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.job import SamplingSettings, Subject
+from engine.stages.shares import by_shares
 from kernels.random import combine
 
 # Prompts of each sampling whose samples are run through the training forward again.
@@ -86,14 +88,49 @@ def sample(
     purpose: int,
     keep: bool = False,
 ) -> Samples:
-    """Samples responses as `respond` does and scores them. stage: of a run, or anything else with `progress`,
-    `check_stop`, `warn`, `log_speed` and `log`, which gets the `log_gap` of these samples.
+    """Samples responses as `respond` does and scores them; each rank takes its share of the prompts.
+
+    stage: of a run, or anything else with `progress`, `check_stop`, `warn`, `log_speed` and `log`, which gets
+    the `log_gap` of these samples.
 
     The samples hold the states below the adapter where `keep` asks for them, heads read no higher and the
-    states are not too large. The reference's own samples are not run through the model again for
+    states are not too large; not on several ranks, as a policy step may be about another rank's prompts. The
+    reference's own samples are not run through the model again for
     log-probs under the reference: in float32 those of the sampler are the same to rounding (`logprob_gap`
     measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
     """
+    keep, spent = keep and job.ranks.size == 1, Spent(0.0, 0.0, 0)
+
+    def work(own: range, part: Prompts) -> Samples:
+        nonlocal spent
+        samples, spent = _sampled(job, stage, part, adapter, n, purpose, keep)
+        return samples
+
+    samples = by_shares(job.ranks, prompts, work)
+    _have_scored(job, stage)
+    _log_speed(job, stage, int(samples.rollouts.length.sum()), spent)
+    log_gap(job, stage, prompts, samples.rollouts, adapter)
+    return samples
+
+
+class Spent(NamedTuple):
+    """What a rank has spent on its share of the samples."""
+
+    sampling_s: float
+    scoring_s: float
+    passed: int  # tokens that passed the model to be scored
+
+
+def _sampled(
+    job: Subject,
+    stage: Stage,
+    prompts: Prompts,
+    adapter: Weights | None,
+    n: int,
+    purpose: int,
+    keep: bool,
+) -> tuple[Samples, Spent]:
+    """Samples and scores responses on this rank, see `sample`."""
     settings = job.settings
     start = time.monotonic()
     # With --tune full every layer differs from the reference's, so no states can be shared.
@@ -116,28 +153,34 @@ def sample(
     rollouts, texts = respond(job, stage, prompts, adapter, n=n, purpose=purpose, states=states)
     sampled = time.monotonic()
     forward = forward_of(settings, logprob=not own, states=states)
-    scores, passed = scored(job, stage, prompts, rollouts, texts, forward)
-    tokens = int(rollouts.length.sum())
-    stage.log_speed(
-        SpeedRow(
-            tokens=tokens,
-            sampling_s=sampled - start,
-            scoring_s=time.monotonic() - sampled,
-            tokens_per_s=tokens / (sampled - start),
-            scored_tokens_per_s=passed / (time.monotonic() - sampled),
-        )
-    )
+    scores, passed = _scored(job, stage, prompts, rollouts, texts, forward)
+    spent = Spent(sampled - start, time.monotonic() - sampled, passed)
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
-    log_gap(job, stage, prompts, rollouts, adapter)
-    return Samples(
+    samples = Samples(
         prompts=prompts,
         rollouts=rollouts,
         texts=texts,
         scores=scores,
         kl_PG=logprob_PG - scores.ref_logprob_PG,
         lower=states.lower if states and keep else None,
+    )
+    return samples, spent
+
+
+def _log_speed(job: Subject, stage: Stage, tokens: int, spent: Spent) -> None:
+    """Logs the speed of all ranks together, at the seconds of the slowest."""
+    every = job.ranks.gather(spent)
+    sampling_s, scoring_s = max(one.sampling_s for one in every), max(one.scoring_s for one in every)
+    stage.log_speed(
+        SpeedRow(
+            tokens=tokens,
+            sampling_s=sampling_s,
+            scoring_s=scoring_s,
+            tokens_per_s=tokens / sampling_s,
+            scored_tokens_per_s=sum(one.passed for one in every) / scoring_s,
+        )
     )
 
 
@@ -149,11 +192,31 @@ def scored(
     texts: list[str],
     forward: ReferenceForward,
     known: Sequence[Tensor | None] = (),
-) -> tuple[Scores, int]:
-    """Scores responses as `engine.scorers.scoring.score` does, and says what scorers have cut.
+) -> Scores:
+    """Scores responses as `engine.scorers.scoring.score` does, each rank those of its prompts, and says what
+    scorers have cut. stage: see `sample`. On several ranks `forward` has no states."""
+    n = rollouts.n
 
-    Returns the scores and the number of tokens that passed the model. stage: see `sample`.
-    """
+    def work(own: range, part: Prompts) -> Scores:
+        given = [score_PG if score_PG is None else score_PG[own.start : own.stop] for score_PG in known]
+        ours = texts[own.start * n : own.stop * n]
+        return _scored(job, stage, part, rollouts.of_prompts(own), ours, forward, given)[0]
+
+    scores = by_shares(job.ranks, prompts, work)
+    _have_scored(job, stage)
+    return scores
+
+
+def _scored(
+    job: Subject,
+    stage: Stage,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    texts: list[str],
+    forward: ReferenceForward,
+    known: Sequence[Tensor | None] = (),
+) -> tuple[Scores, int]:
+    """Scores responses on this rank. Returns the scores and the number of tokens that passed the model."""
 
     def on_tokens(tokens: int) -> None:
         passed.advance(tokens)
@@ -164,9 +227,40 @@ def scored(
         scores = score(
             job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens, known=known
         )
-    for warning in job.scorers.warnings():
-        stage.warn(warning)
     return scores, passed.done
+
+
+def _have_scored(job: Subject, stage: Stage) -> None:
+    """Gives all ranks what judges have answered, and says what scorers have cut, of each rank."""
+    job.answers.share_out(job.ranks)
+    for rank, warnings in enumerate(job.ranks.gather(job.scorers.warnings())):
+        for warning in warnings:
+            stage.warn(f"rank {rank}: {warning}" if rank else warning)
+
+
+def logprobs(
+    job: Subject,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    adapter: Weights | None,
+    on_tokens: Callable[[int], None] = lambda n: None,
+) -> Tensor:
+    """Computes the log-probs float64 [P, n] of responses under `adapter` (None: the reference), each rank
+    those of its prompts. on_tokens: is called with the number of tokens of each batch."""
+
+    def work(own: range, part: Prompts) -> Tensor:
+        logprob_N = frozen_forward(
+            job.model,
+            packing.groups(part, rollouts.of_prompts(own)),
+            [],
+            temperature=job.settings.temperature,
+            memory_budget_bytes=job.settings.memory_budget_bytes,
+            adapter=adapter,
+            on_tokens=on_tokens,
+        )[1]
+        return logprob_N.view(len(part), rollouts.n)
+
+    return by_shares(job.ranks, prompts, work)
 
 
 def forward_of(

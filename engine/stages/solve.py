@@ -20,7 +20,7 @@ def one_shot(job: Job, reference: Reference, start_J: Tensor | None = None) -> d
     unsupported thresholds unless --force."""
     config, aim = job.config, reference.aim_J
     try:
-        return solved(reference, config, start_J)
+        return job.ranks.first(lambda: solved(reference, config, start_J))
     except dual.Infeasible as error:
         margin = aim - reference.needed_J
         asked = ", ".join(f"{limit.flag} {limit.value:g}" for limit in reference.limits)

@@ -48,7 +48,7 @@ def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = N
             f"{stage.name}: {asked} scored anew on the responses of {job.samples.run.folder}"
         )
     forward = forward_of(job.settings, logprob=False, states=_kept(job, samples, known, lower_MD))
-    scores, _ = scored(job, stage, samples.prompts, samples.rollouts, samples.texts, forward, known)
+    scores = scored(job, stage, samples.prompts, samples.rollouts, samples.texts, forward, known)
     scores = replace(scores, ref_logprob_PG=samples.scores.ref_logprob_PG)
     return replace(samples, scores=scores, scaled=None)
 
@@ -56,9 +56,14 @@ def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = N
 def _kept(
     job: Job, samples: Samples, known: Sequence[Tensor | None], lower_MD: Tensor | None
 ) -> States | None:
-    """Returns the mean states that heads read, where those that were kept are all that they need."""
+    """Returns the mean states that heads read, where those that were kept are all that they need; several
+    ranks compute them again, each its own."""
     layers = layers_asked(job.scorers, known)
-    if lower_MD is None or layers != [first_layer(job.model.config.num_layers, job.config.lora_from)]:
+    if (
+        job.ranks.size > 1
+        or lower_MD is None
+        or layers != [first_layer(job.model.config.num_layers, job.config.lora_from)]
+    ):
         return None
     return States.kept(layers[0], lower_MD, packing.groups(samples.prompts, samples.rollouts))
 
@@ -67,7 +72,7 @@ def given(job: Job, stage: Stage) -> Samples:
     """Returns the responses of the file of --samples, with their log-probs and scores."""
     own = job.given
     known = own.known(_names(job))
-    scores, _ = scored(
+    scores = scored(
         job, stage, own.prompts, own.rollouts, own.texts, forward_of(job.settings, logprob=True), known
     )
     groups = packing.groups(own.prompts, own.rollouts)[:COMPARED_PROMPTS]

@@ -22,6 +22,7 @@ from engine.run.rows import TrustRow
 from engine.run.run import Stage
 from engine.stages.job import Job
 from engine.stages.sampling import naming, respond
+from engine.stages.shares import by_shares
 
 RESPONSES = 64  # from which a KL is measured, one to a prompt
 # A policy that is still too far after so many times stays so, and the run says it. Each time takes at least
@@ -68,14 +69,18 @@ def _measured_kl(
 ) -> tuple[float, float]:
     """Measures KL(policy || reference) on one response of the policy to each prompt; returns it with its
     standard error, nats per response."""
-    rollouts, _ = respond(job, stage, prompts, weights, n=1, purpose=purpose)
-    with naming(stage):
-        reference_N = frozen_forward(
-            job.model,
-            packing.groups(prompts, rollouts),
-            [],
-            temperature=job.config.temperature,
-            memory_budget_bytes=job.config.memory_budget_bytes,
-        )[1]
-    kl_N = rollouts.model_logprob.double().sum(1) - reference_N
+
+    def work(own: range, part: Prompts) -> Tensor:
+        rollouts, _ = respond(job, stage, part, weights, n=1, purpose=purpose)
+        with naming(stage):
+            reference_N = frozen_forward(
+                job.model,
+                packing.groups(part, rollouts),
+                [],
+                temperature=job.config.temperature,
+                memory_budget_bytes=job.config.memory_budget_bytes,
+            )[1]
+        return rollouts.model_logprob.double().sum(1) - reference_N
+
+    kl_N = by_shares(job.ranks, prompts, work)
     return float(kl_N.mean()), float(kl_N.std(correction=0) / math.sqrt(max(1, len(kl_N) - 1)))

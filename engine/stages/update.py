@@ -13,7 +13,6 @@ from engine.data.dealing import deal
 from engine.data.prompts import by_tokens, overlap
 from engine.errors import UserError
 from engine.files import clear
-from engine.model import packing
 from engine.model.folder import lasting_name
 from engine.policy import update
 from engine.policy.iterates import files_of, save_weights
@@ -24,11 +23,10 @@ from engine.records import ScoreRule, Target
 from engine.run import outputs
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
-from engine.scorers.scoring import ReferenceForward, score
 from engine.stages import trust
 from engine.stages.job import Job, deal_prompts
 from engine.stages.reference import Reference
-from engine.stages.sampling import gap_of, sample
+from engine.stages.sampling import forward_of, gap_of, sample, scored
 from engine.stages.solve import listed
 
 
@@ -37,22 +35,8 @@ def score_pairs(job: Job) -> Samples:
     pairs = job.pairs
 
     def compute(stage: Stage) -> Samples:
-        with stage.progress(
-            sum(g.tokens for g in packing.groups(pairs.prompts, pairs.rollouts)), "tokens", "scoring"
-        ) as scored:
-            scores = score(
-                job.model,
-                job.scorers,
-                pairs.prompts,
-                pairs.rollouts,
-                pairs.texts,
-                ReferenceForward(
-                    temperature=job.config.temperature, memory_budget_bytes=job.config.memory_budget_bytes
-                ),
-                on_tokens=scored.advance,
-            )
-        for warning in job.scorers.warnings():
-            stage.warn(warning)
+        forward = forward_of(job.settings, logprob=True)
+        scores = scored(job, stage, pairs.prompts, pairs.rollouts, pairs.texts, forward)
         stage.log(PairsRow(prompts=len(pairs.prompts)))
         return Samples(
             prompts=pairs.prompts,
@@ -143,6 +127,7 @@ class Updates:
             weights=self.weights,
             start=start,
             iteration=iteration,
+            ranks=job.ranks,
         )
 
     def _iterate(
@@ -159,7 +144,7 @@ class Updates:
         self.hold(start)
 
         def updated(stage: Stage) -> Policy:
-            _remove(folder)
+            job.ranks.first(lambda: _remove(folder))
             policy = compute(stage)
             stage.log(PolicyRow(iteration=iteration, lam=lam_J, loss=policy.loss, tilt_kl=tilt_kl))
             return policy
@@ -168,7 +153,12 @@ class Updates:
         if gap := gap_of(job.run, name):
             job.run.display.line(f"{name}: {gap}")
         self.hold(policy)
-        paths = job.run.paths
+        job.ranks.first(lambda: self._write(folder))
+        return policy
+
+    def _write(self, folder: Path) -> None:
+        """Writes the weights as an iterate, unless its folder is whole."""
+        job, paths = self.job, self.job.run.paths
         noted = all(outputs.has(paths, folder / file) for file in files_of(self.weights))
         if not (noted and outputs.is_whole(paths, folder)):
             if outputs.has(paths, folder):
@@ -177,7 +167,6 @@ class Updates:
             base = lasting_name(job.config.model, job.folder)
             save_weights(self.weights, folder, base, job.texts, job.config.lora_dropout)
             outputs.note(paths, [folder])
-        return policy
 
     def _learned_from(self, stage: Stage, start: Policy | None, iteration: int) -> tuple[Samples, list[int]]:
         """Chooses the responses that an update learns from (--pairs), and which of their prompts to use.

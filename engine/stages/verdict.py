@@ -126,11 +126,7 @@ def give_verdict(
     policy: what is judged; None for the reference. side: samples "reference" or "policy" for a look.
     """
     run, planned = job.run, looks(job)
-    iterate = max(run.paths.iterates(), default=0)
-    attempt = judged.Attempt.of(run.contents, iterate, job.heldout_pool, job.config.seed)
-    begun = run.rows(VerdictRow)
-    earlier = begun[0].earlier if begun else judged.earlier(run.paths, attempt)
-    judged.begin(run.paths, attempt, earlier)
+    iterate, earlier = job.ranks.first(lambda: _begin(job))
     if earlier:
         run.display.line(earlier_text(earlier))
     evaluation = before = after = None
@@ -155,20 +151,41 @@ def give_verdict(
             share=share(earlier, look.number - 1, len(planned)),
             looks=len(planned),
         )
-        evaluation = judge(before, after, bar, evaluation)
+        evaluation = _told(job, before, after, bar, evaluation)
         if evaluation.is_decided:
             break
         if len(planned) > 1:
             run.display.line(look_text(evaluation))
-    certified = certificate.certificate(
-        what_was_made(owned_inputs(run.folder), iterate, {} if policy is None else policy.adapter),
-        certificate.Judging(
-            evaluation=evaluation, prompts=before.prompts, seed=job.config.seed, earlier=earlier
-        ),
-    )
-    _write(job, evaluation, certified, before, after)
-    _compare_with_tilt(job, evaluation, iterate)
+
+    def write() -> None:
+        certified = certificate.certificate(
+            what_was_made(owned_inputs(run.folder), iterate, {} if policy is None else policy.adapter),
+            certificate.Judging(
+                evaluation=evaluation, prompts=before.prompts, seed=job.config.seed, earlier=earlier
+            ),
+        )
+        _write(job, evaluation, certified, before, after)
+
+    job.ranks.first(write)
+    if job.ranks.is_first:
+        _compare_with_tilt(job, evaluation, iterate)
     return Result(folder=run.folder, evaluation=evaluation, lam=lam_J.tolist())
+
+
+def _begin(job: Job) -> tuple[int, int]:
+    """Puts the verdict on record; returns the iterate that it judges and how many verdicts came before."""
+    run = job.run
+    iterate = max(run.paths.iterates(), default=0)
+    attempt = judged.Attempt.of(run.contents, iterate, job.heldout_pool, job.config.seed)
+    begun = run.rows(VerdictRow)
+    earlier = begun[0].earlier if begun else judged.earlier(run.paths, attempt)
+    judged.begin(run.paths, attempt, earlier)
+    return iterate, earlier
+
+
+def _told(job: Job, before: Samples, after: Samples, bar: Bar, earlier: Evaluation | None) -> Evaluation:
+    """Returns rank 0's verdict, see `judge`."""
+    return job.ranks.first(lambda: judge(before, after, bar, earlier))
 
 
 def what_was_made(

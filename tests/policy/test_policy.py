@@ -197,7 +197,7 @@ def test_a_step_of_policy_gradient_equals_reinforce_with_the_others_as_baseline(
         count += len(now)
     (total / count).backward()
     assert step.loss == pytest.approx(float(total.detach()) / count, rel=1e-4)
-    assert step.figures["responses"] == 12
+    assert step.counts["responses"] == 12
     same_gradients(adapter, tuned)
 
 

@@ -17,6 +17,7 @@ from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import estimate
+from engine.ranks import Ranks
 from engine.records import Counted, Prompts, ScaledScores, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
@@ -291,7 +292,7 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
     monkeypatch.setattr(update, "save_weights", lambda *a: None)
     config, show = smoke(RepoConfig(beta=1.0)), SimpleNamespace(line=lambda text: None)
     run = SimpleNamespace(stage=one_stage, display=show, folder=tmp_path, paths=RunFolder(tmp_path))
-    job = SimpleNamespace(config=config, model=None, folder=tmp_path, texts=tmp_path, run=run)
+    job = SimpleNamespace(config=config, model=None, folder=tmp_path, texts=tmp_path, run=run, ranks=Ranks())
     weights = SimpleNamespace(tensors=dict, set_tensors=lambda x: None)
     lam = torch.tensor([3.0], dtype=DTYPE)
     Updates(job, reference, weights, None).ascend(None, lam, repo.rectified(lam), 1)

@@ -16,6 +16,7 @@ from engine.constraints import Improvement, MeanCost, Rate, WorstShare, judge
 from engine.errors import UserError
 from engine.evaluate import run_evaluation
 from engine.intervals import betting
+from engine.ranks import Ranks
 from engine.records import Counted, Prompts, Scores, Units
 from engine.run.committed import read_committed
 from engine.run.rows import ReferenceRow
@@ -75,7 +76,7 @@ def job_of(config: MocanConfig, heldout: int = 40) -> SimpleNamespace:
     good, *costs = (TextScorer(name=name, function=len) for name in ("good", *config.cost))
     prompts = prompts_of(heldout)
     found = Scorers(reward=good, costs=tuple(costs), audits=())
-    return SimpleNamespace(config=config, scorers=found, heldout=prompts, heldout_pool=prompts)
+    return SimpleNamespace(config=config, scorers=found, heldout=prompts, heldout_pool=prompts, ranks=Ranks())
 
 
 def reference_at(config: MocanConfig, r: torch.Tensor, c: torch.Tensor, heldout: int = 40):

@@ -1,0 +1,262 @@
+"""The processes of a run that torchrun starts, one for each device; without torchrun there is one.
+
+All ranks run the same program on the same decisions. What depends on files, clocks or a solver is decided by
+rank 0 and told to the others (`first`). Work is shared out (`share`), its results are put together again
+(`gather`), and gradients are added up (`add`). `Ranks()` is a single process, for which each of these returns
+at once. Tensors go from process to process as their bytes; what holds them is pickled, as all ranks run the
+same program.
+"""
+
+import io
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.errors import LostRank, UserError
+
+T = TypeVar("T")
+# How long a rank waits for another one that neither answers nor ends; one that ends is noticed at once.
+TIMEOUT = timedelta(minutes=30)
+
+
+def launched() -> int:
+    """Counts the processes that torchrun has started for this command; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run.
+
+    >>> Ranks().first(lambda: 3), list(Ranks().share(2)), Ranks().gather("a")
+    (3, [0, 1], ['a'])
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0  # its place among those of its machine
+    local_size: int = 1
+    store: dist.Store | None = None  # notes which rank has said why all of them end
+
+    @staticmethod
+    def start() -> "Ranks":
+        """Joins the processes that torchrun has started with this one; where it has started no other, the
+        process stays alone. Raises: LostRank where not all of them arrive."""
+        if launched() == 1:
+            return Ranks()
+        place = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        with _connected():
+            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        return Ranks.join(store, rank, size, *place)
+
+    @staticmethod
+    def join(store: dist.Store, rank: int, size: int, local: int, local_size: int) -> "Ranks":
+        """Joins `size` processes that know one another by `store`."""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with _connected():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        return Ranks(rank, size, local, local_size, store)
+
+    @property
+    def is_first(self) -> bool:
+        """Tells whether this is rank 0, which alone writes files and speaks."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Leaves the others. It waits for nobody."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def first(self, function: Callable[[], T]) -> T:
+        """Returns on all ranks what `function` returns on rank 0, which alone calls it; its tensors are on
+        the CPU elsewhere. Raises: on all ranks what it raises there, and LostRank."""
+        if self.size == 1:
+            return function()
+        value, error, message = None, None, b""
+        if self.is_first:
+            try:
+                value = function()
+                message = _packed((value, None))
+            except BaseException as raised:  # also Ctrl-C, so that the others do not wait for a word
+                error, message = raised, _packed_error(raised)
+        try:
+            message = self._told(message)
+        except LostRank:
+            if error is None:
+                raise
+        if not self.is_first:
+            value, error = _unpacked(message)
+        if error is not None:
+            raise error
+        return value
+
+    def share(self, n: int) -> range:
+        """Returns this rank's part of n things in a row: consecutive ones, as many as any other rank has, or
+        one more or less."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def gather(self, value: T) -> list[T]:
+        """Returns the values of all ranks, in their order, on all of them; the tensors of other ranks are on
+        the CPU. Raises: LostRank."""
+        if self.size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with _connected():
+            dist.all_gather(sizes, torch.tensor([len(own)]))
+            longest = int(max(sizes))
+            padded = torch.cat((own, own.new_zeros(longest - len(own))))
+            found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(found, padded)
+        return [
+            value if rank == self.rank else _unpacked(message[: int(size)].numpy().tobytes())
+            for rank, (message, size) in enumerate(zip(found, sizes, strict=True))
+        ]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Adds tensors up over all ranks, in place: one message for each dtype and device. All ranks get the
+        same bits. Raises: LostRank."""
+        if self.size == 1:
+            return
+        kinds: dict[tuple, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for alike in kinds.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            with _connected():
+                dist.all_reduce(flat)
+            for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def check_alike(self, facts: Mapping[str, str]) -> None:
+        """Checks that all ranks have the same facts, by name. Raises: UserError naming the first that differs
+        from rank 0's, and the rank."""
+        first, *others = self.gather(dict(facts))
+        for rank, theirs in enumerate(others, start=1):
+            for name in sorted(first.keys() | theirs.keys()):
+                there, here = first.get(name, "nothing"), theirs.get(name, "nothing")
+                if here != there:
+                    raise UserError(
+                        f"{name}: rank {rank} has {here:.60}, rank 0 has {there:.60}; start all ranks with "
+                        "the same command, files and versions."
+                    )
+
+    @contextmanager
+    def node_first(self) -> Iterator[None]:
+        """Runs a block on one rank of each machine before the others there, which then find what it has
+        downloaded or made. Raises: LostRank."""
+        if self.local:
+            self.gather(None)
+        yield
+        if not self.local:
+            self.gather(None)
+
+    def says(self) -> bool:
+        """Tells whether this rank is the first that has something to say of the end of all; also where nobody
+        can tell, as torchrun itself has ended."""
+        try:
+            return self.store is None or self.store.add("said", 1) == 1
+        except RuntimeError:
+            return True
+
+    def _told(self, message: bytes) -> bytes:
+        """Returns rank 0's message on all ranks."""
+        size = torch.tensor([len(message)])
+        with _connected():
+            dist.broadcast(size, src=0)
+            data = torch.frombuffer(bytearray(message or bytes(int(size))), dtype=torch.uint8)
+            dist.broadcast(data, src=0)
+        return data.numpy().tobytes()
+
+
+# One process, as without torchrun.
+ALONE = Ranks()
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raises LostRank where a message does not get through."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo puts a place in its source before its words, and advice behind them.
+        reason = re.sub(r"\[/[^\]]*\]\s*", "", str(error).splitlines()[0]).split(". ")[0]
+        raise LostRank(f"another rank has ended or does not answer ({reason:.120}): see to that") from error
+
+
+class _Packer(pickle.Pickler):
+    """Pickles everything but tensors, whose bytes go beside it."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[bytes] = []
+
+    def persistent_id(self, value: Any) -> tuple | None:
+        if not isinstance(value, Tensor):
+            return None
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        self.tensors.append(flat.view(torch.uint8).numpy().tobytes())
+        return len(self.tensors) - 1, value.dtype, tuple(value.shape)
+
+    def reducer_override(self, value: Any) -> Any:
+        # An OSError keeps the file's name beside its arguments, and pickles well by itself.
+        if isinstance(value, BaseException) and not isinstance(value, OSError):
+            return _rebuilt, (type(value), value.args, dict(vars(value)))
+        return NotImplemented
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[memoryview]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, which: tuple) -> Tensor:
+        number, dtype, shape = which
+        data = bytearray(self._tensors[number])
+        flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.view(shape)
+
+
+def _packed(value: Any) -> bytes:
+    """Returns a value as one message: a table of lengths, then the pickled rest, then the tensors' bytes."""
+    file = io.BytesIO()
+    packer = _Packer(file)
+    packer.dump(value)
+    parts = [file.getvalue(), *packer.tensors]
+    table = pickle.dumps([len(part) for part in parts])
+    return b"".join([len(table).to_bytes(8, "little"), table, *parts])
+
+
+def _unpacked(message: bytes) -> Any:
+    """Undoes `_packed`."""
+    view = memoryview(message)
+    start = 8 + int.from_bytes(view[:8], "little")
+    parts = []
+    for size in pickle.loads(view[8:start]):
+        parts.append(view[start : start + size])
+        start += size
+    return _Unpacker(io.BytesIO(parts[0]), parts[1:]).load()
+
+
+def _packed_error(error: BaseException) -> bytes:
+    """Returns an error as the message that stands for it where there is no value."""
+    try:
+        return _packed((None, error))
+    except Exception:  # a class or a field that no other process can have
+        return _packed((None, RuntimeError(f"{type(error).__name__}: {error}")))
+
+
+def _rebuilt(kind: type[BaseException], args: tuple, fields: dict) -> BaseException:
+    """Makes an error anew without its constructor, which may take other arguments than those it keeps."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error

@@ -1,0 +1,249 @@
+"""Whole smoke runs on several ranks: the run of one process up to rounding, equal ones bit for bit, also when
+they are stopped or a rank is killed; and what is refused."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine.caid  # noqa: F401, imported before the forks
+from engine import train
+from engine.config import ALGORITHMS
+from engine.errors import Interrupted, LostRank, UserError
+from engine.model.tokenizer import load_tokenizer
+from engine.ranks import Ranks
+from engine.report import panels  # noqa: F401
+from engine.run import plan
+from engine.run.contents import read_contents
+from engine.run.rows import PairStepRow
+from engine.run.run import Stage
+from engine.run.store import read_whole
+from engine.stages.smoke import smoke_folder
+from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import SMOKE, files, write
+
+# No number of ranks divides these.
+ODD = ["--n-prompts", "11", "--slack-prompts", "5", "--eval-prompts", "7", "--iterations", "2"]
+CAID = ["caid", *ODD, "--audit", "vowels=tests.helpers.scorers:vowels"]
+FEW = ["caid", "--slack-prompts", "3", "--eval-prompts", "3", "--iterations", "2"]
+LEARN = [
+    "mocan",
+    *ODD[:2],
+    *ODD[4:6],
+    "--steps",
+    "2",
+    "--audit",
+    "codes=tests.helpers.scorers:codes",
+    "--force",
+]
+OTHERS = {
+    "primal_dual": ["primal_dual", "--iterations", "2"],
+    "pecan": ["pecan", "--preference-steps", "2", "--force"],
+}
+PAIRS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(7)]
+
+
+def run(ranks: Ranks, algorithm: str, *flags: str) -> None:
+    """Makes or resumes a run, as the command does after it has joined the ranks."""
+    if flags[0] == "--resume":
+        config = ALGORITHMS[algorithm].config_class(**read_contents(Path(flags[1])).config)
+        ALGORITHMS[algorithm].train(config, resume=flags[1], ranks=ranks)
+    else:
+        ALGORITHMS[algorithm].train(train.parse(algorithm, [*SMOKE, *flags]), ranks=ranks)
+
+
+class Runs:
+    """Makes runs when they are asked for first: FOLDER/RANKS/NAME/run. None stands beside another one, whose
+    verdict would be an earlier one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, ranks: str, name: str) -> Path:
+        out = self.folder / ranks / name / "run"
+        if not out.exists():
+            flags = [*self.flags(name), "--out", str(out)]
+            if ranks == "one":
+                run(Ranks(), *flags)
+            else:
+                size = 4 if ranks == "four" else 2
+                assert on_ranks(size, lambda ranks: run(ranks, *flags)) == [None] * size
+        return out
+
+    def flags(self, name: str) -> list[str]:
+        """Returns the algorithm and the flags of a run."""
+        if name != "learn":
+            return {"caid": CAID, "few": FEW, **OTHERS}[name]
+        pairs = write(self.folder / "pairs.jsonl", PAIRS)
+        return [*LEARN, "--samples-of", str(self("one", "caid")), "--pairs", pairs]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, cache) -> Runs:
+    load_tokenizer(smoke_folder())
+    plan.matmul_rate(torch.float32, torch.device("cpu"))
+    return Runs(tmp_path_factory.mktemp("ranks"))
+
+
+def same(one: Path, many: Path) -> None:
+    """Compares a run with that of one process: the same files, tokens and texts, all else up to rounding.
+
+    Losses are held against the run's largest one: the first loss of a policy gradient is 0 but for rounding.
+    Before the first step of an update log-ratios are 0 and the signs of margins rounding alone, so the share
+    of pairs in order is not compared. tests/policy/test_shared_steps.py compares gradients.
+    """
+    assert files(one).keys() == files(many).keys() and len(files(one)) > 15
+    rows, others = (map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in (one, many))
+    rows = list(rows)
+    pairs = [(row["loss"], other["loss"]) for row, other in zip(rows, others, strict=True) if "loss" in row]
+    # Scores that are log-ratios are differences of log-probs, and count in units of so many nats: rounding of
+    # the log-probs counts for as much more in them, and in the losses of what learns from them.
+    unit = min([1.0, *(sd for row in rows if row["kind"] == "preference" for sd in row["log_ratio_sd"])])
+    assert max(abs(a - b) for a, b in pairs) <= 1e-5 / unit * max(abs(a) for a, _ in pairs)
+    for path in sorted((one / "stages").iterdir()):
+        (expected, content), (found, other) = (read_whole(run / "stages" / path.name) for run in (one, many))
+        # The states below the adapter are kept by one process alone.
+        assert expected.keys() - found.keys() <= {"lower_MD"} and not found.keys() - expected.keys()
+        norm = error = 0.0
+        for name, value in found.items():
+            if name.startswith("adapter."):
+                norm += float(expected[name].double().square().sum())
+                error += float((value - expected[name]).double().square().sum())
+            elif not value.is_floating_point():
+                assert value.equal(expected[name]), (path.name, name)
+            elif value.numel() and "_moment." not in name:
+                scale = max(1.0, float(expected[name].abs().max()))
+                assert (value - expected[name]).abs().max() <= 1e-5 * scale / unit, (path.name, name)
+        assert error <= (1e-5) ** 2 * norm, path.name
+        texts = [stage["record"].get("fields", {}).get("texts") for stage in (content, other)]
+        assert texts[0] == texts[1]
+    verdicts = [json.loads((run / "evaluation.json").read_text()) for run in (one, many)]
+    assert verdicts[0]["constraints"][0]["word"] == verdicts[1]["constraints"][0]["word"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [("two", "caid"), ("two", "primal_dual"), ("two", "pecan"), ("two", "learn"), ("four", "few")],
+)
+def test_a_run_on_ranks_is_that_of_one_process(made, ranks, name):
+    same(made("one", name), made(ranks, name))
+
+
+def test_equal_runs_on_ranks_are_bitwise_equal(made):
+    first, second = files(made("two", "caid")), files(made("again", "caid"))
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert json.loads(first["config.json"])["versions"]["ranks"] == "2"
+
+
+def at_the_second_step(act: Callable[[], None]) -> Callable[[Ranks], None]:
+    """Returns what has rank 1 act after the second step of the first update."""
+    seen, log = [], Stage.log
+
+    def logged(self: Stage, row) -> None:
+        log(self, row)
+        if isinstance(row, PairStepRow):
+            seen.append(row)
+            if len(seen) == 2:
+                act()
+
+    def prepare(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            Stage.log = logged  # in the rank's own process
+
+    return prepare
+
+
+def test_a_stopped_run_goes_on_bitwise_equal(made, tmp_path):
+    """Ctrl-C reaches one rank alone: both end after the next step, which is saved."""
+    out = tmp_path / "stopped"
+    prepare = at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def stopped(ranks: Ranks) -> None:
+        prepare(ranks)
+        run(ranks, *CAID, "--out", str(out))
+
+    first, second = on_ranks(2, stopped)
+    for error in (first, second):
+        assert isinstance(error, Interrupted) and str(error) == f"stopped; go on with --resume {out}"
+    (partial,) = out.glob("stages/*.partial.safetensors")
+    assert len(read_whole(partial)[1]["record"]["fields"]["losses"]) == 3
+    assert on_ranks(2, lambda ranks: run(ranks, "caid", "--resume", str(out))) == [None, None]
+    whole, resumed = files(made("two", "caid")), files(out)
+    assert [name for name in whole.keys() | resumed.keys() if whole.get(name) != resumed.get(name)] == []
+
+
+def test_a_rank_is_killed_and_one_process_goes_on(made, tmp_path, capsys):
+    out = tmp_path / "killed"
+    prepare = at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    def killed(ranks: Ranks) -> None:
+        prepare(ranks)
+        run(ranks, *CAID, "--out", str(out))
+
+    survivor, gone = on_ranks(2, killed)
+    assert isinstance(survivor, LostRank) and isinstance(gone, ChildProcessError)
+    assert train.main(["--resume", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "resumed with other versions of ranks" in said
+    same(made("one", "caid"), out)
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "said"),
+    [
+        (
+            4,
+            ["mocan", "--n-prompts", "3"],
+            "4 ranks share out 3 training prompts, so some would never work: start at most 3",
+        ),
+        (
+            2,
+            ["caid", "--seed", "RANK"],
+            "--seed: rank 1 has 1, rank 0 has 0; start all ranks with the same command",
+        ),
+        (2, ["caid", "--tune", "full", "--learning-rate", "1e-5"], "--tune full on 2 ranks: "),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_on_all_before_there_is_a_folder(tmp_path, cache, size, words, said):
+    out = tmp_path / "refused"
+
+    def refused(ranks: Ranks) -> None:
+        own = [str(ranks.rank) if flag == "RANK" else flag for flag in words]
+        run(ranks, *own, "--out", str(out))
+
+    for error in on_ranks(size, refused):
+        assert isinstance(error, UserError) and str(error).startswith(said), error
+    assert not out.exists()
+
+
+def test_a_scorer_that_fails_on_one_rank_ends_the_run_with_its_own_words(tmp_path, cache):
+    """Rank 1 alone meets the prompt; the other one does not wait for it."""
+    (tmp_path / "picky.py").write_text(
+        "def score(prompts, responses):\n"
+        "    if len(responses) > 4 and any('second' in p for p in prompts):\n"
+        "        raise RuntimeError('no such prompt')\n"
+        "    return [len(r) + 0.5 * i for i, r in enumerate(responses)]\n"
+    )
+    prompts = write(
+        tmp_path / "p.jsonl", [{"prompt": f"{'first' if i < 30 else 'second'} {i}"} for i in range(60)]
+    )
+
+    def fail(ranks: Ranks) -> None:
+        sys.path.insert(0, str(tmp_path))  # in the rank's own process
+        flags = ["--prompts", prompts, "--n-prompts", "40", "--audit", "picky=picky:score"]
+        try:
+            run(ranks, "caid", *flags, "--out", str(tmp_path / "run"))
+        finally:
+            # A process that has failed ends, and with it its connections.
+            ranks.leave()
+
+    results = on_ranks(2, fail)
+    kinds = {type(error) for error in results}
+    assert UserError in kinds and kinds <= {UserError, LostRank}, results
+    assert any("no such prompt" in str(error) for error in results), results
