@@ -39,7 +39,8 @@ RUN_FLAGS = """
     cost-mean cost-rate unsafe-above cost-worst worst-share cost-range cost-on beta margin lam-max steps
     prompts-per-step
     tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps
-    schedule weight-decay clip-norm tune lora-rank lora-alpha lora-from lora-targets lora-dropout
+    schedule weight-decay clip-norm least-weight max-kl-ratio
+    tune lora-rank lora-alpha lora-from lora-targets lora-dropout
     memory-budget-mb checkpoint-every eval-prompts eval-responses eval-budget require-met
 """.split()
 ITERATIVE = [*RUN_FLAGS, *"iterations slack-prompts slack-responses lam-max-change max-kl".split()]
