@@ -16,6 +16,7 @@ MEANT = {
     ("seed", str(10**18)),
     ("seed", str(-(10**18))),
     ("max_kl", "inf"),
+    ("max_kl_ratio", "inf"),
     ("cost_mean", "inf"),
     ("cost_mean", "1e300"),
     ("cost_worst", "inf"),
