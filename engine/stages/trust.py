@@ -2,8 +2,8 @@
 
 AdamW moves a policy by its learning rate, however little the target asks for. Where a scorer counts what
 every token can do, such as the length of words, five steps went to seven nats for a tilt of one. So after an
-update the policy answers some prompts, and where its KL(policy || reference) passes `--max-kl-ratio` times
-that of the tilt it learns, its weights go back towards the reference's until it does not. The updates after
+update the policy answers some prompts, and where its KL(policy || reference) is above `--max-kl-ratio`
+times that of the tilt it learns, by more than its standard error, its weights go back towards the reference's until it does not. The updates after
 that step as much shorter.
 """
 
@@ -50,7 +50,7 @@ def taken_back(
     for time in range(MOST_TIMES + 1):
         kl, se = _measured_kl(job, stage, asked, weights, keys.trust(iteration, time))
         stage.log(TrustRow(iteration=iteration, kl=kl, kl_se=se, limit=limit, share=share))
-        if kl <= limit:
+        if kl - se <= limit:  # As a slack within its standard error moves nothing.
             break
         if time == MOST_TIMES:
             stage.warn(

@@ -40,7 +40,8 @@ def test_a_policy_that_went_too_far_is_taken_back_and_goes_on_at_less_pace(runs)
     first, second = by_iteration(held)
     assert first[0].kl > 2 * first[0].limit, "else nothing is held back here"
     for rows, policy in zip((first, second), read_rows(held, PolicyRow), strict=True):
-        assert rows[-1].kl <= rows[-1].limit == pytest.approx(2 * policy.tilt_kl)
+        assert rows[-1].limit == pytest.approx(2 * policy.tilt_kl)
+        assert [row.kl - row.kl_se > row.limit for row in rows] == [True] * (len(rows) - 1) + [False]
         for before, after in zip(rows, rows[1:], strict=False):
             assert after.share == pytest.approx(before.share * min(math.sqrt(before.limit / before.kl), 0.95))
     rates = [[step.learning_rate for step in read_rows(held, StepRow) if step.iteration == t] for t in (1, 2)]
