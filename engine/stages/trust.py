@@ -3,8 +3,8 @@
 AdamW moves a policy by its learning rate, however little the target asks for. Where a scorer counts what
 every token can do, such as the length of words, five steps went to seven nats for a tilt of one. So after an
 update the policy answers some prompts, and where its KL(policy || reference) is above `--max-kl-ratio`
-times that of the tilt it learns, by more than its standard error, its weights go back towards the reference's until it does not. The updates after
-that step as much shorter.
+times that of the tilt it learns, by more than its standard error, its weights go back towards the
+reference's until it is not. The updates after that step as much shorter.
 """
 
 import math

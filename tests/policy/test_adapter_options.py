@@ -194,7 +194,7 @@ def test_labels_drawn_once_belong_to_the_pair_and_the_update(network, adapter, w
             abs(first - other) > 1e-6
             and min(abs(float(found.loss.detach()) - x) for x in (first, other)) < 1e-9
         )
-        return abs(float(found.loss) - first) < abs(float(found.loss) - other)
+        return abs(float(found.loss.detach()) - first) < abs(float(found.loss.detach()) - other)
 
     zero = replace(world, scores=replace(world.scores, reward_PG=torch.zeros(2, 4, dtype=torch.float64)))
     world = zero  # every label is a coin
