@@ -114,7 +114,7 @@ def test_other_scorers_of_texts_end_bitwise_like_a_run_of_their_own(runs, tmp_pa
     mocan.train(config_of(tmp_path / "shared", samples_of=str(runs / "heads"), **TEXTS))
     for name in RESULTS:
         assert (tmp_path / "shared" / name).read_bytes() == (runs / "texts" / name).read_bytes(), name
-    assert sampled == [8], "only the policy is sampled"
+    assert sampled == [4, 8], "the policy alone is sampled: for its KL after the update, and for the verdict"
     said = " ".join(capsys.readouterr().out.split())
     assert f"reference: reward, loud scored anew on the responses of {runs / 'heads'}" in said
 
