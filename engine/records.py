@@ -280,6 +280,12 @@ class ScoredTarget:
         """The score as one number, float64 [P, G]."""
         return self.score.total_PG
 
+    @property
+    def value_P(self) -> Tensor:
+        """V(x) = c ln E_ref exp(score / c), c the coefficient, over the prompt's G samples; float64 [P]."""
+        c, score_PG = self.coefficient, self.score_PG
+        return c * ((score_PG / c).logsumexp(1) - math.log(score_PG.shape[1]))
+
     def bounded(self, least_weight: float) -> "ScoredTarget":
         """Raises scores to where the tilt exp(score / coefficient) gives a response `least_weight` of the
         mean weight of its prompt's G; what is raised is no Lagrangian any more, but all reward.
@@ -289,10 +295,9 @@ class ScoredTarget:
         """
         if least_weight == 0:
             return self
-        c, score, total_PG = self.coefficient, self.score, self.score_PG
-        mean_P1 = c * ((total_PG / c).logsumexp(1, keepdim=True) - math.log(total_PG.shape[1]))
-        least_P1 = mean_P1 + c * math.log(least_weight)
-        raised_PG = total_PG < least_P1
+        score = self.score
+        least_P1 = self.value_P[:, None] + self.coefficient * math.log(least_weight)
+        raised_PG = score.total_PG < least_P1
         bounded = Score(
             reward_PG=torch.where(raised_PG, least_P1, score.reward_PG),
             utility_PGJ=score.utility_PGJ.masked_fill(raised_PG[..., None], 0),

@@ -1,7 +1,6 @@
 """The preference loss of a policy on pairs of responses, in each label form
 (arXiv 2505.19387, Algorithm 2, step 4)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +73,7 @@ class PreferenceLoss:
             beta=target.coefficient,
             labels=labels,
             uniform=self._uniform(pairs, step, first) if labels == "sampled" else None,
-            value=self._value(pairs) if labels == "single" else None,
+            value=target.value_P[torch.tensor(pairs.prompt)] if labels == "single" else None,
             group=torch.tensor(pairs.prompt) if labels == "listwise" else None,
             **options,
         )
@@ -110,13 +109,6 @@ class PreferenceLoss:
                 reference_N + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
             )
         return reference_N
-
-    def _value(self, pairs: Pairs) -> Tensor:
-        """Returns float64 [N] for V(x) of each sequence's prompt, c ln E_ref exp(score / c): the mean is that
-        of the prompt's own samples."""
-        coefficient, score_PG = self.target.coefficient, self.target.score_PG
-        value_P = coefficient * ((score_PG / coefficient).logsumexp(1) - math.log(score_PG.shape[1]))
-        return value_P[torch.tensor(pairs.prompt)]
 
 
 def share_of(labels: str, part: Pairs, whole: Pairs) -> float:
