@@ -27,12 +27,12 @@ from engine.constraints import Limit
 from engine.data.prompts import assert_disjoint, lookalike_prompts, overlap
 from engine.data.reading import EVERY_ROW
 from engine.errors import UserError
-from engine.files import is_there, whole_folder, write_json
+from engine.files import whole_folder, write_json
 from engine.looks import CONFIDENCE, attempt_share
 from engine.model import packing
-from engine.policy.forward import frozen_forward
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
+from engine.ranks import ALONE, Ranks
 from engine.records import Prompts, Units
 from engine.report import certificate
 from engine.run import judged
@@ -42,12 +42,12 @@ from engine.run.rows import DualRow, ReferenceRow, VerdictRow
 from engine.scorers.base import Scorers
 from engine.scorers.scoring import try_out
 from engine.stages import plan, preference, profile
-from engine.stages.finished import Finished, Phase, open_run
+from engine.stages.finished import Finished, Phase, new_folder, open_run
 from engine.stages.inputs import read_prompts, rules_of
-from engine.stages.job import SamplingSettings, Subject, heldout_prompts, judged_prompts, training_prompts
+from engine.stages.job import Subject, heldout_prompts, judged_prompts, training_prompts
 from engine.stages.reference import ByScorers, Scoring, is_counted_alone, units_of
 from engine.stages.refusals import sampled_refusals
-from engine.stages.sampling import naming, sample
+from engine.stages.sampling import logprobs, naming, sample
 from engine.stages.verdict import Bar, judge, what_was_made, write_heldout
 from engine.verdict.evaluation import Judgement, pair_order
 from engine.verdict.refusals import over_refusal
@@ -84,12 +84,12 @@ class Question:
     fewer_rows: bool  # memory is short, so that fewer responses are decoded side by side than in the run
 
 
-def ask(run: str | Path, flags: EvaluateConfig) -> Question:
+def ask(run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE) -> Question:
     """Reads the run and checks everything that can be checked without compute.
 
     Raises: UserError.
     """
-    opened = open_run(run, flags)
+    opened = open_run(run, flags, ranks)
     committed, config, inputs = opened.committed, opened.config, opened.inputs
     algorithm, values = opened.algorithm, committed.contents.config
     pool, said = inputs.heldout, []
@@ -118,6 +118,7 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Question:
     rows = opened.rows(groups, max(len(prompts), len(selection) if selection else 0))
     fewer, config = rows < config.rollout_rows, replace(config, rollout_rows=rows)
     contents = opened.scorer_contents()
+    opened.check_alike(contents, groups)
     scorers, changed = opened.scorers(contents, accept_changes=flags.accept_changes)
     reference = committed.one(ReferenceRow)
     limits = constraints.limits(config, [s.name for s in scorers.costs], reference.worst_above)
@@ -163,19 +164,17 @@ def _own_verdict(opened: Finished) -> judged.Attempt | None:
     return judged.Attempt.of(committed.contents, max(committed.iterates), pool, config.seed)
 
 
-def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, Path]:
+def run_evaluation(run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE) -> tuple[Judgement, Path]:
     """Judges an iterate of `run` and writes evaluation.json and heldout.jsonl;
-    returns what was found, and their folder.
+    returns what was found, and their folder. Of several ranks rank 0 alone writes.
 
     Raises: UserError, before any compute unless a scorer fails.
     """
-    out = Path(flags.out) if flags.out else RunFolder(Path(run)).next_evaluation()
-    if is_there(out):
-        raise UserError(f"--out {out} exists; name a folder that does not.")
-    q = ask(run, flags)
+    out = ranks.first(lambda: new_folder(flags.out, RunFolder(Path(run)).next_evaluation))
+    q = ask(run, flags, ranks)
     config, prompts, n = q.config, q.prompts, q.config.eval_responses
     first = 1 + len(q.opened.iterates) if q.selection else 0
-    display = Display(n_stages=first + 4)
+    display = Display(n_stages=first + 4, silent=not ranks.is_first)
     for line in _opening(q, flags):
         display.line(line)
     asked = [group for group in (prompts, q.selection) if group]
@@ -190,10 +189,9 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         out = RunFolder(q.opened.run).next_evaluation()
         return out
 
-    with whole_folder(out, otherwise=None if flags.out else next_free) as folder, display:
-        subject = Subject.load(
-            replace(SamplingSettings.of(config), seed=flags.seed), q.opened.inputs, q.scorers
-        )
+    whole = whole_folder(out, otherwise=None if flags.out else next_free)
+    with ranks.only_first(whole) as folder, display:
+        subject = q.opened.subject(config, q.scorers, flags.seed)
         tried = _try_all(q, subject, display) if q.selection else []
         iterate = best_feasible(tried) if tried else next(iter(q.opened.iterates))
         adapter = q.opened.policy(subject.model, iterate)
@@ -215,61 +213,95 @@ def run_evaluation(run: str | Path, flags: EvaluateConfig) -> tuple[Judgement, P
         told = {"n": n, "purpose": keys.LOOKALIKE_POLICY}
         refused_after = sampled_refusals(subject, phase, q.lookalikes, adapter, **told)
 
-        lam_J = torch.tensor(q.opened.iterates[iterate], dtype=torch.float64)
-        log_ratios = ((before, moved_PG), (after, after.kl_PG))
-
-        def wanted(s: Samples) -> Tensor:
-            weight_PJ = constraints.weights(q.limits, prompts, q.trained_on)
-            utility_PG = (s.scaled.utility_PGJ * weight_PJ[:, None]) @ lam_J
-            return utility_PG if q.safety_alone else s.scaled.reward_PG + utility_PG
-
-        # Another evaluation may have ended meanwhile.
-        earlier = judged.earlier(RunFolder(q.opened.run), q.attempt, _own_verdict(q.opened))
-        try:
-            judged.begin(RunFolder(q.opened.run), q.attempt, earlier)
-        except UserError as error:
-            display.warn(f"{error}; this verdict is not on record")
-        judgement = Judgement(
-            evaluation=judge(before, after, _bar(q, scoring, flags.confidence, attempt_share(earlier))),
-            pair_order=tuple(pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
-            over_refusal=over_refusal(refused_before, refused_after, len(q.lookalikes), flags.confidence),
-            pairs_like="g" if q.safety_alone else "r + lambda g",
+        sides = Answered(
+            before=before,
+            after=after,
+            moved_PG=moved_PG,
+            refused=(refused_before, refused_after),
+            iterate=iterate,
+            tried=tried,
+            scoring=scoring,
+            gaps=gaps,
         )
-        write_heldout(RunFolder(folder).heldout, before, after)
-        settings = {
-            f: getattr(config, f)
-            for f in ("temperature", "top_p", "top_k", "max_new_tokens", "reward", "cost", "audit")
-        }
-        settings |= {
-            "iterate": iterate,
-            "lam": q.opened.iterates[iterate],
-            "selection": tried,
-            "seed": flags.seed,
-            "units": asdict(scoring.units),
-            "overlap": q.shared,
-        }
-        write_json(
-            RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": gaps, "settings": settings}
-        )
-        certified = certificate.certificate(
-            what_was_made(q.opened.owned, iterate, adapter.tensors(), q.scorer_contents),
-            certificate.Judging(
-                evaluation=judgement.evaluation,
-                prompts=prompts,
-                seed=flags.seed,
-                earlier=earlier,
-                over_refusal=judgement.over_refusal,
-                shared=q.shared,
-                chosen_on=len(q.selection) if q.selection else 0,
-            ),
-        )
-        certificate.write(folder, certified)
-        for line in judgement_sentences(judgement):
-            display.line(line)
+        judgement = ranks.first(lambda: _conclude(q, sides, adapter, flags, folder, display))
     written = RunFolder(out)
     display.line(f"written: {written.evaluation} and {written.heldout}")
     display.line(f"certificate: {written.certificate} and {written.certificate_html}")
     return judgement, out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What policy and reference have answered, scored."""
+
+    before: Samples
+    after: Samples
+    moved_PG: Tensor  # log-ratios of the reference's responses, nats
+    refused: tuple[list[bool], list[bool]]  # answers to the look-alikes, the reference's first
+    iterate: int
+    tried: list[dict]  # see `_try_all`
+    scoring: Scoring
+    gaps: dict
+
+
+def _conclude(
+    q: Question, a: Answered, adapter: Weights, flags: EvaluateConfig, folder: Path, display: Display
+) -> Judgement:
+    """Judges the answers; writes and says what is found."""
+    config, prompts, before, after = q.config, q.prompts, a.before, a.after
+    lam = q.opened.iterates[a.iterate]
+    lam_J = torch.tensor(lam, dtype=torch.float64)
+    log_ratios = ((before, a.moved_PG), (after, after.kl_PG))
+
+    def wanted(s: Samples) -> Tensor:
+        weight_PJ = constraints.weights(q.limits, prompts, q.trained_on)
+        utility_PG = (s.scaled.utility_PGJ * weight_PJ[:, None]) @ lam_J
+        return utility_PG if q.safety_alone else s.scaled.reward_PG + utility_PG
+
+    # Another evaluation may have ended meanwhile.
+    earlier = judged.earlier(RunFolder(q.opened.run), q.attempt, _own_verdict(q.opened))
+    try:
+        judged.begin(RunFolder(q.opened.run), q.attempt, earlier)
+    except UserError as error:
+        display.warn(f"{error}; this verdict is not on record")
+    judgement = Judgement(
+        evaluation=judge(before, after, _bar(q, a.scoring, flags.confidence, attempt_share(earlier))),
+        pair_order=tuple(pair_order(x_PG, wanted(s), flags.confidence) for s, x_PG in log_ratios),
+        over_refusal=over_refusal(*a.refused, len(q.lookalikes), flags.confidence),
+        pairs_like="g" if q.safety_alone else "r + lambda g",
+    )
+    write_heldout(RunFolder(folder).heldout, before, after)
+    settings = {
+        f: getattr(config, f)
+        for f in ("temperature", "top_p", "top_k", "max_new_tokens", "reward", "cost", "audit")
+    }
+    settings |= {
+        "iterate": a.iterate,
+        "lam": lam,
+        "selection": a.tried,
+        "seed": flags.seed,
+        "units": asdict(a.scoring.units),
+        "overlap": q.shared,
+    }
+    write_json(
+        RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": a.gaps, "settings": settings}
+    )
+    certified = certificate.certificate(
+        what_was_made(q.opened.owned, a.iterate, adapter.tensors(), q.scorer_contents),
+        certificate.Judging(
+            evaluation=judgement.evaluation,
+            prompts=prompts,
+            seed=flags.seed,
+            earlier=earlier,
+            over_refusal=judgement.over_refusal,
+            shared=q.shared,
+            chosen_on=len(q.selection) if q.selection else 0,
+        ),
+    )
+    certificate.write(folder, certified)
+    for line in judgement_sentences(judgement):
+        display.line(line)
+    return judgement
 
 
 def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
@@ -288,7 +320,7 @@ def _try_all(q: Question, subject: Subject, display: Display) -> list[dict]:
     for number, (iterate, lam) in enumerate(q.opened.iterates.items(), 2):
         adapter = q.opened.policy(subject.model, iterate)
         after = tried(Phase(display, number, f"selection/{iterate}"), adapter, keys.selection(number))
-        e = judge(before, after, _bar(q, scoring))
+        e = subject.ranks.first(lambda: judge(before, after, _bar(q, scoring)))  # noqa: B023, called at once
         room = [c.estimate.mean - c.required for c in e.constraints]
         rows.append({"iterate": iterate, "lam": lam, "reward": e.reward.mean, "room": room})
         display.line(
@@ -346,18 +378,9 @@ def best_feasible(rows: list[dict]) -> int:
 
 def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
-    groups = packing.groups(samples.prompts, samples.rollouts)
-    with naming(phase), phase.progress(sum(g.tokens for g in groups), "tokens", "pair order") as made:
-        _, logprob = frozen_forward(
-            subject.model,
-            groups,
-            [],
-            temperature=subject.settings.temperature,
-            memory_budget_bytes=subject.settings.memory_budget_bytes,
-            adapter=adapter,
-            on_tokens=made.advance,
-        )
-    return logprob.view(len(samples.prompts), -1)
+    own = sum(g.tokens for g in packing.groups(samples.prompts, samples.rollouts)) // subject.ranks.size
+    with naming(phase), phase.progress(own, "tokens", "pair order") as made:
+        return logprobs(subject, samples.prompts, samples.rollouts, adapter, made.advance)
 
 
 def _opening(q: Question, flags: EvaluateConfig) -> list[str]:
@@ -402,11 +425,12 @@ def _with_new_audits(q: Question, before: Samples, display: Display) -> Units:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    return run_command(_evaluate, argv)
+    return run_command(_evaluate, argv, on_ranks=True)
 
 
 def _evaluate(argv: list[str], standing: Standing) -> None:
     standing.again = lambda: "start the command again, as nothing was written"
+    ranks = standing.ranks or ALONE
     run = ""
     if not ("--help" in argv or "-h" in argv or (argv[:1] and argv[0].startswith("-") and "--plan" in argv)):
         if not argv or argv[0].startswith("-"):
@@ -417,11 +441,11 @@ def _evaluate(argv: list[str], standing: Standing) -> None:
     if flags is None:
         return
     if flags.plan:
-        plan.say(run, flags)
+        ranks.first(lambda: plan.say(run, flags))
     elif flags.profile:
-        profile.run_profile(run, flags)
+        profile.run_profile(run, flags, ranks)
     else:
-        judgement, _ = run_evaluation(run, flags)
+        judgement, _ = run_evaluation(run, flags, ranks)
         if flags.require_met:
             check_met(judgement.evaluation)
 

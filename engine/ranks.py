@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -121,6 +121,15 @@ class Ranks:
             value if rank == self.rank else _unpacked(message[: int(size)].numpy().tobytes())
             for rank, (message, size) in enumerate(zip(found, sizes, strict=True))
         ]
+
+    @contextmanager
+    def only_first(self, context: AbstractContextManager[T]) -> Iterator[T | None]:
+        """Enters a context on rank 0 alone; the others get None."""
+        if self.is_first:
+            with context as value:
+                yield value
+        else:
+            yield None
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Adds tensors up over all ranks, in place: one message for each dtype and device. All ranks get the

@@ -268,8 +268,9 @@ def evaluation_rows(
     heldout: list[int],
     n_prompts: int,
     scorers: Sequence[ScorerSize] = (),
+    ranks: Ranks = ALONE,
 ) -> int:
-    """Returns how many responses `engine.evaluate` decodes side by side:
+    """Returns how many responses `engine.evaluate` decodes side by side, on this rank:
     config.rollout_rows, or as many as fit.
 
     heldout: lengths in tokens of all prompts; n_prompts: the most that are scored at once. scorers: models
@@ -288,6 +289,8 @@ def evaluation_rows(
         return _peak(weights + beside + kept + max(sampling, loss_head, scoring))
 
     available = available_memory(device)
+    if device.type == "cpu":
+        available //= ranks.local_size
     rows = rows_that_fit(config.rollout_rows, n, needed, available)
     if needed(rows) > available:
         raise UserError(

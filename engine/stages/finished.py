@@ -5,16 +5,18 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from engine.config import EvaluateConfig, RunConfig, check, shown_name
 from engine.errors import UserError
+from engine.files import is_there
 from engine.looks import Size
 from engine.model.decoder import Decoder
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, trained_weights
+from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.committed import Committed, read_committed
 from engine.run.display import Display, Progress
@@ -24,7 +26,9 @@ from engine.run.rows import Row, SampledRow, SpeedRow
 from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, sizes
+from engine.stages.alike import check_same_inputs
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
+from engine.stages.job import SamplingSettings, Subject
 from engine.stages.run_inputs import OwnedInputs, owned_inputs
 from engine.stages.sampling import gap_text
 from engine.verdict.evaluation import Evaluation
@@ -41,6 +45,8 @@ class Finished:
     # Those to choose from, with the multipliers that each was trained at; one unless every one is asked for.
     iterates: dict[int, list[float]]
     inputs: Inputs
+    ranks: Ranks
+    answers: Answers = field(default_factory=Answers)  # of judges behind HTTP
 
     @property
     def looked_at(self) -> Size:
@@ -58,7 +64,8 @@ class Finished:
 
     def rows(self, groups: Sequence[Prompts], most: int) -> int:
         """Returns how many responses to prompts of these groups are decoded side by side, where so many as
-        `most` prompts are scored at once. Raises: UserError where there is no room for one prompt's."""
+        `most` prompts are scored at once; on several ranks what the tightest has room for. Raises: UserError
+        where there is no room for one prompt's."""
         config, inputs = self.config, self.inputs
         asked = [len(ids) for group in groups for ids in group.token_ids]
         beside = sizes(
@@ -68,12 +75,19 @@ class Finished:
             dtype=inputs.dtype,
             device=inputs.device,
         )
-        return evaluation_rows(config, inputs.shape, inputs.dtype, inputs.device, asked, most, beside)
+        own = evaluation_rows(
+            config, inputs.shape, inputs.dtype, inputs.device, asked, most, beside, self.ranks
+        )
+        return min(self.ranks.gather(own))
 
     def scorer_contents(self) -> dict[str, dict[str, str]]:
         """Says what the run's scorers and further audits are now, as `engine.scorers.find.content` does."""
         config, inputs = self.config, self.inputs
         return content(config.reward, config.cost, config.audit, folder=inputs.folder)
+
+    def check_alike(self, contents: Mapping[str, Mapping[str, str]], prompts: Sequence[Prompts]) -> None:
+        """Checks that all ranks have read the same. contents: `scorer_contents`. Raises: UserError."""
+        check_same_inputs(self.ranks, self.inputs, contents, prompts)
 
     def scorers(
         self, contents: Mapping[str, Mapping[str, str]], *, accept_changes: bool
@@ -86,9 +100,14 @@ class Finished:
         """
         config, inputs = self.config, self.inputs
         changed = self.owned.check_scorers(contents, accept=accept_changes)
-        answers = Answers()
-        answers.keep_in(RunFolder(self.run).judge_cache, read_only=not os.access(self.run, os.W_OK))
-        return scorers_of(config, inputs, answers), changed
+        read_only = not (self.ranks.is_first and os.access(self.run, os.W_OK))
+        self.answers.keep_in(RunFolder(self.run).judge_cache, read_only=read_only)
+        return scorers_of(config, inputs, self.answers), changed
+
+    def subject(self, config: RunConfig, scorers: Scorers, seed: int) -> Subject:
+        """Loads the weights of the run's model. config: that of this run, with the rows that fit."""
+        settings = replace(SamplingSettings.of(config), seed=seed)
+        return replace(Subject.load(settings, self.inputs, scorers, self.ranks), answers=self.answers)
 
     def policy(self, model: Decoder, iterate: int) -> Weights:
         """Returns the weights of an iterate. Raises: UserError where its stage is damaged."""
@@ -118,9 +137,18 @@ class Finished:
         )
 
 
-def open_run(run: str | Path, flags: EvaluateConfig) -> Finished:
-    """Reads a run that has iterates. Raises: UserError."""
+def new_folder(asked: str, free: Callable[[], Path]) -> Path:
+    """Returns the folder of --out, or else the one that is free. Raises: UserError where --out is there."""
+    if asked and is_there(Path(asked)):
+        raise UserError(f"--out {asked} exists; name a folder that does not.")
+    return Path(asked) if asked else free()
+
+
+def open_run(run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE) -> Finished:
+    """Reads a run that has iterates, on all ranks. Raises: UserError."""
     check(flags)
+    given = {f"--{f.name.replace('_', '-')}": str(getattr(flags, f.name)) for f in fields(flags)}
+    ranks.check_alike(given | {"RUN": str(run)})
     run = Path(run)
     owned, committed = owned_inputs(run), read_committed(run)
     found = iterates(committed, flags.iterate, every=flags.best_feasible)
@@ -134,14 +162,15 @@ def open_run(run: str | Path, flags: EvaluateConfig) -> Finished:
     )
     if config.eval_responses < 2 and not flags.profile:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
-    prepare_process(config.threads)
+    prepare_process(config.threads, ranks)
     return Finished(
         run=run,
         owned=owned,
         committed=committed,
         config=config,
         iterates=found,
-        inputs=read_inputs(config, owned),
+        inputs=read_inputs(config, owned, ranks),
+        ranks=ranks,
     )
 
 

@@ -18,9 +18,10 @@ from engine.data.prompts import overlap
 from engine.data.reading import STRICT_REFUSES
 from engine.data.tables import NotFound
 from engine.errors import UserError
-from engine.files import is_there, whole_folder, write_json, write_whole
+from engine.files import whole_folder, write_json, write_whole
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
+from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.report import profile_page
 from engine.run.display import Display
@@ -28,9 +29,9 @@ from engine.run.folder import RunFolder
 from engine.scorers.base import Scorers
 from engine.scorers.built_in import teller_of_refusals
 from engine.scorers.scoring import try_out
-from engine.stages.finished import Finished, Phase, open_run
+from engine.stages.finished import Finished, Phase, new_folder, open_run
 from engine.stages.inputs import read_prompts, rules_of
-from engine.stages.job import SamplingSettings, Subject, heldout_prompts
+from engine.stages.job import Subject, heldout_prompts
 from engine.stages.refusals import refused
 from engine.stages.sampling import sample
 from engine.verdict.profile import Answers, Scales, SetVerdict, judge_set, table_lines
@@ -88,13 +89,13 @@ class Asked:
         )
 
 
-def ask(run: str | Path, flags: EvaluateConfig) -> Asked:
+def ask(run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE) -> Asked:
     """Reads the run and the sets of the profile, and checks everything that can be checked without compute.
 
     Raises: UserError, also where none of the sets can be judged.
     """
     profile = profile_of(flags.profile)
-    opened = open_run(run, flags)
+    opened = open_run(run, flags, ranks)
     sets, left_out = [], []
     for prompt_set in profile.sets:
         try:
@@ -105,7 +106,9 @@ def ask(run: str | Path, flags: EvaluateConfig) -> Asked:
         raise UserError(f"--profile {flags.profile}: none of its sets can be judged: {' '.join(left_out)}")
     groups = [read.prompts for read in sets]
     rows = opened.rows(groups, max(map(len, groups)))
-    scorers, changed = opened.scorers(opened.scorer_contents(), accept_changes=flags.accept_changes)
+    contents = opened.scorer_contents()
+    opened.check_alike(contents, groups)
+    scorers, changed = opened.scorers(contents, accept_changes=flags.accept_changes)
     return Asked(
         opened=opened,
         config=replace(opened.config, rollout_rows=rows),
@@ -167,17 +170,17 @@ def _read_set(opened: Finished, prompt_set: PromptSet, flags: EvaluateConfig) ->
     )
 
 
-def run_profile(run: str | Path, flags: EvaluateConfig) -> tuple[list[SetVerdict], Path]:
+def run_profile(
+    run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE
+) -> tuple[list[SetVerdict], Path]:
     """Judges an iterate of `run` on the sets of a profile; writes profile.json, responses.jsonl, profile.png
-    and profile.html. Returns what was found, and their folder.
+    and profile.html. Returns what was found, and their folder. Of several ranks rank 0 alone writes.
 
     Raises: UserError, before any compute unless a scorer fails.
     """
-    out = Path(flags.out) if flags.out else RunFolder(Path(run)).next_profile()
-    if is_there(out):
-        raise UserError(f"--out {out} exists; name a folder that does not.")
-    q = ask(run, flags)
-    display = Display(n_stages=2 * len(q.sets))
+    out = ranks.first(lambda: new_folder(flags.out, RunFolder(Path(run)).next_profile))
+    q = ask(run, flags, ranks)
+    display = Display(n_stages=2 * len(q.sets), silent=not ranks.is_first)
     opening = _opening(q, flags)
     for line in opening:
         display.line(line)
@@ -192,9 +195,9 @@ def run_profile(run: str | Path, flags: EvaluateConfig) -> tuple[list[SetVerdict
         out = RunFolder(q.opened.run).next_profile()
         return out
 
-    with whole_folder(out, otherwise=None if flags.out else next_free) as folder, display:
-        settings = replace(SamplingSettings.of(q.config), seed=flags.seed)
-        subject = Subject.load(settings, q.opened.inputs, q.scorers)
+    whole = whole_folder(out, otherwise=None if flags.out else next_free)
+    with ranks.only_first(whole) as folder, display:
+        subject = q.opened.subject(q.config, q.scorers, flags.seed)
         adapter = q.opened.policy(subject.model, q.iterate)
         verdicts, rows, gaps = [], [], {}
         for number, read in enumerate(q.sets):
@@ -202,8 +205,12 @@ def run_profile(run: str | Path, flags: EvaluateConfig) -> tuple[list[SetVerdict
             sides = [_answers(side, q.scorers) for side in (before, after)]
             verdicts.append(judge_set(read.set.name, read.prompts.kind, *sides, q.scales, flags.confidence))
             rows += _rows(read, before, after, sides)
-        _write(folder, q, flags, verdicts, gaps)
-        write_whole(folder / "responses.jsonl", "".join(f"{row}\n" for row in rows).encode())
+
+        def write() -> None:
+            _write(folder, q, flags, verdicts, gaps)
+            write_whole(folder / "responses.jsonl", "".join(f"{row}\n" for row in rows).encode())
+
+        ranks.first(write)
         for line in table_lines(verdicts):
             display.line(line)
     display.line(f"written: {out / 'profile.html'}, profile.png, profile.json and responses.jsonl")

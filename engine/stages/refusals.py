@@ -13,7 +13,8 @@ from engine.scorers.base import Scorers
 from engine.scorers.built_in import teller_of_refusals
 from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.job import Subject
-from engine.stages.sampling import respond
+from engine.stages.sampling import respond, warn_of_scorers
+from engine.stages.shares import by_shares
 from engine.verdict.refusals import is_refusal
 
 
@@ -30,14 +31,20 @@ def refused(scorers: Scorers, scores: Scores) -> list[bool] | None:
 def sampled_refusals(
     subject: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, *, n: int, purpose: int
 ) -> list[bool]:
-    """Samples n responses to each prompt as `respond` does, and tells which are refusals, prompt-major."""
-    rollouts, texts = respond(subject, stage, prompts, adapter, n=n, purpose=purpose)
+    """Samples n responses to each prompt as `respond` does, and tells which are refusals, prompt-major; each
+    rank takes its share of the prompts."""
     teller = teller_of_refusals(subject.scorers)
-    if teller is None:
-        return [is_refusal(text) for text in texts]
-    alone = Scorers(reward=teller, costs=(), audits=())
+    alone = Scorers(reward=teller, costs=(), audits=()) if teller else None
     forward = ReferenceForward(temperature=subject.settings.temperature, logprob=False)
-    scores = score(subject.model, alone, prompts, rollouts, texts, forward)
-    for warning in alone.warnings():
-        stage.warn(warning)
-    return (scores.reward_PG > 0).flatten().tolist()
+
+    def work(own: range, part: Prompts) -> list[bool]:
+        rollouts, texts = respond(subject, stage, part, adapter, n=n, purpose=purpose)
+        if alone is None:
+            return [is_refusal(text) for text in texts]
+        scores = score(subject.model, alone, part, rollouts, texts, forward)
+        return (scores.reward_PG > 0).flatten().tolist()
+
+    found = by_shares(subject.ranks, prompts, work)
+    if alone is not None:
+        warn_of_scorers(subject, stage, alone)
+    return found

@@ -23,6 +23,7 @@ from engine.rollout.states import States
 from engine.run.plan import kept_states_bytes
 from engine.run.rows import SampledRow, SpeedRow
 from engine.run.run import Run, Stage
+from engine.scorers.base import Scorers
 from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.job import SamplingSettings, Subject
 from engine.stages.shares import by_shares
@@ -231,9 +232,14 @@ def _scored(
 
 
 def _have_scored(job: Subject, stage: Stage) -> None:
-    """Gives all ranks what judges have answered, and says what scorers have cut, of each rank."""
+    """Gives all ranks what judges have answered, and says what scorers have cut."""
     job.answers.share_out(job.ranks)
-    for rank, warnings in enumerate(job.ranks.gather(job.scorers.warnings())):
+    warn_of_scorers(job, stage, job.scorers)
+
+
+def warn_of_scorers(job: Subject, stage: Stage, scorers: Scorers) -> None:
+    """Says what scorers have cut since it was said last, of each rank."""
+    for rank, warnings in enumerate(job.ranks.gather(scorers.warnings())):
         for warning in warnings:
             stage.warn(f"rank {rank}: {warning}" if rank else warning)
 

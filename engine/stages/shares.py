@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from engine.errors import NonFiniteError
 from engine.ranks import Ranks
 from engine.records import Prompts
 
@@ -18,12 +19,22 @@ def by_shares(ranks: Ranks, prompts: Prompts, work: Callable[[range, Prompts], R
 
     work: gets the places of consecutive prompts and these prompts. It returns a tensor, or a record of
     tensors and lists, that goes from prompt to prompt.
+
+    Raises: on all ranks NonFiniteError where `work` raises it on any, so that they can all go on with
+    something else.
     """
     if ranks.size == 1:
         return work(range(len(prompts)), prompts)
     own = ranks.share(len(prompts))
-    part = work(own, prompts.select(list(own))) if own else None
-    return joined([part for part in ranks.gather(part) if part is not None])
+    try:
+        part = work(own, prompts.select(list(own))) if own else None
+    except NonFiniteError as error:
+        part = error
+    parts = [part for part in ranks.gather(part) if part is not None]
+    for part in parts:
+        if isinstance(part, NonFiniteError):
+            raise part
+    return joined(parts)
 
 
 def joined(parts: Sequence[RecordT]) -> RecordT:

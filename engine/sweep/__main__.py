@@ -13,6 +13,7 @@ from engine.config import PRESETS
 from engine.config.flags import parse_flags, take
 from engine.errors import UserError
 from engine.files import read_json
+from engine.ranks import ALONE
 from engine.sweep.plans import SweepConfig, configs_of
 from engine.sweep.runs import run_sweep
 
@@ -27,7 +28,7 @@ USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engin
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    return run_command(_sweep, argv)
+    return run_command(_sweep, argv, on_ranks=True)
 
 
 def _sweep(argv: list[str], standing: Standing) -> None:
@@ -47,8 +48,10 @@ def _sweep(argv: list[str], standing: Standing) -> None:
         if sweep is None:
             return
         sweep = replace(sweep, flags=(*sweep.flags, *common))
-    standing.resumable("python -m engine.sweep", sweep.out, "sweep.json")
-    run_sweep(sweep, preset, resume=resume is not None)
+    ranks = standing.ranks or ALONE
+    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.local_size}"
+    standing.resumable(f"{start} -m engine.sweep", sweep.out, "sweep.json")
+    run_sweep(sweep, preset, resume=resume is not None, ranks=ranks)
 
 
 def _resumed(folder: str) -> tuple[SweepConfig, str | None]:

@@ -18,6 +18,7 @@ import torch
 from engine.config import ALGORITHMS, fit, published
 from engine.errors import NonFiniteError, UserError
 from engine.files import is_folder, is_there, make_folder, write_json
+from engine.ranks import ALONE, Ranks
 from engine.run.folder import RunFolder
 from engine.stages.job import open_job
 from engine.stages.published import check_published
@@ -31,39 +32,67 @@ from engine.sweep.pages import write
 from engine.sweep.plans import Plan, SweepConfig, configs_of, numbers
 
 
-def run_sweep(sweep: SweepConfig, preset: str | None = None, *, resume: bool = False) -> list[Outcome]:
+def run_sweep(
+    sweep: SweepConfig, preset: str | None = None, *, resume: bool = False, ranks: Ranks = ALONE
+) -> list[Outcome]:
     """Does all runs that are not done yet and writes the sweep's files.
+
+    ranks: share out each run; of several, rank 0 alone prints and has the sweep's folder.
 
     Raises: UserError before anything is sampled, or where the samples do not
     support a threshold; Interrupted.
     """
     out = Path(sweep.out)
+    ranks.check_alike({f"--{f.name}": str(getattr(sweep, f.name)) for f in fields(sweep)})
     plans = configs_of(sweep, preset)
     if preset is not None:
         wanted = {flag: name for plan in plans for flag, name in published(preset, plan.config).items()}
         check_published(preset, wanted)
     if not resume:
-        # A sweep that was killed before sweep.json was whole has left nothing else.
-        if is_there(out) and not (is_folder(out) and set(os.listdir(out)) <= {"sweep.json.tmp"}):
-            raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
-        make_folder(out)
-        settings = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}
-        write_json(out / "sweep.json", {"preset": preset, **settings})
-    seeds = dict.fromkeys(sweep.seeds)
-    paths = {seed: draw_samples([plan for plan in plans if plan.config.seed == seed]) for seed in seeds}
+        ranks.first(lambda: _begin(sweep, preset, out))
+    paths = {
+        seed: draw_samples([plan for plan in plans if plan.config.seed == seed], ranks)
+        for seed in dict.fromkeys(sweep.seeds)
+    }
     outcomes: list[Outcome] = []
     for number, plan in enumerate(plans, 1):
-        print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
-        check_sources(plan, plans)
-        outcomes.append(read_run(plan, _train(plan)))
-        write(out, outcomes, paths)
-    print(
-        f"\nsweep: {out / 'index.html'}, {out / 'table.csv'}, {out / 'pareto.png'}, {out / 'multipliers.png'}"
-    )
+        if ranks.is_first:
+            print(f"\nrun {number} of {len(plans)}: {plan.folder.name}", flush=True)
+        done, begun_in = ranks.first(lambda plan=plan: _standing(plan, plans))
+        failed_with = "" if done else _train(plan, begun_in, ranks)
+
+        def note(plan: Plan = plan, failed_with: str = failed_with) -> Outcome:
+            outcome = read_run(plan, failed_with)
+            write(out, [*outcomes, outcome], paths)
+            return outcome
+
+        outcomes.append(ranks.first(note))
+    if ranks.is_first:
+        pages = ", ".join(
+            str(out / name) for name in ("index.html", "table.csv", "pareto.png", "multipliers.png")
+        )
+        print(f"\nsweep: {pages}")
     return outcomes
 
 
-def draw_samples(plans: list[Plan]) -> list[OneShot]:
+def _begin(sweep: SweepConfig, preset: str | None, out: Path) -> None:
+    """Makes the sweep's folder. Raises: UserError where something is there."""
+    # A sweep that was killed before sweep.json was whole has left nothing else.
+    if is_there(out) and not (is_folder(out) and set(os.listdir(out)) <= {"sweep.json.tmp"}):
+        raise UserError(f"--out {out} exists; name another folder, or go on with --resume {out}.")
+    make_folder(out)
+    settings = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name != "out"}
+    write_json(out / "sweep.json", {"preset": preset, **settings})
+
+
+def _standing(plan: Plan, plans: list[Plan]) -> tuple[bool, str | None]:
+    """Tells whether a run is done, and where it goes on, see `begun`. Raises: UserError."""
+    check_sources(plan, plans)
+    done = finished(plan)
+    return done, None if done else begun(plan.folder)
+
+
+def draw_samples(plans: list[Plan], ranks: Ranks = ALONE) -> list[OneShot]:
     """Draws the reference's samples of one seed and solves the dual along the thresholds,
     for each beta and margin.
 
@@ -74,7 +103,8 @@ def draw_samples(plans: list[Plan]) -> list[OneShot]:
     # Any of the configs will do: the samples do not depend on the settings in which they differ.
     config = replace(plans[0].config, samples_of="", out=plans[0].config.samples_of)
     solved, seen = [], []
-    with open_job("samples", config, begun(Path(config.out)), n_stages=2) as job:
+    resume = ranks.first(lambda: begun(Path(config.out)))
+    with open_job("samples", config, resume, n_stages=2, ranks=ranks) as job:
         stages = RunStages(job)
         stages.sample_reference()
         stages.heldout(looks(job)[0])
@@ -139,15 +169,16 @@ def check_sources(plan: Plan, plans: list[Plan]) -> None:
                         )
 
 
-def _train(plan: Plan) -> str:
-    """Does a run or the rest of it, unless it is done; returns the error that it
-    failed with, or an empty text."""
-    if not finished(plan):
-        try:
-            ALGORITHMS[plan.algorithm].train(plan.config, resume=begun(plan.folder))
-        except NonFiniteError as stop:
+def _train(plan: Plan, resume: str | None, ranks: Ranks) -> str:
+    """Does a run, or the rest of the one in the folder `resume`; returns the error that it failed with, or an
+    empty text. All ranks fail with it alike."""
+    more = {} if ranks.size == 1 else {"ranks": ranks}
+    try:
+        ALGORITHMS[plan.algorithm].train(plan.config, resume=resume, **more)
+    except NonFiniteError as stop:
+        if ranks.is_first:
             print(f"error: {stop}", file=sys.stderr)
-            return str(stop)
+        return str(stop)
     return ""
 
 

@@ -251,7 +251,7 @@ def trained(monkeypatch) -> Trained:
         (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict()))
         outputs.note(RunFolder(folder), [folder / "evaluation.json"])
 
-    def draw_samples(plans):
+    def draw_samples(plans, ranks):
         folder = Path(plans[0].config.samples_of)
         folder.mkdir(exist_ok=True)
         write_timing(folder, [replace(SPEED, stage="reference", tokens=1000)])

@@ -32,7 +32,7 @@ def test_a_run_is_that_of_ranks_which_have_joined_otherwise(tmp_path, cache):
 
 
 def test_a_command_for_one_process_says_so_once():
-    done = launched("engine.sweep", "--preset", "smoke")
+    done = launched("engine.export", "run", "folder")
     assert done.returncode != 0 and not done.stdout
     said = [line for line in done.stderr.splitlines() if "error: torchrun" in line]
     assert len(said) == 1

@@ -1,5 +1,5 @@
-"""Whole smoke runs on several ranks: the run of one process up to rounding, equal ones bit for bit, also when
-they are stopped or a rank is killed; and what is refused."""
+"""Whole smoke runs, evaluations and sweeps on several ranks: those of one process up to rounding, equal ones
+bit for bit, also when they are stopped or a rank is killed; and what is refused."""
 
 import json
 import os
@@ -13,17 +13,23 @@ import torch
 
 import engine.caid  # noqa: F401, imported before the forks
 from engine import train
-from engine.config import ALGORITHMS
-from engine.errors import Interrupted, LostRank, UserError
+from engine.config import ALGORITHMS, EvaluateConfig
+from engine.errors import Interrupted, LostRank, NonFiniteError, UserError
+from engine.evaluate import run_evaluation
 from engine.model.tokenizer import load_tokenizer
 from engine.ranks import Ranks
+from engine.records import Prompts
 from engine.report import panels  # noqa: F401
 from engine.run import plan
 from engine.run.contents import read_contents
 from engine.run.rows import PairStepRow
 from engine.run.run import Stage
 from engine.run.store import read_whole
+from engine.stages.profile import run_profile
+from engine.stages.shares import by_shares
 from engine.stages.smoke import smoke_folder
+from engine.sweep.plans import SweepConfig
+from engine.sweep.runs import run_sweep
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import SMOKE, files, write
 
@@ -247,3 +253,105 @@ def test_a_scorer_that_fails_on_one_rank_ends_the_run_with_its_own_words(tmp_pat
     kinds = {type(error) for error in results}
     assert UserError in kinds and kinds <= {UserError, LostRank}, results
     assert any("no such prompt" in str(error) for error in results), results
+
+
+def close(found: object, expected: object, path: str = "") -> None:
+    """Compares JSON: numbers up to float32 rounding, all else exactly."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            close(found[key], expected[key], f"{path}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), path
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            close(one, other, f"{path}/{i}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), path
+    else:
+        assert found == expected, path
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_evaluation_on_ranks_is_that_of_one_process(made, tmp_path, size):
+    """Of 4 ranks one has no prompt to choose the iterate on."""
+    run, out = made("one", "caid"), tmp_path
+    flags = {
+        "audit": ("codes=tests.helpers.scorers:codes", "refusal=tests.helpers.scorers:vowels"),
+        "best_feasible": size == 2,
+        "n_prompts": 3 if size == 4 else 0,
+        "threads": 1,
+    }
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"Say {i} again."} for i in range(5)])
+
+    def judged(ranks: Ranks, name: str) -> str:
+        asked = EvaluateConfig(**flags, prompts=prompts, out=str(out / name))
+        return run_evaluation(run, asked, ranks)[0].evaluation.constraints[0].word
+
+    word = judged(Ranks(), "one")
+    assert on_ranks(size, lambda ranks: judged(ranks, "many")) == [word] * size
+    one, many = files(out / "one"), files(out / "many")
+    assert one.keys() == many.keys() and len(one) == 4
+    found, expected = (json.loads(all_files["evaluation.json"]) for all_files in (many, one))
+    close(found, expected)
+    for found, expected in zip(*(text["heldout.jsonl"].splitlines() for text in (many, one)), strict=True):
+        close(json.loads(found), json.loads(expected))
+
+
+def test_a_profile_on_ranks_is_that_of_one_process(made, tmp_path, monkeypatch):
+    rows = [{"prompt": f"Ask {i}.", "kind": "safe" if i % 2 else "unsafe"} for i in range(5)]
+    prompts = write(tmp_path / "set.jsonl", rows)
+    (tmp_path / "p.yaml").write_text(
+        f"sets:\n- {{name: own, source: {prompts}, label: kind, safe: [safe], unsafe: [unsafe]}}\n"
+    )
+    run = made("one", "caid")
+
+    def judged(ranks: Ranks, name: str) -> None:
+        flags = EvaluateConfig(profile=str(tmp_path / "p.yaml"), threads=1, out=str(tmp_path / name))
+        run_profile(run, flags, ranks)
+
+    judged(Ranks(), "one")
+    assert on_ranks(2, lambda ranks: judged(ranks, "many")) == [None, None]
+    one, many = files(tmp_path / "one"), files(tmp_path / "many")
+    assert one.keys() == many.keys()
+    close(*(json.loads(all_files["profile.json"]) for all_files in (many, one)))
+    for found, expected in zip(*(text["responses.jsonl"].splitlines() for text in (many, one)), strict=True):
+        close(json.loads(found), json.loads(expected))
+
+
+def test_a_sweep_on_ranks_is_that_of_one_process(tmp_path, cache, capfd):
+    def swept(ranks: Ranks, name: str, *, resume: bool = False) -> list[str]:
+        flags = ("--threads", "1", "--force", *ODD[:2], *ODD[4:6])
+        out = str(tmp_path / name)
+        sweep = SweepConfig(out=out, algorithms=("mocan:steps=2",), thresholds=("0.05", "0.1"), flags=flags)
+        outcomes = run_sweep(sweep, "smoke", resume=resume, ranks=ranks)
+        return [outcome.evaluation.constraints[0].word for outcome in outcomes]
+
+    words = swept(Ranks(), "one")
+    capfd.readouterr()
+    assert on_ranks(2, lambda ranks: swept(ranks, "two")) == [words, words]
+    assert capfd.readouterr().out.count("run 2 of 2: ") == 1
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs = sorted(folder.name for folder in one.glob("mocan*"))
+    assert len(runs) == 2 and {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for name in runs:
+        same(one / name, two / name)
+    before = files(two)
+    assert on_ranks(2, lambda ranks: swept(ranks, "two", resume=True)) == [words, words]
+    assert files(two) == before
+
+
+def test_numbers_that_are_not_finite_on_one_rank_end_the_work_of_all():
+    """Else a sweep would go on with the next run on that rank alone."""
+
+    def fail(ranks: Ranks) -> list[str]:
+        def work(own: range, part: Prompts) -> list[str]:
+            if ranks.rank == 1:
+                raise NonFiniteError("a state is not finite")
+            return part.text
+
+        two = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[1], [2]], key_P=torch.arange(2))
+        with pytest.raises(NonFiniteError, match="a state is not finite"):
+            by_shares(ranks, two, work)
+        return ranks.gather("goes on")
+
+    assert on_ranks(2, fail) == [["goes on"] * 2] * 2
