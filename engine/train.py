@@ -61,12 +61,7 @@ def _train(argv: list[str], standing: Standing) -> None:
     chosen = ALGORITHMS[algorithm]
     ranks = standing.ranks
     if not chosen.trains_policy:
-        if ranks is not None:
-            raise UserError(
-                f"torchrun has started {ranks.size} processes, and {algorithm} is trained by one; start it "
-                "without torchrun."
-            )
-        chosen.train(config)
+        chosen.train(config, **({} if ranks is None else {"ranks": ranks}))
         return
     start = "python" if ranks is None else f"torchrun --nproc-per-node {ranks.local_size}"
     standing.resumable(f"{start} -m engine.train", resume or config.out, "config.json")

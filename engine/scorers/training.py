@@ -9,6 +9,7 @@ that scores responses in a run.
 import json
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from engine.model.folder import fingerprint, load, resolve
 from engine.model.packing import Group
 from engine.model.tokenizer import load_tokenizer
 from engine.policy.forward import frozen_forward
+from engine.ranks import ALONE, Ranks
 from engine.scorers.base import Head
 from engine.scorers.head_card import command_line, figures_table, model_card
 from engine.scorers.head_config import HeadConfig, check
@@ -47,21 +49,28 @@ __all__ = ["HeadConfig", "train"]
 FILES = ("head.safetensors", "metrics.json", "README.md")
 
 
-def train(config: HeadConfig, *, command: str = "") -> Head:
+def train(config: HeadConfig, *, command: str = "", ranks: Ranks = ALONE) -> Head:
     """Fits a head, prints its held-out figures and writes it with its model card.
 
-    command: the command line that the card shows; the default is made from `config`.
+    command: the command line that the card shows; the default is made from `config`. ranks: share out the
+    reading of the texts; of several, rank 0 alone fits, prints and writes.
     Raises: UserError for a setting or a row that cannot be used.
     """
     check(config)
+    ranks.check_alike({f"--{f.name}": str(getattr(config, f.name)) for f in fields(config)})
     out = Path(config.out)
-    with whole_files(out, FILES) as folder:
-        head = _train(config, folder, command or command_line(config))
-    print(f"written: {out / 'head.safetensors'}, metrics.json, README.md")
+    with ranks.only_first(whole_files(out, FILES)) as folder:
+        head = _train(config, folder, command or command_line(config), ranks)
+    if ranks.is_first:
+        print(f"written: {out / 'head.safetensors'}, metrics.json, README.md")
     return head
 
 
-def _train(config: HeadConfig, out: Path, command: str) -> Head:
+def _train(config: HeadConfig, out: Path | None, command: str, ranks: Ranks) -> Head:
+    def say(line: str) -> None:
+        if ranks.is_first:
+            print(line)
+
     rules = Rules(
         prompt_column=config.prompt_column, response_columns=config.response_columns, strict=config.strict
     )
@@ -69,14 +78,14 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
         read_head_rows(files, config.loss, rules, config.label_column) for files in (config.data, config.test)
     )
     for line in [*said, *more]:
-        print(line)
+        say(line)
     if not test:
         rows, test = hold_out(rows, config.seed)
     n_rows = len(rows)
     rows = without_shared_texts(rows, test)
     removed = n_rows - len(rows)
     if removed:
-        print(f"{removed} training rows removed: their texts are also in the test rows")
+        say(f"{removed} training rows removed: their texts are also in the test rows")
     check_classes(rows, test)
 
     folder = resolve(config.model) if config.model else quickstart.model_folder()
@@ -100,23 +109,23 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
             without_unusable_prompts(part, tokenizer, limits) for part in (rows, test)
         )
         for reason, count in sorted((left_out + more).items()):
-            print(f"{count} rows removed: {reason}")
+            say(f"{count} rows removed: {reason}")
         check_classes(rows, test)
     texts = unique_texts([*rows, *test])
     start = time.perf_counter()
     index, groups = {text: i for i, text in enumerate(texts)}, encode(texts, tokenizer, limits)
     said += remarks(tokenizer, groups[0].prompt, kwargs, has_system=bool(config.system))
     for line in said:
-        print(f"note: {line}")
+        say(f"note: {line}")
     n_pairs = len(rows) + len(test)
     rows, test = (without_equal_pairs(part, index, groups) for part in (rows, test))
     if equal := n_pairs - len(rows) - len(test):
-        print(f"{equal} pairs removed: cut at --max-new-tokens {config.max_new_tokens} they are equal")
+        say(f"{equal} pairs removed: cut at --max-new-tokens {config.max_new_tokens} they are equal")
         check_classes(rows, test)
-    pooled_ND = pooled_states(model, groups, config.layer)
-    print(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
+    pooled_ND = pooled_states(model, groups, config.layer, ranks)
+    say(f"{len(texts)} texts read by {config.layer} layers in {time.perf_counter() - start:.0f} s")
 
-    weight_D, bias = fit_head(rows, pooled_ND, index, config.l2)
+    weight_D, bias = ranks.first(lambda: fit_head(rows, pooled_ND, index, config.l2))
     name = config.name or Path(config.out).name
     head = Head(name=name, layer=config.layer, weight_D=weight_D, bias=bias, trunk=fingerprint(folder))
     figures = {
@@ -130,16 +139,21 @@ def _train(config: HeadConfig, out: Path, command: str) -> Head:
         "rows_by_source": dict(sorted(Counter(row.source for row in rows).items())),
         "test": heldout_figures(test, head(pooled_ND), index),
     }
-    print(figures_table(figures["test"]))
-    head.save(out)
-    write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
-    write_whole(out / "README.md", model_card(config, figures, command).encode())
+    say(figures_table(figures["test"]))
+
+    def write() -> None:
+        head.save(out)
+        write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
+        write_whole(out / "README.md", model_card(config, figures, command).encode())
+
+    ranks.first(write)
     return head
 
 
-def pooled_states(model: Decoder, groups: list[Group], layer: int) -> Tensor:
-    """Computes the mean state of each response after `layer` layers:
+def pooled_states(model: Decoder, groups: list[Group], layer: int, ranks: Ranks = ALONE) -> Tensor:
+    """Computes the mean state of each response after `layer` layers, each rank those of its groups:
     float32 [N, D], in the order of `rows`."""
-    pooled, _ = frozen_forward(model, groups, [layer], temperature=None)
+    own = [groups[i] for i in ranks.share(len(groups))]
+    parts = ranks.gather(frozen_forward(model, own, [layer], temperature=None)[0][layer] if own else None)
     order = torch.tensor([row for group in groups for row in group.rows])
-    return pooled[layer][order.argsort()]
+    return torch.cat([part for part in parts if part is not None])[order.argsort()]

@@ -15,12 +15,14 @@ from scipy.optimize import minimize
 from engine.data.chat import Written
 from engine.errors import UserError
 from engine.quickstart import tiny_model_folder
+from engine.ranks import Ranks
 from engine.scorers import training
 from engine.scorers.base import Head
 from engine.scorers.head_data import Row, Text, hold_out, read_head_rows, response_ids
 from engine.scorers.head_figures import auc, calibration_error
 from engine.scorers.head_fit import fit_head, newton
 from engine.scorers.training import HeadConfig
+from tests.helpers.ranks import on_ranks
 
 HEADS = Path(str(files("engine"))) / "assets" / "heads"
 
@@ -89,6 +91,22 @@ def test_equal_runs_write_equal_heads(tiny, tmp_path):
     assert (tmp_path / "one" / "head.safetensors").read_bytes() == (
         tmp_path / "two" / "head.safetensors"
     ).read_bytes()
+
+
+def test_ranks_share_out_the_reading_and_write_one_head(tiny, tmp_path, capfd):
+    """The states of a text may come from other batches, hence float32's rounding."""
+    data = (write(tmp_path / "p.jsonl", toy_pairs(9)),)
+
+    def trained(ranks: Ranks, out: str) -> torch.Tensor:
+        config = HeadConfig(data=data, out=str(tmp_path / out), name="toy", model=tiny, layer=1)
+        return training.train(config, ranks=ranks).weight_D
+
+    one = trained(Ranks(), "one")
+    capfd.readouterr()
+    first, second = on_ranks(2, lambda ranks: trained(ranks, "two"))
+    assert first.equal(second) and first.equal(Head.load(tmp_path / "two").weight_D)
+    assert (first - one).abs().max() <= 1e-4 * one.abs().max()
+    assert capfd.readouterr().out.count("written: ") == 1
 
 
 def random_problem(seed: int = 0):
