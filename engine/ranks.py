@@ -33,6 +33,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
 
 
+def _starts() -> int:
+    """Counts how often torchrun has started the processes of this machine anew (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of a run.
@@ -50,13 +55,21 @@ class Ranks:
     @staticmethod
     def start() -> "Ranks":
         """Joins the processes that torchrun has started with this one; where it has started no other, the
-        process stays alone. Raises: LostRank where not all of them arrive."""
+        process stays alone. Raises: LostRank where not all of them arrive; UserError for processes of several
+        machines that were started anew."""
         if launched() == 1:
             return Ranks()
         place = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         with _connected():
             store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        return Ranks.join(store, rank, size, *place)
+        if _starts() and size > place[1]:
+            # Each machine counts for itself (pytorch issue 108158), so the ranks would not find one another.
+            raise UserError(
+                "torchrun has started the ranks of this machine anew, which works on one machine alone; "
+                "start the command again with --resume, and without --max-restarts."
+            )
+        # The store of torchrun outlives the ranks, and with it what those before these have told one another.
+        return Ranks.join(dist.PrefixStore(f"start-{_starts()}", store), rank, size, *place)
 
     @staticmethod
     def join(store: dist.Store, rank: int, size: int, local: int, local_size: int) -> "Ranks":
@@ -168,6 +181,11 @@ class Ranks:
         yield
         if not self.local:
             self.gather(None)
+
+    def restarted(self) -> bool:
+        """Tells whether torchrun has started these processes anew, as one of the first ones has ended
+        (--max-restarts). Raises: LostRank."""
+        return self.size > 1 and max(self.gather(_starts())) > 0
 
     def says(self) -> bool:
         """Tells whether this rank is the first that has something to say of the end of all; also where nobody

@@ -52,6 +52,9 @@ def _train(argv: list[str], standing: Standing) -> None:
         config = parse(algorithm, flags)
         if config is None:
             return
+        resume = _left_by_lost_ranks(config, standing)
+        if resume is not None:
+            algorithm, config = _resumed(resume, algorithm, [])
     else:
         beside = {name: f"--{name.replace('_', '-')}" for name in OF_THE_COMMAND}
         given = {name: flag in flags for name, flag in beside.items()}
@@ -66,6 +69,9 @@ def _train(argv: list[str], standing: Standing) -> None:
     start = "python" if ranks is None else f"torchrun --nproc-per-node {ranks.local_size}"
     standing.resumable(f"{start} -m engine.train", resume or config.out, "config.json")
     check(config)
+    if ranks is None or ranks.is_first:
+        # What follows loads torch, which takes seconds.
+        print(f"{chosen.shown}: reading the model, the prompts and the scorers", flush=True)
     if preset is not None:
         _find(preset, config)
     how = ({} if resume is None else {"resume": resume}) | ({} if ranks is None else {"ranks": ranks})
@@ -75,6 +81,15 @@ def _train(argv: list[str], standing: Standing) -> None:
         from engine.verdict.sentences import check_met
 
         check_met(result.evaluation)
+
+
+def _left_by_lost_ranks(config: RunConfig, standing: Standing) -> str | None:
+    """Returns the run folder with which ranks go on that torchrun has started anew; None where there is none,
+    or these are the first ones."""
+    ranks, out = standing.ranks, getattr(config, "out", "")
+    if ranks is None or not out or not ranks.restarted():
+        return None
+    return out if ranks.first(lambda: (Path(out) / "config.json").is_file()) else None
 
 
 def _find(preset: str, config: RunConfig) -> None:
