@@ -1,8 +1,9 @@
 """Disturbs every command and looks whether anything goes wrong in silence: `python -m bench.faults`.
 
-Kills at file operations and at random moments; every file of a run and of a sweep damaged in six ways before
-each command that reads it; inputs changed between start and resume, and before an evaluation; malformed
-inputs; full disks. Every case runs on a tiny random model, in a fork with a time limit, and ends as one of
+Kills at file operations and at random moments, also of one rank of several; every file of a run and of a
+sweep damaged in six ways before each command that reads it; inputs changed between start and resume, and
+before an evaluation; malformed inputs; full disks. Every case runs on a tiny random model, in a fork with a
+time limit, and ends as one of
 
     clean      the files are those of the undisturbed command, byte for byte (timing apart)
     refused    exit code 2 and one line that names the file or value and a cure, with nothing lost
@@ -80,7 +81,12 @@ def main(arguments: list[str]) -> int:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--part", choices=[*PARTS, "all"], default="all", help="kills, damage, changes, inputs or disks")
+    add(
+        "--part",
+        choices=[*PARTS, "all"],
+        default="all",
+        help="kills, damage, changes, inputs, ranks or disks",
+    )
     add(
         "--cases",
         type=int,

@@ -10,6 +10,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,6 +154,78 @@ def call(
     code = os.waitstatus_to_exitcode(status)
     hung = killed and kill_after_s is None and code == -signal.SIGKILL
     return Ended(code, out, err, time.monotonic() - start, hung)
+
+
+class Act(NamedTuple):
+    """What is done to a rank while it works: a signal after some seconds."""
+
+    rank: int
+    signal: int
+    after_s: float
+
+
+def call_on_ranks(
+    words: Sequence[str],
+    folder: Path,
+    size: int,
+    *,
+    limit_s: float,
+    before: Callable[[int], None] = lambda rank: None,
+    act: Act | None = None,
+) -> Ended:
+    """Runs `python -m WORDS` on ranks as torchrun does, which ends the others once one has failed.
+
+    before: is called in each child with its rank, before the command.
+    Returns how all of them ended: the exit code is rank 0's where that is none or all have the same, else the
+    first other one; `seconds` are those from the first end that was no success to the last one, and the whole
+    time where all went well. Standard output is rank 0's, of standard error that of all.
+    """
+    streams = [
+        [folder.with_name(f"{folder.name}.{rank}.{name}") for name in ("out", "err")] for rank in range(size)
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = time.monotonic()
+    running = {}
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            os.environ |= {name: str(value) for name, value in place.items()}
+            os.environ |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "faults",
+            }
+            _be_the_command(words, folder, streams[rank], lambda rank=rank: before(rank), None)
+        running[child] = rank
+    codes, failed_at, hung = {}, None, False
+    while running:
+        now = time.monotonic()
+        if act is not None and now > start + act.after_s:
+            for child in [child for child, rank in running.items() if rank == act.rank]:
+                os.kill(child, act.signal)
+            act = None
+        if now > start + limit_s:
+            hung = True
+            for child in running:
+                _kill(child)
+        for child in list(running):
+            ended, status, _ = os.wait4(child, os.WNOHANG)
+            if not ended:
+                continue
+            code = codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
+            if code != 0 and failed_at is None:
+                failed_at = time.monotonic()
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        time.sleep(0.002)
+    end = time.monotonic()
+    code = next((code for _, code in sorted(codes.items()) if code), 0)
+    texts = [[path.read_bytes().decode(errors="replace") for path in pair] for pair in streams]
+    seconds = end - (start if failed_at is None else failed_at)
+    return Ended(code, texts[0][0], "".join(err for _, err in texts), seconds, hung)
 
 
 def _kill(child: int) -> None:

@@ -19,6 +19,7 @@ class Command(NamedTuple):
     resumes: bool = False  # goes on with --resume OUT where OUT holds `begun`
     begun: str = "config.json"
     appears: str = ""  # the folder that appears whole at the end
+    ranks: int = 1
 
 
 def _train(algorithm: str, *flags: str) -> Command:
@@ -63,6 +64,8 @@ COMMANDS = {
 }
 for _name in ("resume", "evaluate", "export"):
     COMMANDS[f"full-{_name}"] = COMMANDS[_name]._replace(needs="full")
+for _ranks in (2, 4):
+    COMMANDS[f"caid-on-{_ranks}"] = COMMANDS["caid"]._replace(ranks=_ranks)
 COMMANDS["sweep-resume"] = Command(("engine.sweep", "--resume", "sweep"), "sweep", needs="sweep")
 
 

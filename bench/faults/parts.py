@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bench.faults import changes, damage, disks, kills
+from bench.faults import changes, damage, disks, kills, ranks
 from bench.faults.cases import Case
 from bench.faults.inputs import cases as malformed
 from bench.faults.slots import Slot
@@ -27,5 +27,6 @@ PARTS = {
     "damage": Part(damage.cases, 180, tuple(damage.COMPARED)),
     "changes": Part(changes.cases, 60, ()),
     "inputs": Part(malformed.cases, 450, ()),
+    "ranks": Part(ranks.cases, 0, ranks.KILLED),
     "disks": Part(disks.cases, 40, kills.KILLED),
 }

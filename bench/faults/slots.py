@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.faults.children import Ended, call, import_learned, stand_in_for_pictures
+from bench.faults.children import Act, Ended, call, call_on_ranks, import_learned, stand_in_for_pictures
 from bench.faults.commands import COMMANDS, WARMING
 from bench.faults.operations import Counter, watch
 from bench.faults.outcome import Tree, tree
@@ -54,12 +54,16 @@ class Slot:
             return
         command = COMMANDS[name]
         self.begin(command.needs or "inputs")
-        self.run_whole(command.words, name)
+        self.run_whole(command.words, name, command.ranks)
 
-    def run_whole(self, words: Sequence[str], name: str) -> None:
-        """Runs a command that has to go through, and keeps the folder as `name`."""
+    def run_whole(self, words: Sequence[str], name: str, ranks: int = 1) -> None:
+        """Runs a command that has to go through, and keeps the folder as `name`. Of several ranks rank 0
+        writes."""
         counter = Counter()
-        ended = self.call(words, before=lambda: watch(self.work, counter))
+        if ranks == 1:
+            ended = self.call(words, before=lambda: watch(self.work, counter))
+        else:
+            ended = self.call_on_ranks(words, ranks, before=lambda rank: watch(self.work, counter))
         assert ended.code == 0, f"{' '.join(words)} ended with {ended.code} undisturbed: {ended.err}"
         operations, n_bytes = counter.read()
         about = {"operations": operations, "bytes": n_bytes, "seconds": ended.seconds}
@@ -94,5 +98,20 @@ class Slot:
         learn: Path | None = None,
     ) -> Ended:
         """Runs a command in the working folder."""
-        os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
+        self._have_a_cache()
         return call(words, self.work, limit_s=limit_s, before=before, kill_after_s=kill_after_s, learn=learn)
+
+    def call_on_ranks(
+        self,
+        words: Sequence[str],
+        size: int,
+        *,
+        before: Callable[[int], None] = lambda rank: None,
+        act: Act | None = None,
+    ) -> Ended:
+        """Runs a command in the working folder on several ranks."""
+        self._have_a_cache()
+        return call_on_ranks(words, self.work, size, limit_s=LIMIT_S, before=before, act=act)
+
+    def _have_a_cache(self) -> None:
+        os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")

@@ -111,7 +111,7 @@ def test_damage_changes_a_file(tmp_path, way):
 CASES = (
     "kills/caid/operation-10", "kills/export/operation", "damage/export/run/report.png/deleted",
     "inputs/lines/unknown-flag", "inputs/prompts-jsonl/cut", "inputs/numbers/caid/beta/nan",
-    "inputs/scorer-values/few", "disks/export/full",
+    "inputs/scorer-values/few", "disks/export/full", "ranks/caid-on-2/rank",
 )  # fmt: skip
 
 

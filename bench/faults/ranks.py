@@ -1,0 +1,84 @@
+"""Kills and stops ranks of a run at seeded moments and at the file operations of rank 0, then goes on with as
+many ranks."""
+
+import random
+import re
+import signal
+from collections.abc import Sequence
+from functools import partial
+
+from bench.faults.cases import Case
+from bench.faults.children import Act, Ended
+from bench.faults.commands import COMMANDS, again
+from bench.faults.operations import KillAt, watch
+from bench.faults.outcome import CLEAN, HANG, TRACEBACK, WRONG, Outcome, compared, last_line, tree
+from bench.faults.slots import Slot
+
+KILLED = ("caid-on-2", "caid-on-4")
+# Of each command: rank 0 is killed at operations spread evenly, any rank at moments, and one is stopped.
+OPERATIONS, MOMENTS, STOPS = 10, 12, 8
+LATEST = 0.8  # share of the undisturbed time, which one with less beside it takes less of
+# What a rank says of the end of all.
+SAID = re.compile(r"(rank \d+: )?(error|stopped|interrupted)\b")
+GONE_S = 10.0  # so long after one rank has ended the last one is gone at the latest
+
+
+def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]:
+    """Lists the kills and stops of all commands."""
+    listed = []
+    for name in commands:
+        rng, about, ranks = random.Random(f"{seed} ranks {name}"), slot.about(name), COMMANDS[name].ranks
+        step = max(1, about["operations"] // OPERATIONS)
+        for n in range(1 + rng.randrange(step), about["operations"] + 1, step):
+            listed.append(Case(f"ranks/{name}/operation-{n}", (name,), partial(at_operation, name=name, n=n)))
+        for what, number, count in (
+            ("killed", signal.SIGKILL, MOMENTS),
+            ("interrupted", signal.SIGINT, STOPS - STOPS // 2),
+            ("terminated", signal.SIGTERM, STOPS // 2),
+        ):
+            for _ in range(count):
+                rank, share = rng.randrange(ranks), round(LATEST * rng.random(), 3)
+                act = Act(rank, number, share * about["seconds"])
+                title = f"ranks/{name}/rank-{rank}-{what}-{share}"
+                listed.append(Case(title, (name,), partial(at_moment, name=name, act=act)))
+    return listed
+
+
+def at_operation(slot: Slot, name: str, n: int) -> Outcome:
+    """Kills rank 0, which alone writes, at its n-th file operation, and goes on."""
+
+    def before(rank: int) -> None:
+        if rank == 0:
+            watch(slot.work, KillAt(n))
+
+    slot.begin("inputs")
+    return _go_on(slot, name, slot.call_on_ranks(COMMANDS[name].words, COMMANDS[name].ranks, before=before))
+
+
+def at_moment(slot: Slot, name: str, act: Act) -> Outcome:
+    """Sends a signal to one rank and goes on."""
+    slot.begin("inputs")
+    return _go_on(slot, name, slot.call_on_ranks(COMMANDS[name].words, COMMANDS[name].ranks, act=act))
+
+
+def _go_on(slot: Slot, name: str, ended: Ended) -> Outcome:
+    """Looks at how all ranks have ended, goes on, and compares everything with the undisturbed run."""
+    command = COMMANDS[name]
+    if ended.hung:
+        return Outcome(HANG, "ranks were left after one had ended")
+    if "Traceback (most recent call last)" in ended.err:
+        return Outcome(TRACEBACK, last_line(ended.err))
+    said = [line for line in ended.err.splitlines() if SAID.match(line)]
+    if len(said) > 1:
+        return Outcome(WRONG, f"said {len(said)} times: {' | '.join(said)[:300]}")
+    if ended.code and ended.seconds > GONE_S:
+        return Outcome(WRONG, f"the last rank was gone {ended.seconds:.1f} s after the first")
+    begun = (slot.work / command.out / command.begun).exists()
+    after = slot.call_on_ranks(again(name, begun), command.ranks)
+    if after.hung:
+        return Outcome(HANG, "ranks that went on did not end")
+    if after.code:
+        return Outcome(WRONG, f"blocked, exit code {after.code}: {last_line(after.err)}")
+    found = compared(tree(slot.work), tree(slot.kept / name))
+    how = f"last rank gone after {ended.seconds:.2f} s" if ended.code else "had ended before"
+    return Outcome(CLEAN, how) if found.kind == CLEAN else found
