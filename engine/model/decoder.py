@@ -47,10 +47,7 @@ class Decoder(nn.Module):
         self.embed_scale = (
             float(torch.tensor(c.hidden_size**0.5, dtype=dtype)) if c.scaled_embeddings else None
         )
-        ropes = [rope for rope in (c.rope, c.local_rope) if rope is not None]
-        frequency = torch.stack([rope.inverse_frequency(c.head_dim) for rope in ropes])
-        # float32 [1 or 2, d / 2]
-        self.register_buffer("inverse_frequency", frequency.to(device), persistent=False)
+        self.register_buffer("inverse_frequency", inverse_frequencies(c).to(device), persistent=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -210,6 +207,13 @@ class Layer(nn.Module):
             gate, up = gate_up.chunk(2, dim=-1)
             inner = self.activation(gate) * up
         return _linear(inner, self.down, self.down_bias, lora, "down")
+
+
+def inverse_frequencies(c: ModelConfig) -> Tensor:
+    """Computes the inverse frequencies float32 [1 or 2, d / 2] of the rotary positions; a layer uses those at
+    `layer.rope`."""
+    ropes = [rope for rope in (c.rope, c.local_rope) if rope is not None]
+    return torch.stack([rope.inverse_frequency(c.head_dim) for rope in ropes])
 
 
 def _frozen(*shape: int, **options) -> nn.Parameter:

@@ -36,7 +36,6 @@ from engine.model.checkpoint import (
     INDEX,
     WEIGHTS,
     Checkpoint,
-    Stored,
     examine,
     inside,
     read_config,
@@ -95,27 +94,33 @@ def load(
 
 def filled(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
     """Returns the decoder with the weights of a checkpoint. Raises: UserError as `load`."""
-    config, stored = checkpoint.config, checkpoint.stored
-    model = Decoder(config, checkpoint.raw_config, dtype, device)
-    targets = to_hugging_face(model.state_dict(), config)
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        _fill({name: (stored[name], targets[name]) for name in sorted(stored) if stored[name].file == file})
+    model = Decoder(checkpoint.config, checkpoint.raw_config, dtype, device)
+    targets = to_hugging_face(model.state_dict(), checkpoint.config)
+    fill(checkpoint, {name: (target, None) for name, target in targets.items()})
     return model
 
 
-def _fill(tensors: dict[str, tuple[Stored, Tensor]]) -> None:
-    """Copies tensors of one file into the weights of a decoder. Raises: UserError naming one that is not
-    finite."""
-    file = next(iter(tensors.values()))[0].file
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name, (stored, target) in tensors.items():
-                value = opened.get_tensor(stored.name)
-                target.copy_(value)
-                if not _is_finite(target):
-                    _refuse_values(file, name, value, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{shown(file)}: cannot be read ({one_line(error)}); {FETCH}.") from error
+def fill(checkpoint: Checkpoint, targets: Mapping[str, tuple[Tensor, range | None]]) -> None:
+    """Copies tensors of a checkpoint, or only some of their rows, into weights. Raises: UserError naming one
+    that is not finite.
+
+    targets: for each name of Hugging Face, where the tensor goes and which rows of it; None: all.
+    """
+    stored = checkpoint.stored
+    for file in sorted({stored[name].file for name in targets}):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in sorted(name for name in targets if stored[name].file == file):
+                    target, rows = targets[name]
+                    if rows is None:
+                        value = opened.get_tensor(stored[name].name)
+                    else:
+                        value = opened.get_slice(stored[name].name)[rows.start : rows.stop]
+                    target.copy_(value)
+                    if not _is_finite(target):
+                        _refuse_values(file, name, value, target)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{shown(file)}: cannot be read ({one_line(error)}); {FETCH}.") from error
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -70,24 +70,43 @@ def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+class Place(NamedTuple):
+    """Where a weight of Hugging Face stands in the decoder."""
+
+    parameter: str  # with its path, such as "layers.3.qkv"
+    first_row: int
+    rows: int | None  # None: it is the whole parameter
+
+
+def places(parameters: Iterable[str], c: ModelConfig) -> dict[str, Place]:
+    """Finds the weights of Hugging Face that a decoder's parameters hold, by their names there."""
+    shapes = linear_shapes(c)
+    layer = LAYER + QK_NORMS
+    if c.norms_after_blocks:
+        layer = tuple(weight for weight in layer if weight.parameter != "norm2") + NORMS_AFTER_BLOCKS
+    found = {}
+    for key in parameters:
+        path, _, parameter = key.rpartition(".")
+        kind = "bias" if parameter.endswith("_bias") else "weight"
+        prefix, weights = (f"model.{path}.", layer) if path else ("", OUTER)
+        names = [weight.name for weight in weights if weight.parameter == parameter.removesuffix("_bias")]
+        first = 0
+        for name in names:
+            rows = shapes[name][0] if len(names) > 1 else None
+            found[f"{prefix}{name}.{kind}"] = Place(key, first, rows)
+            first += rows or 0
+    return found
+
+
 def to_hugging_face(state: dict[str, Tensor], c: ModelConfig) -> dict[str, Tensor]:
     """Splits the tensors of a decoder's `state_dict()` into Hugging Face's, by name.
 
     They are views: what is copied into them is loaded into the decoder, without a second copy of its weights.
     """
-    shapes = linear_shapes(c)
-    layer = LAYER + QK_NORMS
-    if c.norms_after_blocks:
-        layer = tuple(weight for weight in layer if weight.parameter != "norm2") + NORMS_AFTER_BLOCKS
-    named = {}
-    for key, tensor in state.items():
-        path, _, parameter = key.rpartition(".")
-        kind = "bias" if parameter.endswith("_bias") else "weight"
-        prefix, weights = (f"model.{path}.", layer) if path else ("", OUTER)
-        names = [weight.name for weight in weights if weight.parameter == parameter.removesuffix("_bias")]
-        parts = tensor.split([shapes[name][0] for name in names]) if len(names) > 1 else (tensor,)
-        named |= {f"{prefix}{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
-    return named
+    return {
+        name: state[key] if rows is None else state[key].narrow(0, first, rows)
+        for name, (key, first, rows) in places(state, c).items()
+    }
 
 
 def from_gguf(name: str) -> str:

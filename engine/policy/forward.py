@@ -14,7 +14,6 @@ from engine.model.decoder import Decoder, Tap
 from engine.model.low_rank import LowRank
 from engine.model.packing import Group, LowerStates, Packed
 from engine.policy.finite import stop_non_finite
-from engine.policy.full import FullWeights
 from engine.policy.weights import Weights, policy_of
 from engine.records import Rollouts
 from kernels import sequence_logprob
@@ -93,9 +92,9 @@ def frozen_forward(
     Raises: UserError for a layer that the model does not have; NonFiniteError naming the first layer where
     the model computes a NaN or an infinite number.
     """
-    if isinstance(adapter, FullWeights):
-        assert not layers and lower is None, "heads read the reference's states"
     network, low_rank = policy_of(model, adapter)
+    if adapter is not None and low_rank is None:
+        assert not layers and lower is None, "heads read the reference's states"
     for layer in layers:
         if not 0 <= layer <= network.config.num_layers:
             raise UserError(

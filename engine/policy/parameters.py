@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from engine.model.parallel import rows_here
+
 
 class PolicyWeights(nn.Module):
     """The trained weights of a policy, read and set by name."""
@@ -21,4 +23,4 @@ class PolicyWeights(nn.Module):
     def take_back(self, untrained: dict[str, Tensor], share: float) -> None:
         """Leaves each parameter a share of its way from those of the reference, `tensors` before training."""
         for name, value in self.named_parameters():
-            value.copy_(torch.lerp(untrained[name], value, share))
+            rows_here(value).copy_(torch.lerp(rows_here(untrained[name]), rows_here(value), share))

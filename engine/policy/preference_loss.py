@@ -79,6 +79,11 @@ class PreferenceLoss:
         )
         return Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin.double())
 
+    @property
+    def passed_anchor(self) -> Weights | None:
+        """The anchor where a batch passes it too; with a share of 0 the reference stands in its place."""
+        return self.anchor if self.target.anchor_share > 0 else None
+
     def _uniform(self, pairs: Pairs, step: int, first: int) -> Tensor:
         """Returns the uniform numbers float64 [K] that draw the labels of pairs: of their places in the step,
         or, where labels are drawn once, of their responses."""
@@ -99,9 +104,9 @@ class PreferenceLoss:
         config, target, samples, model = self.config, self.target, self.samples, self.model
         index = torch.tensor(pairs.row)
         reference_N = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
-        if self.anchor is not None and target.anchor_share > 0:
+        if self.passed_anchor is not None:
             with torch.no_grad():
-                states = policy_states(config, model, samples.lower, batch, packed, self.anchor)
+                states = policy_states(config, model, samples.lower, batch, packed, self.passed_anchor)
                 own_N = sequence_logprob(*states, packed.target_T, packed.cu_seqlens, **options)
             reference_N = torch.lerp(reference_N, own_N.double(), target.anchor_share)
         if target.shift_PG is not None:

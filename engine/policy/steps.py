@@ -2,20 +2,25 @@
 loss that is not finite."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from engine.config import RunConfig
 from engine.errors import NonFiniteError
 from engine.model.decoder import Decoder
+from engine.policy.sharded import ShardedWeights
 from engine.policy.weights import Weights
 from engine.ranks import ALONE, Ranks
 from engine.run.rows import StepRow
 from engine.run.run import Stage
 from engine.run.store import save, sha256_of
+
+PartT = TypeVar("PartT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
             step = step_of(i)
             if update.ranks.size > 1:
                 step = _added_up(update, parameters, step)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm))
+            norm = _clipped(parameters, config.clip_norm)
             if not (math.isfinite(step.loss) and math.isfinite(norm)):
                 _stop_non_finite(update, step, norm)
             optimizer.step()
@@ -118,22 +123,49 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
 
 
 def _added_up(update: Update, parameters: Sequence[Tensor], step: Step) -> Step:
-    """Adds gradients and figures up over the ranks, and lets them agree on whether to stop after the step."""
-    for parameter in parameters:
-        if parameter.grad is None:  # a rank without a prompt in this step
-            parameter.grad = torch.zeros_like(parameter)
+    """Adds gradients and figures up over the ranks, and lets them agree on whether to stop after the step.
+    Gradients of sharded weights are sums already."""
     own = [step.loss, *step.figures.values(), float(update.stage.wants_to_stop)]
-    figures = torch.tensor(own, dtype=torch.float64)
-    update.ranks.add([*(parameter.grad for parameter in parameters), figures])
+    summed = [torch.tensor(own, dtype=torch.float64)]
+    if not isinstance(update.weights, ShardedWeights):
+        for parameter in parameters:
+            if parameter.grad is None:  # a rank without a prompt in this step
+                parameter.grad = torch.zeros_like(parameter)
+            summed.append(parameter.grad)
+    update.ranks.add(summed)
+    figures = summed[0]
     loss, *rest, stopping = figures.tolist()
     if stopping:
         update.stage.agree_to_stop()
     return replace(step, loss=loss, figures=dict(zip(step.figures, rest, strict=True)))
 
 
+def with_others(update: Update, parts: Sequence[PartT], anchor: Weights | None = None) -> Iterator[PartT]:
+    """Yields the parts of a step that this rank passes. Weights that are sharded are gathered in each pass,
+    from all ranks: then this rank goes on with passes of nothing until the one with most parts is done.
+
+    anchor: is passed before the weights in each part; None: no anchor is.
+    """
+    most = len(parts)
+    if isinstance(update.weights, ShardedWeights):
+        most = max(update.ranks.gather(len(parts)))
+    yield from parts
+    for _ in range(most - len(parts)):
+        if anchor is not None:
+            anchor.pass_nothing(gradients=False)
+        update.weights.pass_nothing(gradients=True, checkpointed=update.config.activation_checkpointing)
+
+
+def _clipped(parameters: Sequence[Tensor], largest: float) -> float:
+    """Scales gradients whose norm is above the largest one down to it; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def _check_replicas(update: Update, steps: int) -> None:
-    """Checks that the weights of all ranks are the same bits. Raises: UserError naming one that is not."""
-    if update.ranks.size > 1:
+    """Checks that the weights that all ranks have are the same bits. Raises: UserError naming one where they
+    are not."""
+    if update.ranks.size > 1 and not isinstance(update.weights, ShardedWeights):
         digest = sha256_of({name: value.cpu() for name, value in update.weights.tensors().items()}, "")
         update.ranks.check_alike({f"{update.stage.name}: the weights after {steps} steps": digest[:16]})
 
@@ -185,10 +217,12 @@ def _restore(policy: Policy, weights: Weights, optimizer: torch.optim.AdamW) -> 
 
 
 def _stop_non_finite(update: Update, step: Step, norm: float) -> None:
-    stage, tensors = update.stage, update.weights.tensors()
-    path = stage.paths.nonfinite
+    stage, path = update.stage, update.stage.paths.nonfinite
+    # No rank has room for all of sharded weights.
+    tensors = {} if isinstance(update.weights, ShardedWeights) else update.weights.tensors()
     update.ranks.first(lambda: save(path, {**step.batch, **tensors}, stage=stage.name))
+    saved = "the batch and the adapter are" if tensors else "the batch is"
     raise NonFiniteError(
-        f"{stage.name}: loss {step.loss}, gradient norm {norm}; the batch and the adapter are in {path}; "
+        f"{stage.name}: loss {step.loss}, gradient norm {norm}; {saved} in {path}; "
         "lower --learning-rate, or use --dtype float32."
     )

@@ -17,7 +17,7 @@ from engine.policy.forward import policy_states
 from engine.policy.pairs import own_pairs, within_prompts
 from engine.policy.preference_loss import PreferenceLoss, parts, rows_by_prompt, share_of
 from engine.policy.samples import Samples
-from engine.policy.steps import Policy, Step, Update, take_steps
+from engine.policy.steps import Policy, Step, Update, take_steps, with_others
 from engine.policy.weights import Weights
 from engine.records import Pairs, Score, ScoredTarget
 from engine.run.rows import AscentStepRow, PairStepRow
@@ -54,7 +54,8 @@ def fit(
         pairs = pairs_of(i)
         own, before = own_pairs(pairs, update.ranks)
         loss = accuracy = margin = 0.0
-        for part, first in parts(own, samples.groups(rows_by_prompt(own)), config.tokens_per_forward):
+        own_parts = parts(own, samples.groups(rows_by_prompt(own)), config.tokens_per_forward)
+        for part, first in with_others(update, own_parts, loss_of.passed_anchor):
             found = loss_of(part, i, before + first)
             loss += add_gradient(found.loss, share_of(config.labels, part, pairs))
             share = len(part.pairs) / len(pairs.pairs)
@@ -90,7 +91,8 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
         own = [prompts[place] for place in update.ranks.share(len(prompts))]
         groups = samples.groups({p: list(range(p * n, (p + 1) * n)) for p in own})
         loss = clipped = advantage = 0.0
-        for batch in packing.batches(groups, config.tokens_per_forward, packing.WHOLE):
+        batches = list(packing.batches(groups, config.tokens_per_forward, packing.WHOLE))
+        for batch in with_others(update, batches):
             packed = packing.pack(batch, model.device)
             row = torch.tensor([r for g in batch for r in g.rows])
             found = lagrangian_policy_loss(

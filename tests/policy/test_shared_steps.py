@@ -1,10 +1,8 @@
 """Policy steps whose prompts several ranks share out, against those of one process."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,60 +11,24 @@ from torch import Tensor
 from engine import model
 from engine.config import CaidConfig, PrimalDualConfig, smoke
 from engine.errors import NonFiniteError
-from engine.model import packing
 from engine.policy import update as update_of_policy
-from engine.policy.forward import frozen_forward
 from engine.policy.lora import Adapter
 from engine.policy.pairs import own_pairs, within_prompts
 from engine.policy.steps import Policy, Update
 from engine.policy.update import ascend, fit
 from engine.ranks import Ranks
-from engine.records import Prompts, Score, ScoredTarget, Scores
-from engine.rollout.sampler import generate
-from engine.run.folder import RunFolder
+from engine.records import Score, ScoredTarget
 from tests.helpers.ranks import on_ranks
-from tests.helpers.samples import samples_of
+from tests.helpers.steps import OneStage, answered
 
-PROMPTS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69], [1, 71, 72], [1, 100, 101, 102, 103, 104]]
 LABELS = ("soft", "sampled", "sampled-once", "regression", "listwise", "single")
 BETA_1 = 0.9  # of AdamW: the first moment after a step is a tenth of the clipped gradient
-
-
-class OneStage:
-    """A stage without a run folder: it keeps the rows of steps."""
-
-    name = "iteration-1/policy"
-    stopping = wants_to_stop = False
-
-    def __init__(self, folder: Path) -> None:
-        self.rows, self.paths = [], RunFolder(folder)
-
-    def progress(self, *words):
-        return nullcontext(SimpleNamespace(advance=lambda n: None))
-
-    def partial(self, cls):
-        return None
-
-    def log(self, row):
-        self.rows.append(row)
 
 
 @pytest.fixture(scope="module")
 def world(tiny_folder):
     network = model.load(tiny_folder)
-    prompts = Prompts(
-        text=list("abcde"), kind=[""] * 5, token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33, 44, 55])
-    )
-    rollouts = generate(network, PROMPTS, n=4, max_new_tokens=9, seed=0, stop_token_ids=(2, *range(60, 90)))
-    logprob = frozen_forward(network, packing.groups(prompts, rollouts), [], temperature=1.0)[1]
-    generator = torch.Generator().manual_seed(0)
-    scores = Scores(
-        reward_PG=torch.randn(5, 4, generator=generator, dtype=torch.float64),
-        utility_PGJ=torch.zeros(5, 4, 1, dtype=torch.float64),
-        audit_PGA=torch.zeros(5, 4, 0, dtype=torch.float64),
-        ref_logprob_PG=logprob.view(5, 4),
-    )
-    return network, samples_of(prompts, rollouts, scores)
+    return network, answered(network)
 
 
 def step(world, config, ranks: Ranks, folder: Path) -> tuple[Policy, list]:
