@@ -67,7 +67,7 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def _to_stderr(text: str) -> None:
+def to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -76,7 +76,7 @@ def load(
     *,
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
-    say: Callable[[str], None] = _to_stderr,
+    say: Callable[[str], None] = to_stderr,
 ) -> Decoder:
     """Loads the decoder of a Hugging Face folder or hub id (safetensors only), its weights frozen.
 

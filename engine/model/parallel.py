@@ -3,48 +3,61 @@
 Each rank holds some rows of every weight. A pass with gradients gathers the weights layer by layer, and adds
 the gradients up over the ranks, so all ranks take the same number of passes, together. What needs no gradient
 runs on a decoder that has all weights for a while (`gathered`), and no rank waits for another there.
+
+PyTorch's modules for this take more than half a second to import, so only what spreads something imports
+them.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import Checkpoint, examine
 from engine.model.decoder import Decoder, inverse_frequencies
-from engine.model.folder import fill
+from engine.model.folder import fill, to_stderr
 from engine.model.names import places
 from engine.ranks import Ranks
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
-def mesh_of(ranks: Ranks, device: torch.device, copies: int = 1) -> DeviceMesh:
+
+def mesh_of(ranks: Ranks, device: torch.device, copies: int = 1) -> "DeviceMesh":
     """Arranges the ranks: the weights are spread over each row of `copies` rows, and are the same in all.
 
     A row is of ranks in their order, so with one for each machine the weights stay within a machine, and
     only sums of gradients go between them. With 1 they are spread over all ranks.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+
     if copies == 1:
         return init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shards",))
     shape = copies, ranks.size // copies
     return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
 
 
-def is_spread(network: Decoder) -> bool:
-    """Tells whether a decoder is spread over ranks."""
-    return isinstance(network, FSDPModule)
+def is_spread(value: nn.Module | Tensor) -> bool:
+    """Tells whether a decoder, a layer or a tensor is spread over ranks. Where nothing has imported PyTorch's
+    classes for that, nothing is."""
+    tensor, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    if isinstance(value, Tensor):
+        return tensor is not None and isinstance(value, tensor.DTensor)
+    return fsdp is not None and isinstance(value, fsdp.FSDPModule)
 
 
 def spread(
     config: ModelConfig,
     raw_config: dict,
-    mesh: DeviceMesh,
+    mesh: "DeviceMesh",
     *,
     kept: torch.dtype,
     compute: torch.dtype,
@@ -55,6 +68,8 @@ def spread(
     kept: dtype of this rank's rows. compute: dtype of the gathered weights; gradients of `trained` ones are
     added up in float32, unless they are float64.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     network = Decoder(config, raw_config, compute, torch.device("meta"))
     for module in network.modules():
         for name, value in module.named_parameters(recurse=False):
@@ -88,8 +103,8 @@ def load_spread(
     dtype: torch.dtype,
     device: torch.device,
     ranks: Ranks,
-    say: Callable[[str], None],
     copies: int = 1,
+    say: Callable[[str], None] = to_stderr,
 ) -> Decoder:
     """Loads the frozen decoder of a model folder, spread over the ranks: each reads its rows alone.
 
@@ -166,10 +181,10 @@ def gathered(network: Decoder) -> Iterator[Decoder]:
 
 def rows_here(weight: Tensor) -> Tensor:
     """Returns this rank's rows of a spread weight, as a view; any other tensor is here as a whole."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    return weight.to_local() if is_spread(weight) else weight
 
 
-def first_row(weight: DTensor) -> int:
+def first_row(weight: "DTensor") -> int:
     """Returns the number of this rank's first row among those of the whole weight.
 
     FSDP2 cuts rows as `torch.chunk` does: as many for each rank, rounded up, and what is left for the last
@@ -196,6 +211,6 @@ def _rows_to_read(network: Decoder, checkpoint: Checkpoint) -> dict[str, tuple[T
     return found
 
 
-def _groups(network: Decoder) -> list[FSDPModule]:
+def _groups(network: Decoder) -> list["FSDPModule"]:
     """Lists the layers and the decoder itself, each of which is gathered in one message."""
-    return [module for module in network.modules() if isinstance(module, FSDPModule)]
+    return [module for module in network.modules() if is_spread(module)]

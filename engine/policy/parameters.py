@@ -1,9 +1,12 @@
 """The base of everything that is trained."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from engine.model.parallel import rows_here
+from engine.run.shards import Stored, read_into
 
 
 class PolicyWeights(nn.Module):
@@ -13,11 +16,10 @@ class PolicyWeights(nn.Module):
         """Copies all parameters, detached, by name."""
         return {name: value.detach().clone() for name, value in self.named_parameters()}
 
-    @torch.no_grad()
-    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over the values that `tensors` of an equal module returned."""
-        for name, value in self.named_parameters():
-            value.copy_(tensors[name])
+    def set_tensors(self, tensors: Mapping[str, Tensor | Stored]) -> None:
+        """Takes over the values that `tensors` of an equal module returned, also where they have been stored,
+        or its ranks were more or fewer."""
+        read_into(dict(self.named_parameters()), tensors)
 
     @torch.no_grad()
     def take_back(self, untrained: dict[str, Tensor], share: float) -> None:

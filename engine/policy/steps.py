@@ -8,16 +8,17 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from engine.config import RunConfig
 from engine.errors import NonFiniteError
 from engine.model.decoder import Decoder
+from engine.model.parallel import is_spread
 from engine.policy.sharded import ShardedWeights
 from engine.policy.weights import Weights
-from engine.ranks import ALONE, Ranks
+from engine.ranks import ALONE, Ranks, connected
 from engine.run.rows import StepRow
 from engine.run.run import Stage
+from engine.run.shards import Stored, read_into
 from engine.run.store import save, sha256_of
 
 PartT = TypeVar("PartT")
@@ -28,9 +29,9 @@ class Policy:
     """An iterate with the optimizer that led to it: tensors by name, steps taken in all,
     and the losses of this update's steps."""
 
-    adapter: dict[str, Tensor]
-    first_moment: dict[str, Tensor]
-    second_moment: dict[str, Tensor]
+    adapter: dict[str, Tensor | Stored]
+    first_moment: dict[str, Tensor | Stored]
+    second_moment: dict[str, Tensor | Stored]
     steps: int
     losses: list[float]  # of the label form, see `engine.config`
     pace: float = 1.0  # share of the learning rate at which updates go on from it, see `engine.stages.trust`
@@ -39,6 +40,16 @@ class Policy:
     def loss(self) -> float:
         """Mean loss of the update."""
         return sum(self.losses) / len(self.losses)
+
+    def read(self, weights: Weights) -> "Policy":
+        """Returns it with tensors in the place of stored ones, spread as the weights are."""
+        parts = {}
+        for part in ("adapter", "first_moment", "second_moment"):
+            values = getattr(self, part)
+            if any(isinstance(value, Stored) for value in values.values()):
+                parts[part] = {name: torch.empty_like(value) for name, value in weights.named_parameters()}
+                read_into(parts[part], values)
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +102,11 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            step = step_of(i)
-            if update.ranks.size > 1:
-                step = _added_up(update, parameters, step)
-            norm = _clipped(parameters, config.clip_norm)
+            with connected():  # Passes of sharded weights send messages, and so does the norm.
+                step = step_of(i)
+                if update.ranks.size > 1:
+                    step = _added_up(update, parameters, step)
+                norm = _clipped(parameters, config.clip_norm)
             if not (math.isfinite(step.loss) and math.isfinite(norm)):
                 _stop_non_finite(update, step, norm)
             optimizer.step()
@@ -159,7 +171,7 @@ def with_others(update: Update, parts: Sequence[PartT], anchor: Weights | None =
 def _clipped(parameters: Sequence[Tensor], largest: float) -> float:
     """Scales gradients whose norm is above the largest one down to it; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm.full_tensor() if is_spread(norm) else norm)
 
 
 def _check_replicas(update: Update, steps: int) -> None:
@@ -204,16 +216,20 @@ def _policy(
 def _restore(policy: Policy, weights: Weights, optimizer: torch.optim.AdamW) -> None:
     """Puts weights and optimizer back to where `policy` was."""
     weights.set_tensors(policy.adapter)
-    for name, value in weights.named_parameters():
+    for value in weights.parameters():
         optimizer.state[value] = {
             # Where AdamW keeps it: beside the weights when it is fused.
             "step": torch.tensor(
                 float(policy.steps), device=value.device if optimizer.defaults["fused"] else "cpu"
             ),
             # Copies: the optimizer changes them in place.
-            "exp_avg": policy.first_moment[name].to(value.device, copy=True),
-            "exp_avg_sq": policy.second_moment[name].to(value.device, copy=True),
+            "exp_avg": torch.empty_like(value),
+            "exp_avg_sq": torch.empty_like(value),
         }
+    for moment, values in (("exp_avg", policy.first_moment), ("exp_avg_sq", policy.second_moment)):
+        read_into(
+            {name: optimizer.state[value][moment] for name, value in weights.named_parameters()}, values
+        )
 
 
 def _stop_non_finite(update: Update, step: Step, norm: float) -> None:

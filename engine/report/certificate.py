@@ -22,6 +22,7 @@ from engine.report.model_card import command_line
 from engine.run.contents import Contents
 from engine.run.folder import RunFolder
 from engine.run.rows import plain
+from engine.run.shards import Stored
 from engine.run.store import dumps, sha256_of
 from engine.verdict.evaluation import Evaluation
 from engine.verdict.refusals import OverRefusal
@@ -197,7 +198,11 @@ def weights_digest(tensors: Mapping) -> str:
 
     Each one's name, dtype and shape stand before its numbers, as `engine.run.store.sha256_of` hashes them.
     """
-    return sha256_of({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, "")
+    here = {
+        name: value if isinstance(value, Stored) else value.detach().cpu().contiguous()
+        for name, value in tensors.items()
+    }
+    return sha256_of(here, "")
 
 
 def prompts_digest(prompts: Prompts) -> str:

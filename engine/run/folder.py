@@ -6,6 +6,7 @@ RUN/inputs.safetensors                             prompts, pairs and digests of
 RUN/model                                          the model's files but its weights: tokenizer, templates
 RUN/stages/NN-NAME.safetensors                     the result of a stage
 RUN/stages/NN-NAME.partial[.previous].safetensors  the last two states inside an unfinished stage
+RUN/stages/NN-NAME.DIGEST.shards                   tensors of one of these that are spread over ranks
 RUN/metrics.jsonl                                  the rows of all stages, in order
 RUN/timing.jsonl                                   seconds and speeds, which alone differ in equal runs
 RUN/adapters/iteration-T                           the weights of iterate T: a PEFT folder, or a

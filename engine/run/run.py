@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -15,11 +16,13 @@ from typing import IO, Any
 from engine.errors import Interrupted, UserError
 from engine.files import clear, is_there, make_folder, move_aside, whole_folder, write_whole, writing
 from engine.ranks import ALONE, Ranks
+from engine.run import shards
 from engine.run.contents import Contents, read_contents, write_contents
 from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import Row, RowT, SpeedRow, StageTimeRow, typed
-from engine.run.store import RecordT, Torn, dumps, read_whole, save, unpack_file
+from engine.run.shards import spread_tensors
+from engine.run.store import RecordT, Torn, check_shards, dumps, read_whole, save, unpack_file
 from engine.run.trackers import Trackers, check_trackers
 
 
@@ -38,6 +41,7 @@ class Stage:
         self.rows: list[dict] = []
         self._run = run
         stem = run.paths.stage_stem(number, name)
+        self.stem = run.paths.stages / stem
         self.path = run.paths.stages / f"{stem}.safetensors"
         self.partial_path = run.paths.stages / f"{stem}.partial.safetensors"
         self.previous_path = run.paths.stages / f"{stem}.partial.previous.safetensors"
@@ -69,10 +73,6 @@ class Stage:
     def partial(self, cls: type[RecordT]) -> RecordT | None:
         """Loads the last whole partial of this stage, or None. The rows logged up to it
         replace those logged since."""
-        record, self.rows = self._run.ranks.first(lambda: (self._partial(cls), self.rows))
-        return record
-
-    def _partial(self, cls: type[RecordT]) -> RecordT | None:
         for path in (self.partial_path, self.previous_path):
             try:
                 record, content = self._run.read(path, cls, self.name)
@@ -81,7 +81,7 @@ class Stage:
             except Torn as error:
                 self._run.display.warn(f"{error}; going back to the state before it")
                 # Else the next save would move the damaged file over the good one.
-                clear(path)
+                self._run.ranks.first(lambda path=path: clear(path))
                 continue
             self.rows = content["rows"]
             self._run.align(self.rows)
@@ -93,17 +93,7 @@ class Stage:
 
         Raises: UserError on a full disk; the last partial stays.
         """
-
-        def saved() -> None:
-            save(
-                self.partial_path,
-                record,
-                previous=self.previous_path,
-                rows=self.rows,
-                **self._run.origin(self.name),
-            )
-
-        self._run.ranks.first(saved)
+        self._run.save(self, self.partial_path, record, self.previous_path)
 
     @property
     def stopping(self) -> bool:
@@ -214,6 +204,10 @@ class Run:
         run.paths.stages.mkdir(exist_ok=True)
         for left in folder.glob("adapters/.*.tmp"):  # a whole checkpoint, half written
             shutil.rmtree(left, ignore_errors=True)
+        for left in folder.glob(
+            f"stages/*{shards.SUFFIX}.tmp"
+        ):  # shards that a killed process began to write
+            shutil.rmtree(left, ignore_errors=True)
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
             clear(left)
         timing = run.paths.timing
@@ -267,7 +261,7 @@ class Run:
         self.check_stop()
         self._names.append(name)
         stage = Stage(self, len(self._names), name)
-        if found := self.ranks.first(lambda: self._found(stage, cls)):
+        if found := self._found(stage, cls):
             self.display.stage(stage.number, name, loaded=True)
             record, committed = found
             self._commit(stage, committed)
@@ -277,8 +271,9 @@ class Run:
         self._open, start = True, time.monotonic()
         try:
             result = compute(stage)
+            self.save(stage, stage.path, result)
             # Read back, so that a first run and a resumed one go on from the same objects.
-            record, committed = self.ranks.first(lambda: self._saved(stage, cls, result))
+            record, committed = self.ranks.first(lambda: self._read(stage.path, cls, stage.name))
         except KeyboardInterrupt:
             self._time(stage, start)
             raise
@@ -291,24 +286,42 @@ class Run:
 
     def _found(self, stage: Stage, cls: type[RecordT]) -> tuple[RecordT, dict] | None:
         """Returns the result of a stage that is on disk, with its rows and checksum; None where it has to be
-        computed."""
+        computed. All ranks call it."""
         try:
             record, content = self.read(stage.path, cls, stage.name)
         except FileNotFoundError:
-            if self._forget(stage, keep=(stage.partial_path, stage.previous_path)):
+            kept = stage.partial_path, stage.previous_path
+            if self.ranks.first(lambda: self._forget(stage, keep=kept)):
                 self.display.warn(f"{stage.path} is missing; computing it and all later stages again")
         except Torn as error:
             self.display.warn(f"{error}; computing it and all later stages again")
-            self._forget(stage)
+            self.ranks.first(lambda: self._forget(stage))
         else:
-            return record, {key: content[key] for key in ("rows", "sha256")}
+            return record, content
         return None
 
-    def _saved(self, stage: Stage, cls: type[RecordT], result: RecordT) -> tuple[RecordT, dict]:
-        """Saves the result of a stage, and reads it as `_found` does."""
-        save(stage.path, result, rows=stage.rows, **self.origin(stage.name))
-        record, content = self.read(stage.path, cls, stage.name)
-        return record, {key: content[key] for key in ("rows", "sha256")}
+    def save(self, stage: Stage, path: Path, record: Any, previous: Path | None = None) -> None:
+        """Commits a record of a stage at `path`, with the rows so far; all ranks call it. What is spread over
+        them goes to shards first. previous: where a file that stands at `path` goes."""
+        spread = spread_tensors(record)
+        beside = {"shards": shards.write(self.ranks, spread, stage.stem)} if spread else {}
+
+        def saved() -> None:
+            save(path, record, previous=previous, rows=stage.rows, **beside, **self.origin(stage.name))
+            self._sweep(stage)
+
+        self.ranks.first(saved)
+
+    def _sweep(self, stage: Stage) -> None:
+        """Deletes the shards that no record of a stage names."""
+        found = list(stage.path.parent.glob(f"{stage.stem.name}.*{shards.SUFFIX}"))
+        named = set()
+        for path in (stage.path, stage.partial_path, stage.previous_path) if found else ():
+            with suppress(Torn, FileNotFoundError):
+                named.add(read_whole(path)[1].get("shards", {}).get("folder"))
+        for folder in found:
+            if folder.name not in named:
+                shutil.rmtree(folder)
 
     def append(self, path: Path, row: dict) -> None:
         """Adds a row to a file of rows, on rank 0."""
@@ -325,14 +338,21 @@ class Run:
         return {"stage": name, "fingerprint": self.fingerprint, "after": self._last_checksum}
 
     def read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
-        """Reads a stage's file, whole or partial, and its JSON.
+        """Reads a stage's file, whole or partial, with its rows and checksum; all ranks call it.
 
         Raises: Torn also when it comes from another run, stage or earlier result.
         """
+        record, content = self.ranks.first(lambda: self._read(path, cls, name))
+        check_shards(path, content, self.ranks)
+        return record, content
+
+    def _read(self, path: Path, cls: type[RecordT], name: str) -> tuple[RecordT, dict]:
+        """Reads a stage's file on this rank, but not its shards."""
         tensors, content = read_whole(path)
         if {key: content.get(key) for key in self.origin(name)} != self.origin(name):
             raise Torn(f"{path} does not follow from the stages before it")
-        return unpack_file(path, cls, tensors, content["record"]), content
+        record = unpack_file(path, cls, tensors, content["record"])
+        return record, {key: content[key] for key in ("rows", "sha256", "shards") if key in content}
 
     def align(self, rows: list[dict]) -> None:
         """Makes metrics.jsonl hold exactly the committed rows and then `rows`."""
@@ -352,13 +372,15 @@ class Run:
     def _commit(self, stage: Stage, content: dict) -> None:
         self._rows += content["rows"]
         self._last_checksum = content["sha256"]
-        for path in (stage.previous_path, stage.partial_path) if self.ranks.is_first else ():
-            clear(path)
+        if self.ranks.is_first:
+            for path in (stage.previous_path, stage.partial_path):
+                clear(path)
+            self._sweep(stage)
         self._trackers.write(content["rows"])
 
     def _forget(self, stage: Stage, keep: tuple[Path, ...] = ()) -> int:
         """Deletes the stage's files and all later ones; returns how many. The last go first,
-        so that a kill leaves no gap."""
+        so that a kill leaves no gap. Shards of what is kept stay until something else is saved."""
         numbered = [
             (int(path.name.split("-")[0]), path)
             for path in stage.path.parent.iterdir()
@@ -369,9 +391,14 @@ class Run:
             for number, path in sorted(numbered, reverse=True)
             if number >= stage.number and path not in keep
         ]
+        folders = [path for path in stale if path.name.endswith(shards.SUFFIX)]
         for path in stale:
-            clear(path)
-        return len(stale)
+            if path not in folders:
+                clear(path)
+        for path in folders:
+            if not (keep and path.name.startswith(f"{stage.stem.name}.")):
+                shutil.rmtree(path)
+        return len(stale) - len(folders)
 
     def _time(self, stage: Stage, start: float) -> None:
         self.append(

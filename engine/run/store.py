@@ -10,12 +10,13 @@ so one rename commits both, and a process killed at any moment leaves either the
 
     RUN/stages/NN-NAME.safetensors                     a stage's result: tensors, JSON, rows, checksum
     RUN/stages/NN-NAME.partial[.previous].safetensors  the last two states inside an unfinished stage
+    RUN/stages/NN-NAME.DIGEST.shards                   tensors of one of these that several ranks wrote
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -27,6 +28,10 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import write_whole
+from engine.model.parallel import is_spread
+from engine.ranks import ALONE, Ranks
+from engine.run import shards
+from engine.run.shards import Stored
 
 RecordT = TypeVar("RecordT")
 
@@ -37,13 +42,15 @@ class Torn(ValueError):
 
 def pack(record: Any) -> tuple[dict[str, Tensor], Any]:
     """Splits a dataclass or a dict of tensors into (tensors by name, JSON tree that holds
-    the rest and refers to them).
+    the rest and refers to them). Tensors that are spread over ranks are referred to alone.
 
     Raises: TypeError naming the field whose value is not a tensor, JSON, a tuple or a dataclass.
     """
     tensors: dict[str, Tensor] = {}
 
     def encode(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor) and is_spread(value):
+            return {"__tensor__": name}
         if isinstance(value, Tensor):
             assert name not in tensors and name != "__metadata__", name
             # Clones: safetensors refuses tensors that share memory.
@@ -81,7 +88,7 @@ def _record_types(hint: Any) -> Iterator[type]:
         yield from _record_types(argument)
 
 
-def unpack(cls: Any, tensors: dict[str, Tensor], meta: Any) -> Any:
+def unpack(cls: Any, tensors: Mapping[str, Tensor | Stored], meta: Any) -> Any:
     """Undoes `pack`; `cls` is the dataclass, or dict.
 
     Raises: TypeError when the tree holds another class or other fields.
@@ -116,9 +123,12 @@ def dumps(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def sha256_of(tensors: dict[str, Tensor], text: str) -> str:
+def sha256_of(tensors: Mapping[str, Tensor | Stored], text: str) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, Stored):
+            tensor = tensor.whole()
         digest.update(dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     digest.update(text.encode())
@@ -141,8 +151,9 @@ def save(path: Path, record: Any, *, previous: Path | None = None, **meta: Any) 
     return checksum
 
 
-def read_whole(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and JSON (record, sha256 and what `save` was given) of a whole file.
+def read_whole(path: Path) -> tuple[dict[str, Tensor | Stored], dict]:
+    """Tensors and JSON (record, sha256 and what `save` was given) of a whole file. Tensors in shards are not
+    read, nor are these checked (`check_shards`).
 
     Raises: Torn, FileNotFoundError, UserError without permission.
     """
@@ -169,10 +180,20 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise Torn(f"{path} is damaged ({type(error).__name__})") from error
     if sha256_of(tensors, text) != checksum:
         raise Torn(f"{path} does not match its checksum")
+    tensors |= shards.described(path, content["shards"]) if "shards" in content else {}
     return tensors, {**content, "sha256": checksum}
 
 
-def unpack_file(path: Path, cls: type[RecordT], tensors: dict[str, Tensor], tree: Any) -> RecordT:
+def check_shards(path: Path, content: dict, ranks: Ranks = ALONE) -> None:
+    """Checks the files that a record's tensors are spread over. All ranks call it. Raises: Torn, on all.
+
+    path, content: the record's file and its JSON.
+    """
+    if "shards" in content and (file := shards.wrong_file(ranks, path, content["shards"])):
+        raise Torn(f"{file} is missing or does not match its checksum")
+
+
+def unpack_file(path: Path, cls: type[RecordT], tensors: Mapping[str, Tensor | Stored], tree: Any) -> RecordT:
     try:
         return unpack(cls, tensors, tree)
     except TypeError as error:
@@ -183,9 +204,10 @@ def unpack_file(path: Path, cls: type[RecordT], tensors: dict[str, Tensor], tree
 
 
 def load(path: Path, cls: type[RecordT]) -> RecordT:
-    """Loads the record that `save` wrote; all tensors are on the CPU.
+    """Loads the record that `save` wrote; all tensors are on the CPU, or in shards.
 
     Raises: Torn; FileNotFoundError; UserError when the file is whole but holds another record.
     """
     tensors, content = read_whole(path)
+    check_shards(path, content)
     return unpack_file(path, cls, tensors, content["record"])

@@ -25,10 +25,10 @@ def check_ranks(algorithm: str, config: RunConfig, resume: str | None, ranks: Ra
         return
     settings = {f"--{f.name.replace('_', '-')}": str(getattr(config, f.name)) for f in fields(config)}
     ranks.check_alike(settings | {"algorithm": algorithm, "--resume": str(resume)})
-    if config.tune == "full":
+    if config.tune == "full" and config.dtype == "float16":
         raise UserError(
-            f"--tune full on {ranks.size} ranks: its weights are not spread over them yet; use --tune lora, "
-            "or leave torchrun out."
+            f"--dtype float16: with --tune full on {ranks.size} ranks it has not been tried; use bfloat16 or "
+            "float32."
         )
 
 

@@ -16,6 +16,7 @@ from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
 from engine.looks import last_error
 from engine.model.decoder import Decoder
+from engine.model.parallel import load_spread
 from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.contents import read_contents
@@ -86,12 +87,15 @@ class Subject:
 
     @staticmethod
     def load(settings: SamplingSettings, inputs: Inputs, scorers: Scorers, ranks: Ranks = ALONE) -> "Subject":
-        """Loads the weights."""
+        """Loads the weights. Where several ranks train all of them, each has some rows."""
+        sharded = ranks.size > 1 and settings.adapter_from is None
         return Subject(
             settings=settings,
             folder=inputs.folder,
             texts=inputs.texts,
-            model=model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device),
+            model=load_spread(inputs.folder, dtype=inputs.dtype, device=inputs.device, ranks=ranks)
+            if sharded
+            else model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device),
             tokenizer=inputs.tokenizer,
             scorers=scorers,
             stop_token_ids=inputs.stop_token_ids,

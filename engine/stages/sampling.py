@@ -15,7 +15,7 @@ from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, frozen_forward, logprob_gap
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
-from engine.policy.weights import Weights
+from engine.policy.weights import Weights, whole
 from engine.records import Prompts, Rollouts, Scores
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
@@ -44,7 +44,7 @@ def respond(
     states: States | None = None,
 ) -> tuple[Rollouts, list[str]]:
     """Samples n responses of `adapter` (None: the reference) to each prompt, and their texts, prompt-major.
-    `purpose` keys the random numbers.
+    `purpose` keys the random numbers. Of several ranks each has prompts of its own, or none, and all call it.
 
     stage: of a run, or anything else with `progress` and `check_stop`.
     """
@@ -55,9 +55,13 @@ def respond(
         stage.check_stop()
 
     work = len(prompts) * n * settings.max_new_tokens
-    with naming(stage), stage.progress(work, "tokens", "sampling") as made:
+    with (
+        whole(job.model, adapter) as (model, policy),
+        naming(stage),
+        stage.progress(work, "tokens", "sampling") as made,
+    ):
         rollouts = generate(
-            job.model,
+            model,
             prompts.token_ids,
             n=n,
             max_new_tokens=settings.max_new_tokens,
@@ -67,7 +71,7 @@ def respond(
             stop_token_ids=job.stop_token_ids,
             seed=int(combine(settings.seed, purpose)),
             prompt_key=prompts.key_P,
-            adapter=adapter,
+            adapter=policy,
             max_rows=settings.rows,
             on_step=on_step,
             states=states,
@@ -102,7 +106,7 @@ def sample(
     """
     keep, spent = keep and job.ranks.size == 1, Spent(0.0, 0.0, 0)
 
-    def work(own: range, part: Prompts) -> Samples:
+    def work(own: range, part: Prompts) -> Samples | None:
         nonlocal spent
         samples, spent = _sampled(job, stage, part, adapter, n, purpose, keep)
         return samples
@@ -130,8 +134,8 @@ def _sampled(
     n: int,
     purpose: int,
     keep: bool,
-) -> tuple[Samples, Spent]:
-    """Samples and scores responses on this rank, see `sample`."""
+) -> tuple[Samples | None, Spent]:
+    """Samples and scores responses on this rank, see `sample`; None without prompts."""
     settings = job.settings
     start = time.monotonic()
     # With --tune full every layer differs from the reference's, so no states can be shared.
@@ -156,6 +160,8 @@ def _sampled(
     forward = forward_of(settings, logprob=not own, states=states)
     scores, passed = _scored(job, stage, prompts, rollouts, texts, forward)
     spent = Spent(sampled - start, time.monotonic() - sampled, passed)
+    if scores is None:
+        return None, spent
     logprob_PG = rollouts.model_logprob.double().sum(dim=1).view(len(prompts), n)
     if own:
         scores = replace(scores, ref_logprob_PG=logprob_PG)
@@ -198,7 +204,7 @@ def scored(
     scorers have cut. stage: see `sample`. On several ranks `forward` has no states."""
     n = rollouts.n
 
-    def work(own: range, part: Prompts) -> Scores:
+    def work(own: range, part: Prompts) -> Scores | None:
         given = [score_PG if score_PG is None else score_PG[own.start : own.stop] for score_PG in known]
         ours = texts[own.start * n : own.stop * n]
         return _scored(job, stage, part, rollouts.of_prompts(own), ours, forward, given)[0]
@@ -216,17 +222,24 @@ def _scored(
     texts: list[str],
     forward: ReferenceForward,
     known: Sequence[Tensor | None] = (),
-) -> tuple[Scores, int]:
-    """Scores responses on this rank. Returns the scores and the number of tokens that passed the model."""
+) -> tuple[Scores | None, int]:
+    """Scores responses on this rank. Returns the scores, None without prompts, and the number of tokens that
+    passed the model."""
 
     def on_tokens(tokens: int) -> None:
         passed.advance(tokens)
         stage.check_stop()
 
     total = sum(g.tokens for g in packing.groups(prompts, rollouts))
-    with naming(stage), stage.progress(total, "tokens", "scoring") as passed:
+    with (
+        whole(job.model, None) as (reference, _),
+        naming(stage),
+        stage.progress(total, "tokens", "scoring") as passed,
+    ):
+        if not len(prompts):
+            return None, 0
         scores = score(
-            job.model, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens, known=known
+            reference, job.scorers, prompts, rollouts, texts, forward, on_tokens=on_tokens, known=known
         )
     return scores, passed.done
 
@@ -254,16 +267,19 @@ def logprobs(
     """Computes the log-probs float64 [P, n] of responses under `adapter` (None: the reference), each rank
     those of its prompts. on_tokens: is called with the number of tokens of each batch."""
 
-    def work(own: range, part: Prompts) -> Tensor:
-        logprob_N = frozen_forward(
-            job.model,
-            packing.groups(part, rollouts.of_prompts(own)),
-            [],
-            temperature=job.settings.temperature,
-            memory_budget_bytes=job.settings.memory_budget_bytes,
-            adapter=adapter,
-            on_tokens=on_tokens,
-        )[1]
+    def work(own: range, part: Prompts) -> Tensor | None:
+        with whole(job.model, adapter) as (model, policy):
+            if not own:
+                return None
+            logprob_N = frozen_forward(
+                model,
+                packing.groups(part, rollouts.of_prompts(own)),
+                [],
+                temperature=job.settings.temperature,
+                memory_budget_bytes=job.settings.memory_budget_bytes,
+                adapter=policy,
+                on_tokens=on_tokens,
+            )[1]
         return logprob_N.view(len(part), rollouts.n)
 
     return by_shares(job.ranks, prompts, work)
@@ -297,14 +313,15 @@ def log_gap(
     under the same weights, on the responses to the first prompts (`LogprobGap`, nats per token); and in how
     many of all draws the two best were nearly alike."""
     settings, groups = job.settings, packing.groups(prompts, rollouts)[:GAP_PROMPTS]
-    gap = logprob_gap(
-        job.model,
-        groups,
-        rollouts,
-        temperature=settings.temperature,
-        memory_budget_bytes=settings.memory_budget_bytes,
-        adapter=adapter,
-    )
+    with whole(job.model, adapter) as (model, policy):
+        gap = logprob_gap(
+            model,
+            groups,
+            rollouts,
+            temperature=settings.temperature,
+            memory_budget_bytes=settings.memory_budget_bytes,
+            adapter=policy,
+        )
     stage.log(
         SampledRow(
             prompts=len(groups),

@@ -14,11 +14,12 @@ from engine.records import Prompts
 RecordT = TypeVar("RecordT")
 
 
-def by_shares(ranks: Ranks, prompts: Prompts, work: Callable[[range, Prompts], RecordT]) -> RecordT:
-    """Returns what `work` makes of all prompts; each rank works on its share, a rank without prompts on none.
+def by_shares(ranks: Ranks, prompts: Prompts, work: Callable[[range, Prompts], RecordT | None]) -> RecordT:
+    """Returns what `work` makes of all prompts; each rank works on its share.
 
     work: gets the places of consecutive prompts and these prompts. It returns a tensor, or a record of
-    tensors and lists, that goes from prompt to prompt.
+    tensors and lists, that goes from prompt to prompt; on a rank without prompts None. There it is called
+    too, as the ranks may gather weights in it together.
 
     Raises: on all ranks NonFiniteError where `work` raises it on any, so that they can all go on with
     something else.
@@ -27,7 +28,7 @@ def by_shares(ranks: Ranks, prompts: Prompts, work: Callable[[range, Prompts], R
         return work(range(len(prompts)), prompts)
     own = ranks.share(len(prompts))
     try:
-        part = work(own, prompts.select(list(own))) if own else None
+        part = work(own, prompts.select(list(own)))
     except NonFiniteError as error:
         part = error
     parts = [part for part in ranks.gather(part) if part is not None]

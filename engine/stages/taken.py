@@ -15,6 +15,7 @@ from engine.model import packing
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
 from engine.policy.surprise import surprise
+from engine.policy.weights import whole
 from engine.rollout.states import States
 from engine.run.rows import GivenRow
 from engine.run.run import Stage
@@ -76,7 +77,8 @@ def given(job: Job, stage: Stage) -> Samples:
         job, stage, own.prompts, own.rollouts, own.texts, forward_of(job.settings, logprob=True), known
     )
     groups = packing.groups(own.prompts, own.rollouts)[:COMPARED_PROMPTS]
-    found = surprise(job.model, groups, job.config.temperature)
+    with whole(job.model, None) as (reference, _):
+        found = surprise(reference, groups, job.config.temperature)
     row = GivenRow(
         prompts=len(groups),
         responses=own.rollouts.n,

@@ -16,7 +16,7 @@ from engine import keys
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.steps import Policy
-from engine.policy.weights import Weights
+from engine.policy.weights import Weights, whole
 from engine.records import Prompts
 from engine.run.rows import TrustRow
 from engine.run.run import Stage
@@ -70,11 +70,13 @@ def _measured_kl(
     """Measures KL(policy || reference) on one response of the policy to each prompt; returns it with its
     standard error, nats per response."""
 
-    def work(own: range, part: Prompts) -> Tensor:
+    def work(own: range, part: Prompts) -> Tensor | None:
         rollouts, _ = respond(job, stage, part, weights, n=1, purpose=purpose)
-        with naming(stage):
+        with whole(job.model, None) as (reference, _), naming(stage):
+            if not own:
+                return None
             reference_N = frozen_forward(
-                job.model,
+                reference,
                 packing.groups(part, rollouts),
                 [],
                 temperature=job.config.temperature,

@@ -18,7 +18,7 @@ from engine.policy import update
 from engine.policy.iterates import files_of, save_weights
 from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Update
-from engine.policy.weights import Weights, copy_of
+from engine.policy.weights import Weights, copy_of, whole
 from engine.records import ScoreRule, Target
 from engine.run import outputs
 from engine.run.rows import PairsRow, PolicyRow
@@ -96,7 +96,7 @@ class Updates:
     def adopt(self, policy: Policy, lam_J: Tensor, iteration: int) -> Policy:
         """Takes no step: a policy that exists already becomes this iterate too,
         with a folder and a row of its own."""
-        return self._iterate(policy, lam_J, iteration, lambda stage: policy, None)
+        return self._iterate(policy, lam_J, iteration, lambda stage: policy.read(self.weights), None)
 
     def _tilt_kl(self, target: Target) -> float | None:
         """Returns the KL of the tilt that a target asks for, nats per response;
@@ -153,19 +153,20 @@ class Updates:
         if gap := gap_of(job.run, name):
             job.run.display.line(f"{name}: {gap}")
         self.hold(policy)
-        job.ranks.first(lambda: self._write(folder))
+        with whole(job.model, self.weights) as (_, weights):
+            job.ranks.first(lambda: self._write(folder, weights))
         return policy
 
-    def _write(self, folder: Path) -> None:
-        """Writes the weights as an iterate, unless its folder is whole."""
+    def _write(self, folder: Path, weights: Weights) -> None:
+        """Writes weights as an iterate, unless its folder is whole."""
         job, paths = self.job, self.job.run.paths
-        noted = all(outputs.has(paths, folder / file) for file in files_of(self.weights))
+        noted = all(outputs.has(paths, folder / file) for file in files_of(weights))
         if not (noted and outputs.is_whole(paths, folder)):
             if outputs.has(paths, folder):
                 job.run.display.warn(f"{folder} is not as it was written: made again from {paths.stages}")
             _remove(folder)
             base = lasting_name(job.config.model, job.folder)
-            save_weights(self.weights, folder, base, job.texts, job.config.lora_dropout)
+            save_weights(weights, folder, base, job.texts, job.config.lora_dropout)
             outputs.note(paths, [folder])
 
     def _learned_from(self, stage: Stage, start: Policy | None, iteration: int) -> tuple[Samples, list[int]]:

@@ -32,7 +32,7 @@ def folders(tmp_path_factory) -> list[Path]:
 
 
 def load(folder: Path, ranks: Ranks, dtype=torch.float32, copies: int = 1):
-    return load_spread(folder, dtype=dtype, device=CPU, ranks=ranks, say=print, copies=copies)
+    return load_spread(folder, dtype=dtype, device=CPU, ranks=ranks, copies=copies)
 
 
 @pytest.mark.parametrize(("size", "copies"), [(2, 1), (4, 1), (4, 2)])

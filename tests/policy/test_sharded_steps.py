@@ -72,7 +72,7 @@ def steps(
     def load(path: Path):
         if ranks.size == 1:
             return model.load(path, dtype=dtype)
-        return load_spread(path, dtype=dtype, device=cpu, ranks=ranks, say=print, copies=copies)
+        return load_spread(path, dtype=dtype, device=cpu, ranks=ranks, copies=copies)
 
     kind = FullWeights if ranks.size == 1 else ShardedWeights
     stage = OneStage(folder)

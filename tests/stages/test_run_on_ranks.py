@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 import engine.caid  # noqa: F401, imported before the forks
 from engine import train
-from engine.config import ALGORITHMS, EvaluateConfig
+from engine.config import EvaluateConfig
 from engine.errors import Interrupted, LostRank, NonFiniteError, UserError
 from engine.evaluate import run_evaluation
 from engine.model.tokenizer import load_tokenizer
@@ -21,20 +20,16 @@ from engine.ranks import Ranks
 from engine.records import Prompts
 from engine.report import panels  # noqa: F401
 from engine.run import plan
-from engine.run.contents import read_contents
-from engine.run.rows import PairStepRow
-from engine.run.run import Stage
 from engine.run.store import read_whole
 from engine.stages.profile import run_profile
 from engine.stages.shares import by_shares
 from engine.stages.smoke import smoke_folder
 from engine.sweep.plans import SweepConfig
 from engine.sweep.runs import run_sweep
+from tests.helpers.rank_runs import ODD, at_the_second_step, run, same
 from tests.helpers.ranks import on_ranks
-from tests.helpers.runs import SMOKE, files, write
+from tests.helpers.runs import files, write
 
-# No number of ranks divides these.
-ODD = ["--n-prompts", "11", "--slack-prompts", "5", "--eval-prompts", "7", "--iterations", "2"]
 CAID = ["caid", *ODD, "--audit", "vowels=tests.helpers.scorers:vowels"]
 FEW = ["caid", "--slack-prompts", "3", "--eval-prompts", "3", "--iterations", "2"]
 LEARN = [
@@ -52,15 +47,6 @@ OTHERS = {
     "pecan": ["pecan", "--preference-steps", "2", "--force"],
 }
 PAIRS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(7)]
-
-
-def run(ranks: Ranks, algorithm: str, *flags: str) -> None:
-    """Makes or resumes a run, as the command does after it has joined the ranks."""
-    if flags[0] == "--resume":
-        config = ALGORITHMS[algorithm].config_class(**read_contents(Path(flags[1])).config)
-        ALGORITHMS[algorithm].train(config, resume=flags[1], ranks=ranks)
-    else:
-        ALGORITHMS[algorithm].train(train.parse(algorithm, [*SMOKE, *flags]), ranks=ranks)
 
 
 class Runs:
@@ -96,42 +82,6 @@ def made(tmp_path_factory, cache) -> Runs:
     return Runs(tmp_path_factory.mktemp("ranks"))
 
 
-def same(one: Path, many: Path) -> None:
-    """Compares a run with that of one process: the same files, tokens and texts, all else up to rounding.
-
-    Losses are held against the run's largest one: the first loss of a policy gradient is 0 but for rounding.
-    Before the first step of an update log-ratios are 0 and the signs of margins rounding alone, so the share
-    of pairs in order is not compared. tests/policy/test_shared_steps.py compares gradients.
-    """
-    assert files(one).keys() == files(many).keys() and len(files(one)) > 15
-    rows, others = (map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in (one, many))
-    rows = list(rows)
-    pairs = [(row["loss"], other["loss"]) for row, other in zip(rows, others, strict=True) if "loss" in row]
-    # Scores that are log-ratios are differences of log-probs, and count in units of so many nats: rounding of
-    # the log-probs counts for as much more in them, and in the losses of what learns from them.
-    unit = min([1.0, *(sd for row in rows if row["kind"] == "preference" for sd in row["log_ratio_sd"])])
-    assert max(abs(a - b) for a, b in pairs) <= 1e-5 / unit * max(abs(a) for a, _ in pairs)
-    for path in sorted((one / "stages").iterdir()):
-        (expected, content), (found, other) = (read_whole(run / "stages" / path.name) for run in (one, many))
-        # The states below the adapter are kept by one process alone.
-        assert expected.keys() - found.keys() <= {"lower_MD"} and not found.keys() - expected.keys()
-        norm = error = 0.0
-        for name, value in found.items():
-            if name.startswith("adapter."):
-                norm += float(expected[name].double().square().sum())
-                error += float((value - expected[name]).double().square().sum())
-            elif not value.is_floating_point():
-                assert value.equal(expected[name]), (path.name, name)
-            elif value.numel() and "_moment." not in name:
-                scale = max(1.0, float(expected[name].abs().max()))
-                assert (value - expected[name]).abs().max() <= 1e-5 * scale / unit, (path.name, name)
-        assert error <= (1e-5) ** 2 * norm, path.name
-        texts = [stage["record"].get("fields", {}).get("texts") for stage in (content, other)]
-        assert texts[0] == texts[1]
-    verdicts = [json.loads((run / "evaluation.json").read_text()) for run in (one, many)]
-    assert verdicts[0]["constraints"][0]["word"] == verdicts[1]["constraints"][0]["word"]
-
-
 @pytest.mark.parametrize(
     ("ranks", "name"),
     [("two", "caid"), ("two", "primal_dual"), ("two", "pecan"), ("two", "learn"), ("four", "few")],
@@ -145,24 +95,6 @@ def test_equal_runs_on_ranks_are_bitwise_equal(made):
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
     assert json.loads(first["config.json"])["versions"]["ranks"] == "2"
-
-
-def at_the_second_step(act: Callable[[], None]) -> Callable[[Ranks], None]:
-    """Returns what has rank 1 act after the second step of the first update."""
-    seen, log = [], Stage.log
-
-    def logged(self: Stage, row) -> None:
-        log(self, row)
-        if isinstance(row, PairStepRow):
-            seen.append(row)
-            if len(seen) == 2:
-                act()
-
-    def prepare(ranks: Ranks) -> None:
-        if ranks.rank == 1:
-            Stage.log = logged  # in the rank's own process
-
-    return prepare
 
 
 def test_a_stopped_run_goes_on_bitwise_equal(made, tmp_path):
@@ -213,7 +145,11 @@ def test_a_rank_is_killed_and_one_process_goes_on(made, tmp_path, capsys):
             ["caid", "--seed", "RANK"],
             "--seed: rank 1 has 1, rank 0 has 0; start all ranks with the same command",
         ),
-        (2, ["caid", "--tune", "full", "--learning-rate", "1e-5"], "--tune full on 2 ranks: "),
+        (
+            2,
+            ["caid", "--tune", "full", "--learning-rate", "1e-5", "--dtype", "float16"],
+            "--dtype float16: with --tune full on 2 ranks it has not been tried",
+        ),
     ],
 )
 def test_what_ranks_cannot_do_is_refused_on_all_before_there_is_a_folder(tmp_path, cache, size, words, said):
