@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp  # noqa: F401, imported before the forks
 from safetensors.torch import load_file, save_file
 
 from engine import model

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp  # noqa: F401, imported before the forks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
