@@ -287,7 +287,7 @@ def _conclude(
         RunFolder(folder).evaluation, {**judgement.as_dict(), "logprob_gap": a.gaps, "settings": settings}
     )
     certified = certificate.certificate(
-        what_was_made(q.opened.owned, a.iterate, adapter.tensors(), q.scorer_contents),
+        what_was_made(q.opened.owned, a.iterate, q.opened.tensors(adapter, a.iterate), q.scorer_contents),
         certificate.Judging(
             evaluation=judgement.evaluation,
             prompts=prompts,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from engine.config import RunConfig
+from engine.errors import NonFiniteError
 from engine.model.decoder import Decoder
 from engine.model.names import linears_of
 from engine.model.parallel import gathered, is_spread
@@ -63,6 +64,17 @@ def whole(network: Decoder, weights: Weights | None) -> Iterator[tuple[Decoder, 
             yield reference, None
     else:
         yield network, weights
+
+
+@contextmanager
+def before_whole(network: Decoder) -> Iterator[None]:
+    """Runs a block after which the ranks gather a network. Where the block finds numbers that are not finite,
+    this rank gathers it all the same before it says so, as the others wait for it."""
+    try:
+        yield
+    except NonFiniteError:
+        with gathered(network):
+            raise
 
 
 def copy_of(weights: Weights, tensors: dict[str, Tensor]) -> Weights:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from engine.config import EvaluateConfig, RunConfig, check, shown_name
 from engine.errors import UserError
 from engine.files import is_there
 from engine.looks import Size
 from engine.model.decoder import Decoder
+from engine.policy.sharded import ShardedWeights
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, trained_weights
 from engine.ranks import ALONE, Ranks
@@ -23,6 +26,7 @@ from engine.run.display import Display, Progress
 from engine.run.folder import RunFolder
 from engine.run.plan import evaluation_rows
 from engine.run.rows import Row, SampledRow, SpeedRow
+from engine.run.shards import Stored
 from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, sizes
@@ -111,8 +115,15 @@ class Finished:
 
     def policy(self, model: Decoder, iterate: int) -> Weights:
         """Returns the weights of an iterate. Raises: UserError where its stage is damaged."""
-        policy = self.committed.load(f"iteration-{iterate}/policy", Policy)
-        return trained_weights(model, self.config, policy.adapter)
+        return trained_weights(model, self.config, self._trained(iterate))
+
+    def tensors(self, weights: Weights, iterate: int) -> Mapping[str, Tensor | Stored]:
+        """Returns the tensors of the weights of an iterate; of sharded ones, of which a rank has only some
+        rows, those of its stage."""
+        return self._trained(iterate) if isinstance(weights, ShardedWeights) else weights.tensors()
+
+    def _trained(self, iterate: int) -> Mapping[str, Tensor | Stored]:
+        return self.committed.load(f"iteration-{iterate}/policy", Policy).adapter
 
     def title(self, iterates: Sequence[int]) -> str:
         """Names iterates, the run, its algorithm and its model."""

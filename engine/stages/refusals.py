@@ -6,7 +6,7 @@ first words; so it tells refusals in the verdict too, and there is no setting fo
 
 import torch
 
-from engine.policy.weights import Weights
+from engine.policy.weights import Weights, before_whole, whole
 from engine.records import Prompts, Scores
 from engine.run.run import Stage
 from engine.scorers.base import Scorers
@@ -38,10 +38,14 @@ def sampled_refusals(
     forward = ReferenceForward(temperature=subject.settings.temperature, logprob=False)
 
     def work(own: range, part: Prompts) -> list[bool]:
-        rollouts, texts = respond(subject, stage, part, adapter, n=n, purpose=purpose)
+        with before_whole(subject.model):
+            rollouts, texts = respond(subject, stage, part, adapter, n=n, purpose=purpose)
         if alone is None:
             return [is_refusal(text) for text in texts]
-        scores = score(subject.model, alone, part, rollouts, texts, forward)
+        with whole(subject.model, None) as (reference, _):
+            if not own:
+                return []
+            scores = score(reference, alone, part, rollouts, texts, forward)
         return (scores.reward_PG > 0).flatten().tolist()
 
     found = by_shares(subject.ranks, prompts, work)

@@ -15,7 +15,7 @@ from engine.model.packing import LowerStates
 from engine.policy.forward import LogprobGap, frozen_forward, logprob_gap
 from engine.policy.lora import first_layer
 from engine.policy.samples import Samples
-from engine.policy.weights import Weights, whole
+from engine.policy.weights import Weights, before_whole, whole
 from engine.records import Prompts, Rollouts, Scores
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
@@ -155,7 +155,8 @@ def _sampled(
     layers = job.scorers.layers
     states = States(layers, lower) if max(layers, default=0) <= below and (layers or lower) else None
 
-    rollouts, texts = respond(job, stage, prompts, adapter, n=n, purpose=purpose, states=states)
+    with before_whole(job.model):
+        rollouts, texts = respond(job, stage, prompts, adapter, n=n, purpose=purpose, states=states)
     sampled = time.monotonic()
     forward = forward_of(settings, logprob=not own, states=states)
     scores, passed = _scored(job, stage, prompts, rollouts, texts, forward)

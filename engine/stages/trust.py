@@ -16,7 +16,7 @@ from engine import keys
 from engine.model import packing
 from engine.policy.forward import frozen_forward
 from engine.policy.steps import Policy
-from engine.policy.weights import Weights, whole
+from engine.policy.weights import Weights, before_whole, whole
 from engine.records import Prompts
 from engine.run.rows import TrustRow
 from engine.run.run import Stage
@@ -71,7 +71,8 @@ def _measured_kl(
     standard error, nats per response."""
 
     def work(own: range, part: Prompts) -> Tensor | None:
-        rollouts, _ = respond(job, stage, part, weights, n=1, purpose=purpose)
+        with before_whole(job.model):
+            rollouts, _ = respond(job, stage, part, weights, n=1, purpose=purpose)
         with whole(job.model, None) as (reference, _), naming(stage):
             if not own:
                 return None

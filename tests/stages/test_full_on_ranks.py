@@ -1,0 +1,144 @@
+"""Whole smoke runs with --tune full on several ranks: those of one process up to rounding, equal ones bit for
+bit, also when they are stopped or a rank is killed; evaluations and exports of what ranks have made."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint  # noqa: F401, imported before the forks
+import torch.distributed.fsdp  # noqa: F401
+from safetensors.torch import load_file
+
+import engine.baselines.sacpo
+import engine.caid  # noqa: F401
+from engine import export, train
+from engine.config import EvaluateConfig
+from engine.errors import Interrupted, LostRank
+from engine.evaluate import run_evaluation
+from engine.model.tokenizer import load_tokenizer
+from engine.ranks import Ranks
+from engine.report import panels  # noqa: F401
+from engine.run import plan
+from engine.run.store import read_whole
+from engine.stages.smoke import smoke_folder
+from tests.helpers.rank_runs import ODD, at_the_second_step, run, same
+from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import files
+
+FULL = ["--tune", "full", "--learning-rate", "1e-3", "--checkpoint-every", "2"]
+RUNS = {
+    "caid": ["caid", *ODD, *FULL],
+    # On 4 ranks some have no prompt in a stage, and none in some steps.
+    "few": ["caid", "--slack-prompts", "3", "--eval-prompts", "3", "--iterations", "1", *FULL],
+    # It goes on from an iterate, which is its anchor too.
+    "sacpo": ["sacpo", "--steps", "2", *ODD[:2], *ODD[4:6], *FULL],
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, cache):
+    """Makes runs when they are asked for first: FOLDER/RANKS/NAME/run."""
+    load_tokenizer(smoke_folder())
+    plan.matmul_rate(torch.float32, torch.device("cpu"))
+    home = tmp_path_factory.mktemp("full")
+
+    def make(size: int, name: str) -> Path:
+        out = home / str(size) / name / "run"
+        if not out.exists():
+            flags = [*RUNS[name], "--out", str(out)]
+            if size == 1:
+                run(Ranks(), *flags)
+            else:
+                assert on_ranks(size, lambda ranks: run(ranks, *flags)) == [None] * size
+        return out
+
+    return make
+
+
+@pytest.mark.parametrize(("size", "name"), [(2, "caid"), (4, "few"), (2, "sacpo")])
+def test_a_run_on_ranks_is_that_of_one_process(made, size, name):
+    one, many = made(1, name), made(size, name)
+    same(one, many)
+    iterates = sorted(path.name for path in (one / "adapters").iterdir())
+    assert iterates
+    for iterate in iterates:
+        expected, found = (load_file(r / "adapters" / iterate / "model.safetensors") for r in (one, many))
+        assert expected.keys() == found.keys()
+        for weight in expected:
+            assert (found[weight] - expected[weight]).norm() <= 1e-5 * expected[weight].norm(), weight
+
+
+def test_equal_runs_are_bitwise_equal_also_when_one_was_stopped_and_one_lost_a_rank(made, tmp_path):
+    """Ctrl-C reaches one rank alone: both end after the next step, which is saved."""
+    stopped, killed = tmp_path / "stopped" / "run", tmp_path / "killed" / "run"
+
+    def stop(ranks: Ranks) -> None:
+        at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGINT))(ranks)
+        run(ranks, *RUNS["caid"], "--out", str(stopped))
+
+    for error in on_ranks(2, stop):
+        assert isinstance(error, Interrupted) and str(error) == f"stopped; go on with --resume {stopped}"
+    (partial,) = stopped.glob("stages/*.partial.safetensors")
+    assert len(read_whole(partial)[1]["record"]["fields"]["losses"]) == 3
+
+    def kill(ranks: Ranks) -> None:
+        at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGKILL))(ranks)
+        run(ranks, *RUNS["caid"], "--out", str(killed))
+
+    survivor, gone = on_ranks(2, kill)
+    assert isinstance(survivor, LostRank) and isinstance(gone, ChildProcessError), survivor
+
+    def go_on(ranks: Ranks) -> None:
+        for folder in (stopped, killed):
+            run(ranks, "caid", "--resume", str(folder))
+
+    assert on_ranks(2, go_on) == [None, None]
+    whole = files(made(2, "caid"))
+    assert sum(".shards/" in name for name in whole) == 4, "two iterates on two ranks"
+    for folder in (stopped, killed):
+        again = files(folder)
+        assert [name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name)] == []
+
+
+def test_one_process_goes_on_with_shards_of_ranks(made, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def stop(ranks: Ranks) -> None:
+        at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGINT))(ranks)
+        run(ranks, *RUNS["caid"], "--out", str(out))
+
+    assert all(isinstance(error, Interrupted) for error in on_ranks(2, stop))
+    assert train.main(["--resume", str(out)]) == 0
+    assert "resumed with other versions of ranks" in capsys.readouterr().out
+    same(made(1, "caid"), out)
+    assert not list(out.glob("stages/*.shards"))
+
+
+def test_what_ranks_have_made_is_judged_and_exported(made, tmp_path):
+    """By one process, and judged by two ranks."""
+    folder = made(2, "caid")
+
+    def judged(ranks: Ranks, name: str) -> str:
+        flags = EvaluateConfig(threads=1, n_prompts=3, out=str(tmp_path / name))
+        return run_evaluation(folder, flags, ranks)[0].evaluation.constraints[0].word
+
+    word = judged(Ranks(), "one")
+    assert on_ranks(2, lambda ranks: judged(ranks, "two")) == [word, word]
+    texts = [(tmp_path / name / "heldout.jsonl").read_text().splitlines() for name in ("one", "two")]
+    one, two = ([json.loads(line)["policy"] for line in lines] for lines in texts)
+    assert one == two
+    policies = [
+        json.loads((path / "certificate.json").read_text())["digests"]["policy"]
+        for path in (folder, tmp_path / "one", tmp_path / "two")
+    ]
+    assert len(set(policies)) == 1 and len(policies[0]) == 64
+    assert export.main([str(folder), str(tmp_path / "merged"), "--even-if"]) == 0
+    exported, iterate = (
+        load_file(path / "model.safetensors")
+        for path in (tmp_path / "merged", folder / "adapters" / "iteration-2")
+    )
+    assert exported.keys() == iterate.keys()
+    assert all(torch.equal(exported[name], iterate[name]) for name in iterate)
