@@ -23,7 +23,7 @@ from engine.model.checkpoint import Checkpoint, examine
 from engine.model.decoder import Decoder, inverse_frequencies
 from engine.model.folder import fill, to_stderr
 from engine.model.names import places
-from engine.ranks import Ranks
+from engine.ranks import Ranks, connected
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +43,25 @@ def mesh_of(ranks: Ranks, device: torch.device, copies: int = 1) -> "DeviceMesh"
         return init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shards",))
     shape = copies, ranks.size // copies
     return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
+
+
+def copies_that_fit(ranks: Ranks, weights: int, compute: torch.dtype, available: int) -> int:
+    """Returns how many copies of a policy's weights the ranks keep together, see `mesh_of`.
+
+    It is one for each machine, where half of what the tightest rank has free takes its rows and, while it
+    samples, all weights gathered; the other half is for what a run computes. Else, and on one machine, it is
+    one over all ranks. All ranks call it.
+
+    weights: their number. compute: dtype of the reference and of gathered weights. available: bytes that are
+    free for this rank.
+    """
+    machines = ranks.size // ranks.local_size
+    rows = weights / ranks.local_size
+    # Of each weight a rank's rows have a float32 master, its gradient and two moments, and the reference's.
+    needed = (16 + compute.itemsize) * rows + compute.itemsize * weights
+    fits = 2 * needed <= min(ranks.gather(available))
+    even = ranks.size == machines * ranks.local_size and len(set(ranks.gather(ranks.local_size))) == 1
+    return machines if fits and even else 1
 
 
 def is_spread(value: nn.Module | Tensor) -> bool:
@@ -165,8 +184,9 @@ def gathered(network: Decoder) -> Iterator[Decoder]:
     whole.embed_scale, whole.inverse_frequency = network.embed_scale, network.inverse_frequency
     groups = _groups(network)
     try:
-        for module in groups:
-            module.unshard()
+        with connected():
+            for module in groups:
+                module.unshard()
         for name, value in network.named_parameters():
             path, _, leaf = name.rpartition(".")
             # Past the hooks of the spread decoder, so that a decoding step is that of any other decoder.

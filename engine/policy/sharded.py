@@ -37,6 +37,13 @@ class ShardedWeights(PolicyWeights):
         each rank's rows, summed over the ranks."""
         return self._spread[0]
 
+    @property
+    def place(self) -> int | None:
+        """The number of this rank's rows among those of all weights; None where no other rank has the same
+        ones."""
+        mesh = next(self.parameters()).device_mesh
+        return None if mesh.ndim == 1 else mesh.get_coordinate()[-1]
+
     def pass_nothing(self, *, gradients: bool, checkpointed: bool = False) -> None:
         """Takes a pass that adds nothing to the gradients, beside another rank that has more to compute."""
         network = self.decoder()

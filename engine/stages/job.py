@@ -16,12 +16,13 @@ from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
 from engine.looks import last_error
 from engine.model.decoder import Decoder
-from engine.model.parallel import load_spread
+from engine.model.parallel import copies_that_fit, load_spread
 from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.contents import read_contents
 from engine.run.display import Display
 from engine.run.folder import RunFolder
+from engine.run.machine import available_memory
 from engine.run.plan import Plan
 from engine.run.run import Run
 from engine.scorers.answers import Answers
@@ -87,20 +88,28 @@ class Subject:
 
     @staticmethod
     def load(settings: SamplingSettings, inputs: Inputs, scorers: Scorers, ranks: Ranks = ALONE) -> "Subject":
-        """Loads the weights. Where several ranks train all of them, each has some rows."""
-        sharded = ranks.size > 1 and settings.adapter_from is None
+        """Loads the weights; where several ranks train all of them, each has some rows."""
+        if ranks.size > 1 and settings.adapter_from is None:
+            network = _load_spread(inputs, ranks)
+        else:
+            network = model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device)
         return Subject(
             settings=settings,
             folder=inputs.folder,
             texts=inputs.texts,
-            model=load_spread(inputs.folder, dtype=inputs.dtype, device=inputs.device, ranks=ranks)
-            if sharded
-            else model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device),
+            model=network,
             tokenizer=inputs.tokenizer,
             scorers=scorers,
             stop_token_ids=inputs.stop_token_ids,
             ranks=ranks,
         )
+
+
+def _load_spread(inputs: Inputs, ranks: Ranks) -> Decoder:
+    """Loads the weights of a model, spread over the ranks."""
+    available = available_memory(inputs.device) // (ranks.local_size if inputs.device.type == "cpu" else 1)
+    copies = copies_that_fit(ranks, inputs.shape.parameter_count(), inputs.dtype, available)
+    return load_spread(inputs.folder, dtype=inputs.dtype, device=inputs.device, ranks=ranks, copies=copies)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import model
 from engine.errors import UserError
-from engine.model.parallel import first_row, gathered, is_spread, load_spread, rows_here
+from engine.model.parallel import copies_that_fit, first_row, gathered, is_spread, load_spread, rows_here
 from engine.policy.sharded import ShardedWeights, gathered_weights
 from engine.ranks import Ranks
 from engine.rollout.sampler import generate
@@ -92,6 +92,22 @@ def test_weights_that_are_not_finite_on_one_rank_are_refused_on_all(folders, tmp
 
     for error in on_ranks(2, lambda ranks: load(tmp_path, ranks)):
         assert isinstance(error, UserError) and f"numbers of tensor {name} are not finite" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("size", "local_size", "free", "copies"),
+    # 1000 weights on two machines of 4: 18 bytes of each for 250 rows, and 2 gathered, twice.
+    [(8, 4, 13000, 2), (8, 4, 12999, 1), (8, 8, 10**9, 1), (6, 4, 10**9, 1), (24, 8, 10**9, 3)],
+)
+def test_each_machine_keeps_a_copy_where_half_of_what_is_free_takes_it(size, local_size, free, copies):
+    class Alike(Ranks):
+        """Ranks that all have what this one has."""
+
+        def gather(self, value):
+            return [value] * self.size
+
+    ranks = Alike(0, size, 0, local_size)
+    assert copies_that_fit(ranks, 1000, torch.bfloat16, free) == copies
 
 
 def test_a_plain_decoder_is_given_as_it_is(folders):

@@ -4,12 +4,14 @@ bit, also when they are stopped or a rank is killed; evaluations and exports of 
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint  # noqa: F401, imported before the forks
 import torch.distributed.fsdp  # noqa: F401
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import engine.baselines.sacpo
@@ -45,23 +47,43 @@ def made(tmp_path_factory, cache):
     plan.matmul_rate(torch.float32, torch.device("cpu"))
     home = tmp_path_factory.mktemp("full")
 
-    def make(size: int, name: str) -> Path:
-        out = home / str(size) / name / "run"
+    def make(size: int, name: str, machines: int = 1) -> Path:
+        out = home / f"{size}-{machines}" / name / "run"
+        flags = [*RUNS[name], "--out", str(out)]
+
+        def work(ranks: Ranks) -> None:
+            local = size // machines
+            run(replace(ranks, local=ranks.rank % local, local_size=local), *flags)
+
         if not out.exists():
-            flags = [*RUNS[name], "--out", str(out)]
             if size == 1:
                 run(Ranks(), *flags)
             else:
-                assert on_ranks(size, lambda ranks: run(ranks, *flags)) == [None] * size
+                assert on_ranks(size, work) == [None] * size
         return out
 
     return make
 
 
-@pytest.mark.parametrize(("size", "name"), [(2, "caid"), (4, "few"), (2, "sacpo")])
-def test_a_run_on_ranks_is_that_of_one_process(made, size, name):
-    one, many = made(1, name), made(size, name)
+def rows_of_a_shard(folder: Path) -> int:
+    """Returns the most rows of the embedding that a file of the first iterate holds."""
+    (record,) = folder.glob("stages/*-iteration-1-policy.safetensors")
+    files_of_it = [record, *folder.glob("stages/*-iteration-1-policy.*.shards/*")]
+    name, rows = "adapter.masters.embed", []
+    for file in files_of_it:
+        with safe_open(file, framework="pt") as opened:
+            rows += [opened.get_slice(name).get_shape()[0]] if name in opened.keys() else []  # noqa: SIM118
+    return max(rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "machines"), [(2, "caid", 1), (4, "few", 1), (4, "few", 2), (2, "sacpo", 1)]
+)
+def test_a_run_on_ranks_is_that_of_one_process(made, size, name, machines):
+    """Each of two machines keeps a copy of the weights."""
+    one, many = made(1, name), made(size, name, machines)
     same(one, many)
+    assert rows_of_a_shard(many) == -(-rows_of_a_shard(one) * machines // size)
     iterates = sorted(path.name for path in (one / "adapters").iterdir())
     assert iterates
     for iterate in iterates:
