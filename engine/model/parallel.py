@@ -57,8 +57,9 @@ def copies_that_fit(ranks: Ranks, weights: int, compute: torch.dtype, available:
     """
     machines = ranks.size // ranks.local_size
     rows = weights / ranks.local_size
-    # Of each weight a rank's rows have a float32 master, its gradient and two moments, and the reference's.
-    needed = (16 + compute.itemsize) * rows + compute.itemsize * weights
+    # Of each weight a rank's rows have a float32 master, what it was before training, a gradient and two
+    # moments, and the reference's.
+    needed = (20 + compute.itemsize) * rows + compute.itemsize * weights
     fits = 2 * needed <= min(ranks.gather(available))
     even = ranks.size == machines * ranks.local_size and len(set(ranks.gather(ranks.local_size))) == 1
     return machines if fits and even else 1

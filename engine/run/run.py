@@ -204,9 +204,8 @@ class Run:
         run.paths.stages.mkdir(exist_ok=True)
         for left in folder.glob("adapters/.*.tmp"):  # a whole checkpoint, half written
             shutil.rmtree(left, ignore_errors=True)
-        for left in folder.glob(
-            f"stages/*{shards.SUFFIX}.tmp"
-        ):  # shards that a killed process began to write
+        # Shards that a killed process began to write.
+        for left in folder.glob(f"stages/*{shards.SUFFIX}.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         for left in [*folder.glob("*.tmp"), *folder.glob("stages/*.tmp")]:
             clear(left)

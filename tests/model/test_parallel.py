@@ -96,8 +96,8 @@ def test_weights_that_are_not_finite_on_one_rank_are_refused_on_all(folders, tmp
 
 @pytest.mark.parametrize(
     ("size", "local_size", "free", "copies"),
-    # 1000 weights on two machines of 4: 18 bytes of each for 250 rows, and 2 gathered, twice.
-    [(8, 4, 13000, 2), (8, 4, 12999, 1), (8, 8, 10**9, 1), (6, 4, 10**9, 1), (24, 8, 10**9, 3)],
+    # 1000 weights on two machines of 4: 22 bytes for each of 250, and 2 for all of them gathered; twice that.
+    [(8, 4, 15000, 2), (8, 4, 14999, 1), (8, 8, 10**9, 1), (6, 4, 10**9, 1), (24, 8, 10**9, 3)],
 )
 def test_each_machine_keeps_a_copy_where_half_of_what_is_free_takes_it(size, local_size, free, copies):
     class Alike(Ranks):

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from engine import model
 from engine.config import CaidConfig, PrimalDualConfig, smoke
-from engine.errors import NonFiniteError
+from engine.errors import NonFiniteError, UserError
 from engine.model.parallel import load_spread
+from engine.policy import steps as steps_of_policy
 from engine.policy import update as update_of_policy
 from engine.policy.full import FullWeights
 from engine.policy.samples import Samples
@@ -130,8 +131,11 @@ CASES = [
     # One prompt in each pass, so that passes compute the same on any number of ranks.
     ("tied", one_step(labels="soft", tokens_per_forward=1), {"dtype": torch.bfloat16}),
 ]
-ON_FOUR = [CASES[1], CASES[4], ("own", replace(CASES[0][1], prompts_per_step=2), {})]
-ON_FOUR += [(name, config, {**options, "copies": 2}) for name, config, options in (CASES[2], CASES[5])]
+ON_FOUR = [
+    CASES[4],
+    ("own", replace(CASES[0][1], prompts_per_step=2), {}),
+    ("own", CASES[2][1], {"anchor_share": 0.3, "copies": 2}),
+]
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, CASES), (4, ON_FOUR)])
@@ -140,7 +144,24 @@ def test_the_gradients_of_spread_weights_are_those_of_one_process(worlds, tmp_pa
     ranks have none; two rows of two ranks are two copies of the weights."""
 
     def work(ranks: Ranks) -> list:
-        return [steps(worlds[name], config, ranks, tmp_path, **options) for name, config, options in cases]
+        found = [steps(worlds[name], config, ranks, tmp_path, **options) for name, config, options in cases]
+        if ranks.size == 4:
+            check_copies(ranks)
+        return found
+
+    def check_copies(ranks: Ranks) -> None:
+        """Rank 3 comes to other weights than rank 1, which has the same rows."""
+        check = steps_of_policy._check_replicas
+
+        def moved(update: Update, taken: int) -> None:
+            if ranks.rank == 3:
+                with torch.no_grad():
+                    next(update.weights.parameters()).to_local()[0] += 1e-3
+            check(update, taken)
+
+        steps_of_policy._check_replicas = moved  # in the rank's own process
+        with pytest.raises(UserError, match="rank 3 has other weights after 1 steps than a rank that should"):
+            steps(worlds["own"], CASES[0][1], ranks, tmp_path, copies=2)
 
     alone = work(Ranks())
     first, *others = on_ranks(size, work)

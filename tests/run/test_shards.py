@@ -1,5 +1,6 @@
 """Tensors of records that are spread over ranks: written whole or not at all, read on any number of them."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import torch.distributed.checkpoint  # noqa: F401, imported before the forks
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from engine.errors import LostRank
+from engine.errors import LostRank, UserError
 from engine.model.parallel import mesh_of, rows_here
 from engine.ranks import Ranks
 from engine.run import run, shards
@@ -197,6 +198,25 @@ def test_damaged_shards_are_refused_and_the_state_before_is_taken(stopped, tmp_p
         assert dict(zip(DAMAGE, results, strict=True)) == dict.fromkeys(DAMAGE, [2, 4, []])
     for folder in folders:
         assert shards_left(folder) == 1 and not list(folder.glob("stages/*partial*"))
+
+
+def test_a_disk_that_is_full_on_one_rank_is_told_by_all_and_the_state_before_stays(stopped, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    before = {name: data for name, data in files(folder).items() if name.startswith("stages/")}
+
+    def full(ranks: Ranks) -> list:
+        def refuse(*words) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if ranks.rank == 1:  # in the rank's own process
+            torch.distributed.checkpoint.HuggingFaceStorageWriter.write_data = refuse
+        return saving(ranks, folder, until=9)
+
+    for error in on_ranks(2, full):
+        assert isinstance(error, UserError) and "rank 1 cannot write its shard" in str(error), error
+        assert "No space left on device" in str(error) and "\n" not in str(error)
+    after = files(folder)
+    assert {name: after[name] for name in before} == before
 
 
 def before_its_digest(ranks: Ranks) -> None:

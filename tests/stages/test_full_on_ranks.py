@@ -13,6 +13,7 @@ import torch.distributed.checkpoint  # noqa: F401, imported before the forks
 import torch.distributed.fsdp  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 import engine.baselines.sacpo
 import engine.caid  # noqa: F401
@@ -21,6 +22,7 @@ from engine.config import EvaluateConfig
 from engine.errors import Interrupted, LostRank
 from engine.evaluate import run_evaluation
 from engine.model.tokenizer import load_tokenizer
+from engine.policy import update
 from engine.ranks import Ranks
 from engine.report import panels  # noqa: F401
 from engine.run import plan
@@ -107,7 +109,17 @@ def test_equal_runs_are_bitwise_equal_also_when_one_was_stopped_and_one_lost_a_r
     assert len(read_whole(partial)[1]["record"]["fields"]["losses"]) == 3
 
     def kill(ranks: Ranks) -> None:
-        at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGKILL))(ranks)
+        """Kills rank 1 between the two halves of its fourth pass, while rank 0 waits for its gradients."""
+        passes, add_gradient = [], update.add_gradient
+
+        def die(loss: Tensor, share: float) -> float:
+            passes.append(share)
+            if len(passes) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return add_gradient(loss, share)
+
+        if ranks.rank == 1:  # in the rank's own process
+            update.add_gradient = die
         run(ranks, *RUNS["caid"], "--out", str(killed))
 
     survivor, gone = on_ranks(2, kill)
