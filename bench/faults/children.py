@@ -183,6 +183,8 @@ def call_on_ranks(
     streams = [
         [folder.with_name(f"{folder.name}.{rank}.{name}") for name in ("out", "err")] for rank in range(size)
     ]
+    from torch.distributed import TCPStore
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -197,9 +199,14 @@ def call_on_ranks(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "TORCHELASTIC_RUN_ID": "faults",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
             }
             _be_the_command(words, folder, streams[rank], lambda rank=rank: before(rank), None)
         running[child] = rank
+    # By this the ranks find one another and note who has said why all end; it outlives them, as torchrun's.
+    # It has a thread, so it comes after the forks.
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     codes, failed_at, hung = {}, None, False
     while running:
         now = time.monotonic()
@@ -222,6 +229,7 @@ def call_on_ranks(
                     os.kill(other, signal.SIGTERM)
         time.sleep(0.002)
     end = time.monotonic()
+    del store
     code = next((code for _, code in sorted(codes.items()) if code), 0)
     texts = [[path.read_bytes().decode(errors="replace") for path in pair] for pair in streams]
     seconds = end - (start if failed_at is None else failed_at)

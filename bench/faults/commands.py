@@ -66,6 +66,9 @@ for _name in ("resume", "evaluate", "export"):
     COMMANDS[f"full-{_name}"] = COMMANDS[_name]._replace(needs="full")
 for _ranks in (2, 4):
     COMMANDS[f"caid-on-{_ranks}"] = COMMANDS["caid"]._replace(ranks=_ranks)
+COMMANDS["full-on-2"] = COMMANDS["full"]._replace(
+    words=(*COMMANDS["full"].words, "--checkpoint-every", "1"), ranks=2
+)
 COMMANDS["sweep-resume"] = Command(("engine.sweep", "--resume", "sweep"), "sweep", needs="sweep")
 
 

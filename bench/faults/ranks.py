@@ -1,5 +1,5 @@
-"""Kills and stops ranks of a run at seeded moments and at the file operations of rank 0, then goes on with as
-many ranks."""
+"""Kills and stops ranks of a run at seeded moments and at their file operations, then goes on with as many
+ranks."""
 
 import random
 import re
@@ -14,8 +14,9 @@ from bench.faults.operations import KillAt, watch
 from bench.faults.outcome import CLEAN, HANG, TRACEBACK, WRONG, Outcome, compared, last_line, tree
 from bench.faults.slots import Slot
 
-KILLED = ("caid-on-2", "caid-on-4")
-# Of each command: rank 0 is killed at operations spread evenly, any rank at moments, and one is stopped.
+KILLED = ("caid-on-2", "caid-on-4", "full-on-2")
+# Of each command: a rank that writes is killed at operations spread evenly, any rank at moments, and one is
+# stopped. Rank 0 writes everything but the shards of other ranks, with --tune full.
 OPERATIONS, MOMENTS, STOPS = 10, 12, 8
 LATEST = 0.8  # share of the undisturbed time, which one with less beside it takes less of
 # What a rank says of the end of all.
@@ -28,9 +29,11 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]
     listed = []
     for name in commands:
         rng, about, ranks = random.Random(f"{seed} ranks {name}"), slot.about(name), COMMANDS[name].ranks
-        step = max(1, about["operations"] // OPERATIONS)
-        for n in range(1 + rng.randrange(step), about["operations"] + 1, step):
-            listed.append(Case(f"ranks/{name}/operation-{n}", (name,), partial(at_operation, name=name, n=n)))
+        for rank, operations in enumerate(about["of_ranks"]):
+            step = max(1, operations // OPERATIONS)
+            for n in range(1 + rng.randrange(step), operations + 1, step):
+                case = partial(at_operation, name=name, rank=rank, n=n)
+                listed.append(Case(f"ranks/{name}/rank-{rank}-operation-{n}", (name,), case))
         for what, number, count in (
             ("killed", signal.SIGKILL, MOMENTS),
             ("interrupted", signal.SIGINT, STOPS - STOPS // 2),
@@ -44,11 +47,11 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]
     return listed
 
 
-def at_operation(slot: Slot, name: str, n: int) -> Outcome:
-    """Kills rank 0, which alone writes, at its n-th file operation, and goes on."""
+def at_operation(slot: Slot, name: str, rank: int, n: int) -> Outcome:
+    """Kills a rank at its n-th file operation, and goes on."""
 
-    def before(rank: int) -> None:
-        if rank == 0:
+    def before(own: int) -> None:
+        if own == rank:
             watch(slot.work, KillAt(n))
 
     slot.begin("inputs")

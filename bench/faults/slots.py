@@ -57,16 +57,21 @@ class Slot:
         self.run_whole(command.words, name, command.ranks)
 
     def run_whole(self, words: Sequence[str], name: str, ranks: int = 1) -> None:
-        """Runs a command that has to go through, and keeps the folder as `name`. Of several ranks rank 0
-        writes."""
-        counter = Counter()
+        """Runs a command that has to go through, and keeps the folder as `name`."""
+        counters = [Counter() for _ in range(ranks)]
         if ranks == 1:
-            ended = self.call(words, before=lambda: watch(self.work, counter))
+            ended = self.call(words, before=lambda: watch(self.work, counters[0]))
         else:
-            ended = self.call_on_ranks(words, ranks, before=lambda rank: watch(self.work, counter))
+            ended = self.call_on_ranks(words, ranks, before=lambda rank: watch(self.work, counters[rank]))
         assert ended.code == 0, f"{' '.join(words)} ended with {ended.code} undisturbed: {ended.err}"
-        operations, n_bytes = counter.read()
-        about = {"operations": operations, "bytes": n_bytes, "seconds": ended.seconds}
+        operations, n_bytes = counters[0].read()
+        of_ranks = [counter.read()[0] for counter in counters]
+        about = {
+            "operations": operations,
+            "of_ranks": of_ranks,
+            "bytes": n_bytes,
+            "seconds": ended.seconds,
+        }
         self.kept.mkdir(parents=True, exist_ok=True)
         (self.kept / f"{name}.json").write_text(json.dumps(about))
         self.keep(name)
@@ -79,7 +84,8 @@ class Slot:
         unfinished.rename(self.kept / name)
 
     def about(self, name: str) -> dict:
-        """Returns how many file operations, written bytes and seconds the undisturbed command took."""
+        """Returns how many file operations, written bytes and seconds the undisturbed command took: those of
+        rank 0, and the file operations of each rank."""
         self.make(name)
         return json.loads((self.kept / f"{name}.json").read_text())
 
