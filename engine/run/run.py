@@ -320,7 +320,7 @@ class Run:
                 named.add(read_whole(path)[1].get("shards", {}).get("folder"))
         for folder in found:
             if folder.name not in named:
-                shutil.rmtree(folder)
+                shards.remove(folder)
 
     def append(self, path: Path, row: dict) -> None:
         """Adds a row to a file of rows, on rank 0."""
@@ -396,7 +396,7 @@ class Run:
                 clear(path)
         for path in folders:
             if not (keep and path.name.startswith(f"{stage.stem.name}.")):
-                shutil.rmtree(path)
+                shards.remove(path)
         return len(stale) - len(folders)
 
     def _time(self, stage: Stage, start: float) -> None:

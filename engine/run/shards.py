@@ -78,21 +78,27 @@ def write(ranks: Ranks, tensors: Mapping[str, Tensor], stem: Path) -> dict:
             dcp.save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
         rank, (reason, _) = min(error.failures.items())
+        if isinstance(reason, KeyboardInterrupt):  # a second Ctrl-C, which reaches all ranks by this
+            raise KeyboardInterrupt from error
         raise UserError(
             f"{shown(folder)}: rank {rank} cannot write its shard ({one_line(reason)}); free space, or look "
             "at that disk."
         ) from error
-    written = sorted(folder.iterdir())
+    # Its own file, which another machine may not see yet; of ranks with the same rows one writes them.
+    written = folder.glob(f"shard-{ranks.rank + 1:05d}-*")
     digests: dict[str, str] = {}
-    for own in ranks.gather({file.name: _digest(file) for file in written[ranks.rank :: ranks.size]}):
+    for own in ranks.gather({file.name: _digest(file) for file in written}):
         digests |= own
     whole = stem.with_name(f"{stem.name}.{_short(digests)}{SUFFIX}")
-    ranks.first(lambda: _put(folder, whole))
-    return {
+    record = {
         "folder": whole.name,
         "files": digests,
         "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()},
     }
+    # The record before may name a folder of the same content, which then stays as it is.
+    stands = ranks.first(whole.exists) and wrong_file(ranks, whole, record) is None
+    ranks.first(lambda: remove(folder) if stands else _put(folder, whole))
+    return record
 
 
 def described(path: Path, shards: dict) -> dict[str, Stored]:
@@ -106,13 +112,26 @@ def described(path: Path, shards: dict) -> dict[str, Stored]:
 
 
 def wrong_file(ranks: Ranks, path: Path, shards: dict) -> Path | None:
-    """Returns a file of the folder that a record at `path` names which is missing or not as it was written;
-    None where all are whole. Each rank reads some; all call it."""
-    folder, names = path.parent / shards["folder"], sorted(shards["files"])
-    wrong = [
-        name for name in names[ranks.rank :: ranks.size] if not _is(folder / name, shards["files"][name])
-    ]
-    return next((folder / name for found in ranks.gather(wrong) for name in found), None)
+    """Returns a file of the folder that a record at `path` names which is missing, not as it was written, or
+    none of its own; None where all are whole. Each rank reads some; all call it.
+
+    Raises: UserError without permission, on all ranks.
+    """
+    folder, files = path.parent / shards["folder"], shards["files"]
+    wrong: list[Path | UserError] = []
+    if ranks.is_first:
+        wrong += [file for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
+    for name in sorted(files)[ranks.rank :: ranks.size]:
+        try:
+            if not _is(folder / name, files[name]):
+                wrong.append(folder / name)
+        except UserError as error:
+            wrong.append(error)
+    found = [one for own in ranks.gather(wrong) for one in own]
+    for error in found:
+        if isinstance(error, UserError):
+            raise error
+    return next(iter(found), None)
 
 
 @torch.no_grad()
@@ -147,19 +166,24 @@ def _read(folder: Path, wanted: Mapping[str, tuple[Tensor, int]]) -> None:
                     target[first - start : end - start].copy_(piece[first - at : end - at])
 
 
-def _make_anew(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """Deletes a folder of shards. Raises: NotWritten."""
     with writing(folder):
-        if folder.exists():  # half written by a process that was killed
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
+
+
+def _make_anew(folder: Path) -> None:
+    if folder.exists():  # half written by a process that was killed
+        remove(folder)
+    with writing(folder):
         folder.mkdir()
 
 
 def _put(folder: Path, whole: Path) -> None:
-    """Gives a folder its name; one that stands there is of the same content, and was never named or is named
-    by the record that is written next."""
+    """Gives a folder its name; one that stands there is damaged."""
+    if whole.exists():
+        remove(whole)
     with writing(whole):
-        if whole.exists():
-            shutil.rmtree(whole)
         folder.rename(whole)
         sync_folder(whole.parent)
 
@@ -181,8 +205,11 @@ def _digest(file: Path) -> str:
 
 
 def _is(file: Path, digest: str) -> bool:
+    """Tells whether a file has a digest. Raises: UserError without permission, as the file may be whole."""
     try:
         return sha256_of_file(file) == digest
+    except PermissionError as error:
+        raise UserError(f"cannot read {shown(file)}; make it readable") from error
     except OSError:
         return False
 

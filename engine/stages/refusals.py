@@ -4,6 +4,8 @@ Whoever gives a cost or audit of that name, such as --audit refusal=FOLDER#LABEL
 first words; so it tells refusals in the verdict too, and there is no setting for it.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from engine.policy.weights import Weights, before_whole, whole
@@ -38,7 +40,8 @@ def sampled_refusals(
     forward = ReferenceForward(temperature=subject.settings.temperature, logprob=False)
 
     def work(own: range, part: Prompts) -> list[bool]:
-        with before_whole(subject.model):
+        # Without a scorer no rank gathers the reference after its responses.
+        with before_whole(subject.model) if alone else nullcontext():
             rollouts, texts = respond(subject, stage, part, adapter, n=n, purpose=purpose)
         if alone is None:
             return [is_refusal(text) for text in texts]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint  # noqa: F401, imported before the forks
+import torch._dynamo  # noqa: F401, imported before the forks
+import torch.distributed.checkpoint  # noqa: F401
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -144,6 +145,7 @@ DAMAGE = {
     "missing": Path.unlink,
     "swapped": swap,
     "no folder": lambda file: shutil.rmtree(file.parent),
+    "beside another one": lambda file: shutil.copy(file, file.with_name(f"shard-00003-{REST}")),
     "of another step": lambda file: shutil.copy(
         next(f for f in file.parent.parent.glob("*.shards/shard-00001*") if f.parent != file.parent), file
     ),
@@ -215,6 +217,50 @@ def test_a_disk_that_is_full_on_one_rank_is_told_by_all_and_the_state_before_sta
     for error in on_ranks(2, full):
         assert isinstance(error, UserError) and "rank 1 cannot write its shard" in str(error), error
         assert "No space left on device" in str(error) and "\n" not in str(error)
+    after = files(folder)
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_folder_that_a_record_names_stays_when_the_same_is_written_again(tmp_path):
+    """Ctrl-C in an update's last step leaves a state that is its result too. A kill must not part it from its
+    shards; a folder that is damaged, as no record names it, is made anew."""
+    stem = tmp_path / "01-policy"
+
+    def work(ranks: Ranks) -> list:
+        def written() -> tuple[str, dict[Path, int]]:
+            name = shards.write(ranks, spread(ranks, values(1)), stem)["folder"]
+            ranks.gather(None)
+            return name, {file: file.stat().st_ino for file in tmp_path.glob("*.shards*/*")}
+
+        found = [written(), written()]
+        if ranks.is_first:
+            flip(next(iter(found[0][1])))
+        return [*found, written(), wrong(ranks, shards.described(stem, shards_of(found[0][0])), 1)]
+
+    def shards_of(name: str) -> dict:
+        tensors = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in values(1).items()}
+        return {"folder": name, "tensors": tensors}
+
+    for first, second, third, differing in on_ranks(2, work):
+        assert first == second and first[0] == third[0] and differing == []
+        assert first[1].keys() == third[1].keys() and not set(first[1].values()) & set(third[1].values())
+
+
+def test_shards_that_may_not_be_read_are_refused_and_stay(stopped, tmp_path):
+    """They may be whole, so the state before them is not taken."""
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    before = {name: data for name, data in files(folder).items() if name.startswith("stages/")}
+
+    def refuse(file: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def work(ranks: Ranks) -> list:
+        if ranks.rank == 1:  # in the rank's own process
+            shards.sha256_of_file = refuse
+        return saving(ranks, folder, until=9)
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, UserError) and str(error).endswith("; make it readable"), error
     after = files(folder)
     assert {name: after[name] for name in before} == before
 
