@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.fsdp  # noqa: F401, imported before the forks
+import torch._dynamo  # noqa: F401, imported before the forks
+import torch.distributed.fsdp  # noqa: F401
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -67,8 +68,8 @@ def worlds(tmp_path_factory) -> dict[str, World]:
 def steps(
     world: World, config, ranks: Ranks, folder: Path, dtype=torch.float32, anchor_share=0.0, copies=1
 ) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
-    """Takes the steps of a config from the moved policy; returns the weights and the first moment, whole, and
-    the rows."""
+    """Takes the steps of a config from the moved policy; returns the first moment of one, or the
+    weights after several, whole, and the rows."""
     cpu = torch.device("cpu")
 
     def load(path: Path):
@@ -95,7 +96,8 @@ def steps(
         target = ScoredTarget(score=score, coefficient=0.5, anchor="any", anchor_share=anchor_share)
         policy = fit(update, world.samples, target, train_on=list(range(5)), anchor=anchor)
     found = {}
-    for part in ("adapter", "first_moment"):
+    # The moment has the gradient of one step; after several, it is the weights that count.
+    for part in ("first_moment",) if config.steps == 1 else ("adapter",):
         tensors = getattr(policy, part)
         assert all(isinstance(value, DTensor) for value in tensors.values()) == (ranks.size > 1)
         found[part] = {n: v.full_tensor() if ranks.size > 1 else v for n, v in tensors.items()}

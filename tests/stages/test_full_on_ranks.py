@@ -3,13 +3,16 @@ bit, also when they are stopped or a rank is killed; evaluations and exports of 
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.checkpoint  # noqa: F401, imported before the forks
+import torch._dynamo  # noqa: F401, imported before the forks
+import torch.distributed.checkpoint  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,16 +22,19 @@ import engine.baselines.sacpo
 import engine.caid  # noqa: F401
 from engine import export, train
 from engine.config import EvaluateConfig
-from engine.errors import Interrupted, LostRank
+from engine.errors import Interrupted, LostRank, NonFiniteError
 from engine.evaluate import run_evaluation
+from engine.model.parallel import load_spread
 from engine.model.tokenizer import load_tokenizer
 from engine.policy import update
 from engine.ranks import Ranks
+from engine.records import Prompts
 from engine.report import panels  # noqa: F401
 from engine.run import plan
 from engine.run.store import read_whole
+from engine.stages import refusals
 from engine.stages.smoke import smoke_folder
-from tests.helpers.rank_runs import ODD, at_the_second_step, run, same
+from tests.helpers.rank_runs import ODD, at_the_second_step, few_prompts, run, same
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import files
 
@@ -42,16 +48,15 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, cache):
-    """Makes runs when they are asked for first: FOLDER/RANKS/NAME/run."""
-    load_tokenizer(smoke_folder())
-    plan.matmul_rate(torch.float32, torch.device("cpu"))
-    home = tmp_path_factory.mktemp("full")
+class Runs:
+    """Makes runs when they are asked for first: FOLDER/RANKS-MACHINES/NAME/run."""
 
-    def make(size: int, name: str, machines: int = 1) -> Path:
-        out = home / f"{size}-{machines}" / name / "run"
-        flags = [*RUNS[name], "--out", str(out)]
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.few_prompts = folder, few_prompts(folder)
+
+    def __call__(self, size: int, name: str, machines: int = 1) -> Path:
+        out = self.folder / f"{size}-{machines}" / name / "run"
+        flags = [*self.flags(name), "--out", str(out)]
 
         def work(ranks: Ranks) -> None:
             local = size // machines
@@ -64,7 +69,33 @@ def made(tmp_path_factory, cache):
                 assert on_ranks(size, work) == [None] * size
         return out
 
-    return make
+    def flags(self, name: str) -> list[str]:
+        """Returns the algorithm and the flags of a run."""
+        return [*RUNS[name], *self.few_prompts]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, cache) -> Runs:
+    load_tokenizer(smoke_folder())
+    plan.matmul_rate(torch.float32, torch.device("cpu"))
+    return Runs(tmp_path_factory.mktemp("full"))
+
+
+@pytest.fixture(scope="module")
+def stopped(made) -> Path:
+    """Leaves a run of two ranks that Ctrl-C has stopped, which reached one of them alone: both end after the
+    next step, which is saved."""
+    out = made.folder / "stopped" / "run"
+
+    def stop(ranks: Ranks) -> None:
+        at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGINT))(ranks)
+        run(ranks, *made.flags("caid"), "--out", str(out))
+
+    for error in on_ranks(2, stop):
+        assert isinstance(error, Interrupted) and str(error) == f"stopped; go on with --resume {out}"
+    (partial,) = out.glob("stages/*.partial.safetensors")
+    assert len(read_whole(partial)[1]["record"]["fields"]["losses"]) == 3
+    return out
 
 
 def rows_of_a_shard(folder: Path) -> int:
@@ -78,9 +109,7 @@ def rows_of_a_shard(folder: Path) -> int:
     return max(rows)
 
 
-@pytest.mark.parametrize(
-    ("size", "name", "machines"), [(2, "caid", 1), (4, "few", 1), (4, "few", 2), (2, "sacpo", 1)]
-)
+@pytest.mark.parametrize(("size", "name", "machines"), [(2, "caid", 1), (4, "few", 2), (2, "sacpo", 1)])
 def test_a_run_on_ranks_is_that_of_one_process(made, size, name, machines):
     """Each of two machines keeps a copy of the weights."""
     one, many = made(1, name), made(size, name, machines)
@@ -95,18 +124,8 @@ def test_a_run_on_ranks_is_that_of_one_process(made, size, name, machines):
             assert (found[weight] - expected[weight]).norm() <= 1e-5 * expected[weight].norm(), weight
 
 
-def test_equal_runs_are_bitwise_equal_also_when_one_was_stopped_and_one_lost_a_rank(made, tmp_path):
-    """Ctrl-C reaches one rank alone: both end after the next step, which is saved."""
-    stopped, killed = tmp_path / "stopped" / "run", tmp_path / "killed" / "run"
-
-    def stop(ranks: Ranks) -> None:
-        at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGINT))(ranks)
-        run(ranks, *RUNS["caid"], "--out", str(stopped))
-
-    for error in on_ranks(2, stop):
-        assert isinstance(error, Interrupted) and str(error) == f"stopped; go on with --resume {stopped}"
-    (partial,) = stopped.glob("stages/*.partial.safetensors")
-    assert len(read_whole(partial)[1]["record"]["fields"]["losses"]) == 3
+def test_equal_runs_are_bitwise_equal_also_when_one_was_stopped_and_one_lost_a_rank(made, stopped, tmp_path):
+    killed, again = tmp_path / "killed" / "run", shutil.copytree(stopped, tmp_path / "stopped" / "run")
 
     def kill(ranks: Ranks) -> None:
         """Kills rank 1 between the two halves of its fourth pass, while rank 0 waits for its gradients."""
@@ -120,31 +139,25 @@ def test_equal_runs_are_bitwise_equal_also_when_one_was_stopped_and_one_lost_a_r
 
         if ranks.rank == 1:  # in the rank's own process
             update.add_gradient = die
-        run(ranks, *RUNS["caid"], "--out", str(killed))
+        run(ranks, *made.flags("caid"), "--out", str(killed))
 
     survivor, gone = on_ranks(2, kill)
     assert isinstance(survivor, LostRank) and isinstance(gone, ChildProcessError), survivor
 
     def go_on(ranks: Ranks) -> None:
-        for folder in (stopped, killed):
+        for folder in (again, killed):
             run(ranks, "caid", "--resume", str(folder))
 
     assert on_ranks(2, go_on) == [None, None]
     whole = files(made(2, "caid"))
     assert sum(".shards/" in name for name in whole) == 4, "two iterates on two ranks"
-    for folder in (stopped, killed):
-        again = files(folder)
-        assert [name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name)] == []
+    for folder in (again, killed):
+        found = files(folder)
+        assert [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)] == []
 
 
-def test_one_process_goes_on_with_shards_of_ranks(made, tmp_path, capsys):
-    out = tmp_path / "run"
-
-    def stop(ranks: Ranks) -> None:
-        at_the_second_step(lambda: os.kill(os.getpid(), signal.SIGINT))(ranks)
-        run(ranks, *RUNS["caid"], "--out", str(out))
-
-    assert all(isinstance(error, Interrupted) for error in on_ranks(2, stop))
+def test_one_process_goes_on_with_shards_of_ranks(made, stopped, tmp_path, capsys):
+    out = shutil.copytree(stopped, tmp_path / "run")
     assert train.main(["--resume", str(out)]) == 0
     assert "resumed with other versions of ranks" in capsys.readouterr().out
     same(made(1, "caid"), out)
@@ -176,3 +189,28 @@ def test_what_ranks_have_made_is_judged_and_exported(made, tmp_path):
     )
     assert exported.keys() == iterate.keys()
     assert all(torch.equal(exported[name], iterate[name]) for name in iterate)
+
+
+@pytest.mark.parametrize("told_by_scorer", [False, True])
+def test_answers_that_are_not_finite_on_one_rank_leave_the_ranks_together(cache, told_by_scorer):
+    """The other rank gathers the reference where a scorer tells refusals, and not where first words do."""
+    prompts = Prompts(text=["a", "b"], kind=["", ""], token_ids=[[5], [6]], key_P=torch.arange(2))
+
+    def work(ranks: Ranks) -> list:
+        def respond(*words, **options):
+            if ranks.rank == 1:
+                raise NonFiniteError("an infinite number")
+            return None, ["I cannot help with that."]
+
+        # In the rank's own process.
+        refusals.respond = respond
+        refusals.teller_of_refusals = lambda scorers: told_by_scorer or None
+        refusals.score = lambda *words: SimpleNamespace(reward_PG=torch.ones(1, 1))
+        network = load_spread(smoke_folder(), dtype=torch.float32, device=torch.device("cpu"), ranks=ranks)
+        settings = SimpleNamespace(temperature=1.0)
+        subject = SimpleNamespace(model=network, scorers=None, settings=settings, ranks=ranks)
+        with pytest.raises(NonFiniteError, match="an infinite number"):
+            refusals.sampled_refusals(subject, None, prompts, None, n=1, purpose=0)
+        return ranks.gather(ranks.rank)
+
+    assert on_ranks(2, work) == [[0, 1], [0, 1]]
