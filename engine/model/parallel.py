@@ -45,27 +45,6 @@ def mesh_of(ranks: Ranks, device: torch.device, copies: int = 1) -> "DeviceMesh"
     return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
 
 
-def copies_that_fit(ranks: Ranks, weights: int, compute: torch.dtype, available: int) -> int:
-    """Returns how many copies of a policy's weights the ranks keep together, see `mesh_of`.
-
-    It is one for each machine, where half of what the tightest rank has free takes its rows and, while it
-    samples, all weights gathered; the other half is for what a run computes. Else, on one machine, and on
-    machines with other numbers of ranks, it is one over all ranks. All ranks call it.
-
-    weights: their number. compute: dtype of the reference and of gathered weights. available: bytes that are
-    free for this rank.
-    """
-    on_machine, free = zip(*ranks.gather((ranks.local_size, available)), strict=True)
-    machines = ranks.size // ranks.local_size
-    if set(on_machine) != {ranks.local_size} or machines * ranks.local_size != ranks.size:
-        return 1
-    rows = weights / ranks.local_size
-    # Of each weight a rank's rows have a float32 master, what it was before training, a gradient and two
-    # moments, and the reference's.
-    needed = (20 + compute.itemsize) * rows + compute.itemsize * weights
-    return machines if 2 * needed <= min(free) else 1
-
-
 def is_spread(value: nn.Module | Tensor) -> bool:
     """Tells whether a decoder, a layer or a tensor is spread over ranks. Where nothing has imported PyTorch's
     classes for that, nothing is."""

@@ -3,9 +3,12 @@
 import ctypes
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
+
+from engine.errors import UserError
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
@@ -49,6 +52,22 @@ def _cgroup_room(root: Path) -> float:
             if limit != "max":
                 room = min(room, int(limit) - int(used) + int(stat.get(names[2], 0)))
     return max(0, room)
+
+
+def device_name(device: torch.device) -> str:
+    """Names what computes: the make of a GPU, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def check_equal_devices(names: Sequence[str]) -> None:
+    """Checks that all ranks compute on devices of one name, as others round otherwise. names: by rank.
+    Raises: UserError."""
+    for rank, name in enumerate(names):
+        if name != names[0]:
+            raise UserError(
+                f"rank {rank} computes on {name} and rank 0 on {names[0]}: one run needs equal devices, as "
+                "others round otherwise; choose them with CUDA_VISIBLE_DEVICES, and start as many ranks."
+            )
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:

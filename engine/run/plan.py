@@ -1,12 +1,14 @@
 """The time and memory that a run is predicted to need, printed before it starts.
 
 Where memory is short, fewer responses are decoded side by side; where it does not suffice even
-then, the run stops there.
+then, the run stops there. On several ranks the prediction is for one of them, that with the largest share of
+the prompts and the least free memory. Messages between ranks are not in the time: `bench.scale` counts them.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,7 +17,8 @@ from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.names import linear_shapes, linears_of
 from engine.ranks import ALONE, Ranks
-from engine.run.machine import available_memory, matmul_rate
+from engine.run.machine import available_memory, check_equal_devices, device_name, matmul_rate
+from engine.run.spread import shard_size, spread_bytes, step_bytes
 from kernels.loss_head.schemes import budget_or_default
 
 # The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
@@ -26,6 +29,7 @@ KEPT_STATES_BYTES = 2 * 2**30
 TOKEN_BYTES = 32  # of a response's token: its id, two log-probs, a flag, its text and copies on their way
 PAIR_BYTES = 128  # of two responses' indices, in lists and in a tensor
 ADAPTER_BYTES = 24  # of an adapter's weight: float32 with gradient, two moments, the start and a checkpoint
+FLAT_BYTES = 4  # and of its copy in the message that adds its gradient up over several ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +44,79 @@ class ScorerSize:
     spared: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a plan is made from: a run's settings, its model, and the lengths in tokens of the prompts that
+    will be sampled."""
+
+    config: RunConfig
+    shape: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    train: list[int]
+    heldout: list[int]
+    scorers: Sequence[ScorerSize] = ()  # models beside the policy's
+
+    def needed(self, rows: int, ranks: int = 1, shards: int = 1) -> int:
+        """Counts the bytes that a rank needs at the peak, with `rows` responses side by side.
+
+        ranks: share out the prompts. shards: ranks that each weight is spread over with --tune full; 1: it
+        stands whole on each.
+        """
+        config, shape, dtype, device = self.config, self.shape, self.dtype, self.device
+        lengths = self.train + self.heldout
+        longest = max(lengths)
+        weights = shape.parameter_count() * dtype.itemsize
+        training = _training_bytes(config, shape, dtype, device, longest, ranks)
+        results = _samples_bytes(config)
+        beside, scoring = scorer_bytes(config, device, self.scorers)
+        most_rows = max(largest_share(n, ranks) for n in (config.n_prompts, config.eval_prompts))
+        most_rows *= config.n_responses
+        sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
+        if shards > 1:
+            # What samples and scores has all weights in 16 bits, first the policy's and then the reference's.
+            sampling, scoring = (weights + working for working in (sampling, scoring))
+            training += step_bytes(shape, dtype)
+            weights = spread_bytes(shape, dtype, shards, on_cpu=device.type == "cpu")
+        elif ranks == 1:
+            training += _kept_bytes(config, shape, dtype, device, self.train)
+        else:
+            # States below the adapter are kept while the responses of a share are scored, and no longer.
+            share = sorted(self.train)[-largest_share(len(self.train), ranks) :]
+            sampling += _states_bytes(config, shape, dtype, share)
+            training += (ADAPTER_BYTES + FLAT_BYTES) * adapter_parameters(config, shape)
+        if ranks > 1:
+            results += _gathered_bytes(config)
+        return _peak(weights + beside + results + max(sampling, training, scoring))
+
+    def rows(self, available: int, ranks: int = 1, shards: int = 1) -> int:
+        """Lowers config.rollout_rows to what fits into `available` bytes, down to one prompt's responses."""
+        least = max(self.config.n_responses, self.config.eval_responses)
+        needed = partial(self.needed, ranks=ranks, shards=shards)
+        return rows_that_fit(self.config.rollout_rows, least, needed, available)
+
+    def seconds(self, rate: float, ranks: int = 1) -> float:
+        """Predicts the time of the rank with most prompts, where all multiply at `rate` in bare products."""
+        lengths = self.train + self.heldout
+        mean = sum(lengths) / len(lengths)
+        products = _products(self.config, self.shape, self.dtype, mean, ranks)
+        products += _scorer_products(self.config, self.scorers, mean, ranks)
+        return 2 * products / (EFFICIENCY * rate)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The prediction for a run."""
+    """The prediction for a run, of each of its ranks."""
 
     needed_bytes: int  # at the peak
-    available_bytes: int
+    available_bytes: int  # on the rank that has least
     seconds: float
     rows: int  # responses to decode side by side
     spare: str = ""  # what else spares memory
+    ranks: int = 1
+    tightest: int = 0  # the rank that has least memory
+    shards: int = 1  # ranks that each weight is spread over; 1: it stands whole on each
+    cure: str = ""  # what would fit, where this does not on several ranks
 
     @staticmethod
     def of(
@@ -63,52 +131,136 @@ class Plan:
         fewer_rows: bool = False,
         ranks: Ranks = ALONE,
     ) -> "Plan":
-        """Counts the bytes and the products of a run, and time a matrix product for the rate.
+        """Counts the bytes and the products of a run, and times a matrix product for the rate.
 
         train, heldout: lengths in tokens of the prompts that will be sampled. scorers: models beside the
         policy's. fewer_rows: `rows` may be lowered to those that fit, down to the responses of one prompt.
-        ranks: share out the work, and those of one machine its main memory.
+        ranks: share out the work, and those of one machine its main memory; all of them get the same plan, by
+        the least memory and the lowest rate of any.
+
+        Raises: UserError naming a rank whose device is not that of rank 0.
         """
-        lengths = train + heldout
-        longest, mean = max(lengths), sum(lengths) / len(lengths)
-        weights = shape.parameter_count() * dtype.itemsize
-        training = _training_bytes(config, shape, dtype, device, longest) + _kept_bytes(
-            config, shape, dtype, device, train
+        work = Work(
+            config=config,
+            shape=shape,
+            dtype=dtype,
+            device=device,
+            train=train,
+            heldout=heldout,
+            scorers=scorers,
         )
-        results = _samples_bytes(config)
-        beside, scoring = scorer_bytes(config, device, scorers)
-        most_rows = max(config.n_prompts, config.eval_prompts) * config.n_responses
-
-        def needed(rows: int) -> int:
-            sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
-            return _peak(weights + beside + results + max(sampling, training, scoring))
-
-        available, rows = available_memory(device), config.rollout_rows
+        own = available_memory(device)
         if device.type == "cpu":
-            available //= ranks.local_size
-        if fewer_rows:
-            rows = rows_that_fit(rows, max(config.n_responses, config.eval_responses), needed, available)
-        products = _products(config, shape, dtype, mean) + _scorer_products(config, scorers, mean)
-        seconds = 2 * products / (EFFICIENCY * matmul_rate(dtype, device) * ranks.size)
-        spare = "--offload-scorers or " if device.type == "cuda" and beside else ""
-        return Plan(needed(rows), available, seconds, rows, spare)
+            own //= ranks.local_size
+        name = device_name(device) if ranks.size > 1 else ""
+        found = ranks.gather((own, matmul_rate(dtype, device), name, ranks.local_size))
+        check_equal_devices([name for *_, name, _ in found])
+        available, tightest = min((free, rank) for rank, (free, *_) in enumerate(found))
+        # Where machines have unlike numbers of ranks, weights are spread over all ranks.
+        local = ranks.local_size if len({local for *_, local in found}) == 1 else 1
+        for shards in shards_to_try(config, ranks.size, local):
+            rows = work.rows(available, ranks.size, shards) if fewer_rows else config.rollout_rows
+            needed = work.needed(rows, ranks.size, shards)
+            if needed <= available:
+                break
+        short = ranks.size > 1 and needed > available
+        aside = device.type == "cuda" and scorer_bytes(config, device, scorers)[0] > 0
+        return Plan(
+            needed_bytes=needed,
+            available_bytes=available,
+            seconds=work.seconds(min(rate for _, rate, *_ in found), ranks.size),
+            rows=rows,
+            spare="--offload-scorers or " if aside else "",
+            ranks=ranks.size,
+            tightest=tightest,
+            shards=shards,
+            cure=what_fits(work, available, rows, ranks.size, local) if short else "",
+        )
 
     def check(self) -> None:
         """Stops a run that does not fit. Raises: UserError when less memory is free than is needed."""
-        if self.needed_bytes > self.available_bytes:
+        if self.needed_bytes <= self.available_bytes:
+            return
+        needed, free = (f"{n / 1e9:.1f} GB" for n in (self.needed_bytes, self.available_bytes))
+        if self.ranks > 1:
             raise UserError(
-                f"this run needs about {self.needed_bytes / 1e9:.1f} GB of memory and "
-                f"{self.available_bytes / 1e9:.1f} GB are free; lower --rollout-rows (here {self.rows}), "
-                "--prompts-per-step, --n-responses, --eval-responses, --max-new-tokens or --lora-rank, "
-                f"or use {self.spare}--dtype bfloat16."
+                f"this run needs about {needed} of memory on each of its {self.ranks} ranks and {free} are "
+                f"free on rank {self.tightest}; {self.cure}."
             )
+        raise UserError(
+            f"this run needs about {needed} of memory and {free} are free; lower --rollout-rows (here "
+            f"{self.rows}), --prompts-per-step, --n-responses, --eval-responses, --max-new-tokens or "
+            f"--lora-rank, or use {self.spare}--dtype bfloat16."
+        )
 
     def sentence(self) -> str:
         """Says the prediction in one line for the user."""
+        each = f"on each of {self.ranks} ranks " if self.ranks > 1 else ""
         return (
             f"predicted: about {max(1, round(self.seconds / 60))} min, {self.needed_bytes / 1e9:.1f} GB of "
-            f"memory ({self.available_bytes / 1e9:.1f} GB free)"
+            f"memory {each}({self.available_bytes / 1e9:.1f} GB free)"
         )
+
+
+def largest_share(n: int, ranks: int) -> int:
+    """Counts the prompts of the rank that has most of n, see `Ranks.share`."""
+    return -(-n // ranks)
+
+
+def shards_to_try(config: RunConfig, ranks: int, local: int) -> list[int]:
+    """Lists the numbers of ranks that weights may be spread over, the best first: the `local` ranks of one
+    machine, whose messages are fast, or all. With an adapter the model stands whole on each rank."""
+    if config.tune != "full":
+        return [1]
+    return [local, ranks] if 1 < local < ranks and ranks % local == 0 else [ranks]
+
+
+def what_fits(work: Work, available: int, rows: int, ranks: int, local: int) -> str:
+    """Says what would fit where a run of several ranks, `local` of them on a machine, does not fit into
+    `available` bytes each with `rows` responses side by side."""
+    config, least = work.config, max(work.config.n_responses, work.config.eval_responses)
+
+    def fits(work: Work = work, ranks: int = ranks, available: int = available) -> bool:
+        return work.needed(least, ranks, shards_to_try(work.config, ranks, ranks)[0]) <= available
+
+    def changed(**settings) -> Work:
+        return replace(work, config=replace(config, **settings))
+
+    if fits():
+        fewer = work.rows(available, ranks, shards_to_try(config, ranks, ranks)[0])
+        return f"with --rollout-rows {fewer} it would fit"
+    more = [ranks * times for times in (2, 4, 8, 16) if ranks * times <= config.n_prompts]
+    found = [f"{n} ranks with as much memory" for n in more if fits(ranks=n)][:1]
+    if work.device.type == "cpu":  # the ranks of a machine share its memory
+        fewer = [n for n in range(local - 1, 0, -1) if local % n == 0]
+        found += [
+            f"{n} of {local} ranks on a machine"
+            for n in fewer
+            if fits(ranks=ranks // local * n, available=available * local // n)
+        ][:1]
+    shorter = [config.tokens_per_forward // 2**i for i in range(1, 7)]
+    found += [f"--tokens-per-forward {n}" for n in shorter if fits(changed(tokens_per_forward=n))][:1]
+    if not config.activation_checkpointing and fits(changed(activation_checkpointing=True)):
+        found.append("--activation-checkpointing")
+    if work.device.type == "cuda" and not config.offload_scorers and fits(changed(offload_scorers=True)):
+        found.append("--offload-scorers")
+    if config.tune == "full" and fits(changed(tune="lora")):
+        found.append("--tune lora")
+    if work.dtype == torch.float32 and fits(replace(work, dtype=torch.bfloat16)):
+        found.append("--dtype bfloat16")
+    if found:
+        beside = f" (beside --rollout-rows {least})" if rows > least else ""
+        return f"what would fit: {', or '.join(found)}, or a smaller model{beside}"
+    whole = work.shape.parameter_count() * work.dtype.itemsize
+    if 2 * whole > available:
+        return (
+            f"its weights alone take {whole / 1e9:.1f} GB, which each rank holds while it samples: use a "
+            "smaller model, or ranks with more memory"
+        )
+    return (
+        "use a smaller model, or ranks with more memory, or lower --prompts-per-step, --tokens-per-forward, "
+        "--n-responses, --eval-responses, --max-new-tokens and --lora-rank"
+    )
 
 
 def _trained_share(config: RunConfig) -> float:
@@ -122,13 +274,19 @@ def _trained_responses(config: RunConfig) -> int:
 
 
 def _training_bytes(
-    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, longest_prompt: int
+    config: RunConfig,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest_prompt: int,
+    ranks: int,
 ) -> float:
     """Counts what a policy step needs besides weights and states: activations and the loss head."""
     group = longest_prompt + _trained_responses(config) * config.max_new_tokens
     m = min(_trained_responses(config), config.responses_per_prompt or config.n_responses)
     pairs = config.prompts_per_step * m * (m - 1) / 2 * PAIR_BYTES
-    at_once = min(config.prompts_per_step * group, max(config.tokens_per_forward, group))
+    own_prompts = largest_share(config.prompts_per_step, ranks)
+    at_once = min(own_prompts * group, max(config.tokens_per_forward, group))
     layers, checkpointed = shape.num_layers * _trained_share(config), config.activation_checkpointing
     inside = 10 * shape.hidden_size + 4 * shape.intermediate_size
     per_token = dtype.itemsize * (inside + layers * shape.hidden_size if checkpointed else inside * layers)
@@ -143,12 +301,23 @@ def _training_bytes(
 def _samples_bytes(config: RunConfig) -> int:
     """Counts the responses that are in memory together: the reference's, those of the verdict and the largest
     set that training draws."""
+    reference, heldout, fresh = _sample_sizes(config)
+    return (reference + 2 * heldout + fresh) * config.max_new_tokens * TOKEN_BYTES
+
+
+def _gathered_bytes(config: RunConfig) -> int:
+    """Counts the messages in which the largest set of responses goes between several ranks."""
+    return max(_sample_sizes(config)) * config.max_new_tokens * TOKEN_BYTES
+
+
+def _sample_sizes(config: RunConfig) -> tuple[int, int, int]:
+    """Counts the responses of the reference, of a verdict's policy, and of the largest set that training
+    draws."""
     fresh = max((prompts * responses for _, prompts, responses in config.fresh_samples), default=0)
-    rows = config.n_prompts * config.n_responses + 2 * config.eval_prompts * config.eval_responses + fresh
-    return rows * config.max_new_tokens * TOKEN_BYTES
+    return config.n_prompts * config.n_responses, config.eval_prompts * config.eval_responses, fresh
 
 
-def _adapter_parameters(config: RunConfig, shape: ModelConfig) -> int:
+def adapter_parameters(config: RunConfig, shape: ModelConfig) -> int:
     """Counts the weights of an adapter."""
     layers = math.ceil(shape.num_layers * _trained_share(config))
     shapes = linear_shapes(shape)
@@ -161,30 +330,34 @@ def _kept_bytes(
     """Counts what training keeps from step to step: the states below the adapter,
     or copies of all weights."""
     if config.tune != "full":
-        states = kept_states_bytes(
-            train, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype
-        )
-        return states + ADAPTER_BYTES * _adapter_parameters(config, shape)
+        return _states_bytes(config, shape, dtype, train) + ADAPTER_BYTES * adapter_parameters(config, shape)
     # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with
     # its moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients,
     # and a copy for the iterate.
     return shape.parameter_count() * (28 if device.type == "cuda" else 60)
 
 
-def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float) -> float:
-    """Counts the multiplications of every pass through the model."""
+def _states_bytes(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, prompts: list[int]) -> int:
+    """Counts the states below the adapter of prompts, given by their lengths, and their responses."""
+    return kept_states_bytes(prompts, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype)
+
+
+def _products(
+    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float, ranks: int
+) -> float:
+    """Counts the multiplications of every pass through the model, on the rank that has most prompts."""
     answer = ANSWER_SHARE * config.max_new_tokens
     head = shape.hidden_size * shape.vocab_size
     body = shape.parameter_count() - head * (1 if shape.tied else 2)
-    adapter = 0 if config.tune == "full" else _adapter_parameters(config, shape)
+    adapter = 0 if config.tune == "full" else adapter_parameters(config, shape)
     trained = body * _trained_share(config) + head + adapter
 
     def sampled(prompts: int, n: int) -> float:
-        return prompts * (mean_prompt * body + n * answer * (body + head))
+        return largest_share(prompts, ranks) * (mean_prompt * body + n * answer * (body + head))
 
     def scored(prompts: int, n: int) -> float:
         """Counts the reference's log-probs: sampling has passed the layers below the adapter already."""
-        return prompts * (mean_prompt + n * answer) * trained
+        return largest_share(prompts, ranks) * (mean_prompt + n * answer) * trained
 
     reference = config.n_prompts, config.n_responses
     heldout = config.eval_prompts, config.eval_responses
@@ -196,12 +369,16 @@ def _products(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_pr
         total += sampled(*reference) + (again and not config.samples) * scored(*reference)
     for times, prompts, responses in config.fresh_samples:
         total += times * (sampled(prompts, responses) + scored(prompts, responses))
-    tokens = config.prompts_per_step * (mean_prompt + _trained_responses(config) * answer)
+    own_prompts = largest_share(config.prompts_per_step, ranks)
+    tokens = own_prompts * (mean_prompt + _trained_responses(config) * answer)
     passes = 3 if config.tune == "full" else 2  # forward, to the states, to the weights
     steps = config.policy_updates * config.steps
     if config.by_preference:
         steps += (1 + len(config.cost)) * config.preference_steps
-    return total + steps * tokens * passes * trained
+    total += steps * tokens * passes * trained
+    if ranks > 1:  # which keep no states below an adapter from stage to stage
+        total += steps * tokens * body * (1 - _trained_share(config))
+    return total
 
 
 def scorer_bytes(config: RunConfig, device: torch.device, scorers: Sequence[ScorerSize]) -> tuple[int, int]:
@@ -216,8 +393,10 @@ def scorer_bytes(config: RunConfig, device: torch.device, scorers: Sequence[Scor
     return sum(scorer.weight_bytes for scorer in scorers), working
 
 
-def _scorer_products(config: RunConfig, scorers: Sequence[ScorerSize], mean_prompt: float) -> float:
-    """Counts the multiplications of the models that score the texts."""
+def _scorer_products(
+    config: RunConfig, scorers: Sequence[ScorerSize], mean_prompt: float, ranks: int
+) -> float:
+    """Counts the multiplications of the models that score the texts, on the rank that has most prompts."""
     reference = 1, config.n_prompts, config.n_responses
     heldout = config.eval_prompts, config.eval_responses
     total = 0.0
@@ -226,7 +405,8 @@ def _scorer_products(config: RunConfig, scorers: Sequence[ScorerSize], mean_prom
         samples.append((1 if scorer.spared and config.samples_of else 2, *heldout))
         for times, prompts, n in [*samples, *config.fresh_samples]:
             passed = mean_prompt * (1 if scorer.shares_prompts else n)
-            total += times * prompts * (passed + n * ANSWER_SHARE * config.max_new_tokens) * scorer.products
+            own = largest_share(prompts, ranks)
+            total += times * own * (passed + n * ANSWER_SHARE * config.max_new_tokens) * scorer.products
     return total
 
 
@@ -278,7 +458,10 @@ def evaluation_rows(
     Raises: UserError where there is no room for one prompt's responses.
     """
     n, longest, weights = config.eval_responses, max(heldout), shape.parameter_count() * dtype.itemsize
-    if config.tune == "full":
+    if config.tune == "full" and ranks.size > 1:
+        # Rows of the reference and of the iterate, and all weights of one of them while it computes.
+        weights += shard_size(shape, ranks.size) * (dtype.itemsize + max(4, dtype.itemsize))
+    elif config.tune == "full":
         weights += shape.parameter_count() * (dtype.itemsize + max(4, dtype.itemsize))
     kept = kept_states_bytes([longest] * n_prompts, n * config.max_new_tokens, shape.hidden_size, dtype)
     loss_head = budget_or_default(config.memory_budget_bytes, device)

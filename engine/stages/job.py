@@ -16,13 +16,12 @@ from engine.data.samples_file import GivenSamples
 from engine.errors import UserError
 from engine.looks import last_error
 from engine.model.decoder import Decoder
-from engine.model.parallel import copies_that_fit, load_spread
+from engine.model.parallel import load_spread
 from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.contents import read_contents
 from engine.run.display import Display
 from engine.run.folder import RunFolder
-from engine.run.machine import available_memory
 from engine.run.plan import Plan
 from engine.run.run import Run
 from engine.scorers.answers import Answers
@@ -87,12 +86,21 @@ class Subject:
     answers: Answers = field(default_factory=Answers)  # of judges behind HTTP
 
     @staticmethod
-    def load(settings: SamplingSettings, inputs: Inputs, scorers: Scorers, ranks: Ranks = ALONE) -> "Subject":
-        """Loads the weights; where several ranks train all of them, each has some rows."""
+    def load(
+        settings: SamplingSettings,
+        inputs: Inputs,
+        scorers: Scorers,
+        ranks: Ranks = ALONE,
+        shards: int | None = None,
+    ) -> "Subject":
+        """Loads the weights; where several ranks train all of them, each has some rows.
+
+        shards: ranks that the weights are spread over, see `engine.run.plan`; None: all."""
+        folder, options = inputs.folder, {"dtype": inputs.dtype, "device": inputs.device}
         if ranks.size > 1 and settings.adapter_from is None:
-            network = _load_spread(inputs, ranks)
+            network = load_spread(folder, **options, ranks=ranks, copies=ranks.size // (shards or ranks.size))
         else:
-            network = model.load(inputs.folder, dtype=inputs.dtype, device=inputs.device)
+            network = model.load(folder, **options)
         return Subject(
             settings=settings,
             folder=inputs.folder,
@@ -103,13 +111,6 @@ class Subject:
             stop_token_ids=inputs.stop_token_ids,
             ranks=ranks,
         )
-
-
-def _load_spread(inputs: Inputs, ranks: Ranks) -> Decoder:
-    """Loads the weights of a model, spread over the ranks."""
-    available = available_memory(inputs.device) // (ranks.local_size if inputs.device.type == "cpu" else 1)
-    copies = copies_that_fit(ranks, inputs.shape.parameter_count(), inputs.dtype, available)
-    return load_spread(inputs.folder, dtype=inputs.dtype, device=inputs.device, ranks=ranks, copies=copies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +238,8 @@ class Prepared:
 
     def subject(self) -> Subject:
         """Loads the weights."""
-        return Subject.load(SamplingSettings.of(self.config), self.inputs, self.scorers, self.ranks)
+        settings = SamplingSettings.of(self.config)
+        return Subject.load(settings, self.inputs, self.scorers, self.ranks, self.plan.shards)
 
     def job(self, subject: Subject, run: Run) -> Job:
         """Returns what every stage needs."""

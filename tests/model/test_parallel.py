@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import model
 from engine.errors import UserError
-from engine.model.parallel import copies_that_fit, first_row, gathered, is_spread, load_spread, rows_here
+from engine.model.parallel import first_row, gathered, is_spread, load_spread, rows_here
 from engine.policy.sharded import ShardedWeights, gathered_weights
 from engine.ranks import Ranks
 from engine.rollout.sampler import generate
@@ -93,38 +93,6 @@ def test_weights_that_are_not_finite_on_one_rank_are_refused_on_all(folders, tmp
 
     for error in on_ranks(2, lambda ranks: load(tmp_path, ranks)):
         assert isinstance(error, UserError) and f"numbers of tensor {name} are not finite" in str(error)
-
-
-@pytest.mark.parametrize(
-    ("size", "local_size", "free", "copies"),
-    # 1000 weights on two machines of 4: 22 bytes for each of 250, and 2 for all of them gathered; twice that.
-    [(8, 4, 15000, 2), (8, 4, 14999, 1), (8, 8, 10**9, 1), (6, 4, 10**9, 1), (24, 8, 10**9, 3)],
-)
-def test_each_machine_keeps_a_copy_where_half_of_what_is_free_takes_it(size, local_size, free, copies):
-    class Alike(Ranks):
-        """Ranks that all have what this one has."""
-
-        def gather(self, value):
-            return [value] * self.size
-
-    ranks = Alike(0, size, 0, local_size)
-    assert copies_that_fit(ranks, 1000, torch.bfloat16, free) == copies
-
-
-def test_machines_with_other_numbers_of_ranks_keep_one_copy():
-    """Each rank asks the others as often, though the two of the second machine see three alike machines."""
-
-    class Uneven(Ranks):
-        """Ranks of a machine with 4 and one with 2, which count how often they ask."""
-
-        def gather(self, value):
-            asked.append(value)
-            return [(4, value[1])] * 4 + [(2, value[1])] * 2
-
-    for local_size in (4, 2):
-        asked = []
-        assert copies_that_fit(Uneven(0, 6, 0, local_size), 1000, torch.bfloat16, 10**9) == 1
-        assert len(asked) == 1
 
 
 def test_a_plain_decoder_is_given_as_it_is(folders):
