@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "bfloat16.h"
+
 // A tensor's memory, lent for one call. N: its shape, -1 for any size; its rows are dense unless `Strided`.
 template <typename T, bool Strided, int64_t... N>
 class ArrayOf {
@@ -24,8 +26,9 @@ public:
     // whether it did.
     bool take(const nanobind::dlpack::dltensor& from) {
         using namespace nanobind;
-        constexpr uint8_t code = std::is_floating_point_v<T> ? uint8_t(dlpack::dtype_code::Float)
-                                                             : uint8_t(dlpack::dtype_code::Int);
+        constexpr uint8_t code = std::is_same_v<T, Bfloat16> ? uint8_t(dlpack::dtype_code::Bfloat)
+                                 : std::is_floating_point_v<T> ? uint8_t(dlpack::dtype_code::Float)
+                                                               : uint8_t(dlpack::dtype_code::Int);
         if (from.device.device_type != device::cpu::value || from.ndim != dims || from.dtype.code != code ||
             from.dtype.bits != 8 * sizeof(T) || from.dtype.lanes != 1)
             return false;

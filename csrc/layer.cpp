@@ -1,5 +1,5 @@
 // What a decoder layer does between its matrix products, forward only: RMS norm, rotary positions, gated
-// SiLU.
+// SiLU. Rows are float32 or bfloat16; arithmetic is float32, and each result is rounded once.
 //
 // One thread does one row, in an order that depends on the row alone: results are bit for bit the same for
 // any number of threads and rows, and for AVX2 and AVX-512.
@@ -20,10 +20,9 @@ namespace nb = nanobind;
 namespace {
 
 // Sets out to s / sqrt(mean(s^2) + epsilon) * weight with s = x + delta, which goes to sum; delta and sum may
-// be null.
-template <int W>
-INLINE void norm(const float* x, const float* delta, const float* weight, int64_t n, float epsilon,
-                 float* sum, float* out) {
+// be null. The norm is that of s as it is stored.
+template <int W, typename T>
+INLINE void norm(const T* x, const T* delta, const T* weight, int64_t n, float epsilon, T* sum, T* out) {
     constexpr int vectors = kLanes / W;
     Floats<W> squares[vectors] = {};
     int64_t i = 0;
@@ -31,7 +30,7 @@ INLINE void norm(const float* x, const float* delta, const float* weight, int64_
         for (int v = 0; v < vectors; ++v) {
             Floats<W> s = load<W>(x + i + v * W);
             if (delta != nullptr) {
-                s += load<W>(delta + i + v * W);
+                s = as_stored<T, W>(s + load<W>(delta + i + v * W));
                 store<W>(sum + i + v * W, s);
             }
             squares[v] += s * s;
@@ -40,21 +39,20 @@ INLINE void norm(const float* x, const float* delta, const float* weight, int64_
     float lanes[kLanes], tail = 0;
     for (int v = 0; v < vectors; ++v) store<W>(lanes + v * W, squares[v]);
     for (; i < n; ++i) {
-        float s = x[i];
-        if (delta != nullptr) sum[i] = s = s + delta[i];
+        if (delta != nullptr) sum[i] = stored<T>(number(x[i]) + number(delta[i]));
+        const float s = number(delta == nullptr ? x[i] : sum[i]);
         tail = std::fma(s, s, tail);
     }
     const float scale = 1 / std::sqrt((lane_sum(lanes) + tail) / static_cast<float>(n) + epsilon);
-    const float* from = delta == nullptr ? x : sum;
+    const T* from = delta == nullptr ? x : sum;
     for (i = 0; i + W <= n; i += W) store<W>(out + i, load<W>(from + i) * scale * load<W>(weight + i));
-    for (; i < n; ++i) out[i] = from[i] * scale * weight[i];
+    for (; i < n; ++i) out[i] = stored<T>(number(from[i]) * scale * number(weight[i]));
 }
 
 // Turns W numbers of both halves of a head: x cos + (-second, first) sin. AVX2 and AVX-512 fuse the same
 // products and sums here.
-template <int W>
-INLINE void rotate_part(const float* first, const float* second, const float* cos, const float* sin,
-                        int64_t half, float* out) {
+template <int W, typename T>
+INLINE void rotate_part(const T* first, const T* second, const T* cos, const T* sin, int64_t half, T* out) {
     const Floats<W> a = load<W>(first), b = load<W>(second);
     const Floats<W> x1 = a * load<W>(cos), x2 = b * load<W>(cos + half);
     store<W>(out, x1 - b * load<W>(sin));
@@ -62,14 +60,14 @@ INLINE void rotate_part(const float* first, const float* second, const float* co
 }
 
 // Turns all numbers of both halves of a head x [d]; the last ones stand in vectors filled up with zeros.
-template <int W>
-INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t d, float* out) {
+template <int W, typename T>
+INLINE void rotate(const T* x, const T* cos, const T* sin, int64_t d, T* out) {
     const int64_t half = d / 2;
     int64_t i = 0;
     for (; i + W <= half; i += W) rotate_part<W>(x + i, x + half + i, cos + i, sin + i, half, out + i);
     if (i == half) return;
-    float padded[4][2 * W] = {};
-    const float* from[] = {x, cos, sin};
+    T padded[4][2 * W] = {};
+    const T* from[] = {x, cos, sin};
     for (int64_t j = 0; j < half - i; ++j)
         for (int part = 0; part < 3; ++part) {
             padded[part][j] = from[part][i + j];
@@ -83,72 +81,81 @@ INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t d
 }
 
 // Sets out [n] to gate / (1 + exp(-gate)) * up of gate_up [2 n].
-template <int W>
-INLINE void gated(const float* gate_up, int64_t n, float* out) {
-    float padded[2][W];
+template <int W, typename T>
+INLINE void gated(const T* gate_up, int64_t n, T* out) {
+    T padded[3][W] = {};
     for (int64_t i = 0; i < n; i += W) {
         const int64_t left = n - i < W ? n - i : W;
-        const float *g = gate_up + i, *u = gate_up + n + i;
+        const T *g = gate_up + i, *u = gate_up + n + i;
         if (left < W) {
-            for (int j = 0; j < W; ++j) {
-                padded[0][j] = j < left ? g[j] : 0;
-                padded[1][j] = j < left ? u[j] : 0;
-            }
+            std::memcpy(padded[0], g, left * sizeof(T));
+            std::memcpy(padded[1], u, left * sizeof(T));
             g = padded[0], u = padded[1];
         }
         const Floats<W> gate = load<W>(g);
         const Floats<W> e = exp_negative<W>(gate < 0.0f ? gate : -gate);
         const Floats<W> share = (gate < 0.0f ? e : spread<W>(1.0f)) / (e + 1.0f);
         const Floats<W> y = gate * share * load<W>(u);
-        if (left == W) {
-            store<W>(out + i, y);
-        } else {
-            for (int j = 0; j < left; ++j) out[i + j] = y[j];
-        }
+        store<W>(left == W ? out + i : padded[2], y);
+        if (left < W) std::memcpy(out + i, padded[2], left * sizeof(T));
     }
 }
 
+template <typename T>
 struct Kernels {
-    void (*norm)(const float*, const float*, const float*, int64_t, float, float*, float*);
-    void (*rotate)(const float*, const float*, const float*, int64_t, float*);
-    void (*gated)(const float*, int64_t, float*);
+    void (*norm)(const T*, const T*, const T*, int64_t, float, T*, T*);
+    void (*rotate)(const T*, const T*, const T*, int64_t, T*);
+    void (*gated)(const T*, int64_t, T*);
 };
 
 #define KERNELS(name, target, width)                                                                         \
-    target void norm_##name(const float* x, const float* delta, const float* weight, int64_t n,              \
-                            float epsilon, float* sum, float* out) {                                         \
+    template <typename T>                                                                                    \
+    target void norm_##name(const T* x, const T* delta, const T* weight, int64_t n, float epsilon, T* sum,   \
+                            T* out) {                                                                        \
         norm<width>(x, delta, weight, n, epsilon, sum, out);                                                 \
     }                                                                                                        \
-    target void rotate_##name(const float* x, const float* cos, const float* sin, int64_t d, float* out) {   \
+    template <typename T>                                                                                    \
+    target void rotate_##name(const T* x, const T* cos, const T* sin, int64_t d, T* out) {                   \
         rotate<width>(x, cos, sin, d, out);                                                                  \
     }                                                                                                        \
-    target void gated_##name(const float* gate_up, int64_t n, float* out) { gated<width>(gate_up, n, out); } \
-    constexpr Kernels k_##name = {norm_##name, rotate_##name, gated_##name};
+    template <typename T>                                                                                    \
+    target void gated_##name(const T* gate_up, int64_t n, T* out) {                                          \
+        gated<width>(gate_up, n, out);                                                                       \
+    }                                                                                                        \
+    template <typename T>                                                                                    \
+    constexpr Kernels<T> k_##name = {norm_##name<T>, rotate_##name<T>, gated_##name<T>};
 
 #ifdef AVX512
 KERNELS(avx512, AVX512, 16)
 KERNELS(avx2, AVX2, 8)
-constexpr Versions<Kernels> kVersions = {{k_avx512, k_avx2}};
+template <typename T>
+constexpr Versions<Kernels<T>> kVersions = {{k_avx512<T>, k_avx2<T>}};
 #else
 KERNELS(generic, , 4)
-constexpr Versions<Kernels> kVersions = {{k_generic}};
+template <typename T>
+constexpr Versions<Kernels<T>> kVersions = {{k_generic<T>}};
 #endif
 
-using Matrix = Array<float, -1, -1>;
-using Vector = Array<float, -1>;
-using Heads = Array<float, -1, -1, -1>;
+template <typename T>
+using Matrix = Array<T, -1, -1>;
+template <typename T>
+using Vector = Array<T, -1>;
+template <typename T>
+using Heads = Array<T, -1, -1, -1>;
 
-void rms_norm(const Matrix& x, const std::optional<Matrix>& delta, const Vector& weight, float epsilon,
-              const std::optional<Matrix>& sum, const Matrix& out, int threads, const char* instructions) {
+template <typename T>
+void rms_norm(const Matrix<T>& x, const std::optional<Matrix<T>>& delta, const Vector<T>& weight,
+              float epsilon, const std::optional<Matrix<T>>& sum, const Matrix<T>& out, int threads,
+              const char* instructions) {
     const int64_t rows = x.shape(0), n = x.shape(1);
-    const auto like = [&](const Matrix& y) {
+    const auto like = [&](const Matrix<T>& y) {
         return int64_t(y.shape(0)) == rows && int64_t(y.shape(1)) == n;
     };
     check(int64_t(weight.shape(0)) == n && like(out) && (!delta || (sum && like(*delta) && like(*sum))),
           "x, delta, sum, out [R, N]; weight [N]");
-    const Kernels& kernels = kVersions.of(instructions);
-    const float *xs = x.data(), *deltas = delta ? delta->data() : nullptr, *w = weight.data();
-    float *sums = delta ? sum->data() : nullptr, *outs = out.data();
+    const Kernels<T>& kernels = kVersions<T>.of(instructions);
+    const T *xs = x.data(), *deltas = delta ? delta->data() : nullptr, *w = weight.data();
+    T *sums = delta ? sum->data() : nullptr, *outs = out.data();
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r)
@@ -156,8 +163,9 @@ void rms_norm(const Matrix& x, const std::optional<Matrix>& delta, const Vector&
                      sums ? sums + r * n : nullptr, outs + r * n);
 }
 
-void split_rotated(const Matrix& qkv, const Matrix& cos, const Matrix& sin, const Heads& q, const Heads& k,
-                   const Heads& v, int threads, const char* instructions) {
+template <typename T>
+void split_rotated(const Matrix<T>& qkv, const Matrix<T>& cos, const Matrix<T>& sin, const Heads<T>& q,
+                   const Heads<T>& k, const Heads<T>& v, int threads, const char* instructions) {
     const int64_t rows = qkv.shape(0), width = qkv.shape(1), d = q.shape(2), heads = q.shape(1),
                   kv_heads = k.shape(1);
     const size_t sizes[][2] = {{cos.shape(0), qkv.shape(0)}, {sin.shape(0), qkv.shape(0)},
@@ -168,40 +176,48 @@ void split_rotated(const Matrix& qkv, const Matrix& cos, const Matrix& sin, cons
     check_equal(sizes);
     check(width == (heads + 2 * kv_heads) * d && d % 2 == 0,
           "qkv [R, (H + 2 Hkv) d] with an even d is wanted");
-    const Kernels& kernels = kVersions.of(instructions);
-    const float *from = qkv.data(), *cosines = cos.data(), *sines = sin.data();
-    float *qs = q.data(), *ks = k.data(), *vs = v.data();
+    const Kernels<T>& kernels = kVersions<T>.of(instructions);
+    const T *from = qkv.data(), *cosines = cos.data(), *sines = sin.data();
+    T *qs = q.data(), *ks = k.data(), *vs = v.data();
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-        const float* x = from + r * width;
+        const T* x = from + r * width;
         for (int64_t h = 0; h < heads; ++h, x += d)
             kernels.rotate(x, cosines + r * d, sines + r * d, d, qs + (r * heads + h) * d);
         for (int64_t h = 0; h < kv_heads; ++h, x += d)
             kernels.rotate(x, cosines + r * d, sines + r * d, d, ks + (r * kv_heads + h) * d);
-        std::memcpy(vs + r * kv_heads * d, x, kv_heads * d * sizeof(float));
+        std::memcpy(vs + r * kv_heads * d, x, kv_heads * d * sizeof(T));
     }
 }
 
-void gated_silu(const Matrix& gate_up, const Matrix& out, int threads, const char* instructions) {
+template <typename T>
+void gated_silu(const Matrix<T>& gate_up, const Matrix<T>& out, int threads, const char* instructions) {
     const int64_t rows = out.shape(0), n = out.shape(1);
     check(gate_up.shape(0) == out.shape(0) && int64_t(gate_up.shape(1)) == 2 * n,
           "gate_up [R, 2 N] and out [R, N] are wanted");
-    const Kernels& kernels = kVersions.of(instructions);
-    const float* from = gate_up.data();
-    float* to = out.data();
+    const Kernels<T>& kernels = kVersions<T>.of(instructions);
+    const T* from = gate_up.data();
+    T* to = out.data();
     nb::gil_scoped_release release;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r) kernels.gated(from + r * 2 * n, n, to + r * n);
 }
 
+template <typename T>
+void bind_layer_of(nb::module_& m) {
+    m.def("rms_norm", &rms_norm<T>, nb::arg("x"), nb::arg("delta").none(), nb::arg("weight"),
+          nb::arg("epsilon"), nb::arg("sum").none(), nb::arg("out"), nb::arg("threads"),
+          nb::arg("instructions"));
+    m.def("split_rotated", &split_rotated<T>, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("q"),
+          nb::arg("k"), nb::arg("v"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("gated_silu", &gated_silu<T>, nb::arg("gate_up"), nb::arg("out"), nb::arg("threads"),
+          nb::arg("instructions"));
+}
+
 }  // namespace
 
 void bind_layer(nb::module_& m) {
-    m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("delta").none(), nb::arg("weight"), nb::arg("epsilon"),
-          nb::arg("sum").none(), nb::arg("out"), nb::arg("threads"), nb::arg("instructions"));
-    m.def("split_rotated", &split_rotated, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("q"),
-          nb::arg("k"), nb::arg("v"), nb::arg("threads"), nb::arg("instructions"));
-    m.def("gated_silu", &gated_silu, nb::arg("gate_up"), nb::arg("out"), nb::arg("threads"),
-          nb::arg("instructions"));
+    bind_layer_of<float>(m);
+    bind_layer_of<Bfloat16>(m);
 }

@@ -1,5 +1,6 @@
 // Vectors of W floats for GCC and Clang, and functions of them that the kernels share. Each kernel's file
-// includes it, and no name leaves that file.
+// includes it, and no name leaves that file. Arithmetic is done in float32; numbers in memory are float32 or
+// bfloat16.
 
 #pragma once
 
@@ -7,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+
+#include "bfloat16.h"
 
 namespace {
 
@@ -19,6 +22,7 @@ struct Vectors {
     typedef float Floats __attribute__((vector_size(4 * W)));
     typedef int32_t Ints __attribute__((vector_size(4 * W)));
     typedef uint32_t Words __attribute__((vector_size(4 * W)));
+    typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 };
 template <int W>
 using Floats = typename Vectors<W>::Floats;
@@ -35,6 +39,56 @@ INLINE Floats<W> load(const float* from) {
 template <int W>
 INLINE void store(float* to, const Floats<W>& x) {
     std::memcpy(to, &x, sizeof x);
+}
+
+template <int W>
+INLINE Floats<W> load(const Bfloat16* from) {
+    typename Vectors<W>::Halves x;
+    std::memcpy(&x, from, sizeof x);
+    return (Floats<W>)(__builtin_convertvector(x, typename Vectors<W>::Words) << 16);
+}
+
+// Returns the bits of x rounded to the nearest bfloat16, to the even one of two, in the upper half of each
+// word. A NaN stays one.
+template <int W>
+INLINE typename Vectors<W>::Words rounded_bits(const Floats<W>& x) {
+    using Words = typename Vectors<W>::Words;
+    const Words bits = (Words)x, nearest = bits + (0x7fff + ((bits >> 16) & 1));
+    return (x == x ? nearest : bits | 0x400000) & 0xffff0000;
+}
+
+template <int W>
+INLINE void store(Bfloat16* to, const Floats<W>& x) {
+    const auto halves = __builtin_convertvector(rounded_bits<W>(x) >> 16, typename Vectors<W>::Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// Returns x as it will be read again where it is stored as T.
+template <typename T, int W>
+INLINE Floats<W> as_stored(const Floats<W>& x) {
+    if constexpr (sizeof(T) == sizeof(float)) return x;
+    return (Floats<W>)rounded_bits<W>(x);
+}
+
+// The same for single numbers.
+INLINE float number(float x) { return x; }
+INLINE float number(Bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+template <typename T>
+INLINE T stored(float x) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        return x;
+    } else {
+        uint32_t bits;
+        std::memcpy(&bits, &x, sizeof bits);
+        bits = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+        return {static_cast<uint16_t>(bits >> 16)};
+    }
 }
 
 template <int W>

@@ -63,7 +63,7 @@ make = _make()
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Returns whether compiled code works on such tensors; logs once where only the module is missing."""
     global _warned
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     if make.instructions is None and not _warned:
         _warned = True

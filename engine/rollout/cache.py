@@ -155,7 +155,8 @@ class Cache(_Positions):
 
 
 class SharedCache(_Positions):
-    """Float32 on the CPU: all rows of a prompt share its keys and values, and attention is compiled code.
+    """On the CPU, in float32 or bfloat16: all rows of a prompt share its keys and values, and attention is
+    compiled code.
 
     The keys lie in blocks of 16 tokens.
     """

@@ -1,4 +1,4 @@
-"""Decode attention by compiled code (csrc/attention.cpp), float32 on the CPU,
+"""Decode attention by compiled code (csrc/attention.cpp), float32 or bfloat16 on the CPU,
 with keys in blocks of 16 tokens.
 """
 
@@ -14,7 +14,9 @@ NO_WINDOW = 2**62
 
 
 class BlockedCache(NamedTuple):
-    """Keys and values of prompts, which their rows share, and of each row's tokens; float32 on the CPU."""
+    """Keys and values of prompts, which their rows share, and of each row's tokens; of one dtype, float32 or
+    bfloat16, on the CPU.
+    """
 
     prompt_keys: Tensor  # [P, Hkv, blocks, d, 16]
     prompt_values: Tensor  # [P, Hkv, T, d]
@@ -41,7 +43,8 @@ def decode_attention(
     Scores are softcap * tanh(scale * q.k / softcap); scale None is d ** -0.5, softcap None is off. With a
     window a row sees the last `window` of all these tokens.
 
-    - query [R, H, d]; key, value [R, Hkv, d]; float32 on the CPU.
+    - query [R, H, d]; key, value [R, Hkv, d]; of the cache's dtype. Arithmetic is float32, and the result is
+      rounded once.
 
     Raises ValueError where shapes do not agree, the cache is full or the window is empty.
     """

@@ -1,8 +1,8 @@
 """Does what a decoder layer needs between its matrix products: RMS norm, rotary positions, gated SiLU.
 
-Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 on the CPU
-to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py). The torch code is their specification,
-and serves gradients and all else.
+Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 and
+bfloat16 on the CPU to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py). The torch code is
+their specification, and serves gradients and all else. Compiled code rounds a result of 16 bits once.
 """
 
 from types import ModuleType

@@ -8,7 +8,11 @@ from kernels.compiled import _native
 
 
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Returns x + delta, or x itself without a delta, and its RMS norm times weight; float32 [R, N]."""
+    """Returns x + delta, or x itself without a delta, and its RMS norm times weight; [R, N].
+
+    All of it is float32, or all bfloat16. Arithmetic is float32. In bfloat16 x + delta is rounded before its
+    norm is taken, as the next layer sees it.
+    """
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
     out = torch.empty_like(x)
@@ -21,7 +25,7 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
 def split_rotated(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what `kernels.layer.layer.split_rotated` does, of float32 on the CPU."""
+    """Returns what `kernels.layer.layer.split_rotated` does, of float32 or bfloat16 on the CPU."""
     q = qkv.new_empty(len(qkv), heads, cos.shape[1])
     k, v = (qkv.new_empty(len(qkv), kv_heads, cos.shape[1]) for _ in range(2))
     how = torch.get_num_threads(), compiled.make.instructions
@@ -30,7 +34,7 @@ def split_rotated(
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    """Returns what `kernels.layer.layer.gated_silu` does, of float32 on the CPU."""
+    """Returns what `kernels.layer.layer.gated_silu` does, of float32 or bfloat16 on the CPU."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     _native.gated_silu(gate_up.contiguous(), out, torch.get_num_threads(), compiled.make.instructions)
     return out

@@ -10,11 +10,12 @@ from kernels.attention.decode_native import BlockedCache
 needs_native = pytest.mark.skipif(not compiled.instructions, reason="kernels._native is not built")
 
 
-def prefilled(lengths, kv_heads, d, layers=1, seed=0):
+def prefilled(lengths, kv_heads, d, layers=1, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     kept = [
-        tuple(torch.randn(sum(lengths), kv_heads, d, generator=g) for _ in range(2)) for _ in range(layers)
+        tuple(torch.randn(sum(lengths), kv_heads, d, generator=g).to(dtype) for _ in range(2))
+        for _ in range(layers)
     ]
     return kept, cu_seqlens, g
 
@@ -76,6 +77,25 @@ def test_both_caches_agree_with_float64(heads, kv_heads, d, lengths, how):
                 cache.attend(0, query, *history[-1], **how).double(), want, rtol=1e-5, atol=1e-5
             )
             cache.advance()
+
+
+@needs_native
+@pytest.mark.parametrize("heads,kv_heads,d", [(9, 3, 64), (6, 1, 20), (4, 1, 7), (5, 1, 128)])
+@pytest.mark.parametrize("lengths", [(16, 3, 31), (1,)])
+@pytest.mark.parametrize("how", [{}, {"window": 30, "softcap": 0.7, "scale": 0.1}], ids=str)
+def test_bfloat16_is_rounded_once(heads, kv_heads, d, lengths, how):
+    """Scores, weights and sums are float32: what is left is the rounding of the result."""
+    kept, cu_seqlens, g = prefilled(lengths, kv_heads, d, dtype=torch.bfloat16)
+    n, room, rows = 3, 35, 3 * len(lengths)
+    cache, history = SharedCache(kept, cu_seqlens, n, room), []
+    for _ in range(room):
+        query = (torch.randn(rows, heads, d, generator=g) * 3).bfloat16()
+        history.append([torch.randn(rows, kv_heads, d, generator=g).bfloat16() for _ in range(2)])
+        want = exact(kept[0], cu_seqlens, n, history, query, **how)
+        mixed = cache.attend(0, query, *history[-1], **how)
+        assert mixed.dtype == torch.bfloat16
+        torch.testing.assert_close(mixed.double(), want, rtol=2**-8 * (1 + 2**-10), atol=1e-5)
+        cache.advance()
 
 
 @needs_native
@@ -143,10 +163,11 @@ def test_small_and_large_scores_under_a_cap():
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("softcap", "window"), [(0.0, 2**62), (1.5, 9)])
-def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, window):
-    kept, cu_seqlens, g = prefilled((7, 19, 30), 3, 64)
-    query, key, value = (torch.randn(12, heads, 64, generator=g) for heads in (9, 3, 3))
+def test_same_bits_for_every_thread_count_instruction_set_and_batch(softcap, window, dtype):
+    kept, cu_seqlens, g = prefilled((7, 19, 30), 3, 64, dtype=dtype)
+    query, key, value = (torch.randn(12, heads, 64, generator=g).to(dtype) for heads in (9, 3, 3))
     results = []
     score = (0.125, softcap, window)
     for instructions in compiled.instructions:
@@ -187,7 +208,7 @@ def test_bad_calls():
 
 def test_who_attends():
     kept, cu_seqlens, _ = prefilled((4,), 1, 16)
-    assert isinstance(new_cache(kept, cu_seqlens, 1, 2), SharedCache if compiled.instructions else Cache)
-    assert isinstance(
-        new_cache([tuple(x.bfloat16() for x in pair) for pair in kept], cu_seqlens, 1, 2), Cache
-    )
+    native = SharedCache if compiled.instructions else Cache
+    for dtype, kind in ((torch.float32, native), (torch.bfloat16, native), (torch.float16, Cache)):
+        pairs = [tuple(x.to(dtype) for x in pair) for pair in kept]
+        assert isinstance(new_cache(pairs, cu_seqlens, 1, 2), kind)
