@@ -10,7 +10,7 @@ from kernels import compiled
 from kernels.compiled import _native
 from kernels.loss_head.records import Head
 from kernels.loss_head.rows import Kept, Sizes, Sums, TorchRows, chunks, head_columns
-from kernels.products import add_product, times_transposed
+from kernels.products import add_product, in_float32, serves_in_float32, times_transposed
 
 
 class NativeRows(TorchRows):
@@ -147,14 +147,21 @@ class NativeRows(TorchRows):
 
         z takes all logits; sums [C, D] takes the part of J W of all tokens but the target.
         """
-        rows = len(hidden)
+        rows, given = len(hidden), hidden
+        pairs = serves_in_float32(given, self.weight)
         hidden, target = hidden.to(torch.float32), target.long().contiguous()
         largest, target_z, logprob, scale = hidden.new_full((4, rows), -math.inf).unbind()
         others = torch.zeros(rows, dtype=torch.float64)
         threads = torch.get_num_threads()
-        for part, head in self._head():
+        for part in chunks(0, len(self.weight), self.columns):
+            narrow = self.weight[part]
+            head = None if pairs and sums is None else narrow.to(torch.float32)
             for tile in self._row_tiles(rows):
-                logits = times_transposed(hidden[tile], head, out=None if z is None else _part(z, part)[tile])
+                out = None if z is None else _part(z, part)[tile]
+                if pairs:
+                    logits = in_float32(given[tile], narrow, out=out)
+                else:
+                    logits = times_transposed(hidden[tile], head, out=out)
                 if self.bias is not None:
                     logits.add_(self.bias[part])
                 slope = None
