@@ -22,6 +22,11 @@ inline constexpr const char* kInstructionSets[] = {"avx512", "avx2"};
 inline constexpr const char* kInstructionSets[] = {"generic"};
 #endif
 
+// Whether this build has products of pairs of bfloat16 (AVX512-BF16), which are written in GCC's assembly.
+#if defined(AVX512) && !defined(__clang__) && __GNUC__ >= 10
+#define PAIRS
+#endif
+
 // Returns whether this processor runs an instruction set of this name.
 inline bool runs(const char* name) {
 #ifdef AVX512
@@ -32,6 +37,16 @@ inline bool runs(const char* name) {
     return std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return std::strcmp(name, "generic") == 0;
+#endif
+}
+
+// Returns whether this build and this processor multiply pairs of bfloat16.
+inline bool runs_pairs() {
+#ifdef PAIRS
+    __builtin_cpu_init();
+    return runs("avx512") && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
 #endif
 }
 

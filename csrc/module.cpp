@@ -19,6 +19,7 @@ NB_MODULE(_native, m) {
         if (runs(name)) names.append(name);
     // The list is empty where this processor runs none of them.
     m.attr("instructions") = nb::tuple(names);
+    m.attr("multiplies_pairs") = runs_pairs();
     bind_attention(m);
     bind_layer(m);
     bind_products(m);

@@ -1,7 +1,8 @@
 // Products of rows with a large matrix, whose elements are read once. `few_rows` sums along its rows as they
 // lie, at the speed of memory. `panels` lays some of its rows at a time out as columns of vectors in cache,
 // which pays where many rows share them; it takes a matrix that lies column by column too, and can add the
-// product to a sum.
+// product to a sum. `pairs` does the same for bfloat16, with float32 sums: two numbers of a row that stand side
+// by side are taken for one of 32 bits, and multiplied together.
 //
 // Each sums every output in one order, that of its row and column alone: results are bit for bit the same for
 // any number of threads and rows, and for AVX2 and AVX-512.
@@ -252,24 +253,43 @@ INLINE void gather(const float* w, int64_t step, int64_t count, int64_t deep, fl
     }
 }
 
-// Adds x [rows, deep] times the panel to total [rows <= Tall, wide].
-template <int W, int Tall, int Vectors>
+// Adds a times b to a sum.
+template <int W>
+INLINE void add_product(Floats<W>& sum, const float* a, const Floats<W>& b) {
+    sum += *a * b;
+}
+
+// Adds the products of the two bfloat16 in a with those in each lane of b, the second ones first.
+INLINE void add_products(Floats<16>& sum, const float* a, const Floats<16>& b) {
+#ifdef PAIRS
+    int32_t bits;
+    std::memcpy(&bits, a, sizeof bits);
+    const Vectors<16>::Ints all = bits - Vectors<16>::Ints{};
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(all), "v"(b));
+#endif
+}
+
+// Adds x [rows, deep] times the panel to total [rows <= Tall, wide]. Of `Pairs` a number is two.
+template <int W, int Tall, int Vectors, bool Pairs>
 INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel, int64_t deep,
                  float (*total)[W * Vectors], Ahead& ahead, int64_t lines) {
     constexpr int64_t wide = W * Vectors;
     const float* each[Tall];
     UNROLL for (int r = 0; r < Tall; ++r) each[r] = x + std::min<int64_t>(r, rows - 1) * width;
-    for (int64_t from = 0; from < deep; from += kShort) {
+    constexpr int64_t kPart = Pairs ? kShort / 2 : kShort;
+    for (int64_t from = 0; from < deep; from += kPart) {
         Floats<W> sums[Tall][Vectors] = {};
         const auto step = [&](int64_t i) __attribute__((always_inline)) {
             Floats<W> b[Vectors];
             UNROLL for (int c = 0; c < Vectors; ++c) b[c] = load<W>(panel + i * wide + c * W);
-            UNROLL for (int r = 0; r < Tall; ++r) {
-                const float a = each[r][i];
-                UNROLL for (int c = 0; c < Vectors; ++c) sums[r][c] += a * b[c];
+            UNROLL for (int r = 0; r < Tall; ++r) UNROLL for (int c = 0; c < Vectors; ++c) {
+                if constexpr (Pairs)
+                    add_products(sums[r][c], each[r] + i, b[c]);
+                else
+                    add_product<W>(sums[r][c], each[r] + i, b[c]);
             }
         };
-        const int64_t stop = std::min(from + kShort, deep);
+        const int64_t stop = std::min(from + kPart, deep);
         int64_t i = from;
         for (; i + kAsk <= stop; i += kAsk) {
             ahead.ask(lines);
@@ -283,7 +303,7 @@ INLINE void tile(const float* x, int64_t width, int64_t rows, const float* panel
 
 // Makes a share of the product, panel by panel. Shares are counted in panels of a group of Tall rows, [begin,
 // end): threads then have about the same number of them, and two may have parts of the same panel.
-template <int W, int Tall, int Vectors>
+template <int W, int Tall, int Vectors, bool Pairs = false>
 INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
     constexpr int64_t wide = W * Vectors;
     const int64_t groups = (p.rows + Tall - 1) / Tall;
@@ -315,7 +335,7 @@ INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
                 if (k > 0 && !p.add)
                     for (int64_t i = 0; i < rows; ++i)
                         std::memcpy(total[i], out + i * p.count, count * sizeof(float));
-                tile<W, Tall, Vectors>(p.x + r * p.width + k, p.width, rows, panel.get(), deep, total, ahead,
+                tile<W, Tall, Vectors, Pairs>(p.x + r * p.width + k, p.width, rows, panel.get(), deep, total, ahead,
                                        lines);
                 const float* bias = whole && p.bias != nullptr ? p.bias + c : nullptr;
                 for (int64_t i = 0; i < rows; ++i)
@@ -360,12 +380,21 @@ FEW_ROWS(avx512, AVX512, 16, 8, 2)
 PANELS(avx512, AVX512, 16, 8, 3)
 FEW_ROWS(avx2, AVX2, 8, 4, 1)
 PANELS(avx2, AVX2, 8, 6, 2)
+#ifdef PAIRS
+AVX512 void panels_of_pairs(const Product& p, int64_t begin, int64_t end) {
+    by_panels<16, 8, 3, true>(p, begin, end);
+}
+constexpr Kernels kPairs = {0, 0, nullptr, nullptr, 8, 48, panels_of_pairs};
+#else
+constexpr Kernels kPairs = {};
+#endif
 constexpr Versions<Kernels> kVersions = {{
     {8, 2, several_avx512, one_avx512, 8, 48, panels_avx512},
     {4, 1, several_avx2, one_avx2, 6, 16, panels_avx2},
 }};
 #else
 FEW_ROWS(generic, , 4, 2, 1)
+constexpr Kernels kPairs = {};
 constexpr Versions<Kernels> kVersions = {{{2, 1, several_generic, one_generic, 1, 1, nullptr}}};
 #endif
 
@@ -409,6 +438,16 @@ void few_rows(const Matrix& x, const Matrix& weight, const std::optional<Vector>
     }
 }
 
+// Makes all shares of a product.
+void in_shares(const Product& product, const Kernels& kernels, int threads) {
+    const int64_t parts = (product.rows + kernels.tall - 1) / kernels.tall *
+                          ((product.count + kernels.wide - 1) / kernels.wide);
+    nb::gil_scoped_release release;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < threads; ++t)
+        kernels.panels(product, parts * t / threads, parts * (t + 1) / threads);
+}
+
 void panels(const Matrix& x, const Matrix& matrix, bool turned, const std::optional<Vector>& bias,
             const Matrix& out, bool add, int threads, const char* instructions) {
     const Shape shape(x, matrix, bias, out, turned);
@@ -423,12 +462,29 @@ void panels(const Matrix& x, const Matrix& matrix, bool turned, const std::optio
                              bias ? bias->data() : nullptr,
                              out.data(),
                              add};
-    const int64_t parts =
-        (shape.rows + kernels.tall - 1) / kernels.tall * ((shape.count + kernels.wide - 1) / kernels.wide);
-    nb::gil_scoped_release release;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < threads; ++t)
-        kernels.panels(product, parts * t / threads, parts * (t + 1) / threads);
+    in_shares(product, kernels, threads);
+}
+
+using Pairs = Array<Bfloat16, -1, -1>;
+
+// Sets out [R, N] to x [R, K] times weight [N, K] transposed.
+void pairs(const Pairs& x, const Pairs& weight, const Matrix& out, int threads) {
+    const size_t sizes[][2] = {
+        {x.shape(1), weight.shape(1)}, {x.shape(0), out.shape(0)}, {weight.shape(0), out.shape(1)}};
+    check_equal(sizes);
+    check(x.shape(1) % 2 == 0, "rows of an even number of bfloat16 are wanted");
+    check(runs_pairs(), "this processor has no AVX512-BF16");
+    const auto numbers = [](const Pairs& of) { return reinterpret_cast<const float*>(of.data()); };
+    const Product product = {numbers(x),
+                             int64_t(x.shape(0)),
+                             int64_t(x.shape(1) / 2),
+                             int64_t(weight.shape(0)),
+                             numbers(weight),
+                             false,
+                             nullptr,
+                             out.data(),
+                             false};
+    in_shares(product, kPairs, threads);
 }
 
 }  // namespace
@@ -438,4 +494,5 @@ void bind_products(nb::module_& m) {
           nb::arg("threads"), nb::arg("instructions"));
     m.def("panels", &panels, nb::arg("x"), nb::arg("matrix"), nb::arg("turned"), nb::arg("bias").none(),
           nb::arg("out"), nb::arg("add"), nb::arg("threads"), nb::arg("instructions"));
+    m.def("pairs", &pairs, nb::arg("x"), nb::arg("weight"), nb::arg("out"), nb::arg("threads"));
 }

@@ -1,5 +1,5 @@
 """The compiled module of csrc/, where it was built, and how this make of processor
-multiplies float32 matrices.
+multiplies matrices.
 """
 
 import logging
@@ -15,6 +15,8 @@ except ImportError:
 
 # The instruction sets that this processor runs, fastest first.
 instructions: tuple[str, ...] = () if _native is None else _native.instructions
+# Whether compiled code multiplies bfloat16, by AVX512-BF16.
+multiplies_pairs: bool = _native is not None and _native.multiplies_pairs
 
 _warned = False
 
@@ -58,6 +60,14 @@ def _make() -> Make:
 
 
 make = _make()
+
+
+def has_16_bit_products() -> bool:
+    """Returns whether this processor multiplies bfloat16 faster than float32: by AVX512-BF16 or AMX.
+
+    Others take several times as long.
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:

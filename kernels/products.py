@@ -7,6 +7,9 @@ of columns. `kernels.compiled.Make` says which way goes when.
 The terms of a panel's sums are added up 128 at a time, so that rounding errors are as small as MKL's.
 oneDNN adds more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10
 times in a gradient (LOG.md).
+
+Products of bfloat16 are torch's, that is oneDNN's, which rounds them to bfloat16. Where logits are wanted,
+which must not be rounded so, compiled code keeps float32 sums at the same speed (`in_float32`).
 """
 
 import torch
@@ -68,6 +71,25 @@ def times_transposed(
     # Autocast rounds nothing where torch.mm has an `out`; nor does it in compiled code.
     out = torch.mm(x, weight.t(), out=x.new_empty(len(x), len(weight)) if out is None else out)
     return out if bias is None else out.add_(bias)
+
+
+def serves_in_float32(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether `in_float32` takes these: two bfloat16 matrices on a CPU with AVX512-BF16, neither
+    empty, weight dense and with rows of an even length."""
+    both = x.dtype == weight.dtype == torch.bfloat16 and x.dim() == 2 and x.is_cpu
+    filled = both and x.numel() > 0 and weight.numel() > 0 and not torch.compiler.is_compiling()
+    return filled and compiled.multiplies_pairs and weight.shape[1] % 2 == 0 and weight.is_contiguous()
+
+
+def in_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiplies bfloat16 x [R, K] with weight [N, K] transposed: float32 [R, N], without a gradient.
+
+    Products are exact, and sums are rounded to float32 alone. The bits are the same for any number of rows
+    and threads. out: a contiguous matrix for the product.
+    """
+    out = x.new_empty(len(x), len(weight), dtype=torch.float32) if out is None else out
+    _native.pairs(x.contiguous(), weight, out, torch.get_num_threads())
+    return out
 
 
 def add_product(total: Tensor, x: Tensor, matrix: Tensor, first: bool) -> None:

@@ -2,7 +2,8 @@
 
 Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 and
 bfloat16 on the CPU to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py). The torch code is
-their specification, and serves gradients and all else. Compiled code rounds a result of 16 bits once.
+their specification, and serves gradients and all else. On a CPU both work in float32 and round a result of 16
+bits once, so that what is trained has the bits of what is sampled, but for rare ties.
 """
 
 from types import ModuleType
@@ -62,14 +63,20 @@ def split_rotated(
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns heads x [R, n, d] by cos, sin [R, d]."""
-    half = x.shape[-1] // 2
+    dtype, half = x.dtype, x.shape[-1] // 2
+    x, cos, sin = _wide(x), _wide(cos), _wide(sin)
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    return (x * cos[:, None] + turned * sin[:, None]).to(dtype)
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """Returns silu(gate) * up, [R, N], of gate_up [R, 2 N]."""
     if (rows := _backend(gate_up)) is not None:
         return rows.gated_silu(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Returns numbers of 16 bits on a CPU in float32, and others as they are."""
+    return x.float() if x.is_cpu and x.dtype.itemsize == 2 else x

@@ -127,6 +127,23 @@ def test_gate_in_bfloat16(rows, width):
     assert_rounded_once(layer.gated_silu(gate_up), F.silu(gate) * up, atol=1e-34)
 
 
+def test_gradients_in_bfloat16_are_rounded_once_and_trained_values_are_the_sampled_ones():
+    qkv, angle, gate_up = normal(6, 5 * 48).bfloat16(), normal(6, 48, scale=3.0), normal(6, 130, scale=3.0)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    for function, x in (
+        (lambda x: layer.split_rotated(x, cos.to(x.dtype), sin.to(x.dtype), 3, 1)[0], qkv),
+        (layer.gated_silu, gate_up.bfloat16()),
+    ):
+        (fast, slow), exact_x = compiled_and_torch(function, x), x.double().requires_grad_()
+        # An exact value between two neighbours may go either way.
+        assert (fast != slow).double().mean() <= 1e-3
+        leaf = x.clone().requires_grad_()
+        upstream = normal(*fast.shape).bfloat16()
+        (own,) = torch.autograd.grad(function(leaf), leaf, upstream)
+        (want,) = torch.autograd.grad(function(exact_x), exact_x, upstream.double())
+        assert_rounded_once(own, want, atol=1e-6)
+
+
 def test_rounding_to_bfloat16():
     """Sums are rounded as torch does it: to the nearest, ties to the even one, beyond the largest to
     infinity, and NaN stays NaN."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kernels import compiled, products
 
+has_pairs = pytest.mark.skipif(not compiled.multiplies_pairs, reason="no AVX512-BF16")
 has_panels = pytest.mark.skipif(compiled.instructions[:1] not in (("avx512",), ("avx2",)), reason="no AVX2")
 
 
@@ -239,3 +240,48 @@ def test_a_caller_compiles_in_one_graph(processor):
         torch.autograd.grad(F.linear(x, weight, bias).square().sum(), x),
     )
     torch.testing.assert_close(own, true)
+
+
+@has_pairs
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1), (7, 6, 3), (16, 576, 129), (9, 1536, 49), (70, 2050, 100), (3, 66, 49152)]
+)
+def test_products_of_bfloat16_keep_float32_sums(shape):
+    x, weight, _ = made(*shape, dtype=torch.bfloat16)
+    assert products.serves_in_float32(x, weight)
+    whole, exact = products.in_float32(x, weight), x.double() @ weight.double().t()
+    bound = 4 * torch.finfo(torch.float32).eps * shape[1] ** 0.5 * max(1.0, float(exact.abs().max()))
+    assert whole.dtype == torch.float32 and (whole - exact).abs().max() <= bound
+    # Sums of whole numbers are exact, in whatever order.
+    few, ones = (x * 2).round(), weight.sign()
+    assert torch.equal(products.in_float32(few, ones).double(), few.double() @ ones.double().t())
+    threads, out = torch.get_num_threads(), torch.full_like(whole, torch.nan)
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert products.in_float32(x, weight, out) is out and torch.equal(out, whole)
+            assert torch.equal(products.in_float32(x[-1:], weight), whole[-1:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@has_pairs
+def test_infinite_numbers_and_nan_stay_in_their_rows():
+    x, weight, _ = made(3, 64, 50, dtype=torch.bfloat16)
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    out, exact = products.in_float32(x, weight), x.double() @ weight.double().t()
+    assert out[0].isfinite().all() and out[1].isnan().all()
+    assert torch.equal(out[2].double(), exact[2])  # infinite, with the sign of the weight
+
+
+@has_pairs
+def test_what_is_not_multiplied_in_pairs():
+    x, weight, _ = made(3, 64, 50, dtype=torch.bfloat16)
+    assert not products.serves_in_float32(x.float(), weight.float())
+    assert not products.serves_in_float32(x[:0], weight) and not products.serves_in_float32(x, weight[:0])
+    assert not products.serves_in_float32(x[:, :63], weight[:, :63].contiguous())  # an odd length
+    assert not products.serves_in_float32(x[:, :50], weight.t()[:50])  # rows that are not dense
+    with pytest.raises(ValueError, match="even number"):
+        compiled._native.pairs(x[:, :1].contiguous(), weight[:, :1].contiguous(), torch.empty(3, 50), 1)
+    with pytest.raises(ValueError, match="shapes do not agree"):
+        compiled._native.pairs(x, weight, torch.empty(3, 49), 1)
