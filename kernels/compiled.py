@@ -3,10 +3,12 @@ multiplies matrices.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 try:
     from kernels import _native
@@ -82,3 +84,35 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
             f"the compiled CPU kernels are not there: slower torch code runs instead; {cure}"
         )
     return make.instructions is not None
+
+
+def with_gradient(
+    fast: Callable[..., Tensor | tuple[Tensor, ...]],
+    plain: Callable[..., Tensor | tuple[Tensor, ...]],
+    *tensors: Tensor,
+) -> Tensor | tuple[Tensor, ...]:
+    """Returns fast(*tensors), whose gradient is that of plain(*tensors): the same function in torch code.
+
+    In 16 bits two ways to the same number part at the first rounding that falls otherwise, and after some
+    layers all bits differ. What is trained this way has the bits of what is scored without a gradient. The
+    backward pass keeps the tensors alone and computes `plain` again.
+    """
+    return _WithGradient.apply(fast, plain, *tensors)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fast: Callable, plain: Callable, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        ctx.plain = plain
+        ctx.save_for_backward(*tensors)
+        return fast(*tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        leaves = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad():
+            out = ctx.plain(*leaves)
+        asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
+        found = iter(torch.autograd.grad(out, asked, gradients))
+        return None, None, *(next(found) if need else None for need in wanted)

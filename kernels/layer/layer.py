@@ -3,9 +3,10 @@
 Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 and
 bfloat16 on the CPU to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py). The torch code is
 their specification, and serves gradients and all else. On a CPU both work in float32 and round a result of 16
-bits once, so that what is trained has the bits of what is sampled, but for rare ties.
+bits once; where a gradient is asked for in bfloat16, compiled code makes the values there too.
 """
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -30,20 +31,36 @@ def _backend(x: Tensor, *others: Tensor) -> ModuleType | None:
     return None
 
 
+def _trains_compiled(x: Tensor, *others: Tensor) -> bool:
+    """Returns whether compiled code makes the values of these rows while torch code makes their gradient:
+    bfloat16 on the CPU."""
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
+    if torch.compiler.is_compiling() or not differentiated or x.dim() != 2 or x.dtype != torch.bfloat16:
+        return False
+    return compiled.serves(x.device, x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Returns x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x [..., N], weight [N]."""
-    rows = _backend(x, weight)
-    if rows is None:
-        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
-    return rows.rms_norm(x, None, weight, epsilon)[1]
+    if (rows := _backend(x, weight)) is not None:
+        return rows.rms_norm(x, None, weight, epsilon)[1]
+    if _trains_compiled(x, weight):
+        return compiled.with_gradient(
+            lambda x, weight: layer_native.rms_norm(x, None, weight, epsilon)[1],
+            lambda x, weight: F.rms_norm(_wide(x), (x.shape[-1],), _wide(weight), epsilon).to(x.dtype),
+            x,
+            weight,
+        )
+    return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Returns x + delta and its `rms_norm`."""
     if (rows := _backend(x, delta, weight)) is not None:
         return rows.rms_norm(x, delta, weight, epsilon)
+    # Compiled code makes the same sum.
     total = x + delta
-    return total, F.rms_norm(total, (total.shape[-1],), weight, epsilon)
+    return total, rms_norm(total, weight, epsilon)
 
 
 def split_rotated(
@@ -56,6 +73,16 @@ def split_rotated(
     """
     if (rows := _backend(qkv, cos, sin)) is not None:
         return rows.split_rotated(qkv, cos, sin, heads, kv_heads)
+    split = partial(_split_rotated, heads=heads, kv_heads=kv_heads)
+    if _trains_compiled(qkv, cos, sin):
+        fast = partial(layer_native.split_rotated, heads=heads, kv_heads=kv_heads)
+        return compiled.with_gradient(fast, split, qkv, cos, sin)
+    return split(qkv, cos, sin)
+
+
+def _split_rotated(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
     turned = rotated(qkv[:, : heads + kv_heads], cos, sin)
     return turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
@@ -73,6 +100,12 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     """Returns silu(gate) * up, [R, N], of gate_up [R, 2 N]."""
     if (rows := _backend(gate_up)) is not None:
         return rows.gated_silu(gate_up)
+    if _trains_compiled(gate_up):
+        return compiled.with_gradient(layer_native.gated_silu, _gated_silu, gate_up)
+    return _gated_silu(gate_up)
+
+
+def _gated_silu(gate_up: Tensor) -> Tensor:
     gate, up = _wide(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 

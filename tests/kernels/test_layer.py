@@ -129,14 +129,15 @@ def test_gate_in_bfloat16(rows, width):
 
 def test_gradients_in_bfloat16_are_rounded_once_and_trained_values_are_the_sampled_ones():
     qkv, angle, gate_up = normal(6, 5 * 48).bfloat16(), normal(6, 48, scale=3.0), normal(6, 130, scale=3.0)
-    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    cos, sin, weight = angle.cos().bfloat16(), angle.sin().bfloat16(), normal(576).bfloat16()
     for function, x in (
         (lambda x: layer.split_rotated(x, cos.to(x.dtype), sin.to(x.dtype), 3, 1)[0], qkv),
         (layer.gated_silu, gate_up.bfloat16()),
+        # So many numbers that torch's norm differs in one.
+        (lambda x: layer.rms_norm(x, weight.to(x.dtype), 1e-5), normal(500, 576).bfloat16()),
     ):
         (fast, slow), exact_x = compiled_and_torch(function, x), x.double().requires_grad_()
-        # An exact value between two neighbours may go either way.
-        assert (fast != slow).double().mean() <= 1e-3
+        assert torch.equal(fast, slow)
         leaf = x.clone().requires_grad_()
         upstream = normal(*fast.shape).bfloat16()
         (own,) = torch.autograd.grad(function(leaf), leaf, upstream)
