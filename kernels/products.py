@@ -8,8 +8,10 @@ The terms of a panel's sums are added up 128 at a time, so that rounding errors 
 oneDNN adds more of them in one chain: its errors are 1.5 to 2.5 times as large, and were up to 10
 times in a gradient (LOG.md).
 
-Products of bfloat16 are torch's, that is oneDNN's, which rounds them to bfloat16. Where logits are wanted,
-which must not be rounded so, compiled code keeps float32 sums at the same speed (`in_float32`).
+Products of bfloat16 with float32 sums are torch's, that is oneDNN's, which rounds them to bfloat16, where the
+processor has such products. Where it has none torch takes four to eight times as long as for float32: there
+both factors are widened at each call, and the float32 product is rounded. Logits must not be rounded so:
+`in_float32` keeps their sums.
 """
 
 import torch
@@ -28,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.is_grad_enabled():
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        if not frozen or not serves(x, weight):
+        if not frozen or not (serves(x, weight) or _widens(x, weight)):
             return F.linear(x, weight, bias)
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
@@ -64,6 +66,9 @@ def times_transposed(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
     """Does `linear` without a gradient. out: a contiguous matrix for the product, without a bias."""
+    if _widens(x, weight):
+        wide = linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(x.dtype) if out is None else out.copy_(wide)
     if serves(x, weight):
         return panels(x, weight, bias, compiled.make.instructions, out=out)
     if out is None and not (_on_cpu(x, weight) and not torch.is_grad_enabled()):
@@ -73,20 +78,35 @@ def times_transposed(
     return out if bias is None else out.add_(bias)
 
 
-def serves_in_float32(x: Tensor, weight: Tensor) -> bool:
-    """Returns whether `in_float32` takes these: two bfloat16 matrices on a CPU with AVX512-BF16, neither
-    empty, weight dense and with rows of an even length."""
+def _widens(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether these are bfloat16 matrices on a CPU that does not multiply such numbers."""
+    return _narrow(x, weight) and not compiled.has_16_bit_products()
+
+
+def _narrow(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether these are bfloat16 matrices on the CPU, not empty, and torch.compile traces nothing."""
     both = x.dtype == weight.dtype == torch.bfloat16 and x.dim() == 2 and x.is_cpu
-    filled = both and x.numel() > 0 and weight.numel() > 0 and not torch.compiler.is_compiling()
-    return filled and compiled.multiplies_pairs and weight.shape[1] % 2 == 0 and weight.is_contiguous()
+    return both and x.numel() > 0 and weight.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def takes_pairs(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether compiled code multiplies these: two bfloat16 matrices on a CPU with AVX512-BF16,
+    neither empty, weight dense and with rows of an even length."""
+    both = compiled.multiplies_pairs and _narrow(x, weight)
+    return both and weight.shape[1] % 2 == 0 and weight.is_contiguous()
 
 
 def in_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiplies bfloat16 x [R, K] with weight [N, K] transposed: float32 [R, N], without a gradient.
 
-    Products are exact, and sums are rounded to float32 alone. The bits are the same for any number of rows
-    and threads. out: a contiguous matrix for the product.
+    Products are exact, and sums are rounded to float32 alone. Compiled code makes them where `takes_pairs`
+    says so, with the same bits for any number of rows and threads, and counts numbers below 1.2e-38 as 0.
+    Elsewhere both matrices are widened, so many rows of weight at a time that freed memory serves the next.
+    out: a contiguous matrix for the product.
     """
+    if not takes_pairs(x, weight):
+        wide = x.float()
+        return torch.cat([times_transposed(wide, part.float()) for part in weight.split(4096)], -1, out=out)
     out = x.new_empty(len(x), len(weight), dtype=torch.float32) if out is None else out
     _native.pairs(x.contiguous(), weight, out, torch.get_num_threads())
     return out

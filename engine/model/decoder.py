@@ -23,7 +23,7 @@ from engine.model.architecture import ModelConfig
 from engine.model.attention import Attention, Layout, PackedAttention
 from engine.model.low_rank import LayerMatrices, LowRank
 from kernels.layer.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
-from kernels.products import in_float32, linear, serves_in_float32
+from kernels.products import in_float32, linear
 
 # Is shown the residual stream before each layer and after the last one of a pass: (layer, states [M, D]).
 Tap = Callable[[int, Tensor], None]
@@ -117,11 +117,12 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Computes the logits [..., V] of hidden states [..., D] after the final norm.
 
-        On a CPU that multiplies bfloat16 they are float32 where no gradient is asked for, like those that the
-        loss head trains on.
+        Of bfloat16 on a CPU they are float32 where no gradient is asked for, like those that the loss head
+        trains on.
         """
         head, softcap = self.head_weight, self.config.logit_softcap
-        wide = not torch.is_grad_enabled() and serves_in_float32(hidden, head)
+        narrow = hidden.is_cpu and hidden.dtype == head.dtype == torch.bfloat16
+        wide = narrow and not torch.is_grad_enabled()
         logits = in_float32(hidden, head) if wide else linear(hidden, head)
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -33,6 +33,7 @@ from engine.scorers.base import Scorers
 from engine.scorers.find import load_scorers, score_names, take_rows
 from engine.stages.run_inputs import OwnedInputs, source_digests
 from engine.stages.smoke import smoke_folder
+from kernels.compiled import has_16_bit_products
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -116,6 +117,11 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Rank
         flags = ("--prompts", "--samples", "--heldout", "--template")
         sources = {flag: record.sources[flag] for flag in flags if flag in record.sources}
         files = record.model
+    if device.type == "cpu" and dtype == torch.bfloat16 and not has_16_bit_products():
+        notes.append(
+            "--dtype bfloat16: this processor has neither AVX512-BF16 nor AMX, without which bfloat16 is slower "
+            "than float32; leave --dtype out to save time."
+        )
     return Inputs(
         device=device,
         dtype=dtype,

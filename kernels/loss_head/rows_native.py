@@ -10,7 +10,7 @@ from kernels import compiled
 from kernels.compiled import _native
 from kernels.loss_head.records import Head
 from kernels.loss_head.rows import Kept, Sizes, Sums, TorchRows, chunks, head_columns
-from kernels.products import add_product, in_float32, serves_in_float32, times_transposed
+from kernels.products import add_product, in_float32, takes_pairs, times_transposed
 
 
 class NativeRows(TorchRows):
@@ -148,7 +148,7 @@ class NativeRows(TorchRows):
         z takes all logits; sums [C, D] takes the part of J W of all tokens but the target.
         """
         rows, given = len(hidden), hidden
-        pairs = serves_in_float32(given, self.weight)
+        pairs = takes_pairs(given, self.weight)
         hidden, target = hidden.to(torch.float32), target.long().contiguous()
         largest, target_z, logprob, scale = hidden.new_full((4, rows), -math.inf).unbind()
         others = torch.zeros(rows, dtype=torch.float64)

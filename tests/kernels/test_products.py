@@ -207,7 +207,8 @@ def test_strided_inputs_and_a_second_derivative(processor):
 
 
 @has_panels
-def test_the_rest_is_left_to_torch(amd):
+def test_the_rest_is_left_to_torch(amd, monkeypatch):
+    monkeypatch.setattr(compiled, "has_16_bit_products", lambda: True)
     x, weight, bias = made(4, 6, 5)
     x.requires_grad_()
 
@@ -248,7 +249,7 @@ def test_a_caller_compiles_in_one_graph(processor):
 )
 def test_products_of_bfloat16_keep_float32_sums(shape):
     x, weight, _ = made(*shape, dtype=torch.bfloat16)
-    assert products.serves_in_float32(x, weight)
+    assert products.takes_pairs(x, weight)
     whole, exact = products.in_float32(x, weight), x.double() @ weight.double().t()
     bound = 4 * torch.finfo(torch.float32).eps * shape[1] ** 0.5 * max(1.0, float(exact.abs().max()))
     assert whole.dtype == torch.float32 and (whole - exact).abs().max() <= bound
@@ -277,11 +278,44 @@ def test_infinite_numbers_and_nan_stay_in_their_rows():
 @has_pairs
 def test_what_is_not_multiplied_in_pairs():
     x, weight, _ = made(3, 64, 50, dtype=torch.bfloat16)
-    assert not products.serves_in_float32(x.float(), weight.float())
-    assert not products.serves_in_float32(x[:0], weight) and not products.serves_in_float32(x, weight[:0])
-    assert not products.serves_in_float32(x[:, :63], weight[:, :63].contiguous())  # an odd length
-    assert not products.serves_in_float32(x[:, :50], weight.t()[:50])  # rows that are not dense
+    assert not products.takes_pairs(x.float(), weight.float())
+    assert not products.takes_pairs(x[:0], weight) and not products.takes_pairs(x, weight[:0])
+    assert not products.takes_pairs(x[:, :63], weight[:, :63].contiguous())  # an odd length
+    assert not products.takes_pairs(x[:, :50], weight.t()[:50])  # rows that are not dense
     with pytest.raises(ValueError, match="even number"):
         compiled._native.pairs(x[:, :1].contiguous(), weight[:, :1].contiguous(), torch.empty(3, 50), 1)
     with pytest.raises(ValueError, match="shapes do not agree"):
         compiled._native.pairs(x, weight, torch.empty(3, 49), 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (9, 63, 49), (20, 576, 10000)])
+def test_logits_keep_float32_sums_on_every_processor(shape, monkeypatch):
+    monkeypatch.setattr(compiled, "multiplies_pairs", False)
+    x, weight, _ = made(*shape, dtype=torch.bfloat16)
+    out, exact = torch.full((shape[0], shape[2]), torch.nan), x.double() @ weight.double().t()
+    bound = 4 * torch.finfo(torch.float32).eps * shape[1] ** 0.5 * max(1.0, float(exact.abs().max()))
+    assert products.in_float32(x, weight, out) is out and (out - exact).abs().max() <= bound
+    assert torch.equal(products.in_float32(x, weight), out)
+    assert products.in_float32(x[None], weight).shape == (1, shape[0], shape[2])
+    assert products.in_float32(x[:0], weight).shape == (0, shape[2])
+
+
+@pytest.mark.parametrize("rows", [1, 9, 70])
+def test_a_processor_without_bfloat16_rounds_products_of_float32_once(rows, monkeypatch):
+    monkeypatch.setattr(compiled, "has_16_bit_products", lambda: False)
+    x, weight, bias = made(rows, 130, 60, dtype=torch.bfloat16)
+    leaf, exact_x = x.clone().requires_grad_(), x.double().requires_grad_()
+    own, exact = products.linear(leaf, weight, bias), F.linear(exact_x, weight.double(), bias.double())
+    upstream = torch.randn(own.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    # The graph keeps the matrix as it is.
+    assert own.grad_fn.saved_tensors[0].data_ptr() == weight.data_ptr()
+    (gradient,) = torch.autograd.grad(own, leaf, upstream)
+    (wanted,) = torch.autograd.grad(exact, exact_x, upstream.double())
+    for found, true in ((own, exact), (gradient, wanted)):
+        assert found.dtype == torch.bfloat16
+        # Half of the last place, and what cancels in float32 sums.
+        torch.testing.assert_close(found.double(), true.detach(), rtol=2**-8 * (1 + 2**-10), atol=1e-4)
+    # What is trained has the bits of what is scored.
+    assert torch.equal(products.linear(x, weight, bias), own.detach())
+    # A matrix that is trained goes to torch.
+    assert products.linear(x, weight.clone().requires_grad_()).requires_grad
