@@ -1,8 +1,8 @@
 // Products of rows with a large matrix, whose elements are read once. `few_rows` sums along its rows as they
 // lie, at the speed of memory. `panels` lays some of its rows at a time out as columns of vectors in cache,
 // which pays where many rows share them; it takes a matrix that lies column by column too, and can add the
-// product to a sum. `pairs` does the same for bfloat16, with float32 sums: two numbers of a row that stand side
-// by side are taken for one of 32 bits, and multiplied together.
+// product to a sum. `pairs` does the same for bfloat16, with float32 sums: two numbers of a row that stand
+// side by side are taken for one of 32 bits, and multiplied together.
 //
 // Each sums every output in one order, that of its row and column alone: results are bit for bit the same for
 // any number of threads and rows, and for AVX2 and AVX-512.
@@ -335,8 +335,8 @@ INLINE void by_panels(const Product& p, int64_t begin, int64_t end) {
                 if (k > 0 && !p.add)
                     for (int64_t i = 0; i < rows; ++i)
                         std::memcpy(total[i], out + i * p.count, count * sizeof(float));
-                tile<W, Tall, Vectors, Pairs>(p.x + r * p.width + k, p.width, rows, panel.get(), deep, total, ahead,
-                                       lines);
+                tile<W, Tall, Vectors, Pairs>(p.x + r * p.width + k, p.width, rows, panel.get(), deep, total,
+                                              ahead, lines);
                 const float* bias = whole && p.bias != nullptr ? p.bias + c : nullptr;
                 for (int64_t i = 0; i < rows; ++i)
                     for (int64_t j = 0; j < count; ++j) {

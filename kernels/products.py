@@ -14,6 +14,8 @@ both factors are widened at each call, and the float32 product is rounded. Logit
 `in_float32` keeps their sums.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled():
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         if not frozen or not (serves(x, weight) or _widens(x, weight)):
-            return F.linear(x, weight, bias)
+            return by_torch(F.linear, x, weight) if bias is None else by_torch(F.linear, x, weight, bias)
         if x.requires_grad:
             return _Linear.apply(x, weight, bias)
     elif _on_cpu(x, weight) and weight.is_contiguous():
@@ -54,6 +56,21 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and compiled.make.compiles_products
         and (weight.is_contiguous() or weight.t().is_contiguous())
     )
+
+
+def by_torch(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """Returns function(*matrices), a product in torch code, of two matrices or more that may be trained.
+
+    Where they are bfloat16 on a CPU that does not multiply such numbers, it is computed in float32 and
+    rounded once, and so are its gradients; the graph keeps the matrices as they are.
+    """
+    if not _widens(*matrices[:2]):
+        return function(*matrices)
+
+    def wide(*narrow: Tensor) -> Tensor:
+        return function(*(x.float() for x in narrow)).to(torch.bfloat16)
+
+    return compiled.with_gradient(wide, wide, *matrices)
 
 
 def _on_cpu(x: Tensor, weight: Tensor) -> bool:

@@ -23,7 +23,7 @@ from engine.model.architecture import ModelConfig
 from engine.model.attention import Attention, Layout, PackedAttention
 from engine.model.low_rank import LayerMatrices, LowRank
 from kernels.layer.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
-from kernels.products import in_float32, linear
+from kernels.products import by_torch, in_float32, linear
 
 # Is shown the residual stream before each layer and after the last one of a pass: (layer, states [M, D]).
 Tap = Callable[[int, Tensor], None]
@@ -250,4 +250,4 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LayerMatrices 
     out = linear(x, weight, bias)
     if lora is None or name not in lora:
         return out
-    return torch.addmm(out, lora[name].inner(x), lora[name].up.t())
+    return by_torch(torch.addmm, out, lora[name].inner(x), lora[name].up.t())

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.products import by_torch
+
 
 class Factors(NamedTuple):
     """A matrix W of the decoder acts as W + B A."""
@@ -23,11 +25,10 @@ class Factors(NamedTuple):
     def inner(self, x: Tensor) -> Tensor:
         """Computes A x [M, rank] of inputs [M, in]."""
         if self.seen is None:
-            return F.linear(x, self.down)
+            return by_torch(F.linear, x, self.down)
         inputs = self.seen(x)
-        return torch.cat(
-            [F.linear(own, a) for own, a in zip(inputs, self.down.chunk(len(inputs)), strict=True)], dim=1
-        )
+        parts = zip(inputs, self.down.chunk(len(inputs)), strict=True)
+        return torch.cat([by_torch(F.linear, own, a) for own, a in parts], dim=1)
 
 
 # The adapted matrices of a layer, by the name of the decoder's matrix.

@@ -119,8 +119,8 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Rank
         files = record.model
     if device.type == "cpu" and dtype == torch.bfloat16 and not has_16_bit_products():
         notes.append(
-            "--dtype bfloat16: this processor has neither AVX512-BF16 nor AMX, without which bfloat16 is slower "
-            "than float32; leave --dtype out to save time."
+            "--dtype bfloat16: this processor has neither AVX512-BF16 nor AMX, without which bfloat16 is "
+            "slower than float32; leave --dtype out to save time."
         )
     return Inputs(
         device=device,

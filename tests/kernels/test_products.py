@@ -317,5 +317,23 @@ def test_a_processor_without_bfloat16_rounds_products_of_float32_once(rows, monk
         torch.testing.assert_close(found.double(), true.detach(), rtol=2**-8 * (1 + 2**-10), atol=1e-4)
     # What is trained has the bits of what is scored.
     assert torch.equal(products.linear(x, weight, bias), own.detach())
-    # A matrix that is trained goes to torch.
-    assert products.linear(x, weight.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_trained_matrices_are_widened_too(with_bias, monkeypatch):
+    monkeypatch.setattr(compiled, "has_16_bit_products", lambda: False)
+    x, weight, bias = made(20, 130, 60, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in ((x, weight, bias) if with_bias else (x, weight))]
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    own, exact = products.linear(*leaves), F.linear(*exact_leaves)
+    upstream = torch.randn(own.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.autograd.grad(own, leaves, upstream)
+    wanted = torch.autograd.grad(exact, exact_leaves, upstream.double())
+    for a, b in zip((own, *found), (exact, *wanted), strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b.detach(), rtol=2**-8 * (1 + 2**-10), atol=1e-4)
+    # Other dtypes and processors are torch's alone.
+    plain = products.by_torch(F.linear, x.float(), weight.float())
+    assert torch.equal(plain, F.linear(x.float(), weight.float()))
+    monkeypatch.setattr(compiled, "has_16_bit_products", lambda: True)
+    assert torch.equal(products.by_torch(F.linear, x, weight), F.linear(x, weight))
