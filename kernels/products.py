@@ -9,7 +9,7 @@ oneDNN adds more of them in one chain: its errors are 1.5 to 2.5 times as large,
 times in a gradient (LOG.md).
 
 Products of bfloat16 with float32 sums are torch's, that is oneDNN's, which rounds them to bfloat16, where the
-processor has such products. Where it has none torch takes four to eight times as long as for float32: there
+processor has such products. Where it has none torch takes three to nine times as long as for float32: there
 both factors are widened at each call, and the float32 product is rounded. Logits must not be rounded so:
 `in_float32` keeps their sums.
 """
