@@ -243,6 +243,10 @@ class OpdConfig(IterativeConfig):
 class PrimalDualConfig(IterativeConfig):
     """Primal-dual policy gradient on fresh samples, as PPO-Lagrangian without a critic (arXiv 2310.12773)."""
 
+    # The samples are of the weights that the steps go on from, and the ratio of both begins at 1.
+    adam_beta1: float = 0.9
+    weight_average: float = 0.0
+
     advantage: str = one_of("rloo", "group_norm")
     """rloo: score minus the mean of the others of its prompt. group_norm: reward and utilities standardised
     per prompt, then combined, which changes the objective and the meaning of lambda."""

@@ -26,7 +26,8 @@ GROUPS = {
     ),
     "training": (
         "steps", "epochs", "prompts_per_step", "responses_per_prompt", "labels", "learning_rate",
-        "warmup_steps", "schedule", "weight_decay", "clip_norm", "least_weight", "max_kl_ratio", "clip",
+        "warmup_steps", "schedule", "adam_beta1", "weight_average", "weight_decay", "clip_norm",
+        "least_weight", "max_kl_ratio", "clip",
         "ascent_prompts", "tune", "lora_rank", "lora_alpha", "lora_from", "lora_targets", "lora_dropout",
     ),
     "verdict": ("eval_prompts", "eval_responses", "eval_budget", "require_met"),

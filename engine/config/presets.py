@@ -45,6 +45,7 @@ SMOKE = {
 _PAPERS = {
     "system": "", "units": "raw", "beta": 0.1, "margin": 0.0, "temperature": 1.0, "top_p": 0.9,
     "max_kl_ratio": math.inf, "least_weight": 0.0, "dual_rule": "newton",
+    "adam_beta1": 0.9, "weight_average": 0.0,
     "labels": "sampled-once", "schedule": "cosine", "warmup_steps": 100, "lora_rank": 8, "lora_alpha": 16.0,
     "lora_from": 0.0, "eval_responses": 2, "activation_checkpointing": True, "checkpoint_every": 100,
 }  # fmt: skip

@@ -192,6 +192,12 @@ class RunConfig:
     schedule: str = one_of("constant", "linear", "cosine")
     """Learning rate after the warm-up: constant, linear or cosine. The last two fall to 0 over the steps of
     each policy update; the next update starts at the peak again."""
+    adam_beta1: float = bounded(0.5, at_least=0, below=1)
+    """How much AdamW keeps of its direction at each step. At 0.9, the usual value, an update of few steps
+    shoots past what it was to fit."""
+    weight_average: float = bounded(0.8, at_least=0, below=1)
+    """A policy is the running mean of its weights after each step, and this is how much the mean keeps at
+    each step; the steps themselves go on from the last weights. 0 takes the last ones, as in the papers."""
     weight_decay: float = bounded(0.0, at_least=0, at_most=1e3)
     """AdamW weight decay."""
     clip_norm: float = bounded(1.0, above=0, at_most=1e9)
@@ -206,7 +212,7 @@ class RunConfig:
     and so do --top-k and --top-p, with which no KL is measured."""
     tune: str = one_of("lora", "full")
     """lora: train an adapter on the frozen model. full: train all weights; each iterate is a whole
-    checkpoint, --checkpoint-every writes 12 bytes for every weight, and the --lora flags have no effect."""
+    checkpoint, --checkpoint-every writes 16 bytes for every weight, and the --lora flags have no effect."""
     lora_rank: int = bounded(8, at_least=1, at_most=65536)
     """Rank of the adapter."""
     lora_alpha: float = bounded(16.0, above=0, at_most=1e6)

@@ -30,6 +30,9 @@ class Policy:
     and the losses of this update's steps."""
 
     adapter: dict[str, Tensor | Stored]
+    # The weights after the last step, from which further steps go on, where `adapter` is a mean over steps;
+    # else empty.
+    last: dict[str, Tensor | Stored] = field(default_factory=dict)
     first_moment: dict[str, Tensor | Stored]
     second_moment: dict[str, Tensor | Stored]
     steps: int
@@ -44,7 +47,7 @@ class Policy:
     def read(self, weights: Weights) -> "Policy":
         """Returns it with tensors in the place of stored ones, spread as the weights are."""
         parts = {}
-        for part in ("adapter", "first_moment", "second_moment"):
+        for part in ("adapter", "last", "first_moment", "second_moment"):
             values = getattr(self, part)
             if any(isinstance(value, Stored) for value in values.values()):
                 parts[part] = {name: torch.empty_like(value) for name, value in weights.named_parameters()}
@@ -88,13 +91,20 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
     # One pass over all weights and their moments; an adapter is too small to gain by it on a CPU.
     fused = config.tune == "full" or parameters[0].is_cuda
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=fused
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, 0.99),
+        weight_decay=config.weight_decay,
+        fused=fused,
     )
     partial = stage.partial(Policy)
     losses = list(partial.losses) if partial else []
     done, taken, pace = len(losses), start.steps if start else 0, start.pace if start else 1.0
+    mean = _Mean(weights, config.weight_average) if config.weight_average else None
     if known := partial or start:
         _restore(known, weights, optimizer)
+        if mean:
+            mean.restore(known)
     with stage.progress(config.steps, "steps", f"policy {update.iteration}") as progress:
         progress.advance(done)
         for i in range(done, config.steps):
@@ -110,6 +120,8 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
             if not (math.isfinite(step.loss) and math.isfinite(norm)):
                 _stop_non_finite(update, step, norm)
             optimizer.step()
+            if mean:
+                mean.add(taken + i + 1)
             losses.append(step.loss)
             stage.log(
                 row(
@@ -125,13 +137,35 @@ def take_steps(update: Update, row: type[StepRow], step_of: Callable[[int], Step
             progress.advance(1)
             if stage.stopping or ((i + 1) % config.checkpoint_every == 0 and i + 1 < config.steps):
                 _check_replicas(update, i + 1)
-                stage.save_partial(_policy(taken + i + 1, weights, optimizer, losses, pace))
+                stage.save_partial(_policy(taken + i + 1, weights, mean, optimizer, losses, pace))
                 # A rank that stops without the others' knowledge would leave them in the middle of a step.
                 if update.ranks.size == 1 or stage.stopping:
                     stage.check_stop()
     optimizer.zero_grad(set_to_none=True)
     _check_replicas(update, config.steps)
-    return _policy(taken + config.steps, weights, optimizer, losses, pace)
+    policy = _policy(taken + config.steps, weights, mean, optimizer, losses, pace)
+    weights.set_tensors(policy.adapter)
+    return policy
+
+
+class _Mean:
+    """The running mean of weights after each step n: mean_n = (sum over i <= n of share^(n-i) weights_i) over
+    (the sum of these shares), in the weights' own dtype. A step's noise, and what momentum carries too far,
+    go down in it."""
+
+    def __init__(self, weights: Weights, share: float) -> None:
+        self.weights, self.share, self.tensors = weights, share, weights.tensors()
+
+    def restore(self, policy: Policy) -> None:
+        """Goes on from the mean that an iterate is."""
+        read_into(self.tensors, policy.adapter)
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Takes in the weights after a step, counted from 1 over all updates."""
+        new = (1 - self.share) / (1 - self.share**step)
+        for name, value in self.weights.named_parameters():
+            rows_here(self.tensors[name]).lerp_(rows_here(value), new)
 
 
 def _added_up(update: Update, parameters: Sequence[Tensor], step: Step) -> Step:
@@ -210,11 +244,17 @@ def learning_rate_factor(config: RunConfig, step: int, taken: int) -> float:
 
 
 def _policy(
-    steps: int, weights: Weights, optimizer: torch.optim.AdamW, losses: list[float], pace: float
+    steps: int,
+    weights: Weights,
+    mean: _Mean | None,
+    optimizer: torch.optim.AdamW,
+    losses: list[float],
+    pace: float,
 ) -> Policy:
     state = {name: optimizer.state[value] for name, value in weights.named_parameters()}
     return Policy(
-        adapter=weights.tensors(),
+        adapter=mean.tensors if mean else weights.tensors(),
+        last=weights.tensors() if mean else {},
         first_moment={name: of["exp_avg"] for name, of in state.items()},
         second_moment={name: of["exp_avg_sq"] for name, of in state.items()},
         steps=steps,
@@ -224,8 +264,8 @@ def _policy(
 
 
 def _restore(policy: Policy, weights: Weights, optimizer: torch.optim.AdamW) -> None:
-    """Puts weights and optimizer back to where `policy` was."""
-    weights.set_tensors(policy.adapter)
+    """Puts weights and optimizer back to where the steps to `policy` ended."""
+    weights.set_tensors(policy.last or policy.adapter)
     for value in weights.parameters():
         optimizer.state[value] = {
             # Where AdamW keeps it: beside the weights when it is fused.

@@ -4,7 +4,8 @@ AdamW moves a policy by its learning rate, however little the target asks for. W
 every token can do, such as the length of words, five steps went to seven nats for a tilt of one. So after an
 update the policy answers some prompts, and where its KL(policy || reference) is above `--max-kl-ratio`
 times that of the tilt it learns, by more than its standard error, its weights go back towards the
-reference's until it is not. The updates after that step as much shorter.
+reference's until it is not. Later updates take steps as much shorter, and the weights
+that they go on from go back as far.
 """
 
 import math
@@ -61,7 +62,15 @@ def taken_back(
         step = min(math.sqrt(limit / kl), LEAST)
         weights.take_back(untrained, step)
         share *= step
-    return policy if share == 1 else replace(policy, adapter=weights.tensors(), pace=policy.pace * share)
+    if share == 1:
+        return policy
+    adapter, last = weights.tensors(), {}
+    if policy.last:
+        weights.set_tensors(policy.last)
+        weights.take_back(untrained, share)
+        last = weights.tensors()
+        weights.set_tensors(adapter)
+    return replace(policy, adapter=adapter, last=last, pace=policy.pace * share)
 
 
 def _measured_kl(
