@@ -394,7 +394,7 @@ class Steps:
     def save_partial(self, state):
         tensors = {
             key: {n: t.clone() for n, t in getattr(state, key).items()}
-            for key in ("adapter", "first_moment", "second_moment")
+            for key in ("adapter", "last", "first_moment", "second_moment")
         }
         self.state, self.saved = replace(state, **tensors, losses=list(state.losses)), self.saved + 1
 
@@ -428,14 +428,49 @@ def test_a_stopped_update_goes_on_at_the_rate_where_it_was(tiny_folder, name):
         with pytest.raises(KeyboardInterrupt):
             take(stopped, start)
         assert len(stopped.rows) == 6
-        again = Steps(stopped.state, stopped.rows)
-        resumed = take(again, start)
-        assert again.rows == whole.rows and resumed.steps == made.steps and resumed.losses == made.losses
-        assert all(torch.equal(value, resumed.adapter[key]) for key, value in made.adapter.items())
+        later = Steps(stopped.state, stopped.rows)
+        resumed = take(later, start)
+        assert later.rows == whole.rows and resumed.steps == made.steps and resumed.losses == made.losses
+        for part in ("adapter", "last"):
+            again = getattr(resumed, part)
+            assert all(torch.equal(value, again[key]) for key, value in getattr(made, part).items())
         rates = [row.learning_rate / config.learning_rate for row in whole.rows]
         assert max(rates) == 1 and (rates[-1] == 1) == (name == "constant")
         start = made
     assert start.steps == 18
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
+def test_a_policy_is_the_running_mean_of_its_weights_over_all_updates(tiny_folder, monkeypatch, share):
+    network = model.load(tiny_folder)
+    config = smoke(CaidConfig(steps=4, weight_average=share, learning_rate=0.1))
+    adapter = Adapter.on(network, rank=2, alpha=4.0, share=0.5, seed=0)
+    names, parameters = zip(*adapter.named_parameters(), strict=True)
+    after, step = [], torch.optim.AdamW.step
+
+    def recorded(optimizer):
+        step(optimizer)
+        after.append([value.detach().double() for value in parameters])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+
+    def step_of(i):
+        loss = sum(((p - (-1) ** i) ** 2).sum() for p in parameters)
+        loss.backward()
+        return Step(loss=float(loss.detach()), figures={}, batch={})
+
+    made = None
+    for number in (1, 2):
+        made = take_steps(update_of(config, network, adapter, Steps(), made), StepRow, step_of)
+        weight = torch.tensor([share**i for i in reversed(range(4 * number))], dtype=torch.float64)
+        for place, name in enumerate(names):
+            steps = torch.stack([values[place] for values in after])
+            mean = torch.einsum("s,s...->...", weight / weight.sum(), steps)
+            torch.testing.assert_close(made.adapter[name].double(), mean, rtol=1e-5, atol=1e-7)
+            if share:
+                assert torch.equal(made.last[name].double(), after[-1][place])
+            assert torch.equal(dict(adapter.named_parameters())[name], made.adapter[name])
+        assert len(after) == 4 * number and bool(made.last) == bool(share)
 
 
 def test_lower_states_of_chosen_responses_equal_a_direct_run(world):

@@ -56,11 +56,11 @@ def test_the_way_back_is_in_the_weights(runs):
     held, free = (read_committed(run).load("iteration-1/policy", Policy) for run in runs)
     share = by_iteration(runs[0])[0][-1].share
     assert held.pace == share < 1 == free.pace
-    assert held.adapter.keys() == free.adapter.keys()
-    for name, value in held.adapter.items():
-        whole = free.adapter[name]
-        expected = whole * share if name.startswith("up") else whole
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-8)
+    for went_back, went_on in ((held.adapter, free.adapter), (held.last, free.last)):
+        assert went_back.keys() == went_on.keys() and went_back
+        for name, value in went_back.items():
+            expected = went_on[name] * share if name.startswith("up") else went_on[name]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_the_tilt_is_that_of_the_lagrangian_on_the_reference_samples(runs):
