@@ -70,6 +70,7 @@ def count(ranks: Ranks, tune: str, folder: Path) -> list[Counted]:
         prompts_per_step=8,
         iterations=1,
         steps=STEPS,
+        weight_average=0.0,
         checkpoint_every=STEPS,
         lora_rank=RANK,
         tune=tune,

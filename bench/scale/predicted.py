@@ -48,7 +48,7 @@ CONFIGS = {
     )
 }
 MODELS = {name: ModelConfig.from_json(raw, Path("config.json")) for name, raw in CONFIGS.items()}
-# The papers' sizes: 20 steps of 256 prompts in each of five iterations.
+# The papers' sizes: 20 steps of 256 prompts in each of five iterations, and the last weights as iterates.
 RUN = CaidConfig(
     n_prompts=8192,
     n_responses=8,
@@ -61,6 +61,7 @@ RUN = CaidConfig(
     eval_responses=6,
     tokens_per_forward=8192,
     learning_rate=1e-5,
+    weight_average=0.0,
 )
 # Flags that spare memory, which may make room for more rows or for shards within a machine.
 SPARED: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from engine.model.architecture import ModelConfig
 from engine.model.names import linear_shapes, linears_of
 from engine.ranks import ALONE, Ranks
 from engine.run.machine import available_memory, check_equal_devices, device_name, matmul_rate
-from engine.run.spread import shard_size, spread_bytes, step_bytes
+from engine.run.spread import mean_bytes, shard_size, spread_bytes, step_bytes
 from kernels.loss_head.schemes import budget_or_default
 
 # The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
@@ -29,6 +29,8 @@ KEPT_STATES_BYTES = 2 * 2**30
 TOKEN_BYTES = 32  # of a response's token: its id, two log-probs, a flag, its text and copies on their way
 PAIR_BYTES = 128  # of two responses' indices, in lists and in a tensor
 ADAPTER_BYTES = 24  # of an adapter's weight: float32 with gradient, two moments, the start and a checkpoint
+# And for a mean over steps: itself, and the last weights in the start and in a checkpoint.
+ADAPTER_MEAN_BYTES = 12
 FLAT_BYTES = 4  # and of its copy in the message that adds its gradient up over several ranks
 
 
@@ -77,14 +79,15 @@ class Work:
             # What samples and scores has all weights in 16 bits, first the policy's and then the reference's.
             sampling, scoring = (weights + working for working in (sampling, scoring))
             training += step_bytes(shape, dtype)
-            weights = spread_bytes(shape, dtype, shards, on_cpu=device.type == "cpu")
+            on_cpu, averaged = device.type == "cpu", config.weight_average > 0
+            weights = spread_bytes(shape, dtype, shards, on_cpu=on_cpu, averaged=averaged)
         elif ranks == 1:
             training += _kept_bytes(config, shape, dtype, device, self.train)
         else:
             # States below the adapter are kept while the responses of a share are scored, and no longer.
             share = sorted(self.train)[-largest_share(len(self.train), ranks) :]
             sampling += _states_bytes(config, shape, dtype, share)
-            training += (ADAPTER_BYTES + FLAT_BYTES) * adapter_parameters(config, shape)
+            training += _adapter_bytes(config, shape) + FLAT_BYTES * adapter_parameters(config, shape)
         if ranks > 1:
             results += _gathered_bytes(config)
         return _peak(weights + beside + results + max(sampling, training, scoring))
@@ -330,11 +333,20 @@ def _kept_bytes(
     """Counts what training keeps from step to step: the states below the adapter,
     or copies of all weights."""
     if config.tune != "full":
-        return _states_bytes(config, shape, dtype, train) + ADAPTER_BYTES * adapter_parameters(config, shape)
+        return _states_bytes(config, shape, dtype, train) + _adapter_bytes(config, shape)
     # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with
     # its moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients,
     # and a copy for the iterate.
-    return shape.parameter_count() * (28 if device.type == "cuda" else 60)
+    kept = 28 if device.type == "cuda" else 60
+    if config.weight_average:
+        kept += mean_bytes(on_cpu=device.type == "cpu")
+    return shape.parameter_count() * kept
+
+
+def _adapter_bytes(config: RunConfig, shape: ModelConfig) -> int:
+    """Counts what training keeps of an adapter."""
+    each = ADAPTER_BYTES + (ADAPTER_MEAN_BYTES if config.weight_average else 0)
+    return each * adapter_parameters(config, shape)
 
 
 def _states_bytes(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, prompts: list[int]) -> int:

@@ -34,9 +34,21 @@ def shard_size(shape: ModelConfig, shards: int) -> int:
     return shape.num_layers * layer + outer
 
 
-def spread_bytes(shape: ModelConfig, dtype: torch.dtype, shards: int, *, on_cpu: bool) -> int:
-    """Counts the bytes that a rank holds all the time, of the policy and of the reference in `dtype`."""
-    return shard_size(shape, shards) * ((CPU_BYTES if on_cpu else GPU_BYTES) + dtype.itemsize)
+def spread_bytes(shape: ModelConfig, dtype: torch.dtype, shards: int, *, on_cpu: bool, averaged: bool) -> int:
+    """Counts the bytes that a rank holds all the time, of the policy and of the reference in `dtype`.
+
+    averaged: an iterate is a mean over steps (--weight-average).
+    """
+    trained = CPU_BYTES if on_cpu else GPU_BYTES
+    if averaged:
+        trained += mean_bytes(on_cpu=on_cpu)
+    return shard_size(shape, shards) * (trained + dtype.itemsize)
+
+
+def mean_bytes(*, on_cpu: bool) -> int:
+    """Counts the bytes of each trained weight that a mean over steps takes: itself, and on a CPU the last
+    weights too, in the last iterate and in what a checkpoint writes."""
+    return 12 if on_cpu else 4
 
 
 def step_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:

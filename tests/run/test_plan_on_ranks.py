@@ -146,7 +146,7 @@ PROMPTS |= {"tokens_per_forward": 4096}
 
 def planned(shape: ModelConfig, ranks: Ranks, *, dtype=HALF, device=GPU, scorers=(), **settings) -> Plan:
     fewer_rows = "rollout_rows" not in settings
-    config = CaidConfig(**PROMPTS | {"learning_rate": 1e-5} | settings)
+    config = CaidConfig(**PROMPTS | {"learning_rate": 1e-5, "weight_average": 0.0} | settings)
     lengths = [100] * config.n_prompts, [100] * config.eval_prompts
     return Plan.of(
         config, shape, dtype, device, *lengths, fewer_rows=fewer_rows, ranks=ranks, scorers=scorers
@@ -189,6 +189,20 @@ def test_a_rank_of_adapters_has_the_whole_model_and_its_share_of_the_prompts(siz
     found.check()
 
 
+def test_a_mean_over_steps_takes_memory_too():
+    """Of each weight itself in float32; of an adapter's also the last weights at the start and in a
+    checkpoint."""
+    shape, ranks = MODELS["Llama 3 8B"], Pretended(0, 8, 0, 8)
+    sizes = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    spread = {"tune": "full", "activation_checkpointing": True}
+    for settings, more in (({}, 12 * 16 * 8 * sizes), (spread, 4 * shape.parameter_count() // 8)):
+        last, mean = (
+            planned(shape, ranks, rollout_rows=8, weight_average=share, **settings).needed_bytes
+            for share in (0.0, 0.8)
+        )
+        assert mean - last == pytest.approx(1.15 * more, rel=1e-6)
+
+
 @pytest.mark.parametrize(("name", "size"), [("Llama 3 8B", 8), ("Llama 3 8B", 64), ("Qwen 32B", 64)])
 def test_a_rank_of_shards_gathers_the_weights_of_one_model_at_a_time(monkeypatch, name, size):
     monkeypatch.setattr(memory, "available_memory", lambda device: 141 * GB)
@@ -197,7 +211,7 @@ def test_a_rank_of_shards_gathers_the_weights_of_one_model_at_a_time(monkeypatch
     weights, D, layers, V = shape.parameter_count(), shape.hidden_size, shape.num_layers, shape.vocab_size
     # Float32 with gradient and two moments, the start and the iterate; the reference in 16 bits.
     resident = (24 + 2) * weights // size
-    assert resident == spread_bytes(shape, HALF, size, on_cpu=False)
+    assert resident == spread_bytes(shape, HALF, size, on_cpu=False, averaged=False)
     sampling = 2 * weights + 384 * 356 * CACHE * layers + 384 * V * 4 * 3
     outer = 2 * V * D + D
     gathered = (2 + 2 + 4) * outer + (3 * 2 + 2 + 4) * (weights - outer) // layers
