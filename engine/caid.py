@@ -6,9 +6,10 @@ so the literal step at t = 0 is left out; one adapter and its optimizer go on th
 the reference stays the original model; labels are drawn afresh in every step; the improvement is measured
 against each prompt's own reference samples; the dual step is half the inverse Hessian at the warm start,
 with a cap on the change, as a policy of few steps lags behind lambda, and less where lambda was lowered too
-far; an iterate is a running mean over steps; the last one is the result, and no dual step follows it. An update learns from the reference's
-samples that the dual is solved on, in Algorithm 3 too, where the paper takes the preference set's pairs:
---pairs with that file does so, --pairs policy takes fresh samples of the last iterate.
+far; an iterate is a running mean over steps; the last one is the result, and no dual step follows it. An
+update learns from the reference's samples that the dual is solved on, in Algorithm 3 too, where the paper
+takes the preference set's pairs: --pairs with that file does so, --pairs policy takes fresh samples of the
+last iterate.
 """
 
 from torch import Tensor
