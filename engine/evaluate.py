@@ -378,7 +378,7 @@ def best_feasible(rows: list[dict]) -> int:
 
 def policy_logprob(subject: Subject, phase: Phase, samples: Samples, adapter: Weights) -> Tensor:
     """Returns log pi of given responses under the policy `adapter`, float64 [P, G], nats."""
-    own = sum(g.tokens for g in packing.groups(samples.prompts, samples.rollouts)) // subject.ranks.size
+    own = sum(g.tokens for g in packing.groups(samples.prompts, samples.rollouts)) // subject.ranks.shares
     with naming(phase), phase.progress(own, "tokens", "pair order") as made:
         return logprobs(subject, samples.prompts, samples.rollouts, adapter, made.advance)
 

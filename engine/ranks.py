@@ -2,9 +2,12 @@
 
 All ranks run the same program on the same decisions. What depends on files, clocks or a solver is decided by
 rank 0 and told to the others (`first`). Work is shared out (`share`), its results are put together again
-(`gather`), and gradients are added up (`add`). `Ranks()` is a single process, for which each of these returns
-at once. Tensors go from process to process as their bytes; what holds them is pickled, as all ranks run the
-same program.
+(`of_shares`), and gradients are added up (`add`). `Ranks()` is a single process, for which each of these
+returns at once. Tensors go from process to process as their bytes; what holds them is pickled, as all ranks
+run the same program.
+
+Neighbours may hold one model together (`arranged`), each a slice of it: then they have one share of the work,
+and among themselves they are `Ranks` too.
 """
 
 import io
@@ -13,7 +16,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -38,6 +41,10 @@ def _starts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of a run.
@@ -51,6 +58,8 @@ class Ranks:
     local: int = 0  # its place among those of its machine
     local_size: int = 1
     store: dist.Store | None = None  # notes which rank has said why all of them end
+    group: dist.ProcessGroup | None = None  # None: all processes
+    model: "Ranks | None" = None  # those that hold one model together with this one; None: it has a whole one
 
     @staticmethod
     def start() -> "Ranks":
@@ -74,10 +83,49 @@ class Ranks:
     @staticmethod
     def join(store: dist.Store, rank: int, size: int, local: int, local_size: int) -> "Ranks":
         """Joins `size` processes that know one another by `store`."""
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _connected():
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         return Ranks(rank, size, local, local_size, store)
+
+    def arranged(self, model_ranks: int) -> "Ranks":
+        """Returns the ranks in groups of so many neighbours that hold one model together; with 1 each has a
+        whole one. All call it. Raises: UserError where a group would lie on two machines; LostRank."""
+        if model_ranks == self.model_size:
+            return self
+        if self.size == 1:
+            raise UserError(
+                f"--model-ranks {model_ranks}: one process holds the whole model; start torchrun "
+                f"--nproc-per-node {model_ranks}, or leave it out."
+            )
+        if self.local_size % model_ranks or self.size % model_ranks:
+            here = self.local_size
+            fits = [str(n) for n in range(1, here + 1) if here % n == self.size % n == 0]
+            raise UserError(
+                f"--model-ranks {model_ranks} does not divide the {here} ranks of a machine, within which a "
+                f"model's slices stay; use {' or '.join(fits)}, or start {model_ranks} ranks on each machine."
+            )
+        if model_ranks == 1:
+            return replace(self, model=None)
+        with _connected():
+            group, _ = dist.new_subgroups(model_ranks, timeout=TIMEOUT, backend=_backend())
+        place = self.rank % model_ranks
+        return replace(self, model=Ranks(place, model_ranks, place, model_ranks, group=group))
+
+    @property
+    def model_size(self) -> int:
+        """The number of ranks that hold one model together."""
+        return 1 if self.model is None else self.model.size
+
+    @property
+    def shares(self) -> int:
+        """The number of shares that work is cut into: ranks that hold one model together have one."""
+        return self.size // self.model_size
+
+    @property
+    def leads(self) -> bool:
+        """Tells whether this rank speaks for those that hold one model together; each of these has computed
+        the same."""
+        return self.model is None or self.model.is_first
 
     @property
     def is_first(self) -> bool:
@@ -114,8 +162,13 @@ class Ranks:
 
     def share(self, n: int) -> range:
         """Returns this rank's part of n things in a row: consecutive ones, as many as any other rank has, or
-        one more or less."""
-        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+        one more or less. Ranks that hold one model together have the same part."""
+        place = self.rank // self.model_size
+        return range(n * place // self.shares, n * (place + 1) // self.shares)
+
+    def of_shares(self, value: T) -> list[T]:
+        """Returns the values of all shares, see `gather`."""
+        return self.gather(value if self.leads else None)[:: self.model_size]
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks, in their order, on all of them; the tensors of other ranks are on
@@ -125,11 +178,11 @@ class Ranks:
         own = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _connected():
-            dist.all_gather(sizes, torch.tensor([len(own)]))
+            dist.all_gather(sizes, torch.tensor([len(own)]), group=self.group)
             longest = int(max(sizes))
             padded = torch.cat((own, own.new_zeros(longest - len(own))))
             found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(found, padded)
+            dist.all_gather(found, padded, group=self.group)
         return [
             value if rank == self.rank else _unpacked(message[: int(size)].numpy().tobytes())
             for rank, (message, size) in enumerate(zip(found, sizes, strict=True))
@@ -155,9 +208,29 @@ class Ranks:
         for alike in kinds.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             with _connected():
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self.group)
             for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of a tensor over all ranks, as `add` does; the tensor itself stays."""
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        with _connected():
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def agreed(self, function: Callable[[], T]) -> T:
+        """Returns what `function` returns on this rank; all call it. Raises: on all of them the UserError of
+        the first rank that meets one, and LostRank."""
+        value = error = None
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+        return value
 
     def check_alike(self, facts: Mapping[str, str]) -> None:
         """Checks that all ranks have the same facts, by name. Raises: UserError naming the first that differs
@@ -199,9 +272,9 @@ class Ranks:
         """Returns rank 0's message on all ranks."""
         size = torch.tensor([len(message)])
         with _connected():
-            dist.broadcast(size, src=0)
+            dist.broadcast(size, group=self.group, group_src=0)
             data = torch.frombuffer(bytearray(message or bytes(int(size))), dtype=torch.uint8)
-            dist.broadcast(data, src=0)
+            dist.broadcast(data, group=self.group, group_src=0)
         return data.numpy().tobytes()
 
 

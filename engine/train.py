@@ -19,7 +19,7 @@ from engine.config import (
     published,
     without_epochs,
 )
-from engine.config.flags import names_of, parse_flags, suggest, take
+from engine.config.flags import names_of, parse_flags, parted, suggest, take
 from engine.config.settings_file import read_settings
 from engine.errors import UserError
 
@@ -34,7 +34,8 @@ algorithms, each with its own flags (python -m engine.train ALGORITHM --help):
 --config FILE     read settings from a YAML file (steps: 8), or from the config.json of a run, which is then
                   repeated into another folder; flags that you give win
 --resume RUN      go on with the interrupted run in that folder, with its own settings and inputs: takes no
-                  other flag but --accept-changes, which lets a changed scorer pass, and --require-met
+                  other flag but --accept-changes, which lets a changed scorer pass, --require-met and
+                  --model-ranks
 --help-all        show all flags; --help shows the usual ones
 """
 
@@ -54,20 +55,21 @@ def _train(argv: list[str], standing: Standing) -> None:
             return
         resume = _left_by_lost_ranks(config, standing)
         if resume is not None:
-            algorithm, config = _resumed(resume, algorithm, [])
+            algorithm, begun = _resumed(resume, algorithm, [])
+            config = _commanded(begun, config)
     else:
-        beside = {name: f"--{name.replace('_', '-')}" for name in OF_THE_COMMAND}
-        given = {name: flag in flags for name, flag in beside.items()}
-        flags = [flag for flag in flags if flag not in beside.values()]
-        algorithm, config = _resumed(resume, algorithm if argv[0] == algorithm else None, flags)
-        config = replace(config, **given)
+        own, others = parted(flags, OF_THE_COMMAND)
+        algorithm, begun = _resumed(resume, algorithm if argv[0] == algorithm else None, others)
+        words = {"prog": "python -m engine.train", "usage": USAGE, "first": "run folder"}
+        config = _commanded(begun, parse_flags(type(begun)(), own, **words))
     chosen = ALGORITHMS[algorithm]
     ranks = standing.ranks
     if not chosen.trains_policy:
         chosen.train(config, **({} if ranks is None else {"ranks": ranks}))
         return
     start = "python" if ranks is None else f"torchrun --nproc-per-node {ranks.local_size}"
-    standing.resumable(f"{start} -m engine.train", resume or config.out, "config.json")
+    sliced = f" --model-ranks {config.model_ranks}" if config.model_ranks > 1 else ""
+    standing.resumable(f"{start} -m engine.train{sliced}", resume or config.out, "config.json")
     check(config)
     if ranks is None or ranks.is_first:
         # What follows loads torch, which takes seconds.
@@ -90,6 +92,11 @@ def _left_by_lost_ranks(config: RunConfig, standing: Standing) -> str | None:
     if ranks is None or not out or not ranks.restarted():
         return None
     return out if ranks.first(lambda: (Path(out) / "config.json").is_file()) else None
+
+
+def _commanded(begun: RunConfig, given: RunConfig) -> RunConfig:
+    """Returns the settings with which a run began, and of those that are given what is the command's own."""
+    return replace(begun, **{name: getattr(given, name) for name in OF_THE_COMMAND})
 
 
 def _find(preset: str, config: RunConfig) -> None:

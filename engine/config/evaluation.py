@@ -65,6 +65,8 @@ class EvaluateConfig:
     """auto, cpu or cuda. Default: as in the run."""
     threads: int = bounded(0, at_least=0, at_most=1024)
     """CPU threads; 0 takes as many as the run asked for."""
+    model_ranks: int = count(1)
+    """Under torchrun: ranks that hold one model together, see python -m engine.train."""
 
     def check(self) -> None:
         """Refuses values that no evaluation can use.

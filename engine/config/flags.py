@@ -128,6 +128,18 @@ def names_of(flags: Iterable[str]) -> list[str]:
     ]
 
 
+def parted(flags: list[str], names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Parts the words of a command line into the flags that set one of these fields, with their values, and
+    all others."""
+    own, others = [], []
+    to = others
+    for word in flags:
+        if word.startswith("--"):
+            to = own if names_of([word])[0] in names else others
+        to.append(word)
+    return own, others
+
+
 def suggest(word: str, accepted: list[str]) -> str:
     """Suggests the nearest of the accepted words, as ` Did you mean ...?`;
     an empty text where none is near."""

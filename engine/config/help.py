@@ -32,8 +32,8 @@ GROUPS = {
     ),
     "verdict": ("eval_prompts", "eval_responses", "eval_budget", "require_met"),
     "run-and-machine": (
-        "out", "seed", "device", "dtype", "threads", "tokens_per_forward", "activation_checkpointing",
-        "memory_budget_mb", "checkpoint_every", "accept_changes", "trackers",
+        "out", "seed", "device", "dtype", "threads", "model_ranks", "tokens_per_forward",
+        "activation_checkpointing", "memory_budget_mb", "checkpoint_every", "accept_changes", "trackers",
     ),
 }  # fmt: skip
 # The settings that most people need.

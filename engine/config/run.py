@@ -18,7 +18,7 @@ LINEAR_LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 MOST_STEPS, MOST_ITERATIONS = 10**6, 10**6 - 1
 # Settings of a command, which are no part of the run that it makes: they may differ between equal runs, and
 # stand beside --resume RUN.
-OF_THE_COMMAND = ("accept_changes", "require_met")
+OF_THE_COMMAND = ("accept_changes", "require_met", "model_ranks")
 
 
 class Draws(NamedTuple):
@@ -45,6 +45,9 @@ class RunConfig:
     """auto (float32 on CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
     threads: int = bounded(0, at_least=0, at_most=1024)
     """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
+    model_ranks: int = count(1)
+    """Under torchrun: ranks that hold one model together, for what one GPU cannot hold. Also beside --resume
+    RUN."""
     force: bool = False
     """Go on with thresholds beyond what the samples support."""
     trackers: tuple[str, ...] = one_of("tensorboard", "wandb", "mlflow", "trackio", default=())

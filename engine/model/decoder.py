@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from engine.model.architecture import ModelConfig
 from engine.model.attention import Attention, Layout, PackedAttention
 from engine.model.low_rank import LayerMatrices, LowRank
+from engine.model.slices import enter, leave, sliced
+from engine.ranks import ALONE, Ranks
 from kernels.layer.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
 from kernels.products import by_torch, in_float32, linear
 
@@ -34,15 +36,24 @@ class Decoder(nn.Module):
     """A frozen decoder: `forward` gives states after the final norm, `head_weight` is the output matrix."""
 
     def __init__(
-        self, config: ModelConfig, raw_config: dict, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        raw_config: dict,
+        dtype: torch.dtype,
+        device: torch.device,
+        slices: Ranks = ALONE,
     ) -> None:
+        """slices: the ranks that hold the decoder together, each with a slice of every layer."""
         super().__init__()
-        self.config, self.raw_config = config, raw_config
+        self.config, self.raw_config, self.slices = config, raw_config, slices
         c, options = config, {"dtype": dtype, "device": device}
         self.embed = _frozen(c.vocab_size, c.hidden_size, **options)
         self.head = None if c.tied else _frozen(c.vocab_size, c.hidden_size, **options)
         self.norm = _frozen(c.hidden_size, **options)
-        self.layers = nn.ModuleList(Layer(c, index, **options) for index in range(c.num_layers))
+        self.layer_config = sliced(c, slices.size)
+        self.layers = nn.ModuleList(
+            Layer(self.layer_config, index, slices, **options) for index in range(c.num_layers)
+        )
         # The scale is rounded to the weights' dtype, as in transformers.
         self.embed_scale = (
             float(torch.tensor(c.hidden_size**0.5, dtype=dtype)) if c.scaled_embeddings else None
@@ -150,9 +161,9 @@ class Layer(nn.Module):
     in the files of trained weights.
     """
 
-    def __init__(self, c: ModelConfig, index: int, **options) -> None:
+    def __init__(self, c: ModelConfig, index: int, slices: Ranks, **options) -> None:
         super().__init__()
-        self.config, self.index = c, index
+        self.config, self.index, self.slices = c, index, slices
         self.heads = (c.num_heads, c.num_kv_heads, c.head_dim)
         self.window = c.window_of(index)
         self.attention_options = {
@@ -186,7 +197,7 @@ class Layer(nn.Module):
         """
         qkv = self._queries_keys_values(_norm(hidden, self.norm1, self.config), rotary, lora)
         mixed = attention.attend(self.index, *qkv, **self.attention_options)
-        out = _linear(mixed, self.o, self.o_bias, lora, "o")
+        out = leave(_linear(mixed, self.o, self.o_bias, lora, "o"), self.slices)
         if self.after_attention is not None:
             out = _norm(out, self.after_attention, self.config)
         hidden, normed = _added_and_normed(hidden, out, self.norm2, self.config)
@@ -198,7 +209,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes rotated queries [M, H, d] and keys [M, Hkv, d], and values [M, Hkv, d]."""
         heads, kv_heads, d = self.heads
-        qkv = _linear(normed, self.qkv, self.qkv_bias, lora, "qkv")
+        qkv = _linear(enter(normed, self.slices), self.qkv, self.qkv_bias, lora, "qkv")
         if self.q_norm is None:
             return split_rotated(qkv, *rotary, heads, kv_heads)
         q, k, v = qkv.view(normed.shape[0], -1, d).split((heads, kv_heads, kv_heads), dim=1)
@@ -207,13 +218,13 @@ class Layer(nn.Module):
 
     def _mlp(self, normed: Tensor, lora: LayerMatrices | None) -> Tensor:
         """Computes down(activation(gate) * up)."""
-        gate_up = _linear(normed, self.gate_up, self.gate_up_bias, lora, "gate_up")
+        gate_up = _linear(enter(normed, self.slices), self.gate_up, self.gate_up_bias, lora, "gate_up")
         if self.config.activation == "silu":
             inner = gated_silu(gate_up)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
             inner = self.activation(gate) * up
-        return _linear(inner, self.down, self.down_bias, lora, "down")
+        return leave(_linear(inner, self.down, self.down_bias, lora, "down"), self.slices)
 
 
 def inverse_frequencies(c: ModelConfig) -> Tensor:

@@ -44,6 +44,8 @@ from engine.model.checkpoint import (
 from engine.model.decoder import Decoder
 from engine.model.low_rank import LowRank
 from engine.model.names import to_hugging_face
+from engine.model.slices import part_of
+from engine.ranks import ALONE, Ranks
 
 DTYPES = {
     "float32": torch.float32,
@@ -77,10 +79,12 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = to_stderr,
+    slices: Ranks = ALONE,
 ) -> Decoder:
     """Loads the decoder of a Hugging Face folder or hub id (safetensors only), its weights frozen.
 
     say: called with a sentence where the weights are used otherwise than a file of the folder says.
+    slices: the ranks that hold the decoder together; each reads its slice alone.
     Raises: UserError naming the file and the tensor or switch that cannot be used, such as weights that are
     not finite.
     """
@@ -89,33 +93,43 @@ def load(
     checkpoint = examine(resolve(path_or_id))
     for sentence in checkpoint.remarks:
         say(sentence)
-    return filled(checkpoint, DTYPES.get(dtype, dtype), torch.device(device))
+    return filled(checkpoint, DTYPES.get(dtype, dtype), torch.device(device), slices)
 
 
-def filled(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Returns the decoder with the weights of a checkpoint. Raises: UserError as `load`."""
-    model = Decoder(checkpoint.config, checkpoint.raw_config, dtype, device)
-    targets = to_hugging_face(model.state_dict(), checkpoint.config)
-    fill(checkpoint, {name: (target, None) for name, target in targets.items()})
+def filled(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, slices: Ranks = ALONE
+) -> Decoder:
+    """Returns the decoder with the weights of a checkpoint, or a slice of it. Raises: UserError as `load`."""
+    model = Decoder(checkpoint.config, checkpoint.raw_config, dtype, device, slices)
+    targets = {}
+    for name, target in to_hugging_face(model.state_dict(), model.layer_config).items():
+        whole = checkpoint.stored[name].shape
+        targets[name] = target, part_of(whole, tuple(target.shape), slices.rank)
+    fill(checkpoint, targets)
+    for layer in model.layers if slices.rank else ():
+        # The first slice alone adds these to the sum.
+        for bias in (layer.o_bias, layer.down_bias):
+            if bias is not None:
+                bias.zero_()
     return model
 
 
-def fill(checkpoint: Checkpoint, targets: Mapping[str, tuple[Tensor, range | None]]) -> None:
-    """Copies tensors of a checkpoint, or only some of their rows, into weights. Raises: UserError naming one
-    that is not finite.
+def fill(checkpoint: Checkpoint, targets: Mapping[str, tuple[Tensor, tuple[slice, ...] | None]]) -> None:
+    """Copies tensors of a checkpoint, or only parts of them, into weights. Raises: UserError naming one that
+    is not finite.
 
-    targets: for each name of Hugging Face, where the tensor goes and which rows of it; None: all.
+    targets: for each name of Hugging Face, where the tensor goes and which part of it; None: all.
     """
     stored = checkpoint.stored
     for file in sorted({stored[name].file for name in targets}):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in sorted(name for name in targets if stored[name].file == file):
-                    target, rows = targets[name]
-                    if rows is None:
+                    target, part = targets[name]
+                    if part is None:
                         value = opened.get_tensor(stored[name].name)
                     else:
-                        value = opened.get_slice(stored[name].name)[rows.start : rows.stop]
+                        value = opened.get_slice(stored[name].name)[part]
                     target.copy_(value)
                     if not _is_finite(target):
                         _refuse_values(file, name, value, target)

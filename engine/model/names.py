@@ -48,6 +48,8 @@ FUSED = {
     matrix: tuple(weight.name for weight in LAYER if weight.parameter == matrix)
     for matrix in ("qkv", "o", "gate_up", "down")
 }
+# Of a decoder in slices these are cut by columns, and the others by rows; see `engine.model.slices`.
+CUT_BY_COLUMNS = ("o", "down")
 LINEARS = tuple(name for names in FUSED.values() for name in names)
 
 

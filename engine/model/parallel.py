@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import Checkpoint, examine
 from engine.model.decoder import Decoder, inverse_frequencies
@@ -122,14 +121,7 @@ def load_spread(
         compute=dtype,
         trained=False,
     )
-    error = None
-    try:
-        fill(checkpoint, _rows_to_read(network, checkpoint))
-    except UserError as raised:
-        error = raised
-    for found in ranks.gather(error):
-        if found is not None:
-            raise found
+    ranks.agreed(lambda: fill(checkpoint, _rows_to_read(network, checkpoint)))
     return network
 
 
@@ -196,7 +188,7 @@ def first_row(weight: "DTensor") -> int:
     return min(rows, each * mesh.get_coordinate()[-1])
 
 
-def _rows_to_read(network: Decoder, checkpoint: Checkpoint) -> dict[str, tuple[Tensor, range]]:
+def _rows_to_read(network: Decoder, checkpoint: Checkpoint) -> dict[str, tuple[Tensor, tuple[slice]]]:
     """Finds where this rank's rows stand in the files: for each name of Hugging Face, the weight's part that
     they go to, and their numbers there. Of a fused matrix they may be rows of several tensors."""
     weights = dict(network.named_parameters())
@@ -208,7 +200,7 @@ def _rows_to_read(network: Decoder, checkpoint: Checkpoint) -> dict[str, tuple[T
         first, end = max(start, place.first_row), min(start + len(local), place.first_row + rows)
         if first < end:
             target = local[first - start : end - start]
-            found[name] = target, range(first - place.first_row, end - place.first_row)
+            found[name] = target, (slice(first - place.first_row, end - place.first_row),)
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.low_rank import Factors, LayerMatrices
-from engine.model.names import FUSED, LINEARS, linear_shapes
+from engine.model.names import CUT_BY_COLUMNS, FUSED, LINEARS, linear_shapes
 from engine.policy.parameters import PolicyWeights
 from kernels.random import combine
 
@@ -27,12 +27,32 @@ class Placement:
     first_layer: int
     last_layer: int  # exclusive
     linears: tuple[str, ...] = LINEARS  # Hugging Face names
+    # Of a decoder that ranks hold in slices: how many, and which of them the adapter computes matrices for.
+    slices: int = 1
+    slice: int = 0
+
+    @staticmethod
+    def on(model: Decoder, first_layer: int, last_layer: int, linears: tuple[str, ...]) -> "Placement":
+        """Returns a place in the layers first_layer..last_layer-1 of a decoder, or of this rank's slice."""
+        return Placement(
+            config=model.config,
+            first_layer=first_layer,
+            last_layer=last_layer,
+            linears=linears,
+            slices=model.slices.size,
+            slice=model.slices.rank,
+        )
+
+    def cut(self, matrix: Tensor, dim: int) -> Tensor:
+        """Returns this slice's rows (dim 0) or columns (dim 1) of a matrix."""
+        return matrix if self.slices == 1 else matrix.chunk(self.slices, dim)[self.slice]
 
 
 class Adapter(PolicyWeights):
     """A and B of every adapted linear, float32 unless the model is float64; output += (alpha / rank) B A x.
 
-    It is an `engine.model.low_rank.LowRank`.
+    They are whole also where ranks hold the decoder in slices. Each computes with its part of them, so that
+    the sum of the gradients over these ranks is that of the whole. It is an `engine.model.low_rank.LowRank`.
     """
 
     def __init__(
@@ -77,7 +97,7 @@ class Adapter(PolicyWeights):
     ) -> "Adapter":
         """Makes a new adapter, with B = 0, on the layers of `model` from `share` of its depth on."""
         first, last = first_layer(model.config.num_layers, share), model.config.num_layers
-        placement = Placement(config=model.config, first_layer=first, last_layer=last, linears=tuple(linears))
+        placement = Placement.on(model, first, last, tuple(linears))
         return Adapter(placement, rank=rank, alpha=alpha, dtype=model.dtype, device=model.device, seed=seed)
 
     @property
@@ -107,12 +127,16 @@ class Adapter(PolicyWeights):
 
     def _fused(self, layer: int, matrix: str) -> Factors:
         names, adapted = FUSED[matrix], self.adapted(matrix)
-        down = torch.cat([self.down[key_of(layer, name)] for name in adapted])
+        down, cut = torch.cat([self.down[key_of(layer, name)] for name in adapted]), self.placement.cut
         # A linear that is not adapted is a block without columns.
         blocks = [
             self.up[key_of(layer, name)] if name in adapted else down.new_zeros(self.shapes[name][0], 0)
             for name in names
         ]
+        if matrix in CUT_BY_COLUMNS:
+            down = cut(down, 1)
+        else:
+            blocks = [cut(block, 0) for block in blocks]
         up = torch.block_diag(*blocks) * (self.alpha / self.rank)
         return Factors(down.to(self.compute_dtype), up.to(self.compute_dtype))
 
@@ -169,6 +193,9 @@ class WithDropout:
         inputs = []
         for name in self.adapter.adapted(matrix):
             key = int(combine(self.key, layer, LINEARS.index(name)))
+            if matrix in CUT_BY_COLUMNS and self.adapter.placement.slice:
+                # Other inputs than those of the first slice.
+                key = int(combine(key, self.adapter.placement.slice))
             generator = torch.Generator(x.device).manual_seed(key)
             inputs.append(x * torch.empty_like(x).bernoulli_(1 - self.share, generator=generator))
         return inputs

@@ -88,7 +88,7 @@ def load_peft(folder: str | Path, model: Decoder) -> Adapter:
             f"{shown(file)}: not a whole safetensors file ({one_line(error)}); fetch it again."
         ) from error
     rank, alpha = _check_config(config, folder / "adapter_config.json")
-    placement = Placement(config=model.config, **_adapted(tensors, file))
+    placement = Placement.on(model, **_adapted(tensors, file))
     if placement.last_layer > model.config.num_layers:
         raise UserError(
             f"{folder}: this adapter does not fit the model: it adapts layer {placement.last_layer - 1} and "

@@ -170,8 +170,10 @@ class _Mean:
 
 def _added_up(update: Update, parameters: Sequence[Tensor], step: Step) -> Step:
     """Adds gradients and figures up over the ranks, and lets them agree on whether to stop after the step.
-    Gradients of sharded weights are sums already."""
-    own = [step.loss, *step.figures.values(), float(update.stage.wants_to_stop)]
+    Gradients of sharded weights are sums already. Ranks that hold one model together have a part of the
+    gradients each, but all of the figures."""
+    figures = [step.loss, *step.figures.values()]
+    own = [x if update.ranks.leads else 0.0 for x in figures] + [float(update.stage.wants_to_stop)]
     summed = [torch.tensor(own, dtype=torch.float64)]
     if not isinstance(update.weights, ShardedWeights):
         for parameter in parameters:
@@ -179,8 +181,7 @@ def _added_up(update: Update, parameters: Sequence[Tensor], step: Step) -> Step:
                 parameter.grad = torch.zeros_like(parameter)
             summed.append(parameter.grad)
     update.ranks.add(summed)
-    figures = summed[0]
-    loss, *rest, stopping = figures.tolist()
+    loss, *rest, stopping = summed[0].tolist()
     if stopping:
         update.stage.agree_to_stop()
     return replace(step, loss=loss, figures=dict(zip(step.figures, rest, strict=True)))

@@ -16,6 +16,7 @@ from engine.errors import UserError
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.policy.forward import frozen_forward
+from engine.ranks import Ranks
 from engine.records import Prompts, Rollouts, Scores, utility_of_cost
 from engine.rollout.states import States
 from engine.scorers.base import Head, Sampled, Scorer, Scorers, TextScorer
@@ -127,6 +128,7 @@ def score(
     known: Sequence[Tensor | None] = (),
 ) -> Scores:
     """Scores the P * n responses of `rollouts`, whose decoded texts are given prompt-major, with all scorers.
+    Ranks that hold the model together share out the prompts for the scorers of texts.
 
     `on_tokens` is called with the number of tokens of each batch. known: for each scorer the scores [P, n]
     that it has given already, with its sign, or None; it is not asked for them again.
@@ -166,7 +168,7 @@ def score(
         if isinstance(scorer, Head):
             score_N = scorer(pooled[scorer.layer])
         else:
-            score_N = scorer(conversations, texts, sampled, rows)
+            score_N = _of_texts(scorer, model.slices, rollouts.n, conversations, texts, sampled, rows)
         _check_finite(scorer, score_N, asked, rollouts.n)
         columns.append(scorer.sign * score_N.view(len(prompts), rollouts.n))
     J = len(scorers.costs)
@@ -178,6 +180,25 @@ def score(
         audit_PGA=utility_of_cost(torch.stack(audits, dim=2)) if audits else none,
         ref_logprob_PG=ref_logprob.view(len(prompts), rollouts.n),
     )
+
+
+def _of_texts(
+    scorer: TextScorer,
+    ranks: Ranks,
+    n: int,
+    conversations: list,
+    texts: list[str],
+    sampled: Sampled,
+    rows: list[str],
+) -> Tensor:
+    """Returns the scores [P n] of responses, n to each prompt; each rank asks the scorer about its share."""
+    prompts = ranks.share(len(texts) // n)
+    own = slice(prompts.start * n, prompts.stop * n)
+    if ranks.size == 1:
+        return scorer(conversations, texts, sampled, rows)
+    part = Sampled(**{name: values[own] for name, values in vars(sampled).items()})
+    score_N = scorer(conversations[own], texts[own], part, rows[own]) if prompts else torch.zeros(0).double()
+    return torch.cat(ranks.gather(score_N))
 
 
 def _same(scorer: Scorer, others: Sequence[Scorer]) -> int | None:

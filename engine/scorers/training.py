@@ -154,6 +154,6 @@ def pooled_states(model: Decoder, groups: list[Group], layer: int, ranks: Ranks 
     """Computes the mean state of each response after `layer` layers, each rank those of its groups:
     float32 [N, D], in the order of `rows`."""
     own = [groups[i] for i in ranks.share(len(groups))]
-    parts = ranks.gather(frozen_forward(model, own, [layer], temperature=None)[0][layer] if own else None)
+    parts = ranks.of_shares(frozen_forward(model, own, [layer], temperature=None)[0][layer] if own else None)
     order = torch.tensor([row for group in groups for row in group.rows])
     return torch.cat([part for part in parts if part is not None])[order.argsort()]

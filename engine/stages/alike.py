@@ -25,6 +25,7 @@ def check_ranks(algorithm: str, config: RunConfig, resume: str | None, ranks: Ra
         return
     settings = {f"--{f.name.replace('_', '-')}": str(getattr(config, f.name)) for f in fields(config)}
     ranks.check_alike(settings | {"algorithm": algorithm, "--resume": str(resume)})
+    check_model_ranks(config.tune, config.model_ranks)
     if config.tune == "full" and config.dtype == "float16":
         raise UserError(
             f"--dtype float16: with --tune full on {ranks.size} ranks it has not been tried; use bfloat16 or "
@@ -32,12 +33,22 @@ def check_ranks(algorithm: str, config: RunConfig, resume: str | None, ranks: Ra
         )
 
 
+def check_model_ranks(tune: str, model_ranks: int) -> None:
+    """Checks that a run's model can be held in slices. Raises: UserError."""
+    if tune == "full" and model_ranks > 1:
+        raise UserError(
+            f"--model-ranks {model_ranks}: slices are for adapters, and --tune full spreads the weights over "
+            "all ranks by itself; leave it out."
+        )
+
+
 def check_shares(config: RunConfig, ranks: Ranks) -> None:
     """Checks that there are prompts for all ranks. Raises: UserError."""
-    if ranks.size > config.n_prompts:
+    if ranks.shares > config.n_prompts:
+        most = config.n_prompts * ranks.model_size
         raise UserError(
             f"{ranks.size} ranks share out {config.n_prompts} training prompts, so some would never work: "
-            f"start at most {config.n_prompts} ranks, or give more prompts."
+            f"start at most {most} ranks, or give more prompts."
         )
 
 
@@ -57,18 +68,18 @@ def check_same_inputs(
 
 def idle_warnings(config: RunConfig, ranks: Ranks) -> list[str]:
     """Warns of policy steps that keep some ranks waiting."""
-    busy = config.prompts_per_step
-    if busy >= ranks.size:
+    if config.prompts_per_step >= ranks.shares:
         return []
+    busy = config.prompts_per_step * ranks.model_size
     return [
-        f"--prompts-per-step {busy} keeps {busy} of {ranks.size} ranks busy in a policy step; raise it, or "
-        "start fewer ranks"
+        f"--prompts-per-step {config.prompts_per_step} keeps {busy} of {ranks.size} ranks busy in a policy "
+        "step; raise it, or start fewer ranks"
     ]
 
 
 def versions(ranks: Ranks) -> dict[str, str]:
-    """Lists what the numbers of a run depend on: commit, packages, threads, and ranks where there are
-    several."""
+    """Lists what the numbers of a run depend on: commit, packages, threads, and where there are several, the
+    ranks and how many hold one model together."""
     root = Path(__file__).resolve().parents[2]
     commit = ""
     if (root / ".git").exists():
@@ -77,6 +88,8 @@ def versions(ranks: Ranks) -> dict[str, str]:
         ).stdout.strip()
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     several = {} if ranks.size == 1 else {"ranks": str(ranks.size)}
+    if ranks.model is not None:
+        several["model ranks"] = str(ranks.model_size)
     return {"commit": commit or "unknown", "threads": str(torch.get_num_threads()), **packages, **several}
 
 

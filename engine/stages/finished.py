@@ -30,7 +30,7 @@ from engine.run.shards import Stored
 from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, sizes
-from engine.stages.alike import check_same_inputs
+from engine.stages.alike import check_model_ranks, check_same_inputs
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
 from engine.stages.job import SamplingSettings, Subject
 from engine.stages.run_inputs import OwnedInputs, owned_inputs
@@ -173,6 +173,8 @@ def open_run(run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE) -> Fi
     )
     if config.eval_responses < 2 and not flags.profile:
         raise UserError("the run's verdict has 1 response per prompt, and pairs need 2; give --n-responses.")
+    check_model_ranks(config.tune, flags.model_ranks)
+    ranks = ranks.arranged(flags.model_ranks)
     prepare_process(config.threads, ranks)
     return Finished(
         run=run,

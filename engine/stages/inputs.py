@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.checkpoint import examine
 from engine.model.folder import DTYPES, digests, read_json, resolve
+from engine.model.slices import sliced
 from engine.model.tokenizer import load_tokenizer
 from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
@@ -68,7 +69,8 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Rank
     """Reads and checks a config's model and prompts; with `owned`, all but the weights come from that run.
 
     Each rank takes the GPU of its number on its machine.
-    Raises: UserError, also where the weights are not those of that run.
+    Raises: UserError, also where the weights are not those of that run, or cannot be cut into as many slices
+    as ranks hold one model.
     """
     device = torch.device(_device(config.device))
     if device.type == "cuda" and ranks.size > 1:
@@ -80,6 +82,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Rank
     notes = [] if owned is None else [*owned.check_model(folder, files), *owned.check_sources()]
     texts = folder if owned is None else RunFolder(owned.run).model
     shape = examine(folder).config
+    sliced(shape, ranks.model_size)
     tokenizer, kwargs = load_tokenizer(texts), template_kwargs(config.chat_template_kwargs)
     template = "" if owned is None else owned.record.template
     if owned is None:

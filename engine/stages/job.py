@@ -93,12 +93,16 @@ class Subject:
         ranks: Ranks = ALONE,
         shards: int | None = None,
     ) -> "Subject":
-        """Loads the weights; where several ranks train all of them, each has some rows.
+        """Loads the weights; where several ranks train all of them, each has some rows, and where ranks hold
+        one model together, each has a slice.
 
         shards: ranks that the weights are spread over, see `engine.run.plan`; None: all."""
         folder, options = inputs.folder, {"dtype": inputs.dtype, "device": inputs.device}
         if ranks.size > 1 and settings.adapter_from is None:
             network = load_spread(folder, **options, ranks=ranks, copies=ranks.size // (shards or ranks.size))
+        elif ranks.model is not None:
+            say = {} if ranks.is_first else {"say": lambda sentence: None}
+            network = ranks.agreed(lambda: model.load(folder, **options, slices=ranks.model, **say))
         else:
             network = model.load(folder, **options)
         return Subject(
@@ -145,6 +149,7 @@ def open_job(
     """
     check(config)
     check_ranks(algorithm, config, resume, ranks)
+    ranks = ranks.arranged(config.model_ranks)
     prepare_process(config.threads, ranks)
     start = ranks.first(lambda: _start(algorithm, config, resume))
     prepared = _prepare(config, start, ranks)

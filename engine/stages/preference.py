@@ -51,7 +51,7 @@ class LogRatios:
         subject, prompts, scores = self.subject, samples.prompts, samples.scores
         ratios = []
         tokens = sum(g.tokens for g in packing.groups(prompts, samples.rollouts))
-        total = len(self.aligned) * tokens // subject.ranks.size
+        total = len(self.aligned) * tokens // subject.ranks.shares
         with naming(stage), stage.progress(total, "tokens", "log-ratios") as progress:
             for adapter in self.aligned:
                 logprob_PG = logprobs(subject, prompts, samples.rollouts, adapter, progress.advance)

@@ -179,7 +179,7 @@ def _sampled(
 
 def _log_speed(job: Subject, stage: Stage, tokens: int, spent: Spent) -> None:
     """Logs the speed of all ranks together, at the seconds of the slowest."""
-    every = job.ranks.gather(spent)
+    every = job.ranks.of_shares(spent)
     sampling_s, scoring_s = max(one.sampling_s for one in every), max(one.scoring_s for one in every)
     stage.log_speed(
         SpeedRow(

@@ -15,7 +15,8 @@ RecordT = TypeVar("RecordT")
 
 
 def by_shares(ranks: Ranks, prompts: Prompts, work: Callable[[range, Prompts], RecordT | None]) -> RecordT:
-    """Returns what `work` makes of all prompts; each rank works on its share.
+    """Returns what `work` makes of all prompts; each rank works on its share, and ranks that hold one model
+    together on the same one.
 
     work: gets the places of consecutive prompts and these prompts. It returns a tensor, or a record of
     tensors and lists, that goes from prompt to prompt; on a rank without prompts None. There it is called
@@ -31,7 +32,7 @@ def by_shares(ranks: Ranks, prompts: Prompts, work: Callable[[range, Prompts], R
         part = work(own, prompts.select(list(own)))
     except NonFiniteError as error:
         part = error
-    parts = [part for part in ranks.gather(part) if part is not None]
+    parts = [part for part in ranks.of_shares(part) if part is not None]
     for part in parts:
         if isinstance(part, NonFiniteError):
             raise part

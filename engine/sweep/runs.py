@@ -45,6 +45,7 @@ def run_sweep(
     out = Path(sweep.out)
     ranks.check_alike({f"--{f.name}": str(getattr(sweep, f.name)) for f in fields(sweep)})
     plans = configs_of(sweep, preset)
+    ranks = ranks.arranged(plans[0].config.model_ranks)  # once for all runs
     if preset is not None:
         wanted = {flag: name for plan in plans for flag, name in published(preset, plan.config).items()}
         check_published(preset, wanted)
