@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +68,49 @@ def test_shares_cover_everything_in_order_and_differ_by_one_at_most(n, size):
     assert [i for share in shares for i in share] == list(range(n))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("size", "models"), [(2, 1), (4, 2), (6, 3)])
+def test_ranks_that_hold_one_model_have_one_share(size, models):
+    together = size // models
+    every = [
+        replace(Ranks(rank, size, rank, size), model=Ranks(rank % together, together)) for rank in range(size)
+    ]
+    assert [ranks.share(7) for ranks in every] == [
+        Ranks(rank // together, models).share(7) for rank in range(size)
+    ]
+    assert [ranks.leads for ranks in every] == [rank % together == 0 for rank in range(size)]
+
+
+def test_ranks_are_arranged_in_neighbours():
+    """Ranks 0 and 1 hold one model, and so do 2 and 3: each pair sums by itself, all together add up."""
+
+    def work(ranks: Ranks) -> tuple:
+        pair, one = ranks.arranged(2), torch.tensor([2.0**ranks.rank])
+        assert pair.arranged(2) is pair and pair.arranged(1).model is None
+        added = one.clone()
+        pair.add([added])
+        told = pair.model.gather(ranks.rank), pair.model.first(lambda: ranks.rank), pair.of_shares(ranks.rank)
+        return float(pair.model.summed(one)), float(one), float(added), told
+
+    expected = [(3.0, 15.0, ([0, 1], 0, [0, 2])), (12.0, 15.0, ([2, 3], 2, [0, 2]))]
+    for rank, (summed, own, added, told) in enumerate(on_ranks(4, work)):
+        assert own == 2.0**rank, "summed changes its tensor"
+        assert (summed, added, told) == expected[rank // 2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "model_ranks", "said"),
+    [
+        (Ranks(), 2, "--model-ranks 2: one process holds the whole model; start torchrun --nproc-per-node 2"),
+        (Ranks(0, 6, 0, 6), 4, "--model-ranks 4 does not divide the 6 ranks of a machine, within which"),
+        (Ranks(0, 8, 0, 4), 8, "--model-ranks 8 does not divide the 4 ranks of a machine"),
+    ],
+)
+def test_slices_that_the_ranks_cannot_hold_are_refused(ranks, model_ranks, said):
+    with pytest.raises(UserError) as error:
+        ranks.arranged(model_ranks)
+    assert str(error.value).startswith(said)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -1,5 +1,6 @@
 """Sample responses, score them, and log how far the sampler's log-probs lie from those of training."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,10 @@ def respond(
             on_step=on_step,
             states=states,
         )
+    if job.ranks.model is not None:
+        # A slice that drew another token would go on with other states, and no sum would show it.
+        drawn = hashlib.sha256(rollouts.tokens.numpy().tobytes()).hexdigest()[:16]
+        job.ranks.model.check_alike({"tokens drawn by the slices of a model": drawn})
     texts = [
         job.tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)

@@ -474,7 +474,7 @@ def test_help_shows_every_flag_and_the_command_runs_as_a_module(capsys, monkeypa
     flags = (
         "plan slack between cost-rate true-rate correlation iterate best-feasible prompts profile n-prompts "
         "n-responses seed audit confidence allow-overlap accept-changes require-met out device "
-        "threads".split()
+        "threads model-ranks".split()
     )
     assert [f.name.replace("_", "-") for f in fields(EvaluateConfig)] == flags
     assert all(f"--{flag} " in printed.replace(",", " ") for flag in flags)

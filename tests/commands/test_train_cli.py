@@ -33,8 +33,8 @@ from engine.errors import Interrupted, NonFiniteError, NotWritten, UserError
 
 ROOT = Path(cli.__file__).parent.parent
 RUN_FLAGS = """
-    out seed device dtype threads force trackers model reward cost audit offload-scorers prompts heldout
-    prompt-column response-columns strict system template chat-template-kwargs accept-changes samples
+    out seed device dtype threads model-ranks force trackers model reward cost audit offload-scorers prompts
+    heldout prompt-column response-columns strict system template chat-template-kwargs accept-changes samples
     samples-of n-prompts n-responses max-new-tokens temperature top-p top-k rollout-rows threshold units
     cost-mean cost-rate unsafe-above cost-worst worst-share cost-range cost-on beta margin lam-max steps
     prompts-per-step

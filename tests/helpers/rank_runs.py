@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +34,7 @@ def run(ranks: Ranks, algorithm: str, *flags: str) -> None:
     """Makes or resumes a run, as the command does after it has joined the ranks."""
     if flags[0] == "--resume":
         config = ALGORITHMS[algorithm].config_class(**read_contents(Path(flags[1])).config)
+        config = replace(config, model_ranks=train.parse(algorithm, list(flags[2:])).model_ranks)
         ALGORITHMS[algorithm].train(config, resume=flags[1], ranks=ranks)
     else:
         ALGORITHMS[algorithm].train(train.parse(algorithm, [*SMOKE, *flags]), ranks=ranks)

@@ -1,4 +1,5 @@
-"""Policy steps whose prompts several ranks share out, against those of one process."""
+"""Policy steps whose prompts several ranks share out, or the slices of one model, against those of one
+process."""
 
 import math
 from dataclasses import replace
@@ -67,20 +68,29 @@ CONFIGS = [one_step(CaidConfig, labels=labels) for labels in LABELS]
 CONFIGS += [one_step(CaidConfig, tokens_per_forward=1, labels="regression"), one_step(PrimalDualConfig)]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_ranks_sums_are_the_gradient_and_the_figures_of_the_whole_step(world, tmp_path, size):
-    """Five prompts on 2 and 4 ranks. On 4, two prompts make a step in which two ranks have none."""
-    configs = CONFIGS if size == 2 else [CONFIGS[1], CONFIGS[-1], replace(CONFIGS[0], prompts_per_step=2)]
+@pytest.mark.parametrize(
+    ("size", "model_ranks", "error"), [(2, 1, 5e-6), (4, 1, 5e-6), (2, 2, 3e-6), (4, 2, 3e-6)]
+)
+def test_the_ranks_sums_are_the_gradient_and_the_figures_of_the_whole_step(
+    world, tiny_folder, tmp_path, size, model_ranks, error
+):
+    """Five prompts on 2 and 4 ranks, each with a model or half of one. On 4, one prompt or two make a step in
+    which two ranks have none."""
+    few = replace(CONFIGS[0], prompts_per_step=2 // model_ranks)
+    configs = CONFIGS if size == 2 else [CONFIGS[1], CONFIGS[-1], few]
     alone = [step(world, config, Ranks(), tmp_path) for config in configs]
 
     def work(ranks: Ranks):
-        return [step(world, config, ranks, tmp_path) for config in configs]
+        ranks, (network, samples) = ranks.arranged(model_ranks), world
+        if ranks.model is not None:
+            network = model.load(tiny_folder, slices=ranks.model)
+        return [step((network, samples), config, ranks, tmp_path) for config in configs]
 
     first, *others = on_ranks(size, work)
     for config, one, many in zip(configs, alone, first, strict=True):
         expected, found = flat(one[0].first_moment) / (1 - BETA_1), flat(many[0].first_moment) / (1 - BETA_1)
         assert expected.norm() > 0.1
-        assert (found - expected).norm() <= 5e-6 * expected.norm(), config.labels
+        assert (found - expected).norm() <= error * expected.norm(), config.labels
         (row,), (own,) = one[1], many[1]
         assert row.keys() == own.keys()
         for name in row:
