@@ -25,6 +25,7 @@ from engine.errors import UserError
 from engine.model.packing import batches, groups
 from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
+from engine.ranks import Ranks
 from engine.records import Prompts
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
@@ -34,6 +35,7 @@ from engine.scorers.find import find_scorer, load_scorers
 from engine.scorers.scoring import ReferenceForward, score, try_out
 from engine.stages.inputs import read_inputs
 from tests.helpers.chat import chat_ids
+from tests.helpers.ranks import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -160,6 +162,45 @@ def test_text_scorers_see_prompts_and_responses(world):
     scorers = Scorers(reward=scorer, costs=(scorer,), audits=())
     scores_of(world, scorers, temperature=1.0)
     assert seen["prompts"] == [t for t in prompts.text for _ in range(4)] and seen["responses"] == texts
+
+
+def test_ranks_that_hold_one_model_share_out_the_prompts_for_scorers_of_texts(world, tiny_folder):
+    """Three prompts on two ranks; with one prompt, one rank asks nobody. A head needs all states on each."""
+    whole, _, prompts, rollouts, texts = world
+    head = find_scorer("helpfulness", tiny_folder).load(fingerprint(tiny_folder), CPU)
+
+    def work(ranks: Ranks) -> list:
+        network, found = model.load(tiny_folder, slices=ranks), []
+        for some in ([0, 1, 2], [1]):
+            asked = []
+
+            def judge(p, r, sampled, asked=asked):
+                asked += r
+                return [
+                    len(ids) + float(text.split()[1])
+                    for ids, text in zip(sampled.response_ids, r, strict=True)
+                ]
+
+            scorers = Scorers(
+                reward=head,
+                costs=(TextScorer(name="judge", function=judge, keywords=("sampled",)),),
+                audits=(),
+            )
+            own = [text for p in some for text in texts[4 * p : 4 * p + 4]]
+            part = rollouts.of_prompts(range(some[0], some[-1] + 1))
+            forward = ReferenceForward(temperature=0.8)
+            scores = score(network, scorers, prompts.select(some), part, own, forward)
+            found.append((asked, scores.utility_PGJ, scores.reward_PG, scores.ref_logprob_PG))
+        return found
+
+    alone = work(Ranks())
+    first, second = on_ranks(2, work)
+    for one, two, (asked, *expected) in zip(first, second, alone, strict=True):
+        assert one[0] + two[0] == asked
+        for scores in (one[1:], two[1:]):
+            assert torch.equal(scores[0], expected[0])
+            for found, value in zip(scores[1:], expected[1:], strict=True):
+                assert torch.allclose(found, value, rtol=1e-5, atol=1e-5)
 
 
 def test_head_file_round_trip_and_names(tiny_folder, tmp_path):
