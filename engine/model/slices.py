@@ -23,7 +23,7 @@ def sliced(config: ModelConfig, slices: int) -> ModelConfig:
     """
     heads, inner = config.num_kv_heads, config.intermediate_size
     if heads % slices or inner % slices:
-        fits = [str(n) for n in range(1, heads + 1) if heads % n == inner % n == 0]
+        fits = map(str, slices_of(config))
         raise UserError(
             f"--model-ranks {slices} does not divide the model's {heads} key heads and its intermediate size "
             f"of {inner}; use {' or '.join(fits)}."
@@ -34,6 +34,12 @@ def sliced(config: ModelConfig, slices: int) -> ModelConfig:
         num_kv_heads=heads // slices,
         intermediate_size=inner // slices,
     )
+
+
+def slices_of(config: ModelConfig) -> list[int]:
+    """Lists the numbers of slices that a decoder can be cut into."""
+    heads, inner = config.num_kv_heads, config.intermediate_size
+    return [n for n in range(1, heads + 1) if heads % n == inner % n == 0]
 
 
 def part_of(whole: tuple[int, ...], own: tuple[int, ...], place: int) -> tuple[slice, ...] | None:

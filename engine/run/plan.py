@@ -16,6 +16,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
 from engine.model.names import linear_shapes, linears_of
+from engine.model.slices import sliced, slices_of
 from engine.ranks import ALONE, Ranks
 from engine.run.machine import available_memory, check_equal_devices, device_name, matmul_rate
 from engine.run.spread import mean_bytes, shard_size, spread_bytes, step_bytes
@@ -58,22 +59,21 @@ class Work:
     train: list[int]
     heldout: list[int]
     scorers: Sequence[ScorerSize] = ()  # models beside the policy's
+    model_ranks: int = 1  # that hold one model together, each a slice of it
 
     def needed(self, rows: int, ranks: int = 1, shards: int = 1) -> int:
         """Counts the bytes that a rank needs at the peak, with `rows` responses side by side.
 
-        ranks: share out the prompts. shards: ranks that each weight is spread over with --tune full; 1: it
-        stands whole on each.
+        ranks: share out the prompts. shards: ranks that weights are spread over; 1: they stand whole on each.
         """
-        config, shape, dtype, device = self.config, self.shape, self.dtype, self.device
-        lengths = self.train + self.heldout
-        longest = max(lengths)
+        config, dtype, device = self.config, self.dtype, self.device
+        shape, shares = sliced(self.shape, self.model_ranks), ranks // self.model_ranks
+        longest = max(self.train + self.heldout)
         weights = shape.parameter_count() * dtype.itemsize
-        training = _training_bytes(config, shape, dtype, device, longest, ranks)
+        training = _training_bytes(config, shape, dtype, device, longest, shares)
         results = _samples_bytes(config)
         beside, scoring = scorer_bytes(config, device, self.scorers)
-        most_rows = max(largest_share(n, ranks) for n in (config.n_prompts, config.eval_prompts))
-        most_rows *= config.n_responses
+        most_rows = largest_share(max(config.n_prompts, config.eval_prompts), shares) * config.n_responses
         sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
         if shards > 1:
             # What samples and scores has all weights in 16 bits, first the policy's and then the reference's.
@@ -85,9 +85,10 @@ class Work:
             training += _kept_bytes(config, shape, dtype, device, self.train)
         else:
             # States below the adapter are kept while the responses of a share are scored, and no longer.
-            share = sorted(self.train)[-largest_share(len(self.train), ranks) :]
+            share = sorted(self.train)[-largest_share(len(self.train), shares) :]
             sampling += _states_bytes(config, shape, dtype, share)
-            training += _adapter_bytes(config, shape) + FLAT_BYTES * adapter_parameters(config, shape)
+            training += _adapter_bytes(config, self.shape)
+            training += FLAT_BYTES * adapter_parameters(config, self.shape)
         if ranks > 1:
             results += _gathered_bytes(config)
         return _peak(weights + beside + results + max(sampling, training, scoring))
@@ -102,7 +103,8 @@ class Work:
         """Predicts the time of the rank with most prompts, where all multiply at `rate` in bare products."""
         lengths = self.train + self.heldout
         mean = sum(lengths) / len(lengths)
-        products = _products(self.config, self.shape, self.dtype, mean, ranks)
+        shape, shares = sliced(self.shape, self.model_ranks), ranks // self.model_ranks
+        products = _products(self.config, shape, self.dtype, mean, shares, keeps=ranks == 1)
         products += _scorer_products(self.config, self.scorers, mean, ranks)
         return 2 * products / (EFFICIENCY * rate)
 
@@ -151,6 +153,7 @@ class Plan:
             train=train,
             heldout=heldout,
             scorers=scorers,
+            model_ranks=ranks.model_size,
         )
         own = available_memory(device)
         if device.type == "cpu":
@@ -235,12 +238,14 @@ def what_fits(work: Work, available: int, rows: int, ranks: int, local: int) -> 
     more = [ranks * times for times in (2, 4, 8, 16) if ranks * times <= config.n_prompts]
     found = [f"{n} ranks with as much memory" for n in more if fits(ranks=n)][:1]
     if work.device.type == "cpu":  # the ranks of a machine share its memory
-        fewer = [n for n in range(local - 1, 0, -1) if local % n == 0]
+        fewer = [n for n in range(local - 1, 0, -1) if local % n == n % work.model_ranks == 0]
         found += [
             f"{n} of {local} ranks on a machine"
             for n in fewer
             if fits(ranks=ranks // local * n, available=available * local // n)
         ][:1]
+    cuts = [n for n in slices_of(work.shape) if config.tune == "lora" and local % n == 0]
+    found += [f"--model-ranks {n}" for n in cuts if fits(replace(work, model_ranks=n))][:1]
     shorter = [config.tokens_per_forward // 2**i for i in range(1, 7)]
     found += [f"--tokens-per-forward {n}" for n in shorter if fits(changed(tokens_per_forward=n))][:1]
     if not config.activation_checkpointing and fits(changed(activation_checkpointing=True)):
@@ -254,7 +259,7 @@ def what_fits(work: Work, available: int, rows: int, ranks: int, local: int) -> 
     if found:
         beside = f" (beside --rollout-rows {least})" if rows > least else ""
         return f"what would fit: {', or '.join(found)}, or a smaller model{beside}"
-    whole = work.shape.parameter_count() * work.dtype.itemsize
+    whole = sliced(work.shape, work.model_ranks).parameter_count() * work.dtype.itemsize
     if 2 * whole > available:
         return (
             f"its weights alone take {whole / 1e9:.1f} GB, which each rank holds while it samples: use a "
@@ -355,7 +360,7 @@ def _states_bytes(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, pro
 
 
 def _products(
-    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float, ranks: int
+    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float, ranks: int, *, keeps: bool
 ) -> float:
     """Counts the multiplications of every pass through the model, on the rank that has most prompts."""
     answer = ANSWER_SHARE * config.max_new_tokens
@@ -388,7 +393,7 @@ def _products(
     if config.by_preference:
         steps += (1 + len(config.cost)) * config.preference_steps
     total += steps * tokens * passes * trained
-    if ranks > 1:  # which keep no states below an adapter from stage to stage
+    if not keeps:  # the states below an adapter from stage to stage, as one process does
         total += steps * tokens * body * (1 - _trained_share(config))
     return total
 
@@ -469,6 +474,7 @@ def evaluation_rows(
     beside the policy's.
     Raises: UserError where there is no room for one prompt's responses.
     """
+    shape = sliced(shape, ranks.model_size)
     n, longest, weights = config.eval_responses, max(heldout), shape.parameter_count() * dtype.itemsize
     if config.tune == "full" and ranks.size > 1:
         # Rows of the reference and of the iterate, and all weights of one of them while it computes.

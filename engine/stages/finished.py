@@ -16,7 +16,6 @@ from engine.errors import UserError
 from engine.files import is_there
 from engine.looks import Size
 from engine.model.decoder import Decoder
-from engine.model.slices import sliced
 from engine.policy.sharded import ShardedWeights
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, trained_weights
@@ -71,7 +70,7 @@ class Finished:
         """Returns how many responses to prompts of these groups are decoded side by side, where so many as
         `most` prompts are scored at once; on several ranks what the tightest has room for. Raises: UserError
         where there is no room for one prompt's."""
-        config, inputs, shape = self.config, self.inputs, sliced(self.inputs.shape, self.ranks.model_size)
+        config, inputs = self.config, self.inputs
         asked = [len(ids) for group in groups for ids in group.token_ids]
         beside = sizes(
             config,
@@ -80,7 +79,9 @@ class Finished:
             dtype=inputs.dtype,
             device=inputs.device,
         )
-        own = evaluation_rows(config, shape, inputs.dtype, inputs.device, asked, most, beside, self.ranks)
+        own = evaluation_rows(
+            config, inputs.shape, inputs.dtype, inputs.device, asked, most, beside, self.ranks
+        )
         return min(self.ranks.gather(own))
 
     def scorer_contents(self) -> dict[str, dict[str, str]]:

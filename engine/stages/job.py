@@ -17,7 +17,6 @@ from engine.errors import UserError
 from engine.looks import last_error
 from engine.model.decoder import Decoder
 from engine.model.parallel import load_spread
-from engine.model.slices import sliced
 from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.contents import read_contents
@@ -347,7 +346,7 @@ def _plan(
     where the memory of one does not suffice."""
     plan = Plan.of(
         config,
-        sliced(inputs.shape, ranks.model_size),
+        inputs.shape,
         inputs.dtype,
         inputs.device,
         *([len(ids) for ids in prompts.token_ids] for prompts in (train, heldout)),

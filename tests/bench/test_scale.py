@@ -199,7 +199,7 @@ def test_the_command_fails_where_too_much_is_sent(tmp_path, capsys, monkeypatch)
     [
         (
             ["--model", "70b"],
-            "70b on 64 ranks needs 1[0-9]+.[0-9] GB on each and 79 GB are free; its weights alone",
+            "70b on 64 ranks needs 1[0-9.]+ GB on each and 79 GB are free; what would fit: --model-ranks 4",
         ),
         (["--ranks", "0"], "--ranks 0: must be at least 1"),
     ],

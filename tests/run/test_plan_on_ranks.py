@@ -203,6 +203,33 @@ def test_a_mean_over_steps_takes_memory_too():
         assert mean - last == pytest.approx(1.15 * more, rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [384, 8])
+def test_a_rank_with_a_slice_has_the_whole_adapter_and_its_models_share_of_the_prompts(rows):
+    """Llama 3 70B on 16 ranks that hold two models: in each slice 8 heads, one of them of keys."""
+    shape = MODELS["Llama 3 70B"]
+    found = planned(shape, Pretended(0, 16, 0, 8, model=Ranks(0, 8)), rollout_rows=rows)
+    linears = 2 * 8192 * 1024 + 2 * 8192 * 128 + 3 * 8192 * 3584
+    weights = 2 * (80 * (linears + 2 * 8192) + 8192 + 2 * 128256 * 8192)
+    sampling = rows * 356 * (CACHE // 8) * 80 + rows * 128256 * 4 * 3
+    step = 2 * 40 * (10 * 8192 + 4 * 3584) * 4096 + 256 * 128 + 2**30
+    sizes = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)
+    training = step + 28 * 40 * 8 * sizes
+    assert found.needed_bytes == peak(weights + SAMPLES + GATHERED + max(sampling, training))
+    assert 21 * GB < weights < 22 * GB
+    found.check()
+
+
+def test_a_slice_takes_its_part_of_the_time():
+    """All but the head, which is whole, takes an eighth; and two models have half of the prompts each."""
+    shape = replace(MODELS["Llama 3 70B"], vocab_size=8)
+
+    def seconds(size: int, together: int) -> float:
+        return planned(shape, Pretended(0, size, 0, 8, model=Ranks(0, together))).seconds
+
+    assert seconds(16, 8) == pytest.approx(seconds(8, 8) / 2)
+    assert seconds(8, 8) == pytest.approx(seconds(8, 1), rel=0.01), "eight models share out the prompts"
+
+
 @pytest.mark.parametrize(("name", "size"), [("Llama 3 8B", 8), ("Llama 3 8B", 64), ("Qwen 32B", 64)])
 def test_a_rank_of_shards_gathers_the_weights_of_one_model_at_a_time(monkeypatch, name, size):
     monkeypatch.setattr(memory, "available_memory", lambda device: 141 * GB)
@@ -316,9 +343,10 @@ REFUSED = [
         r"8 ranks with as much memory, or --tune lora, or a smaller model \(beside --rollout-rows 8\)\.",
     ),
     ("Llama 3 8B", Pretended(0, 8, 0, 8), {"rollout_rows": 10000}, r"; with --rollout-rows \d+ it would fit"),
+    ("Llama 3 70B", Pretended(0, 8, 0, 8), {}, r"what would fit: --model-ranks 8, or a smaller model\."),
     (
         "Llama 3 70B",
-        Pretended(0, 8, 0, 8),
+        Pretended(0, 7, 0, 7),
         {},
         r"its weights alone take 141\.1 GB, which each rank holds while it samples: use a smaller model, or "
         r"ranks with more memory\.",
@@ -374,6 +402,7 @@ def test_what_is_said_to_fit_does_fit():
     shape = MODELS["Llama 3 8B"]
     planned(shape, Pretended(0, 8, 0, 8), tune="full").check()
     planned(shape, Pretended(0, 2, 0, 2)).check()
+    planned(MODELS["Llama 3 70B"], Pretended(0, 8, 0, 8, model=Ranks(0, 8))).check()
     with pytest.raises(UserError, match="with --rollout-rows"):
         planned(shape, Pretended(0, 8, 0, 8), rollout_rows=10000).check()
     rows = int(planned(shape, Pretended(0, 8, 0, 8), rollout_rows=10000).cure.split()[2])
@@ -412,6 +441,14 @@ def test_a_run_that_does_not_fit_one_rank_is_refused_on_all_before_weights_are_r
         assert isinstance(error, UserError), error
         assert "on each of its 2 ranks and 0.5 GB are free on rank 1" in str(error)
     assert not out.exists()
+
+
+def test_an_evaluation_on_slices_holds_one(monkeypatch):
+    shape, ranks = MODELS["Llama 3 70B"], Pretended(0, 8, 0, 8, model=Ranks(0, 8))
+    asked = [CaidConfig(**PROMPTS), shape, HALF, GPU, [100] * 64, 64, ()]
+    assert memory.evaluation_rows(*asked, ranks) == 384
+    with pytest.raises(UserError, match="this evaluation needs about 16"):
+        memory.evaluation_rows(*asked, replace(ranks, model=None))
 
 
 def test_an_evaluation_on_ranks_holds_rows_of_all_weights_and_gathers_one_model(monkeypatch):
