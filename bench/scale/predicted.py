@@ -18,14 +18,8 @@ from bench.scale.cards import DECODE_SHARE, PASS_SHARE, PER_MACHINE, PROMPT_TOKE
 from bench.scale.counted import FIGURES, RESPONSE_BYTES, TOKEN_BYTES
 from engine.config import CaidConfig
 from engine.model.architecture import ModelConfig
-from engine.run.plan import (
-    Work,
-    adapter_parameters,
-    kept_states_bytes,
-    largest_share,
-    shards_to_try,
-    what_fits,
-)
+from engine.run.needs import adapter_parameters, kept_states_bytes, largest_share
+from engine.run.plan import Work, shards_to_try, what_fits
 from engine.run.spread import pieces
 from engine.stages import trust
 

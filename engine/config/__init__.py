@@ -19,6 +19,7 @@ from engine.config.algorithms import (
 )
 from engine.config.bounds import check
 from engine.config.evaluation import EvaluateConfig
+from engine.config.kinds import IterativeConfig
 from engine.config.presets import (
     PRESETS,
     SAMPLING,
@@ -32,7 +33,7 @@ from engine.config.presets import (
     with_steps,
     without_epochs,
 )
-from engine.config.run import OF_THE_COMMAND, IterativeConfig, RunConfig
+from engine.config.run import OF_THE_COMMAND, RunConfig
 
 __all__ = [
     "ALGORITHMS",

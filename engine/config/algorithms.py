@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import NamedTuple
 
 from engine.config.bounds import bounded, count, one_of
-from engine.config.run import MOST_STEPS, Draws, IterativeConfig, PairsConfig, RunConfig, check_epochs
+from engine.config.kinds import IterativeConfig, PairsConfig, check_epochs
+from engine.config.run import MOST_STEPS, Draws, RunConfig
 from engine.errors import UserError
 
 

@@ -20,7 +20,7 @@ from engine.records import Rollouts
 from engine.rollout.cache import new_cache
 from engine.rollout.decoding import Drawing, Rows, decode
 from engine.rollout.states import Collector, States
-from engine.run.plan import cache_bytes
+from engine.run.needs import cache_bytes
 from kernels.checks import check_tensor, check_whole
 from kernels.random import combine
 from kernels.sampling.draw import check_sampling

@@ -5,7 +5,6 @@ then, the run stops there. On several ranks the prediction is for one of them, t
 the prompts and the least free memory. Messages between ranks are not in the time: `bench.scale` counts them.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,36 +14,29 @@ import torch
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model.architecture import ModelConfig
-from engine.model.names import linear_shapes, linears_of
 from engine.model.slices import sliced, slices_of
 from engine.ranks import ALONE, Ranks
 from engine.run.machine import available_memory, check_equal_devices, device_name, matmul_rate
-from engine.run.spread import mean_bytes, shard_size, spread_bytes, step_bytes
+from engine.run.needs import (
+    EFFICIENCY,
+    FLAT_BYTES,
+    ScorerSize,
+    adapter_bytes,
+    adapter_parameters,
+    gathered_bytes,
+    kept_bytes,
+    kept_states_bytes,
+    largest_share,
+    products,
+    samples_bytes,
+    sampling_bytes,
+    scorer_bytes,
+    scorer_products,
+    states_bytes,
+    training_bytes,
+)
+from engine.run.spread import shard_size, spread_bytes, step_bytes
 from kernels.loss_head.schemes import budget_or_default
-
-# The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
-# printed prediction depends on it.
-EFFICIENCY = 0.65
-ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
-KEPT_STATES_BYTES = 2 * 2**30
-TOKEN_BYTES = 32  # of a response's token: its id, two log-probs, a flag, its text and copies on their way
-PAIR_BYTES = 128  # of two responses' indices, in lists and in a tensor
-ADAPTER_BYTES = 24  # of an adapter's weight: float32 with gradient, two moments, the start and a checkpoint
-# And for a mean over steps: itself, and the last weights in the start and in a checkpoint.
-ADAPTER_MEAN_BYTES = 12
-FLAT_BYTES = 4  # and of its copy in the message that adds its gradient up over several ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerSize:
-    """What a model that scores texts costs."""
-
-    weight_bytes: int
-    working_bytes: int  # of a forward pass
-    products: int  # multiplications for a token
-    shares_prompts: bool  # a prompt is passed once for all its responses
-    # There are scores already of the reference's responses that are not sampled.
-    spared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +62,8 @@ class Work:
         shape, shares = sliced(self.shape, self.model_ranks), ranks // self.model_ranks
         longest = max(self.train + self.heldout)
         weights = shape.parameter_count() * dtype.itemsize
-        training = _training_bytes(config, shape, dtype, device, longest, shares)
-        results = _samples_bytes(config)
+        training = training_bytes(config, shape, dtype, device, longest, shares)
+        results = samples_bytes(config)
         beside, scoring = scorer_bytes(config, device, self.scorers)
         most_rows = largest_share(max(config.n_prompts, config.eval_prompts), shares) * config.n_responses
         sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
@@ -82,15 +74,15 @@ class Work:
             on_cpu, averaged = device.type == "cpu", config.weight_average > 0
             weights = spread_bytes(shape, dtype, shards, on_cpu=on_cpu, averaged=averaged)
         elif ranks == 1:
-            training += _kept_bytes(config, shape, dtype, device, self.train)
+            training += kept_bytes(config, shape, dtype, device, self.train)
         else:
             # States below the adapter are kept while the responses of a share are scored, and no longer.
             share = sorted(self.train)[-largest_share(len(self.train), shares) :]
-            sampling += _states_bytes(config, shape, dtype, share)
-            training += _adapter_bytes(config, self.shape)
+            sampling += states_bytes(config, shape, dtype, share)
+            training += adapter_bytes(config, self.shape)
             training += FLAT_BYTES * adapter_parameters(config, self.shape)
         if ranks > 1:
-            results += _gathered_bytes(config)
+            results += gathered_bytes(config)
         return _peak(weights + beside + results + max(sampling, training, scoring))
 
     def rows(self, available: int, ranks: int = 1, shards: int = 1) -> int:
@@ -104,9 +96,9 @@ class Work:
         lengths = self.train + self.heldout
         mean = sum(lengths) / len(lengths)
         shape, shares = sliced(self.shape, self.model_ranks), ranks // self.model_ranks
-        products = _products(self.config, shape, self.dtype, mean, shares, keeps=ranks == 1)
-        products += _scorer_products(self.config, self.scorers, mean, ranks)
-        return 2 * products / (EFFICIENCY * rate)
+        total = products(self.config, shape, self.dtype, mean, shares, keeps=ranks == 1)
+        total += scorer_products(self.config, self.scorers, mean, ranks)
+        return 2 * total / (EFFICIENCY * rate)
 
 
 @dataclass(frozen=True)
@@ -208,11 +200,6 @@ class Plan:
         )
 
 
-def largest_share(n: int, ranks: int) -> int:
-    """Counts the prompts of the rank that has most of n, see `Ranks.share`."""
-    return -(-n // ranks)
-
-
 def shards_to_try(config: RunConfig, ranks: int, local: int) -> list[int]:
     """Lists the numbers of ranks that weights may be spread over, the best first: the `local` ranks of one
     machine, whose messages are fast, or all. With an adapter the model stands whole on each rank."""
@@ -269,172 +256,6 @@ def what_fits(work: Work, available: int, rows: int, ranks: int, local: int) -> 
         "use a smaller model, or ranks with more memory, or lower --prompts-per-step, --tokens-per-forward, "
         "--n-responses, --eval-responses, --max-new-tokens and --lora-rank"
     )
-
-
-def _trained_share(config: RunConfig) -> float:
-    """Returns the share of the layers that a policy step trains."""
-    return 1.0 if config.tune == "full" else 1 - config.lora_from
-
-
-def _trained_responses(config: RunConfig) -> int:
-    """Counts the responses of a prompt in a policy step; a row of a file of pairs has two."""
-    return config.trained_responses(2 if config.pairs_file else config.n_responses)
-
-
-def _training_bytes(
-    config: RunConfig,
-    shape: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    longest_prompt: int,
-    ranks: int,
-) -> float:
-    """Counts what a policy step needs besides weights and states: activations and the loss head."""
-    group = longest_prompt + _trained_responses(config) * config.max_new_tokens
-    m = min(_trained_responses(config), config.responses_per_prompt or config.n_responses)
-    pairs = config.prompts_per_step * m * (m - 1) / 2 * PAIR_BYTES
-    own_prompts = largest_share(config.prompts_per_step, ranks)
-    at_once = min(own_prompts * group, max(config.tokens_per_forward, group))
-    layers, checkpointed = shape.num_layers * _trained_share(config), config.activation_checkpointing
-    inside = 10 * shape.hidden_size + 4 * shape.intermediate_size
-    per_token = dtype.itemsize * (inside + layers * shape.hidden_size if checkpointed else inside * layers)
-    total = pairs + at_once * per_token + budget_or_default(config.memory_budget_bytes, device)
-    if shape.attention_softcap is not None:
-        # All scores are stored: before and after the cap, masked, and as weights.
-        stored_layers = 1 if checkpointed else layers
-        total += int(at_once * 4 * group * shape.num_heads * stored_layers) * dtype.itemsize
-    return total
-
-
-def _samples_bytes(config: RunConfig) -> int:
-    """Counts the responses that are in memory together: the reference's, those of the verdict and the largest
-    set that training draws."""
-    reference, heldout, fresh = _sample_sizes(config)
-    return (reference + 2 * heldout + fresh) * config.max_new_tokens * TOKEN_BYTES
-
-
-def _gathered_bytes(config: RunConfig) -> int:
-    """Counts the messages in which the largest set of responses goes between several ranks."""
-    return max(_sample_sizes(config)) * config.max_new_tokens * TOKEN_BYTES
-
-
-def _sample_sizes(config: RunConfig) -> tuple[int, int, int]:
-    """Counts the responses of the reference, of a verdict's policy, and of the largest set that training
-    draws."""
-    fresh = max((prompts * responses for _, prompts, responses in config.fresh_samples), default=0)
-    return config.n_prompts * config.n_responses, config.eval_prompts * config.eval_responses, fresh
-
-
-def adapter_parameters(config: RunConfig, shape: ModelConfig) -> int:
-    """Counts the weights of an adapter."""
-    layers = math.ceil(shape.num_layers * _trained_share(config))
-    shapes = linear_shapes(shape)
-    return layers * config.lora_rank * sum(sum(shapes[name]) for name in linears_of(config.lora_targets))
-
-
-def _kept_bytes(
-    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, train: list[int]
-) -> int:
-    """Counts what training keeps from step to step: the states below the adapter,
-    or copies of all weights."""
-    if config.tune != "full":
-        return _states_bytes(config, shape, dtype, train) + _adapter_bytes(config, shape)
-    # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with
-    # its moments, and what a checkpoint writes. On a GPU also the weights in 16 bits with their gradients,
-    # and a copy for the iterate.
-    kept = 28 if device.type == "cuda" else 60
-    if config.weight_average:
-        kept += mean_bytes(on_cpu=device.type == "cpu")
-    return shape.parameter_count() * kept
-
-
-def _adapter_bytes(config: RunConfig, shape: ModelConfig) -> int:
-    """Counts what training keeps of an adapter."""
-    each = ADAPTER_BYTES + (ADAPTER_MEAN_BYTES if config.weight_average else 0)
-    return each * adapter_parameters(config, shape)
-
-
-def _states_bytes(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, prompts: list[int]) -> int:
-    """Counts the states below the adapter of prompts, given by their lengths, and their responses."""
-    return kept_states_bytes(prompts, config.n_responses * config.max_new_tokens, shape.hidden_size, dtype)
-
-
-def _products(
-    config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float, ranks: int, *, keeps: bool
-) -> float:
-    """Counts the multiplications of every pass through the model, on the rank that has most prompts."""
-    answer = ANSWER_SHARE * config.max_new_tokens
-    head = shape.hidden_size * shape.vocab_size
-    body = shape.parameter_count() - head * (1 if shape.tied else 2)
-    adapter = 0 if config.tune == "full" else adapter_parameters(config, shape)
-    trained = body * _trained_share(config) + head + adapter
-
-    def sampled(prompts: int, n: int) -> float:
-        return largest_share(prompts, ranks) * (mean_prompt * body + n * answer * (body + head))
-
-    def scored(prompts: int, n: int) -> float:
-        """Counts the reference's log-probs: sampling has passed the layers below the adapter already."""
-        return largest_share(prompts, ranks) * (mean_prompt + n * answer) * trained
-
-    reference = config.n_prompts, config.n_responses
-    heldout = config.eval_prompts, config.eval_responses
-    total = sampled(*heldout) + scored(*heldout)  # of the policy
-    if not config.samples_of:
-        again = dtype != torch.float32  # see engine.stages.sampling
-        total += sampled(*heldout) + again * scored(*heldout)
-        # Given responses are passed once, as a sampled one is token by token.
-        total += sampled(*reference) + (again and not config.samples) * scored(*reference)
-    for times, prompts, responses in config.fresh_samples:
-        total += times * (sampled(prompts, responses) + scored(prompts, responses))
-    own_prompts = largest_share(config.prompts_per_step, ranks)
-    tokens = own_prompts * (mean_prompt + _trained_responses(config) * answer)
-    passes = 3 if config.tune == "full" else 2  # forward, to the states, to the weights
-    steps = config.policy_updates * config.steps
-    if config.by_preference:
-        steps += (1 + len(config.cost)) * config.preference_steps
-    total += steps * tokens * passes * trained
-    if not keeps:  # the states below an adapter from stage to stage, as one process does
-        total += steps * tokens * body * (1 - _trained_share(config))
-    return total
-
-
-def scorer_bytes(config: RunConfig, device: torch.device, scorers: Sequence[ScorerSize]) -> tuple[int, int]:
-    """Counts what scorers' weights take all the time, and what they need while they score.
-
-    Weights that are put aside need the memory of the GPU only then, one model at a time.
-    """
-    aside = config.offload_scorers and device.type == "cuda"
-    working = max((scorer.working_bytes for scorer in scorers), default=0)
-    if aside:
-        return 0, max((scorer.weight_bytes + scorer.working_bytes for scorer in scorers), default=0)
-    return sum(scorer.weight_bytes for scorer in scorers), working
-
-
-def _scorer_products(
-    config: RunConfig, scorers: Sequence[ScorerSize], mean_prompt: float, ranks: int
-) -> float:
-    """Counts the multiplications of the models that score the texts, on the rank that has most prompts."""
-    reference = 1, config.n_prompts, config.n_responses
-    heldout = config.eval_prompts, config.eval_responses
-    total = 0.0
-    for scorer in scorers:
-        samples = [] if scorer.spared else [reference]
-        samples.append((1 if scorer.spared and config.samples_of else 2, *heldout))
-        for times, prompts, n in [*samples, *config.fresh_samples]:
-            passed = mean_prompt * (1 if scorer.shares_prompts else n)
-            own = largest_share(prompts, ranks)
-            total += times * own * (passed + n * ANSWER_SHARE * config.max_new_tokens) * scorer.products
-    return total
-
-
-def cache_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
-    """Counts the bytes of the keys and values of one token in all layers."""
-    return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * dtype.itemsize
-
-
-def sampling_bytes(shape: ModelConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
-    """Counts the bytes of the KV slab and of the logits, with `rows` sequences of `tokens` side by side."""
-    return rows * tokens * cache_bytes(shape, dtype) + rows * shape.vocab_size * 4 * 3
 
 
 def _peak(counted: float) -> int:
@@ -499,15 +320,3 @@ def evaluation_rows(
             "GB are free; lower --n-prompts or --n-responses, or give shorter --prompts."
         )
     return rows
-
-
-def kept_states_bytes(
-    prompt_lengths: list[int], new_tokens: int, hidden_size: int, dtype: torch.dtype
-) -> int:
-    """Counts the bytes, at most, of the states below the adapter of prompts with
-    `new_tokens` response tokens each.
-
-    0 when they pass KEPT_STATES_BYTES, as then they are not kept but computed in every step.
-    """
-    size = (sum(prompt_lengths) + len(prompt_lengths) * new_tokens) * hidden_size * dtype.itemsize
-    return size if size <= KEPT_STATES_BYTES else 0

@@ -14,7 +14,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import sha256_of_file
 from engine.model.folder import resolve
-from engine.run.plan import ScorerSize
+from engine.run.needs import ScorerSize
 from engine.scorers.base import Head, LoadContext, Scorer, Scorers, TextScorer
 from engine.scorers.built_in import BUILT_IN, built_in
 from engine.scorers.functions import python_function, source_file

@@ -13,7 +13,7 @@ from engine.files import is_file, one_line, shown
 from engine.model.checkpoint import read_config, stored_tensors
 from engine.model.folder import check_text_files, resolve
 from engine.model.tokenizer import library_warnings_off, refuse_code
-from engine.run.plan import ScorerSize
+from engine.run.needs import ScorerSize
 from engine.scorers import guards, last_token
 from engine.scorers.base import Asked, LastForward, LoadContext, Sampled, TextScorer
 from engine.scorers.classifiers import Classifier, load_classifier, of_no_use

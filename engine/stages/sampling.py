@@ -21,7 +21,7 @@ from engine.records import Prompts, Rollouts, Scores
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.run.plan import kept_states_bytes
+from engine.run.needs import kept_states_bytes
 from engine.run.rows import SampledRow, SpeedRow
 from engine.run.run import Run, Stage
 from engine.scorers.base import Scorers

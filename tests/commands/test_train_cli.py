@@ -39,7 +39,7 @@ RUN_FLAGS = """
     cost-mean cost-rate unsafe-above cost-worst worst-share cost-range cost-on beta margin lam-max steps
     prompts-per-step
     tokens-per-forward activation-checkpointing responses-per-prompt labels learning-rate warmup-steps
-    schedule weight-decay clip-norm least-weight max-kl-ratio
+    schedule adam-beta1 weight-average weight-decay clip-norm least-weight max-kl-ratio
     tune lora-rank lora-alpha lora-from lora-targets lora-dropout
     memory-budget-mb checkpoint-every eval-prompts eval-responses eval-budget require-met
 """.split()

@@ -12,18 +12,12 @@ from engine.config import CaidConfig, PrimalDualConfig
 from engine.errors import UserError
 from engine.evaluate import main as evaluate
 from engine.model.architecture import ModelConfig, Rope
-from engine.run import plan as memory
+from engine.run import needs
+from engine.run import plan as plan_module
 from engine.run.contents import read_contents
 from engine.run.machine import available_memory
-from engine.run.plan import (
-    KEPT_STATES_BYTES,
-    Plan,
-    ScorerSize,
-    evaluation_rows,
-    kept_states_bytes,
-    rows_that_fit,
-    scorer_bytes,
-)
+from engine.run.needs import KEPT_STATES_BYTES, ScorerSize, kept_states_bytes, scorer_bytes
+from engine.run.plan import Plan, evaluation_rows, rows_that_fit
 
 SHAPE = ModelConfig(
     vocab_size=1000,
@@ -42,7 +36,7 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(plan_module, "matmul_rate", lambda dtype, device: 1e11)
 
 
 def plan(prompts: int = 100, length: int = 20, dtype: torch.dtype = torch.float32, **changes) -> Plan:
@@ -79,7 +73,7 @@ def test_more_work_takes_longer_and_more_rows_more_memory():
     ],
 )
 def test_absurd_counts_are_refused_by_the_plan_at_once(monkeypatch, change):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 16 * 10**9)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 16 * 10**9)
     shape = {"hidden_size": 4096, "intermediate_size": 11008} if "lora_rank" in change else {}
     start = time.perf_counter()
     for fewer_rows in (False, True):
@@ -102,7 +96,7 @@ def test_an_adapter_of_a_larger_rank_takes_longer_and_more_memory():
     base, wide = plan(), plan(lora_rank=800)
     weights = 2 * 792 * (3 * (64 + 128) + 2 * (64 + 64) + 2 * (64 + 32))  # two of the four layers are adapted
     assert wide.needed_bytes - base.needed_bytes == pytest.approx(
-        1.15 * (memory.ADAPTER_BYTES + memory.ADAPTER_MEAN_BYTES) * weights, abs=2
+        1.15 * (needs.ADAPTER_BYTES + needs.ADAPTER_MEAN_BYTES) * weights, abs=2
     )
     assert wide.seconds > base.seconds
 
@@ -129,8 +123,8 @@ def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
 
 
 def test_the_loss_head_counts_with_the_default_of_its_device(monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 10**12)
-    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 10**12)
+    monkeypatch.setattr(plan_module, "matmul_rate", lambda dtype, device: 1e12)
 
     def needed(device, **changes):
         return Plan.of(
@@ -155,7 +149,7 @@ def test_too_little_memory_names_both_sizes_and_the_cure():
 
 def test_rows_are_lowered_by_whole_prompts_to_what_fits(monkeypatch):
     def with_room(available, rows=384, fewer_rows=True):
-        monkeypatch.setattr(memory, "available_memory", lambda device: available)
+        monkeypatch.setattr(plan_module, "available_memory", lambda device: available)
         config = replace(
             CaidConfig(), n_responses=8, max_new_tokens=200, memory_budget_mb=1, rollout_rows=rows
         )
@@ -192,7 +186,7 @@ def test_an_evaluation_is_given_the_rows_that_fit_or_refused(monkeypatch):
     config = replace(CaidConfig(), eval_responses=6, max_new_tokens=200, memory_budget_mb=1)
 
     def rows(available, **changes):
-        monkeypatch.setattr(memory, "available_memory", lambda device: available)
+        monkeypatch.setattr(plan_module, "available_memory", lambda device: available)
         shape, device = replace(SHAPE, vocab_size=100_000), torch.device("cpu")
         return evaluation_rows(replace(config, **changes), shape, torch.float32, device, [20] * 100, 96)
 
@@ -275,8 +269,8 @@ def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(
 ):
     flags = ["mocan", "--preset", "smoke", "--threads", "1", "--steps", "1", "--force"]
     assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
-    monkeypatch.setattr(memory, "sampling_bytes", lambda shape, dtype, tokens, rows: rows * 10**8)
-    monkeypatch.setattr(memory, "available_memory", lambda device: 3 * 10**9)
+    monkeypatch.setattr(plan_module, "sampling_bytes", lambda shape, dtype, tokens, rows: rows * 10**8)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 3 * 10**9)
     assert train.main([*flags, "--out", str(tmp_path / "asked")]) == 2
     assert (
         "needs about 4.3 GB of memory and 3.0 GB are free; lower --rollout-rows (here 32)"
@@ -293,13 +287,13 @@ def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(
         (row["reference"], row["policy"]) for row in second
     ]
     # The run that goes on has no flags.
-    monkeypatch.setattr(memory, "available_memory", lambda device: 2 * 10**9)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 2 * 10**9)
     (tmp_path / "short" / "evaluation.json").unlink()
     assert train.main(["--resume", str(tmp_path / "short")]) == 0
     assert "memory is short, so --rollout-rows is 8\n" in capsys.readouterr().out
     assert evaluate([str(tmp_path / "short"), "--out", str(tmp_path / "judged")]) == 0
     assert "memory is short, so 10 responses are decoded side by side\n" in capsys.readouterr().out
-    monkeypatch.setattr(memory, "available_memory", lambda device: 8 * 10**8)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 8 * 10**8)
     assert evaluate([str(tmp_path / "short"), "--out", str(tmp_path / "judged-2")]) == 2
     assert "this evaluation needs about 0.9 GB" in capsys.readouterr().err
 
@@ -331,19 +325,19 @@ def test_scorers_weights_and_passes_are_counted():
     once = sum(times * prompts * 20 for times, prompts, n in sets)
     each = sum(times * prompts * n * 20 for times, prompts, n in sets)
     products = (answers + once) * 7 * GB + (answers + each) * 6 * GB
-    assert both.seconds - base.seconds == pytest.approx(2 * products / (memory.EFFICIENCY * 1e11), rel=1e-6)
+    assert both.seconds - base.seconds == pytest.approx(2 * products / (needs.EFFICIENCY * 1e11), rel=1e-6)
 
 
 def test_nothing_is_counted_of_responses_that_are_not_sampled():
     c, body = CaidConfig(), SHAPE.parameter_count() - 64 * SHAPE.vocab_size  # its head is its embedding
-    answer = memory.ANSWER_SHARE * c.max_new_tokens
+    answer = needs.ANSWER_SHARE * c.max_new_tokens
 
     def sampled(prompts: int, n: int) -> float:
         return prompts * (20 * body + n * answer * SHAPE.parameter_count())
 
     products = sampled(c.n_prompts, c.n_responses) + sampled(c.eval_prompts, c.eval_responses)
     spared = plan().seconds - plan(samples_of="run").seconds
-    assert spared == pytest.approx(2 * products / (memory.EFFICIENCY * 1e11), rel=1e-6)
+    assert spared == pytest.approx(2 * products / (needs.EFFICIENCY * 1e11), rel=1e-6)
     # A file's responses pass the model once, at the price of sampling; in 16 bits there is no other pass.
     assert plan(samples="file").seconds == plan().seconds
     half = plan(dtype=torch.bfloat16).seconds
@@ -364,7 +358,7 @@ def test_scores_that_are_there_already_are_not_counted(given, heldout):
     sets = [] if scorer.spared else [(1, c.n_prompts, c.n_responses)]
     sets += [(heldout, c.eval_prompts, c.eval_responses), *c.fresh_samples]
     tokens = sum(times * prompts * (20 + n * 70) for times, prompts, n in sets)
-    expected = 2 * tokens * 7 * GB / (memory.EFFICIENCY * 1e11)
+    expected = 2 * tokens * 7 * GB / (needs.EFFICIENCY * 1e11)
     assert seconds((scorer,)) - seconds(()) == pytest.approx(expected, rel=1e-6)
 
 
@@ -377,7 +371,7 @@ def test_scorers_that_are_put_aside_need_the_gpu_one_at_a_time():
 
 
 def test_an_evaluation_leaves_room_for_its_scorers(monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 20 * GB)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 20 * GB)
     settings = CaidConfig(), SHAPE, torch.float32, torch.device("cpu"), [20] * 10, 10
     assert evaluation_rows(*settings) > 0
     with pytest.raises(UserError, match="this evaluation needs about 3[0-9].* GB"):

@@ -19,8 +19,10 @@ from engine.model.architecture import ModelConfig, Rope
 from engine.model.decoder import Decoder
 from engine.model.tokenizer import load_tokenizer
 from engine.ranks import Ranks
-from engine.run import plan as memory
-from engine.run.plan import Plan, ScorerSize
+from engine.run import needs
+from engine.run import plan as plan_module
+from engine.run.needs import ScorerSize
+from engine.run.plan import Plan
 from engine.run.spread import pieces, shard_size, spread_bytes, step_bytes
 from engine.stages.smoke import smoke_folder
 from tests.helpers.ranks import on_ranks
@@ -133,9 +135,9 @@ class Pretended(Ranks):
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "matmul_rate", lambda dtype, device: 1e14)
-    monkeypatch.setattr(memory, "available_memory", lambda device: 79 * GB)
-    monkeypatch.setattr(memory, "device_name", lambda device: CARD)
+    monkeypatch.setattr(plan_module, "matmul_rate", lambda dtype, device: 1e14)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 79 * GB)
+    monkeypatch.setattr(plan_module, "device_name", lambda device: CARD)
 
 
 CARD = "NVIDIA H100 80GB HBM3"
@@ -232,7 +234,7 @@ def test_a_slice_takes_its_part_of_the_time():
 
 @pytest.mark.parametrize(("name", "size"), [("Llama 3 8B", 8), ("Llama 3 8B", 64), ("Qwen 32B", 64)])
 def test_a_rank_of_shards_gathers_the_weights_of_one_model_at_a_time(monkeypatch, name, size):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 141 * GB)
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 141 * GB)
     shape, settings = MODELS[name], {"tune": "full", "activation_checkpointing": True}
     found = planned(shape, Pretended(0, size, 0, size), **settings)
     weights, D, layers, V = shape.parameter_count(), shape.hidden_size, shape.num_layers, shape.vocab_size
@@ -255,7 +257,7 @@ def test_a_rank_of_shards_gathers_the_weights_of_one_model_at_a_time(monkeypatch
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 65, 1001])
 def test_the_largest_share_is_that_of_some_rank(n, size):
-    assert memory.largest_share(n, size) == max(len(Ranks(rank, size).share(n)) for rank in range(size))
+    assert needs.largest_share(n, size) == max(len(Ranks(rank, size).share(n)) for rank in range(size))
 
 
 def test_the_rank_with_least_memory_and_the_slowest_one_decide():
@@ -298,8 +300,8 @@ def test_several_ranks_compute_the_states_below_the_adapter_in_each_step():
         return (more - fewer) / 50  # steps of 5 iterations
 
     body = SHAPE.parameter_count() - SHAPE.hidden_size * SHAPE.vocab_size
-    tokens = 8 * (100 + 2 * memory.ANSWER_SHARE * 256)
-    below = 2 * tokens * body / 2 / (memory.EFFICIENCY * 1e14)
+    tokens = 8 * (100 + 2 * needs.ANSWER_SHARE * 256)
+    below = 2 * tokens * body / 2 / (needs.EFFICIENCY * 1e14)
     assert 2 * of_a_step(2) - of_a_step(1) == pytest.approx(below, rel=1e-6)
 
 
@@ -433,7 +435,7 @@ def test_a_run_that_does_not_fit_one_rank_is_refused_on_all_before_weights_are_r
     load_tokenizer(smoke_folder())  # before the forks
 
     def refused(ranks: Ranks) -> None:
-        memory.available_memory = lambda device: GB if ranks.rank == 1 else 100 * GB
+        plan_module.available_memory = lambda device: GB if ranks.rank == 1 else 100 * GB
         model.load = None  # in the rank's own process
         caid.train(config, ranks=ranks)
 
@@ -446,9 +448,9 @@ def test_a_run_that_does_not_fit_one_rank_is_refused_on_all_before_weights_are_r
 def test_an_evaluation_on_slices_holds_one(monkeypatch):
     shape, ranks = MODELS["Llama 3 70B"], Pretended(0, 8, 0, 8, model=Ranks(0, 8))
     asked = [CaidConfig(**PROMPTS), shape, HALF, GPU, [100] * 64, 64, ()]
-    assert memory.evaluation_rows(*asked, ranks) == 384
+    assert plan_module.evaluation_rows(*asked, ranks) == 384
     with pytest.raises(UserError, match="this evaluation needs about 16"):
-        memory.evaluation_rows(*asked, replace(ranks, model=None))
+        plan_module.evaluation_rows(*asked, replace(ranks, model=None))
 
 
 def test_an_evaluation_on_ranks_holds_rows_of_all_weights_and_gathers_one_model(monkeypatch):
@@ -461,10 +463,10 @@ def test_an_evaluation_on_ranks_holds_rows_of_all_weights_and_gathers_one_model(
     # head, and states as an adapter's evaluation keeps them.
     needed = peak(2 * weights + 6 * weights / 8 + kept + 2**30)
     for free, fits in ((needed, True), (needed - 2, False)):
-        monkeypatch.setattr(memory, "available_memory", lambda device, free=free: free)
+        monkeypatch.setattr(plan_module, "available_memory", lambda device, free=free: free)
         asked = [config, shape, HALF, GPU, [100] * 64, 64, (), ranks]
         if fits:
-            assert memory.evaluation_rows(*asked) == 8
+            assert plan_module.evaluation_rows(*asked) == 8
         else:
             with pytest.raises(UserError, match="this evaluation needs about"):
-                memory.evaluation_rows(*asked)
+                plan_module.evaluation_rows(*asked)
