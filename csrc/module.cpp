@@ -11,6 +11,7 @@ void bind_attention(nb::module_& m);
 void bind_layer(nb::module_& m);
 void bind_products(nb::module_& m);
 void bind_rows(nb::module_& m);
+void bind_sparse(nb::module_& m);
 
 NB_MODULE(_native, m) {
     m.doc() = "Compiled CPU kernels; kernels.compiled says which of them this processor runs.";
@@ -24,4 +25,5 @@ NB_MODULE(_native, m) {
     bind_layer(m);
     bind_products(m);
     bind_rows(m);
+    bind_sparse(m);
 }

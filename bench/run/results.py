@@ -18,7 +18,10 @@ HEAD = (
     "other libraries allocate themselves is not in it.\n"
 )
 # The latest line of each combination of these is shown.
-KEYS = ("case", "shape", "rows", "real", "prompt", "new", "dtype", "frozen", "full", "keep_pages", "device")
+KEYS = (
+    "case", "shape", "rows", "real", "prompt", "new", "dtype", "frozen", "full", "sampled_at", "keep_pages",
+    "device",
+)  # fmt: skip
 
 
 def table_of(line: dict) -> Table:

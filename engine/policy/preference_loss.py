@@ -25,6 +25,9 @@ class Loss:
     loss: Tensor
     accuracy: Tensor  # share of pairs that the policy orders as the labels do
     margin: Tensor  # float64 [K], in units of the score
+    # What was left out of its gradients, see `kernels.lagrangian_preference_loss`
+    gradient_bound: Tensor
+    left_out: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,13 @@ class PreferenceLoss:
             group=torch.tensor(pairs.prompt) if labels == "listwise" else None,
             **options,
         )
-        return Loss(loss=result.loss, accuracy=result.accuracy, margin=result.margin.double())
+        return Loss(
+            loss=result.loss,
+            accuracy=result.accuracy,
+            margin=result.margin.double(),
+            gradient_bound=result.gradient_bound,
+            left_out=result.left_out,
+        )
 
     @property
     def passed_anchor(self) -> Weights | None:

@@ -53,7 +53,7 @@ def fit(
     def step_of(i: int) -> Step:
         pairs = pairs_of(i)
         own, before = own_pairs(pairs, update.ranks)
-        loss = accuracy = margin = 0.0
+        loss = accuracy = margin = bound = left_out = 0.0
         own_parts = parts(own, samples.groups(rows_by_prompt(own)), config.tokens_per_forward)
         for part, first in with_others(update, own_parts, loss_of.passed_anchor):
             found = loss_of(part, i, before + first)
@@ -61,9 +61,16 @@ def fit(
             share = len(part.pairs) / len(pairs.pairs)
             accuracy += share * float(found.accuracy)
             margin += share * float(found.margin.abs().mean())
+            bound += share * float(found.gradient_bound)
+            left_out += share * float(found.left_out)
         return Step(
             loss=loss,
-            figures={"accuracy": accuracy, "margin": margin},
+            figures={
+                "accuracy": accuracy,
+                "margin": margin,
+                "gradient_bound": bound,
+                "left_out": left_out,
+            },
             counts={"pairs": len(pairs.pairs)},
             batch={"row": torch.tensor(pairs.row), "pairs": pairs.pairs},
         )
@@ -90,7 +97,7 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
         step_rows = [r for p in prompts for r in range(p * n, (p + 1) * n)]
         own = [prompts[place] for place in update.ranks.share(len(prompts))]
         groups = samples.groups({p: list(range(p * n, (p + 1) * n)) for p in own})
-        loss = clipped = advantage = 0.0
+        loss = clipped = advantage = bound = left_out = 0.0
         batches = list(packing.batches(groups, config.tokens_per_forward, packing.WHOLE))
         for batch in with_others(update, batches):
             packed = packing.pack(batch, model.device)
@@ -118,10 +125,17 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
             share = int(length[row].sum()) / max(1, int(length[step_rows].sum()))
             loss += add_gradient(found.loss, share)
             clipped += share * float(found.clip_fraction)
+            bound += share * float(found.gradient_bound)
+            left_out += share * float(found.left_out)
             advantage += len(row) / len(step_rows) * float(found.advantage.abs().mean())
         return Step(
             loss=loss,
-            figures={"clip_fraction": clipped, "advantage": advantage},
+            figures={
+                "clip_fraction": clipped,
+                "advantage": advantage,
+                "gradient_bound": bound,
+                "left_out": left_out,
+            },
             counts={"responses": len(step_rows)},
             batch={"row": torch.tensor(step_rows)},
         )

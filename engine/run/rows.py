@@ -118,6 +118,10 @@ class StepRow(Row):
     loss: float
     grad_norm: float
     learning_rate: float
+    # What the loss head left out of its gradients (`kernels.lagrangian_preference_loss`), means over the
+    # step's parts: a bound on their relative error, and the probability of a row's tokens.
+    gradient_bound: float = 0.0
+    left_out: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

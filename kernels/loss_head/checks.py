@@ -47,6 +47,16 @@ def check_rows(rows: Rows, head: Head, memory_budget_bytes: int | None) -> None:
         raise ValueError(f"memory_budget_bytes = {budget!r}: expected a whole number of bytes above 0")
 
 
+def check_tolerance(gradient_tolerance: float | None) -> None:
+    """Raises ValueError unless this is a number from 0 to below 1, or None."""
+    value = gradient_tolerance
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
+        cure = "expected a number from 0, which leaves nothing out, to below 1, or None"
+        raise ValueError(f"gradient_tolerance = {value!r}: {cure}")
+
+
 def check_row_values(rows: Rows, head: Head, debug: bool) -> None:
     """Checks the values that `check_rows` leaves."""
     count, vocabulary = rows.hidden.shape[0], head.weight.shape[0]

@@ -22,6 +22,7 @@ from kernels.loss_head.passes import (
     preference_pass,
     sequence_logprob_backward,
     sequence_logprob_pass,
+    within_tolerance,
 )
 from kernels.loss_head.policy import group_advantage, sequence_log_ratio
 from kernels.loss_head.preference import GOALS, preference_labels, preference_terms
@@ -274,16 +275,18 @@ def _preference_pass(
     temperature: float,
     softcap: float | None,
     budget: int,
+    tolerance: float,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
     debug: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = Rows(hidden, target, token_weight, cu_seqlens)
+    head = Head(weight, bias, temperature, softcap, tolerance)
     check_row_values(rows, head, debug)
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     aims = Aims(labels, pairs, q, goal, group, ref_logprob, beta)
-    return preference_pass(rows, head, aims, budget, needs)
+    return within_tolerance(lambda head: preference_pass(rows, head, aims, budget, needs), head)
 
 
 def _preference_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqlens, labels, pairs, *rest):
@@ -291,7 +294,8 @@ def _preference_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqle
     loss, accuracy = (hidden.new_empty((), dtype=dtype) for _ in range(2))
     logprob = hidden.new_empty(cu_seqlens.shape[0] - 1, dtype=dtype)
     margin = hidden.new_empty(pairs.shape[0], dtype=dtype)
-    return loss, logprob, margin, accuracy, *_gradient_shapes(hidden, weight, bias, rest[-4:-1])
+    left = loss.new_empty(2)
+    return loss, logprob, margin, accuracy, left, *_gradient_shapes(hidden, weight, bias, rest[-4:-1])
 
 
 preference_pass_op = _register("preference_pass", _preference_pass, _preference_pass_shapes)
@@ -350,17 +354,19 @@ def _policy_pass(
     temperature: float,
     softcap: float | None,
     budget: int,
+    tolerance: float,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
     debug: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, head = Rows(hidden, target, token_weight, cu_seqlens), Head(weight, bias, temperature, softcap)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = Rows(hidden, target, token_weight, cu_seqlens)
+    head = Head(weight, bias, temperature, softcap, tolerance)
     check_row_values(rows, head, debug)
     clip = None if clip_low is None else (clip_low, clip_high)
     policy = Policy(old_logprob, ref_logprob, clip, kl_coef, kl, normalize)
     needs = Needs(needs_hidden, needs_weight, needs_bias)
-    return policy_pass(rows, head, advantage, policy, budget, needs)
+    return within_tolerance(lambda head: policy_pass(rows, head, advantage, policy, budget, needs), head)
 
 
 def _policy_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqlens, *rest):
@@ -368,7 +374,8 @@ def _policy_pass_shapes(hidden, weight, bias, target, token_weight, cu_seqlens, 
     loss, kl, clipped = (hidden.new_empty((), dtype=dtype) for _ in range(3))
     logprob = hidden.new_empty(cu_seqlens.shape[0] - 1, dtype=dtype)
     token = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    return loss, logprob, token, kl, clipped, *_gradient_shapes(hidden, weight, bias, rest[-4:-1])
+    left = loss.new_empty(2)
+    return loss, logprob, token, kl, clipped, left, *_gradient_shapes(hidden, weight, bias, rest[-4:-1])
 
 
 policy_pass_op = _register("policy_pass", _policy_pass, _policy_pass_shapes)

@@ -1,9 +1,11 @@
 """The passes of the loss ops over chunks of rows, as `kernels.loss_head.schemes` chooses them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from kernels.loss_head.gradients import Gradients, scale_rows
+from kernels.loss_head.gradients import Gradients, left_out, scale_rows
 from kernels.loss_head.policy import policy_terms, row_shares
 from kernels.loss_head.preference import (
     aims_on_device,
@@ -108,20 +110,33 @@ def sequence_logprob_backward(
     return total.result(head)
 
 
+def within_tolerance(form: Callable[[Head], tuple[Tensor, ...]], head: Head) -> tuple[Tensor, ...]:
+    """Returns form(head), or that without a tolerance where chunks cancel so far that what they left out is
+    too much of their sum. The last results of `form` are what was left out and the three gradients.
+    """
+    results = form(head)
+    # The factor is for the rounding of the bound.
+    if head.tolerance > 0 and not float(results[-4][0]) <= head.tolerance * (1 + 1e-6):
+        results = form(head._replace(tolerance=0.0))
+    return results
+
+
 # The preference loss with the head's gradient goes by chunks of whole pairs or groups.
 
 
 def preference_pass(
     rows: Rows, head: Head, aims: Aims, budget: int, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, logprob [N], margin [K], accuracy and d loss / d hidden, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns loss, logprob [N], margin [K], accuracy, what `Gradients.left_out` says, and
+    d loss / d hidden, weight and bias.
 
     cu_seqlens, pairs and group are on the CPU, unless the head is frozen.
     """
     if not needs.head:
         return _frozen_preference_pass(rows, head, aims, budget)
     hidden, target = rows.hidden, rows.target
-    device, dtype, workspace = hidden.device, statistics_dtype(hidden.dtype), row_workspace(hidden)
+    device, dtype = hidden.device, statistics_dtype(hidden.dtype)
+    workspace = row_workspace(hidden, head.tolerance)
     starts = rows.cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
     # Rows that do not follow each other are gathered first.
@@ -142,6 +157,7 @@ def preference_pass(
     chunk = max(1, min(chunk, longest))
     sizes = sizes_of_chunk(workspace, sizes, head, chunk, budget, kind)
     work = workspace(head, sizes, chunk, kind)
+    work.survey(hidden, target)
     buffer = work.new_z(head.weight, chunk)
     total = Gradients(work, hidden, head.bias, needs, largest_coefficient(aims))
     token = torch.empty(len(hidden), dtype=dtype, device=device)
@@ -195,27 +211,30 @@ def preference_pass(
                 some = piece_of(at, piece)
                 total.add(some, forward(some), factor[piece])
     loss, margin, accuracy, _ = preference_terms(logprob, aims)
-    return loss, logprob, margin, accuracy, *total.result(head)
+    return loss, logprob, margin, accuracy, total.left_out(), *total.result(head)
 
 
 def _frozen_preference_pass(
     rows: Rows, head: Head, aims: Aims, budget: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Does the preference pass for a frozen head: J W stands where the gradient, its scaled rows, will be."""
     hidden, target, token_weight, cu_seqlens = rows
-    workspace, count = row_workspace(hidden), len(hidden)
+    workspace, count = row_workspace(hidden, head.tolerance), len(hidden)
     sizes = workspace.sizes(head, count, budget, "product")
     fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * count
     chunk = rows_that_fit(budget, fixed, sizes.row + sizes.scratch, count)
     work = workspace(head, sizes, chunk, "product")
+    work.survey(hidden, target)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     token = hidden.new_empty(count, dtype=statistics_dtype(hidden.dtype))
     for part in chunks(0, count, chunk):
         token[part] = work.product(hidden[part], target[part], d_hidden[part])
     logprob = sequence_sum(token, token_weight, cu_seqlens)
     loss, margin, accuracy, coefficient = preference_terms(logprob, aims)
-    scale_rows(d_hidden, -row_coefficients(coefficient, cu_seqlens, token_weight, count), d_hidden)
-    return loss, logprob, margin, accuracy, d_hidden, hidden.new_empty(0), hidden.new_empty(0)
+    factor = -row_coefficients(coefficient, cu_seqlens, token_weight, count)
+    left = left_out(work.mend(hidden, target, d_hidden, factor), hidden)
+    scale_rows(d_hidden, factor, d_hidden)
+    return loss, logprob, margin, accuracy, left, d_hidden, hidden.new_empty(0), hidden.new_empty(0)
 
 
 # In the policy loss a row's coefficient follows from its log-prob.
@@ -223,11 +242,13 @@ def _frozen_preference_pass(
 
 def policy_pass(
     rows: Rows, head: Head, advantage: Tensor, policy: Policy, budget: int, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, logprob [N], token_logprob [T], kl, clip_fraction and d loss / d hidden, weight, bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns loss, logprob [N], token_logprob [T], kl, clip_fraction, what `Gradients.left_out` says, and
+    d loss / d hidden, weight, bias.
+    """
     hidden, target, token_weight, cu_seqlens = rows
     device, dtype, count = hidden.device, statistics_dtype(hidden.dtype), len(hidden)
-    workspace = row_workspace(hidden)
+    workspace = row_workspace(hidden, head.tolerance)
     # Each row has an advantage, a share, a coefficient and their parts, all float64.
     vectors = 2 * VECTOR_BYTES_PER_ROW
     if needs.head:
@@ -239,6 +260,8 @@ def policy_pass(
     size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch + VECTOR_BYTES_PER_ROW, count)
     sizes = sizes_of_chunk(workspace, sizes, head, size, budget, kind)
     work = workspace(head, sizes, size, kind)
+    if kind != "values":
+        work.survey(hidden, target)
     buffer = work.new_z(head.weight, size if needs.head else 0)
     share = row_shares(cu_seqlens, token_weight, policy.normalize, count, device)
     lengths = cu_seqlens.to(device, non_blocking=True).diff()
@@ -268,6 +291,7 @@ def policy_pass(
         if needs.head:
             total.add(part, Kept(z, state, y, h), -terms.coefficient)
         elif kind == "product":
+            total.left += work.mend(h, y, product, -terms.coefficient)
             unused = (terms.coefficient == 0)[:, None]
             scaled = product.mul_(-terms.coefficient.to(dtype)[:, None])
             total.d_hidden[part] = scaled.masked_fill_(unused, 0)
@@ -280,5 +304,6 @@ def policy_pass(
         token,
         divergence,
         clipped,
+        total.left_out(),
         *total.result(head),
     )

@@ -21,6 +21,8 @@ class PolicyLoss(NamedTuple):
     # without ref_logprob
     kl: Tensor
     clip_fraction: Tensor  # scalar: share of tokens whose ratio the clip cuts off
+    gradient_bound: Tensor  # scalar: the largest error of dH and dW by what was left out, relative
+    left_out: Tensor  # scalar: the probability left out of a row's gradient, on average
 
 
 def sequence_log_ratio(

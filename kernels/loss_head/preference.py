@@ -24,6 +24,8 @@ class PreferenceLoss(NamedTuple):
     margin: Tensor  # [K]
     preference: Tensor  # [K], q
     accuracy: Tensor  # scalar
+    gradient_bound: Tensor  # scalar: the largest error of dH and dW by what was left out, relative
+    left_out: Tensor  # scalar: the probability left out of a row's gradient, on average
 
 
 def draw_uniform(labels: Labels, pairs: Tensor) -> Labels:

@@ -13,6 +13,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
+    tolerance: float = 0.0  # relative error that entries left out of the gradients may make; 0: none are
 
 
 class Rows(NamedTuple):
@@ -71,6 +72,24 @@ class Aims(NamedTuple):
     group: Tensor | None  # [N], with "listwise"
     ref_logprob: Tensor  # [N]
     beta: float
+
+
+class LeftOut(NamedTuple):
+    """Says what a chunk's gradients lack, where entries of softmax - onehot were left out of them."""
+
+    mass: float  # their sum over the rows, as probabilities
+    rows: int  # that have a coefficient
+    # Bounds on the largest error of dH, dW and the bias's gradient, and how large these are at least
+    hidden_error: float = 0.0
+    hidden_size: float = 0.0
+    weight_error: float = 0.0
+    weight_size: float = 0.0
+    bias_error: float = 0.0
+    bias_size: float = 0.0
+
+    def times(self, factor: float) -> "LeftOut":
+        """Returns the same of the gradients times a factor."""
+        return LeftOut(*self[:2], *(x * abs(factor) for x in self[2:]))
 
 
 class Policy(NamedTuple):

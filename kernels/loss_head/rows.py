@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.loss_head.records import Head, statistics_dtype
+from kernels.loss_head.records import Head, LeftOut, statistics_dtype
 
 
 class Sizes(NamedTuple):
@@ -84,6 +84,10 @@ class TorchRows:
         scratch_rows = rows if kind in ("values", "product") else 0
         self.scratch_z = weight.new_empty(scratch_rows, len(weight), dtype=self.dtype)
 
+    def survey(self, hidden: Tensor, target: Tensor) -> None:
+        """Looks at all rows of a call before the first chunk of them; compiled code may choose by it what to
+        leave out of their gradients."""
+
     @staticmethod
     def new_z(weight: Tensor, rows: int) -> Tensor:
         """Returns uninitialised z [rows, V or more]."""
@@ -104,11 +108,17 @@ class TorchRows:
         """Returns log p [C] and state [C, STATE]; z [C, V] takes what `add_gradients` needs beside it."""
         return self._logprob(hidden, target, z, True)
 
-    def add_gradients(self, kept: Kept, row_factor: Tensor, unit: Tensor | None, sums: Sums) -> None:
+    def mend(self, hidden: Tensor, target: Tensor, product: Tensor, row_factor: Tensor) -> list[LeftOut]:
+        """Completes the rows of J W [C, D], those of all calls of `product` since the last one of this, that
+        lack too much of it for their factors; returns what is left out, where anything is.
+        """
+        return []
+
+    def add_gradients(self, kept: Kept, row_factor: Tensor, unit: Tensor | None, sums: Sums) -> list[LeftOut]:
         """Adds the gradients of a chunk, of which F = row_factor[:, None] * J.
 
         d_hidden = F W; d_weight += F^T hidden / unit; d_bias += F^T 1 / unit. A row of factor 0 adds nothing,
-        even where it is not finite.
+        even where it is not finite. Returns what is left out, where anything is.
         """
         z, state, _, hidden = kept
         unused, scale = row_factor == 0, state[:, 0]
@@ -122,6 +132,7 @@ class TorchRows:
             self._add_weight_gradient(sums.d_weight, z, scaled, sums.empty)
         if sums.d_bias is not None:
             self._add_weight_gradient(sums.d_bias[:, None], z, factor[:, None], False)
+        return []
 
     def _head(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields columns of the logits, and those rows of the head in the dtype of the logits."""

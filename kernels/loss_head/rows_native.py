@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import compiled
 from kernels.compiled import _native
-from kernels.loss_head.records import Head
+from kernels.loss_head.records import Head, LeftOut
 from kernels.loss_head.rows import Kept, Sizes, Sums, TorchRows, chunks, head_columns
 from kernels.products import add_product, in_float32, takes_pairs, times_transposed
 
@@ -80,7 +80,7 @@ class NativeRows(TorchRows):
         logprob, state, _ = self._forward(hidden, target, z, None)
         return logprob, state
 
-    def add_gradients(self, kept: Kept, row_factor: Tensor, unit: Tensor | None, sums: Sums) -> None:
+    def add_gradients(self, kept: Kept, row_factor: Tensor, unit: Tensor | None, sums: Sums) -> list[LeftOut]:
         z, state, target, hidden = kept
         factor = (row_factor if unit is None else row_factor / unit).float().contiguous()
         target, hidden = target.long().contiguous(), hidden.to(torch.float32)
@@ -98,10 +98,10 @@ class NativeRows(TorchRows):
         threads = torch.get_num_threads()
         for part, head in self._head():
             for i, tile in enumerate(self._row_tiles(len(z))):
-                logits = _part(z, part)[tile]
-                jacobian = logits if self.in_place else _shaped(buffers[0], logits.shape)
+                logits = part_of(z, part)[tile]
+                jacobian = logits if self.in_place else shaped(buffers[0], logits.shape)
                 if self.softcap is not None:
-                    slope = torch.mul(logits, logits, out=_shaped(buffers[-1], logits.shape)).neg_().add_(1)
+                    slope = torch.mul(logits, logits, out=shaped(buffers[-1], logits.shape)).neg_().add_(1)
                 _native.jacobian(
                     logits,
                     target[tile],
@@ -127,11 +127,12 @@ class NativeRows(TorchRows):
                 if sums.d_bias is not None:
                     sums.d_bias[part].add_(jacobian.sum(0))
         if d_hidden is None:
-            return
+            return []
         if unit is not None:
             d_hidden.mul_(unit)
         if d_hidden is not sums.d_hidden:
             sums.d_hidden.copy_(d_hidden)
+        return []
 
     def _head(self) -> Iterator[tuple[slice, Tensor]]:
         for part in chunks(0, len(self.weight), self.columns):
@@ -157,7 +158,7 @@ class NativeRows(TorchRows):
             narrow = self.weight[part]
             head = None if pairs and sums is None else narrow.to(torch.float32)
             for tile in self._row_tiles(rows):
-                out = None if z is None else _part(z, part)[tile]
+                out = None if z is None else part_of(z, part)[tile]
                 if pairs:
                     logits = in_float32(given[tile], narrow, out=out)
                 else:
@@ -205,12 +206,12 @@ def _add_by_mkl(total: Tensor, x: Tensor, head: Tensor, first: bool) -> None:
         add_product(total, x[:, part], head[part], first and i == 0)
 
 
-def _shaped(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
+def shaped(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
     """Returns the first elements of a flat buffer as a matrix."""
     return buffer[: shape[0] * shape[1]].view(shape)
 
 
-def _part(z: Tensor, part: slice) -> Tensor:
+def part_of(z: Tensor, part: slice) -> Tensor:
     """Returns the columns `part` of z [C, V], which stand together."""
     rows, columns = len(z), min(part.stop, z.shape[1]) - part.start
     return z.view(-1)[rows * part.start : rows * (part.start + columns)].view(rows, columns)

@@ -37,8 +37,12 @@ from kernels import compiled
 from kernels.loss_head.records import Head, statistics_dtype
 from kernels.loss_head.rows import Sizes, TorchRows
 from kernels.loss_head.rows_native import NativeRows
+from kernels.loss_head.rows_sparse import SparseRows
 
 DEFAULT_MEMORY_BUDGET_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
+# These are the errors that dense rows make by rounding, relative to the largest element: measured on states
+# of a trained model in float32, and half a unit in the last place of gradients in 16 bits.
+DEFAULT_TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 # Each op counts vectors with one number a row: log-probs, their float64 copies, weights, gradients, targets.
 VECTOR_BYTES_PER_ROW = 64
 
@@ -62,15 +66,34 @@ def rows_that_fit(budget: int, fixed: int, per_row: int, rows: int) -> int:
     return max(1, min((budget - fixed) // per_row, rows))
 
 
-def row_workspace(hidden: Tensor) -> type[TorchRows]:
+def row_workspace(hidden: Tensor, tolerance: float = 0.0) -> type[TorchRows]:
     """Returns the workspace for these rows: Triton on a GPU, compiled code on
     the CPU, plain torch for float64.
+
+    With a tolerance compiled code may leave entries out of the gradients.
     """
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
         from kernels.loss_head.rows_triton import TritonRows
 
         return TritonRows
-    return NativeRows if compiled.serves(hidden.device, statistics_dtype(hidden.dtype)) else TorchRows
+    if not compiled.serves(hidden.device, statistics_dtype(hidden.dtype)):
+        return TorchRows
+    return SparseRows if tolerance > 0 else NativeRows
+
+
+def tolerance_or_default(
+    gradient_tolerance: float | None, hidden: Tensor, weight: Tensor, budget: int
+) -> float:
+    """Returns the relative error that entries left out of the gradients of these rows may make.
+
+    It is 0 where nothing is left out: in float64, on a GPU, without compiled code, in calls of few rows, and
+    where a chunk has few.
+    """
+    dtype = statistics_dtype(hidden.dtype)
+    few = min(len(hidden), 2 * budget // (4 * max(1, len(weight)))) < SparseRows.LEAST_ROWS
+    if few or not compiled.serves(hidden.device, dtype):
+        return 0.0
+    return DEFAULT_TOLERANCE[hidden.dtype] if gradient_tolerance is None else float(gradient_tolerance)
 
 
 class Plan(NamedTuple):

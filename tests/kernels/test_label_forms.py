@@ -402,7 +402,7 @@ def test_opcheck(labels):
         (ops.preference_terms_op, (torch.randn(10).requires_grad_(), *aims)),
         (
             ops.preference_pass_op,
-            (*leaves, *aims, 0.8, 3.0, budget_of(data, 12, 3.0), True, True, True, False),
+            (*leaves, *aims, 0.8, 3.0, budget_of(data, 12, 3.0), 0.0, True, True, True, False),
         ),
     ):
         assert set(torch.library.opcheck(op, given_to).values()) == {"SUCCESS"}

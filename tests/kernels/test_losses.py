@@ -576,7 +576,8 @@ def test_preference_out_of_range():
 
 
 def test_public_names_and_the_arguments_of_their_definitions():
-    """`kernels.reference` defines each op by the same arguments, but for the memory budget and `debug`."""
+    """`kernels.reference` defines each op by the same arguments, but for the memory budget, `debug` and what
+    may be left out."""
     assert {"decode_attention", "sample", *DEFINED} == set(kernels.__all__)
     for name in DEFINED:
         op, definition = (
@@ -591,7 +592,7 @@ def test_public_names_and_the_arguments_of_their_definitions():
         ours = {
             k: v.default
             for k, v in op.items()
-            if k not in ("memory_budget_bytes", "debug", "return_token_logprob")
+            if k not in ("memory_budget_bytes", "gradient_tolerance", "debug", "return_token_logprob")
         }
         assert ours == (
             theirs if "options" in definition else {k: v for k, v in theirs.items() if k in definition}

@@ -1,0 +1,59 @@
+"""States of the quickstart's model on responses that it sampled itself, as training meets them."""
+
+import torch
+from torch import Tensor
+
+from bench.run import shapes
+from bench.run.work import real_work
+from engine.model import packing
+from engine.policy.forward import TOKENS_PER_FORWARD, states_and_head
+from engine.rollout.sampler import generate
+from kernels.random import combine
+
+NEW, PER_PROMPT = 48, 8  # most tokens of a response, and responses to each prompt
+
+
+@torch.no_grad()
+def sampled_states(
+    rows: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns states [rows, D], the head [V, D] and the tokens that were sampled at `temperature` [rows].
+
+    The responses are to prompts of the quickstart.
+    """
+    with shapes.opened("", "", dtype, device) as (_, folder, model):
+        # Responses have about half of the most tokens, and one at least.
+        work = real_work(folder, -(-3 * rows // NEW // PER_PROMPT) * PER_PROMPT, PER_PROMPT, NEW)
+        rollouts = generate(
+            model,
+            work.prompts,
+            n=work.n,
+            max_new_tokens=work.new,
+            temperature=temperature,
+            stop_token_ids=work.stop,
+            seed=int(combine(0)),
+            max_rows=work.rows,
+        )
+        groups = []
+        for p, prompt in enumerate(work.prompts):
+            own = list(range(p * work.n, (p + 1) * work.n))
+            responses = [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in own]
+            groups.append(packing.Group(prompt, responses, own))
+        hidden, target = [], []
+        for batch in packing.batches(groups, TOKENS_PER_FORWARD):
+            packed = packing.pack(batch, device)
+            hidden.append(states_and_head(model, None, packed)[0])
+            target.append(packed.target_T)
+        hidden, target = torch.cat(hidden), torch.cat(target)
+        if len(hidden) < rows:
+            raise SystemExit(f"--rows {rows}: only {len(hidden)} tokens were sampled; nothing is timed")
+        return hidden[:rows].clone(), model.head_weight.detach().clone(), target[:rows]
+
+
+def entropy(hidden: Tensor, weight: Tensor, temperature: float) -> float:
+    """Returns the mean entropy of the next token after the states, in nats."""
+    total = 0.0
+    for part in hidden.split(256):
+        logprob = (part.float() @ weight.float().t() / temperature).log_softmax(1)
+        total -= float((logprob.exp() * logprob).sum())
+    return total / len(hidden)
