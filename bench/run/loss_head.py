@@ -187,7 +187,9 @@ def ours(
 ) -> Step:
     """Returns the step of `kernels.lagrangian_preference_loss`, or of its twin, within `budget` bytes."""
     ones = torch.ones(len(x.pairs))
-    own = {} if op is reference.lagrangian_preference_loss else {"gradient_tolerance": tolerance}
+    own = {"memory_budget_bytes": budget, "gradient_tolerance": tolerance}
+    if op is reference.lagrangian_preference_loss:
+        own = {}
 
     def step() -> tuple[Tensor, list[Tensor]]:
         loss = op(
@@ -204,7 +206,6 @@ def ours(
             labels="given",
             preference=ones,
             temperature=x.temperature,
-            memory_budget_bytes=budget,
             **own,
         ).loss
         return x.with_gradients(loss)
