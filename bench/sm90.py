@@ -20,6 +20,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import gather_triton
 from kernels.attention import decode_triton
 from kernels.layer import layer_triton
 from kernels.loss_head import forward_triton, rows_triton
@@ -31,10 +32,11 @@ SHARED_LIMIT = 232448
 # Pointers to numbers of the kernel's dtype; other pointers are to float32.
 INPUTS = {
     "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value",
-    "p_out", "p_raw", "p_x", "p_delta", "p_total", "p_qkv", "p_cos", "p_sin", "p_gate_up",
+    "p_out", "p_raw", "p_rows", "p_x", "p_delta", "p_total", "p_qkv", "p_cos", "p_sin", "p_gate_up",
 }  # fmt: skip
 INT64 = (
-    "p_target", "p_length", "p_offsets", "p_used", "p_token", "p_stream", "p_place", "p_last",
+    "p_target", "p_length", "p_offsets", "p_order", "p_ends", "p_used", "p_token", "p_stream",
+    "p_place", "p_last",
 )  # fmt: skip
 TYPES = dict.fromkeys(INT64, "*i64") | {"p_kept": "*fp64"}
 # Whole numbers that are multiples of 16 in common models.
@@ -61,7 +63,7 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """Lists every configuration that the tables and rules can choose."""
-    return loss_kernels() + decode_kernels() + sampling_kernels() + layer_kernels()
+    return loss_kernels() + decode_kernels() + sampling_kernels() + layer_kernels() + gather_kernels()
 
 
 def loss_kernels() -> list[Kernel]:
@@ -177,6 +179,12 @@ def layer_kernels() -> list[Kernel]:
         constants = {"BLOCK": layer_triton.GATE_BLOCK}
         listed.append(Kernel("gate", layer_triton.gate_kernel, dtype, constants, 4))
     return listed
+
+
+def gather_kernels() -> list[Kernel]:
+    """Lists the kernel that adds up the gradients of rows that were taken by index."""
+    constants = {"BLOCK": gather_triton.BLOCK}
+    return [Kernel("sums of places", gather_triton.places_kernel, dtype, constants, 4) for dtype in DTYPES]
 
 
 def _single(kernel: Kernel) -> Kernel:

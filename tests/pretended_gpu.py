@@ -133,6 +133,8 @@ def operate(function, args: tuple, kwargs: dict) -> object:
     masks = name in ("index", "index_put_") and any(x.dtype == torch.bool for x in tensors[1:])
     if name in WAITS or masks or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         wait(function)
+    if name in ("index_add", "index_add_") and len(args[2].inner.unique()) < len(args[2].inner):
+        raise RuntimeError(f"{function}: a GPU adds rows of one place in an order that differs between runs")
     written = [x for x in written_arguments(function, args, kwargs) if isinstance(x, Pretended)]
     args, kwargs = tree_map(bare, args), tree_map(bare, kwargs)
     if name in ("mm", "addmm") and "dtype" in function._overloadname:
@@ -352,12 +354,13 @@ def pretend() -> None:
     """Makes this process believe that it has a GPU from now on."""
     import torch.nn.attention.varlen as varlen
 
+    from kernels import gather_triton
     from kernels.attention import decode_triton
     from kernels.layer import layer_triton
     from kernels.loss_head import forward_triton, rows_triton
     from kernels.sampling import draw_triton
 
-    for module in (decode_triton, draw_triton, forward_triton, layer_triton, rows_triton):
+    for module in (decode_triton, gather_triton, draw_triton, forward_triton, layer_triton, rows_triton):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Launch(getattr(module, name)))
     nothing = contextlib.nullcontext

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from the lines above its own, and within its own package. `kernels` may be imported from
 # everywhere, and has an order of its own.
 KERNELS = """
-reference checks random compiled triton_math
-products moments
+reference checks random compiled triton_math gather_triton
+products moments gather
 loss_head sampling attention layer
 """.strip()
 LAYERS = """

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.gather import Picks, take
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -27,10 +29,10 @@ class Runs:
     cu_query: Tensor  # int32 [N+1]
     cu_key: Tensor  # int32 [N+1]
     longest: tuple[int, int]  # queries of a run, keys of a run
-    key: Tensor | None  # int64 [S]: the packed tokens whose keys the runs consist of; None: all, in order
+    key: Picks | None  # the packed tokens whose keys the runs consist of; None: all, in order
 
     @staticmethod
-    def of(queries: list[int], keys: list[int], key: Tensor | None) -> "Runs":
+    def of(queries: list[int], keys: list[int], key: Picks | None) -> "Runs":
         """Makes runs of these lengths."""
         cu_query, cu_key = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys))
         return Runs(cu_query, cu_key, (max(queries, default=0), max(keys, default=0)), key)
@@ -38,7 +40,8 @@ class Runs:
     def to(self, device: torch.device) -> "Runs":
         """Moves the tensors to `device`."""
         key = None if self.key is None else self.key.to(device)
-        return Runs(self.cu_query.to(device), self.cu_key.to(device), self.longest, key)
+        cu_query, cu_key = (x.to(device, non_blocking=True) for x in (self.cu_query, self.cu_key))
+        return Runs(cu_query, cu_key, self.longest, key)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Layout:
             torch.cat(positions),
             torch.cat(slots),
             (len(totals), longest),
-            Runs.of(queries, keys, torch.cat(seen)),
+            Runs.of(queries, keys, Picks.of(torch.cat(seen), base)),
             segment,
         )
 
@@ -105,10 +108,10 @@ class Layout:
 
     def to(self, device: torch.device) -> "Layout":
         """Moves the tensors to `device`."""
-        segment = None if self.segment is None else self.segment.to(device)
+        segment = None if self.segment is None else self.segment.to(device, non_blocking=True)
         return Layout(
-            self.position.to(device),
-            self.slot.to(device),
+            self.position.to(device, non_blocking=True),
+            self.slot.to(device, non_blocking=True),
             self.shape,
             self.runs.to(device),
             segment,
@@ -223,7 +226,7 @@ def attend_packed(
     if kernel is not None:
         runs = layout.runs
         if runs.key is not None:
-            key, value = key[runs.key], value[runs.key]
+            key, value = take(key, runs.key), take(value, runs.key)
         return kernel(query, key, value, runs, scale, softcap, layout.window)
     dtype = query.dtype
     if query.is_cpu and dtype.itemsize == 2:
@@ -281,6 +284,7 @@ def _by_flash_attn(
         causal=True,
         window_size=_beside(window),
         softcap=softcap or 0.0,
+        deterministic=True,  # in the backward pass
     )
 
 

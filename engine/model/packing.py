@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.model.attention import Layout
 from engine.records import Prompts, Rollouts
+from kernels.gather import Picks
 
 # As the longest group of `batches`: nothing is cut, since a pair needs both its responses.
 WHOLE = sys.maxsize
@@ -38,7 +39,7 @@ class Packed:
     tokens: Tensor  # int64 [M]
     layout: Layout
     state_T: Tensor  # int64 [T]: where each response token stands among the M
-    predict_T: Tensor  # int64 [T]: where the state stands that predicts it
+    predict: Picks  # of the M, T in all: where the state stands that predicts it
     target_T: Tensor  # int64 [T]
     cu_seqlens: Tensor  # int64 [N+1] over the T
 
@@ -116,8 +117,12 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
         [len(g.prompt) for g in batch], [[len(r) for r in g.responses] for g in batch]
     )
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (tokens, state, predict, target)]
-    return Packed(index[0], layout.to(device), *index[1:], cu_seqlens)
+    # The host goes on while a GPU is still busy with what it was given before.
+    all_tokens, states, targets = (
+        torch.tensor(x, dtype=torch.int64).to(device, non_blocking=True) for x in (tokens, state, target)
+    )
+    picks = Picks.of(torch.tensor(predict, dtype=torch.int64), len(tokens))
+    return Packed(all_tokens, layout.to(device), states, picks.to(device), targets, cu_seqlens)
 
 
 @dataclass(frozen=True)

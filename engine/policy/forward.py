@@ -17,6 +17,7 @@ from engine.policy.finite import stop_non_finite
 from engine.policy.weights import Weights, policy_of
 from engine.records import Rollouts
 from kernels import sequence_logprob
+from kernels.gather import take
 
 TOKENS_PER_FORWARD = 2048
 
@@ -37,8 +38,7 @@ def states_and_head(
     hidden = network(
         packed.tokens, packed.layout, adapter=adapter, lower=lower, tap=tap, checkpointed=checkpointed
     )
-    # index_select, unlike indexing, has a backward pass that adds rows in a fixed order.
-    return hidden.index_select(0, packed.predict_T), network.head_weight
+    return take(hidden, packed.predict), network.head_weight
 
 
 def policy_states(

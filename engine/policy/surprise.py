@@ -8,6 +8,7 @@ from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.model.packing import Group
 from engine.policy.forward import TOKENS_PER_FORWARD
+from kernels.gather import take
 
 # Logits of so many tokens are in memory at once.
 TOKENS_AT_ONCE = 256
@@ -32,7 +33,7 @@ def surprise(model: Decoder, groups: list[Group], temperature: float) -> Surpris
     logprob_R, entropy_R, length_R = [], [], []
     for batch in packing.batches(groups, TOKENS_PER_FORWARD):
         packed = packing.pack(batch, model.device)
-        hidden = model(packed.tokens, packed.layout).index_select(0, packed.predict_T)
+        hidden = take(model(packed.tokens, packed.layout), packed.predict)
         logprobs, entropies = [], []
         for states, target in zip(
             hidden.split(TOKENS_AT_ONCE), packed.target_T.split(TOKENS_AT_ONCE), strict=True

@@ -20,6 +20,7 @@ from engine.policy.samples import Samples
 from engine.policy.steps import Policy, Step, Update, take_steps, with_others
 from engine.policy.weights import Weights
 from engine.records import Pairs, Score, ScoredTarget
+from engine.run.machine import repeatable
 from engine.run.rows import AscentStepRow, PairStepRow
 from kernels import lagrangian_policy_loss
 
@@ -147,7 +148,8 @@ def add_gradient(loss: Tensor, share: float) -> float:
     """Runs the backward pass of a part that is `share` of a step's loss;
     returns what the part adds to the loss."""
     value = loss * share
-    value.backward()
+    with repeatable(loss.device):
+        value.backward()
     return float(value.detach())
 
 

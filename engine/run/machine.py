@@ -2,8 +2,10 @@
 
 import ctypes
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -84,6 +86,32 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
         (a @ b)[0, 0].item()
         best, done = min(best, time.perf_counter() - start), done + 1
     return 2 * 256 * 1024 * 4096 / best
+
+
+def prepare_gpu() -> None:
+    """Lets products on a GPU give equal bits for equal inputs, and add in float32 alone. This must run before
+    the process first uses the GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Lets a backward pass on `device` give equal bits for equal inputs.
+
+    On a GPU attention's own backward pass adds with atomics otherwise.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that nobody reads
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def keep_freed_memory() -> None:

@@ -28,7 +28,7 @@ from engine.model.tokenizer import load_tokenizer
 from engine.ranks import ALONE, Ranks
 from engine.records import Prompts
 from engine.run.folder import RunFolder
-from engine.run.machine import keep_freed_memory
+from engine.run.machine import keep_freed_memory, prepare_gpu
 from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
 from engine.scorers.find import load_scorers, score_names, take_rows
@@ -156,9 +156,11 @@ def asks_for_time(tokenizer) -> bool:
 
 def prepare_process(threads: int, ranks: Ranks = ALONE) -> None:
     """Sets the number of CPU threads (0: one for each core that the process may use, which it shares with the
-    other ranks of its machine) and the allocator of this process."""
+    other ranks of its machine) and the allocator of this process, and how it
+    multiplies on a GPU."""
     torch.set_num_threads(threads or max(1, _cores() // ranks.local_size))
     keep_freed_memory()
+    prepare_gpu()
 
 
 def model_folder(name: str) -> Path:
