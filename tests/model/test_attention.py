@@ -82,8 +82,9 @@ def flash_attn_varlen_func(
     causal=False,
     window_size=(-1, -1),
     softcap=0.0,
+    deterministic=False,
 ):
-    assert causal and dropout_p == 0
+    assert causal and deterministic and dropout_p == 0
     return documented(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window_size, softcap
     )
