@@ -1,6 +1,6 @@
 """Log-probs and states of given responses, for scoring, training and the comparison with the sampler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model import packing
+from engine.model.attention import runs_kernel
 from engine.model.decoder import Decoder, Tap
 from engine.model.low_rank import LowRank
 from engine.model.packing import Group, LowerStates, Packed
@@ -19,7 +20,9 @@ from engine.records import Rollouts
 from kernels import sequence_logprob
 from kernels.gather import take
 
-TOKENS_PER_FORWARD = 2048
+# Of a pass without a gradient. Where attention goes by runs, which need no mask, passes are long enough to
+# keep a GPU busy.
+TOKENS_PER_FORWARD, TOKENS_BY_RUNS = 2048, 32768
 
 
 def states_and_head(
@@ -102,28 +105,46 @@ def frozen_forward(
                 "made for this model."
             )
     pooled: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    logprobs = []
-    for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
+    logprobs, finite, batches = [], [], []
+    for batch in scoring_batches(network, all_groups):
         packed = packing.pack(batch, network.device)
         known = None if lower is None else (lower.layer, lower.of(batch))
         tap = partial(_pool, pooled, packed) if layers else None
         if temperature is None:
             top = max(layers, default=0)
             network(packed.tokens, packed.layout, adapter=low_rank, lower=known, tap=tap, stop=top)
-            logprobs.append(torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64))
+            zeros = torch.zeros(len(packed.cu_seqlens) - 1, dtype=torch.float64, device=network.device)
+            logprobs.append(zeros)
         else:
             states = states_and_head(network, low_rank, packed, lower=known, tap=tap)
             logprob, _ = _logprobs(network, packed, states, temperature, memory_budget_bytes)
-            logprobs.append(logprob.double().cpu())
-        if not _all_finite(logprobs[-1], pooled):
-            stop_non_finite(network, low_rank, packed.tokens, packed.layout, reference=adapter is None)
+            logprobs.append(logprob.double())
+        finite.append(_all_finite(logprobs[-1], pooled))
+        batches.append(batch)
+        # A GPU is asked at the end, so that the host packs the next batch meanwhile.
+        if not finite[-1].is_cuda and not finite[-1]:
+            break
         on_tokens(len(packed.tokens))
-    return {layer: torch.cat(parts).cpu() for layer, parts in pooled.items()}, torch.cat(logprobs)
+    for batch, is_finite in zip(batches, torch.stack(finite).tolist(), strict=True):
+        if not is_finite:
+            packed = packing.pack(batch, network.device)
+            stop_non_finite(network, low_rank, packed.tokens, packed.layout, reference=adapter is None)
+    return {layer: torch.cat(parts).cpu() for layer, parts in pooled.items()}, torch.cat(logprobs).cpu()
 
 
-def _all_finite(logprob: Tensor, pooled: dict[int, list[Tensor]]) -> bool:
-    """Tells whether the log-probs and mean states of the last batch are finite."""
-    return all(bool(x.isfinite().all()) for x in (logprob, *(parts[-1] for parts in pooled.values())))
+def scoring_batches(network: Decoder, all_groups: list[Group]) -> Iterator[list[Group]]:
+    """Batches groups for passes without a gradient: long ones, in which no group is cut, where a kernel for
+    runs serves."""
+    query = network.embed.new_empty(0, 1, network.config.head_dim)
+    if runs_kernel(query, network.config.attention_softcap) is None:
+        return packing.batches(all_groups, TOKENS_PER_FORWARD)
+    return packing.batches(all_groups, TOKENS_BY_RUNS, packing.WHOLE)
+
+
+def _all_finite(logprob: Tensor, pooled: dict[int, list[Tensor]]) -> Tensor:
+    """Tells, on the device, whether the log-probs and mean states of the last batch are finite."""
+    parts = (logprob, *(parts[-1] for parts in pooled.values()))
+    return torch.stack([x.isfinite().all() for x in parts]).all()
 
 
 def _pool(pooled: dict[int, list[Tensor]], packed: Packed, layer: int, hidden: Tensor) -> None:
@@ -176,20 +197,19 @@ def logprob_gap(
 ) -> LogprobGap:
     """Compares the rollouts at the groups' rows, which have at least one token, with the training forward."""
     network, low_rank = policy_of(model, adapter)
-    differences = []
-    for batch in packing.batches(all_groups, TOKENS_PER_FORWARD):
+    trained, sampled = [], []
+    for batch in scoring_batches(network, all_groups):
         packed = packing.pack(batch, network.device)
         states = states_and_head(network, low_rank, packed)
-        _, trained = _logprobs(network, packed, states, temperature, memory_budget_bytes)
+        trained.append(_logprobs(network, packed, states, temperature, memory_budget_bytes)[1])
         rows = [(r, len(response)) for g in batch for r, response in zip(g.rows, g.responses, strict=True)]
-        sampled = torch.cat([rollouts.model_logprob[r, :length] for r, length in rows])
-        differences.append(trained.double().cpu() - sampled.double())
-    d = torch.cat(differences)
+        sampled += [rollouts.model_logprob[r, :length] for r, length in rows]
+    d = torch.cat(trained).double().cpu() - torch.cat(sampled).double()
     return LogprobGap(mean=float(d.abs().mean()), max=float(d.abs().max()), kl=float((d.expm1() - d).mean()))
 
 
 def mean_states(hidden: Tensor, packed: Packed) -> Tensor:
     """Computes the mean state of each response's tokens [N, D] in float32; zeros for an empty response."""
-    length = (packed.cu_seqlens[1:] - packed.cu_seqlens[:-1]).to(hidden.device)
+    length = packed.cu_seqlens.diff().to(hidden.device, non_blocking=True)
     states = hidden[packed.state_T].float()
     return torch.segment_reduce(states, "sum", lengths=length, unsafe=True) / length.clamp(min=1)[:, None]
