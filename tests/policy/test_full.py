@@ -154,6 +154,33 @@ def test_steps_that_16_bits_cannot_hold_add_up(tiny_folder):
     assert (weights.decoder().norm != first).all() and torch.equal(network.norm, first)
 
 
+def test_weights_are_rounded_once_a_step_and_gradients_added_in_float32(tiny_folder):
+    """Two parts of a step use the same rounded weights; those of the next step are new.
+    A gradient that is far smaller than the other part's is lost in 16 bits, but not here."""
+    weights = FullWeights(model.load(tiny_folder, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW(weights.parameters(), lr=1e-2, fused=True)
+    for _ in range(2):
+        first = weights.decoder().norm
+        for part in (1.0, 2.0**-12):
+            assert weights.decoder().norm is first
+            (weights.decoder().norm.float().sum() * part).backward()
+        assert first.grad is None
+        torch.testing.assert_close(
+            weights.masters["norm"].grad,
+            torch.full_like(weights.masters["norm"], 1 + 2.0**-12),
+            rtol=0,
+            atol=0,
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        assert weights.decoder().norm is not first
+        assert torch.equal(weights.decoder().norm, weights.masters["norm"].bfloat16())
+    weights.set_tensors({name: value + 1 for name, value in weights.tensors().items()})
+    assert torch.equal(weights.decoder().norm, weights.masters["norm"].bfloat16())
+    weights.take_back({name: value - 1 for name, value in weights.tensors().items()}, 0.5)
+    assert torch.equal(weights.decoder().norm, weights.masters["norm"].bfloat16())
+
+
 def test_what_is_sampled_is_what_is_trained(tiny_folder):
     network = model.load(tiny_folder)
     weights = moved(network)
