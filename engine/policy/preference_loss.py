@@ -112,16 +112,15 @@ class PreferenceLoss:
         plus shift / coefficient."""
         config, target, samples, model = self.config, self.target, self.samples, self.model
         index = torch.tensor(pairs.row)
-        reference_N = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device)
+        reference_N = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device, non_blocking=True)
         if self.passed_anchor is not None:
             with torch.no_grad():
                 states = policy_states(config, model, samples.lower, batch, packed, self.passed_anchor)
                 own_N = sequence_logprob(*states, packed.target_T, packed.cu_seqlens, **options)
             reference_N = torch.lerp(reference_N, own_N.double(), target.anchor_share)
         if target.shift_PG is not None:
-            reference_N = (
-                reference_N + target.shift_PG.reshape(-1)[index].to(model.device) / target.coefficient
-            )
+            shift_N = target.shift_PG.reshape(-1)[index].to(model.device, non_blocking=True)
+            reference_N = reference_N + shift_N / target.coefficient
         return reference_N
 
 

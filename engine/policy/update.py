@@ -54,16 +54,17 @@ def fit(
     def step_of(i: int) -> Step:
         pairs = pairs_of(i)
         own, before = own_pairs(pairs, update.ranks)
-        loss = accuracy = margin = bound = left_out = 0.0
+        # loss, accuracy, margin, gradient_bound, left_out
+        sums = torch.zeros(5, dtype=torch.float64, device=update.model.device)
         own_parts = parts(own, samples.groups(rows_by_prompt(own)), config.tokens_per_forward)
         for part, first in with_others(update, own_parts, loss_of.passed_anchor):
             found = loss_of(part, i, before + first)
-            loss += add_gradient(found.loss, share_of(config.labels, part, pairs))
+            loss = add_gradient(found.loss, share_of(config.labels, part, pairs))
             share = len(part.pairs) / len(pairs.pairs)
-            accuracy += share * float(found.accuracy)
-            margin += share * float(found.margin.abs().mean())
-            bound += share * float(found.gradient_bound)
-            left_out += share * float(found.left_out)
+            figures = found.accuracy, found.margin.abs().mean(), found.gradient_bound, found.left_out
+            sums += torch.stack((loss, *(share * figure.to(sums) for figure in figures)))
+        # The first time in the step that a GPU is waited for.
+        loss, accuracy, margin, bound, left_out = sums.tolist()
         return Step(
             loss=loss,
             figures={
@@ -98,7 +99,8 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
         step_rows = [r for p in prompts for r in range(p * n, (p + 1) * n)]
         own = [prompts[place] for place in update.ranks.share(len(prompts))]
         groups = samples.groups({p: list(range(p * n, (p + 1) * n)) for p in own})
-        loss = clipped = advantage = bound = left_out = 0.0
+        # loss, clipped share, gradient_bound, left_out, advantage
+        sums = torch.zeros(5, dtype=torch.float64, device=model.device)
         batches = list(packing.batches(groups, config.tokens_per_forward, packing.WHOLE))
         for batch in with_others(update, batches):
             packed = packing.pack(batch, model.device)
@@ -110,7 +112,7 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
                 row // n,
                 *score.at(row),
                 old_logprob=torch.cat([rollouts.model_logprob[r, : int(length[r])] for r in row.tolist()]).to(
-                    model.device
+                    model.device, non_blocking=True
                 ),
                 ref_logprob=samples.scores.ref_logprob_PG.reshape(-1)[row],
                 clip=(config.clip, config.clip),
@@ -124,11 +126,11 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
             )
             # The loss is a mean over tokens.
             share = int(length[row].sum()) / max(1, int(length[step_rows].sum()))
-            loss += add_gradient(found.loss, share)
-            clipped += share * float(found.clip_fraction)
-            bound += share * float(found.gradient_bound)
-            left_out += share * float(found.left_out)
-            advantage += len(row) / len(step_rows) * float(found.advantage.abs().mean())
+            loss = add_gradient(found.loss, share)
+            figures = found.clip_fraction, found.gradient_bound, found.left_out
+            size = len(row) / len(step_rows) * found.advantage.abs().mean().to(sums)
+            sums += torch.stack((loss, *(share * figure.to(sums) for figure in figures), size))
+        loss, clipped, bound, left_out, advantage = sums.tolist()
         return Step(
             loss=loss,
             figures={
@@ -144,13 +146,13 @@ def ascend(update: Update, samples: Samples, score: Score) -> Policy:
     return take_steps(update, AscentStepRow, step_of)
 
 
-def add_gradient(loss: Tensor, share: float) -> float:
+def add_gradient(loss: Tensor, share: float) -> Tensor:
     """Runs the backward pass of a part that is `share` of a step's loss;
-    returns what the part adds to the loss."""
+    returns what the part adds to the loss, float64, which the host does not wait for."""
     value = loss * share
     with repeatable(loss.device):
         value.backward()
-    return float(value.detach())
+    return value.detach().double()
 
 
 def _scheduled_pairs(
