@@ -1,9 +1,10 @@
 """Does what a decoder layer needs between its matrix products: RMS norm, rotary positions, gated SiLU.
 
 Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 and
-bfloat16 on the CPU to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py). The torch code is
-their specification, and serves gradients and all else. On a CPU both work in float32 and round a result of 16
-bits once; where a gradient is asked for in bfloat16, compiled code makes the values there too.
+bfloat16 on the CPU to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py), where gradients have
+kernels too (layer_gradients.py). The torch code is their specification, and serves gradients on a CPU and all
+else. On a CPU both work in float32 and round a result of 16 bits once; where a gradient is asked for in
+bfloat16, compiled code makes the values there too.
 """
 
 from functools import partial
@@ -20,15 +21,14 @@ from kernels.layer import layer_native
 def _backend(x: Tensor, *others: Tensor) -> ModuleType | None:
     """Returns the module with compiled code for these rows, native or Triton, or None for plain torch."""
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
-    if torch.compiler.is_compiling() or differentiated or x.dim() != 2:
+    if torch.compiler.is_compiling() or x.dim() != 2:
         return None
-    if compiled.serves(x.device, x.dtype):
-        return layer_native
     if x.is_cuda:
-        from kernels.layer import layer_triton
+        from kernels.layer import layer_gradients, layer_triton
 
-        return layer_triton if layer_triton.serves(x, *others) else None
-    return None
+        rows = layer_gradients if differentiated else layer_triton
+        return rows if layer_triton.serves(x, *others) else None
+    return layer_native if not differentiated and compiled.serves(x.device, x.dtype) else None
 
 
 def _trains_compiled(x: Tensor, *others: Tensor) -> bool:
