@@ -22,9 +22,9 @@ from triton.compiler import ASTSource
 
 from kernels import gather_triton
 from kernels.attention import decode_triton
-from kernels.layer import layer_triton
+from kernels.layer import layer_gradients, layer_triton
 from kernels.loss_head import forward_triton, rows_triton
-from kernels.sampling import draw_triton
+from kernels.sampling import draw_triton, record_triton
 
 GATED = "3.6.0"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,13 +32,15 @@ SHARED_LIMIT = 232448
 # Pointers to numbers of the kernel's dtype; other pointers are to float32.
 INPUTS = {
     "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value",
-    "p_out", "p_raw", "p_rows", "p_x", "p_delta", "p_total", "p_qkv", "p_cos", "p_sin", "p_gate_up",
+    "p_d_total", "p_d_out", "p_d_x", "p_d_gate_up", "p_out", "p_raw", "p_rows", "p_x", "p_delta", "p_total",
+    "p_qkv", "p_cos", "p_sin", "p_gate_up",
 }  # fmt: skip
 INT64 = (
     "p_target", "p_length", "p_offsets", "p_order", "p_ends", "p_used", "p_token", "p_stream",
-    "p_place", "p_last",
+    "p_place", "p_last", "p_step", "p_seed", "p_tokens", "p_row", "p_stop",
 )  # fmt: skip
-TYPES = dict.fromkeys(INT64, "*i64") | {"p_kept": "*fp64"}
+FLAGS = ("p_near_tie", "p_finished", "p_fed", "p_alive")
+TYPES = dict.fromkeys(INT64, "*i64") | {"p_kept": "*fp64"} | dict.fromkeys(FLAGS, "*u8")
 # Whole numbers that are multiples of 16 in common models.
 STRIDES = {
     "vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride",
@@ -73,7 +75,13 @@ def loss_kernels() -> list[Kernel]:
         # A short vocabulary is one block, of fewer warps.
         blocks = ((rows_triton.TritonRows.MAX_BLOCK, 8), (1024, 4))
         for block, warps in blocks[: 2 if dtype == "bf16" else 1]:
-            constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "JACOBIAN": jacobian, "BLOCK_V": block}
+            constants = {
+                "HAS_BIAS": bias,
+                "HAS_SOFTCAP": softcap,
+                "JACOBIAN": jacobian,
+                "ONE_PASS": dtype == "bf16",
+                "BLOCK_V": block,
+            }
             name = f"rows of {block}{'' if jacobian else ', values'}{_switched(bias, softcap)}"
             listed.append(Kernel(name, rows_triton.row_kernel, dtype, constants, warps))
     for _, blocks in forward_triton.TABLE:
@@ -89,7 +97,7 @@ def loss_kernels() -> list[Kernel]:
             name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{_switched(bias, softcap)}"
             part = forward_triton.part_kernel
             listed.append(Kernel(name, part, dtype, constants, blocks.warps, blocks.stages, wgmma=True))
-    join = {"PARTS": forward_triton.PARTS_PER_ROW_BLOCK, "BLOCK": 256}
+    join = {"BLOCK": 256}
     # A count of 1 reaches a kernel as a constant.
     for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):
         listed.append(Kernel(name, forward_triton.join_kernel, "fp32", constants, 4))
@@ -143,15 +151,20 @@ def sampling_kernels() -> list[Kernel]:
             constants = {"BLOCK": draw_triton.PART, "GREEDY": greedy, "TRUNCATED": truncated}
             name = "sampling, parts" + ", greedy" * greedy + ", truncated" * truncated
             listed.append(Kernel(name, draw_triton.part_kernel, dtype, constants, 8))
-        for truncated in (False, True):
-            constants = {"BLOCK_PARTS": 64, "TRUNCATED": truncated}
-            name = "sampling, join" + ", truncated" * truncated
+        for greedy, truncated in ((False, False), (True, False), (False, True)):
+            constants = {"BLOCK_PARTS": 64, "GREEDY": greedy, "TRUNCATED": truncated}
+            name = "sampling, join" + ", greedy" * greedy + ", truncated" * truncated
             listed.append(Kernel(name, draw_triton.join_kernel, dtype, constants, 1))
         for top_k, top_p in ((50, 1.0), (0, 0.9), (50, 0.9)):
             constants = {"TOP_K": top_k, "TOP_P": top_p, "BLOCK": draw_triton.ROW_BLOCK}
             name = "sampling, keep" + f", top-k {top_k}" * (top_k > 0) + f", top-p {top_p}" * (top_p < 1)
             keep, warps = draw_triton.keep_kernel, draw_triton.ROW_WARPS
             listed.append(Kernel(name, keep, dtype, constants, warps))
+    listed.append(Kernel("sampling, streams", draw_triton.stream_kernel, "bf16", {"BLOCK": 256}, 4))
+    for feed_last in (False, True):
+        constants = {"STOPS": 2, "FEED_LAST": feed_last, "BLOCK": 128}
+        name = "sampling, record" + ", the last fed" * feed_last
+        listed.append(Kernel(name, record_triton.record_kernel, "bf16", constants, 4))
     return listed + [_single(k) for k in listed if k.dtype == "bf16" and "parts" in k.function.arg_names]
 
 
@@ -165,6 +178,10 @@ def layer_kernels() -> list[Kernel]:
             constants, warps = {"ADD": add, "BLOCK": block}, layer_triton.norm_warps(block)
             name = f"norm of {width}" + ", added" * add
             listed.append(Kernel(name, layer_triton.norm_kernel, dtype, constants, warps))
+            for weight in (False, True):
+                back = layer_gradients.norm_backward_kernel
+                named = name + ", backward" + ", weights too" * weight
+                listed.append(Kernel(named, back, dtype, constants | {"WEIGHT": weight}, warps))
         for heads, kv_heads, d in ((9, 3, 64), (32, 8, 128)):
             constants = {
                 "HEADS": heads,
@@ -176,8 +193,11 @@ def layer_kernels() -> list[Kernel]:
             }
             name = f"rotate {heads} + {kv_heads} of {d}"
             listed.append(Kernel(name, layer_triton.rotate_kernel, dtype, constants, 4))
+            back = layer_gradients.rotate_backward_kernel
+            listed.append(Kernel(name + ", backward", back, dtype, constants, 4))
         constants = {"BLOCK": layer_triton.GATE_BLOCK}
         listed.append(Kernel("gate", layer_triton.gate_kernel, dtype, constants, 4))
+        listed.append(Kernel("gate, backward", layer_gradients.gate_backward_kernel, dtype, constants, 4))
     return listed
 
 

@@ -4,6 +4,8 @@ row for log p and J. `kernels.loss_head.rows` has the mathematics.
 Only code that runs on a GPU imports this module, because Triton is not installed everywhere.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -12,83 +14,167 @@ from torch import Tensor
 from kernels.loss_head import forward_triton
 from kernels.loss_head.records import Head
 from kernels.loss_head.rows import Sizes, TorchRows
-from kernels.triton_math import logit
+from kernels.triton_math import tanh
+
+# Exponentials are formed relative to the larger of the target's logit and the first block's largest. They are
+# formed again where the row's largest logit is this many powers of two away; all sums fit float32 below it.
+FARTHEST = tl.constexpr(64.0)
+
+
+@triton.jit
+def _capped(raw, softcap, inverse_softcap, HAS_SOFTCAP: tl.constexpr):
+    """Returns softcap * tanh(raw / softcap) and its derivative in raw."""
+    if HAS_SOFTCAP:
+        value, slope = tanh(raw * inverse_softcap)
+        return value * softcap, slope
+    else:
+        return raw, 1.0
+
+
+@triton.jit
+def _powers(value, middle, to_log2, rest):
+    """Returns (value - middle) (to_log2 + rest), whose two parts leave the error of a division."""
+    # The difference comes first, so that a large common offset costs no digits. -inf times a part of either
+    # sign would be NaN.
+    distance = tl.maximum(value - middle, -3e38, propagate_nan=tl.PropagateNan.ALL)
+    return distance * to_log2 + distance * rest
+
+
+@triton.jit
+def _exponentials(
+    p_logits,
+    p_jacobian,
+    p_bias,
+    target,
+    vocabulary,
+    middle,
+    factor,
+    to_log2,
+    rest,
+    softcap,
+    inverse_softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STORE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Returns the sum of 2^z over all of a row but the target, and the largest z; where STORE writes 2^z
+    times factor and the cap's slope.
+
+    z = (capped logit - middle) log2(e) / temperature.
+    """
+    o = tl.arange(0, BLOCK_V)
+    b_sum, b_max = tl.zeros([BLOCK_V], tl.float32), tl.full([BLOCK_V], float("-inf"), tl.float32)
+    for start in range(0, vocabulary, BLOCK_V):
+        o_v = start + o
+        inside = o_v < vocabulary
+        raw = tl.load(p_logits + o_v, mask=inside, other=float("-inf"))
+        if HAS_BIAS:
+            raw += tl.load(p_bias + o_v, mask=inside, other=0.0).to(tl.float32)
+        value, slope = _capped(raw, softcap, inverse_softcap, HAS_SOFTCAP)
+        z = _powers(value, middle, to_log2, rest)
+        if HAS_SOFTCAP:
+            z = tl.where(inside, z, float("-inf"))
+        e = tl.exp2(z)
+        # 1 - p of the target is the others' share, and no difference of two close numbers.
+        b_sum += tl.where(o_v == target, 0.0, e)
+        b_max = tl.maximum(b_max, z)
+        if STORE:
+            tl.store(p_jacobian + o_v, (e * factor * slope).to(p_jacobian.dtype.element_ty), mask=inside)
+    # Each lane has one sum of its own: one reduction a row.
+    return tl.sum(b_sum, 0), tl.max(b_max, 0)
 
 
 @triton.jit
 def row_kernel(
     p_logits,  # [C, V] float32
-    p_jacobian,  # [C, V], J is written here; may be p_logits, since an element is read before it is written
+    p_jacobian,  # [C, V], J / scale is written here; may be p_logits unless ONE_PASS
     p_bias,  # [V]
     p_target,  # [C]
     p_logprob,  # [C] float32
-    p_scale,  # [C] float32: 1, or NaN for a row without a log-prob, whose J is 0
+    p_scale,  # [C] float32; NaN for a row without a log-prob, whose J is 0
     vocabulary,
     logits_stride,
     jacobian_stride,
+    to_log2,  # log2(e) / temperature
+    rest,  # and what its rounding to float32 left
     temperature,
     softcap,
+    inverse_softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     JACOBIAN: tl.constexpr,
+    ONE_PASS: tl.constexpr,  # J is written as it stands before the row's sum is known, and scale has that sum
     BLOCK_V: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     p_logits += i_row * logits_stride
+    p_jacobian += i_row * jacobian_stride
     target = tl.load(p_target + i_row)
-
-    m = float("-inf")
-    total = 0.0
-    for start in range(0, vocabulary, BLOCK_V):
-        o_v = start + tl.arange(0, BLOCK_V)
-        inside = o_v < vocabulary
-        raw = tl.load(p_logits + o_v, mask=inside, other=0.0)
-        if HAS_BIAS:
-            raw += tl.load(p_bias + o_v, mask=inside, other=0.0).to(tl.float32)
-        z, _ = logit(raw, softcap, temperature, HAS_SOFTCAP)
-        z = tl.where(inside, z, float("-inf"))
-        largest = tl.maximum(m, tl.max(z, 0))
-        # In a block of -inf only, -inf - -inf would be NaN.
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        total = total * tl.exp(m - shift) + tl.sum(tl.exp(z - shift), 0)
-        m = largest
-
+    o = tl.arange(0, BLOCK_V)
+    inside = o < vocabulary
+    raw = tl.load(p_logits + o, mask=inside, other=float("-inf"))
     raw_y = tl.load(p_logits + target)
     if HAS_BIAS:
+        raw += tl.load(p_bias + o, mask=inside, other=0.0).to(tl.float32)
         raw_y += tl.load(p_bias + target).to(tl.float32)
-    z_y, _ = logit(raw_y, softcap, temperature, HAS_SOFTCAP)
-    logprob = (z_y - m) - tl.log(total)
+    value, _ = _capped(raw, softcap, inverse_softcap, HAS_SOFTCAP)
+    value_y, slope_y = _capped(raw_y, softcap, inverse_softcap, HAS_SOFTCAP)
+    middle = tl.maximum(tl.max(tl.where(inside, value, float("-inf")), 0), value_y)
+    # With -inf alone, -inf - -inf would be NaN.
+    middle = tl.where(middle == float("-inf"), 0.0, middle)
+    store_first: tl.constexpr = JACOBIAN and ONE_PASS
+    others, top = _exponentials(
+        p_logits, p_jacobian, p_bias, target, vocabulary, middle, 1.0, to_log2, rest, softcap,
+        inverse_softcap, HAS_BIAS, HAS_SOFTCAP, store_first, BLOCK_V,
+    )  # fmt: skip
+    if (top > FARTHEST) | ((top < -FARTHEST) & (top > float("-inf"))):
+        middle += top / to_log2
+        others, top = _exponentials(
+            p_logits, p_jacobian, p_bias, target, vocabulary, middle, 1.0, to_log2, rest, softcap,
+            inverse_softcap, HAS_BIAS, HAS_SOFTCAP, store_first, BLOCK_V,
+        )  # fmt: skip
+    total = others + tl.exp2(_powers(value_y, middle, to_log2, rest))
     # NaN stands only where no sum exists; a target of mass 0 has log-prob -inf.
-    lost = total != total
+    lost = (total != total) | (total == 0)
+    logprob = (value_y - middle) / temperature - tl.log(total)
     tl.store(p_logprob + i_row, tl.where(lost, float("nan"), logprob))
-    tl.store(p_scale + i_row, tl.where(lost, float("nan"), 1.0))
-
+    whole = 1 / (temperature * total)
+    if ONE_PASS:
+        tl.store(p_scale + i_row, tl.where(lost, float("nan"), whole))
+        factor = 1.0
+    else:
+        tl.store(p_scale + i_row, tl.where(lost, float("nan"), 1.0))
+        factor = whole
     if JACOBIAN:
-        # All threads read the target's logit above before any of them overwrites it.
+        kind = p_jacobian.dtype.element_ty
+        # All threads have read the target's logit before any of them overwrites it.
         tl.debug_barrier()
-        p_jacobian += i_row * jacobian_stride
-        for start in range(0, vocabulary, BLOCK_V):
-            o_v = start + tl.arange(0, BLOCK_V)
-            inside = o_v < vocabulary
-            raw = tl.load(p_logits + o_v, mask=inside, other=0.0)
-            if HAS_BIAS:
-                raw += tl.load(p_bias + o_v, mask=inside, other=0.0).to(tl.float32)
-            z, slope = logit(raw, softcap, temperature, HAS_SOFTCAP)
-            p = tl.exp(z - m) / total
-            # p - 1 is formed in float32 and rounded to the stored dtype once.
-            g = tl.where(lost, 0.0, tl.where(o_v == target, p - 1, p) * slope)
-            tl.store(p_jacobian + o_v, g.to(p_jacobian.dtype.element_ty), mask=inside)
+        if lost:
+            for start in range(0, vocabulary, BLOCK_V):
+                tl.store(p_jacobian + start + o, tl.zeros([BLOCK_V], kind), mask=start + o < vocabulary)
+        else:
+            if not ONE_PASS:
+                _exponentials(
+                    p_logits, p_jacobian, p_bias, target, vocabulary, middle, factor, to_log2, rest,
+                    softcap, inverse_softcap, HAS_BIAS, HAS_SOFTCAP, True, BLOCK_V,
+                )  # fmt: skip
+            tl.debug_barrier()
+            tl.store(p_jacobian + target, (-others * factor * slope_y).to(kind))
 
 
 class TritonRows(TorchRows):
     """A workspace on a GPU, not for float64: one Triton program a row follows a cuBLAS
     product of float32 logits.
 
-    J is kept whole (state 1) in the dtype of the inputs, in rows that start at multiples of 16 elements also
-    where V is odd, so that loads stay wide.
+    J is kept in the dtype of the inputs, in rows that start at multiples of 16 elements also where V is odd,
+    so that loads stay wide. In bfloat16 a row's logits are read once: its J is written before its sum is
+    known, which the state holds. Float16 has too small a range for that, and float32 no second place for J:
+    they read the row twice and keep J whole (state 1).
     """
 
     MAX_BLOCK = 4096
+    TILE = 256
 
     @classmethod
     def sizes(cls, head: Head, rows: int, budget: int, kind: str) -> Sizes:
@@ -146,6 +232,10 @@ class TritonRows(TorchRows):
             torch.mm(hidden.float(), self.weight.t().float(), out=logits)
         logprob, scale = hidden.new_empty(2, rows, dtype=torch.float32)
         block = min(self.MAX_BLOCK, triton.next_power_of_2(vocabulary))
+        softcap, to_log2 = (
+            1.0 if self.softcap is None else float(self.softcap),
+            math.log2(math.e) / self.temperature,
+        )
         with torch.cuda.device_of(hidden):
             row_kernel[(rows,)](
                 logits,
@@ -157,11 +247,15 @@ class TritonRows(TorchRows):
                 vocabulary,
                 logits.stride(0),
                 z.stride(0),
-                self.temperature,
-                1.0 if self.softcap is None else float(self.softcap),
+                to_log2,
+                to_log2 - float(torch.tensor(to_log2, dtype=torch.float32)),
+                float(self.temperature),
+                softcap,
+                1 / softcap,
                 HAS_BIAS=self.bias is not None,
                 HAS_SOFTCAP=self.softcap is not None,
                 JACOBIAN=jacobian,
+                ONE_PASS=z.dtype == torch.bfloat16,
                 BLOCK_V=block,
                 num_warps=8 if block >= 2048 else 4,
             )

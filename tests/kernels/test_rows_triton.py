@@ -93,7 +93,7 @@ NEEDS = pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bia
 
 OPTIONS = [
     {},
-    {"temperature": 0.6},
+    {"temperature": 0.7},
     {"softcap": 2.0},
     {"softcap": 30.0, "temperature": 1.7},
     {"softcap": 1e4},
@@ -153,6 +153,47 @@ def test_all_negative_logits_and_a_ragged_last_block():
 def test_large_common_offset():
     data = {"hidden": torch.tensor([[2.0**24]]), "weight": torch.ones(2, 1), "target": torch.tensor([1])}
     assert check(data, ("hidden",))["token"].item() == pytest.approx(-math.log(2), rel=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first, last", [(0, 400), (400, 0), (0, 100), (-400, -300), (30, 0)])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"softcap": 500.0}], ids=str)
+def test_a_row_whose_blocks_are_far_apart(first, last, dtype, options, monkeypatch):
+    """Exponentials are formed relative to the first block, and again where the row goes far beyond it."""
+    from kernels.loss_head.rows_triton import TritonRows
+
+    monkeypatch.setattr(TritonRows, "MAX_BLOCK", 16)
+    data = make(dtype=dtype, bias=True)
+    data["bias"][:16], data["bias"][16:] = first, last
+    data["target"] = torch.arange(9) * 4
+    got = check(data, ("hidden", "weight"), **options)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_equal_logits(dtype):
+    data = make(dtype=dtype)
+    data["weight"][:] = data["weight"][0]
+    torch.testing.assert_close(token_logprob(**data), torch.full((9,), -math.log(33)), rtol=1e-6, atol=0)
+    check(data, ("hidden", "weight"))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_lost_row_spoils_no_other_one(dtype):
+    """A row of NaN or of -inf alone has no log-prob; with weight 0 it adds nothing to the head's gradient."""
+    gradients = []
+    for bad in (0.3, math.nan, -math.inf):
+        data = make(dtype=dtype)
+        data["weight"] = data["weight"].abs()
+        data["hidden"][4] = bad
+        weight = data["weight"].requires_grad_()
+        token = torch.ones(9).index_fill(0, torch.tensor([4]), 0)
+        total = sequence_logprob(**data, cu_seqlens=torch.tensor([0, 9]), token_weight=token)
+        gradients.append(torch.autograd.grad(total.sum(), weight)[0])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
 
 @interpreted
@@ -259,7 +300,9 @@ def test_log_probs_without_stored_logits(dtype, rows, width, vocabulary, options
     data = {k: v[:rows] if k in ("hidden", "target") else v for k, v in data.items()}
     out = torch.full((rows,), math.nan)
     head = Head(data["weight"], data.get("bias"), options.get("temperature", 1.0), options.get("softcap"))
-    forward_triton.token_logprob(data["hidden"], head, data["target"], forward_triton.INTERPRETED, out)
+    blocks = forward_triton.INTERPRETED
+    parts = forward_triton.parts_for(rows, blocks, vocabulary)
+    forward_triton.token_logprob(data["hidden"], head, data["target"], blocks, parts, out)
     want = dense(**{k: v.double() if v.is_floating_point() else v for k, v in data.items()}, **options)
     torch.testing.assert_close(out.double(), want, rtol=2e-6, atol=2e-6)
 
@@ -274,7 +317,8 @@ def test_vocabulary_parts_join_past_minus_infinity_and_offsets():
     out = torch.empty(2)
     head = Head(torch.zeros(300, 16), bias, 1.0, None)
     target = torch.tensor([140, 5])
-    forward_triton.token_logprob(torch.zeros(2, 16), head, target, forward_triton.INTERPRETED, out)
+    blocks = forward_triton.INTERPRETED
+    forward_triton.token_logprob(torch.zeros(2, 16), head, target, blocks, 8, out)
     assert out[0].item() == pytest.approx(-math.log(2), rel=1e-6) and out[1] == -math.inf
 
 
