@@ -89,6 +89,18 @@ class Rows:
             model_logprob = log_softmax.gather(1, token[:, None])[:, 0]
         else:
             token, logprob, model_logprob, gap = sample(logits, key=self.key, step=self.step)
+        # A row's last token is fed too where its states are wanted.
+        feed_last = self.collector is not None
+        if token.is_cuda:
+            from kernels.sampling import record_triton as on_gpu
+
+            drawn = on_gpu.Drawn(token, logprob, model_logprob, gap)
+            kept = on_gpu.Kept(
+                self.tokens, self.logprob, self.model_logprob, self.near_tie, self.length, self.finished
+            )
+            state = on_gpu.State(self.row, self.token, self.fed, self.alive)
+            on_gpu.record(drawn, kept, state, how.stop, self.step, NEAR_TIE, feed_last)
+            return
         ended = (token[:, None] == how.stop).any(dim=1)
         for kept, drawn in (
             (self.tokens, token),
@@ -100,8 +112,7 @@ class Rows:
         self.length[self.row] += self.alive
         self.finished[self.row] |= self.alive & ended
         self.token.copy_(token)
-        # A row's last token is fed too where its states are wanted.
-        self.fed.copy_(self.alive if self.collector is not None else self.alive & ~ended)
+        self.fed.copy_(self.alive if feed_last else self.alive & ~ended)
         self.alive &= ~ended
 
     def feed(self, stop: int | None = None) -> None:
@@ -127,12 +138,14 @@ def decode(rows: Rows, room: int, on_step: Callable[[int], None] | None) -> None
     rows.draw()
     for step in range(1, room):
         if not on_gpu or step % STEPS_UNSEEN == 0:
+            # The host waits for a GPU once.
+            drawn, alive, fed = torch.stack((rows.length.sum(), rows.alive.sum(), rows.fed.sum())).tolist()
             if on_step is not None:
-                on_step(int(rows.length.sum()) - reported)
-                reported = int(rows.length.sum())
-            if not rows.alive.any():
+                on_step(drawn - reported)
+                reported = drawn
+            if not alive:
                 return
-            if int(rows.fed.sum()) <= (COMPACT_AT_ON_GPU if on_gpu else COMPACT_AT) * len(rows.fed):
+            if fed <= (COMPACT_AT_ON_GPU if on_gpu else COMPACT_AT) * len(rows.fed):
                 rows.compact()
                 graph = None
         if graph is not None:

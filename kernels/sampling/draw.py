@@ -62,7 +62,7 @@ def sample_with_gap(
     if logits.is_cuda:
         from kernels.sampling import draw_triton
 
-        streams = stream(key, step) if temperature else None
+        streams = draw_triton.streams(key, step) if temperature else None
         return draw_triton.sample_rows(logits, streams, temperature or 1.0, top_k, top_p)
     z = logits.detach().float()
     if temperature == 0:

@@ -40,6 +40,29 @@ def _log_exponential(o, stream):
 
 
 @triton.jit
+def _mixed(x):
+    """Finishes splitmix64 on uint64, as `kernels.random` does."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def stream_kernel(
+    p_seed,  # [R] int64: the keys
+    p_step,  # [1] int64
+    p_stream,  # [R] int64
+    rows,
+    BLOCK: tl.constexpr,
+):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(p_seed + o, mask=o < rows, other=0).to(tl.uint64, bitcast=True)
+    step = tl.load(p_step).to(tl.uint64, bitcast=True)
+    stream = _mixed(_mixed(key) + step * 0x9E3779B97F4A7C15)
+    tl.store(p_stream + o, stream.to(tl.int64, bitcast=True), mask=o < rows)
+
+
+@triton.jit
 def _distances(raw, temperature, top):
     """Returns the distance from the row's largest z = logit / temperature, `top`, down to other ones.
 
@@ -214,12 +237,13 @@ def join_kernel(
     p_place,
     p_kept,  # [R]: see keep_kernel; not read unless TRUNCATED
     p_token,  # [R] int64
-    p_logprob,  # [R] float32: among the tokens kept; not written unless TRUNCATED
+    p_logprob,  # [R] float32: among the tokens kept, or 0 where GREEDY
     p_model_logprob,  # [R] float32: among all
     p_gap,  # [R] float32
     parts,
     row_stride,
     temperature,
+    GREEDY: tl.constexpr,
     TRUNCATED: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
@@ -244,11 +268,27 @@ def join_kernel(
     chosen = tl.div_rn(tl.load(p_raw + i_row * row_stride + token).to(tl.float32), temperature)
     logprob = (chosen - shift).to(tl.float64) - tl.log(tl.where(lost, 1.0, total))
     tl.store(p_token + i_row, token)
-    tl.store(p_model_logprob + i_row, tl.where(lost, float("nan"), logprob).to(tl.float32))
+    logprob = tl.where(lost, float("nan"), logprob).to(tl.float32)
+    tl.store(p_model_logprob + i_row, logprob)
     if TRUNCATED:
         among_kept = (chosen - shift).to(tl.float64) - tl.log(tl.where(lost, 1.0, tl.load(p_kept + i_row)))
         tl.store(p_logprob + i_row, tl.where(lost, float("nan"), among_kept).to(tl.float32))
+    elif GREEDY:
+        tl.store(p_logprob + i_row, 0.0)
+    else:
+        tl.store(p_logprob + i_row, logprob)
     tl.store(p_gap + i_row, tl.where(lost, float("nan"), gap))
+
+
+def streams(key: Tensor, step: int | Tensor) -> Tensor:
+    """Returns what `kernels.random.stream` does, by one kernel where torch takes 14."""
+    key, rows, block = key.contiguous(), len(key), 256
+    step = step if isinstance(step, Tensor) else key.new_full((1,), step)
+    out = torch.empty_like(key)
+    if rows:
+        with torch.cuda.device_of(key):
+            stream_kernel[(triton.cdiv(rows, block),)](key, step, out, rows, BLOCK=block, num_warps=4)
+    return out
 
 
 def sample_rows(
@@ -267,8 +307,7 @@ def sample_rows(
     logits = logits.detach()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     token = logits.new_empty(rows, dtype=torch.int64)
-    model_logprob, gap = logits.new_empty(2, rows, dtype=torch.float32)
-    logprob = torch.zeros_like(gap)
+    logprob, model_logprob, gap = logits.new_empty(3, rows, dtype=torch.float32)
     if rows == 0:
         return token, logprob, model_logprob, gap
     greedy, temperature = stream is None, float(temperature)
@@ -323,10 +362,9 @@ def sample_rows(
             parts,
             logits.stride(0),
             temperature,
+            GREEDY=greedy,
             TRUNCATED=truncated,
             BLOCK_PARTS=triton.next_power_of_2(parts),
             num_warps=1,
         )
-    if not greedy and not truncated:
-        logprob.copy_(model_logprob)
     return token, logprob, model_logprob, gap

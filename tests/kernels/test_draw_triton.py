@@ -50,6 +50,49 @@ def exact_logprob(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     return logits.double().log_softmax(1).gather(1, token[:, None])[:, 0]
 
 
+@interpreted
+def test_streams_are_those_of_torch():
+    from kernels.sampling import draw_triton
+
+    key = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), *combine(3, torch.arange(300)).tolist()])
+    for step in (0, 7, torch.tensor([5]), torch.tensor(6)):
+        assert torch.equal(draw_triton.streams(key, step), stream(key, step))
+    assert len(draw_triton.streams(key[:0], 3)) == 0
+
+
+@interpreted
+@pytest.mark.parametrize("feed_last", [False, True])
+@pytest.mark.parametrize("stop", [[], [3], [3, 5]], ids=str)
+def test_what_a_step_keeps_of_its_tokens(stop, feed_last):
+    """Rows 0 and 4 of a batch of six have been dropped; row 2 has ended, and may hold anything."""
+    from kernels.sampling.record_triton import Drawn, Kept, State, record
+
+    drawn = Drawn(
+        torch.tensor([3, 5, 7, 5]),
+        torch.tensor([-1.0, math.nan, -3.0, -4.0]),
+        torch.tensor([-1.5, -2.5, -3.5, -4.5]),
+        torch.tensor([1e-5, 1e-5, math.nan, 1.0]),
+    )
+    floats = [torch.full((6, 4), 0.5) for _ in range(2)]
+    kept = Kept(
+        torch.full((6, 4), 9), *floats, torch.zeros(6, 4).bool(), torch.full((6,), 2), torch.zeros(6).bool()
+    )
+    row, alive = torch.tensor([1, 2, 3, 5]), torch.tensor([True, False, True, True])
+    state = State(row, torch.zeros(4, dtype=torch.int64), torch.zeros(4).bool(), alive.clone())
+    record(drawn, kept, state, torch.tensor(stop, dtype=torch.int64), torch.tensor([2]), 1e-4, feed_last)
+    for i, n in enumerate(row.tolist()):
+        lives, token = bool(alive[i]), int(drawn.token[i])
+        assert kept.tokens[n].tolist() == [9, 9, token if lives else 0, 9]
+        assert kept.logprob[n, 2] == (drawn.logprob[i] if lives else 0)
+        assert kept.model_logprob[n, 2] == (drawn.model_logprob[i] if lives else 0)
+        assert bool(kept.near_tie[n, 2]) == (lives and float(drawn.gap[i]) < 1e-4)
+        assert int(kept.length[n]) == 2 + lives and bool(kept.finished[n]) == (lives and token in stop)
+        assert bool(state.alive[i]) == (lives and token not in stop)
+        assert bool(state.fed[i]) == (lives and (feed_last or token not in stop))
+    assert torch.equal(state.token, drawn.token) and torch.equal(state.row, row)
+    assert (kept.tokens[[0, 4]] == 9).all() and (kept.length[[0, 4]] == 2).all()
+
+
 @compiled
 def test_kernels_compile_for_sm_90():
     from bench import sm90
