@@ -27,6 +27,9 @@ from engine.ranks import ALONE, Ranks
 from kernels.layer.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
 from kernels.products import by_torch, in_float32, linear
 
+# The residual stream [M, D] in two parts: their sum is formed together with its norm. The second, what the
+# last block adds, may be None.
+Stream = tuple[Tensor, Tensor | None]
 # Is shown the residual stream before each layer and after the last one of a pass: (layer, states [M, D]).
 Tap = Callable[[int, Tensor], None]
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -106,24 +109,29 @@ class Decoder(nn.Module):
         matrices = {} if adapter is None else adapter.fused(start, end)
         rotary = self.rotary(attention.position)
 
-        def through(first: int, last: int, hidden: Tensor) -> Tensor:
+        def through(first: int, last: int, stream: Stream) -> Stream:
             again = checkpointed and torch.is_grad_enabled()
             for index, layer in enumerate(islice(self.layers, first, last), first):
                 if tap is not None:
-                    tap(index, hidden)
-                given = hidden, rotary[layer.rope], attention, matrices.get(index)
+                    stream = added(stream)
+                    tap(index, stream[0])
+                given = stream, rotary[layer.rope], attention, matrices.get(index)
                 if again:
-                    hidden = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
+                    stream = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    hidden = layer(*given)
-            return hidden
+                    stream = layer(*given)
+            return stream
 
         with nullcontext() if adapter is None else torch.no_grad():
-            hidden = through(start, trained, self._embedded(tokens) if lower is None else lower[1])
-        hidden = through(trained, end, hidden)
+            hidden = self._embedded(tokens) if lower is None else lower[1]
+            stream = through(start, trained, (hidden, None))
+        stream = through(trained, end, stream)
         if tap is not None:
-            tap(end, hidden)
-        return _norm(hidden, self.norm, self.config) if stop is None else hidden
+            stream = added(stream)
+            tap(end, stream[0])
+        if stop is not None:
+            return added(stream)[0]
+        return _added_and_normed(stream, self.norm, self.config)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Computes the logits [..., V] of hidden states [..., D] after the final norm.
@@ -189,20 +197,21 @@ class Layer(nn.Module):
         self.after_attention, self.after_mlp = after
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention, lora: LayerMatrices | None
-    ) -> Tensor:
-        """Computes the residual stream [M, D] after the layer.
+        self, stream: Stream, rotary: tuple[Tensor, Tensor], attention: Attention, lora: LayerMatrices | None
+    ) -> Stream:
+        """Computes the residual stream after the layer.
 
         rotary: cosine and sine [M, d] of the positions. lora: the layer's adapted matrices.
         """
-        qkv = self._queries_keys_values(_norm(hidden, self.norm1, self.config), rotary, lora)
+        hidden, normed = _added_and_normed(stream, self.norm1, self.config)
+        qkv = self._queries_keys_values(normed, rotary, lora)
         mixed = attention.attend(self.index, *qkv, **self.attention_options)
         out = leave(_linear(mixed, self.o, self.o_bias, lora, "o"), self.slices)
         if self.after_attention is not None:
             out = _norm(out, self.after_attention, self.config)
-        hidden, normed = _added_and_normed(hidden, out, self.norm2, self.config)
+        hidden, normed = _added_and_normed((hidden, out), self.norm2, self.config)
         out = self._mlp(normed, lora)
-        return hidden + (out if self.after_mlp is None else _norm(out, self.after_mlp, self.config))
+        return hidden, out if self.after_mlp is None else _norm(out, self.after_mlp, self.config)
 
     def _queries_keys_values(
         self, normed: Tensor, rotary: tuple[Tensor, Tensor], lora: LayerMatrices | None
@@ -249,11 +258,18 @@ def _norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
     return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + weight.to(wide), c.rms_eps).to(x.dtype)
 
 
-def _added_and_normed(hidden: Tensor, delta: Tensor, weight: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Computes hidden + delta, and its `_norm`."""
-    if not c.norms_add_one:
+def added(stream: Stream) -> Stream:
+    """Computes the sum of a stream's parts."""
+    hidden, delta = stream
+    return hidden if delta is None else hidden + delta, None
+
+
+def _added_and_normed(stream: Stream, weight: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Computes the sum of a stream's parts, and its `_norm`."""
+    hidden, delta = stream
+    if delta is not None and not c.norms_add_one:
         return add_rms_norm(hidden, delta, weight, c.rms_eps)
-    hidden = hidden + delta
+    hidden, _ = added(stream)
     return hidden, _norm(hidden, weight, c)
 
 
@@ -261,4 +277,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LayerMatrices 
     out = linear(x, weight, bias)
     if lora is None or name not in lora:
         return out
-    return by_torch(torch.addmm, out, lora[name].inner(x), lora[name].up.t())
+    inner, up = lora[name].inner(x), lora[name].up.t()
+    if out.is_cuda and not torch.is_grad_enabled():
+        return out.addmm_(inner, up)  # nobody else has the product
+    return by_torch(torch.addmm, out, inner, up)
