@@ -226,7 +226,7 @@ class RunConfig:
     """Share of an adapter's inputs that a policy step sets to 0 at random, anew in each step and for each
     linear layer; sampling and the reference have none."""
     memory_budget_mb: int = count(0, at_least=0)
-    """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and 4096 on a GPU."""
+    """Bound on the loss head's working memory, in MiB; 0 is 256 on a CPU and an eighth of a GPU's memory."""
     checkpoint_every: int = count(2)
     """Policy steps between checkpoints inside an iteration."""
 

@@ -39,7 +39,8 @@ def sequence_logprob(
       cu_seqlens[n+1]. An empty one has log-prob 0.
     - token_weight [T], default 1: a row of weight 0 adds nothing. bias [V].
     - memory_budget_bytes bounds memory beyond inputs, returned gradients and one float32 accumulator of the
-      head's gradient (kernels/loss_head/schemes.py has the formula); default 256 MiB, on a GPU 4 GiB.
+      head's gradient (kernels/loss_head/schemes.py has the formula); default 256 MiB, on a GPU an
+      eighth of its memory.
     - debug=True also reads the values of tensors on a GPU, which makes the host wait.
 
     Returns logprob [N], or (logprob [N], token_logprob [T], unweighted) with return_token_logprob; float32

@@ -50,11 +50,14 @@ VECTOR_BYTES_PER_ROW = 64
 def budget_or_default(memory_budget_bytes: int | None, device: torch.device) -> int:
     """Returns the budget in bytes.
 
-    A GPU's default is larger, because in small chunks the head's gradient is read
-    and written too often for it.
+    A GPU's default is an eighth of its memory, because in small chunks the head's gradient is read
+    and written too often for it, and rows whose J is not kept are computed twice.
     """
     if memory_budget_bytes is not None:
         return int(memory_budget_bytes)
+    # A plan may be made for a GPU that is not here.
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory // 8
     return DEFAULT_MEMORY_BUDGET_BYTES.get(device.type, DEFAULT_MEMORY_BUDGET_BYTES["cpu"])
 
 
