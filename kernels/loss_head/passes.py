@@ -21,6 +21,7 @@ from kernels.loss_head.schemes import (
     VECTOR_BYTES_PER_ROW,
     Part,
     Plan,
+    even,
     kept_or_spent,
     parts_of,
     piece_of,
@@ -95,6 +96,7 @@ def sequence_logprob_backward(
     # The kept rows are part of the budget.
     fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * count + kept * sizes.row
     size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch, count - kept) if kept < count else 0
+    size = even(count - kept, size, workspace.TILE)
     work = workspace(head, sizes, size, "kept")
     unit = factor.abs().amax().clamp_min(1e-30) if count else 1.0
     total = Gradients(work, hidden, head.bias, needs, unit)
@@ -223,6 +225,7 @@ def _frozen_preference_pass(
     sizes = workspace.sizes(head, count, budget, "product")
     fixed = sizes.fixed + VECTOR_BYTES_PER_ROW * count
     chunk = rows_that_fit(budget, fixed, sizes.row + sizes.scratch, count)
+    chunk = even(count, chunk, workspace.TILE)
     work = workspace(head, sizes, chunk, "product")
     work.survey(hidden, target)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -258,6 +261,7 @@ def policy_pass(
         sizes = workspace.sizes(head, count, budget, kind)
     fixed = sizes.fixed + vectors * count
     size = rows_that_fit(budget, fixed, sizes.row + sizes.scratch + VECTOR_BYTES_PER_ROW, count)
+    size = even(count, size, workspace.TILE)
     sizes = sizes_of_chunk(workspace, sizes, head, size, budget, kind)
     work = workspace(head, sizes, size, kind)
     if kind != "values":

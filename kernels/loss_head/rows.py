@@ -57,6 +57,7 @@ class TorchRows:
     """
 
     STATE = 1  # numbers a row that stand beside z
+    TILE = 1  # rows that a product computes at a time: chunks are whole tiles
 
     @classmethod
     def sizes(cls, head: Head, rows: int, budget: int, kind: str) -> Sizes:

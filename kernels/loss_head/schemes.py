@@ -69,6 +69,15 @@ def rows_that_fit(budget: int, fixed: int, per_row: int, rows: int) -> int:
     return max(1, min((budget - fixed) // per_row, rows))
 
 
+def even(rows: int, most: int, tile: int) -> int:
+    """Returns the rows of a chunk, at most `most`, where `rows` go in several chunks: whole tiles, so that no
+    product computes a tile for a few rows, and about as many in each. A tile of 1 leaves `most` as it is."""
+    if tile == 1 or most >= rows or most < tile:
+        return most
+    chunks = -(-rows // (most - most % tile))
+    return -(-rows // (chunks * tile)) * tile
+
+
 def row_workspace(hidden: Tensor, tolerance: float = 0.0) -> type[TorchRows]:
     """Returns the workspace for these rows: Triton on a GPU, compiled code on
     the CPU, plain torch for float64.
@@ -127,23 +136,27 @@ def plan(
         left = budget - fixed - rows * sizes.row
         chunk_of_all = min(rows, left // sizes.scratch) if sizes.scratch else rows
         if left >= 0 and 16 * chunk_of_all >= rows:
-            return Plan("kept", sizes, max(1, chunk_of_all), rows)
+            return Plan("kept", sizes, even(rows, max(1, chunk_of_all), workspace.TILE), rows)
         # A quarter is for the chunks; keeping less than half of the rows would cost more
         # in small chunks than it saves.
         small = (budget - fixed) // 4 // per_row
         kept = (budget - fixed - small * per_row) // sizes.row
         if small > 0 and rows <= 2 * kept:
+            tile = workspace.TILE
+            small, kept = (n - n % tile if n >= tile else n for n in (small, kept))
             return Plan("kept", sizes, min(small, rows), min(kept, rows))
     elif needs_hidden:
         sizes, fixed, per_row = sized("product")
         product = hidden.numel() * hidden.element_size()
         if product <= budget // 2 and fixed + product + per_row <= budget:
-            return Plan("product", sizes, rows_that_fit(budget - product, fixed, per_row, rows), 0)
+            most = rows_that_fit(budget - product, fixed, per_row, rows)
+            return Plan("product", sizes, even(rows, most, workspace.TILE), 0)
     if needs_head or needs_hidden:
         # The backward pass must fit too.
         rows_that_fit(budget, *sized("kept")[1:], rows)
     sizes, fixed, per_row = sized("values")
-    return Plan("values", sizes, rows_that_fit(budget, fixed, per_row, rows), 0)
+    most = rows_that_fit(budget, fixed, per_row, rows)
+    return Plan("values", sizes, even(rows, most, workspace.TILE), 0)
 
 
 def kept_or_spent(
