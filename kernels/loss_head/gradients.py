@@ -18,14 +18,22 @@ class Gradients:
     """
 
     def __init__(
-        self, work: TorchRows, hidden: Tensor, bias: Tensor | None, needs: Needs, unit: Tensor | float | None
+        self,
+        work: TorchRows,
+        hidden: Tensor,
+        bias: Tensor | None,
+        needs: Needs,
+        unit: Tensor | float | None,
+        once: bool = False,
     ) -> None:
+        """once: all rows are added by one call of `add`, so that there are no sums to keep in float32."""
         dtype = statistics_dtype(hidden.dtype)
         self.work, self.hidden, self.dtype = work, hidden, dtype
         self.unit = torch.as_tensor(unit) if hidden.dtype == torch.float16 else None
         contiguous = torch.contiguous_format
         self.d_hidden = torch.empty_like(hidden, memory_format=contiguous) if needs.hidden else None
-        self.d_weight = work.weight.new_empty(work.weight.shape, dtype=dtype) if needs.weight else None
+        sums = work.weight.dtype if once and work.ROUNDS_SUMS and self.unit is None else dtype
+        self.d_weight = work.weight.new_empty(work.weight.shape, dtype=sums) if needs.weight else None
         self.d_bias = torch.zeros_like(bias, dtype=dtype) if needs.bias else None
         self.started = False  # whether d_weight holds anything
         # Scheme E opens sums of two sequences: d_weight, d_bias, and whether d_weight is still empty.

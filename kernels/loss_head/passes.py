@@ -99,7 +99,7 @@ def sequence_logprob_backward(
     size = even(count - kept, size, workspace.TILE)
     work = workspace(head, sizes, size, "kept")
     unit = factor.abs().amax().clamp_min(1e-30) if count else 1.0
-    total = Gradients(work, hidden, head.bias, needs, unit)
+    total = Gradients(work, hidden, head.bias, needs, unit, once=kept == count)
     if kept:
         part = slice(0, kept)
         total.add(part, Kept(kept_z, state, target[part], hidden[part]), factor[part])
@@ -161,7 +161,8 @@ def preference_pass(
     work = workspace(head, sizes, chunk, kind)
     work.survey(hidden, target)
     buffer = work.new_z(head.weight, chunk)
-    total = Gradients(work, hidden, head.bias, needs, largest_coefficient(aims))
+    once = len(parts) == 1 and parts[0].used and len(hidden) <= chunk
+    total = Gradients(work, hidden, head.bias, needs, largest_coefficient(aims), once)
     token = torch.empty(len(hidden), dtype=dtype, device=device)
     logprob = torch.zeros(len(lengths), dtype=dtype, device=device)
     row_weight = torch.ones(len(hidden), dtype=dtype, device=device)
@@ -275,7 +276,7 @@ def policy_pass(
     if count:
         largest = share.abs().amax() * (advantage.abs().amax() + policy.kl_coef)
         unit = largest.clamp_min(1e-30).to(dtype)
-    total = Gradients(work, hidden, head.bias, needs, unit)
+    total = Gradients(work, hidden, head.bias, needs, unit, once=size >= count)
     token = torch.empty(count, dtype=dtype, device=device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for part in chunks(0, count, size):

@@ -57,6 +57,7 @@ class TorchRows:
     """
 
     STATE = 1  # numbers a row that stand beside z
+    ROUNDS_SUMS = False  # whether a head's gradient may come in the head's dtype, rounded once
     TILE = 1  # rows that a product computes at a time: chunks are whole tiles
 
     @classmethod

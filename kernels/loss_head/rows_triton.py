@@ -174,6 +174,7 @@ class TritonRows(TorchRows):
     """
 
     MAX_BLOCK = 4096
+    ROUNDS_SUMS = True
     TILE = 256
 
     @classmethod
@@ -273,6 +274,13 @@ class TritonRows(TorchRows):
 
     def _add_weight_gradient(self, total: Tensor, z: Tensor, scaled_hidden: Tensor, empty: bool) -> None:
         jacobian, scaled = z[:, : self.weight.shape[0]], scaled_hidden.to(z.dtype)
+        if total.dtype != torch.float32:
+            assert empty, "sums of several products are float32"
+            if total.is_cuda:
+                torch.mm(jacobian.t(), scaled, out=total)
+            else:
+                total.copy_(jacobian.t().float() @ scaled.float())
+            return
         if not jacobian.is_cuda or jacobian.dtype == torch.float32:
             total.addmm_(jacobian.t().float(), scaled.float(), beta=0 if empty else 1)
         elif empty:
