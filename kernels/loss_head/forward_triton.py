@@ -34,6 +34,7 @@ class Blocks(NamedTuple):
 TABLE = ((640, Blocks(128, 128, 64, 8, 3)), (1024, Blocks(128, 256, 64, 8, 3)))
 INTERPRETED = Blocks(16, 32, 16, 4, 1)
 PARTS_PER_ROW_BLOCK = 8
+PROGRAMS = 132  # processors of an H100 or H200: few rows go in more parts, so that each has a program
 
 
 def blocks_for(width: int, dtype: torch.dtype) -> Blocks | None:
@@ -42,6 +43,12 @@ def blocks_for(width: int, dtype: torch.dtype) -> Blocks | None:
         # tl.dot would round to TF32, or leave the tensor cores.
         return None
     return next((blocks for largest, blocks in TABLE if width <= largest), None)
+
+
+def parts_for(rows: int, blocks: Blocks, vocabulary: int) -> int:
+    """Returns into how many parts the vocabulary is cut for so many rows."""
+    parts = max(PARTS_PER_ROW_BLOCK, PROGRAMS // max(1, triton.cdiv(rows, blocks.m)))
+    return min(parts, triton.cdiv(vocabulary, blocks.v))
 
 
 @triton.jit
@@ -110,7 +117,7 @@ def part_kernel(
 
 
 @triton.jit
-def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, parts, BLOCK: tl.constexpr):
     # The program number is converted here instead of rows, because the compiler takes
     # a single row as a constant.
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -118,7 +125,7 @@ def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constex
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     z_y = tl.full([BLOCK], float("-inf"), tl.float32)
-    for i in range(PARTS):
+    for i in range(parts):
         at = i * rows + o
         part_max = tl.load(p_max + at, mask=inside, other=float("-inf"))
         part_sum = tl.load(p_sum + at, mask=inside, other=0.0)
@@ -130,15 +137,15 @@ def join_kernel(p_max, p_sum, p_target_logit, p_logprob, rows, PARTS: tl.constex
     tl.store(p_logprob + o, (z_y - m) - tl.log(total), mask=inside)
 
 
-def token_logprob(hidden: Tensor, head: Head, target: Tensor, blocks: Blocks, out: Tensor) -> None:
-    """Sets out [T], float32, to log p of rows hidden [T, D]; memory 3 x 8 x T float32 numbers."""
+def token_logprob(
+    hidden: Tensor, head: Head, target: Tensor, blocks: Blocks, parts: int, out: Tensor
+) -> None:
+    """Sets out [T], float32, to log p of rows hidden [T, D]; memory 3 x parts x T float32 numbers."""
     weight, bias, temperature, softcap = head
     rows, (vocabulary, width) = len(hidden), weight.shape
     if rows == 0:
         return
-    tiles = triton.cdiv(vocabulary, blocks.v)
-    parts = min(PARTS_PER_ROW_BLOCK, tiles)
-    tiles_per_part = triton.cdiv(tiles, parts)
+    tiles_per_part = triton.cdiv(triton.cdiv(vocabulary, blocks.v), parts)
     partial = hidden.new_empty(3, parts, rows, dtype=torch.float32)
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     with torch.cuda.device_of(hidden):
@@ -165,4 +172,4 @@ def token_logprob(hidden: Tensor, head: Head, target: Tensor, blocks: Blocks, ou
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-        join_kernel[(triton.cdiv(rows, 256),)](*partial, out, rows, PARTS=parts, BLOCK=256)
+        join_kernel[(triton.cdiv(rows, 256),)](*partial, out, rows, parts, BLOCK=256)

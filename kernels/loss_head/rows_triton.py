@@ -182,7 +182,9 @@ class TritonRows(TorchRows):
         weight = head.weight
         (vocabulary, width), stride = weight.shape, cls._stride(weight)
         if kind == "values":
-            stored = 4 * stride if cls._blocks(weight) is None else 3 * 4 * forward_triton.PARTS_PER_ROW_BLOCK
+            blocks, stored = cls._blocks(weight), 4 * stride
+            if blocks is not None:
+                stored = 3 * 4 * forward_triton.parts_for(rows, blocks, vocabulary)
             return Sizes(vocabulary, 0, 0, stored, 0)
         logits_apart = weight.dtype != torch.float32
         row = stride * weight.dtype.itemsize + 4 * 4 * width
@@ -192,6 +194,7 @@ class TritonRows(TorchRows):
         weight = head.weight
         self.weight, self.bias, self.temperature, self.softcap = head
         self.dtype, self.blocks = torch.float32, self._blocks(weight) if kind == "values" else None
+        self.parts = sizes.row // 12  # of the vocabulary, where no logits are stored
         logits_apart = sizes.scratch > 0 or (kind == "values" and self.blocks is None)
         stride = self._stride(weight)
         self.logits = weight.new_empty(rows, stride, dtype=torch.float32) if logits_apart else None
@@ -218,7 +221,7 @@ class TritonRows(TorchRows):
             return super().values(hidden, target)
         out = hidden.new_empty(len(hidden), dtype=torch.float32)
         head = Head(self.weight, self.bias, self.temperature, self.softcap)
-        forward_triton.token_logprob(hidden, head, target, self.blocks, out)
+        forward_triton.token_logprob(hidden, head, target, self.blocks, self.parts, out)
         return out
 
     def _logprob(self, hidden: Tensor, target: Tensor, z: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
