@@ -113,7 +113,7 @@ class RunConfig:
     top_k: int = bounded(0, at_least=0, at_most=MOST)
     """Sample from this many most likely tokens; 0 is off."""
     rollout_rows: int = count(384)
-    """Responses decoded side by side; the default is lowered where memory is short.
+    """Responses decoded side by side; the default is 1024 on a GPU, and is lowered where memory is short.
     Samples depend on it by rounding alone."""
 
     threshold: tuple[float, ...] = bounded((0.3,), at_least=-1e6, at_most=1e6)

@@ -43,6 +43,11 @@ from engine.stages.run_inputs import (
 from engine.stages.shared import SharedSamples, check_samples_of, spelled_alike
 
 
+# Responses that a GPU decodes side by side where memory holds them: a step reads all weights, for few rows or
+# many.
+ROWS_ON_GPU = 1024
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
     """How responses are sampled and scored."""
@@ -344,6 +349,9 @@ def _plan(
 ) -> Plan:
     """Plans time and memory, on all ranks alike. known: see `engine.scorers.find.sizes`. Raises: UserError
     where the memory of one does not suffice."""
+    by_default = config.rollout_rows == RunConfig.rollout_rows
+    if by_default and not resumes and inputs.device.type == "cuda":
+        config = replace(config, rollout_rows=ROWS_ON_GPU)
     plan = Plan.of(
         config,
         inputs.shape,
@@ -359,7 +367,7 @@ def _plan(
             known=known,
         ),
         # Fewer only where the user left the default; a resumed run has no flags, so there it is always fine.
-        fewer_rows=resumes or config.rollout_rows == RunConfig.rollout_rows,
+        fewer_rows=resumes or by_default,
         ranks=ranks,
     )
     plans = ranks.gather(plan)
