@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 SOON = (
-    "captured or never_waits or packed_attention or (norm_rotation and not 300) or (preference_loss and "
-    "12-211-8 and bfloat16) or (forms_of_labels and 12 and bfloat16)"
+    "captured or never_waits or launches or repeat or packed_attention or (norm_rotation and not 300) or "
+    "(preference_loss and 12-211-8 and bfloat16) or (forms_of_labels and 12 and bfloat16)"
 )
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
-state = SimpleNamespace(watched=False, graph=None, copies=0)
+state = SimpleNamespace(watched=False, graph=None, copies=0, launches=0)
 
 
 class Pretended(Tensor):
@@ -142,15 +142,17 @@ def operate(function, args: tuple, kwargs: dict) -> object:
     else:
         work = lambda: function(*args, **kwargs)  # noqa: E731
     if written:
+        state.launches += 1
         do(work, [x.inner for x in written])
         return written[0] if len(written) == 1 else written
     result = work()
-    if state.graph:
-        made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
-        sources = {
-            x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)
-        }
-        if not all(x.untyped_storage().data_ptr() in sources for x in made):  # a view is no work
+    made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+    sources = {
+        x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)
+    }
+    if not all(x.untyped_storage().data_ptr() in sources for x in made):  # a view is no work
+        state.launches += "empty" not in name
+        if state.graph:
 
             def again() -> None:
                 for old, new in zip(
@@ -281,6 +283,7 @@ def set_items(target: Pretended, index, value) -> None:
         wait("an assignment to what a mask or a tensor on the CPU names")
     inner, place, value = target.inner, tuple(bare(x) for x in items), bare(value)
     with torch._C.DisableTorchFunction():
+        state.launches += 1
         do(lambda: inner.__setitem__(place, value), [inner])
 
 
@@ -297,6 +300,7 @@ class Launch:
             if "UPCAST" in kwargs:
                 kwargs["UPCAST"] = True
             args, kwargs = [bare(x) for x in args], {name: bare(x) for name, x in kwargs.items()}
+            state.launches += 1
             do(lambda: self.kernel[grid](*args, **kwargs), [x.inner for x in given])
 
         return launch
@@ -356,11 +360,20 @@ def pretend() -> None:
 
     from kernels import gather_triton
     from kernels.attention import decode_triton
-    from kernels.layer import layer_triton
+    from kernels.layer import layer_gradients, layer_triton
     from kernels.loss_head import forward_triton, rows_triton
-    from kernels.sampling import draw_triton
+    from kernels.sampling import draw_triton, record_triton
 
-    for module in (decode_triton, gather_triton, draw_triton, forward_triton, layer_triton, rows_triton):
+    for module in (
+        decode_triton,
+        gather_triton,
+        draw_triton,
+        forward_triton,
+        layer_gradients,
+        layer_triton,
+        record_triton,
+        rows_triton,
+    ):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Launch(getattr(module, name)))
     nothing = contextlib.nullcontext
@@ -375,6 +388,8 @@ def pretend() -> None:
         "set_sync_debug_mode": lambda mode: setattr(state, "watched", mode == "error"),
         "CUDAGraph": Graph,
         "graph": capture,
+        "launches": lambda: state.launches,
+        "get_device_properties": lambda *device: SimpleNamespace(total_memory=2**35),
     }.items():
         setattr(torch.cuda, name, value)
     torch.Generator, torch.profiler.profile, varlen.varlen_attn = Generator, Profile, varlen_attn

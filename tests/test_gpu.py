@@ -2,20 +2,29 @@
 that takes a new lambda."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.run.measure import peak_bytes
+from engine.config import CaidConfig, PrimalDualConfig, smoke
 from engine.model.attention import attend_packed, runs_kernel
 from engine.model.folder import load
-from engine.model.packing import Group, LowerStates
-from engine.policy.forward import logprob_gap
+from engine.model.packing import Group, LowerStates, groups
+from engine.policy import forward, update
+from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
+from engine.policy.preference_loss import PreferenceLoss
+from engine.policy.steps import Update
+from engine.policy.weights import new_weights
+from engine.records import Prompts, Score, ScoredTarget, Scores
 from engine.rollout import sampler as rollout
 from engine.rollout.decoding import decode
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
+from engine.run.folder import RunFolder
 from kernels import decode_attention, lagrangian_preference_loss, reference, sample, sequence_logprob
 from kernels.attention.decode import store
 from kernels.layer import layer
@@ -33,6 +42,7 @@ from tests.helpers.losses import (
     preference_gradients,
     problem,
 )
+from tests.helpers.samples import samples_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -244,9 +254,9 @@ def test_a_captured_graph_takes_a_new_lambda(form):
 @pytest.mark.parametrize("options", OPTIONS[:1] + [{"window": 300}, {"softcap": 5.0, "window": 20}], ids=str)
 def test_decode_attention_against_float64(dtype, width, heads, kv_heads, options):
     """Queries come in both block sizes, from prompts with no row, one, 8 and 40."""
-    for groups in ((1, 0, 1), (8, 0, 40)):
+    for rows in ((1, 0, 1), (8, 0, 40)):
         data = decode_problem(
-            groups, (700, 9, 130), heads, kv_heads, width, room=200, used=131, dtype=dtype, device="cuda"
+            rows, (700, 9, 130), heads, kv_heads, width, room=200, used=131, dtype=dtype, device="cuda"
         )
         got = decode_attention(**data, **options)
         assert_as_good_as_torch(got, data, options)
@@ -456,7 +466,7 @@ def test_rollouts_by_captured_graphs_are_those_of_the_cpu(tiny_folder):
 def test_16_bit_log_probs_of_the_sampler_are_near_those_of_the_training_forward(tiny_folder):
     model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
     made = generate(model, PROMPTS, **SAMPLING)
-    groups = [
+    all_groups = [
         Group(
             prompt,
             [made.tokens[r, : made.length[r]].tolist() for r in range(12 * p, 12 * p + 12)],
@@ -464,7 +474,7 @@ def test_16_bit_log_probs_of_the_sampler_are_near_those_of_the_training_forward(
         )
         for p, prompt in enumerate(PROMPTS)
     ]
-    gap = logprob_gap(model, groups, made, temperature=0.9, memory_budget_bytes=2**26)
+    gap = logprob_gap(model, all_groups, made, temperature=0.9, memory_budget_bytes=2**26)
     assert gap.mean < 0.02 and gap.kl < 1e-3
 
 
@@ -485,3 +495,128 @@ def test_the_host_never_waits_for_a_step_of_decoding(tiny_folder, monkeypatch):
 
     monkeypatch.setattr(rollout, "decode", watched)
     assert generate(model, PROMPTS, states=States([1], None), **SAMPLING).length.max() > 2
+
+
+def counted(model, monkeypatch, **options) -> tuple[int, int]:
+    """Returns how many kernels are launched to draw a token for all rows, and to feed it to the model."""
+    found = []
+
+    def decode_and_count(rows, room, on_step):
+        rows.draw()
+        rows.feed()
+        before = torch.cuda.launches()
+        rows.draw()
+        found.append(torch.cuda.launches() - before)
+        rows.feed()
+        found.append(torch.cuda.launches() - before - found[0])
+        decode(rows, room - 2, on_step)
+
+    monkeypatch.setattr(rollout, "decode", decode_and_count)
+    generate(model, PROMPTS, **SAMPLING, **options)
+    return found[0], found[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.cuda, "launches"), reason="launches are counted on a pretended GPU")
+def test_launches_of_a_decoding_step(tiny_folder, monkeypatch):
+    """These numbers may only fall: a small kernel costs a step about as much as reading a megabyte."""
+    model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
+    assert model.config.num_layers == 4
+    draw, feed = counted(model, monkeypatch)
+    print("launches", draw, feed)
+    assert draw <= 5 and feed <= 4 * 11 + 20
+
+
+class OneStage:
+    """A stage without a run folder."""
+
+    name = "iteration-1/policy"
+    stopping = wants_to_stop = False
+
+    def __init__(self, folder) -> None:
+        self.paths = RunFolder(folder)
+
+    def progress(self, *words):
+        return nullcontext(SimpleNamespace(advance=lambda n: None))
+
+    def partial(self, cls):
+        return None
+
+    def log(self, row):
+        pass
+
+
+@pytest.fixture
+def given(tiny_folder):
+    """A model in 16 bits, with samples of its own on three prompts."""
+    model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
+    prompts = Prompts(text=list("abc"), kind=[""] * 3, token_ids=PROMPTS, key_P=torch.tensor([11, 22, 33]))
+    made = generate(model, PROMPTS, **(SAMPLING | {"n": 3, "max_new_tokens": 9}))
+    generator = torch.Generator().manual_seed(0)
+    scores = Scores(
+        reward_PG=torch.randn(3, 3, generator=generator, dtype=torch.float64),
+        utility_PGJ=torch.zeros(3, 3, 1, dtype=torch.float64),
+        audit_PGA=torch.zeros(3, 3, 0, dtype=torch.float64),
+        ref_logprob_PG=frozen_forward(model, groups(prompts, made), [], temperature=1.0)[1].view(3, 3),
+    )
+    return model, samples_of(prompts, made, scores)
+
+
+def five_steps(given, folder, tune: str, config_class=CaidConfig) -> dict[str, torch.Tensor]:
+    model, samples = given
+    config = smoke(config_class(steps=5, prompts_per_step=3, tokens_per_forward=40, tune=tune))
+    weights = new_weights(model, config)
+    one = Update(stage=OneStage(folder), config=config, model=model, weights=weights, start=None, iteration=1)
+    score = Score.plain(samples.scores.reward_PG)
+    if config_class is PrimalDualConfig:
+        return update.ascend(one, samples, score).adapter
+    return update.fit(one, samples, ScoredTarget(score=score, coefficient=0.5), train_on=[0, 1, 2]).adapter
+
+
+@pytest.mark.parametrize("config_class", [CaidConfig, PrimalDualConfig])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_five_steps_repeat_bitwise(given, tmp_path, tune, config_class):
+    first, second = (five_steps(given, tmp_path, tune, config_class) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("config_class", [CaidConfig, PrimalDualConfig])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_the_host_never_waits_between_the_parts_of_a_step(given, tmp_path, monkeypatch, tune, config_class):
+    """Each part is packed, passed forward and backward while the one before it may still be computed."""
+    five_steps(given, tmp_path, tune, config_class)  # compiles
+
+    def watched(function):
+        def watching(*given, **options):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*given, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return watching
+
+    for name in ("policy_states", "lagrangian_policy_loss", "add_gradient"):
+        monkeypatch.setattr(update, name, watched(getattr(update, name)))
+    monkeypatch.setattr(update.packing, "pack", watched(update.packing.pack))
+    monkeypatch.setattr(PreferenceLoss, "__call__", watched(PreferenceLoss.__call__))
+    five_steps(given, tmp_path, tune, config_class)
+
+
+def test_the_host_never_waits_between_the_passes_of_scoring(given, monkeypatch):
+    """It waits at the end alone; a pass holds 32,768 tokens there, here 40."""
+    model, samples = given
+    assert runs_kernel(model.embed.new_empty(0, 1, model.config.head_dim), None) is not None
+    monkeypatch.setattr(forward, "TOKENS_BY_RUNS", 40)
+    all_groups, passes = groups(samples.prompts, samples.rollouts), []
+    expected = frozen_forward(model, all_groups, [1], temperature=1.0, on_tokens=passes.append)
+    seen = []
+
+    def on_tokens(tokens: int) -> None:
+        seen.append(tokens)
+        torch.cuda.set_sync_debug_mode("error" if len(seen) < len(passes) else "default")
+
+    try:
+        got = frozen_forward(model, all_groups, [1], temperature=1.0, on_tokens=on_tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(passes) == 3 and torch.equal(got[1], expected[1]) and torch.equal(got[0][1], expected[0][1])
