@@ -33,7 +33,7 @@ SHARED_LIMIT = 232448
 INPUTS = {
     "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value",
     "p_d_total", "p_d_out", "p_d_x", "p_d_gate_up", "p_out", "p_raw", "p_rows", "p_x", "p_delta", "p_total",
-    "p_qkv", "p_cos", "p_sin", "p_gate_up",
+    "p_qkv", "p_query_norm", "p_key_norm", "p_cos", "p_sin", "p_gate_up",
 }  # fmt: skip
 INT64 = (
     "p_target", "p_length", "p_offsets", "p_order", "p_ends", "p_used", "p_token", "p_stream",
@@ -173,10 +173,11 @@ def layer_kernels() -> list[Kernel]:
     12 heads of 64 and 40 heads of 128."""
     listed = []
     for dtype in DTYPES:
-        for width, add in itertools.product((576, 4096, 8192), (False, True)):
+        for width, add, one_more in itertools.product((576, 4096, 8192), (False, True), (False, True)):
             block = triton.next_power_of_2(width)
-            constants, warps = {"ADD": add, "BLOCK": block}, layer_triton.norm_warps(block)
-            name = f"norm of {width}" + ", added" * add
+            constants = {"ADD": add, "ONE_MORE": one_more, "BLOCK": block}
+            warps = layer_triton.norm_warps(block)
+            name = f"norm of {width}" + ", added" * add + ", 1 + weight" * one_more
             listed.append(Kernel(name, layer_triton.norm_kernel, dtype, constants, warps))
             for weight in (False, True):
                 back = layer_gradients.norm_backward_kernel
@@ -192,12 +193,19 @@ def layer_kernels() -> list[Kernel]:
                 "BLOCK_V": triton.next_power_of_2(kv_heads * d),
             }
             name = f"rotate {heads} + {kv_heads} of {d}"
-            listed.append(Kernel(name, layer_triton.rotate_kernel, dtype, constants, 4))
+            for normed, one_more in ((False, False), (True, False), (True, True)):
+                switches = {"NORMED": normed, "ONE_MORE": one_more}
+                named = name + ", normed" * normed + ", 1 + weight" * one_more
+                turn = layer_triton.rotate_kernel
+                listed.append(Kernel(named, turn, dtype, constants | switches, 4))
             back = layer_gradients.rotate_backward_kernel
             listed.append(Kernel(name + ", backward", back, dtype, constants, 4))
-        constants = {"BLOCK": layer_triton.GATE_BLOCK}
-        listed.append(Kernel("gate", layer_triton.gate_kernel, dtype, constants, 4))
-        listed.append(Kernel("gate, backward", layer_gradients.gate_backward_kernel, dtype, constants, 4))
+        for by_gelu in (False, True):
+            constants = {"GELU": by_gelu, "BLOCK": layer_triton.GATE_BLOCK}
+            name = "gate by gelu" if by_gelu else "gate"
+            listed.append(Kernel(name, layer_triton.gate_kernel, dtype, constants, 4))
+            back = layer_gradients.gate_backward_kernel
+            listed.append(Kernel(name + ", backward", back, dtype, constants, 4))
     return listed
 
 

@@ -522,8 +522,10 @@ def test_launches_of_a_decoding_step(tiny_folder, monkeypatch):
     model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
     assert model.config.num_layers == 4
     draw, feed = counted(model, monkeypatch)
-    print("launches", draw, feed)
-    assert draw <= 5 and feed <= 4 * 11 + 20
+    assert (draw, feed) <= (5, 64), (draw, feed)
+
+
+STEPS = 5
 
 
 class OneStage:
@@ -561,9 +563,9 @@ def given(tiny_folder):
     return model, samples_of(prompts, made, scores)
 
 
-def five_steps(given, folder, tune: str, config_class=CaidConfig) -> dict[str, torch.Tensor]:
+def some_steps(given, folder, tune: str, config_class=CaidConfig) -> dict[str, torch.Tensor]:
     model, samples = given
-    config = smoke(config_class(steps=5, prompts_per_step=3, tokens_per_forward=40, tune=tune))
+    config = smoke(config_class(steps=STEPS, prompts_per_step=3, tokens_per_forward=40, tune=tune))
     weights = new_weights(model, config)
     one = Update(stage=OneStage(folder), config=config, model=model, weights=weights, start=None, iteration=1)
     score = Score.plain(samples.scores.reward_PG)
@@ -574,8 +576,8 @@ def five_steps(given, folder, tune: str, config_class=CaidConfig) -> dict[str, t
 
 @pytest.mark.parametrize("config_class", [CaidConfig, PrimalDualConfig])
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_five_steps_repeat_bitwise(given, tmp_path, tune, config_class):
-    first, second = (five_steps(given, tmp_path, tune, config_class) for _ in range(2))
+def test_steps_repeat_bitwise(given, tmp_path, tune, config_class):
+    first, second = (some_steps(given, tmp_path, tune, config_class) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -583,7 +585,7 @@ def test_five_steps_repeat_bitwise(given, tmp_path, tune, config_class):
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_the_host_never_waits_between_the_parts_of_a_step(given, tmp_path, monkeypatch, tune, config_class):
     """Each part is packed, passed forward and backward while the one before it may still be computed."""
-    five_steps(given, tmp_path, tune, config_class)  # compiles
+    some_steps(given, tmp_path, tune, config_class)  # compiles
 
     def watched(function):
         def watching(*given, **options):
@@ -599,7 +601,7 @@ def test_the_host_never_waits_between_the_parts_of_a_step(given, tmp_path, monke
         monkeypatch.setattr(update, name, watched(getattr(update, name)))
     monkeypatch.setattr(update.packing, "pack", watched(update.packing.pack))
     monkeypatch.setattr(PreferenceLoss, "__call__", watched(PreferenceLoss.__call__))
-    five_steps(given, tmp_path, tune, config_class)
+    some_steps(given, tmp_path, tune, config_class)
 
 
 def test_the_host_never_waits_between_the_passes_of_scoring(given, monkeypatch):

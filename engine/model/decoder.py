@@ -24,7 +24,16 @@ from engine.model.attention import Attention, Layout, PackedAttention
 from engine.model.low_rank import LayerMatrices, LowRank
 from engine.model.slices import enter, leave, sliced
 from engine.ranks import ALONE, Ranks
-from kernels.layer.layer import add_rms_norm, gated_silu, rms_norm, rotated, split_rotated
+from kernels.layer.layer import (
+    add_rms_norm,
+    add_rms_norm_one_more,
+    gated_gelu,
+    gated_silu,
+    rms_norm,
+    rms_norm_one_more,
+    split_normed_rotated,
+    split_rotated,
+)
 from kernels.products import by_torch, in_float32, linear
 
 # The residual stream [M, D] in two parts: their sum is formed together with its norm. The second, what the
@@ -217,19 +226,20 @@ class Layer(nn.Module):
         self, normed: Tensor, rotary: tuple[Tensor, Tensor], lora: LayerMatrices | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes rotated queries [M, H, d] and keys [M, Hkv, d], and values [M, Hkv, d]."""
-        heads, kv_heads, d = self.heads
+        heads, kv_heads, _ = self.heads
         qkv = _linear(enter(normed, self.slices), self.qkv, self.qkv_bias, lora, "qkv")
         if self.q_norm is None:
             return split_rotated(qkv, *rotary, heads, kv_heads)
-        q, k, v = qkv.view(normed.shape[0], -1, d).split((heads, kv_heads, kv_heads), dim=1)
-        q, k = _norm(q, self.q_norm, self.config), _norm(k, self.k_norm, self.config)
-        return rotated(q, *rotary), rotated(k, *rotary), v
+        norms = self.q_norm, self.k_norm, self.config.rms_eps, self.config.norms_add_one
+        return split_normed_rotated(qkv, *rotary, heads, kv_heads, norms)
 
     def _mlp(self, normed: Tensor, lora: LayerMatrices | None) -> Tensor:
         """Computes down(activation(gate) * up)."""
         gate_up = _linear(enter(normed, self.slices), self.gate_up, self.gate_up_bias, lora, "gate_up")
         if self.config.activation == "silu":
             inner = gated_silu(gate_up)
+        elif self.config.activation == "gelu_pytorch_tanh":
+            inner = gated_gelu(gate_up)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
             inner = self.activation(gate) * up
@@ -252,10 +262,7 @@ def _norm(x: Tensor, weight: Tensor, c: ModelConfig) -> Tensor:
 
     A norm that multiplies by 1 + weight does so in float32, before it rounds.
     """
-    if not c.norms_add_one:
-        return rms_norm(x, weight, c.rms_eps)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + weight.to(wide), c.rms_eps).to(x.dtype)
+    return (rms_norm_one_more if c.norms_add_one else rms_norm)(x, weight, c.rms_eps)
 
 
 def added(stream: Stream) -> Stream:
@@ -267,10 +274,9 @@ def added(stream: Stream) -> Stream:
 def _added_and_normed(stream: Stream, weight: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]:
     """Computes the sum of a stream's parts, and its `_norm`."""
     hidden, delta = stream
-    if delta is not None and not c.norms_add_one:
-        return add_rms_norm(hidden, delta, weight, c.rms_eps)
-    hidden, _ = added(stream)
-    return hidden, _norm(hidden, weight, c)
+    if delta is None:
+        return hidden, _norm(hidden, weight, c)
+    return (add_rms_norm_one_more if c.norms_add_one else add_rms_norm)(hidden, delta, weight, c.rms_eps)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LayerMatrices | None, name: str) -> Tensor:

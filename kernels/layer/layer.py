@@ -63,6 +63,22 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tu
     return total, rms_norm(total, weight, epsilon)
 
 
+def rms_norm_one_more(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Does `rms_norm` with 1 + weight, formed in float32 before anything is rounded."""
+    if x.is_cuda and (rows := _backend(x, weight)) is not None:
+        return rows.rms_norm(x, None, weight, epsilon, True)[1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + weight.to(wide), epsilon).to(x.dtype)
+
+
+def add_rms_norm_one_more(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Returns x + delta and its `rms_norm_one_more`."""
+    if x.is_cuda and (rows := _backend(x, delta, weight)) is not None:
+        return rows.rms_norm(x, delta, weight, epsilon, True)
+    total = x + delta
+    return total, rms_norm_one_more(total, weight, epsilon)
+
+
 def split_rotated(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +110,36 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = _wide(x), _wide(cos), _wide(sin)
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos[:, None] + turned * sin[:, None]).to(dtype)
+
+
+def split_normed_rotated(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    norms: tuple[Tensor, Tensor, float, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Does `split_rotated` where each head of queries and keys has its norm taken first.
+
+    norms: weights [d] for queries and for keys, epsilon, and whether they are times 1 + weight.
+    """
+    query_norm, key_norm, epsilon, one_more = norms
+    rows = _backend(qkv, cos, sin, query_norm, key_norm) if qkv.is_cuda else None
+    if rows is not None and rows.SPLITS_NORMED:
+        return rows.split_rotated(qkv, cos, sin, heads, kv_heads, rows.HeadNorms(*norms))
+    norm = rms_norm_one_more if one_more else rms_norm
+    q, k, v = qkv.view(len(qkv), heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads), dim=1)
+    q, k = norm(q, query_norm, epsilon), norm(k, key_norm, epsilon)
+    return rotated(q, cos, sin), rotated(k, cos, sin), v
+
+
+def gated_gelu(gate_up: Tensor) -> Tensor:
+    """Returns gelu(gate) * up, [R, N], of gate_up [R, 2 N]; gelu by its formula with tanh."""
+    if gate_up.is_cuda and (rows := _backend(gate_up)) is not None:
+        return rows.gated(gate_up, True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:

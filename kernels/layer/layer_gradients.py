@@ -14,6 +14,7 @@ from kernels.layer import layer_triton
 
 # Programs that add up the gradient of a norm's weights, each over some rows.
 PROGRAMS = 264
+SPLITS_NORMED = False
 
 
 @triton.jit
@@ -29,12 +30,15 @@ def norm_backward_kernel(
     width,
     epsilon,
     ADD: tl.constexpr,
+    ONE_MORE: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     o = tl.arange(0, BLOCK)
     inside = o < width
     weight = tl.load(p_weight + o, mask=inside, other=0.0).to(tl.float32)
+    if ONE_MORE:
+        weight += 1
     b_sum = tl.zeros([BLOCK], tl.float32)
     for i_row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         x = tl.load(p_x + i_row * x_stride + o, mask=inside, other=0.0).to(tl.float32)
@@ -102,6 +106,7 @@ def gate_backward_kernel(
     p_d_gate_up,  # [R, 2 N]
     gate_stride,
     width,
+    GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -109,25 +114,29 @@ def gate_backward_kernel(
     gate = tl.load(p_gate_up + i_row * gate_stride + o, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(p_gate_up + i_row * gate_stride + width + o, mask=inside, other=0.0).to(tl.float32)
     d_out = tl.load(p_d_out + i_row * width + o, mask=inside, other=0.0).to(tl.float32)
-    share = 1 / (1 + tl.exp(-gate))
-    d_gate = d_out * up * share * (1 + gate * (1 - share))
+    if GELU:
+        value, slope = layer_triton.gelu(gate)
+    else:
+        share = 1 / (1 + tl.exp(-gate))
+        value, slope = gate * share, share * (1 + gate * (1 - share))
+    d_gate = d_out * up * slope
     kind = p_d_gate_up.dtype.element_ty
     tl.store(p_d_gate_up + i_row * 2 * width + o, d_gate.to(kind), mask=inside)
-    tl.store(p_d_gate_up + i_row * 2 * width + width + o, (d_out * gate * share).to(kind), mask=inside)
+    tl.store(p_d_gate_up + i_row * 2 * width + width + o, (d_out * value).to(kind), mask=inside)
 
 
 class _Norm(torch.autograd.Function):
     """The norm of x + delta, and that sum; without a delta only the norm."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float):
-        total, out = layer_triton.rms_norm(x, delta, weight, epsilon)
+    def forward(ctx, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, one_more: bool):
+        total, out = layer_triton.rms_norm(x, delta, weight, epsilon, one_more)
         ctx.save_for_backward(total, weight)
-        ctx.epsilon, ctx.added = epsilon, delta is not None
+        ctx.epsilon, ctx.one_more, ctx.added = epsilon, one_more, delta is not None
         return (total, out) if ctx.added else out
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (rows, width), wanted = x.shape, ctx.needs_input_grad[2]
         programs, block = min(rows, PROGRAMS) if wanted else rows, triton.next_power_of_2(width)
@@ -147,11 +156,13 @@ class _Norm(torch.autograd.Function):
                 width,
                 ctx.epsilon,
                 ADD=ctx.added,
+                ONE_MORE=ctx.one_more,
                 WEIGHT=wanted,
                 BLOCK=block,
                 num_warps=layer_triton.norm_warps(block),
             )
-        return d_x, d_x if ctx.added else None, d_weight.sum(0).to(weight.dtype) if wanted else None, None
+        d_weight = d_weight.sum(0).to(weight.dtype) if wanted else None
+        return d_x, d_x if ctx.added else None, d_weight, None, None
 
 
 class _SplitRotated(torch.autograd.Function):
@@ -186,14 +197,15 @@ class _SplitRotated(torch.autograd.Function):
         return qkv, None, None, None, None
 
 
-class _GatedSilu(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
+    def forward(ctx, gate_up: Tensor, by_gelu: bool) -> Tensor:
+        ctx.by_gelu = by_gelu
         ctx.save_for_backward(gate_up)
-        return layer_triton.gated_silu(gate_up)
+        return layer_triton.gated(gate_up, by_gelu)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         rows, width = gradient.shape
         d_gate_up = gate_up.new_empty(rows, 2 * width)
@@ -205,17 +217,20 @@ class _GatedSilu(torch.autograd.Function):
                 d_gate_up,
                 gate_up.stride(0),
                 width,
+                GELU=ctx.by_gelu,
                 BLOCK=block,
                 num_warps=4,
             )
-        return d_gate_up
+        return d_gate_up, None
 
 
-def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, one_more: bool = False
+) -> tuple[Tensor, Tensor]:
     """Returns what `kernels.layer.layer_triton.rms_norm` does, with gradients in x, delta and weight."""
     if delta is None:
-        return x, _Norm.apply(x, None, weight, epsilon)
-    return _Norm.apply(x, delta, weight, epsilon)
+        return x, _Norm.apply(x, None, weight, epsilon, one_more)
+    return _Norm.apply(x, delta, weight, epsilon, one_more)
 
 
 def split_rotated(
@@ -227,4 +242,9 @@ def split_rotated(
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """Returns what `kernels.layer.layer_triton.gated_silu` does, with its gradient."""
-    return _GatedSilu.apply(gate_up)
+    return _Gated.apply(gate_up, False)
+
+
+def gated(gate_up: Tensor, by_gelu: bool) -> Tensor:
+    """Returns what `kernels.layer.layer_triton.gated` does, with its gradient."""
+    return _Gated.apply(gate_up, by_gelu)

@@ -4,12 +4,26 @@
 Each layer launches 12 kernels per decoding step instead of 21.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_math import tanh
+
 GATE_BLOCK = 1024
+SPLITS_NORMED = True  # whether `split_rotated` takes norms
+
+
+class HeadNorms(NamedTuple):
+    """Norms of each head of queries and of keys."""
+
+    query: Tensor  # [d]
+    key: Tensor  # [d]
+    epsilon: float
+    one_more: bool  # each is times 1 + its weight
 
 
 @triton.jit
@@ -24,6 +38,7 @@ def norm_kernel(
     width,
     epsilon,
     ADD: tl.constexpr,
+    ONE_MORE: tl.constexpr,  # the norm is times 1 + weight
     BLOCK: tl.constexpr,
 ):
     i_row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -35,6 +50,8 @@ def norm_kernel(
         tl.store(p_total + i_row * width + o, total, mask=inside)
         x = total.to(tl.float32)
     weight = tl.load(p_weight + o, mask=inside, other=0.0).to(tl.float32)
+    if ONE_MORE:
+        weight += 1
     out = x * (1 / tl.sqrt(tl.sum(x * x, 0) / width + epsilon)) * weight
     tl.store(p_out + i_row * width + o, out.to(p_out.dtype.element_ty), mask=inside)
 
@@ -47,10 +64,15 @@ def rotate_kernel(
     p_query,  # [R, HEADS, 2 HALF]
     p_key,  # [R, KV_HEADS, 2 HALF]
     p_value,  # [R, KV_HEADS, 2 HALF]
+    p_query_norm,  # [2 HALF]; the norms are not read unless NORMED
+    p_key_norm,  # [2 HALF]
     qkv_stride,
+    epsilon,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    NORMED: tl.constexpr,  # each head of queries and keys is divided by its root mean square first
+    ONE_MORE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -65,6 +87,21 @@ def rotate_kernel(
     source = p_qkv + i_row * qkv_stride + o_h * 2 * HALF + o_d
     lower = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     upper = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    kind = p_query.dtype.element_ty
+    if NORMED:
+        size = tl.sum(lower * lower + upper * upper, 1)[:, None] / (2 * HALF)
+        scale = 1 / tl.sqrt(size + epsilon)
+        is_query, is_key = in_d & (o_h < HEADS), in_d & (o_h >= HEADS)
+        low_weight = tl.load(p_query_norm + o_d + 0 * o_h, mask=is_query, other=0.0).to(tl.float32)
+        low_weight += tl.load(p_key_norm + o_d + 0 * o_h, mask=is_key, other=0.0).to(tl.float32)
+        up_weight = tl.load(p_query_norm + HALF + o_d + 0 * o_h, mask=is_query, other=0.0).to(tl.float32)
+        up_weight += tl.load(p_key_norm + HALF + o_d + 0 * o_h, mask=is_key, other=0.0).to(tl.float32)
+        if ONE_MORE:
+            low_weight += 1
+            up_weight += 1
+        # A norm is rounded before its result is turned, as it is where a gradient is asked for.
+        lower = (lower * scale * low_weight).to(kind).to(tl.float32)
+        upper = (upper * scale * up_weight).to(kind).to(tl.float32)
     angle = i_row * 2 * HALF + o_d
     cos_low = tl.load(p_cos + angle, mask=in_d, other=0.0)
     cos_up = tl.load(p_cos + angle + HALF, mask=in_d, other=0.0)
@@ -72,7 +109,6 @@ def rotate_kernel(
     sin_up = tl.load(p_sin + angle + HALF, mask=in_d, other=0.0)
     low = lower * cos_low.to(tl.float32) - upper * sin_low.to(tl.float32)
     up = upper * cos_up.to(tl.float32) + lower * sin_up.to(tl.float32)
-    kind = p_query.dtype.element_ty
     query = p_query + (i_row * HEADS + o_h) * 2 * HALF + o_d
     tl.store(query, low.to(kind), mask=inside & (o_h < HEADS))
     tl.store(query + HALF, up.to(kind), mask=inside & (o_h < HEADS))
@@ -86,18 +122,32 @@ def rotate_kernel(
 
 
 @triton.jit
+def gelu(x):
+    """Returns gelu x by its formula with tanh, and its derivative."""
+    inner = 0.7978845608028654 * x * (1 + 0.044715 * x * x)
+    value, slope = tanh(inner)
+    inner_slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+    return 0.5 * x * (1 + value), 0.5 * (1 + value) + 0.5 * x * slope * inner_slope
+
+
+@triton.jit
 def gate_kernel(
     p_gate_up,  # [R, 2 N], rows stride apart
     p_out,  # [R, N]
     gate_stride,
     width,
+    GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = o < width
     gate = tl.load(p_gate_up + i_row * gate_stride + o, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(p_gate_up + i_row * gate_stride + width + o, mask=inside, other=0.0).to(tl.float32)
-    out = gate / (1 + tl.exp(-gate)) * up
+    if GELU:
+        value, _ = gelu(gate)
+    else:
+        value = gate / (1 + tl.exp(-gate))
+    out = value * up
     tl.store(p_out + i_row * width + o, out.to(p_out.dtype.element_ty), mask=inside)
 
 
@@ -110,8 +160,11 @@ def serves(x: Tensor, *others: Tensor) -> bool:
     return alike and x.numel() > 0 and x.stride(1) == 1
 
 
-def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Returns x + delta, or x itself without a delta, and its norm, [R, N] each."""
+def rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, one_more: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Returns x + delta, or x itself without a delta, and its norm, times weight or with `one_more` times
+    1 + weight; [R, N] each."""
     rows, width = x.shape
     out = x.new_empty(rows, width)
     total = x if delta is None else torch.empty_like(out)
@@ -130,6 +183,7 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
             width,
             epsilon,
             ADD=total is not x,
+            ONE_MORE=one_more,
             BLOCK=block,
             num_warps=norm_warps(block),
         )
@@ -142,9 +196,10 @@ def norm_warps(block: int) -> int:
 
 
 def split_rotated(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: HeadNorms | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what `kernels.layer.layer.split_rotated` does, as three contiguous tensors."""
+    """Returns what `kernels.layer.layer.split_rotated`, or with norms `split_normed_rotated`, does, as three
+    contiguous tensors."""
     rows, d = len(qkv), cos.shape[1]
     query, key, value = (qkv.new_empty(rows, n, d) for n in (heads, kv_heads, kv_heads))
     with torch.cuda.device_of(qkv):
@@ -155,10 +210,15 @@ def split_rotated(
             query,
             key,
             value,
+            cos if norms is None else norms.query,
+            cos if norms is None else norms.key,
             qkv.stride(0),
+            0.0 if norms is None else norms.epsilon,
             HEADS=heads,
             KV_HEADS=kv_heads,
             HALF=d // 2,
+            NORMED=norms is not None,
+            ONE_MORE=norms is not None and norms.one_more,
             BLOCK_H=triton.next_power_of_2(heads + kv_heads),
             BLOCK_D=triton.next_power_of_2(d // 2),
             BLOCK_V=triton.next_power_of_2(kv_heads * d),
@@ -169,10 +229,15 @@ def split_rotated(
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """Returns silu(gate) * up, [R, N]."""
+    return gated(gate_up, False)
+
+
+def gated(gate_up: Tensor, by_gelu: bool) -> Tensor:
+    """Returns silu(gate) * up, or gelu(gate) * up by its formula with tanh, [R, N]."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     with torch.cuda.device_of(gate_up):
         gate_kernel[(rows, triton.cdiv(width, GATE_BLOCK))](
-            gate_up, out, gate_up.stride(0), width, BLOCK=GATE_BLOCK, num_warps=4
+            gate_up, out, gate_up.stride(0), width, GELU=by_gelu, BLOCK=GATE_BLOCK, num_warps=4
         )
     return out

@@ -95,6 +95,27 @@ def test_interpreted_ends_of_the_gate():
     )
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("one_more", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, d", [(1, 1, 2), (5, 3, 64), (4, 2, 10)])
+def test_interpreted_rotation_of_normed_heads(heads, kv_heads, d, one_more, dtype):
+    from kernels.layer import layer_triton as triton_layer
+
+    rows = 3
+    qkv, angle = normal(rows, (heads + 2 * kv_heads) * d, dtype=dtype), normal(rows, d, dtype=torch.float32)
+    inputs = qkv, angle.cos().to(dtype), angle.sin().to(dtype)
+    norms = normal(d, dtype=dtype), normal(d + 1, dtype=dtype)[1:]
+    got = triton_layer.split_rotated(*inputs, heads, kv_heads, triton_layer.HeadNorms(*norms, 1e-5, one_more))
+    plain = layer.split_normed_rotated(*inputs, heads, kv_heads, (*norms, 1e-5, one_more))
+    exact = layer.split_normed_rotated(
+        *(x.double() for x in inputs), heads, kv_heads, (*(x.double() for x in norms), 1e-5, one_more)
+    )
+    for own, torchs, true in zip(got, plain, exact, strict=True):
+        assert_as_good_as_torch(own, torchs, true)
+    assert torch.equal(got[2], plain[2])
+
+
 def gradients(function, leaves, upstream) -> list[torch.Tensor]:
     """Returns the gradients of all leaves, for the same upstream numbers."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
@@ -140,6 +161,11 @@ def test_interpreted_gradients_of_the_norm(rows, width, scale, dtype, monkeypatc
         lambda x, weight: F.rms_norm(x, (width,), weight, 1e-5),
         (x, weight),
     )
+    assert_gradients(
+        lambda *given: layer_gradients.rms_norm(*given, 1e-5, True),
+        lambda *given: layer.add_rms_norm_one_more(*given, 1e-5),
+        leaves,
+    )
     # Frozen weights, as beside an adapter: a program for each row.
     assert_gradients(
         lambda x: layer_gradients.rms_norm(x, None, weight.to(x), 1e-5)[1],
@@ -175,6 +201,26 @@ def test_interpreted_gradients_of_the_gate(rows, width, dtype):
 
     gate_up = normal(rows, 2 * width, dtype=dtype, scale=5.0)
     assert_gradients(layer_gradients.gated_silu, layer.gated_silu, (gate_up,))
+    assert_gradients(lambda x: layer_gradients.gated(x, True), layer.gated_gelu, (gate_up,))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interpreted_forward_of_gelu_and_of_norms_with_one_more(dtype):
+    from kernels.layer import layer_triton as triton_layer
+
+    gate_up = normal(3, 514, dtype=dtype, scale=5.0)
+    exact = layer.gated_gelu(gate_up.double())
+    assert_as_good_as_torch(triton_layer.gated(gate_up, True), layer.gated_gelu(gate_up), exact)
+    x, delta, weight = (
+        normal(3, 257, dtype=dtype),
+        normal(3, 258, dtype=dtype)[:, 1:],
+        normal(257, dtype=dtype),
+    )
+    total, normed = triton_layer.rms_norm(x, delta, weight, 1e-5, True)
+    plain = layer.add_rms_norm_one_more(x, delta, weight, 1e-5)
+    exact = layer.rms_norm_one_more(total.double(), weight.double(), 1e-5)
+    assert_as_good_as_torch(normed, plain[1], exact)
 
 
 @compiled
