@@ -42,7 +42,6 @@ from engine.stages.run_inputs import (
 )
 from engine.stages.shared import SharedSamples, check_samples_of, spelled_alike
 
-
 # Responses that a GPU decodes side by side where memory holds them: a step reads all weights, for few rows or
 # many.
 ROWS_ON_GPU = 1024
