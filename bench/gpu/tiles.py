@@ -87,7 +87,9 @@ def forward_tiles(
         for tile in FORWARD_TILES:
             blocks = forward_triton.Blocks(*tile)
             ways[_without(tile)] = lambda i, b=blocks, h=hidden, head=head, y=target, o=out: (
-                forward_triton.token_logprob(h, head, y, b, o)
+                forward_triton.token_logprob(
+                    h, head, y, b, forward_triton.parts_for(len(h), b, len(head.weight)), o
+                )
             )
         chosen = forward_triton.blocks_for(width, BF16)
         chosen = stored if chosen is None else _without(chosen)

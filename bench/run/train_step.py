@@ -180,10 +180,10 @@ def ours(
     loss_of = PreferenceLoss(config=CONFIG, model=model, weights=weights, samples=samples, target=target)
 
     def add_gradients() -> float:
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
         for part, first in parts(pairs, groups, CONFIG.tokens_per_forward):
             total += add_gradient(loss_of(part, 0, first).loss, share_of(CONFIG.labels, part, pairs))
-        return total
+        return float(total)
 
     return stepper(list(weights.parameters()), add_gradients, full)
 

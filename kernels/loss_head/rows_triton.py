@@ -163,6 +163,13 @@ def row_kernel(
             tl.store(p_jacobian + target, (-others * factor * slope_y).to(kind))
 
 
+def factors(temperature: float, softcap: float | None) -> tuple[float, float, float, float, float]:
+    """Returns the five numbers that `row_kernel` takes behind the strides, so that it divides by none."""
+    to_log2, cap = math.log2(math.e) / temperature, 1.0 if softcap is None else float(softcap)
+    rest = to_log2 - float(torch.tensor(to_log2, dtype=torch.float32))
+    return to_log2, rest, float(temperature), cap, 1 / cap
+
+
 class TritonRows(TorchRows):
     """A workspace on a GPU, not for float64: one Triton program a row follows a cuBLAS
     product of float32 logits.
@@ -236,10 +243,6 @@ class TritonRows(TorchRows):
             torch.mm(hidden.float(), self.weight.t().float(), out=logits)
         logprob, scale = hidden.new_empty(2, rows, dtype=torch.float32)
         block = min(self.MAX_BLOCK, triton.next_power_of_2(vocabulary))
-        softcap, to_log2 = (
-            1.0 if self.softcap is None else float(self.softcap),
-            math.log2(math.e) / self.temperature,
-        )
         with torch.cuda.device_of(hidden):
             row_kernel[(rows,)](
                 logits,
@@ -251,11 +254,7 @@ class TritonRows(TorchRows):
                 vocabulary,
                 logits.stride(0),
                 z.stride(0),
-                to_log2,
-                to_log2 - float(torch.tensor(to_log2, dtype=torch.float32)),
-                float(self.temperature),
-                softcap,
-                1 / softcap,
+                *factors(self.temperature, self.softcap),
                 HAS_BIAS=self.bias is not None,
                 HAS_SOFTCAP=self.softcap is not None,
                 JACOBIAN=jacobian,
