@@ -86,8 +86,9 @@ def forward_tiles(
         ways = {stored: lambda i, w=work, h=hidden, y=target: w._logprob(h, y, w.logits, False)}
         for tile in FORWARD_TILES:
             blocks = forward_triton.Blocks(*tile)
-            ways[_without(tile)] = lambda i, b=blocks, h=hidden, head=head, y=target, o=out: (
-                forward_triton.token_logprob(h, head, y, b, forward_triton.parts_for(rows, b, vocabulary), o)
+            cut = blocks, forward_triton.parts_for(rows, blocks, vocabulary)
+            ways[_without(tile)] = lambda i, cut=cut, h=hidden, head=head, y=target, o=out: (
+                forward_triton.token_logprob(h, head, y, *cut, o)
             )
         chosen = forward_triton.blocks_for(width, BF16)
         chosen = stored if chosen is None else _without(chosen)
