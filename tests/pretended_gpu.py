@@ -405,7 +405,7 @@ def main(arguments: list[str]) -> int:
     import test_gpu  # which asks whether there is a GPU
 
     test_gpu.SAMPLING |= {"n": 2, "max_new_tokens": 14}  # the interpreter is slow
-    test_gpu.STEPS = 2
+    test_gpu.STEPS = 1
     chosen = arguments or ["-k", SOON]
     return pytest.main(
         [

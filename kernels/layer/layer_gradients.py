@@ -132,22 +132,26 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, one_more: bool):
         total, out = layer_triton.rms_norm(x, delta, weight, epsilon, one_more)
         ctx.save_for_backward(total, weight)
+        ctx.set_materialize_grads(False)  # behind the last layer nobody uses the sum
         ctx.epsilon, ctx.one_more, ctx.added = epsilon, one_more, delta is not None
         return (total, out) if ctx.added else out
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (rows, width), wanted = x.shape, ctx.needs_input_grad[2]
         programs, block = min(rows, PROGRAMS) if wanted else rows, triton.next_power_of_2(width)
-        d_total, d_out = gradients[0].contiguous(), gradients[-1].contiguous()  # both are one without a delta
+        d_total, d_out = gradients if ctx.added else (None, gradients[0])
+        if d_out is None:
+            return d_total, d_total, None, None, None
+        d_out, add = d_out.contiguous(), d_total is not None
         d_x = x.new_empty(rows, width)
         d_weight = x.new_empty(programs, width, dtype=torch.float32) if wanted else d_x
         with torch.cuda.device_of(x):
             norm_backward_kernel[(programs,)](
                 x,
                 weight,
-                d_total,
+                d_total.contiguous() if add else d_out,
                 d_out,
                 d_x,
                 d_weight,
@@ -155,7 +159,7 @@ class _Norm(torch.autograd.Function):
                 x.stride(0),
                 width,
                 ctx.epsilon,
-                ADD=ctx.added,
+                ADD=add,
                 ONE_MORE=ctx.one_more,
                 WEIGHT=wanted,
                 BLOCK=block,

@@ -166,6 +166,15 @@ def test_interpreted_gradients_of_the_norm(rows, width, scale, dtype, monkeypatc
         lambda *given: layer.add_rms_norm_one_more(*given, 1e-5),
         leaves,
     )
+    # Behind the last layer only the norm is used.
+    assert_gradients(
+        lambda *given: layer_gradients.rms_norm(*given, 1e-5)[1], lambda *given: plain(*given)[1], leaves
+    )
+    assert_gradients(
+        lambda *given: layer_gradients.rms_norm(*given, weight.to(x), 1e-5)[0],
+        lambda x, delta: x + delta,
+        leaves[:2],
+    )
     # Frozen weights, as beside an adapter: a program for each row.
     assert_gradients(
         lambda x: layer_gradients.rms_norm(x, None, weight.to(x), 1e-5)[1],
