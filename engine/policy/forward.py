@@ -135,7 +135,7 @@ def frozen_forward(
 def scoring_batches(network: Decoder, all_groups: list[Group]) -> Iterator[list[Group]]:
     """Batches groups for passes without a gradient: long ones, in which no group is cut, where a kernel for
     runs serves."""
-    query = network.embed.new_empty(0, 1, network.config.head_dim)
+    query = torch.empty(0, 1, network.config.head_dim, dtype=network.dtype, device=network.device)
     if runs_kernel(query, network.config.attention_softcap) is None:
         return packing.batches(all_groups, TOKENS_PER_FORWARD)
     return packing.batches(all_groups, TOKENS_BY_RUNS, packing.WHOLE)
