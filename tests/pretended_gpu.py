@@ -144,6 +144,8 @@ def operate(function, args: tuple, kwargs: dict) -> object:
     if written:
         state.launches += 1
         do(work, [x.inner for x in written])
+        if not function._schema.returns:
+            return None
         return written[0] if len(written) == 1 else written
     result = work()
     made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]

