@@ -567,7 +567,8 @@ def given(tiny_folder):
 
 def some_steps(given, folder, tune: str, config_class=CaidConfig) -> dict[str, torch.Tensor]:
     model, samples = given
-    config = smoke(config_class(steps=STEPS, prompts_per_step=3, tokens_per_forward=40, tune=tune))
+    sizes = {"steps": STEPS, "checkpoint_every": STEPS, "prompts_per_step": 3, "tokens_per_forward": 40}
+    config = smoke(config_class(**sizes, tune=tune))
     weights = new_weights(model, config)
     one = Update(stage=OneStage(folder), config=config, model=model, weights=weights, start=None, iteration=1)
     score = Score.plain(samples.scores.reward_PG)
