@@ -1,10 +1,10 @@
 """Does what a decoder layer needs between its matrix products: RMS norm, rotary positions, gated SiLU.
 
 Rows that need no gradient go to compiled code, in one pass where torch takes two to eight: float32 and
-bfloat16 on the CPU to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py), where gradients have
-kernels too (layer_gradients.py). The torch code is their specification, and serves gradients on a CPU and all
-else. On a CPU both work in float32 and round a result of 16 bits once; where a gradient is asked for in
-bfloat16, compiled code makes the values there too.
+bfloat16 on the CPU to csrc/layer.cpp, up to 32 bits on a GPU to Triton (layer_triton.py), where gradients
+have kernels too (layer_gradients.py). The torch code is their specification, and serves gradients on a CPU
+and all else. On a CPU both work in float32 and round a result of 16 bits once; where a gradient is asked for
+in bfloat16, compiled code makes the values there too.
 """
 
 from functools import partial
