@@ -91,8 +91,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def prepare_gpu() -> None:
-    """Lets products on a GPU give equal bits for equal inputs, and add in float32 alone. This must run before
-    the process first uses the GPU."""
+    """Lets products on a GPU give equal bits for equal inputs, and add in float32 alone."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -107,6 +106,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    prepare_gpu()  # without it torch refuses products here
     before = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that nobody reads
     torch.use_deterministic_algorithms(True)
