@@ -27,8 +27,9 @@ from engine.run.spread import pieces
 
 # So many prompts and responses, with so many tokens, make messages that are large beside what frames them.
 PROMPTS, RESPONSES, TOKENS, STEPS, RANK = 15, 10, 32, 3, 64
-# Numbers in float64 that go along with a step's gradients: loss, accuracy, margin, a wish to stop.
-FIGURES = 4
+# Numbers in float64 that go along with a step's gradients: loss, accuracy, margin, two of entries
+# that the loss head leaves out, a wish to stop.
+FIGURES = 6
 # Bytes of a token that a response may have: its id, two log-probs and a flag. Of a response: its length, its
 # end, and in float64 its reward, a cost, an audit, its log-prob under the reference and its log-ratio.
 TOKEN_BYTES, RESPONSE_BYTES = 8 + 4 + 4 + 1, 8 + 1 + 5 * 8

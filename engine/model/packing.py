@@ -39,7 +39,9 @@ class Packed:
     tokens: Tensor  # int64 [M]
     layout: Layout
     state_T: Tensor  # int64 [T]: where each response token stands among the M
-    predict: Picks  # of the M, T in all: where the state stands that predicts it
+    # Of the M, T in all: where the state stands that predicts it. None where a prompt is empty, so that the
+    # first token of a response has no state before it.
+    predict: Picks | None
     target_T: Tensor  # int64 [T]
     cu_seqlens: Tensor  # int64 [N+1] over the T
 
@@ -121,8 +123,10 @@ def pack(batch: list[Group], device: torch.device) -> Packed:
     all_tokens, states, targets = (
         torch.tensor(x, dtype=torch.int64).to(device, non_blocking=True) for x in (tokens, state, target)
     )
-    picks = Picks.of(torch.tensor(predict, dtype=torch.int64), len(tokens))
-    return Packed(all_tokens, layout.to(device), states, picks.to(device), targets, cu_seqlens)
+    picks = None
+    if min(predict, default=0) >= 0:
+        picks = Picks.of(torch.tensor(predict, dtype=torch.int64), len(tokens)).to(device)
+    return Packed(all_tokens, layout.to(device), states, picks, targets, cu_seqlens)
 
 
 @dataclass(frozen=True)

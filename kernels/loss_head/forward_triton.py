@@ -141,7 +141,7 @@ def token_logprob(
     hidden: Tensor, head: Head, target: Tensor, blocks: Blocks, parts: int, out: Tensor
 ) -> None:
     """Sets out [T], float32, to log p of rows hidden [T, D]; memory 3 x parts x T float32 numbers."""
-    weight, bias, temperature, softcap = head
+    weight, bias, temperature, softcap, _ = head
     rows, (vocabulary, width) = len(hidden), weight.shape
     if rows == 0:
         return

@@ -199,7 +199,7 @@ class TritonRows(TorchRows):
 
     def __init__(self, head: Head, sizes: Sizes, rows: int, kind: str) -> None:
         weight = head.weight
-        self.weight, self.bias, self.temperature, self.softcap = head
+        self.weight, self.bias, self.temperature, self.softcap, _ = head
         self.dtype, self.blocks = torch.float32, self._blocks(weight) if kind == "values" else None
         self.parts = sizes.row // 12  # of the vocabulary, where no logits are stored
         logits_apart = sizes.scratch > 0 or (kind == "values" and self.blocks is None)

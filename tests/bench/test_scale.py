@@ -56,9 +56,9 @@ def test_ranks_send_little_more_than_they_must(counts, tune):
     assert reference.words < 0.1 * reference.least and steps.words == steps.padding == 0
 
 
-def test_a_policy_step_sends_the_adapters_gradients_once_and_four_numbers(counts):
+def test_a_policy_step_sends_the_adapters_gradients_once_and_six_numbers(counts):
     sums = [message for message in counts["lora"][2].messages if "reduce" in message.op]
-    assert sums == 3 * [Message("allreduce", 4 * 8), Message("allreduce", 4 * ADAPTER)]
+    assert sums == 3 * [Message("allreduce", 6 * 8), Message("allreduce", 4 * ADAPTER)]
 
 
 def test_a_pass_over_spread_weights_gathers_each_layer_twice_and_sums_its_gradients_once(counts):
@@ -71,7 +71,7 @@ def test_a_pass_over_spread_weights_gathers_each_layer_twice_and_sums_its_gradie
     }
     assert found["allgather_base"] == 3 * [4 * outer, *(4 * size for size in layers + layers)]
     assert found["reduce_scatter_base"] == 3 * [*(4 * size for size in layers), 4 * outer]
-    assert found["allreduce"] == 3 * [4 * 8]
+    assert found["allreduce"] == 3 * [6 * 8]
     # Sampling, scoring and the comparison of the two gather all weights once each, and so does the iterate.
     for part, times in ((0, predicted.SAMPLING_GATHERS), (1, 0), (3, 1)):
         gathers = [m.bytes for m in counts["full"][part].messages if m.op == "allgather_base"]
@@ -103,7 +103,7 @@ def test_what_is_sent_on_eight_ranks_by_hand():
     assert [stage.times for stage in stages] == [1, 100, 5, 5, 5, 2]
     adapter = 16 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     gradients = 2 * 7 / 8 * 4 * adapter
-    assert step.sent_bytes == pytest.approx(gradients + 2 * 7 / 8 * 32)
+    assert step.sent_bytes == pytest.approx(gradients + 2 * 7 / 8 * 48)
     assert step.message_s == pytest.approx(gradients / (300 * GIGA) + 2 * 50e-6)
     # To all, and from rank 0 again as the stage's result.
     assert reference.sent_bytes == pytest.approx((7 / 8 + 1) * by_hand(8192, 8))
@@ -122,10 +122,10 @@ def test_what_shards_send_by_hand():
     assert iterate.sent_bytes == gathered and iterate.messages == 10 + 33
     passes = -(-16 * (128 + 512) // (2048 if "2048" in found.spared else 8192))
     within, beyond = 7 / 8 * (2 * (2 * weights - outer) + 4 * weights), 2 * 1 / 2 * 4 * weights / 8
-    assert step.sent_bytes == pytest.approx(passes * (within + beyond) + 2 * 15 / 16 * 32)
+    assert step.sent_bytes == pytest.approx(passes * (within + beyond) + 2 * 15 / 16 * 48)
     waits = passes * (within / (300 * GIGA) + beyond / (45 * GIGA))
     assert step.message_s == pytest.approx(waits + step.messages * 50e-6)
-    # Three collectives of each layer, two of the rest, a sum between machines of each, four numbers, the
+    # Three collectives of each layer, two of the rest, a sum between machines of each, six numbers, the
     # norm, and twice how many passes each rank has.
     assert step.messages == passes * (3 * 32 + 2 + 33) + 4
 

@@ -22,6 +22,7 @@ from engine.config import (
     algorithms,
     check,
     fit,
+    kinds,
     run,
     safe_rlhf,
     shown_name,
@@ -120,7 +121,7 @@ def in_new_process(*argv: str) -> tuple[int, str, str, set[str]]:
 def field_helps() -> dict[tuple[str, str], str]:
     """Returns the string under each field by (class, field), as the source has it."""
     helps = {}
-    for module in (run, algorithms):
+    for module in (run, kinds, algorithms):
         for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.ClassDef):
                 for field, text in zip(node.body, node.body[1:], strict=False):

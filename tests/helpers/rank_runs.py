@@ -45,12 +45,15 @@ def here(value: Tensor | Stored) -> Tensor:
     return value.whole() if isinstance(value, Stored) else value
 
 
-def same(one: Path, many: Path) -> None:
+def same(one: Path, many: Path, rounding: float = 1e-5) -> None:
     """Compares a run with that of one process: the same files, tokens and texts, all else up to rounding.
 
     Losses are held against the run's largest one: the first loss of a policy gradient is 0 but for rounding.
     Before the first step of an update log-ratios are 0 and the signs of margins rounding alone, so the share
     of pairs in order is not compared. tests/policy/test_shared_steps.py compares gradients.
+
+    rounding: of losses, relative. AdamW turns a gradient that is near 0 into its sign, so that some weights part
+    by more than rounding; where all weights are trained more do.
     """
     kept = [{name for name in files(run) if ".shards/" not in name} for run in (one, many)]
     assert kept[0] == kept[1] and len(kept[0]) > 15
@@ -60,14 +63,14 @@ def same(one: Path, many: Path) -> None:
     # Scores that are log-ratios are differences of log-probs, and count in units of so many nats: rounding of
     # the log-probs counts for as much more in them, and in the losses of what learns from them.
     unit = min([1.0, *(sd for row in rows if row["kind"] == "preference" for sd in row["log_ratio_sd"])])
-    assert max(abs(a - b) for a, b in pairs) <= 1e-5 / unit * max(abs(a) for a, _ in pairs)
+    assert max(abs(a - b) for a, b in pairs) <= rounding / unit * max(abs(a) for a, _ in pairs)
     for path in sorted((one / "stages").glob("*.safetensors")):
         (expected, content), (found, other) = (read_whole(run / "stages" / path.name) for run in (one, many))
         # The states below the adapter are kept by one process alone.
         assert expected.keys() - found.keys() <= {"lower_MD"} and not found.keys() - expected.keys()
         norm = error = 0.0
         for name, value in ((name, here(value)) for name, value in found.items()):
-            if name.startswith("adapter."):
+            if name.startswith(("adapter.", "last.")):
                 norm += float(expected[name].double().square().sum())
                 error += float((value - expected[name]).double().square().sum())
             elif not value.is_floating_point():

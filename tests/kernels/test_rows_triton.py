@@ -22,7 +22,7 @@ def triton_rows(monkeypatch):
     from kernels.loss_head.rows_triton import TritonRows
 
     for module in (ops, passes, losses_module, losses):
-        monkeypatch.setattr(module, "row_workspace", lambda hidden: TritonRows)
+        monkeypatch.setattr(module, "row_workspace", lambda hidden, tolerance=0.0: TritonRows)
 
 
 def token_logprob(hidden, weight, target, bias=None, temperature=1.0, softcap=None, budget=None):

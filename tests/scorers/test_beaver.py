@@ -1,9 +1,12 @@
 """Beaver reward and cost models of both eras, against the Llama of transformers on one text at a time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+from engine.ranks import ALONE
 from engine.records import Prompts, Rollouts
 from engine.scorers import scoring
 from engine.scorers.base import Sampled, Scorers, TextScorer
@@ -123,7 +126,7 @@ def test_scoring_hands_over_what_was_sampled():
     states = scoring.States([], None)
     forward = scoring.ReferenceForward(temperature=1.0, logprob=False, states=states)
     scorers = Scorers(reward=scorer, costs=(scorer,), audits=())
-    scoring.score(None, scorers, prompts, rollouts, ["A", "B", "", "C"], forward)
+    scoring.score(SimpleNamespace(slices=ALONE), scorers, prompts, rollouts, ["A", "B", "", "C"], forward)
     assert seen[0] == Sampled(
         prompt_ids=[[7], [7], [8, 9], [8, 9]],
         response_ids=[[4, 2], [5, 5, 5], [2], [6, 2]],

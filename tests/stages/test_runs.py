@@ -159,7 +159,7 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     flags += ["--iterations", "2"] if slacks else []
     assert train.main([algorithm, *SMOKE, *flags, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{shown_name(algorithm)} on smoke (")
+    assert f"\n{shown_name(algorithm)} on smoke (" in out
     assert sorted(p.name for p in (tmp_path / "run" / "adapters").iterdir()) == [
         f"iteration-{i}" for i in iterates
     ]
