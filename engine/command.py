@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a mistake of the program, 2 user's error, 3 non-finite sto
 is not met, 130 Ctrl-C.
 """
 
+import atexit
 import errno
 import io
 import os
@@ -74,12 +75,25 @@ def run_command(
         try:
             _join_ranks(standing, on_ranks)
             _check_text(argv)
-            return work(argv, standing) or 0
+            code = work(argv, standing) or 0
         except BaseException as error:  # a panic of a library in Rust is no Exception
-            return _ended(error, standing)
+            code = _ended(error, standing)
         finally:
             if standing.ranks is not None:
                 standing.ranks.leave()
+    if standing.ranks is not None:
+        _end_rank(code)
+    return code
+
+
+def _end_rank(code: int) -> NoReturn:
+    """Ends a process that torchrun has started. On the interpreter's own way out threads of torch.distributed
+    may still run, and now and then abort a rank that has done its work."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _join_ranks(standing: Standing, on_ranks: bool) -> None:

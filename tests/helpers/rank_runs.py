@@ -52,8 +52,8 @@ def same(one: Path, many: Path, rounding: float = 1e-5) -> None:
     Before the first step of an update log-ratios are 0 and the signs of margins rounding alone, so the share
     of pairs in order is not compared. tests/policy/test_shared_steps.py compares gradients.
 
-    rounding: of losses, relative. AdamW turns a gradient that is near 0 into its sign, so that some weights part
-    by more than rounding; where all weights are trained more do.
+    rounding: of losses, relative. AdamW turns a gradient that is near 0 into its sign, so that some weights
+    part by more than rounding; where all weights are trained more do.
     """
     kept = [{name for name in files(run) if ".shards/" not in name} for run in (one, many)]
     assert kept[0] == kept[1] and len(kept[0]) > 15
