@@ -73,7 +73,7 @@ def loss_kernels() -> list[Kernel]:
     listed, switches = [], list(itertools.product((False, True), repeat=2))
     for dtype, (bias, softcap), jacobian in itertools.product(DTYPES, switches, (True, False)):
         # A short vocabulary is one block, of fewer warps.
-        blocks = ((rows_triton.TritonRows.MAX_BLOCK, 8), (1024, 4))
+        blocks = ((rows_triton.TritonRows.most_columns(softcap), 8), (1024, 4))
         for block, warps in blocks[: 2 if dtype == "bf16" else 1]:
             constants = {
                 "HAS_BIAS": bias,

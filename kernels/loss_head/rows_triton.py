@@ -215,6 +215,12 @@ class TritonRows(TorchRows):
         """
         return forward_triton.blocks_for(weight.shape[1], weight.dtype)
 
+    @classmethod
+    def most_columns(cls, capped: bool) -> int:
+        """Returns the logits that a row's program takes at a time; with a softcap more do not fit the
+        registers."""
+        return cls.MAX_BLOCK // 2 if capped else cls.MAX_BLOCK
+
     @staticmethod
     def _stride(weight: Tensor) -> int:
         return -(-weight.shape[0] // 16) * 16
@@ -242,7 +248,7 @@ class TritonRows(TorchRows):
             # Triton's interpreter runs on a CPU, where torch has no 16-bit product with float32 output.
             torch.mm(hidden.float(), self.weight.t().float(), out=logits)
         logprob, scale = hidden.new_empty(2, rows, dtype=torch.float32)
-        block = min(self.MAX_BLOCK, triton.next_power_of_2(vocabulary))
+        block = min(self.most_columns(self.softcap is not None), triton.next_power_of_2(vocabulary))
         with torch.cuda.device_of(hidden):
             row_kernel[(rows,)](
                 logits,
