@@ -96,9 +96,9 @@ def cases() -> Iterator[Malformed]:
     for name, write in _folders().items():
         yield _model(f"model/{name}", write, name in FINE)
     for name, text in TEMPLATES.items():
-        yield _model(
-            f"templates/{name}", template("model", text) if isinstance(text, str) else _odd_template(text)
-        )
+        write = template("model", text) if isinstance(text, str) else _odd_template(text)
+        # Where a template takes no system line, that begins the first user turn, and the run says so.
+        yield _model(f"templates/{name}", write, name == "system-refused")
     for name, write in _tokenizers().items():
         yield _model(f"tokenizer/{name}", write, name in ("no-generation", "config-class", "eos-none"))
 
