@@ -4,8 +4,8 @@ AdamW moves a policy by its learning rate, however little the target asks for. W
 every token can do, such as the length of words, five steps went to seven nats for a tilt of one. So after an
 update the policy answers some prompts, and where its KL(policy || reference) is above `--max-kl-ratio`
 times that of the tilt it learns, by more than its standard error, its weights go back towards the
-reference's until it is not. Later updates take steps as much shorter, and the weights
-that they go on from go back as far.
+reference's until it is not. The weights that further steps go on from go back as far, and these steps are as
+much shorter.
 """
 
 import math

@@ -11,27 +11,13 @@ from engine import train
 from engine.config import CaidConfig, PrimalDualConfig
 from engine.errors import UserError
 from engine.evaluate import main as evaluate
-from engine.model.architecture import ModelConfig, Rope
 from engine.run import needs
 from engine.run import plan as plan_module
 from engine.run.contents import read_contents
 from engine.run.machine import available_memory
 from engine.run.needs import KEPT_STATES_BYTES, ScorerSize, kept_states_bytes, scorer_bytes
 from engine.run.plan import Plan, evaluation_rows, rows_that_fit
-
-SHAPE = ModelConfig(
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_positions=256,
-    rms_eps=1e-6,
-    tied=True,
-    rope=Rope(theta=1e4),
-)
+from tests.helpers.plans import SHAPE
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from engine import caid, model, train
 from engine.config import CaidConfig
 from engine.errors import UserError
-from engine.model.architecture import ModelConfig, Rope
+from engine.model.architecture import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.tokenizer import load_tokenizer
 from engine.ranks import Ranks
@@ -25,6 +25,7 @@ from engine.run.needs import ScorerSize
 from engine.run.plan import Plan
 from engine.run.spread import pieces, shard_size, spread_bytes, step_bytes
 from engine.stages.smoke import smoke_folder
+from tests.helpers.plans import SHAPE
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import SMOKE
 
@@ -58,19 +59,6 @@ MODELS = {
     "Qwen 32B": published("Qwen2", 64, 5120, 27648, 40, 152064),
     "Llama 3 70B": published("Llama", 80, 8192, 28672, 64, 128256),
 }
-SHAPE = ModelConfig(
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_positions=256,
-    rms_eps=1e-6,
-    tied=True,
-    rope=Rope(theta=1e4),
-)
 UNEVEN = replace(SHAPE, vocab_size=1003, num_layers=2)
 
 
