@@ -309,6 +309,12 @@ class RunConfig:
         return False
 
     @property
+    def compares_with_reference(self) -> bool:
+        """Tells whether log-ratios to the reference are taken of its own samples, besides those that the steps
+        on an adapter take themselves."""
+        return self.by_preference or self.tune == "full"
+
+    @property
     def pairs_file(self) -> str:
         """The file of --pairs; empty where a policy update learns from samples."""
         return "" if self.pairs in ("reference", "policy") else self.pairs

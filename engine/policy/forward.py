@@ -50,12 +50,12 @@ def policy_states(
     lower: LowerStates | None,
     batch: list[Group],
     packed: Packed,
-    weights: Weights,
+    weights: Weights | None,
     *,
     dropout: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the states [T, D] under the weights that predict a batch's response tokens;
-    returns them with the head [V, D].
+    """Computes the states [T, D] under the weights (None: the reference's) that predict a batch's response
+    tokens; returns them with the head [V, D].
 
     lower: the states of all samples below the adapter, where they were kept. dropout: keys the dropout of an
     adapter that a policy step trains; None: there is none.
@@ -63,8 +63,8 @@ def policy_states(
     network, low_rank = policy_of(model, weights)
     if low_rank is not None and dropout is not None and config.lora_dropout:
         low_rank = low_rank.with_dropout(config.lora_dropout, dropout)
-    kept = low_rank is not None and lower is not None and low_rank.first_layer == lower.layer
-    assert lower is None or kept, "states below are kept for adapters alone"
+    if lower is not None and weights is not None:
+        assert low_rank is not None and low_rank.first_layer == lower.layer, "kept for adapters alone"
     known = None if lower is None else (lower.layer, lower.of(batch))
     return states_and_head(
         network, low_rank, packed, lower=known, checkpointed=config.activation_checkpointing

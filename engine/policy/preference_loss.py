@@ -11,6 +11,7 @@ from engine.config import RunConfig
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.policy.forward import policy_states
+from engine.policy.lora import Adapter
 from engine.policy.samples import Samples
 from engine.policy.weights import Weights
 from engine.records import Pairs, ScoredTarget
@@ -112,7 +113,16 @@ class PreferenceLoss:
         plus shift / coefficient."""
         config, target, samples, model = self.config, self.target, self.samples, self.model
         index = torch.tensor(pairs.row)
-        reference_N = samples.scores.ref_logprob_PG.reshape(-1)[index].to(model.device, non_blocking=True)
+        if model.dtype.itemsize == 2 and isinstance(self.weights, Adapter):
+            # In the same pass as the policy's, so that what both round alike cancels.
+            with torch.no_grad():
+                states = policy_states(config, model, samples.lower, batch, packed, None)
+                reference_N = sequence_logprob(
+                    *states, packed.target_T, packed.cu_seqlens, **options
+                ).double()
+        else:
+            reference_N = samples.scores.ref_logprob_PG.reshape(-1)[index]
+            reference_N = reference_N.to(model.device, non_blocking=True)
         if self.passed_anchor is not None:
             with torch.no_grad():
                 states = policy_states(config, model, samples.lower, batch, packed, self.passed_anchor)

@@ -126,7 +126,14 @@ def sample_reference(job: Job) -> Reference:
             samples = taken.given(job, stage)
         else:
             samples = sample(
-                job, stage, prompts, None, n=config.n_responses, purpose=keys.REFERENCE, keep=True
+                job,
+                stage,
+                prompts,
+                None,
+                n=config.n_responses,
+                purpose=keys.REFERENCE,
+                keep=True,
+                recomputed=config.compares_with_reference,
             )
         limits = limits_of(job, samples)
         # Others have been checked before anything was sampled.

@@ -97,6 +97,7 @@ def sample(
     n: int,
     purpose: int,
     keep: bool = False,
+    recomputed: bool = True,
 ) -> Samples:
     """Samples responses as `respond` does and scores them; each rank takes its share of the prompts.
 
@@ -107,13 +108,14 @@ def sample(
     states are not too large; not on several ranks, as a policy step may be about another rank's prompts. The
     reference's own samples are not run through the model again for
     log-probs under the reference: in float32 those of the sampler are the same to rounding (`logprob_gap`
-    measures it). In lower precision they are computed as the policy's are, so that ratios start at 1.
+    measures it). In 16 bits they are computed as the policy's are, so that ratios start at 1, where
+    `recomputed` asks for it: steps on an adapter compute theirs themselves (`PreferenceLoss`).
     """
     keep, spent = keep and job.ranks.size == 1, Spent(0.0, 0.0, 0)
 
     def work(own: range, part: Prompts) -> Samples | None:
         nonlocal spent
-        samples, spent = _sampled(job, stage, part, adapter, n, purpose, keep)
+        samples, spent = _sampled(job, stage, part, adapter, n, purpose, keep, recomputed)
         return samples
 
     samples = by_shares(job.ranks, prompts, work)
@@ -139,6 +141,7 @@ def _sampled(
     n: int,
     purpose: int,
     keep: bool,
+    recomputed: bool,
 ) -> tuple[Samples | None, Spent]:
     """Samples and scores responses on this rank, see `sample`; None without prompts."""
     settings = job.settings
@@ -149,7 +152,7 @@ def _sampled(
         if settings.adapter_from is None
         else first_layer(job.model.config.num_layers, settings.adapter_from)
     )
-    own = adapter is None and job.model.dtype == torch.float32
+    own = adapter is None and not (recomputed and job.model.dtype.itemsize == 2)
     small = kept_states_bytes(
         [len(ids) for ids in prompts.token_ids],
         n * settings.max_new_tokens,

@@ -21,7 +21,7 @@ from engine.run.rows import GivenRow
 from engine.run.run import Stage
 from engine.scorers.scoring import layers_asked
 from engine.stages.job import Job
-from engine.stages.sampling import forward_of, log_gap, scored
+from engine.stages.sampling import forward_of, log_gap, logprobs, scored
 from engine.stages.shared import as_given
 
 # Prompts of a file whose responses are compared with what the reference samples.
@@ -41,6 +41,10 @@ def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = N
     # Those of a file have not been sampled there either.
     if not (job.config.samples and stage.name == "reference"):
         log_gap(job, stage, samples.prompts, samples.rollouts, None)
+    if job.config.compares_with_reference and job.model.dtype.itemsize == 2:
+        # The other run may have left them to its steps.
+        ref_logprob_PG = logprobs(job, samples.prompts, samples.rollouts, None)
+        samples = replace(samples, scores=replace(samples.scores, ref_logprob_PG=ref_logprob_PG))
     if job.samples.is_scored:
         return samples
     known = job.samples.known(samples.scores)

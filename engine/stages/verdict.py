@@ -93,7 +93,15 @@ def sample_heldout(job: Job, reference: Reference, weights: Weights | None, look
         if shared is not None:
             samples = taken.shared(job, stage, shared)
         else:
-            samples = sample(job, stage, look.prompts, weights, n=look.responses, purpose=purpose)
+            samples = sample(
+                job,
+                stage,
+                look.prompts,
+                weights,
+                n=look.responses,
+                purpose=purpose,
+                recomputed=job.config.compares_with_reference,
+            )
         if weights is None and job.given is not None and look.number == 1:
             taken.warn_of_scale(job, reference.samples, samples)
         if weights is not None and look.number == 1:
