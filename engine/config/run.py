@@ -310,8 +310,8 @@ class RunConfig:
 
     @property
     def compares_with_reference(self) -> bool:
-        """Tells whether log-ratios to the reference are taken of its own samples, besides those that the steps
-        on an adapter take themselves."""
+        """Tells whether log-ratios to the reference are taken of its own samples, besides those of the steps
+        on an adapter, which compute theirs themselves in 16 bits."""
         return self.by_preference or self.tune == "full"
 
     @property

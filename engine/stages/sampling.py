@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from engine.errors import NonFiniteError
