@@ -81,7 +81,8 @@ class RunStages:
         if self._kept is None:
             self.keep(None, lam_J)
         self.updates.hold(policy)
-        measured = slack.measure(job, self.reference, self.updates.weights, policy, lam_J, iteration)
+        known = self.updates.slack_answers.pop(iteration, None)
+        measured = slack.measure(job, self.reference, self.updates.weights, policy, lam_J, iteration, known)
         self._say_gap(slack.stage_name(iteration))
         if job.ranks.is_first:
             slack.say(job, self.reference, lam_J, measured, policy.loss, iteration)

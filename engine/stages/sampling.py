@@ -98,10 +98,25 @@ def sample(
     keep: bool = False,
     recomputed: bool = True,
 ) -> Samples:
+    """Returns the samples of `drawn`, whose rows the stage logs."""
+    found = drawn(job, stage, prompts, adapter, n=n, purpose=purpose, keep=keep, recomputed=recomputed)
+    return found.logged(job, stage, adapter)
+
+
+def drawn(
+    job: Subject,
+    stage: Stage,
+    prompts: Prompts,
+    adapter: Weights | None,
+    *,
+    n: int,
+    purpose: int,
+    keep: bool = False,
+    recomputed: bool = True,
+) -> "Drawn":
     """Samples responses as `respond` does and scores them; each rank takes its share of the prompts.
 
-    stage: of a run, or anything else with `progress`, `check_stop`, `warn`, `log_speed` and `log`, which gets
-    the `log_gap` of these samples.
+    stage: of a run, or anything else with `progress`, `check_stop` and `warn`.
 
     The samples hold the states below the adapter where `keep` asks for them, heads read no higher and the
     states are not too large; not on several ranks, as a policy step may be about another rank's prompts. The
@@ -119,9 +134,7 @@ def sample(
 
     samples = by_shares(job.ranks, prompts, work)
     _have_scored(job, stage)
-    _log_speed(job, stage, int(samples.rollouts.length.sum()), spent)
-    log_gap(job, stage, prompts, samples.rollouts, adapter)
-    return samples
+    return Drawn(samples, spent)
 
 
 class Spent(NamedTuple):
@@ -130,6 +143,23 @@ class Spent(NamedTuple):
     sampling_s: float
     scoring_s: float
     passed: int  # tokens that passed the model to be scored
+
+
+class Drawn(NamedTuple):
+    """Samples, and what this rank has spent on them."""
+
+    samples: Samples
+    spent: Spent
+
+    def logged(self, job: Subject, stage: Stage, adapter: Weights | None) -> Samples:
+        """Logs how fast the samples were drawn, and their log-prob gap; returns them.
+
+        stage: of a run, or anything else with `log_speed` and `log`.
+        """
+        rollouts = self.samples.rollouts
+        _log_speed(job, stage, int(rollouts.length.sum()), self.spent)
+        log_gap(job, stage, self.samples.prompts, rollouts, adapter)
+        return self.samples
 
 
 def _sampled(

@@ -11,7 +11,7 @@ from engine.run.run import Stage
 from engine.stages.job import Job, deal_prompts
 from engine.stages.protocol import Slack
 from engine.stages.reference import Reference
-from engine.stages.sampling import sample
+from engine.stages.sampling import Drawn, drawn
 from engine.stages.solve import listed, warn_of_lam_max
 
 
@@ -20,22 +20,35 @@ def stage_name(iteration: int) -> str:
     return f"iteration-{iteration}/slack"
 
 
-def measure(
-    job: Job, reference: Reference, weights: Weights, policy: Policy, lam_J: Tensor, iteration: int
-) -> Slack:
-    """Rolls out the policy, scores its responses, and measures u(lambda) = mean(g - E_ref g) - aim (arXiv
-    2505.19387, Algorithm 2, step 2).
+def answers(job: Job, stage: Stage, reference: Reference, weights: Weights, iteration: int) -> Drawn:
+    """Rolls out an iterate on the prompts that measure its slack, and scores its responses. Equal weights
+    give equal ones."""
+    prompts = reference.prompts.select(deal_prompts(job.config, reference.prompts, iteration)[1])
+    n, purpose = job.config.slack_responses, keys.slack(iteration)
+    return drawn(job, stage, prompts, weights, n=n, purpose=purpose)
 
-    weights: hold those of `policy`.
+
+def measure(
+    job: Job,
+    reference: Reference,
+    weights: Weights,
+    policy: Policy,
+    lam_J: Tensor,
+    iteration: int,
+    known: Drawn | None = None,
+) -> Slack:
+    """Measures u(lambda) = mean(g - E_ref g) - aim on responses of the policy (arXiv 2505.19387, Algorithm 2,
+    step 2).
+
+    weights: hold those of `policy`. known: the policy's `answers`, where they are there already.
     """
     config, limits = job.config, reference.limits
     measured_on = deal_prompts(config, reference.prompts, iteration)[1]
 
     def compute(stage: Stage) -> Slack:
-        prompts = reference.prompts.select(measured_on)
-        samples = sample(
-            job, stage, prompts, weights, n=config.slack_responses, purpose=keys.slack(iteration)
-        )
+        found = known or answers(job, stage, reference, weights, iteration)
+        samples = found.logged(job, stage, weights)
+        prompts = samples.prompts
         scores = reference.scoring(stage, samples)
         mean, se, violation = torch.zeros(3, len(limits), dtype=torch.float64)
         missing_PJ = reference.missing(scores.utility_PGJ, measured_on)

@@ -2,10 +2,10 @@
 
 AdamW moves a policy by its learning rate, however little the target asks for. Where a scorer counts what
 every token can do, such as the length of words, five steps went to seven nats for a tilt of one. So after an
-update the policy answers some prompts, and where its KL(policy || reference) is above `--max-kl-ratio`
-times that of the tilt it learns, by more than its standard error, its weights go back towards the
-reference's until it is not. The weights that further steps go on from go back as far, and these steps are as
-much shorter.
+update the policy answers some prompts, those that measure its slack where the algorithm has one, and where
+its KL(policy || reference) is above `--max-kl-ratio` times that of the tilt it learns, by more than its
+standard error, its weights go back towards the reference's until it is not. The weights that further steps
+go on from go back as far, and these steps are as much shorter.
 """
 
 import math
@@ -25,7 +25,7 @@ from engine.stages.job import Job
 from engine.stages.sampling import naming, respond
 from engine.stages.shares import by_shares
 
-RESPONSES = 64  # from which a KL is measured, one to a prompt
+RESPONSES = 64  # from which a KL is measured, one to a prompt, where it has not been measured
 # A policy that is still too far after so many times stays so, and the run says it. Each time takes at least
 # a twentieth off the way, and where the KL grows as the square of the way, the first is enough.
 MOST_TIMES, LEAST = 8, 0.95
@@ -40,16 +40,19 @@ def taken_back(
     prompts: Prompts,
     limit: float,
     iteration: int,
+    known: tuple[float, float] | None = None,
 ) -> Policy:
     """Returns the policy, or one on the way from the reference to it whose KL is within the limit.
 
     weights: hold those of `policy`, and in the end those of what is returned. untrained: those of the
-    reference. prompts: all that may be asked; the first `RESPONSES` are. limit: nats per response.
+    reference. prompts: all that may be asked; the first `RESPONSES` are. limit: nats per response. known: the
+    policy's KL and its standard error, where they have been measured.
     """
     share = 1.0
     asked = prompts.select(list(range(min(len(prompts), RESPONSES))))
     for time in range(MOST_TIMES + 1):
-        kl, se = _measured_kl(job, stage, asked, weights, keys.trust(iteration, time))
+        kl, se = known or _measured_kl(job, stage, asked, weights, keys.trust(iteration, time))
+        known = None
         stage.log(TrustRow(iteration=iteration, kl=kl, kl_se=se, limit=limit, share=share))
         if kl - se <= limit:  # As a slack within its standard error moves nothing.
             break

@@ -23,10 +23,10 @@ from engine.records import ScoreRule, Target
 from engine.run import outputs
 from engine.run.rows import PairsRow, PolicyRow
 from engine.run.run import Stage
-from engine.stages import trust
+from engine.stages import slack, trust
 from engine.stages.job import Job, deal_prompts
 from engine.stages.reference import Reference
-from engine.stages.sampling import forward_of, gap_of, sample, scored
+from engine.stages.sampling import Drawn, forward_of, gap_of, sample, scored
 from engine.stages.solve import listed
 
 
@@ -55,6 +55,8 @@ class Updates:
     def __init__(self, job: Job, reference: Reference, weights: Weights, pairs: Samples | None) -> None:
         self.job, self.reference, self.weights, self.pairs = job, reference, weights, pairs
         self.untrained = weights.tensors()
+        # Those of the last iterate, where its KL was measured on them, by its number.
+        self.slack_answers: dict[int, Drawn] = {}
 
     def hold(self, policy: Policy | None) -> None:
         """Gives the weights the values of an iterate; None is the reference."""
@@ -109,14 +111,24 @@ class Updates:
     def _trusted(self, stage: Stage, policy: Policy, tilt_kl: float, iteration: int) -> Policy:
         """Takes back a policy that went further from the reference than its target
         needs (`engine.stages.trust`)."""
-        config, prompts = self.job.config, self.reference.prompts
+        job, config, prompts = self.job, self.job.config, self.reference.prompts
         if not config.trusts:
             return policy
-        pairs, slack = deal_prompts(config, prompts, iteration)
-        asked, limit = prompts.select(slack + pairs), config.max_kl_ratio * tilt_kl
-        return trust.taken_back(
-            self.job, stage, policy, self.weights, self.untrained, asked, limit, iteration
+        known = None
+        if config.measured_slacks and iteration > 0:
+            self.slack_answers = {
+                iteration: slack.answers(job, stage, self.reference, self.weights, iteration)
+            }
+            kl_PG = self.slack_answers[iteration].samples.kl_PG
+            known = float(kl_PG.mean()), float(dual.standard_error(kl_PG.mean(1)))
+        pairs, measured = deal_prompts(config, prompts, iteration)
+        asked, limit = prompts.select(measured + pairs), config.max_kl_ratio * tilt_kl
+        found = trust.taken_back(
+            job, stage, policy, self.weights, self.untrained, asked, limit, iteration, known
         )
+        if found is not policy:
+            self.slack_answers = {}
+        return found
 
     def _update(self, stage: Stage, start: Policy | None, iteration: int) -> Update:
         job = self.job
