@@ -10,8 +10,11 @@ from engine.policy.forward import frozen_forward, states_and_head
 from engine.policy.lora import Adapter
 from engine.records import Prompts
 from engine.rollout.sampler import generate
-from engine.run.rows import SampledRow, read_rows
-from engine.stages import inputs
+from engine.run.committed import read_committed
+from engine.run.rows import PairStepRow, SampledRow, read_rows
+from engine.stages import inputs, sampling
+from engine.stages.reference import ReferenceSamples
+from engine.stages.smoke import smoke_folder
 from kernels import compiled, sequence_logprob
 from tests.helpers.runs import SMOKE, files
 
@@ -33,6 +36,38 @@ def test_a_run_ends_and_an_equal_one_writes_equal_files(tmp_path, capsys):
     assert {value.dtype for value in trained.values()} == {torch.float32}
     assert run(tmp_path / "b") == 0
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_ratios_start_at_one_though_the_reference_is_scored_in_the_steps_alone(tmp_path, monkeypatch):
+    """A step passes the reference as it passes the policy; the sampler's log-probs are not quite those."""
+    passed, score = [], sampling.score
+    note = lambda *given, **named: passed.append(given[5].logprob) or score(*given, **named)  # noqa: E731
+    monkeypatch.setattr(sampling, "score", note)
+    assert run(tmp_path / "a") == 0
+    first = next(row for row in read_rows(tmp_path / "a", PairStepRow))
+    assert first.margin == 0
+    # The reference's samples, those of three iterates, and the two sides of the verdict.
+    assert passed == [False, True, True, True, False, True]
+    samples = read_committed(tmp_path / "a").load("reference", ReferenceSamples).samples
+    network = model.load(smoke_folder(), dtype=torch.bfloat16)
+    groups = packing.groups(samples.prompts, samples.rollouts)
+    _, scored = frozen_forward(network, groups, [], temperature=0.7)
+    apart = (scored.view_as(samples.scores.ref_logprob_PG) - samples.scores.ref_logprob_PG).abs()
+    assert 0 < apart.max() < 0.5
+
+
+def test_log_ratios_of_aligned_policies_are_taken_to_the_scored_reference(tmp_path):
+    """Of its own run or of another, whose samples came without."""
+    short = ["--dtype", "bfloat16", *SMOKE]
+    assert run(tmp_path / "a") == 0
+    assert train.main(["pecan", *short, "--out", str(tmp_path / "b" / "own")]) == 0
+    other = ["--samples-of", str(tmp_path / "a"), "--out", str(tmp_path / "c" / "shared")]
+    assert train.main(["pecan", *short, *other]) == 0
+    found = [
+        read_committed(tmp_path / name).load("reference", ReferenceSamples).samples.scores.ref_logprob_PG
+        for name in ("a", "b/own", "c/shared")
+    ]
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
 
 
 def test_a_processor_without_16_bit_products_is_named(tmp_path, capsys, monkeypatch):

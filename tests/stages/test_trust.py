@@ -12,7 +12,16 @@ from engine.config import MocanConfig
 from engine.policy.steps import Policy
 from engine.records import Score, ScoredTarget
 from engine.run.committed import read_committed
-from engine.run.rows import DualRow, IterationRow, PolicyRow, ReferenceRow, StepRow, TrustRow, read_rows
+from engine.run.rows import (
+    DualRow,
+    IterationRow,
+    PolicyRow,
+    ReferenceRow,
+    SampledRow,
+    StepRow,
+    TrustRow,
+    read_rows,
+)
 from engine.stages import trust
 from engine.stages.reference import ReferenceSamples
 from tests.helpers.runs import SMOKE, files
@@ -50,6 +59,30 @@ def test_a_policy_that_went_too_far_is_taken_back_and_goes_on_at_less_pace(runs)
     assert [row.kl > 2 * first[0].limit for row in far] == [True, True]
     assert read_rows(free, TrustRow) == []
     assert all(row.tilt_kl > 0 for row in read_rows(free, PolicyRow))
+
+
+def test_a_policy_is_judged_on_the_answers_that_measure_its_slack_and_these_are_drawn_once(
+    tmp_path, cache, monkeypatch
+):
+    """A run that goes on between the two draws them again, and they are the same."""
+    drawn, draw = [], trust.respond
+    monkeypatch.setattr(trust, "respond", lambda *given, **named: drawn.append(1) or draw(*given, **named))
+    flags = [*SMOKE, "--iterations", "2", "--eval-prompts", "2"]
+    assert train.main(["caid", *flags, "--out", str(tmp_path / "a")]) == 0
+    judged, measured = read_rows(tmp_path / "a", TrustRow), read_rows(tmp_path / "a", IterationRow)
+    assert [row.share for row in judged] == [1, 1] and not drawn
+    for one, other in zip(judged, measured, strict=True):
+        assert (one.kl, one.kl_se) == (other.kl, other.kl_se) and one.kl != 0
+    sampled = [row.stage for row in read_rows(tmp_path / "a", SampledRow)]
+    assert sampled[:3] == ["reference", "iteration-1/slack", "iteration-2/slack"]
+    whole = files(tmp_path / "a")
+    stages = sorted((tmp_path / "a" / "stages").iterdir())
+    (slack,) = (path for path in stages if "iteration-1-slack" in path.name)
+    for path in stages[stages.index(slack) :]:
+        path.unlink()
+    (tmp_path / "a" / "evaluation.json").unlink()
+    assert train.main(["--resume", str(tmp_path / "a")]) == 0
+    assert files(tmp_path / "a") == whole
 
 
 def test_the_way_back_is_in_the_weights(runs):
