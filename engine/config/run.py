@@ -42,7 +42,8 @@ class RunConfig:
     device: str = one_of("auto", "cpu", "cuda")
     """auto, cpu or cuda."""
     dtype: str = one_of("auto", "float32", "bfloat16", "float16")
-    """auto (float32 on CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
+    """float32, bfloat16, float16, or auto: bfloat16 on a GPU, and for the default model on a CPU with
+    AVX512-BF16 or AMX; float32 elsewhere."""
     threads: int = bounded(0, at_least=0, at_most=1024)
     """CPU threads; 0 takes as many as the process may use cores. Equal runs need equal thread counts."""
     model_ranks: int = count(1)

@@ -75,8 +75,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Rank
     device = torch.device(_device(config.device))
     if device.type == "cuda" and ranks.size > 1:
         device = _own_gpu(ranks)
-    automatic = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = DTYPES[automatic if config.dtype == "auto" else config.dtype]
+    dtype = DTYPES[_automatic(device, config.model) if config.dtype == "auto" else config.dtype]
     folder = model_folder(config.model)
     files, fingerprint = digests(folder), model.fingerprint(folder)
     notes = [] if owned is None else [*owned.check_model(folder, files), *owned.check_sources()]
@@ -145,6 +144,13 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Rank
         reading=reading,
         notes=notes,
     )
+
+
+def _automatic(device: torch.device, name: str) -> str:
+    """Returns the data type of --dtype auto. name: that of --model, "" for the default model."""
+    # Ten seeds of the default model have shown that it loses nothing in bfloat16 (LOG.md).
+    fast = device.type == "cuda" or (not name and has_16_bit_products())
+    return "bfloat16" if fast else "float32"
 
 
 def asks_for_time(tokenizer) -> bool:

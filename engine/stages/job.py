@@ -210,7 +210,9 @@ def _start(algorithm: str, config: RunConfig, resume: str | None) -> Start:
 class Prepared:
     """All that a run needs, read and checked; the weights of its model are not loaded yet."""
 
-    config: RunConfig  # with as many prompts as there are, and as many rows as the memory holds
+    config: (
+        RunConfig  # with as many prompts as there are, as many rows as the memory holds, and the data type
+    )
     inputs: Inputs
     train: Prompts  # those that the reference answers
     heldout: Prompts  # those of the verdict's first look
@@ -273,6 +275,8 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     owned = start.owned
     with ranks.node_first():
         inputs = read_inputs(config, owned, ranks)
+    # Where auto means something else a run goes on, and is judged, in the data type that it began with.
+    config = replace(config, dtype=str(inputs.dtype).removeprefix("torch."))
     if inputs.given is not None:
         config = replace(config, n_responses=inputs.given.rollouts.n)
     config, lowered = fit(config, len(inputs.train), len(inputs.heldout))

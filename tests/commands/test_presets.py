@@ -154,11 +154,12 @@ def ran(algorithm: str, preset: str, *words: str, **settings) -> Path:
 
 
 def check_run(run: Path, algorithm: str, preset: str, given: set[str]) -> None:
-    """Every setting that no flag gave is the preset's in what the run has kept, and there is a verdict."""
+    """Every setting that no flag gave is the preset's in what the run has kept, and there is a verdict. The
+    run keeps the data type that auto stood for, and the rows that the memory holds."""
     wanted = PRESETS[preset].apply(ALGORITHMS[algorithm].config_class())
     kept = type(wanted)(**read_contents(run).config)
     for field in fields(wanted):
-        if field.name not in given | {"steps", "rollout_rows"}:
+        if field.name not in given | {"steps", "rollout_rows", "dtype"}:
             assert getattr(kept, field.name) == getattr(wanted, field.name), field.name
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["units"] == "raw" and evaluation["n_prompts"] == 4
