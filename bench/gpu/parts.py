@@ -1,4 +1,4 @@
-"""The parts of `python -m bench.gpu`, each of under nine minutes."""
+"""Parts 1 to 6 of `python -m bench.gpu`, each of under nine minutes."""
 
 from bench.gpu.kernels import attention_kernels, ceilings, decode, launches, sampling
 from bench.gpu.steps import Step
@@ -27,15 +27,16 @@ def rollout(shape: str, **options) -> Step:
     return case(f"rollout {shape}", "rollout", seconds, **options)
 
 
-def train_step(shape: str, tune: str) -> Step:
+def train_step(shape: str, tune: str, **options) -> Step:
     """Returns a step of `bench.run train_step`."""
-    options = {"shape": shape, "tune": tune, "pairs": 32, "prompt": 256, "response": 256}
+    options = {"shape": shape, "tune": tune, "pairs": 32, "prompt": 256, "response": 256} | options
     return case(f"train_step {shape} {tune}", "train_step", 60, **options)
 
 
-def iteration(shape: str) -> Step:
+def iteration(shape: str, **options) -> Step:
     """Returns a step of `bench.run iteration`."""
-    return case(f"iteration {shape}", "iteration", 100, shape=shape, steps=4, prompts=64, new=128)
+    options = {"shape": shape, "steps": 4, "prompts": 64, "new": 128} | options
+    return case(f"iteration {shape}", "iteration", 100, **options)
 
 
 MEMCHECK, RACECHECK = (

@@ -1,21 +1,34 @@
 """The project's tests on a GPU, maybe under compute-sanitizer, as a table of counts."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import torch
 
-from bench.gpu.steps import Step, table
+from bench.gpu.steps import Figure, Step, table
 from bench.run.origin import ROOT
 
+HEADER = ["", "exit code", "passed", "failed", "skipped", "s"]
 
-def tests(name: str, seconds: float, arguments: list[str], tool: tuple[str, ...] = ()) -> Step:
-    """Returns a step that runs pytest, under `tool` where it is given, and counts."""
+
+def tests(
+    name: str,
+    seconds: float,
+    arguments: list[str],
+    tool: tuple[str, ...] = (),
+    *,
+    limit_s: float | None = None,
+    figures: Callable[[list[dict]], list[Figure]] = lambda lines: [],
+) -> Step:
+    """Returns a step that runs pytest, under `tool` where it is given, and counts; after `limit_s` pytest is
+    asked to stop, and what it has done by then counts."""
 
     def lines(device: torch.device, folder: Path = Path("/tmp")) -> list[dict]:
         report = folder / f"{name.replace(' ', '-')}.xml"
@@ -24,13 +37,19 @@ def tests(name: str, seconds: float, arguments: list[str], tool: tuple[str, ...]
         command = [*tool, sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
         # The sanitizer sees a tensor's bounds only where each has memory of its own.
         bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
-        ended = subprocess.run(command, cwd=ROOT, env=os.environ | bare)
+        notes: tuple[str, ...] = ()
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | bare)
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            notes = (f"stopped after {limit_s:.0f} s",)
+            process.send_signal(signal.SIGINT)
+            process.wait()
         counts = counted(report)
-        row = [name, ended.returncode, counts.passed, counts.failed, counts.skipped, time.monotonic() - begun]
-        header = ["", "exit code", "passed", "failed", "skipped", "s"]
-        return [table(f"Tests: {name}", header, [row], counts.notes, device=device)]
+        row = [name, process.returncode, *counts[:3], time.monotonic() - begun]
+        return [table(f"Tests: {name}", HEADER, [row], notes + counts.notes, device=device)]
 
-    return Step(name, seconds, lines)
+    return Step(name, seconds, lines, figures)
 
 
 class Counts(NamedTuple):

@@ -59,6 +59,8 @@ class LossHead:
     """Further memory budgets, in MB, that ours is timed at."""
     dtype: Dtype = "float32"
     device: Device = "cpu"
+    rivals: bool = True
+    """Rivals too, not the floor alone."""
     keep_pages: KeepPages = False
     repeats: Repeats = 15
     save: Save = True
@@ -74,7 +76,7 @@ def run(config: LossHead) -> dict:
     eager_extra = peak_bytes(eager(x), device) - returned
     steps = candidates(x, eager_extra // 6)
     steps |= {f"dualign, {mb} MB": ours(x, 10**6 * mb) for mb in config.budgets_mb}
-    _, not_run = add_rivals(steps, rivals(x))
+    _, not_run = add_rivals(steps, rivals(x) if config.rivals else {})
     errors = check(steps, x)
     products = floor(x)
     measured = timed(steps, products, config.repeats, device) | {"not_run": not_run}

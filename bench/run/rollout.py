@@ -67,7 +67,7 @@ class Rollout:
     dtype: Dtype = "float32"
     device: Device = "cpu"
     rivals: bool = True
-    """Other engines too, not the floors alone."""
+    """Other engines too, and in 16 bits our own with one prompt at a time, not the floors alone."""
     keep_pages: KeepPages = True
     repeats: Repeats = 5
     save: Save = True
@@ -123,7 +123,7 @@ def run(config: Rollout) -> dict:
         "keep_pages": config.keep_pages,
         "logprob_gap": asdict(difference),
         "tokens": sum(lengths),
-        "parting": parting(model, work) if dtype == torch.bfloat16 else None,
+        "parting": parting(model, work) if config.rivals and dtype == torch.bfloat16 else None,
         **measured,
         "not_run": not_run,
         **origin(device),
