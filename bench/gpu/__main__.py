@@ -1,10 +1,10 @@
 """Measures what only a GPU can show: `python -m bench.gpu --part N --out FOLDER`.
 
-Part 0 answers what matters most in six and a half minutes; parts 1 to 6 take under nine minutes each. Each step
-of a part leaves one JSON line in FOLDER/part-N.jsonl when it ends, and prints what it found, so that the same
-command goes on where it was cut off; a step that failed or took too long leaves its error and is tried again
-after the others. `python -m bench.gpu --out FOLDER` adds the figures of the folder to bench/results.jsonl and
-writes bench/RESULTS.md anew.
+Part 0 answers what matters most in six and a half minutes; parts 1 to 6 take under nine minutes each. Each
+step of a part leaves one JSON line in FOLDER/part-N.jsonl when it ends, and prints what it found, so that the
+same command goes on where it was cut off; a step that failed or took too long leaves its error and is tried
+again after the others. `python -m bench.gpu --out FOLDER` adds the figures of the folder to
+bench/results.jsonl and writes bench/RESULTS.md anew.
 """
 
 import json

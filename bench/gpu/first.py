@@ -24,7 +24,7 @@ KERNELS = (
     "decode_attention_against and None and (64-9-3 or 128-16-2) and bfloat16",
     "norm_rotation and 300-4096 and bfloat16",
     "sampling_is_that and 5003-torch.bfloat16",
-    "by_runs and torch.bfloat16-groups-{}",
+    "by_runs and torch.bfloat16-groups and not window",
     "rollouts_by_captured",
     "16_bit_log_probs",
     "repeat_bitwise and CaidConfig",
@@ -35,14 +35,17 @@ ROW_TILES = ((2048, 8), (4096, 8), (4096, 16), (8192, 16))
 ENTRIES_ROWS, TEMPERATURES, POWERS = 1024, (0.7, 1.0), (12, 16, 18, 20, 24, 28)
 
 # What is predicted below was reckoned before any of it ran on a GPU, for an H200 that copies 4.3 TB/s and
-# multiplies 790 Tflop/s: large products reach 93 % of that, and streams 88 % of a copy. It may be wrong by 6 %
-# for the loss head and by 20 % for the rest.
+# multiplies 790 Tflop/s: large products reach 93 % of that, and streams 88 % of a copy. It may be wrong by
+# 6 % for the loss head and by 20 % for the rest.
 COPY_GB, PRODUCT_TFLOP = 4300, 790
 LARGE, STREAM = 0.93, 0.88
 
 
 def steps(model: str) -> list[Step]:
-    """Lists the steps, most valuable first. model: folder of a checkpoint whose entries are counted, or empty."""
+    """Lists the steps, most valuable first.
+
+    model: folder of the checkpoint whose entries are counted; empty where there is none.
+    """
     alone = {"rivals": False}
     full, frozen = loss_head("qwen3-8b", **alone), loss_head("qwen3-8b", frozen=True, **alone)
     counted = [Step("entries", 25, partial(entries, model=model), entry_counts)]

@@ -1,5 +1,5 @@
-"""A process that runs the steps of a part, so that one which hangs, or after which the GPU takes no more from its
-process, stops none of the others."""
+"""A process that runs the steps of a part, so that one which hangs, or after which the GPU takes no more from
+its process, stops none of the others."""
 
 import multiprocessing
 import os
@@ -30,7 +30,8 @@ class Worker:
         self.end()
 
     def attempt(self, step: Step, until: float) -> dict:
-        """Runs a step until at most that reading of the monotonic clock, the start of the process included."""
+        """Runs a step, after the start of a process where there is none, until at most that reading of the
+        monotonic clock."""
         begun = time.monotonic()
         if self.process is None:
             # A fork could not use the GPU once this process has asked for it.

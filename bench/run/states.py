@@ -73,8 +73,8 @@ def entries_above(
 ) -> tuple[Tensor, Tensor]:
     """Counts the entries of softmax - onehot whose absolute value is at least each bound, in float32.
 
-    Returns the counts of each row, int64 [rows, bounds], and what the others of the row sum up to, by absolute
-    value: float64 [rows, bounds].
+    Returns the counts of each row, int64 [rows, bounds], and the sum of the row's other absolute values,
+    float64 [rows, bounds].
     """
     counts, left_out = [], []
     for h, y in zip(hidden.split(256), target.split(256), strict=True):
