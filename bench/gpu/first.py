@@ -29,9 +29,12 @@ KERNELS = (
     "16_bit_log_probs",
     "repeat_bitwise and CaidConfig",
 )
-# (width, vocabulary) of the head that the kernel without stored logits is for; (logits at a time, warps).
-FORWARD_HEADS = ((896, 151936),)
-ROW_TILES = ((2048, 8), (4096, 8), (4096, 16), (8192, 16))
+CHOSEN = ["-o", "addopts=", GPU_TESTS, "-k", " or ".join(f"({kernel})" for kernel in KERNELS)]
+CEILINGS: dict[str, int] = {}  # as they are in part 1
+# (logits at a time, warps) of the row kernel, and (width, vocabulary) of a head that the kernel without
+# stored logits is for.
+ROWS = {"tiles": ((2048, 8), (4096, 8), (4096, 16), (8192, 16))}
+FORWARD = {"heads": ((896, 151936),)}
 ENTRIES_ROWS, TEMPERATURES, POWERS = 1024, (0.7, 1.0), (12, 16, 18, 20, 24, 28)
 
 # What is predicted below was reckoned before any of it ran on a GPU, for an H200 that copies 4.3 TB/s and
@@ -50,14 +53,8 @@ def steps(model: str) -> list[Step]:
     full, frozen = loss_head("qwen3-8b", **alone), loss_head("qwen3-8b", frozen=True, **alone)
     counted = [Step("entries", 25, partial(entries, model=model), entry_counts)]
     return [
-        tests(
-            "kernels against float64",
-            60,
-            ["-o", "addopts=", GPU_TESTS, "-k", " or ".join(f"({k})" for k in KERNELS)],
-            limit_s=60,
-            figures=test_counts,
-        ),
-        Step("ceilings", 20, ceilings, ceiling_rates),
+        tests("kernels against float64", 60, CHOSEN, limit_s=60, figures=test_counts),
+        Step("ceilings", 20, partial(ceilings, **CEILINGS), ceiling_rates),
         replace(full, figures=partial(over_products, predicted=1.07, ms=44.5, most=1.12)),
         replace(frozen, seconds=20, figures=partial(over_products, predicted=1.10, ms=30.5, most=1.17)),
         replace(rollout("qwen2.5-1.5b", **alone), seconds=35, figures=partial(of_floor, share=0.45, ms=3.4)),
@@ -65,8 +62,8 @@ def steps(model: str) -> list[Step]:
         replace(train_step("qwen2.5-1.5b", "full", **alone), seconds=45, figures=of_rate),
         replace(iteration("qwen2.5-0.5b", repeats=1, **alone), seconds=50, figures=whole),
         *(counted if model else ()),
-        Step("row kernel, four tiles", 20, partial(row_tiles, tiles=ROW_TILES), chosen_rows),
-        Step("forward, one head", 25, partial(forward_tiles, heads=FORWARD_HEADS), chosen_forward),
+        Step("row kernel, four tiles", 20, partial(row_tiles, **ROWS), chosen_rows),
+        Step("forward, one head", 25, partial(forward_tiles, **FORWARD), chosen_forward),
     ]
 
 
@@ -115,8 +112,8 @@ def over_products(lines: list[dict], predicted: float, ms: float, most: float) -
     """Returns the time of the loss head over that of the bare products, and in ms."""
     ours = _ours(lines)
     return [
-        Figure("time", "of the bare products'", 1 / ours["floor_share"], predicted, f"at most {most}"),
-        Figure("", "ms", 1000 * ours["median_s"], ms),
+        Figure("time over the bare products'", "x", 1 / ours["floor_share"], predicted, f"at most {most}"),
+        Figure("time", "ms", 1000 * ours["median_s"], ms),
     ]
 
 
@@ -124,8 +121,8 @@ def of_floor(lines: list[dict], share: float, ms: float) -> list[Figure]:
     """Returns the share of its floor by bytes and flops that a rollout reaches, and its ms a step."""
     ours = _ours(lines)
     return [
-        Figure("share", "of the floor", ours["computed_share"], share, "at least 0.5"),
-        Figure("", "ms a step", 1000 * ours["step_s"], ms),
+        Figure("share of the floor", "", ours["computed_share"], share, "at least 0.5"),
+        Figure("a step", "ms", 1000 * ours["step_s"], ms),
     ]
 
 
@@ -133,8 +130,8 @@ def of_rate(lines: list[dict]) -> list[Figure]:
     """Returns the share of the rate of products that a training step reaches, and its ms."""
     ours = _ours(lines)
     return [
-        Figure("share", "of the rate of products", ours["rate_share"], 0.62, "at least 0.5"),
-        Figure("", "ms", 1000 * ours["median_s"], 440),
+        Figure("share of the rate of products", "", ours["rate_share"], 0.62, "at least 0.5"),
+        Figure("time", "ms", 1000 * ours["median_s"], 440),
     ]
 
 
