@@ -37,17 +37,16 @@ def tests(
         command = [*tool, sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
         # The sanitizer sees a tensor's bounds only where each has memory of its own.
         bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
-        notes: tuple[str, ...] = ()
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | bare)
+        process, stopped_s = subprocess.Popen(command, cwd=ROOT, env=os.environ | bare), None
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            notes = (f"stopped after {limit_s:.0f} s",)
+            stopped_s = limit_s
             process.send_signal(signal.SIGINT)
             process.wait()
-        counts = counted(report)
+        counts = counted(report, stopped_s)
         row = [name, process.returncode, *counts[:3], time.monotonic() - begun]
-        return [table(f"Tests: {name}", HEADER, [row], notes + counts.notes, device=device)]
+        return [table(f"Tests: {name}", HEADER, [row], counts.notes, device=device)]
 
     return Step(name, seconds, lines, figures)
 
@@ -61,18 +60,26 @@ class Counts(NamedTuple):
     notes: tuple[str, ...]  # each failure, and how many tests were skipped for each reason
 
 
-def counted(report: Path) -> Counts:
-    """Counts the tests of a JUnit report."""
-    passed, failed, reasons = 0, [], {}
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+def counted(report: Path, stopped_s: float | None = None) -> Counts:
+    """Counts the tests of a JUnit report. stopped_s: seconds after which pytest was asked to stop."""
+    passed, failed, reasons, notes = 0, [], {}, []
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    if stopped_s is not None:
+        # The report shows the test that did not end like one that passed.
+        last = [_name(case) for case in cases[-1:]]
+        cases, notes = cases[:-1], [f"stopped after {stopped_s:.0f} s in {', '.join(last) or 'none'}"]
+    for case in cases:
         problem = next((e for e in case if e.tag in ("failure", "error")), None)
         skipped = case.find("skipped")
         if problem is not None:
-            test = f"{case.get('classname')}::{case.get('name')}"
-            failed.append(f"failed: {test}: {(problem.get('message') or '').splitlines()[:1]}")
+            failed.append(f"failed: {_name(case)}: {(problem.get('message') or '').splitlines()[:1]}")
         elif skipped is not None:
             reasons[skipped.get("message")] = reasons.get(skipped.get("message"), 0) + 1
         else:
             passed += 1
-    notes = (*failed, *(f"{count} skipped: {reason}" for reason, count in reasons.items()))
-    return Counts(passed, len(failed), sum(reasons.values()), notes)
+    notes += [*failed, *(f"{count} skipped: {reason}" for reason, count in reasons.items())]
+    return Counts(passed, len(failed), sum(reasons.values()), tuple(notes))
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.get('classname')}::{case.get('name')}"
