@@ -81,8 +81,9 @@ def run(config: Rollout) -> dict:
     if config.real and config.shape:
         raise SystemExit("--real: random weights never end a response; give a --model instead of a --shape.")
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(shapes.opened(config.model, config.shape, dtype, device))
-        name, folder, model = opened
+        # Only other engines read a random model from its folder.
+        opened = shapes.opened(config.model, config.shape, dtype, device, saved=config.rivals)
+        name, folder, model = stack.enter_context(opened)
         if config.real:
             work = real_work(folder, config.rows, N, config.new)
         else:
