@@ -62,24 +62,19 @@ class Counts(NamedTuple):
 
 def counted(report: Path, stopped_s: float | None = None) -> Counts:
     """Counts the tests of a JUnit report. stopped_s: seconds after which pytest was asked to stop."""
-    passed, failed, reasons, notes = 0, [], {}, []
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    if stopped_s is not None:
-        # The report shows the test that did not end like one that passed.
-        last = [_name(case) for case in cases[-1:]]
-        cases, notes = cases[:-1], [f"stopped after {stopped_s:.0f} s in {', '.join(last) or 'none'}"]
-    for case in cases:
+    passed, failed, reasons = 0, [], {}
+    notes = [] if stopped_s is None else [f"stopped after {stopped_s:.0f} s"]
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
         problem = next((e for e in case if e.tag in ("failure", "error")), None)
         skipped = case.find("skipped")
+        if case.get("name") is None:
+            continue  # the test in which pytest was stopped
         if problem is not None:
-            failed.append(f"failed: {_name(case)}: {(problem.get('message') or '').splitlines()[:1]}")
+            test = f"{case.get('classname')}::{case.get('name')}"
+            failed.append(f"failed: {test}: {(problem.get('message') or '').splitlines()[:1]}")
         elif skipped is not None:
             reasons[skipped.get("message")] = reasons.get(skipped.get("message"), 0) + 1
         else:
             passed += 1
     notes += [*failed, *(f"{count} skipped: {reason}" for reason, count in reasons.items())]
     return Counts(passed, len(failed), sum(reasons.values()), tuple(notes))
-
-
-def _name(case: ElementTree.Element) -> str:
-    return f"{case.get('classname')}::{case.get('name')}"

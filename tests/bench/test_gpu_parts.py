@@ -240,8 +240,7 @@ def test_tests_that_take_too_long_are_stopped_and_counted(tmp_path, monkeypatch)
     (line,) = step.lines(CPU)
     passed, failed = step.figures([line])
     assert line["table"][0][:5] == ["slow ones", 2, 1, 0, 0]
-    (note,) = line["notes"]
-    assert note.startswith("stopped after 7 s in ") and note.endswith("test_slow")
+    assert line["notes"] == ["stopped after 7 s"]
     assert (passed.measured, failed.measured, failed.target) == (1, 0, "0")
 
 
