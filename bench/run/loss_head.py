@@ -188,10 +188,10 @@ def ours(
     tolerance: float | None = None,
 ) -> Step:
     """Returns the step of `kernels.lagrangian_preference_loss`, or of its twin, within `budget` bytes."""
-    ones = torch.ones(len(x.pairs))
+    ones, pairs = torch.ones(len(x.pairs), device=x.hidden.device), x.pairs
     own = {"memory_budget_bytes": budget, "gradient_tolerance": tolerance}
     if op is reference.lagrangian_preference_loss:
-        own = {}
+        own, pairs = {}, pairs.to(x.hidden.device)
 
     def step() -> tuple[Tensor, list[Tensor]]:
         loss = op(
@@ -199,7 +199,7 @@ def ours(
             x.weight,
             x.target,
             x.cu_seqlens,
-            x.pairs,
+            pairs,
             None,
             None,
             None,
