@@ -46,7 +46,7 @@ class Worker:
                 outcome = self.pipe.recv()
             else:
                 outcome = {"failed": f"ended after {time.monotonic() - begun:.0f} s, which is too long"}
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             self.process.join()
             outcome = {"failed": f"its process ended with code {self.process.exitcode}"}
         if "failed" in outcome:
@@ -71,6 +71,6 @@ def _work(pipe: Connection, steps: Callable[[], list[Step]], device: str) -> Non
     # A shell has its background jobs ignore this signal, by which tests are asked to stop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     by_name = {step.name: step for step in steps()}
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with suppress(EOFError, ConnectionError):
         while True:
             pipe.send(tried(by_name[pipe.recv()], torch.device(device)))
