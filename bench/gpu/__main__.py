@@ -19,7 +19,7 @@ import tyro
 
 from bench.gpu import BEGUN, first
 from bench.gpu.parts import PARTS
-from bench.gpu.steps import LIMIT_S, Step, go_on, read
+from bench.gpu.steps import LIMIT_S, go_on, read
 from bench.gpu.worker import Worker
 from bench.run.results import add_new
 from engine.command import run_command
@@ -57,11 +57,6 @@ def main(arguments: list[str]) -> int:
     return run_command(lambda _, standing: _part(options), arguments)
 
 
-def steps_of(part: int, model: str) -> list[Step]:
-    """Lists the steps of a part."""
-    return PARTS[part][1] if part else first.steps(model)
-
-
 def _part(options: Options) -> int:
     if options.part is None:
         print(f"{collect(options.out)} new lines in bench/results.jsonl; bench/RESULTS.md is written")
@@ -73,7 +68,7 @@ def _part(options: Options) -> int:
     if not torch.cuda.is_available():
         raise UserError("--part needs a GPU, and torch finds none here.")
     title, limit_s = (PARTS[options.part][0], LIMIT_S) if options.part else (first.TITLE, first.LIMIT_S)
-    steps = partial(steps_of, options.part, options.model)
+    steps = partial(first.steps_of, options.part, options.model)
     options.out.mkdir(parents=True, exist_ok=True)
     with Worker(steps, "cuda") as worker:
         path = options.out / f"part-{options.part}.jsonl"

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from bench.gpu.kernels import ceilings
-from bench.gpu.parts import GPU_TESTS, iteration, loss_head, rollout, train_step
+from bench.gpu.parts import GPU_TESTS, PARTS, iteration, loss_head, rollout, train_step
 from bench.gpu.steps import BF16, Figure, Step, table
 from bench.gpu.suite import HEADER, tests
 from bench.gpu.tiles import forward_tiles, row_tiles
@@ -65,6 +65,11 @@ def steps(model: str) -> list[Step]:
         Step("row kernel, four tiles", 20, partial(row_tiles, **ROWS), chosen_rows),
         Step("forward, one head", 25, partial(forward_tiles, **FORWARD), chosen_forward),
     ]
+
+
+def steps_of(part: int, model: str) -> list[Step]:
+    """Lists the steps of any part."""
+    return PARTS[part][1] if part else steps(model)
 
 
 def entries(device: torch.device, model: str) -> list[dict]:

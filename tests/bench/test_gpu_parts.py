@@ -1,6 +1,7 @@
 """The parts of bench.gpu, as far as a CPU can run them."""
 
 import os
+import pickle
 import subprocess
 import time
 
@@ -142,6 +143,25 @@ def test_time_is_kept(tmp_path, capsys):
     assert go.calls == [("slow", 20), ("quick", 40), ("hangs", 50), ("small", 56)] and PATIENCE == 2
     assert "not done, as no time is left: late;" in capsys.readouterr().out
     assert go.run(of_part, path, limit_s=15) == 2 and go.calls == [("late", 68)]
+
+
+def test_the_command_runs_all_steps_of_part_0(tmp_path, monkeypatch, capsys):
+    class InThisProcess(Worker):
+        def __init__(self, steps, device: str) -> None:
+            # Another process does not import the __main__ of a package that `python -m` runs.
+            assert device == "cuda" and b"__main__" not in pickle.dumps(steps)
+            super().__init__(steps, device)
+
+        def attempt(self, step: Step, until: float) -> dict:
+            return {"lines": [{"of": step.name}], "figures": []}
+
+    monkeypatch.setattr(command, "Worker", InThisProcess)
+    monkeypatch.setattr(command, "BEGUN", time.monotonic())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert command.main(["--part", "0", "--out", str(tmp_path)]) == 0
+    assert len(steps.read(tmp_path / "part-0.jsonl")) == 10
+    said = capsys.readouterr().out
+    assert "entries: skipped, as no checkpoint is named" in said and "10 of 10 steps done" in said
 
 
 def test_a_step_that_hangs_or_dies_stops_no_other(tmp_path):
