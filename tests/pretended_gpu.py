@@ -409,7 +409,7 @@ def pretend() -> None:
         "get_device_name": lambda *device: "no GPU",
         "Event": Event,
         "memory_allocated": lambda *device: 0,
-        "max_memory_allocated": lambda *device: 0,
+        "max_memory_allocated": lambda *device: 2**20,
         "reset_peak_memory_stats": lambda *device: None,
     }.items():
         setattr(torch.cuda, name, value)
