@@ -634,7 +634,10 @@ STEPS_OF_PART_0 = 10
 
 @pytest.mark.parametrize("number", range(STEPS_OF_PART_0))
 def test_a_step_of_part_0_of_the_bench(tiny_folder, monkeypatch, number):
-    """In small sizes; the part is short, and no step may be lost on a card to a slip."""
+    """In small sizes: the part is short, and a card is too dear for slips.
+
+    A pretended GPU takes minutes for all: `python tests/pretended_gpu.py -k part_0_of_the_bench`.
+    """
     steps = gpu_steps.small(tiny_folder, monkeypatch)
     assert len(steps) == STEPS_OF_PART_0
     outcome = tried(steps[number], torch.device("cuda"))
