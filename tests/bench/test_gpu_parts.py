@@ -257,7 +257,7 @@ def test_tests_that_take_too_long_are_stopped_and_counted(tmp_path, monkeypatch)
     monkeypatch.setattr(suite.subprocess, "Popen", Popen)
     arguments = ["-o", "addopts=", "-p", "no:cacheprovider", str(file)]
     step = suite.tests("slow ones", 9, arguments, limit_s=7, figures=first.test_counts)
-    (line,) = step.lines(CPU)
+    (line,) = step.lines(CPU, tmp_path)
     passed, failed = step.figures([line])
     assert line["table"][0][:5] == ["slow ones", 2, 1, 0, 0]
     assert line["notes"] == ["stopped after 7 s"]
