@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,6 +357,19 @@ class Profile:
         ]
 
 
+class Event:
+    """A moment of the host's, as nothing is computed behind its back."""
+
+    def __init__(self, **options) -> None:
+        pass
+
+    def record(self) -> None:
+        self.moment = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end.moment - self.moment)
+
+
 def pretend() -> None:
     """Makes this process believe that it has a GPU from now on."""
     import torch.nn.attention.varlen as varlen
@@ -392,6 +406,11 @@ def pretend() -> None:
         "graph": capture,
         "launches": lambda: state.launches,
         "get_device_properties": lambda *device: SimpleNamespace(total_memory=2**35),
+        "get_device_name": lambda *device: "no GPU",
+        "Event": Event,
+        "memory_allocated": lambda *device: 0,
+        "max_memory_allocated": lambda *device: 2**20,
+        "reset_peak_memory_stats": lambda *device: None,
     }.items():
         setattr(torch.cuda, name, value)
     torch.Generator, torch.profiler.profile, varlen.varlen_attn = Generator, Profile, varlen_attn

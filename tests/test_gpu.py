@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.gpu.steps import tried
 from bench.run.measure import peak_bytes
 from engine.config import CaidConfig, PrimalDualConfig, smoke
 from engine.model.attention import attend_packed, runs_kernel
@@ -29,6 +30,7 @@ from kernels import decode_attention, lagrangian_preference_loss, reference, sam
 from kernels.attention.decode import store
 from kernels.layer import layer
 from kernels.random import exponential, stream
+from tests.helpers import gpu_steps
 from tests.helpers.attention import HOW, LAYOUTS
 from tests.helpers.decode import OPTIONS, assert_as_good_as_torch
 from tests.helpers.decode import problem as decode_problem
@@ -625,3 +627,19 @@ def test_the_host_never_waits_between_the_passes_of_scoring(given, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(passes) == 3 and torch.equal(got[1], expected[1]) and torch.equal(got[0][1], expected[0][1])
+
+
+STEPS_OF_PART_0 = 10
+
+
+@pytest.mark.parametrize("number", range(STEPS_OF_PART_0))
+def test_a_step_of_part_0_of_the_bench(tiny_folder, monkeypatch, number):
+    """In small sizes: the part is short, and a card is too dear for slips.
+
+    A pretended GPU takes minutes for all: `python tests/pretended_gpu.py -k part_0_of_the_bench`.
+    """
+    steps = gpu_steps.small(tiny_folder, monkeypatch)
+    assert len(steps) == STEPS_OF_PART_0
+    outcome = tried(steps[number], torch.device("cuda"))
+    assert "lines" in outcome, outcome["failed"]
+    assert outcome["figures"] and all(math.isfinite(figure.measured) for figure in outcome["figures"])

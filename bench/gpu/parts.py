@@ -1,10 +1,16 @@
-"""The parts of `python -m bench.gpu`, each of under nine minutes."""
+"""Parts 1 to 6 of `python -m bench.gpu`, each of under nine minutes."""
 
 from bench.gpu.kernels import attention_kernels, ceilings, decode, launches, sampling
 from bench.gpu.steps import Step
 from bench.gpu.suite import tests
 from bench.gpu.tiles import decode_tiles, forward_tiles, row_tiles
 from bench.run.cases import CASES
+
+# Sizes of what the cases measure.
+HEAD = {"rows": 8192, "repeats": 7}
+ROLLOUT = {"rows": 256, "prompt": 256, "new": 512, "repeats": 1}
+TRAIN_STEP = {"pairs": 32, "prompt": 256, "response": 256}
+ITERATION = {"steps": 4, "prompts": 64, "new": 128}
 
 
 def case(name: str, case: str, seconds: float, **options) -> Step:
@@ -14,28 +20,29 @@ def case(name: str, case: str, seconds: float, **options) -> Step:
     return Step(name, seconds, lambda device: [run(config(**options, device=str(device)))])
 
 
-def loss_head(shape: str, rows: int = 8192, **options) -> Step:
+def loss_head(shape: str, **options) -> Step:
     """Returns a step of `bench.run loss_head`."""
-    name = f"loss_head {shape} {rows}{' frozen' if options.get('frozen') else ''}"
-    return case(name, "loss_head", 25, **{"shape": shape, "rows": rows, "repeats": 7} | options)
+    options = {"shape": shape} | HEAD | options
+    name = f"loss_head {shape} {options['rows']}{' frozen' if options.get('frozen') else ''}"
+    return case(name, "loss_head", 25, **options)
 
 
 def rollout(shape: str, **options) -> Step:
     """Returns a step of `bench.run rollout`."""
-    options = {"shape": shape, "rows": 256, "prompt": 256, "new": 512, "repeats": 1} | options
+    options = {"shape": shape} | ROLLOUT | options
     seconds = 110 if options.get("rivals", True) else 20
     return case(f"rollout {shape}", "rollout", seconds, **options)
 
 
-def train_step(shape: str, tune: str) -> Step:
+def train_step(shape: str, tune: str, **options) -> Step:
     """Returns a step of `bench.run train_step`."""
-    options = {"shape": shape, "tune": tune, "pairs": 32, "prompt": 256, "response": 256}
+    options = {"shape": shape, "tune": tune} | TRAIN_STEP | options
     return case(f"train_step {shape} {tune}", "train_step", 60, **options)
 
 
-def iteration(shape: str) -> Step:
+def iteration(shape: str, **options) -> Step:
     """Returns a step of `bench.run iteration`."""
-    return case(f"iteration {shape}", "iteration", 100, shape=shape, steps=4, prompts=64, new=128)
+    return case(f"iteration {shape}", "iteration", 100, **{"shape": shape} | ITERATION | options)
 
 
 MEMCHECK, RACECHECK = (

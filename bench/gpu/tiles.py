@@ -14,6 +14,12 @@ from kernels.loss_head.records import Head
 
 # (width, vocabulary) of the loss heads that are tried.
 LOSS_HEADS = ((576, 49152), (896, 151936), (1024, 151936), (1536, 151936), (2048, 128256), (4096, 128256))
+# (logits at a time, warps) of the row kernel.
+ROW_TILES = tuple(
+    (block, warps)
+    for block, warps in itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32))
+    if 64 <= block // warps <= 1024
+)
 FORWARD_TILES = (
     (128, 128, 64, 8, 3),
     (128, 256, 64, 8, 3),
@@ -26,16 +32,19 @@ SHARED_TILES = (16, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4), (64, 128, 4, 2), 
 OWN_TILES = (16, 64, 4, 3), (16, 32, 4, 4), (16, 128, 4, 3), (16, 64, 2, 4)
 
 
-def row_tiles(device: torch.device, rows: int = 8192, vocabulary: int = 151936) -> list[dict]:
+def row_tiles(
+    device: torch.device,
+    rows: int = 8192,
+    vocabulary: int = 151936,
+    tiles: tuple[tuple[int, int], ...] = ROW_TILES,
+) -> list[dict]:
     """Measures the row kernel on float32 logits, J in bfloat16, in several blocks and warps."""
     logits = torch.randn(rows, vocabulary, device=device)
     jacobian = torch.empty(rows, vocabulary, dtype=BF16, device=device)
     target = torch.randint(vocabulary, (rows,), device=device)
     logprob, scale = torch.empty(2, rows, device=device)
     moved, copied, measured = 6 * rows * vocabulary, copy_rate(device), []
-    for block, warps in itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32)):
-        if not 64 <= block // warps <= 1024:
-            continue
+    for block, warps in tiles:
 
         def call(i: int, block: int = block, warps: int = warps) -> None:
             rows_triton.row_kernel[(rows,)](

@@ -59,6 +59,8 @@ class LossHead:
     """Further memory budgets, in MB, that ours is timed at."""
     dtype: Dtype = "float32"
     device: Device = "cpu"
+    rivals: bool = True
+    """Rivals too, not the floor alone."""
     keep_pages: KeepPages = False
     repeats: Repeats = 15
     save: Save = True
@@ -74,7 +76,7 @@ def run(config: LossHead) -> dict:
     eager_extra = peak_bytes(eager(x), device) - returned
     steps = candidates(x, eager_extra // 6)
     steps |= {f"dualign, {mb} MB": ours(x, 10**6 * mb) for mb in config.budgets_mb}
-    _, not_run = add_rivals(steps, rivals(x))
+    _, not_run = add_rivals(steps, rivals(x) if config.rivals else {})
     errors = check(steps, x)
     products = floor(x)
     measured = timed(steps, products, config.repeats, device) | {"not_run": not_run}
@@ -186,10 +188,10 @@ def ours(
     tolerance: float | None = None,
 ) -> Step:
     """Returns the step of `kernels.lagrangian_preference_loss`, or of its twin, within `budget` bytes."""
-    ones = torch.ones(len(x.pairs))
+    ones, pairs = torch.ones(len(x.pairs), device=x.hidden.device), x.pairs
     own = {"memory_budget_bytes": budget, "gradient_tolerance": tolerance}
     if op is reference.lagrangian_preference_loss:
-        own = {}
+        own, pairs = {}, pairs.to(x.hidden.device)
 
     def step() -> tuple[Tensor, list[Tensor]]:
         loss = op(
@@ -197,7 +199,7 @@ def ours(
             x.weight,
             x.target,
             x.cu_seqlens,
-            x.pairs,
+            pairs,
             None,
             None,
             None,

@@ -36,7 +36,15 @@ def origin(device: torch.device) -> dict[str, object]:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return _output(["git", *arguments])
+
+
+def _output(command: list[str]) -> str:
+    """Returns what a command prints; nothing where the machine lacks it."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _processor() -> str:
@@ -48,5 +56,5 @@ def _processor() -> str:
 
 
 def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[0]
+    versions = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).splitlines()
+    return versions[0] if versions else ""

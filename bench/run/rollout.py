@@ -67,7 +67,7 @@ class Rollout:
     dtype: Dtype = "float32"
     device: Device = "cpu"
     rivals: bool = True
-    """Other engines too, not the floors alone."""
+    """Other engines too, and in 16 bits our own with one prompt at a time, not the floors alone."""
     keep_pages: KeepPages = True
     repeats: Repeats = 5
     save: Save = True
@@ -81,8 +81,9 @@ def run(config: Rollout) -> dict:
     if config.real and config.shape:
         raise SystemExit("--real: random weights never end a response; give a --model instead of a --shape.")
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(shapes.opened(config.model, config.shape, dtype, device))
-        name, folder, model = opened
+        # Only other engines read a random model from its folder.
+        opened = shapes.opened(config.model, config.shape, dtype, device, saved=config.rivals)
+        name, folder, model = stack.enter_context(opened)
         if config.real:
             work = real_work(folder, config.rows, N, config.new)
         else:
@@ -123,7 +124,7 @@ def run(config: Rollout) -> dict:
         "keep_pages": config.keep_pages,
         "logprob_gap": asdict(difference),
         "tokens": sum(lengths),
-        "parting": parting(model, work) if dtype == torch.bfloat16 else None,
+        "parting": parting(model, work) if config.rivals and dtype == torch.bfloat16 else None,
         **measured,
         "not_run": not_run,
         **origin(device),

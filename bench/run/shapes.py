@@ -86,10 +86,10 @@ SHAPES = {
 
 @contextmanager
 def opened(
-    model: str, shape: str, dtype: torch.dtype, device: torch.device
+    model: str, shape: str, dtype: torch.dtype, device: torch.device, *, saved: bool = True
 ) -> Iterator[tuple[str, Path, Decoder]]:
     """Yields (name, Hugging Face folder, decoder) of --model, or of random weights of --shape,
-    whose folder exists meanwhile.
+    whose folder exists meanwhile if `saved`.
 
     Raises: SystemExit where the shape is unknown or both are given.
     """
@@ -101,8 +101,10 @@ def opened(
         raise SystemExit(f"--shape {shape}: must be one of {', '.join(SHAPES)}, and --model left out.")
     with TemporaryDirectory() as scratch:
         decoder = random_model(SHAPES[shape], dtype, device)
-        # Token ids are drawn, so any tokenizer will do.
-        save(decoder, folder := Path(scratch) / "model", tokenizer_from=smoke_folder())
+        folder = Path(scratch) / "model"
+        if saved:
+            # Token ids are drawn, so any tokenizer will do.
+            save(decoder, folder, tokenizer_from=smoke_folder())
         yield f"{shape}, random weights", folder, decoder
 
 

@@ -88,7 +88,9 @@ def run(config: TrainStep) -> dict:
     full = config.tune == "full"
     if config.keep_pages:
         keep_freed_memory()
-    with shapes.opened(config.model, config.shape, dtype, device) as (name, folder, model):
+    # Only TRL reads a random model from its folder.
+    opened = shapes.opened(config.model, config.shape, dtype, device, saved=config.rivals)
+    with opened as (name, folder, model):
         groups = batch(model.config.vocab_size, config.pairs, config.prompt, config.response)
         reference = reference_logprob(model, groups)
         steps, makers = {"dualign": ours(model, groups, reference, full=full)}, {}
