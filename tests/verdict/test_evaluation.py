@@ -10,7 +10,7 @@ from scipy import stats
 
 from engine.constraints import Improvement, Judged, MeanCost, Rate, word
 from engine.errors import UserError
-from engine.intervals import Estimate, Share, estimate, improvement, rate, t_quantile, wilson
+from engine.intervals import Estimate, Share, betting, estimate, improvement, rate, t_quantile, wilson
 from engine.records import Prompts, Rollouts, ScaledScores
 from engine.verdict.evaluation import Asked, Evaluation, Judgement, Side, evaluate, pair_order
 from engine.verdict.refusals import OverRefusal, is_refusal, over_refusal
@@ -348,13 +348,16 @@ def test_rate_bounds_are_no_closer_than_the_exact_binomial_ones_for_one_response
 @pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
 def test_rate_bounds_keep_their_confidence_however_responses_are_clustered(p, alike):
     generator = torch.Generator().manual_seed(8)
-    runs, P, G = 600, 100, 6
+    runs, P, G = 2000, 100, 6
     common, own, copied = (torch.rand(runs, P, n, generator=generator) for n in (1, G, G))
     unsafe = torch.where(copied < alike, common < p, own < p)
-    found = [rate(x) for x in unsafe]
+    lower, upper = betting.bounds(unsafe.double().mean(2), 0, 1, 0.05)
+    for i in range(3):
+        found = rate(unsafe[i])
+        assert (found.lower, found.upper) == (pytest.approx(lower[i]), pytest.approx(upper[i]))
     tolerance = 4 * math.sqrt(0.05 * 0.95 / runs)
-    assert sum(e.upper < p for e in found) / runs < 0.05 + tolerance
-    assert sum(e.lower > p for e in found) / runs < 0.05 + tolerance
+    assert (upper < p).double().mean() < 0.05 + tolerance
+    assert (lower > p).double().mean() < 0.05 + tolerance
 
 
 def test_constraints_on_a_kind_of_prompts_a_mean_cost_and_a_rate():
