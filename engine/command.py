@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from engine.errors import Interrupted, NonFiniteError, NotAnswered, NotWritten, UserError
 from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
@@ -26,6 +26,7 @@ from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
 if TYPE_CHECKING:
     from engine.ranks import Ranks  # which loads torch
 
+T = TypeVar("T")
 # What the machine refuses, wherever it happens; other errors of the system are the program's mistakes.
 REFUSED = (
     *FULL,
@@ -59,6 +60,10 @@ class Standing:
 
         self.again = again
 
+    def first(self, function: Callable[[], T]) -> T:
+        """Returns what `function` returns, which of several ranks rank 0 alone calls."""
+        return function() if self.ranks is None else self.ranks.first(function)
+
 
 def run_command(
     work: Callable[[list[str], Standing], int | None], argv: list[str] | None, *, on_ranks: bool = False
@@ -73,7 +78,7 @@ def run_command(
     standing = Standing()
     with _surviving_output():
         try:
-            _join_ranks(standing, on_ranks)
+            join_ranks(standing, on_ranks, argv)
             _check_text(argv)
             code = work(argv, standing) or 0
         except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -96,8 +101,9 @@ def _end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _join_ranks(standing: Standing, on_ranks: bool) -> None:
-    """Joins the processes that torchrun has started. Raises: UserError where the command is for one."""
+def join_ranks(standing: Standing, on_ranks: bool, argv: list[str]) -> None:
+    """Joins the processes that torchrun has started. Raises: UserError where the command is for one, or they
+    were started with other words than rank 0."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     # Imported here, as it loads torch.
@@ -112,6 +118,8 @@ def _join_ranks(standing: Standing, on_ranks: bool) -> None:
             f"torchrun has started {ranks.size} processes, and this command is for one; start it without "
             "torchrun."
         )
+    # First of all: with other words they would do other things, and mistake what they tell one another.
+    ranks.check_alike({f"word {n} of the command line": word for n, word in enumerate(argv, 1)})
 
 
 def end_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:

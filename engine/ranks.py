@@ -237,7 +237,7 @@ class Ranks:
         from rank 0's, and the rank."""
         first, *others = self.gather(dict(facts))
         for rank, theirs in enumerate(others, start=1):
-            for name in sorted(first.keys() | theirs.keys()):
+            for name in first | theirs:
                 there, here = first.get(name, "nothing"), theirs.get(name, "nothing")
                 if here != there:
                     raise UserError(

@@ -55,11 +55,12 @@ def _train(argv: list[str], standing: Standing) -> None:
             return
         resume = _left_by_lost_ranks(config, standing)
         if resume is not None:
-            algorithm, begun = _resumed(resume, algorithm, [])
+            algorithm, begun = standing.first(lambda: _resumed(resume, algorithm, []))
             config = _commanded(begun, config)
     else:
         own, others = parted(flags, OF_THE_COMMAND)
-        algorithm, begun = _resumed(resume, algorithm if argv[0] == algorithm else None, others)
+        named = algorithm if argv[0] == algorithm else None
+        algorithm, begun = standing.first(lambda: _resumed(resume, named, others))
         words = {"prog": "python -m engine.train", "usage": USAGE, "first": "run folder"}
         config = _commanded(begun, parse_flags(type(begun)(), own, **words))
     chosen = ALGORITHMS[algorithm]

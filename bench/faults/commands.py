@@ -64,11 +64,13 @@ COMMANDS = {
 }
 for _name in ("resume", "evaluate", "export"):
     COMMANDS[f"full-{_name}"] = COMMANDS[_name]._replace(needs="full")
+# A second iteration would repeat on every rank what the first one does.
+_ONCE = ("--iterations", "1", "--checkpoint-every", "1")
 for _ranks in (2, 4):
-    COMMANDS[f"caid-on-{_ranks}"] = COMMANDS["caid"]._replace(ranks=_ranks)
-COMMANDS["full-on-2"] = COMMANDS["full"]._replace(
-    words=(*COMMANDS["full"].words, "--checkpoint-every", "1"), ranks=2
-)
+    COMMANDS[f"caid-on-{_ranks}"] = COMMANDS["caid"]._replace(
+        words=(*COMMANDS["caid"].words, *_ONCE), ranks=_ranks
+    )
+COMMANDS["full-on-2"] = COMMANDS["full"]._replace(words=(*COMMANDS["full"].words, *_ONCE), ranks=2)
 COMMANDS["sweep-resume"] = Command(("engine.sweep", "--resume", "sweep"), "sweep", needs="sweep")
 
 

@@ -13,23 +13,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 NAMES = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "unlink"}
-# Called before an operation, with its kind; of a write also with its size and with what does half of it.
-Act = Callable[[str, int, Callable[[], object]], None]
+# Called before an operation, with its kind and its file; of a write also with its size and with what does half
+# of it.
+Act = Callable[[str, str, int, Callable[[], object]], None]
 
 
 class Counter:
-    """Counts operations and written bytes, in memory that the child shares with its parent."""
+    """Counts operations and written bytes, and lists the writes, in memory that the child shares with its
+    parent."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 16)
+        self._memory = mmap.mmap(-1, 2**20)
 
     def read(self) -> tuple[int, int]:
         """Returns the number of operations and of bytes so far."""
         return struct.unpack("qq", self._memory[:16])
 
-    def __call__(self, kind: str, size: int, half: Callable[[], object]) -> None:
+    def writes(self) -> list[tuple[int, str]]:
+        """Returns of each write its number among the operations, counted from 1, and the name of its file."""
+        (end,) = struct.unpack("q", self._memory[16:24])
+        lines = self._memory[24 : 24 + end].decode().splitlines()
+        return [(int(n), name) for n, _, name in (line.partition(" ") for line in lines)]
+
+    def __call__(self, kind: str, file: str, size: int, half: Callable[[], object]) -> None:
         operations, n_bytes = self.read()
-        self._memory[:16] = struct.pack("qq", operations + 1, n_bytes + size)
+        (end,) = struct.unpack("q", self._memory[16:24])
+        line = f"{operations + 1} {os.path.basename(file)}\n".encode() if kind == "write" else b""
+        self._memory[24 + end : 24 + end + len(line)] = line
+        self._memory[:24] = struct.pack("qqq", operations + 1, n_bytes + size, end + len(line))
 
 
 class KillAt:
@@ -38,7 +49,7 @@ class KillAt:
     def __init__(self, n: int) -> None:
         self.left = n
 
-    def __call__(self, kind: str, size: int, half: Callable[[], object]) -> None:
+    def __call__(self, kind: str, file: str, size: int, half: Callable[[], object]) -> None:
         self.left -= 1
         if self.left == 0:
             half()
@@ -51,7 +62,7 @@ class Disk:
     def __init__(self, n_bytes: int) -> None:
         self.left = n_bytes
 
-    def __call__(self, kind: str, size: int, half: Callable[[], object]) -> None:
+    def __call__(self, kind: str, file: str, size: int, half: Callable[[], object]) -> None:
         if size > self.left:
             if self.left:
                 half()
@@ -72,11 +83,11 @@ def watch(folder: Path, act: Act) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         if event in NAMES and within(arguments[0]):
-            act(NAMES[event], 0, nothing)
+            act(NAMES[event], os.fsdecode(arguments[0]), 0, nothing)
 
     class WatchedFile(io.FileIO):
         def write(self, data) -> int:
-            _write(act, lambda part: io.FileIO.write(self, part), data)
+            _write(act, self.name, lambda part: io.FileIO.write(self, part), data)
             return super().write(data)
 
     def watched_open(
@@ -85,7 +96,7 @@ def watch(folder: Path, act: Act) -> None:
         writes = any(letter in mode for letter in "wax+")
         if not writes or not isinstance(file, str | os.PathLike) or not within(file):
             return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
-        act("open", 0, nothing)
+        act("open", os.fspath(file), 0, nothing)
         raw = WatchedFile(os.fspath(file), mode.replace("b", "").replace("t", ""))
         if buffering == 0:
             return raw
@@ -95,12 +106,12 @@ def watch(folder: Path, act: Act) -> None:
         return io.TextIOWrapper(buffered, encoding or "utf-8", errors, newline, line_buffering=buffering == 1)
 
     def fsync(handle) -> None:
-        act("fsync", 0, nothing)
+        act("fsync", _name(handle), 0, nothing)
         real_fsync(handle)
 
     def write(handle: int, data: bytes) -> int:
         if handle > 2:
-            _write(act, lambda part: real_write(handle, part), data)
+            _write(act, _name(handle), lambda part: real_write(handle, part), data)
         return real_write(handle, data)
 
     builtins.open = io.open = watched_open
@@ -124,10 +135,15 @@ class _Within:
         return os.path.abspath(name).startswith(self.root)
 
 
-def _write(act: Act, write: Callable[[bytes], object], data) -> None:
+def _write(act: Act, file: str, write: Callable[[bytes], object], data) -> None:
     """Says that `data` is about to be written."""
     data = bytes(data)
-    act("write", len(data), lambda: write(data[: len(data) // 2]))
+    act("write", file, len(data), lambda: write(data[: len(data) // 2]))
+
+
+def _name(handle: int) -> str:
+    """Returns the file of a handle."""
+    return os.readlink(f"/proc/self/fd/{handle}")
 
 
 def _watch_safetensors(act: Act) -> None:

@@ -1,5 +1,5 @@
-"""Kills and stops ranks of a run at seeded moments and at their file operations, then goes on with as many
-ranks."""
+"""Kills and stops ranks of a run at seeded moments, inside each kind of write and at other file operations,
+then goes on with as many ranks."""
 
 import random
 import re
@@ -15,9 +15,11 @@ from bench.faults.outcome import CLEAN, HANG, TRACEBACK, WRONG, Outcome, compare
 from bench.faults.slots import Slot
 
 KILLED = ("caid-on-2", "caid-on-4", "full-on-2")
-# Of each command: a rank that writes is killed at operations spread evenly, any rank at moments, and one is
-# stopped. Rank 0 writes everything but the shards of other ranks, with --tune full.
-OPERATIONS, MOMENTS, STOPS = 10, 12, 8
+# Of each command: a rank that writes is killed inside a write of each kind of file and at operations spread
+# evenly, any rank at moments, and one is stopped. Rank 0 writes everything but the shards of other ranks, with
+# --tune full. Runs with an adapter write the same on 2 and on 4 ranks, and have every second kind each.
+OPERATIONS, MOMENTS, STOPS = 3, 4, 4
+SHARED = ("caid-on-2", "caid-on-4")
 LATEST = 0.8  # share of the undisturbed time, which one with less beside it takes less of
 # What a rank says of the end of all.
 SAID = re.compile(r"(rank \d+: )?(error|stopped|interrupted)\b")
@@ -30,10 +32,18 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]
     for name in commands:
         rng, about, ranks = random.Random(f"{seed} ranks {name}"), slot.about(name), COMMANDS[name].ranks
         for rank, operations in enumerate(about["of_ranks"]):
+            if not operations:
+                continue
+            kinds: dict[str, list[int]] = {}
+            for n, file in about["writes"][rank]:
+                kinds.setdefault(kind_of(file), []).append(n)
+            own = sorted(kinds)[SHARED.index(name) :: len(SHARED)] if name in SHARED else sorted(kinds)
+            chosen = {rng.choice(kinds[kind]): f"writes-{kind}" for kind in own}
             step = max(1, operations // OPERATIONS)
-            for n in range(1 + rng.randrange(step), operations + 1, step):
+            chosen |= {n: "operation" for n in range(1 + rng.randrange(step), operations + 1, step)}
+            for n, what in sorted(chosen.items()):
                 case = partial(at_operation, name=name, rank=rank, n=n)
-                listed.append(Case(f"ranks/{name}/rank-{rank}-operation-{n}", (name,), case))
+                listed.append(Case(f"ranks/{name}/rank-{rank}-{what}-{n}", (name,), case))
         for what, number, count in (
             ("killed", signal.SIGKILL, MOMENTS),
             ("interrupted", signal.SIGINT, STOPS - STOPS // 2),
@@ -45,6 +55,14 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]
                 title = f"ranks/{name}/rank-{rank}-{what}-{share}"
                 listed.append(Case(title, (name,), partial(at_moment, name=name, act=act)))
     return listed
+
+
+def kind_of(file: str) -> str:
+    """Names the kind of a file that a run writes: stages are one kind, states inside them another."""
+    name = re.sub(r"(\.tmp)$", "", file)
+    if re.match(r"\d", name):
+        return "state" if ".partial" in name else "stage"
+    return re.sub(r"[\d-]*\d", "N", name)
 
 
 def at_operation(slot: Slot, name: str, rank: int, n: int) -> Outcome:

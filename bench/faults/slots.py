@@ -69,6 +69,7 @@ class Slot:
         about = {
             "operations": operations,
             "of_ranks": of_ranks,
+            "writes": [counter.writes() for counter in counters] if ranks > 1 else [],
             "bytes": n_bytes,
             "seconds": ended.seconds,
         }
@@ -85,7 +86,7 @@ class Slot:
 
     def about(self, name: str) -> dict:
         """Returns how many file operations, written bytes and seconds the undisturbed command took: those of
-        rank 0, and the file operations of each rank."""
+        rank 0, and the file operations and the writes of each rank."""
         self.make(name)
         return json.loads((self.kept / f"{name}.json").read_text())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import is_file
+from engine.ranks import ALONE, Ranks
 from engine.run import outputs
 from engine.run.contents import Contents, read_contents
 from engine.run.folder import RunFolder
@@ -53,12 +54,13 @@ class Committed:
             raise self.lacks(f"a row of kind {cls.KIND}")
         return rows[0]
 
-    def load(self, stage: str, cls: type[RecordT]) -> RecordT:
-        """Loads the result of a stage. Raises: UserError where it has none, or it is damaged."""
+    def load(self, stage: str, cls: type[RecordT], ranks: Ranks = ALONE) -> RecordT:
+        """Loads the result of a stage, of several ranks on all. Raises: UserError where it has none, or it is
+        damaged."""
         if stage not in self.files:
             raise self.lacks(f"stage {stage}")
         try:
-            return load(self.files[stage], cls)
+            return load(self.files[stage], cls, ranks)
         except (Torn, FileNotFoundError) as error:
             raise UserError(f"{error}; {self._resume()}") from error
 

@@ -302,7 +302,9 @@ def evaluation_rows(
         weights += shard_size(shape, ranks.size) * (dtype.itemsize + max(4, dtype.itemsize))
     elif config.tune == "full":
         weights += shape.parameter_count() * (dtype.itemsize + max(4, dtype.itemsize))
-    kept = kept_states_bytes([longest] * n_prompts, n * config.max_new_tokens, shape.hidden_size, dtype)
+    kept = 0  # of states below an adapter
+    if config.tune != "full":
+        kept = kept_states_bytes([longest] * n_prompts, n * config.max_new_tokens, shape.hidden_size, dtype)
     loss_head = budget_or_default(config.memory_budget_bytes, device)
     beside, scoring = scorer_bytes(config, device, scorers)
 

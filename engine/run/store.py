@@ -203,11 +203,12 @@ def unpack_file(path: Path, cls: type[RecordT], tensors: Mapping[str, Tensor | S
         ) from error
 
 
-def load(path: Path, cls: type[RecordT]) -> RecordT:
-    """Loads the record that `save` wrote; all tensors are on the CPU, or in shards.
+def load(path: Path, cls: type[RecordT], ranks: Ranks = ALONE) -> RecordT:
+    """Loads the record that `save` wrote; all tensors are on the CPU, or in shards, of which each rank checks
+    some.
 
     Raises: Torn; FileNotFoundError; UserError when the file is whole but holds another record.
     """
     tensors, content = read_whole(path)
-    check_shards(path, content)
+    check_shards(path, content, ranks)
     return unpack_file(path, cls, tensors, content["record"])

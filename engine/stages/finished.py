@@ -30,8 +30,8 @@ from engine.run.shards import Stored
 from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, sizes
-from engine.stages.alike import check_model_ranks, check_same_inputs
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
+from engine.stages.alike import check_model_ranks, check_same_inputs, check_seen, program
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, clock, prepare_process, read_inputs, scorers_of
 from engine.stages.job import SamplingSettings, Subject
 from engine.stages.run_inputs import OwnedInputs, owned_inputs
 from engine.stages.sampling import gap_text
@@ -114,16 +114,16 @@ class Finished:
         return replace(Subject.load(settings, self.inputs, scorers, self.ranks), answers=self.answers)
 
     def policy(self, model: Decoder, iterate: int) -> Weights:
-        """Returns the weights of an iterate. Raises: UserError where its stage is damaged."""
-        return trained_weights(model, self.config, self._trained(iterate))
+        """Returns the weights of an iterate, on all ranks. Raises: UserError where its stage is damaged."""
+        return trained_weights(model, self.config, self._trained(iterate, self.ranks))
 
     def tensors(self, weights: Weights, iterate: int) -> Mapping[str, Tensor | Stored]:
         """Returns the tensors of the weights of an iterate; of sharded ones, of which a rank has only some
         rows, those of its stage."""
         return self._trained(iterate) if isinstance(weights, ShardedWeights) else weights.tensors()
 
-    def _trained(self, iterate: int) -> Mapping[str, Tensor | Stored]:
-        return self.committed.load(f"iteration-{iterate}/policy", Policy).adapter
+    def _trained(self, iterate: int, ranks: Ranks = ALONE) -> Mapping[str, Tensor | Stored]:
+        return self.committed.load(f"iteration-{iterate}/policy", Policy, ranks).adapter
 
     def title(self, iterates: Sequence[int]) -> str:
         """Names iterates, the run, its algorithm and its model."""
@@ -159,8 +159,10 @@ def open_run(run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE) -> Fi
     """Reads a run that has iterates, on all ranks. Raises: UserError."""
     check(flags)
     given = {f"--{f.name.replace('_', '-')}": str(getattr(flags, f.name)) for f in fields(flags)}
-    ranks.check_alike(given | {"RUN": str(run)})
+    if ranks.size > 1:
+        ranks.check_alike(program() | given | {"RUN": str(run)})
     run = Path(run)
+    check_seen(ranks, run)
     owned, committed = owned_inputs(run), read_committed(run)
     found = iterates(committed, flags.iterate, every=flags.best_feasible)
     config = committed.config
@@ -182,7 +184,7 @@ def open_run(run: str | Path, flags: EvaluateConfig, ranks: Ranks = ALONE) -> Fi
         committed=committed,
         config=config,
         iterates=found,
-        inputs=read_inputs(config, owned, ranks),
+        inputs=read_inputs(config, owned, ranks, now=ranks.first(clock)),
         ranks=ranks,
     )
 

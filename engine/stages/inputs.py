@@ -65,10 +65,22 @@ class Inputs:
     notes: list[str]
 
 
-def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Ranks = ALONE) -> Inputs:
+def clock() -> datetime:
+    """Returns the time that a template may be told."""
+    return datetime.now().replace(microsecond=0)
+
+
+def read_inputs(
+    config: RunConfig,
+    owned: OwnedInputs | None = None,
+    ranks: Ranks = ALONE,
+    *,
+    now: datetime | None = None,
+) -> Inputs:
     """Reads and checks a config's model and prompts; with `owned`, all but the weights come from that run.
 
-    Each rank takes the GPU of its number on its machine.
+    Each rank takes the GPU of its number on its machine. now: the time on rank 0, as ranks have clocks of
+    their own; by default it is this process's.
     Raises: UserError, also where the weights are not those of that run, or cannot be cut into as many slices
     as ranks hold one model.
     """
@@ -96,7 +108,7 @@ def read_inputs(config: RunConfig, owned: OwnedInputs | None = None, ranks: Rank
             "config.json's vocab_size; correct eos_token_id in generation_config.json, config.json or the "
             "tokenizer, or what the chat template writes behind an answer."
         )
-    now = datetime.now().replace(microsecond=0)
+    now = now or clock()
     if owned is not None and owned.record.began:
         now = datetime.fromisoformat(owned.record.began)
     limits = TextLimits(

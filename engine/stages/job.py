@@ -28,8 +28,8 @@ from engine.scorers.answers import Answers
 from engine.scorers.base import Scorers
 from engine.scorers.find import content, sizes
 from engine.scorers.scoring import try_out
-from engine.stages.alike import check_ranks, check_same_inputs, check_shares, idle_warnings, versions
-from engine.stages.inputs import DEFAULT_MODEL, Inputs, prepare_process, read_inputs, scorers_of
+from engine.stages import alike
+from engine.stages.inputs import DEFAULT_MODEL, Inputs, clock, prepare_process, read_inputs, scorers_of
 from engine.stages.pair_files import pairs_of, preferences_of
 from engine.stages.run_inputs import (
     DamagedInputs,
@@ -152,10 +152,11 @@ def open_job(
     Raises: UserError before any compute is spent.
     """
     check(config)
-    check_ranks(algorithm, config, resume, ranks)
+    alike.check_ranks(algorithm, config, resume, ranks)
     ranks = ranks.arranged(config.model_ranks)
     prepare_process(config.threads, ranks)
     start = ranks.first(lambda: _start(algorithm, config, resume))
+    alike.check_seen(ranks, start.out if start.owned is None else start.owned.run)
     prepared = _prepare(config, start, ranks)
     display = Display(n_stages=n_stages or stages_of(prepared.config), silent=not ranks.is_first)
     _announce(display, algorithm, prepared, resumes=start.resumes)
@@ -169,6 +170,8 @@ def open_job(
         return _create(algorithm, start.out, prepared, display)
 
     with Run.on(ranks, opened, display) as run:
+        if not start.resumes:
+            alike.check_new(run)
         yield prepared.job(subject or prepared.subject(), run)
 
 
@@ -180,6 +183,7 @@ class Start:
     resumes: bool
     owned: OwnedInputs | None  # the run's own inputs where it goes on, else those of the run of --samples-of
     damage: DamagedInputs | None  # of the run's own inputs, which then are read anew and restored
+    now: datetime  # the time that a template may be told
 
     @property
     def goes_on(self) -> bool:
@@ -203,7 +207,7 @@ def _start(algorithm: str, config: RunConfig, resume: str | None) -> Start:
             damage = error
     if owned is None and config.samples_of:
         owned = owned_inputs(Path(config.samples_of))
-    return Start(out=out, resumes=resume is not None, owned=owned, damage=damage)
+    return Start(out=out, resumes=resume is not None, owned=owned, damage=damage, now=clock())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +278,7 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     """Reads and checks model, prompts, scorers and pairs. Raises: UserError."""
     owned = start.owned
     with ranks.node_first():
-        inputs = read_inputs(config, owned, ranks)
+        inputs = read_inputs(config, owned, ranks, now=start.now)
     # Where auto means something else a run goes on, and is judged, in the data type that it began with.
     config = replace(config, dtype=str(inputs.dtype).removeprefix("torch."))
     if inputs.given is not None:
@@ -296,7 +300,7 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     known = None if samples is None else [place is not None for place in samples.places]
     if samples is None and inputs.given is not None:
         known = [name in inputs.given.names for name in scorer_contents]
-    check_shares(config, ranks)
+    alike.check_shares(config, ranks, resumes=start.resumes)
     plan = _plan(config, inputs, train, heldout, known or (), ranks, resumes=start.resumes)
     asked_rows, config = config.rollout_rows, replace(config, rollout_rows=plan.rows)
     notes = list(inputs.notes)
@@ -315,7 +319,7 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     preferences = owned.record.preferences if start.goes_on else preferences_of(config, names, inputs)
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
-    check_same_inputs(ranks, inputs, scorer_contents, [train, pool])
+    alike.check_same_inputs(ranks, inputs, scorer_contents, [train, pool])
     return Prepared(
         config=config,
         inputs=inputs,
@@ -334,7 +338,7 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
         passes=passes,
         warnings=try_out(scorers, scored, config.max_new_tokens)
         + constraints.warnings(limits, pool)
-        + idle_warnings(config, ranks),
+        + alike.idle_warnings(config, ranks),
         notes=notes,
         ranks=ranks,
     )
@@ -423,7 +427,7 @@ def _create(algorithm: str, out: Path, prepared: Prepared, display: Display) -> 
         out,
         algorithm,
         {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OF_THE_COMMAND},
-        versions=versions(prepared.ranks),
+        versions=alike.versions(prepared.ranks),
         fingerprint=inputs.fingerprint,
         inputs=prepared.record(),
         model_files=copies(inputs.texts, inputs.files, inputs.template),
@@ -444,7 +448,7 @@ def _resume(start: Start, prepared: Prepared, display: Display) -> Run:
         notes += owned.check_model(inputs.folder, inputs.files)
     run = Run.resume(start.out, fingerprint=inputs.fingerprint, display=display)
     owned.accept(prepared.scorer_contents)
-    if run.versions != (here := versions(prepared.ranks)):
+    if run.versions != (here := alike.versions(prepared.ranks)):
         changed = sorted(k for k in here | run.versions if here.get(k) != run.versions.get(k))
         display.warn(
             f"resumed with other versions of {', '.join(changed)}: results may differ in the last bits"

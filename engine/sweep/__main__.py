@@ -41,7 +41,7 @@ def _sweep(argv: list[str], standing: Standing) -> None:
             raise UserError(
                 f"--resume {resume}: takes no other flags; the sweep goes on with its own settings."
             )
-        sweep, preset = _resumed(resume)
+        sweep, preset = standing.first(lambda: _resumed(resume))
     else:
         words = {"prog": "python -m engine.sweep", "usage": USAGE, "first": "sweep's name"}
         sweep = parse_flags(SweepConfig(), flags, **words)

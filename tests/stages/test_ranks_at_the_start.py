@@ -1,16 +1,29 @@
 """What is said of ranks that a run cannot use, before it begins."""
 
+import json
+import os
+import shutil
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
+import engine.caid  # noqa: F401, imported before the forks
+from engine.command import Standing, join_ranks
 from engine.config import CaidConfig, smoke
 from engine.errors import LostRank, UserError
 from engine.ranks import Ranks
-from engine.stages.alike import check_shares, idle_warnings
+from engine.stages import alike, inputs
+from engine.stages.alike import check_seen, check_shares, idle_warnings
 from engine.stages.inputs import read_inputs
+from engine.stages.job import open_job
+from engine.stages.smoke import smoke_folder
 from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import write
+
+CONFIG = replace(smoke(CaidConfig()), threads=1)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +42,116 @@ def test_more_ranks_than_prompts_are_refused():
         UserError, match="^9 ranks share out 8 training prompts, .* start at most 8 ranks, or"
     ):
         check_shares(config, Ranks(0, 9))
+    with pytest.raises(UserError, match="start at most 8 ranks.$"):
+        check_shares(config, Ranks(0, 9), resumes=True)
+
+
+def test_other_words_of_a_command_are_refused_before_anything_is_told(monkeypatch):
+    """Where one machine sees the run and goes on, and another one does not and begins."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+
+    def join(ranks: Ranks) -> bool:
+        Ranks.start = lambda: ranks  # in the rank's own process
+        words, standing = ["--resume", "a"] if ranks.is_first else ["caid", "--out", "a"], Standing()
+        try:
+            join_ranks(standing, True, words)
+        finally:
+            assert standing.ranks is ranks, "one of them has to say it"
+
+    for error in on_ranks(2, join):
+        assert isinstance(error, UserError) and str(error).startswith(
+            "word 1 of the command line: rank 1 has caid, rank 0 has --resume; start all ranks with the same"
+        )
+
+
+def opened(ranks: Ranks, config: CaidConfig = CONFIG) -> list[list[int]] | str:
+    """Begins a run in this process's working folder; returns the tokens of its prompts, or what is said."""
+    try:
+        with open_job("caid", replace(config, out="run"), None, ranks=ranks) as job:
+            return job.train.token_ids
+    except UserError as error:
+        return str(error)
+
+
+def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_goes_again(tmp_path, cache):
+    """Each rank has a working folder of its own, as on machines that share none."""
+
+    def work(ranks: Ranks) -> list:
+        alike.SEEN_S = 0.2  # in the rank's own process
+        here = tmp_path / f"{ranks.rank}"
+        (here / "old").mkdir(parents=True)
+        os.chdir(here)
+        said = [opened(ranks)]
+        assert not Path("run").exists()
+        for text in ({"rank": 0}, {"rank": ranks.rank}):  # the same one; then another one of its name
+            Path("old/config.json").write_text(json.dumps(text))
+            try:
+                said.append(check_seen(ranks, Path("old")))
+            except UserError as error:
+                said.append(str(error))
+        return said
+
+    for new, same, other in on_ranks(2, work):
+        assert new == (
+            f"run folder run: rank 1 does not see it at {tmp_path / '1' / 'run'}; name one that all machines "
+            "share, and start them in one working folder."
+        )
+        assert same is None
+        assert other.startswith(f"run folder old: rank 1 sees another one at {tmp_path / '1' / 'old'}; name")
+
+
+def test_a_rank_with_another_program_or_model_is_named(tmp_path, cache):
+    """The last model is alike, so that the run begins."""
+    for rank in range(2):
+        shutil.copytree(smoke_folder(), tmp_path / f"{rank}" / "model")
+    other = tmp_path / "1" / "model"
+    config = replace(CONFIG, model="model", reward="length", cost=("length",), audit=())
+
+    def work(ranks: Ranks) -> list:
+        def told(where: Path, key: str, value: object) -> str:
+            """Begins where rank 1 has something else in a file of JSON."""
+            kept = where.read_text() if where.exists() else None
+            if ranks.rank == 1:
+                where.write_text(json.dumps(json.loads(kept or "{}") | {key: value}))
+            said = opened(ranks, config)
+            ranks.gather(None)
+            if ranks.rank == 1:
+                where.write_text(kept) if kept else where.unlink()
+            return said
+
+        os.chdir(tmp_path / f"{ranks.rank}")  # in the rank's own process
+        alike.SEEN_S = 0.2
+        version = alike.version
+        alike.version = lambda name: "9.9" if name == "numpy" and ranks.rank else version(name)
+        said = [opened(ranks, config)]
+        alike.version = version
+        said.append(told(other / "config.json", "rms_norm_eps", 0.5))
+        said.append(told(other / "generation_config.json", "eos_token_id", 5))
+        return [*said, opened(ranks, config)]
+
+    first, second = on_ranks(2, work)
+    assert first == second
+    version, model, stops, begun = first
+    assert version.startswith("numpy: rank 1 has 9.9, rank 0 has ")
+    assert model.startswith("model: rank 1 has ")
+    assert stops.startswith("generation_config.json of the model: rank 1 has ")
+    assert begun.startswith("run folder run: rank 1 does not see it"), "and nothing else is amiss"
+
+
+def test_templates_are_told_the_time_of_rank_0(tmp_path, cache):
+    template = tmp_path / "clock.jinja"
+    template.write_text("{{ strftime_now('%H:%M:%S') }}{% for m in messages %} {{ m.content }}{% endfor %}")
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"Say {i}."} for i in range(60)])
+    config = replace(CONFIG, template=str(template), prompts=prompts)
+
+    def work(ranks: Ranks):
+        now = inputs.clock()  # in the rank's own process
+        inputs.clock = lambda: now + timedelta(minutes=7 * ranks.rank)
+        os.chdir(tmp_path)
+        return opened(ranks, config)
+
+    first, second = on_ranks(2, work)
+    assert isinstance(first, list) and first == second
 
 
 def test_fewer_gpus_than_ranks_of_a_machine_are_refused_by_one_rank_of_it():
