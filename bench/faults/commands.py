@@ -8,6 +8,7 @@ SHARED = (
 ).split()
 SMALL = ["--preset", "smoke", *SHARED, "--seed", "3", "--threshold", "0.01"]
 ITERATIVE = "--iterations 2 --slack-prompts 3".split()
+FULL = "--tune full --learning-rate 1e-5".split()
 
 
 class Command(NamedTuple):
@@ -31,7 +32,7 @@ COMMANDS = {
     "mocan": _train("mocan"),
     "pecan": _train("pecan", "--preference-steps", "2"),
     "primal_dual": _train("primal_dual", *ITERATIVE, "--ascent-prompts", "4"),
-    "full": _train("caid", *ITERATIVE, "--tune", "full", "--learning-rate", "1e-5"),
+    "full": _train("caid", *ITERATIVE, *FULL),
     "policy-pairs": _train("caid", *ITERATIVE, "--pairs", "policy"),
     "resume": Command(("engine.train", "--resume", "run"), "run", needs="caid"),
     "evaluate": Command(
@@ -65,12 +66,10 @@ COMMANDS = {
 for _name in ("resume", "evaluate", "export"):
     COMMANDS[f"full-{_name}"] = COMMANDS[_name]._replace(needs="full")
 # A second iteration would repeat on every rank what the first one does.
-_ONCE = ("--iterations", "1", "--checkpoint-every", "1")
+_ONCE = "--iterations 1 --slack-prompts 3 --checkpoint-every 1".split()
 for _ranks in (2, 4):
-    COMMANDS[f"caid-on-{_ranks}"] = COMMANDS["caid"]._replace(
-        words=(*COMMANDS["caid"].words, *_ONCE), ranks=_ranks
-    )
-COMMANDS["full-on-2"] = COMMANDS["full"]._replace(words=(*COMMANDS["full"].words, *_ONCE), ranks=2)
+    COMMANDS[f"caid-on-{_ranks}"] = _train("caid", *_ONCE)._replace(ranks=_ranks)
+COMMANDS["full-on-2"] = _train("caid", *_ONCE, *FULL)._replace(ranks=2)
 COMMANDS["sweep-resume"] = Command(("engine.sweep", "--resume", "sweep"), "sweep", needs="sweep")
 
 

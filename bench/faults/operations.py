@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 NAMES = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "unlink"}
-# Called before an operation, with its kind and its file; of a write also with its size and with what does half
-# of it.
+# Called before an operation, with its kind and file; of a write also with its size and with what does half.
 Act = Callable[[str, str, int, Callable[[], object]], None]
 
 

@@ -16,8 +16,8 @@ from bench.faults.slots import Slot
 
 KILLED = ("caid-on-2", "caid-on-4", "full-on-2")
 # Of each command: a rank that writes is killed inside a write of each kind of file and at operations spread
-# evenly, any rank at moments, and one is stopped. Rank 0 writes everything but the shards of other ranks, with
-# --tune full. Runs with an adapter write the same on 2 and on 4 ranks, and have every second kind each.
+# evenly, any rank at moments, and one is stopped. Rank 0 writes everything but the shards of other ranks with
+# --tune full. Runs with an adapter write the same on 2 and on 4 ranks, and share out the kinds.
 OPERATIONS, MOMENTS, STOPS = 3, 4, 4
 SHARED = ("caid-on-2", "caid-on-4")
 LATEST = 0.8  # share of the undisturbed time, which one with less beside it takes less of
@@ -59,7 +59,7 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]
 
 def kind_of(file: str) -> str:
     """Names the kind of a file that a run writes: stages are one kind, states inside them another."""
-    name = re.sub(r"(\.tmp)$", "", file)
+    name = file.removesuffix(".tmp")
     if re.match(r"\d", name):
         return "state" if ".partial" in name else "stage"
     return re.sub(r"[\d-]*\d", "N", name)

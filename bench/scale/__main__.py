@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench.scale.cards import CARDS, Card, assumptions
+from bench.scale.cards import CARDS, PER_MACHINE, Card, assumptions
 from bench.scale.counted import Counted, count_on
 from bench.scale.measured import SHORT, measured, random_folder
 from bench.scale.parts import Part, run_in_parts
@@ -32,6 +32,7 @@ from bench.scale.predicted import CONFIGS, MODELS, RUN, Prediction, predict, pre
 from engine.command import Standing, run_command
 from engine.errors import UserError
 from engine.ranks import Ranks
+from engine.stages.alike import check_model_ranks
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -46,6 +47,8 @@ class Options:
     """Train an adapter, or all weights."""
     ranks: int = 64
     """GPUs, one rank each."""
+    model_ranks: int = 1
+    """Neighbouring GPUs that hold one model together, each a slice of it, as in engine.train."""
     card: Literal["a100", "h100", "h200"] = "h100"
     """The GPU."""
     picture: Path = Path("scale.png")
@@ -62,10 +65,17 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(options: Options, standing: Standing) -> int:
-    if options.ranks < 1:
-        raise UserError(f"--ranks {options.ranks}: must be at least 1.")
+    for name, number in (("ranks", options.ranks), ("model-ranks", options.model_ranks)):
+        if number < 1:
+            raise UserError(f"--{name} {number}: must be at least 1.")
+    check_model_ranks(options.tune, options.model_ranks)
     if standing.ranks is not None:
         return _measure(options, standing.ranks)
+    if options.ranks % options.model_ranks or options.model_ranks > PER_MACHINE:
+        raise UserError(
+            f"--model-ranks {options.model_ranks} does not divide --ranks {options.ranks} or the "
+            f"{PER_MACHINE} of a machine; use 2, 4 or 8."
+        )
     console, card = Console(), CARDS[options.card]
     _print(console, options, card)
     draw(_curves(card), card.name).savefig(options.picture)
@@ -84,14 +94,22 @@ def _measure(options: Options, ranks: Ranks) -> int:
     card = measured(CARDS[options.card], ranks, device)
     if ranks.is_first:
         _print(Console(), replace(options, ranks=ranks.size), card)
-    parts, found = measured_run(options.model, options.tune, card, ranks, device, options.scratch)
+    parts, found = measured_run(
+        options.model, options.tune, card, ranks, device, options.scratch, options.model_ranks
+    )
     if ranks.is_first:
         Console().print(measured_table(parts, found))
     return 0
 
 
 def measured_run(
-    model: str, tune: str, card: Card, ranks: Ranks, device: torch.device, scratch: Path
+    model: str,
+    tune: str,
+    card: Card,
+    ranks: Ranks,
+    device: torch.device,
+    scratch: Path,
+    model_ranks: int = 1,
 ) -> tuple[list[list[Part]], Prediction]:
     """Makes a short run of a model with random weights; all ranks call it. Returns the parts of each rank,
     and what is predicted of the same run."""
@@ -103,6 +121,7 @@ def measured_run(
             RUN,
             **SHORT,
             tune=tune,
+            model_ranks=model_ranks,
             model=str(scratch / "model"),
             out=str(scratch / "run"),
             device=device.type,
@@ -112,7 +131,7 @@ def measured_run(
     finally:
         if ranks.is_first:
             shutil.rmtree(scratch, ignore_errors=True)
-    return every, predicted(stages.job.model.config, config, card, ranks.size)
+    return every, predicted(MODELS[model], config, card, ranks.size)
 
 
 def _print(console: Console, options: Options, card: Card) -> None:
@@ -124,15 +143,16 @@ def _print(console: Console, options: Options, card: Card) -> None:
     )
     for line in assumptions(card):
         console.print(f"- {line}")
-    found = predict(options.model, options.tune, card, options.ranks)
+    asked = options.model, options.tune, card
+    found = predict(*asked, options.ranks, options.model_ranks)
     if not found.fits:
         raise UserError(
             f"{options.model} on {options.ranks} ranks needs {found.needed_bytes / 1e9:.1f} GB on each and "
             f"{card.free_bytes / 1e9:.0f} GB are free; {found.cure}."
         )
     console.print(stages_table(found))
-    curve = [predict(options.model, options.tune, card, ranks) for ranks in RANKS if ranks <= options.ranks]
-    console.print(ranks_table(curve))
+    many = [ranks for ranks in RANKS if ranks <= options.ranks and ranks % options.model_ranks == 0]
+    console.print(ranks_table([predict(*asked, ranks, options.model_ranks) for ranks in many]))
 
 
 def stages_table(found: Prediction) -> Table:

@@ -18,6 +18,7 @@ from bench.scale.cards import DECODE_SHARE, PASS_SHARE, PER_MACHINE, PROMPT_TOKE
 from bench.scale.counted import FIGURES, RESPONSE_BYTES, TOKEN_BYTES
 from engine.config import CaidConfig
 from engine.model.architecture import ModelConfig
+from engine.model.slices import sliced
 from engine.run.needs import adapter_parameters, kept_states_bytes, largest_share
 from engine.run.plan import Work, shards_to_try, what_fits
 from engine.run.spread import pieces
@@ -104,11 +105,12 @@ class Prediction:
         return sum(stage.seconds for stage in self.stages)
 
 
-def predict(model: str, tune: str, card: Card, ranks: int) -> Prediction:
+def predict(model: str, tune: str, card: Card, ranks: int, model_ranks: int = 1) -> Prediction:
     """Predicts a run of a model of `MODELS` on `ranks` GPUs, with the flags of `SPARED` that make it fastest
     of those with which it fits; where it fits with none, it says so of those that need least."""
+    config = replace(RUN, tune=tune, model_ranks=model_ranks)
     found = [
-        predicted(MODELS[model], replace(RUN, tune=tune, **settings), card, ranks, flags)
+        predicted(MODELS[model], replace(config, **settings), card, ranks, flags)
         for flags, settings in SPARED.items()
     ]
     fitting = [one for one in found if one.fits]
@@ -125,6 +127,7 @@ def predicted(shape: ModelConfig, config: CaidConfig, card: Card, ranks: int, sp
         device=torch.device("cuda"),
         train=prompts[0],
         heldout=prompts[1],
+        model_ranks=config.model_ranks,
     )
     for shards in shards_to_try(config, ranks, min(ranks, PER_MACHINE)):
         rows = work.rows(int(card.free_bytes), ranks, shards)
@@ -158,13 +161,32 @@ def predicted(shape: ModelConfig, config: CaidConfig, card: Card, ranks: int, sp
 
 
 @dataclass(frozen=True)
+class _Sums:
+    messages: int
+    bytes: float  # sent by one rank
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        return _Sums(self.messages + other.messages, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
 class _Run:
-    shape: ModelConfig
+    whole: ModelConfig
     config: CaidConfig
     card: Card
     ranks: int
     shards: int
     rows: int
+
+    @property
+    def shape(self) -> ModelConfig:
+        """Returns what a rank holds of the model."""
+        return sliced(self.whole, self.config.model_ranks)
+
+    @property
+    def shares(self) -> int:
+        """Returns the number of shares of the prompts: ranks that hold one model together have one."""
+        return self.ranks // self.config.model_ranks
 
     @property
     def full(self) -> bool:
@@ -190,9 +212,27 @@ class _Run:
         within = ranks <= PER_MACHINE
         return sent_bytes / (self.card.local_bytes_per_s if within else self.card.remote_bytes_per_s)
 
+    def state_sums(self, passes: int, tokens: float, share: float) -> "_Sums":
+        """Counts what goes between the ranks that hold one model: in each pass, forward or backward, two sums
+        of its tokens' states in every layer of a share."""
+        ranks, layers = self.config.model_ranks, int(share * self.shape.num_layers)
+        if ranks == 1:
+            return _Sums(0, 0.0)
+        size = 2 * layers * tokens * self.shape.hidden_size * ITEM
+        return _Sums(2 * layers * passes, self._summed(size, ranks))
+
+    def drawing_sums(self, prompts: int, n: int) -> "_Sums":
+        """Counts these for `drawing`; the last token of a response passes no layer when it is drawn."""
+        own, new = largest_share(prompts, self.shares), self.config.max_new_tokens
+        batches = math.ceil(own / max(1, self.rows // n))
+        drawn = self.state_sums(batches * new, own * (PROMPT_TOKENS + n * (new - 1)), 1.0)
+        tokens = own * (PROMPT_TOKENS + n * new)
+        share = self.trained if self.keeps(own, n) else 1.0
+        return drawn + self.state_sums(math.ceil(tokens / self.config.tokens_per_forward), tokens, share)
+
     def drawing(self, prompts: int, n: int) -> float:
         """Returns the time of sampling n responses to each prompt, and of scoring them by the reference."""
-        own, new = largest_share(prompts, self.ranks), self.config.max_new_tokens
+        own, new = largest_share(prompts, self.shares), self.config.max_new_tokens
         at_once = max(1, self.rows // n)
         compute = 0.0
         for batch, count in ((at_once, own // at_once), (own % at_once, 1)):
@@ -213,27 +253,36 @@ class _Run:
         if self.ranks > 1:
             host = whole * (self.ranks - 1) / self.ranks + whole * kept
             messages = SAMPLING_MESSAGES + STAGE_MESSAGES
-        return self.stage(name, times, self.drawing(prompts, n), messages, host, SAMPLING_GATHERS)
+        sums = self.drawing_sums(prompts, n)
+        return self.stage(name, times, self.drawing(prompts, n), messages, host, SAMPLING_GATHERS, sums)
 
     def trusted(self, times: int) -> Stage:
         """Samples a response to some prompts, to see how far an iterate is from the reference."""
         messages = 2 if self.ranks > 1 else 0
-        compute = self.drawing(trust.RESPONSES, 1)
-        return self.stage("trust", times, compute, messages, 8.0 * trust.RESPONSES * (messages > 0), 2)
+        compute, sums = self.drawing(trust.RESPONSES, 1), self.drawing_sums(trust.RESPONSES, 1)
+        return self.stage("trust", times, compute, messages, 8.0 * trust.RESPONSES * (messages > 0), 2, sums)
 
     def iterate(self, times: int) -> Stage:
         """Ends an update: rank 0 sends an adapter with its moments to all, or gathers all weights to write
         them."""
         messages = STAGE_MESSAGES + DIGEST_MESSAGES if self.ranks > 1 else 0
-        adapter = 0 if self.full or self.ranks == 1 else adapter_parameters(self.config, self.shape)
-        return self.stage("iterate", times, 0.0, messages, 3 * 4.0 * adapter, 1)
+        adapter = 0 if self.full or self.ranks == 1 else adapter_parameters(self.config, self.whole)
+        return self.stage("iterate", times, 0.0, messages, 3 * 4.0 * adapter, 1, _Sums(0, 0.0))
 
     def stage(
-        self, name: str, times: int, compute_s: float, messages: int, host_bytes: float, gathers: int
+        self,
+        name: str,
+        times: int,
+        compute_s: float,
+        messages: int,
+        host_bytes: float,
+        gathers: int,
+        sums: "_Sums",
     ) -> Stage:
-        """Returns a stage that sends bytes from processor to processor, and gathers all weights so often
-        where they are spread."""
-        sent, waits = host_bytes, host_bytes / self.card.host_bytes_per_s
+        """Returns a stage that sends bytes from processor to processor, gathers all weights so often where
+        they are spread, and sums states where the model is cut."""
+        sent, waits = host_bytes + sums.bytes, host_bytes / self.card.host_bytes_per_s
+        messages, waits = messages + sums.messages, waits + self.wire(sums.bytes, self.config.model_ranks)
         if self.shards > 1:
             gathered = gathers * ITEM * self.shape.parameter_count() * (self.shards - 1) / self.shards
             sent, messages = sent + gathered, messages + gathers * (self.shape.num_layers + 1)
@@ -250,7 +299,7 @@ class _Run:
     def steps(self, times: int) -> Stage:
         """Takes a policy step on the pairs of a rank's prompts."""
         config, shape = self.config, self.shape
-        own = largest_share(config.prompts_per_step, self.ranks)
+        own = largest_share(config.prompts_per_step, self.shares)
         answers = config.trained_responses(config.n_responses) * config.max_new_tokens
         tokens, completions = own * (PROMPT_TOKENS + answers), own * answers
         passes = math.ceil(tokens / config.tokens_per_forward)
@@ -267,12 +316,17 @@ class _Run:
         if config.activation_checkpointing:
             again = floors.weights(shape)[0] * self.trained
             parts.append(floors.Part("again", again * ITEM, 2 * again * tokens))
-        sent, messages, waits = 0.0, 0, 0.0
+        # Forward through all layers and backward through the trained ones, which are computed once more where
+        # their activations are not kept.
+        sums = self.state_sums(passes, tokens, 1.0)
+        for _ in range(1 + config.activation_checkpointing):
+            sums += self.state_sums(passes, tokens, self.trained)
+        sent, messages, waits = sums.bytes, sums.messages, self.wire(sums.bytes, config.model_ranks)
         if self.ranks > 1:
-            sent, messages = self._summed(8 * FIGURES, self.ranks), 1
+            sent, messages = sent + self._summed(8 * FIGURES, self.ranks), messages + 1
         if self.ranks > 1 and not self.full:
-            adapter = self._summed(4 * adapter_parameters(config, shape), self.ranks)
-            sent, messages, waits = sent + adapter, messages + 1, self.wire(adapter, self.ranks)
+            adapter = self._summed(4 * adapter_parameters(config, self.whole), self.ranks)
+            sent, messages, waits = sent + adapter, messages + 1, waits + self.wire(adapter, self.ranks)
         if self.shards > 1:
             messages += 3  # how many passes each rank has, in two, and the norm
             fsdp, copied = self.fsdp_bytes(), 0.0

@@ -139,6 +139,30 @@ def test_a_step_is_computed_at_the_assumed_share_of_the_peak():
     assert step.compute_s == pytest.approx(flops / (0.45 * 989e12))
 
 
+def test_what_slices_send_by_hand():
+    """Each of two machines holds 70B in eight slices, and half of the prompts; states of 8192 numbers in 16
+    bits are summed twice in each of 80 layers."""
+    found = predict("70b", "lora", H100, 16, 8)
+    assert found.fits and found.spared == "--activation-checkpointing"
+    reference, step = found.stages[:2]
+    tokens, state = 128 * (128 + 512), 2 * 8192
+    # Forward through all layers, and twice through the trained half.
+    sums = 2 * 7 / 8 * 2 * (80 + 2 * 40) * tokens * state
+    adapter = 40 * 8 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+    gradients = 2 * 15 / 16 * 4 * adapter
+    assert step.sent_bytes == pytest.approx(sums + gradients + 2 * 15 / 16 * 48)
+    assert step.messages == 2 * (80 + 2 * 40) * -(-tokens // 8192) + 2
+    assert step.message_s == pytest.approx(
+        sums / (300 * GIGA) + gradients / (45 * GIGA) + step.messages * 50e-6
+    )
+    batches = -(-4096 // (found.rows // 8))
+    passes = batches * 256 + 4096 * (128 + 8 * 256) // 8192
+    assert reference.messages == 160 * passes + 16
+    drawn, scored = 4096 * (128 + 8 * 255), 4096 * (128 + 8 * 256)
+    sums = 2 * 7 / 8 * 160 * (drawn + scored) * state
+    assert reference.sent_bytes == pytest.approx(sums + (15 / 16 + 1) * by_hand(8192, 8))
+
+
 def test_memory_is_that_of_the_runs_own_plan(monkeypatch):
     class Alike(Ranks):
         def gather(self, value):
@@ -202,6 +226,8 @@ def test_the_command_fails_where_too_much_is_sent(tmp_path, capsys, monkeypatch)
             "70b on 64 ranks needs 1[0-9.]+ GB on each and 79 GB are free; what would fit: --model-ranks 4",
         ),
         (["--ranks", "0"], "--ranks 0: must be at least 1"),
+        (["--ranks", "12", "--model-ranks", "8"], "--model-ranks 8 does not divide --ranks 12"),
+        (["--tune", "full", "--model-ranks", "8"], "--model-ranks 8: slices are for adapters"),
     ],
 )
 def test_the_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, flags, words):
