@@ -30,7 +30,7 @@ from engine.policy import update
 from engine.ranks import Ranks
 from engine.records import Prompts
 from engine.report import panels  # noqa: F401
-from engine.run import plan
+from engine.run import plan, shards
 from engine.run.store import read_whole
 from engine.stages import refusals
 from engine.stages.smoke import smoke_folder
@@ -173,7 +173,15 @@ def test_what_ranks_have_made_is_judged_and_exported(made, tmp_path):
         return run_evaluation(folder, flags, ranks)[0].evaluation.constraints[0].word
 
     word = judged(Ranks(), "one")
-    assert on_ranks(2, lambda ranks: judged(ranks, "two")) == [word, word]
+
+    def judged_by_two(ranks: Ranks) -> tuple[str, int]:
+        hashed, digest = [], shards.sha256_of_file
+        # In the rank's own process.
+        shards.sha256_of_file = lambda file: hashed.append(file) or digest(file)
+        return judged(ranks, "two"), len(hashed)
+
+    # Each rank looks at one of the two shards; rank 0 once more at both, for the certificate.
+    assert on_ranks(2, judged_by_two) == [(word, 3), (word, 1)]
     texts = [(tmp_path / name / "heldout.jsonl").read_text().splitlines() for name in ("one", "two")]
     one, two = ([json.loads(line)["policy"] for line in lines] for lines in texts)
     assert one == two

@@ -46,6 +46,14 @@ def test_more_ranks_than_prompts_are_refused():
         check_shares(config, Ranks(0, 9), resumes=True)
 
 
+def test_one_rank_under_torchrun_is_a_process_without_it(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    standing = Standing()
+    join_ranks(standing, False, ["run", "folder"])
+    assert standing.ranks is None and not torch.distributed.is_initialized()
+
+
 def test_other_words_of_a_command_are_refused_before_anything_is_told(monkeypatch):
     """Where one machine sees the run and goes on, and another one does not and begins."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
@@ -64,7 +72,7 @@ def test_other_words_of_a_command_are_refused_before_anything_is_told(monkeypatc
         )
 
 
-def opened(ranks: Ranks, config: CaidConfig = CONFIG) -> list[list[int]] | str:
+def opened(ranks: Ranks, config: CaidConfig) -> list[list[int]] | str:
     """Begins a run in this process's working folder; returns the tokens of its prompts, or what is said."""
     try:
         with open_job("caid", replace(config, out="run"), None, ranks=ranks) as job:
@@ -73,7 +81,7 @@ def opened(ranks: Ranks, config: CaidConfig = CONFIG) -> list[list[int]] | str:
         return str(error)
 
 
-def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_goes_again(tmp_path, cache):
+def test_a_run_folder_that_a_rank_does_not_see_is_refused(tmp_path):
     """Each rank has a working folder of its own, as on machines that share none."""
 
     def work(ranks: Ranks) -> list:
@@ -81,9 +89,9 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_goes_again(tmp_pat
         here = tmp_path / f"{ranks.rank}"
         (here / "old").mkdir(parents=True)
         os.chdir(here)
-        said = [opened(ranks)]
-        assert not Path("run").exists()
-        for text in ({"rank": 0}, {"rank": ranks.rank}):  # the same one; then another one of its name
+        # None at all, the same one, and another one of its name.
+        said = [check_seen(ranks, Path("old"))]
+        for text in ({"rank": 0}, {"rank": ranks.rank}):
             Path("old/config.json").write_text(json.dumps(text))
             try:
                 said.append(check_seen(ranks, Path("old")))
@@ -91,17 +99,13 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_goes_again(tmp_pat
                 said.append(str(error))
         return said
 
-    for new, same, other in on_ranks(2, work):
-        assert new == (
-            f"run folder run: rank 1 does not see it at {tmp_path / '1' / 'run'}; name one that all machines "
-            "share, and start them in one working folder."
-        )
-        assert same is None
+    for none, same, other in on_ranks(2, work):
+        assert none is None and same is None
         assert other.startswith(f"run folder old: rank 1 sees another one at {tmp_path / '1' / 'old'}; name")
 
 
 def test_a_rank_with_another_program_or_model_is_named(tmp_path, cache):
-    """The last model is alike, so that the run begins."""
+    """At last nothing is amiss but that the ranks do not work in one folder."""
     for rank in range(2):
         shutil.copytree(smoke_folder(), tmp_path / f"{rank}" / "model")
     other = tmp_path / "1" / "model"
@@ -127,15 +131,20 @@ def test_a_rank_with_another_program_or_model_is_named(tmp_path, cache):
         alike.version = version
         said.append(told(other / "config.json", "rms_norm_eps", 0.5))
         said.append(told(other / "generation_config.json", "eos_token_id", 5))
-        return [*said, opened(ranks, config)]
+        said.append(opened(ranks, config))
+        assert not Path("run").exists()
+        return said
 
     first, second = on_ranks(2, work)
     assert first == second
-    version, model, stops, begun = first
+    version, model, stops, unseen = first
     assert version.startswith("numpy: rank 1 has 9.9, rank 0 has ")
     assert model.startswith("model: rank 1 has ")
     assert stops.startswith("generation_config.json of the model: rank 1 has ")
-    assert begun.startswith("run folder run: rank 1 does not see it"), "and nothing else is amiss"
+    assert unseen == (
+        f"run folder run: rank 1 does not see it at {tmp_path / '1' / 'run'}; name one that all machines "
+        "share, and start them in one working folder."
+    )
 
 
 def test_templates_are_told_the_time_of_rank_0(tmp_path, cache):
