@@ -17,9 +17,11 @@ from bench.faults.slots import Slot
 KILLED = ("caid-on-2", "caid-on-4", "full-on-2")
 # Of each command: a rank that writes is killed inside a write of each kind of file and at operations spread
 # evenly, any rank at moments, and one is stopped. Rank 0 writes everything but the shards of other ranks with
-# --tune full. Runs with an adapter write the same on 2 and on 4 ranks, and share out the kinds.
+# --tune full. Runs with an adapter write the same on 2 and on 4 ranks, and share out the kinds; of a run that
+# trains all weights only what holds these is written in another way.
 OPERATIONS, MOMENTS, STOPS = 3, 4, 4
 SHARED = ("caid-on-2", "caid-on-4")
+WEIGHTS = ("model", "shard", "stage", "state")
 LATEST = 0.8  # share of the undisturbed time, which one with less beside it takes less of
 # What a rank says of the end of all.
 SAID = re.compile(r"(rank \d+: )?(error|stopped|interrupted)\b")
@@ -37,10 +39,13 @@ def cases(slot: Slot, seed: int, commands: Sequence[str] = KILLED) -> list[Case]
             kinds: dict[str, list[int]] = {}
             for n, file in about["writes"][rank]:
                 kinds.setdefault(kind_of(file), []).append(n)
-            own = sorted(kinds)[SHARED.index(name) :: len(SHARED)] if name in SHARED else sorted(kinds)
-            chosen = {rng.choice(kinds[kind]): f"writes-{kind}" for kind in own}
+            if name in SHARED:
+                own = sorted(kinds)[SHARED.index(name) :: len(SHARED)]
+            else:
+                own = [kind for kind in sorted(kinds) if kind.startswith(WEIGHTS)]
             step = max(1, operations // OPERATIONS)
-            chosen |= {n: "operation" for n in range(1 + rng.randrange(step), operations + 1, step)}
+            chosen = {n: "operation" for n in range(1 + rng.randrange(step), operations + 1, step)}
+            chosen |= {rng.choice(kinds[kind]): f"writes-{kind}" for kind in own}
             for n, what in sorted(chosen.items()):
                 case = partial(at_operation, name=name, rank=rank, n=n)
                 listed.append(Case(f"ranks/{name}/rank-{rank}-{what}-{n}", (name,), case))
