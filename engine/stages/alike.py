@@ -105,7 +105,7 @@ def check_same_inputs(
         return
     kind = torch.cuda.get_device_name(inputs.device) if inputs.device.type == "cuda" else "cpu"
     read = [row for some in prompts for row in zip(some.text, some.key_P.tolist(), strict=True)]
-    facts = {"device": kind, "model": inputs.fingerprint}
+    facts = {"device": kind, "--dtype": str(inputs.dtype), "model": inputs.fingerprint}
     facts |= {f"{name} of the model": digest for name, digest in inputs.files.items()}
     facts |= {"prompts": _hash(f"{read}")}
     facts |= {"tokens of the prompts": _hash(f"{[some.token_ids for some in prompts]}")}

@@ -31,6 +31,7 @@ from engine.scorers.scoring import try_out
 from engine.stages import alike
 from engine.stages.inputs import DEFAULT_MODEL, Inputs, clock, prepare_process, read_inputs, scorers_of
 from engine.stages.pair_files import pairs_of, preferences_of
+from engine.stages.protocol import stages_of
 from engine.stages.run_inputs import (
     DamagedInputs,
     OwnedInputs,
@@ -456,13 +457,6 @@ def _resume(start: Start, prepared: Prepared, display: Display) -> Run:
     for note in notes:
         display.warn(note)
     return run
-
-
-def stages_of(config: RunConfig) -> int:
-    """Counts the stages of a run."""
-    aligned = 2 + len(config.cost) if config.by_preference else 0
-    pairs = bool(config.pairs_file)
-    return 3 + pairs + aligned + config.solves_dual + config.policy_updates + config.measured_slacks
 
 
 def training_prompts(train: Prompts, n: int, seed: int) -> Prompts:

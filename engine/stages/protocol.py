@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from engine.config import RunConfig
 from engine.dual.solver import Solution
 from engine.records import ScoreRule, Target
 from engine.verdict.evaluation import Evaluation
@@ -92,3 +93,10 @@ class Stages(Protocol):
 
     def verdict(self, policy: Iterate | None, lam_J: Tensor) -> Result:
         """Returns the verdict on prompts held out, with the report written."""
+
+
+def stages_of(config: RunConfig) -> int:
+    """Counts the stages of a run."""
+    aligned = 2 + len(config.cost) if config.by_preference else 0
+    pairs = bool(config.pairs_file)
+    return 3 + pairs + aligned + config.solves_dual + config.policy_updates + config.measured_slacks

@@ -134,6 +134,9 @@ def test_a_rank_with_another_program_or_model_is_named(tmp_path, cache):
         alike.version = lambda name: "9.9" if name == "numpy" and ranks.rank else version(name)
         said = [opened(ranks, config)]
         alike.version = version
+        automatic, inputs._automatic = inputs._automatic, lambda *words: ("float32", "bfloat16")[ranks.rank]
+        said.append(opened(ranks, config))
+        inputs._automatic = automatic
         said.append(told(other / "config.json", "rms_norm_eps", 0.5))
         said.append(told(other / "generation_config.json", "eos_token_id", 5))
         said.append(opened(ranks, config))
@@ -142,8 +145,11 @@ def test_a_rank_with_another_program_or_model_is_named(tmp_path, cache):
 
     first, second = on_ranks(2, work)
     assert first == second
-    version, model, stops, unseen = first
+    version, dtype, model, stops, unseen = first
     assert version.startswith("numpy: rank 1 has 9.9, rank 0 has ")
+    assert dtype.startswith(
+        "--dtype: rank 1 has torch.bfloat16, rank 0 has torch.float32; start all ranks with"
+    )
     assert model.startswith("model: rank 1 has ")
     assert stops.startswith("generation_config.json of the model: rank 1 has ")
     assert unseen == (
