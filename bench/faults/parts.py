@@ -21,8 +21,8 @@ class Part(NamedTuple):
         return [name for name in commands if name in self.commands]
 
 
-# All but `ranks` take about ten minutes on two cores. `ranks` took 20 when it had 105 longer cases; of its 60 now
-# one takes 3 to 10 s, and 50 s where the cores have much else to do.
+# All but `ranks` take about ten minutes on two cores. `ranks` took 20 when it had 105 longer cases; of the 60
+# that it has now one takes 3 to 10 s, and 50 s where the cores have much else to do.
 PARTS = {
     "kills": Part(kills.cases, 140, kills.KILLED),
     "damage": Part(damage.cases, 180, tuple(damage.COMPARED)),
