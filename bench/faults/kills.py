@@ -65,13 +65,13 @@ def go_on(slot: Slot, name: str) -> Outcome:
     ended = slot.call(again(name, begun))
     outcome = ending(ended, [command.out])
     if outcome is None:
-        return compared(_looked_once(tree(slot.work)), _looked_once(oracle))
+        return compared(looked_once(tree(slot.work)), looked_once(oracle))
     if outcome.kind == REFUSED and work and name != "resume":
         return Outcome(WRONG, f"blocked after the kill: {outcome.detail}")
     return outcome
 
 
-def _looked_once(found: Tree) -> Tree:
+def looked_once(found: Tree) -> Tree:
     """Drops lines of judged.jsonl that stand there twice, and one that the kill has cut: whoever reads the
     file leaves it out."""
     name = "run/judged.jsonl"

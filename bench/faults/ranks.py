@@ -10,6 +10,7 @@ from functools import partial
 from bench.faults.cases import Case
 from bench.faults.children import Act, Ended
 from bench.faults.commands import COMMANDS, again
+from bench.faults.kills import looked_once
 from bench.faults.operations import KillAt, watch
 from bench.faults.outcome import CLEAN, HANG, TRACEBACK, WRONG, Outcome, compared, last_line, tree
 from bench.faults.slots import Slot
@@ -105,6 +106,6 @@ def _go_on(slot: Slot, name: str, ended: Ended) -> Outcome:
         return Outcome(HANG, "ranks that went on did not end")
     if after.code:
         return Outcome(WRONG, f"blocked, exit code {after.code}: {last_line(after.err)}")
-    found = compared(tree(slot.work), tree(slot.kept / name))
+    found = compared(looked_once(tree(slot.work)), looked_once(tree(slot.kept / name)))
     how = f"last rank gone after {ended.seconds:.2f} s" if ended.code else "had ended before"
     return Outcome(CLEAN, how) if found.kind == CLEAN else found

@@ -108,7 +108,6 @@ def check_same_inputs(
     facts = {"device": kind, "--dtype": str(inputs.dtype), "model": inputs.fingerprint}
     facts |= {f"{name} of the model": digest for name, digest in inputs.files.items()}
     facts |= {"prompts": _hash(f"{read}")}
-    facts |= {"tokens of the prompts": _hash(f"{[some.token_ids for some in prompts]}")}
     facts |= {f"scorer {name}": content["sha256"] for name, content in scorers.items()}
     ranks.check_alike(facts | versions(ranks))
 
