@@ -37,6 +37,11 @@ from engine.stages.alike import check_model_ranks
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
+# The stages that pass while an update is measured: it ends with the answers that measure its slack
+# (`engine.stages.trust`).
+IN_UPDATE = ("policy step", "iterate", "slack")
+
+
 @dataclass(frozen=True)
 class Options:
     """Predict a run on many GPUs, and count what its ranks send."""
@@ -194,7 +199,7 @@ def measured_table(every: list[list[Part]], found: Prediction) -> Table:
     table = Table("part", "s", "predicted, s", "messages", "MB", "peak GB", title=title)
     predicted_s: dict[str, float] = {}
     for stage in found.stages:
-        part = {"policy step": "update", "trust": "update", "iterate": "update"}.get(stage.name, stage.name)
+        part = "update" if stage.name in IN_UPDATE else stage.name
         predicted_s[part] = predicted_s.get(part, 0.0) + stage.seconds
     for same in zip(*every, strict=True):
         table.add_row(

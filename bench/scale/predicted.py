@@ -22,7 +22,6 @@ from engine.model.slices import sliced
 from engine.run.needs import adapter_parameters, kept_states_bytes, largest_share
 from engine.run.plan import Work, shards_to_try, what_fits
 from engine.run.spread import pieces
-from engine.stages import trust
 
 DTYPE, ITEM = torch.bfloat16, 2
 TEXT_BYTES = 4  # of a token, in the text of a response
@@ -137,15 +136,16 @@ def predicted(shape: ModelConfig, config: CaidConfig, card: Card, ranks: int, sp
     stages, cure = [], ""
     if fits:
         run = _Run(shape, config, card, ranks, shards, rows)
-        stages.append(run.sampling("reference", 1, config.n_prompts, config.n_responses, kept=True))
+        # Steps on an adapter pass the reference themselves, so that its own samples are not scored.
+        alone, reference = config.compares_with_reference, (config.n_prompts, config.n_responses)
+        stages.append(run.sampling("reference", 1, *reference, kept=True, scored=alone))
         stages.append(run.steps(config.policy_updates * config.steps))
-        if config.trusts:
-            stages.append(run.trusted(config.policy_updates))
         stages.append(run.iterate(config.policy_updates))
         for times, n_prompts, n in config.fresh_samples:
             stages.append(run.sampling("slack", times, n_prompts, n, kept=False))
         heldout = config.eval_prompts, config.eval_responses
-        stages.append(run.sampling("held-out", 2, *heldout, kept=True))
+        stages.append(run.sampling("held-out reference", 1, *heldout, kept=True, scored=alone))
+        stages.append(run.sampling("held-out policy", 1, *heldout, kept=True))
     else:
         cure = what_fits(work, int(card.free_bytes), rows, ranks, min(ranks, PER_MACHINE))
     return Prediction(
@@ -221,16 +221,17 @@ class _Run:
         size = 2 * layers * tokens * self.shape.hidden_size * ITEM
         return _Sums(2 * layers * passes, self._summed(size, ranks))
 
-    def drawing_sums(self, prompts: int, n: int) -> "_Sums":
+    def drawing_sums(self, prompts: int, n: int, scored: bool) -> "_Sums":
         """Counts these for `drawing`; the last token of a response passes no layer when it is drawn."""
         own, new = largest_share(prompts, self.shares), self.config.max_new_tokens
         batches = math.ceil(own / max(1, self.rows // n))
         drawn = self.state_sums(batches * new, own * (PROMPT_TOKENS + n * (new - 1)), 1.0)
         tokens = own * (PROMPT_TOKENS + n * new)
         share = self.trained if self.keeps(own, n) else 1.0
-        return drawn + self.state_sums(math.ceil(tokens / self.config.tokens_per_forward), tokens, share)
+        passes = math.ceil(tokens / self.config.tokens_per_forward)
+        return drawn + self.state_sums(passes, tokens, share) if scored else drawn
 
-    def drawing(self, prompts: int, n: int) -> float:
+    def drawing(self, prompts: int, n: int, scored: bool) -> float:
         """Returns the time of sampling n responses to each prompt, and of scoring them by the reference."""
         own, new = largest_share(prompts, self.shares), self.config.max_new_tokens
         at_once = max(1, self.rows // n)
@@ -243,24 +244,21 @@ class _Run:
                 )
         tokens = own * (PROMPT_TOKENS + n * new)
         share = self.trained if self.keeps(own, n) else 1.0
-        return compute + self.seconds(floors.passes(self.shape, ITEM, tokens, own * n * new, 1, share=share))
+        once = floors.passes(self.shape, ITEM, tokens, own * n * new, 1, share=share)
+        return compute + self.seconds(once) if scored else compute
 
-    def sampling(self, name: str, times: int, prompts: int, n: int, *, kept: bool) -> Stage:
-        """Samples and scores responses, which all ranks get. kept: they are the stage's result, which rank 0
-        sends to all again."""
+    def sampling(
+        self, name: str, times: int, prompts: int, n: int, *, kept: bool, scored: bool = True
+    ) -> Stage:
+        """Samples responses, which all ranks get, and scores them by the reference. kept: they are the
+        stage's result, which rank 0 sends to all again."""
         whole = prompts * n * (self.config.max_new_tokens * (TOKEN_BYTES + TEXT_BYTES) + RESPONSE_BYTES)
         host, messages = 0.0, 0
         if self.ranks > 1:
             host = whole * (self.ranks - 1) / self.ranks + whole * kept
             messages = SAMPLING_MESSAGES + STAGE_MESSAGES
-        sums = self.drawing_sums(prompts, n)
-        return self.stage(name, times, self.drawing(prompts, n), messages, host, SAMPLING_GATHERS, sums)
-
-    def trusted(self, times: int) -> Stage:
-        """Samples a response to some prompts, to see how far an iterate is from the reference."""
-        messages = 2 if self.ranks > 1 else 0
-        compute, sums = self.drawing(trust.RESPONSES, 1), self.drawing_sums(trust.RESPONSES, 1)
-        return self.stage("trust", times, compute, messages, 8.0 * trust.RESPONSES * (messages > 0), 2, sums)
+        sums, compute_s = self.drawing_sums(prompts, n, scored), self.drawing(prompts, n, scored)
+        return self.stage(name, times, compute_s, messages, host, SAMPLING_GATHERS, sums)
 
     def iterate(self, times: int) -> Stage:
         """Ends an update: rank 0 sends an adapter with its moments to all, or gathers all weights to write
@@ -308,7 +306,8 @@ class _Run:
             parts = floors.passes(shape, ITEM, tokens, completions, 3)
             parts.append(floors.Part("optimizer", 7 * 4 * shape.parameter_count() / self.shards))
         else:
-            parts = floors.passes(shape, ITEM, tokens, completions, 2, share=self.trained)
+            # Forward and backward, and forward through the reference.
+            parts = floors.passes(shape, ITEM, tokens, completions, 3, share=self.trained)
             below = floors.weights(shape)[0] * config.lora_from
             # Several ranks compute the states below the adapter again, and so does one with many prompts.
             if self.ranks > 1 or not self.keeps(config.n_prompts, config.n_responses):
@@ -319,7 +318,7 @@ class _Run:
         # Forward through all layers and backward through the trained ones, which are computed once more where
         # their activations are not kept.
         sums = self.state_sums(passes, tokens, 1.0)
-        for _ in range(1 + config.activation_checkpointing):
+        for _ in range(1 + config.activation_checkpointing + (not self.full)):
             sums += self.state_sums(passes, tokens, self.trained)
         sent, messages, waits = sums.bytes, sums.messages, self.wire(sums.bytes, config.model_ranks)
         if self.ranks > 1:

@@ -60,11 +60,10 @@ class PreferenceLoss:
             "softcap": model.config.logit_softcap,
             "memory_budget_bytes": config.memory_budget_bytes,
         }
-        reference_N = self._anchor_logprob(batch, packed, pairs, options)
+        lower = self._lower(batch, packed)
+        reference_N = self._anchor_logprob(batch, packed, pairs, lower, options)
         dropout = int(combine(config.seed, keys.label(self.iteration, step), first))
-        hidden, head = policy_states(
-            config, model, samples.lower, batch, packed, self.weights, dropout=dropout
-        )
+        hidden, head = policy_states(config, model, lower, batch, packed, self.weights, dropout=dropout)
         labels = "sampled" if config.labels == "sampled-once" else config.labels
         result = lagrangian_preference_loss(
             hidden,
@@ -90,6 +89,22 @@ class PreferenceLoss:
         )
 
     @property
+    def passes_reference(self) -> bool:
+        """Tells whether the reference's log-probs are computed here, and not those of the samples."""
+        return self.model.dtype.itemsize == 2 and isinstance(self.weights, Adapter)
+
+    def _lower(self, batch: list[packing.Group], packed: packing.Packed) -> packing.LowerStates | None:
+        """Returns the states below the adapter; where none were kept and the reference is passed too, its own
+        of this batch, so that they are computed once."""
+        kept = self.samples.lower
+        if kept is not None or not self.passes_reference:
+            return kept
+        lower = packing.LowerStates(self.weights.first_layer)
+        with torch.no_grad():
+            lower.keep(batch, self.model(packed.tokens, packed.layout, stop=lower.layer))
+        return lower
+
+    @property
     def passed_anchor(self) -> Weights | None:
         """The anchor where a batch passes it too; with a share of 0 the reference stands in its place."""
         return self.anchor if self.target.anchor_share > 0 else None
@@ -107,16 +122,21 @@ class PreferenceLoss:
         return uniform(combine(self.config.seed, keys.label(self.iteration, step), place), 0)
 
     def _anchor_logprob(
-        self, batch: list[packing.Group], packed: packing.Packed, pairs: Pairs, options: dict
+        self,
+        batch: list[packing.Group],
+        packed: packing.Packed,
+        pairs: Pairs,
+        lower: packing.LowerStates | None,
+        options: dict,
     ) -> Tensor:
         """Returns float64 [N], from which log-ratios count: the log-prob under the anchor,
         plus shift / coefficient."""
         config, target, samples, model = self.config, self.target, self.samples, self.model
         index = torch.tensor(pairs.row)
-        if model.dtype.itemsize == 2 and isinstance(self.weights, Adapter):
+        if self.passes_reference:
             # In the same pass as the policy's, so that what both round alike cancels.
             with torch.no_grad():
-                states = policy_states(config, model, samples.lower, batch, packed, None)
+                states = policy_states(config, model, lower, batch, packed, None)
                 reference_N = sequence_logprob(
                     *states, packed.target_T, packed.cu_seqlens, **options
                 ).double()
@@ -125,7 +145,7 @@ class PreferenceLoss:
             reference_N = reference_N.to(model.device, non_blocking=True)
         if self.passed_anchor is not None:
             with torch.no_grad():
-                states = policy_states(config, model, samples.lower, batch, packed, self.passed_anchor)
+                states = policy_states(config, model, lower, batch, packed, self.passed_anchor)
                 own_N = sequence_logprob(*states, packed.target_T, packed.cu_seqlens, **options)
             reference_N = torch.lerp(reference_N, own_N.double(), target.anchor_share)
         if target.shift_PG is not None:

@@ -140,7 +140,7 @@ def products(
     answer = ANSWER_SHARE * config.max_new_tokens
     head = shape.hidden_size * shape.vocab_size
     body = shape.parameter_count() - head * (1 if shape.tied else 2)
-    adapter = 0 if config.tune == "full" else adapter_parameters(config, shape)
+    adapter, narrow = 0 if config.tune == "full" else adapter_parameters(config, shape), dtype.itemsize == 2
     trained = body * _trained_share(config) + head + adapter
 
     def sampled(prompts: int, n: int) -> float:
@@ -154,7 +154,7 @@ def products(
     heldout = config.eval_prompts, config.eval_responses
     total = sampled(*heldout) + scored(*heldout)  # of the policy
     if not config.samples_of:
-        again = dtype != torch.float32  # see engine.stages.sampling
+        again = narrow and config.compares_with_reference  # see engine.stages.sampling
         total += sampled(*heldout) + again * scored(*heldout)
         # Given responses are passed once, as a sampled one is token by token.
         total += sampled(*reference) + (again and not config.samples) * scored(*reference)
@@ -162,7 +162,8 @@ def products(
         total += times * (sampled(prompts, responses) + scored(prompts, responses))
     own_prompts = largest_share(config.prompts_per_step, ranks)
     tokens = own_prompts * (mean_prompt + _trained_responses(config) * answer)
-    passes = 3 if config.tune == "full" else 2  # forward, to the states, to the weights
+    # Forward, to the states, to all weights; beside an adapter in 16 bits forward through the reference.
+    passes = 3 if config.tune == "full" or narrow else 2
     steps = config.policy_updates * config.steps
     if config.by_preference:
         steps += (1 + len(config.cost)) * config.preference_steps

@@ -97,10 +97,10 @@ def by_hand(prompts: int, n: int) -> float:
 
 def test_what_is_sent_on_eight_ranks_by_hand():
     stages = predict("8b", "lora", H100, 8).stages
-    names = ["reference", "policy step", "trust", "iterate", "slack", "held-out"]
+    names = ["reference", "policy step", "iterate", "slack", "held-out reference", "held-out policy"]
     assert [stage.name for stage in stages] == names
-    reference, step, trusted, iterate, slack, heldout = stages
-    assert [stage.times for stage in stages] == [1, 100, 5, 5, 5, 2]
+    reference, step, iterate, slack, *heldout = stages
+    assert [stage.times for stage in stages] == [1, 100, 5, 5, 1, 1]
     adapter = 16 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     gradients = 2 * 7 / 8 * 4 * adapter
     assert step.sent_bytes == pytest.approx(gradients + 2 * 7 / 8 * 48)
@@ -108,13 +108,14 @@ def test_what_is_sent_on_eight_ranks_by_hand():
     # To all, and from rank 0 again as the stage's result.
     assert reference.sent_bytes == pytest.approx((7 / 8 + 1) * by_hand(8192, 8))
     assert slack.sent_bytes == pytest.approx(7 / 8 * by_hand(1024, 4))
-    assert heldout.message_s == pytest.approx((7 / 8 + 1) * by_hand(1024, 6) / (2 * GIGA) + 16 * 50e-6)
-    assert trusted.sent_bytes == 64 * 8 and iterate.sent_bytes == 12 * adapter
+    for side in heldout:
+        assert side.message_s == pytest.approx((7 / 8 + 1) * by_hand(1024, 6) / (2 * GIGA) + 16 * 50e-6)
+    assert iterate.sent_bytes == 12 * adapter
 
 
 def test_what_shards_send_by_hand():
     found = predict("8b", "full", H100, 16)
-    reference, step, _, iterate = found.stages[:4]
+    reference, step, iterate = found.stages[:3]
     assert found.shards == 8, "copies on two machines"
     weights, outer = MODELS["8b"].parameter_count(), 2 * 128256 * 4096 + 4096
     gathered = 2 * weights * 7 / 8
@@ -134,8 +135,8 @@ def test_a_step_is_computed_at_the_assumed_share_of_the_peak():
     step = predict("8b", "lora", H100, 8).stages[1]
     layers, head = floors.weights(MODELS["8b"])
     tokens, completions = 32 * (128 + 512), 32 * 512
-    # Forward and backward pass above, forward pass below.
-    flops = 2 * tokens * (2 * layers / 2 + layers / 2) + 2 * 2 * head * completions
+    # Above forward and backward, and forward through the reference; below forward.
+    flops = 2 * tokens * (3 * layers / 2 + layers / 2) + 3 * 2 * head * completions
     assert step.compute_s == pytest.approx(flops / (0.45 * 989e12))
 
 
@@ -146,20 +147,18 @@ def test_what_slices_send_by_hand():
     assert found.fits and found.spared == "--activation-checkpointing"
     reference, step = found.stages[:2]
     tokens, state = 128 * (128 + 512), 2 * 8192
-    # Forward through all layers, and twice through the trained half.
-    sums = 2 * 7 / 8 * 2 * (80 + 2 * 40) * tokens * state
+    # Forward through all layers, and three times through the trained half, once of the reference.
+    sums = 2 * 7 / 8 * 2 * (80 + 3 * 40) * tokens * state
     adapter = 40 * 8 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
     gradients = 2 * 15 / 16 * 4 * adapter
     assert step.sent_bytes == pytest.approx(sums + gradients + 2 * 15 / 16 * 48)
-    assert step.messages == 2 * (80 + 2 * 40) * -(-tokens // 8192) + 2
+    assert step.messages == 2 * (80 + 3 * 40) * -(-tokens // 8192) + 2
     assert step.message_s == pytest.approx(
         sums / (300 * GIGA) + gradients / (45 * GIGA) + step.messages * 50e-6
     )
     batches = -(-4096 // (found.rows // 8))
-    passes = batches * 256 + 4096 * (128 + 8 * 256) // 8192
-    assert reference.messages == 160 * passes + 16
-    drawn, scored = 4096 * (128 + 8 * 255), 4096 * (128 + 8 * 256)
-    sums = 2 * 7 / 8 * 160 * (drawn + scored) * state
+    assert reference.messages == 160 * batches * 256 + 16
+    sums = 2 * 7 / 8 * 160 * 4096 * (128 + 8 * 255) * state
     assert reference.sent_bytes == pytest.approx(sums + (15 / 16 + 1) * by_hand(8192, 8))
 
 
@@ -277,5 +276,5 @@ def test_a_run_is_measured_part_by_part_beside_its_prediction(cache, tmp_path, m
     with console.capture() as said:
         console.print(command.measured_table(every, found))
     update = next(line for line in said.get().splitlines() if "update" in line).split("│")
-    predicted_s = sum(s.seconds for s in found.stages if s.name in ("policy step", "trust", "iterate"))
+    predicted_s = sum(s.seconds for s in found.stages if s.name in command.IN_UPDATE)
     assert update[3].strip() == f"{predicted_s:.3f}" and int(update[4]) == len(every[0][2].messages)

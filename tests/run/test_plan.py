@@ -324,11 +324,20 @@ def test_nothing_is_counted_of_responses_that_are_not_sampled():
     products = sampled(c.n_prompts, c.n_responses) + sampled(c.eval_prompts, c.eval_responses)
     spared = plan().seconds - plan(samples_of="run").seconds
     assert spared == pytest.approx(2 * products / (needs.EFFICIENCY * 1e11), rel=1e-6)
-    # A file's responses pass the model once, at the price of sampling; in 16 bits there is no other pass.
+    # A file's responses pass the model once, at the price of sampling. In 16 bits samples are scored again where
+    # all weights are trained, and a file's are not; steps on an adapter pass the reference instead.
     assert plan(samples="file").seconds == plan().seconds
-    half = plan(dtype=torch.bfloat16).seconds
-    assert plan(samples="file", dtype=torch.bfloat16).seconds < half
-    assert plan(samples_of="run", dtype=torch.bfloat16).seconds == plan(samples_of="run").seconds
+    half = {"dtype": torch.bfloat16}
+    assert plan(samples="file", **half).seconds == plan(**half).seconds
+    whole = {"tune": "full", "learning_rate": 1e-5}
+    assert plan(samples="file", **half, **whole).seconds < plan(**half, **whole).seconds
+    assert plan(samples_of="run", **half, **whole).seconds == plan(samples_of="run", **whole).seconds
+    passed = plan(samples_of="run", **half).seconds - plan(samples_of="run").seconds
+    adapter = needs.adapter_parameters(c, SHAPE)
+    half_body = body * needs._trained_share(c)
+    tokens = c.prompts_per_step * (20 + c.trained_responses(c.n_responses) * answer)
+    expected = 25 * tokens * (half_body + 64 * SHAPE.vocab_size + adapter)
+    assert passed == pytest.approx(2 * expected / (needs.EFFICIENCY * 1e11), rel=1e-6)
 
 
 @pytest.mark.parametrize(
