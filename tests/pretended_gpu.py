@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 SOON = (
-    "captured or never_waits or launches or repeat or entries or packed_attention or (norm_rotation and not 300) or "
-    "(preference_loss and 12-211-8 and bfloat16) or (forms_of_labels and 12 and bfloat16)"
+    "captured or never_waits or launches or repeat or entries or packed_attention or "
+    "(norm_rotation and not 300) or (preference_loss and 12-211-8 and bfloat16) or "
+    "(forms_of_labels and 12 and bfloat16)"
 )
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 state = SimpleNamespace(watched=False, graph=None, copies=0, launches=0, waits=0)

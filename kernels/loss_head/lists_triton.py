@@ -259,7 +259,7 @@ class Packed(NamedTuple):
 def select(
     logits: Tensor, head: Head, widest: Tensor, target: Tensor, threshold: float, lists: Lists
 ) -> tuple[Tensor, Tensor]:
-    """Fills the lists from logits [C, V]; returns log p [C] and what is left out [C, 2]: see `select_kernel`."""
+    """Fills the lists from logits [C, V]; returns log p [C] and the sums of what is left out [C, 2]."""
     rows, vocabulary = logits.shape
     logprob, left = (logits.new_empty(*shape) for shape in ((rows,), (rows, 2)))
     shape = shape_of(vocabulary)

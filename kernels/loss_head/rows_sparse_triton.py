@@ -41,7 +41,7 @@ class SparseTritonRows(TritonRows):
     # What 16 bits and TF32 may take off a product of some rows.
     ROUNDED = 0.95
     # Bytes of an entry in lists, packed, and by columns, with the sort between them.
-    ENTRY, PACKED = 8, 48
+    ENTRY, PACKED = 8, 64
 
     @classmethod
     def sizes(cls, head: Head, rows: int, budget: int, kind: str) -> Sizes:
@@ -49,7 +49,8 @@ class SparseTritonRows(TritonRows):
         if kind == "values":
             return sizes
         vocabulary = len(head.weight)
-        fixed = 4 * vocabulary * (1 + max(8 * cls.PILOTS, 2 * cls.LARGEST))
+        # The head's largest elements, the ends of columns, and 8 numbers for each logit of a pilot.
+        fixed = 4 * vocabulary * (5 + max(8 * cls.PILOTS, 2 * cls.LARGEST))
         row = cls.ENTRY * cls.room(head.weight) + int(cls.PACKED * cls._most(head.weight)) + 16 * cls.FREQUENT
         return sizes._replace(fixed=sizes.fixed + fixed, scratch=sizes.scratch + row)
 
@@ -82,9 +83,10 @@ class SparseTritonRows(TritonRows):
         target, z = target[at].long()[:, None], self.new_z(self.weight, pilots)
         value, slope = self._capped(self._product(hidden[at], z), self.bias)
         mass = value.div_(self.temperature).softmax(1)
-        mass.masked_fill_(~mass.sum(1, keepdim=True).isfinite(), 0)
-        own = mass.gather(1, target)
-        jacobian = mass.scatter(1, target, torch.where(own > 0, own - 1, 0))
+        # A row without a log-prob says nothing.
+        finite = mass.sum(1, keepdim=True).isfinite()
+        mass.masked_fill_(~finite, 0)
+        jacobian = mass.scatter(1, target, mass.gather(1, target) - finite.float())
         mass.scatter_(1, target, 0)
         if slope is not None:
             jacobian.mul_(slope), mass.mul_(slope)

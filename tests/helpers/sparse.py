@@ -17,7 +17,13 @@ SIZES = {"peaked": 1.5, "scattered": 1.5, "flat": 0.05, "mixed": 1.5}
 
 
 def inputs(
-    kind="peaked", bias=False, dtype=torch.float32, lengths=LENGTHS, seed=0, width=WIDTH, vocabulary=VOCABULARY
+    kind="peaked",
+    bias=False,
+    dtype=torch.float32,
+    lengths=LENGTHS,
+    seed=0,
+    width=WIDTH,
+    vocabulary=VOCABULARY,
 ):
     """Makes rows with targets drawn from the head itself.
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from kernels import reference
 from kernels.loss_head import losses as losses_module
 from kernels.loss_head import ops, passes, schemes
 from kernels.loss_head.records import Head
@@ -28,7 +27,9 @@ def few_rows(monkeypatch):
 
     for module in (ops, passes, losses_module, schemes):
         monkeypatch.setattr(
-            module, "row_workspace", lambda hidden, tolerance=0.0: SparseTritonRows if tolerance else TritonRows
+            module,
+            "row_workspace",
+            lambda hidden, tolerance=0.0: SparseTritonRows if tolerance else TritonRows,
         )
     for name, value in {"LEAST_ROWS": 32, "PILOTS": 8, "DENSE_SHARE": {2: 0.25, 4: 0.25}, "ROOM": 2}.items():
         monkeypatch.setattr(SparseTritonRows, name, value)
@@ -38,7 +39,7 @@ def few_rows(monkeypatch):
 
 
 def listed(logits, target, threshold, room=64, bias=None, temperature=1.0, softcap=None):
-    """Returns lists, log p and what is left out of logits, with a head whose largest elements are 1, 2, ..."""
+    """Returns lists, log p and what is left out; the head's largest elements are 1, 2, ..."""
     from kernels.loss_head import lists_triton
 
     lists = lists_triton.Lists.empty(len(logits), room, logits)
