@@ -289,8 +289,7 @@ def select(
 
 def pack(lists: Lists, ends: Tensor, factor: Tensor, total: int) -> Packed:
     """Copies the first ends[r + 1] - ends[r] entries of each row r, `total` in all, times factor [C]."""
-    value = lists.value.new_empty(total)
-    column, row = lists.column.new_empty(2, total).unbind()
+    value, column, row = (x.new_empty(total) for x in (lists.value, lists.column, lists.column))
     rows, room = lists.value.shape
     with torch.cuda.device_of(value):
         pack_kernel[(rows,)](

@@ -38,6 +38,8 @@ class SparseTritonRows(TritonRows):
     FULL_SHARE = 1 / 4
     # So many rows, and columns of frequent targets, say how large dH and dW are at least.
     LARGEST, FREQUENT = 16, 64
+    # Coefficients of both signs cancel in dW, so that it is about so many times smaller than without them.
+    OPPOSITE = 4
     # What 16 bits and TF32 may take off a product of some rows.
     ROUNDED = 0.95
     # Bytes of an entry in lists, packed, and by columns, with the sort between them.
@@ -66,7 +68,7 @@ class SparseTritonRows(TritonRows):
 
     def __init__(self, head: Head, sizes: Sizes, rows: int, kind: str) -> None:
         super().__init__(head, sizes, rows, kind)
-        self.head, self.chunk = head, rows
+        self.head, self.chunk, self.frozen = head, rows, kind == "product"
         self.listing, self.threshold = False, 0.0
         self.one = self.weight.new_ones(1, dtype=torch.float32)
         self.lists: Lists | None = None
@@ -75,7 +77,7 @@ class SparseTritonRows(TritonRows):
     # What to leave out.
 
     def survey(self, hidden: Tensor, target: Tensor) -> None:
-        rows, pilots = len(hidden), self.PILOTS
+        rows, pilots, all_targets = len(hidden), self.PILOTS, target
         self.rows = rows
         if rows < self.LEAST_ROWS or self.chunk < pilots or len(self.weight) < 64:
             return
@@ -103,14 +105,33 @@ class SparseTritonRows(TritonRows):
             smaller = torch.where(mass <= torch.exp2(-step / 4), effect, 0).sum(1).amax()
             enough = smaller <= allowed
             first, last = torch.where(enough, first, step + 1), torch.where(enough, step, last)
-        share = (mass > torch.exp2(-first / 4)).float().mean()
+        bound = torch.where(first < SparseRows.STEPS, torch.exp2(-first / 4), 0)
+        if not self.frozen:
+            bound = torch.minimum(bound, self._bound_of_head(hidden[: self.chunk], all_targets[: self.chunk]))
+        share = (mass > bound).float().mean()
         # The host waits here.
-        step, share = torch.stack([first, share]).tolist()
-        if step < SparseRows.STEPS:
-            self.threshold = 2 ** (-step / 4)
-            self.listing = share * len(self.weight) <= self._most(self.weight)
+        self.threshold, share = torch.stack([bound, share]).tolist()
+        self.listing = self.threshold > 0 and share * len(self.weight) <= self._most(self.weight)
         if self.listing:
             self.lists = Lists.empty(self.chunk, self.room(self.weight), self.weight)
+
+    def _bound_of_head(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Returns the largest bound that dW is likely to allow, whatever the coefficients will be."""
+        hidden = hidden.float().nan_to_num(0.0, 0.0, 0.0)
+        own = target.long()[:, None] == self._frequent(target.long())
+        size = (own.float().t() @ hidden).abs().amax()
+        effect = hidden.abs().amax(1).sum()
+        allowed = self.head.tolerance * len(hidden) / self.rows
+        return allowed * size / (self.OPPOSITE * effect.clamp_min(1e-30))
+
+    def _frequent(self, target: Tensor) -> Tensor:
+        """Returns the most frequent columns among targets from 0 to V; V stands for none."""
+        ordered, vocabulary = target.sort().values, len(self.weight)
+        first, last = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
+        begins = torch.arange(len(ordered), device=ordered.device) == first
+        often = torch.where(begins & (ordered < vocabulary), last - first, 0)
+        most = often.topk(min(self.FREQUENT, len(often))).indices
+        return ordered[most].clamp_max(vocabulary - 1)
 
     def _capped(self, raw: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns logits before the temperature, and the cap's slope where there is one."""
@@ -227,31 +248,38 @@ class SparseTritonRows(TritonRows):
         n_full, entries = int(n_full), int(entries)
         # What chunks leave out adds up, so each has its share.
         allowed = self.head.tolerance * len(hidden) / self.rows
-        wanted = ((sums.d_weight, bounds[2:4]), (sums.d_bias, bounds[4:]))
+        of_head = ((sums.d_weight, bounds[2:4]), (sums.d_bias, bounds[4:]))
         # NaN is not enough either.
-        enough = all(x is None or off <= allowed * of for x, (off, of) in wanted)
+        enough = all(x is None or off <= allowed * size for x, (off, size) in of_head)
         if self._is_dense(n_full, entries, len(hidden)) or not enough:
             self.listing = False
             scale = self._from_logits(self._logits_of(z), target, z, True)[1]
             return super().add_gradients(kept._replace(state=scale), row_factor, unit, sums)
-        packed = lists_triton.pack(lists, ends, factor, entries)
         at = _first(full, n_full)
         rest = self._add_full(kept, at, row_factor, unit, sums) if n_full else None
-        if sums.d_hidden is not None:
-            scale = self.one if unit is None else unit.float().view(1)
-            self._gather(self.weight, packed.column, packed.value, ends, scale, sums.d_hidden, False)
-            if rest is not None:
-                sums.d_hidden.index_copy_(0, at, rest)
-        if into_head:
-            sorted_, order = lists_triton.by_column(packed, len(self.weight))
-            if sums.d_weight is not None:
-                # Where rows were done in full dW is rounded twice.
-                add = n_full > 0 or not sums.empty
-                self._gather(hidden, sorted_.row, sorted_.value, sorted_.ends, self.one, sums.d_weight, add)
-            if sums.d_bias is not None:
-                sums.d_bias.add_(sums_of_places(packed.value[:, None], order, sorted_.ends)[:, 0])
+        # Where rows were done in full dW is rounded twice.
+        sums_after = sums._replace(empty=sums.empty and not n_full)
+        self._add_lists(lists_triton.pack(lists, ends, factor, entries), hidden, unit, sums_after)
+        if rest is not None:
+            sums.d_hidden.index_copy_(0, at, rest)
         sizes = [x if wanted else 0.0 for wanted, x in zip(self._wanted(sums), bounds, strict=True)]
         return [LeftOut(mass, int(n_used), *sizes)]
+
+    def _add_lists(
+        self, packed: lists_triton.Packed, hidden: Tensor, unit: Tensor | None, sums: Sums
+    ) -> None:
+        """Adds what the lists have to the gradients."""
+        if sums.d_hidden is not None:
+            scale = self.one if unit is None else unit.float().view(1)
+            self._gather(self.weight, packed.column, packed.value, packed.ends, scale, sums.d_hidden, False)
+        if sums.d_weight is None and sums.d_bias is None:
+            return
+        columns, order = lists_triton.by_column(packed, len(self.weight))
+        if sums.d_weight is not None:
+            add = not sums.empty
+            self._gather(hidden, columns.row, columns.value, columns.ends, self.one, sums.d_weight, add)
+        if sums.d_bias is not None:
+            sums.d_bias.add_(sums_of_places(packed.value[:, None], order, columns.ends)[:, 0])
 
     @staticmethod
     def _wanted(sums: Sums) -> list[bool]:
@@ -287,12 +315,8 @@ class SparseTritonRows(TritonRows):
     def _sizes_of_head(self, kept: Kept, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Returns how large dW and the bias's gradient are at least, by the columns of frequent targets."""
         z, state, target, hidden = kept
-        logits, used, vocabulary = self._logits_of(z), factor != 0, len(self.weight)
-        ordered = torch.where(used, target.long(), vocabulary).sort().values
-        first, last = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
-        begins = torch.arange(len(ordered), device=z.device) == first
-        often = torch.where(begins & (ordered < vocabulary), last - first, 0)
-        wanted = ordered[often.topk(min(self.FREQUENT, len(often))).indices].clamp_max(vocabulary - 1)
+        logits, used = self._logits_of(z), factor != 0
+        wanted = self._frequent(torch.where(used, target.long(), len(self.weight)))
         own = target.long()[:, None]
         bias, bias_y = (None, None) if self.bias is None else (self.bias[wanted], self.bias[own])
         value, slope = self._capped(logits[:, wanted], bias)
