@@ -270,7 +270,7 @@ class SparseTritonRows(TritonRows):
     ) -> None:
         """Adds what the lists have to the gradients."""
         if sums.d_hidden is not None:
-            scale = self.one if unit is None else unit.float().view(1)
+            scale = self.one if unit is None else self.one * unit  # which may be on the CPU
             self._gather(self.weight, packed.column, packed.value, packed.ends, scale, sums.d_hidden, False)
         if sums.d_weight is None and sums.d_bias is None:
             return
