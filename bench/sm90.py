@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from kernels import gather_triton
 from kernels.attention import decode_triton
 from kernels.layer import layer_gradients, layer_triton
-from kernels.loss_head import forward_triton, rows_triton
+from kernels.loss_head import forward_triton, lists_triton, rows_triton
 from kernels.sampling import draw_triton, record_triton
 
 GATED = "3.6.0"
@@ -33,18 +33,20 @@ SHARED_LIMIT = 232448
 INPUTS = {
     "p_hidden", "p_weight", "p_bias", "p_jacobian", "p_query", "p_keys", "p_values", "p_key", "p_value",
     "p_d_total", "p_d_out", "p_d_x", "p_d_gate_up", "p_out", "p_raw", "p_rows", "p_x", "p_delta", "p_total",
-    "p_qkv", "p_query_norm", "p_key_norm", "p_cos", "p_sin", "p_gate_up",
+    "p_qkv", "p_query_norm", "p_key_norm", "p_cos", "p_sin", "p_gate_up", "p_source", "p_sums",
 }  # fmt: skip
 INT64 = (
     "p_target", "p_length", "p_offsets", "p_order", "p_ends", "p_used", "p_token", "p_stream",
     "p_place", "p_last", "p_step", "p_seed", "p_tokens", "p_row", "p_stop",
 )  # fmt: skip
+INT32 = ("p_column", "p_count", "p_packed_column", "p_packed_row", "p_index")
 FLAGS = ("p_near_tie", "p_finished", "p_fed", "p_alive")
-TYPES = dict.fromkeys(INT64, "*i64") | {"p_kept": "*fp64"} | dict.fromkeys(FLAGS, "*u8")
+TYPES = dict.fromkeys(INT64, "*i64") | dict.fromkeys(INT32, "*i32") | dict.fromkeys(FLAGS, "*u8")
+TYPES |= {"p_kept": "*fp64"}
 # Whole numbers that are multiples of 16 in common models.
 STRIDES = {
     "vocabulary", "width", "logits_stride", "jacobian_stride", "hidden_stride", "weight_stride", "row_stride",
-    "x_stride", "delta_stride", "qkv_stride", "gate_stride",
+    "x_stride", "delta_stride", "qkv_stride", "gate_stride", "source_stride", "sums_stride", "space",
 }  # fmt: skip
 # Whole numbers that can be any.
 COUNTS = {"rows", "tiles_per_part", "prompts", "longest", "room", "window", "parts", "heads"}
@@ -97,6 +99,20 @@ def loss_kernels() -> list[Kernel]:
             name = f"no stored logits {blocks.m}x{blocks.v}x{blocks.d}{_switched(bias, softcap)}"
             part = forward_triton.part_kernel
             listed.append(Kernel(name, part, dtype, constants, blocks.warps, blocks.stages, wgmma=True))
+    for bias, softcap in switches:
+        shape = lists_triton.shape_of(49152)
+        constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "LANES": shape.lanes, "EACH": shape.each}
+        constants["BLOCK"] = lists_triton.BLOCK
+        for dtype in DTYPES if bias else ("bf16",):  # that of the bias
+            select = lists_triton.select_kernel
+            name = f"lists of {shape.lanes * shape.each}{_switched(bias, softcap)}"
+            listed.append(Kernel(name, select, dtype, constants, shape.warps))
+    packed = {"BLOCK": lists_triton.BLOCK}
+    listed.append(Kernel("lists, packed", lists_triton.pack_kernel, "fp32", packed, 4))
+    for dtype, add in itertools.product(DTYPES, (False, True)):
+        constants = {"ADD": add, "BLOCK_N": lists_triton.BLOCK_N, "BLOCK_D": lists_triton.MOST_D}
+        name = "lists, gathered" + ", added" * add
+        listed.append(Kernel(name, lists_triton.gather_kernel, dtype, constants, 4))
     join = {"BLOCK": 256}
     # A count of 1 reaches a kernel as a constant.
     for name, constants in (("join parts", join), ("join parts, one row", join | {"rows": 1})):

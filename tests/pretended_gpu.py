@@ -27,11 +27,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 SOON = (
-    "captured or never_waits or launches or repeat or packed_attention or (norm_rotation and not 300) or "
-    "(preference_loss and 12-211-8 and bfloat16) or (forms_of_labels and 12 and bfloat16)"
+    "captured or never_waits or launches or repeat or entries or packed_attention or "
+    "(norm_rotation and not 300) or (preference_loss and 12-211-8 and bfloat16) or "
+    "(forms_of_labels and 12 and bfloat16)"
 )
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
-state = SimpleNamespace(watched=False, graph=None, copies=0, launches=0)
+state = SimpleNamespace(watched=False, graph=None, copies=0, launches=0, waits=0)
 
 
 class Pretended(Tensor):
@@ -74,7 +75,8 @@ def bare(x: object) -> object:
 
 
 def wait(what: object) -> None:
-    """Checks that the host may wait. Raises: RuntimeError where it must not."""
+    """Checks that the host may wait, and counts it. Raises: RuntimeError where it must not."""
+    state.waits += 1
     if state.watched or state.graph:
         raise RuntimeError(f"the host waits for the GPU in {what}")
 
@@ -377,7 +379,7 @@ def pretend() -> None:
     from kernels import gather_triton
     from kernels.attention import decode_triton
     from kernels.layer import layer_gradients, layer_triton
-    from kernels.loss_head import forward_triton, rows_triton
+    from kernels.loss_head import forward_triton, lists_triton, rows_triton
     from kernels.sampling import draw_triton, record_triton
 
     for module in (
@@ -387,6 +389,7 @@ def pretend() -> None:
         forward_triton,
         layer_gradients,
         layer_triton,
+        lists_triton,
         record_triton,
         rows_triton,
     ):
@@ -404,7 +407,9 @@ def pretend() -> None:
         "set_sync_debug_mode": lambda mode: setattr(state, "watched", mode == "error"),
         "CUDAGraph": Graph,
         "graph": capture,
+        "is_current_stream_capturing": lambda: state.graph is not None,
         "launches": lambda: state.launches,
+        "waits": lambda: state.waits,
         "get_device_properties": lambda *device: SimpleNamespace(total_memory=2**35),
         "get_device_name": lambda *device: "no GPU",
         "Event": Event,
@@ -438,6 +443,7 @@ def main(arguments: list[str]) -> int:
             "--durations=5",
             *chosen,
             str(here / "test_gpu.py"),
+            str(here / "test_gpu_entries.py"),
         ]
     )
 

@@ -63,7 +63,7 @@ def fit(
             share = len(part.pairs) / len(pairs.pairs)
             figures = found.accuracy, found.margin.abs().mean(), found.gradient_bound, found.left_out
             sums += torch.stack((loss, *(share * figure.to(sums) for figure in figures)))
-        # The first time in the step that a GPU is waited for.
+        # The first time in the step that a GPU is waited for, but for what a large part leaves out.
         loss, accuracy, margin, bound, left_out = sums.tolist()
         return Step(
             loss=loss,

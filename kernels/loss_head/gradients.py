@@ -72,7 +72,7 @@ class Gradients:
                 total.add_(opposite)
         self.started, self.open = True, None
         if self.open_left:
-            # Only the rows of a workspace on the CPU have anything left out.
+            # On a GPU the host waits here.
             self.left += [left.times(float(relative)) for left in self.open_left]
             self.open_left = []
 
@@ -119,7 +119,8 @@ def left_out(
     """Returns [2]: the bound on the relative error of dH, dW and the bias's gradient by what the parts of a
     call left out, and the mean over rows of the probability left out.
 
-    d_weight [V, D], d_bias [V]: the sums of several parts. A single part knows its size itself.
+    d_weight [V, D], d_bias [V]: the sums of several parts. A single part knows its size itself. The result is
+    on the CPU, where it was made, unless there are no parts.
     """
     dtype = statistics_dtype(hidden.dtype)
     if not parts:

@@ -61,8 +61,9 @@ def lagrangian_preference_loss(
       debug: as in `sequence_logprob`.
     - gradient_tolerance: the largest error that entries of softmax - onehot left out of the gradients may
       make, relative to the largest element of each. None: what rounding makes anyway, 4e-6 in float32, 1e-3
-      in bfloat16 and 1e-4 in float16; 0: nothing is left out. Only compiled code on the CPU leaves any out,
-      of 512 rows or more where most of a row's mass lies on few tokens.
+      in bfloat16 and 1e-4 in float16; 0: nothing is left out. Compiled code on the CPU leaves any out of 512
+      rows or more, Triton on a GPU of 1024, where most of a row's mass lies on few tokens; the host then
+      waits for the GPU.
     - pairs [K, 2], int32 or int64: sequence numbers; a sequence may be in several pairs or in none. With
       "single" and "listwise" only margin, preference and accuracy come from them, and there may be none.
     - reward [N], utility [N, J], lam [J], ref_logprob [N] (same weights and temperature): any float dtype, on

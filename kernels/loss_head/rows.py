@@ -10,6 +10,7 @@ logit and J = d(-log p)/d(logits before the softcap),
 `kernels.loss_head.rows_native` and `kernels.loss_head.rows_triton` do the same with compiled code.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class TorchRows:
 
     STATE = 1  # numbers a row that stand beside z
     ROUNDS_SUMS = False  # whether a head's gradient may come in the head's dtype, rounded once
+    LEAST_ROWS = math.inf  # of a call and a chunk, from which on entries may be left out
     TILE = 1  # rows that a product computes at a time: chunks are whole tiles
 
     @classmethod

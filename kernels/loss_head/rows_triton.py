@@ -202,7 +202,7 @@ class TritonRows(TorchRows):
         self.weight, self.bias, self.temperature, self.softcap, _ = head
         self.dtype, self.blocks = torch.float32, self._blocks(weight) if kind == "values" else None
         self.parts = sizes.row // 12  # of the vocabulary, where no logits are stored
-        logits_apart = sizes.scratch > 0 or (kind == "values" and self.blocks is None)
+        logits_apart = self.blocks is None if kind == "values" else weight.dtype != torch.float32
         stride = self._stride(weight)
         self.logits = weight.new_empty(rows, stride, dtype=torch.float32) if logits_apart else None
         self.scratch_z = self.new_z(weight, rows) if kind == "product" else self.logits
@@ -238,8 +238,11 @@ class TritonRows(TorchRows):
         return out
 
     def _logprob(self, hidden: Tensor, target: Tensor, z: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
-        rows, vocabulary = hidden.shape[0], self.weight.shape[0]
-        logits = (z if self.logits is None else self.logits[:rows])[:, :vocabulary]
+        return self._from_logits(self._product(hidden, z), target, z, jacobian)
+
+    def _product(self, hidden: Tensor, z: Tensor) -> Tensor:
+        """Returns the logits [C, V] before bias and softcap, which stand in z where its dtype is theirs."""
+        logits = self._logits_of(z)
         if hidden.dtype == torch.float32:
             torch.mm(hidden, self.weight.t(), out=logits)
         elif hidden.is_cuda:
@@ -247,9 +250,20 @@ class TritonRows(TorchRows):
         else:
             # Triton's interpreter runs on a CPU, where torch has no 16-bit product with float32 output.
             torch.mm(hidden.float(), self.weight.t().float(), out=logits)
-        logprob, scale = hidden.new_empty(2, rows, dtype=torch.float32)
+        return logits
+
+    def _logits_of(self, z: Tensor) -> Tensor:
+        """Returns where the logits [C, V] of the rows z stand."""
+        return (z if self.logits is None else self.logits[: len(z)])[:, : self.weight.shape[0]]
+
+    def _from_logits(
+        self, logits: Tensor, target: Tensor, z: Tensor, jacobian: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Returns log p [C] and scale [C, 1] of logits [C, V]; with `jacobian` z becomes J / scale."""
+        rows, vocabulary = logits.shape
+        logprob, scale = logits.new_empty(2, rows)
         block = min(self.most_columns(self.softcap is not None), triton.next_power_of_2(vocabulary))
-        with torch.cuda.device_of(hidden):
+        with torch.cuda.device_of(logits):
             row_kernel[(rows,)](
                 logits,
                 z,

@@ -82,9 +82,13 @@ def row_workspace(hidden: Tensor, tolerance: float = 0.0) -> type[TorchRows]:
     """Returns the workspace for these rows: Triton on a GPU, compiled code on
     the CPU, plain torch for float64.
 
-    With a tolerance compiled code may leave entries out of the gradients.
+    With a tolerance both may leave entries out of the gradients.
     """
     if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
+        if tolerance > 0:
+            from kernels.loss_head.rows_sparse_triton import SparseTritonRows
+
+            return SparseTritonRows
         from kernels.loss_head.rows_triton import TritonRows
 
         return TritonRows
@@ -98,12 +102,11 @@ def tolerance_or_default(
 ) -> float:
     """Returns the relative error that entries left out of the gradients of these rows may make.
 
-    It is 0 where nothing is left out: in float64, on a GPU, without compiled code, in calls of few rows, and
+    It is 0 where nothing is left out: in float64, on a CPU without compiled code, in calls of few rows, and
     where a chunk has few.
     """
-    dtype = statistics_dtype(hidden.dtype)
-    few = min(len(hidden), 2 * budget // (4 * max(1, len(weight)))) < SparseRows.LEAST_ROWS
-    if few or not compiled.serves(hidden.device, dtype):
+    least = row_workspace(hidden, 1.0).LEAST_ROWS
+    if min(len(hidden), 2 * budget // (4 * max(1, len(weight)))) < least:
         return 0.0
     return DEFAULT_TOLERANCE[hidden.dtype] if gradient_tolerance is None else float(gradient_tolerance)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.helpers.interpreter import compiled, run_interpreted
 
-NAMES = ("decode", "draw_triton", "gather", "layer_triton", "rows_triton")
+NAMES = ("decode", "draw_triton", "gather", "layer_triton", "rows_sparse_triton", "rows_triton")
 FILES = [Path(__file__).with_name(f"test_{name}.py") for name in NAMES]
 
 
