@@ -324,8 +324,8 @@ def test_nothing_is_counted_of_responses_that_are_not_sampled():
     products = sampled(c.n_prompts, c.n_responses) + sampled(c.eval_prompts, c.eval_responses)
     spared = plan().seconds - plan(samples_of="run").seconds
     assert spared == pytest.approx(2 * products / (needs.EFFICIENCY * 1e11), rel=1e-6)
-    # A file's responses pass the model once, at the price of sampling. In 16 bits samples are scored again where
-    # all weights are trained, and a file's are not; steps on an adapter pass the reference instead.
+    # A file's responses pass the model once, at the price of sampling. In 16 bits samples are scored again
+    # where all weights are trained, and a file's are not; steps on an adapter pass the reference instead.
     assert plan(samples="file").seconds == plan().seconds
     half = {"dtype": torch.bfloat16}
     assert plan(samples="file", **half).seconds == plan(**half).seconds

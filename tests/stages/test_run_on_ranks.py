@@ -187,8 +187,8 @@ def test_a_scorer_that_fails_on_one_rank_ends_the_run_with_its_own_words(tmp_pat
 
 
 def close(found: object, expected: object, path: str = "") -> None:
-    """Compares JSON: numbers up to float32 rounding, all else exactly. A bound of three prompts lets the rounding
-    of their means count many times: 3.6e-5 was found, with AVX-512."""
+    """Compares JSON: numbers up to float32 rounding, all else exactly. A bound of three prompts lets the
+    rounding of their means count many times: 3.6e-5 was found, with AVX-512."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), path
         for key in expected:
