@@ -1,13 +1,15 @@
-"""The tests of Triton kernels that need its interpreter, all in one process, which takes seconds to start."""
+"""The tests of Triton kernels that need its interpreter, in two processes, as each takes seconds to start."""
 
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.interpreter import compiled, run_interpreted
 
-NAMES = ("decode", "draw_triton", "gather", "layer_triton", "rows_sparse_triton", "rows_triton")
-FILES = [Path(__file__).with_name(f"test_{name}.py") for name in NAMES]
+TOGETHER = ("decode", "draw_triton", "gather", "layer_triton", "rows_triton"), ("rows_sparse_triton",)
 
 
 @compiled
-def test_interpreted_tests_pass():
-    run_interpreted(*FILES)
+@pytest.mark.parametrize("names", TOGETHER, ids=["most", "lists"])
+def test_interpreted_tests_pass(names):
+    run_interpreted(*(Path(__file__).with_name(f"test_{name}.py") for name in names))
