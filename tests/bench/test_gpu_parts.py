@@ -200,7 +200,8 @@ def test_steps_of_part_0_in_small_sizes(tmp_path, monkeypatch, tiny_folder):
         "iteration qwen2.5-0.5b",
         "entries",
     ]
-    assert all(f["measured"] >= 0 for found in figures.values() for f in found)
+    measured = {f"{step}, {f['name']}": f["measured"] for step, found in figures.items() for f in found}
+    assert not {name: value for name, value in measured.items() if not value >= 0}
     predicted = [f["predicted"] for found in figures.values() for f in found if f["predicted"]]
     assert predicted == [4300, 790, 0.93 * 790, 1.07, 44.5, 1.10, 30.5, 0.45, 3.4, 0.35, 1.63, 0.62, 440]
     lines = {r["step"]: r["lines"][0] for r in steps.read(path)}

@@ -285,8 +285,10 @@ def test_repo_compares_a_prompts_own_level_with_the_limit(monkeypatch, tmp_path,
         return SimpleNamespace(adapter={}, loss=0.0)
 
     monkeypatch.setattr("engine.policy.update.ascend", ascend)
+    answered = SimpleNamespace(logged=lambda *a: samples)
+    monkeypatch.setattr(update, "sample", lambda *a, **b: samples)
+    monkeypatch.setattr(slack, "drawn", lambda *a, **b: answered)
     for module in (update, slack):
-        monkeypatch.setattr(module, "sample", lambda *a, **b: samples)
         monkeypatch.setattr(module, "deal_prompts", lambda *a: ([0, 1], [0, 1]))
     monkeypatch.setattr(update, "gap_of", lambda *a: "")
     monkeypatch.setattr(update, "save_weights", lambda *a: None)
