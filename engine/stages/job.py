@@ -215,9 +215,7 @@ def _start(algorithm: str, config: RunConfig, resume: str | None) -> Start:
 class Prepared:
     """All that a run needs, read and checked; the weights of its model are not loaded yet."""
 
-    config: (
-        RunConfig  # with as many prompts as there are, as many rows as the memory holds, and the data type
-    )
+    config: RunConfig  # with its data type, as many prompts as there are, and rows that the memory holds
     inputs: Inputs
     train: Prompts  # those that the reference answers
     heldout: Prompts  # those of the verdict's first look

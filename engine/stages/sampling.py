@@ -87,20 +87,9 @@ def respond(
     return rollouts, texts
 
 
-def sample(
-    job: Subject,
-    stage: Stage,
-    prompts: Prompts,
-    adapter: Weights | None,
-    *,
-    n: int,
-    purpose: int,
-    keep: bool = False,
-    recomputed: bool = True,
-) -> Samples:
-    """Returns the samples of `drawn`, whose rows the stage logs."""
-    found = drawn(job, stage, prompts, adapter, n=n, purpose=purpose, keep=keep, recomputed=recomputed)
-    return found.logged(job, stage, adapter)
+def sample(job: Subject, stage: Stage, prompts: Prompts, adapter: Weights | None, **how: int) -> Samples:
+    """Returns the samples of `drawn`, whose keywords `how` are; the stage logs their rows."""
+    return drawn(job, stage, prompts, adapter, **how).logged(job, stage, adapter)
 
 
 def drawn(
@@ -172,7 +161,7 @@ def _sampled(
     keep: bool,
     recomputed: bool,
 ) -> tuple[Samples | None, Spent]:
-    """Samples and scores responses on this rank, see `sample`; None without prompts."""
+    """Samples and scores responses on this rank, see `drawn`; None without prompts."""
     settings = job.settings
     start = time.monotonic()
     # With --tune full every layer differs from the reference's, so no states can be shared.
@@ -239,7 +228,7 @@ def scored(
     known: Sequence[Tensor | None] = (),
 ) -> Scores:
     """Scores responses as `engine.scorers.scoring.score` does, each rank those of its prompts, and says what
-    scorers have cut. stage: see `sample`. On several ranks `forward` has no states."""
+    scorers have cut. stage: see `drawn`. On several ranks `forward` has no states."""
     n = rollouts.n
 
     def work(own: range, part: Prompts) -> Scores | None:

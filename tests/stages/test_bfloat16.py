@@ -56,6 +56,17 @@ def test_ratios_start_at_one_though_the_reference_is_scored_in_the_steps_alone(t
     assert 0 < apart.max() < 0.5
 
 
+def test_ratios_start_at_one_where_no_states_below_the_adapter_are_kept(tmp_path, monkeypatch):
+    assert run(tmp_path / "a") == 0
+    monkeypatch.setattr(sampling, "kept_states_bytes", lambda *sizes: 0)
+    assert run(tmp_path / "0" / "b") == 0
+    kept, computed = (read_rows(tmp_path / name, PairStepRow) for name in ("a", "0/b"))
+    assert read_committed(tmp_path / "0" / "b").load("reference", ReferenceSamples).lower_MD is None
+    assert kept[0].margin == computed[0].margin == 0
+    # The states are those of a decoding step in one, and of packed rows in the other.
+    assert [row.loss for row in computed] == pytest.approx([row.loss for row in kept], rel=0.02)
+
+
 def test_log_ratios_of_aligned_policies_are_taken_to_the_scored_reference(tmp_path):
     """Of its own run or of another, whose samples came without."""
     short = ["--dtype", "bfloat16", *SMOKE]
