@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
-from engine.errors import Interrupted, NonFiniteError, NotAnswered, NotWritten, UserError
+from engine.errors import Interrupted, LostRank, NonFiniteError, NotAnswered, NotWritten, UserError
 from engine.files import ADVICE, FORBIDDEN, FULL, escaped, reason, shown
 
 if TYPE_CHECKING:
@@ -135,8 +135,12 @@ def end_imports(kind: type[BaseException], error: BaseException, trace: Tracebac
 def _ended(error: BaseException, standing: Standing) -> int:
     """Says in one line what ended a command; returns its exit code. Of several ranks one says it for all."""
     ranks = standing.ranks
+    if ranks is not None and isinstance(error, LostRank):
+        error = LostRank(ranks.missed(error))
     if ranks is not None and not ranks.says():
         return getattr(error, "exit_code", 1)
+    if ranks is None and isinstance(error, KeyboardInterrupt) and _of_others():
+        return Interrupted.exit_code
 
     def say(text: str) -> None:
         _say(text if ranks is None or ranks.is_first else f"rank {ranks.rank}: {text}")
@@ -170,6 +174,15 @@ def _ended(error: BaseException, standing: Standing) -> int:
         f"lines above; to try once more, {standing.again()}"
     )
     return 1
+
+
+def _of_others() -> bool:
+    """Tells whether torchrun has started this process as another than rank 0.
+
+    Until the ranks have joined none can know what another one says; rank 0 is stopped too, or misses those
+    that are.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def _no_temporary_folder(error: OSError) -> bool:

@@ -14,6 +14,7 @@ import io
 import os
 import pickle
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from engine.errors import LostRank, UserError
 T = TypeVar("T")
 # How long a rank waits for another one that neither answers nor ends; one that ends is noticed at once.
 TIMEOUT = timedelta(minutes=30)
+# Ranks that wait for the same one give up within so many seconds of one another.
+ALIKE_S = 10.0
 
 
 def launched() -> int:
@@ -149,6 +152,7 @@ class Ranks:
                 message = _packed((value, None))
             except BaseException as raised:  # also Ctrl-C, so that the others do not wait for a word
                 error, message = raised, _packed_error(raised)
+        self._came()
         try:
             message = self._told(message)
         except LostRank:
@@ -175,6 +179,7 @@ class Ranks:
         the CPU. Raises: LostRank."""
         if self.size == 1:
             return [value]
+        self._came()
         own = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _connected():
@@ -202,6 +207,7 @@ class Ranks:
         same bits. Raises: LostRank."""
         if self.size == 1:
             return
+        self._came()
         kinds: dict[tuple, list[Tensor]] = {}
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -267,6 +273,32 @@ class Ranks:
             return self.store is None or self.store.add("said", 1) == 1
         except RuntimeError:
             return True
+
+    def missed(self, error: LostRank) -> str:
+        """Returns what this rank says of an error, naming the ranks that it has waited for in vain: those
+        that have come less far, or else do not give up as well. Those that have ended cannot be told from
+        those that are about to."""
+        if self.store is None or "Timed out" not in str(error):
+            return str(error)
+        try:
+            came = [self.store.add(f"came {rank}", 0) for rank in range(self.size)]
+            late = {rank for rank, count in enumerate(came) if count < came[self.rank]}
+            self.store.add(f"gave up {self.rank}", 1)
+            deadline = time.monotonic() + ALIKE_S
+            silent = set(range(self.size))
+            while silent and time.monotonic() < deadline:
+                silent = {rank for rank in silent if self.store.add(f"gave up {rank}", 0) == 0}
+                time.sleep(0.1)
+        except RuntimeError:
+            return str(error)
+        names = " and ".join(map(str, sorted(late or silent)))
+        return str(error).replace("another rank has ended or", f"rank {names}", 1) if names else str(error)
+
+    def _came(self) -> None:
+        """Notes that this rank has come to a word that all exchange."""
+        if self.store is not None:
+            with _connected():
+                self.store.add(f"came {self.rank}", 1)
 
     def _told(self, message: bytes) -> bytes:
         """Returns rank 0's message on all ranks."""

@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+import re
 import signal
+import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import engine.ranks
 from engine.errors import LostRank, NonFiniteError, NotWritten, UserError
 from engine.ranks import Ranks
 from engine.scorers.answers import Answers
@@ -203,6 +207,27 @@ def test_a_rank_that_dies_is_noticed_at_once(call):
     error = results[call == "first"]
     assert isinstance(error, LostRank) and "another rank has ended" in str(error)
     assert isinstance(results[1 - (call == "first")], ChildProcessError)
+
+
+@pytest.mark.parametrize("where", ["before a word", "inside a pass"])
+def test_a_rank_that_hangs_is_named(monkeypatch, where):
+    """Before a word that all exchange it has come less far than the others, of which one comes late; between
+    the messages of a pass it does not give up as they do."""
+    monkeypatch.setattr(engine.ranks, "TIMEOUT", timedelta(seconds=3))
+    monkeypatch.setattr(engine.ranks, "ALIKE_S", 1.0)
+
+    def work(ranks: Ranks) -> str:
+        ranks.gather(None)
+        time.sleep({1: 9, 2: 2 if where == "before a word" else 0}.get(ranks.rank, 0))
+        try:
+            ranks.gather(None) if where == "before a word" else ranks.summed(torch.ones(2))
+        except LostRank as error:
+            return ranks.missed(error)
+        return "nothing"
+
+    first, _, last = on_ranks(3, work)
+    for said in (first, last):
+        assert re.fullmatch(r"rank 1 does not answer \(Timed out waiting .*\): see to that", said)
 
 
 def test_what_judges_have_answered_on_any_rank_is_known_to_all_and_kept_by_rank_0(tmp_path):

@@ -257,6 +257,8 @@ def _be_the_command(
         for number, path in enumerate(streams, 1):
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(handle, number)
+        # A shell has programs in the background ignore Ctrl-C, and so would the command.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdin = os.fdopen(0, "r", closefd=False)
         sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(

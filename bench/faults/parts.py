@@ -21,8 +21,7 @@ class Part(NamedTuple):
         return [name for name in commands if name in self.commands]
 
 
-# All but `ranks` take about ten minutes on two cores. `ranks` took 20 when it had 105 longer cases; of the 60
-# that it has now one takes 3 to 10 s, and 50 s where the cores have much else to do.
+# All together take about ten minutes on two cores that have nothing else to do, `ranks` two to three of them.
 PARTS = {
     "kills": Part(kills.cases, 140, kills.KILLED),
     "damage": Part(damage.cases, 180, tuple(damage.COMPARED)),

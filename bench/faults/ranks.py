@@ -20,7 +20,7 @@ KILLED = ("caid-on-2", "caid-on-4", "full-on-2")
 # evenly, any rank at moments, and one is stopped. Rank 0 writes everything but the shards of other ranks with
 # --tune full. Runs with an adapter write the same on 2 and on 4 ranks, and share out the kinds; of a run that
 # trains all weights only what holds these is written in another way.
-OPERATIONS, MOMENTS, STOPS = 3, 4, 4
+OPERATIONS, MOMENTS, STOPS = 3, 4, 6
 SHARED = ("caid-on-2", "caid-on-4")
 WEIGHTS = ("model", "shard", "stage", "state")
 LATEST = 0.8  # share of the undisturbed time, which one with less beside it takes less of

@@ -295,6 +295,8 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     pool = judged_prompts(config, inputs.heldout, looks[-1].prompts)
     heldout = pool.select(list(range(config.eval_prompts)))
     scorer_contents = content(config.reward, config.cost, config.audit, folder=inputs.folder)
+    # Before anything is made of them, which would find fault with them in other words.
+    alike.check_same_inputs(ranks, inputs, scorer_contents, [train, pool])
     samples = SharedSamples.of(config, scorer_contents) if config.samples_of else None
     known = None if samples is None else [place is not None for place in samples.places]
     if samples is None and inputs.given is not None:
@@ -318,7 +320,6 @@ def _prepare(config: RunConfig, start: Start, ranks: Ranks) -> Prepared:
     preferences = owned.record.preferences if start.goes_on else preferences_of(config, names, inputs)
     if pairs is not None:
         constraints.check_prompts(limits, {f"rows of {config.pairs_file}": pairs.prompts})
-    alike.check_same_inputs(ranks, inputs, scorer_contents, [train, pool])
     return Prepared(
         config=config,
         inputs=inputs,

@@ -45,25 +45,18 @@ def here(value: Tensor | Stored) -> Tensor:
     return value.whole() if isinstance(value, Stored) else value
 
 
-def same(one: Path, many: Path, rounding: float = 1e-5) -> None:
+def same(one: Path, many: Path) -> None:
     """Compares a run with that of one process: the same files, tokens and texts, all else up to rounding.
 
     Losses are held against the run's largest one: the first loss of a policy gradient is 0 but for rounding.
     Before the first step of an update log-ratios are 0 and the signs of margins rounding alone, so the share
     of pairs in order is not compared. tests/policy/test_shared_steps.py compares gradients.
-
-    rounding: of losses, relative. AdamW turns a gradient that is near 0 into its sign, so that some weights
-    part by more than rounding; where all weights are trained more do.
     """
     kept = [{name for name in files(run) if ".shards/" not in name} for run in (one, many)]
     assert kept[0] == kept[1] and len(kept[0]) > 15
     rows, others = (map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in (one, many))
-    rows = list(rows)
     pairs = [(row["loss"], other["loss"]) for row, other in zip(rows, others, strict=True) if "loss" in row]
-    # Scores that are log-ratios are differences of log-probs, and count in units of so many nats: rounding of
-    # the log-probs counts for as much more in them, and in the losses of what learns from them.
-    unit = min([1.0, *(sd for row in rows if row["kind"] == "preference" for sd in row["log_ratio_sd"])])
-    assert max(abs(a - b) for a, b in pairs) <= rounding / unit * max(abs(a) for a, _ in pairs)
+    assert max(abs(a - b) for a, b in pairs) <= 1e-5 * max(abs(a) for a, _ in pairs)
     for path in sorted((one / "stages").glob("*.safetensors")):
         (expected, content), (found, other) = (read_whole(run / "stages" / path.name) for run in (one, many))
         # The states below the adapter are kept by one process alone.
@@ -77,7 +70,7 @@ def same(one: Path, many: Path, rounding: float = 1e-5) -> None:
                 assert value.equal(expected[name]), (path.name, name)
             elif value.numel() and "_moment." not in name:
                 scale = max(1.0, float(expected[name].abs().max()))
-                assert (value - expected[name]).abs().max() <= 1e-5 * scale / unit, (path.name, name)
+                assert (value - expected[name]).abs().max() <= 1e-5 * scale, (path.name, name)
         assert error <= (1e-5) ** 2 * norm, path.name
         texts = [stage["record"].get("fields", {}).get("texts") for stage in (content, other)]
         assert texts[0] == texts[1]

@@ -38,7 +38,9 @@ from tests.helpers.rank_runs import ODD, at_the_second_step, few_prompts, run, s
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import files
 
-FULL = ["--tune", "full", "--learning-rate", "1e-3", "--checkpoint-every", "2"]
+# At 1e-3 one loss parts by 1.1e-5: AdamW turns a gradient near 0 into its sign, so that some weights part by
+# the length of a step.
+FULL = ["--tune", "full", "--learning-rate", "1e-4", "--checkpoint-every", "2"]
 RUNS = {
     "caid": ["caid", *ODD, *FULL],
     # On 4 ranks some have no prompt in a stage, and none in some steps.
@@ -113,7 +115,7 @@ def rows_of_a_shard(folder: Path) -> int:
 def test_a_run_on_ranks_is_that_of_one_process(made, size, name, machines):
     """Each of two machines keeps a copy of the weights."""
     one, many = made(1, name), made(size, name, machines)
-    same(one, many, rounding=2e-5)
+    same(one, many)
     assert rows_of_a_shard(many) == -(-rows_of_a_shard(one) * machines // size)
     iterates = sorted(path.name for path in (one / "adapters").iterdir())
     assert iterates
@@ -160,7 +162,7 @@ def test_one_process_goes_on_with_shards_of_ranks(made, stopped, tmp_path, capsy
     out = shutil.copytree(stopped, tmp_path / "run")
     assert train.main(["--resume", str(out)]) == 0
     assert "resumed with other versions of ranks" in capsys.readouterr().out
-    same(made(1, "caid"), out, rounding=2e-5)
+    same(made(1, "caid"), out)
     assert not list(out.glob("stages/*.shards"))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import engine.caid  # noqa: F401, imported before the forks
-from engine.command import Standing, join_ranks
+from engine.command import Standing, join_ranks, run_command
 from engine.config import CaidConfig, smoke
 from engine.errors import LostRank, UserError
 from engine.ranks import Ranks
@@ -52,6 +52,18 @@ def test_one_rank_under_torchrun_is_a_process_without_it(monkeypatch):
     standing = Standing()
     join_ranks(standing, False, ["run", "folder"])
     assert standing.ranks is None and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted: start the command again\n"), ("1", "")])
+def test_one_rank_says_that_all_were_stopped_before_they_had_joined(monkeypatch, capsys, rank, said):
+    def stopped() -> Ranks:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(Ranks, "start", stopped)
+    assert run_command(lambda words, standing: None, [], on_ranks=True) == 130
+    assert capsys.readouterr().err == said
 
 
 def test_other_words_of_a_command_are_refused_before_anything_is_told(monkeypatch):
@@ -113,7 +125,8 @@ def test_a_rank_with_another_program_or_model_is_named(tmp_path, cache):
     template = tmp_path / "clock.jinja"
     template.write_text("{{ strftime_now('%H:%M:%S') }}{% for m in messages %} {{ m.content }}{% endfor %}")
     prompts = write(tmp_path / "p.jsonl", [{"prompt": f"Say {i}."} for i in range(60)])
-    scorers = {"reward": "length", "cost": ("length",), "audit": ()}
+    # The audit's head is one for the model that rank 0 has.
+    scorers = {"reward": "length", "cost": ("length",)}
     config = replace(CONFIG, model="model", template=str(template), prompts=prompts, **scorers)
 
     def work(ranks: Ranks) -> list:

@@ -42,9 +42,11 @@ LEARN = [
     "codes=tests.helpers.scorers:codes",
     "--force",
 ]
+# PeCAN's scores are differences of log-probs in units of their spread. After two steps that is 0.17 nats, and
+# the rounding of log-probs counts for so much more that losses part by 1.1e-5.
 OTHERS = {
     "primal_dual": ["primal_dual", "--iterations", "2"],
-    "pecan": ["pecan", "--preference-steps", "2", "--force"],
+    "pecan": ["pecan", "--preference-steps", "12", "--force"],
 }
 PAIRS = [{"prompt": f"Say {i}.", "response_0": "aaaa" * (i + 1), "response_1": "bbb"} for i in range(7)]
 
