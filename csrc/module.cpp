@@ -9,6 +9,7 @@ namespace nb = nanobind;
 
 void bind_attention(nb::module_& m);
 void bind_layer(nb::module_& m);
+void bind_packed_attention(nb::module_& m);
 void bind_products(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_sparse(nb::module_& m);
@@ -23,6 +24,7 @@ NB_MODULE(_native, m) {
     m.attr("multiplies_pairs") = runs_pairs();
     bind_attention(m);
     bind_layer(m);
+    bind_packed_attention(m);
     bind_products(m);
     bind_rows(m);
     bind_sparse(m);

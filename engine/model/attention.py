@@ -1,8 +1,8 @@
 """Attention over packed sequences, and what a layer asks of any attention.
 
-Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths:
-flash-attn's where it is installed, else torch's, which has no softcap. All others are laid out on a padded
-grid for `scaled_dot_product_attention`.
+Packed tokens in 16 bits on a GPU go to a kernel for runs of different lengths: flash-attn's where it is
+installed, else torch's, which has no softcap. On a CPU compiled code does runs. All others are laid out on a
+padded grid for `scaled_dot_product_attention`.
 """
 
 import inspect
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import compiled
 from kernels.gather import Picks, take
 
 
@@ -36,6 +37,14 @@ class Runs:
         """Makes runs of these lengths."""
         cu_query, cu_key = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys))
         return Runs(cu_query, cu_key, (max(queries, default=0), max(keys, default=0)), key)
+
+    @cached_property
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Where each run begins, with the end, int64 [N+1], and the run that its first keys are, int64 [N]:
+        itself, where it sees no other tokens, else the last such run."""
+        own = torch.arange(len(self.cu_query) - 1)
+        alone = self.cu_query.diff() == self.cu_key.diff()
+        return self.cu_query.long(), torch.where(alone, own, 0).cummax(0).values
 
     def to(self, device: torch.device) -> "Runs":
         """Moves the tensors to `device`."""
@@ -219,8 +228,8 @@ def attend_packed(
 ) -> Tensor:
     """Attends among packed tokens: query [M, H, d]; key, value [M, Hkv, d] -> [M, H, d].
 
-    scale, softcap: see `attend`. On a CPU numbers of 16 bits are computed in float32 and rounded once: the
-    backward pass of torch in 16 bits takes twice the time there.
+    scale, softcap: see `attend`. On a CPU numbers of 16 bits are computed in float32 and rounded once, also where
+    compiled code does not serve: the backward pass of torch in 16 bits takes twice the time there.
     """
     kernel = runs_kernel(query, softcap) if len(query) else None
     if kernel is not None:
@@ -228,6 +237,11 @@ def attend_packed(
         if runs.key is not None:
             key, value = take(key, runs.key), take(value, runs.key)
         return kernel(query, key, value, runs, scale, softcap, layout.window)
+    if compiled.serves(query.device, query.dtype):
+        from kernels.attention.packed_native import packed_attention
+
+        how = {"scale": scale, "softcap": softcap, "window": layout.window}
+        return packed_attention(query, key, value, *layout.runs.prompts, **how)
     dtype = query.dtype
     if query.is_cpu and dtype.itemsize == 2:
         query, key, value = query.float(), key.float(), value.float()
