@@ -1,4 +1,6 @@
-"""Attention among packed tokens by compiled code (csrc/packed_attention.cpp), float32 or bfloat16 on the CPU."""
+"""Attention among packed tokens by compiled code (csrc/packed_attention.cpp), float32 or
+bfloat16 on the CPU.
+"""
 
 import torch
 from torch import Tensor
@@ -19,8 +21,8 @@ def packed_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attends among packed tokens with gradients: [M, H, d]; a token sees the prompt of its run, and its run up
-    to itself.
+    """Attends among packed tokens with gradients: [M, H, d]; a token sees the prompt of its run, and the
+    run up to itself.
 
     Scores are softcap * tanh(scale * q.k / softcap); scale None is d ** -0.5, softcap None is off. With a
     window a token sees the last `window` of all these.
