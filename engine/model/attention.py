@@ -228,8 +228,8 @@ def attend_packed(
 ) -> Tensor:
     """Attends among packed tokens: query [M, H, d]; key, value [M, Hkv, d] -> [M, H, d].
 
-    scale, softcap: see `attend`. On a CPU numbers of 16 bits are computed in float32 and rounded once, also on
-    the grid: the backward pass of torch in 16 bits takes twice the time there.
+    scale, softcap: see `attend`. On a CPU numbers of 16 bits are computed in float32 and rounded once, on
+    the grid too: the backward pass of torch in 16 bits takes twice the time there.
     """
     kernel = runs_kernel(query, softcap) if len(query) else None
     if kernel is not None:
