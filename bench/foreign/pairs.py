@@ -3,6 +3,15 @@
 from typing import NamedTuple
 
 THRESHOLDS = (0.2, 0.4)
+# Flags of engine.train: the papers' plain rules, as they were the defaults before runs were made to hold, and
+# today's defaults.
+RULES = {
+    "plain": [
+        *("--max-kl-ratio", "inf", "--least-weight", "0", "--dual-rule", "newton"),
+        *("--adam-beta1", "0.9", "--weight-average", "0"),
+    ],
+    "defaults": [],
+}
 # A policy has run away where its KL is above this multiple of the tilt's, plus half a nat for what G
 # responses cannot show of the tilt; where this share of answers is no longer finished; or where a step's loss
 # is this multiple of the median one.

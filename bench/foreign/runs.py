@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from bench.foreign.pairs import FAR, SLACK_NATS, SPIKE, UNFINISHED, Pair, spec
+from bench.foreign.pairs import FAR, RULES, SLACK_NATS, SPIKE, UNFINISHED, Pair, spec
 from engine import constraints
 from engine.errors import UserError
 from engine.policy.samples import Samples
@@ -20,12 +21,27 @@ from engine.stages.reference import ReferenceSamples, units_of
 from engine.verdict.evaluation import Evaluation
 
 
-def name_of(pair: Pair, b: float, seed: int) -> str:
-    """Names the folder of a run."""
-    return f"{pair.reward}-{pair.cost}-b{b:g}-seed{seed}".replace("--", "-less_")
+class Asked(NamedTuple):
+    """What a run is asked to do."""
+
+    pair: Pair
+    b: float
+    seed: int
+    rules: str  # of bench.foreign.pairs.RULES
+
+    @property
+    def name(self) -> str:
+        """Names the folder of the run."""
+        pair = f"{self.pair.reward}-{self.pair.cost}".replace("--", "-less_")
+        return f"{pair}-b{self.b:g}-seed{self.seed}-{self.rules}"
+
+    @property
+    def key(self) -> tuple:
+        """Tells its measures from those of other runs."""
+        return str(self.pair), self.b, self.seed, self.rules
 
 
-def train(folder: Path, pair: Pair, b: float, seed: int, flags: Sequence[str], samples: Path | None) -> None:
+def train(folder: Path, asked: Asked, flags: Sequence[str], samples: Path | None) -> None:
     """Trains a run, or goes on with it; one that has its verdict is left as it is.
 
     samples: a run with the same reference's samples. Raises: UserError where the run fails.
@@ -34,8 +50,9 @@ def train(folder: Path, pair: Pair, b: float, seed: int, flags: Sequence[str], s
         return
     words = ["--resume", str(folder)]
     if not (folder / "config.json").is_file():
-        words = [f"--reward={spec(pair.reward)}", f"--cost={spec(pair.cost)}", "--audit"]
-        words += ["--threshold", str(b), "--seed", str(seed), "--out", str(folder), *flags]
+        words = [f"--reward={spec(asked.pair.reward)}", f"--cost={spec(asked.pair.cost)}", "--audit"]
+        words += ["--threshold", str(asked.b), "--seed", str(asked.seed), "--out", str(folder)]
+        words += [*RULES[asked.rules], *flags]
         words += ["--samples-of", str(samples)] if samples and samples != folder else []
     done = subprocess.run(
         [sys.executable, "-m", "engine.train", *words],
@@ -48,7 +65,7 @@ def train(folder: Path, pair: Pair, b: float, seed: int, flags: Sequence[str], s
         raise UserError(f"{folder}: exit code {done.returncode}: {last}")
 
 
-def read(folder: Path, pair: Pair, b: float, seed: int) -> dict:
+def read(folder: Path, asked: Asked) -> dict:
     """Returns the measures of a run that has a verdict."""
     run = read_committed(folder)
     e = Evaluation.read(folder / "evaluation.json", cure="run it again")
@@ -59,13 +76,16 @@ def read(folder: Path, pair: Pair, b: float, seed: int) -> dict:
     spike = max(losses) / statistics.median(losses) if losses else math.nan
     lost = e.finished[0] - e.finished[1]
     return {
-        "pair": str(pair),
-        "b": b,
-        "seed": seed,
+        "pair": str(asked.pair),
+        "b": asked.b,
+        "seed": asked.seed,
+        "rules": asked.rules,
+        "dtype": run.config.dtype,
+        "commit": run.contents.versions["commit"],
         "word": c.word,
         "looks": len(e.looks),
         "improvement": c.estimate.mean,
-        "off": abs(c.estimate.mean - b),
+        "off": abs(c.estimate.mean - asked.b),
         "reward": e.reward.mean,
         "kl": e.kl.mean,
         "tilt": tilt,
@@ -90,15 +110,16 @@ def tilt_kl(samples: Samples, lam: float, run: Committed) -> float:
 def table(rows: list[dict]) -> str:
     """Writes the measures as a Markdown table."""
     lines = [
-        "| reward against cost | b | word | looks | improvement | off b | reward | KL / tilt's, nats "
+        "| reward against cost | b | rules | word | looks | improvement | off b | reward | KL / tilt's, nats "
         "| finished | worst loss / median | lambda | ran away |",
-        "|" + "---|" * 12,
+        "|" + "---|" * 13,
     ]
     for r in rows:
         lam = ", ".join(f"{x:.2f}" for x in r["lam"])
         lines.append(
-            f"| {r['pair']} | {r['b']:g} | {r['word']} | {r['looks']} | {r['improvement']:+.2f} | "
-            f"{r['off']:.2f} | {r['reward']:+.2f} | {r['kl']:.2f} / {r['tilt']:.2f} | "
+            f"| {r['pair']} | {r['b']:g} | {r['rules']} | {r['word']} | {r['looks']} | "
+            f"{r['improvement']:+.2f} | {r['off']:.2f} | {r['reward']:+.2f} | "
+            f"{r['kl']:.2f} / {r['tilt']:.2f} | "
             f"{100 * r['finished'][0]:.0f} -> {100 * r['finished'][1]:.0f} % | {r['spike']:.1f} | {lam} | "
             f"{'yes' if r['ran away'] else ''} |"
         )
@@ -116,6 +137,12 @@ def summary(rows: list[dict]) -> str:
         f"{n} runs: {said}; {sum(r['ran away'] for r in rows)} ran away; mean |improvement - b| {off:.2f}, "
         f"reward {reward:+.2f}, median KL / tilt's {ratio:.2f}"
     )
+
+
+def kept(path: Path) -> dict[tuple, dict]:
+    """Returns the measures that stand in a file of JSON lines, by `Asked.key`."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(row["pair"], row["b"], row["seed"], row["rules"]): row for row in rows}
 
 
 def keep(path: Path, row: dict) -> None:

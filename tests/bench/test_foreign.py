@@ -8,8 +8,8 @@ import torch
 
 from bench.foreign import __main__ as foreign
 from bench.foreign import scorers
-from bench.foreign.pairs import PAIRS, Pair, spec
-from bench.foreign.runs import name_of, read, summary, table, tilt_kl
+from bench.foreign.pairs import PAIRS, RULES, Pair, spec
+from bench.foreign.runs import Asked, read, summary, table, tilt_kl
 from engine.policy.samples import Samples
 from engine.run.committed import read_committed
 from engine.stages.reference import ReferenceSamples
@@ -55,15 +55,20 @@ def test_there_are_twelve_pairs_at_least_and_every_scorer_exists():
 
 def test_a_study_runs_measures_and_goes_on(tmp_path, capsys):
     out = tmp_path / "f"
-    asked = ["--pairs", "1", "--thresholds", "0.2", "--out", str(out), "--", *SMOKE, "--force"]
-    assert foreign.main(asked) == 0
+    words = ["--pairs", "1", "--thresholds", "0.2", "--out", str(out), "--", *SMOKE, "--force"]
+    assert foreign.main(words) == 0
     printed = capsys.readouterr().out
     pair = Pair("length", "-variety")
-    assert PAIRS[1] == pair and "1 runs: " in printed
-    folder = out / name_of(pair, 0.2, 0)
-    row = read(folder, pair, 0.2, 0)
-    assert json.loads((out / "measures.jsonl").read_text()) == row
-    run = read_committed(folder)
+    assert PAIRS[1] == pair and all(f"{rules}: 1 runs: " in printed for rules in ("plain", "defaults"))
+    of_rules = [Asked(pair, 0.2, 0, rules) for rules in RULES]
+    rows = [read(out / one.name, one) for one in of_rules]
+    measures = out / "measures.jsonl"
+    assert [json.loads(line) for line in measures.read_text().splitlines()] == rows
+    plain, own = (read_committed(out / one.name) for one in of_rules)
+    assert plain.config.least_weight == 0 < own.config.least_weight
+    first = [one.load("reference", ReferenceSamples).samples.rollouts for one in (plain, own)]
+    assert torch.equal(*(rollouts.tokens for rollouts in first))
+    folder, row, run = out / of_rules[1].name, rows[1], own
     samples: Samples = run.load("reference", ReferenceSamples).samples
     reward, utility = samples.scores.reward_PG, samples.scores.utility_PGJ[..., 0]
     reward, utility = (x / x.var(1).mean().sqrt() for x in (reward, utility))
@@ -73,7 +78,11 @@ def test_a_study_runs_measures_and_goes_on(tmp_path, capsys):
     assert row["tilt"] == pytest.approx(sum(kl) / len(kl))
     assert row["off"] == pytest.approx(abs(row["improvement"] - 0.2))
     before = (folder / "evaluation.json").stat().st_mtime_ns
-    assert foreign.main(asked) == 0 and (folder / "evaluation.json").stat().st_mtime_ns == before
+    assert foreign.main(words) == 0 and (folder / "evaluation.json").stat().st_mtime_ns == before
+    # Measures alone are enough, also of runs that have been made elsewhere.
+    elsewhere = [*words[:5], str(tmp_path / "empty"), "--measures", str(measures), *words[6:]]
+    assert foreign.main(elsewhere) == 0 and not any((tmp_path / "empty").iterdir())
+    assert measures.read_text().count("\n") == 2
     assert summary([row, row]).startswith("2 runs: ") and len(table([row]).splitlines()) == 3
     one = tilt_kl(samples, 1e9, run)
     assert one <= math.log(samples.rollouts.n) + 1e-9 and torch.isfinite(torch.tensor(one))
