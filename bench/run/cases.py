@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bench.run import dual, growth, iteration, loss_head, rollout, scoring, train_step
+from bench.run import attention, dual, growth, iteration, loss_head, rollout, scoring, train_step
 from bench.run.tables import Table
 
 
@@ -20,6 +20,7 @@ CASES = {
     "rollout": Case(rollout.Rollout, rollout.run, rollout.table),
     "train_step": Case(train_step.TrainStep, train_step.run, train_step.table),
     "scoring": Case(scoring.Scoring, scoring.run, scoring.table),
+    "attention": Case(attention.Attention, attention.run, attention.table),
     "iteration": Case(iteration.Iteration, iteration.run, iteration.table),
     "growth": Case(growth.Growth, growth.run, growth.table),
     "dual": Case(dual.Dual, dual.run, dual.table),

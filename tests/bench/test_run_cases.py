@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.run import floors, iteration, results, rollout, scoring, shapes, train_step
+from bench.run import attention, floors, iteration, results, rollout, scoring, shapes, train_step
 from bench.run.candidates import add_rivals
 from bench.run.results import notes_of, table_of
 from engine.model.folder import load
@@ -65,6 +65,21 @@ def test_line_of_scoring(monkeypatch):
     ]
     ours, theirs = (row["median_s"] for row in line["candidates"])
     assert rows[1][header.index("time / ours")] == f"{theirs / ours:.2f}"
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_line_of_attention(gradient):
+    case = attention.Attention(prompts=2, responses=3, prompt=5, response=2, repeats=1, gradient=gradient)
+    line = json.loads(json.dumps(attention.run(case)))
+    title, _, rows = table_of(line)
+    assert line["tokens"] == 22 and ("with gradients" in title) == gradient
+    assert [row[0] for row in rows] == ["dualign", "torch on a grid"]
+
+
+def test_attention_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(attention, "on_grid", lambda layout, query, key, value: query)
+    with pytest.raises(SystemExit, match="results differ by"):
+        attention.run(attention.Attention(prompts=1, responses=1, repeats=1))
 
 
 def test_line_of_a_rollout(monkeypatch):
