@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # While `python -m engine.NAME` looks for its module, argv[0] is "-m". From then on it ends in one line,
-# also where it is stopped while torch is imported, which takes seconds.
+# also where it is stopped while its modules are imported.
 _is_command = sys.argv[:1] == ["-m"] and "engine." in sys.orig_argv[-len(sys.argv)]
 _expected = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
 _spec = find_spec("kernels")

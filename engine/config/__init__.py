@@ -19,6 +19,7 @@ from engine.config.algorithms import (
 )
 from engine.config.bounds import check
 from engine.config.evaluation import EvaluateConfig
+from engine.config.export import ExportConfig
 from engine.config.kinds import IterativeConfig
 from engine.config.presets import (
     PRESETS,
@@ -42,6 +43,7 @@ __all__ = [
     "CdpoConfig",
     "DpoConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "IterativeConfig",
     "MocanConfig",
     "OF_THE_COMMAND",

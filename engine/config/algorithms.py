@@ -302,9 +302,8 @@ def _refuse_single(config: RunConfig) -> None:
 class Algorithm(NamedTuple):
     """A row of the table: everything that the rest of the engine knows of an algorithm, besides its file."""
 
-    config: (
-        type[RunConfig] | str
-    )  # its config class, or that class's name in `module` where loading it takes torch
+    # its config class, or, for what leaves no run, that class's name with its module, which stands above this
+    config: type[RunConfig] | str
     module: str  # has `train(config, *, resume=None)`
     help: str
     # its name in results; an algorithm that we know from its abstract alone is "our reading of" it
@@ -321,7 +320,10 @@ class Algorithm(NamedTuple):
     @property
     def config_class(self) -> type:
         """The class of its settings."""
-        return self.config if self.trains_policy else getattr(import_module(self.module), self.config)
+        if self.trains_policy:
+            return self.config
+        module, name = self.config.rsplit(".", 1)
+        return getattr(import_module(module), name)
 
     def train(self, config, **keywords):
         """Loads the algorithm's module and runs it."""
@@ -375,7 +377,7 @@ ALGORITHMS = {
         "baseline: plain DPO on the reward or on safety", "DPO",
     ),
     "head": Algorithm(
-        "HeadConfig", "engine.scorers.training",
+        "engine.scorers.head_config.HeadConfig", "engine.scorers.training",
         "train a reward or cost head on labelled texts", "head",
     ),
 }  # fmt: skip

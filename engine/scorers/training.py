@@ -44,8 +44,6 @@ from engine.scorers.head_data import (
 from engine.scorers.head_figures import heldout_figures
 from engine.scorers.head_fit import fit_head
 
-__all__ = ["HeadConfig", "train"]
-
 FILES = ("head.safetensors", "metrics.json", "README.md")
 
 

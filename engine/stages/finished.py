@@ -1,6 +1,6 @@
 """A run with iterates, opened to be judged again: what it was made from, with the flags of the evaluation.
 
-`engine.evaluate` judges it on held-out prompts (`engine/evaluate.py`) or on the sets of a profile
+`engine.evaluate` judges it on held-out prompts (`engine/stages/evaluate.py`) or on the sets of a profile
 (`engine/stages/profile.py`).
 """
 

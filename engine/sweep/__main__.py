@@ -13,9 +13,7 @@ from engine.config import PRESETS
 from engine.config.flags import parse_flags, take
 from engine.errors import UserError
 from engine.files import read_json
-from engine.ranks import ALONE
 from engine.sweep.plans import SweepConfig, configs_of
-from engine.sweep.runs import run_sweep
 
 USAGE = """usage: python -m engine.sweep [flags of the sweep] [-- flags of engine.train for all runs]
 
@@ -48,10 +46,14 @@ def _sweep(argv: list[str], standing: Standing) -> None:
         if sweep is None:
             return
         sweep = replace(sweep, flags=(*sweep.flags, *common))
-    ranks = standing.ranks or ALONE
-    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.local_size}"
+    ranks = standing.ranks
+    start = "python" if ranks is None else f"torchrun --nproc-per-node {ranks.local_size}"
     standing.resumable(f"{start} -m engine.sweep", sweep.out, "sweep.json")
-    run_sweep(sweep, preset, resume=resume is not None, ranks=ranks)
+    # Imported here, as it loads torch.
+    from engine.ranks import ALONE
+    from engine.sweep.runs import run_sweep
+
+    run_sweep(sweep, preset, resume=resume is not None, ranks=ranks or ALONE)
 
 
 def _resumed(folder: str) -> tuple[SweepConfig, str | None]:

@@ -245,7 +245,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(here, capsys, monkeyp
     (here / "file").write_text("")
     own = '{"prompt": "mine", "chosen": "a", "rejected": "b"}\n'
     (here / "own.jsonl").write_text(own)
-    monkeypatch.setattr("engine.dual.__main__.analyse", lambda *a: pytest.fail("the work was begun"))
+    monkeypatch.setattr("engine.dual.answer.analyse", lambda *a: pytest.fail("the work was begun"))
     for flags, message in (
         (["--export-pairs", "d.jsonl"], "--export-pairs d.jsonl: that is a folder"),
         (
@@ -267,7 +267,7 @@ def test_ctrl_c_is_one_line_and_130(here, capsys, monkeypatch):
     def press(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.dual.__main__.analyse", press)
+    monkeypatch.setattr("engine.dual.answer.analyse", press)
     assert main([write(here / "scores.jsonl", scores_rows()), "--cost", "harm", "--threshold", "0.3"]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("interrupted") and err.count("\n") == 1

@@ -15,11 +15,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from engine import evaluate as evaluate_command
 from engine import train
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, smoke
 from engine.data.prompts import load_prompts, lookalike_prompts, overlap, shipped_prompts
-from engine.evaluate import ask, main
+from engine.evaluate import main
 from engine.intervals import betting, estimate
 from engine.looks import share
 from engine.quickstart import tiny_model_folder
@@ -28,7 +27,8 @@ from engine.run.committed import read_committed
 from engine.run.display import Progress
 from engine.run.folder import RunFolder
 from engine.run.rows import DualRow, IterationRow, ReferenceRow, SampledRow, read_rows
-from engine.stages import inputs
+from engine.stages import evaluate, inputs
+from engine.stages.evaluate import ask
 from engine.stages.finished import iterates
 from engine.stages.sampling import gap_text
 from engine.verdict import evaluation
@@ -137,7 +137,7 @@ def test_two_evaluations_at_once_lose_nothing_and_a_cut_line_blocks_none(finishe
         mine.append(RunFolder(finished).next_evaluation())
         return []
 
-    monkeypatch.setattr(evaluate_command, "judgement_sentences", meanwhile)
+    monkeypatch.setattr(evaluate, "judgement_sentences", meanwhile)
     assert main([str(finished), "--n-prompts", "2", "--n-responses", "2"]) == 0
     assert (theirs / "evaluation.json").read_text() == "{}" and mine[0] != theirs and not left.exists()
     assert {p.name for p in mine[0].iterdir()} == FILES
@@ -205,9 +205,9 @@ def test_the_statistics_follow_from_the_samples(finished, judged):
 def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tmp_path, monkeypatch):
     asked = []
     pair_order = evaluation.pair_order
-    monkeypatch.setattr(evaluate_command, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
+    monkeypatch.setattr(evaluate, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
     moved = []
-    policy_logprob = evaluate_command.policy_logprob
+    policy_logprob = evaluate.policy_logprob
 
     def both(subject, phase, samples, adapter):
         logprob = policy_logprob(subject, phase, samples, adapter)
@@ -217,7 +217,7 @@ def test_pair_order_is_asked_of_the_policys_log_ratio_at_its_lambda(finished, tm
         torch.testing.assert_close(unmoved, samples.scores.ref_logprob_PG, rtol=0, atol=1e-4)
         return logprob
 
-    monkeypatch.setattr(evaluate_command, "policy_logprob", both)
+    monkeypatch.setattr(evaluate, "policy_logprob", both)
     assert main([str(finished), "--iterate", "2", "--confidence", "0.8", "--out", str(tmp_path / "o")]) == 0
     result, lam = found(tmp_path / "o"), read_rows(finished, IterationRow)[1].lam
     assert result["settings"]["iterate"] == 2 and result["settings"]["lam"] == lam
@@ -242,7 +242,7 @@ def test_dpo_on_safety_is_asked_for_the_order_of_g_and_a_second_look_is_told(tmp
     own, few = EvaluateConfig(), EvaluateConfig(n_prompts=3)
     assert (ask(run, own).earlier, ask(run, few).earlier) == (1, 1)
     pair_order = evaluation.pair_order
-    monkeypatch.setattr(evaluate_command, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
+    monkeypatch.setattr(evaluate, "pair_order", lambda *a: asked.append(a) or pair_order(*a))
     assert main([str(run), "--n-prompts", "3", "--out", str(tmp_path / "o")]) == 0
     for name, (_, score, _) in zip(("reference", "policy"), asked, strict=True):
         torch.testing.assert_close(score, by_prompt(tmp_path / "o", f"{name}_utility", 2)[..., 0])
@@ -351,7 +351,7 @@ def test_which_iterate_is_judged(tmp_path, trained, past, wanted, chosen):
         kept = {i: [float(i)] for i in trained if i not in past}
         assert iterates(run, 0, every=True) == kept
     else:
-        with pytest.raises(evaluate_command.UserError, match=chosen):
+        with pytest.raises(evaluate.UserError, match=chosen):
             iterates(run, wanted, every=False)
 
 
@@ -419,7 +419,7 @@ def test_a_flag_without_a_run(capsys):
 
 @pytest.mark.parametrize("stage", ["heldout/reference", "lookalike/policy"])
 def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, monkeypatch, stage):
-    init, advance, current = evaluate_command.Phase.__init__, Progress.advance, []
+    init, advance, current = evaluate.Phase.__init__, Progress.advance, []
 
     def opened(self, display, number, name):
         current.append(name)
@@ -430,7 +430,7 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(finished, tmp_path, capsys, mo
         if current and current[-1] == stage:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(evaluate_command.Phase, "__init__", opened)
+    monkeypatch.setattr(evaluate.Phase, "__init__", opened)
     monkeypatch.setattr(Progress, "advance", press)
     # A shell that puts tests in the background makes them ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -493,7 +493,7 @@ def test_the_best_feasible_iterate_is_chosen_on_other_prompts(finished, tmp_path
     settings, printed = found(tmp_path / "o")["settings"], capsys.readouterr().out
     tried = settings["selection"]
     assert [row["iterate"] for row in tried] == [1, 2, 3]
-    assert settings["iterate"] == evaluate_command.best_feasible(tried)
+    assert settings["iterate"] == evaluate.best_feasible(tried)
     assert settings["lam"] == next(row["lam"] for row in tried if row["iterate"] == settings["iterate"])
     assert f"iterate {settings['iterate']} is judged: " in printed and "what follows is on others" in printed
     # The policy judged is the one chosen: with --iterate the same figures come out.
@@ -512,7 +512,7 @@ def test_the_best_feasible_iterate_is_chosen_on_other_prompts(finished, tmp_path
 
 def test_best_feasible_prefers_reward_among_those_that_meet_all():
     def chosen(*rows):
-        return evaluate_command.best_feasible(
+        return evaluate.best_feasible(
             [{"iterate": i, "reward": r, "room": list(room)} for i, (r, *room) in enumerate(rows, 1)]
         )
 

@@ -98,7 +98,7 @@ def test_a_policy_that_is_not_met_is_exported_only_on_demand(
     unmet = (
         None if verdict is None else {**json.loads((run / "certificate.json").read_text()), "word": verdict}
     )
-    monkeypatch.setattr(export, "read_verdict", lambda committed, folder: unmet)
+    monkeypatch.setattr("engine.stages.export.read_verdict", lambda committed, folder: unmet)
     words, pushing = [str(run), str(tmp_path / "merged")], ["--push-to-hub", "me/mine"]
     for flags in (words, [*words, *pushing]):
         assert export.main(flags) == 4 and not hub.made and not (tmp_path / "merged").exists()
@@ -126,7 +126,7 @@ def test_where_no_solution_was_found_the_reference_is_exported(run, tmp_path, ca
     assert any(not torch.equal(policy[name], base[name]) for name in base)
     assert "no solution" not in capsys.readouterr().out + (tmp_path / "met" / "README.md").read_text()
     unmet = {**json.loads((run / "certificate.json").read_text()), "word": "not resolved"}
-    monkeypatch.setattr(export, "read_verdict", lambda committed, folder: unmet)
+    monkeypatch.setattr("engine.stages.export.read_verdict", lambda committed, folder: unmet)
     assert export.main([words[0], str(tmp_path / "unmet"), words[1]]) == 0
     assert "no solution found: the verdict is not resolved" in capsys.readouterr().out
     reference = weights_of(tmp_path / "unmet")
@@ -137,7 +137,7 @@ def test_where_no_solution_was_found_the_reference_is_exported(run, tmp_path, ca
     names = {path.name for path in (run / "model").iterdir()}
     assert names <= {path.name for path in (tmp_path / "unmet").iterdir()}
     # A run that has not ended has found nothing, and its end may.
-    monkeypatch.setattr(export, "read_verdict", lambda committed, folder: None)
+    monkeypatch.setattr("engine.stages.export.read_verdict", lambda committed, folder: None)
     assert export.main([words[0], str(tmp_path / "none"), words[1]]) == 4
 
 

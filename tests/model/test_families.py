@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import caid, export, model
-from engine.config import CaidConfig, smoke
+from engine import caid, model
+from engine.config import CaidConfig, ExportConfig, smoke
 from engine.policy.peft import load_peft
 from engine.quickstart import tiny_model_folder
 from engine.rollout import decoding
 from engine.run.rows import SampledRow, read_rows
 from engine.run.store import load
+from engine.stages.export import export
 from engine.stages.reference import ReferenceSamples
 from engine.stages.smoke import write_random_heads
 from tests.helpers.architectures import write_model
@@ -34,7 +35,7 @@ def test_a_run_on_another_architecture(name, tmp_path, monkeypatch, capsys):
     said = f"two best within 0.0001 in {rows[0].near_ties} of {rows[0].draws} draws"
     assert said in capsys.readouterr().out
     assert json.loads((run / "evaluation.json").read_text())["constraints"][0]["name"] == "harm"
-    export.export(run, tmp_path / "merged", export.ExportConfig(even_if=True))
+    export(run, tmp_path / "merged", ExportConfig(even_if=True))
     network = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", attn_implementation="eager", dtype=torch.float32
     ).eval()

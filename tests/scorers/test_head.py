@@ -18,10 +18,10 @@ from engine.quickstart import tiny_model_folder
 from engine.ranks import Ranks
 from engine.scorers import training
 from engine.scorers.base import Head
+from engine.scorers.head_config import HeadConfig
 from engine.scorers.head_data import Row, Text, hold_out, read_head_rows, response_ids
 from engine.scorers.head_figures import auc, calibration_error
 from engine.scorers.head_fit import fit_head, newton
-from engine.scorers.training import HeadConfig
 from tests.helpers.ranks import on_ranks
 
 HEADS = Path(str(files("engine"))) / "assets" / "heads"

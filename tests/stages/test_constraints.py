@@ -15,12 +15,12 @@ from engine.baselines import repo, safe_dpo
 from engine.config import CaidConfig, EvaluateConfig, MocanConfig, RepoConfig, SafeDpoConfig, check, smoke
 from engine.constraints import KINDS, Improvement, Limit, MeanCost, Rate
 from engine.errors import UserError
-from engine.evaluate import run_evaluation
 from engine.intervals import estimate
 from engine.ranks import Ranks
 from engine.records import Counted, Prompts, ScaledScores, Scored, Scores, Units
 from engine.run.folder import RunFolder
 from engine.stages import slack, update
+from engine.stages.evaluate import run_evaluation
 from engine.stages.reference import ByScorers, Reference, deviations
 from engine.stages.update import Updates
 from engine.verdict.evaluation import Evaluation

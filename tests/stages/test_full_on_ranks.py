@@ -23,7 +23,6 @@ import engine.caid  # noqa: F401
 from engine import export, train
 from engine.config import EvaluateConfig
 from engine.errors import Interrupted, LostRank, NonFiniteError
-from engine.evaluate import run_evaluation
 from engine.model.parallel import load_spread
 from engine.model.tokenizer import load_tokenizer
 from engine.policy import update
@@ -33,6 +32,7 @@ from engine.report import panels  # noqa: F401
 from engine.run import plan, shards
 from engine.run.store import read_whole
 from engine.stages import refusals
+from engine.stages.evaluate import run_evaluation
 from engine.stages.smoke import smoke_folder
 from tests.helpers.rank_runs import ODD, at_the_second_step, few_prompts, run, same
 from tests.helpers.ranks import on_ranks

@@ -9,7 +9,7 @@ import pytest
 from engine import train
 from engine.config import CaidConfig, EvaluateConfig, smoke
 from engine.data import reading
-from engine.evaluate import ask
+from engine.stages.evaluate import ask
 from engine.stages.inputs import read_inputs
 from engine.stages.run_inputs import owned_inputs
 from tests.helpers.runs import SMOKE, write

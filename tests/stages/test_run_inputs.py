@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import evaluate, export, train
 from engine.model.tokenizer import load_tokenizer
+from engine.stages import evaluate as judging
 from engine.stages import inputs, sampling
 from engine.stages.smoke import write_smoke_model
 from tests.helpers.runs import SMOKE, files, write
@@ -143,13 +144,13 @@ def test_an_evaluation_judges_on_the_prompts_that_the_run_held_out(here, capsys)
     write(here / "new.jsonl", [{"prompt": "Something else"}, {"prompt": "Another thing"}])
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        generate = evaluate.sample
+        generate = judging.sample
 
         def sample(subject, phase, prompts, *rest, **options):
             shown.append(subject.tokenizer.decode(prompts.token_ids[0]))
             return generate(subject, phase, prompts, *rest, **options)
 
-        patch.setattr(evaluate, "sample", sample)
+        patch.setattr(judging, "sample", sample)
         assert evaluate.main(["run", "--prompts", "new.jsonl", "--out", "new"]) == 0
     assert all("Today is 01 Jan 2026." in text for text in shown) and shown
 

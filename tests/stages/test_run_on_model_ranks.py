@@ -16,7 +16,6 @@ import engine.caid  # noqa: F401, imported before the forks
 from engine import train
 from engine.config import CaidConfig, EvaluateConfig
 from engine.errors import Interrupted, LostRank, UserError
-from engine.evaluate import run_evaluation
 from engine.model.tokenizer import load_tokenizer
 from engine.ranks import Ranks
 from engine.report import panels  # noqa: F401
@@ -25,6 +24,7 @@ from engine.run import plan
 from engine.run.contents import read_contents
 from engine.stages import sampling
 from engine.stages.alike import check_shares, idle_warnings
+from engine.stages.evaluate import run_evaluation
 from engine.stages.smoke import smoke_folder
 from tests.helpers.rank_runs import at_the_second_step, run, same
 from tests.helpers.ranks import on_ranks

@@ -14,13 +14,13 @@ import engine.caid  # noqa: F401, imported before the forks
 from engine import train
 from engine.config import EvaluateConfig
 from engine.errors import Interrupted, LostRank, NonFiniteError, UserError
-from engine.evaluate import run_evaluation
 from engine.model.tokenizer import load_tokenizer
 from engine.ranks import Ranks
 from engine.records import Prompts
 from engine.report import panels  # noqa: F401
 from engine.run import plan
 from engine.run.store import read_whole
+from engine.stages.evaluate import run_evaluation
 from engine.stages.profile import run_profile
 from engine.stages.shares import by_shares
 from engine.stages.smoke import smoke_folder

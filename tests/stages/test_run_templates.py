@@ -10,9 +10,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import evaluate, export, train
-from engine.config import MocanConfig, smoke
+from engine import train
+from engine.config import ExportConfig, MocanConfig, smoke
+from engine.evaluate import main as evaluate_main
 from engine.run.committed import read_committed
+from engine.stages import evaluate
+from engine.stages.export import export
 from engine.stages.inputs import read_inputs
 from engine.stages.reference import ReferenceSamples
 from engine.stages.run_inputs import owned_inputs
@@ -62,7 +65,7 @@ def test_prompts_and_export_have_the_runs_template(here):
     prompts = owned_inputs(Path("run")).record.train
     for asked, ids in zip(prompts.text, prompts.token_ids, strict=True):
         assert ids == published.encode(text_of(asked)).ids
-    export.export("run", "merged", export.ExportConfig(even_if=True))
+    export("run", "merged", ExportConfig(even_if=True))
     messages = [{"role": "user", "content": "Be brief.\n\nhello 7"}]
     for folder in ("run/model", "merged"):
         assert Path(folder, "chat_template.jinja").read_text() == TEMPLATE
@@ -114,7 +117,7 @@ def test_an_evaluation_writes_and_samples_as_the_run_did(here, capsys, monkeypat
     config = smoke(MocanConfig(model="model", template="own.jinja", threads=1))
     assert read_inputs(config, owned_inputs(Path("run"))).template == TEMPLATE, "as for --samples-of"
     write(here / "new.jsonl", [{"prompt": "Something else"}, {"prompt": "Another thing"}])
-    assert evaluate.main(["run", "--prompts", "new.jsonl", "--out", "new"]) == 0
+    assert evaluate_main(["run", "--prompts", "new.jsonl", "--out", "new"]) == 0
     assert shown and {text.removeprefix("<s>").lstrip() for text in shown} <= {
         text_of("Something else"),
         text_of("Another thing"),

@@ -14,7 +14,6 @@ from engine import constraints, mocan, train
 from engine.config import EvaluateConfig, MocanConfig, check, smoke
 from engine.constraints import Improvement, MeanCost, Rate, WorstShare, judge
 from engine.errors import UserError
-from engine.evaluate import run_evaluation
 from engine.intervals import betting
 from engine.ranks import Ranks
 from engine.records import Counted, Prompts, Scores, Units
@@ -22,6 +21,7 @@ from engine.run.committed import read_committed
 from engine.run.rows import ReferenceRow
 from engine.scorers.base import Scorers, TextScorer
 from engine.stages import reference as reference_stage
+from engine.stages.evaluate import run_evaluation
 from engine.stages.reference import reference_of, solved
 from engine.stages.solve import one_shot
 from engine.stages.worst_share import Worth, choose
