@@ -31,11 +31,13 @@ from engine.stages.solve import listed
 
 
 def score_pairs(job: Job) -> Samples:
-    """Runs stage pairs: scores the responses of the file of --pairs under the reference and the scorers."""
+    """Runs stage pairs: scores the responses of the file of --pairs, and computes their log-probs under the
+    reference, unless steps on an adapter do so themselves (`PreferenceLoss`)."""
     pairs = job.pairs
+    compared = job.config.compares_with_reference or job.model.dtype.itemsize > 2
 
     def compute(stage: Stage) -> Samples:
-        forward = forward_of(job.settings, logprob=True)
+        forward = forward_of(job.settings, logprob=compared)
         scores = scored(job, stage, pairs.prompts, pairs.rollouts, pairs.texts, forward)
         stage.log(PairsRow(prompts=len(pairs.prompts)))
         return Samples(

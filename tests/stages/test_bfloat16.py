@@ -8,6 +8,7 @@ from engine import model, train
 from engine.model import packing
 from engine.policy.forward import frozen_forward, states_and_head
 from engine.policy.lora import Adapter
+from engine.policy.samples import Samples
 from engine.records import Prompts
 from engine.rollout.sampler import generate
 from engine.run.committed import read_committed
@@ -16,7 +17,7 @@ from engine.stages import inputs, sampling
 from engine.stages.reference import ReferenceSamples
 from engine.stages.smoke import smoke_folder
 from kernels import compiled, sequence_logprob
-from tests.helpers.runs import SMOKE, files
+from tests.helpers.runs import SMOKE, files, write
 
 TOKENS = [[1, 70, 75, 80], [1, 90], [1, 66, 67, 68, 69]]
 
@@ -79,6 +80,21 @@ def test_log_ratios_of_aligned_policies_are_taken_to_the_scored_reference(tmp_pa
         for name in ("a", "b/own", "c/shared")
     ]
     assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_pairs_of_a_file_have_the_references_log_probs_where_these_are_compared_with(tmp_path):
+    rows = [{"prompt": f"Say {i}.", "response_0": "aa" * (i + 1), "response_1": "bbb"} for i in range(8)]
+    pairs = ["--pairs", write(tmp_path / "pairs.jsonl", rows), "--iterations", "1"]
+
+    def logprobs(name: str, *flags: str) -> torch.Tensor:
+        assert run(tmp_path / name, *pairs, *flags) == 0
+        return read_committed(tmp_path / name).load("pairs", Samples).scores.ref_logprob_PG
+
+    # A step on an adapter passes the reference beside the policy.
+    assert not logprobs("adapter").any()
+    assert read_rows(tmp_path / "adapter", PairStepRow)[0].margin == 0
+    assert (logprobs("float32", "--dtype", "float32") < 0).all()
+    assert (logprobs("ratios", "--scores", "preference") < 0).all()
 
 
 def test_a_processor_without_16_bit_products_is_named(tmp_path, capsys, monkeypatch):
