@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.config import SAMPLING, RunConfig
+from engine.config import SAMPLING, RunConfig, was_by_preference
 from engine.errors import UserError
 from engine.records import Scores
 from engine.run.committed import Committed, read_committed
@@ -56,6 +56,14 @@ class SharedSamples:
     def is_scored(self) -> bool:
         """Tells whether the samples have the scores of this run's scorers, and no others."""
         return self.places == list(range(len(specs(self.run.config))))
+
+    @property
+    def compares_with_reference(self) -> bool:
+        """Tells whether the samples came with log-probs that log-ratios may be taken to; of a sweep's samples
+        this cannot always be told."""
+        contents = self.run.contents
+        by_preference = was_by_preference(contents.algorithm, contents.config)
+        return by_preference or self.run.config.compares_with_reference
 
     def load(self, stage: str, cls: type[RecordT]) -> RecordT:
         """Loads the record of a stage. Raises: UserError where the run has none, or it is damaged."""

@@ -41,8 +41,12 @@ def shared(job: Job, stage: Stage, samples: Samples, lower_MD: Tensor | None = N
     # Those of a file have not been sampled there either.
     if not (job.config.samples and stage.name == "reference"):
         log_gap(job, stage, samples.prompts, samples.rollouts, None)
-    if job.config.compares_with_reference and job.model.dtype.itemsize == 2:
-        # The other run may have left them to its steps.
+    if (
+        job.config.compares_with_reference
+        and job.model.dtype.itemsize == 2
+        and not job.samples.compares_with_reference
+    ):
+        # The other run has left them to its steps.
         ref_logprob_PG = logprobs(job, samples.prompts, samples.rollouts, None)
         samples = replace(samples, scores=replace(samples.scores, ref_logprob_PG=ref_logprob_PG))
     if job.samples.is_scored:

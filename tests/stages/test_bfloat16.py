@@ -13,7 +13,7 @@ from engine.records import Prompts
 from engine.rollout.sampler import generate
 from engine.run.committed import read_committed
 from engine.run.rows import PairStepRow, SampledRow, read_rows
-from engine.stages import inputs, sampling
+from engine.stages import inputs, sampling, taken
 from engine.stages.reference import ReferenceSamples
 from engine.stages.smoke import smoke_folder
 from kernels import compiled, sequence_logprob
@@ -95,6 +95,20 @@ def test_pairs_of_a_file_have_the_references_log_probs_where_these_are_compared_
     assert read_rows(tmp_path / "adapter", PairStepRow)[0].margin == 0
     assert (logprobs("float32", "--dtype", "float32") < 0).all()
     assert (logprobs("ratios", "--scores", "preference") < 0).all()
+
+
+@pytest.mark.parametrize(
+    "flags", [("mocan", "--tune", "full", "--learning-rate", "1e-5"), ("pecan",)], ids=["full", "ratios"]
+)
+def test_samples_of_a_run_that_has_scored_them_are_not_scored_again(flags, tmp_path, monkeypatch):
+    algorithm, *how = flags
+    start = [algorithm, "--dtype", "bfloat16", *SMOKE, *how]
+    assert train.main([*start, "--out", str(tmp_path / "a" / "own")]) == 0
+    monkeypatch.setattr(taken, "logprobs", lambda *given: pytest.fail("scored again"))
+    shared = ["--samples-of", str(tmp_path / "a" / "own"), "--out", str(tmp_path / "b" / "shared")]
+    assert train.main([*start, *shared]) == 0
+    for name in ("evaluation.json", "heldout.jsonl"):
+        assert (tmp_path / "a/own" / name).read_bytes() == (tmp_path / "b/shared" / name).read_bytes()
 
 
 def test_a_processor_without_16_bit_products_is_named(tmp_path, capsys, monkeypatch):
