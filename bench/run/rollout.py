@@ -32,14 +32,10 @@ from bench.run.tables import (
     times,
     token_rate,
 )
-from bench.run.work import TEMPERATURE, Responses, Work, random_work, real_work
+from bench.run.work import TEMPERATURE, Responses, Work, random_work, real_work, responses_of
 from engine.model.decoder import Decoder
-from engine.model.packing import Group
 from engine.policy.forward import LogprobGap, logprob_gap
-from engine.records import Rollouts
-from engine.rollout.sampler import generate
 from engine.run.machine import keep_freed_memory
-from kernels.random import combine
 
 N = 8  # responses to each prompt
 
@@ -159,26 +155,7 @@ def table(line: dict) -> Table:
 
 def ours(model: Decoder, work: Work) -> Callable[[], Responses]:
     """Returns a step of `engine.rollout.generate`."""
-    return lambda: _responses(_sampled(model, work))
-
-
-def _sampled(model: Decoder, work: Work, max_rows: int | None = None) -> Rollouts:
-    return generate(
-        model,
-        work.prompts,
-        n=work.n,
-        max_new_tokens=work.new,
-        temperature=TEMPERATURE,
-        stop_token_ids=work.stop,
-        seed=int(combine(0)),
-        max_rows=max_rows or work.rows,
-    )
-
-
-def _responses(rollouts: Rollouts) -> Responses:
-    """Drops the padding."""
-    both = zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
-    return [row[:length] for row, length in both]
+    return lambda: responses_of(work.sampled(model))
 
 
 def floor(model: Decoder, work: Work, responses: Responses) -> tuple[dict[str, Ways], dict[str, float]]:
@@ -217,7 +194,7 @@ def _between(points: list[int], x: int) -> list[tuple[int, float]]:
 def parting(model: Decoder, work: Work) -> tuple[float, float | None]:
     """Returns the share of the responses that differ between one prompt at a time and all at once, and their
     mean number of equal tokens before."""
-    differs = _sampled(model, work).tokens != _sampled(model, work, work.n).tokens
+    differs = work.sampled(model).tokens != work.sampled(model, max_rows=work.n).tokens
     parted = differs.any(1)
     if not parted.any():
         return 0.0, None
@@ -226,10 +203,5 @@ def parting(model: Decoder, work: Work) -> tuple[float, float | None]:
 
 def gap(model: Decoder, work: Work) -> LogprobGap:
     """Returns how far the sampler's log-probs are from those of the training forward."""
-    rollouts, n = _sampled(model, work), work.n
-    responses = _responses(rollouts)
-    groups = []
-    for p, prompt in enumerate(work.prompts):
-        rows = list(range(p * n, (p + 1) * n))
-        groups.append(Group(prompt, [responses[row] for row in rows], rows))
-    return logprob_gap(model, groups, rollouts, temperature=TEMPERATURE)
+    rollouts = work.sampled(model)
+    return logprob_gap(model, work.groups(rollouts), rollouts, temperature=TEMPERATURE)

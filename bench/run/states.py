@@ -11,8 +11,6 @@ from bench.run.work import real_work
 from engine.model import packing
 from engine.model.decoder import Decoder
 from engine.policy.forward import TOKENS_PER_FORWARD, states_and_head
-from engine.rollout.sampler import generate
-from kernels.random import combine
 
 NEW, PER_PROMPT = 48, 8  # most tokens of a response, and responses to each prompt
 
@@ -33,23 +31,8 @@ def states_of(folder: Path, model: Decoder, rows: int, temperature: float) -> tu
     """
     # Responses have about half of the most tokens, and one at least.
     work = real_work(folder, -(-3 * rows // NEW // PER_PROMPT) * PER_PROMPT, PER_PROMPT, NEW)
-    rollouts = generate(
-        model,
-        work.prompts,
-        n=work.n,
-        max_new_tokens=work.new,
-        temperature=temperature,
-        stop_token_ids=work.stop,
-        seed=int(combine(0)),
-        max_rows=work.rows,
-    )
-    groups = []
-    for p, prompt in enumerate(work.prompts):
-        own = list(range(p * work.n, (p + 1) * work.n))
-        responses = [rollouts.tokens[r, : int(rollouts.length[r])].tolist() for r in own]
-        groups.append(packing.Group(prompt, responses, own))
     hidden, target = [], []
-    for batch in packing.batches(groups, TOKENS_PER_FORWARD):
+    for batch in packing.batches(work.groups(work.sampled(model, temperature)), TOKENS_PER_FORWARD):
         packed = packing.pack(batch, model.device)
         hidden.append(states_and_head(model, None, packed)[0])
         target.append(packed.target_T)

@@ -7,7 +7,12 @@ import torch
 
 from engine.config import RunConfig
 from engine.data.prompts import load_prompts, shipped_prompts
+from engine.model.decoder import Decoder
+from engine.model.packing import Group
+from engine.records import Rollouts
+from engine.rollout.sampler import generate
 from engine.stages.inputs import stop_tokens
+from kernels.random import combine
 
 TEMPERATURE = 0.7
 Responses = list[list[int]]  # tokens of each response, prompt-major, the stop token included
@@ -42,10 +47,39 @@ class Work:
             tokens = f"{min(lengths)} to {max(lengths)} tokens"
             raise SystemExit(f"{name} made {len(lengths)} responses of {tokens}; nothing is timed")
 
+    def sampled(
+        self, model: Decoder, temperature: float = TEMPERATURE, max_rows: int | None = None
+    ) -> Rollouts:
+        """Samples with our engine, all responses side by side or `max_rows` of them."""
+        return generate(
+            model,
+            self.prompts,
+            n=self.n,
+            max_new_tokens=self.new,
+            temperature=temperature,
+            stop_token_ids=self.stop,
+            seed=int(combine(0)),
+            max_rows=max_rows or self.rows,
+        )
+
+    def groups(self, rollouts: Rollouts) -> list[Group]:
+        """Returns each prompt with its responses, without padding."""
+        rows, responses = range(self.rows), responses_of(rollouts)
+        return [
+            Group(prompt, responses[p * self.n : (p + 1) * self.n], list(rows[p * self.n : (p + 1) * self.n]))
+            for p, prompt in enumerate(self.prompts)
+        ]
+
     def cut(self, rows: list[list[int]]) -> Responses:
         """Drops from each row what stands behind its stop token."""
         ends = (next((i + 1 for i, token in enumerate(row) if token in self.stop), len(row)) for row in rows)
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def responses_of(rollouts: Rollouts) -> Responses:
+    """Drops the padding."""
+    both = zip(rollouts.tokens.tolist(), rollouts.length.tolist(), strict=True)
+    return [row[:length] for row, length in both]
 
 
 def random_work(vocabulary: int, rows: int, n: int, prompt: int, new: int) -> Work:
