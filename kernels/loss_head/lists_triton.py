@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.loss_head.records import Head
-from kernels.loss_head.rows_triton import FARTHEST, _capped, _powers, factors
+from kernels.loss_head.rows_triton import FARTHEST, _capped, _exponents, _powers, factors
 
 BLOCK = 256  # entries of a list that are cut or copied at a time
 BLOCK_N, MOST_D = 8, 1024  # rows that a program adds up side by side, and elements of each
@@ -38,13 +38,10 @@ def _collected(
     for start in range(0, vocabulary, LANES * EACH):
         o_v = start + o
         inside = o_v < vocabulary
-        raw = tl.load(p_logits + o_v, mask=inside, other=float("-inf"))
-        if HAS_BIAS:
-            raw += tl.load(p_bias + o_v, mask=inside, other=0.0).to(tl.float32)
-        value, slope = _capped(raw, softcap, inverse_softcap, HAS_SOFTCAP)
-        z = _powers(value, middle, to_log2, rest)
-        if HAS_SOFTCAP:
-            z = tl.where(inside, z, float("-inf"))
+        z, slope = _exponents(
+            p_logits, p_bias, o_v, inside, middle, to_log2, rest, softcap, inverse_softcap, HAS_BIAS,
+            HAS_SOFTCAP,
+        )  # fmt: skip
         b_max = tl.maximum(b_max, z)
         e = tl.where(o_v == target, 0.0, tl.exp2(z))
         others += tl.sum(tl.sum(e, 1), 0)

@@ -41,6 +41,23 @@ def _powers(value, middle, to_log2, rest):
 
 
 @triton.jit
+def _exponents(
+    p_logits, p_bias, o_v, inside, middle, to_log2, rest, softcap, inverse_softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Returns z = (capped logit - middle) log2(e) / temperature of a block of columns, -inf where it is not
+    inside the row, and the cap's slope."""
+    raw = tl.load(p_logits + o_v, mask=inside, other=float("-inf"))
+    if HAS_BIAS:
+        raw += tl.load(p_bias + o_v, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _capped(raw, softcap, inverse_softcap, HAS_SOFTCAP)
+    z = _powers(value, middle, to_log2, rest)
+    if HAS_SOFTCAP:
+        z = tl.where(inside, z, float("-inf"))
+    return z, slope
+
+
+@triton.jit
 def _exponentials(
     p_logits,
     p_jacobian,
@@ -59,22 +76,16 @@ def _exponentials(
     BLOCK_V: tl.constexpr,
 ):
     """Returns the sum of 2^z over all of a row but the target, and the largest z; where STORE writes 2^z
-    times factor and the cap's slope.
-
-    z = (capped logit - middle) log2(e) / temperature.
-    """
+    times factor and the cap's slope."""
     o = tl.arange(0, BLOCK_V)
     b_sum, b_max = tl.zeros([BLOCK_V], tl.float32), tl.full([BLOCK_V], float("-inf"), tl.float32)
     for start in range(0, vocabulary, BLOCK_V):
         o_v = start + o
         inside = o_v < vocabulary
-        raw = tl.load(p_logits + o_v, mask=inside, other=float("-inf"))
-        if HAS_BIAS:
-            raw += tl.load(p_bias + o_v, mask=inside, other=0.0).to(tl.float32)
-        value, slope = _capped(raw, softcap, inverse_softcap, HAS_SOFTCAP)
-        z = _powers(value, middle, to_log2, rest)
-        if HAS_SOFTCAP:
-            z = tl.where(inside, z, float("-inf"))
+        z, slope = _exponents(
+            p_logits, p_bias, o_v, inside, middle, to_log2, rest, softcap, inverse_softcap, HAS_BIAS,
+            HAS_SOFTCAP,
+        )  # fmt: skip
         e = tl.exp2(z)
         # 1 - p of the target is the others' share, and no difference of two close numbers.
         b_sum += tl.where(o_v == target, 0.0, e)
