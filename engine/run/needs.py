@@ -20,6 +20,8 @@ from kernels.loss_head.schemes import budget_or_default
 EFFICIENCY = 0.65
 ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
 KEPT_STATES_BYTES = 2 * 2**30
+GAP_PROMPTS = 4  # of each sampling whose samples are run through the training forward again
+KL_PROMPTS = 64  # whose responses, one each, measure a policy's KL where no slack does
 TOKEN_BYTES = 32  # of a response's token: its id, two log-probs, a flag, its text and copies on their way
 PAIR_BYTES = 128  # of two responses' indices, in lists and in a tensor
 ADAPTER_BYTES = 24  # of an adapter's weight: float32 with gradient, two moments, the start and a checkpoint
@@ -136,41 +138,70 @@ def states_bytes(config: RunConfig, shape: ModelConfig, dtype: torch.dtype, prom
 def products(
     config: RunConfig, shape: ModelConfig, dtype: torch.dtype, mean_prompt: float, ranks: int, *, keeps: bool
 ) -> float:
-    """Counts the multiplications of every pass through the model, on the rank that has most prompts."""
+    """Counts the multiplications of every pass through the model, on the rank that has most prompts; of the
+    verdict's looks those of the first.
+
+    keeps: the states below the adapter are there in every step, and need not be computed again.
+    """
     answer = ANSWER_SHARE * config.max_new_tokens
     head = shape.hidden_size * shape.vocab_size
     body = shape.parameter_count() - head * (1 if shape.tied else 2)
-    adapter, narrow = 0 if config.tune == "full" else adapter_parameters(config, shape), dtype.itemsize == 2
-    trained = body * _trained_share(config) + head + adapter
+    share, narrow = _trained_share(config), dtype.itemsize == 2
+    adapter = 0 if config.tune == "full" else adapter_parameters(config, shape)
 
-    def sampled(prompts: int, n: int) -> float:
-        return largest_share(prompts, ranks) * (mean_prompt * body + n * answer * (body + head))
+    def layers(n: int) -> float:
+        """Counts a pass of a prompt and n responses through all layers; a token sees those before it."""
+        in_prompt, in_answer = (
+            body + attention_products(shape, seen) for seen in (mean_prompt / 2, mean_prompt + answer / 2)
+        )
+        return mean_prompt * in_prompt + n * answer * in_answer
+
+    def passed(n: int, of_layers: float = 1.0, adapted: int = 0) -> float:
+        """Counts a pass through a share of the layers, and of the responses through the head."""
+        return of_layers * layers(n) + (mean_prompt + n * answer) * adapted + n * answer * head
+
+    def sampled(prompts: int, n: int, adapted: int = 0) -> float:
+        # Some pass the model again on each rank, to see how far log-probs lie apart.
+        return (largest_share(prompts, ranks) + min(GAP_PROMPTS, prompts)) * passed(n, adapted=adapted)
 
     def scored(prompts: int, n: int) -> float:
         """Counts the reference's log-probs: sampling has passed the layers below the adapter already."""
-        return largest_share(prompts, ranks) * (mean_prompt + n * answer) * trained
+        return largest_share(prompts, ranks) * passed(n, share)
 
     reference = config.n_prompts, config.n_responses
     heldout = config.eval_prompts, config.eval_responses
-    total = sampled(*heldout) + scored(*heldout)  # of the policy
+    total = sampled(*heldout, adapter) + scored(*heldout)  # of the policy
     if not config.samples_of:
         again = narrow and config.compares_with_reference  # see engine.stages.sampling
         total += sampled(*heldout) + again * scored(*heldout)
         # Given responses are passed once, as a sampled one is token by token.
         total += sampled(*reference) + (again and not config.samples) * scored(*reference)
     for times, prompts, responses in config.fresh_samples:
-        total += times * (sampled(prompts, responses) + scored(prompts, responses))
-    own_prompts = largest_share(config.prompts_per_step, ranks)
-    tokens = own_prompts * (mean_prompt + _trained_responses(config) * answer)
-    # Forward, to the states, to all weights; beside an adapter in 16 bits forward through the reference.
-    passes = 3 if config.tune == "full" or narrow else 2
+        total += times * (sampled(prompts, responses, adapter) + scored(prompts, responses))
+    if config.trusts and not config.measured_slacks:
+        # A slack's responses tell how far a policy went; without them it answers anew.
+        asked = largest_share(min(KL_PROMPTS, config.n_prompts), ranks)
+        total += config.policy_updates * asked * (passed(1, adapted=adapter) + passed(1))
     steps = config.policy_updates * config.steps
     if config.by_preference:
-        steps += (1 + len(config.cost)) * config.preference_steps
-    total += steps * tokens * passes * trained
-    if not keeps:  # the states below an adapter from stage to stage, as one process does
-        total += steps * tokens * body * (1 - _trained_share(config))
-    return total
+        aligned = 1 + len(config.cost)
+        steps += aligned * config.preference_steps
+        # Each of these policies passes all responses that are scored.
+        for times, prompts, responses in ((1, *reference), (2, *heldout), *config.fresh_samples):
+            total += aligned * times * largest_share(prompts, ranks) * passed(responses, adapted=adapter)
+    # Forward, to the states, to all weights; beside an adapter in 16 bits forward through the reference.
+    passes = 3 if config.tune == "full" or narrow else 2
+    # Forward again through checkpointed layers, and through those below the adapter.
+    again = share * config.activation_checkpointing + (1 - share) * (not keeps)
+    own_prompts, n = largest_share(config.prompts_per_step, ranks), _trained_responses(config)
+    return total + steps * own_prompts * (passes * passed(n, share, adapter) + again * layers(n))
+
+
+def attention_products(shape: ModelConfig, seen: float) -> float:
+    """Counts the multiplications of a token's attention to `seen` others, in all layers: for the scores, and
+    for the sum of the values."""
+    windows = (shape.window_of(layer) or seen for layer in range(shape.num_layers))
+    return 2 * shape.num_heads * shape.head_dim * sum(min(seen, window) for window in windows)
 
 
 def scorer_bytes(config: RunConfig, device: torch.device, scorers: Sequence[ScorerSize]) -> tuple[int, int]:

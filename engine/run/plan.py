@@ -93,11 +93,14 @@ class Work:
 
     def seconds(self, rate: float, ranks: int = 1) -> float:
         """Predicts the time of the rank with most prompts, where all multiply at `rate` in bare products."""
-        lengths = self.train + self.heldout
+        config, lengths = self.config, self.train + self.heldout
         mean = sum(lengths) / len(lengths)
         shape, shares = sliced(self.shape, self.model_ranks), ranks // self.model_ranks
-        total = products(self.config, shape, self.dtype, mean, shares, keeps=ranks == 1)
-        total += scorer_products(self.config, self.scorers, mean, ranks)
+        # A file of pairs has not been sampled.
+        keeps = ranks == 1 and not config.pairs_file
+        keeps = keeps and states_bytes(config, shape, self.dtype, self.train) > 0
+        total = products(config, shape, self.dtype, mean, shares, keeps=keeps)
+        total += scorer_products(config, self.scorers, mean, ranks)
         return 2 * total / (EFFICIENCY * rate)
 
 

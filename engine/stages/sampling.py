@@ -20,7 +20,7 @@ from engine.records import Prompts, Rollouts, Scores
 from engine.rollout.decoding import NEAR_TIE
 from engine.rollout.sampler import generate
 from engine.rollout.states import States
-from engine.run.needs import kept_states_bytes
+from engine.run.needs import GAP_PROMPTS, kept_states_bytes
 from engine.run.rows import SampledRow, SpeedRow
 from engine.run.run import Run, Stage
 from engine.scorers.base import Scorers
@@ -28,9 +28,6 @@ from engine.scorers.scoring import ReferenceForward, score
 from engine.stages.job import SamplingSettings, Subject
 from engine.stages.shares import by_shares
 from kernels.random import combine
-
-# Prompts of each sampling whose samples are run through the training forward again.
-GAP_PROMPTS = 4
 
 
 def respond(

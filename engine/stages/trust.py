@@ -19,13 +19,13 @@ from engine.policy.forward import frozen_forward
 from engine.policy.steps import Policy
 from engine.policy.weights import Weights, before_whole, whole
 from engine.records import Prompts
+from engine.run.needs import KL_PROMPTS
 from engine.run.rows import TrustRow
 from engine.run.run import Stage
 from engine.stages.job import Job
 from engine.stages.sampling import naming, respond
 from engine.stages.shares import by_shares
 
-RESPONSES = 64  # from which a KL is measured, one to a prompt, where it has not been measured
 # A policy that is still too far after so many times stays so, and the run says it. Each time takes at least
 # a twentieth off the way, and where the KL grows as the square of the way, the first is enough.
 MOST_TIMES, LEAST = 8, 0.95
@@ -45,11 +45,11 @@ def taken_back(
     """Returns the policy, or one on the way from the reference to it whose KL is within the limit.
 
     weights: hold those of `policy`, and in the end those of what is returned. untrained: those of the
-    reference. prompts: all that may be asked; the first `RESPONSES` are. limit: nats per response. known: the
-    policy's KL and its standard error, where they have been measured.
+    reference. prompts: all that may be asked; the first `KL_PROMPTS` are. limit: nats per response.
+    known: the policy's KL and its standard error, where they have been measured.
     """
     share = 1.0
-    asked = prompts.select(list(range(min(len(prompts), RESPONSES))))
+    asked = prompts.select(list(range(min(len(prompts), KL_PROMPTS))))
     for time in range(MOST_TIMES + 1):
         kl, se = known or _measured_kl(job, stage, asked, weights, keys.trust(iteration, time))
         known = None

@@ -1,6 +1,7 @@
 """The predicted time and memory of a run."""
 
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from engine import train
-from engine.config import CaidConfig, PrimalDualConfig
+from engine.config import CaidConfig, MocanConfig, PrimalDualConfig
 from engine.errors import UserError
 from engine.evaluate import main as evaluate
 from engine.run import needs
@@ -100,7 +101,9 @@ def test_rows_that_fit_are_the_most_of_whole_prompts_less():
 def test_a_policy_step_is_counted_with_the_responses_that_it_trains_on():
     two = plan().seconds
     assert plan(responses_per_prompt=0).seconds == plan(responses_per_prompt=8).seconds > 1.05 * two
-    assert plan(pairs="mine.jsonl", responses_per_prompt=0).seconds == two  # a file has two
+    # A file has two, and each step passes the layers below the adapter too.
+    file = plan(pairs="mine.jsonl", responses_per_prompt=0).seconds
+    assert file == plan(pairs="mine.jsonl").seconds > two
     gradient = [
         Plan.of(c, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
         for c in (PrimalDualConfig(), PrimalDualConfig(responses_per_prompt=0))
@@ -314,16 +317,80 @@ def test_scorers_weights_and_passes_are_counted():
     assert both.seconds - base.seconds == pytest.approx(2 * products / (needs.EFFICIENCY * 1e11), rel=1e-6)
 
 
+HEAD = 64 * SHAPE.vocab_size  # which is the embedding
+BODY = SHAPE.parameter_count() - HEAD
+ADAPTER = needs.adapter_parameters(CaidConfig(), SHAPE)
+
+
+def passed(n: int, layers: float = 1.0, adapter: int = 0) -> float:
+    """Counts a pass of a prompt of 20 tokens and n responses: 4 layers, 4 heads of 16 elements, whose scores
+    and sums of values are of the tokens before."""
+    answer = needs.ANSWER_SHARE * CaidConfig().max_new_tokens
+    seen = 20 * 20 / 2 + n * answer * (20 + answer / 2)
+    within = (20 + n * answer) * BODY + 2 * seen * 4 * 4 * 16
+    return layers * within + (20 + n * answer) * adapter + n * answer * HEAD
+
+
+def in_seconds(products: float) -> float:
+    """Returns the time of so many multiplications, each with its addition."""
+    return 2 * products / (needs.EFFICIENCY * 1e11)
+
+
+def test_every_pass_of_a_run_is_counted():
+    c = CaidConfig()
+    reference, slack, heldout = c.n_responses, c.slack_responses, c.eval_responses
+    products = (c.n_prompts + 4) * passed(reference) + (c.eval_prompts + 4) * passed(heldout)
+    for times, prompts, n in ((5, c.slack_prompts, slack), (1, c.eval_prompts, heldout)):
+        # Of the policy: sampled, four prompts again, and the reference from the adapter's layers on.
+        products += times * ((prompts + 4) * passed(n, adapter=ADAPTER) + prompts * passed(n, layers=0.5))
+    # Forward and backward to the states.
+    products += 5 * c.steps * c.prompts_per_step * 2 * passed(2, layers=0.5, adapter=ADAPTER)
+    assert plan().seconds == pytest.approx(in_seconds(products), rel=1e-6)
+
+
+def test_a_step_passes_layers_again_that_are_not_kept(monkeypatch):
+    c, base = CaidConfig(), plan().seconds
+    half = in_seconds(25 * c.prompts_per_step * (passed(2, layers=0.5) - passed(2, layers=0)))
+    assert plan(activation_checkpointing=True).seconds - base == pytest.approx(half, rel=1e-6)
+    assert plan(pairs="mine.jsonl").seconds - base == pytest.approx(half, rel=1e-6)
+    monkeypatch.setattr(needs, "KEPT_STATES_BYTES", 0)
+    assert plan().seconds - base == pytest.approx(half, rel=1e-6)
+
+
+def test_the_kl_of_a_policy_without_a_slack_is_counted():
+    def seconds(**changes) -> float:
+        config = replace(MocanConfig(), **changes)
+        return Plan.of(config, SHAPE, torch.float32, torch.device("cpu"), [20] * 100, [20] * 10).seconds
+
+    one = passed(1, adapter=ADAPTER) + passed(1)
+    for flags, prompts in (({}, 64), ({"n_prompts": 40}, 40)):
+        measured = seconds(**flags) - seconds(max_kl_ratio=math.inf, **flags)
+        assert measured == pytest.approx(in_seconds(prompts * one), rel=1e-6)
+    assert plan().seconds == plan(max_kl_ratio=math.inf).seconds, "the answers that measure a slack tell it"
+
+
+def test_log_ratios_of_aligned_policies_are_counted():
+    c, two = CaidConfig(), {"scores": "preference", "preference_steps": 2}
+    steps = 2 * (plan(**two | {"preference_steps": 3}).seconds - plan(**two).seconds)
+    sets = ((c.n_prompts, c.n_responses), (2 * c.eval_prompts, c.eval_responses))
+    sets += ((5 * c.slack_prompts, c.slack_responses),)
+    products = 2 * sum(prompts * passed(n, adapter=ADAPTER) for prompts, n in sets)  # of reward and one cost
+    assert plan(**two).seconds - plan().seconds - steps == pytest.approx(in_seconds(products), rel=1e-6)
+
+
+def test_attention_reaches_as_far_as_a_window():
+    windows = replace(SHAPE, window=8, window_layers=(0, 2))
+    assert needs.attention_products(SHAPE, 20) == 2 * 4 * 16 * 4 * 20
+    assert needs.attention_products(windows, 20) == 2 * 4 * 16 * (2 * 20 + 2 * 8)
+    assert needs.attention_products(windows, 5) == needs.attention_products(SHAPE, 5)
+
+
 def test_nothing_is_counted_of_responses_that_are_not_sampled():
-    c, body = CaidConfig(), SHAPE.parameter_count() - 64 * SHAPE.vocab_size  # its head is its embedding
-    answer = needs.ANSWER_SHARE * c.max_new_tokens
-
-    def sampled(prompts: int, n: int) -> float:
-        return prompts * (20 * body + n * answer * SHAPE.parameter_count())
-
-    products = sampled(c.n_prompts, c.n_responses) + sampled(c.eval_prompts, c.eval_responses)
+    c = CaidConfig()
+    # Four prompts of each sampling pass the model again.
+    products = (c.n_prompts + 4) * passed(c.n_responses) + (c.eval_prompts + 4) * passed(c.eval_responses)
     spared = plan().seconds - plan(samples_of="run").seconds
-    assert spared == pytest.approx(2 * products / (needs.EFFICIENCY * 1e11), rel=1e-6)
+    assert spared == pytest.approx(in_seconds(products), rel=1e-6)
     # A file's responses pass the model once, at the price of sampling. In 16 bits samples are scored again
     # where all weights are trained, and a file's are not; steps on an adapter pass the reference instead.
     assert plan(samples="file").seconds == plan().seconds
@@ -332,12 +399,9 @@ def test_nothing_is_counted_of_responses_that_are_not_sampled():
     whole = {"tune": "full", "learning_rate": 1e-5}
     assert plan(samples="file", **half, **whole).seconds < plan(**half, **whole).seconds
     assert plan(samples_of="run", **half, **whole).seconds == plan(samples_of="run", **whole).seconds
-    passed = plan(samples_of="run", **half).seconds - plan(samples_of="run").seconds
-    adapter = needs.adapter_parameters(c, SHAPE)
-    half_body = body * needs._trained_share(c)
-    tokens = c.prompts_per_step * (20 + c.trained_responses(c.n_responses) * answer)
-    expected = 25 * tokens * (half_body + 64 * SHAPE.vocab_size + adapter)
-    assert passed == pytest.approx(2 * expected / (needs.EFFICIENCY * 1e11), rel=1e-6)
+    again = plan(samples_of="run", **half).seconds - plan(samples_of="run").seconds
+    expected = 25 * c.prompts_per_step * passed(2, layers=0.5, adapter=ADAPTER)
+    assert again == pytest.approx(in_seconds(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(

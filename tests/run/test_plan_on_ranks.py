@@ -216,7 +216,8 @@ def test_a_slice_takes_its_part_of_the_time():
     def seconds(size: int, together: int) -> float:
         return planned(shape, Pretended(0, size, 0, 8, model=Ranks(0, together))).seconds
 
-    assert seconds(16, 8) == pytest.approx(seconds(8, 8) / 2)
+    # But for the prompts that measure the gap of log-probs, which each model passes.
+    assert seconds(16, 8) == pytest.approx(seconds(8, 8) / 2, rel=0.002)
     assert seconds(8, 8) == pytest.approx(seconds(8, 1), rel=0.01), "eight models share out the prompts"
 
 
@@ -263,7 +264,9 @@ def test_time_is_that_of_the_rank_with_most_prompts():
         return planned(SHAPE, Pretended(0, size, 0, size), n_responses=4, **settings).seconds
 
     few = {"n_prompts": 16, "eval_prompts": 8, "slack_prompts": 8, "slack_responses": 2, "steps": 10}
-    assert seconds(2, prompts_per_step=8, **few) == pytest.approx(2 * seconds(4, prompts_per_step=8, **few))
+    # But for the prompts that measure the gap of log-probs, which each rank passes.
+    two, four, eight = (seconds(size, prompts_per_step=8, **few) for size in (2, 4, 8))
+    assert two - four == pytest.approx(2 * (four - eight)) and 1.6 * four < two < 2 * four
     # On 8 ranks 4 prompts keep 4 of them busy in a step; all else is halved again.
     idle = seconds(4, prompts_per_step=4, **few) - seconds(8, prompts_per_step=4, **few)
     busy = seconds(4, prompts_per_step=4, **few | {"steps": 1}) - seconds(
@@ -281,15 +284,17 @@ def test_time_is_that_of_the_rank_with_most_prompts():
 
 def test_several_ranks_compute_the_states_below_the_adapter_in_each_step():
     def of_a_step(size: int) -> float:
-        settings = {"n_responses": 4, "prompts_per_step": 8, "dtype": torch.float32}
+        # As many samples as one rank keeps the states of.
+        settings = {"n_prompts": 4096, "n_responses": 4, "prompts_per_step": 8, "dtype": torch.float32}
         more, fewer = (
             planned(SHAPE, Pretended(0, size, 0, size), steps=steps, **settings).seconds for steps in (11, 1)
         )
         return (more - fewer) / 50  # steps of 5 iterations
 
-    body = SHAPE.parameter_count() - SHAPE.hidden_size * SHAPE.vocab_size
-    tokens = 8 * (100 + 2 * needs.ANSWER_SHARE * 256)
-    below = 2 * tokens * body / 2 / (needs.EFFICIENCY * 1e14)
+    body, answer = SHAPE.parameter_count() - SHAPE.hidden_size * SHAPE.vocab_size, needs.ANSWER_SHARE * 256
+    attention = needs.attention_products(SHAPE, 50) * 100
+    attention += needs.attention_products(SHAPE, 100 + answer / 2) * 2 * answer
+    below = 2 * 8 * ((100 + 2 * answer) * body + attention) / 2 / (needs.EFFICIENCY * 1e14)
     assert 2 * of_a_step(2) - of_a_step(1) == pytest.approx(below, rel=1e-6)
 
 
