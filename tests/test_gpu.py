@@ -11,10 +11,11 @@ import torch
 from bench.gpu.steps import tried
 from bench.run.measure import peak_bytes
 from engine.config import CaidConfig, PrimalDualConfig, smoke
+from engine.model import packing
 from engine.model.attention import attend_packed, runs_kernel
 from engine.model.folder import load
 from engine.model.packing import Group, LowerStates, groups
-from engine.policy import forward, update
+from engine.policy import update
 from engine.policy.forward import frozen_forward, logprob_gap
 from engine.policy.lora import Adapter
 from engine.policy.preference_loss import PreferenceLoss
@@ -613,7 +614,7 @@ def test_the_host_never_waits_between_the_passes_of_scoring(given, monkeypatch):
     """It waits at the end alone; a pass holds 32,768 tokens there, here 40."""
     model, samples = given
     assert runs_kernel(model.embed.new_empty(0, 1, model.config.head_dim), None) is not None
-    monkeypatch.setattr(forward, "TOKENS_BY_RUNS", 40)
+    monkeypatch.setattr(packing, "TOKENS_BY_RUNS", 40)
     all_groups, passes = groups(samples.prompts, samples.rollouts), []
     expected = frozen_forward(model, all_groups, [1], temperature=1.0, on_tokens=passes.append)
     seen = []

@@ -10,7 +10,8 @@ from bench.run import shapes
 from bench.run.work import real_work
 from engine.model import packing
 from engine.model.decoder import Decoder
-from engine.policy.forward import TOKENS_PER_FORWARD, states_and_head
+from engine.model.packing import TOKENS_PER_FORWARD
+from engine.policy.forward import states_and_head
 
 NEW, PER_PROMPT = 48, 8  # most tokens of a response, and responses to each prompt
 

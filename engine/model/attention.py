@@ -257,16 +257,15 @@ def runs_kernel(query: Tensor, softcap: float | None) -> Callable[..., Tensor] |
 
     A kernel maps (query [M, H, d], key, value [S, Hkv, d], runs, scale, softcap, window) to [M, H, d].
     """
-    if (
-        not query.is_cuda
-        or query.dtype not in (torch.float16, torch.bfloat16)
-        or query.shape[2] > 256
-        or query.shape[2] % 8
-    ):
+    if not goes_by_runs(query.device, query.dtype, query.shape[2], softcap):
         return None
-    if _flash_attn() is not None:
-        return _by_flash_attn
-    return _by_torch if softcap is None else None
+    return _by_torch if _flash_attn() is None else _by_flash_attn
+
+
+def goes_by_runs(device: torch.device, dtype: torch.dtype, width: int, softcap: float | None) -> bool:
+    """Tells whether a kernel for runs takes queries of heads of this width."""
+    fits = dtype in (torch.float16, torch.bfloat16) and width <= 256 and width % 8 == 0
+    return device.type == "cuda" and fits and (softcap is None or _flash_attn() is not None)
 
 
 @cache

@@ -11,6 +11,9 @@ from engine.model.attention import Layout
 from engine.records import Prompts, Rollouts
 from kernels.gather import Picks
 
+# Of a pass without a gradient. Where attention goes by runs, which need no mask, passes are long enough to
+# keep a GPU busy.
+TOKENS_PER_FORWARD, TOKENS_BY_RUNS = 2048, 32768
 # As the longest group of `batches`: nothing is cut, since a pair needs both its responses.
 WHOLE = sys.maxsize
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.model import packing
-from engine.model.attention import runs_kernel
+from engine.model.attention import goes_by_runs
 from engine.model.decoder import Decoder, Tap
 from engine.model.low_rank import LowRank
 from engine.model.packing import Group, LowerStates, Packed
@@ -19,10 +19,6 @@ from engine.policy.weights import Weights, policy_of
 from engine.records import Rollouts
 from kernels import sequence_logprob
 from kernels.gather import take
-
-# Of a pass without a gradient. Where attention goes by runs, which need no mask, passes are long enough to
-# keep a GPU busy.
-TOKENS_PER_FORWARD, TOKENS_BY_RUNS = 2048, 32768
 
 
 def states_and_head(
@@ -135,10 +131,10 @@ def frozen_forward(
 def scoring_batches(network: Decoder, all_groups: list[Group]) -> Iterator[list[Group]]:
     """Batches groups for passes without a gradient: long ones, in which no group is cut, where a kernel for
     runs serves."""
-    query = torch.empty(0, 1, network.config.head_dim, dtype=network.dtype, device=network.device)
-    if runs_kernel(query, network.config.attention_softcap) is None:
-        return packing.batches(all_groups, TOKENS_PER_FORWARD)
-    return packing.batches(all_groups, TOKENS_BY_RUNS, packing.WHOLE)
+    c = network.config
+    if goes_by_runs(network.device, network.dtype, c.head_dim, c.attention_softcap):
+        return packing.batches(all_groups, packing.TOKENS_BY_RUNS, packing.WHOLE)
+    return packing.batches(all_groups, packing.TOKENS_PER_FORWARD)
 
 
 def _all_finite(logprob: Tensor, pooled: dict[int, list[Tensor]]) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 
 from engine.model import packing
 from engine.model.decoder import Decoder
-from engine.model.packing import Group
-from engine.policy.forward import TOKENS_PER_FORWARD
+from engine.model.packing import TOKENS_PER_FORWARD, Group
 from kernels.gather import take
 
 # Logits of so many tokens are in memory at once.

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.attention import attend
-from kernels import compiled, decode_attention
+from engine.run.needs import shares_prompts
+from kernels import decode_attention
 from kernels.attention import decode_native
 from kernels.attention.decode import store
 
@@ -25,11 +26,9 @@ def new_cache(
     see are kept; the cache with torch's attention keeps all.
     """
     key = kept[0][0]
-    if compiled.serves(key.device, key.dtype):
-        return SharedCache(kept, cu_seqlens, n, room, windows)
-    if key.is_cuda and key.dtype != torch.float64:
-        return GpuCache(kept, cu_seqlens, n, room, windows)
-    return Cache(kept, cu_seqlens, n, room)
+    if not shares_prompts(key.device, key.dtype):
+        return Cache(kept, cu_seqlens, n, room)
+    return (GpuCache if key.is_cuda else SharedCache)(kept, cu_seqlens, n, room, windows)
 
 
 def _prompt_grids(
@@ -59,6 +58,13 @@ def _prompt_grids(
             grid = x.new_zeros(prompts * longest, *x.shape[1:]).index_copy_(0, slot, seen)
             grids.append(grid.view(prompts, longest, *x.shape[1:]))
         yield *grids, length
+
+
+def _keep(slabs: list[list[Tensor]], rows: Tensor) -> None:
+    """Drops all rows but `rows` of keys and values, one after the other: memory may not hold all twice."""
+    for slab in slabs:
+        for i, x in enumerate(slab):
+            slab[i] = x.index_select(0, rows)
 
 
 class _Positions:
@@ -150,7 +156,7 @@ class Cache(_Positions):
         """Drops all rows but `rows` (int64, in ascending order)."""
         super().keep(rows)
         self.first = self.first[rows]
-        self.slabs = [[x.index_select(0, rows) for x in slab] for slab in self.slabs]
+        _keep(self.slabs, rows)
         self._mask = self._new_mask()
 
 
@@ -206,7 +212,7 @@ class SharedCache(_Positions):
         """Drops all rows but `rows` (int64, in ascending order)."""
         super().keep(rows)
         self.owner = self.owner[rows]
-        self.rows = [[x.index_select(0, rows) for x in slab] for slab in self.rows]
+        _keep(self.rows, rows)
 
 
 class GpuCache(_Positions):
@@ -253,7 +259,7 @@ class GpuCache(_Positions):
         super().keep(rows)
         self.owner = self.owner[rows]
         self.offsets = torch.searchsorted(self.owner, torch.arange(len(self.offsets), device=rows.device))
-        self.rows = [[x.index_select(0, rows) for x in slab] for slab in self.rows]
+        _keep(self.rows, rows)
 
 
 AnyCache = Cache | SharedCache | GpuCache

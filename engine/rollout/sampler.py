@@ -123,6 +123,8 @@ def generate(
                 collector.finish(rows.length)
         for name in ("tokens", "length", "finished", "logprob", "model_logprob", "near_tie"):
             getattr(out, name)[start:end] = getattr(rows, name).cpu()
+        # The next batch needs their memory.
+        del rows, cache, collector, tap, hidden
         if not out.model_logprob[start:end].isfinite().all():
             row = int((~out.model_logprob[start:end].isfinite()).any(dim=1).nonzero()[0, 0]) + start
             whole = torch.tensor([*prompts[row // n], *out.tokens[row, : out.length[row]].tolist()])

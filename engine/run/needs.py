@@ -11,8 +11,11 @@ import torch
 
 from engine.config import RunConfig
 from engine.model.architecture import ModelConfig
+from engine.model.attention import goes_by_runs
 from engine.model.names import linear_shapes, linears_of
+from engine.model.packing import TOKENS_BY_RUNS, TOKENS_PER_FORWARD
 from engine.run.spread import mean_bytes
+from kernels import compiled
 from kernels.loss_head.schemes import budget_or_default
 
 # The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
@@ -111,8 +114,9 @@ def adapter_parameters(config: RunConfig, shape: ModelConfig) -> int:
 def kept_bytes(
     config: RunConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, train: list[int]
 ) -> int:
-    """Counts what training keeps from step to step: the states below the adapter,
-    or copies of all weights."""
+    """Counts what one process keeps from stage to stage once it has trained: the states below the adapter and
+    what training needs of the adapter, or copies of all weights. Gradients are counted although a step alone
+    has them."""
     if config.tune != "full":
         return states_bytes(config, shape, dtype, train) + adapter_bytes(config, shape)
     # Float32 weights, those of the start, gradients and two moments. On a CPU also the last iterate with
@@ -238,9 +242,83 @@ def cache_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * dtype.itemsize
 
 
-def sampling_bytes(shape: ModelConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
-    """Counts the bytes of the KV slab and of the logits, with `rows` sequences of `tokens` side by side."""
-    return rows * tokens * cache_bytes(shape, dtype) + rows * shape.vocab_size * 4 * 3
+def shares_prompts(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tells whether the rows of a prompt share its keys and values while they are sampled."""
+    return compiled.serves(device, dtype) or (device.type == "cuda" and dtype != torch.float64)
+
+
+def passed_bytes(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Counts the bytes of a token where a pass without a gradient is widest, in an MLP: the stream, norms and
+    states that are wanted, queries, keys and values twice, and gate, up and their product."""
+    heads = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    # A CPU computes some of them in float32.
+    itemsize = dtype.itemsize if device.type == "cuda" else max(4, dtype.itemsize)
+    return (10 * shape.hidden_size + heads + 3 * shape.intermediate_size) * itemsize
+
+
+def sampling_bytes(
+    config: RunConfig,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    lengths: Sequence[int],
+    rows: int,
+    sets: Sequence[tuple[int, int]],
+) -> int:
+    """Counts what sampling needs besides weights, with `rows` responses side by side at most, for the largest
+    of `sets`: (prompts, responses to each).
+
+    lengths: those of all prompts, of which the longest are counted.
+    """
+    ordered, new, token = sorted(lengths, reverse=True), config.max_new_tokens, cache_bytes(shape, dtype)
+    shared = shares_prompts(device, dtype)
+
+    def needed(prompts: int, n: int) -> int:
+        # As `engine.rollout.sampler.generate` makes its batches.
+        side_by_side = min(rows // n * n if n <= rows else rows, prompts * n)
+        batch = ordered[: -(-side_by_side // n)]
+        packed, own = sum(batch), side_by_side * new
+        laid_out = (len(batch) if shared else side_by_side) * batch[0]
+        cached = (laid_out + own) * token
+        # The prompts' pass, the making of the cache from its keys and values, and the steps, which keep
+        # states below an adapter and three times float32 logits at most.
+        steps = cached + side_by_side * (passed_bytes(shape, dtype, device) + shape.vocab_size * 4 * 3)
+        of_each = n * new
+        if config.tune != "full" and kept_states_bytes(ordered[:prompts], of_each, shape.hidden_size, dtype):
+            steps += own * shape.hidden_size * dtype.itemsize
+        return max(packed * (token + passed_bytes(shape, dtype, device)), packed * token + cached, steps)
+
+    return max(needed(*of_prompts) for of_prompts in sets)
+
+
+def scoring_bytes(
+    config: RunConfig,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest_prompt: int,
+    sets: Sequence[tuple[int, int]],
+) -> int:
+    """Counts what the log-probs of `sets`, see `sampling_bytes`, need besides weights: a pass, and the loss
+    head."""
+    by_runs = goes_by_runs(device, dtype, shape.head_dim, shape.attention_softcap)
+
+    def tokens(prompts: int, n: int) -> int:
+        group = longest_prompt + n * config.max_new_tokens
+        if by_runs:
+            return min(prompts * group, max(TOKENS_BY_RUNS, group))
+        return min(prompts * group, max(TOKENS_PER_FORWARD, longest_prompt + config.max_new_tokens))
+
+    passed = max(tokens(*of_prompts) for of_prompts in sets) * passed_bytes(shape, dtype, device)
+    return passed + budget_or_default(config.memory_budget_bytes, device)
+
+
+def sampled_sets(config: RunConfig, ranks: int) -> list[tuple[int, int]]:
+    """Lists the sets of responses that a run samples and scores, as (prompts, responses to each) of the rank
+    that has most of each."""
+    every = [(config.n_prompts, config.n_responses), (config.eval_prompts, config.eval_responses)]
+    every += [(prompts, n) for _, prompts, n in config.fresh_samples]
+    return [(largest_share(prompts, ranks), n) for prompts, n in every]
 
 
 def kept_states_bytes(

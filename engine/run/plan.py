@@ -28,15 +28,16 @@ from engine.run.needs import (
     kept_states_bytes,
     largest_share,
     products,
+    sampled_sets,
     samples_bytes,
     sampling_bytes,
     scorer_bytes,
     scorer_products,
+    scoring_bytes,
     states_bytes,
     training_bytes,
 )
 from engine.run.spread import shard_size, spread_bytes, step_bytes
-from kernels.loss_head.schemes import budget_or_default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,10 @@ class Work:
         longest = max(self.train + self.heldout)
         weights = shape.parameter_count() * dtype.itemsize
         training = training_bytes(config, shape, dtype, device, longest, shares)
-        results = samples_bytes(config)
+        results, sets = samples_bytes(config), sampled_sets(config, shares)
         beside, scoring = scorer_bytes(config, device, self.scorers)
-        most_rows = largest_share(max(config.n_prompts, config.eval_prompts), shares) * config.n_responses
-        sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, most_rows))
+        scoring = max(scoring, scoring_bytes(config, shape, dtype, device, longest, sets))
+        sampling = sampling_bytes(config, shape, dtype, device, self.train + self.heldout, rows, sets)
         if shards > 1:
             # What samples and scores has all weights in 16 bits, first the policy's and then the reference's.
             sampling, scoring = (weights + working for working in (sampling, scoring))
@@ -74,11 +75,13 @@ class Work:
             on_cpu, averaged = device.type == "cpu", config.weight_average > 0
             weights = spread_bytes(shape, dtype, shards, on_cpu=on_cpu, averaged=averaged)
         elif ranks == 1:
-            training += kept_bytes(config, shape, dtype, device, self.train)
+            results += kept_bytes(config, shape, dtype, device, self.train)
         else:
             # States below the adapter are kept while the responses of a share are scored, and no longer.
             share = sorted(self.train)[-largest_share(len(self.train), shares) :]
-            sampling += states_bytes(config, shape, dtype, share)
+            sampling, scoring = (
+                working + states_bytes(config, shape, dtype, share) for working in (sampling, scoring)
+            )
             training += adapter_bytes(config, self.shape)
             training += FLAT_BYTES * adapter_parameters(config, self.shape)
         if ranks > 1:
@@ -308,12 +311,13 @@ def evaluation_rows(
     kept = 0  # of states below an adapter
     if config.tune != "full":
         kept = kept_states_bytes([longest] * n_prompts, n * config.max_new_tokens, shape.hidden_size, dtype)
-    loss_head = budget_or_default(config.memory_budget_bytes, device)
     beside, scoring = scorer_bytes(config, device, scorers)
+    sets = [(n_prompts, n)]
+    scoring = max(scoring, scoring_bytes(config, shape, dtype, device, longest, sets))
 
     def needed(rows: int) -> int:
-        sampling = sampling_bytes(shape, dtype, longest + config.max_new_tokens, min(rows, n_prompts * n))
-        return _peak(weights + beside + kept + max(sampling, loss_head, scoring))
+        sampling = sampling_bytes(config, shape, dtype, device, heldout, rows, sets)
+        return _peak(weights + beside + kept + max(sampling, scoring))
 
     available = available_memory(device)
     if device.type == "cpu":

@@ -13,8 +13,8 @@ from engine.errors import UserError
 from engine.files import one_line, shown
 from engine.model import packing
 from engine.model.checkpoint import read_config, stored_tensors
+from engine.model.packing import TOKENS_PER_FORWARD
 from engine.model.tokenizer import library_warnings_off
-from engine.policy.forward import TOKENS_PER_FORWARD
 from engine.scorers.base import Asked, LastForward, LoadContext
 from engine.scorers.labels import Labels
 from engine.scorers.reader import LONGEST_TEXT, Reader

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.run.measure import peak_bytes
 from engine.rollout.cache import Cache, GpuCache, SharedCache, new_cache
 from kernels import compiled
 from kernels.attention.decode_native import BlockedCache
@@ -96,6 +97,20 @@ def test_bfloat16_is_rounded_once(heads, kv_heads, d, lengths, how):
         assert mixed.dtype == torch.bfloat16
         torch.testing.assert_close(mixed.double(), want, rtol=2**-8 * (1 + 2**-10), atol=1e-5)
         cache.advance()
+
+
+@pytest.mark.parametrize("kind", [Cache, SharedCache, GpuCache])
+def test_dropped_rows_are_not_held_beside_those_that_stay(kind):
+    kept, cu_seqlens, _ = prefilled((5, 20), 2, 16, layers=8)
+
+    def peak(rows: int) -> int:
+        def step() -> None:
+            kind(kept, cu_seqlens, 16, 400).keep(torch.arange(rows))
+
+        return peak_bytes(step, torch.device("cpu"))
+
+    layer = 2 * 32 * 2 * 400 * 16 * 4  # bytes of 32 rows' tokens
+    assert peak(16) < peak(0) + layer
 
 
 @needs_native

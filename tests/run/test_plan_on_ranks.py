@@ -152,16 +152,28 @@ GATHERED = 32 * 256 * 8192 * 8
 CACHE = 2 * 8 * 128 * 2  # bytes of a token's keys and values in a layer
 
 
+def passed(shape: ModelConfig, slices: int = 1) -> int:
+    """Counts the bytes of a token in a pass without a gradient."""
+    inside = 2 * (shape.num_heads + 8) * 128 + 3 * shape.intermediate_size
+    return 2 * (10 * shape.hidden_size + inside // slices)
+
+
 @pytest.mark.parametrize("rows", [384, 8])
 @pytest.mark.parametrize("size", [8, 64, 128])
 def test_a_rank_of_adapters_has_the_whole_model_and_its_share_of_the_prompts(size, rows):
     shape = MODELS["Llama 3 8B"]
     found = planned(shape, Pretended(0, size, 0, 8), rollout_rows=rows)
-    # A rank's largest set are its prompts of the reference; 356 tokens of cache in 32 layers, and logits.
-    sampling = rows * 356 * CACHE * 32 + rows * 128256 * 4 * 3
+    # Most prompts stand beside the rows that measure slacks, 4 of each prompt, where a rank has so many of
+    # these, else beside those of the reference. 100 tokens of cache for a prompt and 256 for a row, in 32
+    # layers; each row's token in its pass, and its logits.
+    prompts = rows // (4 if 1024 // size * 4 >= rows else 8)
+    sampling = (prompts * 100 + rows * 256) * CACHE * 32 + rows * (passed(shape) + 128256 * 4 * 3)
     states = (8192 // size) * (100 + 8 * 256) * 4096 * 2
     assert (states > 2 * 2**30) == (size < 128), "too many to be kept"
     states = states if size == 128 else 0
+    # A batch's states are kept where those of its whole set are.
+    sampling += rows * 256 * 4096 * 2 if states or 1024 // size * 4 >= rows else 0
+    scoring = 32768 * passed(shape) + 2**30 + states
     # In each of 16 layers an input and an output of each linear: 10 D + 4 I numbers of 2 bytes for a token.
     group = 100 + 2 * 256
     tokens = min(256 // size * group, max(4096, group))
@@ -173,7 +185,7 @@ def test_a_rank_of_adapters_has_the_whole_model_and_its_share_of_the_prompts(siz
     sampling += states
     assert (sampling > training) == (rows == 384)
     weights = 2 * shape.parameter_count()
-    assert found.needed_bytes == peak(weights + SAMPLES + GATHERED + max(sampling, training))
+    assert found.needed_bytes == peak(weights + SAMPLES + GATHERED + max(sampling, training, scoring))
     assert (found.rows, found.shards, found.ranks) == (rows, 1, size)
     assert 20 * GB < found.needed_bytes < 79 * GB
     found.check()
@@ -200,11 +212,13 @@ def test_a_rank_with_a_slice_has_the_whole_adapter_and_its_models_share_of_the_p
     found = planned(shape, Pretended(0, 16, 0, 8, model=Ranks(0, 8)), rollout_rows=rows)
     linears = 2 * 8192 * 1024 + 2 * 8192 * 128 + 3 * 8192 * 3584
     weights = 2 * (80 * (linears + 2 * 8192) + 8192 + 2 * 128256 * 8192)
-    sampling = rows * 356 * (CACHE // 8) * 80 + rows * 128256 * 4 * 3
+    prompts = rows // 4  # whose slacks are measured
+    sampling = (prompts * 100 + rows * 256) * (CACHE // 8) * 80 + rows * (passed(shape, 8) + 128256 * 4 * 3)
+    scoring = 32768 * passed(shape, 8) + 2**30
     step = 2 * 40 * (10 * 8192 + 4 * 3584) * 4096 + 256 * 128 + 2**30
     sizes = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)
     training = step + 28 * 40 * 8 * sizes
-    assert found.needed_bytes == peak(weights + SAMPLES + GATHERED + max(sampling, training))
+    assert found.needed_bytes == peak(weights + SAMPLES + GATHERED + max(sampling, training, scoring))
     assert 21 * GB < weights < 22 * GB
     found.check()
 
@@ -230,7 +244,11 @@ def test_a_rank_of_shards_gathers_the_weights_of_one_model_at_a_time(monkeypatch
     # Float32 with gradient and two moments, the start and the iterate; the reference in 16 bits.
     resident = (24 + 2) * weights // size
     assert resident == spread_bytes(shape, HALF, size, on_cpu=False, averaged=False)
-    sampling = 2 * weights + 384 * 356 * CACHE * layers + 384 * V * 4 * 3
+    # The prompts' keys and values stand twice while a cache is made of them, or there is a step.
+    prompts, token = 96 if size == 8 else 48, CACHE * layers
+    beside = max(prompts * 100 * token, 384 * (passed(shape) + V * 4 * 3))
+    sampling = 2 * weights + (prompts * 100 + 384 * 256) * token + beside
+    scoring = 2 * weights + 32768 * passed(shape) + 2**30
     outer = 2 * V * D + D
     gathered = (2 + 2 + 4) * outer + (3 * 2 + 2 + 4) * (weights - outer) // layers
     assert gathered == step_bytes(shape, HALF)
@@ -238,7 +256,7 @@ def test_a_rank_of_shards_gathers_the_weights_of_one_model_at_a_time(monkeypatch
     tokens = min(256 // size * group, max(4096, group))
     activations = 2 * (10 * D + 4 * shape.intermediate_size + layers * D) * tokens
     training = gathered + activations + 256 * 128 + 2**30
-    assert found.needed_bytes == peak(resident + SAMPLES + GATHERED + max(sampling, training))
+    assert found.needed_bytes == peak(resident + SAMPLES + GATHERED + max(sampling, training, scoring))
     assert found.shards == size
     found.check()
 
@@ -442,7 +460,7 @@ def test_an_evaluation_on_slices_holds_one(monkeypatch):
     shape, ranks = MODELS["Llama 3 70B"], Pretended(0, 8, 0, 8, model=Ranks(0, 8))
     asked = [CaidConfig(**PROMPTS), shape, HALF, GPU, [100] * 64, 64, ()]
     assert plan_module.evaluation_rows(*asked, ranks) == 384
-    with pytest.raises(UserError, match="this evaluation needs about 16"):
+    with pytest.raises(UserError, match="this evaluation needs about 18"):
         plan_module.evaluation_rows(*asked, replace(ranks, model=None))
 
 
@@ -452,9 +470,9 @@ def test_an_evaluation_on_ranks_holds_rows_of_all_weights_and_gathers_one_model(
         **PROMPTS | {"tune": "full", "rollout_rows": 8, "n_responses": 8, "eval_responses": 8}
     )
     weights = shape.parameter_count()
-    # Rows of the reference in 16 bits and of the iterate in float32, of one of them all, and the loss head;
-    # no states, as there is no adapter below which they would be the same.
-    needed = peak(2 * weights + 6 * weights / 8 + 2**30)
+    # Rows of the reference in 16 bits and of the iterate in float32, of one of them all, a pass of scoring,
+    # and the loss head; no states, as there is no adapter below which they would be the same.
+    needed = peak(2 * weights + 6 * weights / 8 + 32768 * passed(shape) + 2**30)
     for free, fits in ((needed, True), (needed - 2, False)):
         monkeypatch.setattr(plan_module, "available_memory", lambda device, free=free: free)
         asked = [config, shape, HALF, GPU, [100] * 64, 64, (), ranks]
