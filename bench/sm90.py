@@ -209,9 +209,10 @@ def layer_kernels() -> list[Kernel]:
                 "BLOCK_V": triton.next_power_of_2(kv_heads * d),
             }
             name = f"rotate {heads} + {kv_heads} of {d}"
-            for normed, one_more in ((False, False), (True, False), (True, True)):
-                switches = {"NORMED": normed, "ONE_MORE": one_more}
-                named = name + ", normed" * normed + ", 1 + weight" * one_more
+            kinds = (False, False), (True, False), (True, True)
+            for (normed, one_more), stores in itertools.product(kinds, (False, True)):
+                switches = {"NORMED": normed, "ONE_MORE": one_more, "STORES": stores}
+                named = name + ", normed" * normed + ", 1 + weight" * one_more + ", stored" * stores
                 turn = layer_triton.rotate_kernel
                 listed.append(Kernel(named, turn, dtype, constants | switches, 4))
             back = layer_gradients.rotate_backward_kernel

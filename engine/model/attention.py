@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import compiled
 from kernels.gather import Picks, take
+from kernels.layer.records import Places
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,15 @@ class Attention(Protocol):
     def position(self) -> Tensor:
         """The position of each token in its sequence, int64 [M]."""
 
+    def places(self, layer: int) -> Places | None:
+        """Returns where the keys and values of a layer may be put before `attend` is called, if anywhere."""
+
     def attend(
         self,
         layer: int,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         *,
         scale: float | None = None,
         softcap: float | None = None,
@@ -178,8 +182,8 @@ class Attention(Protocol):
     ) -> Tensor:
         """Attends in one layer: query [M, H, d]; key, value [M, Hkv, d] -> [M, H d].
 
-        scale, softcap: see `attend`. window: how many tokens a token sees,
-        itself included; None = all before it.
+        key, value: None where they have been put at `places`. scale, softcap: see `attend`. window: how many
+        tokens a token sees, itself included; None = all before it.
         """
 
 
@@ -190,6 +194,9 @@ class PackedAttention:
         self.position = layout.position
         # The mask of a layout is computed once for all layers with the same window.
         self._layouts: dict[int | None, Layout] = {None: layout}
+
+    def places(self, layer: int) -> None:
+        """Returns None: `attend` wants keys and values itself."""
 
     def attend(
         self,

@@ -34,6 +34,7 @@ from kernels.layer.layer import (
     split_normed_rotated,
     split_rotated,
 )
+from kernels.layer.records import Places
 from kernels.products import by_torch, in_float32, linear
 
 # The residual stream [M, D] in two parts: their sum is formed together with its norm. The second, what the
@@ -213,7 +214,7 @@ class Layer(nn.Module):
         rotary: cosine and sine [M, d] of the positions. lora: the layer's adapted matrices.
         """
         hidden, normed = _added_and_normed(stream, self.norm1, self.config)
-        qkv = self._queries_keys_values(normed, rotary, lora)
+        qkv = self._queries_keys_values(normed, rotary, lora, attention.places(self.index))
         mixed = attention.attend(self.index, *qkv, **self.attention_options)
         out = leave(_linear(mixed, self.o, self.o_bias, lora, "o"), self.slices)
         if self.after_attention is not None:
@@ -223,15 +224,20 @@ class Layer(nn.Module):
         return hidden, out if self.after_mlp is None else _norm(out, self.after_mlp, self.config)
 
     def _queries_keys_values(
-        self, normed: Tensor, rotary: tuple[Tensor, Tensor], lora: LayerMatrices | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes rotated queries [M, H, d] and keys [M, Hkv, d], and values [M, Hkv, d]."""
+        self,
+        normed: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lora: LayerMatrices | None,
+        places: Places | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Computes rotated queries [M, H, d] and keys [M, Hkv, d], and values [M, Hkv, d], or puts keys and
+        values at `places`."""
         heads, kv_heads, _ = self.heads
         qkv = _linear(enter(normed, self.slices), self.qkv, self.qkv_bias, lora, "qkv")
         if self.q_norm is None:
-            return split_rotated(qkv, *rotary, heads, kv_heads)
+            return split_rotated(qkv, *rotary, heads, kv_heads, places)
         norms = self.q_norm, self.k_norm, self.config.rms_eps, self.config.norms_add_one
-        return split_normed_rotated(qkv, *rotary, heads, kv_heads, norms)
+        return split_normed_rotated(qkv, *rotary, heads, kv_heads, norms, places)
 
     def _mlp(self, normed: Tensor, lora: LayerMatrices | None) -> Tensor:
         """Computes down(activation(gate) * up)."""

@@ -12,6 +12,7 @@ from engine.run.needs import shares_prompts
 from kernels import decode_attention
 from kernels.attention import decode_native
 from kernels.attention.decode import store
+from kernels.layer.records import Places
 
 KeysAndValues = tuple[Tensor, Tensor]  # [M, Hkv, d] each
 
@@ -73,6 +74,9 @@ class _Positions:
     def __init__(self, kept: list[KeysAndValues], cu_seqlens: Tensor, n: int) -> None:
         length = cu_seqlens.diff().to(kept[0][0].device, torch.int64)
         self.position = length.repeat_interleave(n)  # int64 [R]
+
+    def places(self, layer: int) -> Places | None:
+        """Returns None: `attend` wants keys and values itself."""
 
     def advance(self) -> None:
         """Goes on to the next token, after all layers have stored this one."""
@@ -241,12 +245,18 @@ class GpuCache(_Positions):
                 [x.new_empty(len(self.owner), x.shape[2], room, x.shape[3]) for x in (key, value)]
             )
 
+    def places(self, layer: int) -> Places:
+        """Returns where the kernel that turns keys may put them and their values."""
+        return Places(*self.rows[layer], self.used)
+
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: float | None
+        self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, **options: float | None
     ) -> Tensor:
-        """Stores and attends as `Cache.attend` does, with the same options."""
+        """Stores and attends as `Cache.attend` does, with the same options. key, value: None where they stand
+        at `places` already."""
         rows = self.rows[layer]
-        store(*rows, key, value, self.used)
+        if key is not None:
+            store(*rows, key, value, self.used)
         return decode_attention(query, *self.prompts[layer], self.offsets, *rows, self.used, **options)
 
     def advance(self) -> None:

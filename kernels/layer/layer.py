@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import compiled
 from kernels.layer import layer_native
+from kernels.layer.records import Places
 
 
 def _backend(x: Tensor, *others: Tensor) -> ModuleType | None:
@@ -80,15 +81,17 @@ def add_rms_norm_one_more(x: Tensor, delta: Tensor, weight: Tensor, epsilon: flo
 
 
 def split_rotated(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, places: Places | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Splits qkv [R, (H + 2 Hkv) d] into queries [R, H, d], keys [R, Hkv, d] and values [R, Hkv, d].
 
     Queries and keys are turned by their positions with cos, sin [R, d]: a head x becomes
-    x cos + (-second half, first half) sin.
+    x cos + (-second half, first half) sin. With places keys and values may be put there instead, by a kernel
+    on a GPU; then None is returned for them.
     """
     if (rows := _backend(qkv, cos, sin)) is not None:
-        return rows.split_rotated(qkv, cos, sin, heads, kv_heads)
+        more = {"places": places} if places is not None and rows.NORMS_AND_STORES else {}
+        return rows.split_rotated(qkv, cos, sin, heads, kv_heads, **more)
     split = partial(_split_rotated, heads=heads, kv_heads=kv_heads)
     if _trains_compiled(qkv, cos, sin):
         fast = partial(layer_native.split_rotated, heads=heads, kv_heads=kv_heads)
@@ -119,15 +122,16 @@ def split_normed_rotated(
     heads: int,
     kv_heads: int,
     norms: tuple[Tensor, Tensor, float, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    places: Places | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Does `split_rotated` where each head of queries and keys has its norm taken first.
 
     norms: weights [d] for queries and for keys, epsilon, and whether they are times 1 + weight.
     """
     query_norm, key_norm, epsilon, one_more = norms
     rows = _backend(qkv, cos, sin, query_norm, key_norm) if qkv.is_cuda else None
-    if rows is not None and rows.SPLITS_NORMED:
-        return rows.split_rotated(qkv, cos, sin, heads, kv_heads, rows.HeadNorms(*norms))
+    if rows is not None and rows.NORMS_AND_STORES:
+        return rows.split_rotated(qkv, cos, sin, heads, kv_heads, rows.HeadNorms(*norms), places)
     norm = rms_norm_one_more if one_more else rms_norm
     q, k, v = qkv.view(len(qkv), heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads), dim=1)
     q, k = norm(q, query_norm, epsilon), norm(k, key_norm, epsilon)

@@ -14,7 +14,7 @@ from kernels.layer import layer_triton
 
 # Programs that add up the gradient of a norm's weights, each over some rows.
 PROGRAMS = 264
-SPLITS_NORMED = False
+NORMS_AND_STORES = False
 
 
 @triton.jit

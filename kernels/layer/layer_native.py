@@ -6,6 +6,8 @@ from torch import Tensor
 from kernels import compiled
 from kernels.compiled import _native
 
+NORMS_AND_STORES = False  # whether `split_rotated` takes norms and places
+
 
 def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Returns x + delta, or x itself without a delta, and its RMS norm times weight; [R, N].

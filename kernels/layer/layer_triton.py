@@ -1,7 +1,7 @@
 """RMS norm, rotary positions and gated SiLU on a GPU: a kernel each, where torch takes two to eight.
 
 `kernels.layer.layer` says what they do. Arithmetic is float32, and each result is rounded to the dtype once.
-Each layer launches 11 kernels per decoding step instead of 21.
+Each layer launches 10 kernels per decoding step instead of 21.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.layer.records import Places
 from kernels.triton_math import tanh
 
 GATE_BLOCK = 1024
-SPLITS_NORMED = True  # whether `split_rotated` takes norms
+NORMS_AND_STORES = True  # whether `split_rotated` takes norms and places
 
 
 class HeadNorms(NamedTuple):
@@ -62,17 +63,20 @@ def rotate_kernel(
     p_cos,  # [R, 2 HALF]
     p_sin,  # [R, 2 HALF]
     p_query,  # [R, HEADS, 2 HALF]
-    p_key,  # [R, KV_HEADS, 2 HALF]
-    p_value,  # [R, KV_HEADS, 2 HALF]
+    p_key,  # [R, KV_HEADS, room, 2 HALF], or [R, KV_HEADS, 2 HALF] unless STORES
+    p_value,
+    p_used,  # [1]; not read unless STORES
     p_query_norm,  # [2 HALF]; the norms are not read unless NORMED
     p_key_norm,  # [2 HALF]
     qkv_stride,
+    room,
     epsilon,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     NORMED: tl.constexpr,  # each head of queries and keys is divided by its root mean square first
     ONE_MORE: tl.constexpr,
+    STORES: tl.constexpr,  # keys and values go to place used - 1
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -112,13 +116,20 @@ def rotate_kernel(
     query = p_query + (i_row * HEADS + o_h) * 2 * HALF + o_d
     tl.store(query, low.to(kind), mask=inside & (o_h < HEADS))
     tl.store(query + HALF, up.to(kind), mask=inside & (o_h < HEADS))
-    key = p_key + (i_row * KV_HEADS + o_h - HEADS) * 2 * HALF + o_d
+    o_v = tl.arange(0, BLOCK_V)
+    if STORES:
+        place = tl.load(p_used) - 1
+        key = p_key + ((i_row * KV_HEADS + o_h - HEADS) * room + place) * 2 * HALF + o_d
+        i_head, in_head = o_v // (2 * HALF), o_v % (2 * HALF)
+        target = ((i_row * KV_HEADS + i_head) * room + place) * 2 * HALF + in_head
+    else:
+        key = p_key + (i_row * KV_HEADS + o_h - HEADS) * 2 * HALF + o_d
+        target = i_row * KV_HEADS * 2 * HALF + o_v
     tl.store(key, low.to(kind), mask=inside & (o_h >= HEADS))
     tl.store(key + HALF, up.to(kind), mask=inside & (o_h >= HEADS))
-    o_v = tl.arange(0, BLOCK_V)
     in_v = o_v < KV_HEADS * 2 * HALF
     value = tl.load(p_qkv + i_row * qkv_stride + (HEADS + KV_HEADS) * 2 * HALF + o_v, mask=in_v)
-    tl.store(p_value + i_row * KV_HEADS * 2 * HALF + o_v, value, mask=in_v)
+    tl.store(p_value + target, value, mask=in_v)
 
 
 @triton.jit
@@ -196,29 +207,43 @@ def norm_warps(block: int) -> int:
 
 
 def split_rotated(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: HeadNorms | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    norms: HeadNorms | None = None,
+    places: Places | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns what `kernels.layer.layer.split_rotated`, or with norms `split_normed_rotated`, does, as three
-    contiguous tensors."""
-    rows, d = len(qkv), cos.shape[1]
-    query, key, value = (qkv.new_empty(rows, n, d) for n in (heads, kv_heads, kv_heads))
+    contiguous tensors; with places the queries alone, and puts keys and values there."""
+    rows, d, room = len(qkv), cos.shape[1], 0
+    query, key, value = qkv.new_empty(rows, heads, d), None, None
+    if places is None:
+        key, value = written = [qkv.new_empty(rows, kv_heads, d) for _ in range(2)]
+    else:
+        written, room = [places.keys, places.values], places.keys.shape[2]
+        assert places.keys.shape == places.values.shape == (rows, kv_heads, room, d)
+        assert places.keys.dtype == places.values.dtype == qkv.dtype
     with torch.cuda.device_of(qkv):
         rotate_kernel[(rows,)](
             qkv,
             cos.contiguous(),
             sin.contiguous(),
             query,
-            key,
-            value,
+            *written,
+            qkv if places is None else places.used,
             cos if norms is None else norms.query,
             cos if norms is None else norms.key,
             qkv.stride(0),
+            room,
             0.0 if norms is None else norms.epsilon,
             HEADS=heads,
             KV_HEADS=kv_heads,
             HALF=d // 2,
             NORMED=norms is not None,
             ONE_MORE=norms is not None and norms.one_more,
+            STORES=places is not None,
             BLOCK_H=triton.next_power_of_2(heads + kv_heads),
             BLOCK_D=triton.next_power_of_2(d // 2),
             BLOCK_V=triton.next_power_of_2(kv_heads * d),

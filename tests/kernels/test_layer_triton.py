@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layer import layer
+from kernels.layer.records import Places
 from tests.helpers.interpreter import compiled, interpreted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,6 +115,34 @@ def test_interpreted_rotation_of_normed_heads(heads, kv_heads, d, one_more, dtyp
     for own, torchs, true in zip(got, plain, exact, strict=True):
         assert_as_good_as_torch(own, torchs, true)
     assert torch.equal(got[2], plain[2])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    "heads, kv_heads, d, room, used", [(1, 1, 2, 1, 1), (5, 3, 64, 7, 7), (4, 2, 10, 5, 3)]
+)
+def test_interpreted_rotation_into_a_cache(heads, kv_heads, d, room, used, normed, dtype):
+    """The same bits as without places go to place used - 1 of each row's heads, and nowhere else."""
+    from kernels.layer import layer_triton as triton_layer
+
+    rows = 3
+    qkv, angle = normal(rows, (heads + 2 * kv_heads) * d, dtype=dtype), normal(rows, d, dtype=torch.float32)
+    inputs = qkv, angle.cos().to(dtype), angle.sin().to(dtype), heads, kv_heads
+    norms = None
+    if normed:
+        norms = triton_layer.HeadNorms(normal(d, dtype=dtype), normal(d, dtype=dtype), 1e-5, False)
+    keys, values = torch.full((2, rows, kv_heads, room, d), torch.nan, dtype=dtype)
+    query, none, no_value = triton_layer.split_rotated(
+        *inputs, norms, Places(keys, values, torch.tensor([used]))
+    )
+    assert none is no_value is None
+    wanted = triton_layer.split_rotated(*inputs, norms)
+    for got, want in zip((query, keys[:, :, used - 1], values[:, :, used - 1]), wanted, strict=True):
+        assert torch.equal(got, want)
+    for slab in (keys, values):
+        assert int(slab.isnan().sum()) == rows * kv_heads * (room - 1) * d
 
 
 def gradients(function, leaves, upstream) -> list[torch.Tensor]:
