@@ -274,7 +274,11 @@ def test_a_run_and_its_evaluation_go_on_with_fewer_rows_and_the_same_samples(
 ):
     flags = ["mocan", "--preset", "smoke", "--threads", "1", "--steps", "1", "--force"]
     assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
-    monkeypatch.setattr(plan_module, "sampling_bytes", lambda shape, dtype, tokens, rows: rows * 10**8)
+
+    def of_rows(config, shape, dtype, device, lengths, rows, sets) -> int:
+        return min(rows, 48) * 10**8  # a rank samples no more
+
+    monkeypatch.setattr(plan_module, "sampling_bytes", of_rows)
     monkeypatch.setattr(plan_module, "available_memory", lambda device: 3 * 10**9)
     assert train.main([*flags, "--out", str(tmp_path / "asked")]) == 2
     assert (
