@@ -95,7 +95,7 @@ def test_the_seed_of_the_run_gives_its_verdict_again(finished, tmp_path, capsys)
     printed = capsys.readouterr().out
     for side in ("reference", "policy"):
         (row,) = (row for row in read_rows(finished, SampledRow) if row.stage == f"heldout/{side}")
-        assert again["logprob_gap"][side] == row.logprob_gap and 0 < row.logprob_gap["max"] < 1e-4
+        assert again["logprob_gap"][side] == row.logprob_gap and 0 <= row.logprob_gap["max"] < 1e-4
         assert printed.count(f"heldout/{side}: {gap_text(row)}\n") == 1
     assert "the random numbers are those of its verdict" in printed
     assert all(line in printed for line in sentences(Evaluation.from_dict(verdict)))

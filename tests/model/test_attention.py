@@ -121,7 +121,8 @@ def test_torch_still_takes_what_it_is_told():
 
 def test_who_attends(monkeypatch):
     def asked(dtype=torch.bfloat16, width=64, is_cuda=True, softcap=None):
-        return runs_kernel(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(3, 2, width)), softcap)
+        device = torch.device("cuda" if is_cuda else "cpu")
+        return runs_kernel(SimpleNamespace(device=device, dtype=dtype, shape=(3, 2, width)), softcap)
 
     monkeypatch.setattr(attention, "_flash_attn", lambda: None)
     assert asked() is asked(torch.float16, 256) is attention._by_torch

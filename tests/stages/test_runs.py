@@ -181,8 +181,9 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
     ]
     assert [row.stage for row in sampled] == expected
     for row in sampled:
+        # 0 where compiled code sums alike in sampling and in the training forward.
         gap = row.logprob_gap
-        assert 0 < gap["mean"] <= gap["max"] < 1e-4 and 0 <= gap["kl"] < 1e-8 and row.prompts == 4
+        assert 0 <= gap["mean"] <= gap["max"] < 1e-4 and 0 <= gap["kl"] < 1e-8 and row.prompts == 4
         opening = "tokens; " if row.stage == "reference" else f"{row.stage}: "
         assert out.count(f"{opening}{gap_text(row)}\n") == 1
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
