@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "attention.h"
 #include "dispatch.h"
 #include "vectors.h"
 
@@ -37,12 +38,6 @@ Segment<T> segment_from(const T* keys, const T* values, int64_t first, int64_t t
     const int64_t skip = first > 0 ? first % kLanes : 0, begin = first > 0 ? first - skip : 0;
     return {keys + begin * d, values + begin * d, skip, tokens - begin};
 }
-
-// How the product of a query and a key becomes a score.
-struct Score {
-    float scale;
-    float softcap;  // 0 for none
-};
 
 // Attends with Q queries q [Q, d] of one key head to both segments; out [Q, d]. scores has room for Q times
 // all padded tokens.
@@ -76,17 +71,7 @@ INLINE void attend(const float* q, int64_t d, const Segment<T> (&segments)[2], c
         }
     }
     float factor[Q];
-    for (int j = 0; j < Q; ++j) {
-        float* row = scores + j * total;
-        const float m = row_max<W>(row, total);
-        float lanes[kLanes] = {};
-        for (int64_t t = 0; t < total; t += W) {
-            const Floats<W> mass = exp_negative<W>(load<W>(row + t) - m);
-            store<W>(row + t, mass);
-            store<W>(lanes + t % kLanes, load<W>(lanes + t % kLanes) + mass);
-        }
-        factor[j] = 1 / lane_sum(lanes);
-    }
+    for (int j = 0; j < Q; ++j) factor[j] = make_masses<W>(scores + j * total, total);
     int64_t i = 0;
     for (; i + W <= d; i += W) {
         Floats<W> sums[Q] = {};

@@ -2,7 +2,7 @@
 //
 // Tokens lie run after run: prompts, and behind each of them its responses. A token sees the prompt of its run
 // and the run up to itself; a prompt has no other one before it. The forward pass sums in the order of a decoding
-// step (attention.cpp), so that a token's result has the bits that it had when it was sampled. The gradients
+// step (attention.h), so that a token's result has the bits that it had when it was sampled. The gradients
 // compute the scores again. One thread does one prompt with all its responses, one key head at a time, in the order of
 // the tokens: results are bit for bit the same for any number of threads, and for AVX2 and AVX-512.
 
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "attention.h"
 #include "dispatch.h"
 #include "vectors.h"
 
@@ -64,12 +65,6 @@ struct Part {
     Tokens keys, values;
     std::vector<float> d_keys, d_values;  // [tokens, wide]
     int64_t tokens = 0;
-};
-
-// How the product of a query and a key becomes a score.
-struct Score {
-    float scale;
-    float softcap;  // 0 for none
 };
 
 // What some queries see of a part: from `begin`, a multiple of kLanes, to `end`.
@@ -171,14 +166,7 @@ INLINE float masses(const Tile& tile, int64_t row, const Score& score, float* ma
         std::fill(at, at + (visible.from[s] - tile.seen[s].begin), -kInfinity);
         std::fill(at + (visible.to[s] - tile.seen[s].begin), at + tile.seen[s].size(), -kInfinity);
     }
-    const float top = row_max<W>(mass, total);
-    float sums[kLanes] = {};
-    for (int64_t t = 0; t < total; t += W) {
-        const Floats<W> p = exp_negative<W>(load<W>(mass + t) - top);
-        store<W>(mass + t, p);
-        store<W>(sums + t % kLanes, load<W>(sums + t % kLanes) + p);
-    }
-    return 1 / lane_sum(sums);
+    return make_masses<W>(mass, total);
 }
 
 // Adds to V vectors of out [Q, wide] those of the values of some tokens, by their masses.
