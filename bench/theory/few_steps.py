@@ -4,11 +4,11 @@ response is listed.
     python -m bench.theory.few_steps          (three minutes)
 
 CAID's loop with AdamW on pairs, as on a real model: 8 responses drawn to each of 80 prompts, five updates of
-five steps with 16 prompts each, a class of reward, utility and 30 features that mean nothing. `reach` is how
-far a step takes a policy: the standard deviation of the features, at one learning rate. Tails are those of
-the utility. KL, slack and objective at the end are exact; the tilt is the exact one at the last lambda. What
-a policy lacks is counted at the exact multiplier lambda*: the Lagrangian of the best policy less its own,
-which is beta KL(policy || best policy).
+five steps with 16 prompts each or three of eight, a class of reward, utility and 30 features that mean
+nothing. `reach` is how far a step takes a policy: the standard deviation of the features, at a learning rate
+of 1.5e-3. Tails are those of the utility. KL, slack and objective at the end are exact; the tilt is the exact
+one at the last lambda. What a policy lacks is counted at the exact multiplier lambda*: the Lagrangian of the
+best policy less its own, which is beta KL(policy || best policy).
 """
 
 import math
@@ -26,9 +26,12 @@ from engine.config import CaidConfig
 from engine.policy.pairs import within_prompts
 from engine.records import ScoredTarget
 
-RATE, PROMPTS, RESPONSES, DRAWS, NOISE, SEEDS = 0.05, 80, 60, 8, 30, 20
+PROMPTS, RESPONSES, DRAWS, NOISE, SEEDS = 80, 60, 8, 30, 20
 REACHES, TAILS = (1.0, 3.0, 10.0), ("normal", "heavy")
+# The length of a step here, for the learning rate there.
+LENGTH = 0.05 / 1.5e-3
 USUAL = {"adam_beta1": 0.9, "weight_average": 0.0}
+THREE = {"iterations": 3, "steps": 8, "weight_average": 0.9}
 RULES = {
     "as in the papers": {"max_kl_ratio": math.inf, "least_weight": 0.0, "dual_rule": "newton", **USUAL},
     "least weight 0.01": {"max_kl_ratio": math.inf, **USUAL},
@@ -42,6 +45,9 @@ RULES = {
     "the same, beta1 0.5, mean of 0.8": {},
     "the same, beta1 0.5, mean of 0.9": {"weight_average": 0.9},
     "the same, beta1 0.5, cosine": {"weight_average": 0.0, "schedule": "cosine"},
+    "three of eight steps, beta1 0.5, mean of 0.9": THREE,
+    "the same, a third longer steps": {**THREE, "learning_rate": 2e-3},
+    "the same, a whole Newton step": {**THREE, "learning_rate": 2e-3, "dual_step": 1.0},
 }
 
 
@@ -52,7 +58,8 @@ class FewSteps:
     def __init__(self, features: int, config: CaidConfig) -> None:
         self.theta = torch.nn.Parameter(torch.zeros(features, dtype=torch.float64))
         betas = config.adam_beta1, 0.99
-        self.optimizer = torch.optim.AdamW([self.theta], lr=RATE, betas=betas, weight_decay=0.0)
+        rate = LENGTH * config.learning_rate
+        self.optimizer = torch.optim.AdamW([self.theta], lr=rate, betas=betas, weight_decay=0.0)
         # Of theta after each step, with weights that sum to `weight`.
         self.total, self.weight, self.pace = torch.zeros_like(self.theta.data), 0.0, 1.0
 
@@ -64,7 +71,7 @@ class FewSteps:
             factor = 1.0
             if config.schedule == "cosine":
                 factor = (1 + math.cos(math.pi * step / config.steps)) / 2
-            self.optimizer.param_groups[0]["lr"] = self.pace * RATE * factor
+            self.optimizer.param_groups[0]["lr"] = self.pace * LENGTH * config.learning_rate * factor
             chosen = torch.randperm(PROMPTS, generator=generator)[: config.prompts_per_step].tolist()
             pairs = within_prompts(bounded.score_PG, chosen, 2)
             rows = torch.tensor(pairs.row)

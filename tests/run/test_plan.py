@@ -360,17 +360,19 @@ def test_every_pass_of_a_run_is_counted():
     c = CaidConfig()
     reference, slack, heldout = c.n_responses, c.slack_responses, c.eval_responses
     products = (c.n_prompts + 4) * passed(reference) + (c.eval_prompts + 4) * passed(heldout)
-    for times, prompts, n in ((5, c.slack_prompts, slack), (1, c.eval_prompts, heldout)):
+    for times, prompts, n in ((c.iterations, c.slack_prompts, slack), (1, c.eval_prompts, heldout)):
         # Of the policy: sampled, four prompts again, and the reference from the adapter's layers on.
         products += times * ((prompts + 4) * passed(n, adapter=ADAPTER) + prompts * passed(n, layers=0.5))
     # Forward and backward to the states.
-    products += 5 * c.steps * c.prompts_per_step * 2 * passed(2, layers=0.5, adapter=ADAPTER)
+    products += c.iterations * c.steps * c.prompts_per_step * 2 * passed(2, layers=0.5, adapter=ADAPTER)
     assert plan().seconds == pytest.approx(in_seconds(products), rel=1e-6)
 
 
 def test_a_step_passes_layers_again_that_are_not_kept(monkeypatch):
     c, base = CaidConfig(), plan().seconds
-    half = in_seconds(25 * c.prompts_per_step * (passed(2, layers=0.5) - passed(2, layers=0)))
+    half = in_seconds(
+        c.iterations * c.steps * c.prompts_per_step * (passed(2, layers=0.5) - passed(2, layers=0))
+    )
     assert plan(activation_checkpointing=True).seconds - base == pytest.approx(half, rel=1e-6)
     assert plan(pairs="mine.jsonl").seconds - base == pytest.approx(half, rel=1e-6)
     monkeypatch.setattr(needs, "KEPT_STATES_BYTES", 0)
@@ -393,7 +395,7 @@ def test_log_ratios_of_aligned_policies_are_counted():
     c, two = CaidConfig(), {"scores": "preference", "preference_steps": 2}
     steps = 2 * (plan(**two | {"preference_steps": 3}).seconds - plan(**two).seconds)
     sets = ((c.n_prompts, c.n_responses), (2 * c.eval_prompts, c.eval_responses))
-    sets += ((5 * c.slack_prompts, c.slack_responses),)
+    sets += ((c.iterations * c.slack_prompts, c.slack_responses),)
     products = 2 * sum(prompts * passed(n, adapter=ADAPTER) for prompts, n in sets)  # of reward and one cost
     assert plan(**two).seconds - plan().seconds - steps == pytest.approx(in_seconds(products), rel=1e-6)
 
@@ -420,7 +422,7 @@ def test_nothing_is_counted_of_responses_that_are_not_sampled():
     assert plan(samples="file", **half, **whole).seconds < plan(**half, **whole).seconds
     assert plan(samples_of="run", **half, **whole).seconds == plan(samples_of="run", **whole).seconds
     again = plan(samples_of="run", **half).seconds - plan(samples_of="run").seconds
-    expected = 25 * c.prompts_per_step * passed(2, layers=0.5, adapter=ADAPTER)
+    expected = c.iterations * c.steps * c.prompts_per_step * passed(2, layers=0.5, adapter=ADAPTER)
     assert again == pytest.approx(in_seconds(expected), rel=1e-6)
 
 
