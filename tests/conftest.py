@@ -45,6 +45,18 @@ def one_measurement() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def shipped_prompts_once() -> None:
+    """Tokenises the prompts that come with the project once in each process, not in each run.
+
+    A third of a small run goes by with it, and the prompts are always the same.
+    """
+    from engine.stages import inputs
+    from tests.helpers.shipped import remembered
+
+    inputs.prompts_of = remembered(inputs.prompts_of)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_waits_for_the_disk() -> None:
     """Leaves what is written to the kernel, which keeps it for a killed process too.
 

@@ -18,11 +18,14 @@ from engine.data.prompts import (
     first_look,
     load_prompts,
     lookalike_prompts,
+    read_prompts,
     shipped_prompts,
 )
+from engine.data.reading import EVERY_ROW
 from engine.quickstart import tiny_model_folder
 from engine.records import Prompts
 from engine.stages.job import heldout_prompts, judged_prompts
+from tests.helpers.shipped import remembered
 
 BENCH = Path(__file__).parents[2] / "bench"
 # Of the 96 prompts that a verdict was on before there were more, in their order, for seeds 0 to 3.
@@ -54,6 +57,31 @@ def test_half_of_the_shipped_prompts_are_delicate(tokenizer, part, each):
 
 def test_shipped_prompts_are_disjoint(tokenizer, heldout):
     assert_disjoint(load_prompts(shipped_prompts("train"), tokenizer, max_prompt_tokens=4000), heldout)
+
+
+def test_tests_read_the_shipped_prompts_once_for_equal_settings(tokenizer, tmp_path):
+    """A user's files, and prompts behind another tokenizer, line or date, are read anew."""
+    called = []
+    read = remembered(lambda *given, **named: called.append(1) or read_prompts(*given, **named))
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "Who?"}))
+    dated = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    dated.chat_template = "{{ strftime_now('%j') }}" + dated.chat_template
+    longer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    longer.add_tokens(["everyday"])
+    for source, by, system, reads in (
+        (lookalike_prompts(), tokenizer, "", 1),
+        (lookalike_prompts(), tokenizer, "Be kind.", 1),
+        (lookalike_prompts(), longer, "", 1),
+        (lookalike_prompts(), dated, "", 2),
+        (str(own), tokenizer, "", 2),
+    ):
+        called.clear()
+        options = {"system": system, "max_prompt_tokens": 4000}
+        first, again = (read(source, by, EVERY_ROW, **options) for _ in range(2))
+        plain, said = read_prompts(source, by, EVERY_ROW, **options)
+        assert len(called) == reads and first[1] == again[1] == said
+        assert first[0].token_ids == again[0].token_ids == plain.token_ids
 
 
 def test_no_two_prompts_share_a_quarter_of_their_wording():
