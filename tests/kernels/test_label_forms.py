@@ -171,18 +171,18 @@ def test_log_ratios_and_scores_of_any_size(labels, dtype, size, chunk):
     assert all(x.isfinite().all() for x in got.values()) and got["d_hidden"].any() and got["loss"] > 1
 
 
-@EACH_FORM
 @pytest.mark.parametrize(
-    "vocabulary,width,lengths,dtype",
+    "vocabulary,width,lengths,dtype,labels",
     [
-        (7, 5120, (1, 0, 2, 1), torch.float32),
-        (50257, 100, (2, 0, 3, 2), torch.float16),
-        (151936, 64, (2, 3, 0, 4), torch.bfloat16),
-        (33, 5, (2000, 48, 1, 0), torch.float32),
-        (257, 3584, (3, 2, 4, 1), torch.float32),
+        *((7, 5120, (1, 0, 2, 1), torch.float32, labels) for labels in FORMS),
+        *((33, 5, (2000, 48, 1, 0), torch.float32, labels) for labels in FORMS),
+        *((257, 3584, (3, 2, 4, 1), torch.float32, labels) for labels in FORMS),
+        # The forms part at sequences, after the vocabulary.
+        (50257, 100, (2, 0, 3, 2), torch.float16, "single"),
+        (151936, 64, (2, 3, 0, 4), torch.bfloat16, "listwise"),
     ],
 )
-def test_real_vocabularies_widths_and_lengths(labels, vocabulary, width, lengths, dtype):
+def test_real_vocabularies_widths_and_lengths(vocabulary, width, lengths, dtype, labels):
     data, scores = problem(dtype, lengths, torch.tensor([[0, 1], [2, 3], [3, 0]]), vocabulary, width)
     data["weight"] /= width**0.5
     for needs, budget in ((FULL, None), (FULL, budget_of(data, max(lengths) // 2 + 1)), (FROZEN, None)):
@@ -212,10 +212,10 @@ def test_any_pairs_and_groups_agree_with_dense(lengths, pairs, group, vocabulary
 
 @EACH_FORM
 def test_gradcheck(labels):
-    data, scores = problem(torch.float64, vocabulary=4, width=2)
+    data, scores = problem(torch.float64, (2, 3, 0, 1, 2, 1, 3, 1, 2, 1), vocabulary=4, width=2)
     leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
     keywords = scores | form_of(labels)
-    for budget in (None, budget_of(data, 12)):
+    for budget in (None, budget_of(data, 5)):
 
         def loss(hidden, weight, budget=budget):
             moved = data | {"hidden": hidden, "weight": weight}
@@ -408,8 +408,8 @@ def test_opcheck(labels):
         assert set(torch.library.opcheck(op, given_to).values()) == {"SUCCESS"}
 
 
-@EACH_FORM
-@pytest.mark.parametrize("small", [False, True])
+# One op makes the terms of a loss in one piece, another one those in chunks.
+@pytest.mark.parametrize("labels,small", [("regression", True), ("single", False), ("listwise", True)])
 def test_fullgraph_compile_of_a_caller_for_batches_of_other_sizes(labels, small):
     torch._dynamo.reset()
 
