@@ -103,10 +103,12 @@ def test_kernels_compile_for_sm_90():
 
 
 @interpreted
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("columns,part", [(7, 4096), (1000, 4096), (1000, 128), (5003, 4096), (5003, 1024)])
+@pytest.mark.parametrize(
+    "columns,part,temperature",
+    [(7, 4096, 1.0), (1000, 4096, 0.7), (1000, 128, 1.0), (5003, 4096, 1.0), (5003, 1024, 0.7)],
+)
 def test_tokens_and_log_probs_are_those_of_plain_torch(columns, part, temperature, plain_torch):
-    logits, key = logits_of(8, columns), torch.arange(8)
+    logits, key = logits_of(4, columns), torch.arange(4)
     token, logprob, gap = by_triton(logits, stream(key, 3), temperature, part)
     exact = logits.double() / temperature
     race = (exact - exponential(stream(key, 3), columns).log()).topk(2).values

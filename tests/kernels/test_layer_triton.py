@@ -168,8 +168,7 @@ def assert_gradients(own, torchs, leaves) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, width", [(1, 2), (3, 577), (7, 64)])
-@pytest.mark.parametrize("scale", [1e-2, 1e2])
+@pytest.mark.parametrize("rows, width, scale", [(1, 2, 1e-2), (3, 577, 1e2), (7, 64, 1e-2)])
 def test_interpreted_gradients_of_the_norm(rows, width, scale, dtype, monkeypatch):
     from kernels.layer import layer_gradients
 

@@ -147,8 +147,11 @@ TRUNCATIONS = [
 
 
 @needs_native
-@pytest.mark.parametrize("kind", ["plain", "equals", "no mass", "flat"])
-@pytest.mark.parametrize("columns", SIZES)
+@pytest.mark.parametrize(
+    "columns,kind",
+    [(columns, kind) for columns in SIZES[:4] for kind in ("plain", "equals", "no mass", "flat")]
+    + [(32001, "equals"), (49152, "plain"), (49152, "flat")],
+)
 def test_kept_tokens_are_those_of_plain_torch(columns, kind):
     logits, streams = logits_of(6, columns, 2.0), stream(torch.arange(6), 4)
     if kind == "equals":
@@ -245,11 +248,11 @@ def test_samples_are_those_of_the_definition(options, processor):
 @needs_native
 def test_a_change_of_rounding_changes_no_token():
     """In a flat distribution most tokens have a probability below the rounding of a cumulative sum."""
-    logits, streams = logits_of(500, 20_000), stream(torch.arange(500), 1)
+    logits, streams = logits_of(200, 20_000), stream(torch.arange(200), 1)
     noise = 1 + 2e-7 * (torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) - 0.5)
     token, moved = (sample_rows(x, streams, 1.0)[0] for x in (logits, logits * noise))
     clear = clear_wins(logits, streams)
-    assert int(clear.sum()) >= 498 and torch.equal(token[clear], moved[clear])
+    assert int(clear.sum()) >= 199 and torch.equal(token[clear], moved[clear])
 
 
 @needs_native
