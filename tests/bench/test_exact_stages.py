@@ -69,11 +69,11 @@ def table_by_the_real_loss(world, target, number):
     return table.detach().t().reshape(-1)
 
 
-@pytest.mark.parametrize(("J", "start"), [(1, None), (1, 3.0), (2, 0.1)])
-def test_the_real_loss_reaches_the_closed_form_optimum_in_both_loops(J, start):
+@pytest.mark.parametrize(("J", "start", "iterations"), [(1, None, 2), (1, 3.0, 8), (2, 0.1, 10)])
+def test_the_real_loss_reaches_the_closed_form_optimum_in_both_loops(J, start, iterations):
     problem = make(1, J=J, P=4, Y=5, beta=0.7, tabular=True)
     lam_star = Optima(problem).solve_dual()
-    config = CaidConfig(beta=0.7, iterations=16, dual_step=1.0)
+    config = CaidConfig(beta=0.7, iterations=iterations, dual_step=1.0)
     world = ExactStages(problem, config, table_by_the_real_loss)
     world.lam_init = None if start is None else start * world.solve_dual().lam
     theta, lam = caid.loop(world, config)
