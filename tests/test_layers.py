@@ -1,6 +1,7 @@
 """The order of the packages, and that every import of engine/ and kernels/ follows it."""
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def imports(name: str, source: str) -> set[str]:
     return {module for module in found if module in MODULES and module != name}
 
 
-IMPORTS = {name: imports(name, file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+@functools.cache
+def all_imports() -> dict[str, set[str]]:
+    """Reads the imports of every module, by its name; not on import, which each process of tests does."""
+    return {name: imports(name, file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
 
 
 def part(module: str) -> str:
@@ -88,12 +92,12 @@ def test_imports_point_to_lower_layers(name):
     assert part(name) in LEVELS[name.split(".")[0]], (
         f"{name}: give {part(name)} a place in the order of layers"
     )
-    assert not upward(name, IMPORTS[name])
+    assert not upward(name, all_imports()[name])
 
 
 def test_no_circle_of_modules():
     try:
-        TopologicalSorter(IMPORTS).prepare()
+        TopologicalSorter(all_imports()).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
@@ -101,8 +105,8 @@ def test_no_circle_of_modules():
 def test_kernels_know_nothing_of_the_engine():
     assert not {
         name
-        for name in IMPORTS
-        if name.startswith("kernels") and any(m.startswith("engine") for m in IMPORTS[name])
+        for name, imported in all_imports().items()
+        if name.startswith("kernels") and any(m.startswith("engine") for m in imported)
     }
 
 
