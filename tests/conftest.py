@@ -68,12 +68,11 @@ def no_waits_for_the_disk() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_pixels() -> None:
-    """Draws the pictures of runs without their pixels; tests of pictures ask for `in_pixels`."""
-    from engine.report import panels
-    from tests.helpers.pictures import contents
+def no_pictures() -> None:
+    """Writes what a run's picture is drawn from in its place; tests of pictures ask for `in_pixels`."""
+    from tests.helpers import pictures
 
-    panels.png = contents
+    pictures.leave_out()
 
 
 @pytest.fixture(autouse=True)

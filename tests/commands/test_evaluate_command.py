@@ -548,9 +548,9 @@ def test_a_plan_of_a_run_takes_its_constraints_and_spreads(finished, capsys):
 
 def test_a_plan_of_limits_on_costs_takes_the_references(tmp_path, capsys):
     flags = ["--cost-mean", "3", "--cost-range=-30:30", "--force"]
-    assert train.main([*SMOKE, *flags, "--out", str(tmp_path / "mean")]) == 0
+    assert train.main(["mocan", *SMOKE, *flags, "--out", str(tmp_path / "mean")]) == 0
     flags = ["--cost-rate", "0.5", "--unsafe-above", "3", "--force"]
-    assert train.main([*SMOKE, *flags, "--out", str(tmp_path / "rate")]) == 0
+    assert train.main(["mocan", *SMOKE, *flags, "--out", str(tmp_path / "rate")]) == 0
     capsys.readouterr()
     assert main([str(tmp_path / "mean"), "--plan", "--slack", "0.5"]) == 0
     assert "below 3, where mean costs of prompts spread by " in " ".join(capsys.readouterr().out.split())

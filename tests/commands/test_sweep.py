@@ -30,6 +30,7 @@ from engine.sweep.outcomes import effort, kept_lam
 from engine.sweep.pages import write_table
 from engine.sweep.plans import Plan, SweepConfig, configs_of
 from engine.sweep.runs import begun, draw_samples
+from tests.helpers.pictures import sweeps_in_pixels
 from tests.helpers.rows import SPEED, write_timing
 
 COMMON = ["--", "--threads", "1", "--force"]
@@ -51,7 +52,8 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, cache) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "s"
-    assert sweep_main.main([*ARGUMENTS, "--out", str(out), *COMMON]) == 0
+    with sweeps_in_pixels():
+        assert sweep_main.main([*ARGUMENTS, "--out", str(out), *COMMON]) == 0
     return out
 
 
@@ -160,7 +162,8 @@ def test_a_stopped_sweep_goes_on_and_ends_equal(swept, tmp_path):
     shutil.rmtree(swept.with_name("old"), ignore_errors=True)
     swept.rename(swept.with_name("old"))
     out.rename(swept)
-    assert sweep_main.main(["--resume", str(swept)]) == 0
+    with sweeps_in_pixels():
+        assert sweep_main.main(["--resume", str(swept)]) == 0
     drop = {"seconds"}
     before, after = (
         [{k: v for k, v in row.items() if k not in drop} for row in rows_of(o)]

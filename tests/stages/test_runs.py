@@ -188,8 +188,8 @@ def test_every_algorithm_trains_and_judges(tmp_path, capsys, algorithm, J, own, 
         assert out.count(f"{opening}{gap_text(row)}\n") == 1
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [c["name"] for c in evaluation["constraints"]] == ["harm", "codes", "letters"][:J]
-    with in_pixels():
-        assert len(picture(read(tmp_path / "run"))) > 10_000
+    # What the picture shows; of a run of CAID `finished` has the pixels.
+    assert b"multiplier lambda" in picture(read(tmp_path / "run"))
     # The files that a kill after half of the stages leaves are enough to end equal.
     whole = files(tmp_path / "run")
     stages = sorted((tmp_path / "run" / "stages").iterdir())
