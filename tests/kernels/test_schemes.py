@@ -719,6 +719,7 @@ def test_a_compiled_caller_takes_batches_of_other_sizes_and_other_options(op):
     for lengths, beta, temperature in (
         ((5, 3, 4), 0.3, 1.0),
         ((7, 2, 0, 6), 0.4, 0.8),
+        ((3, 9), 0.25, 1.3),
         ((8, 8, 1, 2, 2), 0.7, 0.9),
     ):
         data, labels = problem(
