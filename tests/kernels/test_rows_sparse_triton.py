@@ -15,7 +15,7 @@ from tests.helpers.interpreter import interpreted
 
 pytest.importorskip("triton")
 
-LENGTHS, WIDTH, VOCABULARY = (9, 7, 0, 6, 8, 5, 4), 17, 151
+LENGTHS, WIDTH, VOCABULARY = (13, 11, 0, 9, 12, 8, 6), 17, 311
 FULL, FROZEN = sparse.FULL, sparse.FROZEN
 
 
@@ -35,7 +35,7 @@ def few_rows(monkeypatch):
     for name, value in {"LEAST_ROWS": 32, "PILOTS": 8, "DENSE_SHARE": {2: 0.25, 4: 0.25}, "ROOM": 2}.items():
         monkeypatch.setattr(SparseTritonRows, name, value)
     monkeypatch.setattr(lists_triton, "BLOCK", 16)
-    monkeypatch.setattr(lists_triton, "shape_of", lambda vocabulary: lists_triton.Shape(32, 4, 4))
+    monkeypatch.setattr(lists_triton, "shape_of", lambda vocabulary: lists_triton.Shape(64, 4, 4))
     return SparseTritonRows
 
 
@@ -221,7 +221,7 @@ def test_rows_unlike_the_pilots(needs, flat, few_rows):
 @pytest.mark.parametrize("needs", [FULL, FROZEN], ids=["full", "frozen"])
 def test_rows_that_are_not_finite(needs):
     """A row of weight 0 may hold anything. A row of NaN that counts spoils what it enters."""
-    data, unused = inputs(), [3, 20, 37]
+    data, unused = inputs(), [3, 20, 58]
     data["token_weight"] = torch.ones(len(data["hidden"]))
     data["token_weight"][unused] = 0
     clean = sparse.run(data, needs=needs, tolerance=1e-2)
