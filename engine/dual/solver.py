@@ -50,7 +50,8 @@ class Infeasible(UserError):
       response; inf where a utility has none.
     - direction: float64 [J], v >= 0 with sum 1 and mean_p max_i v . (g_pi - mean) < v . b,
       which certifies the claim.
-    - largest_multiple: float, thresholds up to this multiple of b are supported together, to 0.1 %.
+    - largest_multiple: float, thresholds up to this multiple of b are supported together, to 0.1 %; NaN
+      without `explain`.
     - proven: bool, True where the claim holds for all policies, because the responses were enumerated or the
       bound of a score is asked for. False where it is the limit of these samples.
     """
@@ -97,6 +98,7 @@ def solve(
     force: bool = False,
     method: str = "newton",
     start_J=None,
+    explain: bool = True,
 ) -> Solution:
     """Minimises the plug-in dual over 0 <= lambda <= lam_max (arXiv 2405.19544, appendix E, and its Hessian).
 
@@ -109,6 +111,8 @@ def solve(
       threshold that asks for so much on average is proven infeasible, whatever the samples.
     - `force` goes on with unsupported thresholds. It needs a finite lam_max, where such multipliers end.
     - `start_J` is a guess of lambda, by default 0.
+    - `explain` searches, where thresholds are not supported, for what would be. Without it
+      `Infeasible.largest_multiple` is NaN.
     - `method`: "newton" takes projected Newton steps. "pgd" takes the paper's projected gradient steps,
       of length 1 / (largest eigenvalue of the Hessian) in units of each utility's standard deviation,
       and needs more of them. Both stop by the same rule, so their optima agree.
@@ -134,7 +138,10 @@ def solve(
         descent = descend(r, g, b, lam_max * scale / beta, start, method=method, certify=not force)
         unsupported = descent.unsupported
     if unsupported is not None:
-        raise _infeasible(g, b, unsupported, scale, mean if absolute else None, enumerated)
+        multiple = math.nan
+        if explain:
+            multiple, unsupported = _largest_multiple(g, b, unsupported)
+        raise _infeasible(g, b, unsupported, multiple, scale, mean if absolute else None, enumerated)
     moments = descent.moments
     if descent.kkt > TOLERANCE:
         stopped = (
@@ -405,13 +412,12 @@ def _largest_multiple(g: Tensor, b: Tensor, direction: Tensor) -> tuple[float, T
     return multiple, direction
 
 
-def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
+def _infeasible(g, b, direction, multiple: float, scale, mean, enumerated: bool) -> Infeasible:
     """Builds the error with its certificate, in the caller's units.
 
-    g, b, direction: in standard deviations. mean: of the utilities where
-    the thresholds are levels, else None.
+    g, b, direction: in standard deviations. multiple: of b that is supported, NaN where it is not known.
+    mean: of the utilities where the thresholds are levels, else None.
     """
-    multiple, direction = _largest_multiple(g, b, direction)
     best = g.amax(1).mean(0) * scale
     v = direction / scale
     shown = "level" if mean is not None else "b"
@@ -424,7 +430,9 @@ def _infeasible(g, b, direction, scale, mean, enumerated: bool) -> Infeasible:
             f"is beyond what the {G} samples of each prompt show (best of {G}), "
             "which is no proof of infeasibility"
         )
-    together = f", together {in_brackets(offset + multiple * b * scale)}" if len(b) > 1 else ""
+    together = ""
+    if len(b) > 1 and not math.isnan(multiple):
+        together = f", together {in_brackets(offset + multiple * b * scale)}"
     message = (
         f"threshold {shown} = {in_brackets(offset + b * scale)} {why}; "
         f"largest supported {shown} = {in_brackets(offset + best)} alone{together}."

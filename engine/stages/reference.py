@@ -256,7 +256,7 @@ def limits_of(job: Job, samples: Samples) -> list[Limit]:
             at = _reference_of(job, scorers, replace(samples, scores=scores), list(fixed), lower=False)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is chosen, the run itself warns
-                solution = solved(at, job.config)
+                solution = solved(at, job.config, explain=False)
         except UserError:
             return None
         slack_J = (solution.predicted_improvement - at.aim_J) * torch.tensor(at.units.utility_J)
@@ -265,9 +265,11 @@ def limits_of(job: Job, samples: Samples) -> list[Limit]:
     return worst_share.choose(limits, cost_J, worth)
 
 
-def solved(reference: Reference, config: RunConfig, start_J: Tensor | None = None) -> dual.Solution:
-    """Solves for the multipliers of the aimed thresholds, from reference samples. Raises: dual.Infeasible for
-    unsupported thresholds unless --force."""
+def solved(
+    reference: Reference, config: RunConfig, start_J: Tensor | None = None, *, explain: bool = True
+) -> dual.Solution:
+    """Solves for the multipliers of the aimed thresholds, from reference samples (`dual.solve`). Raises:
+    dual.Infeasible for unsupported thresholds unless --force."""
     return dual.solve(
         *reference.problem,
         reference.aim_J,
@@ -276,6 +278,7 @@ def solved(reference: Reference, config: RunConfig, start_J: Tensor | None = Non
         bounds=[limit.highest for limit in reference.limits],
         lam_max=config.lam_max,
         force=config.force,
+        explain=explain,
     )
 
 

@@ -214,6 +214,13 @@ def test_infeasible_together_is_certified_by_its_direction():
     with pytest.raises(dual.Infeasible, match="level") as absolute:
         dual.solve(reward, utility, level, 0.5, absolute=True)
     np.testing.assert_allclose(absolute.value.largest_improvement.numpy(), top, rtol=1e-12)
+    with pytest.raises(dual.Infeasible, match=r"alone\.$") as bare:
+        dual.solve(reward, utility, b, 0.5, explain=False)
+    v = bare.value.direction.numpy()
+    assert math.isnan(
+        bare.value.largest_multiple
+    ) and bare.value.largest_improvement.tolist() == pytest.approx(top)
+    assert (v >= 0).all() and (centred @ v).max(1).mean() < v @ b
 
 
 def test_opposed_utilities_at_threshold_zero_are_feasible():
