@@ -1,7 +1,7 @@
 """What a trust region, a least weight and a mean over steps do for policies of few steps, where every
 response is listed.
 
-    python -m bench.theory.few_steps          (three minutes)
+    python -m bench.theory.few_steps          (four minutes)
 
 CAID's loop with AdamW on pairs, as on a real model: 8 responses drawn to each of 80 prompts, five updates of
 five steps with 16 prompts each or three of eight, a class of reward, utility and 30 features that mean
@@ -58,8 +58,8 @@ class FewSteps:
     def __init__(self, features: int, config: CaidConfig) -> None:
         self.theta = torch.nn.Parameter(torch.zeros(features, dtype=torch.float64))
         betas = config.adam_beta1, 0.99
-        rate = LENGTH * config.learning_rate
-        self.optimizer = torch.optim.AdamW([self.theta], lr=rate, betas=betas, weight_decay=0.0)
+        self.rate = LENGTH * config.learning_rate
+        self.optimizer = torch.optim.AdamW([self.theta], lr=self.rate, betas=betas, weight_decay=0.0)
         # Of theta after each step, with weights that sum to `weight`.
         self.total, self.weight, self.pace = torch.zeros_like(self.theta.data), 0.0, 1.0
 
@@ -71,7 +71,7 @@ class FewSteps:
             factor = 1.0
             if config.schedule == "cosine":
                 factor = (1 + math.cos(math.pi * step / config.steps)) / 2
-            self.optimizer.param_groups[0]["lr"] = self.pace * LENGTH * config.learning_rate * factor
+            self.optimizer.param_groups[0]["lr"] = self.pace * self.rate * factor
             chosen = torch.randperm(PROMPTS, generator=generator)[: config.prompts_per_step].tolist()
             pairs = within_prompts(bounded.score_PG, chosen, 2)
             rows = torch.tensor(pairs.row)
