@@ -9,7 +9,7 @@ from torch import Tensor
 from bench.figures.drawing import finish
 from bench.figures.stored import preference_scores, row
 from engine import dual
-from engine.config import RunConfig, was_by_preference
+from engine.config import was_by_preference
 from engine.errors import UserError
 from engine.run.contents import read_contents
 from engine.run.rows import ReferenceRow
@@ -60,7 +60,7 @@ def judge_preferences(folder: Path) -> list[dict]:
         )
     scores, reference = preference_scores(folder), row(folder, ReferenceRow)
     names = ["reward", *reference.names]
-    beta = config.get("beta", RunConfig.beta)
+    beta = config["beta"]
     by_scorers = "the run's scorer" if config.get("preferences") else "the labels"
     ratios = [scores.reward_PG, *scores.utility_PGJ.unbind(2)]
     # The scorers of reward and costs come first among the audits.

@@ -8,7 +8,7 @@ THRESHOLDS = (0.2, 0.4)
 RULES = {
     "plain": [
         *("--max-kl-ratio", "inf", "--least-weight", "0", "--dual-rule", "newton"),
-        *("--adam-beta1", "0.9", "--weight-average", "0"),
+        *("--adam-beta1", "0.9", "--weight-average", "0", "--beta", "1", "--slack-responses", "3"),
     ],
     "defaults": [],
 }

@@ -116,7 +116,7 @@ def measure(seed: int, reach: float, tails: str, rule: dict) -> tuple[float, flo
     here = problem(seed, reach, tails)
     config = CaidConfig(beta=1.0, **rule)
     update = FewSteps(here.features_PYF.shape[2], config)
-    world = ExactStages(here, config, update, draws=DRAWS, slack_draws=3, seed=seed)
+    world = ExactStages(here, config, update, draws=DRAWS, slack_draws=config.slack_responses, seed=seed)
     theta, lam_J = caid.loop(world, config)
     log_w = (here.reward_PY + here.utility_PYJ @ lam_J).log_softmax(1)
     tilt_kl = float((log_w.exp() * (log_w + math.log(RESPONSES))).sum(1).mean())

@@ -48,7 +48,7 @@ class IterativeConfig(RunConfig):
     slack_prompts: int = count(64, at_least=2, too_low=FEW_PROMPTS)
     """Prompts on which the slack is measured, never among the iteration's pairs;
     at most a third where prompts are few."""
-    slack_responses: int = count(3)
+    slack_responses: int = count(2)
     """Responses per prompt in the slack."""
     lam_max_change: float = bounded(2.0, above=1, at_most=1e9)
     """Largest factor by which a multiplier may change in one dual step."""

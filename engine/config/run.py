@@ -159,7 +159,7 @@ class RunConfig:
     cost_on: tuple[str, ...] = ()
     """The prompts that each constraint is about, by their kind (the column kind), such as delicate: its mean
     runs over these. all, the default, is every prompt."""
-    beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
+    beta: float = bounded(0.8, at_least=1e-8, at_most=1e8)
     """Weight of KL(policy || reference), in --units of the reward."""
     margin: float = bounded(3.3, at_least=0, at_most=1e6)
     """The dual aims at b + margin x the predicted standard error of the held-out set;

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config.bounds import LARGEST_SCORE, bounded, check_bounds, one_of
+from engine.config.run import RunConfig
 from engine.errors import UserError
 from engine.files import check_out, is_file, is_folder, is_there, reading
 
@@ -20,8 +21,8 @@ class DualConfig:
     """b of each constraint: required improvement over the mean of its column, in --units."""
     absolute: bool = False
     """The thresholds are levels of the utility (of minus the cost), not improvements."""
-    beta: float = bounded(1.0, at_least=1e-8, at_most=1e8)
-    """Weight of KL(policy || reference), in units of the reward."""
+    beta: float = bounded(RunConfig.beta, at_least=1e-8, at_most=1e8)
+    """Weight of KL(policy || reference), in units of the reward; by default that of a run."""
     utility: tuple[str, ...] = ()
     """Columns that are larger where better. Default without --cost: all other columns with numbers."""
     cost: tuple[str, ...] = ()

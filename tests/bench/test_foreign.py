@@ -73,7 +73,7 @@ def test_a_study_runs_measures_and_goes_on(tmp_path, capsys):
     reward, utility = samples.scores.reward_PG, samples.scores.utility_PGJ[..., 0]
     reward, utility = (x / x.var(1).mean().sqrt() for x in (reward, utility))
     score = reward + row["lam"][-1] * utility
-    weights = [[math.exp(s) for s in prompt] for prompt in score.tolist()]
+    weights = [[math.exp(s / run.config.beta) for s in prompt] for prompt in score.tolist()]
     kl = [sum(w / sum(ws) * math.log(w / sum(ws) * len(ws)) for w in ws) for ws in weights]
     assert row["tilt"] == pytest.approx(sum(kl) / len(kl))
     assert row["off"] == pytest.approx(abs(row["improvement"] - 0.2))

@@ -16,6 +16,7 @@ import torch
 
 from engine import dual
 from engine.dual.__main__ import main
+from engine.dual.config import DualConfig
 from engine.dual.scores_file import Table, preference_pairs
 
 
@@ -75,7 +76,7 @@ def test_one_cost_in_standard_deviations(here, capsys):
     found, out = result(capsys, write(here / "scores.jsonl", rows), "--cost", "harm", "--threshold", "0.3")
     reward, harm = arrays(rows, "reward", "harm")
     sd = [np.sqrt(x.var(1, ddof=1).mean()) for x in (reward, harm)]
-    expected = dual.solve(reward / sd[0], -harm[..., None] / sd[1], [0.3], 1.0)
+    expected = dual.solve(reward / sd[0], -harm[..., None] / sd[1], [0.3], DualConfig.beta)
     only = found["constraints"][0]
     assert only["lam"] == pytest.approx(expected.lam.item(), rel=1e-9) and only["negated"]
     assert [found["reward_unit"], only["unit"]] == pytest.approx(sd)
@@ -108,7 +109,7 @@ def test_raw_units_and_absolute_levels_are_the_same_problem(here, capsys):
     scaled, _ = result(capsys, file, "--cost", "harm", "--threshold", "0.3")
     (harm,) = arrays(rows, "harm")
     sd_r, sd_g = scaled["reward_unit"], scaled["constraints"][0]["unit"]
-    raw_flags = ["--units", "raw", "--beta", str(sd_r)]
+    raw_flags = ["--units", "raw", "--beta", str(DualConfig.beta * sd_r)]
     raw, out = result(capsys, file, "--cost", "harm", "--threshold", str(0.3 * sd_g), *raw_flags)
     assert "units: those of the file" in out
     for key in ("lam", "lam_se"):
@@ -145,7 +146,7 @@ def test_two_constraints_from_parquet(here, capsys):
     utility = np.stack(
         [wit / np.sqrt(wit.var(1, ddof=1).mean()), -harm / np.sqrt(harm.var(1, ddof=1).mean())], -1
     )
-    expected = dual.solve(reward / found["reward_unit"], utility, [0.2, 0.3], 1.0)
+    expected = dual.solve(reward / found["reward_unit"], utility, [0.2, 0.3], DualConfig.beta)
     np.testing.assert_allclose([c["lam"] for c in found["constraints"]], expected.lam, rtol=1e-8)
     assert found["largest_multiple"] == pytest.approx(dual.largest_multiple(utility, [0.2, 0.3]))
     assert f"largest supported together: {found['largest_multiple']:.3f} x" in out
