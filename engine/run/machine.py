@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from engine.errors import UserError
+from kernels.products import linear
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
@@ -73,19 +74,19 @@ def check_equal_devices(names: Sequence[str]) -> None:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Times a matrix product, in multiplications and additions per second: of the engine's usual shape on a
-    CPU, and of 8192 on a GPU, where a small one takes no longer than its launch.
+    """Times a matrix product as the engine makes it, in multiplications and additions per second: of its
+    usual shape on a CPU, and of 8192 on a GPU, where a small one takes no longer than its launch.
 
     The best of 30 or more products within half a second or more counts: an idle machine starts slowly, and
     one that still reads its libraries from the disk runs a tenth as fast.
     """
     rows, inner, columns = (256, 1024, 4096) if device.type == "cpu" else (8192, 8192, 8192)
-    a = torch.ones(rows, inner, dtype=dtype, device=device)
-    b = torch.ones(inner, columns, dtype=dtype, device=device)
+    x = torch.ones(rows, inner, dtype=dtype, device=device)
+    weight = torch.ones(columns, inner, dtype=dtype, device=device)
     best, begun, done = math.inf, time.perf_counter(), 0
     while (past := time.perf_counter() - begun) < 0.5 or (done < 30 and past < 5):
         start = time.perf_counter()
-        (a @ b)[0, 0].item()
+        linear(x, weight)[0, 0].item()
         best, done = min(best, time.perf_counter() - start), done + 1
     return 2 * rows * inner * columns / best
 
