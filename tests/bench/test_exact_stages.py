@@ -164,7 +164,8 @@ def test_exact_tilts_as_scores_give_the_multipliers_and_policies_of_the_scores(e
 
 def test_log_ratios_of_fitted_policies_are_other_scores_only_with_a_gap():
     for eps in (0.0, 0.5):
-        problem, config = make(3, J=2, eps=eps), MocanConfig()
+        problem = make(3, J=2, eps=eps)
+        config = MocanConfig(beta=problem.beta)
         direct = mocan.loop(ExactStages(problem, config, soft), config)[1]
         seen = preferred(ExactStages(problem, config, soft))
         fitted = mocan.loop(ExactStages(seen, replace(config, force=True), soft), config)[1]
@@ -214,16 +215,18 @@ def test_safe_dpo_moves_mass_to_safe_responses():
 
 
 def test_a_constraint_that_holds_anyway_gets_no_weight():
-    config = CaidConfig(iterations=3)
-    _, lam = caid.loop(ExactStages(make(3, b=-5.0), config, maximiser), config)
+    problem = make(3, b=-5.0)
+    config = CaidConfig(beta=problem.beta, iterations=3)
+    _, lam = caid.loop(ExactStages(problem, config, maximiser), config)
     assert lam.tolist() == [0.0]
 
 
 def test_infeasible_thresholds_are_reported_before_training():
     problem = make(4, b=50.0)
-    world = ExactStages(problem, CaidConfig(), maximiser)
+    config = CaidConfig(beta=problem.beta)
+    world = ExactStages(problem, config, maximiser)
     with pytest.raises(dual.Infeasible, match="proven"):
-        caid.loop(world, CaidConfig())
+        caid.loop(world, config)
     assert not world.history and not world.fitted
 
 

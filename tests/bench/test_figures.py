@@ -14,7 +14,7 @@ from bench.figures.predictions import realised
 from bench.figures.stored import Stored, read_stored
 from bench.figures.subsets import draw_subsets, lam_of_subsets
 from engine import caid, dual, pecan
-from engine.config import CaidConfig, PecanConfig, smoke
+from engine.config import CaidConfig, PecanConfig, RunConfig, smoke
 from engine.errors import UserError
 from engine.run import committed
 from engine.run.contents import read_contents
@@ -55,7 +55,7 @@ def test_predictions_are_set_beside_what_a_run_measured(tmp_path, cache, monkeyp
         assert row["predicted"] == pytest.approx([predicted]) and row["measured"] == measured.improvement
     assert rows[-1]["measured"] == [verdict["constraints"][0]["estimate"]["mean"]]
     assert rows[-1]["lam"] == iterations[-1].lam
-    assert beta == 1.0 and "`run`: caid, seed 0, smoke; commit " in samples.says
+    assert beta == RunConfig.beta and "`run`: caid, seed 0, smoke; commit " in samples.says
     # A run of another beta is predicted with that beta.
     tilt = ((reward + utility[..., 0] * iterations[0].lam[0]) / 2).softmax(1)
     predicted = float(((tilt - 1 / reward.shape[1]) * utility[..., 0]).sum(1).mean())
