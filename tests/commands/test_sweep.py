@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import caid, dual
-from engine.config import CaidConfig, smoke
+from engine.config import CaidConfig, RunConfig, smoke
 from engine.errors import UserError
 from engine.run.rows import (
     IterationRow,
@@ -231,7 +231,8 @@ def test_what_is_solved_before_training_is_each_algorithms_own_problem(tmp_path)
     labels = ("dpo", "pecan", "caid:scores=preference")
     assert draw_samples(plans(labels, "99")) == []
     rows = draw_samples(plans((*labels, "mocan", "mocan:beta=2", "mocan:margin=0.01", "caid"), "0.05"))
-    assert [(row.beta, row.margin) for row in rows] == [(1, 0), (1, 0.01), (2, 0)]
+    beta = RunConfig.beta
+    assert [(row.beta, row.margin) for row in rows] == [(beta, 0), (beta, 0.01), (2, 0)]
     assert rows[0].aim == rows[2].aim == [0.05] and rows[1].aim[0] > 0.05
     (units,) = read_rows(tmp_path / "samples-seed0", ReferenceRow)
     scores = load(

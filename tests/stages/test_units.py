@@ -6,12 +6,13 @@ import pytest
 from safetensors.torch import load_file
 
 from engine import evaluate, train
+from engine.config import RunConfig
 from engine.records import Scores
 from engine.run.committed import read_committed
 from engine.run.rows import DualRow, IterationRow, ReferenceRow, read_rows
 from tests.helpers.runs import SMOKE
 
-B, BETA, LAM_MAX = 0.2, 1.0, 20.0
+B, BETA, LAM_MAX = 0.2, RunConfig.beta, 20.0
 
 
 @pytest.fixture(scope="module")
