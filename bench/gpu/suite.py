@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -37,7 +38,10 @@ def tests(
         command = [*tool, sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
         # The sanitizer sees a tensor's bounds only where each has memory of its own.
         bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
-        process, stopped_s = subprocess.Popen(command, cwd=ROOT, env=os.environ | bare), None
+        # Started from the background of a shell, pytest would ignore that it is asked to stop.
+        heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | bare, preexec_fn=heeds)
+        stopped_s = None
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:

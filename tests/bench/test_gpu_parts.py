@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import time
 
@@ -240,6 +241,7 @@ def test_the_chosen_tests_of_the_kernels_are_there(monkeypatch):
 
 
 def test_tests_that_take_too_long_are_stopped_and_counted(tmp_path, monkeypatch):
+    """Also where this process ignores Ctrl-C, as one in the background of a shell does."""
     begun = tmp_path / "begun"
     file = tmp_path / "test_slow.py"
     file.write_text(
@@ -258,7 +260,11 @@ def test_tests_that_take_too_long_are_stopped_and_counted(tmp_path, monkeypatch)
     monkeypatch.setattr(suite.subprocess, "Popen", Popen)
     arguments = ["-o", "addopts=", "-p", "no:cacheprovider", str(file)]
     step = suite.tests("slow ones", 9, arguments, limit_s=7, figures=first.test_counts)
-    (line,) = step.lines(CPU, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        (line,) = step.lines(CPU, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     passed, failed = step.figures([line])
     assert line["table"][0][:5] == ["slow ones", 2, 1, 0, 0]
     assert line["notes"] == ["stopped after 7 s"]
