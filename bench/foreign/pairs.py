@@ -12,6 +12,8 @@ RULES = {
     ],
     "defaults": [],
 }
+# Further looks tell more of the same policy.
+ONE_LOOK = ("--eval-budget", "1")
 # A policy has run away where its KL is above this multiple of the tilt's, plus half a nat for what G
 # responses cannot show of the tilt; where this share of answers is no longer finished; or where a step's loss
 # is this multiple of the median one.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.foreign.pairs import FAR, RULES, SLACK_NATS, SPIKE, UNFINISHED, Pair, spec
+from bench.foreign.pairs import FAR, ONE_LOOK, RULES, SLACK_NATS, SPIKE, UNFINISHED, Pair, spec
 from engine import constraints
 from engine.errors import UserError
 from engine.policy.samples import Samples
@@ -52,7 +52,7 @@ def train(folder: Path, asked: Asked, flags: Sequence[str], samples: Path | None
     if not (folder / "config.json").is_file():
         words = [f"--reward={spec(asked.pair.reward)}", f"--cost={spec(asked.pair.cost)}", "--audit"]
         words += ["--threshold", str(asked.b), "--seed", str(asked.seed), "--out", str(folder)]
-        words += [*RULES[asked.rules], *flags]
+        words += [*ONE_LOOK, *RULES[asked.rules], *flags]
         words += ["--samples-of", str(samples)] if samples and samples != folder else []
     done = subprocess.run(
         [sys.executable, "-m", "engine.train", *words],
@@ -74,7 +74,6 @@ def read(folder: Path, asked: Asked) -> dict:
     lam = [row.lam[0] for row in iterations]
     tilt = tilt_kl(run.load("reference", ReferenceSamples).samples, lam[-1] if lam else dual.lam[0], run)
     spike = max(losses) / statistics.median(losses) if losses else math.nan
-    lost = e.finished[0] - e.finished[1]
     return {
         "pair": str(asked.pair),
         "b": asked.b,
@@ -83,8 +82,9 @@ def read(folder: Path, asked: Asked) -> dict:
         "dtype": run.config.dtype,
         "commit": run.contents.versions["commit"],
         "word": c.word,
-        "looks": len(e.looks),
         "improvement": c.estimate.mean,
+        "low": c.estimate.low,
+        "high": c.estimate.high,
         "off": abs(c.estimate.mean - asked.b),
         "reward": e.reward.mean,
         "kl": e.kl.mean,
@@ -94,7 +94,6 @@ def read(folder: Path, asked: Asked) -> dict:
         "lam": [dual.lam[0], *lam],
         "aim": dual.aim[0],
         "ess": float(torch.as_tensor(dual.ess).mean()),
-        "ran away": e.kl.mean > FAR * tilt + SLACK_NATS or lost > UNFINISHED or spike > SPIKE,
     }
 
 
@@ -107,36 +106,20 @@ def tilt_kl(samples: Samples, lam: float, run: Committed) -> float:
     return float((log_w.exp() * (log_w + math.log(score_PG.shape[1]))).sum(1).mean())
 
 
-def table(rows: list[dict]) -> str:
-    """Writes the measures as a Markdown table."""
-    lines = [
-        "| reward against cost | b | rules | word | looks | improvement | off b | reward | KL / tilt's, nats "
-        "| finished | worst loss / median | lambda | ran away |",
-        "|" + "---|" * 13,
-    ]
-    for r in rows:
-        lam = ", ".join(f"{x:.2f}" for x in r["lam"])
-        lines.append(
-            f"| {r['pair']} | {r['b']:g} | {r['rules']} | {r['word']} | {r['looks']} | "
-            f"{r['improvement']:+.2f} | {r['off']:.2f} | {r['reward']:+.2f} | "
-            f"{r['kl']:.2f} / {r['tilt']:.2f} | "
-            f"{100 * r['finished'][0]:.0f} -> {100 * r['finished'][1]:.0f} % | {r['spike']:.1f} | {lam} | "
-            f"{'yes' if r['ran away'] else ''} |"
-        )
-    return "\n".join(lines)
+def ratio(row: dict) -> float:
+    """Returns the KL of a run's policy over that of its tilt."""
+    return row["kl"] / max(row["tilt"], 0.01)
 
 
-def summary(rows: list[dict]) -> str:
-    """Sums the measures up in a line."""
-    n = len(rows)
-    words = {w: sum(r["word"] == w for r in rows) for w in ("met", "not met", "not resolved")}
-    said = ", ".join(f"{count} {word}" for word, count in words.items())
-    off, reward = (statistics.fmean(r[key] for r in rows) for key in ("off", "reward"))
-    ratio = statistics.median(r["kl"] / max(r["tilt"], 0.01) for r in rows)
-    return (
-        f"{n} runs: {said}; {sum(r['ran away'] for r in rows)} ran away; mean |improvement - b| {off:.2f}, "
-        f"reward {reward:+.2f}, median KL / tilt's {ratio:.2f}"
-    )
+def causes(row: dict) -> list[str]:
+    """Names what tells that a run's policy ran away: KL, unfinished or loss."""
+    lost = row["finished"][0] - row["finished"][1]
+    signs = {
+        "KL": row["kl"] > FAR * row["tilt"] + SLACK_NATS,
+        "unfinished": lost > UNFINISHED,
+        "loss": row["spike"] > SPIKE,
+    }
+    return [name for name, is_so in signs.items() if is_so]
 
 
 def kept(path: Path) -> dict[tuple, dict]:

@@ -8,8 +8,10 @@ import torch
 
 from bench.foreign import __main__ as foreign
 from bench.foreign import scorers
+from bench.foreign.page import page_text, summary, table
 from bench.foreign.pairs import PAIRS, RULES, Pair, spec
-from bench.foreign.runs import Asked, read, summary, table, tilt_kl
+from bench.foreign.picture import picture
+from bench.foreign.runs import Asked, causes, read, tilt_kl
 from engine.policy.samples import Samples
 from engine.run.committed import read_committed
 from engine.stages.reference import ReferenceSamples
@@ -54,16 +56,20 @@ def test_there_are_twelve_pairs_at_least_and_every_scorer_exists():
 
 
 def test_a_study_runs_measures_and_goes_on(tmp_path, capsys):
-    out = tmp_path / "f"
-    words = ["--pairs", "1", "--thresholds", "0.2", "--out", str(out), "--", *SMOKE, "--force"]
-    assert foreign.main(words) == 0
+    out, docs = tmp_path / "f", tmp_path / "docs"
+    docs.mkdir()
+    words = ["--pairs", "1", "--thresholds", "0.2", "--out", str(out), "--docs", str(docs)]
+    flags = ["--", *SMOKE, "--force"]
+    assert foreign.main([*words, *flags]) == 0
     printed = capsys.readouterr().out
     pair = Pair("length", "-variety")
     assert PAIRS[1] == pair and all(f"{rules}: 1 runs: " in printed for rules in ("plain", "defaults"))
     of_rules = [Asked(pair, 0.2, 0, rules) for rules in RULES]
     rows = [read(out / one.name, one) for one in of_rules]
-    measures = out / "measures.jsonl"
+    measures = docs / "foreign.jsonl"
     assert [json.loads(line) for line in measures.read_text().splitlines()] == rows
+    assert (docs / "foreign.md").read_text() == page_text(rows)
+    assert (docs / "foreign.png").read_bytes() == picture(rows)
     plain, own = (read_committed(out / one.name) for one in of_rules)
     assert plain.config.least_weight == 0 < own.config.least_weight
     first = [one.load("reference", ReferenceSamples).samples.rollouts for one in (plain, own)]
@@ -78,11 +84,46 @@ def test_a_study_runs_measures_and_goes_on(tmp_path, capsys):
     assert row["tilt"] == pytest.approx(sum(kl) / len(kl))
     assert row["off"] == pytest.approx(abs(row["improvement"] - 0.2))
     before = (folder / "evaluation.json").stat().st_mtime_ns
-    assert foreign.main(words) == 0 and (folder / "evaluation.json").stat().st_mtime_ns == before
+    assert foreign.main([*words, *flags]) == 0 and (folder / "evaluation.json").stat().st_mtime_ns == before
     # Measures alone are enough, also of runs that have been made elsewhere.
-    elsewhere = [*words[:5], str(tmp_path / "empty"), "--measures", str(measures), *words[6:]]
-    assert foreign.main(elsewhere) == 0 and not any((tmp_path / "empty").iterdir())
+    assert foreign.main([*words, "--out", str(tmp_path / "empty"), *flags]) == 0
+    assert not any((tmp_path / "empty").iterdir())
+    assert foreign.main(["--pairs", "--out", str(out), "--docs", str(docs)]) == 0
     assert measures.read_text().count("\n") == 2
-    assert summary([row, row]).startswith("2 runs: ") and len(table([row]).splitlines()) == 3
     one = tilt_kl(samples, 1e9, run)
     assert one <= math.log(samples.rollouts.n) + 1e-9 and torch.isfinite(torch.tensor(one))
+
+
+def _row(pair: Pair, rules: str, **measures) -> dict:
+    row = {"pair": str(pair), "b": 0.2, "seed": 0, "rules": rules, "dtype": "float32", "commit": "0" * 40}
+    row |= {"word": "met", "improvement": 0.3, "low": 0.2, "high": 0.4, "off": 0.1, "reward": 0.1, "kl": 1.0}
+    row |= {"tilt": 0.8, "finished": [0.7, 0.7], "spike": 2.0, "lam": [0.5, 0.6], "aim": 0.3, "ess": 4.0}
+    return row | measures
+
+
+def test_what_tells_that_a_policy_ran_away():
+    assert causes(_row(PAIRS[0], "plain", kl=2.1)) == []
+    assert causes(_row(PAIRS[0], "plain", kl=2.11)) == ["KL"]
+    assert causes(_row(PAIRS[0], "plain", finished=[0.7, 0.49], spike=21.0)) == ["unfinished", "loss"]
+
+
+def test_a_page_counts_words_and_pairs_the_rules_by_scorers():
+    first, second = PAIRS[:2]
+    rows = [
+        _row(first, "plain", off=0.4, word="not met", kl=9.0),
+        _row(first, "plain", off=0.2, b=0.4, word="not resolved"),
+        _row(first, "defaults", off=0.1),
+        _row(first, "defaults", off=0.1, b=0.4),
+        _row(second, "plain", off=0.3),
+        _row(second, "defaults", off=0.2),
+        # Without its twin it stands in the tables alone.
+        _row(PAIRS[2], "plain", off=5.0),
+    ]
+    page = page_text(rows)
+    assert "| plain | 4 | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 1.48 | +0.10 | 1.25, 11.25 | +0.0, +0.0 | 2 |" in page
+    assert "| defaults | 3 | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 0.13 |" in page
+    assert "over 3 pairs of runs with 2 pairs of scorers" in page
+    # By scorers: -0.2 on average over the thresholds, and -0.1; t with one degree of freedom.
+    assert "| distance from b | -0.15 [-0.79, +0.49] |" in page
+    assert len(table(rows)) == 2 + len(rows)
+    assert summary(rows[:2]).startswith("2 runs: 0 met, 1 not met, 1 not resolved; 1 ran away; ")
