@@ -18,9 +18,9 @@ from engine.run.spread import mean_bytes
 from kernels import compiled
 from kernels.loss_head.schemes import budget_or_default
 
-# The share of the speed of bare matrix products that sampling, scoring and training reach here. Only the
-# printed prediction depends on it.
-EFFICIENCY = 0.65
+# The share of the speed of bare matrix products that sampling, scoring and training reach on CPUs, in 32 and
+# in 16 bits. Only the printed prediction depends on it.
+EFFICIENCY = {4: 0.65, 2: 0.5}
 ANSWER_SHARE = 0.7  # of max_new_tokens, until measured
 KEPT_STATES_BYTES = 2 * 2**30
 GAP_PROMPTS = 4  # of each sampling whose samples are run through the training forward again

@@ -104,7 +104,7 @@ class Work:
         keeps = keeps and states_bytes(config, shape, self.dtype, self.train) > 0
         total = products(config, shape, self.dtype, mean, shares, keeps=keeps)
         total += scorer_products(config, self.scorers, mean, ranks)
-        return 2 * total / (EFFICIENCY * rate)
+        return 2 * total / (EFFICIENCY[self.dtype.itemsize] * rate)
 
 
 @dataclass(frozen=True)

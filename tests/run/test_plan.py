@@ -334,7 +334,7 @@ def test_scorers_weights_and_passes_are_counted():
     once = sum(times * prompts * 20 for times, prompts, n in sets)
     each = sum(times * prompts * n * 20 for times, prompts, n in sets)
     products = (answers + once) * 7 * GB + (answers + each) * 6 * GB
-    assert both.seconds - base.seconds == pytest.approx(2 * products / (needs.EFFICIENCY * 1e11), rel=1e-6)
+    assert both.seconds - base.seconds == pytest.approx(2 * products / (needs.EFFICIENCY[4] * 1e11), rel=1e-6)
 
 
 HEAD = 64 * SHAPE.vocab_size  # which is the embedding
@@ -353,7 +353,7 @@ def passed(n: int, layers: float = 1.0, adapter: int = 0) -> float:
 
 def in_seconds(products: float) -> float:
     """Returns the time of so many multiplications, each with its addition."""
-    return 2 * products / (needs.EFFICIENCY * 1e11)
+    return 2 * products / (needs.EFFICIENCY[4] * 1e11)
 
 
 def test_every_pass_of_a_run_is_counted():
@@ -420,8 +420,11 @@ def test_nothing_is_counted_of_responses_that_are_not_sampled():
     assert plan(samples="file", **half).seconds == plan(**half).seconds
     whole = {"tune": "full", "learning_rate": 1e-5}
     assert plan(samples="file", **half, **whole).seconds < plan(**half, **whole).seconds
-    assert plan(samples_of="run", **half, **whole).seconds == plan(samples_of="run", **whole).seconds
-    again = plan(samples_of="run", **half).seconds - plan(samples_of="run").seconds
+    # The share of the bare products' speed that is reached is another one in 16 bits.
+    slower = needs.EFFICIENCY[4] / needs.EFFICIENCY[2]
+    taken = {"samples_of": "run"}
+    assert plan(**taken, **half, **whole).seconds == pytest.approx(slower * plan(**taken, **whole).seconds)
+    again = plan(**taken, **half).seconds / slower - plan(**taken).seconds
     expected = c.iterations * c.steps * c.prompts_per_step * passed(2, layers=0.5, adapter=ADAPTER)
     assert again == pytest.approx(in_seconds(expected), rel=1e-6)
 
@@ -439,7 +442,7 @@ def test_scores_that_are_there_already_are_not_counted(given, heldout):
     sets = [] if scorer.spared else [(1, c.n_prompts, c.n_responses)]
     sets += [(heldout, c.eval_prompts, c.eval_responses), *c.fresh_samples]
     tokens = sum(times * prompts * (20 + n * 70) for times, prompts, n in sets)
-    expected = 2 * tokens * 7 * GB / (needs.EFFICIENCY * 1e11)
+    expected = 2 * tokens * 7 * GB / (needs.EFFICIENCY[4] * 1e11)
     assert seconds((scorer,)) - seconds(()) == pytest.approx(expected, rel=1e-6)
 
 

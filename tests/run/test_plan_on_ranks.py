@@ -312,7 +312,7 @@ def test_several_ranks_compute_the_states_below_the_adapter_in_each_step():
     body, answer = SHAPE.parameter_count() - SHAPE.hidden_size * SHAPE.vocab_size, needs.ANSWER_SHARE * 256
     attention = needs.attention_products(SHAPE, 50) * 100
     attention += needs.attention_products(SHAPE, 100 + answer / 2) * 2 * answer
-    below = 2 * 8 * ((100 + 2 * answer) * body + attention) / 2 / (needs.EFFICIENCY * 1e14)
+    below = 2 * 8 * ((100 + 2 * answer) * body + attention) / 2 / (needs.EFFICIENCY[4] * 1e14)
     assert 2 * of_a_step(2) - of_a_step(1) == pytest.approx(below, rel=1e-6)
 
 
