@@ -45,7 +45,7 @@ def _study(given: argparse.Namespace, standing) -> None:
     for asked in wanted:
         if asked.key in rows:
             continue
-        folder = given.out / asked.name
+        folder = given.out / asked.name / "run"  # side by side, runs would share the error of their verdicts
         try:
             train(folder, asked, given.flags, samples.get(asked.seed))
         except UserError as error:

@@ -23,7 +23,8 @@ def page_text(rows: Sequence[dict]) -> str:
         "quickstart's model on the same samples of its reference: *plain* are the papers' rules, *defaults* "
         "those that bound what an iteration may do to a policy ([The algorithms](algorithms.md)). "
         "Improvements are on held-out prompts, in within-prompt standard deviations of the reference; a "
-        "minus before a score turns it round. A verdict takes one look, at 96 prompts x 6 responses.",
+        "minus before a score turns it round. A verdict takes one look, at 96 prompts x 6 responses. Both "
+        "rules aim at b plus the same margin, so that improvements above b are asked for.",
         "",
         "A policy ran away where",
         "",

@@ -31,7 +31,7 @@ class Asked(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Names the folder of the run."""
+        """Names the folder in which the run stands alone."""
         pair = f"{self.pair.reward}-{self.pair.cost}".replace("--", "-less_")
         return f"{pair}-b{self.b:g}-seed{self.seed}-{self.rules}"
 
@@ -71,8 +71,8 @@ def read(folder: Path, asked: Asked) -> dict:
     e = Evaluation.read(folder / "evaluation.json", cure="run it again")
     c, dual, losses = e.constraints[0], run.one(DualRow), [row.loss for row in run.rows(StepRow)]
     iterations = run.rows(IterationRow)
-    lam = [row.lam[0] for row in iterations]
-    tilt = tilt_kl(run.load("reference", ReferenceSamples).samples, lam[-1] if lam else dual.lam[0], run)
+    lam = [row.lam[0] for row in iterations] or [dual.lam[0]]
+    tilt = tilt_kl(run.load("reference", ReferenceSamples).samples, lam[-1], run)
     spike = max(losses) / statistics.median(losses) if losses else math.nan
     return {
         "pair": str(asked.pair),
@@ -91,7 +91,7 @@ def read(folder: Path, asked: Asked) -> dict:
         "tilt": tilt,
         "finished": list(e.finished),
         "spike": spike,
-        "lam": [dual.lam[0], *lam],
+        "lam": lam,
         "aim": dual.aim[0],
         "ess": float(torch.as_tensor(dual.ess).mean()),
     }

@@ -65,16 +65,16 @@ def test_a_study_runs_measures_and_goes_on(tmp_path, capsys):
     pair = Pair("length", "-variety")
     assert PAIRS[1] == pair and all(f"{rules}: 1 runs: " in printed for rules in ("plain", "defaults"))
     of_rules = [Asked(pair, 0.2, 0, rules) for rules in RULES]
-    rows = [read(out / one.name, one) for one in of_rules]
+    rows = [read(out / one.name / "run", one) for one in of_rules]
     measures = docs / "foreign.jsonl"
     assert [json.loads(line) for line in measures.read_text().splitlines()] == rows
     assert (docs / "foreign.md").read_text() == page_text(rows)
     assert (docs / "foreign.png").read_bytes() == picture(rows)
-    plain, own = (read_committed(out / one.name) for one in of_rules)
+    plain, own = (read_committed(out / one.name / "run") for one in of_rules)
     assert plain.config.least_weight == 0 < own.config.least_weight
     first = [one.load("reference", ReferenceSamples).samples.rollouts for one in (plain, own)]
     assert torch.equal(*(rollouts.tokens for rollouts in first))
-    folder, row, run = out / of_rules[1].name, rows[1], own
+    folder, row, run = out / of_rules[1].name / "run", rows[1], own
     samples: Samples = run.load("reference", ReferenceSamples).samples
     reward, utility = samples.scores.reward_PG, samples.scores.utility_PGJ[..., 0]
     reward, utility = (x / x.var(1).mean().sqrt() for x in (reward, utility))
