@@ -14,7 +14,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from bench.foreign.page import page_text, summary, table
+from bench.foreign.page import page_text, summary, table, trained
 from bench.foreign.pairs import PAIRS, RULES, THRESHOLDS
 from bench.foreign.picture import picture
 from bench.foreign.runs import Asked, keep, kept, read, train
@@ -55,14 +55,15 @@ def _study(given: argparse.Namespace, standing) -> None:
         samples.setdefault(asked.seed, folder)
         rows[asked.key] = read(folder, asked)
         keep(measures, rows[asked.key])
-        print(table([rows[asked.key]])[-1], flush=True)
+        said = table(trained([rows[asked.key]]))[2:] or [f"refused before training: {asked.name}"]
+        print(*said, flush=True)
     # Other processes may have added theirs.
     every = sorted(kept(measures).values(), key=_place)
     for rules in RULES:
-        if alike := [row for row in every if row["rules"] == rules]:
+        if alike := [row for row in trained(every) if row["rules"] == rules]:
             print(f"{rules}: {summary(alike)}")
-    if every:
-        write_whole(given.docs / "foreign.png", picture(every))
+    if trained(every):
+        write_whole(given.docs / "foreign.png", picture(trained(every)))
         write_whole(given.docs / "foreign.md", page_text(every).encode())
         print(f"written: {given.docs / 'foreign.md'}")
     if failed:

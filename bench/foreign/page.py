@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from bench.foreign.pairs import FAR, PAIRS, RULES, SLACK_NATS, SPIKE, THRESHOLDS, UNFINISHED
-from bench.foreign.runs import causes, ratio
+from bench.foreign.runs import REFUSED, causes, ratio
 from engine.intervals import t_quantile
 
 WORDS = ("met", "not met", "not resolved")
@@ -13,6 +13,7 @@ WORDS = ("met", "not met", "not resolved")
 
 def page_text(rows: Sequence[dict]) -> str:
     """Returns the page on runs, as `bench.foreign.runs.read` measures them."""
+    runs = trained(rows)
     lines = [
         "# Rewards and costs that nobody tuned for",
         "",
@@ -34,15 +35,21 @@ def page_text(rows: Sequence[dict]) -> str:
         "",
         *_by_rules(rows),
         "",
-        *_paired(rows),
+        *_paired(runs),
         "",
         "![Improvement less b, and KL against the tilt's](foreign.png)",
         "",
-        *table(rows),
+        *table(runs),
         "",
+        *_refused(rows),
         *_commands(rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def trained(rows: Sequence[dict]) -> list[dict]:
+    """Returns the runs that were not refused before training."""
+    return [r for r in rows if r["word"] != REFUSED]
 
 
 def table(rows: Sequence[dict]) -> list[str]:
@@ -72,7 +79,7 @@ def table(rows: Sequence[dict]) -> list[str]:
 
 
 def summary(rows: Sequence[dict]) -> str:
-    """Sums the runs of a rule up in a line."""
+    """Sums the trained runs of a rule up in a line."""
     said = ", ".join(f"{sum(r['word'] == word for r in rows)} {word}" for word in WORDS)
     off, reward = (statistics.fmean(r[key] for r in rows) for key in ("off", "reward"))
     return (
@@ -90,15 +97,16 @@ def _by_rules(rows: Sequence[dict]) -> list[str]:
     """Returns the table of what the runs of each rule came to."""
     cells = []
     for rules in RULES:
-        of = [r for r in rows if r["rules"] == rules]
+        asked = [r for r in rows if r["rules"] == rules]
+        of = trained(asked)
         if not of:
             continue
         lost = [100 * (r["finished"][1] - r["finished"][0]) for r in of]
         cells.append(
             [
                 rules,
-                f"{len(of)}",
-                *(f"{sum(r['word'] == word for r in of)}" for word in WORDS),
+                f"{len(asked)}",
+                *(f"{sum(r['word'] == word for r in asked)}" for word in (REFUSED, *WORDS)),
                 f"{sum(bool(causes(r)) for r in of)}",
                 *(f"{sum(cause in causes(r) for r in of)}" for cause in ("KL", "unfinished", "loss")),
                 f"{statistics.fmean(r['off'] for r in of):.2f}",
@@ -109,7 +117,17 @@ def _by_rules(rows: Sequence[dict]) -> list[str]:
             ]
         )
     header = [
-        *("rules", "runs", *WORDS, "ran away", "KL", "unfinished", "loss", "mean distance from b"),
+        *(
+            "rules",
+            "asked for",
+            REFUSED,
+            *WORDS,
+            "ran away",
+            "KL",
+            "unfinished",
+            "loss",
+            "mean distance from b",
+        ),
         *("mean reward", "KL / tilt's: median, largest", "finished, points: mean, least"),
         "largest / median loss",
     ]
@@ -149,6 +167,18 @@ def _interval(values: Sequence[float]) -> str:
         return f"{mean:+.2f}"
     half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def _refused(rows: Sequence[dict]) -> list[str]:
+    """Lists what was refused before training."""
+    found = dict.fromkeys(f"{r['pair']} (b {r['b']:g})" for r in rows if r["word"] == REFUSED)
+    if not found:
+        return []
+    return [
+        "Refused before training, with a sentence, as no weighting of 8 responses to each prompt of the "
+        f"reference improves by b on average: {', '.join(found)}.",
+        "",
+    ]
 
 
 def _commands(rows: Sequence[dict]) -> list[str]:

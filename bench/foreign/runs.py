@@ -20,6 +20,8 @@ from engine.run.rows import DualRow, IterationRow, ReferenceRow, StepRow
 from engine.stages.reference import ReferenceSamples, units_of
 from engine.verdict.evaluation import Evaluation
 
+REFUSED = "refused"
+
 
 class Asked(NamedTuple):
     """What a run is asked to do."""
@@ -44,7 +46,8 @@ class Asked(NamedTuple):
 def train(folder: Path, asked: Asked, flags: Sequence[str], samples: Path | None) -> None:
     """Trains a run, or goes on with it; one that has its verdict is left as it is.
 
-    samples: a run with the same reference's samples. Raises: UserError where the run fails.
+    samples: a run with the same reference's samples. Raises: UserError where the run fails, but not where its
+    threshold is refused (`is_refused`).
     """
     if (folder / "evaluation.json").is_file():
         return
@@ -60,27 +63,41 @@ def train(folder: Path, asked: Asked, flags: Sequence[str], samples: Path | None
         text=True,
         stdin=subprocess.DEVNULL,
     )
+    if done.returncode == 2 and is_refused(folder):
+        return  # The samples do not support the threshold.
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise UserError(f"{folder}: exit code {done.returncode}: {last}")
 
 
-def read(folder: Path, asked: Asked) -> dict:
-    """Returns the measures of a run that has a verdict."""
+def is_refused(folder: Path) -> bool:
+    """Tells whether a run has samples of its reference and no multiplier for its threshold."""
+    if not (folder / "config.json").is_file():
+        return False
     run = read_committed(folder)
-    e = Evaluation.read(folder / "evaluation.json", cure="run it again")
-    c, dual, losses = e.constraints[0], run.one(DualRow), [row.loss for row in run.rows(StepRow)]
-    iterations = run.rows(IterationRow)
-    lam = [row.lam[0] for row in iterations] or [dual.lam[0]]
-    tilt = tilt_kl(run.load("reference", ReferenceSamples).samples, lam[-1], run)
-    spike = max(losses) / statistics.median(losses) if losses else math.nan
-    return {
+    return bool(run.rows(ReferenceRow)) and not run.rows(DualRow)
+
+
+def read(folder: Path, asked: Asked) -> dict:
+    """Returns the measures of a run that has a verdict, or the word REFUSED alone (`is_refused`)."""
+    run = read_committed(folder)
+    row = {
         "pair": str(asked.pair),
         "b": asked.b,
         "seed": asked.seed,
         "rules": asked.rules,
         "dtype": run.config.dtype,
         "commit": run.contents.versions["commit"],
+    }
+    if is_refused(folder):
+        return row | {"word": REFUSED}
+    e = Evaluation.read(folder / "evaluation.json", cure="run it again")
+    c, dual, losses = e.constraints[0], run.one(DualRow), [row.loss for row in run.rows(StepRow)]
+    iterations = run.rows(IterationRow)
+    lam = [row.lam[0] for row in iterations] or [dual.lam[0]]
+    tilt = tilt_kl(run.load("reference", ReferenceSamples).samples, lam[-1], run)
+    spike = max(losses) / statistics.median(losses) if losses else math.nan
+    return row | {
         "word": c.word,
         "improvement": c.estimate.mean,
         "low": c.estimate.low,

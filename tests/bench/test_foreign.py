@@ -8,7 +8,7 @@ import torch
 
 from bench.foreign import __main__ as foreign
 from bench.foreign import scorers
-from bench.foreign.page import page_text, summary, table
+from bench.foreign.page import page_text, summary, table, trained
 from bench.foreign.pairs import PAIRS, RULES, Pair, spec
 from bench.foreign.picture import picture
 from bench.foreign.runs import Asked, causes, read, tilt_kl
@@ -118,12 +118,28 @@ def test_a_page_counts_words_and_pairs_the_rules_by_scorers():
         _row(second, "defaults", off=0.2),
         # Without its twin it stands in the tables alone.
         _row(PAIRS[2], "plain", off=5.0),
+        {"pair": str(PAIRS[3]), "b": 0.4, "rules": "plain", "word": "refused", "dtype": "x", "commit": "y"},
     ]
     page = page_text(rows)
-    assert "| plain | 4 | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 1.48 | +0.10 | 1.25, 11.25 | +0.0, +0.0 | 2 |" in page
-    assert "| defaults | 3 | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 0.13 |" in page
+    assert (
+        "| plain | 5 | 1 | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 1.48 | +0.10 | 1.25, 11.25 | +0.0, +0.0 | 2 |" in page
+    )
+    assert "| defaults | 3 | 0 | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 0.13 |" in page
+    assert f"improves by b on average: {PAIRS[3]} (b 0.4)." in page
     assert "over 3 pairs of runs with 2 pairs of scorers" in page
     # By scorers: -0.2 on average over the thresholds, and -0.1; t with one degree of freedom.
     assert "| distance from b | -0.15 [-0.79, +0.49] |" in page
-    assert len(table(rows)) == 2 + len(rows)
+    assert len(table(trained(rows))) == 2 + len(rows) - 1
     assert summary(rows[:2]).startswith("2 runs: 0 met, 1 not met, 1 not resolved; 1 ran away; ")
+
+
+def test_a_threshold_that_the_samples_do_not_support_is_a_result(tmp_path, capsys):
+    words = ["--pairs", "1", "--thresholds", "90", "--rules", "defaults", "--out", str(tmp_path / "f")]
+    assert foreign.main([*words, "--docs", str(tmp_path), "--", *SMOKE]) == 0
+    assert "refused before training: length-less_variety-b90-seed0-defaults" in capsys.readouterr().out
+    (row,) = map(json.loads, (tmp_path / "foreign.jsonl").read_text().splitlines())
+    assert row["word"] == "refused" and "improvement" not in row
+    # Another failure is none.
+    words[words.index("90")] = "nan"
+    assert foreign.main([*words, "--docs", str(tmp_path), "--", *SMOKE]) != 0
+    assert (tmp_path / "foreign.jsonl").read_text().count("\n") == 1
