@@ -251,8 +251,9 @@ def passed_bytes(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -
     """Counts the bytes of a token where a pass without a gradient is widest, in an MLP: the stream, norms and
     states that are wanted, queries, keys and values twice, and gate, up and their product."""
     heads = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    # A CPU computes some of them in float32.
-    itemsize = dtype.itemsize if device.type == "cuda" else max(4, dtype.itemsize)
+    # A CPU that does not multiply 16 bits computes some of them in float32.
+    narrow = device.type == "cuda" or (dtype == torch.bfloat16 and compiled.has_16_bit_products())
+    itemsize = dtype.itemsize if narrow else max(4, dtype.itemsize)
     return (10 * shape.hidden_size + heads + 3 * shape.intermediate_size) * itemsize
 
 

@@ -121,10 +121,13 @@ def test_the_pass_over_long_prompts_counts():
         (torch.float32, CPU, [(2, 8)], 2 * (100 + 8 * 60)),
     ],
 )
-def test_tokens_of_a_pass_of_scoring(dtype, device, sets, tokens):
-    found = scoring_bytes(config(60), MODEL, dtype, device, 100, sets)
-    itemsize = 2 if (dtype, device) == (HALF, GPU) else 4  # a CPU computes parts of it in float32
-    assert found == tokens * PASSED * itemsize + 2**20
+def test_tokens_of_a_pass_of_scoring(dtype, device, sets, tokens, monkeypatch):
+    for multiplies in (False, True):
+        monkeypatch.setattr(compiled, "has_16_bit_products", lambda multiplies=multiplies: multiplies)
+        found = scoring_bytes(config(60), MODEL, dtype, device, 100, sets)
+        # Other CPUs compute parts of it in float32.
+        itemsize = 2 if dtype == HALF and (device == GPU or multiplies) else 4
+        assert found == tokens * PASSED * itemsize + 2**20
 
 
 def test_sets_are_those_of_the_rank_with_most_prompts():
