@@ -21,7 +21,8 @@ def page_text(rows: Sequence[dict]) -> str:
         f"{len(PAIRS)} pairs of a reward and a cost, most of them a few lines of Python "
         "(`bench/foreign/scorers.py`), were fixed before any run, with the thresholds "
         f"{' and '.join(f'{b:g}' for b in THRESHOLDS)} and with what is measured. Both rules train the "
-        "quickstart's model on the same samples of its reference: *plain* are the papers' rules, *defaults* "
+        "quickstart's model on the same samples of its reference: *plain* are the papers' rules, with beta "
+        "1 and three answers to a prompt of a slack, as the defaults were before, *defaults* "
         "those that bound what an iteration may do to a policy ([The algorithms](algorithms.md)). "
         "Improvements are on held-out prompts, in within-prompt standard deviations of the reference; a "
         "minus before a score turns it round. A verdict takes one look, at 96 prompts x 6 responses. Both "
@@ -184,7 +185,10 @@ def _refused(rows: Sequence[dict]) -> list[str]:
 def _commands(rows: Sequence[dict]) -> list[str]:
     """Says how the runs were made."""
     dtypes, commits = (", ".join(sorted({r[key][:12] for r in rows})) for key in ("dtype", "commit"))
+    ran = {r["pair"] for r in rows}
+    left = ", ".join(str(pair) for pair in PAIRS if str(pair) not in ran)
     return [
+        *([f"Not run: {left}.", ""] if left else []),
         f"Command: `python -m bench.foreign`, {dtypes}, commit {commits}. The tilt's KL is that which 8 "
         "responses of the reference show, at most log 8. Each rule has one run of a pair, threshold and "
         "seed; all look at the same held-out prompts, so that intervals hold for these.",
